@@ -1,0 +1,304 @@
+"""Packaging only: find torch and nvcc, let CMake and ninja compile, put the modules in place.
+
+Environment: LORA_EXT_CUDA=0|1 (default: CUDA where nvcc is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS,
+CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1 (test-only emulator modules, in-place builds alone).
+Nothing is downloaded, no git is called, no GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_MIN, CUDA_MIN, CMAKE_MIN = (2, 11), (12, 8), (3, 24)
+DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for every later card
+
+
+def fail(sentence: str) -> NoReturn:
+    raise SystemExit(f"lora_ext: {sentence}")
+
+
+def version_of(text: str) -> tuple[int, int]:
+    match = re.search(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# --- what is on this machine ------------------------------------------------------------------------------
+def find_torch():
+    try:
+        import torch
+    except ImportError:
+        fail(
+            f"torch is not installed for {sys.executable}; run `pip install torch`, then "
+            "`pip install --no-build-isolation .` so that the build sees it."
+        )
+    if version_of(torch.__version__) < TORCH_MIN:
+        fail(
+            f"torch {torch.__version__} is too old; run `pip install 'torch>={TORCH_MIN[0]}.{TORCH_MIN[1]}'`."
+        )
+    return torch
+
+
+def find_tool(name: str) -> str:
+    """The program on PATH, or the one that its PyPI wheel put beside this Python."""
+    beside = Path(sys.executable).with_name(name)
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if not path:
+        fail(f"{name} is not on PATH; run `pip install cmake ninja`.")
+    return path
+
+
+def find_cmake() -> str:
+    cmake = find_tool("cmake")
+    found = version_of(output_of(cmake, "--version"))
+    if found < CMAKE_MIN:
+        fail(
+            f"{cmake} is version {found[0]}.{found[1]}, 3.24 is needed; run `pip install --upgrade cmake`."
+        )
+    return cmake
+
+
+def find_cxx() -> str:
+    cxx = os.environ.get("CXX", "g++")
+    if not shutil.which(cxx):
+        fail(f"no C++ compiler `{cxx}`; install g++ 11 or newer (`apt install g++`), or set CXX.")
+    return cxx
+
+
+def find_python_include() -> str:
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").exists():
+        fail(
+            f"Python.h is not in {include}; install the headers of this Python "
+            f"(`apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev`)."
+        )
+    return include
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    nvcc: str
+    home: Path
+    version: tuple[int, int]
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    for home in filter(None, homes):
+        nvcc = Path(home, "bin", "nvcc")
+        if not nvcc.exists():
+            fail(f"CUDA_HOME is {home}, but there is no {nvcc}; correct CUDA_HOME or unset it.")
+        return str(nvcc)
+    default = "/usr/local/cuda/bin/nvcc"
+    return shutil.which("nvcc") or (default if Path(default).exists() else None)
+
+
+def find_toolkit(torch, cxx: str) -> Toolkit | None:
+    """The CUDA toolkit to build with, or None for a CPU build."""
+    wish = os.environ.get("LORA_EXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        fail(f"LORA_EXT_CUDA is {wish!r}; set it to 0 or 1, or unset it.")
+    if wish == "0":
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if wish == "1":
+            fail(
+                "LORA_EXT_CUDA=1, but there is no nvcc; install the CUDA toolkit and set CUDA_HOME, "
+                "or set LORA_EXT_CUDA=0 for a CPU build."
+            )
+        if torch.version.cuda:
+            print(
+                f"lora_ext: warning: torch is built for CUDA {torch.version.cuda}, but there is no nvcc: "
+                "this build has no CUDA kernels; set CUDA_HOME for a CUDA build.",
+                file=sys.stderr,
+            )
+        return None
+    # nvcc may be a link or a script, so it is asked where its headers are.
+    dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"#\$ TOP=(\S+)", dry)
+    home = (Path(top[1]) if top else Path(nvcc).resolve().parents[1]).resolve()
+    toolkit = Toolkit(nvcc, home, version_of(output_of(nvcc, "--version").partition("release")[2]))
+    check_toolkit(toolkit, torch.version.cuda, cxx)
+    return toolkit
+
+
+def check_toolkit(toolkit: Toolkit, torch_cuda: str | None, cxx: str) -> None:
+    name = f"nvcc {toolkit.version[0]}.{toolkit.version[1]}"
+    if toolkit.version < CUDA_MIN:
+        fail(
+            f"{name} is too old; install CUDA {CUDA_MIN[0]}.{CUDA_MIN[1]} or newer and set CUDA_HOME, or set LORA_EXT_CUDA=0."
+        )
+    if torch_cuda and version_of(torch_cuda)[0] != toolkit.version[0]:
+        fail(
+            f"torch is built for CUDA {torch_cuda}, but {name} was found; set CUDA_HOME to a CUDA "
+            f"{version_of(torch_cuda)[0]} toolkit, install a torch for CUDA {toolkit.version[0]}, or set LORA_EXT_CUDA=0."
+        )
+    for header in ("cuda_runtime.h", "crt/host_config.h"):
+        if not (toolkit.home / "include" / header).exists():
+            fail(
+                f"{header} is not in {toolkit.home}/include; install the whole CUDA toolkit, or set LORA_EXT_CUDA=0."
+            )
+    limit = re.search(r"__GNUC__ > (\d+)", (toolkit.home / "include/crt/host_config.h").read_text())
+    host = os.environ.get("CUDAHOSTCXX", cxx)
+    if limit and "clang" not in host and shutil.which(host):
+        major = int(output_of(host, "-dumpversion").split(".")[0])
+        if major > int(limit[1]):
+            fail(
+                f"{name} accepts gcc up to {limit[1]}, {host} is {major}; install g++-{limit[1]} and set CUDAHOSTCXX=g++-{limit[1]}."
+            )
+
+
+def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
+    """Folders with cuda_bf16.h and nv/target: the toolkit's, else those of NVIDIA's header wheels."""
+    spec = importlib.util.find_spec("nvidia")
+    wheels = (
+        [
+            p
+            for base in (spec.submodule_search_locations or [])
+            for p in Path(base).glob("*/include")
+        ]
+        if spec
+        else []
+    )
+    folders = [toolkit.home / "include"] if toolkit else wheels
+    folders += [f / "cccl" for f in folders]
+    for header in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
+        if not any((f / header).exists() for f in folders):
+            fail(
+                f"the emulator needs {header}; run `pip install nvidia-cuda-runtime nvidia-cuda-crt "
+                "nvidia-cuda-cccl`, or install the CUDA toolkit."
+            )
+    return [str(f) for f in folders if f.exists()]
+
+
+def architectures(arch_list: str) -> list[str]:
+    """``8.0;9.0a+PTX``, torch's words, in CMake's: ``80-real;90a-real;90a-virtual``."""
+    names: list[str] = []
+    for item in re.split(r"[;,\s]+", arch_list.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        if not match:
+            fail(f"TORCH_CUDA_ARCH_LIST has {item!r}; write architectures as in '8.0;9.0a+PTX'.")
+        names += [f"{match[1]}{match[2]}-real"] + (
+            [f"{match[1]}{match[2]}-virtual"] if match[3] else []
+        )
+    return names
+
+
+def default_architectures() -> list[str]:
+    names = architectures(DEFAULT_ARCHS)
+    newest = max(int(re.match(r"\d+", n)[0]) for n in names)  # type: ignore[index]
+    return [*names, f"{newest}-virtual"]
+
+
+def jobs() -> int:
+    """MAX_JOBS, else as many as cores and memory allow: a file with torch headers takes up to 3 GiB."""
+    wish = os.environ.get("MAX_JOBS")
+    if wish:
+        if not wish.isdigit() or int(wish) < 1:
+            fail(f"MAX_JOBS is {wish!r}; set it to a positive number, or unset it.")
+        return int(wish)
+    free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, int(free[1]) // (3 << 20) if free else 1))
+
+
+# --- the build --------------------------------------------------------------------------------------------
+class CMakeBuild(build_ext):
+    """One CMake build for all modules, kept under build/ so that the next one is incremental."""
+
+    def run(self) -> None:
+        inplace = bool(self.inplace or self.editable_mode)
+        emulator = inplace and os.environ.get("LORA_EXT_EMU") == "1"
+        package = ROOT / "lora_ext" if inplace else Path(self.build_lib).resolve() / "lora_ext"
+        package.mkdir(parents=True, exist_ok=True)
+        modules, info = self.compile(emulator)
+        for module in modules:
+            target = package / module.name
+            target.unlink(missing_ok=True)  # a process that has the old one mapped keeps it
+            shutil.copy2(module, target)
+        lines = ["# Written by setup.py: what this build was made of."]
+        lines += [f"{key} = {value!r}" for key, value in info.items()]
+        (package / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+    def compile(self, emulator: bool) -> tuple[list[Path], dict[str, object]]:
+        torch = find_torch()
+        from torch.utils.cpp_extension import include_paths
+
+        cxx, python_include, cmake, ninja = (
+            find_cxx(),
+            find_python_include(),
+            find_cmake(),
+            find_tool("ninja"),
+        )
+        toolkit = find_toolkit(torch, cxx)
+        wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        archs = (
+            (architectures(wish) if wish.strip() else default_architectures()) if toolkit else []
+        )
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        options = {
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_CXX_COMPILER": cxx,
+            "LORA_EXT_CUDA": "ON" if toolkit else "OFF",
+            "LORA_EXT_EMU": "ON" if emulator else "OFF",
+            "LORA_EXT_TORCH_INCLUDE": ";".join(include_paths()),
+            "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
+            "LORA_EXT_PYTHON_INCLUDE": python_include,
+            "LORA_EXT_MODULE_SUFFIX": suffix,
+            "LORA_EXT_CUDA_HEADERS": ";".join(find_cuda_headers(toolkit)) if emulator else "",
+        }
+        if toolkit:
+            options["CMAKE_CUDA_COMPILER"] = toolkit.nvcc
+            options["CMAKE_CUDA_HOST_COMPILER"] = os.environ.get("CUDAHOSTCXX", cxx)
+            options["LORA_EXT_ARCHITECTURES"] = ";".join(archs)
+        configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+        configure += [f"-D{key}={value}" for key, value in options.items()]
+        build = [cmake, "--build", str(folder), "-j", str(jobs())] + (
+            ["-v"] if self.verbose > 1 else []
+        )
+        for command in (configure, build):
+            if subprocess.run(command).returncode:
+                fail(
+                    f"`{' '.join(command[:3])} ...` failed; its output above names the file and the line."
+                )
+        info = {
+            "lora_ext": self.distribution.get_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+            "cuda": ".".join(map(str, toolkit.version)) if toolkit else None,
+            "architectures": archs,
+            "compiler": output_of(cxx, "--version").splitlines()[0],
+            "emulator": emulator,
+            "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        names = ["_C", "_emu", "_emu_check"] if emulator else ["_C"]
+        modules = [folder / "modules" / f"{name}{suffix}" for name in names]
+        return [module for module in modules if module.exists()], info
+
+    def get_source_files(self) -> list[str]:
+        return []  # MANIFEST.in lists them
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("lora_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
