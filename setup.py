@@ -41,7 +41,7 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# --- what is on this machine ------------------------------------------------------------------------------
+# --- what is on this machine --------------------------------------------------------------------
 def find_torch():
     try:
         import torch
@@ -52,7 +52,8 @@ def find_torch():
         )
     if version_of(torch.__version__) < TORCH_MIN:
         fail(
-            f"torch {torch.__version__} is too old; run `pip install 'torch>={TORCH_MIN[0]}.{TORCH_MIN[1]}'`."
+            f"torch {torch.__version__} is too old; run "
+            f"`pip install 'torch>={TORCH_MIN[0]}.{TORCH_MIN[1]}'`."
         )
     return torch
 
@@ -71,7 +72,8 @@ def find_cmake() -> str:
     found = version_of(output_of(cmake, "--version"))
     if found < CMAKE_MIN:
         fail(
-            f"{cmake} is version {found[0]}.{found[1]}, 3.24 is needed; run `pip install --upgrade cmake`."
+            f"{cmake} is version {found[0]}.{found[1]}, 3.24 is needed; run "
+            "`pip install --upgrade cmake`."
         )
     return cmake
 
@@ -122,13 +124,13 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
     if nvcc is None:
         if wish == "1":
             fail(
-                "LORA_EXT_CUDA=1, but there is no nvcc; install the CUDA toolkit and set CUDA_HOME, "
-                "or set LORA_EXT_CUDA=0 for a CPU build."
+                "LORA_EXT_CUDA=1, but there is no nvcc; install the CUDA toolkit and set "
+                "CUDA_HOME, or set LORA_EXT_CUDA=0 for a CPU build."
             )
         if torch.version.cuda:
             print(
-                f"lora_ext: warning: torch is built for CUDA {torch.version.cuda}, but there is no nvcc: "
-                "this build has no CUDA kernels; set CUDA_HOME for a CUDA build.",
+                f"lora_ext: warning: torch is built for CUDA {torch.version.cuda}, but there is no "
+                "nvcc: this build has no CUDA kernels; set CUDA_HOME for a CUDA build.",
                 file=sys.stderr,
             )
         return None
@@ -145,17 +147,20 @@ def check_toolkit(toolkit: Toolkit, torch_cuda: str | None, cxx: str) -> None:
     name = f"nvcc {toolkit.version[0]}.{toolkit.version[1]}"
     if toolkit.version < CUDA_MIN:
         fail(
-            f"{name} is too old; install CUDA {CUDA_MIN[0]}.{CUDA_MIN[1]} or newer and set CUDA_HOME, or set LORA_EXT_CUDA=0."
+            f"{name} is too old; install CUDA {CUDA_MIN[0]}.{CUDA_MIN[1]} or newer and set "
+            "CUDA_HOME, or set LORA_EXT_CUDA=0."
         )
     if torch_cuda and version_of(torch_cuda)[0] != toolkit.version[0]:
         fail(
             f"torch is built for CUDA {torch_cuda}, but {name} was found; set CUDA_HOME to a CUDA "
-            f"{version_of(torch_cuda)[0]} toolkit, install a torch for CUDA {toolkit.version[0]}, or set LORA_EXT_CUDA=0."
+            f"{version_of(torch_cuda)[0]} toolkit, install a torch for CUDA {toolkit.version[0]}, "
+            "or set LORA_EXT_CUDA=0."
         )
     for header in ("cuda_runtime.h", "crt/host_config.h"):
         if not (toolkit.home / "include" / header).exists():
             fail(
-                f"{header} is not in {toolkit.home}/include; install the whole CUDA toolkit, or set LORA_EXT_CUDA=0."
+                f"{header} is not in {toolkit.home}/include; install the whole CUDA toolkit, "
+                "or set LORA_EXT_CUDA=0."
             )
     limit = re.search(r"__GNUC__ > (\d+)", (toolkit.home / "include/crt/host_config.h").read_text())
     host = os.environ.get("CUDAHOSTCXX", cxx)
@@ -163,12 +168,13 @@ def check_toolkit(toolkit: Toolkit, torch_cuda: str | None, cxx: str) -> None:
         major = int(output_of(host, "-dumpversion").split(".")[0])
         if major > int(limit[1]):
             fail(
-                f"{name} accepts gcc up to {limit[1]}, {host} is {major}; install g++-{limit[1]} and set CUDAHOSTCXX=g++-{limit[1]}."
+                f"{name} accepts gcc up to {limit[1]}, {host} is {major}; install g++-{limit[1]} "
+                f"and set CUDAHOSTCXX=g++-{limit[1]}."
             )
 
 
 def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
-    """Folders with cuda_bf16.h and nv/target: the toolkit's, else those of NVIDIA's header wheels."""
+    """Folders with cuda_bf16.h and nv/target: the toolkit's, else those of NVIDIA's wheels."""
     spec = importlib.util.find_spec("nvidia")
     wheels = (
         [
@@ -184,8 +190,8 @@ def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
     for header in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
         if not any((f / header).exists() for f in folders):
             fail(
-                f"the emulator needs {header}; run `pip install nvidia-cuda-runtime nvidia-cuda-crt "
-                "nvidia-cuda-cccl`, or install the CUDA toolkit."
+                f"the emulator needs {header}; run `pip install nvidia-cuda-runtime "
+                "nvidia-cuda-crt nvidia-cuda-cccl`, or install the CUDA toolkit."
             )
     return [str(f) for f in folders if f.exists()]
 
@@ -210,7 +216,7 @@ def default_architectures() -> list[str]:
 
 
 def jobs() -> int:
-    """MAX_JOBS, else as many as cores and memory allow: a file with torch headers takes up to 3 GiB."""
+    """MAX_JOBS, else what cores and memory allow: a file with torch headers takes up to 3 GiB."""
     wish = os.environ.get("MAX_JOBS")
     if wish:
         if not wish.isdigit() or int(wish) < 1:
@@ -221,7 +227,7 @@ def jobs() -> int:
     return max(1, min(cores, int(free[1]) // (3 << 20) if free else 1))
 
 
-# --- the build --------------------------------------------------------------------------------------------
+# --- the build ----------------------------------------------------------------------------------
 class CMakeBuild(build_ext):
     """One CMake build for all modules, kept under build/ so that the next one is incremental."""
 
@@ -279,7 +285,8 @@ class CMakeBuild(build_ext):
         for command in (configure, build):
             if subprocess.run(command).returncode:
                 fail(
-                    f"`{' '.join(command[:3])} ...` failed; its output above names the file and the line."
+                    f"`{' '.join(command[:3])} ...` failed; its output above names the file "
+                    "and the line."
                 )
         info = {
             "lora_ext": self.distribution.get_version(),
