@@ -1,0 +1,164 @@
+// The only door between a kernel and the machine.
+//
+// A file under csrc/cuda includes this header and csrc/include, nothing of CUDA or torch, and
+// contains no `asm`. nvcc then compiles it for a GPU (lx/hardware.h: one intrinsic or PTX
+// instruction per wrapper), and g++ with -DLX_EMULATE compiles the very same text for the emulator
+// (lx/emulated.h, csrc/emu). docs/emulator.md says how to write such a kernel and what a run of it
+// in the emulator proves.
+//
+// Both bodies offer, besides CUDA's qualifiers, vector types, threadIdx, blockIdx, blockDim and
+// gridDim:
+//
+//   LX_SHARED(type, name, count)      array `name` in static shared memory, 16-byte aligned
+//   LX_DYN_SHARED(name)               `name`: first byte of dynamic shared memory, 128-byte aligned
+//   LX_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...)        int: 0, or the code of a
+//   CUDA error LX_LAUNCH_PDL(...)                the same, may start before the previous kernel in
+//   the stream ends; every
+//                                     access to its results must then follow
+//                                     lx::grid_dependency_wait()
+//   LX_BUF(pointer, bytes, access)    before a launch: the next kernel may touch these bytes. Empty
+//   on a GPU LX_BUF_ROWS(pointer, rows, row_bytes, row_stride_bytes, access)    the same without
+//   the gaps between the rows
+//
+// A kernel template with commas is written in parentheses: LX_LAUNCH((gemm<float, 8>), grid, ...).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <type_traits>
+
+namespace lx {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+using bf16x2 = __nv_bfloat162;
+using f16x2 = __half2;
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// What a kernel may do with a declared buffer.
+enum class Access {
+    kConstant,   // read; no kernel in flight writes it, so it may be read before
+                 // grid_dependency_wait()
+    kRead,       // read
+    kWrite,      // written; read only where this launch has written
+    kReadWrite,  // both
+};
+
+}  // namespace lx
+
+#ifdef LX_EMULATE
+#include "lx/emulated.h"
+#else
+#include "lx/hardware.h"
+#endif
+
+#define LX_DEVICE __device__ __forceinline__
+#define LX_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...)   \
+    ::lx::launch(#kernel, false, kernel, grid, block, dynamic_bytes, \
+                 stream __VA_OPT__(, ) __VA_ARGS__)
+#define LX_LAUNCH_PDL(kernel, grid, block, dynamic_bytes, stream, ...) \
+    ::lx::launch(#kernel, true, kernel, grid, block, dynamic_bytes,    \
+                 stream __VA_OPT__(, ) __VA_ARGS__)
+
+// ------------------------------------------------------------------------------------------------
+// Written once for both machines
+namespace lx {
+
+LX_DEVICE int thread_rank() {
+    return static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+}
+LX_DEVICE int lane_id() {
+    return thread_rank() % kWarpSize;
+}
+LX_DEVICE int warp_id() {
+    return thread_rank() / kWarpSize;
+}
+
+template <class T>
+__host__ __device__ constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+__host__ __device__ constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+
+// Conversions; to a narrower type they round to nearest even.
+LX_DEVICE float to_float(float x) {
+    return x;
+}
+LX_DEVICE float to_float(double x) {
+    return static_cast<float>(x);
+}
+LX_DEVICE float to_float(bf16 x) {
+    return __bfloat162float(x);
+}
+LX_DEVICE float to_float(f16 x) {
+    return __half2float(x);
+}
+LX_DEVICE float2 to_float2(bf16x2 x) {
+    return __bfloat1622float2(x);
+}
+LX_DEVICE float2 to_float2(f16x2 x) {
+    return __half22float2(x);
+}
+
+template <class T>
+LX_DEVICE T from_float(float x) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        return __float2bfloat16_rn(x);
+    } else if constexpr (std::is_same_v<T, f16>) {
+        return __float2half_rn(x);
+    } else {
+        return static_cast<T>(x);
+    }
+}
+
+// Two 16-bit values in one register, `low` in bits 0-15: the element order of memory, ldmatrix and
+// mma.
+template <class T>
+struct PackedOf;
+template <>
+struct PackedOf<bf16> {
+    using type = bf16x2;
+};
+template <>
+struct PackedOf<f16> {
+    using type = f16x2;
+};
+template <class T>
+using Packed = typename PackedOf<T>::type;
+
+template <class T>
+LX_DEVICE uint32_t pack(T low, T high) {
+    static_assert(sizeof(T) == 2);
+    return static_cast<uint32_t>(bit_cast<uint16_t>(low)) |
+           static_cast<uint32_t>(bit_cast<uint16_t>(high)) << 16;
+}
+template <class T>
+LX_DEVICE uint32_t pack_floats(float low, float high) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+    } else {
+        return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+    }
+}
+template <class T>
+LX_DEVICE float2 unpack_floats(uint32_t pair) {
+    return to_float2(bit_cast<Packed<T>>(pair));
+}
+
+// cp.async of a whole 4, 8 or 16 bytes (16 bypasses L1).
+template <int kBytes>
+LX_DEVICE void cp_async(void* shared, const void* global) {
+    cp_async<kBytes>(shared, global, kBytes);
+}
+
+}  // namespace lx

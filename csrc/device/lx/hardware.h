@@ -1,0 +1,477 @@
+// Device bodies of lx/device.h: one intrinsic or one PTX instruction each. Needs sm_80.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#define LX_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define LX_DYN_SHARED(name)                                             \
+    extern __shared__ __align__(128) unsigned char lx_dynamic_shared[]; \
+    unsigned char* const name = lx_dynamic_shared
+#define LX_BUF(pointer, bytes, access) static_cast<void>(0)
+#define LX_BUF_ROWS(pointer, rows, row_bytes, row_stride_bytes, access) static_cast<void>(0)
+
+#define LX_INLINE __device__ __forceinline__
+
+namespace lx {
+
+// ------------------------------------------------------------------------------------------------
+// Host side
+
+inline const char* status_string(int status) {
+    return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+
+// An attribute of the current device, 0 if there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+    return value;
+}
+inline int multiprocessors() {
+    return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+inline int compute_capability() {  // 80, 90, ...
+    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+           device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+inline int fill_bytes(void* pointer, int value, size_t bytes, void* stream) {
+    return cudaMemsetAsync(pointer, value, bytes, static_cast<cudaStream_t>(stream));
+}
+
+template <class... Params, class... Args>
+int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block,
+           size_t dynamic_bytes, void* stream, Args&&... args) {
+    cudaError_t error = cudaSuccess;
+    if (dynamic_bytes > 48 * 1024) {  // what a kernel may use without asking
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(dynamic_bytes));
+    }
+    if (error == cudaSuccess) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = dynamic_bytes;
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &attribute;
+        config.numAttrs = dependent && compute_capability() >= 90 ? 1 : 0;
+        error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+    }
+    // The caller gets the code; left in place it would surface in somebody else's next check.
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Bits
+
+template <class To, class From>
+LX_INLINE To bit_cast(const From& from) {  // not std's: bf16x2 and f16x2 are not trivially copyable
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(static_cast<void*>(&to), &from, sizeof(To));
+    return to;
+}
+LX_INLINE int popc(unsigned x) {
+    return __popc(x);
+}
+LX_INLINE int ffs(unsigned x) {
+    return __ffs(static_cast<int>(x));
+}  // 1-based, 0 for x == 0
+LX_INLINE int clz(unsigned x) {
+    return __clz(static_cast<int>(x));
+}
+LX_INLINE unsigned brev(unsigned x) {
+    return __brev(x);
+}
+LX_INLINE unsigned funnel_shift_left(unsigned low, unsigned high, unsigned shift) {
+    return __funnelshift_l(low, high, shift);
+}
+LX_INLINE unsigned funnel_shift_right(unsigned low, unsigned high, unsigned shift) {
+    return __funnelshift_r(low, high, shift);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Barriers and fences
+
+LX_INLINE void syncthreads() {
+    __syncthreads();
+}
+LX_INLINE bool syncthreads_or(bool p) {
+    return __syncthreads_or(p);
+}
+LX_INLINE bool syncthreads_and(bool p) {
+    return __syncthreads_and(p);
+}
+LX_INLINE int syncthreads_count(bool p) {
+    return __syncthreads_count(p);
+}
+LX_INLINE void syncwarp(unsigned mask = kFullMask) {
+    __syncwarp(mask);
+}
+
+// Named barriers 1 to 15 (0 is syncthreads); `threads` counts both kinds of arrivals, a multiple
+// of 32.
+LX_INLINE void bar_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+LX_INLINE void bar_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+LX_INLINE void fence_block() {
+    __threadfence_block();
+}
+LX_INLINE void fence_device() {
+    __threadfence();
+}
+LX_INLINE void fence_system() {
+    __threadfence_system();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Warp collectives. T has 2, 4 or 8 bytes.
+
+namespace detail {
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned>;
+template <class T>
+LX_INLINE Bits<T> to_bits(const T& x) {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
+    if constexpr (sizeof(T) == 2) {
+        return bit_cast<uint16_t>(x);
+    } else {
+        return bit_cast<Bits<T>>(x);
+    }
+}
+template <class T>
+LX_INLINE T from_bits(Bits<T> bits) {
+    if constexpr (sizeof(T) == 2) {
+        return bit_cast<T>(static_cast<uint16_t>(bits));
+    } else {
+        return bit_cast<T>(bits);
+    }
+}
+}  // namespace detail
+
+template <class T>
+LX_INLINE T shfl_sync(unsigned mask, T x, int source, int width = kWarpSize) {
+    return detail::from_bits<T>(__shfl_sync(mask, detail::to_bits(x), source, width));
+}
+template <class T>
+LX_INLINE T shfl_up_sync(unsigned mask, T x, unsigned delta, int width = kWarpSize) {
+    return detail::from_bits<T>(__shfl_up_sync(mask, detail::to_bits(x), delta, width));
+}
+template <class T>
+LX_INLINE T shfl_down_sync(unsigned mask, T x, unsigned delta, int width = kWarpSize) {
+    return detail::from_bits<T>(__shfl_down_sync(mask, detail::to_bits(x), delta, width));
+}
+template <class T>
+LX_INLINE T shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = kWarpSize) {
+    return detail::from_bits<T>(__shfl_xor_sync(mask, detail::to_bits(x), lane_mask, width));
+}
+LX_INLINE unsigned ballot_sync(unsigned mask, bool p) {
+    return __ballot_sync(mask, p);
+}
+LX_INLINE bool any_sync(unsigned mask, bool p) {
+    return __any_sync(mask, p);
+}
+LX_INLINE bool all_sync(unsigned mask, bool p) {
+    return __all_sync(mask, p);
+}
+template <class T>  // the lanes of `mask` that hold the same value
+LX_INLINE unsigned match_any_sync(unsigned mask, T x) {
+    return __match_any_sync(mask, detail::to_bits(x));
+}
+
+// T: int32_t or uint32_t.
+template <class T>
+LX_INLINE T reduce_add_sync(unsigned mask, T x) {
+    return __reduce_add_sync(mask, x);
+}
+template <class T>
+LX_INLINE T reduce_min_sync(unsigned mask, T x) {
+    return __reduce_min_sync(mask, x);
+}
+template <class T>
+LX_INLINE T reduce_max_sync(unsigned mask, T x) {
+    return __reduce_max_sync(mask, x);
+}
+LX_INLINE unsigned reduce_and_sync(unsigned mask, unsigned x) {
+    return __reduce_and_sync(mask, x);
+}
+LX_INLINE unsigned reduce_or_sync(unsigned mask, unsigned x) {
+    return __reduce_or_sync(mask, x);
+}
+LX_INLINE unsigned reduce_xor_sync(unsigned mask, unsigned x) {
+    return __reduce_xor_sync(mask, x);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Atomics on shared or global integers, relaxed; each returns the old value. T: int, unsigned, and
+// for add, exchange and compare-and-swap also unsigned long long.
+
+template <class T>
+LX_INLINE T atomic_add(T* p, T x) {
+    return atomicAdd(p, x);
+}
+template <class T>
+LX_INLINE T atomic_min(T* p, T x) {
+    return atomicMin(p, x);
+}
+template <class T>
+LX_INLINE T atomic_max(T* p, T x) {
+    return atomicMax(p, x);
+}
+template <class T>
+LX_INLINE T atomic_and(T* p, T x) {
+    return atomicAnd(p, x);
+}
+template <class T>
+LX_INLINE T atomic_or(T* p, T x) {
+    return atomicOr(p, x);
+}
+template <class T>
+LX_INLINE T atomic_exchange(T* p, T x) {
+    return atomicExch(p, x);
+}
+template <class T>
+LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
+    return atomicCAS(p, expected, desired);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
+
+// Through the read-only path: nobody may write these bytes while the kernel runs.
+template <class T>
+LX_INLINE T load_nc(const T* p) {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    if constexpr (sizeof(T) == 2) {
+        return bit_cast<T>(__ldg(reinterpret_cast<const unsigned short*>(p)));
+    } else if constexpr (sizeof(T) == 4) {
+        return bit_cast<T>(__ldg(reinterpret_cast<const unsigned*>(p)));
+    } else if constexpr (sizeof(T) == 8) {
+        return bit_cast<T>(__ldg(reinterpret_cast<const uint2*>(p)));
+    } else {
+        return bit_cast<T>(__ldg(reinterpret_cast<const uint4*>(p)));
+    }
+}
+// As load_nc, for data read once: leaves nothing in L1.
+template <class T>
+LX_INLINE T load_stream(const T* p) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    if constexpr (sizeof(T) == 4) {
+        unsigned x;
+        asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(x) : "l"(p));
+        return bit_cast<T>(x);
+    } else if constexpr (sizeof(T) == 8) {
+        uint2 x;
+        asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+                     : "=r"(x.x), "=r"(x.y)
+                     : "l"(p));
+        return bit_cast<T>(x);
+    } else {
+        uint4 x;
+        asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                     : "l"(p));
+        return bit_cast<T>(x);
+    }
+}
+// From L2, never from a stale line of L1: for what another block of this launch has written.
+template <class T>
+LX_INLINE T load_l2(const T* p) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    if constexpr (sizeof(T) == 4) {
+        return bit_cast<T>(__ldcg(reinterpret_cast<const unsigned*>(p)));
+    } else if constexpr (sizeof(T) == 8) {
+        return bit_cast<T>(__ldcg(reinterpret_cast<const uint2*>(p)));
+    } else {
+        return bit_cast<T>(__ldcg(reinterpret_cast<const uint4*>(p)));
+    }
+}
+// For data nobody reads soon: first to leave the caches.
+template <class T>
+LX_INLINE void store_stream(T* p, T x) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    if constexpr (sizeof(T) == 4) {
+        __stcs(reinterpret_cast<unsigned*>(p), bit_cast<unsigned>(x));
+    } else if constexpr (sizeof(T) == 8) {
+        __stcs(reinterpret_cast<uint2*>(p), bit_cast<uint2>(x));
+    } else {
+        __stcs(reinterpret_cast<uint4*>(p), bit_cast<uint4>(x));
+    }
+}
+LX_INLINE void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Tensor cores. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16 / m16n8k8".
+
+LX_INLINE uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// n 8x8 matrices of 16-bit elements; lane 8i+r gives the address of row r of matrix i (16-byte
+// aligned).
+LX_INLINE void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+LX_INLINE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+LX_INLINE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+LX_INLINE void ldmatrix_x1_trans(uint32_t (&r)[1], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+LX_INLINE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+LX_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// d += a b, A 16x16 row-major, B 16x8 column-major, T bf16 or f16, sums in float.
+template <class T>
+LX_INLINE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
+    if constexpr (std::is_same_v<T, bf16>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+// d += a b, A 16x8, B 8x8, each register the bits of a float of which tf32 keeps the upper 19.
+LX_INLINE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Nearest tf32, ties away from zero, as the bits of a float.
+LX_INLINE uint32_t to_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+
+// ------------------------------------------------------------------------------------------------
+// cp.async: global to shared memory, kBytes = 4, 8 or 16, both addresses aligned to it. The first
+// `source_bytes` (0 .. kBytes) are read, the rest becomes zero.
+
+template <int kBytes>
+LX_INLINE void cp_async(void* shared, const void* global, int source_bytes) {
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+    if constexpr (kBytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                     "l"(global), "r"(source_bytes)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                     "l"(global), "n"(kBytes), "r"(source_bytes)
+                     : "memory");
+    }
+}
+LX_INLINE void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most kPending of this thread's groups are open. Others see the data after a
+// barrier.
+template <int kPending>
+LX_INLINE void cp_async_wait_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+LX_INLINE void cp_async_wait_all() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// ------------------------------------------------------------------------------------------------
+// Programmatic dependent launch; nothing to do before sm_90.
+
+// The results of the previous kernel in the stream are visible after this.
+LX_INLINE void grid_dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// A dependent kernel may be scheduled once every block has called this or ended. It promises no
+// memory.
+LX_INLINE void grid_dependency_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------
+// Math. *_approx: a few units in the last place, see the CUDA programming guide. The rest of
+// <cmath> (fmaf, fmaxf, fminf, expf, log1pf, ...) is the same on both machines and needs no
+// wrapper.
+
+LX_INLINE float exp_approx(float x) {
+    return __expf(x);
+}
+LX_INLINE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+LX_INLINE float log_approx(float x) {
+    return __logf(x);
+}
+LX_INLINE float log2_approx(float x) {
+    return __log2f(x);
+}
+LX_INLINE float rsqrt_approx(float x) {
+    return rsqrtf(x);
+}
+LX_INLINE float divide_approx(float x, float y) {
+    return __fdividef(x, y);
+}
+LX_INLINE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+[[noreturn]] LX_INLINE void trap() {
+    __trap();
+    __builtin_unreachable();
+}
+
+}  // namespace lx
+
+#undef LX_INLINE
