@@ -1,0 +1,36 @@
+// The LoRA ops as C++ functions of tensors; bindings.cpp registers each under the same name.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+namespace lora_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+
+Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const OptionalTensor& num_valid);
+Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int64_t num_tokens);
+Tensor lora_shrink(const Tensor& x, const Tensor& a, const Tensor& adapter_ids,
+                   const OptionalTensor& scale, const OptionalTensor& ranks,
+                   const OptionalTensor& page_table, const OptionalTensor& plan);
+void lora_expand_(Tensor y, const Tensor& v, const Tensor& b, const Tensor& adapter_ids,
+                  const OptionalTensor& ranks, const OptionalTensor& page_table,
+                  const OptionalTensor& plan);
+Tensor lora_apply(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& adapter_ids,
+                  const OptionalTensor& scale, const OptionalTensor& ranks,
+                  const OptionalTensor& page_table, const OptionalTensor& plan);
+void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
+                 const Tensor& adapter_ids, const OptionalTensor& scale,
+                 const OptionalTensor& ranks, const OptionalTensor& page_table,
+                 const OptionalTensor& plan);
+
+// The instruction set the CPU twins run on, and a way for tests to choose a lesser one ("" = best).
+std::string cpu_isa();
+void set_cpu_isa(const std::string& isa);
+// With debug on, a launch with an adapter id out of range synchronises and raises; twins always do.
+void set_debug(bool on);
+
+}  // namespace lora_ext

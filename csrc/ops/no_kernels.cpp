@@ -1,0 +1,35 @@
+// A build without nvcc: every launcher exists and says why it cannot launch.
+#if !defined(LORA_EXT_WITH_CUDA)
+
+#include "lora_ext/lora.h"
+
+namespace lora_ext {
+
+const char* launch_status_string(LaunchStatus) {
+    return "this build of lora_ext has no CUDA kernels; rebuild it with nvcc on PATH "
+           "(LORA_EXT_CUDA=1 makes a missing nvcc an error)";
+}
+
+LaunchStatus launch_lora_plan(const LoraPlanArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_lora_segment_ids(const int32_t*, const int32_t*, int32_t, int32_t*, int64_t,
+                                     void*) {
+    return -1;
+}
+int64_t lora_workspace_bytes(const LoraArgs&) {
+    return 0;
+}
+LaunchStatus launch_lora_shrink(const LoraArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_lora_expand(const LoraArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_lora_apply(const LoraArgs&, void*) {
+    return -1;
+}
+
+}  // namespace lora_ext
+
+#endif

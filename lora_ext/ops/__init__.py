@@ -1,0 +1,26 @@
+"""Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
+
+from lora_ext.ops import _registration
+from lora_ext.ops.lora import (
+    bgmv_,
+    lora_apply,
+    lora_apply_,
+    lora_expand_,
+    lora_plan,
+    lora_segment_ids,
+    lora_shrink,
+    sgmv_,
+)
+
+__all__ = [
+    "bgmv_",
+    "lora_apply",
+    "lora_apply_",
+    "lora_expand_",
+    "lora_plan",
+    "lora_segment_ids",
+    "lora_shrink",
+    "sgmv_",
+]
+
+_registration.register("lora_ext")

@@ -1,0 +1,19 @@
+"""The formula of every op in plain torch: slow, readable, exact in float64. Nothing here calls a kernel."""
+
+from lora_ext.reference.lora import (
+    lora_apply,
+    lora_apply_,
+    lora_expand_,
+    lora_plan,
+    lora_segment_ids,
+    lora_shrink,
+)
+
+__all__ = [
+    "lora_apply",
+    "lora_apply_",
+    "lora_expand_",
+    "lora_plan",
+    "lora_segment_ids",
+    "lora_shrink",
+]

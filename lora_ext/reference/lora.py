@@ -1,0 +1,167 @@
+"""Batched multi-adapter LoRA, one formula per function.
+
+Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages, ``S`` segments.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rank_mask(rank: int, ranks: Tensor | None, rows: Tensor) -> Tensor | None:
+    """(T, R): True where a rank belongs to the row's adapter."""
+    if ranks is None:
+        return None
+    return torch.arange(rank, device=rows.device) < ranks.long()[rows, None]
+
+
+def unpage_a(a: Tensor, page_table: Tensor) -> Tensor:
+    """Pages ``(P, 8, I)`` as a bank ``(A, R, I)``; absent pages (-1) are zero."""
+    pages = torch.where((page_table < 0)[:, :, None, None], 0, a[page_table.clamp(min=0).long()])
+    return pages.flatten(1, 2)
+
+
+def unpage_b(b: Tensor, page_table: Tensor) -> Tensor:
+    """Pages ``(P, O, 8)`` as a bank ``(A, O, R)``; absent pages (-1) are zero."""
+    pages = torch.where((page_table < 0)[:, :, None, None], 0, b[page_table.clamp(min=0).long()])
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def lora_shrink(
+    x: Tensor,
+    a: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    """``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; zero for -1. Returns ``(T, R)``."""
+    if page_table is not None:
+        a = unpage_a(a, page_table)
+    dtype = _accumulator(x.dtype)
+    active = adapter_ids >= 0
+    rows = torch.where(active, adapter_ids, 0).long()
+    if a.shape[0] == 0:
+        return x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
+    mask = _rank_mask(a.shape[1], ranks, rows)
+    a_rows = a.to(dtype)[rows]  # (T, R, I)
+    if mask is not None:  # ranks beyond an adapter's own are not read, not even if they are NaN
+        a_rows = torch.where(mask[:, :, None], a_rows, 0)
+    v = torch.einsum("tri,ti->tr", a_rows, x.to(dtype))
+    if scale is not None:
+        v = v * scale.to(dtype)[rows, None]
+    return torch.where(active[:, None], v, 0)
+
+
+def lora_delta_rows(
+    v: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    ranks: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    """``delta[t] = b[s] @ v[t]``, zero for -1, in the accumulator's dtype. Returns ``(T, O)``."""
+    if page_table is not None:
+        b = unpage_b(b, page_table)
+    active = adapter_ids >= 0
+    rows = torch.where(active, adapter_ids, 0).long()
+    if b.shape[0] == 0:
+        return v.new_zeros(v.shape[0], b.shape[1])
+    mask = _rank_mask(b.shape[2], ranks, rows)
+    b_rows = b.to(v.dtype)[rows]  # (T, O, R)
+    if mask is not None:
+        b_rows = torch.where(mask[:, None, :], b_rows, 0)
+        v = torch.where(mask, v, 0)
+    return torch.where(active[:, None], torch.einsum("tor,tr->to", b_rows, v), 0)
+
+
+def lora_expand_(
+    y: Tensor,
+    v: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    ranks: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    """``y[t] = round(y[t] + b[s] @ v[t])`` in place; rows with id -1 keep every bit."""
+    delta = lora_delta_rows(v, b, adapter_ids, ranks, page_table)
+    total = (y.to(delta.dtype) + delta).to(y.dtype)
+    return y.copy_(torch.where((adapter_ids >= 0)[:, None], total, y))
+
+
+def lora_apply(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    """``y[t] = scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)`` in the dtype of ``x``; zero for -1.
+
+    Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023), section 4.
+    """
+    v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
+    return lora_delta_rows(v, b, adapter_ids, ranks, page_table).to(x.dtype)
+
+
+def lora_apply_(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    """``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` in place; -1 rows keep every bit."""
+    v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
+    return lora_expand_(y, v, b, adapter_ids, ranks, page_table)
+
+
+def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
+    """``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s+1]``, else -1. int32 ``(T,)``."""
+    ids = torch.full((num_tokens,), -1, dtype=torch.int32)
+    for s, adapter in enumerate(seg_adapter.tolist()):
+        ids[int(seg_indptr[s]) : int(seg_indptr[s + 1])] = adapter
+    return ids.to(seg_adapter.device)
+
+
+def lora_plan(
+    adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None
+) -> dict[str, Tensor | int]:
+    """Rows grouped by adapter, as a dictionary of the plan's fields (``lora_ext/lora.h``)."""
+    ids = adapter_ids.long().cpu()
+    rows = ids.numel()
+    bad = (ids < -1) | (ids >= num_adapters)
+    ids = torch.where(bad, -1, ids)
+    if num_valid is not None:
+        past = torch.arange(rows) >= int(num_valid)
+        bad &= ~past
+        ids = torch.where(past, -1, ids)
+    key = torch.where(ids < 0, num_adapters, ids)
+    perm = torch.sort(key, stable=True).indices
+    counts = torch.bincount(key, minlength=num_adapters + 1)
+    slot_begin = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    chunk_rows = 16 if rows <= 256 else 64 if rows < 4096 else 128
+    chunks = [
+        (slot, start, min(chunk_rows, end - start))
+        for slot in range(num_adapters)
+        for end in [int(slot_begin[slot + 1])]
+        for start in range(int(slot_begin[slot]), end, chunk_rows)
+    ]
+    active = int(slot_begin[num_adapters])
+    return {
+        "num_chunks": len(chunks),
+        "num_active": active,
+        "identity": int(torch.equal(perm[:active], torch.arange(active))),
+        "bad_ids": int(bad.sum()),
+        "chunks": torch.tensor(chunks, dtype=torch.int32).reshape(-1, 3),
+        "perm": perm.int(),
+        "slot_begin": slot_begin.int(),
+    }
