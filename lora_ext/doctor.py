@@ -1,0 +1,115 @@
+"""``python -m lora_ext.doctor``: what is installed, how it was built, and whether each device works.
+
+The output is meant to be pasted into a bug report as it is. The exit status is 1 if an op failed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from lora_ext import _loader
+
+PACKAGES = ("lora_ext", "torch", "numpy", "safetensors", "transformers", "peft", "triton")
+
+
+def _section(title: str, rows: dict[str, object]) -> None:
+    print(title)
+    for key, value in rows.items():
+        print(f"  {key:<14} {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, object]]:
+    """The devices to try, and a line about CUDA: its cards, or why there are none."""
+    devices = [torch.device("cpu")]
+    if not torch.version.cuda:
+        return devices, {"cuda": "this torch is a CPU build"}
+    if not torch.cuda.is_available():
+        return devices, {"cuda": "torch finds no GPU (`nvidia-smi` shows whether the driver does)"}
+    rows: dict[str, object] = {}
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        rows[f"cuda:{index}"] = (
+            f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB, "
+            f"{card.multi_processor_count} multiprocessors"
+        )
+        devices.append(torch.device("cuda", index))
+    if not info.get("cuda"):
+        rows["note"] = "lora_ext was built without CUDA: set CUDA_HOME and install it again"
+        devices = devices[:1]
+    return devices, rows
+
+
+def _try_op(device: torch.device) -> tuple[bool, str]:
+    """Run one op with mixed adapters and compare it with its formula."""
+    from lora_ext import ops, reference
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 67, generator=g)
+    a = torch.randn(3, 8, 67, generator=g)
+    b = torch.randn(3, 33, 8, generator=g)
+    ids = torch.tensor([2, -1, 0, 0, 1])
+    want = reference.lora_apply(x.double(), a.double(), b.double(), ids)  # (5, 33)
+    try:
+        got = ops.lora_apply(*(t.to(device) for t in (x, a, b, ids))).cpu()
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"
+    # Two float32 sums of 67 and 8 terms: rounding stays under (67 + 8) * 2^-23 of sum |a||b|.
+    bound = reference.lora_apply(x.double().abs(), a.double().abs(), b.double().abs(), ids)
+    error = (got.double() - want).abs()
+    fine = bool((error <= 75 * 2**-23 * bound).all())
+    return fine, f"lora_apply, largest error {error.max():.1e}"
+
+
+def main() -> int:
+    """Print the report; 0 if every device computes what the formula says."""
+    _section("versions", {name: _version(name) for name in PACKAGES})
+    _section(
+        "machine",
+        {
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "system": platform.platform(),
+            "processor": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process",
+            "threads": torch.get_num_threads(),
+        },
+    )
+    info = _loader.build_info()
+    _section("build", {**info, "module": Path(__file__).parent})
+    if info and info["torch"] != torch.__version__:
+        print(f"  note           built for torch {info['torch']}, found {torch.__version__}")
+    module = _loader.load()
+    devices, cards = _devices(info)
+    _section("devices", {"cpu kernels": module.cpu_isa(), **cards})
+    failed = 0
+    print("ops")
+    for device in devices:
+        fine, words = _try_op(device)
+        failed += not fine
+        print(f"  {device!s:<14} {'ok  ' if fine else 'FAIL'} {words}")
+    print("all good" if not failed else f"{failed} of {len(devices)} devices failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Check the machine code of every kernel, without a GPU.
+
+    python tools/sass_gate.py [--update] [object ...]
+
+Reads the objects that the build links (or those named), so what is checked is what ships. For each
+kernel and architecture: no stack, no local memory, the rules of `kernels.toml`, and the numbers
+recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
+
+It cannot see bank conflicts, stalls or speed, and an instruction that exists may still not be on
+the hot path: the `_loop` rules look only between a backward branch and its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+RULES, LOCK = ROOT / "kernels.toml", ROOT / "kernels.lock"
+RULE_KEYS = {
+    "match", "arch", "max_registers", "threads", "dynamic_shared", "min_blocks",
+    "require", "forbid", "require_loop", "forbid_loop",
+}  # fmt: skip
+# The columns of the table: label, and the opcodes that it counts.
+COUNTED = {
+    "mma": r"(HMMA|HGMMA|QGMMA)\b",
+    "ldsm": r"LDSM\b",
+    "async": r"(LDGSTS|UBLKCP|UTMALDG)\b",
+    "ldg": r"LDG\b",
+    "ldg128": r"LDG\b.*\.128\b",
+    "stg": r"STG\b",
+    "stg128": r"STG\b.*\.128\b",
+    "bar": r"BAR\b",
+    "ffma": r"FFMA\b",
+    "atomic": r"(ATOM|ATOMG|ATOMS|RED|REDG)\b",
+    "pdl": r"(ACQBULK|PREEXIT)\b",
+}
+
+
+@dataclass
+class Kernel:
+    arch: str
+    mangled: str
+    name: str
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    code: list[tuple[int, str, str]] = field(default_factory=list)  # address, opcode, operands
+
+    @property
+    def opcodes(self) -> list[str]:
+        return [opcode for _, opcode, _ in self.code]
+
+    def loop_opcodes(self) -> list[str]:
+        """Opcodes between each backward branch and its target."""
+        inside: set[int] = set()
+        for address, opcode, operands in self.code:
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+            if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+                inside.update(range(int(target[1], 16), address + 1))
+        return [opcode for address, opcode, _ in self.code if address in inside]
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
+
+
+# --- reading --------------------------------------------------------------------------------------
+def reader() -> tuple[str, dict[str, str]]:
+    """cuobjdump, which calls nvdisasm: both from the PyPI wheels, else from the toolkit."""
+    folders = [p for base in sys.path for p in Path(base or ".").glob("nvidia/*/bin")]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
+    tools = [shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")]
+    if not all(tools):
+        raise SystemExit(
+            "sass_gate: cuobjdump and nvdisasm are needed; run "
+            "`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`."
+        )
+    return str(tools[0]), {**os.environ, "PATH": path}
+
+
+def short_name(demangled: str) -> str:
+    """``void lora_ext::(anonymous namespace)::f<float, 8>(int)`` -> ``f<float, 8>``."""
+    name = re.sub(r"\(anonymous namespace\)::|^void |lora_ext::", "", demangled)
+    depth = 0
+    for i, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def parse(res_usage: str, sass: str) -> list[Kernel]:
+    """The kernels in the output of ``cuobjdump -res-usage`` and ``cuobjdump -sass``."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    arch = name = ""
+    for line in res_usage.splitlines():
+        if found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = found[1]
+        elif "REG:" in line:
+            number = {k: int(v) for k, v in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}
+            kernels[arch, name] = Kernel(
+                arch, name, name, number["REG"], number["STACK"], number["LOCAL"], number["SHARED"]
+            )
+    for line in sass.splitlines():
+        if found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function : (\S+)", line):
+            name = found[1]
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(\S+)\s*([^;]*);", line):
+            kernels[arch, name].code.append((int(found[1], 16), found[2], found[3].strip()))
+    return list(kernels.values())
+
+
+def read(objects: Iterable[Path]) -> list[Kernel]:
+    cuobjdump, env = reader()
+    kernels: list[Kernel] = []
+    for path in objects:
+        outputs = []
+        for flag in ("-res-usage", "-sass"):
+            run = subprocess.run([cuobjdump, flag, path], capture_output=True, text=True, env=env)
+            if run.returncode:
+                raise SystemExit(f"sass_gate: cuobjdump cannot read {path}: {run.stderr.strip()}")
+            outputs.append(run.stdout)
+        kernels += parse(*outputs)
+    names = "\n".join(kernel.mangled for kernel in kernels)
+    plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
+    for kernel, name in zip(kernels, plain.stdout.splitlines(), strict=True):
+        kernel.name = short_name(name)
+    return sorted(kernels, key=lambda k: (k.name, k.arch))
+
+
+# --- judging --------------------------------------------------------------------------------------
+def blocks_per_multiprocessor(registers: int, threads: int, shared: int) -> int:
+    """Occupancy of an H100 multiprocessor: 65,536 registers, 2048 threads, 233,472 bytes shared.
+
+    Registers are handed out per warp in units of 256, from four files of 16,384; every block of
+    shared memory carries 1,024 reserved bytes and is rounded up to 128.
+    """
+    warps = -(-threads // 32)
+    warp_registers = -(-registers * 32 // 256) * 256
+    by_registers = 16384 // warp_registers * 4 // warps
+    by_shared = 233472 // (-(-(shared + 1024) // 128) * 128)
+    return min(32, 64 // warps, by_registers, by_shared)
+
+
+def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
+    """What is wrong with one kernel, in words; an empty list is a pass."""
+    wrong = []
+    if kernel.stack or kernel.local:
+        wrong.append(f"uses {kernel.stack} bytes of stack and {kernel.local} of local memory")
+    if spills := kernel.count(r"(LDL|STL)\b"):
+        wrong.append(f"{spills} LDL/STL: registers spill, or an array is indexed at run time")
+    for rule in rules:
+        if not fnmatch.fnmatchcase(kernel.name, rule["match"]):
+            continue
+        if kernel.arch not in rule.get("arch", [kernel.arch]):
+            continue
+        if kernel.registers > rule.get("max_registers", 255):
+            wrong.append(f"{kernel.registers} registers, budget {rule['max_registers']}")
+        if "min_blocks" in rule:
+            # From sm_90 on the tool counts the reserved 1,024 bytes of a kernel that uses any.
+            static = kernel.shared - (1024 if kernel.shared and kernel.arch >= "sm_90" else 0)
+            shared = static + rule.get("dynamic_shared", 0)
+            blocks = blocks_per_multiprocessor(kernel.registers, rule["threads"], shared)
+            if blocks < rule["min_blocks"]:
+                wrong.append(f"{blocks} blocks per multiprocessor, least {rule['min_blocks']}")
+        for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
+            place = " in a loop" if suffix else ""
+            for pattern in rule.get("require" + suffix, []):
+                if not any(re.match(pattern, opcode) for opcode in opcodes):
+                    wrong.append(f"no {pattern}{place}")
+            for pattern in rule.get("forbid" + suffix, []):
+                bad = {opcode for opcode in opcodes if re.match(pattern, opcode)}
+                if bad:
+                    wrong.append(f"{', '.join(sorted(bad))}{place}, forbidden by {pattern}")
+    return wrong
+
+
+def load_rules(path: Path) -> list[dict]:
+    rules = tomllib.loads(path.read_text()).get("rule", [])
+    for rule in rules:
+        if unknown := rule.keys() - RULE_KEYS:
+            raise SystemExit(f"sass_gate: {path.name} has unknown keys {sorted(unknown)}")
+        if "min_blocks" in rule and "threads" not in rule:
+            raise SystemExit(f"sass_gate: {path.name}: {rule['match']}: min_blocks needs threads")
+    return rules
+
+
+# --- the table ------------------------------------------------------------------------------------
+def row(kernel: Kernel) -> str:
+    numbers = [kernel.registers, kernel.shared, len(kernel.code)]
+    numbers += [kernel.count(pattern) for pattern in COUNTED.values()]
+    return f"{kernel.arch:8}" + "".join(f"{n:7}" for n in numbers) + f"  {kernel.name}"
+
+
+def table(kernels: list[Kernel]) -> list[str]:
+    head = ["regs", "shared", "instr", *COUNTED]
+    return [f"{'arch':8}" + "".join(f"{h:>7}" for h in head) + "  kernel", *map(row, kernels)]
+
+
+def compiler() -> str:
+    run = subprocess.run(
+        [os.environ.get("NVCC", "nvcc"), "--version"], capture_output=True, text=True
+    )
+    found = re.search(r"V(\d+\.\d+\.\d+)", run.stdout)
+    return f"# nvcc {found[1] if found else 'unknown'}, -O3; `python tools/sass_gate.py --update`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "objects", nargs="*", type=Path, help="objects or cubins; default: the build's"
+    )
+    parser.add_argument("--update", action="store_true", help="rewrite kernels.lock")
+    parser.add_argument("--rules", type=Path, default=RULES)
+    args = parser.parse_args()
+    built = sorted(ROOT.glob("build/cmake-*/CMakeFiles/lx_kernels.dir/csrc/cuda/*.cu.o"))
+    objects = args.objects or [o for o in built if (ROOT / "csrc/cuda" / o.stem).exists()]
+    if not objects:
+        raise SystemExit("sass_gate: no kernel objects; build with LORA_EXT_CUDA=1 first.")
+    try:
+        kernels = read(objects)
+    except FileNotFoundError as error:
+        raise SystemExit(f"sass_gate: {error.filename} is needed; install binutils.") from error
+    rules = load_rules(args.rules)
+    lines = table(kernels)
+    print("\n".join(lines))
+    failed = 0
+    for kernel in kernels:
+        for reason in judge(kernel, rules):
+            failed += 1
+            print(f"FAIL {kernel.arch} {kernel.name}: {reason}")
+    for rule in rules:
+        if not any(fnmatch.fnmatchcase(kernel.name, rule["match"]) for kernel in kernels):
+            if not args.objects:
+                failed += 1
+                print(f"FAIL kernels.toml: no kernel is named {rule['match']}")
+    if not args.objects:
+        wanted = [compiler(), *lines]
+        recorded = LOCK.read_text().splitlines() if LOCK.exists() else []
+        if args.update:
+            LOCK.write_text("\n".join(wanted) + "\n")
+        elif recorded[:1] != wanted[:1]:
+            print("kernels.lock is from another nvcc; numbers are not compared.")
+        elif recorded != wanted:
+            failed += 1
+            print("FAIL kernels.lock differs; `python tools/sass_gate.py --update` records:")
+            print("\n".join(f"  - {old}" for old in recorded if old not in wanted))
+            print("\n".join(f"  + {new}" for new in wanted if new not in recorded))
+    print(f"{len(kernels)} kernels, {failed} failures")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
