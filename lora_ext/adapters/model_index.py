@@ -1,0 +1,108 @@
+"""Which modules of a base model an adapter may touch, and their sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# PEFT has LoRA layers for these as well; an adapter that targets one is refused by name, not skipped.
+_UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One module that can carry an adapter: ``y = base(x)`` maps ``in_features`` to ``out_features``."""
+
+    name: str
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """The part of a model that reading an adapter needs; holds no reference to the model."""
+
+    linear: dict[str, LinearSpec]
+    unsupported: dict[str, str]  # name -> class name
+    output_head: str | None  # PEFT's "all-linear" leaves it out
+    classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        targets: str | Iterable[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelIndex:
+        """Walk ``model.named_modules()``.
+
+        Args:
+            model: any module tree; ``nn.Linear``, its subclasses and transformers' ``Conv1D`` count.
+            targets: a regular expression for whole names, or names and dotted suffixes; None is all.
+            dtype: of the pages; default is the base weight's, or torch's default dtype where the
+                base weight is stored in another format (quantised).
+            device: of the pages; default is the base weight's.
+        """
+        if dtype is not None and dtype not in PAGE_DTYPES:
+            raise ValueError(f"AdapterPool: dtype: expected one of {PAGE_DTYPES}, found {dtype}")
+        names = None if targets is None or isinstance(targets, str) else tuple(targets)
+        linear: dict[str, LinearSpec] = {}
+        unsupported: dict[str, str] = {}
+        for name, module in model.named_modules():
+            size = _linear_size(module)
+            if size is None:
+                if isinstance(module, _UNSUPPORTED):
+                    unsupported[name] = type(module).__name__
+                continue
+            if isinstance(targets, str) and not re.fullmatch(targets, name):
+                continue
+            if names is not None and not matches_suffix(name, names):
+                continue
+            weight = module.weight
+            own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
+            linear[name] = LinearSpec(
+                name, *size, dtype or own, torch.device(device) if device else weight.device
+            )
+        if not linear:
+            raise ValueError(
+                f"AdapterPool: model: expected at least one Linear or Conv1D module matching "
+                f"targets={targets!r}, found none"
+            )
+        return cls(linear, unsupported, *_heads(model))
+
+
+def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
+    """PEFT's rule for lists: the whole name, or everything after one of its dots."""
+    patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
+
+
+def _linear_size(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    # By name, so that transformers is not imported: Conv1D stores its weight as (in, out).
+    for base in type(module).__mro__:
+        if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
+            return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def _heads(model: nn.Module) -> tuple[str | None, str | None]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    classifier = next(
+        (getattr(model, n) for n in ("score", "classifier") if getattr(model, n, None) is not None),
+        None,
+    )
+    names = {id(m): n for n, m in model.named_modules()}
+    return names.get(id(head)), names.get(id(classifier))

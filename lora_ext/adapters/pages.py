@@ -1,0 +1,163 @@
+"""Pages of eight ranks: packing, unpacking, and what a module keeps of them.
+
+A page holds 8 consecutive ranks of one module, the last one of an adapter filled up with zeros::
+
+    a_pages[q, j, :] = lora_A[8p + j, :]      (P, 8, I)
+    b_pages[q, :, j] = lora_B[:, 8p + j]      (P, O, 8)      q = page_table[slot, p]
+
+``csrc/include/lora_ext/lora.h`` reads the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .model_index import LinearSpec
+
+PAGE = 8
+
+
+def page_count(rank: int) -> int:
+    """Pages of an adapter of this rank."""
+    return -(-rank // PAGE)
+
+
+@dataclass(frozen=True)
+class PackedModule:
+    """One module of one adapter in host memory, in page format."""
+
+    a: Tensor  # (n, 8, I)
+    b: Tensor  # (n, O, 8)
+    bias: Tensor | None  # (O,)
+    rank: int
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages and bias."""
+        return self.a.nbytes + self.b.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def pack(
+    a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype, pin: bool = False
+) -> PackedModule:
+    """Cut ``a`` (r, I) and ``b`` (O, r) into pages of ``dtype`` in (pinned) host memory."""
+    rank, n = a.shape[0], page_count(a.shape[0])
+    a_pages = torch.zeros(n, PAGE, a.shape[1], dtype=dtype, pin_memory=pin)
+    b_pages = torch.zeros(n, b.shape[0], PAGE, dtype=dtype, pin_memory=pin)
+    a_pages.view(n * PAGE, -1)[:rank].copy_(a)
+    for p in range(n):
+        ranks = b[:, p * PAGE : (p + 1) * PAGE]  # (O, <= 8)
+        b_pages[p, :, : ranks.shape[1]].copy_(ranks)
+    host_bias = None
+    if bias is not None:
+        host_bias = torch.empty(bias.shape, dtype=dtype, pin_memory=pin).copy_(bias)
+    return PackedModule(a_pages, b_pages, host_bias, rank, scale)
+
+
+def unpack(
+    a_pages: Tensor, b_pages: Tensor, pages: Sequence[int], rank: int
+) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`pack`: ``lora_A`` (r, I) and ``lora_B`` (O, r)."""
+    index = torch.as_tensor(pages, dtype=torch.int64, device=a_pages.device)
+    a = a_pages[index].flatten(0, 1)  # (8n, I)
+    b = b_pages[index].permute(1, 0, 2).flatten(1)  # (O, 8n)
+    return a[:rank], b[:, :rank]
+
+
+@dataclass
+class ModuleSlab:
+    """What the serving layer reads on every forward, for one module.
+
+    The tensors are None until an adapter that targets the module is loaded, and the very same tensors
+    from then on, so a captured CUDA graph may hold their addresses. (``bias`` appears by itself, later,
+    when the first adapter with ``lora_bias`` arrives.) The rows of a slot change only while no one has it
+    pinned. The adapter of slot s adds ``scale[s] * (B A x + bias[s])``: bias is PEFT's, not yet scaled.
+    """
+
+    in_features: int
+    out_features: int
+    a_pages: Tensor | None = None  # (P, 8, I)
+    b_pages: Tensor | None = None  # (P, O, 8)
+    page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)), -1 = none
+    ranks: Tensor | None = None  # int32 (S,), 0 = the slot's adapter leaves this module alone
+    scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r)
+    bias: Tensor | None = None  # (S, O), or None while no adapter has one
+    version: int = 0  # counts publications that touch this module
+
+
+@dataclass
+class TableBlock:
+    """Tables of all modules that were first targeted by one load, so that publishing a slot is three copies."""
+
+    names: tuple[str, ...]
+    page_table: Tensor  # (M, S, ceil(max_rank / 8))
+    ranks: Tensor  # (M, S)
+    scale: Tensor  # (M, S)
+
+    @classmethod
+    def allocate(
+        cls, names: Sequence[str], slots: int, max_pages: int, device: torch.device
+    ) -> TableBlock:
+        """All slots empty."""
+        m = len(names)
+        return cls(
+            tuple(names),
+            torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device),
+            torch.zeros(m, slots, dtype=torch.int32, device=device),
+            torch.zeros(m, slots, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tables."""
+        return self.page_table.nbytes + self.ranks.nbytes + self.scale.nbytes
+
+    def rows(
+        self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Copies (destination, source) that make ``slot`` say what ``modules`` says, for every module."""
+        table = torch.full((len(self.names), self.page_table.shape[2]), -1, dtype=torch.int32)
+        ranks = torch.zeros(len(self.names), dtype=torch.int32)
+        scale = torch.zeros(len(self.names), dtype=torch.float32)
+        for i, name in enumerate(self.names):
+            packed = modules.get(name)
+            if packed is not None:
+                own = pages[name]
+                table[i, : len(own)] = torch.tensor(own, dtype=torch.int32)
+                ranks[i], scale[i] = packed.rank, packed.scale
+        return [
+            (self.page_table[:, slot], table),
+            (self.ranks[:, slot], ranks),
+            (self.scale[:, slot], scale),
+        ]
+
+
+@dataclass
+class Slab:
+    """The pool's own half of a module: its memory and its free pages."""
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+    free: list[int] = field(default_factory=list)
+
+    @classmethod
+    def allocate(cls, spec: LinearSpec, pages: int) -> Slab:
+        """Uninitialised: no table row points at a page that was not written."""
+        try:
+            return cls(
+                torch.empty(pages, PAGE, spec.in_features, dtype=spec.dtype, device=spec.device),
+                torch.empty(pages, spec.out_features, PAGE, dtype=spec.dtype, device=spec.device),
+                free=list(range(pages - 1, -1, -1)),
+            )
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            need = pages * PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
+            raise MemoryError(
+                f"AdapterPool: no memory for {pages} pages of {spec.name!r} ({need} bytes): {error}; "
+                "pass a smaller pages="
+            ) from error

@@ -1,0 +1,99 @@
+"""Regular expressions out of untrusted files.
+
+PEFT reads several config fields as Python regular expressions. ``re`` backtracks, holds the GIL and cannot
+be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would hang the server. Names without
+operators are matched here; everything else in a child process that is killed when its time is up.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+
+TIMEOUT_S = 10.0
+MAX_PATTERN = 1 << 16
+
+# One dotted name, perhaps anchored: no operator but ".", so matching is linear in the name.
+_PLAIN = re.compile(r"\^?[\w.\-]*\$?")
+
+_CHILD = """
+import json, re, sys
+jobs, names = json.load(sys.stdin)
+out = []
+for method, regex in jobs:
+    try:
+        find = getattr(re.compile(regex), method)
+    except Exception as error:
+        sys.exit(json.dump({"error": f"{regex!r}: {error}"}, sys.stdout))
+    out.append([m and (m.groupdict().get("idx") or "") for m in map(find, names)])
+json.dump(out, sys.stdout)
+"""
+
+
+@functools.lru_cache(maxsize=64)
+def match_names(
+    method: str, template: str, patterns: tuple[str, ...], names: tuple[str, ...]
+) -> tuple[tuple[str | None, ...], ...]:
+    """Match every pattern against every name.
+
+    Args:
+        method: ``"match"`` or ``"fullmatch"``, as in ``re``.
+        template: regular expression around each pattern, ``{}`` where it goes.
+        patterns: untrusted.
+        names: module names.
+
+    Returns:
+        One row per pattern, one entry per name: None without a match, else the text of group ``idx``
+        (empty if the template has none).
+
+    Raises:
+        ValueError: a pattern is no regular expression, is too long, or did not finish in time.
+    """
+    rows: list[tuple[str | None, ...] | None] = [None] * len(patterns)
+    hard: list[int] = []
+    for i, pattern in enumerate(patterns):
+        if len(pattern) > MAX_PATTERN:
+            raise ValueError(
+                f"pattern of {len(pattern)} characters, expected at most {MAX_PATTERN}"
+            )
+        if not _PLAIN.fullmatch(pattern):
+            hard.append(i)
+            continue
+        find = getattr(re.compile(template.replace("{}", pattern)), method)
+        rows[i] = tuple(_group(find(name)) for name in names)
+    if hard:
+        jobs = [[method, template.replace("{}", patterns[i])] for i in hard]
+        for i, row in zip(hard, _match_in_child(jobs, names), strict=True):
+            rows[i] = tuple(row)
+    return tuple(row for row in rows if row is not None)
+
+
+def _group(match: re.Match[str] | None) -> str | None:
+    return match and (match.groupdict().get("idx") or "")
+
+
+def _match_in_child(jobs: list[list[str]], names: tuple[str, ...]) -> list[list[str | None]]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=json.dumps([jobs, names]),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"regular expression not matched within {TIMEOUT_S:g} s (catastrophic backtracking?): "
+            f"{jobs[0][1][:200]!r}"
+        ) from None
+    try:
+        result = json.loads(done.stdout)
+    except ValueError:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise ValueError(f"regular expression not matched: {reason[0][:200]}") from None
+    if isinstance(result, dict):
+        raise ValueError(f"expected a regular expression, found {result['error'][:300]}")
+    return result

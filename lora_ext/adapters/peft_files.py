@@ -1,0 +1,239 @@
+"""PEFT's adapter format, read into packed pages and written back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import AdapterConfig
+from .model_index import PAGE_DTYPES, ModelIndex
+from .pages import PackedModule, pack
+from .tensor_files import StateDict, TensorSource, open_tensors, read_config
+
+# What AdapterPool.load accepts: a directory, or (config, state dict).
+AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
+
+_PREFIX = "base_model.model."
+# Files carry no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
+_KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)", re.DOTALL
+)
+_REFUSED_KEYS = {
+    "lora_embedding_": "embedding adapters",
+    "lora_magnitude_vector": "DoRA",
+    "modules_to_save": "replaced modules (modules_to_save)",
+}
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """A whole adapter in host memory, checked and packed."""
+
+    config: AdapterConfig
+    modules: dict[str, PackedModule]
+    leftover: tuple[str, ...] = ()  # what strict=False skipped
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages and biases."""
+        return sum(module.nbytes for module in self.modules.values())
+
+
+def read_adapter(
+    source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
+) -> PackedAdapter:
+    """Read, check and pack an adapter; nothing of it is trusted.
+
+    Args:
+        source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
+            ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
+        index: the base model's modules.
+        max_rank: the largest rank that is accepted.
+        strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
+
+    Raises:
+        ValueError: naming file, key, expected and found.
+        NotImplementedError: DoRA and other things that are legal in PEFT and not here.
+    """
+    if isinstance(source, tuple):
+        raw, state = source
+        if isinstance(raw, AdapterConfig):
+            config = raw
+        else:
+            config = AdapterConfig.parse(raw, "adapter config")
+        tensors: TensorSource = StateDict(state, "state dict")
+    else:
+        directory = Path(source)
+        config = AdapterConfig.parse(*read_config(directory))
+        tensors = open_tensors(directory)
+    try:
+        return _read(config, tensors, index, max_rank, strict)
+    finally:
+        tensors.close()
+
+
+def _read(
+    config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
+) -> PackedAdapter:
+    grouped, leftover = _group_keys(tensors, index)
+    targets = config.targets(index)
+    if targets is not None:
+        for module in [m for m in grouped if m not in targets]:
+            leftover += grouped.pop(module).values()
+        missing = sorted(targets - grouped.keys())
+        if missing:
+            raise ValueError(
+                f"{tensors.where}: expected lora_A and lora_B for each of {len(targets)} targeted "
+                f"modules, found none for {_some(missing)}"
+            )
+    if not grouped:
+        raise ValueError(
+            f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
+        )
+    ranks, unused = config.ranks_and_scales(grouped)
+    leftover += [*(f"config field {name}" for name in config.unknown), *unused]
+    if strict and leftover:
+        raise ValueError(
+            f"{tensors.where}: expected only what the base model and {config.where} account for, "
+            f"found {_some(leftover)} (strict=False skips them)"
+        )
+    for module, keys in grouped.items():  # all headers before the first byte of the first tensor
+        rank, _ = ranks[module]
+        if rank > max_rank:
+            raise ValueError(
+                f"{config.where}: rank of {module}: expected at most max_rank={max_rank}, found {rank}"
+            )
+        _check_headers(tensors, keys, rank, module, index, config)
+    modules = {}
+    for module, keys in grouped.items():
+        spec, pin = index.linear[module], index.linear[module].device.type == "cuda"
+        bias = tensors.read(keys["B.bias"]) if "B.bias" in keys else None
+        a, b = tensors.read(keys["A.weight"]), tensors.read(keys["B.weight"])
+        packed = pack(a, b, bias, ranks[module][1], spec.dtype, pin)
+        for key, values in (
+            ("A.weight", packed.a),
+            ("B.weight", packed.b),
+            ("B.bias", packed.bias),
+        ):
+            # After the conversion, so that what float16 cannot hold is found as well.
+            if values is not None and not torch.isfinite(values).all():
+                raise ValueError(
+                    f"{tensors.where}: {keys[key]}: expected finite values in {spec.dtype}, found NaN or inf"
+                )
+        modules[module] = packed
+    return PackedAdapter(config, modules, tuple(leftover))
+
+
+def _group_keys(
+    tensors: TensorSource, index: ModelIndex
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Keys by module and role (``A.weight``, ``B.weight``, ``B.bias``), and the keys that are none."""
+    grouped: dict[str, dict[str, str]] = {}
+    leftover: list[str] = []
+    for key in tensors.infos:
+        for part, what in _REFUSED_KEYS.items():
+            if part in key:
+                raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
+        match = _KEY.fullmatch(key.removeprefix(_PREFIX))
+        role = match and f"{match['factor']}.{match['kind']}"
+        if match is None or role == "A.bias" or match["module"] not in index.linear:
+            leftover.append(key)
+            continue
+        roles = grouped.setdefault(match["module"], {})
+        if role in roles:
+            raise ValueError(
+                f"{tensors.where}: expected one adapter, found both {roles[role]} and {key}"
+            )
+        roles[role] = key
+    return grouped, leftover
+
+
+def _check_headers(
+    tensors: TensorSource,
+    keys: dict[str, str],
+    rank: int,
+    module: str,
+    index: ModelIndex,
+    config: AdapterConfig,
+) -> None:
+    spec = index.linear[module]
+    expected = {"A.weight": (rank, spec.in_features), "B.weight": (spec.out_features, rank)}
+    if config.lora_bias:
+        expected["B.bias"] = (spec.out_features,)
+    if keys.keys() != expected.keys():
+        raise ValueError(
+            f"{tensors.where}: {module}: expected lora_{{{', '.join(expected)}}}, "
+            f"found lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias})"
+        )
+    for role, shape in expected.items():
+        info = tensors.infos[keys[role]]
+        if info.dtype not in PAGE_DTYPES:
+            raise ValueError(
+                f"{tensors.where}: {keys[role]}: dtype: expected float16, bfloat16, float32 or float64, "
+                f"found {info.dtype}"
+            )
+        if info.shape != shape:
+            raise ValueError(
+                f"{tensors.where}: {keys[role]}: shape: expected {shape}, found {info.shape}"
+            )
+
+
+def _some(items: Iterable[str], limit: int = 4) -> str:
+    items = list(items)
+    shown = ", ".join(item[:200] for item in items[:limit])
+    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def save_adapter(
+    directory: str | os.PathLike[str], config: Any, state: Mapping[str, Tensor]
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
+
+    Args:
+        directory: made if it is not there. Each file appears whole or not at all.
+        config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
+        state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
+            adapter's name; they are written with the former and without the latter.
+    """
+    from safetensors.torch import save
+
+    raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    raw.setdefault("peft_type", "LORA")
+    AdapterConfig.parse(raw, "adapter config")  # what we cannot read we do not write
+    tensors = {}
+    for key, value in state.items():
+        match = _KEY.fullmatch(key.removeprefix(_PREFIX))
+        if match is None:
+            raise ValueError(
+                f"save_adapter: state: expected <module>.lora_A.weight or the like, found {key}"
+            )
+        name = f"{_PREFIX}{match['module']}.lora_{match['factor']}.{match['kind']}"
+        if name in tensors:
+            raise ValueError(f"save_adapter: state: expected one adapter, found {name} twice")
+        tensors[name] = value.detach().cpu().contiguous()
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
+    # The tensors last: a reader that finds them finds the config.
+    _replace(path / "adapter_config.json", text.encode())
+    _replace(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", str(value))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

@@ -1,0 +1,394 @@
+"""AdapterPool: many adapters of one base model in paged slabs, swapped while the model runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .model_index import ModelIndex
+from .pages import page_count
+from .peft_files import AdapterSource, PackedAdapter, read_adapter
+from .store import PageStore, Resident
+
+BASE = "__base__"  # PEFT's name for "no adapter"
+NO_SLOT = -1
+
+
+class UnknownAdapterError(KeyError):
+    """No adapter of that name is loaded."""
+
+    def __str__(self) -> str:
+        """The message without KeyError's quotes."""
+        return self.args[0]
+
+
+class Lease(list[int]):
+    """Pinned slot ids, -1 for the base model; a context manager that releases them."""
+
+    def __init__(self, pool: AdapterPool):
+        super().__init__()
+        self.pool = pool
+        self.released = False
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.released:
+            self.pool.release(self)
+
+
+class AdapterPool:
+    """LoRA adapters of one base model, addressed by slot, stored in pages of eight ranks.
+
+    Args:
+        model: its ``nn.Linear`` and transformers ``Conv1D`` modules are found by name; not kept.
+        max_slots: adapters that can be on the device at once.
+        max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
+        pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, room for the worst case.
+            A server of r16 adapters wants ``2 * max_slots``.
+        dtype, device: of the pages; default is each module's base weight's.
+        targets: modules that adapters may touch (names, suffixes, or a regular expression); default all.
+        host_cache_bytes: evicted adapters are kept in host memory up to this size.
+
+    Every method may be called from any thread. A method that raises leaves the pool as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_slots: int = 64,
+        max_rank: int = 64,
+        pages: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        targets: str | Iterable[str] | None = None,
+        host_cache_bytes: int = 1 << 30,
+    ):
+        for argument, value in (("max_slots", max_slots), ("max_rank", max_rank)):
+            if value < 1:
+                raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
+        if pages is not None and pages < 1:
+            raise ValueError(f"AdapterPool: pages: expected at least 1, found {pages}")
+        self.max_slots = max_slots
+        self.max_rank = max_rank
+        self.pages = pages if pages is not None else max_slots * page_count(max_rank)
+        self.host_cache_bytes = host_cache_bytes
+        self.index = ModelIndex.build(model, targets, dtype, device)
+        self._store = PageStore(self.index, max_slots, max_rank, self.pages)
+        self.modules = self._store.modules
+        self._lock = threading.RLock()
+        self._by_name: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._cache: OrderedDict[str, PackedAdapter] = OrderedDict()  # likewise; not in a slot
+        self._cache_bytes = 0
+        self._dropped: OrderedDict[str, None] = OrderedDict()  # let go by the cache, for errors
+        self._counts = {"loads": 0, "evictions": 0, "cache_hits": 0, "dropped": 0}
+
+    # ---------------------------------------------------------------------------------------------
+    # Names
+
+    @property
+    def names(self) -> list[str]:
+        """Every adapter that :meth:`acquire` knows, on the device or in the host cache."""
+        with self._lock:
+            return [*self._by_name, *self._cache]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether :meth:`acquire` knows the name."""
+        with self._lock:
+            return name in self._by_name or name in self._cache
+
+    def load(self, name: str, source: AdapterSource, strict: bool = True) -> tuple[str, ...]:
+        """Read an adapter and put it into a free slot, evicting the least recently used if need be.
+
+        Args:
+            name: new to the pool.
+            source: PEFT's directory, or ``(config, state_dict)``.
+            strict: False skips keys and fields that nothing uses.
+
+        Returns:
+            What was skipped; empty when strict.
+
+        Raises:
+            ValueError: bad name or content, naming file, key, expected and found.
+            NotImplementedError: a PEFT feature that the pool cannot apply.
+            PoolFullError: every adapter that could make way is pinned.
+        """
+        self._check_new(name)
+        packed = read_adapter(
+            source, self.index, self.max_rank, strict
+        )  # slow, so not under the lock
+        with self._lock:
+            self._check_new(name)
+            self._install(name, packed)
+            self._counts["loads"] += 1
+        return packed.leftover
+
+    def update(
+        self, name: str, source: AdapterSource | Mapping[str, Tensor], strict: bool = True
+    ) -> tuple[str, ...]:
+        """Replace an adapter's weights: built in a new slot, then the name is moved there.
+
+        Whoever has the old slot pinned keeps it, unchanged, until the last release.
+
+        Args:
+            name: in the pool.
+            source: as for :meth:`load`, or a state dict alone, which keeps the config.
+            strict: as for :meth:`load`.
+        """
+        with self._lock:
+            self._check_known([name])
+            held = self._by_name.get(name) or self._cache[name]
+        if isinstance(source, Mapping):
+            source = (held.config, source)
+        packed = read_adapter(source, self.index, self.max_rank, strict)
+        with self._lock:
+            self._check_known([name])
+            self._install(name, packed)
+            self._counts["loads"] += 1
+        return packed.leftover
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Its pages are free at once, or when the last pin is released."""
+        with self._lock:
+            self._check_known([name])
+            if name in self._cache:
+                self._cache_bytes -= self._cache.pop(name).nbytes
+            else:
+                self._retire(self._by_name.pop(name))
+
+    def prefetch(
+        self,
+        sources: Mapping[str, AdapterSource] | Iterable[str | os.PathLike[str]],
+        strict: bool = True,
+    ) -> list[str]:
+        """Read adapters into the host cache, so that the first :meth:`acquire` copies and does not parse.
+
+        Args:
+            sources: name to source, or directories, each named by its last component.
+            strict: as for :meth:`load`.
+
+        Returns:
+            The names. All of them are known afterwards, or none if one fails.
+        """
+        if not isinstance(sources, Mapping):
+            sources = {Path(path).name: path for path in sources}
+        packed = {}
+        for name, source in sources.items():
+            self._check_new(name)
+            packed[name] = read_adapter(source, self.index, self.max_rank, strict)
+        size = sum(p.nbytes for p in packed.values())
+        with self._lock:
+            for name in packed:
+                self._check_new(name)
+            if size > self.host_cache_bytes:
+                raise ValueError(
+                    f"AdapterPool.prefetch: expected at most host_cache_bytes={self.host_cache_bytes}, "
+                    f"found {size} bytes of pages"
+                )
+            for name, adapter in packed.items():
+                self._cache_put(name, adapter)
+        return list(packed)
+
+    # ---------------------------------------------------------------------------------------------
+    # Pins
+
+    def acquire(self, names: Sequence[str | None]) -> Lease:
+        """Pin one adapter per entry and return the slots; None and ``"__base__"`` give -1.
+
+        An adapter that was evicted to the host cache is brought back. All or none are pinned.
+
+        Raises:
+            UnknownAdapterError: naming the name and its close matches.
+            PoolFullError: an evicted adapter finds no room.
+        """
+        if isinstance(names, str):
+            raise TypeError(
+                f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
+            )
+        lease = Lease(self)
+        with self._lock:
+            by_name = self._by_name
+            absent = [n for n in names if n is not None and n != BASE and n not in by_name]
+            if absent:
+                self._bring_back(names, absent)
+            for name in names:
+                if name is None or name == BASE:
+                    lease.append(NO_SLOT)
+                    continue
+                resident = by_name[name]
+                resident.pins += 1
+                by_name.move_to_end(name)
+                lease.append(resident.slot)
+        return lease
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Undo one :meth:`acquire`: the lease itself, or any slots out of leases, one pin per entry."""
+        with self._lock:
+            if isinstance(slots, Lease):
+                if slots.released or slots.pool is not self:
+                    raise ValueError(
+                        "AdapterPool.release: expected a lease of this pool, not released yet"
+                    )
+                slots.released = True
+            else:
+                slots = list(slots)
+                self._check_pins(slots)
+            self._store.mark_use()
+            for slot in slots:
+                if slot == NO_SLOT:
+                    continue
+                resident = self._store.residents[slot]
+                assert resident is not None  # pinned, so still there
+                resident.pins -= 1
+                if resident.retired and resident.pins == 0:
+                    self._store.vacate(resident)
+
+    def _check_pins(self, slots: list[int]) -> None:
+        for slot in set(slots) - {NO_SLOT}:
+            resident = self._store.residents[slot] if 0 <= slot < self.max_slots else None
+            pins = resident.pins if resident else 0
+            if slots.count(slot) > pins:
+                raise ValueError(
+                    f"AdapterPool.release: slot {slot}: expected {slots.count(slot)} pins, found {pins}"
+                )
+
+    # ---------------------------------------------------------------------------------------------
+    # Numbers
+
+    def nbytes(self) -> int:
+        """Bytes of all page slabs: per targeted module, ``pages * 8 * (I + O) * itemsize``."""
+        with self._lock:
+            return sum(slab.a.nbytes + slab.b.nbytes for slab in self._store.slabs.values())
+
+    def stats(self) -> dict[str, int]:
+        """Counters and occupancy."""
+        with self._lock:
+            live = [r for r in self._store.residents if r is not None]
+            biases = sum(s.bias.nbytes for s in self._store.slabs.values() if s.bias is not None)
+            return {
+                "slots_used": len(live),
+                "slots_pinned": sum(r.pins > 0 for r in live),
+                "pins": sum(r.pins for r in live),
+                "modules_targeted": len(self._store.slabs),
+                "pages_total": self.pages * len(self._store.slabs),
+                "pages_free": sum(len(slab.free) for slab in self._store.slabs.values()),
+                "page_bytes": self.nbytes(),
+                "table_bytes": sum(block.nbytes for block in self._store.blocks) + biases,
+                "cached": len(self._cache),
+                "cache_bytes": self._cache_bytes,
+                **self._counts,
+            }
+
+    # ---------------------------------------------------------------------------------------------
+    # Checks of names
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(
+                f"AdapterPool: name: expected a non-empty name but {BASE!r}, found {name!r}"
+            )
+        if name in self:
+            raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._by_name or name in self._cache:
+                continue
+            known = self.names
+            close = difflib.get_close_matches(str(name), known)
+            hint = f"; close matches: {close}" if close else f"; {len(known)} are loaded"
+            if name in self._dropped:
+                hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
+            raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
+
+    # ---------------------------------------------------------------------------------------------
+    # Moving adapters. All of it under the lock.
+
+    def _bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
+        """Install evicted adapters; those that the caller named as well are not evicted for them."""
+        self._check_known(absent)
+        held = [self._by_name[n] for n in set(names) if n is not None and n in self._by_name]
+        for resident in held:
+            resident.pins += 1
+        # Out of the cache first: what is evicted for one of them must not push out the next.
+        wanted = {name: self._cache.pop(name) for name in dict.fromkeys(absent)}
+        self._cache_bytes -= sum(adapter.nbytes for adapter in wanted.values())
+        try:
+            for name in list(wanted):
+                self._install(name, wanted[name])
+                del wanted[name]
+                self._counts["cache_hits"] += 1
+                held.append(self._by_name[name])
+                held[-1].pins += 1
+        finally:
+            for resident in held:
+                resident.pins -= 1
+            for name, adapter in wanted.items():
+                self._keep(name, adapter)
+
+    def _install(self, name: str, packed: PackedAdapter) -> None:
+        """Write an adapter into a free slot, then publish the name: as a new one, or moved there."""
+        old = self._by_name.get(name)
+        order = [*([old] if old else []), *(r for r in self._by_name.values() if r is not old)]
+        plan = self._store.plan(name, packed, order)
+        saved = [self._store.download(victim) for victim in plan.victims]
+        try:
+            self._store.upload(plan.slot, plan.pages, packed.modules, plan)
+        except BaseException:
+            for victim, adapter in zip(plan.victims, saved, strict=True):
+                self._repair(victim, adapter)
+            raise
+        # Python assignments only from here on: nothing fails half-way.
+        resident = Resident(name, plan.slot, packed.config, plan.pages)
+        self._store.commit(plan, resident)
+        for victim in plan.victims:
+            del self._by_name[victim.name]
+        if old is not None and old not in plan.victims:
+            self._retire(old)
+        if name in self._cache:
+            self._cache_bytes -= self._cache.pop(name).nbytes
+        self._by_name[name] = resident
+        self._by_name.move_to_end(name)
+        for victim, adapter in zip(plan.victims, saved, strict=True):
+            if victim is not old:
+                self._counts["evictions"] += 1
+                self._cache_put(victim.name, adapter)
+
+    def _repair(self, victim: Resident, saved: PackedAdapter) -> None:
+        """After a failed copy: put a victim's bytes back, or keep them if the device refuses."""
+        try:
+            self._store.upload(victim.slot, victim.pages, saved.modules)
+        except BaseException:
+            del self._by_name[victim.name]
+            self._store.vacate(victim)
+            self._keep(victim.name, saved)
+
+    def _keep(self, name: str, adapter: PackedAdapter) -> None:
+        """After a failure: into the cache, even above ``host_cache_bytes``, so that nothing is lost."""
+        self._cache[name] = adapter
+        self._cache_bytes += adapter.nbytes
+
+    def _retire(self, resident: Resident) -> None:
+        """The name is gone; so are slot and pages, now or with the last pin."""
+        resident.retired = True
+        if resident.pins == 0:
+            self._store.vacate(resident)
+
+    def _cache_put(self, name: str, adapter: PackedAdapter) -> None:
+        """Keep an adapter in host memory; let the least recently used go until all fits."""
+        self._keep(name, adapter)
+        while self._cache_bytes > self.host_cache_bytes:
+            dropped, packed = self._cache.popitem(last=False)
+            self._cache_bytes -= packed.nbytes
+            self._counts["dropped"] += 1
+            self._dropped[dropped] = None
+            while len(self._dropped) > 1024:
+                self._dropped.popitem(last=False)

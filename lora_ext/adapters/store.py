@@ -1,0 +1,229 @@
+"""Slots, pages and tables on the device: the half of the pool that knows nothing of names.
+
+An adapter is written into pages and a slot that nothing refers to, and the caller publishes the name last. Every
+method but :meth:`PageStore.upload` is Python bookkeeping or an allocation; the pool holds its lock around all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import AdapterConfig
+from .model_index import ModelIndex
+from .pages import ModuleSlab, PackedModule, Slab, TableBlock, page_count
+from .peft_files import PackedAdapter
+from .transfer import Transfer
+
+
+class PoolFullError(RuntimeError):
+    """No room, and nothing unpinned that could make way."""
+
+
+@dataclass
+class Resident:
+    """An adapter in a slot. Once published, only the pins and the fate of the name change."""
+
+    name: str
+    slot: int
+    config: AdapterConfig
+    pages: dict[str, list[int]]
+    pins: int = 0
+    retired: bool = False  # the name is gone or means another slot; freed with the last pin
+
+
+@dataclass
+class Plan:
+    """Where a new adapter goes, made without touching anything."""
+
+    slot: int
+    pages: dict[str, list[int]]
+    free: dict[str, list[int]]  # free pages afterwards, of the modules that change
+    victims: list[Resident]
+    slabs: dict[str, Slab]  # new ones, unknown to the store until commit
+    blocks: list[TableBlock]
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PageStore:
+    """Memory for ``max_slots`` adapters, ``pages`` pages per module, allocated module by module."""
+
+    def __init__(self, index: ModelIndex, max_slots: int, max_rank: int, pages: int):
+        self.index = index
+        self.max_slots = max_slots
+        self.pages = pages
+        self.modules = {
+            name: ModuleSlab(spec.in_features, spec.out_features)
+            for name, spec in index.linear.items()
+        }
+        self.residents: list[Resident | None] = [None] * max_slots
+        self.slabs: dict[str, Slab] = {}
+        self.blocks: list[TableBlock] = []
+        self._max_pages = page_count(max_rank)
+        self._free_slots = list(range(max_slots - 1, -1, -1))
+        devices = {spec.device for spec in index.linear.values()}
+        self._transfers = {device: Transfer(device) for device in devices}
+        self._cuda = [t for device, t in self._transfers.items() if device.type == "cuda"]
+
+    def mark_use(self) -> None:
+        """Steps queued so far may read pages that are about to become free (CUDA only)."""
+        for transfer in self._cuda:
+            transfer.mark_use()
+
+    # ---------------------------------------------------------------------------------------------
+    # Finding room
+
+    def plan(self, name: str, packed: PackedAdapter, order: Iterable[Resident]) -> Plan:
+        """Choose slot, pages and victims.
+
+        Args:
+            name: for the message.
+            packed: the adapter to place.
+            order: residents, the first to be evicted first; pinned ones are passed over.
+
+        Raises:
+            PoolFullError: says what would be needed and who holds it.
+        """
+        need = {module: part.a.shape[0] for module, part in packed.modules.items()}
+        for module, count in need.items():
+            if count > self.pages:
+                raise PoolFullError(
+                    f"AdapterPool: {name!r} needs {count} pages of {module}, "
+                    f"the pool has pages={self.pages}"
+                )
+        free = {m: list(self.slabs[m].free) for m in need if m in self.slabs}
+        slots = list(self._free_slots)
+        victims: list[Resident] = []
+        lacking = {module for module in free if len(free[module]) < need[module]}
+        for resident in order:
+            if slots and not lacking:
+                break
+            if resident.pins or (slots and lacking.isdisjoint(resident.pages)):
+                continue  # in use, or of no help
+            victims.append(resident)
+            slots.append(resident.slot)
+            for module, pages in resident.pages.items():
+                free.setdefault(module, list(self.slabs[module].free)).extend(pages)
+            lacking = {module for module in lacking if len(free[module]) < need[module]}
+        if not slots or lacking:
+            wanted = [] if slots else [f"one of max_slots={self.max_slots} slots"]
+            for module in sorted(lacking)[:3]:
+                wanted.append(
+                    f"{need[module]} pages of {module} ({len(free[module])} can be freed)"
+                )
+            pinned = sorted({r.name for r in self.residents if r is not None and r.pins})
+            raise PoolFullError(
+                f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but the rest is pinned, "
+                f"by {len(pinned)} adapters: {pinned[:8]}"
+            )
+        new = {m: Slab.allocate(self.index.linear[m], self.pages) for m in need if m not in free}
+        free |= {module: slab.free for module, slab in new.items()}
+        pages = {m: [free[m].pop() for _ in range(count)] for m, count in need.items()}
+        return Plan(
+            slots[-1],
+            pages,
+            free,
+            victims,
+            new,
+            self._new_blocks(new),
+            self._new_biases(new, packed),
+        )
+
+    def _new_blocks(self, new: dict[str, Slab]) -> list[TableBlock]:
+        by_device: dict[torch.device, list[str]] = {}
+        for module in new:
+            by_device.setdefault(self.index.linear[module].device, []).append(module)
+        return [
+            TableBlock.allocate(names, self.max_slots, self._max_pages, device)
+            for device, names in by_device.items()
+        ]
+
+    def _new_biases(self, new: dict[str, Slab], packed: PackedAdapter) -> dict[str, Tensor]:
+        biases = {}
+        for module, part in packed.modules.items():
+            slab = new[module] if module in new else self.slabs[module]
+            if part.bias is not None and slab.bias is None:
+                shape = self.max_slots, part.bias.shape[0]
+                biases[module] = torch.zeros(shape, dtype=slab.b.dtype, device=slab.b.device)
+        return biases
+
+    # ---------------------------------------------------------------------------------------------
+    # Bytes
+
+    def upload(
+        self,
+        slot: int,
+        pages: dict[str, list[int]],
+        modules: dict[str, PackedModule],
+        plan: Plan | None = None,
+    ) -> None:
+        """Write pages, and the slot's rows of every table: no row of an earlier owner survives."""
+        slabs = self.slabs | plan.slabs if plan else self.slabs
+        blocks = self.blocks + plan.blocks if plan else self.blocks
+        jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self._transfers}
+        for module, part in modules.items():
+            slab = slabs[module]
+            for i, page in enumerate(pages[module]):
+                jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
+        for module, slab in slabs.items():
+            bias = plan.biases.get(module, slab.bias) if plan else slab.bias
+            if bias is not None:
+                own = modules[module].bias if module in modules else None
+                jobs[bias.device].append((bias[slot], own if own is not None else torch.zeros(())))
+        for block in blocks:
+            jobs[block.ranks.device] += block.rows(slot, pages, modules)
+        for device, transfer in self._transfers.items():
+            transfer.run(jobs[device])
+
+    def download(self, resident: Resident) -> PackedAdapter:
+        """Copy a resident's pages to host memory."""
+        modules = {}
+        for module, pages in resident.pages.items():
+            slab, view = self.slabs[module], self.modules[module]
+            assert view.ranks is not None and view.scale is not None  # the module has a slab
+            index = torch.tensor(pages, device=slab.a.device)
+            modules[module] = PackedModule(
+                slab.a[index].cpu(),
+                slab.b[index].cpu(),
+                None if slab.bias is None else slab.bias[resident.slot].to("cpu", copy=True),
+                int(view.ranks[resident.slot]),
+                float(view.scale[resident.slot]),
+            )
+        return PackedAdapter(resident.config, modules)
+
+    # ---------------------------------------------------------------------------------------------
+    # Bookkeeping that cannot fail
+
+    def commit(self, plan: Plan, resident: Resident) -> None:
+        """Make a plan's memory the store's, and let the modules see it."""
+        self.slabs |= plan.slabs
+        self.blocks += plan.blocks
+        for module, free in plan.free.items():
+            self.slabs[module].free = free
+        for victim in plan.victims:
+            self.residents[victim.slot] = None
+            self._free_slots.append(victim.slot)
+        self._free_slots.remove(plan.slot)
+        self.residents[plan.slot] = resident
+        for block in plan.blocks:
+            for i, name in enumerate(block.names):
+                view = self.modules[name]
+                view.page_table, view.ranks = block.page_table[i], block.ranks[i]
+                view.scale = block.scale[i]
+        for name, bias in plan.biases.items():
+            self.slabs[name].bias = self.modules[name].bias = bias
+        for name, slab in plan.slabs.items():  # last: a forward that sees the pages sees the rest
+            self.modules[name].b_pages = slab.b
+            self.modules[name].a_pages = slab.a
+        for name in resident.pages:
+            self.modules[name].version += 1
+
+    def vacate(self, resident: Resident) -> None:
+        """Free slot and pages. The rows stay: the slot's next owner writes all of them."""
+        self.residents[resident.slot] = None
+        self._free_slots.append(resident.slot)
+        for module, pages in resident.pages.items():
+            self.slabs[module].free.extend(pages)
