@@ -4,7 +4,11 @@ from lora_ext import _loader
 
 _C = _loader.load()
 
-from lora_ext import ops  # noqa: E402  the ops exist once the compiled module is in the process
+# The ops exist once the compiled module is in the process, and all that follows stands on them.
+from lora_ext import nn, ops  # noqa: E402
+from lora_ext.adapters import AdapterPool  # noqa: E402
+from lora_ext.interop.transformers import attach, detach  # noqa: E402
+from lora_ext.nn import adapters  # noqa: E402
 
-__all__ = ["ops"]
+__all__ = ["AdapterPool", "adapters", "attach", "detach", "nn", "ops"]
 __version__ = "0.1.0"

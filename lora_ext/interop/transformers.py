@@ -1,0 +1,158 @@
+"""``attach`` and ``detach``: a pool's layers in somebody else's model. transformers itself is not
+imported."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lora_ext.adapters import AdapterPool
+from lora_ext.nn import MultiLoraLinear, context
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_KEY = "_lora_ext_attachment"
+
+
+@dataclass(eq=False)
+class _Attachment:
+    """Kept on the attached model. Names instead of modules, so that a deep copy of the model is
+    attached too."""
+
+    pool: AdapterPool
+    names: tuple[str, ...]
+    hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
+
+    def __post_init__(self) -> None:
+        context.attachments.add(self)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Attachment:
+        return _Attachment(self.pool, self.names, list(self.hooked))
+
+
+def attach(model: Model, pool: AdapterPool) -> Model:
+    """Put a :class:`MultiLoraLinear` in the place of every module that the pool may adapt.
+
+    Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
+    A module that is registered under several names is replaced under its first, as PEFT does.
+    Where the model can ``generate``, its rows keep their adapters through beams and returned
+    sequences, and ``generate`` takes PEFT's ``adapter_names=``.
+
+    Args:
+        model: the model that the pool was made for, or one of the same shape.
+        pool: where the adapters are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: the model, or a part of it, is attached or carries PEFT's layers. ValueError:
+            a module of the pool is missing or has another size. The model is unchanged then.
+    """
+    if _KEY in model.__dict__:
+        raise RuntimeError(
+            "attach: expected a model that is not attached, found an attached one; detach it first"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, MultiLoraLinear) or type(module).__module__.startswith("peft."):
+            raise RuntimeError(
+                f"attach: expected a model without adapter layers, "
+                f"found {type(module).__name__} at {name!r}"
+            )
+    layers = {name: MultiLoraLinear(_module(model, name), pool, name) for name in pool.modules}
+    attachment = _Attachment(pool, tuple(layers))
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+    for name, module in model.named_modules():
+        for method, hook in _hooks(pool).items():
+            # An instance with a method of its own is left alone.
+            if callable(getattr(type(module), method, None)) and method not in module.__dict__:
+                setattr(module, method, MethodType(hook, module))
+                attachment.hooked.append((name, method))
+    model.__dict__[_KEY] = attachment
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Put back the very module objects that :func:`attach` replaced.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: the model is not attached, or a layer was replaced since. The model is
+            unchanged then.
+    """
+    attachment: _Attachment | None = model.__dict__.get(_KEY)
+    if attachment is None:
+        raise RuntimeError("detach: expected an attached model, found one that is not")
+    layers: dict[str, MultiLoraLinear] = {}
+    for name in attachment.names:
+        layer = _find(model, name)
+        if not isinstance(layer, MultiLoraLinear) or layer.pool is not attachment.pool:
+            found = "nothing" if layer is None else type(layer).__name__
+            raise RuntimeError(
+                f"detach: {name}: expected the MultiLoraLinear that attach put there, found {found}"
+            )
+        layers[name] = layer
+    for name, layer in layers.items():
+        _replace(model, name, layer.base)
+    for name, method in attachment.hooked:
+        module = _find(model, name)
+        if module is not None:
+            module.__dict__.pop(method, None)
+    del model.__dict__[_KEY]
+    context.attachments.discard(attachment)
+    return model
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    module = _find(model, name)
+    if module is None or not name:
+        raise ValueError(
+            f"attach: pool: expected the modules of this model, found {name!r}, which it lacks"
+        )
+    if "experts" in name.split("."):
+        raise ValueError(
+            f"attach: pool: {name!r} belongs to routed experts, which see rows in an order of "
+            "their own; leave them out with AdapterPool(targets=...)"
+        )
+    return module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _hooks(pool: AdapterPool) -> dict[str, Any]:
+    """Methods that an attached model overrides. They find their model through ``self``, in a copy
+    too."""
+    handle = context.pool_handle(pool)
+
+    def generate(self: Any, *args: Any, adapter_names: context.Names = None, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(context.adapters(adapter_names, pool=pool))
+            stack.enter_context(context.generation_scope())
+            return type(self).generate(self, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self: Any, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> Any:
+        expanded = type(self)._expand_inputs_for_generation(self, expand_size, *args, **kwargs)
+        context.repeat_rows(handle, expand_size)
+        return expanded
+
+    return {h.__name__: h for h in (generate, _expand_inputs_for_generation)}

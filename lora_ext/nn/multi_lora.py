@@ -1,0 +1,144 @@
+"""MultiLoraLinear: a linear layer whose rows may each use another adapter of a pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+
+from .context import Pool, current, pool_handle, traced_rows
+
+
+class MultiLoraLinear(nn.Module):
+    """``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row
+    ``t``.
+
+    Rows get their adapters from :func:`lora_ext.adapters`; outside such a block this is ``base``
+    and nothing else. For inference, and differentiable in ``x``; adapters in a pool are not
+    trained.
+
+    The layer has no state of its own: ``base``'s parameters, buffers and children are registered
+    here under their own names, in the very dicts of ``base``. So checkpoints keep their keys,
+    ``.to()`` and ``load_state_dict`` reach ``base``, and whoever asks for ``layer.weight`` gets
+    it.
+
+    Args:
+        base: ``nn.Linear`` or transformers' ``Conv1D``, or anything that maps (..., I) to a new
+            (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module, pool: Pool, name: str):
+        super().__init__()
+        if name not in pool.modules:
+            raise ValueError(
+                f"MultiLoraLinear: name: expected a module of the pool, found {name!r}"
+            )
+        slab = pool.modules[name]
+        found = _features(base)
+        if found is not None and found != (slab.in_features, slab.out_features):
+            raise ValueError(
+                f"MultiLoraLinear: {name}: expected in and out features "
+                f"{(slab.in_features, slab.out_features)} as in the pool, found {found}"
+            )
+        for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[state] = base.__dict__[state]
+        self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
+        self.training = base.training
+        self.pool = pool
+        self.name = name
+        self.slab = slab
+        self.handle = pool_handle(pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        y = self.base(x)
+        slab = self.slab
+        if slab.a_pages is None:
+            return y
+        if torch.compiler.is_compiling():
+            ids, plan = traced_rows(self.handle, x.shape[:-1], x.device, self.pool.max_slots)
+        else:
+            active = current(self.handle)
+            if active is None:
+                return y
+            ids, plan = active.rows(x.shape[:-1], x.device)
+            if ids is None:
+                return y
+        try:
+            return _add_adapters(y, x, slab, ids, plan)
+        except ValueError as error:
+            raise ValueError(
+                f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that "
+                "the model had when it was made)"
+            ) from error
+
+    def train(self, mode: bool = True) -> MultiLoraLinear:
+        """As ``nn.Module.train``, for ``base`` as well."""
+        self.base.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The base module and how many adapters fit beside it."""
+        return f"base={self.base}, slots={self.pool.max_slots}"
+
+    def __getattr__(self, name: str) -> Any:
+        """What this layer lacks, ``base`` may have: in_features, nf, a subclass's own
+        attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["base"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MultiLoraLinear:
+        """A copy of ``base`` that shares the pool."""
+        import copy
+
+        return MultiLoraLinear(copy.deepcopy(self.base, memo), self.pool, self.name)
+
+    # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._load_from_state_dict(*args, **kwargs)
+
+
+def _features(base: nn.Module) -> tuple[int, int] | None:
+    for inner, outer in (("in_features", "out_features"), ("nx", "nf")):
+        if hasattr(base, inner) and hasattr(base, outer):
+            return getattr(base, inner), getattr(base, outer)
+    return None
+
+
+def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:
+    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
+    bank = slab.a_pages, slab.b_pages, ids, slab.scale, slab.ranks, slab.page_table, plan
+    dtype = slab.a_pages.dtype
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    if y.dtype == dtype == x.dtype and not differentiable:
+        y = y.contiguous()
+        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, *bank)  # y is fresh from base: ours to change
+    else:
+        # Also under autocast and where the model has left the pool's dtype: the delta in the
+        # pool's dtype.
+        delta = ops.lora_apply(x2d.to(dtype), *bank)  # (T, O)
+        y = (y + delta.view(y.shape)).to(y.dtype)
+    if slab.bias is not None:
+        y = _add_bias(y, slab, ids)
+    return y
+
+
+def _add_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
+    """PEFT's ``lora_bias``, scaled like the product it belongs to; other rows keep every bit."""
+    slot = ids.clamp(min=0)
+    bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
+    uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)
+    total = (y.reshape(bias.shape) + bias).to(y.dtype)
+    return torch.where(uses.unsqueeze(1), total, y.reshape(bias.shape)).view(y.shape)
