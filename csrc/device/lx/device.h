@@ -155,10 +155,4 @@ LX_DEVICE float2 unpack_floats(uint32_t pair) {
     return to_float2(bit_cast<Packed<T>>(pair));
 }
 
-// cp.async of a whole 4, 8 or 16 bytes (16 bypasses L1).
-template <int kBytes>
-LX_DEVICE void cp_async(void* shared, const void* global) {
-    cp_async<kBytes>(shared, global, kBytes);
-}
-
 }  // namespace lx

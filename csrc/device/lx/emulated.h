@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstring>
+#include <source_location>
 #include <tuple>
 #include <utility>
 
@@ -37,6 +38,9 @@
 namespace lx {
 namespace emu {
 
+// Where the kernel source calls a wrapper; the default argument of those that can fail or block.
+using Site = std::source_location;
+
 struct Self {
     uint3 thread_idx, block_idx;
     dim3 block_dim, grid_dim;
@@ -53,28 +57,31 @@ struct Launch {
     dim3 grid, block;
     size_t dynamic_bytes;
     bool dependent;
+    bool instrumented;  // compiled so that every load and store is reported to the checker
 };
 int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argument_bytes);
 
 enum class BarrierVote { kNone, kOr, kAnd, kCount };
-int block_barrier(BarrierVote vote, bool p);
-void named_barrier(int id, int threads, bool wait);
+int block_barrier(BarrierVote vote, bool p, Site site);
+void named_barrier(int id, int threads, bool wait, Site site);
 void fence();
 
 enum class Shuffle { kIndex, kUp, kDown, kXor };
-void shuffle(Shuffle kind, unsigned mask, void* value, int bytes, int operand, int width);
+void shuffle(Shuffle kind, unsigned mask, void* value, int bytes, int operand, int width,
+             Site site);
 enum class Reduce { kAdd, kMin, kMax, kAnd, kOr, kXor };
-uint32_t reduce(Reduce op, bool is_signed, unsigned mask, uint32_t x);
-unsigned match_any(unsigned mask, uint64_t bits);
+uint32_t reduce(Reduce op, bool is_signed, unsigned mask, uint32_t x, Site site);
+unsigned match_any(unsigned mask, uint64_t bits, Site site);
 
 enum class Atomic { kAdd, kMin, kMax, kAnd, kOr, kExchange, kCompareExchange };
-uint64_t atomic(Atomic op, void* p, int bytes, bool is_signed, uint64_t x, uint64_t expected);
+uint64_t atomic(Atomic op, void* p, int bytes, bool is_signed, uint64_t x, uint64_t expected,
+                Site site);
 
-void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed);
-void mma_bf16(float* d, const uint32_t* a, const uint32_t* b);
-void mma_f16(float* d, const uint32_t* a, const uint32_t* b);
-void mma_tf32(float* d, const uint32_t* a, const uint32_t* b);
-void cp_async(void* shared, const void* global, int bytes, int source_bytes);
+void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed, Site site);
+void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+void mma_f16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+void mma_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site);
+void cp_async(void* shared, const void* global, int bytes, int source_bytes, Site site);
 
 }  // namespace emu
 
@@ -95,7 +102,13 @@ int launch(const char* name, bool dependent, void (*kernel)(Params...), dim3 gri
         auto& c = *static_cast<Call*>(p);
         std::apply(c.kernel, c.args);
     };
-    return emu::run({name, grid, block, dynamic_bytes, dependent}, body, &call, sizeof(call));
+#ifdef __SANITIZE_THREAD__
+    constexpr bool kInstrumented = true;
+#else
+    constexpr bool kInstrumented = false;
+#endif
+    return emu::run({name, grid, block, dynamic_bytes, dependent, kInstrumented}, body, &call,
+                    sizeof(call));
 }
 
 // Bits
@@ -124,24 +137,24 @@ inline unsigned funnel_shift_right(unsigned low, unsigned high, unsigned shift) 
 }
 
 // Barriers and fences
-inline void syncthreads() {
-    emu::block_barrier(emu::BarrierVote::kNone, false);
+inline void syncthreads(emu::Site site = emu::Site::current()) {
+    emu::block_barrier(emu::BarrierVote::kNone, false, site);
 }
-inline bool syncthreads_or(bool p) {
-    return emu::block_barrier(emu::BarrierVote::kOr, p) != 0;
+inline bool syncthreads_or(bool p, emu::Site site = emu::Site::current()) {
+    return emu::block_barrier(emu::BarrierVote::kOr, p, site) != 0;
 }
-inline bool syncthreads_and(bool p) {
-    return emu::block_barrier(emu::BarrierVote::kAnd, p) != 0;
+inline bool syncthreads_and(bool p, emu::Site site = emu::Site::current()) {
+    return emu::block_barrier(emu::BarrierVote::kAnd, p, site) != 0;
 }
-inline int syncthreads_count(bool p) {
-    return emu::block_barrier(emu::BarrierVote::kCount, p);
+inline int syncthreads_count(bool p, emu::Site site = emu::Site::current()) {
+    return emu::block_barrier(emu::BarrierVote::kCount, p, site);
 }
-void syncwarp(unsigned mask = kFullMask);
-inline void bar_sync(int id, int threads) {
-    emu::named_barrier(id, threads, true);
+void syncwarp(unsigned mask = kFullMask, emu::Site site = emu::Site::current());
+inline void bar_sync(int id, int threads, emu::Site site = emu::Site::current()) {
+    emu::named_barrier(id, threads, true, site);
 }
-inline void bar_arrive(int id, int threads) {
-    emu::named_barrier(id, threads, false);
+inline void bar_arrive(int id, int threads, emu::Site site = emu::Site::current()) {
+    emu::named_barrier(id, threads, false, site);
 }
 inline void fence_block() {}  // orders nothing that the race rule would not order by a barrier
 inline void fence_device() {
@@ -153,102 +166,107 @@ inline void fence_system() {
 
 // Warp collectives
 template <class T>
-inline T shfl_sync(unsigned mask, T x, int source, int width = kWarpSize) {
-    emu::shuffle(emu::Shuffle::kIndex, mask, &x, sizeof(T), source, width);
+inline T shfl_sync(unsigned mask, T x, int source, int width = kWarpSize,
+                   emu::Site site = emu::Site::current()) {
+    emu::shuffle(emu::Shuffle::kIndex, mask, &x, sizeof(T), source, width, site);
     return x;
 }
 template <class T>
-inline T shfl_up_sync(unsigned mask, T x, unsigned delta, int width = kWarpSize) {
-    emu::shuffle(emu::Shuffle::kUp, mask, &x, sizeof(T), static_cast<int>(delta), width);
+inline T shfl_up_sync(unsigned mask, T x, unsigned delta, int width = kWarpSize,
+                      emu::Site site = emu::Site::current()) {
+    emu::shuffle(emu::Shuffle::kUp, mask, &x, sizeof(T), static_cast<int>(delta), width, site);
     return x;
 }
 template <class T>
-inline T shfl_down_sync(unsigned mask, T x, unsigned delta, int width = kWarpSize) {
-    emu::shuffle(emu::Shuffle::kDown, mask, &x, sizeof(T), static_cast<int>(delta), width);
+inline T shfl_down_sync(unsigned mask, T x, unsigned delta, int width = kWarpSize,
+                        emu::Site site = emu::Site::current()) {
+    emu::shuffle(emu::Shuffle::kDown, mask, &x, sizeof(T), static_cast<int>(delta), width, site);
     return x;
 }
 template <class T>
-inline T shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = kWarpSize) {
-    emu::shuffle(emu::Shuffle::kXor, mask, &x, sizeof(T), lane_mask, width);
+inline T shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = kWarpSize,
+                       emu::Site site = emu::Site::current()) {
+    emu::shuffle(emu::Shuffle::kXor, mask, &x, sizeof(T), lane_mask, width, site);
     return x;
 }
-unsigned ballot_sync(unsigned mask, bool p);
-inline bool any_sync(unsigned mask, bool p) {
-    return ballot_sync(mask, p) != 0;
+unsigned ballot_sync(unsigned mask, bool p, emu::Site site = emu::Site::current());
+inline bool any_sync(unsigned mask, bool p, emu::Site site = emu::Site::current()) {
+    return ballot_sync(mask, p, site) != 0;
 }
-inline bool all_sync(unsigned mask, bool p) {
-    return ballot_sync(mask, !p) == 0;
+inline bool all_sync(unsigned mask, bool p, emu::Site site = emu::Site::current()) {
+    return ballot_sync(mask, !p, site) == 0;
 }
 template <class T>
-inline unsigned match_any_sync(unsigned mask, T x) {
+inline unsigned match_any_sync(unsigned mask, T x, emu::Site site = emu::Site::current()) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
     uint64_t bits = 0;
     __builtin_memcpy(&bits, &x, sizeof(T));
-    return emu::match_any(mask, bits);
+    return emu::match_any(mask, bits, site);
 }
 namespace emu {
 template <class T>
-inline T reduce_as(Reduce op, unsigned mask, T x) {
+inline T reduce_as(Reduce op, unsigned mask, T x, Site site) {
     static_assert(std::is_integral_v<T> && sizeof(T) == 4);
-    return static_cast<T>(reduce(op, std::is_signed_v<T>, mask, static_cast<uint32_t>(x)));
+    return static_cast<T>(reduce(op, std::is_signed_v<T>, mask, static_cast<uint32_t>(x), site));
 }
 template <class T>
-inline T atomic_as(Atomic op, T* p, T x, T expected = T{}) {
+inline T atomic_as(Atomic op, T* p, T x, T expected, Site site) {
     static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
     return static_cast<T>(atomic(op, p, sizeof(T), std::is_signed_v<T>, static_cast<uint64_t>(x),
-                                 static_cast<uint64_t>(expected)));
+                                 static_cast<uint64_t>(expected), site));
 }
 }  // namespace emu
 template <class T>
-inline T reduce_add_sync(unsigned mask, T x) {
-    return emu::reduce_as(emu::Reduce::kAdd, mask, x);
+inline T reduce_add_sync(unsigned mask, T x, emu::Site site = emu::Site::current()) {
+    return emu::reduce_as(emu::Reduce::kAdd, mask, x, site);
 }
 template <class T>
-inline T reduce_min_sync(unsigned mask, T x) {
-    return emu::reduce_as(emu::Reduce::kMin, mask, x);
+inline T reduce_min_sync(unsigned mask, T x, emu::Site site = emu::Site::current()) {
+    return emu::reduce_as(emu::Reduce::kMin, mask, x, site);
 }
 template <class T>
-inline T reduce_max_sync(unsigned mask, T x) {
-    return emu::reduce_as(emu::Reduce::kMax, mask, x);
+inline T reduce_max_sync(unsigned mask, T x, emu::Site site = emu::Site::current()) {
+    return emu::reduce_as(emu::Reduce::kMax, mask, x, site);
 }
-inline unsigned reduce_and_sync(unsigned mask, unsigned x) {
-    return emu::reduce_as(emu::Reduce::kAnd, mask, x);
+inline unsigned reduce_and_sync(unsigned mask, unsigned x, emu::Site site = emu::Site::current()) {
+    return emu::reduce_as(emu::Reduce::kAnd, mask, x, site);
 }
-inline unsigned reduce_or_sync(unsigned mask, unsigned x) {
-    return emu::reduce_as(emu::Reduce::kOr, mask, x);
+inline unsigned reduce_or_sync(unsigned mask, unsigned x, emu::Site site = emu::Site::current()) {
+    return emu::reduce_as(emu::Reduce::kOr, mask, x, site);
 }
-inline unsigned reduce_xor_sync(unsigned mask, unsigned x) {
-    return emu::reduce_as(emu::Reduce::kXor, mask, x);
+inline unsigned reduce_xor_sync(unsigned mask, unsigned x, emu::Site site = emu::Site::current()) {
+    return emu::reduce_as(emu::Reduce::kXor, mask, x, site);
 }
 
 // Atomics
 template <class T>
-inline T atomic_add(T* p, T x) {
-    return emu::atomic_as(emu::Atomic::kAdd, p, x);
+inline T atomic_add(T* p, T x, emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kAdd, p, x, T{}, site);
 }
 template <class T>
-inline T atomic_min(T* p, T x) {
-    return emu::atomic_as(emu::Atomic::kMin, p, x);
+inline T atomic_min(T* p, T x, emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kMin, p, x, T{}, site);
 }
 template <class T>
-inline T atomic_max(T* p, T x) {
-    return emu::atomic_as(emu::Atomic::kMax, p, x);
+inline T atomic_max(T* p, T x, emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kMax, p, x, T{}, site);
 }
 template <class T>
-inline T atomic_and(T* p, T x) {
-    return emu::atomic_as(emu::Atomic::kAnd, p, x);
+inline T atomic_and(T* p, T x, emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kAnd, p, x, T{}, site);
 }
 template <class T>
-inline T atomic_or(T* p, T x) {
-    return emu::atomic_as(emu::Atomic::kOr, p, x);
+inline T atomic_or(T* p, T x, emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kOr, p, x, T{}, site);
 }
 template <class T>
-inline T atomic_exchange(T* p, T x) {
-    return emu::atomic_as(emu::Atomic::kExchange, p, x);
+inline T atomic_exchange(T* p, T x, emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kExchange, p, x, T{}, site);
 }
 template <class T>
-inline T atomic_compare_exchange(T* p, T expected, T desired) {
-    return emu::atomic_as(emu::Atomic::kCompareExchange, p, desired, expected);
+inline T atomic_compare_exchange(T* p, T expected, T desired,
+                                 emu::Site site = emu::Site::current()) {
+    return emu::atomic_as(emu::Atomic::kCompareExchange, p, desired, expected, site);
 }
 
 // Loads and stores with cache hints: plain ones, which the check flavour sees at their full width.
@@ -276,43 +294,49 @@ inline void prefetch_l2(const void*) {}
 
 // Tensor cores
 uint32_t shared_address(const void* p);
-inline void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
-    emu::ldmatrix(r, row, 1, false);
+inline void ldmatrix_x1(uint32_t (&r)[1], const void* row, emu::Site site = emu::Site::current()) {
+    emu::ldmatrix(r, row, 1, false, site);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-    emu::ldmatrix(r, row, 2, false);
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, emu::Site site = emu::Site::current()) {
+    emu::ldmatrix(r, row, 2, false, site);
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-    emu::ldmatrix(r, row, 4, false);
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, emu::Site site = emu::Site::current()) {
+    emu::ldmatrix(r, row, 4, false, site);
 }
-inline void ldmatrix_x1_trans(uint32_t (&r)[1], const void* row) {
-    emu::ldmatrix(r, row, 1, true);
+inline void ldmatrix_x1_trans(uint32_t (&r)[1], const void* row,
+                              emu::Site site = emu::Site::current()) {
+    emu::ldmatrix(r, row, 1, true, site);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-    emu::ldmatrix(r, row, 2, true);
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row,
+                              emu::Site site = emu::Site::current()) {
+    emu::ldmatrix(r, row, 2, true, site);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-    emu::ldmatrix(r, row, 4, true);
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row,
+                              emu::Site site = emu::Site::current()) {
+    emu::ldmatrix(r, row, 4, true, site);
 }
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         emu::Site site = emu::Site::current()) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
     if constexpr (std::is_same_v<T, bf16>) {
-        emu::mma_bf16(d, a, b);
+        emu::mma_bf16(d, a, b, site);
     } else {
-        emu::mma_f16(d, a, b);
+        emu::mma_f16(d, a, b, site);
     }
 }
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emu::mma_tf32(d, a, b);
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             emu::Site site = emu::Site::current()) {
+    emu::mma_tf32(d, a, b, site);
 }
 uint32_t to_tf32(float x);
 
 // cp.async
 template <int kBytes>
-inline void cp_async(void* shared, const void* global, int source_bytes) {
+inline void cp_async(void* shared, const void* global, int source_bytes = kBytes,
+                     emu::Site site = emu::Site::current()) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-    emu::cp_async(shared, global, kBytes, source_bytes);
+    emu::cp_async(shared, global, kBytes, source_bytes, site);
 }
 void cp_async_commit();
 void cp_async_wait(int pending);
@@ -349,6 +373,6 @@ inline float reciprocal_approx(float x) {
     return 1.0f / x;
 }
 
-[[noreturn]] void trap();
+[[noreturn]] void trap(emu::Site site = emu::Site::current());
 
 }  // namespace lx

@@ -394,7 +394,7 @@ LX_INLINE uint32_t to_tf32(float x) {
 // `source_bytes` (0 .. kBytes) are read, the rest becomes zero.
 
 template <int kBytes>
-LX_INLINE void cp_async(void* shared, const void* global, int source_bytes) {
+LX_INLINE void cp_async(void* shared, const void* global, int source_bytes = kBytes) {
     static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
     if constexpr (kBytes == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),

@@ -1,0 +1,83 @@
+#include "emu/fiber.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace lx::emu {
+
+Stack fiber_stack(int index) {
+    static Stack stacks[1024] = {};
+    Stack& stack = stacks[index];
+    if (!stack.low) {
+        const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+        void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) abort();
+        stack.low = static_cast<unsigned char*>(memory) + page;
+        // Tops at one distance would put the hot lines of all stacks into the same cache sets.
+        stack.high = static_cast<unsigned char*>(memory) + kStackBytes - 64 * (index % 32);
+    }
+    return stack;
+}
+
+#if defined(__x86_64__) && !defined(LX_EMU_PORTABLE_FIBERS)
+
+asm(R"(
+    .text
+    .p2align 4
+    .hidden lx_emu_switch
+    .globl lx_emu_switch
+    .type lx_emu_switch, @function
+lx_emu_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size lx_emu_switch, . - lx_emu_switch
+)");
+extern "C" void lx_emu_switch(void** from, void* to);
+
+void fiber_switch(Context* from, Context* to) {
+    lx_emu_switch(from, *to);
+}
+
+void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
+    auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack.high) & ~uintptr_t{15});
+    *--top = nullptr;  // where a return address of `entry` would be: keeps the alignment of a call
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    *context = top;
+}
+
+#else
+
+void fiber_switch(Context* from, Context* to) {
+    swapcontext(from, to);
+}
+
+void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
+    getcontext(context);
+    context->uc_stack.ss_sp = stack.low;
+    context->uc_stack.ss_size = static_cast<size_t>(stack.high - stack.low);
+    context->uc_link = nullptr;
+    makecontext(context, entry, 0);
+}
+
+#endif
+
+}  // namespace lx::emu

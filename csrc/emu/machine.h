@@ -1,0 +1,204 @@
+// The state of the emulated machine: one block at a time, one fiber per thread. Internal to
+// csrc/emu.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "emu/emu.h"
+#include "emu/fiber.h"
+#include "lx/device.h"
+
+namespace lx::emu {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / kWarpSize;
+constexpr size_t kArenaBytes = 227 * 1024;  // what a block may have on an H100
+constexpr size_t kArenaSlack = 16 * 1024;   // room for the gaps between allocations
+constexpr size_t kGap = 64;                 // bytes between two shared allocations
+constexpr size_t kStaticSharedBytes = 48 * 1024;
+
+// A line of kernel source: known from a wrapper's default argument, or as a code address.
+struct Place {
+    const char* file = nullptr;
+    unsigned line = 0;
+    const void* code = nullptr;
+
+    Place() = default;
+    Place(const Site& site) : file(site.file_name()), line(site.line()) {}
+    explicit Place(const void* code) : code(code) {}
+};
+
+struct Warp;
+
+struct Copy {
+    unsigned char* shared;
+    const unsigned char* global;
+    int bytes, source_bytes;
+    Site site;
+};
+
+struct Thread {
+    Self self;  // first member: what the kernel reads as threadIdx and so on
+    Warp* warp;
+    int rank, lane;
+    Context context;
+    Stack stack;
+    const char* waits_in;
+    Site site;
+    bool live;
+    bool dependency_met;  // of a dependent launch: grid_dependency_wait() lies behind
+    bool vote;
+    std::vector<std::vector<Copy>> copy_groups;  // committed
+    std::vector<Copy> open_copies;
+    // Release and acquire through a fence and an atomic, see checker.cpp
+    bool fenced;
+    std::array<uint32_t, kMaxWarps> fence_clock;
+    std::vector<const void*> seen_atomics;
+};
+
+// Lanes of one warp that have arrived in one collective.
+struct Slot {
+    unsigned mask = 0, arrived = 0;
+    const char* name = nullptr;
+    void (*compute)(Warp&, const Slot&) = nullptr;
+    std::array<void*, kWarpSize> operands;
+};
+
+struct Warp {
+    int index;
+    unsigned live;
+    int num_slots;
+    std::array<Slot, kWarpSize> slots;
+    // Vector clocks. clock[w]: how much of warp w lies before whatever this warp does next.
+    std::array<uint32_t, kMaxWarps> clock;
+    // The same between the lanes of this warp, advanced by syncwarp.
+    std::array<std::array<uint32_t, kWarpSize>, kWarpSize> lane_clock;
+};
+
+struct NamedBarrier {
+    int expected = 0, arrived = 0;
+    bool dependency_met = false;
+    std::array<uint32_t, kMaxWarps> clock{};
+    std::vector<Thread*> waiting;
+};
+
+struct SharedArray {
+    const void* key;
+    const char* name;
+    size_t begin, bytes;
+};
+
+struct Record {
+    uint32_t block = 0;  // serial number, 0: none
+    uint32_t clock = 0, lane_clock = 0;
+    uint16_t thread = 0;
+    bool atomic = false;
+    bool in_flight = false;  // writer: a cp.async that nobody has waited for
+};
+struct Cell {  // two bytes of memory
+    Record writer, reader, reader_of_other_warp;
+};
+
+struct FreeDeleter {
+    void operator()(void* p) const { free(p); }
+};
+
+struct Buffer {
+    const char* name;
+    uintptr_t begin, end;
+    int64_t rows, row_bytes, row_stride;
+    Access access;
+    std::unique_ptr<Cell[], FreeDeleter> cells;  // of writable buffers, made on first use
+};
+
+struct Machine {
+    Options options;
+    std::vector<std::string> reports;  // since take_reports()
+    std::string last_error;            // of the last launch
+    Counters counters;
+
+    // This launch
+    Launch launch;
+    void (*body)(void*);
+    void* arguments;
+    size_t argument_bytes;
+    std::vector<Buffer> buffers;
+    std::vector<SharedArray> shared_arrays;
+    size_t shared_used;   // of the arena
+    size_t static_bytes;  // without gaps
+    bool any_dependency_wait;
+    int num_reports;
+    bool stopped;
+    uint64_t random_state;
+    bool early_copies;
+    std::vector<size_t> reported;  // hashes of (category, place)
+
+    // This block
+    uint32_t block_serial = 0;
+    int num_threads, num_warps, live;
+    int at_barrier;
+    BarrierVote barrier_vote;
+    std::vector<Thread*> barrier_waiting;
+    int barrier_result;
+    std::array<NamedBarrier, 16> named;
+
+    // Fibers
+    Thread* current = nullptr;  // nullptr: not inside a kernel
+    Context host;
+    std::array<Thread*, kMaxThreads> ready;  // ring
+    uint32_t ready_head, ready_tail;
+
+    std::unique_ptr<Thread[]> threads;
+    std::unique_ptr<Warp[]> warps;
+    unsigned char* arena;  // kArenaBytes + kArenaSlack, 1024-byte aligned
+    std::unique_ptr<Cell[], FreeDeleter> arena_cells;
+
+    bool checked() const { return launch.instrumented && options.races; }
+    uint64_t random() {
+        random_state ^= random_state << 13;
+        random_state ^= random_state >> 7;
+        return random_state ^= random_state << 17;
+    }
+};
+extern Machine machine;
+
+// --- scheduler.cpp
+void make_ready(Thread* thread);
+void block(const char* what, Site site);  // until somebody makes the current thread ready
+void yield();
+[[noreturn]] void stop_launch();  // back to run(), no fiber continues
+
+// The lanes of `mask` meet; the last one computes for all, with every lane's operand in its slot.
+void collective(const char* name, unsigned mask, void* operand, void (*compute)(Warp&, const Slot&),
+                Site site);
+
+// --- reports.cpp
+std::string describe(const Thread& thread);
+std::string describe(const Place& place);
+// Category: bounds, permission, alignment, initialisation, race, divergence, deadlock, asynchrony,
+// dependency, resources, trap.
+void report(const char* category, const Place& place, const std::string& text);
+[[noreturn]] void fatal(const char* category, const Place& place, const std::string& text);
+
+// --- checker.cpp
+enum class Touch { kRead, kWrite, kAtomic };
+// Before each access: bounds, permission, alignment always; races and initialisation in the check
+// flavour.
+void touch(const void* p, size_t bytes, Touch how, bool must_align, const Place& place);
+enum class AsyncStep { kIssue, kLand };
+void touch_async(const void* shared, size_t bytes, AsyncStep step, const Place& place);
+bool in_arena(const void* p, size_t bytes);  // inside one shared allocation
+void check_shared(const void* p, size_t bytes, const char* instruction, const Place& place);
+void order_block_barrier();
+void order_arrive(NamedBarrier& barrier);
+void order_wait(NamedBarrier& barrier, Thread& thread);
+void order_syncwarp(Warp& warp, unsigned mask);
+void order_atomic(const void* p);
+void order_fence();
+void forget_launch();
+
+}  // namespace lx::emu

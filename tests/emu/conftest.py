@@ -1,0 +1,81 @@
+"""Builds the micro-kernels of this folder for the emulator and loads them through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def build_folder() -> Path:
+    """The CMake build of this folder, up to date; kept between runs so that a rerun compiles nothing."""
+    name = "lora-ext-emu-" + sha256(str(HERE).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    for command in (
+        ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
+        ["cmake", "--build", str(folder), "-j2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return folder
+
+
+@dataclass
+class Emulator:
+    """One flavour of the library: ``call`` runs a launcher, ``reports`` holds what it complained about."""
+
+    library: ctypes.CDLL
+    reports: list[str]
+
+    def call(self, function: str, *args: object, seed: int = 0, cp_async: int = 0) -> int:
+        self.library.emu_configure(ctypes.c_uint64(seed), cp_async, 20)
+        converted = [
+            ctypes.c_void_p(a.ctypes.data)
+            if isinstance(a, np.ndarray)
+            else ctypes.c_int64(a)
+            if isinstance(a, int)
+            else a
+            for a in args
+        ]
+        status = getattr(self.library, function)(*converted)
+        text = ctypes.create_string_buffer(1 << 16)
+        self.library.emu_take_reports(text, ctypes.c_int64(len(text)))
+        self.reports[:] = text.value.decode().splitlines()
+        return status
+
+    def run(self, function: str, *args: object, seed: int = 0, cp_async: int = 0) -> None:
+        """A call that must be clean."""
+        status = self.call(function, *args, seed=seed, cp_async=cp_async)
+        assert (status, self.reports) == (0, [])
+
+
+def load(folder: Path, flavour: str) -> Emulator:
+    return Emulator(ctypes.CDLL(str(folder / f"libemu_{flavour}.so")), [])
+
+
+@pytest.fixture(scope="session")
+def fast(build_folder: Path) -> Emulator:
+    return load(build_folder, "fast")
+
+
+@pytest.fixture(scope="session")
+def check(build_folder: Path) -> Emulator:
+    return load(build_folder, "check")
+
+
+@pytest.fixture(scope="session", params=["fast", "check"])
+def emulator(request: pytest.FixtureRequest, build_folder: Path) -> Emulator:
+    return load(build_folder, request.param)
