@@ -1,4 +1,4 @@
-"""``python -m lora_ext.doctor``: what is installed, how it was built, and whether each device works.
+"""``python -m lora_ext.doctor``: what is installed, how it was built, whether each device works.
 
 The output is meant to be pasted into a bug report as it is. The exit status is 1 if an op failed.
 """

@@ -1,0 +1,62 @@
+# The newcomer's door. Each target makes what it needs, may be repeated, and leaves `git status` clean.
+#
+#   make demo    the main job on a real model: train adapters, serve them in one mixed batch
+#   make test    build, emulator included, and run the tests
+#   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
+#   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
+#   make bench   the microbenchmarks
+SHELL := /bin/bash
+VENV ?= .venv
+OUT ?= out
+PY = $(VENV)/bin/python
+
+# The first python that can make a virtual environment.
+find_python = for p in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
+  $$p -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && exit; done; \
+  echo "make: no Python 3.10 or newer with venv; apt install python3-venv" >&2; exit 1
+# The first python whose torch is a CUDA build, or else the first one at all: the leg itself says what is missing.
+find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10 $(PY); do \
+  $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && echo $$p && exit; done; echo python3
+
+.PHONY: help demo test check gpu bench build build-emu clean
+help:
+	@sed -n '3,8s/^# *//p' Makefile
+
+$(VENV)/base.stamp: pyproject.toml
+	python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q torch numpy safetensors "setuptools>=77" "cmake>=3.24" ninja
+	@touch $@
+
+# extras-a-b.stamp: the dependencies of the extras a and b of pyproject.toml
+$(VENV)/extras-%.stamp: $(VENV)/base.stamp tools/install_extras.py
+	$(PY) tools/install_extras.py $(subst -, ,$*)
+	@touch $@
+
+$(VENV)/editable.stamp: $(VENV)/base.stamp
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(VENV)/editable.stamp
+	$(PY) setup.py -q build_ext --inplace
+
+build-emu: $(VENV)/editable.stamp $(VENV)/extras-test.stamp
+	LORA_EXT_EMU=1 $(PY) setup.py -q build_ext --inplace
+
+demo: $(VENV)/extras-demo.stamp build
+	$(PY) examples/demo.py
+
+test: build-emu
+	$(PY) -m pytest -q -n 2 --require-emu
+
+check: $(VENV)/extras-test-dev-demo.stamp $(VENV)/editable.stamp
+	$(PY) tools/check.py
+
+gpu:
+	python=$${PYTHON:-$$($(find_cuda_python))} && $$python tools/gpu_leg.py --out "$(OUT)"
+
+bench: $(VENV)/extras-bench.stamp build
+	$(PY) benchmarks/bench_lora.py
+
+clean:
+	rm -rf build dist out lora_ext/_build_info.py lora_ext/*.so

@@ -1,0 +1,52 @@
+"""The compiled module; Python uses the same ops through ``torch.ops.lora_ext``."""
+
+from torch import Tensor
+
+def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None, /) -> Tensor: ...
+def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int, /) -> Tensor: ...
+def lora_shrink(
+    x: Tensor,
+    a: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+    page_table: Tensor | None,
+    plan: Tensor | None,
+    /,
+) -> Tensor: ...
+def lora_expand_(
+    y: Tensor,
+    v: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    ranks: Tensor | None,
+    page_table: Tensor | None,
+    plan: Tensor | None,
+    /,
+) -> None: ...
+def lora_apply(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+    page_table: Tensor | None,
+    plan: Tensor | None,
+    /,
+) -> Tensor: ...
+def lora_apply_(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+    page_table: Tensor | None,
+    plan: Tensor | None,
+    /,
+) -> None: ...
+def cpu_isa() -> str: ...
+def set_cpu_isa(isa: str, /) -> None: ...
+def set_debug(on: bool, /) -> None: ...

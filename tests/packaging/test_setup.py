@@ -1,0 +1,191 @@
+"""setup.py: each way an install can fail says one sentence with the remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("lora_ext_setup", ROOT / "setup.py")
+assert spec and spec.loader
+build = importlib.util.module_from_spec(spec)
+sys.modules["lora_ext_setup"] = build
+spec.loader.exec_module(build)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("LORA_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("CXX", "CUDAHOSTCXX"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def torch_for(cuda: str | None, version: str = "2.13.0"):
+    return types.SimpleNamespace(__version__=version, version=types.SimpleNamespace(cuda=cuda))
+
+
+def script(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A CUDA toolkit of a given version that accepts gcc up to a given one."""
+
+    def make(release: str = "13.0", gcc: int = 15) -> Path:
+        home = tmp_path / "cuda"
+        script(
+            home / "bin/nvcc",
+            'case "$1" in\n'
+            f'--version) echo "Cuda compilation tools, release {release}, V{release}.88";;\n'
+            f'*) echo "#$ TOP={home}" >&2;;\nesac',
+        )
+        (home / "include/crt").mkdir(parents=True)
+        (home / "include/cuda_runtime.h").touch()
+        (home / "include/crt/host_config.h").write_text(f"#if __GNUC__ > {gcc}\n#endif\n")
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        return home
+
+    return make
+
+
+def sentence(function, *args) -> str:
+    with pytest.raises(SystemExit) as caught:
+        function(*args)
+    text = str(caught.value)
+    assert text.startswith("lora_ext: ") and "\n" not in text
+    return text
+
+
+def test_torch_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    text = sentence(build.find_torch)
+    assert "`pip install torch`" in text and "--no-build-isolation" in text
+
+
+def test_torch_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", torch_for(None, "2.9.1"))
+    assert "torch 2.9.1 is too old" in sentence(build.find_torch)
+
+
+def test_nvcc_missing_is_an_error_only_when_cuda_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert build.find_toolkit(torch_for(None), "g++") is None
+    assert build.find_toolkit(torch_for("13.0"), "g++") is None
+    assert "no CUDA kernels" in capsys.readouterr().err
+    monkeypatch.setenv("LORA_EXT_CUDA", "1")
+    assert "LORA_EXT_CUDA=1, but there is no nvcc" in sentence(
+        build.find_toolkit, torch_for(None), "g++"
+    )
+
+
+def test_cuda_0_ignores_a_toolkit(toolkit, monkeypatch):
+    toolkit()
+    monkeypatch.setenv("LORA_EXT_CUDA", "0")
+    assert build.find_toolkit(torch_for("13.0"), "g++") is None
+
+
+def test_a_switch_that_is_neither_0_nor_1(monkeypatch):
+    monkeypatch.setenv("LORA_EXT_CUDA", "yes")
+    assert "LORA_EXT_CUDA is 'yes'" in sentence(build.find_toolkit, torch_for(None), "g++")
+
+
+def test_cuda_home_without_nvcc(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for(None), "g++")
+
+
+def test_a_good_toolkit_is_taken_with_either_torch(toolkit):
+    home = toolkit("13.0")
+    for cuda in (None, "13.0", "13.2"):
+        found = build.find_toolkit(torch_for(cuda), "g++")
+        assert found.home == home and found.version == (13, 0)
+
+
+def test_torch_of_another_cuda_major(toolkit):
+    toolkit("13.0")
+    text = sentence(build.find_toolkit, torch_for("12.8"), "g++")
+    assert "built for CUDA 12.8, but nvcc 13.0" in text and "LORA_EXT_CUDA=0" in text
+
+
+def test_nvcc_too_old(toolkit):
+    toolkit("12.4")
+    assert "nvcc 12.4 is too old" in sentence(build.find_toolkit, torch_for(None), "g++")
+
+
+def test_gcc_too_new_for_nvcc(toolkit, tmp_path, monkeypatch):
+    toolkit("13.0", gcc=15)
+    new = script(tmp_path / "g++-16", "echo 16")
+    text = sentence(build.find_toolkit, torch_for(None), new)
+    assert "nvcc 13.0 accepts gcc up to 15" in text and "CUDAHOSTCXX=g++-15" in text
+    monkeypatch.setenv("CUDAHOSTCXX", script(tmp_path / "g++-15", "echo 15"))
+    assert build.find_toolkit(torch_for(None), new)
+
+
+@pytest.mark.parametrize("header", ["cuda_runtime.h", "crt/host_config.h"])
+def test_a_cuda_header_is_missing(toolkit, header):
+    (toolkit() / "include" / header).unlink()
+    assert f"{header} is not in" in sentence(build.find_toolkit, torch_for(None), "g++")
+
+
+def test_python_h_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h is not in" in sentence(build.find_python_include)
+
+
+def test_half_precision_headers_are_missing(monkeypatch):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert "pip install nvidia-cuda-runtime" in sentence(build.find_cuda_headers, None)
+
+
+def test_half_precision_headers_come_from_the_wheels():
+    folders = build.find_cuda_headers(None)
+    assert any((Path(folder) / "cuda_bf16.h").exists() for folder in folders)
+    assert any((Path(folder) / "nv/target").exists() for folder in folders)
+
+
+def test_compiler_or_cmake_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C++ compiler" in sentence(build.find_cxx)
+    monkeypatch.setattr(build.sys, "executable", str(tmp_path / "python"))
+    assert "pip install cmake ninja" in sentence(build.find_cmake)
+    script(tmp_path / "cmake", "echo cmake version 3.16.3")
+    assert "3.24 is needed" in sentence(build.find_cmake)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("8.0;9.0a", ["80-real", "90a-real"]),
+        ("8.0 9.0+PTX", ["80-real", "90-real", "90-virtual"]),
+        (" 10.0f,12.1 ", ["100f-real", "121-real"]),
+    ],
+)
+def test_arch_list_is_read_like_torch_reads_it(text, names):
+    assert build.architectures(text) == names
+
+
+def test_arch_list_with_a_word_is_refused():
+    assert "TORCH_CUDA_ARCH_LIST has 'Hopper'" in sentence(build.architectures, "8.0;Hopper")
+
+
+def test_default_architectures_end_with_ptx_of_the_newest_base():
+    assert build.default_architectures() == ["80-real", "90a-real", "90-virtual"]
+
+
+def test_max_jobs_is_honoured(monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert build.jobs() == 7
+    monkeypatch.setenv("MAX_JOBS", "many")
+    assert "MAX_JOBS is 'many'" in sentence(build.jobs)
+    monkeypatch.delenv("MAX_JOBS")
+    assert 1 <= build.jobs()

@@ -1,0 +1,70 @@
+"""sdist -> wheel -> import in a new environment, away from the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# A CPU build: the kernels take part in the ordinary build of the test run. No proxy leads anywhere.
+NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
+ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    run = subprocess.run(
+        command, env=ENV, capture_output=True, text=True
+    )  # the wheel from the sdist
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def test_sdist_holds_the_sources_and_nothing_built(archives):
+    names = [name.partition("/")[2] for name in tarfile.open(archives[0]).getnames()]
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "lora_ext"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert tracked.returncode == 0
+    missing = set(tracked.stdout.split()) - set(names)
+    assert not missing
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= set(names)
+    assert not [n for n in names if n.endswith((".so", ".o", ".a", "_build_info.py"))]
+
+
+def test_wheel_holds_the_package_and_no_emulator(archives):
+    names = zipfile.ZipFile(archives[1]).namelist()
+    modules = [name for name in names if name.endswith(".so")]
+    assert modules == [f"lora_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    assert {"lora_ext/_build_info.py", "lora_ext/_C.pyi", "lora_ext/py.typed"} <= set(names)
+    assert not [n for n in names if not n.startswith("lora_ext")]
+
+
+def test_wheel_imports_and_computes_outside_the_checkout(archives, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
+    # This environment's packages, torch among them, behind the new one's own; its links to the
+    # checkout (.pth files) are not followed from there.
+    (site / "zz_outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = tmp_path / "venv/bin/python"
+    env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", archives[1]]
+    subprocess.run(install, check=True, env=env, cwd=tmp_path)
+    code = "import lora_ext; print(lora_ext.__file__)"
+    run = subprocess.run(
+        [python, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(site)
+    doctor = [python, "-m", "lora_ext.doctor"]
+    run = subprocess.run(doctor, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and "all good" in run.stdout, run.stdout + run.stderr

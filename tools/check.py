@@ -1,0 +1,33 @@
+"""What CI runs (`make check`): CUDA is on, unless LORA_EXT_CUDA=0 says that there is no nvcc."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from legs import ROOT, Leg, run
+
+PY = sys.executable
+BIN = str(Path(PY).parent)  # not resolved: the virtual environment's own tools come first
+
+
+def main() -> int:
+    cuda = os.environ.get("LORA_EXT_CUDA", "1")
+    os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
+    legs = [
+        Leg("lint", ["pre-commit", "run", "--all-files", "--show-diff-on-failure"], 300),
+        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1200, env={"LORA_EXT_EMU": "1"}),
+        Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
+    ]
+    if cuda == "1":
+        legs.append(Leg("machine code", [PY, "tools/sass_gate.py"], 300, after="build"))
+    tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
+    legs.append(Leg("tests", tests, 2400, after="build"))
+    if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
+        legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 1200, after="build"))
+    return 1 if run(legs, ROOT / "out" / "check", show=True) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

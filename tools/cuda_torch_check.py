@@ -1,0 +1,64 @@
+"""Build and import beside a CUDA build of torch, without a GPU, in an environment of its own.
+
+The only place where the whole CUDA build meets CUDA headers of torch and its libraries; needs a
+download of some 5 GB, all of it under a temporary folder that is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = "torch==2.11.0"  # the oldest that we support; its wheel is built for CUDA 13.0
+
+PROBE = """
+import torch, lora_ext
+from lora_ext import _loader
+info = _loader.build_info()
+assert torch.version.cuda, torch.__version__
+assert info["torch"] == torch.__version__ and info["torch_cuda"] == torch.version.cuda, info
+assert info["cuda"], info
+assert "site-packages" in lora_ext.__file__, lora_ext.__file__
+for name in ("lora_plan", "lora_apply_"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", "CUDA"), name
+print("imported beside torch", torch.__version__)
+"""
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="lora_ext_cuda_torch_") as folder:
+        python = str(Path(folder, "venv/bin/python"))
+
+        def step(*command: str, **env: str) -> None:
+            print("$", *command, flush=True)
+            subprocess.run(command, check=True, cwd=folder, env={**os.environ, **env})
+
+        step(sys.executable, "-m", "venv", "venv")
+        pip = [python, "-m", "pip", "install", "-q", "--no-cache-dir"]
+        step(*pip, TORCH, "numpy", "safetensors", "setuptools>=77", "cmake", "ninja")
+        step(
+            sys.executable,
+            "-m",
+            "build",
+            "-q",
+            "--sdist",
+            "--no-isolation",
+            "-o",
+            folder,
+            str(ROOT),
+        )
+        sdist = str(next(Path(folder).glob("lora_ext-*.tar.gz")))
+        # One architecture: kernels do not see torch, and the ordinary build compiles the others.
+        build = ["--no-build-isolation", "--no-deps", sdist]
+        step(*pip, *build, LORA_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+        step(python, "-c", PROBE)
+        step(python, "-m", "lora_ext.doctor")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
