@@ -23,7 +23,7 @@ help:
 	@sed -n '3,8s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
-	python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
+	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q torch numpy safetensors "setuptools>=77" "cmake>=3.24" ninja
 	@touch $@
@@ -53,7 +53,7 @@ check: $(VENV)/extras-test-dev-demo.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:
-	python=$${PYTHON:-$$($(find_cuda_python))} && $$python tools/gpu_leg.py --out "$(OUT)"
+	@python=$${PYTHON:-$$($(find_cuda_python))} && $$python tools/gpu_leg.py --out "$(OUT)"
 
 bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py
