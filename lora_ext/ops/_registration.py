@@ -12,7 +12,8 @@ from lora_ext import reference
 
 
 def _plan_size(rows: Any, adapters: int) -> Any:
-    # LoraPlanLayout::size() in lora_ext/lora.h. Written with torch.sym_ite so that `rows` may be symbolic.
+    # LoraPlanLayout::size() in lora_ext/lora.h. Written with torch.sym_ite so that `rows` may be
+    # symbolic.
     chunk = torch.sym_ite(rows <= 256, 16, torch.sym_ite(rows < 4096, 64, 128))
     chunks = rows // chunk + torch.sym_min(rows, adapters)
     return 8 + 4 * chunks + rows + adapters + 2

@@ -1,12 +1,15 @@
 """Batched multi-adapter LoRA on the rows of one matrix.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages, ``S`` segments.
-Every row of ``x`` names its adapter; ranks may differ, and each adapter is charged for its own rank only.
+Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages, ``S``
+segments. Every row of ``x`` names its adapter; ranks may differ, and each adapter is charged for
+its own rank only.
 
-Adapters come as a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or as *pages* of eight ranks, ``a (P, 8, I)``
-and ``b (P, O, 8)``, found through ``page_table (A, R / 8)``: what :class:`lora_ext.AdapterPool` holds.
+Adapters come as a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or as *pages* of eight ranks, ``a
+(P, 8, I)`` and ``b (P, O, 8)``, found through ``page_table (A, R / 8)``: what
+:class:`lora_ext.AdapterPool` holds.
 
-Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023).
+Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al.
+2023).
 """
 
 import torch
@@ -21,14 +24,15 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
     Args:
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``; -1 means no adapter.
         num_adapters: ``A``, the number of slots of the bank or pool.
-        num_valid: one int32 on the device of ``adapter_ids``; rows at or beyond it count as -1. It lets a
-            captured graph run a padded batch.
+        num_valid: one int32 on the device of ``adapter_ids``; rows at or beyond it count as -1. It
+            lets a captured graph run a padded batch.
 
     Returns:
         int32 vector, opaque; pass it as ``plan=``. Its size depends on ``T`` and ``A`` alone.
 
     Raises:
-        ValueError: on an id out of range (always on the CPU; on CUDA in debug mode, else it counts as -1).
+        ValueError: on an id out of range (always on the CPU; on CUDA in debug mode, else it counts
+        as -1).
 
     Source: S-LoRA, section 5.3 (sort by adapter); stable, without atomics, without a host sync.
     """
@@ -49,7 +53,8 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
         ``(T,)`` int32.
 
     Raises:
-        ValueError: if shapes or dtypes disagree, or (CPU) if ``seg_indptr`` decreases or leaves ``[0, T]``.
+        ValueError: if shapes or dtypes disagree, or (CPU) if ``seg_indptr`` decreases or leaves
+        ``[0, T]``.
 
     Source: Punica, section 4 (segment indices of SGMV).
     """
@@ -67,15 +72,17 @@ def lora_shrink(
 ) -> Tensor:
     """Project every row onto the rank space of its own adapter.
 
-    ``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; ids of -1 give zero rows. The first half of
-    :func:`lora_apply`, for callers that reduce ``v`` across devices.
+    ``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; ids of -1 give zero rows. The
+    first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of ``x``.
+        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
+            ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``. Rows of ``a`` beyond the rank are not read.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``. Rows of ``a`` beyond the rank are
+            not read.
         page_table: ``(A, R / 8)`` int32, the page of each eight ranks, -1 where there is none.
         plan: :func:`lora_plan` of the same ids, to save grouping them again.
 
@@ -106,7 +113,8 @@ def lora_expand_(
     Args:
         y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         v: ``(T, R)`` float32 (float64 for float64), from :func:`lora_shrink`.
-        b: bank ``(A, O, R)``, or pages ``(P, O, 8)`` with ``page_table``; dtype and device of ``y``.
+        b: bank ``(A, O, R)``, or pages ``(P, O, 8)`` with ``page_table``; dtype and device of
+            ``y``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
         page_table: ``(A, R / 8)`` int32.
@@ -137,17 +145,19 @@ def lora_apply(
 ) -> Tensor:
     """Return the low-rank update of every row by its own adapter.
 
-    ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; ids of -1 give zero rows.
-    Differentiable in ``x``, ``a`` and ``b``; the backward is that of the reference formula, not yet fused.
+    ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; ids of -1 give zero
+    rows. Differentiable in ``x``, ``a`` and ``b``; the backward is that of the reference formula,
+    not yet fused.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of ``x``.
+        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
+            ``x``.
         b: bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``. What lies beyond an adapter's rank is neither
-            read nor given a gradient.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``. What lies beyond an adapter's rank
+            is neither read nor given a gradient.
         page_table: ``(A, R / 8)`` int32.
         plan: :func:`lora_plan` of the same ids.
 
@@ -175,13 +185,14 @@ def lora_apply_(
 ) -> Tensor:
     """Add the low-rank update of every row to ``y`` in place: the op that serving uses.
 
-    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))``: one rounding; rows with id -1, and rows whose
-    adapter has rank 0, keep every bit.
+    ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))``: one rounding; rows with id -1, and
+    rows whose adapter has rank 0, keep every bit.
 
     Args:
         y: ``(T, O)``, dtype and device of ``x``; any row stride; must not overlap ``x``.
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of ``x``.
+        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
+            ``x``.
         b: bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
@@ -228,7 +239,8 @@ def sgmv_(
         x: ``(T, I)``.
         a: ``(A, R, I)``.
         b: ``(A, O, R)``.
-        seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are left alone.
+        seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are left
+            alone.
         seg_adapter: ``(S,)`` int32, the adapter of each segment, -1 for none.
         scale: ``(A,)`` float32, or None for 1.
 

@@ -1,4 +1,4 @@
-"""The formula of every op in plain torch: slow, readable, exact in float64. Nothing here calls a kernel."""
+"""The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight."""
 
 from lora_ext.reference.lora import (
     lora_apply,

@@ -1,6 +1,6 @@
 """Batched multi-adapter LoRA, one formula per function.
 
-Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages, ``S`` segments.
+Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages.
 """
 
 import torch
@@ -38,7 +38,7 @@ def lora_shrink(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; zero for -1. Returns ``(T, R)``."""
+    """``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; zero for -1; ``(T, R)``."""
     if page_table is not None:
         a = unpage_a(a, page_table)
     dtype = _accumulator(x.dtype)
@@ -103,7 +103,7 @@ def lora_apply(
 ) -> Tensor:
     """``y[t] = scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)`` in the dtype of ``x``; zero for -1.
 
-    Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023), section 4.
+    Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
     return lora_delta_rows(v, b, adapter_ids, ranks, page_table).to(x.dtype)
@@ -125,7 +125,7 @@ def lora_apply_(
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
-    """``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s+1]``, else -1. int32 ``(T,)``."""
+    """``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``, else -1."""
     ids = torch.full((num_tokens,), -1, dtype=torch.int32)
     for s, adapter in enumerate(seg_adapter.tolist()):
         ids[int(seg_indptr[s]) : int(seg_indptr[s + 1])] = adapter
