@@ -59,5 +59,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_apply_", &lora_ext::lora_apply_);
     m.def("cpu_isa", &lora_ext::cpu_isa);
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
+    m.def("has_kernels", &lora_ext::has_kernels);
     m.def("set_debug", &lora_ext::set_debug);
 }

@@ -505,6 +505,14 @@ void set_cpu_isa(const std::string& isa) {
     chosen_twin = chosen;
 }
 
+bool has_kernels() {
+#if defined(LORA_EXT_WITH_CUDA)
+    return true;
+#else
+    return false;
+#endif
+}
+
 void set_debug(bool on) {
     debug_mode = on;
 }

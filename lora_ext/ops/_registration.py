@@ -3,12 +3,11 @@
 ``register`` runs once for the shipped library, and in tests once more for the emulated one.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from lora_ext import reference
 
 
 def _plan_size(rows: Any, adapters: int) -> Any:
@@ -53,22 +52,42 @@ def _fake_in_place(*_args: object, **_kwargs: object) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, a, b, adapter_ids, scale, ranks, page_table, _plan = inputs
-    ctx.save_for_backward(x, a, b, adapter_ids, scale, ranks, page_table)
+    ctx.save_for_backward(*inputs)
 
 
-def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The gradient of the reference formula; a fused backward is the business of training.
-    x, a, b, *rest = ctx.saved_tensors
-    needed = [i for i in range(3) if ctx.needs_input_grad[i]]
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate((x, a, b))]
-        y = reference.lora_apply(*leaves, *rest)
-        grads = torch.autograd.grad(y, [leaves[i] for i in needed], grad)
-    out: list[Tensor | None] = [None] * 8
-    for i, g in zip(needed, grads, strict=True):
-        out[i] = g
-    return tuple(out)
+def _per_adapter(left: Tensor, right: Tensor, adapter_ids: Tensor, adapters: int) -> Tensor:
+    """``out[s] = sum of left[t]^T right[t]`` over the rows of adapter ``s``.
+
+    Masked on both sides, so that a NaN in a row reaches its own adapter alone.
+    """
+    out = left.new_zeros(adapters, left.shape[1], right.shape[1])
+    for s in range(adapters):
+        own = (adapter_ids == s)[:, None]
+        out[s] = torch.where(own, left, 0).T @ torch.where(own, right, 0)
+    return out
+
+
+def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """With ``dv = scale * b^T dy``: ``dx = a^T dv``, and per adapter ``da = dv^T x``, ``db = dy^T v``.
+
+    dx is the op itself with the factors exchanged. da and db visit every row once per adapter; one
+    pass over the rows for all adapters is the business of training.
+    """
+    x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
+    if page_table is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+        raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
+    tail = (adapter_ids, scale, ranks, page_table, plan)
+    a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
+    dx = da = db = None
+    if ctx.needs_input_grad[0]:
+        dx = library.lora_apply(dy, b_t, a_t, *tail)
+    if ctx.needs_input_grad[1]:
+        dv = library.lora_shrink(dy, b_t, *tail)
+        da = _per_adapter(dv, x.to(dv.dtype), adapter_ids, a.shape[0]).to(a.dtype)
+    if ctx.needs_input_grad[2]:
+        v = library.lora_shrink(x, a, *tail)
+        db = _per_adapter(dy.to(v.dtype), v, adapter_ids, b.shape[0]).to(b.dtype)
+    return dx, da, db, None, None, None, None, None
 
 
 def register(library: str) -> None:
@@ -83,4 +102,5 @@ def register(library: str) -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{library}::{name}", fake)
-    torch.library.register_autograd(f"{library}::lora_apply", _apply_backward, setup_context=_save)
+    backward = functools.partial(_apply_backward, getattr(torch.ops, library))
+    torch.library.register_autograd(f"{library}::lora_apply", backward, setup_context=_save)

@@ -3,6 +3,7 @@
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
+    lora_delta,
     lora_expand_,
     lora_plan,
     lora_segment_ids,
@@ -12,6 +13,7 @@ from lora_ext.reference.lora import (
 __all__ = [
     "lora_apply",
     "lora_apply_",
+    "lora_delta",
     "lora_expand_",
     "lora_plan",
     "lora_segment_ids",

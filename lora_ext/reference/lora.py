@@ -3,6 +3,8 @@
 Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _rank_mask(rank: int, ranks: Tensor | None, rows: Tensor) -> Tensor | None:
-    """(T, R): True where a rank belongs to the row's adapter."""
-    if ranks is None:
-        return None
-    return torch.arange(rank, device=rows.device) < ranks.long()[rows, None]
+def _rows_of_adapters(
+    adapter_ids: Tensor, adapters: int, max_rank: int, ranks: Tensor | None
+) -> Iterator[tuple[int, Tensor, int]]:
+    """(adapter, its rows, its rank), for every adapter that has any of either."""
+    for s in range(adapters):
+        rank = max_rank if ranks is None else int(ranks[s])
+        rows = (adapter_ids == s).nonzero()[:, 0]
+        if rank and rows.numel():
+            yield s, rows, rank
 
 
 def unpage_a(a: Tensor, page_table: Tensor) -> Tensor:
@@ -42,40 +48,28 @@ def lora_shrink(
     if page_table is not None:
         a = unpage_a(a, page_table)
     dtype = _accumulator(x.dtype)
-    active = adapter_ids >= 0
-    rows = torch.where(active, adapter_ids, 0).long()
-    if a.shape[0] == 0:
-        return x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
-    mask = _rank_mask(a.shape[1], ranks, rows)
-    a_rows = a.to(dtype)[rows]  # (T, R, I)
-    if mask is not None:  # ranks beyond an adapter's own are not read, not even if they are NaN
-        a_rows = torch.where(mask[:, :, None], a_rows, 0)
-    v = torch.einsum("tri,ti->tr", a_rows, x.to(dtype))
-    if scale is not None:
-        v = v * scale.to(dtype)[rows, None]
-    return torch.where(active[:, None], v, 0)
+    v = x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
+    for s, rows, rank in _rows_of_adapters(adapter_ids, *a.shape[:2], ranks):
+        v[rows, :rank] = x[rows].to(dtype) @ a[s, :rank].to(dtype).T
+        if scale is not None:
+            v[rows] *= scale[s].to(dtype)
+    return v
 
 
-def lora_delta_rows(
+def lora_delta(
     v: Tensor,
     b: Tensor,
     adapter_ids: Tensor,
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``delta[t] = b[s] @ v[t]``, zero for -1, in the accumulator's dtype. Returns ``(T, O)``."""
+    """``delta[t] = b[s] @ v[t]``, not rounded; zero for -1; ``(T, O)`` in the dtype of ``v``."""
     if page_table is not None:
         b = unpage_b(b, page_table)
-    active = adapter_ids >= 0
-    rows = torch.where(active, adapter_ids, 0).long()
-    if b.shape[0] == 0:
-        return v.new_zeros(v.shape[0], b.shape[1])
-    mask = _rank_mask(b.shape[2], ranks, rows)
-    b_rows = b.to(v.dtype)[rows]  # (T, O, R)
-    if mask is not None:
-        b_rows = torch.where(mask[:, None, :], b_rows, 0)
-        v = torch.where(mask, v, 0)
-    return torch.where(active[:, None], torch.einsum("tor,tr->to", b_rows, v), 0)
+    delta = v.new_zeros(v.shape[0], b.shape[1])
+    for s, rows, rank in _rows_of_adapters(adapter_ids, b.shape[0], b.shape[2], ranks):
+        delta[rows] = v[rows, :rank] @ b[s, :, :rank].to(v.dtype).T
+    return delta
 
 
 def lora_expand_(
@@ -86,10 +80,13 @@ def lora_expand_(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``y[t] = round(y[t] + b[s] @ v[t])`` in place; rows with id -1 keep every bit."""
-    delta = lora_delta_rows(v, b, adapter_ids, ranks, page_table)
+    """``y[t] = round(y[t] + b[s] @ v[t])`` in place; rows without a rank keep every bit."""
+    delta = lora_delta(v, b, adapter_ids, ranks, page_table)
     total = (y.to(delta.dtype) + delta).to(y.dtype)
-    return y.copy_(torch.where((adapter_ids >= 0)[:, None], total, y))
+    active = adapter_ids >= 0
+    if ranks is not None and ranks.numel():
+        active = active & (ranks[adapter_ids.clamp(min=0).long()] > 0)
+    return y.copy_(torch.where(active[:, None], total, y))
 
 
 def lora_apply(
@@ -106,7 +103,7 @@ def lora_apply(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
-    return lora_delta_rows(v, b, adapter_ids, ranks, page_table).to(x.dtype)
+    return lora_delta(v, b, adapter_ids, ranks, page_table).to(x.dtype)
 
 
 def lora_apply_(

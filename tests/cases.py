@@ -1,0 +1,274 @@
+"""The case table: what every LoRA op is fed, and how far its answer may lie from the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+Inputs = dict[str, Any]
+
+
+# --- shapes -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Shape:
+    """One batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given ranks."""
+
+    tokens: int
+    wide: int
+    out: int
+    ranks: tuple[int, ...]
+    pattern: str = "uniform"  # how rows choose adapters: see `assign`
+    bank_rank: int | None = None  # R of the bank; None: the largest rank, rounded up to 8
+
+    @property
+    def max_rank(self) -> int:
+        return self.bank_rank or max(8, -(-max(self.ranks, default=0) // 8) * 8)
+
+    def __str__(self) -> str:
+        ranks = ",".join(map(str, self.ranks[:4])) + ("..." if len(self.ranks) > 4 else "")
+        odd = f"of{self.bank_rank}" if self.bank_rank else ""
+        return f"T{self.tokens}-{self.wide}x{self.out}-r{ranks}{odd}-{self.pattern}"
+
+
+SMALL = [
+    Shape(1, 64, 64, (8,)),
+    Shape(1, 1, 1, (1,)),
+    Shape(3, 17, 5, (4, 0, 7), bank_rank=7),
+    Shape(16, 64, 96, (8,) * 16, "distinct"),
+    Shape(17, 72, 40, (16, 3), "skewed"),
+    Shape(33, 40, 31, (1, 2, 9, 24), "half"),
+    Shape(40, 96, 64, (32,), "identical"),
+    Shape(5, 24, 16, (8, 8), "none"),
+    Shape(70, 48, 56, (5, 64, 16), "interleaved"),
+]
+MEDIUM = [
+    Shape(0, 64, 64, (8,)),
+    Shape(2, 2049, 67, (16, 8), bank_rank=16),
+    Shape(7, 576, 1536, (8, 16, 32, 64), "distinct"),
+    Shape(64, 1536, 576, (16,) * 64, "distinct"),
+    Shape(133, 127, 251, (4, 256, 1, 96), "zipf"),
+    Shape(256, 192, 576, (8, 0, 16), "uniform"),
+    Shape(257, 576, 192, (16, 64), "contiguous"),
+    Shape(300, 130, 514, (12, 24, 40), "uniform", bank_rank=42),
+    Shape(1000, 200, 136, (8,) * 5 + (128,), "contiguous"),
+]
+LARGE = [
+    Shape(64, 3424, 2368, (8, 16, 32, 64), "uniform"),
+    Shape(4100, 256, 96, (16, 8), "contiguous"),
+    Shape(8195, 40, 24, (8, 3, 0), "uniform"),
+]
+
+
+def assign(shape: Shape, g: torch.Generator) -> Tensor:
+    """Adapter ids of the rows, by the named pattern; -1 occurs where the pattern allows."""
+    t, a = shape.tokens, len(shape.ranks)
+    if shape.pattern == "none" or a == 0:
+        return torch.full((t,), -1)
+    ids = torch.randint(-1, a, (t,), generator=g)
+    match shape.pattern:
+        case "distinct":
+            ids = torch.randperm(max(t, a), generator=g)[:t] % a
+        case "identical":
+            ids = torch.full((t,), a - 1)
+        case "skewed":
+            ids = torch.where(torch.rand(t, generator=g) < 0.9, a - 1, ids)
+        case "half":
+            ids = torch.where(torch.arange(t) % 2 == 0, -1, ids.clamp(min=0))
+        case "interleaved":
+            ids = torch.arange(t) % a
+        case "contiguous":
+            ids = torch.sort(ids.clamp(min=0)).values
+        case "zipf":
+            weights = 1 / torch.arange(1, a + 1)
+            ids = torch.multinomial(weights, t, replacement=True, generator=g)
+    return ids
+
+
+# --- inputs -----------------------------------------------------------------------------------
+def _values(
+    g: torch.Generator, exact: bool, size: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0
+) -> Tensor:
+    if exact:  # every partial sum is a small integer: any order of summation gives the same bits
+        return torch.randint(-1, 2, size, generator=g).to(dtype)
+    return (torch.randn(size, generator=g, dtype=torch.float64) * spread).to(dtype)
+
+
+def to_pages(
+    a: Tensor, b: Tensor, ranks: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A bank as shuffled pages with a page to spare; pages that no rank needs are absent (-1)."""
+    slots, max_rank, wide = a.shape
+    per_slot = -(-max_rank // 8)
+    pad = per_slot * 8 - max_rank
+    a = torch.nn.functional.pad(a, (0, 0, 0, pad), value=float("nan"))
+    b = torch.nn.functional.pad(b, (0, pad), value=float("nan"))
+    needed = torch.arange(per_slot) * 8 < ranks[:, None]
+    order = torch.randperm(slots * per_slot + 1, generator=g)[: slots * per_slot]
+    table = torch.where(needed, order.reshape(slots, per_slot), -1).int()
+    pages_a = a.new_full((slots * per_slot + 1, 8, wide), float("nan"))
+    pages_b = b.new_full((slots * per_slot + 1, b.shape[1], 8), float("nan"))
+    pages_a[order] = a.reshape(-1, 8, wide)
+    pages_b[order] = b.reshape(slots, b.shape[1], per_slot, 8).transpose(1, 2).flatten(0, 1)
+    return pages_a, pages_b, table
+
+
+def make_inputs(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    exact: bool = False,
+    paged: bool = False,
+    device: str = "cpu",
+) -> Inputs:
+    """Inputs of every LoRA op. Whatever lies beyond an adapter's rank is NaN: reading it shows."""
+    g = torch.Generator().manual_seed(seed)
+    slots, rank = len(shape.ranks), shape.max_rank
+    ranks = torch.tensor(shape.ranks, dtype=torch.int32)
+    a = _values(g, exact, (slots, rank, shape.wide), dtype, shape.wide**-0.5)
+    b = _values(g, exact, (slots, shape.out, rank), dtype)
+    beyond = torch.arange(rank) >= ranks[:, None]
+    a = torch.where(beyond[:, :, None], torch.nan, a)
+    b = torch.where(beyond[:, None, :], torch.nan, b)
+    inputs: Inputs = {
+        "x": _values(g, exact, (shape.tokens, shape.wide), dtype),
+        "y": _values(g, exact, (shape.tokens, shape.out), dtype),
+        "a": a,
+        "b": b,
+        "adapter_ids": assign(shape, g),
+        "scale": 2.0 ** torch.randint(-1, 2, (slots,), generator=g).float(),
+        "ranks": ranks,
+        "page_table": None,
+    }
+    if paged:
+        inputs["a"], inputs["b"], inputs["page_table"] = to_pages(a, b, ranks, g)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def wider(inputs: Inputs) -> Inputs:
+    """The same inputs in float64 on the CPU, for the reference."""
+    return {
+        k: (v.cpu().double() if v.is_floating_point() and k != "scale" else v.cpu())
+        if isinstance(v, Tensor)
+        else v
+        for k, v in inputs.items()
+    }
+
+
+# --- bounds -----------------------------------------------------------------------------------
+ROUNDING = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+# v enters a 16-bit matrix product as hi + lo; what the pair cannot hold, relative to |v|.
+SPLIT = {torch.float16: 2.0**-21, torch.bfloat16: 2.0**-16}
+
+
+def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
+    """Largest |error| allowed for y, entry by entry.
+
+    One final rounding of ``result``; the split of v; and the accumulation of I products, then of R,
+    in the accumulator's precision: its constant covers fp32 fused multiply-adds and tensor cores.
+    """
+    dtype = inputs["x"].dtype
+    wide = wider(inputs)
+    magnitudes = {k: wide[k].abs() for k in ("x", "a", "b")}
+    args = (wide["adapter_ids"], wide["scale"], wide["ranks"], wide["page_table"])
+    v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *args)
+    total = reference.lora_delta(v, magnitudes["b"], args[0], *args[2:])
+    v_exact = reference.lora_shrink(wide["x"], wide["a"], *args).abs()
+    split = SPLIT.get(dtype, 0.0) * reference.lora_delta(
+        v_exact, magnitudes["b"], args[0], *args[2:]
+    )
+    if start is not None:
+        total = total + start.cpu().double().abs()
+    accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    constant = 16 + inputs["x"].shape[1] ** 0.5 / 2
+    tiny = torch.finfo(dtype).smallest_normal  # below it the spacing of dtype is constant
+    return 1.02 * ROUNDING[dtype] * (result.abs() + tiny) + split + constant * accumulator * total
+
+
+def v_bound(inputs: Inputs) -> Tensor:
+    """Largest |error| allowed for v: the accumulation of I products, the product with the scale."""
+    wide = wider(inputs)
+    args = (wide["adapter_ids"], wide["scale"], wide["ranks"], wide["page_table"])
+    total = reference.lora_shrink(wide["x"].abs(), wide["a"].abs(), *args)
+    accumulator = 2.0**-53 if inputs["x"].dtype == torch.float64 else 2.0**-24
+    return (16 + inputs["x"].shape[1] ** 0.5 / 2) * accumulator * total
+
+
+# --- ops --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class OpCase:
+    """One op: how to call it and its formula on the same inputs, and its error bound."""
+
+    name: str
+    call: Callable[[Inputs], Tensor]
+    formula: Callable[[Inputs], Tensor]
+    bound: Callable[[Inputs, Tensor], Tensor]
+    differentiable: tuple[str, ...] = field(default=())
+
+
+def _tail(i: Inputs) -> tuple[Tensor, ...]:
+    return i["adapter_ids"], i["scale"], i["ranks"], i["page_table"]
+
+
+def _v(i: Inputs) -> Tensor:
+    """v for expand alone: what the reference says, in the accumulator's dtype."""
+    v = reference.lora_shrink(*(wider(i)[k] for k in ("x", "a")), *_tail(wider(i)))
+    return v.to(i["x"].device, torch.float64 if i["x"].dtype == torch.float64 else torch.float32)
+
+
+CASES = [
+    OpCase(
+        "lora_shrink",
+        lambda i: ops.lora_shrink(i["x"], i["a"], *_tail(i), plan=i.get("plan")),
+        lambda i: reference.lora_shrink(i["x"], i["a"], *_tail(i)),
+        lambda i, _: v_bound(i),
+    ),
+    OpCase(
+        "lora_expand_",
+        lambda i: ops.lora_expand_(
+            i["y"].clone(), _v(i), i["b"], i["adapter_ids"], *_tail(i)[2:], plan=i.get("plan")
+        ),
+        lambda i: reference.lora_expand_(
+            i["y"].clone(), _v(i), i["b"], i["adapter_ids"], *_tail(i)[2:]
+        ),
+        lambda i, r: bound(i, r, i["y"]),
+    ),
+    OpCase(
+        "lora_apply",
+        lambda i: ops.lora_apply(i["x"], i["a"], i["b"], *_tail(i), plan=i.get("plan")),
+        lambda i: reference.lora_apply(i["x"], i["a"], i["b"], *_tail(i)),
+        lambda i, r: bound(i, r, None),
+        ("x", "a", "b"),
+    ),
+    OpCase(
+        "lora_apply_",
+        lambda i: ops.lora_apply_(
+            i["y"].clone(), i["x"], i["a"], i["b"], *_tail(i), plan=i.get("plan")
+        ),
+        lambda i: reference.lora_apply_(i["y"].clone(), i["x"], i["a"], i["b"], *_tail(i)),
+        lambda i, r: bound(i, r, i["y"]),
+    ),
+]
+
+__all__ = [
+    "CASES",
+    "LARGE",
+    "MEDIUM",
+    "SMALL",
+    "Inputs",
+    "OpCase",
+    "Shape",
+    "make_inputs",
+    "replace",
+]
