@@ -365,7 +365,8 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
         args.num_valid = num_valid->const_data_ptr<int32_t>();
     }
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
-    Tensor plan = at::empty({layout.size()}, ids.options().dtype(at::kInt));
+    // Zeros, so that entries no one reads are equal from call to call.
+    Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
     args.plan = plan.mutable_data_ptr<int32_t>();
     build_plan(op, ids, args, ids);
     return plan;

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 
-def _plan_size(rows: Any, adapters: int) -> Any:
-    # LoraPlanLayout::size() in lora_ext/lora.h. Written with torch.sym_ite so that `rows` may be
-    # symbolic.
-    chunk = torch.sym_ite(rows <= 256, 16, torch.sym_ite(rows < 4096, 64, 128))
-    chunks = rows // chunk + torch.sym_min(rows, adapters)
-    return 8 + 4 * chunks + rows + adapters + 2
+def _plan_size(rows: int, adapters: int) -> int:
+    """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic ``rows`` is guarded."""
+    chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
+    return 8 + 4 * (rows // chunk + min(rows, adapters)) + rows + adapters + 2
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +66,7 @@ def _per_adapter(left: Tensor, right: Tensor, adapter_ids: Tensor, adapters: int
 
 
 def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """With ``dv = scale * b^T dy``: ``dx = a^T dv``, and per adapter ``da = dv^T x``, ``db = dy^T v``.
+    """``dv = scale * b^T dy``, ``dx = a^T dv``, and per adapter ``da = dv^T x``, ``db = dy^T v``.
 
     dx is the op itself with the factors exchanged. da and db visit every row once per adapter; one
     pass over the rows for all adapters is the business of training.
