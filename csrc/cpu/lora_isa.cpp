@@ -1,185 +1,440 @@
-// Batched LoRA on the CPU, compiled once per instruction set (LX_ISA names the namespace).
-#include <cstdint>
-#include <cstring>
-
+// Batched LoRA on the CPU, compiled once per instruction set; LX_ISA names the namespace and the
+// table.
+//
+//   v[t, :] = scale * A x[t, :]       shrink: dot products along I
+//   y[t, :] = y[t, :] + B v[t, :]     expand: vector lanes run over outputs
+//
+// Order of every sum, so that a row's bits depend neither on threads nor on the rows beside it:
+//   v[t, r]: one vector accumulator, lane l takes k = l, l + L, l + 2L ... ascending; then the tree
+//   of sum_lanes(). delta of y[t, o]: one accumulator, ranks ascending; then y + delta, rounded
+//   once.
+//
+// Bound by bytes while a chunk has few rows: A and B stream through the core once, x, v and y stay
+// in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
+// registers, expand transposes a block of B into a stack buffer and holds kTileRows rows x 2
+// vectors of y.
 #include "lora_ext/lora.h"
+
+#include "vec.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
 
-struct Half {
-    uint16_t bits;
+template <int kValue>
+struct Int {
+    static constexpr int value = kValue;
 };
-struct BFloat {
-    uint16_t bits;
-};
-
-inline uint32_t bits_of(float f) {
-    uint32_t u;
-    std::memcpy(&u, &f, 4);
-    return u;
+// Calls f(Int<n>) for n in [1, kMax].
+template <int kMax, typename F>
+LX_INLINE void with_constant(int64_t n, F&& f) {
+    if constexpr (kMax == 1)
+        f(Int<1>{});
+    else if (n == kMax)
+        f(Int<kMax>{});
+    else
+        with_constant<kMax - 1>(n, f);
 }
-inline float float_of(uint32_t u) {
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
+LX_INLINE int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
 }
-
-inline float load(float v) {
-    return v;
-}
-inline double load(double v) {
-    return v;
-}
-inline float load(BFloat v) {
-    return float_of(uint32_t{v.bits} << 16);
-}
-inline float load(Half v) {
-    const uint32_t magnitude = v.bits & 0x7fffu;
-    uint32_t u = bits_of(float_of(magnitude << 13) * 0x1p112f);
-    if (magnitude >= 0x7c00u) u |= 0x7f800000u;
-    return float_of(u | (v.bits & 0x8000u) << 16);
+LX_INLINE int64_t blocks_of(int64_t n, int64_t size) {
+    return (n + size - 1) / size;
 }
 
-inline void store(float* p, float v) {
-    *p = v;
-}
-inline void store(double* p, double v) {
-    *p = v;
-}
-inline void store(BFloat* p, float v) {
-    const uint32_t u = bits_of(v);
-    p->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-}
-inline void store(Half* p, float v) {
-    const uint32_t u = bits_of(v), magnitude = u & 0x7fffffffu;
-    uint32_t h;
-    if (magnitude > 0x7f800000u) {
-        h = 0x7e00;
-    } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
-        h = 0x7c00;
-    } else if (magnitude < 0x38800000u) {  // subnormal: let the adder round at 2^-24
-        h = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    } else {
-        h = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
+#if defined(__AVX512F__)
+constexpr int kDotRows = 6;  // 24 accumulators of 32 registers
+#else
+constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
+#endif
+constexpr int kDotRanks = 4;
+constexpr int kGroupRows = 24;   // shrink: rows and ranks whose accumulators wait on the stack
+constexpr int kGroupRanks = 32;  // between two blocks of I
+constexpr int kDotBlock = 1024;  // of I; 4 ranks of float are half of a 32 KiB L1
+constexpr int kDirectRows = 3;   // expand: up to so many rows, B is transposed in registers
+constexpr int kTileRows = 6;     // 12 accumulators
+constexpr int kPackColumns = 128;
+constexpr int kPackSize = 8192;      // elements of the transposed block of B
+constexpr int kVSize = 8192;         // elements of v in apply
+constexpr int64_t kOutBlock = 1024;  // outputs of an item of expand
+#ifndef LX_AHEAD
+#define LX_AHEAD 512
+#define LX_AHEAD_B 1024
+#define LX_AHEAD_Y 16
+#endif
+constexpr int64_t kAhead = LX_AHEAD;  // bytes
+
+// The pages of one slot.
+template <typename T>
+struct Slot {
+    const T* a;
+    const T* b;
+    const int32_t* table;
+    int64_t a_page_stride, b_page_stride, a_row, b_row, in, out;
+    int32_t rank;
+    bool full_pages;
+    Acc<T> scale;
+
+    Slot(const LoraBank& bank, int32_t slot)
+        : a(static_cast<const T*>(bank.a)),
+          b(static_cast<const T*>(bank.b)),
+          table(bank.page_table),
+          a_page_stride(bank.a_page_stride),
+          b_page_stride(bank.b_page_stride),
+          a_row(bank.a_row_stride),
+          b_row(bank.b_row_stride),
+          in(bank.in_features),
+          out(bank.out_features),
+          rank(bank.ranks ? bank.ranks[slot] : bank.max_rank),
+          full_pages(bank.full_pages),
+          scale(bank.scale ? bank.scale[slot] : 1) {
+        if (table) {
+            table += int64_t{slot} * bank.pages_per_slot;
+        } else {
+            a += slot * bank.a_slot_stride;
+            b += slot * bank.b_slot_stride;
+        }
     }
-    p->bits = static_cast<uint16_t>(h | (u >> 16 & 0x8000u));
-}
-
-template <typename T>
-struct AccOf {
-    using type = float;
+    int64_t page(int64_t p) const { return table ? table[p] : p; }
+    const T* a_at(int64_t r) const { return a + page(r / 8) * a_page_stride + r % 8 * a_row; }
+    const T* b_page(int64_t p) const { return b + page(p) * b_page_stride; }
 };
-template <>
-struct AccOf<double> {
-    using type = double;
-};
-
-constexpr int64_t kOutBlock = 1024;
-
-template <typename T>
-const T* page(const void* base, const LoraBank& bank, int32_t slot, int32_t p, int64_t slot_stride,
-              int64_t page_stride) {
-    const T* first = static_cast<const T*>(base);
-    if (bank.page_table)
-        return first + bank.page_table[int64_t{slot} * bank.pages_per_slot + p] * page_stride;
-    return first + slot * slot_stride + p * page_stride;
-}
 
 struct Chunk {
-    int32_t slot, len, rank;
+    int32_t slot, len;
     const int32_t* rows;
 };
-
 Chunk chunk_at(const LoraArgs& args, int64_t c) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     const int32_t* chunk = args.plan + layout.chunks() + 4 * c;
-    const int32_t rank = args.bank.ranks ? args.bank.ranks[chunk[0]] : args.bank.max_rank;
-    return {chunk[0], chunk[2], rank, args.plan + layout.perm() + chunk[1]};
+    return {chunk[0], chunk[2], args.plan + layout.perm() + chunk[1]};
+}
+
+// Rows of a matrix, picked by an index or in order.
+template <typename E>
+struct Rows {
+    E* base;
+    int64_t stride;
+    const int32_t* index;
+    LX_INLINE E* operator[](int64_t i) const { return base + (index ? index[i] : i) * stride; }
+    Rows from(int64_t i) const {
+        return index ? Rows{base, stride, index + i} : Rows{base + i * stride, stride, index};
+    }
+};
+
+// ------------------------------------------------------------------------------------------------
+// Shrink
+
+// acc[row][rank] += x[row] . a[rank] over [k, k_end)
+template <typename T, int kRows, int kRanks>
+LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
+                        Vec<T> (&acc)[kRows][kRanks]) {
+    constexpr int L = kLanes<T>;
+    const auto step = [&](auto&& get) {
+        Vec<T> xs[kRows];
+        for (int i = 0; i < kRows; ++i) xs[i] = get(x[i] + k);
+        for (int j = 0; j < kRanks; ++j) {
+            const Vec<T> as = get(a + j * a_row + k);
+            for (int i = 0; i < kRows; ++i) acc[i][j] = fma(as, xs[i], acc[i][j]);
+        }
+    };
+    for (; k + L <= k_end; k += L) {
+        if constexpr (kRows <= 2 && LX_AHEAD > 0)
+            for (int j = 0; j < kRanks; ++j)
+                __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAhead);
+        step([](const T* p) __attribute__((always_inline)) { return load(p); });
+    }
+    if (k < k_end)
+        step([n = k_end - k](const T* p) __attribute__((always_inline)) { return load_n(p, n); });
+}
+
+template <typename T, int kRows, int kRanks>
+LX_INLINE void write_v(const Vec<T> (&acc)[kRows][kRanks], Acc<T> scale, const Rows<Acc<T>>& v,
+                       int64_t row, int64_t rank) {
+    for (int i = 0; i < kRows; ++i) {
+        Vec<T> four[4];
+        Acc<T> sums[4];
+        for (int j = 0; j < 4; ++j) four[j] = acc[i][j < kRanks ? j : 0];
+        sum_lanes<T>(four, sums);
+        Acc<T>* out = v[row + i] + rank;
+        for (int j = 0; j < kRanks; ++j) out[j] = scale * sums[j];
+    }
+}
+
+// Few rows: one pass over A, nothing waits in memory.
+template <typename T, int kRows>
+void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>& v) {
+    const T* xs[kRows];
+    for (int i = 0; i < kRows; ++i) xs[i] = x[i];
+    for (int64_t r = 0; r < slot.rank; r += kDotRanks)
+        with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
+            Vec<T> acc[kRows][ranks.value] = {};
+            dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc);
+            write_v<T>(acc, slot.scale, v, 0, r);
+        });
+}
+
+// kGroupRows x kGroupRanks dot products, block by block of I: the block of A stays in L1 or L2 for
+// all rows, the rows of x stay in L2 for all ranks. Accumulators wait as vectors, so the blocks do
+// not change the order of the sum.
+template <typename T>
+void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int64_t rank_begin,
+                  int64_t rank_end, const Rows<Acc<T>>& v) {
+    Vec<T> waiting[kGroupRows * kGroupRanks];
+    for (int64_t k = 0; k < slot.in; k += kDotBlock) {
+        const int64_t k_end = min(k + kDotBlock, slot.in);
+        Vec<T>* saved = waiting;
+        for (int64_t r = rank_begin; r < rank_end; r += kDotRanks)
+            with_constant<kDotRanks>(min(rank_end - r, kDotRanks), [&](auto ranks) {
+                for (int64_t row = 0, tiles = blocks_of(rows, kDotRows), n; row < rows; row += n) {
+                    n = blocks_of(rows - row, tiles--);
+                    with_constant<kDotRows>(n, [&](auto count) {
+                        const T* xs[count.value];
+                        for (int i = 0; i < count.value; ++i) xs[i] = x[row + i];
+                        Vec<T> acc[count.value][ranks.value] = {};
+                        if (k > 0) __builtin_memcpy(acc, saved, sizeof(acc));
+                        dot_tile<T, count.value, ranks.value>(xs, slot.a_at(r), slot.a_row, k,
+                                                              k_end, acc);
+                        if (k_end < slot.in)
+                            __builtin_memcpy(saved, acc, sizeof(acc));
+                        else
+                            write_v<T>(acc, slot.scale, v, row, r);
+                        saved += count.value * ranks.value;
+                    });
+                }
+            });
+    }
+}
+
+template <typename T>
+void shrink_rows(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, const Rows<Acc<T>>& v) {
+    if (rows <= kDotRows)
+        return with_constant<kDotRows>(rows, [&](auto n) { shrink_few<T, n.value>(slot, x, v); });
+    for (int64_t row = 0; row < rows; row += kGroupRows)
+        for (int64_t r = 0; r < slot.rank; r += kGroupRanks)
+            shrink_group<T>(slot, x.from(row), min(rows - row, kGroupRows), r,
+                            min(r + kGroupRanks, slot.rank), v.from(row));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Expand
+
+template <typename T, bool kPart>
+LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
+    if constexpr (kPart)
+        store_n(y, load_n(y, n) + delta, n);
+    else
+        store(y, load(y) + delta);
+}
+
+// kVecs vectors of outputs from o on, B transposed in registers. kPart: only the first n outputs of
+// one vector exist.
+template <typename T, int kRows, int kVecs, bool kPart>
+LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
+                           int64_t n) {
+    constexpr int L = kLanes<T>;
+    Vec<T> acc[kVecs][kRows] = {};
+    const auto add_page = [&](int64_t p, int ranks) __attribute__((always_inline)) {
+        const T* b = slot.b_page(p) + o * slot.b_row;
+        const bool whole = ranks == 8 || slot.full_pages;
+        for (int c = 0; c < kVecs; ++c) {
+            Vec<T> bt[8];
+            const T* from = b + c * L * slot.b_row;
+            if constexpr (!kPart && LX_AHEAD > 0)
+                for (int line = 0; line < L * 8 * int(sizeof(T)); line += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(from) + LX_AHEAD_B + line);
+            if (!kPart && whole)
+                load_transposed(from, slot.b_row, bt);
+            else
+                load_transposed_part(from, slot.b_row, n, ranks, bt);
+            for (int j = 0; j < 8; ++j)
+                if (j < ranks)
+                    for (int i = 0; i < kRows; ++i)
+                        acc[c][i] = fma(bt[j], broadcast<T>(v[i][8 * p + j]), acc[c][i]);
+        }
+    };
+    const int64_t pages = slot.rank / 8;
+    for (int64_t p = 0; p < pages; ++p) add_page(p, 8);
+    if (slot.rank % 8) add_page(pages, slot.rank % 8);
+    for (int c = 0; c < kVecs; ++c)
+        for (int i = 0; i < kRows; ++i) add_to<T, kPart>(y[i] + o + c * L, acc[c][i], n);
+}
+
+template <typename T, int kRows>
+void expand_direct(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t o,
+                   int64_t o_end) {
+    constexpr int L = kLanes<T>, kVecs = kRows == 1 ? 4 : 2;
+    const Acc<T>* vs[kRows];
+    T* ys[kRows];
+    for (int i = 0; i < kRows; ++i) vs[i] = v[i], ys[i] = y[i];
+    for (; o + kVecs * L <= o_end; o += kVecs * L)
+        direct_tile<T, kRows, kVecs, false>(slot, vs, ys, o, L);
+    for (; o + L <= o_end; o += L) direct_tile<T, kRows, 1, false>(slot, vs, ys, o, L);
+    if (o < o_end) direct_tile<T, kRows, 1, true>(slot, vs, ys, o, o_end - o);
+}
+
+template <typename T, int kRows, int kVecs, bool kPart>
+LX_INLINE void packed_tile(const Acc<T>* bt, int64_t columns, int64_t rank, const Acc<T>* const* v,
+                           T* const* y, int64_t o, int64_t n) {
+    constexpr int L = kLanes<T>;
+    Vec<T> acc[kRows][kVecs] = {};
+    for (int i = 0; i < kRows; ++i)
+        if constexpr (LX_AHEAD_Y > 0) __builtin_prefetch(y[i] + o + LX_AHEAD_Y * L, 1);
+    for (int64_t r = 0; r < rank; ++r, bt += columns) {
+        Vec<T> b[kVecs];
+        for (int c = 0; c < kVecs; ++c) b[c] = load_bits<Vec<T>>(bt + c * L);
+        for (int i = 0; i < kRows; ++i) {
+            const Vec<T> s = broadcast<T>(v[i][r]);
+            for (int c = 0; c < kVecs; ++c) acc[i][c] = fma(b[c], s, acc[i][c]);
+        }
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int c = 0; c < kVecs; ++c) add_to<T, kPart>(y[i] + o + c * L, acc[i][c], n);
+}
+
+// bt[r][o] = B[o][r] for the outputs [o, o + width); columns is width rounded up to whole vectors.
+template <typename T>
+void pack(const Slot<T>& slot, int64_t o, int64_t width, Acc<T>* bt, int64_t columns) {
+    constexpr int L = kLanes<T>;
+    for (int64_t p = 0; 8 * p < slot.rank; ++p) {
+        const int ranks = static_cast<int>(min(8, slot.rank - 8 * p));
+        const T* b = slot.b_page(p) + o * slot.b_row;
+        for (int64_t c = 0; c < width; c += L) {
+            Vec<T> t[8];
+            if (c + L <= width && (ranks == 8 || slot.full_pages))
+                load_transposed(b + c * slot.b_row, slot.b_row, t);
+            else
+                load_transposed_part(b + c * slot.b_row, slot.b_row, min(L, width - c), ranks, t);
+            for (int j = 0; j < ranks; ++j)
+                __builtin_memcpy(bt + (8 * p + j) * columns + c, &t[j], sizeof(t[j]));
+        }
+    }
+}
+
+template <typename T>
+void expand_packed(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
+                   int64_t o_begin, int64_t o_end) {
+    constexpr int L = kLanes<T>;
+    alignas(64) Acc<T> bt[kPackSize];
+    const int64_t fitting = kPackSize / slot.rank / (2 * L) * (2 * L);
+    const int64_t block = min(fitting, kPackColumns);
+    for (int64_t o = o_begin; o < o_end; o += block) {
+        const int64_t width = min(block, o_end - o), columns = blocks_of(width, L) * L;
+        pack<T>(slot, o, width, bt, columns);
+        for (int64_t row = 0, tiles = blocks_of(rows, kTileRows), n; row < rows; row += n) {
+            n = blocks_of(rows - row, tiles--);
+            with_constant<kTileRows>(n, [&](auto count) {
+                const Acc<T>* vs[count.value];
+                T* ys[count.value];
+                for (int i = 0; i < count.value; ++i) vs[i] = v[row + i], ys[i] = y[row + i] + o;
+                int64_t c = 0;
+                for (; c + 2 * L <= width; c += 2 * L)
+                    packed_tile<T, count.value, 2, false>(bt + c, columns, slot.rank, vs, ys, c, L);
+                for (; c + L <= width; c += L)
+                    packed_tile<T, count.value, 1, false>(bt + c, columns, slot.rank, vs, ys, c, L);
+                if (c < width)
+                    packed_tile<T, count.value, 1, true>(bt + c, columns, slot.rank, vs, ys, c,
+                                                         width - c);
+            });
+        }
+    }
+}
+
+template <typename T>
+void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
+                 int64_t o, int64_t o_end) {
+    if (slot.rank == 0) return;
+    if (rows > kDirectRows && slot.rank * 2 * kLanes<T> <= kPackSize)
+        return expand_packed<T>(slot, v, y, rows, o, o_end);
+    for (int64_t row = 0; row < rows; row += kDirectRows)
+        with_constant<kDirectRows>(min(rows - row, kDirectRows), [&](auto n) {
+            expand_direct<T, n.value>(slot, v.from(row), y.from(row), o, o_end);
+        });
+}
+
+// ------------------------------------------------------------------------------------------------
+// The table
+template <typename T>
+Rows<const T> x_rows(const LoraArgs& args, const Chunk& chunk) {
+    return {static_cast<const T*>(args.x), args.x_row_stride, chunk.rows};
+}
+template <typename T>
+Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
+    return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
+}
+template <typename T>
+Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
+    return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
 }
 
 template <typename T>
 void shrink(const LoraArgs& args, int64_t begin, int64_t end) {
-    using Acc = typename AccOf<T>::type;
-    const LoraBank& bank = args.bank;
     for (int64_t c = begin; c < end; ++c) {
         const Chunk chunk = chunk_at(args, c);
-        const Acc scale = bank.scale ? bank.scale[chunk.slot] : 1;
-        for (int32_t i = 0; i < chunk.len; ++i) {
-            const T* x = static_cast<const T*>(args.x) + chunk.rows[i] * args.x_row_stride;
-            Acc* v = static_cast<Acc*>(args.v) + chunk.rows[i] * args.v_row_stride;
-            for (int32_t r = 0; r < chunk.rank; ++r) {
-                const T* a = page<T>(bank.a, bank, chunk.slot, r / 8, bank.a_slot_stride,
-                                     bank.a_page_stride) +
-                             r % 8 * bank.a_row_stride;
-                Acc sum = 0;
-                for (int32_t k = 0; k < bank.in_features; ++k) sum += load(a[k]) * load(x[k]);
-                v[r] = scale * sum;
-            }
-        }
-    }
-}
-
-template <typename T>
-void expand_block(const LoraArgs& args, const Chunk& chunk, int64_t o_begin, int64_t o_end) {
-    using Acc = typename AccOf<T>::type;
-    const LoraBank& bank = args.bank;
-    if (chunk.rank == 0) return;
-    for (int32_t i = 0; i < chunk.len; ++i) {
-        T* y = static_cast<T*>(args.y) + chunk.rows[i] * args.y_row_stride;
-        const Acc* v = static_cast<const Acc*>(args.v) + chunk.rows[i] * args.v_row_stride;
-        for (int64_t o = o_begin; o < o_end; ++o) {
-            Acc sum = 0;
-            for (int32_t r = 0; r < chunk.rank; ++r)
-                sum += v[r] * load(page<T>(bank.b, bank, chunk.slot, r / 8, bank.b_slot_stride,
-                                           bank.b_page_stride)[o * bank.b_row_stride + r % 8]);
-            store(y + o, load(y[o]) + sum);
-        }
+        shrink_rows<T>({args.bank, chunk.slot}, x_rows<T>(args, chunk), chunk.len,
+                       v_rows<T>(args, chunk));
     }
 }
 
 template <typename T>
 void expand(const LoraArgs& args, int64_t begin, int64_t end) {
-    const int64_t out = args.bank.out_features;
-    const int64_t blocks = ceil_div(out, kOutBlock);
+    const int64_t out = args.bank.out_features, blocks = blocks_of(out, kOutBlock);
     for (int64_t item = begin; item < end; ++item) {
+        const Chunk chunk = chunk_at(args, item / blocks);
         const int64_t o = item % blocks * kOutBlock;
-        expand_block<T>(args, chunk_at(args, item / blocks), o,
-                        o + kOutBlock < out ? o + kOutBlock : out);
+        expand_rows<T>({args.bank, chunk.slot}, v_rows<T>(args, chunk), y_rows<T>(args, chunk),
+                       chunk.len, o, min(o + kOutBlock, out));
     }
 }
 
+// v stays on the stack; args.v is not used.
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
+    alignas(64) Acc<T> buffer[kVSize];
     for (int64_t c = begin; c < end; ++c) {
-        shrink<T>(args, c, c + 1);
-        expand_block<T>(args, chunk_at(args, c), 0, args.bank.out_features);
+        const Chunk chunk = chunk_at(args, c);
+        const Slot<T> slot(args.bank, chunk.slot);
+        if (slot.rank == 0) continue;
+        const int64_t step = kVSize / slot.rank;
+        for (int64_t row = 0; row < chunk.len; row += step) {
+            const int64_t rows = min(step, chunk.len - row);
+            const Rows<Acc<T>> v{buffer, slot.rank, nullptr};
+            shrink_rows<T>(slot, x_rows<T>(args, chunk).from(row), rows, v);
+            expand_rows<T>(slot, v, y_rows<T>(args, chunk).from(row), rows, 0, slot.out);
+        }
     }
 }
 
-#define LX_BY_DTYPE(name)                                               \
-    void name##_any(const LoraArgs& args, int64_t begin, int64_t end) { \
-        switch (args.dtype) {                                           \
-            case DType::kFloat32:                                       \
-                return name<float>(args, begin, end);                   \
-            case DType::kFloat16:                                       \
-                return name<Half>(args, begin, end);                    \
-            case DType::kBFloat16:                                      \
-                return name<BFloat>(args, begin, end);                  \
-            case DType::kFloat64:                                       \
-                return name<double>(args, begin, end);                  \
-        }                                                               \
+template <template <typename> class Op>
+void by_dtype(const LoraArgs& args, int64_t begin, int64_t end) {
+    switch (args.dtype) {
+        case DType::kFloat32:
+            return Op<float>::run(args, begin, end);
+        case DType::kFloat16:
+            return Op<Half>::run(args, begin, end);
+        case DType::kBFloat16:
+            return Op<BFloat>::run(args, begin, end);
+        case DType::kFloat64:
+            return Op<double>::run(args, begin, end);
     }
-LX_BY_DTYPE(shrink)
-LX_BY_DTYPE(expand)
-LX_BY_DTYPE(apply)
-#undef LX_BY_DTYPE
+}
+template <typename T>
+struct Shrink {
+    static constexpr auto run = shrink<T>;
+};
+template <typename T>
+struct Expand {
+    static constexpr auto run = expand<T>;
+};
+template <typename T>
+struct Apply {
+    static constexpr auto run = apply<T>;
+};
 
 int64_t shrink_items(const LoraArgs& args) {
     return args.plan[kPlanNumChunks];
 }
 int64_t expand_items(const LoraArgs& args) {
-    return args.plan[kPlanNumChunks] * ceil_div(args.bank.out_features, kOutBlock);
+    return args.plan[kPlanNumChunks] * blocks_of(args.bank.out_features, kOutBlock);
 }
 
 }  // namespace
@@ -187,7 +442,7 @@ int64_t expand_items(const LoraArgs& args) {
 #define LX_STRING_(x) #x
 #define LX_STRING(x) LX_STRING_(x)
 extern const LoraCpu table;
-const LoraCpu table = {LX_STRING(LX_ISA), shrink_items, shrink_any,
-                       expand_items,      expand_any,   apply_any};
+const LoraCpu table = {LX_STRING(LX_ISA), shrink_items,     by_dtype<Shrink>,
+                       expand_items,      by_dtype<Expand>, by_dtype<Apply>};
 
 }  // namespace lora_ext::LX_ISA

@@ -1,0 +1,329 @@
+// Vectors of kVecBytes for one instruction set, on GCC's vector extensions (clang has them too).
+//
+// Everything sits in an unnamed namespace inside LX_ISA: nothing here may get a symbol that the
+// linker could merge with the same function built for another instruction set. For the same reason
+// no header of the C++ library is used.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef LX_VEC_BYTES  // set by tests only, to run the 64-byte source on a machine with 32-byte
+                      // vectors
+#if defined(__AVX512F__)
+#define LX_VEC_BYTES 64
+#elif defined(__AVX2__)
+#define LX_VEC_BYTES 32
+#else
+#define LX_VEC_BYTES 16
+#endif
+#endif
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+#define LX_INLINE inline __attribute__((always_inline))
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat {
+    uint16_t bits;
+};
+
+template <typename T>
+struct AccOf {
+    using type = float;
+};
+template <>
+struct AccOf<double> {
+    using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+template <typename E, int kCount>
+struct VecOf {
+    typedef E type __attribute__((vector_size(sizeof(E) * kCount)));
+};
+template <typename E, int kCount>
+using VecN = typename VecOf<E, kCount>::type;
+
+// The vector in which T is computed: float lanes, or double for double.
+template <typename T>
+constexpr int kLanes = LX_VEC_BYTES / sizeof(Acc<T>);
+template <typename T>
+using Vec = VecN<Acc<T>, kLanes<T>>;
+constexpr int kF = LX_VEC_BYTES / 4;
+
+template <typename To, typename From>
+LX_INLINE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(to));
+    return to;
+}
+template <typename V>
+LX_INLINE V load_bits(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+template <typename V>
+LX_INLINE V select(VecN<int32_t, sizeof(V) / 4> mask, V yes, V no) {
+    using M = decltype(mask);
+    return bit_cast<V>((mask & bit_cast<M>(yes)) | (~mask & bit_cast<M>(no)));
+}
+
+// ------------------------------------------------------------------------------------------------
+// One rounding per multiply-add where the hardware has it, in every instantiation alike: left to
+// contraction, the compiler may fuse in one loop and not in another, and a row's bits would depend
+// on its path.
+template <typename V>
+LX_INLINE V fma(V a, V b, V c) {
+#if defined(__FMA__)
+    constexpr bool kFloat = sizeof(a[0]) == 4;
+    if constexpr (sizeof(V) == 32) {
+        if constexpr (kFloat)
+            return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+        else
+            return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+    } else {
+        static_assert(sizeof(V) == 64);
+#if defined(__AVX512F__)
+        if constexpr (kFloat)
+            return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+        else
+            return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#else
+        struct Pair {
+            VecN<float, 8> lo, hi;
+        };
+        using H = VecN<Acc<decltype(a[0] + a[0])>, 32 / sizeof(a[0])>;
+        const Pair pa = bit_cast<Pair>(a), pb = bit_cast<Pair>(b), pc = bit_cast<Pair>(c);
+        const Pair r = {(VecN<float, 8>)fma((H)pa.lo, (H)pb.lo, (H)pc.lo),
+                        (VecN<float, 8>)fma((H)pa.hi, (H)pb.hi, (H)pc.hi)};
+        return bit_cast<V>(r);
+#endif
+    }
+#else
+    return a * b + c;
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------
+// Loads widen to the accumulation type; stores round to nearest even, once.
+LX_INLINE Vec<float> load(const float* p) {
+    return load_bits<Vec<float>>(p);
+}
+LX_INLINE Vec<double> load(const double* p) {
+    return load_bits<Vec<double>>(p);
+}
+
+template <int kCount = kF>
+LX_INLINE VecN<float, kCount> widen_bfloat(VecN<uint16_t, kCount> bits) {
+    return bit_cast<VecN<float, kCount>>(__builtin_convertvector(bits, VecN<uint32_t, kCount>)
+                                         << 16);
+}
+template <int kCount = kF>
+LX_INLINE VecN<float, kCount> widen_half(VecN<uint16_t, kCount> bits) {
+#if defined(__F16C__)
+    if constexpr (kCount == 8) return (VecN<float, 8>)_mm256_cvtph_ps((__m128i)bits);
+#if defined(__AVX512F__)
+    if constexpr (kCount == 16) return (VecN<float, 16>)_mm512_cvtph_ps((__m256i)bits);
+#endif
+#endif
+    // Exponent and mantissa moved into place read 2^112 too small; subnormals come out right as
+    // well.
+    using F = VecN<float, kCount>;
+    using U = VecN<uint32_t, kCount>;
+    const U wide = __builtin_convertvector(bits, U), magnitude = wide & 0x7fffu;
+    U u = bit_cast<U>(bit_cast<F>(magnitude << 13) * 0x1p112f);
+    u |= (U)(magnitude >= 0x7c00u) & 0x7f800000u;
+    return bit_cast<F>(u | (wide & 0x8000u) << 16);
+}
+LX_INLINE Vec<float> load(const BFloat* p) {
+    return widen_bfloat(load_bits<VecN<uint16_t, kF>>(p));
+}
+LX_INLINE Vec<float> load(const Half* p) {
+    return widen_half(load_bits<VecN<uint16_t, kF>>(p));
+}
+
+LX_INLINE void store(float* p, Vec<float> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
+LX_INLINE void store(double* p, Vec<double> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
+LX_INLINE void store(BFloat* p, Vec<float> v) {
+    using U = VecN<uint32_t, kF>;
+    const U u = bit_cast<U>(v);
+    const U rounded = (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+    const U nan = U{} + 0x7fc0u;
+    const auto bits = __builtin_convertvector(select<U>(v != v, nan, rounded), VecN<uint16_t, kF>);
+    __builtin_memcpy(p, &bits, sizeof(bits));
+}
+LX_INLINE void store(Half* p, Vec<float> v) {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    struct Parts {
+        __m256 part[LX_VEC_BYTES / 32];
+    };
+    struct {
+        __m128i part[LX_VEC_BYTES / 32];
+    } bits;
+    const Parts parts = bit_cast<Parts>(v);
+    for (int i = 0; i < LX_VEC_BYTES / 32; ++i)
+        bits.part[i] = _mm256_cvtps_ph(parts.part[i], _MM_FROUND_TO_NEAREST_INT);
+#else
+    using U = VecN<uint32_t, kF>;
+    using F = Vec<float>;
+    const U u = bit_cast<U>(v), magnitude = u & 0x7fffffffu;
+    const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
+    // Below 2^-14 the adder rounds: the last place of 0.5 is 2^-24, the step of fp16's subnormals.
+    const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+    U h = select<U>(magnitude < 0x38800000u, subnormal, normal);
+    h = select<U>(magnitude >= 0x477ff000u, U{} + 0x7c00u, h);
+    h = select<U>(magnitude > 0x7f800000u, U{} + 0x7e00u, h);
+    const auto bits = __builtin_convertvector(h | (u >> 16 & 0x8000u), VecN<uint16_t, kF>);
+#endif
+    __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// The first n lanes only; the rest of a load is zero, the rest of a store stays in memory.
+template <typename T>
+inline Vec<T> load_n(const T* p, int64_t n) {
+    T lanes[kLanes<T>] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+template <typename T>
+inline void store_n(T* p, Vec<T> v, int64_t n) {
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+template <typename T>
+LX_INLINE Vec<T> broadcast(Acc<T> s) {
+    return s - Vec<T>{};
+}
+
+// ------------------------------------------------------------------------------------------------
+// Lane sums of four vectors in one fixed tree: halves down to four lanes, then (0+2) + (1+3).
+template <typename T>
+LX_INLINE void sum_lanes(const Vec<T>* v, Acc<T>* sums) {
+    if constexpr (sizeof(Acc<T>) == 8) {
+        for (int i = 0; i < 4; ++i) {
+            double lane[kLanes<T>];
+            __builtin_memcpy(lane, &v[i], sizeof(lane));
+            for (int width = kLanes<T> / 2; width > 0; width /= 2)
+                for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+            sums[i] = lane[0];
+        }
+    } else {
+        using V4 = VecN<float, 4>;
+        V4 s[4];
+        for (int i = 0; i < 4; ++i) {
+            V4 part[kF / 4];
+            __builtin_memcpy(part, &v[i], sizeof(part));
+            for (int width = kF / 8; width > 0; width /= 2)
+                for (int l = 0; l < width; ++l) part[l] += part[l + width];
+            s[i] = part[0];
+        }
+        const V4 even = __builtin_shufflevector(s[0], s[1], 0, 4, 1, 5) +
+                        __builtin_shufflevector(s[0], s[1], 2, 6, 3, 7);
+        const V4 odd = __builtin_shufflevector(s[2], s[3], 0, 4, 1, 5) +
+                       __builtin_shufflevector(s[2], s[3], 2, 6, 3, 7);
+        const V4 total = __builtin_shufflevector(even, odd, 0, 1, 4, 5) +
+                         __builtin_shufflevector(even, odd, 2, 3, 6, 7);
+        __builtin_memcpy(sums, &total, sizeof(total));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// out[j][o] = b[o * stride + j]: eight ranks of one vector of outputs, transposed.
+// Reads num_out rows and num_ranks of their eight ranks; what it does not read is zero.
+template <typename T>
+inline void load_transposed_part(const T* b, int64_t stride, int64_t num_out, int num_ranks,
+                                 Vec<T>* out) {
+    T part[8][kLanes<T>] = {};
+    for (int64_t o = 0; o < num_out; ++o)
+        for (int j = 0; j < num_ranks; ++j) part[j][o] = b[o * stride + j];
+    for (int j = 0; j < 8; ++j) out[j] = load(part[j]);
+}
+
+#if defined(__AVX2__)
+// 4x4 transposes in both halves of four 8-lane vectors.
+template <typename V>
+LX_INLINE void transpose_halves(const V* r, V* out) {
+    const V t0 = __builtin_shufflevector(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13);
+    const V t1 = __builtin_shufflevector(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const V t2 = __builtin_shufflevector(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13);
+    const V t3 = __builtin_shufflevector(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    out[0] = __builtin_shufflevector(t0, t2, 0, 1, 8, 9, 4, 5, 12, 13);
+    out[1] = __builtin_shufflevector(t0, t2, 2, 3, 10, 11, 6, 7, 14, 15);
+    out[2] = __builtin_shufflevector(t1, t3, 0, 1, 8, 9, 4, 5, 12, 13);
+    out[3] = __builtin_shufflevector(t1, t3, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+// Both halves of a vector by one load each: cheaper than shuffles across the halves.
+LX_INLINE VecN<float, 8> load_half_rows(const float* low, const float* high) {
+    return (VecN<float, 8>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)),
+                                                _mm_loadu_ps(high), 1);
+}
+LX_INLINE VecN<float, 8> load_half_rows(const Half* low, const Half* high) {
+    const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)low),
+                                            _mm_loadl_epi64((const __m128i*)high));
+    return (VecN<float, 8>)_mm256_cvtph_ps(both);
+}
+template <typename T>
+LX_INLINE void transpose8(const T* b, int64_t stride, VecN<float, 8>* out) {
+    VecN<float, 8> rows[4];
+    for (int q = 0; q < 8; q += 4) {
+        for (int i = 0; i < 4; ++i)
+            rows[i] = load_half_rows(b + i * stride + q, b + (i + 4) * stride + q);
+        transpose_halves(rows, out + q);
+    }
+}
+// Two ranks make a 32-bit word: transpose words, then split them.
+LX_INLINE void transpose8(const BFloat* b, int64_t stride, VecN<float, 8>* out) {
+    using U = VecN<uint32_t, 8>;
+    U rows[4], pairs[4];
+    for (int i = 0; i < 4; ++i)
+        rows[i] = (U)_mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(b + i * stride))),
+            _mm_loadu_si128((const __m128i*)(b + (i + 4) * stride)), 1);
+    transpose_halves(rows, pairs);
+    for (int p = 0; p < 4; ++p) {
+        out[2 * p] = bit_cast<VecN<float, 8>>(pairs[p] << 16);
+        out[2 * p + 1] = bit_cast<VecN<float, 8>>(pairs[p] & 0xffff0000u);
+    }
+}
+#endif
+
+template <typename T>
+LX_INLINE void load_transposed(const T* b, int64_t stride, Vec<T>* out) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(Acc<T>) == 4) {
+        if constexpr (kF == 8) {
+            transpose8(b, stride, out);
+        } else {
+            VecN<float, 8> low[8], high[8];
+            transpose8(b, stride, low);
+            transpose8(b + 8 * stride, stride, high);
+            for (int j = 0; j < 8; ++j)
+                out[j] = __builtin_shufflevector(low[j], high[j], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                 11, 12, 13, 14, 15);
+        }
+        return;
+    }
+#endif
+    load_transposed_part(b, stride, kLanes<T>, 8, out);
+}
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA
