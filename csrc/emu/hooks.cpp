@@ -37,9 +37,9 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {
     if (!machine.current) return;
     const auto* here = static_cast<const unsigned char*>(__builtin_frame_address(0));
-    if (here < machine.current->stack.low + 4096) {
+    if (here < machine.current->stack.low + 8192) {
         lx::emu::fatal("resources", Place(__builtin_return_address(0)),
-                       "a thread uses more than 60 KiB of stack");
+                       "a thread uses more than 50 KiB of stack");
     }
 }
 void __tsan_func_exit() {}

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "emu/emu.h"
@@ -118,7 +119,10 @@ struct Buffer {
 struct Machine {
     Options options;
     std::vector<std::string> reports;  // since take_reports()
-    std::string last_error;            // of the last launch
+    // Of this launch. Their places are looked up when it has ended: a fiber's stack may be too
+    // small.
+    std::vector<std::pair<std::string, Place>> pending_reports;
+    std::string last_error;  // of the last launch
     Counters counters;
 
     // This launch
@@ -182,6 +186,7 @@ std::string describe(const Place& place);
 // Category: bounds, permission, alignment, initialisation, race, divergence, deadlock, asynchrony,
 // dependency, resources, trap.
 void report(const char* category, const Place& place, const std::string& text);
+void finish_reports();
 [[noreturn]] void fatal(const char* category, const Place& place, const std::string& text);
 
 // --- checker.cpp

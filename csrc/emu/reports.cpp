@@ -65,11 +65,18 @@ void report(const char* category, const Place& place, const std::string& text) {
     if (std::find(m.reported.begin(), m.reported.end(), key) != m.reported.end()) return;
     m.reported.push_back(key);
     if (m.num_reports++ >= m.options.max_reports) return;
-    std::string kernel = m.launch.kernel;
-    std::string line = std::string(category) + ": " + kernel + ": " + text;
-    if (place.file || place.code) line += " [" + describe(place) + "]";
-    m.last_error += "\n  " + line;
-    m.reports.push_back(std::move(line));
+    m.pending_reports.push_back(
+        {std::string(category) + ": " + m.launch.kernel + ": " + text, place});
+}
+
+void finish_reports() {
+    Machine& m = machine;
+    for (auto& [line, place] : m.pending_reports) {
+        if (place.file || place.code) line += " [" + describe(place) + "]";
+        m.last_error += "\n  " + line;
+        m.reports.push_back(std::move(line));
+    }
+    m.pending_reports.clear();
 }
 
 void fatal(const char* category, const Place& place, const std::string& text) {

@@ -223,7 +223,10 @@ int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argum
     std::lock_guard<std::mutex> guard(launch_lock);
     Machine& m = machine;
     prepare(launch, body, arguments, argument_bytes);
-    if (const int error = configuration_error(launch)) return error;
+    if (const int error = configuration_error(launch)) {
+        finish_reports();
+        return error;
+    }
 
     m.num_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
     m.num_warps = (m.num_threads + kWarpSize - 1) / kWarpSize;
@@ -250,6 +253,7 @@ int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argum
                "a dependent launch in which no thread calls grid_dependency_wait()");
     }
     forget_launch();
+    finish_reports();
     return m.num_reports ? kLaunchFailure : 0;
 }
 

@@ -1,0 +1,90 @@
+"""Deliberately broken kernels: each mistake is reported, by the check that is meant for it."""
+
+import numpy as np
+import pytest
+
+# The check that must report; after it, symptoms of the same mistake that some orders of threads show.
+GUARDS = {
+    "wait_one_fewer": "asynchrony",
+    "no_barrier_after_wait": "race initialisation asynchrony",
+    "no_barrier_before_refill": "race asynchrony",
+    "no_commit": "asynchrony",
+    "partial_sums": "race initialisation",
+    "column_guard": "bounds",
+    "row_guard": "bounds",
+    "blocks_share_a_counter": "race",
+    "neighbour": "race initialisation",
+    "half_warp": "race initialisation",
+    "shared_past_end": "bounds",
+    "divergent_barrier": "divergence",
+    "mixed_collectives": "divergence",
+    "misaligned": "alignment",
+    "read_only": "permission",
+    "unwritten_shared": "initialisation",
+    "unwritten_output": "initialisation",
+    "named_barrier_count": "deadlock",
+    "named_barrier_refill": "race",
+    "read_before_wait": "dependency",
+    "never_waits": "dependency",
+    "last_block": "race",
+    "too_much_shared": "resources",
+    "struct_copy": "bounds",
+    "ldmatrix_row": "alignment",
+    "deep_stack": "resources",
+    "trap": "trap",
+}
+LAUNCH_FAILURE = 719
+
+
+def buffers() -> tuple[np.ndarray, np.ndarray]:
+    memory = np.zeros(2 * 1024 + 8, np.float32)
+    start = -memory.ctypes.data % 16 // 4
+    values = np.random.default_rng(0).integers(-4, 5, 1024)
+    memory[start : start + 1024] = values
+    return memory[start : start + 1024], memory[start + 1024 : start + 2048]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", [*GUARDS, "swapped_registers"])
+def test_the_correct_form_is_clean(emulator, name, seed):
+    emulator.run(f"guard_{name}", 0, *buffers(), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("name", "category"), GUARDS.items())
+def test_the_mistake_is_reported(check, name, category, seed):
+    status = check.call(f"guard_{name}", 1, *buffers(), seed=seed)
+    assert status == LAUNCH_FAILURE
+    expected, *also = category.split()
+    found = {report.split(":")[0] for report in check.reports}
+    assert expected in found and found <= {expected, *also}, check.reports
+
+
+def test_swapped_fragment_registers_give_wrong_numbers(fast):
+    results = []
+    for broken in (0, 1):
+        values, out = buffers()
+        fast.run("guard_swapped_registers", broken, values, out)
+        results.append(out.copy())
+    assert not np.array_equal(*results)
+
+
+def test_an_access_out_of_bounds_stops_before_it_happens(check):
+    values, out = buffers()
+    out[:] = 5
+    check.call("guard_row_guard", 1, values, out)
+    assert (out[7 * 16 :] == 5).all()
+    assert len(check.reports) == 1
+    report = check.reports[0]
+    assert "thread (112,0,0) of block (0,0,0) writes 4 bytes at out + 448" in report
+    assert "guards.cu:" in report
+
+
+def test_a_deadlock_says_where_threads_wait(check):
+    check.call("guard_named_barrier_count", 1, *buffers())
+    assert "waits in bar_sync at guards.cu:" in check.reports[0]
+
+
+def test_a_launch_after_a_stopped_one_is_clean(check):
+    assert check.call("guard_shared_past_end", 1, *buffers()) == LAUNCH_FAILURE
+    check.run("guard_shared_past_end", 0, *buffers())
