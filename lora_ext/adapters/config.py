@@ -1,6 +1,7 @@
 """``adapter_config.json``: the fields that decide which modules have which rank and scale.
 
-The rules are PEFT's (``tuners_utils.check_target_module_exists``, ``utils.other.get_pattern_key``), written anew.
+The rules are those of PEFT's ``tuners_utils.check_target_module_exists`` and
+``utils.other.get_pattern_key``, written anew.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from .patterns import match_names
 
 # Read by nobody here: training only, or a record of where the adapter came from.
 _IGNORED = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode "
-    "loftq_config lora_dropout lora_ga_config megatron_config megatron_core peft_type peft_version "
-    "qalora_group_size revision runtime_config task_type velora_config".split()
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
+    "inference_mode loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
+    "peft_type peft_version qalora_group_size revision runtime_config task_type "
+    "velora_config".split()
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
@@ -36,8 +38,8 @@ _REFUSED = {
 # Initialisations that subtract something from the base weight, which every other adapter shares.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _READ = frozenset(
-    "r lora_alpha rank_pattern alpha_pattern use_rslora fan_in_fan_out bias lora_bias target_modules "
-    "exclude_modules layers_to_transform layers_pattern init_lora_weights".split()
+    "r lora_alpha rank_pattern alpha_pattern use_rslora fan_in_fan_out bias lora_bias "
+    "target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights".split()
 )
 
 
@@ -85,8 +87,9 @@ class AdapterConfig:
         init = raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
             raise NotImplementedError(
-                f"{where}: init_lora_weights={init[:40]!r} changes the base weight; save the adapter with "
-                "PEFT's path_initial_model_for_weight_conversion to make it an ordinary one"
+                f"{where}: init_lora_weights={init[:40]!r} changes the base weight; save the "
+                "adapter with PEFT's path_initial_model_for_weight_conversion to make it an "
+                "ordinary one"
             )
         bias = raw.get("bias", "none")
         if bias != "none":
@@ -121,7 +124,7 @@ class AdapterConfig:
         return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
-        """Names of the modules that PEFT would adapt, or None: the config leaves it to the tensors."""
+        """The modules that PEFT would adapt, or None: the config leaves it to the tensors."""
         wanted = self.target_modules
         if wanted is None:
             return None

@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# PEFT has LoRA layers for these as well; an adapter that targets one is refused by name, not skipped.
+# PEFT has LoRA layers for these too; an adapter that targets one is refused by name, not skipped.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One module that can carry an adapter: ``y = base(x)`` maps ``in_features`` to ``out_features``."""
+    """One module that can carry an adapter."""
 
     name: str
     in_features: int
@@ -46,8 +47,8 @@ class ModelIndex:
         """Walk ``model.named_modules()``.
 
         Args:
-            model: any module tree; ``nn.Linear``, its subclasses and transformers' ``Conv1D`` count.
-            targets: a regular expression for whole names, or names and dotted suffixes; None is all.
+            model: ``nn.Linear``, its subclasses and transformers' ``Conv1D`` are found in it.
+            targets: a regular expression for whole names, or names and suffixes; None is all.
             dtype: of the pages; default is the base weight's, or torch's default dtype where the
                 base weight is stored in another format (quantised).
             device: of the pages; default is the base weight's.
@@ -67,7 +68,7 @@ class ModelIndex:
                 continue
             if names is not None and not matches_suffix(name, names):
                 continue
-            weight = module.weight
+            weight = cast(Tensor, module.weight)
             own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
             linear[name] = LinearSpec(
                 name, *size, dtype or own, torch.device(device) if device else weight.device
@@ -93,7 +94,8 @@ def _linear_size(module: nn.Module) -> tuple[int, int] | None:
     # By name, so that transformers is not imported: Conv1D stores its weight as (in, out).
     for base in type(module).__mro__:
         if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
-            return module.weight.shape[0], module.weight.shape[1]
+            rows, columns = cast(Tensor, module.weight).shape
+            return rows, columns
     return None
 
 

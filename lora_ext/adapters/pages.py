@@ -73,10 +73,11 @@ def unpack(
 class ModuleSlab:
     """What the serving layer reads on every forward, for one module.
 
-    The tensors are None until an adapter that targets the module is loaded, and the very same tensors
-    from then on, so a captured CUDA graph may hold their addresses. (``bias`` appears by itself, later,
-    when the first adapter with ``lora_bias`` arrives.) The rows of a slot change only while no one has it
-    pinned. The adapter of slot s adds ``scale[s] * (B A x + bias[s])``: bias is PEFT's, not yet scaled.
+    The tensors are None until an adapter that targets the module is loaded, and the very same
+    tensors from then on, so a captured CUDA graph may hold their addresses. (``bias`` appears by
+    itself, when the first adapter with ``lora_bias`` arrives.) The rows of a slot change only while
+    nobody has it pinned. The adapter of slot s adds ``scale[s] * (B A x + bias[s])``: the bias is
+    PEFT's, not yet scaled.
     """
 
     in_features: int
@@ -92,7 +93,7 @@ class ModuleSlab:
 
 @dataclass
 class TableBlock:
-    """Tables of all modules that were first targeted by one load, so that publishing a slot is three copies."""
+    """Tables of the modules first targeted by one load: to publish a slot is three copies."""
 
     names: tuple[str, ...]
     page_table: Tensor  # (M, S, ceil(max_rank / 8))
@@ -120,7 +121,7 @@ class TableBlock:
     def rows(
         self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Copies (destination, source) that make ``slot`` say what ``modules`` says, for every module."""
+        """Copies (destination, source) that make ``slot`` say what ``modules`` says."""
         table = torch.full((len(self.names), self.page_table.shape[2]), -1, dtype=torch.int32)
         ranks = torch.zeros(len(self.names), dtype=torch.int32)
         scale = torch.zeros(len(self.names), dtype=torch.float32)
@@ -158,6 +159,6 @@ class Slab:
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             need = pages * PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
             raise MemoryError(
-                f"AdapterPool: no memory for {pages} pages of {spec.name!r} ({need} bytes): {error}; "
-                "pass a smaller pages="
+                f"AdapterPool: no memory for {pages} pages of {spec.name!r} ({need} bytes): "
+                f"{error}; pass a smaller pages="
             ) from error

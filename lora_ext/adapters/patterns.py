@@ -1,8 +1,9 @@
 """Regular expressions out of untrusted files.
 
-PEFT reads several config fields as Python regular expressions. ``re`` backtracks, holds the GIL and cannot
-be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would hang the server. Names without
-operators are matched here; everything else in a child process that is killed when its time is up.
+PEFT reads several config fields as Python regular expressions. ``re`` backtracks, holds the GIL
+and cannot be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would hang the
+server. Names without operators are matched here; everything else in a child process that is killed
+when its time is up.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def match_names(
         names: module names.
 
     Returns:
-        One row per pattern, one entry per name: None without a match, else the text of group ``idx``
-        (empty if the template has none).
+        One row per pattern, one entry per name: None without a match, else the text of group
+        ``idx`` (empty if the template has none).
 
     Raises:
         ValueError: a pattern is no regular expression, is too long, or did not finish in time.

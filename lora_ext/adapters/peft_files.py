@@ -109,7 +109,8 @@ def _read(
         rank, _ = ranks[module]
         if rank > max_rank:
             raise ValueError(
-                f"{config.where}: rank of {module}: expected at most max_rank={max_rank}, found {rank}"
+                f"{config.where}: rank of {module}: expected at most max_rank={max_rank}, "
+                f"found {rank}"
             )
         _check_headers(tensors, keys, rank, module, index, config)
     modules = {}
@@ -126,7 +127,8 @@ def _read(
             # After the conversion, so that what float16 cannot hold is found as well.
             if values is not None and not torch.isfinite(values).all():
                 raise ValueError(
-                    f"{tensors.where}: {keys[key]}: expected finite values in {spec.dtype}, found NaN or inf"
+                    f"{tensors.where}: {keys[key]}: expected finite values in {spec.dtype}, "
+                    "found NaN or inf"
                 )
         modules[module] = packed
     return PackedAdapter(config, modules, tuple(leftover))
@@ -135,7 +137,7 @@ def _read(
 def _group_keys(
     tensors: TensorSource, index: ModelIndex
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Keys by module and role (``A.weight``, ``B.weight``, ``B.bias``), and the keys that are none."""
+    """Keys by module and role (``A.weight``, ``B.weight``, ``B.bias``), and the other keys."""
     grouped: dict[str, dict[str, str]] = {}
     leftover: list[str] = []
     for key in tensors.infos:
@@ -143,10 +145,10 @@ def _group_keys(
             if part in key:
                 raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        role = match and f"{match['factor']}.{match['kind']}"
-        if match is None or role == "A.bias" or match["module"] not in index.linear:
+        if match is None or match["module"] not in index.linear:
             leftover.append(key)
             continue
+        role = f"{match['factor']}.{match['kind']}"
         roles = grouped.setdefault(match["module"], {})
         if role in roles:
             raise ValueError(
@@ -165,7 +167,10 @@ def _check_headers(
     config: AdapterConfig,
 ) -> None:
     spec = index.linear[module]
-    expected = {"A.weight": (rank, spec.in_features), "B.weight": (spec.out_features, rank)}
+    expected: dict[str, tuple[int, ...]] = {
+        "A.weight": (rank, spec.in_features),
+        "B.weight": (spec.out_features, rank),
+    }
     if config.lora_bias:
         expected["B.bias"] = (spec.out_features,)
     if keys.keys() != expected.keys():
@@ -177,8 +182,8 @@ def _check_headers(
         info = tensors.infos[keys[role]]
         if info.dtype not in PAGE_DTYPES:
             raise ValueError(
-                f"{tensors.where}: {keys[role]}: dtype: expected float16, bfloat16, float32 or float64, "
-                f"found {info.dtype}"
+                f"{tensors.where}: {keys[role]}: dtype: expected float16, bfloat16, float32 "
+                f"or float64, found {info.dtype}"
             )
         if info.shape != shape:
             raise ValueError(
@@ -213,7 +218,7 @@ def save_adapter(
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
             raise ValueError(
-                f"save_adapter: state: expected <module>.lora_A.weight or the like, found {key}"
+                f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
             )
         name = f"{_PREFIX}{match['module']}.lora_{match['factor']}.{match['kind']}"
         if name in tensors:

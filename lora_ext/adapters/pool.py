@@ -52,10 +52,10 @@ class AdapterPool:
         model: its ``nn.Linear`` and transformers ``Conv1D`` modules are found by name; not kept.
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
-        pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, room for the worst case.
+        pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, the worst case.
             A server of r16 adapters wants ``2 * max_slots``.
         dtype, device: of the pages; default is each module's base weight's.
-        targets: modules that adapters may touch (names, suffixes, or a regular expression); default all.
+        targets: modules that adapters may touch (names, suffixes, or a regex); default all.
         host_cache_bytes: evicted adapters are kept in host memory up to this size.
 
     Every method may be called from any thread. A method that raises leaves the pool as it was.
@@ -169,7 +169,7 @@ class AdapterPool:
         sources: Mapping[str, AdapterSource] | Iterable[str | os.PathLike[str]],
         strict: bool = True,
     ) -> list[str]:
-        """Read adapters into the host cache, so that the first :meth:`acquire` copies and does not parse.
+        """Read adapters into the host cache: their first :meth:`acquire` then copies, no more.
 
         Args:
             sources: name to source, or directories, each named by its last component.
@@ -178,10 +178,13 @@ class AdapterPool:
         Returns:
             The names. All of them are known afterwards, or none if one fails.
         """
-        if not isinstance(sources, Mapping):
-            sources = {Path(path).name: path for path in sources}
-        packed = {}
-        for name, source in sources.items():
+        named: dict[str, AdapterSource]
+        if isinstance(sources, Mapping):
+            named = {str(name): source for name, source in sources.items()}
+        else:
+            named = {Path(path).name: path for path in sources}
+        packed: dict[str, PackedAdapter] = {}
+        for name, source in named.items():
             self._check_new(name)
             packed[name] = read_adapter(source, self.index, self.max_rank, strict)
         size = sum(p.nbytes for p in packed.values())
@@ -190,8 +193,8 @@ class AdapterPool:
                 self._check_new(name)
             if size > self.host_cache_bytes:
                 raise ValueError(
-                    f"AdapterPool.prefetch: expected at most host_cache_bytes={self.host_cache_bytes}, "
-                    f"found {size} bytes of pages"
+                    f"AdapterPool.prefetch: expected at most host_cache_bytes="
+                    f"{self.host_cache_bytes}, found {size} bytes of pages"
                 )
             for name, adapter in packed.items():
                 self._cache_put(name, adapter)
@@ -230,7 +233,7 @@ class AdapterPool:
         return lease
 
     def release(self, slots: Iterable[int]) -> None:
-        """Undo one :meth:`acquire`: the lease itself, or any slots out of leases, one pin per entry."""
+        """Undo one :meth:`acquire`: its lease, or any slots out of leases, one pin per entry."""
         with self._lock:
             if isinstance(slots, Lease):
                 if slots.released or slots.pool is not self:
@@ -257,7 +260,8 @@ class AdapterPool:
             pins = resident.pins if resident else 0
             if slots.count(slot) > pins:
                 raise ValueError(
-                    f"AdapterPool.release: slot {slot}: expected {slots.count(slot)} pins, found {pins}"
+                    f"AdapterPool.release: slot {slot}: expected {slots.count(slot)} pins, "
+                    f"found {pins}"
                 )
 
     # ---------------------------------------------------------------------------------------------
@@ -313,7 +317,7 @@ class AdapterPool:
     # Moving adapters. All of it under the lock.
 
     def _bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Install evicted adapters; those that the caller named as well are not evicted for them."""
+        """Install evicted adapters, none at the cost of another that the caller named."""
         self._check_known(absent)
         held = [self._by_name[n] for n in set(names) if n is not None and n in self._by_name]
         for resident in held:
@@ -335,7 +339,7 @@ class AdapterPool:
                 self._keep(name, adapter)
 
     def _install(self, name: str, packed: PackedAdapter) -> None:
-        """Write an adapter into a free slot, then publish the name: as a new one, or moved there."""
+        """Write an adapter into a free slot, then publish the name, new or moved."""
         old = self._by_name.get(name)
         order = [*([old] if old else []), *(r for r in self._by_name.values() if r is not old)]
         plan = self._store.plan(name, packed, order)
@@ -372,7 +376,7 @@ class AdapterPool:
             self._keep(victim.name, saved)
 
     def _keep(self, name: str, adapter: PackedAdapter) -> None:
-        """After a failure: into the cache, even above ``host_cache_bytes``, so that nothing is lost."""
+        """Into the cache, even above ``host_cache_bytes``: after a failure nothing is lost."""
         self._cache[name] = adapter
         self._cache_bytes += adapter.nbytes
 

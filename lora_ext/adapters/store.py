@@ -1,7 +1,7 @@
 """Slots, pages and tables on the device: the half of the pool that knows nothing of names.
 
-An adapter is written into pages and a slot that nothing refers to, and the caller publishes the name last. Every
-method but :meth:`PageStore.upload` is Python bookkeeping or an allocation; the pool holds its lock around all of them.
+An adapter is written into pages and a slot that nothing refers to; the pool publishes the name
+last, and holds its lock around every method here.
 """
 
 from __future__ import annotations

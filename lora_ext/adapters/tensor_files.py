@@ -1,12 +1,13 @@
-"""Tensors by key out of a safetensors file, a ``.bin`` file or a state dict, none of which is trusted.
+"""Tensors by key out of a safetensors file, a ``.bin`` file or a state dict, none of them trusted.
 
-Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without allocating
-for it. A safetensors file is read through one descriptor and never mapped: a file that shrinks meanwhile
-gives a short read, an exception, where a mapping would give SIGBUS.
+Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
+allocating for it. A safetensors file is read through one descriptor and never mapped: a file that
+shrinks meanwhile gives a short read, an exception, where a mapping would give SIGBUS.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """What the header says of one tensor; ``dtype`` is a name where torch or we have no such type."""
+    """What the header says of one tensor; ``dtype`` is its name where we have no such type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -53,7 +54,7 @@ class TensorSource(Protocol):
         ...
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file, or what a link to one points at (the Hub's cache is made of links).
 
     Pipes and devices are refused, and do not block: O_NONBLOCK.
@@ -68,7 +69,7 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes | bytearray, where: str) -> Any:
     """Parse JSON without NaN, duplicate keys or bottomless nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,8 +148,8 @@ class SafetensorsFile:
         for key, span in sorted(self._spans.items(), key=lambda item: item[1]):
             if span[0] != end:
                 raise ValueError(
-                    f"{self.where}: {key}: data_offsets: expected {end} as the start, found {span[0]} "
-                    "(tensors must neither overlap nor leave gaps)"
+                    f"{self.where}: {key}: data_offsets: expected {end} as the start, "
+                    f"found {span[0]} (tensors must neither overlap nor leave gaps)"
                 )
             end = span[1]
         if end != size - self._data:
@@ -214,7 +215,8 @@ class StateDict:
         for key, value in tensors.items():
             if not isinstance(key, str) or not isinstance(value, Tensor):
                 raise ValueError(
-                    f"{where}: expected names with tensors, found {key!r:.100}: {type(value).__name__}"
+                    f"{where}: expected names with tensors, "
+                    f"found {key!r:.100}: {type(value).__name__}"
                 )
             if value.layout != torch.strided or value.is_meta:
                 raise ValueError(f"{where}: {key}: expected a dense tensor, found {value.layout}")
@@ -229,7 +231,7 @@ class StateDict:
 
 
 def _read_bin(path: Path) -> StateDict:
-    """A ``torch.save`` zip through ``weights_only``, entries stored uncompressed and no larger than the file."""
+    """A zip of ``torch.save``, its entries stored and no larger than the file; ``weights_only``."""
     where = str(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

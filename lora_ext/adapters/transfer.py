@@ -17,8 +17,8 @@ class Transfer:
     """Ordered, complete copies to one device.
 
     On CUDA the copies run on a side stream, behind everything that may still read the memory they
-    overwrite, and the host waits for them: once :meth:`run` returns, every stream sees the new bytes.
-    The CUDA half is not covered by the tests that run without a GPU.
+    overwrite, and the host waits for them: once :meth:`run` returns, every stream sees the new
+    bytes. The CUDA half has not run yet: it waits for a machine with a GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -27,7 +27,7 @@ class Transfer:
         self._last_use: dict[int, torch.cuda.Event] = {}  # by stream: the end of the last step seen
 
     def mark_use(self) -> None:
-        """Called when a pin is released: the step that used it has been queued on the current stream."""
+        """A pin is released: the step that used it has been queued on the current stream."""
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
             self._last_use.setdefault(stream.cuda_stream, torch.cuda.Event()).record(stream)

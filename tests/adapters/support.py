@@ -1,0 +1,104 @@
+"""A small base model, random adapters for it, and the reading of a slot back out of its pages."""
+
+import torch
+from torch import nn
+
+from lora_ext.adapters import unpack
+
+SIZES = {"up": (12, 20), "down": (20, 12), "head": (12, 5)}  # neither multiples of 8 nor equal
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, (i, o) in SIZES.items():
+            setattr(self, name, nn.Linear(i, o))
+        self.embed = nn.Embedding(7, 12)
+
+
+def config(rank=4, targets=("up", "down"), **fields):
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": list(targets),
+        "bias": "none",
+        **fields,
+    }
+
+
+def state(seed, rank=4, targets=("up", "down"), bias=False, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in targets:
+        i, o = SIZES[name]
+        key = f"base_model.model.{name}.lora_"
+        tensors[key + "A.weight"] = torch.randn(rank, i, generator=g).to(dtype)
+        tensors[key + "B.weight"] = torch.randn(o, rank, generator=g).to(dtype)
+        if bias:
+            tensors[key + "B.bias"] = torch.randn(o, generator=g).to(dtype)
+    return tensors
+
+
+def read_slot(pool, slot):
+    """{module: (A, B, bias or None, scale)} of a slot, through the tables alone."""
+    found = {}
+    for name, slab in pool.modules.items():
+        if slab.a_pages is None:
+            continue
+        rank = int(slab.ranks[slot])
+        pages = [q for q in slab.page_table[slot].tolist() if q >= 0]
+        assert len(pages) == -(-rank // 8), "a table row has as many pages as its rank needs"
+        bias = None if slab.bias is None else slab.bias[slot]
+        if rank:
+            a, b = unpack(slab.a_pages, slab.b_pages, pages, rank)
+            found[name] = (a, b, bias, float(slab.scale[slot]))
+            tail = slab.b_pages[pages[-1], :, rank % 8 :] if rank % 8 else torch.zeros(1)
+            assert not tail.any(), "the last page is filled up with zeros"
+        elif bias is not None:
+            assert not bias.any(), "a slot that leaves a module alone has no bias there"
+    return found
+
+
+def assert_slot_holds(pool, slot, tensors, scale):
+    """The slot has exactly these tensors, bit for bit."""
+    found = read_slot(pool, slot)
+    expected = {key.split(".")[-3] for key in tensors}
+    assert found.keys() == expected
+    for name, (a, b, bias, found_scale) in found.items():
+        key = f"base_model.model.{name}.lora_"
+        assert torch.equal(a, tensors[key + "A.weight"].to(a.dtype))
+        assert torch.equal(b, tensors[key + "B.weight"].to(b.dtype))
+        assert found_scale == torch.tensor(scale, dtype=torch.float32).item()
+        own = tensors.get(key + "B.bias")
+        if own is not None:
+            assert torch.equal(bias, own.to(bias.dtype))
+        elif bias is not None:
+            assert not bias.any()
+
+
+def snapshot(pool):
+    """All that an observer can see: names, numbers, and every adapter's bytes, slot by slot."""
+    numbers = pool.stats()
+    slots = {r.name: r.slot for r in pool._by_name.values()}
+    tensors = {}
+    for name, slot in slots.items():
+        for module, (a, b, bias, scale) in read_slot(pool, slot).items():
+            tensors[name, module] = (
+                a.clone(),
+                b.clone(),
+                None if bias is None else bias.clone(),
+                scale,
+            )
+    free = {m: sorted(slab.free) for m, slab in pool._store.slabs.items()}
+    views = {m: (s.version, s.a_pages is None, s.bias is None) for m, s in pool.modules.items()}
+    return pool.names, numbers, slots, free, views, tensors
+
+
+def assert_same(before, after):
+    assert before[:-1] == after[:-1]
+    assert before[-1].keys() == after[-1].keys()
+    for key, values in before[-1].items():
+        for left, right in zip(values, after[-1][key], strict=True):
+            same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+            assert same, key

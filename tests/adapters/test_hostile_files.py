@@ -1,0 +1,286 @@
+"""Files from strangers: every one is refused with a ValueError, and the pool stays as it was."""
+
+import json
+import os
+import pickle
+import resource
+import struct
+import time
+import zipfile
+
+import pytest
+import torch
+from support import Base, assert_same, assert_slot_holds, config, snapshot, state
+
+from lora_ext.adapters import AdapterPool, patterns, save_adapter
+
+
+@pytest.fixture
+def pool():
+    pool = AdapterPool(Base(), max_slots=2, max_rank=8)
+    pool.load("good", (config(), state(0)))
+    return pool
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_adapter(tmp_path, config(), state(1))
+    return tmp_path
+
+
+def refused(pool, source, match, kind=ValueError, **arguments):
+    before = snapshot(pool)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(kind, match=match):
+        pool.load("bad", source, **arguments)
+    assert_same(before, snapshot(pool))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak  # KiB
+    assert grown < 256 << 10, "a small file does not make us allocate"
+
+
+def header_of(path):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write(path, header, body=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 40, -1, -100])
+def test_truncated_safetensors(pool, folder, keep):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(pool, folder, r"adapter_model\.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 30, 1 << 62, (1 << 64) - 1])
+def test_a_header_length_that_lies(pool, folder, length):
+    path = folder / "adapter_model.safetensors"
+    write(path, *header_of(path), length=length)
+    refused(pool, folder, "header")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]",
+        b"null",
+        b"{" * 100_000,
+        b"[" * 100_000,
+        b'{"a":1,"a":1}',
+        b'{"a": NaN}',
+        b"\xff\xfe",
+        b'{"x": ' + b"9" * 100_000 + b"}",
+    ],
+)
+def test_absurd_json(pool, folder, text):
+    good = (folder / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").write_bytes(text)
+    refused(pool, folder, r"adapter_config\.json")
+    (folder / "adapter_config.json").write_bytes(good)
+    write(folder / "adapter_model.safetensors", text)
+    refused(pool, folder, r"adapter_model\.safetensors")
+
+
+KEY = "base_model.model.up.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"shape": [1 << 40, 1 << 40]},
+        {"shape": [-4, 12]},
+        {"shape": [4.0, 12]},
+        {"shape": [True, 12]},
+        {"shape": "4"},
+        {"shape": [1] * 100},
+        {"data_offsets": [0, 1 << 40]},
+        {"data_offsets": [0]},
+        {"data_offsets": [192, 0]},
+        {"data_offsets": [-192, 0]},
+        {"dtype": "I32"},
+        {"dtype": "F8_E4M3"},
+        {"dtype": 3},
+        {"extra": 1},
+        {"shape": [8, 6]},
+        {"shape": [48]},
+    ],
+)
+def test_a_tensor_entry_that_lies(pool, folder, edit):
+    path = folder / "adapter_model.safetensors"
+    header, body = header_of(path)
+    header[KEY].update(edit)
+    write(path, header, body)
+    refused(pool, folder, r"up\.lora_A|data_offsets|bytes of tensors")
+
+
+def test_overlapping_tensors_and_trailing_bytes(pool, folder):
+    path = folder / "adapter_model.safetensors"
+    header, body = header_of(path)
+    write(path, header, body + b"secret")
+    refused(pool, folder, "bytes of tensors")
+    header["base_model.model.down.lora_B.weight"]["data_offsets"] = header[KEY]["data_offsets"]
+    write(path, header, body)
+    refused(pool, folder, "neither overlap nor leave gaps")
+
+
+def test_links_and_pipes(pool, folder, tmp_path):
+    path = folder / "adapter_model.safetensors"
+    real = path.rename(folder / "blob")
+    path.symlink_to(real)
+    pool.load("linked", folder)  # as in the Hub's cache
+    for target in ("/dev/zero", str(folder), "/nonexistent"):
+        path.unlink()
+        path.symlink_to(target)
+        refused(pool, folder, "cannot be opened|expected a regular file")
+    path.unlink()
+    os.mkfifo(path)
+    refused(pool, folder, "expected a regular file")
+    refused(pool, folder / "nowhere", "cannot be opened")
+    refused(pool, "null\0byte", "cannot be opened")
+
+
+def test_a_config_that_points_elsewhere_is_not_followed(pool, folder):
+    raw = config(base_model_name_or_path="/etc", revision="../..", auto_mapping={"x": "os.system"})
+    save_adapter(folder, raw, state(1))
+    pool.load("x", folder)
+    with pool.acquire(["x"]) as slots:
+        assert_slot_holds(pool, slots[0], state(1), 2.0)
+
+
+class _Runs:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_pickles_are_not_executed(pool, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    path = folder / "adapter_model.bin"
+    torch.save({KEY: _Runs()}, path)
+    refused(pool, folder, "weights_only")
+    path.write_bytes(pickle.dumps(_Runs()))
+    refused(pool, folder, "expected a zip")
+    torch.save([state(1)], path)
+    refused(pool, folder, "expected a dict of tensors")
+    torch.save({KEY: torch.zeros(3).to_sparse()}, path)
+    refused(pool, folder, "dense tensor|weights_only")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_zip_bomb_is_not_inflated(pool, folder):
+    (folder / "adapter_model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
+    refused(pool, folder, "stored zip entries")
+
+
+def test_content_that_does_not_fit(pool):
+    def changed(edit, **fields):
+        tensors = state(1)
+        edit(tensors)
+        return config(**fields), tensors
+
+    refused(pool, changed(lambda t: t.pop(KEY)), r"up: expected lora_\{A.weight, B.weight\}")
+    refused(pool, changed(lambda t: t.update({KEY: t[KEY].T})), r"shape: expected \(4, 12\)")
+    refused(pool, changed(lambda t: t.update({KEY: t[KEY].int()})), "dtype: expected float16")
+    refused(pool, changed(lambda t: t[KEY].fill_(float("nan"))), "expected finite values")
+    refused(pool, changed(lambda t: t[KEY][0].fill_(float("inf"))), "expected finite values")
+    refused(pool, changed(lambda t: t.update({KEY: 3})), "found .*int")
+    refused(
+        pool, changed(lambda t: t.update({KEY.replace("A.w", "A.two.w"): t[KEY]})), "one adapter"
+    )
+    refused(pool, changed(lambda t: None, targets=("up", "down", "head")), "found none for head")
+    refused(pool, (config(9), state(1, 9)), "at most max_rank=8, found 9")
+    refused(pool, (config(lora_bias=True), state(1)), r"lora_bias=True")
+    refused(pool, (config(), state(1, bias=True)), r"lora_bias=False")
+    refused(pool, (config(), {}), "found none for down, up")
+    half = AdapterPool(Base(), max_slots=1, max_rank=8, dtype=torch.float16)
+    refused(half, changed(lambda t: t[KEY].fill_(1e6)), "expected finite values in torch.float16")
+
+
+def test_left_over_content_is_refused_or_listed(pool):
+    for extra, fields in (
+        ({"base_model.model.nowhere.lora_A.weight": torch.zeros(1)}, {}),
+        ({"surprise": torch.zeros(1)}, {}),
+        (state(1, targets=("head",)), {}),
+        ({}, {"future_method": {"on": True}}),
+        ({}, {"rank_pattern": {"nowhere": 3}}),
+    ):
+        source = config(**fields), {**state(1), **extra}
+        refused(pool, source, "expected only what the base model")
+        skipped = pool.load("lenient", source, strict=False)
+        assert len(skipped) == len(extra) + len(fields)
+        pool.unload("lenient")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 0},
+        {"r": True},
+        {"r": 4.0},
+        {"r": 1 << 80},
+        {"lora_alpha": "8"},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"rank_pattern": {"up": -1}},
+        {"rank_pattern": [1]},
+        {"alpha_pattern": {"up": None}},
+        {"use_rslora": "yes"},
+        {"bias": "all"},
+        {"peft_type": "IA3"},
+        {"target_modules": 3},
+        {"target_modules": [3]},
+        {"target_modules": "(up"},
+        {"target_modules": "x" * (1 << 17)},
+        {"target_modules": "up|down", "layers_to_transform": [0]},
+        {"layers_to_transform": [0.5]},
+        {"layers_pattern": "layers"},
+        {"exclude_modules": "(up"},
+        {"rank_pattern": {"(up": 3}},
+    ],
+)
+def test_config_fields_that_make_no_sense(pool, fields):
+    refused(pool, ({**config(), **fields}, state(1)), next(iter(fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["head"]},
+        {"target_modules": ["up", "down", "embed"]},
+        {"trainable_token_indices": [1]},
+        {"target_parameters": ["up.weight"]},
+        {"layer_replication": [[0, 1]]},
+        {"alora_invocation_tokens": [1]},
+        {"kasa_config": {"beta": 1}},
+        {"init_lora_weights": "pissa_niter_4"},
+    ],
+)
+def test_what_peft_can_and_the_pool_cannot_is_named(pool, fields):
+    name = next(iter(fields))
+    refused(pool, ({**config(), **fields}, state(1)), name, NotImplementedError)
+
+
+def test_dora_and_embedding_tensors_are_named(pool):
+    for key, what in (
+        ("up.lora_magnitude_vector", "DoRA"),
+        ("embed.lora_embedding_A", "embedding"),
+    ):
+        source = config(), {**state(1), f"base_model.model.{key}": torch.zeros(2)}
+        refused(pool, source, what, NotImplementedError)
+
+
+def test_a_regular_expression_that_never_ends_is_stopped(pool, monkeypatch):
+    monkeypatch.setattr(patterns, "TIMEOUT_S", 1.0)
+    base = Base()
+    base.add_module("a" * 60, torch.nn.Linear(3, 3))
+    pool = AdapterPool(base, max_slots=1, max_rank=8)
+    start = time.monotonic()
+    refused(pool, ({**config(), "target_modules": "(a+)+b"}, state(1)), "catastrophic")
+    assert time.monotonic() - start < 20

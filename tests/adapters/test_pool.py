@@ -1,0 +1,392 @@
+"""Slots, pins, eviction, the host cache, and that a failure changes nothing."""
+
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+from support import Base, assert_same, assert_slot_holds, config, read_slot, snapshot, state
+
+from lora_ext.adapters import AdapterPool, PoolFullError, UnknownAdapterError, transfer
+
+
+def make(**arguments):
+    return AdapterPool(Base(), **{"max_slots": 3, "max_rank": 16, **arguments})
+
+
+def load(pool, name, seed, rank=4, **fields):
+    bias = fields.get("lora_bias", False)
+    targets = fields.pop("targets", ("up", "down"))
+    pool.load(name, (config(rank, targets, **fields), state(seed, rank, targets, bias)))
+
+
+def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
+    pool = make(pages=5)
+    assert pool.nbytes() == 0
+    load(pool, "x", 0)
+    assert pool.nbytes() == 5 * 8 * ((12 + 20) + (20 + 12)) * 4
+    held = [t for s in pool.modules.values() for t in (s.a_pages, s.b_pages) if t is not None]
+    assert pool.nbytes() == sum(t.nbytes for t in held)
+    load(pool, "y", 1, rank=16)
+    assert pool.nbytes() == 5 * 8 * 64 * 4, "more adapters take pages, not memory"
+
+
+def test_addresses_stay_and_base_rows_get_no_slot():
+    pool = make()
+    load(pool, "x", 0)
+    slab = pool.modules["up"]
+    tensors = [slab.a_pages, slab.b_pages, slab.page_table, slab.ranks, slab.scale]
+    for seed in range(1, 8):
+        load(pool, f"x{seed}", seed, rank=1 + seed, targets=("up", "head"))
+    assert all(
+        a is b
+        for a, b in zip(
+            tensors,
+            [slab.a_pages, slab.b_pages, slab.page_table, slab.ranks, slab.scale],
+            strict=True,
+        )
+    )
+    with pool.acquire([None, "x7", "__base__"]) as slots:
+        assert slots[0] == slots[2] == -1 and slots[1] >= 0
+
+
+def test_an_unknown_name_raises_with_close_matches_and_pins_nothing():
+    pool = make()
+    load(pool, "french", 0)
+    with pytest.raises(
+        KeyError, match=r"adapter 'frensh' is not loaded; close matches: \['french'\]"
+    ):
+        pool.acquire(["french", "frensh"])
+    assert pool.stats()["pins"] == 0
+    with pytest.raises(TypeError, match="sequence of names"):
+        pool.acquire("french")
+    for call in (pool.unload, lambda n: pool.update(n, state(0))):
+        with pytest.raises(UnknownAdapterError, match="'german'"):
+            call("german")
+
+
+@pytest.mark.parametrize("name", ["", "__base__", None, 3])
+def test_names_that_mean_nothing_are_refused(name):
+    with pytest.raises(ValueError, match="name"):
+        make().load(name, (config(), state(0)))
+
+
+def test_a_name_may_look_like_a_path():
+    pool = make()
+    load(pool, "../../etc/passwd\0", 0)
+    assert "../../etc/passwd\0" in pool
+
+
+def test_loading_a_name_twice_is_refused():
+    pool = make()
+    load(pool, "x", 0)
+    before = snapshot(pool)
+    with pytest.raises(ValueError, match=r"'x' is loaded already"):
+        load(pool, "x", 1)
+    assert_same(before, snapshot(pool))
+
+
+def test_the_least_recently_used_makes_way_and_comes_back_from_the_host():
+    pool = make()
+    for seed in range(3):
+        load(pool, f"x{seed}", seed, rank=3 + seed, lora_bias=seed == 1)
+    pool.acquire(["x0"]).pool.release([pool._by_name["x0"].slot])
+    load(pool, "x3", 3)
+    assert pool.stats()["evictions"] == 1 and pool.stats()["cached"] == 1
+    assert "x1" in pool and "x1" not in pool._by_name, "x0 was used, x1 was not"
+    with pool.acquire(["x1"]) as slots:
+        assert_slot_holds(pool, slots[0], state(1, 4, bias=True), 2.0)
+    assert pool.stats()["cache_hits"] == 1
+
+
+def test_without_a_host_cache_an_evicted_adapter_is_gone_and_the_error_says_so():
+    pool = make(max_slots=1, host_cache_bytes=0)
+    load(pool, "x", 0)
+    load(pool, "y", 1)
+    assert pool.names == ["y"]
+    with pytest.raises(UnknownAdapterError, match="host_cache_bytes had no room"):
+        pool.acquire(["x"])
+    load(pool, "x", 0)
+
+
+def test_bringing_back_several_does_not_push_them_out_of_a_small_cache():
+    one = sum(8 * (a + b) * 4 for a, b in ((12, 20), (20, 12)))
+    pool = make(max_slots=2, host_cache_bytes=2 * one)
+    for seed in range(4):
+        load(pool, f"x{seed}", seed)
+    for _ in range(3):
+        for pair in (("x0", "x1"), ("x2", "x3"), ("x1", "x2")):
+            with pool.acquire(pair) as slots:
+                for name, slot in zip(pair, slots, strict=True):
+                    assert_slot_holds(pool, slot, state(int(name[1])), 2.0)
+    assert sorted(pool.names) == ["x0", "x1", "x2", "x3"]
+    assert pool.stats()["cache_bytes"] <= 2 * one
+
+
+def test_prefetched_adapters_are_known_and_take_no_slot():
+    pool = make(max_slots=1)
+    sources = {f"x{seed}": (config(), state(seed)) for seed in range(3)}
+    assert pool.prefetch(sources) == ["x0", "x1", "x2"]
+    assert pool.stats()["slots_used"] == 0 and pool.nbytes() == 0
+    with pool.acquire(["x2"]) as slots:
+        assert_slot_holds(pool, slots[0], state(2), 2.0)
+    before = snapshot(pool)
+    with pytest.raises(ValueError, match="r: expected a positive integer"):
+        pool.prefetch({"y": (config(), state(9)), "z": (config(0), state(8))})
+    assert_same(before, snapshot(pool))
+    pool.host_cache_bytes = 10
+    with pytest.raises(ValueError, match="host_cache_bytes"):
+        pool.prefetch({"y": (config(), state(9))})
+    assert_same(before, snapshot(pool))
+
+
+def test_all_pinned_is_an_error_that_says_what_is_needed():
+    pool = make(pages=4)
+    load(pool, "x", 0, rank=16)
+    load(pool, "y", 1, rank=8)
+    lease = pool.acquire(["x", "y"])
+    before = snapshot(pool)
+    with pytest.raises(
+        PoolFullError, match=r"needs 2 pages of down \(1 can be freed\).*\['x', 'y'\]"
+    ):
+        load(pool, "z", 2, rank=16)
+    assert_same(before, snapshot(pool))
+    load(pool, "z", 2, rank=8)
+    other = pool.acquire(["z"])
+    with pytest.raises(PoolFullError, match="one of max_slots=3 slots"):
+        load(pool, "w", 3)
+    pool.release(lease)
+    load(pool, "w", 3, rank=16)
+    assert_slot_holds(pool, other[0], state(2, 8), 1.0)
+    with pytest.raises(PoolFullError, match="needs 2 pages of up, the pool has pages=1"):
+        load(make(pages=1), "x", 0, rank=16)
+
+
+def test_update_moves_the_name_and_the_pinned_version_stays():
+    pool = make()
+    load(pool, "x", 0)
+    old = pool.acquire(["x"])
+    pool.update("x", state(1))
+    new = pool.acquire(["x"])
+    assert old[0] != new[0]
+    assert_slot_holds(pool, old[0], state(0), 2.0)
+    assert_slot_holds(pool, new[0], state(1), 2.0)
+    assert pool.stats()["slots_used"] == 2
+    pool.release(old)
+    assert pool.stats()["slots_used"] == 1
+    pool.release(new)
+    pool.update("x", (config(9, lora_alpha=3), state(2, 9)))
+    with pool.acquire(["x"]) as slots:
+        assert_slot_holds(pool, slots[0], state(2, 9), 3 / 9)
+
+
+def test_update_works_in_a_pool_of_one_slot_and_on_an_evicted_adapter():
+    pool = make(max_slots=1)
+    load(pool, "x", 0)
+    pool.update("x", state(1))
+    assert pool.stats()["evictions"] == 0 and pool.stats()["cached"] == 0
+    load(pool, "y", 2)
+    pool.update("x", state(3))
+    with pool.acquire(["x"]) as slots:
+        assert_slot_holds(pool, slots[0], state(3), 2.0)
+    assert sorted(pool.names) == ["x", "y"] and pool.stats()["cached"] == 1
+
+
+def test_a_pinned_adapter_is_unloaded_by_name_at_once_and_by_page_at_the_last_release():
+    pool = make()
+    load(pool, "x", 0)
+    lease = pool.acquire(["x", "x"])
+    pool.unload("x")
+    assert "x" not in pool and pool.stats()["slots_used"] == 1
+    load(pool, "x", 1)
+    assert_slot_holds(pool, lease[0], state(0), 2.0)
+    pool.release(lease)
+    assert pool.stats()["slots_used"] == 1
+    pool.unload("x")
+    assert pool.stats()["pages_free"] == pool.stats()["pages_total"]
+
+
+def test_a_pin_cannot_be_released_twice():
+    pool = make()
+    load(pool, "x", 0)
+    lease = pool.acquire(["x", None])
+    slots = list(lease)
+    pool.release(lease)
+    for twice in (lease, slots, [7], [-2]):
+        with pytest.raises(ValueError, match=r"AdapterPool\.release"):
+            pool.release(twice)
+    with pool.acquire(["x"]) as inner, pytest.raises(ValueError, match="2 pins, found 1"):
+        pool.release([inner[0], inner[0]])
+    assert pool.stats()["pins"] == 0
+
+
+def test_pages_scattered_by_unloading_are_as_good_as_any():
+    pool = make(max_slots=8, pages=8, max_rank=32)
+    for seed in range(8):
+        load(pool, f"x{seed}", seed, rank=8)
+    for seed in (1, 3, 4, 6):
+        pool.unload(f"x{seed}")
+    load(pool, "wide", 9, rank=31)
+    with pool.acquire(["wide", "x0", "x7"]) as slots:
+        table = pool.modules["up"].page_table[slots[0]].tolist()
+        assert sorted(table) != list(range(min(table), min(table) + 4)), "not contiguous"
+        assert_slot_holds(pool, slots[0], state(9, 31), 8 / 31)
+        assert_slot_holds(pool, slots[1], state(0, 8), 1.0)
+        assert_slot_holds(pool, slots[2], state(7, 8), 1.0)
+    assert pool.stats()["evictions"] == 0
+
+
+class _Fails:
+    """Counts copies; raises at the one numbered ``at``, and at all later ones if ``for_good``."""
+
+    def __init__(self, monkeypatch, at, for_good=False):
+        self.count, self.at, self.for_good = 0, at, for_good
+        self.real = transfer.copy_
+        monkeypatch.setattr(transfer, "copy_", self)
+
+    def __call__(self, destination, source):
+        self.count += 1
+        if self.count == self.at or (self.for_good and self.count > self.at):
+            destination.fill_(77)  # half-written
+            raise RuntimeError("the copy failed")
+        self.real(destination, source)
+
+
+def _crowded():
+    """Two slots, both taken; loading ``new`` evicts, brings a new module and the first bias."""
+    pool = make(max_slots=2, pages=3)
+    load(pool, "x", 0, rank=16)
+    load(pool, "y", 1, rank=8)
+    return pool
+
+
+ACTIONS = {
+    "load": lambda pool: load(pool, "new", 2, rank=16, targets=("up", "head"), lora_bias=True),
+    "update": lambda pool: pool.update("x", state(3, 16)),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_copy_that_fails_at_any_point_leaves_the_pool_as_it_was(action, monkeypatch):
+    for at in itertools.count(1):
+        pool = _crowded()
+        before = snapshot(pool)
+        with monkeypatch.context() as patch:
+            fails = _Fails(patch, at=at)
+            try:
+                ACTIONS[action](pool)
+            except RuntimeError as error:
+                assert "the copy failed" in str(error)
+            else:
+                assert at > fails.count > 10, "past the last copy: every point was tried"
+                break
+        assert_same(before, snapshot(pool))
+        ACTIONS[action](pool)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_device_that_fails_for_good_loses_no_adapter(action, monkeypatch):
+    pool = _crowded()
+    with monkeypatch.context() as patch:
+        _Fails(patch, at=3, for_good=True)
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            ACTIONS[action](pool)
+    assert sorted(pool.names) == ["x", "y"]
+    for name, seed, rank in (("x", 0, 16), ("y", 1, 8)):
+        with pool.acquire([name]) as slots:
+            assert_slot_holds(pool, slots[0], state(seed, rank), 8 / rank)
+
+
+def test_bringing_back_that_fails_keeps_the_adapter_and_the_pins(monkeypatch):
+    pool = make(max_slots=2)
+    for seed in range(3):
+        load(pool, f"x{seed}", seed)
+    with monkeypatch.context() as patch:
+        _Fails(patch, at=2)
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            pool.acquire(["x2", "x0"])
+    assert pool.stats()["pins"] == 0
+    with pool.acquire(["x2", "x0"]) as slots:
+        assert_slot_holds(pool, slots[0], state(2), 2.0)
+        assert_slot_holds(pool, slots[1], state(0), 2.0)
+
+
+def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
+    pool = _crowded()
+    before = snapshot(pool)
+
+    def refuse(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(MemoryError, match=r"pages of 'head' \(\d+ bytes\).*smaller pages="):
+        load(pool, "new", 2, targets=("head",))
+    monkeypatch.undo()
+    assert_same(before, snapshot(pool))
+
+
+def test_readers_never_see_a_slot_change_while_one_thread_loads_and_unloads():
+    pool = make(max_slots=6, pages=12)
+    for seed in range(4):
+        load(pool, f"x{seed}", seed, rank=1 + 4 * seed)
+    stop, errors = threading.Event(), []
+
+    def read(number):
+        g = torch.Generator().manual_seed(number)
+        try:
+            while not stop.is_set():
+                pick = [f"x{int(i)}" for i in torch.randint(4, (2,), generator=g)]
+                try:
+                    with pool.acquire(pick) as slots:
+                        for name, slot in zip(pick, slots, strict=True):
+                            first = read_slot(pool, slot)
+                            mark = first["up"][0][0, 0].item()
+                            rank = first["up"][0].shape[0]
+                            seed = {1: 0, 5: 1, 9: 2, 13: 3}[rank]
+                            assert name == f"x{seed}"
+                            versions = [state(seed + 10 * v, rank) for v in range(3)]
+                            key = "base_model.model.up.lora_A.weight"
+                            own = next(v for v in versions if v[key][0, 0].item() == mark)
+                            assert_slot_holds(pool, slot, own, 8 / rank)
+                except PoolFullError:
+                    pass
+        except BaseException as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read, args=(n,)) for n in range(8)]
+    for thread in readers:
+        thread.start()
+    end = time.monotonic() + 3
+    step = 0
+    try:
+        while time.monotonic() < end and not errors:
+            step += 1
+            try:
+                load(pool, f"other{step}", 100 + step, rank=1 + step % 16)
+                pool.update(f"x{step % 4}", state(step % 4 + 10 * (step % 3), 1 + 4 * (step % 4)))
+                pool.unload(f"other{step}")
+            except (PoolFullError, UnknownAdapterError):
+                pass
+    finally:
+        stop.set()
+        for thread in readers:
+            thread.join()
+    assert not errors, errors[0]
+    assert step > 5 and pool.stats()["pins"] == 0
+    for name in [n for n in pool.names if n.startswith("other")]:
+        pool.unload(name)
+
+
+def test_acquire_and_release_are_fast():
+    pool = make()
+    for seed in range(3):
+        load(pool, f"x{seed}", seed)
+    names = ["x0", None, "x2", "x1"]
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            pool.release(pool.acquire(names))
+        best = min(best, (time.perf_counter() - start) / 100)
+    assert best < 20e-6, "an acquire and a release of four names, 10 us each"
