@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="session")
 def build_folder() -> Path:
-    """The CMake build of this folder, brought up to date; kept, so that a rerun compiles nothing."""
+    """The CMake build of this folder, up to date; kept, so that a rerun compiles nothing."""
     name = "lora-ext-emu-" + sha256(str(HERE).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-# The check that must report; after it, symptoms of the same mistake that some orders of threads show.
+# The check that must report; after it, further symptoms that some orders of threads show.
 GUARDS = {
     "wait_one_fewer": "asynchrony",
     "no_barrier_after_wait": "race initialisation asynchrony",

@@ -1,4 +1,4 @@
-"""A pipelined tensor-core product on small integers: every partial sum is exact, so results agree bit for bit."""
+"""A pipelined tensor-core product on small integers, whose partial sums are exact in any order."""
 
 import numpy as np
 import pytest
