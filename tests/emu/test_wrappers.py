@@ -1,4 +1,4 @@
-"""Every wrapper's micro-kernel against formulas, and against a GPU's dump where one is in tests/golden."""
+"""Every wrapper's micro-kernel against formulas, and against a GPU's dump once there is one."""
 
 from __future__ import annotations
 
