@@ -4,6 +4,9 @@
 #include <torch/extension.h>
 
 #include "ops/lora.h"
+#ifdef LX_EMULATE
+#include "emu/emu.h"
+#endif
 
 #ifndef LORA_EXT_LIBRARY
 #define LORA_EXT_LIBRARY lora_ext
@@ -61,4 +64,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
     m.def("has_kernels", &lora_ext::has_kernels);
     m.def("set_debug", &lora_ext::set_debug);
+#ifdef LX_EMULATE
+    m.def("set_seed", &lx::emu::set_seed);
+    m.def("launches", [] { return lx::emu::counters().launches; });
+#endif
 }

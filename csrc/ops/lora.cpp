@@ -81,6 +81,7 @@ Tensor rows_contiguous(const Tensor& t) {
 // The adapters of one op, and the tensors that keep their memory alive.
 struct Bank {
     LoraBank view;
+    int64_t num_pages = 0;
     Tensor a, b;
 };
 
@@ -149,15 +150,27 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
     w.out_features = static_cast<int32_t>(out);
     w.full_pages = paged || rank % 8 == 0;
     if (scale) w.scale = vector_data<float>(op, "scale", *scale, slots, at::kFloat, x.device());
-    if (ranks) {
-        w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
-        if (!launches_kernels(x)) {
-            for (int64_t s = 0; s < slots; ++s)
-                LX_CHECK(w.ranks[s] >= 0 && w.ranks[s] <= rank, op, ": ranks[", s,
-                         "] must be in [0, ", rank, "], got ", w.ranks[s]);
-        }
-    }
+    if (ranks) w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
+    bank.num_pages = paged ? (a ? *a : *b).size(0) : 0;
     return bank;
+}
+
+// Ranks and pages of the slots that a plan on the CPU uses. Slots it does not use may be changing
+// under a pool's hands at this moment.
+void check_slots(const char* op, const LoraBank& w, int64_t num_pages, const int32_t* plan) {
+    const int32_t* chunk = plan + kPlanHeader;
+    for (int32_t c = 0; c < plan[kPlanNumChunks]; ++c, chunk += 4) {
+        const int32_t s = chunk[0];
+        const int32_t rank = w.ranks ? w.ranks[s] : w.max_rank;
+        LX_CHECK(rank >= 0 && rank <= w.max_rank, op, ": ranks[", s, "] must be in [0, ",
+                 w.max_rank, "], got ", rank);
+        if (!w.page_table) continue;
+        const int32_t* page = w.page_table + int64_t{s} * w.pages_per_slot;
+        for (int32_t p = 0; 8 * p < rank; ++p)
+            LX_CHECK(page[p] >= 0 && page[p] < num_pages, op, ": page_table[", s, ", ", p,
+                     "] must be in [0, ", num_pages, "), got ", page[p], ": adapter ", s,
+                     " has rank ", rank);
+    }
 }
 
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device) {
@@ -256,8 +269,9 @@ void run_twin(LoraArgs& args, Step step, int64_t element_size) {
 }
 
 // The common end of every op: plan, scratch, launch or loop.
-void execute(const char* op, Step step, LoraArgs& args, const Tensor& x, const Tensor& ids_in,
-             const OptionalTensor& plan) {
+void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const Tensor& x,
+             const Tensor& ids_in, const OptionalTensor& plan) {
+    args.bank = bank.view;
     const int64_t rows = args.num_tokens;
     const LoraPlanLayout layout{rows, args.bank.num_adapters};
     check_ids(op, ids_in, rows, x.device());
@@ -281,6 +295,7 @@ void execute(const char* op, Step step, LoraArgs& args, const Tensor& x, const T
             build_plan(op, ids, args.ids, x);
             args.plan = args.ids.plan;
         }
+        check_slots(op, args.bank, bank.num_pages, args.plan);
         if (step == Step::kApply) {
             args.v_row_stride = 8 * args.bank.pages_per_slot;
             const size_t size = args.dtype == DType::kFloat64 ? 8 : 4;
@@ -331,7 +346,8 @@ void check_output(const char* op, const Tensor& y) {
              ": y must be contiguous in its last dimension, "
              "got strides ",
              y.strides());
-    at::assert_no_internal_overlap(y);
+    LX_CHECK(y.size(0) <= 1 || y.stride(0) >= y.size(1), op,
+             ": rows of y must not overlap, got shape ", y.sizes(), " with strides ", y.strides());
 }
 
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors) {
@@ -408,7 +424,6 @@ Tensor lora_shrink(const Tensor& x_in, const Tensor& a, const Tensor& adapter_id
     args.dtype = dtype_of(op, "x", x_in);
     const Tensor x = rows_contiguous(x_in);
     const Bank bank = make_bank(op, &a, nullptr, scale, ranks, page_table, x, "x", x.size(1), 0);
-    args.bank = bank.view;
     args.num_tokens = x.size(0);
     args.x = x.const_data_ptr();
     args.x_row_stride = x.stride(0);
@@ -416,7 +431,7 @@ Tensor lora_shrink(const Tensor& x_in, const Tensor& a, const Tensor& adapter_id
     Tensor v = at::zeros({x.size(0), bank.view.max_rank}, x.options().dtype(v_type));
     args.v = v.mutable_data_ptr();
     args.v_row_stride = v.stride(0);
-    execute(op, Step::kShrink, args, x, adapter_ids, plan);
+    execute(op, Step::kShrink, args, bank, x, adapter_ids, plan);
     return v;
 }
 
@@ -440,13 +455,12 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
     LX_CHECK(v_in.size(1) == bank.view.max_rank, op, ": v.shape[1] must equal the rank of b, ",
              bank.view.max_rank, ", got ", v_in.size(1));
     const Tensor v = rows_contiguous(v_in);
-    args.bank = bank.view;
     args.num_tokens = y.size(0);
     args.y = y.mutable_data_ptr();
     args.y_row_stride = y.stride(0);
     args.v = const_cast<void*>(v.const_data_ptr());
     args.v_row_stride = v.stride(0);
-    execute(op, Step::kExpand, args, y, adapter_ids, plan);
+    execute(op, Step::kExpand, args, bank, y, adapter_ids, plan);
 }
 
 namespace {
@@ -464,13 +478,12 @@ void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor&
     at::assert_no_overlap(y, x_in);
     const Tensor x = rows_contiguous(x_in);
     const Bank bank = make_bank(op, &a, &b, scale, ranks, page_table, x, "x", x.size(1), y.size(1));
-    args.bank = bank.view;
     args.num_tokens = x.size(0);
     args.x = x.const_data_ptr();
     args.x_row_stride = x.stride(0);
     args.y = y.mutable_data_ptr();
     args.y_row_stride = y.stride(0);
-    execute(op, Step::kApply, args, x, adapter_ids, plan);
+    execute(op, Step::kApply, args, bank, x, adapter_ids, plan);
 }
 
 }  // namespace
