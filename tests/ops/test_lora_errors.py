@@ -114,9 +114,9 @@ def test_output_must_not_overlap() -> None:
     for y in (inputs["y"][:1].expand(4, -1), torch.zeros(40).as_strided((4, 24), (4, 1))):
         with pytest.raises(ValueError, match="lora_apply_: rows of y must not overlap"):
             apply_({**inputs, "y": y})
-    both = torch.zeros(4, 40)
+    flat = torch.zeros(114)
     with pytest.raises(RuntimeError, match="overlap"):
-        apply_({**inputs, "x": both[:, 10:26], "y": both[:, :24]})
+        apply_({**inputs, "x": flat[50:].view(4, 16), "y": flat[:96].view(4, 24)})
 
 
 def test_expand_checks_v() -> None:
