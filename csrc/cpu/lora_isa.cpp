@@ -56,12 +56,8 @@ constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply
 constexpr int64_t kOutBlock = 1024;  // outputs of an item of expand
-#ifndef LX_AHEAD
-#define LX_AHEAD 512
-#define LX_AHEAD_B 1024
-#define LX_AHEAD_Y 16
-#endif
-constexpr int64_t kAhead = LX_AHEAD;  // bytes
+// Bytes, and vectors of y: how far ahead of use A, B and y are prefetched.
+constexpr int64_t kAheadA = 512, kAheadB = 1024, kAheadY = 16;
 
 // The pages of one slot.
 template <typename T>
@@ -138,9 +134,9 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
         }
     };
     for (; k + L <= k_end; k += L) {
-        if constexpr (kRows <= 2 && LX_AHEAD > 0)
+        if constexpr (kRows <= 2)
             for (int j = 0; j < kRanks; ++j)
-                __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAhead);
+                __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAheadA);
         step([](const T* p) __attribute__((always_inline)) { return load(p); });
     }
     if (k < k_end)
@@ -239,9 +235,9 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
         for (int c = 0; c < kVecs; ++c) {
             Vec<T> bt[8];
             const T* from = b + c * L * slot.b_row;
-            if constexpr (!kPart && LX_AHEAD > 0)
+            if constexpr (!kPart)
                 for (int line = 0; line < L * 8 * int(sizeof(T)); line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(from) + LX_AHEAD_B + line);
+                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAheadB + line);
             if (!kPart && whole)
                 load_transposed(from, slot.b_row, bt);
             else
@@ -277,8 +273,7 @@ LX_INLINE void packed_tile(const Acc<T>* bt, int64_t columns, int64_t rank, cons
                            T* const* y, int64_t o, int64_t n) {
     constexpr int L = kLanes<T>;
     Vec<T> acc[kRows][kVecs] = {};
-    for (int i = 0; i < kRows; ++i)
-        if constexpr (LX_AHEAD_Y > 0) __builtin_prefetch(y[i] + o + LX_AHEAD_Y * L, 1);
+    for (int i = 0; i < kRows; ++i) __builtin_prefetch(y[i] + o + kAheadY * L, 1);
     for (int64_t r = 0; r < rank; ++r, bt += columns) {
         Vec<T> b[kVecs];
         for (int c = 0; c < kVecs; ++c) b[c] = load_bits<Vec<T>>(bt + c * L);

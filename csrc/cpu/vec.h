@@ -125,8 +125,19 @@ LX_INLINE Vec<double> load(const double* p) {
 
 template <int kCount = kF>
 LX_INLINE VecN<float, kCount> widen_bfloat(VecN<uint16_t, kCount> bits) {
-    return bit_cast<VecN<float, kCount>>(__builtin_convertvector(bits, VecN<uint32_t, kCount>)
-                                         << 16);
+    using U = VecN<uint32_t, kCount>;
+    using F = VecN<float, kCount>;
+#if defined(__AVX2__)
+    // GCC 12 splits a __builtin_convertvector of these types into more instructions: measured 1.7
+    // times slower in shrink.
+    if constexpr (kCount == 8)
+        return bit_cast<F>((U)_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)) << 16);
+#if defined(__AVX512F__)
+    if constexpr (kCount == 16)
+        return bit_cast<F>((U)_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)) << 16);
+#endif
+#endif
+    return bit_cast<F>(__builtin_convertvector(bits, U) << 16);
 }
 template <int kCount = kF>
 LX_INLINE VecN<float, kCount> widen_half(VecN<uint16_t, kCount> bits) {
