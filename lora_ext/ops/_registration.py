@@ -98,7 +98,11 @@ def register(library: str) -> None:
         "lora_apply": _fake_apply,
         "lora_apply_": _fake_in_place,
     }
+    # torch annotates neither of the two in full.
     for name, fake in fakes.items():
-        torch.library.register_fake(f"{library}::{name}", fake)
-    backward = functools.partial(_apply_backward, getattr(torch.ops, library))
-    torch.library.register_autograd(f"{library}::lora_apply", backward, setup_context=_save)
+        torch.library.register_fake(f"{library}::{name}", fake)  # pyright: ignore[reportUnknownMemberType]
+    torch.library.register_autograd(  # pyright: ignore[reportUnknownMemberType]
+        f"{library}::lora_apply",
+        functools.partial(_apply_backward, getattr(torch.ops, library)),
+        setup_context=_save,
+    )

@@ -49,7 +49,7 @@ def lora_shrink(
         a = unpage_a(a, page_table)
     dtype = _accumulator(x.dtype)
     v = x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
-    for s, rows, rank in _rows_of_adapters(adapter_ids, *a.shape[:2], ranks):
+    for s, rows, rank in _rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
         v[rows, :rank] = x[rows].to(dtype) @ a[s, :rank].to(dtype).T
         if scale is not None:
             v[rows] *= scale[s].to(dtype)
@@ -124,8 +124,8 @@ def lora_apply_(
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
     """``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``, else -1."""
     ids = torch.full((num_tokens,), -1, dtype=torch.int32)
-    for s, adapter in enumerate(seg_adapter.tolist()):
-        ids[int(seg_indptr[s]) : int(seg_indptr[s + 1])] = adapter
+    for s in range(seg_adapter.numel()):
+        ids[int(seg_indptr[s]) : int(seg_indptr[s + 1])] = int(seg_adapter[s])
     return ids.to(seg_adapter.device)
 
 
