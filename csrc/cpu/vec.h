@@ -174,7 +174,13 @@ LX_INLINE void store(BFloat* p, Vec<float> v) {
     const U u = bit_cast<U>(v);
     const U rounded = (u + 0x7fffu + (u >> 16 & 1)) >> 16;
     const U nan = U{} + 0x7fc0u;
-    const auto bits = __builtin_convertvector(select<U>(v != v, nan, rounded), VecN<uint16_t, kF>);
+    const U wide = select<U>(v != v, nan, rounded);
+#if defined(__AVX2__) && LX_VEC_BYTES == 32
+    const __m256i packed = _mm256_packus_epi32((__m256i)wide, (__m256i)wide);
+    const __m128i bits = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+    const auto bits = __builtin_convertvector(wide, VecN<uint16_t, kF>);
+#endif
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
 LX_INLINE void store(Half* p, Vec<float> v) {
