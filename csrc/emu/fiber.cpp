@@ -9,6 +9,58 @@
 
 namespace lx::emu {
 
+// AddressSanitizer, in programs that are built with it, wants to hear of every change of stack.
+extern "C" {
+[[gnu::weak]] void __sanitizer_start_switch_fiber(void** fake_stack, const void* low, size_t size);
+[[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** low,
+                                                   size_t* size);
+[[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* low, size_t size);
+}
+
+namespace {
+
+Stack host_stack{};
+bool in_fiber = false, entered_from_host = false;
+
+}  // namespace
+
+static void switch_context(Context* from, Context* to);
+
+void fiber_switch(Context* from, Context* to, const Stack* stack) {
+    entered_from_host = !in_fiber;
+    in_fiber = stack != nullptr;
+    void* fake_stack = nullptr;
+    if (__sanitizer_start_switch_fiber) {
+        const Stack& s = stack ? *stack : host_stack;
+        __sanitizer_start_switch_fiber(&fake_stack, s.low, static_cast<size_t>(s.high - s.low));
+    }
+    switch_context(from, to);
+    if (__sanitizer_finish_switch_fiber) {
+        __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+    }
+}
+
+void fiber_entered() {
+    if (!__sanitizer_finish_switch_fiber) return;
+    const void* low;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &low, &size);
+    if (entered_from_host) {
+        host_stack.low = static_cast<unsigned char*>(const_cast<void*>(low));
+        host_stack.high = host_stack.low + size;
+    }
+}
+
+namespace {
+
+void unpoison(const Stack& stack) {  // what the frames of the last thread here have left
+    if (__asan_unpoison_memory_region) {
+        __asan_unpoison_memory_region(stack.low, static_cast<size_t>(stack.high - stack.low));
+    }
+}
+
+}  // namespace
+
 Stack fiber_stack(int index) {
     static Stack stacks[1024] = {};
     Stack& stack = stacks[index];
@@ -52,11 +104,12 @@ lx_emu_switch:
 )");
 extern "C" void lx_emu_switch(void** from, void* to);
 
-void fiber_switch(Context* from, Context* to) {
+static void switch_context(Context* from, Context* to) {
     lx_emu_switch(from, *to);
 }
 
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
+    unpoison(stack);
     auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack.high) & ~uintptr_t{15});
     *--top = nullptr;  // where a return address of `entry` would be: keeps the alignment of a call
     *--top = reinterpret_cast<void*>(entry);
@@ -66,11 +119,12 @@ void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
 
 #else
 
-void fiber_switch(Context* from, Context* to) {
+static void switch_context(Context* from, Context* to) {
     swapcontext(from, to);
 }
 
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)()) {
+    unpoison(stack);
     getcontext(context);
     context->uc_stack.ss_sp = stack.low;
     context->uc_stack.ss_size = static_cast<size_t>(stack.high - stack.low);

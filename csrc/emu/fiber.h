@@ -25,6 +25,9 @@ Stack fiber_stack(int index);
 
 // Makes `context` start in `entry`, which must not return, on an unused stack.
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)());
-void fiber_switch(Context* from, Context* to);
+// `stack`: of `to`; nullptr: the stack of the program that launches kernels.
+void fiber_switch(Context* from, Context* to, const Stack* stack);
+// The first thing in `entry`.
+void fiber_entered();
 
 }  // namespace lx::emu

@@ -38,7 +38,7 @@ void run_next() {
     }
     Thread* to = m.ready[m.ready_head++ % kMaxThreads];
     m.current = to;
-    if (to != from) fiber_switch(&from->context, &to->context);
+    if (to != from) fiber_switch(&from->context, &to->context, &to->stack);
 }
 
 void complete_block_barrier() {
@@ -93,7 +93,7 @@ void release_collectives(Warp& warp);
     if (m.live == 0) {
         m.current = nullptr;
         Context unused;
-        fiber_switch(&unused, &m.host);
+        fiber_switch(&unused, &m.host, nullptr);
     }
     release_collectives(*t.warp);
     if (m.at_barrier == m.live) complete_block_barrier();
@@ -102,6 +102,7 @@ void release_collectives(Warp& warp);
 }
 
 void thread_main() {
+    fiber_entered();
     machine.body(machine.arguments);
     exit_thread();
 }
@@ -151,7 +152,7 @@ void run_block(uint3 index) {
     const uint32_t first = m.options.seed == 0 ? 0 : m.random() % m.num_threads;
     std::swap(m.ready[0], m.ready[first]);
     m.current = m.ready[m.ready_head++];
-    fiber_switch(&m.host, &m.current->context);
+    fiber_switch(&m.host, &m.current->context, &m.current->stack);
     m.current = nullptr;
     if (m.stopped) return;
     for (int id = 1; id < 16; ++id) {
@@ -316,7 +317,7 @@ void stop_launch() {
     machine.stopped = true;
     machine.current = nullptr;
     Context unused;
-    fiber_switch(&unused, &machine.host);
+    fiber_switch(&unused, &machine.host, nullptr);
     __builtin_unreachable();
 }
 
