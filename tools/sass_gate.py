@@ -256,6 +256,9 @@ def main() -> int:
         recorded = LOCK.read_text().splitlines() if LOCK.exists() else []
         if args.update:
             LOCK.write_text("\n".join(wanted) + "\n")
+        elif not recorded:
+            failed += 1
+            print("FAIL no kernels.lock; `python tools/sass_gate.py --update` writes it")
         elif recorded[:1] != wanted[:1]:
             print("kernels.lock is from another nvcc; numbers are not compared.")
         elif recorded != wanted:
