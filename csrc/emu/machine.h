@@ -196,7 +196,6 @@ enum class Touch { kRead, kWrite, kAtomic };
 void touch(const void* p, size_t bytes, Touch how, bool must_align, const Place& place);
 enum class AsyncStep { kIssue, kLand };
 void touch_async(const void* shared, size_t bytes, AsyncStep step, const Place& place);
-bool in_arena(const void* p, size_t bytes);  // inside one shared allocation
 void check_shared(const void* p, size_t bytes, const char* instruction, const Place& place);
 void order_block_barrier();
 void order_arrive(NamedBarrier& barrier);

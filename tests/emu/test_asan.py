@@ -1,4 +1,4 @@
-"""The asan flavour: quiet on a correct run, though every thread has a stack of its own; loud on a bad one."""
+"""The asan flavour: quiet on a correct run, on all those stacks, and loud on a bad one."""
 
 import subprocess
 from pathlib import Path
