@@ -118,10 +118,12 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
+    if not name:
+        raise ValueError("attach: pool: expected a module inside the model, found the model itself")
     module = _find(model, name)
-    if module is None or not name:
+    if module is None:
         raise ValueError(
-            f"attach: pool: expected the modules of this model, found {name!r}, which it lacks"
+            f"attach: pool: expected a pool of this model, found {name!r}, which the model lacks"
         )
     if "experts" in name.split("."):
         raise ValueError(

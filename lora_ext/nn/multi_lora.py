@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class MultiLoraLinear(nn.Module):
             if active is None:
                 return y
             ids, plan = active.rows(x.shape[:-1], x.device)
-            if ids is None:
+            if ids is None or plan is None:  # all rows belong to the base model
                 return y
         try:
             return _add_adapters(y, x, slab, ids, plan)
@@ -98,8 +99,6 @@ class MultiLoraLinear(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MultiLoraLinear:
         """A copy of ``base`` that shares the pool."""
-        import copy
-
         return MultiLoraLinear(copy.deepcopy(self.base, memo), self.pool, self.name)
 
     # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
@@ -118,17 +117,19 @@ def _features(base: nn.Module) -> tuple[int, int] | None:
 
 
 def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:
-    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
-    bank = slab.a_pages, slab.b_pages, ids, slab.scale, slab.ranks, slab.page_table, plan
-    dtype = slab.a_pages.dtype
+    # Hundreds of calls a decode step: each line here was timed.
+    a = slab.a_pages
+    dtype = a.dtype
+    x2d = x.reshape(-1, slab.in_features)  # (T, I)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    if y.dtype == dtype == x.dtype and not differentiable:
-        y = y.contiguous()
-        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, *bank)  # y is fresh from base: ours to change
+    tables = slab.scale, slab.ranks, slab.page_table, plan
+    if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
+        # y is fresh from base, so it is ours to change.
+        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, slab.b_pages, ids, *tables)
     else:
-        # Also under autocast and where the model has left the pool's dtype: the delta in the
-        # pool's dtype.
-        delta = ops.lora_apply(x2d.to(dtype), *bank)  # (T, O)
+        # Also under autocast, and where the model has left the pool's dtype: the update in the
+        # pool's dtype, then one rounding to that of y.
+        delta = ops.lora_apply(x2d.to(dtype), a, slab.b_pages, ids, *tables)  # (T, O)
         y = (y + delta.view(y.shape)).to(y.dtype)
     if slab.bias is not None:
         y = _add_bias(y, slab, ids)

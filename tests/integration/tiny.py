@@ -104,7 +104,9 @@ def make_model(family: str) -> nn.Module:
     return model
 
 
-def make_peft(model: nn.Module, configs: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def make_peft(
+    model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.15
+) -> nn.Module:
     """A PeftModel over a copy of ``model``, with random B as well: PEFT starts at zero."""
     torch.manual_seed(1)
     wrapped: Any = None
@@ -118,7 +120,7 @@ def make_peft(model: nn.Module, configs: Mapping[str, Mapping[str, Any]]) -> nn.
     with torch.no_grad():
         for key, parameter in wrapped.named_parameters():
             if "lora_" in key:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
+                parameter.copy_(torch.randn_like(parameter) * size)
     return wrapped.eval()
 
 

@@ -1,0 +1,178 @@
+"""attach and detach: what they leave behind, and what they refuse."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.nn import MultiLoraLinear
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
+    """Which object each name means, and which attributes it has."""
+    return {n: (id(m), sorted(m.__dict__)) for n, m in model.named_modules(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_detach_restores_the_very_same_model(family: str) -> None:
+    model = make_model(family)
+    objects, state = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    assert lora_ext.attach(model, pool) is model
+    for name in pool.modules:
+        assert isinstance(model.get_submodule(name), MultiLoraLinear)
+    assert list(model.state_dict()) == list(state)
+    with torch.no_grad(), lora_ext.adapters(None):
+        model(tokens(2, 4))
+    assert lora_ext.detach(model) is model
+    assert snapshot(model) == objects
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    lora_ext.detach(lora_ext.attach(model, pool))
+    assert snapshot(model) == objects
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpoints_of_an_attached_model_are_the_bases(family: str, tmp_path: Path) -> None:
+    plain, model = make_model(family), make_model(family)
+    lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "attached")
+    files = [load_file(tmp_path / d / "model.safetensors") for d in ("plain", "attached")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    again = type(plain).from_pretrained(tmp_path / "attached").eval()
+    ids = tokens(2, 4)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_copy_generates_by_itself(tmp_path: Path) -> None:
+    model, _, _ = make_pair("llama", tmp_path)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.neg_()
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "adapter_names": ["green"] * 2}
+    ids = tokens(2, 4)
+    assert not torch.equal(
+        twin.generate(input_ids=ids, **how), model.generate(input_ids=ids, **how)
+    )
+
+
+class Shared(nn.Module):
+    """One linear under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_shared_module_is_adapted_where_peft_adapts_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(3, 8)
+    shared = model.first
+    reference: Any = make_peft(model, {"red": {"r": 4, "target_modules": ["first", "second"]}})
+    reference.save_pretrained(tmp_path)
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    pool.load("red", tmp_path / "red")
+    lora_ext.attach(model, pool)
+    with torch.no_grad(), lora_ext.adapters("red"):
+        # Two float32 sums of 8 and 4 terms per layer, outputs near 1.
+        torch.testing.assert_close(model(x), reference(x), rtol=0, atol=1e-5)
+        assert not torch.allclose(model(x), Shared.forward(lora_ext.detach(model), x))
+    assert model.first is shared and model.second is shared
+
+
+def test_attach_refuses_and_changes_nothing() -> None:
+    model = make_model("llama")
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    with pytest.raises(RuntimeError, match=r"detach: expected an attached model, found one that"):
+        lora_ext.detach(model)
+    other = make_model("gpt2")
+    before = snapshot(other)
+    with pytest.raises(
+        ValueError, match=r"attach: pool: .*found 'model.layers.0.self_attn.q_proj'"
+    ):
+        lora_ext.attach(other, pool)
+    small = make_model("llama")
+    small.model.layers[1].mlp.down_proj = nn.Linear(48, 33)
+    before_small = snapshot(small)
+    message = r"layers.1.mlp.down_proj: expected in and out features \(48, 32\).*found \(48, 33\)"
+    with pytest.raises(ValueError, match=message):
+        lora_ext.attach(small, pool)
+    assert snapshot(other) == before and snapshot(small) == before_small
+    wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(RuntimeError, match="expected a model without adapter layers, found PeftM"):
+        lora_ext.attach(wrapped, pool)
+    lora_ext.attach(model, pool)
+    with pytest.raises(RuntimeError, match="expected a model that is not attached, found an att"):
+        lora_ext.attach(model, pool)
+    with pytest.raises(
+        RuntimeError, match=r"without adapter layers, found MultiLoraLinear at '0\.m"
+    ):
+        lora_ext.attach(nn.Sequential(model), pool)
+
+
+def test_attach_refuses_routed_experts_and_a_bare_linear() -> None:
+    routed = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)]), "gate": nn.Linear(4, 1)})
+    with pytest.raises(ValueError, match=r"'experts\.0' belongs to routed experts"):
+        lora_ext.attach(routed, lora_ext.AdapterPool(routed))
+    lora_ext.attach(routed, lora_ext.AdapterPool(routed, targets=["gate"]))
+    bare = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="expected a module inside the model, found the model"):
+        lora_ext.attach(bare, lora_ext.AdapterPool(bare))
+
+
+def test_detach_refuses_when_a_layer_was_replaced() -> None:
+    model = make_model("llama")
+    lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
+    layer = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 48)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"mlp.up_proj: expected the MultiLora.*found Linear"):
+        lora_ext.detach(model)
+    assert snapshot(model) == before
+    model.model.layers[0].mlp.up_proj = layer
+    lora_ext.detach(model)
+
+
+def test_a_model_changed_after_attach_is_served_as_it_is_now(tmp_path: Path) -> None:
+    model, reference, _ = make_pair("llama", tmp_path)
+    other = make_model("llama").state_dict()
+    other = {k: v + 0.01 if "down_proj" in k else v for k, v in other.items()}
+    model.load_state_dict(other)
+    base = reference.get_base_model()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.mlp.down_proj.base_layer.weight.add_(0.01)
+        names, ids = ["red", "green", "blue", "__base__"], tokens(4, 5)
+        expected = reference(input_ids=ids, adapter_names=names).logits
+        with lora_ext.adapters(names):
+            # As in the mixed batch test: 100 ulp of logits near 10.
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+            model.bfloat16()
+            half = model(ids).logits
+    assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
+    # bfloat16 keeps 8 bits; the 20 roundings on the way to a logit grow with the logits' own size.
+    assert (half - expected).abs().max() < 20 * 2**-9 * expected.abs().max()
+
+
+def test_importing_lora_ext_imports_neither_transformers_nor_peft() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, lora_ext; print({'transformers', 'peft', 'safetensors'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
