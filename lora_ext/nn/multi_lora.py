@@ -118,18 +118,20 @@ def _features(base: nn.Module) -> tuple[int, int] | None:
 
 def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:
     # Hundreds of calls a decode step: each line here was timed.
-    a = slab.a_pages
+    a, b = slab.a_pages, slab.b_pages
+    scale, ranks, table = slab.scale, slab.ranks, slab.page_table
     dtype = a.dtype
-    x2d = x.reshape(-1, slab.in_features)  # (T, I)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    tables = slab.scale, slab.ranks, slab.page_table, plan
     if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
-        # y is fresh from base, so it is ours to change.
-        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, slab.b_pages, ids, *tables)
+        # y is fresh from base, so it is ours to change. A view costs less than a reshape.
+        i = slab.in_features
+        x2d = x.view(-1, i) if x.is_contiguous() else x.reshape(-1, i)  # (T, I)
+        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, b, ids, scale, ranks, table, plan)
     else:
         # Also under autocast, and where the model has left the pool's dtype: the update in the
         # pool's dtype, then one rounding to that of y.
-        delta = ops.lora_apply(x2d.to(dtype), a, slab.b_pages, ids, *tables)  # (T, O)
+        x2d = x.reshape(-1, slab.in_features).to(dtype)  # (T, I)
+        delta = ops.lora_apply(x2d, a, b, ids, scale, ranks, table, plan)  # (T, O)
         y = (y + delta.view(y.shape)).to(y.dtype)
     if slab.bias is not None:
         y = _add_bias(y, slab, ids)
