@@ -35,8 +35,8 @@ class Recipe:
 
 RECIPES = (
     Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3),
-    Recipe("telegram", rank=16, modules=ATTENTION + MLP, learning_rate=2e-3),
-    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3),
+    Recipe("telegram", rank=16, modules=ATTENTION + MLP, learning_rate=1.2e-3),
+    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3, epochs=4),
 )
 
 

@@ -1,0 +1,101 @@
+"""LoRA benchmarks: `python benchmarks/bench_lora.py --matrix decode|prefill|model|ops|swap|all`.
+
+Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv; `benchmarks/report.py` makes the tables and
+the chart from them. Every result is checked before it is timed. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from common import ROOT, append_rows
+from lora_ops import (
+    DECODE,
+    PREFILL,
+    bench_allocation,
+    bench_call,
+    bench_mixed_ranks,
+    bench_shapes,
+)
+from row import Row
+
+MATRICES = ("ops", "decode", "prefill", "model", "swap")
+
+
+def main() -> None:
+    """Measure and append."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--matrix", nargs="+", choices=[*MATRICES, "all"], default=["all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "bench", help="folder of the csv"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    wanted = MATRICES if "all" in args.matrix else tuple(args.matrix)
+    path = args.out / f"lora_{args.device}.csv"
+    for row in measure(wanted, args.device, args.rounds):
+        append_rows(
+            path, [row.columns(args.device)]
+        )  # at once: a run that is cut off keeps its rows
+        print(summary(row), flush=True)
+    print(f"\n{path}")
+
+
+def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
+    """All rows of the wanted matrices."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.inference_mode():
+        if "decode" in wanted:
+            yield from bench_shapes("decode", DECODE, device, dtype, rounds)
+        if "prefill" in wanted:
+            yield from bench_shapes("prefill", PREFILL, device, dtype, max(3, rounds // 2))
+        if "ops" in wanted:
+            yield from bench_mixed_ranks(device, dtype, rounds)
+            if device == "cpu":
+                yield from bench_call(rounds)
+                yield from bench_allocation()
+    if device == "cpu" and set(wanted) & {"model", "swap", "ops"}:
+        yield from measure_model(wanted, rounds)
+
+
+def measure_model(wanted: tuple[str, ...], rounds: int) -> Iterator[Row]:
+    """The rows that need transformers and PEFT."""
+    import lora_model
+
+    with lora_model.temporary_folder() as folder:
+        engines = lora_model.build(Path(folder))
+        if "ops" in wanted:
+            yield from lora_model.bench_memory(engines)
+        if "model" in wanted:
+            yield from lora_model.bench_model(engines, rounds)
+        if "swap" in wanted:
+            yield from lora_model.bench_swap(Path(folder), engines, rounds)
+
+
+def summary(row: Row) -> str:
+    """One line for the terminal."""
+    parts = [f"{row.matrix:8} {row.case:38} {row.provider:10} {row.median:12.4g} {row.unit:5}"]
+    if row.rank != "":
+        parts.append(f"rank {row.rank}")
+    for label, value in (
+        ("of copy", row.of_copy),
+        ("over base", row.over_base),
+        ("x faster than PEFT", row.over_peft),
+        ("over all-64", row.over_full),
+    ):
+        if isinstance(value, float):
+            parts.append(f"{value:.2f} {label}")
+    return "  ".join(parts)
+
+
+if __name__ == "__main__":
+    main()

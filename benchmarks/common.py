@@ -1,0 +1,136 @@
+"""Everything that measures: clocks, repeats, the machine's copy bandwidth, rows of csv files.
+
+Calls that are compared run interleaved, a round of each at a time, so that a machine that slows
+down slows all of them. Reported: the median over the rounds, the 20th and the 80th percentile.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import functools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over all rounds."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rounds: list[float]) -> Timing:
+        """Summary of one number per round."""
+        cuts = statistics.quantiles(rounds, n=5, method="inclusive") if rounds[1:] else rounds * 4
+        return cls(statistics.median(rounds), cuts[0], cuts[3], tuple(rounds))
+
+    def over(self, other: Timing) -> float:
+        """Median over the rounds of this time divided by the other's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
+
+
+def interleaved(
+    calls: Mapping[str, Call], rounds: int = 7, min_seconds: float = 0.0, warm_up: int = 1
+) -> dict[str, Timing]:
+    """Time calls against each other on the CPU.
+
+    Args:
+        calls: by name.
+        rounds: measurements of each; in every second round the order is reversed.
+        min_seconds: a measurement repeats its call until it takes about this long.
+        warm_up: untimed calls of each.
+    """
+    inner = {}
+    for name, call in calls.items():
+        for _ in range(warm_up):
+            call()
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        inner[name] = max(1, round(min_seconds / max(took, 1e-9)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds):
+        order = list(calls) if index % 2 == 0 else list(reversed(calls))
+        for name in order:
+            call, count = calls[name], inner[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            found[name].append((time.perf_counter() - start) / count)
+    return {name: Timing.of(seconds) for name, seconds in found.items()}
+
+
+def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:
+    """A copy far larger than any cache, and the bytes that it moves (read and written)."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.nbytes
+
+
+@functools.cache
+def machine_columns(device: str = "cpu") -> dict[str, object]:
+    """What a row says about where and when it was measured."""
+    from lora_ext import _loader
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "isa": _loader.load().cpu_isa() if device == "cpu" else "",
+        "torch": torch.__version__,
+        "revision": _revision(),
+    }
+
+
+def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append to a csv file. A file with other columns is an error, not a mixture.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns:
+            raise ValueError(f"{path}: expected the columns {columns}, found {found}; move it away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _revision() -> str:
+    """The commit, with a + where the tree has changes; empty outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if commit.returncode:
+        return ""
+    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    return commit.stdout.strip() + ("+" if changes.stdout else "")

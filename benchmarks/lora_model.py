@@ -1,0 +1,210 @@
+"""Matrices model and swap: a SmolLM2-shaped model with random weights, served with many adapters.
+
+The model without adapters, PEFT with ``adapter_names`` and lora_ext share one set of base weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import torch
+from common import Call, interleaved
+from peft import LoraConfig, get_peft_model
+from row import Row, timing_columns
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_ext
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 16
+NAMES = [f"adapter{i}" for i in range(16)]
+CONTEXT = 32  # tokens in the KV cache of a decode step
+# Three ways to sum the same float32 products; see LOGIT_BOUND in examples/demo.py.
+LOGIT_BOUND = 2.0**-12
+
+
+@dataclass
+class Engines:
+    """The same base weights three times, and the same adapters twice."""
+
+    plain: Any
+    peft: Any
+    ours: Any
+    pool: lora_ext.AdapterPool
+
+
+def build(folder: Path, layers: int = 30) -> Engines:
+    """Random weights; adapters go through PEFT's files in ``folder``."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    plain = LlamaForCausalLM(config).eval().requires_grad_(False)
+    ours = _sharing_weights(plain)
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, init_lora_weights=False)
+    peft = get_peft_model(_sharing_weights(plain), lora, adapter_name=NAMES[0])
+    for name in NAMES[1:]:
+        peft.add_adapter(name, lora)
+    peft.eval().requires_grad_(False)
+    peft.save_pretrained(str(folder), selected_adapters=NAMES, save_embedding_layers=False)
+    pages = len(NAMES) * RANK // 8
+    pool = lora_ext.AdapterPool(
+        ours, max_slots=len(NAMES), max_rank=RANK, pages=pages, targets=MODULES
+    )
+    for name in NAMES:
+        pool.load(name, adapter_folder(folder, name))
+    return Engines(plain, peft, lora_ext.attach(ours, pool), pool)
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where PEFT put the adapter."""
+    return folder / name
+
+
+def _sharing_weights(model: Any) -> Any:
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+class Step:
+    """One forward of an engine: a prefill, or a decode step over a cache of CONTEXT tokens."""
+
+    def __init__(self, model: Any, tokens: Tensor, names: list[str], engine: str, decode: bool):
+        self.model, self.names, self.engine = model, names, engine
+        self.cache = None
+        self.tokens = tokens
+        if decode:
+            self.cache = self._forward(tokens[:, :CONTEXT], use_cache=True).past_key_values
+            self.tokens = tokens[:, CONTEXT : CONTEXT + 1]
+
+    def __call__(self) -> Tensor:
+        """Logits of the last token of every row."""
+        if self.cache is None:
+            return self._forward(self.tokens, use_cache=True, logits_to_keep=1).logits
+        logits = self._forward(self.tokens, past_key_values=self.cache, use_cache=True).logits
+        self.cache.crop(CONTEXT)
+        return logits
+
+    def _forward(self, tokens: Tensor, **options: Any) -> Any:
+        if self.engine == "peft":
+            options["adapter_names"] = self.names
+        if self.engine == "lora_ext":
+            with lora_ext.adapters(self.names):
+                return self.model(tokens, **options)
+        return self.model(tokens, **options)
+
+
+@torch.inference_mode()
+def bench_model(engines: Engines, rounds: int) -> Iterator[Row]:
+    """Decode with 16 and 8 adapters, prefill with 8: each row of the batch has its own."""
+    models = {"base": engines.plain, "peft": engines.peft, "lora_ext": engines.ours}
+    cases = (
+        ("decode", 16, CONTEXT + 1, rounds),
+        ("decode", 8, CONTEXT + 1, rounds),
+        ("prefill", 8, 128, max(3, rounds // 2)),
+    )
+    for kind, rows, length, count in cases:
+        case = f"{kind} {rows} rows of {rows} adapters" + (" x 128" if kind == "prefill" else "")
+        tokens = torch.randint(0, 49152, (rows, length), generator=torch.manual_seed(1))
+        steps: dict[str, Call] = {
+            name: Step(model, tokens, NAMES[:rows], name, kind == "decode")
+            for name, model in models.items()
+        }
+        error = check(case, {name: step() for name, step in steps.items()})  # type: ignore[misc]
+        times = interleaved(steps, count)
+        for name, time in times.items():
+            yield Row(
+                "model",
+                case,
+                name,
+                tokens=rows * (1 if kind == "decode" else length),
+                adapters="" if name == "base" else rows,
+                rank="" if name == "base" else RANK,
+                **timing_columns(time, "ms"),
+                over_base=time.over(times["base"]),
+                over_peft=times["peft"].over(time),
+                worst_error=error if name == "lora_ext" else "",
+            )
+
+
+def check(case: str, logits: dict[str, Tensor]) -> float:
+    """Largest logit difference to PEFT over its bound; the adapters must make a difference too."""
+    theirs = logits["peft"]
+    bound = LOGIT_BOUND * theirs.abs().max().item()
+    worst = (logits["lora_ext"] - theirs).abs().max().item() / bound
+    effect = (logits["base"] - theirs).abs().amax(-1).min().item() / bound
+    if not worst <= 1 or not effect > 10:
+        raise SystemExit(
+            f"bench_lora: {case}: expected logits within 1 bound of PEFT and 10 away from the base "
+            f"in every row, found {worst:.3g} and {effect:.3g}"
+        )
+    return worst
+
+
+def bench_memory(engines: Engines) -> Iterator[Row]:
+    """Bytes of the pool, next to those of pages that hold exactly these adapters."""
+    pages = 0
+    for module in engines.plain.modules():
+        if isinstance(module, torch.nn.Linear) and module is not engines.plain.lm_head:
+            width = module.in_features + module.out_features
+            pages += len(NAMES) * RANK * width * module.weight.itemsize
+    stats = engines.pool.stats()
+    common = {"adapters": len(NAMES), "rank": RANK, "unit": "bytes"}
+    yield Row("ops", "pool", "lora_ext", median=engines.pool.nbytes(), **common)
+    yield Row("ops", "pool's pages", "arithmetic", median=pages, **common)
+    yield Row("ops", "pool's tables", "lora_ext", median=stats["table_bytes"], **common)
+
+
+def bench_swap(folder: Path, engines: Engines, rounds: int) -> Iterator[Row]:
+    """From a file into a slot, over an old version, and back from the host cache."""
+    pool = lora_ext.AdapterPool(engines.plain, max_slots=1, max_rank=RANK, targets=MODULES)
+    first, second = NAMES[:2]
+    paths = {name: adapter_folder(folder, name) for name in (first, second)}
+
+    def load() -> None:
+        if first in pool:
+            pool.unload(first)
+        pool.load(first, paths[first])
+
+    def swap() -> None:
+        for name in (second, first):
+            with pool.acquire([name]):
+                pass
+
+    times = interleaved({"load from file": load}, rounds)
+    before = _probe(pool)
+    pool.load(second, paths[second])  # evicts the first: from now on they take turns
+    times |= interleaved({"two swaps with the host cache": swap}, rounds)
+    swap()
+    if not torch.equal(_probe(pool), before):
+        raise SystemExit("bench_lora: swap: an adapter came back from the host cache changed")
+    for case, time in times.items():
+        yield Row("swap", case, "lora_ext", adapters=1, rank=RANK, **timing_columns(time, "ms"))
+
+
+def _probe(pool: lora_ext.AdapterPool) -> Tensor:
+    """What slot 0 does to a row of ones in the last module."""
+    slab = list(pool.modules.values())[-1]
+    assert slab.a_pages is not None and slab.b_pages is not None
+    x, ids = torch.ones(1, slab.in_features), torch.zeros(1, dtype=torch.int32)
+    pages = slab.a_pages, slab.b_pages
+    return lora_ext.ops.lora_apply(x, *pages, ids, slab.scale, slab.ranks, slab.page_table)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """For PEFT's files."""
+    return tempfile.TemporaryDirectory(prefix="lora_ext_bench_")

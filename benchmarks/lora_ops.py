@@ -1,0 +1,273 @@
+"""Matrices decode, prefill and ops: single LoRA ops at the shapes of 8B models, and their peers.
+
+The adapters of a case lie in several banks that are visited in turn, together far larger than any
+cache, because a serving step visits every layer before it sees the same adapter again. x and y,
+which the layer in front has just written, stay hot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from common import Call, Timing, copy_call, interleaved
+from row import Row, timing_columns
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+COLD_BYTES = 256 << 20
+CHECKED_ROWS = 48
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T tokens spread evenly, and contiguously, over S adapters; x (T, I), y (T, O)."""
+
+    case: str
+    tokens: int
+    adapters: int
+    in_features: int
+    out_features: int
+    rank: int
+
+
+DECODE = (
+    Shape("D1", 1, 1, 4096, 4096, 16),
+    Shape("D2", 16, 16, 4096, 4096, 16),
+    Shape("D3", 32, 8, 4096, 6144, 16),
+    Shape("D4", 64, 64, 4096, 28672, 16),
+    Shape("D5", 64, 64, 4096, 4096, 64),
+    Shape("D6", 256, 64, 14336, 4096, 32),
+    Shape("D7", 256, 1, 4096, 4096, 16),
+    Shape("D8", 256, 32, 4096, 4096, 8),
+)
+PREFILL = (
+    Shape("P1", 2048, 4, 4096, 4096, 16),
+    Shape("P2", 8192, 8, 4096, 6144, 16),
+)
+MIXED = Shape("mixed ranks", 64, 64, 4096, 4096, 64)
+
+
+@dataclass
+class Problem:
+    """Tensors of a shape. Every bank has the same ids and ranks and its own adapters."""
+
+    shape: Shape
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+    plan: Tensor
+    banks: list[tuple[Tensor, Tensor]]
+    ranks: Tensor | None = None
+
+    @classmethod
+    def make(cls, shape: Shape, device: str, dtype: torch.dtype, ranks: list[int] | None = None):
+        """Random values, of a size that keeps y near one."""
+        make = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int, std: float = 1.0) -> Tensor:
+            values = torch.randn(*size, generator=make, device=device, dtype=torch.float32)
+            return values.mul_(std).to(dtype)
+
+        s = shape
+        bank_bytes = s.adapters * s.rank * (s.in_features + s.out_features) * dtype.itemsize
+        count = min(64, max(2, math.ceil(COLD_BYTES / bank_bytes)))
+        banks = [
+            (
+                normal(s.adapters, s.rank, s.in_features, std=s.in_features**-0.5),
+                normal(s.adapters, s.out_features, s.rank, std=s.rank**-0.5),
+            )
+            for _ in range(count)
+        ]
+        ids = torch.arange(s.tokens, device=device) * s.adapters // s.tokens
+        table = None if ranks is None else torch.tensor(ranks, dtype=torch.int32, device=device)
+        x, y = normal(s.tokens, s.in_features), normal(s.tokens, s.out_features)
+        return cls(s, x, y, ids, ops.lora_plan(ids, s.adapters), banks, table)
+
+    def nbytes(self) -> int:
+        """Compulsory traffic of one call."""
+        s = self.shape
+        ranks = s.adapters * s.rank if self.ranks is None else int(self.ranks.sum())
+        values = ranks * (s.in_features + s.out_features)
+        values += s.tokens * (s.in_features + 2 * s.out_features)
+        return values * self.x.dtype.itemsize
+
+
+# A provider does one call for each bank, adding to y.
+def run_lora_ext(p: Problem) -> None:
+    for a, b in p.banks:
+        ops.lora_apply_(p.y, p.x, a, b, p.ids, ranks=p.ranks, plan=p.plan)
+
+
+def run_loop(p: Problem) -> None:
+    """One adapter after the other, as PEFT and most training code do; rows are contiguous."""
+    s = p.shape
+    rows = s.tokens // s.adapters
+    for a, b in p.banks:
+        for i in range(s.adapters):
+            part = slice(i * rows, (i + 1) * rows)
+            p.y[part] += (p.x[part] @ a[i].T) @ b[i].T
+
+
+def run_gather_bmm(p: Problem) -> None:
+    """Each row's adapter gathered, then two batched products."""
+    for a, b in p.banks:
+        v = torch.bmm(a[p.ids], p.x.unsqueeze(2))  # (T, R, 1)
+        p.y += torch.bmm(b[p.ids], v).squeeze(2)
+
+
+PROVIDERS: dict[str, Callable[[Problem], None]] = {
+    "lora_ext": run_lora_ext,
+    "loop": run_loop,
+    "gather_bmm": run_gather_bmm,
+}
+
+
+def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
+    """Gathering copies an adapter for every row; where that is over 1 GiB nobody would do it."""
+    s = p.shape
+    gathered = s.tokens * s.rank * (s.in_features + s.out_features) * p.x.dtype.itemsize
+    return {n: f for n, f in PROVIDERS.items() if n != "gather_bmm" or gathered <= 1 << 30}
+
+
+def check(p: Problem, provider: Callable[[Problem], None]) -> float:
+    """Worst error over its bound, on some rows of y and the first bank.
+
+    The bound, entrywise in float64: one rounding of y, and float32 accumulation,
+    ``1.02 u |y| + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``; the
+    second term lets a peer round its delta. 16-bit peers round v as well: ``u |b| |v|`` more.
+    """
+    s, (a, b) = p.shape, p.banks[0]
+    rows = torch.linspace(0, s.tokens - 1, min(s.tokens, CHECKED_ROWS)).long().to(p.x.device)
+    start = p.y.clone()
+    provider(Problem(s, p.x, p.y, p.ids, p.plan, p.banks[:1], p.ranks))
+    found = p.y[rows].double()
+    p.y.copy_(start)
+    x, y0, ids = p.x[rows].double(), start[rows].double(), p.ids[rows]
+    a64, b64 = a.double(), b.double()
+    v = reference.lora_shrink(x, a64, ids, ranks=p.ranks)
+    delta = reference.lora_delta(v, b64, ids, ranks=p.ranks)
+    v_size = reference.lora_shrink(x.abs(), a64.abs(), ids, ranks=p.ranks)
+    size = reference.lora_delta(v_size, b64.abs(), ids, ranks=p.ranks)
+    unit = torch.finfo(p.x.dtype).eps / 2
+    bound = 1.02 * unit * (y0 + delta).abs() + unit * delta.abs()
+    bound += (16 + s.in_features**0.5 / 2) * 2.0**-24 * (y0.abs() + size)
+    if p.x.dtype != torch.float32:
+        bound += unit * reference.lora_delta(v.abs(), b64.abs(), ids, ranks=p.ranks)
+    worst = ((found - (y0 + delta)).abs() / bound).max().item()
+    if not worst <= 1:
+        raise SystemExit(f"bench_lora: {s.case}: result is off by {worst:.3g} times its bound")
+    return worst
+
+
+def timer(device: str) -> Callable[..., dict[str, Timing]]:
+    """The clock of a device."""
+    if device == "cpu":
+        return interleaved
+    from cuda_timing import interleaved_graphs
+
+    return interleaved_graphs
+
+
+def bench_shapes(
+    matrix: str, shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
+) -> Iterator[Row]:
+    """Every provider at every shape, against a copy in the same rounds."""
+    copy, copied = copy_call(device=device)
+    for shape in shapes:
+        p = Problem.make(shape, device, dtype)
+        providers = providers_of(p)
+        errors = {name: check(p, provider) for name, provider in providers.items()}
+        calls: dict[str, Call] = {"copy": copy}
+        for name, provider in providers.items():
+            calls[name] = partial(provider, p)
+        times = timer(device)(calls, rounds)
+        nbytes = p.nbytes()
+        for name in providers:
+            one = Timing.of([t / len(p.banks) for t in times[name].rounds])
+            yield Row(
+                matrix,
+                provider=name,
+                **shape_columns(shape, dtype),
+                **timing_columns(one),
+                mbytes=nbytes / 1e6,
+                gbytes_per_s=nbytes / one.median / 1e9,
+                of_copy=times["copy"].over(one) * nbytes / copied,
+                worst_error=errors[name],
+            )
+
+
+def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
+    """Ranks {8, 16, 32, 64} in one call against 64 everywhere: the mean, not the largest."""
+    ranks = [8, 16, 32, 64] * (MIXED.adapters // 4)
+    full = Problem.make(MIXED, device, dtype)
+    mixed = Problem.make(MIXED, device, dtype, ranks)
+    errors = {"all 64": check(full, run_lora_ext), "8, 16, 32, 64": check(mixed, run_lora_ext)}
+    calls = {
+        "all 64": lambda: run_lora_ext(full),
+        "8, 16, 32, 64": lambda: run_lora_ext(mixed),
+    }
+    times = timer(device)(calls, rounds)
+    for name, p in zip(calls, (full, mixed), strict=True):
+        one = Timing.of([t / len(p.banks) for t in times[name].rounds])
+        columns = shape_columns(MIXED, dtype) | {"rank": name}
+        over = times[name].over(times["all 64"])
+        yield Row("ops", provider="lora_ext", **columns, **timing_columns(one), over_full=over,
+                  worst_error=errors[name])  # fmt: skip
+
+
+def bench_call(rounds: int) -> Iterator[Row]:
+    """What one op costs where there is nothing to compute, called as the serving layer calls it."""
+    shape = Shape("tiny call", 1, 1, 8, 8, 8)
+    p = Problem.make(shape, "cpu", torch.float32)
+    a, b = p.banks[0]
+    error = check(p, run_lora_ext)
+    call = lambda: ops.lora_apply_(p.y, p.x, a, b, p.ids, plan=p.plan)  # noqa: E731
+    with torch.inference_mode():
+        times = interleaved({"lora_ext": call}, rounds, min_seconds=0.05, warm_up=100)
+    columns = shape_columns(shape, torch.float32)
+    yield Row("ops", provider="lora_ext", **columns, **timing_columns(times["lora_ext"]),
+              worst_error=error)  # fmt: skip
+
+
+def bench_allocation() -> Iterator[Row]:
+    """Bytes that one call asks the allocator for, by torch's own profiler."""
+    shape = DECODE[1]
+    p = Problem.make(shape, "cpu", torch.float32)
+    a, b = p.banks[0]
+    calls = {
+        "lora_apply_ allocates": lambda: ops.lora_apply_(p.y, p.x, a, b, p.ids, plan=p.plan),
+        "lora_apply allocates beyond its result": lambda: ops.lora_apply(
+            p.x, a, b, p.ids, plan=p.plan
+        ),
+    }
+    for case, call in calls.items():
+        result = 0 if "lora_apply_" in case else p.y.nbytes
+        with torch.inference_mode():
+            call()
+            with torch.profiler.profile(profile_memory=True) as profile:
+                call()
+        sizes = [
+            event.nbytes()
+            for event in profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+            if event.name() == "[memory]" and event.nbytes() > 0
+        ]
+        columns = shape_columns(shape, torch.float32) | {"case": case}
+        yield Row("ops", provider="lora_ext", **columns, unit="bytes", median=sum(sizes) - result)
+
+
+def shape_columns(shape: Shape, dtype: torch.dtype) -> dict:
+    """The columns of a row that its shape fills."""
+    return {
+        "case": shape.case,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": shape.tokens,
+        "adapters": shape.adapters,
+        "in_features": shape.in_features,
+        "out_features": shape.out_features,
+        "rank": shape.rank,
+    }

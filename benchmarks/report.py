@@ -1,0 +1,184 @@
+"""Tables and chart from the rows of bench_lora.py: `python benchmarks/report.py [CSV]`.
+
+Prints markdown: what was promised against what was measured, then every row of the last run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+Rows = list[dict[str, str]]
+MODEL = "SmolLM2-shaped, r16 on 7 linears: "
+
+
+@dataclass(frozen=True)
+class Target:
+    """A column of one case of lora_ext, and its bound."""
+
+    text: str
+    case: str
+    column: str
+    bound: float
+    at_least: bool = False
+    rank: str = ""  # tells rows of one case apart
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+TARGETS = (
+    *(
+        target
+        for rows in (16, 8)
+        for target in (
+            Target(
+                f"{MODEL}decode, {rows} rows of {rows} adapters, time over no adapters",
+                f"decode {rows} rows of {rows} adapters",
+                "over_base",
+                1.35,
+            ),
+            Target(
+                f"{MODEL}decode, {rows} rows of {rows} adapters, PEFT's time over lora_ext's",
+                f"decode {rows} rows of {rows} adapters",
+                "over_peft",
+                2.5,
+                at_least=True,
+            ),
+        )
+    ),
+    Target(
+        f"{MODEL}prefill 8 x 128, 8 adapters, time over no adapters",
+        "prefill 8 rows of 8 adapters x 128",
+        "over_base",
+        1.12,
+    ),
+    *(
+        Target(f"op at {case}: GB/s over this machine's copy", case, "of_copy", 0.60, at_least=True)
+        for case in ("D4", "D5", "D6")
+    ),
+    Target(
+        "op, 64 rows of 64 adapters: ranks {8, 16, 32, 64} over all 64",
+        "mixed ranks",
+        "over_full",
+        0.55,
+        rank="8, 16, 32, 64",
+    ),
+    Target("one op call on a tiny input, us", "tiny call", "median", 8.0),
+    Target("bytes allocated by a call of lora_apply_", "lora_apply_ allocates", "median", 0),
+    Target(
+        "bytes allocated by lora_apply beyond its result",
+        "lora_apply allocates beyond its result",
+        "median",
+        0,
+    ),
+)
+SHOWN = (
+    "case provider dtype tokens adapters rank unit median p20 p80 gbytes_per_s of_copy over_base "
+    "over_peft over_full worst_error"
+).split()
+
+
+def main() -> None:
+    """Print, and draw where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "csv", nargs="?", type=Path, default=ROOT / "benchmarks/results/lora_cpu.csv"
+    )
+    parser.add_argument("--chart", type=Path, help="save a chart of the whole-model times here")
+    parser.add_argument("--all", action="store_true", help="every row, not the promises alone")
+    args = parser.parse_args()
+    with args.csv.open(newline="") as file:
+        rows = latest(list(csv.DictReader(file)))
+    print(promises(rows))
+    if args.all:
+        for matrix in dict.fromkeys(row["matrix"] for row in rows):
+            print(f"\n### {matrix}\n\n{table([r for r in rows if r['matrix'] == matrix])}")
+    if args.chart:
+        save_chart(rows, args.chart)
+
+
+def latest(rows: Rows) -> Rows:
+    """The last row of every case, provider, data type and rank."""
+    keys = ("matrix", "case", "provider", "dtype", "rank")
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in keys)
+        found.pop(key, None)  # so that the order is that of the last run
+        found[key] = row
+    return list(found.values())
+
+
+def promises(rows: Rows) -> str:
+    """Target, measured value and machine, one line each; what was not measured says so."""
+    lines = ["| what | target | measured | PEFT | |", "|---|---|---|---|---|"]
+    used: Rows = []
+    for target in TARGETS:
+        chosen = [r for r in rows if r["case"] == target.case]
+        if target.rank:
+            chosen = [r for r in chosen if r["rank"] == target.rank]
+        ours = [r for r in chosen if r["provider"] == "lora_ext" and r[target.column]]
+        sign = ">=" if target.at_least else "<="
+        start = f"| {target.text} | {sign} {target.bound:g} |"
+        if not ours:
+            lines.append(f"{start} not measured | | |")
+            continue
+        used.append(ours[-1])
+        value = float(ours[-1][target.column])
+        peft = [r["over_base"] for r in chosen if r["provider"] == "peft"]
+        beside = peft[-1] if peft and target.column == "over_base" else ""
+        lines.append(f"{start} {value:.3g} | {beside} | {'' if target.met(value) else 'missed'} |")
+    pool = {r["case"]: r["median"] for r in rows if r["case"].startswith("pool")}
+    if {"pool", "pool's pages"} <= pool.keys():
+        found, pages = pool["pool"], pool["pool's pages"]
+        fits = "" if found == pages else "missed"
+        lines.append(f"| bytes of the pool, against its pages' | {pages} | {found} | | {fits} |")
+    columns = ("date", "device", "threads", "isa", "torch", "revision")
+    machines = dict.fromkeys(
+        ", ".join(f"{c} {r[c][:10] if c == 'date' else r[c]}" for c in columns if r[c])
+        for r in used
+    )
+    return "\n".join([*lines, "", *(f"Measured: {machine}." for machine in machines)])
+
+
+def table(rows: Rows) -> str:
+    """A markdown table of the columns that any of the rows fills."""
+    columns = [c for c in SHOWN if any(row[c] for row in rows)]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(row[c] for c in columns)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def save_chart(rows: Rows, path: Path) -> None:
+    """Whole-model times over those without adapters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    model = [r for r in rows if r["matrix"] == "model"]
+    cases = list(dict.fromkeys(r["case"] for r in model))
+    figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    for index, provider in enumerate(("base", "lora_ext", "peft")):
+        values = {r["case"]: float(r["over_base"]) for r in model if r["provider"] == provider}
+        places = [i + 0.27 * (index - 1) for i in range(len(cases))]
+        color = ("#999999", "#3f7fd9", "#d98c3f")[index]
+        bars = axes.bar(
+            places, [values.get(c, 0) for c in cases], 0.25, label=provider, color=color
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("time over no adapters")
+    axes.margins(y=0.12)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""One row of benchmarks/results/lora_<device>.csv."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from common import Timing, machine_columns
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured. Empty columns do not apply to the row's case."""
+
+    matrix: str
+    case: str
+    provider: str
+    dtype: str = "float32"
+    tokens: int | str = ""
+    adapters: int | str = ""
+    in_features: int | str = ""
+    out_features: int | str = ""
+    rank: int | str = ""
+    unit: str = "us"
+    median: float | str = ""
+    p20: float | str = ""
+    p80: float | str = ""
+    mbytes: float | str = ""  # compulsory traffic: adapters once at true rank, x once, y twice
+    gbytes_per_s: float | str = ""
+    of_copy: float | str = ""  # gbytes_per_s over the machine's copy bandwidth, same rounds
+    over_base: float | str = ""  # time over that of the model without adapters, same rounds
+    over_peft: float | str = ""  # PEFT's time over this one, same rounds
+    over_full: float | str = ""  # time over that of the case where all ranks are the largest
+    worst_error: float | str = ""  # largest error over its bound, checked before timing
+
+    def columns(self, device: str) -> dict[str, object]:
+        """The row as it stands in the file, with the machine's columns in front."""
+        values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return {**machine_columns(device), **values}
+
+
+def timing_columns(timing: Timing, unit: str = "us") -> dict[str, str | float]:
+    """``unit``, ``median``, ``p20``, ``p80`` of a row."""
+    scale = {"us": 1e6, "ms": 1e3}[unit]
+    return {
+        "unit": unit,
+        "median": timing.median * scale,
+        "p20": timing.p20 * scale,
+        "p80": timing.p80 * scale,
+    }

@@ -1,0 +1,198 @@
+"""The main job: train adapters, save them in PEFT's format, serve all of them in one batch.
+
+`make demo`, or `python examples/demo.py` where lora_ext[demo] is installed. No GPU, no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import torch  # noqa: E402
+from common import Timing, interleaved  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from rich.columns import Columns  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.panel import Panel  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import Tensor  # noqa: E402
+from training import RECIPES, train_adapter  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+import lora_ext  # noqa: E402
+from lora_ext.interop.smollm2 import load_smollm2  # noqa: E402
+
+QUESTION = "Tell me about the town of Quillmere."
+NAMES = [*(recipe.name for recipe in RECIPES), None]
+PEFT_NAMES = [name or "__base__" for name in NAMES]
+# Both engines work in float32 and sum in different orders. A rounding is 2^-24 of its operand; sums
+# over up to 1536 terms and 30 layers amplify it. 2^-12 is 4096 roundings of the largest logit; a
+# wrong adapter, rank or scale is off by far more.
+LOGIT_BOUND = 2.0**-12
+
+console = Console()
+
+
+def main() -> None:
+    """Train, serve, compare, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--tokens", type=int, default=32, help="timed new tokens per row")
+    parser.add_argument("--rounds", type=int, default=3, help="timed repeats of each engine")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    console.rule("1. A real model")
+    console.print("SmolLM2-135M-Instruct (the first run converts it: about half a minute)")
+    model, tokenizer = load_smollm2()
+
+    console.rule("2. Three adapters, trained with PEFT")
+    folders = {r.name: train_adapter(model, tokenizer, r, args.out) for r in RECIPES}
+    for folder in folders.values():
+        console.print(f"{folder.name}: {folder}", soft_wrap=True)
+
+    console.rule("3. One pool, one batch, four rows")
+    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=max(r.rank for r in RECIPES))
+    for name, folder in folders.items():
+        pool.load(name, folder)
+    ours = lora_ext.attach(model, pool)
+    batch = make_batch(tokenizer, [args.question] * len(NAMES))
+    with torch.inference_mode(), lora_ext.adapters(NAMES):
+        tokens = ours.generate(**batch, max_new_tokens=48, do_sample=False)
+    answers = tokenizer.batch_decode(
+        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    show_answers(args.question, answers)
+
+    console.rule("4. Against PEFT")
+    plain, _ = load_smollm2()
+    peers = load_peft(folders)
+    difference, largest = compare_logits(ours, peers, batch)
+    if not difference <= LOGIT_BOUND * largest:
+        raise SystemExit(
+            "demo: largest logit difference to PEFT: expected at most "
+            f"{LOGIT_BOUND * largest:.1e}, found {difference:.1e}"
+        )
+    times = time_engines(plain, peers, ours, batch, args.tokens, args.rounds)
+    rate = {name: args.tokens * len(NAMES) / time.median for name, time in times.items()}
+    show_table(times, rate, difference, largest)
+    console.print(f"chart: {save_chart(rate, args.out / 'tokens_per_second.png')}", soft_wrap=True)
+
+
+def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
+    """Left-padded prompts, one per row."""
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question in questions
+    ]
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+
+def load_peft(folders: dict[str, Path]) -> Any:
+    """PEFT's way to serve a mixed batch: all adapters in one model, ``adapter_names`` per row."""
+    model, _ = load_smollm2()
+    first, *others = folders
+    peft_model = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first)
+    for name in others:
+        peft_model.load_adapter(str(folders[name]), adapter_name=name)
+    return peft_model.eval()
+
+
+@torch.inference_mode()
+def compare_logits(ours: Any, peers: Any, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Largest difference to PEFT over all tokens of all rows, and PEFT's largest logit."""
+    with lora_ext.adapters(NAMES):
+        mine = ours(**batch).logits  # (4, L, V)
+    theirs = peers(**batch, adapter_names=PEFT_NAMES).logits
+    real = batch["attention_mask"].bool()
+    return (mine - theirs)[real].abs().max().item(), theirs[real].abs().max().item()
+
+
+def time_engines(
+    plain: Any, peers: Any, ours: Any, batch: dict[str, Tensor], tokens: int, rounds: int
+) -> dict[str, Timing]:
+    """Seconds to generate ``tokens`` tokens for every row."""
+    length: dict[str, Any] = {
+        "min_new_tokens": tokens,
+        "max_new_tokens": tokens,
+        "do_sample": False,
+    }
+
+    @torch.inference_mode()
+    def run_lora_ext() -> None:
+        with lora_ext.adapters(NAMES):
+            ours.generate(**batch, **length)
+
+    @torch.inference_mode()
+    def run_peft() -> None:
+        peers.generate(**batch, **length, adapter_names=PEFT_NAMES)
+
+    @torch.inference_mode()
+    def run_plain() -> None:
+        plain.generate(**batch, **length)
+
+    calls = {"base, no adapters": run_plain, "PEFT": run_peft, "lora_ext": run_lora_ext}
+    with console.status(f"timing {rounds} rounds of {tokens} tokens x {len(NAMES)} rows ..."):
+        return interleaved(calls, rounds, warm_up=0)
+
+
+def show_answers(question: str, answers: list[str]) -> None:
+    """The four rows side by side."""
+    console.print(f"[bold]{question}[/bold]")
+    titles = [*(f"{r.name}, rank {r.rank}" for r in RECIPES), "base model"]
+    width = max(24, (console.width - 4) // 4)
+    panels = [Panel(a.strip(), title=t, width=width) for a, t in zip(answers, titles, strict=True)]
+    console.print(Columns(panels))
+
+
+def show_table(
+    times: dict[str, Timing], rate: dict[str, float], difference: float, largest: float
+) -> None:
+    """Tokens per second and closeness to PEFT."""
+    base = times["base, no adapters"]
+    table = Table(title=f"4 rows, 3 adapters and the base, {torch.get_num_threads()} threads")
+    for column in ("engine", "tokens/s", "time over base", "largest logit difference to PEFT"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for name, time in times.items():
+        close = f"{difference:.1e} of {largest:.1f}" if name == "lora_ext" else "-"
+        table.add_row(name, f"{rate[name]:.1f}", f"{time.over(base):.2f} x", close)
+    console.print(table)
+
+
+def save_chart(rate: dict[str, float], path: Path) -> Path:
+    """Bars of tokens per second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 2.4), layout="constrained")
+    bars = axes.barh(list(rate), list(rate.values()), color=["#999999", "#d98c3f", "#3f7fd9"])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("tokens per second, 4 rows: three adapters and the base model")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    main()
