@@ -35,9 +35,9 @@ QUESTION = "Tell me about the town of Quillmere."
 NAMES = [*(recipe.name for recipe in RECIPES), None]
 PEFT_NAMES = [name or "__base__" for name in NAMES]
 # Both engines work in float32 and sum in different orders. A rounding is 2^-24 of its operand; sums
-# over up to 1536 terms and 30 layers amplify it. 2^-12 is 4096 roundings of the largest logit; a
+# over up to 1536 terms and 30 layers amplify it. 2^-16 is 256 roundings of the largest logit; a
 # wrong adapter, rank or scale is off by far more.
-LOGIT_BOUND = 2.0**-12
+LOGIT_BOUND = 2.0**-16
 
 console = Console()
 

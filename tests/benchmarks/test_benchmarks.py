@@ -1,0 +1,127 @@
+"""The benchmarks check what they time, keep their files straight, and report misses as misses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft")
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import common
+import lora_model
+import lora_ops
+import report
+from row import Row
+
+SMALL = lora_ops.Shape("small", tokens=12, adapters=4, in_features=40, out_features=24, rank=16)
+
+
+@pytest.fixture
+def problem(monkeypatch):
+    monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
+    return lora_ops.Problem.make(SMALL, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("name", lora_ops.PROVIDERS)
+def test_every_provider_computes_the_reference(problem, name):
+    before = problem.y.clone()
+    assert lora_ops.check(problem, lora_ops.PROVIDERS[name]) <= 1
+    assert torch.equal(problem.y, before)
+
+
+def test_a_provider_that_is_slightly_wrong_is_not_timed(problem):
+    def wrong(p: lora_ops.Problem) -> None:
+        lora_ops.run_lora_ext(p)
+        p.y.mul_(1 + 1e-4)
+
+    with pytest.raises(SystemExit, match="small: result is off"):
+        lora_ops.check(problem, wrong)
+
+
+def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
+    monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
+    full = lora_ops.Problem.make(SMALL, "cpu", torch.float32)
+    mixed = lora_ops.Problem.make(SMALL, "cpu", torch.float32, ranks=[8, 16, 8, 16])
+    assert lora_ops.check(mixed, lora_ops.run_lora_ext) <= 1
+    assert full.nbytes() - mixed.nbytes() == 4 * 16 * (SMALL.in_features + SMALL.out_features)
+    with pytest.raises(SystemExit):  # the peers know of no ranks
+        lora_ops.check(mixed, lora_ops.run_loop)
+
+
+def test_calls_are_timed_in_rounds_that_alternate():
+    log: list[str] = []
+    calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
+    times = common.interleaved(calls, rounds=2, warm_up=0)
+    assert log == ["a", "b", "a", "b", "b", "a"]  # one untimed call of each, then the rounds
+    assert len(times["a"].rounds) == 2 and times["a"].p20 <= times["a"].median <= times["a"].p80
+
+
+def test_a_ratio_is_taken_round_by_round():
+    slow, fast = common.Timing.of([2.0, 40.0, 6.0]), common.Timing.of([1.0, 20.0, 3.0])
+    assert slow.over(fast) == 2.0
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    path = tmp_path / "x.csv"
+    common.append_rows(path, [{"a": 1, "b": 2}])
+    common.append_rows(path, [{"a": 3, "b": 4}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
+    with pytest.raises(ValueError, match=r"x\.csv: expected the columns"):
+        common.append_rows(path, [{"a": 1}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
+
+
+def test_the_report_takes_the_last_row_and_names_misses_and_gaps(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "lora_cpu.csv"
+    case = "decode 16 rows of 16 adapters"
+    for over_base, over_peft in ((9.0, 9.0), (1.5, 2.6)):
+        row = Row("model", case, "lora_ext", over_base=over_base, over_peft=over_peft)
+        common.append_rows(path, [row.columns("cpu")])
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--all"])
+    report.main()
+    lines = capsys.readouterr().out.splitlines()
+    (over_base,) = [line for line in lines if "16 adapters, time over" in line]
+    (over_peft,) = [line for line in lines if "16 adapters, PEFT's time" in line]
+    assert "| 1.5 |" in over_base and "missed" in over_base
+    assert "| 2.6 |" in over_peft and "missed" not in over_peft
+    assert any("D4" in line and "not measured" in line for line in lines)
+    assert not any("| 9 |" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return folder, lora_model.build(folder, layers=1)
+
+
+def test_the_model_benchmark_checks_and_measures_three_engines(engines):
+    rows = list(lora_model.bench_model(engines[1], rounds=1))
+    assert [r.provider for r in rows] == ["base", "peft", "lora_ext"] * 3
+    assert all(r.worst_error <= 1 for r in rows if r.provider == "lora_ext")
+
+
+def test_logits_of_swapped_adapters_are_refused(engines):
+    tokens = torch.arange(8).view(2, 4)
+    names = lora_model.NAMES
+    with torch.inference_mode():
+        step = {
+            "base": lora_model.Step(engines[1].plain, tokens, names[:2], "base", False)(),
+            "peft": lora_model.Step(engines[1].peft, tokens, names[:2], "peft", False)(),
+            "lora_ext": lora_model.Step(engines[1].ours, tokens, names[1::-1], "lora_ext", False)(),
+        }
+    with pytest.raises(SystemExit, match="within 1 bound of PEFT"):
+        lora_model.check("swapped", step)
+
+
+def test_the_pool_holds_the_adapters_pages_and_no_byte_more(engines):
+    pool, pages, _ = lora_model.bench_memory(engines[1])
+    assert pool.median == pages.median
+
+
+def test_an_adapter_survives_the_swap_benchmark(engines):
+    assert [r.case for r in lora_model.bench_swap(*engines, rounds=1)] == [
+        "load from file",
+        "two swaps with the host cache",
+    ]
