@@ -301,7 +301,7 @@ class CMakeBuild(build_ext):
         }
         names = ["_C", "_emu", "_emu_check"] if emulator else ["_C"]
         modules = [folder / "modules" / f"{name}{suffix}" for name in names]
-        return [module for module in modules if module.exists()], info
+        return modules, info
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in lists them
