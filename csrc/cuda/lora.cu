@@ -1,0 +1,182 @@
+// The LoRA launchers: which kernels run, from host-known sizes alone, so that a captured graph
+// always holds the same ones. Nothing here allocates or waits.
+//
+//   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
+//   T >  256   chunks of 64 or 128   shrink_prefill, expand with a warp per 16 rows; shrink_decode
+//                                    takes its place where x or a is not aligned to 16 bytes
+#include "lora_kernels.cuh"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kDecodeTokens = 256;
+
+// In-features are split so that few rows still fill the machine. Decode: by I alone, 512 or more
+// per split, so that a row does not depend on its batch. Prefill: 264 blocks, two per
+// multiprocessor of an H100.
+int num_splits(const LoraArgs& args) {
+    const int64_t in = args.bank.in_features;
+    if (args.num_tokens <= kDecodeTokens)
+        return static_cast<int>(lx::max<int64_t>(1, lx::min<int64_t>(16, ceil_div(in, 512))));
+    const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
+    int splits = 1;
+    while (splits < 8 && tiles * splits < 264 && in >= int64_t{1024} * splits) splits *= 2;
+    return splits;
+}
+
+// Splits as they are laid out in the workspace: rows padded to whole pages.
+Partials partials(const LoraArgs& args) {
+    const int splits = num_splits(args);
+    const int64_t row = int64_t{8} * args.bank.pages_per_slot;
+    // Whole 64-byte blocks for each of the four warps that share a split.
+    const int64_t width =
+        ceil_div(lx::max<int64_t>(ceil_div(args.bank.in_features, splits), 1), 128) * 128;
+    return {static_cast<float*>(args.workspace),
+            row,
+            row * args.num_tokens,
+            splits,
+            static_cast<int>(width),
+            false};
+}
+
+bool shrink_is_direct(const LoraArgs& args) {
+    return num_splits(args) == 1 && args.bank.out_features == 0;
+}
+
+LaunchStatus check(const LoraArgs& args) {
+    if (args.bank.max_rank > kMaxRank || args.bank.max_rank < 0) return kInvalidValue;
+    if (!args.plan && args.num_tokens > kPlanlessTokens) return kInvalidValue;
+    return 0;
+}
+
+bool empty(const LoraArgs& args) {
+    return args.num_tokens == 0 || args.bank.max_rank == 0 || args.bank.num_adapters == 0;
+}
+
+LaunchStatus run_shrink(const LoraArgs& args, const Partials& v, void* stream) {
+    return args.num_tokens <= kDecodeTokens ? run_shrink_decode(args, v, stream)
+                                            : run_shrink_prefill(args, v, stream);
+}
+
+}  // namespace
+
+int64_t lora_workspace_bytes(const LoraArgs& args) {
+    if (empty(args) || args.bank.in_features == 0 || shrink_is_direct(args)) return 0;
+    const Partials v = partials(args);
+    return v.splits * v.split_stride * static_cast<int64_t>(sizeof(float));
+}
+
+LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream) {
+    if (const LaunchStatus status = check(args)) return status;
+    if (empty(args)) return 0;
+    Partials v = partials(args);
+    if (v.splits == 1) {
+        v.data = static_cast<float*>(args.v);
+        v.row_stride = args.v_row_stride;
+        v.scaled = true;
+        return run_shrink(args, v, stream);
+    }
+    if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
+    return run_reduce(args, v, stream);
+}
+
+LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream) {
+    if (const LaunchStatus status = check(args)) return status;
+    if (empty(args) || args.bank.out_features == 0) return 0;
+    const Partials v{static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0, true};
+    return run_expand(args, v, false, stream);
+}
+
+LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream) {
+    if (const LaunchStatus status = check(args)) return status;
+    // Without in-features the delta is zero.
+    if (empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0) return 0;
+    const Partials v = partials(args);
+    if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
+    return run_expand(args, v, true, stream);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Buffers of the emulator. Its "device" pointers are ordinary memory, so the host may follow them.
+
+#ifdef LX_EMULATE
+namespace {
+
+int32_t rank_of(const LoraBank& bank, int slot) {
+    return bank.ranks ? lx::min(lx::max(bank.ranks[slot], 0), bank.max_rank) : bank.max_rank;
+}
+
+// f(page's first element, its number of ranks that belong to the adapter)
+template <class F>
+void for_each_page(const LoraBank& bank, const void* base, int64_t slot_stride, int64_t page_stride,
+                   int64_t size, F&& f) {
+    for (int slot = 0; slot < bank.num_adapters; ++slot) {
+        for (int page = 0; page * kPageRanks < rank_of(bank, slot); ++page) {
+            int64_t at = slot * slot_stride + page * page_stride;
+            if (bank.page_table) {
+                const int32_t entry = bank.page_table[slot * bank.pages_per_slot + page];
+                if (entry < 0) continue;
+                at = entry * page_stride;
+            }
+            f(static_cast<const char*>(base) + at * size,
+              lx::min(rank_of(bank, slot) - page * kPageRanks, kPageRanks));
+        }
+    }
+}
+
+}  // namespace
+
+void declare_common(const LoraArgs& args) {
+    const LoraBank& bank = args.bank;
+    if (args.plan) {
+        const LoraPlanLayout layout{args.num_tokens, bank.num_adapters};
+        LX_BUF(args.plan, layout.size() * 4, lx::Access::kConstant);
+    } else {
+        LX_BUF(args.ids.adapter_ids, args.num_tokens * (args.ids.ids_are_int64 ? 8 : 4),
+               lx::Access::kConstant);
+        if (args.ids.num_valid) LX_BUF(args.ids.num_valid, 4, lx::Access::kConstant);
+    }
+    if (bank.ranks) LX_BUF(bank.ranks, bank.num_adapters * 4, lx::Access::kConstant);
+    if (bank.scale) LX_BUF(bank.scale, bank.num_adapters * 4, lx::Access::kConstant);
+    if (bank.page_table)
+        LX_BUF(bank.page_table, int64_t{4} * bank.num_adapters * bank.pages_per_slot,
+               lx::Access::kConstant);
+}
+
+void declare_a(const LoraArgs& args) {
+    const LoraBank& bank = args.bank;
+    const int64_t size = element_size(args.dtype);
+    LX_BUF_ROWS(args.x, args.num_tokens, bank.in_features * size, args.x_row_stride * size,
+                lx::Access::kConstant);
+    for_each_page(bank, bank.a, bank.a_slot_stride, bank.a_page_stride, size,
+                  [&](const void* a_page, int ranks) {
+                      LX_BUF_ROWS(a_page, ranks, bank.in_features * size, bank.a_row_stride * size,
+                                  lx::Access::kConstant);
+                  });
+}
+
+void declare_b(const LoraArgs& args) {
+    const LoraBank& bank = args.bank;
+    const int64_t size = element_size(args.dtype);
+    for_each_page(bank, bank.b, bank.b_slot_stride, bank.b_page_stride, size,
+                  [&](const void* b_page, int ranks) {
+                      LX_BUF_ROWS(b_page, bank.out_features,
+                                  (bank.full_pages ? kPageRanks : ranks) * size,
+                                  bank.b_row_stride * size, lx::Access::kConstant);
+                  });
+}
+
+void declare_v(const LoraArgs& args, const Partials& v, lx::Access access) {
+    for (int split = 0; split < v.splits; ++split) {
+        float* v_rows = v.data + split * v.split_stride;
+        LX_BUF_ROWS(v_rows, args.num_tokens, args.bank.max_rank * 4, v.row_stride * 4, access);
+    }
+}
+#else
+void declare_common(const LoraArgs&) {}
+void declare_a(const LoraArgs&) {}
+void declare_b(const LoraArgs&) {}
+void declare_v(const LoraArgs&, const Partials&, lx::Access) {}
+#endif
+
+}  // namespace lora_ext

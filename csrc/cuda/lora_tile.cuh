@@ -1,0 +1,203 @@
+// What the LoRA kernels share: the rows and the pages of a block, and 16-byte loads whose words are
+// mma operands as they are.
+//
+// mma.m16n8k16 wants of lane (g, t), g = lane / 4, t = lane % 4, from row g of A and column g of B
+// the k pairs 2t and 2t + 8. The order in which a contraction visits k is free, so the kernels
+// number k such that these are the first two words of the 16 bytes that lane t reads, and the last
+// two words belong to a second mma. Four lanes read 64 contiguous bytes of one row, and nothing
+// passes through shared memory. For float32 the same words serve two mma.m16n8k8.
+#pragma once
+
+#include "lora_ext/lora.h"
+#include "lx/device.h"
+
+namespace lora_ext {
+
+constexpr int kTileRows = 16;  // rows of an mma
+constexpr int kPageRanks = 8;
+constexpr int kMaxRank = 256;
+constexpr int kMaxPages = kMaxRank / kPageRanks;
+
+template <class T>
+constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte load
+
+// v, or the partial sums it consists of: element (split, row, rank) at
+// data[split * split_stride + row * row_stride + rank].
+struct Partials {
+    float* data;
+    int64_t row_stride, split_stride;
+    int splits;
+    int split_width;  // in-features per split
+    bool scaled;      // scale[slot] is already in there
+};
+
+// How the chunks of a plan are cut into row tiles.
+struct Tiling {
+    int per_chunk;  // tiles of a full chunk
+    int64_t perm;   // where perm starts in the plan
+};
+
+// ------------------------------------------------------------------------------------------------
+// Rows
+
+// The adapter of a row, -1 if it has none; `bad` if its id is out of range.
+LX_DEVICE int adapter_of_row(const LoraPlanArgs& ids, int64_t row, int64_t num_valid, bool& bad) {
+    bad = false;
+    if (row >= num_valid) return -1;
+    const int64_t id = ids.ids_are_int64 ? static_cast<const int64_t*>(ids.adapter_ids)[row]
+                                         : static_cast<const int32_t*>(ids.adapter_ids)[row];
+    bad = id < -1 || id >= ids.num_adapters;
+    return bad ? -1 : static_cast<int>(id);
+}
+
+LX_DEVICE int64_t valid_rows(const LoraPlanArgs& ids) {
+    return ids.num_valid ? lx::min<int64_t>(*ids.num_valid, ids.num_tokens) : ids.num_tokens;
+}
+
+// Up to kRows rows that share an adapter. Rank 0: nothing to do.
+struct RowTile {
+    int slot, rows, rank;
+};
+
+// Tile `index` of the plan, or, without a plan, of at most 32 ids that each warp groups for itself.
+// All threads of the block call this; row_of[0 .. rows) is complete after the caller's barrier.
+template <int kRows>
+LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
+                            int32_t (&row_of)[kRows]) {
+    RowTile tile{-1, 0, 0};
+    const int thread = lx::thread_rank();
+    if (args.plan) {
+        const int chunk = index / tiling.per_chunk;
+        const int skip = index % tiling.per_chunk * kRows;
+        if (chunk >= args.plan[kPlanNumChunks]) return tile;
+        const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
+        tile.slot = entry[0];
+        tile.rows = lx::min(kRows, entry[2] - skip);
+        if (tile.rows <= 0) return tile;
+        const int32_t* perm = args.plan + tiling.perm + entry[1] + skip;
+        for (int i = thread; i < tile.rows; i += static_cast<int>(blockDim.x)) row_of[i] = perm[i];
+    } else {
+        const int lane = thread % lx::kWarpSize;
+        bool bad;
+        const int id = adapter_of_row(args.ids, lane, valid_rows(args.ids), bad);
+        const unsigned group = lx::match_any_sync(lx::kFullMask, id);
+        const int order = lx::popc(group & ((1u << lane) - 1));
+        // A tile starts at every sixteenth member of a group.
+        unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
+        for (int i = 0; i < index; ++i) starts &= starts - 1;
+        if (starts == 0) return tile;
+        const int leader = lx::ffs(starts) - 1;
+        tile.slot = lx::shfl_sync(lx::kFullMask, id, leader);
+        const int place = order - lx::shfl_sync(lx::kFullMask, order, leader);
+        const bool mine = id == tile.slot && place >= 0 && place < kRows;
+        tile.rows = lx::popc(lx::ballot_sync(lx::kFullMask, mine));
+        if (mine && thread < lx::kWarpSize) row_of[place] = lane;
+    }
+    const LoraBank& bank = args.bank;
+    // Ranks live on the device and nobody has checked them.
+    tile.rank =
+        bank.ranks ? lx::min(lx::max(bank.ranks[tile.slot], 0), bank.max_rank) : bank.max_rank;
+    return tile;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Pages. nullptr where the page table has none: such ranks count as zero.
+
+LX_DEVICE int64_t page_offset(const LoraBank& bank, int slot, int page, int64_t slot_stride,
+                              int64_t page_stride) {
+    if (!bank.page_table) return slot * slot_stride + page * page_stride;
+    const int entry = bank.page_table[int64_t{slot} * bank.pages_per_slot + page];
+    return entry < 0 ? -1 : entry * page_stride;
+}
+template <class T>
+LX_DEVICE const T* a_page(const LoraBank& bank, int slot, int page) {
+    const int64_t at = page_offset(bank, slot, page, bank.a_slot_stride, bank.a_page_stride);
+    return at < 0 ? nullptr : static_cast<const T*>(bank.a) + at;
+}
+template <class T>
+LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
+    const int64_t at = page_offset(bank, slot, page, bank.b_slot_stride, bank.b_page_stride);
+    return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Words
+
+// 16 bytes of which the first n elements are wanted, the rest zero. What is not wanted may be NaN.
+template <class T>
+LX_DEVICE uint4 keep_elements(uint4 words, int n) {
+    uint32_t w[4] = {words.x, words.y, words.z, words.w};
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (n <= i * kPerWord) {
+            w[i] = 0;
+        } else if (kPerWord == 2 && n == i * kPerWord + 1) {
+            w[i] &= 0xffff;
+        }
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
+
+template <class T>
+LX_DEVICE uint4 words_of(const T (&e)[kVec<T>]) {
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+            w[i] = lx::pack(e[2 * i], e[2 * i + 1]);
+        } else {
+            w[i] = lx::bit_cast<uint32_t>(e[i]);
+        }
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
+
+// The n elements at p, n cut to [0, kVec], and zeros. kAligned: all 16 bytes if n > 0, in one load;
+// otherwise only the n wanted elements, one by one.
+template <class T, bool kAligned>
+LX_DEVICE uint4 load_words(const T* p, int n) {
+    if constexpr (kAligned) {
+        return n > 0 ? lx::load_nc(reinterpret_cast<const uint4*>(p)) : uint4{0, 0, 0, 0};
+    } else {
+        T e[kVec<T>];
+#pragma unroll
+        for (int i = 0; i < kVec<T>; ++i) e[i] = i < n ? lx::load_nc(p + i) : lx::from_float<T>(0);
+        return words_of(e);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Products
+
+// d += a b for one k step: 16 k of a 16-bit type, 8 of float32. float32 goes through three tf32
+// products, x = high + low with 11 bits each; what is dropped is below 2^-22 |a| |b|.
+template <class T>
+LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (sizeof(T) == 2) {
+        lx::mma_m16n8k16<T>(d, a, b);
+    } else {
+        uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+        auto split = [](uint32_t bits, uint32_t& high, uint32_t& low) {
+            const float x = lx::bit_cast<float>(bits);
+            high = lx::to_tf32(x);
+            low = lx::to_tf32(x - lx::bit_cast<float>(high));
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
+        lx::mma_m16n8k8_tf32(d, a_low, b_high);
+        lx::mma_m16n8k8_tf32(d, a_high, b_low);
+        lx::mma_m16n8k8_tf32(d, a_high, b_high);
+    }
+}
+
+// d += a b over the 16 bytes that each lane holds of row g of A, row g + 8 of A, and column g of B.
+template <class T>
+LX_DEVICE void mma_words(float (&d)[4], const uint4& a, const uint4& a8, const uint4& b) {
+    mma_step<T>(d, {a.x, a8.x, a.y, a8.y}, {b.x, b.y});
+    mma_step<T>(d, {a.z, a8.z, a.w, a8.w}, {b.z, b.w});
+}
+
+}  // namespace lora_ext
