@@ -109,7 +109,11 @@ __global__ void __launch_bounds__(128)
                        const __grid_constant__ Partials v) {
     LX_SHARED(int32_t, row_of, kTileRows);
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
-    if (tile.rank == 0) return;
+    if (tile.rank == 0) {
+        lx::grid_dependency_wait();  // the end of this grid must not come before that of its
+                                     // producer
+        return;
+    }
     lx::syncthreads();  // row_of
     const float scale = args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
     lx::grid_dependency_wait();
@@ -126,12 +130,8 @@ __global__ void __launch_bounds__(128)
 }  // namespace
 
 LaunchStatus run_shrink_decode(const LoraArgs& args, const Partials& v, void* stream) {
-    const int64_t size = element_size(args.dtype);
     const LoraBank& bank = args.bank;
-    // A row must also end on 16 bytes, so that no load crosses its end.
-    const bool aligned =
-        aligned_16(args.x, {args.x_row_stride, bank.in_features}, size) &&
-        aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
+    const bool aligned = shrink_aligned(args);
     const dim3 grid(num_tiles(args, kTileRows), static_cast<unsigned>(v.splits),
                     static_cast<unsigned>(ceil_div(bank.max_rank, kGroupPages * kPageRanks)));
     declare_common(args);

@@ -188,7 +188,11 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
     LX_DYN_SHARED(fragments);
     const LoraBank& bank = args.bank;
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
-    if (tile.rank == 0) return;
+    if (tile.rank == 0) {
+        lx::grid_dependency_wait();  // the end of this grid must not come before that of its
+                                     // producer
+        return;
+    }
     for (int p = lx::thread_rank(); p * kPageRanks < tile.rank; p += static_cast<int>(blockDim.x))
         page_of[p] = b_page<T>(bank, tile.slot, p);
     lx::syncthreads();  // row_of, page_of

@@ -35,6 +35,15 @@ inline bool aligned_16(const void* p, std::initializer_list<int64_t> strides, in
     return aligned;
 }
 
+// Whether shrink may read x and a in 16-byte loads. A row must also end on 16 bytes, so that no
+// load crosses its end.
+inline bool shrink_aligned(const LoraArgs& args) {
+    const LoraBank& bank = args.bank;
+    const int64_t size = element_size(args.dtype);
+    return aligned_16(args.x, {args.x_row_stride, bank.in_features}, size) &&
+           aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
+}
+
 // f.template operator()<T>() for the C++ type of `dtype`.
 template <class F>
 LaunchStatus with_dtype(DType dtype, F&& f) {
