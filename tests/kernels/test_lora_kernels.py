@@ -1,0 +1,74 @@
+"""What the contract table does not reach: plans of several tiles, odd ids, extreme float16."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import Backend
+
+from lora_ext import ops, reference
+
+
+def fields(plan: torch.Tensor, tokens: int, slots: int) -> dict[str, torch.Tensor | int]:
+    rows = 16 if tokens <= 256 else 64 if tokens < 4096 else 128
+    chunks = 8
+    perm = chunks + 4 * (tokens // rows + min(tokens, slots))
+    begin = perm + tokens
+    return {
+        "num_chunks": int(plan[0]),
+        "num_active": int(plan[1]),
+        "identity": int(plan[2]),
+        "bad_ids": int(plan[3]),
+        "chunks": plan[chunks : chunks + 4 * int(plan[0])].reshape(-1, 4)[:, :3],
+        "perm": plan[perm:begin],
+        "slot_begin": plan[begin : begin + slots + 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots"),
+    [(0, 3), (1, 0), (31, 1), (257, 40), (1000, 1100), (5000, 33), (8193, 70), (20000, 1030)],
+)
+@pytest.mark.parametrize("valid", [None, 7], ids=["all", "7 valid"])
+def test_plan_equals_the_reference(
+    backend: Backend, tokens: int, slots: int, valid: int | None
+) -> None:
+    if backend.is_twin or (backend.small and tokens > 1000):
+        pytest.skip("twins have their own test; the checker runs small plans")
+    g = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # some are out of range
+    num_valid = None if valid is None else torch.tensor([valid], dtype=torch.int32)
+    for typed in (ids, ids.int()):
+        got = ops.lora_plan(
+            typed.to(backend.device),
+            slots,
+            None if num_valid is None else num_valid.to(backend.device),
+        ).cpu()
+        expected = reference.lora_plan(ids, slots, num_valid)
+        for name, value in fields(got, tokens, slots).items():
+            assert torch.equal(
+                torch.as_tensor(value),
+                torch.as_tensor(expected[name]).to(torch.as_tensor(value).dtype),
+            ), name
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
+def test_float16_v_may_be_far_from_one(backend: Backend, size: float) -> None:
+    """As plain float16 a tiny v would lose its low part, and a huge one overflow."""
+    g = torch.Generator().manual_seed(0)
+    x, a = torch.randn(20, 64, generator=g).half(), torch.randn(1, 8, 64, generator=g).half()
+    b = (torch.randn(1, 40, 8, generator=g) * (2.0**6 if size < 1 else 2.0**-10)).half()
+    ids, scale = torch.zeros(20, dtype=torch.long), torch.tensor([size])
+    y = torch.zeros(20, 40, dtype=torch.float16)
+    got = ops.lora_apply_(*(t.to(backend.device) for t in (y, x, a, b, ids, scale))).cpu()
+    v = reference.lora_shrink(x.double(), a.double(), ids, scale)
+    exact = v @ b[0].double().T
+    # One rounding (spacing 2^-24 among the subnormal), the split of v, the sums in float32.
+    allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
+    assert ((got.double() - exact).abs() <= allowed).all()
