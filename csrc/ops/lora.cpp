@@ -308,7 +308,7 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
     // torch's caching allocator gives workspaces: it is stream-ordered and safe under graph
     // capture.
     const auto ints = x.options().dtype(at::kInt);
-    Tensor own_plan, own_v, workspace;
+    Tensor own_plan, workspace;
     if (!plan && (rows > kPlanlessTokens || debug_mode)) {
         own_plan = at::empty({layout.size()}, ints);
         args.ids.plan = own_plan.mutable_data_ptr<int32_t>();
@@ -316,11 +316,6 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
         args.plan = args.ids.plan;
         if (debug_mode && own_plan[kPlanBadIds].item<int32_t>() != 0)
             raise_bad_id(op, ids, args.bank.num_adapters);
-    }
-    if (step == Step::kApply) {
-        args.v_row_stride = 8 * args.bank.pages_per_slot;
-        own_v = at::empty({rows, args.v_row_stride}, x.options().dtype(at::kFloat));
-        args.v = own_v.mutable_data_ptr();
     }
     if (const int64_t bytes = lora_workspace_bytes(args); bytes > 0) {
         workspace = at::empty({bytes}, x.options().dtype(at::kByte));

@@ -1,0 +1,50 @@
+"""The twins' own laws in C++, under the address and undefined-behaviour sanitizers.
+
+At -O1, and for the plain source and the widest vectors only: sanitized -O3 code of every
+instruction set takes the compiler a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+FLAGS = ["-std=c++20", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi", *SANITIZE]
+
+
+def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler on PATH")
+    units = [
+        (ROOT / "csrc/cpu/lora.cpp", []),
+        (ROOT / "csrc/cpu/lora_isa.cpp", ["-DLX_ISA=scalar"]),
+        (ROOT / "tests/cpu/lora_twin_test.cpp", []),
+    ]
+    if platform.machine() == "x86_64":
+        wide = ["-mavx2", "-mfma", "-mf16c", "-DLX_ISA=avx2_wide", "-DLX_VEC_BYTES=64"]
+        units.append((ROOT / "csrc/cpu/lora_isa.cpp", wide))
+        units[2][1].append("-DLX_WIDE_TABLE")
+
+    def run(*command: str) -> str:
+        done = subprocess.run([compiler, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return command[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(run, *FLAGS, *extra, "-c", str(source), "-o", str(tmp_path / f"{i}.o"))
+            for i, (source, extra) in enumerate(units)
+        ]
+        objects = [job.result() for job in jobs]
+    program = run(*SANITIZE, *objects, "-o", str(tmp_path / "twins"))
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
