@@ -146,6 +146,7 @@ int64_t lora_workspace_bytes(
     const LoraArgs& args);  // reads sizes only, never pointers; 16-byte aligned memory
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
-LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream);  // x -> y +=, without v
+// x -> y +=; v stays inside the workspace, args.v is not used.
+LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream);
 
 }  // namespace lora_ext
