@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch  # first: its libraries are then in the process, and ours carries no path to them
@@ -32,8 +33,13 @@ def explain(error: ImportError) -> str:
 
 
 def load(name: str = "_C") -> ModuleType:
-    """Import ``lora_ext.<name>``; its ops are registered with the dispatcher afterwards."""
+    """Import ``lora_ext.<name>``; its ops are registered with the dispatcher afterwards.
+
+    ``LORA_EXT_DEBUG=1`` makes every launch on a device check its adapter ids, which waits for it.
+    """
     try:
-        return importlib.import_module(f"lora_ext.{name}")
+        module = importlib.import_module(f"lora_ext.{name}")
     except ImportError as error:
         raise ImportError(explain(error)) from error
+    module.set_debug(os.environ.get("LORA_EXT_DEBUG", "0") == "1")
+    return module

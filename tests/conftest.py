@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ class Backend:
     def is_twin(self) -> bool:
         return self.library == "lora_ext" and self.device == "cpu"
 
+    @property
+    def module(self) -> ModuleType:
+        """The compiled module whose ops this backend calls."""
+        return _loader.load(self.library.removeprefix("lora_ext") or "_C")
+
     def dtypes(self) -> list[torch.dtype]:
         types = [torch.float32, torch.float16, torch.bfloat16]
         return [*types, torch.float64] if self.is_twin else types
@@ -62,7 +68,7 @@ def closed(backend: Backend) -> str | None:
         return None if lora_ext._C.has_kernels() else "this build has no CUDA kernels"
     if not backend.is_twin:
         try:
-            _loader.load(backend.library.removeprefix("lora_ext"))
+            _ = backend.module
         except ImportError:
             return (
                 f"lora_ext.{backend.library.removeprefix('lora_ext')} is not built (LORA_EXT_EMU=1)"
@@ -112,7 +118,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         _registered.add(chosen.library)
     if not chosen.is_twin and chosen.device == "cpu":
         seed = int(os.environ.get("LX_SEED", chosen.seed))
-        _loader.load(chosen.library.removeprefix("lora_ext")).set_seed(seed)
+        chosen.module.set_seed(seed)
     lora_ext._C.set_cpu_isa(chosen.isa)
     monkeypatch.setattr(lora_ops, "_c", getattr(torch.ops, chosen.library))
     yield chosen

@@ -81,6 +81,20 @@ def test_a_kernel_counts_ids_out_of_range_and_the_twin_raises(backend: Backend) 
         assert_plan(plan, ids, 2)
 
 
+def test_debug_mode_raises_where_a_kernel_would_only_count(backend: Backend) -> None:
+    x, y, a, b = (
+        torch.zeros(s, device=backend.device) for s in ((3, 8), (3, 8), (2, 8, 8), (2, 8, 8))
+    )
+    ids = torch.tensor([0, 5, -1], device=backend.device)
+    backend.module.set_debug(True)
+    try:
+        with pytest.raises(ValueError, match=r"adapter_ids\[1\] must be in \[-1, 2\), got 5"):
+            ops.lora_apply_(y, x, a, b, ids)
+        ops.lora_apply_(y, x, a, b, ids.clamp(max=1))
+    finally:
+        backend.module.set_debug(False)
+
+
 @settings(max_examples=60)
 @given(
     ids=st.lists(st.integers(-1, 9), max_size=400),
