@@ -23,6 +23,9 @@ namespace {
 
 #define LX_CHECK(condition, ...) TORCH_CHECK_VALUE(condition, __VA_ARGS__)
 
+constexpr int64_t kMaxRank = 256;
+constexpr int64_t kMaxAdapters = 1 << 24;
+
 std::atomic<bool> debug_mode{false};
 std::atomic<const LoraCpu*> chosen_twin{nullptr};
 
@@ -105,6 +108,8 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
         LX_CHECK(ranks.has_value(), op, ": ranks is required with a page_table");
         slots = table.size(0);
         rank = 8 * table.size(1);
+        LX_CHECK(rank <= kMaxRank, op, ": page_table.shape[1] must be at most ", kMaxRank / 8,
+                 " (rank ", kMaxRank, "), got ", table.size(1));
         w.page_table = table.const_data_ptr<int32_t>();
     }
     auto factor = [&](const Tensor& t, const char* name, const char* shape, int rank_dim,
@@ -126,7 +131,8 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
                  "] must equal a.shape[1] = ", rank, ", got ", t.size(rank_dim));
         slots = t.size(0);
         rank = t.size(rank_dim);
-        LX_CHECK(rank <= 256, op, ": the rank of ", name, " must be at most 256, got ", rank);
+        LX_CHECK(rank <= kMaxRank, op, ": the rank of ", name, " must be at most ", kMaxRank,
+                 ", got ", rank);
         return rows_contiguous(t);
     };
     if (a) {
@@ -143,6 +149,7 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
         w.b_row_stride = bank.b.stride(1);
         w.b_page_stride = paged ? bank.b.stride(0) : 8;
     }
+    LX_CHECK(slots < kMaxAdapters, op, ": the number of adapters must be below 2^24, got ", slots);
     w.num_adapters = static_cast<int32_t>(slots);
     w.max_rank = static_cast<int32_t>(rank);
     w.pages_per_slot = static_cast<int32_t>(ceil_div(rank, 8));
@@ -151,8 +158,29 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
     w.full_pages = paged || rank % 8 == 0;
     if (scale) w.scale = vector_data<float>(op, "scale", *scale, slots, at::kFloat, x.device());
     if (ranks) w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
+    if (paged && a && b)
+        LX_CHECK(a->size(0) == b->size(0), op, ": b.shape[0] must equal a.shape[0] = ", a->size(0),
+                 " pages, got ", b->size(0));
     bank.num_pages = paged ? (a ? *a : *b).size(0) : 0;
     return bank;
+}
+
+// A caller's plan is a tensor like any other: every row that it groups must carry the id of its
+// chunk, or memory outside the tensors would be touched.
+template <typename Id>
+void check_plan(const char* op, const LoraPlanLayout& layout, const Id* ids, const int32_t* plan) {
+    const int64_t rows = layout.num_tokens, chunks = plan[kPlanNumChunks];
+    const int32_t* perm = plan + layout.perm();
+    const int32_t* chunk = plan + layout.chunks();
+    bool fits = chunks >= 0 && chunks <= layout.max_chunks();
+    for (int64_t c = 0; fits && c < chunks; ++c, chunk += 4) {
+        const int64_t slot = chunk[0], start = chunk[1], len = chunk[2];
+        fits = slot >= 0 && slot < layout.num_adapters && start >= 0 && len > 0 &&
+               len <= layout.chunk_rows() && start + len <= rows;
+        for (int64_t i = start; fits && i < start + len; ++i)
+            fits = perm[i] >= 0 && perm[i] < rows && ids[perm[i]] == slot;
+    }
+    LX_CHECK(fits, op, ": plan must be lora_plan() of these adapter_ids, got that of others");
 }
 
 // Ranks and pages of the slots that a plan on the CPU uses. Slots it does not use may be changing
@@ -219,10 +247,12 @@ class Scratch {
   public:
     void* get(size_t bytes) {
         if (bytes > capacity_) {
-            capacity_ = std::max(bytes, 2 * capacity_);
-            memory_.reset(static_cast<char*>(std::aligned_alloc(64, (capacity_ + 63) / 64 * 64)));
-            TORCH_CHECK(memory_ != nullptr, "lora_ext: out of memory for ", capacity_,
+            const size_t wanted = (std::max(bytes, 2 * capacity_) + 63) / 64 * 64;
+            capacity_ = 0;  // until there is memory: the next call must not believe in it
+            memory_.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
+            TORCH_CHECK(memory_ != nullptr, "lora_ext: out of memory for ", wanted,
                         " bytes of scratch");
+            capacity_ = wanted;
         }
         return memory_.get();
     }
@@ -294,6 +324,10 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
                 static_cast<int32_t*>(plan_scratch.get(layout.size() * sizeof(int32_t)));
             build_plan(op, ids, args.ids, x);
             args.plan = args.ids.plan;
+        } else if (args.ids.ids_are_int64) {
+            check_plan(op, layout, ids.const_data_ptr<int64_t>(), args.plan);
+        } else {
+            check_plan(op, layout, ids.const_data_ptr<int32_t>(), args.plan);
         }
         check_slots(op, args.bank, bank.num_pages, args.plan);
         if (step == Step::kApply) {
@@ -345,7 +379,15 @@ void check_output(const char* op, const Tensor& y) {
              ": rows of y must not overlap, got shape ", y.sizes(), " with strides ", y.strides());
 }
 
+// Below autograd a tangent would be dropped without a word.
+void check_no_tangents(const char* op, std::initializer_list<const Tensor*> tensors) {
+    for (const Tensor* t : tensors)
+        TORCH_CHECK_NOT_IMPLEMENTED(!t->_fw_grad(0).defined(), op,
+                                    " has no forward-mode derivative");
+}
+
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors) {
+    check_no_tangents(op, tensors);
     if (!c10::GradMode::is_enabled()) return;
     for (const Tensor* t : tensors)
         TORCH_CHECK(!t->requires_grad(), op,
@@ -360,7 +402,7 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
     LX_CHECK(adapter_ids.dim() == 1, op, ": adapter_ids must have shape (T,), got ",
              adapter_ids.sizes());
     check_ids(op, adapter_ids, adapter_ids.size(0), adapter_ids.device());
-    LX_CHECK(num_adapters >= 0 && num_adapters < (1 << 24), op,
+    LX_CHECK(num_adapters >= 0 && num_adapters < kMaxAdapters, op,
              ": num_adapters must be in [0, 2^24), got ", num_adapters);
     LX_CHECK(adapter_ids.size(0) < (int64_t{1} << 31), op, ": at most 2^31 - 1 rows, got ",
              adapter_ids.size(0));
@@ -449,6 +491,7 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
     const Bank bank = make_bank(op, nullptr, &b, {}, ranks, page_table, y, "y", 0, y.size(1));
     LX_CHECK(v_in.size(1) == bank.view.max_rank, op, ": v.shape[1] must equal the rank of b, ",
              bank.view.max_rank, ", got ", v_in.size(1));
+    at::assert_no_overlap(y, v_in);
     const Tensor v = rows_contiguous(v_in);
     args.num_tokens = y.size(0);
     args.y = y.mutable_data_ptr();
@@ -489,6 +532,7 @@ Tensor lora_apply(const Tensor& x, const Tensor& a, const Tensor& b, const Tenso
     constexpr auto op = "lora_apply";
     check_dim(op, "x", x, 2, "(T, I)");
     check_dim(op, "b", b, 3, page_table ? "(P, O, 8)" : "(A, O, R)");
+    check_no_tangents(op, {&x, &a, &b});
     Tensor y = at::zeros({x.size(0), b.size(1)}, x.options());
     apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan);
     return y;

@@ -10,10 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+MAX_RANK = 256  # of the ops
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # PEFT has LoRA layers for these too; an adapter that targets one is refused by name, not skipped.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+# These read the weights of their linear children without calling them: an adapter on such a child
+# would be ignored, always or on torch's fast path for evaluation.
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,12 @@ class ModelIndex:
         names = None if targets is None or isinstance(targets, str) else tuple(targets)
         linear: dict[str, LinearSpec] = {}
         unsupported: dict[str, str] = {}
-        for name, module in model.named_modules():
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            parent = modules.get(name.rpartition(".")[0])
+            if isinstance(module, nn.Linear) and isinstance(parent, _READS_WEIGHTS):
+                unsupported[name] = f"{type(module).__name__} of {type(parent).__name__}"
+                continue
             size = _linear_size(module)
             if size is None:
                 if isinstance(module, _UNSUPPORTED):

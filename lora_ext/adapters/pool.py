@@ -8,11 +8,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .model_index import ModelIndex
+from .model_index import MAX_RANK, ModelIndex
 from .pages import page_count
 from .peft_files import AdapterSource, PackedAdapter, read_adapter
 from .store import PageStore, Resident
@@ -75,6 +76,10 @@ class AdapterPool:
         for argument, value in (("max_slots", max_slots), ("max_rank", max_rank)):
             if value < 1:
                 raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
+        if max_rank > MAX_RANK:
+            raise ValueError(
+                f"AdapterPool: max_rank: expected at most {MAX_RANK}, found {max_rank}"
+            )
         if pages is not None and pages < 1:
             raise ValueError(f"AdapterPool: pages: expected at least 1, found {pages}")
         self.max_slots = max_slots
@@ -90,6 +95,13 @@ class AdapterPool:
         self._cache_bytes = 0
         self._dropped: OrderedDict[str, None] = OrderedDict()  # let go by the cache, for errors
         self._counts = {"loads": 0, "evictions": 0, "cache_hits": 0, "dropped": 0}
+
+    def __reduce__(self) -> NoReturn:
+        """Slots and pins belong to one process: refuse to be copied or pickled, by name."""
+        raise TypeError(
+            "AdapterPool: expected not to be copied or pickled, found copy, pickle or torch.save; "
+            "save the model's state_dict, or detach the model first"
+        )
 
     # ---------------------------------------------------------------------------------------------
     # Names
@@ -338,6 +350,10 @@ class AdapterPool:
             for name, adapter in wanted.items():
                 self._keep(name, adapter)
 
+    # A pool that is first filled inside inference mode is updated outside of it, too, and its pages
+    # are saved for backward.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _install(self, name: str, packed: PackedAdapter) -> None:
         """Write an adapter into a free slot, then publish the name, new or moved."""
         old = self._by_name.get(name)

@@ -20,6 +20,16 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _same_device(name: str, first: Tensor, *others: object) -> None:
+    """Where meta tensors are mixed with others, torch runs the fake, which computes nothing."""
+    for other in others:
+        if isinstance(other, Tensor) and other.device != first.device:
+            raise ValueError(
+                f"{name}: expected all tensors on one device, found {first.device} "
+                f"and {other.device}"
+            )
+
+
 def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None) -> Tensor:
     return adapter_ids.new_empty(_plan_size(adapter_ids.shape[0], num_adapters), dtype=torch.int32)
 
@@ -37,16 +47,18 @@ def _fake_shrink(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
+    _same_device("lora_shrink", x, a, adapter_ids, scale, ranks, page_table, plan)
     rank = a.shape[1] if page_table is None else 8 * page_table.shape[1]
     return x.new_empty(x.shape[0], rank, dtype=_accumulator(x.dtype))
 
 
-def _fake_apply(x: Tensor, a: Tensor, b: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+def _fake_apply(x: Tensor, a: Tensor, b: Tensor, *args: object, **kwargs: object) -> Tensor:
+    _same_device("lora_apply", x, a, b, *args, *kwargs.values())
     return x.new_empty(x.shape[0], b.shape[1])
 
 
-def _fake_in_place(*_args: object, **_kwargs: object) -> None:
-    return None
+def _fake_in_place(name: str, y: Tensor, *args: object, **kwargs: object) -> None:
+    _same_device(name, y, *args, *kwargs.values())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,6 +86,8 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
     x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
     if page_table is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
         raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
+    if any(ctx.needs_input_grad[3:]):
+        raise NotImplementedError("lora_apply: scale receives no gradient")
     tail = (adapter_ids, scale, ranks, page_table, plan)
     a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
     dx = da = db = None
@@ -94,9 +108,9 @@ def register(library: str) -> None:
         "lora_plan": _fake_plan,
         "lora_segment_ids": _fake_segment_ids,
         "lora_shrink": _fake_shrink,
-        "lora_expand_": _fake_in_place,
+        "lora_expand_": functools.partial(_fake_in_place, "lora_expand_"),
         "lora_apply": _fake_apply,
-        "lora_apply_": _fake_in_place,
+        "lora_apply_": functools.partial(_fake_in_place, "lora_apply_"),
     }
     # torch annotates neither of the two in full.
     for name, fake in fakes.items():

@@ -1,5 +1,6 @@
 """Slots, pins, eviction, the host cache, and that a failure changes nothing."""
 
+import copy
 import itertools
 import threading
 import time
@@ -390,3 +391,40 @@ def test_acquire_and_release_are_fast():
             pool.release(pool.acquire(names))
         best = min(best, (time.perf_counter() - start) / 100)
     assert best < 20e-6, "an acquire and a release of four names, 10 us each"
+
+
+def test_a_pool_refuses_ranks_that_the_ops_lack():
+    with pytest.raises(ValueError, match="max_rank: expected at most 256, found 257"):
+        AdapterPool(Base(), max_rank=257)
+
+
+def test_a_pool_says_that_it_is_not_copied():
+    with pytest.raises(TypeError, match="AdapterPool: expected not to be copied or pickled"):
+        copy.deepcopy(AdapterPool(Base()))
+
+
+def test_a_pool_filled_in_inference_mode_is_updated_outside():
+    pool = AdapterPool(Base(), max_slots=2, max_rank=8)
+    with torch.inference_mode():
+        pool.load("a", (config(), state(1)))
+    pool.update("a", (config(), state(2)))
+    assert not pool.modules["up"].a_pages.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("layer", "target"),
+    [
+        (torch.nn.MultiheadAttention(8, 2), "out_proj"),
+        (torch.nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
+    ],
+)
+def test_layers_whose_weights_are_read_past_their_forward_are_refused(layer, target):
+    model = torch.nn.ModuleDict({"layer": layer, "after": torch.nn.Linear(8, 8)})
+    raw = config(targets=(f"layer.{target}",))
+    width = getattr(layer, target).out_features
+    tensors = {
+        f"layer.{target}.lora_A.weight": torch.zeros(4, 8),
+        f"layer.{target}.lora_B.weight": torch.zeros(width, 4),
+    }
+    with pytest.raises(NotImplementedError, match=target):
+        AdapterPool(model, max_slots=2, max_rank=8).load("a", (raw, tensors))

@@ -175,3 +175,90 @@ def test_nothing_to_do_is_done_at_once() -> None:
     assert torch.equal(y, before)
     empty = ops.lora_apply(x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])
     assert empty.shape == (0, 24)
+
+
+@pytest.mark.parametrize("field", ["chunks", "slot", "start", "row"])
+@pytest.mark.parametrize("value", [-1, 10**8])
+def test_a_plan_that_points_outside_is_refused(field: str, value: int) -> None:
+    inputs = make_inputs(SHAPE, torch.float32)
+    inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
+    plan = ops.lora_plan(inputs["adapter_ids"], 2)
+    plan[{"chunks": 0, "slot": 8, "start": 9, "row": 8 + 4 * 2}[field]] = value
+    with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+        apply_({**inputs, "plan": plan})
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+def test_a_plan_of_other_ids_is_refused(ids_dtype: torch.dtype) -> None:
+    inputs = make_inputs(SHAPE, torch.float32)
+    inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0], dtype=ids_dtype)
+    plan = ops.lora_plan(inputs["adapter_ids"].flip(0), 2)
+    with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+        apply_({**inputs, "plan": plan})
+
+
+def test_pages_above_the_largest_rank_are_refused() -> None:
+    inputs = make_inputs(SHAPE, torch.float32, paged=True)
+    table = torch.zeros(2, 2048, dtype=torch.int32)  # rank 16384
+    with pytest.raises(ValueError, match=r"page_table\.shape\[1\] must be at most 32"):
+        apply_({**inputs, "page_table": table})
+
+
+def test_both_factors_have_as_many_pages() -> None:
+    inputs = make_inputs(SHAPE, torch.float32, paged=True)
+    with pytest.raises(ValueError, match=r"b\.shape\[0\] must equal a\.shape\[0\] = \d+ pages"):
+        apply_({**inputs, "b": inputs["b"][:1]})
+
+
+@pytest.mark.parametrize("adapters", [2**31, 2**32 + 1])
+def test_more_adapters_than_an_int32_counts_are_refused(adapters: int) -> None:
+    a, b = torch.zeros(1, 8, 4).expand(adapters, 8, 4), torch.zeros(1, 5, 8).expand(adapters, 5, 8)
+    with pytest.raises(ValueError, match=r"number of adapters must be below 2\^24"):
+        ops.lora_apply(torch.zeros(1, 4), a, b, torch.zeros(1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["y", "x", "a", "b", "adapter_ids", "scale"])
+def test_a_meta_tensor_among_others_is_refused(name: str) -> None:
+    inputs = make_inputs(SHAPE, torch.float32)
+    with pytest.raises(ValueError, match="lora_apply_: expected all tensors on one device"):
+        apply_({**inputs, name: inputs[name].to("meta")})
+
+
+def test_tangents_are_refused() -> None:
+    i = make_inputs(SHAPE, torch.float32)
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(i["x"], torch.ones_like(i["x"]))
+        for op in (
+            lambda: apply_({**i, "x": x}),
+            lambda: ops.lora_shrink(x, i["a"], i["adapter_ids"]),
+            lambda: ops.lora_apply(x, i["a"], i["b"], i["adapter_ids"]),
+        ):
+            with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+                op()
+
+
+def test_a_gradient_of_torch_func_is_refused() -> None:
+    i = make_inputs(SHAPE, torch.float32)
+    with pytest.raises(RuntimeError, match="lora_shrink has no backward"):
+        torch.func.grad(lambda x: ops.lora_shrink(x, i["a"], i["adapter_ids"]).sum())(i["x"])
+    with pytest.raises(NotImplementedError, match="lora_shrink has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.lora_shrink(x, i["a"], i["adapter_ids"]), (i["x"],), (i["x"],))
+
+
+def test_scale_that_wants_a_gradient_is_refused() -> None:
+    i = make_inputs(SHAPE, torch.float32)
+    scale = i["scale"].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="lora_apply_ has no backward"):
+        apply_({**i, "scale": scale})
+    y = ops.lora_apply(i["x"], i["a"], i["b"], i["adapter_ids"], scale)
+    with pytest.raises(NotImplementedError, match="scale receives no gradient"):
+        y.sum().backward()
+
+
+def test_autograd_notices_a_saved_tensor_that_was_changed() -> None:
+    i = make_inputs(SHAPE, torch.float32)
+    saved = torch.zeros_like(i["y"]).requires_grad_().exp()  # the backward of exp reads its result
+    with torch.no_grad():
+        apply_({**i, "y": saved})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
