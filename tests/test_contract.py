@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends import Backend
 from cases import CASES, LARGE, MEDIUM, SMALL, Inputs, OpCase, Shape, make_inputs, wider
-from conftest import Backend
 from torch import Tensor
 
 import lora_ext

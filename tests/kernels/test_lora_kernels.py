@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import Backend
+from backends import Backend
 
 from lora_ext import ops, reference
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Backend
+from backends import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

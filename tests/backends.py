@@ -1,0 +1,67 @@
+"""The ways in which one op is run, and what decides whether a way is open here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+import lora_ext
+from lora_ext import _loader
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of running every op. ``small`` backends get the small shapes only."""
+
+    name: str
+    device: str = "cpu"
+    library: str = "lora_ext"
+    isa: str = ""
+    seed: int = 0
+    small: bool = False
+
+    @property
+    def is_twin(self) -> bool:
+        return self.library == "lora_ext" and self.device == "cpu"
+
+    @property
+    def module(self) -> ModuleType:
+        """The compiled module whose ops this backend calls."""
+        return _loader.load(self.library.removeprefix("lora_ext") or "_C")
+
+    def dtypes(self) -> list[torch.dtype]:
+        types = [torch.float32, torch.float16, torch.bfloat16]
+        return [*types, torch.float64] if self.is_twin else types
+
+
+def _isas() -> list[str]:
+    best = lora_ext._C.cpu_isa()
+    known = ["scalar", "avx2", "avx512", "avx512bf16"]
+    return known[: known.index(best)] if best in known else []
+
+
+BACKENDS = [
+    Backend("cpu"),
+    *(Backend(f"cpu-{isa}", isa=isa, small=True) for isa in _isas()),
+    Backend("emu", library="lora_ext_emu"),
+    Backend("emu-check", library="lora_ext_emu_check", seed=1, small=True),
+    Backend("cuda", device="cuda"),
+]
+
+
+def closed(backend: Backend) -> str | None:
+    """The reason why a backend cannot run here, or None."""
+    if backend.device == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        return None if lora_ext._C.has_kernels() else "this build has no CUDA kernels"
+    if not backend.is_twin:
+        try:
+            _ = backend.module
+        except ImportError:
+            return (
+                f"lora_ext.{backend.library.removeprefix('lora_ext')} is not built (LORA_EXT_EMU=1)"
+            )
+    return None
