@@ -115,7 +115,7 @@ void for_each_page(const LoraBank& bank, const void* base, int64_t slot_stride, 
             int64_t at = slot * slot_stride + page * page_stride;
             if (bank.page_table) {
                 const int32_t entry = bank.page_table[slot * bank.pages_per_slot + page];
-                if (entry < 0) continue;
+                if (entry < 0 || entry >= bank.num_pages) continue;
                 at = entry * page_stride;
             }
             f(static_cast<const char*>(base) + at * size,

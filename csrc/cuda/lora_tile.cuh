@@ -107,7 +107,8 @@ LX_DEVICE int64_t page_offset(const LoraBank& bank, int slot, int page, int64_t 
                               int64_t page_stride) {
     if (!bank.page_table) return slot * slot_stride + page * page_stride;
     const int entry = bank.page_table[int64_t{slot} * bank.pages_per_slot + page];
-    return entry < 0 ? -1 : entry * page_stride;
+    const bool absent = static_cast<uint32_t>(entry) >= static_cast<uint32_t>(bank.num_pages);
+    return absent ? -1 : entry * page_stride;
 }
 template <class T>
 LX_DEVICE const T* a_page(const LoraBank& bank, int slot, int page) {

@@ -25,6 +25,8 @@ namespace {
 
 constexpr int64_t kMaxRank = 256;
 constexpr int64_t kMaxAdapters = 1 << 24;
+// Of rows, features and pages: kernels count in int32, and a little beyond the end.
+constexpr int64_t kMaxSize = (int64_t{1} << 31) - (1 << 16);
 
 std::atomic<bool> debug_mode{false};
 std::atomic<const LoraCpu*> chosen_twin{nullptr};
@@ -84,7 +86,6 @@ Tensor rows_contiguous(const Tensor& t) {
 // The adapters of one op, and the tensors that keep their memory alive.
 struct Bank {
     LoraBank view;
-    int64_t num_pages = 0;
     Tensor a, b;
 };
 
@@ -150,6 +151,8 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
         w.b_page_stride = paged ? bank.b.stride(0) : 8;
     }
     LX_CHECK(slots < kMaxAdapters, op, ": the number of adapters must be below 2^24, got ", slots);
+    LX_CHECK(in <= kMaxSize && out <= kMaxSize && (!paged || (a ? *a : *b).size(0) <= kMaxSize), op,
+             ": features and pages must be at most ", kMaxSize, ", got ", in, " and ", out);
     w.num_adapters = static_cast<int32_t>(slots);
     w.max_rank = static_cast<int32_t>(rank);
     w.pages_per_slot = static_cast<int32_t>(ceil_div(rank, 8));
@@ -161,7 +164,7 @@ Bank make_bank(const char* op, const Tensor* a, const Tensor* b, const OptionalT
     if (paged && a && b)
         LX_CHECK(a->size(0) == b->size(0), op, ": b.shape[0] must equal a.shape[0] = ", a->size(0),
                  " pages, got ", b->size(0));
-    bank.num_pages = paged ? (a ? *a : *b).size(0) : 0;
+    w.num_pages = paged ? static_cast<int32_t>((a ? *a : *b).size(0)) : 0;
     return bank;
 }
 
@@ -185,7 +188,7 @@ void check_plan(const char* op, const LoraPlanLayout& layout, const Id* ids, con
 
 // Ranks and pages of the slots that a plan on the CPU uses. Slots it does not use may be changing
 // under a pool's hands at this moment.
-void check_slots(const char* op, const LoraBank& w, int64_t num_pages, const int32_t* plan) {
+void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {
     const int32_t* chunk = plan + kPlanHeader;
     for (int32_t c = 0; c < plan[kPlanNumChunks]; ++c, chunk += 4) {
         const int32_t s = chunk[0];
@@ -195,8 +198,8 @@ void check_slots(const char* op, const LoraBank& w, int64_t num_pages, const int
         if (!w.page_table) continue;
         const int32_t* page = w.page_table + int64_t{s} * w.pages_per_slot;
         for (int32_t p = 0; 8 * p < rank; ++p)
-            LX_CHECK(page[p] >= 0 && page[p] < num_pages, op, ": page_table[", s, ", ", p,
-                     "] must be in [0, ", num_pages, "), got ", page[p], ": adapter ", s,
+            LX_CHECK(page[p] >= 0 && page[p] < w.num_pages, op, ": page_table[", s, ", ", p,
+                     "] must be in [0, ", w.num_pages, "), got ", page[p], ": adapter ", s,
                      " has rank ", rank);
     }
 }
@@ -312,6 +315,7 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
                  " adapters on ", x.device(), ", int32 of size ", layout.size(), ", got ",
                  plan->scalar_type(), " of shape ", plan->sizes(), " on ", plan->device());
     }
+    LX_CHECK(rows <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ", rows);
     if (rows == 0 || args.bank.max_rank == 0) return;
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();
@@ -329,7 +333,7 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
         } else {
             check_plan(op, layout, ids.const_data_ptr<int32_t>(), args.plan);
         }
-        check_slots(op, args.bank, bank.num_pages, args.plan);
+        check_slots(op, args.bank, args.plan);
         if (step == Step::kApply) {
             args.v_row_stride = 8 * args.bank.pages_per_slot;
             const size_t size = args.dtype == DType::kFloat64 ? 8 : 4;
@@ -404,7 +408,7 @@ Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const Optional
     check_ids(op, adapter_ids, adapter_ids.size(0), adapter_ids.device());
     LX_CHECK(num_adapters >= 0 && num_adapters < kMaxAdapters, op,
              ": num_adapters must be in [0, 2^24), got ", num_adapters);
-    LX_CHECK(adapter_ids.size(0) < (int64_t{1} << 31), op, ": at most 2^31 - 1 rows, got ",
+    LX_CHECK(adapter_ids.size(0) <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ",
              adapter_ids.size(0));
     const c10::DeviceGuard guard(adapter_ids.device());
     const Tensor ids = adapter_ids.contiguous();

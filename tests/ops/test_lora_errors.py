@@ -173,6 +173,9 @@ def test_nothing_to_do_is_done_at_once() -> None:
     ops.lora_apply_(y, x, torch.zeros(2, 0, 16), torch.zeros(2, 24, 0), ids)  # no ranks
     ops.lora_apply_(y[:0], x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])  # no rows
     assert torch.equal(y, before)
+    many = torch.zeros(40, dtype=torch.long)  # no in-features: a delta of zero, not of old scratch
+    nothing = ops.lora_apply(torch.zeros(40, 0), torch.zeros(1, 8, 0), torch.ones(1, 16, 8), many)
+    assert torch.equal(nothing, torch.zeros(40, 16))
     empty = ops.lora_apply(x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])
     assert empty.shape == (0, 24)
 

@@ -46,9 +46,16 @@ template <class... Params, class... Args>
 int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block,
            size_t dynamic_bytes, void* stream, Args&&... args) {
     cudaError_t error = cudaSuccess;
-    if (dynamic_bytes > 48 * 1024) {  // what a kernel may use without asking
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(dynamic_bytes));
+    // Above 48 KiB, static arrays included, a kernel must ask. It asks once for all it may ever
+    // have: the limit belongs to the function, and another thread may be launching it with another
+    // size.
+    if (dynamic_bytes > 32 * 1024) {
+        cudaFuncAttributes attributes{};
+        error = cudaFuncGetAttributes(&attributes, kernel);
+        const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+                         static_cast<int>(attributes.sharedSizeBytes);
+        if (error == cudaSuccess && attributes.maxDynamicSharedSizeBytes < most)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     }
     if (error == cudaSuccess) {
         cudaLaunchAttribute attribute{};

@@ -41,6 +41,7 @@ struct LoraBank {
     int32_t num_adapters = 0;
     int32_t max_rank = 0;
     int32_t pages_per_slot = 0;  // ceil(max_rank / 8)
+    int32_t num_pages = 0;  // of the pool; entries of the table outside [0, num_pages) are absent
     int32_t in_features = 0;
     int32_t out_features = 0;
     bool full_pages =
