@@ -25,7 +25,7 @@ def main() -> int:
     tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
     legs.append(Leg("tests", tests, 2400, after="build"))
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
-        legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 1200, after="build"))
+        legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 2400, after="build"))
     return 1 if run(legs, ROOT / "out" / "check", show=True) else 0
 
 
