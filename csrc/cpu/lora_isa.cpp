@@ -176,8 +176,7 @@ template <typename T>
 void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int64_t rank_begin,
                   int64_t rank_end, const Rows<Acc<T>>& v) {
     Vec<T> waiting[kGroupRows * kGroupRanks];
-    int64_t k = 0;
-    do {  // once even for no in-features: v is zero then, and somebody has to say so
+    for (int64_t k = 0; k < slot.in; k += kDotBlock) {
         const int64_t k_end = min(k + kDotBlock, slot.in);
         Vec<T>* saved = waiting;
         for (int64_t r = rank_begin; r < rank_end; r += kDotRanks)
@@ -199,8 +198,7 @@ void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int
                     });
                 }
             });
-        k += kDotBlock;
-    } while (k < slot.in);
+    }
 }
 
 template <typename T>

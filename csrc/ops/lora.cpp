@@ -317,6 +317,8 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
     }
     LX_CHECK(rows <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ", rows);
     if (rows == 0 || args.bank.max_rank == 0) return;
+    // Without in-features v is zero, and the twins do not write it.
+    if (step != Step::kExpand && args.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();
     args.ids = plan_args(ids, args.bank.num_adapters);
