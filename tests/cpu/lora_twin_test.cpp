@@ -404,23 +404,19 @@ void check_conversion(const LoraCpu& isa) {
     lora_plan_cpu(pa);
     LoraArgs args;
     args.dtype = kType;
-    args.bank = {a.data(),
-                 b.data(),
-                 table.data(),
-                 ranks.data(),
-                 nullptr,
-                 0,
-                 8,
-                 1,
-                 0,
-                 8 * out,
-                 8,
-                 1,
-                 1,
-                 1,
-                 1,
-                 static_cast<int32_t>(out),
-                 true};
+    LoraBank& bank = args.bank;
+    bank.a = a.data();
+    bank.b = b.data();
+    bank.page_table = table.data();
+    bank.ranks = ranks.data();
+    bank.a_page_stride = 8;
+    bank.a_row_stride = 1;
+    bank.b_page_stride = 8 * out;
+    bank.b_row_stride = 8;
+    bank.num_adapters = bank.max_rank = bank.pages_per_slot = bank.num_pages = 1;
+    bank.in_features = 1;
+    bank.out_features = static_cast<int32_t>(out);
+    bank.full_pages = true;
     args.num_tokens = 1;
     args.x = x.data();
     args.y = y.data();
