@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include "ops/lora.h"
+#include "ops/settings.h"
 #ifdef LX_EMULATE
 #include "emu/emu.h"
 #endif

@@ -27,12 +27,4 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const OptionalTensor& ranks, const OptionalTensor& page_table,
                  const OptionalTensor& plan);
 
-// The instruction set the CPU twins run on, and a way for tests to choose a lesser one ("" = best).
-std::string cpu_isa();
-void set_cpu_isa(const std::string& isa);
-// True if the CUDA kernels were compiled into this build.
-bool has_kernels();
-// With debug on, a launch with an adapter id out of range synchronises and raises; twins always do.
-void set_debug(bool on);
-
 }  // namespace lora_ext

@@ -1,0 +1,188 @@
+#include "ops/lora_args.h"
+
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+
+#include "ops/checks.h"
+#include "ops/stream.h"
+
+namespace lora_ext {
+
+Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTensor& scale,
+             const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
+             const char* x_name, int64_t in, int64_t out) {
+    Bank bank;
+    LoraBank& w = bank.view;
+    const bool paged = page_table.has_value();
+    const char* a_shape = paged ? "(P, 8, I)" : "(A, R, I)";
+    const char* b_shape = paged ? "(P, O, 8)" : "(A, O, R)";
+    int64_t slots = -1, rank = -1;
+    if (paged) {
+        const Tensor& table = *page_table;
+        check_dim(op, "page_table", table, 2, "(A, R / 8)");
+        LX_CHECK(table.scalar_type() == at::kInt, op, ": page_table must be int32, got ",
+                 table.scalar_type());
+        LX_CHECK(table.device() == x.device() && table.is_contiguous(), op,
+                 ": page_table must be contiguous and on ", x.device(), ", got ", table.device());
+        LX_CHECK(ranks.has_value(), op, ": ranks is required with a page_table");
+        slots = table.size(0);
+        rank = 8 * table.size(1);
+        LX_CHECK(rank <= kMaxRank, op, ": page_table.shape[1] must be at most ", kMaxRank / 8,
+                 " (rank ", kMaxRank, "), got ", table.size(1));
+        w.page_table = table.const_data_ptr<int32_t>();
+    }
+    auto factor = [&](const Tensor& t, const char* name, const char* shape, int rank_dim,
+                      int width_dim, int64_t width, const char* width_owner) {
+        check_like(op, name, t, x, x_name);
+        check_dim(op, name, t, 3, shape);
+        LX_CHECK(t.size(width_dim) == width, op, ": ", name, ".shape[", width_dim, "] must equal ",
+                 width_owner, " = ", width, ", got ", t.size(width_dim));
+        if (paged) {
+            LX_CHECK(t.size(rank_dim) == 8, op, ": ", name, ".shape[", rank_dim,
+                     "] must be 8 (ranks of a page), got ", t.size(rank_dim));
+            LX_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, op, ": pages of ", name,
+                     " must be contiguous in their last dimension");
+            return t;
+        }
+        LX_CHECK(slots < 0 || t.size(0) == slots, op, ": ", name,
+                 ".shape[0] must equal a.shape[0] = ", slots, ", got ", t.size(0));
+        LX_CHECK(rank < 0 || t.size(rank_dim) == rank, op, ": ", name, ".shape[", rank_dim,
+                 "] must equal a.shape[1] = ", rank, ", got ", t.size(rank_dim));
+        slots = t.size(0);
+        rank = t.size(rank_dim);
+        LX_CHECK(rank <= kMaxRank, op, ": the rank of ", name, " must be at most ", kMaxRank,
+                 ", got ", rank);
+        return rows_contiguous(t);
+    };
+    if (a) {
+        bank.a = factor(*a, "a", a_shape, 1, 2, in, "x.shape[1]");
+        w.a = bank.a.const_data_ptr();
+        w.a_slot_stride = bank.a.stride(0);
+        w.a_row_stride = bank.a.stride(1);
+        w.a_page_stride = paged ? bank.a.stride(0) : 8 * w.a_row_stride;
+    }
+    if (b) {
+        bank.b = factor(*b, "b", b_shape, 2, 1, out, "y.shape[1]");
+        w.b = bank.b.const_data_ptr();
+        w.b_slot_stride = bank.b.stride(0);
+        w.b_row_stride = bank.b.stride(1);
+        w.b_page_stride = paged ? bank.b.stride(0) : 8;
+    }
+    LX_CHECK(slots < kMaxAdapters, op, ": the number of adapters must be below 2^24, got ", slots);
+    LX_CHECK(in <= kMaxSize && out <= kMaxSize && (!paged || (a ? *a : *b).size(0) <= kMaxSize), op,
+             ": features and pages must be at most ", kMaxSize, ", got ", in, " and ", out);
+    w.num_adapters = static_cast<int32_t>(slots);
+    w.max_rank = static_cast<int32_t>(rank);
+    w.pages_per_slot = static_cast<int32_t>(ceil_div(rank, 8));
+    w.in_features = static_cast<int32_t>(in);
+    w.out_features = static_cast<int32_t>(out);
+    w.full_pages = paged || rank % 8 == 0;
+    if (scale) w.scale = vector_data<float>(op, "scale", *scale, slots, at::kFloat, x.device());
+    if (ranks) w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
+    if (paged && a && b)
+        LX_CHECK(a->size(0) == b->size(0), op, ": b.shape[0] must equal a.shape[0] = ", a->size(0),
+                 " pages, got ", b->size(0));
+    w.num_pages = paged ? static_cast<int32_t>((a ? *a : *b).size(0)) : 0;
+    return bank;
+}
+
+void check_inference(const char* op, std::initializer_list<const Tensor*> tensors) {
+    check_no_tangents(op, tensors);
+    if (!c10::GradMode::is_enabled()) return;
+    for (const Tensor* t : tensors)
+        TORCH_CHECK(!t->requires_grad(), op,
+                    " has no backward; call it under torch.no_grad(), or "
+                    "use lora_apply, which is differentiable");
+}
+
+void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device) {
+    LX_CHECK(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op,
+             ": adapter_ids must be int64 or int32, got ", ids.scalar_type());
+    LX_CHECK(ids.dim() == 1 && ids.size(0) == rows, op, ": adapter_ids must have shape (", rows,
+             ",), one id per row, got ", ids.sizes());
+    LX_CHECK(ids.device() == device, op, ": adapter_ids must be on ", device, ", got ",
+             ids.device());
+}
+
+void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
+                       at::Device device) {
+    LX_CHECK(plan.scalar_type() == at::kInt && plan.is_contiguous() && plan.dim() == 1 &&
+                 plan.numel() == layout.size() && plan.device() == device,
+             op, ": plan must be lora_plan() of ", layout.num_tokens, " rows and ",
+             layout.num_adapters, " adapters on ", device, ", int32 of size ", layout.size(),
+             ", got ", plan.scalar_type(), " of shape ", plan.sizes(), " on ", plan.device());
+}
+
+namespace {
+
+template <typename Id>
+bool plan_fits(const LoraPlanLayout& layout, const Id* ids, const int32_t* plan) {
+    const int64_t rows = layout.num_tokens, chunks = plan[kPlanNumChunks];
+    const int32_t* perm = plan + layout.perm();
+    const int32_t* chunk = plan + layout.chunks();
+    bool fits = chunks >= 0 && chunks <= layout.max_chunks();
+    for (int64_t c = 0; fits && c < chunks; ++c, chunk += 4) {
+        const int64_t slot = chunk[0], start = chunk[1], len = chunk[2];
+        fits = slot >= 0 && slot < layout.num_adapters && start >= 0 && len > 0 &&
+               len <= layout.chunk_rows() && start + len <= rows;
+        for (int64_t i = start; fits && i < start + len; ++i)
+            fits = perm[i] >= 0 && perm[i] < rows && ids[perm[i]] == slot;
+    }
+    return fits;
+}
+
+}  // namespace
+
+void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
+                const int32_t* plan) {
+    const bool fits = ids.scalar_type() == at::kLong
+                          ? plan_fits(layout, ids.const_data_ptr<int64_t>(), plan)
+                          : plan_fits(layout, ids.const_data_ptr<int32_t>(), plan);
+    LX_CHECK(fits, op, ": plan must be lora_plan() of these adapter_ids, got that of others");
+}
+
+void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {
+    const int32_t* chunk = plan + kPlanHeader;
+    for (int32_t c = 0; c < plan[kPlanNumChunks]; ++c, chunk += 4) {
+        const int32_t s = chunk[0];
+        const int32_t rank = w.ranks ? w.ranks[s] : w.max_rank;
+        LX_CHECK(rank >= 0 && rank <= w.max_rank, op, ": ranks[", s, "] must be in [0, ",
+                 w.max_rank, "], got ", rank);
+        if (!w.page_table) continue;
+        const int32_t* page = w.page_table + int64_t{s} * w.pages_per_slot;
+        for (int32_t p = 0; 8 * p < rank; ++p)
+            LX_CHECK(page[p] >= 0 && page[p] < w.num_pages, op, ": page_table[", s, ", ", p,
+                     "] must be in [0, ", w.num_pages, "), got ", page[p], ": adapter ", s,
+                     " has rank ", rank);
+    }
+}
+
+LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters) {
+    LoraPlanArgs args;
+    args.adapter_ids = ids.const_data_ptr();
+    args.ids_are_int64 = ids.scalar_type() == at::kLong;
+    args.num_tokens = ids.size(0);
+    args.num_adapters = num_adapters;
+    return args;
+}
+
+void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like) {
+    if (launches_kernels(like)) {
+        check_launch(op, launch_lora_plan(args, current_stream(like)));
+        return;
+    }
+    lora_plan_cpu(args);
+    if (args.plan[kPlanBadIds] != 0) raise_bad_id(op, ids, args.num_adapters);
+}
+
+[[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters) {
+    const Tensor host = ids.to(at::kCPU, at::kLong).contiguous();
+    const int64_t* p = host.const_data_ptr<int64_t>();
+    const int64_t* bad = std::find_if(p, p + host.numel(),
+                                      [&](int64_t id) { return id < -1 || id >= num_adapters; });
+    LX_CHECK(false, op, ": adapter_ids[", bad - p, "] must be in [-1, ", num_adapters, "), got ",
+             bad == p + host.numel() ? -1 : *bad);
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+namespace lora_ext {
+
+// Memory that lives as long as its thread, so that a call on the CPU allocates only its result.
+class Scratch {
+  public:
+    void* get(size_t bytes) {
+        if (bytes > capacity_) {
+            const size_t wanted = (std::max(bytes, 2 * capacity_) + 63) / 64 * 64;
+            capacity_ = 0;  // until there is memory: the next call must not believe in it
+            memory_.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
+            TORCH_CHECK(memory_ != nullptr, "lora_ext: out of memory for ", wanted,
+                        " bytes of scratch");
+            capacity_ = wanted;
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::unique_ptr<char, Free> memory_;
+    size_t capacity_ = 0;
+};
+
+}  // namespace lora_ext

@@ -1,0 +1,21 @@
+// Process-wide settings of the ops, and what this build can do.
+#pragma once
+
+#include <string>
+
+#include "lora_ext/lora.h"
+
+namespace lora_ext {
+
+// The instruction set the CPU twins run on, and a way for tests to choose a lesser one ("" = best).
+std::string cpu_isa();
+void set_cpu_isa(const std::string& isa);
+// True if the CUDA kernels were compiled into this build.
+bool has_kernels();
+// With debug on, a launch with an adapter id out of range synchronises and raises; twins always do.
+void set_debug(bool on);
+bool debug_mode();
+// The twins of the chosen instruction set.
+const LoraCpu& lora_twin();
+
+}  // namespace lora_ext
