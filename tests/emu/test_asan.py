@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 
 def test_a_correct_run_is_quiet(build_folder: Path):
     done = subprocess.run([build_folder / "emu_asan"], capture_output=True, text=True)
@@ -14,3 +16,17 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert "matmul_tf32_kernel" in done.stderr
+
+
+def test_the_lora_kernels_stay_inside_their_buffers(build_folder: Path):
+    done = subprocess.run([build_folder / "lora_asan"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "exact\n", "")
+
+
+@pytest.mark.parametrize("mode", ["workspace", "overread"])
+def test_one_element_beyond_a_buffer_of_the_lora_kernels_is_found(build_folder: Path, mode: str):
+    """``workspace``: lora_workspace_bytes() less one float, so the exact size above is needed."""
+    done = subprocess.run([build_folder / "lora_asan", mode], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert "lora_shrink_decode_kernel" in done.stderr
