@@ -13,6 +13,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.context import UnknownAdapterError
+
 from .model_index import MAX_RANK, ModelIndex
 from .pages import page_count
 from .peft_files import AdapterSource, PackedAdapter, read_adapter
@@ -20,14 +22,6 @@ from .store import PageStore, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
-
-
-class UnknownAdapterError(KeyError):
-    """No adapter of that name is loaded."""
-
-    def __str__(self) -> str:
-        """The message without KeyError's quotes."""
-        return self.args[0]
 
 
 class Lease(list[int]):

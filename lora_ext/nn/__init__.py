@@ -1,6 +1,20 @@
 """Modules over the ops."""
 
-from .context import adapters
+from .context import UnknownAdapterError, adapters
+from .init import init_lora_
+from .layer_names import layer_names
+from .lora_forward import LoraFactors, lora_forward, lora_update
+from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
 
-__all__ = ["MultiLoraLinear", "adapters"]
+__all__ = [
+    "LoraFactors",
+    "LoraLinear",
+    "MultiLoraLinear",
+    "UnknownAdapterError",
+    "adapters",
+    "init_lora_",
+    "layer_names",
+    "lora_forward",
+    "lora_update",
+]

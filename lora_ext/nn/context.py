@@ -1,4 +1,4 @@
-"""Which adapter serves which row: ``with adapters([...])``, read by every :class:`MultiLoraLinear`.
+"""Which adapter serves which row: ``with adapters([...])``, read by every layer with adapters.
 
 A context is entered once per batch and read by hundreds of layers. What they share, one id per row
 and the plan that groups the rows, is computed by the first layer that sees a shape and kept until
@@ -11,8 +11,9 @@ import contextlib
 import gc
 import itertools
 import math
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -27,6 +28,14 @@ Rows = tuple[Tensor | None, Tensor | None]  # ids (T,) and their plan, or two No
 
 # A decode step has one or two shapes; without a KV cache every step brings a new one.
 _MAX_SHAPES = 32
+
+
+class UnknownAdapterError(KeyError):
+    """Nobody has an adapter of that name."""
+
+    def __str__(self) -> str:
+        """The message without KeyError's quotes."""
+        return self.args[0]
 
 
 class Pool(Protocol):
@@ -50,26 +59,30 @@ class Active:
     num_slots: int
     outer: Active | None
     repeat: int = 1  # rows per name: beams, or returned sequences
-    cache: dict[tuple[torch.Size, torch.device], Rows] = field(default_factory=dict)
+    cache: dict[Hashable, Any] = field(default_factory=dict)
 
     def rows(self, leading: torch.Size, device: torch.device) -> Rows:
         """Ids and plan for activations of shape ``(*leading, I)``."""
+        return self.cached((leading, device), lambda: self._compute(leading, device))
+
+    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What the first layer to ask under this key computed."""
         if self.lease.released:
             raise RuntimeError(
                 "adapters: the block was left while work started inside it still runs, and its "
                 "adapters are no longer pinned; wait for tasks and threads inside the block, or "
                 "enter one in each of them"
             )
-        found = self.cache.get((leading, device))
+        found = self.cache.get(key)
         if found is None:
-            found = self._compute(leading, device)
+            found = compute()
             if len(self.cache) >= _MAX_SHAPES:
                 self.cache.clear()
-            self.cache[leading, device] = found
+            self.cache[key] = found
         return found
 
     def _compute(self, leading: torch.Size, device: torch.device) -> Rows:
-        copies = self._copies(leading)
+        copies = self.copies(leading)
         if max(self.slots) < 0:
             return None, None
         # Ordinary tensors even inside inference mode: a later forward of the same block may need
@@ -79,7 +92,7 @@ class Active:
             ids = slots.repeat_interleave(copies).to(device)  # (T,)
             return ids, ops.lora_plan(ids, self.num_slots)
 
-    def _copies(self, leading: torch.Size) -> int:
+    def copies(self, leading: torch.Size) -> int:
         """How many consecutive rows take each slot."""
         rows = math.prod(leading)
         if self.shape == ():
@@ -125,8 +138,22 @@ def current(handle: int) -> Active | None:
 # -------------------------------------------------------------------------------------------------
 # Attached models
 
-#: What ``attach`` left on models that are still alive: objects with a ``pool``.
+#: What ``attach`` left on models that are still alive, and layers that keep adapters of their own:
+#: objects with a ``pool``.
 attachments: weakref.WeakSet[Any] = weakref.WeakSet()
+
+#: Blocks that are open now, in any thread. A compiled graph is guarded by ``any_block``: one graph
+#: for the time without blocks, one for the time with.
+any_block = False
+_blocks = 0
+_blocks_lock = threading.Lock()
+
+
+def _count_blocks(step: int) -> None:
+    global _blocks, any_block
+    with _blocks_lock:
+        _blocks += step
+        any_block = _blocks > 0
 
 
 def _only_pool() -> Pool:
@@ -142,7 +169,7 @@ def _only_pool() -> Pool:
     if len(pools) > 1:
         raise ValueError(
             f"adapters: pool: expected one of the {len(pools)} pools that have models attached, "
-            "found None"
+            "found None (lora_ext.nn.layer_names stands for layers with adapters of their own)"
         )
     return next(iter(pools.values()))
 
@@ -158,14 +185,15 @@ def adapters(names: Names, *, pool: Pool | None = None) -> Iterator[None]:
         names: one name per sequence of the batch; or one per token, as a list of all rows or a
             list of lists; or a single one for every row. None and ``"__base__"`` are the base
             model.
-        pool: default is the pool of the attached models, when they share one.
+        pool: default is the pool of the attached models, or the adapters of the layers of
+            :mod:`lora_ext.nn`, when there is but one of them.
 
     Raises:
-        UnknownAdapterError: a name that the pool does not know. ValueError: no names, lists of
-            unequal lengths, or several pools to choose from. And from the model's forward, when
-            the batch has another size than ``names``.
+        UnknownAdapterError: a name that the pool, or every layer, lacks. ValueError: no names,
+            lists of unequal lengths, or several pools to choose from. And from the model's
+            forward, when the batch has another size than ``names``.
     """
-    flat, shape = _parse(names)
+    flat, shape = parse(names)
     pool = _only_pool() if pool is None else pool
     unique = list(dict.fromkeys(flat))
     with pool.acquire(unique) as lease:
@@ -174,13 +202,16 @@ def adapters(names: Names, *, pool: Pool | None = None) -> Iterator[None]:
         handle = pool_handle(pool)
         active = Active(handle, lease, slots, shape, pool.max_slots, outer=_active.get())
         token = _active.set(active)
+        _count_blocks(1)
         try:
             yield
         finally:
+            _count_blocks(-1)
             _active.reset(token)
 
 
-def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
+def parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
+    """All names in a row, and whom they are for: :attr:`Active.shape`."""
     if names is None or isinstance(names, str):
         return [names], ()
     if not isinstance(names, Sequence) or not names:

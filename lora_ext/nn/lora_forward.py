@@ -6,7 +6,7 @@ speeds up call the same function: what an adapter does is written here and nowhe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from .rows import Rows, all_rows, constant, rows_of
 
 _linear = getattr(ops, "lora_linear", _stand_in.lora_linear)
 _MAX_FUSED_RANK = 256  # of the kernels
+
+DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 class LoraFactors(NamedTuple):
@@ -68,45 +70,87 @@ def lora_forward(
 
     Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
     """
-    rows = None
-    if adapter_ids is not None:
-        rows = adapter_ids
-        if isinstance(rows, Tensor):
-            rows = rows_of(rows, len(adapters))
-        adapters = [adapters[i] for i in rows.used]
-        if rows.ids.shape[0] * x.shape[-1] != x.numel():
-            raise ValueError(
-                f"adapter_ids: expected one id for each of the {x.numel() // x.shape[-1]} rows of "
-                f"x, found {rows.ids.shape[0]}"
-            )
+    adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
         return base(x)
-    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
-    if rows is None:
-        calls = _shared_rows(adapters, x2d)
-    else:
-        calls = _own_rows(adapters, rows)
+    return _forward(x, base, dense_parameters(base), adapters, rows)
 
+
+def lora_update(
+    x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
+) -> Tensor:
+    """What :func:`lora_forward` adds to ``base(x)``, in the dtype of the adapters (or autocast's).
+
+    Args:
+        x: ``(..., I)``.
+        adapters: at least one.
+        adapter_ids: as there.
+
+    Returns:
+        ``(..., O)``.
+    """
+    found, rows = _participants(x, adapters, adapter_ids)
+    if not found:
+        return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
+    return _forward(x, None, None, found, rows)
+
+
+def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
+    """Whether base and update compute in one dtype, so that one op can do both."""
+    if dense is None:
+        return False
+    return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
+
+
+def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
+    """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
+    return _forward(x, None, dense, [factors], None)
+
+
+def _participants(
+    x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None
+) -> tuple[Sequence[LoraFactors], Rows | None]:
+    if adapter_ids is None:
+        return adapters, None
+    rows = adapter_ids
+    if isinstance(rows, Tensor):
+        rows = rows_of(rows, len(adapters), x.shape[:-1])
+    if rows.ids.shape[0] != x.shape[:-1].numel():
+        raise ValueError(
+            f"adapter_ids: expected one id for each of the {x.shape[:-1].numel()} rows of x, "
+            f"found {rows.ids.shape[0]}"
+        )
+    return [adapters[i] for i in rows.used], rows
+
+
+def _forward(
+    x: Tensor,
+    base: Callable[[Tensor], Tensor] | None,
+    dense: DenseParameters | None,
+    adapters: Sequence[LoraFactors],
+    rows: Rows | None,
+) -> Tensor:
+    """``base`` is called where ``dense`` cannot take part; without either, the update alone."""
+    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
+    calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
-    dense = dense_parameters(base)
-    first, y = calls[0], None
-    fused = dense is not None and (
-        compute is not None or x.dtype == dense[0].dtype == first.a.dtype
-    )
-    if fused:
+    if fuses(x, dense, calls[0].factors):
         assert dense is not None
         weight, bias = dense
-        bias, calls = _with_base_bias(first, bias, calls)
-        y = _run(first, x2d, compute, weight, bias)
-        out_dtype = y.dtype
-    else:
+        bias, calls = _with_base_bias(calls, bias)
+        y = _run(calls[0], x2d, compute, weight, bias)  # (T, O)
+        dtype, rest = y.dtype, calls[1:]
+    elif base is not None:
         y = base(x)
-        out_dtype, y = y.dtype, y.reshape(x2d.shape[0], -1)
-    for call in calls[1 if fused else 0 :]:
+        dtype, y, rest = y.dtype, y.reshape(x2d.shape[0], -1), calls
+    else:
+        y = _run(calls[0], x2d, compute, None, None)
+        dtype, rest = y.dtype, calls[1:]
+    for call in rest:
         y = y + _run(call, x2d, compute, None, None)
     for call in calls:
         y = _add_bias(y, call)
-    return y.to(out_dtype).view(*x.shape[:-1], y.shape[-1])
+    return y.to(dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -115,6 +159,8 @@ def lora_forward(
 
 class _Call(NamedTuple):
     """What one call of the op adds: a bank, and the adapter of each row in it."""
+
+    factors: LoraFactors  # the first in the bank
 
     a: Tensor  # (A, R, I)
     b: Tensor  # (A, O, R)
@@ -178,7 +224,7 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
         biases = tuple(f.bias for f in group)
         f = group[0]
         calls.append(
-            _Call(a[None], b[None], ids, plan, (f.scaling,), None, f.p, biases, everywhere=True)
+            _Call(f, a[None], b[None], ids, plan, (f.scaling,), None, f.p, biases, everywhere=True)
         )
     return calls
 
@@ -201,7 +247,9 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
         scaling = tuple(f.scaling for f in group)
         biases = tuple(f.bias for f in group)
         unequal = ranks if min(ranks) < max(ranks) else None
-        calls.append(_Call(a, b, ids, plan, scaling, unequal, p, biases, everywhere=False))
+        calls.append(
+            _Call(group[0], a, b, ids, plan, scaling, unequal, p, biases, everywhere=False)
+        )
     return calls
 
 
@@ -260,17 +308,16 @@ def _views_b(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 # Biases of adapters
 
 
-def _with_base_bias(
-    call: _Call, bias: Tensor | None, calls: list[_Call]
-) -> tuple[Tensor | None, list[_Call]]:
+def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | None, list[_Call]]:
     """Where every row gets them, the biases of the adapters join that of the base: no pass more."""
-    if not call.everywhere or all(b is None for b in call.biases):
+    first = calls[0]
+    if not first.everywhere or all(b is None for b in first.biases):
         return bias, calls
-    for extra in call.biases:
+    for extra in first.biases:
         if extra is not None:
-            extra = extra * call.scaling[0]
+            extra = extra * first.scaling[0]
             bias = extra if bias is None else bias + extra
-    return bias, [call._replace(biases=(None,) * len(call.biases)), *calls[1:]]
+    return bias, [first._replace(biases=(None,) * len(first.biases)), *calls[1:]]
 
 
 def _add_bias(y: Tensor, call: _Call) -> Tensor:
@@ -306,7 +353,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def dense_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def dense_parameters(base: nn.Module) -> DenseParameters | None:
     """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
     kind = type(base)
     if kind is nn.Linear:
@@ -321,6 +368,29 @@ def dense_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         and not _has_hooks(base)
     )
     return (weight, base.bias) if plain else None  # pyright: ignore[reportReturnType]
+
+
+def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
+    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
+
+    Args:
+        base: the layer. purpose: opens the message of an error.
+        fan_in_fan_out: the layer stores its weight as ``(I, O)``.
+
+    Raises:
+        ValueError: the weight is not a floating matrix: a quantised one, say.
+    """
+    dense = dense_parameters(base)
+    if dense is not None:
+        return dense
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        return (weight.t() if fan_in_fan_out else weight), bias
+    found = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
+    raise ValueError(
+        f"{purpose}: expected a base layer with a floating (O, I) weight to read, "
+        f"found {type(base).__name__} with {found}"
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -78,49 +78,79 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
 _by_ids: Any = WeakTensorKeyDictionary()
 
 
-def rows_of(adapter_ids: Tensor, num_adapters: int) -> Rows:
+def rows_of(
+    adapter_ids: Tensor,
+    num_adapters: int,
+    leading: torch.Size | None = None,
+    enabled: tuple[bool, ...] | None = None,
+) -> Rows:
     """Group rows by the adapters that occur in ``adapter_ids``.
 
     Which ones occur is asked on the host: on a device this waits for it, once per tensor, not once
     per layer. A traced graph cannot ask; there every adapter counts as used.
 
     Args:
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, num_adapters)``.
+        adapter_ids: int64 or int32, each in ``[-1, num_adapters)``: one per row, or one per
+            sequence where ``leading`` is ``(sequences, ...)``.
         num_adapters: how many adapters the ids choose from.
+        leading: the dimensions of ``x`` before the features; default is one row per id.
+        enabled: False where an adapter's rows are to be rows of the base.
 
     Raises:
-        TypeError: ids that are no integers. ValueError: ids of another shape, or out of range.
+        TypeError: ids that are no integers. ValueError: ids of another number, or out of range.
     """
     if adapter_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"adapter_ids: expected int64 or int32, found {adapter_ids.dtype}")
-    if adapter_ids.dim() != 1:
-        raise ValueError(
-            f"adapter_ids: expected one id per row, found shape {tuple(adapter_ids.shape)}"
-        )
-    if torch.compiler.is_compiling():
-        ids = adapter_ids.int()
-        return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
-    if adapter_ids.is_inference():  # without a version, a change in place would go unseen
-        return _group(adapter_ids, num_adapters)
-    version, count, rows = _by_ids.get(adapter_ids, (None, None, None))
-    if rows is None or version != adapter_ids._version or count != num_adapters:
+
+    def make() -> Rows:
+        ids = _one_per_row(adapter_ids, leading)
+        if enabled is not None and not all(enabled):
+            place = [i if on else -1 for i, on in enumerate(enabled)]
+            ids = constant([*place, -1], torch.int32, ids.device)[ids.long()]  # the last serves -1
+        if torch.compiler.is_compiling():
+            ids = ids.int()
+            return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
+        return group(ids, num_adapters, ids.device)
+
+    if torch.compiler.is_compiling() or adapter_ids.is_inference():
+        return make()  # an inference tensor has no version: a change in place would go unseen
+    version, known = _by_ids.get(adapter_ids, (None, {}))
+    if version != adapter_ids._version:
+        known = {}
+        _by_ids[adapter_ids] = (adapter_ids._version, known)
+    key = (num_adapters, leading, enabled)
+    if key not in known:
         with torch.inference_mode(False), torch.no_grad():
-            rows = _group(adapter_ids, num_adapters)
-        _by_ids[adapter_ids] = (adapter_ids._version, num_adapters, rows)
-    return rows
+            known[key] = make()
+    return known[key]
 
 
-def _group(adapter_ids: Tensor, num_adapters: int) -> Rows:
+def _one_per_row(ids: Tensor, leading: torch.Size | None) -> Tensor:
+    if leading is None:
+        leading = torch.Size(ids.shape[:1])
+    rows = leading.numel()
+    if ids.shape == leading or (ids.dim() == 1 and ids.shape[0] == rows):
+        return ids.reshape(rows)
+    if ids.dim() == 1 and leading and ids.shape[0] == leading[0]:
+        return ids.repeat_interleave(rows // leading[0])
+    expected = f"one id for each of {rows} rows"
+    if len(leading) > 1:
+        expected += f" or {leading[0]} sequences"
+    raise ValueError(f"adapter_ids: expected {expected}, found shape {tuple(ids.shape)}")
+
+
+def group(adapter_ids: Tensor, num_adapters: int, device: torch.device) -> Rows:
+    """Rows of ids ``(T,)`` that may lie on the host, where asking costs no wait."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
         raise ValueError(
             f"adapter_ids: expected ids in [-1, {num_adapters}), found {found[0]} to {found[-1]}"
         )
     used = tuple(i for i in found if i >= 0)
-    if used == tuple(range(len(used))):
-        ids = adapter_ids.int()
-    else:
-        place = torch.full((num_adapters + 1,), -1, dtype=torch.int32)  # the last one serves -1
+    ids = adapter_ids.int()
+    if used != tuple(range(len(used))):
+        place = torch.full((num_adapters + 1,), -1, dtype=torch.int32)  # the last serves -1
         place[list(used)] = torch.arange(len(used), dtype=torch.int32)
-        ids = place.to(adapter_ids.device)[adapter_ids.long()]
+        ids = place.to(ids.device)[adapter_ids.long()]
+    ids = ids.to(device)
     return Rows(used, ids, ops.lora_plan(ids, len(used)))

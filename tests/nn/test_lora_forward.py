@@ -4,30 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft_layers import CLOSE, assert_same, gradients, peft_layer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, lora_forward
 from lora_ext.nn.rows import rows_of
-
-# float32 sums of some tens of products of order one, in two orders.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def peft_layer(base: nn.Module, *settings: dict, seed: int = 0) -> PeftLinear:
-    """PEFT's layer with adapters "0", "1", ... whose factors are all random."""
-    torch.manual_seed(seed)
-    configs = [
-        LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **s}) for s in settings
-    ]
-    layer = PeftLinear(base, "0", configs[0], r=configs[0].r, lora_alpha=configs[0].lora_alpha)
-    for i, c in enumerate(configs[1:], 1):
-        layer.update_layer(str(i), c.r, lora_alpha=c.lora_alpha, config=c)
-    layer.set_adapter([str(i) for i in range(len(configs))])
-    return layer
 
 
 def factors(layer: PeftLinear) -> list[LoraFactors]:
@@ -42,31 +26,27 @@ def factors(layer: PeftLinear) -> list[LoraFactors]:
     return found
 
 
-def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    """Of a loss that is not the same in every row, leaving none behind."""
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape)
-    (y.float() * weights).sum().backward()
-    found = {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
-    x.grad = None
-    layer.zero_grad(set_to_none=True)
-    return found
-
-
-def assert_same(layer: PeftLinear, x: Tensor, ours, theirs) -> None:
-    y, expected = ours(), theirs()
-    assert y.dtype == expected.dtype
-    torch.testing.assert_close(y, expected, **CLOSE)
-    mine, peft = gradients(y, layer, x), gradients(expected, layer, x)
-    for name in peft:
-        assert (mine[name] is None) == (peft[name] is None), name
-    both = [n for n in peft if peft[n] is not None]
-    torch.testing.assert_close({n: mine[n] for n in both}, {n: peft[n] for n in both}, **CLOSE)
-
-
 def assert_as_peft(layer: PeftLinear, x: Tensor) -> None:
     assert_same(
         layer, x, lambda: lora_forward(x, layer.base_layer, factors(layer)), lambda: layer(x)
     )
+
+
+def assert_as_exact_as_peft(layer: PeftLinear, x: Tensor, unit: float) -> None:
+    """Our distance from the exact result is PEFT's, give or take one rounding of every entry.
+
+    PEFT rounds more often, so no entry of the one need be near the same entry of the other.
+    """
+    y, expected = lora_forward(x, layer.base_layer, factors(layer)), layer(x)
+    assert y.dtype == expected.dtype
+    ours, theirs = ({"y": t.detach(), **gradients(t, layer, x)} for t in (y, expected))
+    with torch.autocast("cpu", enabled=False):
+        wide, x64 = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+        y64 = wide(x64)
+        exact = {"y": y64.detach(), **gradients(y64, wide, x64)}
+    for name, true in exact.items():
+        mine, peft = ((g[name].double() - true).norm() / true.norm() for g in (ours, theirs))
+        assert mine <= peft + unit, name
 
 
 SETTINGS = {
@@ -150,23 +130,6 @@ def test_rows_without_adapters_are_the_base_alone():
     none = torch.full((4,), -1)
     assert torch.equal(lora_forward(x, layer.base_layer, factors(layer), none), layer.base_layer(x))
     assert torch.equal(lora_forward(x, layer.base_layer, []), layer.base_layer(x))
-
-
-def assert_as_exact_as_peft(layer: PeftLinear, x: Tensor, unit: float) -> None:
-    """Our distance from the exact result is PEFT's, give or take one rounding of every entry.
-
-    PEFT rounds more often, so no entry of the one need be near the same entry of the other.
-    """
-    y, expected = lora_forward(x, layer.base_layer, factors(layer)), layer(x)
-    assert y.dtype == expected.dtype
-    ours, theirs = ({"y": t.detach(), **gradients(t, layer, x)} for t in (y, expected))
-    with torch.autocast("cpu", enabled=False):
-        wide, x64 = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
-        y64 = wide(x64)
-        exact = {"y": y64.detach(), **gradients(y64, wide, x64)}
-    for name, true in exact.items():
-        mine, peft = ((g[name].double() - true).norm() / true.norm() for g in (ours, theirs))
-        assert mine <= peft + unit, name
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -288,8 +251,8 @@ def test_rows_are_grouped_once_and_again_after_a_change():
 @pytest.mark.parametrize(
     ("ids", "error", "text"),
     [
-        (torch.zeros(3, dtype=torch.int64), ValueError, "one id for each of the 4 rows"),
-        (torch.zeros(2, 2, dtype=torch.int64), ValueError, "one id per row"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, "one id for each of 4 rows"),
+        (torch.zeros(2, 2, dtype=torch.int64), ValueError, "one id for each of 4 rows"),
         (torch.zeros(4), TypeError, "int64 or int32"),
         (torch.tensor([0, 0, 0, 1]), ValueError, r"ids in \[-1, 1\), found 0 to 1"),
         (torch.tensor([0, 0, 0, -2]), ValueError, r"ids in \[-1, 1\), found -2 to 0"),

@@ -1,0 +1,145 @@
+"""DoRA: the direction of ``W + s B A`` with a magnitude of its own per output.
+
+``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row, a constant for
+the backward. Forward and gradients are those of PEFT's layer, its order of several adapters
+included: a DoRA adapter scales what the adapters before it have added.
+
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_ext import ops
+
+from . import _stand_in
+from .lora_forward import (
+    DenseParameters,
+    LoraFactors,
+    dense_parameters,
+    draw_seed,
+    fused_forward,
+    fuses,
+    lora_forward,
+    lora_update,
+)
+from .rows import Rows
+
+_dropout = getattr(ops, "lora_dropout", _stand_in.lora_dropout)
+
+
+class Magnitude(nn.Module):
+    """The magnitude of one adapter, under PEFT's key ``lora_magnitude_vector.<name>.weight``."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``|| weight + scaling * b @ a ||`` per row, ``(O,)``, a constant.
+
+    By the binomial formula, ``|w|^2 + 2 s <w, b a> + s^2 |b a|^2``: the product ``b @ a`` of the
+    size of the weight is never formed.
+
+    Args:
+        weight: ``(O, I)`` floating. a: ``(r, I)``. b: ``(O, r)``.
+
+    Returns:
+        float32, or float64 where the weight is.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        w, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
+        square = torch.linalg.vector_norm(w, dim=1).square()
+        square += 2 * scaling * ((w @ a.T) * b).sum(1)
+        square += scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
+        return square.clamp_(min=0).sqrt_()
+
+
+def dora_forward(
+    x: Tensor,
+    base: nn.Module,
+    dense: DenseParameters,
+    adapters: Sequence[LoraFactors],
+    magnitudes: Sequence[Tensor | None],
+    rows: Rows | None = None,
+) -> Tensor:
+    """:func:`lora_forward` where some adapters have a magnitude.
+
+    Args:
+        x: ``(..., I)``.
+        base: maps ``(..., I)`` to ``(..., O)``.
+        dense: :func:`lora_ext.nn.lora_forward.readable_weight` of ``base``.
+        adapters: as :func:`lora_forward`.
+        magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
+        rows: of these adapters; None: every adapter on every row, in their order.
+    """
+    if rows is None:
+        return _in_order(x, base, dense, adapters, magnitudes)
+    # The rows of the plain adapters in one go, those of each DoRA adapter on their own.
+    plain = [i for i in rows.used if magnitudes[i] is None]
+    place = torch.full((len(rows.used) + 1,), -1, dtype=torch.int64)
+    for slot, i in enumerate(rows.used):
+        if i in plain:
+            place[slot] = i
+    ids = place.to(rows.ids.device)[rows.ids.long()]
+    y = lora_forward(x, base, adapters, ids)
+    x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    for slot, i in enumerate(rows.used):
+        if i not in plain:
+            own = (rows.ids == slot).nonzero()[:, 0]
+            part = _in_order(x2d[own], base, dense, [adapters[i]], [magnitudes[i]])
+            y2d = y2d.index_copy(0, own, part.to(y2d.dtype))
+    return y2d.view(y.shape)
+
+
+def _in_order(
+    x: Tensor,
+    base: nn.Module,
+    dense: DenseParameters,
+    adapters: Sequence[LoraFactors],
+    magnitudes: Sequence[Tensor | None],
+) -> Tensor:
+    weight, bias = dense
+    first, magnitude = adapters[0], magnitudes[0]
+    plain_base = dense_parameters(base)
+    if (
+        len(adapters) == 1
+        and magnitude is not None
+        and first.p == 0
+        and fuses(x, plain_base, first)
+    ):
+        y = fused_forward(x, (weight, None), first)
+        scaled = y * _scale(weight, first, magnitude)
+        return (scaled if bias is None else scaled + bias).to(y.dtype)
+    y = base(x)
+    dtype = y.dtype
+    for f, magnitude in zip(adapters, magnitudes, strict=True):
+        if magnitude is None:
+            y = y + lora_update(x, [f])
+            continue
+        scale = _scale(weight, f, magnitude)
+        if f.p == 0:
+            inner = y if bias is None else y - bias
+            update = lora_update(x, [f])
+        else:  # the base takes part in the direction, so it sees the dropped input too
+            dropped = _dropped(x.to(f.a.dtype), f.p)
+            inner = F.linear(dropped, weight.to(dropped.dtype))
+            update = lora_update(dropped, [f._replace(p=0.0)])
+        y = y + (scale - 1) * inner + scale * update
+    return y.to(dtype)
+
+
+def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor) -> Tensor:
+    return magnitude / weight_norm(weight, f.a, f.b, f.scaling).to(magnitude.dtype)
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    x2d = x.reshape(-1, x.shape[-1])
+    return _dropout(x2d, p, draw_seed(x.device)).view(x.shape)

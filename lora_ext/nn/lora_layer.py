@@ -1,0 +1,426 @@
+"""What layers with adapters of their own have in common: names, settings, flags, merging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import context
+from .context import Names
+from .dora import Magnitude, weight_norm
+from .init import FREE, check_factors, decompose, init_lora_, known_scheme
+from .layer_names import LayerNames, layer_names, rows_by_name, rows_in_block, traced_rows
+from .merging import Merging, wide
+from .rows import Rows, rows_of
+
+
+class LoraLayer(Merging):
+    """A base layer and named adapters beside it, with PEFT's names for parameters and settings.
+
+    Not for use by itself. A subclass says how factors are stored and what forward does:
+    ``_make_factors``, ``_factors_of``, ``get_delta_weight`` are stated for a matrix ``(O, I)``, and
+    ``_matrix`` gives the base weight as one.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(
+        self, base_layer: nn.Module, in_features: int, out_features: int, fan_in_fan_out: bool
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.fan_in_fan_out = fan_in_fan_out
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
+        self.adapter_active: dict[str, bool] = {}
+        self.disable_adapters = False
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._active: list[str] = []
+        self._before_init: tuple[str, Tensor] | None = None  # adapter that changed the base weight
+        self.training = base_layer.training
+        self._register()
+
+    def _register(self) -> None:
+        layer_names.layers.add(self)
+        context.attachments.add(self)
+
+    @property
+    def pool(self) -> LayerNames:
+        """Where ``adapters`` blocks find the names of this layer."""
+        return layer_names
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled layers are reached by ``adapters`` blocks too."""
+        super().__setstate__(state)
+        self._register()
+
+    # ---------------------------------------------------------------------------------------------
+    # Adapters
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """All adapters, in the order of ``adapter_ids``."""
+        return tuple(self.r)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Adapters that serve rows without a name; several are summed."""
+        return list(self._active)
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer that was wrapped, as PEFT's layers give it."""
+        return self.base_layer
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        *,
+        preserve_base_output: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add an adapter. It is not active, and not trained, until :meth:`set_adapter` says so.
+
+        Args:
+            adapter_name: without dots, as it becomes part of parameter names.
+            r: rank. lora_alpha: the update is scaled by ``lora_alpha / r``.
+            lora_dropout: probability of dropping an input of the adapter, in training.
+            init_lora_weights: a scheme of :func:`init_lora_`; or "pissa", "pissa_niter_<K>",
+                "olora", which move part of the base weight into the adapter (one adapter per layer;
+                :meth:`restore_base_weight` undoes it).
+            use_rslora: scale by ``lora_alpha / sqrt(r)``.
+            use_dora: train a magnitude per output as well.
+            lora_bias: a bias beside B.
+            preserve_base_output: with "init_ab" or False, take the adapter's first update off the
+                base weight, so that training starts at the base model.
+            adapter_dtype: default is that of the base weight, float32 where that is quantised.
+            generator: of the initial values, on the CPU; they are drawn there and then moved.
+
+        Raises:
+            ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
+            unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
+            cannot be read.
+            TypeError: r that is not an int. The layer is unchanged then.
+        """
+        self._check_name(adapter_name)
+        scaling = _check_settings(r, lora_alpha, lora_dropout, use_rslora)
+        if lora_bias and use_dora:
+            raise ValueError("lora_bias: expected False for a DoRA adapter, as PEFT does")
+        scheme = self._check_scheme(init_lora_weights, preserve_base_output)
+        device, dtype = _place(self.base_layer)
+        dtype = dtype if adapter_dtype is None else adapter_dtype
+        a, b, bias = self._new_factors(r, lora_bias, scheme, generator, device)
+        changed = None
+        if scheme not in FREE and device.type != "meta":
+            a, b = decompose(self._matrix(), r, scaling, scheme)
+        if device.type != "meta" and (scheme not in FREE or preserve_base_output):
+            a, b = a.to(device, dtype), b.to(device, dtype)
+            flat_a, flat_b = check_factors(type(self).__name__, a, b)
+            weight = self._matrix().detach()
+            changed = weight.to(wide(weight.dtype))
+            changed = (changed - scaling * (flat_b.to(changed) @ flat_a.to(changed))).to(
+                weight.dtype
+            )
+        a, b = a.to(device, dtype), b.to(device, dtype)
+        magnitude = None
+        if use_dora:
+            weight = self._matrix() if changed is None else changed
+            flat_a, flat_b = check_factors(type(self).__name__, a, b)
+            norm = weight_norm(weight, flat_a, flat_b, scaling)
+            magnitude = Magnitude(self._magnitude_shape(norm.to(dtype)))
+        # From here on nothing raises.
+        if changed is not None:
+            self._before_init = (adapter_name, self.weight.detach().clone())
+            self._write(self._from_matrix(changed), None)
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = scaling
+        self.use_rslora[adapter_name] = use_rslora
+        self.use_dora[adapter_name] = use_dora
+        self.lora_bias[adapter_name] = lora_bias
+        self.adapter_active[adapter_name] = True
+        dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout
+        self._store_factors(adapter_name, a, b, None if bias is None else bias.to(device, dtype))
+        if magnitude is not None:
+            self.lora_magnitude_vector[adapter_name] = magnitude
+        for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
+            store.train(self.training)
+        for parameter in self._parameters_of(adapter_name):
+            parameter.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; a base weight that its initialisation changed is put back.
+
+        Raises:
+            ValueError: no such adapter, or it is merged.
+        """
+        self._check_known([adapter_name])
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"delete_adapter: {adapter_name!r} is merged into the base weight; unmerge it first"
+            )
+        if self._before_init is not None and self._before_init[0] == adapter_name:
+            self.restore_base_weight()
+        stores: list[Any] = [
+            self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
+            self.adapter_active, self.lora_dropout, self.lora_magnitude_vector, *self._stores(),
+        ]  # fmt: skip
+        for store in stores:
+            if adapter_name in store:
+                del store[adapter_name]
+        if adapter_name in self._active:
+            self._active.remove(adapter_name)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters: their parameters train, those of all others do not.
+
+        Args:
+            adapter_names: a name, or several whose updates are summed.
+            inference_mode: the active ones do not train either.
+
+        Raises:
+            ValueError: a name that this layer lacks.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_known(names)
+        self._active = names
+        for name in self.adapter_names:
+            for parameter in self._parameters_of(name):
+                parameter.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off, as PEFT's layers do. Off also stops their training."""
+        self.disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self._active)
+        else:
+            for name in self.adapter_names:
+                for parameter in self._parameters_of(name):
+                    parameter.requires_grad_(False)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the update by ``scale`` from now on; 1 is what the adapter was made with."""
+        self._check_known([adapter_name])
+        r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
+        self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
+
+    def reset_lora_parameters(
+        self,
+        adapter_name: str,
+        init_lora_weights: bool | str = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Give an adapter new initial values, drawn on its device.
+
+        Raises:
+            ValueError: no such adapter, or a scheme that splits the base weight (add an adapter for
+            that).
+        """
+        self._check_known([adapter_name])
+        a, b, bias = self._raw_factors(adapter_name)
+        init_lora_(a, b, self._default_scheme(init_lora_weights), generator=generator)
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    def restore_base_weight(self) -> None:
+        """Put back, bit for bit, the base weight that "pissa", "olora" or
+        ``preserve_base_output`` changed. The adapter keeps its values.
+
+        Raises:
+            ValueError: no initialisation changed it, or adapters are merged.
+        """
+        if self._before_init is None:
+            raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
+        if self.merged:
+            raise ValueError(
+                f"restore_base_weight: {self.merged_adapters} are merged; unmerge them first"
+            )
+        self._write(self._before_init[1], None)
+        self._before_init = None
+
+    # ---------------------------------------------------------------------------------------------
+    # Who takes part
+
+    def _participants(
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names
+    ) -> tuple[list[str], Rows | None]:
+        """Adapters of this call, and which rows they have; no adapters: the base alone."""
+        if self.disable_adapters:
+            if self._merged:
+                self.unmerge()
+            return [], None
+        rows = self._rows(leading, device, adapter_ids)
+        if self._merged:
+            if rows is not None:
+                raise ValueError(
+                    f"adapter_ids: {self.merged_adapters} are merged into the base weight and "
+                    "serve every row; unmerge them first"
+                )
+            off = [m.name for m in self._merged if not self.adapter_active[m.name]]
+            if off:
+                raise ValueError(
+                    f"adapter_active: {off} are merged into the base weight and cannot be switched "
+                    "off; unmerge them first"
+                )
+            return [], None
+        if rows is None:
+            return [n for n in self._active if self.adapter_active[n]], None
+        return (list(self.adapter_names) if rows.used else []), rows
+
+    def _rows(
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names
+    ) -> Rows | None:
+        names = self.adapter_names
+        if isinstance(adapter_ids, Tensor):
+            enabled = tuple(self.adapter_active.values())
+            return rows_of(adapter_ids, len(names), leading, enabled)
+        reachable = tuple(n if self.adapter_active[n] else "" for n in names)  # "" is no name
+        if adapter_ids is not None:
+            self._check_known([n for n in _flat(adapter_ids) if n not in (None, "__base__")])
+            return rows_by_name(adapter_ids, reachable, leading, device)
+        if torch.compiler.is_compiling():
+            if not context.any_block:
+                return None
+            return traced_rows(reachable, self._default_position(), leading, device)
+        return rows_in_block(reachable, leading, device)
+
+    def _default_position(self) -> int:
+        active = [n for n in self._active if self.adapter_active[n]]
+        if len(active) > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}: a compiled graph that follows adapters blocks takes one "
+                f"active adapter, found {active}"
+            )
+        return self.adapter_names.index(active[0]) if active else -1
+
+    def _dropout_of(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    # ---------------------------------------------------------------------------------------------
+    # Checks
+
+    def _check_known(self, names: Sequence[str | None]) -> None:
+        for name in names:
+            if name not in self.r:
+                raise ValueError(
+                    f"{type(self).__name__}: expected an adapter of {list(self.r)}, found {name!r}"
+                )
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name or "." in name or name == "__base__":
+            raise ValueError(
+                f"{type(self).__name__}: adapter_name: expected a name without dots that is not "
+                f'"__base__", found {name!r}'
+            )
+        if name in self.r:
+            raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already")
+
+    def _default_scheme(self, scheme: bool | str) -> bool | str:
+        return scheme
+
+    def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
+        name = known_scheme(self._default_scheme(scheme))
+        if preserve_base_output and name not in FREE:
+            raise ValueError(
+                f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
+                "preserve_base_output=False"
+            )
+        if name not in FREE or preserve_base_output:
+            if self._before_init is not None:
+                raise ValueError(
+                    f"init_lora_weights: the initialisation of {self._before_init[0]!r} changed "
+                    "the base weight already; delete it or restore_base_weight() first"
+                )
+            if self._merged:
+                raise ValueError(
+                    f"init_lora_weights: {scheme!r} changes the base weight, into which "
+                    f"{self.merged_adapters} are merged; unmerge them first"
+                )
+        return name
+
+    def extra_repr(self) -> str:
+        """Adapters with their ranks."""
+        return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
+
+    # ---------------------------------------------------------------------------------------------
+    # Of the subclass
+
+    def _new_factors(
+        self,
+        r: int,
+        lora_bias: bool,
+        scheme: str,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and bias in float32 on the CPU (or meta), initialised where the scheme is free."""
+        raise NotImplementedError
+
+    def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _stores(self) -> list[Any]:
+        """Dictionaries by adapter that hold the factors."""
+        raise NotImplementedError
+
+    def _magnitude_shape(self, norm: Tensor) -> Tensor:
+        return norm
+
+    def _parameters_of(self, name: str) -> list[Tensor]:
+        found = [p for p in self._raw_factors(name) if p is not None]
+        if self.use_dora[name]:
+            found.append(self._magnitude(name))
+        return found
+
+
+def _flat(names: Names) -> list[str | None]:
+    return context.parse(names)[0]
+
+
+def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def _check_settings(r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> float:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: expected an int, found {r!r}")
+    if r <= 0:
+        raise ValueError(f"r: expected a positive rank, found {r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, found {lora_alpha}")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout: expected a probability in [0, 1), found {lora_dropout}")
+    return _scaling(r, lora_alpha, use_rslora)
+
+
+def _place(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the adapters of a base layer belong, and in which dtype."""
+    for tensor in [
+        *base.parameters(recurse=False),
+        *base.buffers(recurse=False),
+        *base.parameters(),
+    ]:
+        floating = tensor.is_floating_point() and tensor.element_size() > 1
+        return tensor.device, tensor.dtype if floating else torch.float32
+    return torch.device("cpu"), torch.float32

@@ -1,0 +1,162 @@
+"""LoraLinear: a linear layer with trainable low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .context import Names
+from .dora import dora_forward
+from .init import FREE, init_lora_
+from .lora_forward import LoraFactors, lora_forward, readable_weight
+from .lora_layer import LoraLayer
+
+
+class LoraLinear(LoraLayer):
+    """``y = base(x) + scaling * (B A dropout(x) + bias)``, PEFT's layer on fused ops.
+
+    Parameters have PEFT's names, so a state dict of the one loads into the other:
+    ``base_layer.*``, ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``,
+    ``lora_B.<name>.bias``, ``lora_magnitude_vector.<name>.weight (O,)``. The base layer is never
+    changed, but by :meth:`merge` and by the schemes that say so.
+
+    Rows take the active adapters (:meth:`set_adapter`; several are summed), or the one that
+    :func:`lora_ext.adapters` or ``adapter_ids`` names for them. An adapter whose ``adapter_active``
+    is False takes no part: no allocation, no launch, no graph node, and ``grad`` stays None. So do
+    adapters that have no rows.
+
+    Under ``torch.compile`` an adapter of a mixed batch that has no rows gets a zero gradient
+    instead, and rows of DoRA adapters break the graph.
+
+    Args:
+        base_layer: maps ``(..., I)`` to ``(..., O)``: ``nn.Linear`` and transformers' ``Conv1D``
+            take part in the fused op, anything else is called.
+        adapter_name: of the first adapter, which is active. The arguments after it are those of
+            :meth:`add_adapter`.
+        fan_in_fan_out: the base stores its weight as ``(I, O)``. ``Conv1D`` is known to.
+
+    Raises:
+        ValueError: sizes that cannot be read off the base layer, ``fan_in_fan_out`` for an
+            ``nn.Linear``, or what :meth:`add_adapter` refuses.
+
+    Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        fan_in_fan_out: bool = False,
+        **options: Any,
+    ):
+        if fan_in_fan_out and isinstance(base_layer, nn.Linear):
+            raise ValueError(
+                "LoraLinear: fan_in_fan_out: expected False for nn.Linear, whose weight is (O, I)"
+            )
+        in_features, out_features, transposed = _features(base_layer, fan_in_fan_out)
+        super().__init__(base_layer, in_features, out_features, transposed)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.add_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, init_lora_weights, use_rslora, use_dora,
+            lora_bias, **options,
+        )  # fmt: skip
+        self.set_adapter(adapter_name)
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
+        """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
+
+        Args:
+            x: floating.
+            adapter_ids: positions in :attr:`adapter_names`, int64 or int32, -1 for none, or names
+                (None and ``"__base__"`` for none): one per row or one per sequence. Default is the
+                surrounding :func:`lora_ext.adapters` block, then the active adapters.
+
+        Raises:
+            ValueError: ids or names that do not fit, or given while adapters are merged.
+        """
+        names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
+        if not names:
+            return self.base_layer(x)
+        factors = [self.factors(name) for name in names]
+        if any(self.use_dora[name] for name in names):
+            magnitudes = [self._magnitude(n) if self.use_dora[n] else None for n in names]
+            dense = readable_weight(self.base_layer, "LoraLinear: DoRA", self.fan_in_fan_out)
+            return dora_forward(x, self.base_layer, dense, factors, magnitudes, rows)
+        return lora_forward(x, self.base_layer, factors, rows)
+
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it."""
+        a, b, bias = self._raw_factors(adapter_name)
+        p = self._dropout_of(adapter_name)
+        return LoraFactors(a, b, self.scaling[adapter_name], p, bias)
+
+    # Of LoraLayer
+
+    def _new_factors(
+        self,
+        r: int,
+        lora_bias: bool,
+        scheme: str,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        memory = "meta" if device.type == "meta" else "cpu"
+        a = torch.zeros(r, self.in_features, device=memory)
+        b = torch.zeros(self.out_features, r, device=memory)
+        if scheme in FREE and memory != "meta":
+            init_lora_(a, b, scheme, generator=generator)
+        return a, b, torch.zeros(self.out_features, device=memory) if lora_bias else None
+
+    def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        for store, weight, extra in ((self.lora_A, a, None), (self.lora_B, b, bias)):
+            # On meta first, so that the values torch would draw are not drawn.
+            linear = nn.Linear(weight.shape[1], weight.shape[0], extra is not None, device="meta")
+            linear.weight = nn.Parameter(weight)
+            if extra is not None:
+                linear.bias = nn.Parameter(extra)
+            store[name] = linear
+
+    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        lora_b = self.lora_B[name]
+        return self.lora_A[name].weight, lora_b.weight, lora_b.bias  # pyright: ignore[reportReturnType]
+
+    def _stores(self) -> list[Any]:
+        return [self.lora_A, self.lora_B]
+
+    def _matrix(self) -> Tensor:
+        return readable_weight(self.base_layer, "LoraLinear", self.fan_in_fan_out)[0]
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if self.fan_in_fan_out else matrix
+
+
+def _features(base: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
+    """In and out features, and whether the weight is ``(I, O)``."""
+    for inner, outer, transposed in (
+        ("in_features", "out_features", fan_in_fan_out),
+        ("nx", "nf", True),
+    ):
+        sizes = getattr(base, inner, None), getattr(base, outer, None)
+        if all(isinstance(size, int) for size in sizes):
+            return *sizes, transposed  # pyright: ignore[reportReturnType]
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
+        return in_features, out_features, fan_in_fan_out
+    raise ValueError(
+        "LoraLinear: base_layer: expected in_features and out_features, nx and nf, or a matrix "
+        f"for a weight, found {type(base).__name__}"
+    )

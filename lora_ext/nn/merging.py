@@ -1,0 +1,228 @@
+"""Adapters added to the weight of their base layer, and taken out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .dora import weight_norm
+
+
+class _Merged(NamedTuple):
+    """What was done to the base weight, so that it can be undone."""
+
+    name: str
+    scaling: float
+    factor: Tensor | None  # DoRA: magnitude / norm, per output
+
+
+class Merging(nn.Module):
+    """The part of :class:`LoraLayer` that changes the base weight."""
+
+    base_layer: nn.Module
+    scaling: dict[str, float]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_magnitude_vector: nn.ModuleDict
+    _active: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged: list[_Merged] = []
+        self._copy: tuple[Tensor, Tensor | None] | None = None  # weight and bias before merging
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters that are in the base weight now."""
+        return [m.name for m in self._merged]
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is in the base weight."""
+        return bool(self._merged)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base layer."""
+        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the base layer."""
+        return getattr(self.base_layer, "bias", None)
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        keep_copy: bool = False,
+    ) -> None:
+        """Add adapters to the base weight: ``round(W + sum of s B A)``, rounded once.
+
+        Args:
+            safe_merge: refuse values that are not finite; the layer is unchanged then.
+            adapter_names: default is the active ones. Those that are merged already are skipped.
+            keep_copy: keep the weight as it was, so that :meth:`unmerge` restores every bit.
+
+        Raises:
+            ValueError: a name this layer lacks, a base weight that cannot be read, a result that is
+            not finite, or ``keep_copy`` where adapters are merged without. RuntimeError:
+            ``lora_bias`` on a base without a bias.
+        """
+        names = self._active if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        names = [n for n in names if n not in self.merged_adapters]
+        if not names:
+            return
+        if keep_copy and self._merged and self._copy is None:
+            raise ValueError(
+                f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
+                "kept; unmerge them first"
+            )
+        weight, bias = self._matrix().detach(), self.bias
+        new, new_bias = _widened(weight), None if bias is None else _widened(bias)
+        records: list[_Merged] = []
+        for name in names:
+            scaling = self.scaling[name]
+            delta, factor = self._delta(name, scaling), None
+            if self.use_dora[name]:
+                factor = self._dora_factor(name)
+                new = factor[:, None] * (new + delta)
+            else:
+                new = new + delta
+            if self.lora_bias[name]:
+                if new_bias is None:
+                    raise RuntimeError(
+                        f"merge: adapter {name!r} has a bias (lora_bias=True), the base layer has "
+                        "none to take it"
+                    )
+                new_bias = new_bias + self._bias_delta(name, scaling)
+            records.append(_Merged(name, scaling, factor))
+        new = new.to(weight.dtype)
+        results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
+        if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
+            raise ValueError(
+                f"merge: expected finite merged weights, found NaN or infinity: one of the "
+                f"adapters {names} is broken"
+            )
+        if keep_copy and self._copy is None:
+            self._copy = (
+                self.weight.detach().clone(),
+                None if bias is None else bias.detach().clone(),
+            )
+        self._write(self._from_matrix(new), new_bias)
+        self._merged += records
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight.
+
+        Every bit is restored where ``merge(keep_copy=True)`` kept them. Otherwise the updates are
+        computed again and subtracted, which is exact up to rounding: a UserWarning says so. Their
+        parameters must then be what they were.
+        """
+        if not self._merged:
+            warnings.warn("unmerge: nothing is merged", stacklevel=2)
+            return
+        if self._copy is not None:
+            self._write(*self._copy)
+        else:
+            warnings.warn(
+                "unmerge: no copy of the base weight was kept, so it returns up to rounding only; "
+                "merge(keep_copy=True) restores every bit",
+                stacklevel=2,
+            )
+            weight, bias = self._unmerged()
+            self._write(self._from_matrix(weight), bias)
+        self._merged, self._copy = [], None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scaling * B @ A`` in the layout of the base weight and the dtype of the adapter.
+
+        Accumulated in float32 and rounded once.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        self._check_known([adapter])
+        delta = self._delta(adapter, self.scaling[adapter], detach=False)
+        return self._from_matrix(delta.to(self._raw_factors(adapter)[0].dtype))
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _delta(self, name: str, scaling: float, detach: bool = True) -> Tensor:
+        a, b, _ = self._raw_factors(name)
+        if detach:
+            a, b = a.detach(), b.detach()
+        dtype = wide(a.dtype)
+        with torch.autocast(a.device.type, enabled=False):
+            return (b.flatten(1).to(dtype) @ a.flatten(1).to(dtype)) * scaling  # (O, I)
+
+    def _bias_delta(self, name: str, scaling: float) -> Tensor:
+        bias = self._raw_factors(name)[2]
+        assert bias is not None
+        return _widened(bias) * scaling
+
+    def _dora_factor(self, name: str) -> Tensor:
+        """``magnitude / norm``; the norm is that of the weight without anything merged."""
+        a, b, _ = self._raw_factors(name)
+        norm = weight_norm(self._unmerged()[0], a.flatten(1), b.flatten(1), self.scaling[name])
+        return self._magnitude(name).detach().flatten().to(norm.dtype) / norm
+
+    def _magnitude(self, name: str) -> Tensor:
+        return self.lora_magnitude_vector[name].weight  # pyright: ignore[reportReturnType]
+
+    def _unmerged(self) -> tuple[Tensor, Tensor | None]:
+        """The base weight ``(O, I)`` and bias without what is merged, in wide precision."""
+        if self._copy is not None:
+            weight, bias = self._copy
+            return self._as_matrix(weight), bias
+        weight, bias = _widened(self._matrix()), None if self.bias is None else _widened(self.bias)
+        for m in reversed(self._merged):
+            if m.factor is not None:
+                weight = weight / m.factor[:, None]
+            weight = weight - self._delta(m.name, m.scaling)
+            if bias is not None and self.lora_bias[m.name]:
+                bias = bias - self._bias_delta(m.name, m.scaling)
+        return weight, bias
+
+    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        # In place: whoever shares or has captured this memory keeps seeing the layer's weight.
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            if bias is not None and self.bias is not None:
+                self.bias.copy_(bias)
+
+    # Of the subclass
+
+    def _check_known(self, names: Sequence[str | None]) -> None:
+        raise NotImplementedError
+
+    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        raise NotImplementedError
+
+    def _matrix(self) -> Tensor:
+        """The base weight as ``(O, I)``; ValueError where it cannot be read."""
+        raise NotImplementedError
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the layout of the base weight, as ``(O, I)``."""
+        raise NotImplementedError
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        """``(O, I)`` in the layout of the base weight."""
+        raise NotImplementedError
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight is changed before it is rounded."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(wide(tensor.dtype))

@@ -1,0 +1,58 @@
+"""PEFT's layers, and what it means to agree with them."""
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+# float32 sums of some tens of products of order one, in two orders.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def peft_layer(base: nn.Module, *settings: dict, seed: int = 0) -> PeftLinear:
+    """PEFT's layer with adapters "0", "1", ... whose factors are all random."""
+    torch.manual_seed(seed)
+    configs = [
+        LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **s}) for s in settings
+    ]
+    layer = PeftLinear(base, "0", configs[0], r=configs[0].r, lora_alpha=configs[0].lora_alpha)
+    for i, c in enumerate(configs[1:], 1):
+        layer.update_layer(str(i), c.r, lora_alpha=c.lora_alpha, config=c)
+    layer.set_adapter([str(i) for i in range(len(configs))])
+    return layer
+
+
+def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """Of a loss that is not the same in every row, leaving none behind."""
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape)
+    (y.float() * weights).sum().backward()
+    found = {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same(layer: PeftLinear, x: Tensor, ours, theirs) -> None:
+    y, expected = ours(), theirs()
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, **CLOSE)
+    mine, peft = gradients(y, layer, x), gradients(expected, layer, x)
+    for name in peft:
+        assert (mine[name] is None) == (peft[name] is None), name
+    both = [n for n in peft if peft[n] is not None]
+    torch.testing.assert_close({n: mine[n] for n in both}, {n: peft[n] for n in both}, **CLOSE)
+
+
+def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) -> None:
+    """Output and every gradient; ``names`` go to PEFT's ``adapter_names`` and our
+    ``adapter_ids``."""
+    y = ours(x, *names.values())
+    expected = theirs(x, **names)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, **CLOSE)
+    mine, peft = gradients(y, ours, x), gradients(expected, theirs, x)
+    assert mine.keys() == peft.keys()
+    for name in peft:
+        assert (mine[name] is None) == (peft[name] is None), name
+    both = [n for n in peft if peft[n] is not None]
+    torch.testing.assert_close({n: mine[n] for n in both}, {n: peft[n] for n in both}, **CLOSE)
