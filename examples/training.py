@@ -57,7 +57,6 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
     folder = parent / f"{recipe.name}-{digest}"
     if folder.is_dir():
         return folder
-    pairs = [json.loads(line) for line in text.decode().splitlines()]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.rank,
@@ -68,7 +67,7 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
     torch.manual_seed(recipe.seed)
     peft_model = get_peft_model(model, config)
     try:
-        _train(peft_model, tokenizer, recipe, pairs)
+        _train(peft_model, tokenizer, recipe)
         partial = parent / f".{folder.name}"
         shutil.rmtree(partial, ignore_errors=True)
         peft_model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -79,8 +78,14 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
     return folder
 
 
-def _train(model: Any, tokenizer: Any, recipe: Recipe, pairs: list[dict[str, str]]) -> None:
-    examples = [_example(tokenizer, pair) for pair in pairs]
+def read_examples(tokenizer: Any, name: str) -> list[tuple[list[int], int]]:
+    """The dialogues of ``texts/<name>.jsonl``: token ids, and how many are the question's."""
+    lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [_example(tokenizer, json.loads(line)) for line in lines]
+
+
+def _train(model: Any, tokenizer: Any, recipe: Recipe) -> None:
+    examples = read_examples(tokenizer, recipe.name)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(recipe.seed)
@@ -96,7 +101,7 @@ def _train(model: Any, tokenizer: Any, recipe: Recipe, pairs: list[dict[str, str
     label = f"{recipe.name:>9} r={recipe.rank:<2}"
     with tqdm(batches, desc=label, unit="step", dynamic_ncols=True) as bar:
         for batch in bar:
-            loss = model(**_collate(batch, tokenizer.pad_token_id)).loss
+            loss = model(**collate(batch, tokenizer.pad_token_id)).loss
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -113,7 +118,8 @@ def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
     return question + tokenizer(answer, add_special_tokens=False).input_ids, len(question)
 
 
-def _collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+    """Rows of equal length, padded on the right; the question is masked out of the labels."""
     length = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), length), pad)
     labels = torch.full((len(batch), length), -100)

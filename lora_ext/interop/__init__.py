@@ -1,1 +1,36 @@
 """Other people's models and formats."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def from_peft(model: Model) -> Model:
+    """Let lora_ext's kernels run the LoRA layers of a PEFT model, forward and backward.
+
+    Works in place, and may be called again after more modules were adapted. Parameters,
+    ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
+    ``adapter_names=`` stay what they are; ``adapter_names=`` now also works in training, one name
+    per sequence, under gradient checkpointing too. What it cannot take over, DoRA and embeddings
+    for two, stays PEFT's own: :func:`lora_ext.interop.peft.report` lists it, and
+    :func:`lora_ext.interop.peft.to_peft` undoes the whole.
+
+    Args:
+        model: a ``PeftModel`` with LoRA adapters, or any model whose layers PEFT has adapted.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module. ValueError: it has no LoRA layer. ModuleNotFoundError:
+            peft is not installed.
+
+    Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.
+    """
+    from lora_ext.interop import peft
+
+    return peft.take_over(model)

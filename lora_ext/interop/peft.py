@@ -1,0 +1,251 @@
+"""``from_peft``: PEFT's LoRA layers, run by lora_ext's kernels.
+
+Nothing is copied and nothing is replaced: the layers keep their parameters, buffers and names, and
+only their class changes, to a subclass whose ``forward`` is ours. All that PEFT does with a layer
+(checkpoints, ``set_adapter``, merging, deleting) is PEFT's own code, on PEFT's own objects. A call
+that our kernels do not cover, an adapter with DoRA for one, goes to PEFT's ``forward``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext.nn.lora_forward import LoraFactors, lora_forward
+from lora_ext.nn.rows import Rows
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_BASE = "__base__"
+_MAX_RANK = 256  # of the fused kernels
+
+
+@dataclass(frozen=True)
+class Report:
+    """Names of modules with LoRA adapters."""
+
+    taken: tuple[str, ...]  # run by lora_ext
+    left: dict[str, str] = field(default_factory=dict)  # still PEFT's own, and why
+
+
+def take_over(model: Model) -> Model:
+    """:func:`lora_ext.from_peft`, where peft is known to be there."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"from_peft: model: expected a torch.nn.Module, found {type(model)}")
+    if not any(isinstance(m, LoraLayer) for m in model.modules()):
+        raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
+    _swap(model, {PeftLinear: FusedLinear, LoraModel: FusedLoraModel})
+    return model
+
+
+def to_peft(model: Model) -> Model:
+    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
+    _swap(model, {FusedLinear: PeftLinear, FusedLoraModel: LoraModel})
+    return model
+
+
+def _swap(model: nn.Module, classes: dict[type, type]) -> None:
+    module: Any
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+
+
+def report(model: nn.Module) -> Report:
+    """Which LoRA layers of ``model`` lora_ext runs, and which PEFT still does."""
+    taken: list[str] = []
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            reasons = {_uncovered(module, adapter) for adapter in module.lora_A} - {None}
+            if reasons:
+                left[name] = "; ".join(sorted(str(r) for r in reasons))
+            else:
+                taken.append(name)
+        elif isinstance(module, LoraLayer):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            left[name] = (
+                "from_peft has not seen it yet"
+                if type(module) is PeftLinear
+                else f"only peft.tuners.lora.layer.Linear is covered, found {kind}"
+            )
+    return Report(tuple(taken), left)
+
+
+def _uncovered(module: Any, adapter: str) -> str | None:
+    """Why an adapter of a fused layer is left to PEFT's forward."""
+    if adapter in module.lora_variant:
+        return f"adapter {adapter!r} is a {type(module.lora_variant[adapter]).__name__}"
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return f"adapter {adapter!r} has factors of type {type(a).__name__}, {type(b).__name__}"
+    if a.out_features > _MAX_RANK:
+        return f"adapter {adapter!r} has rank {a.out_features}, above {_MAX_RANK}"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Names:
+    """One adapter name per sequence, as ids per row; kept for the layers that see the batch."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.unique = tuple(dict.fromkeys(n for n in self.names if n != _BASE))
+        self._rows: dict[tuple[tuple[str, ...], torch.Size, torch.device], Rows] = {}
+
+    def rows(self, present: tuple[str, ...], leading: torch.Size, device: torch.device) -> Rows:
+        """Of activations ``(*leading, I)``: where each row's adapter stands in ``present``."""
+        key = present, leading, device
+        found = self._rows.get(key)
+        if found is None:
+            position = {name: i for i, name in enumerate(present)}
+            per_name = [position.get(name, -1) for name in self.names]
+            with torch.inference_mode(False), torch.no_grad():
+                ids = torch.tensor(per_name, dtype=torch.int32)
+                ids = ids.repeat_interleave(math.prod(leading[1:])).to(device)  # (T,)
+                plan = ops.lora_plan(ids, len(present))
+            found = self._rows[key] = Rows(tuple(range(len(present))), ids, plan)
+        return found
+
+
+# A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
+_last: ContextVar[Names | None] = ContextVar("lora_ext.peft_names", default=None)
+# What a checkpointed block was given in the forward, while it is recomputed in the backward.
+_recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", default=None)
+
+
+def _names(names: Sequence[str]) -> Names:
+    last = _last.get()
+    if last is None or last.names != tuple(names):
+        last = Names(names)
+        _last.set(last)
+    return last
+
+
+class FusedLinear(PeftLinear):
+    """PEFT's ``lora.Linear`` with the base product, the updates and their gradients fused."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's; ``adapter_names``, one per sequence, may also be given in training.
+
+        Args:
+            x: ``(..., I)``.
+
+        Returns:
+            ``(..., O)``.
+        """
+        names = kwargs.get("adapter_names")
+        rows = _names(names) if names is not None else _recomputed.get()
+        if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        wanted = rows.unique if rows is not None else self.active_adapters
+        present = tuple(name for name in wanted if name in self.lora_A)
+        if any(not self._covers(name) for name in present):
+            if rows is not None and names is None:
+                kwargs["adapter_names"] = list(rows.names)
+            return super().forward(x, *args, **kwargs)
+        if rows is not None:
+            self._check_forward_args(x, adapter_names=rows.names)
+        if not present:
+            return self.base_layer(x)
+        of_rows = None if rows is None else rows.rows(present, x.shape[:-1], x.device)
+        return lora_forward(x, self.base_layer, [self._factors(n) for n in present], of_rows)
+
+    def _covers(self, name: str) -> bool:
+        return (
+            _uncovered(self, name) is None
+            and not _has_hooks(self.lora_A[name])
+            and not _has_hooks(self.lora_B[name])
+        )
+
+    def _factors(self, name: str) -> LoraFactors:
+        dropout = self.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        return LoraFactors(a.weight, b.weight, self.scaling[name], p, b.bias)
+
+
+# -------------------------------------------------------------------------------------------------
+# adapter_names in training
+
+
+class FusedLoraModel(LoraModel):
+    """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        training = self.training
+        self.training = training and names is None  # PEFT refuses names in training, nothing else
+        try:
+            hooks.__enter__()
+        finally:
+            self.training = training
+        try:
+            if names is not None and training:
+                with _checkpoints_keep(self.model, _names(names)):
+                    yield
+            else:
+                yield
+        finally:
+            # Never with the exception: PEFT would then leave its hooks on the layers.
+            hooks.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _checkpoints_keep(model: nn.Module, rows: Names) -> Iterator[None]:
+    """Checkpointed blocks see the same names when the backward runs them again.
+
+    By then the forward is over and its hooks are gone, so the names travel with the function that
+    the checkpoint keeps.
+    """
+    blocks: list[Any] = [
+        m
+        for m in model.modules()
+        if getattr(m, "gradient_checkpointing", False)
+        and hasattr(m, "_gradient_checkpointing_func")
+    ]
+    checkpoints = [block._gradient_checkpointing_func for block in blocks]
+    try:
+        for block, checkpoint in zip(blocks, checkpoints, strict=True):
+            keeping = functools.partial(_checkpoint_with, checkpoint, rows)
+            block._gradient_checkpointing_func = keeping
+        yield
+    finally:
+        for block, checkpoint in zip(blocks, checkpoints, strict=True):
+            block._gradient_checkpointing_func = checkpoint
+
+
+def _checkpoint_with(checkpoint: Callable[..., Any], rows: Names, run: Any, *args: Any) -> Any:
+    def run_with_names(*inner: Any, **kwargs: Any) -> Any:
+        token = _recomputed.set(rows)
+        try:
+            return run(*inner, **kwargs)
+        finally:
+            _recomputed.reset(token)
+
+    return checkpoint(run_with_names, *args)

@@ -1,0 +1,276 @@
+"""from_peft against PEFT itself, in float64, where both may differ by a few roundings only."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import CONFIGS, VOCAB, make_model, make_peft
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.interop.peft import FusedLinear, report, to_peft
+
+FAMILIES = ["llama", "qwen2", "gpt2", "bert"]
+CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
+NAMES = ["red", "green", "__base__", "blue", "green"]
+
+
+def pair(family: str, **extra: Any) -> tuple[Any, Any]:
+    """The same adapters twice: PEFT's own layers, and ours."""
+    configs = {name: {**fields, **extra} for name, fields in CONFIGS[family].items()}
+    theirs = make_peft(make_model(family), configs).double()
+    return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
+
+
+def tokens(rows: int = 5, length: int = 7) -> Tensor:
+    """The same at every call; the models' own dropout then draws the same masks too."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.manual_seed(3))
+
+
+def logits(model: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids=tokens(), **kwargs).logits
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str = "") -> None:
+    worst = (got - expected).abs().max().item()
+    assert worst <= CLOSE * max(1.0, expected.abs().max().item()), f"{what}: {worst}"
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    expected = gradients(theirs)
+    found = gradients(ours)
+    assert found.keys() == expected.keys()
+    assert any(g is not None and g.abs().max() > 1e-3 for g in expected.values())
+    for name, gradient in expected.items():
+        got = found[name]
+        assert (got is None) == (gradient is None), name
+        if got is not None and gradient is not None:
+            assert_close(got, gradient, name)
+
+
+def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    value = run(model)
+    weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
+    (value * weights).sum().backward()
+    return value.detach()
+
+
+# --- one adapter ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_that_can_be_is_taken(family: str) -> None:
+    _, ours = pair(family)
+    found = report(ours)
+    biased = {name for name, fields in CONFIGS[family].items() if fields.get("lora_bias")}
+    assert found.taken
+    assert all(any(name in reason for name in biased) for reason in found.left.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", ["red", "green", "blue"])
+def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> None:
+    theirs, ours = pair(family)
+    for model in (theirs, ours):
+        model.set_adapter(adapter)
+        model.train()
+    got, expected = step(ours, logits), step(theirs, logits)
+    assert_close(got, expected)
+    assert_same_gradients(ours, theirs)
+
+
+def test_several_active_adapters_add_up() -> None:
+    theirs, ours = pair("llama")
+    for model in (theirs, ours):
+        model.base_model.set_adapter(["red", "green", "blue"])
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_gradient_checkpointing(reentrant: bool) -> None:
+    theirs, ours = pair("llama")
+    for model in (theirs, ours):
+        model.set_adapter("green")
+        model.train()
+    ours.enable_input_require_grads()
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, theirs)
+
+
+# --- the same objects -----------------------------------------------------------------------------
+def test_parameters_keys_and_modules_stay_the_very_same() -> None:
+    model: Any = make_peft(make_model("llama"), CONFIGS["llama"])
+    modules, parameters = list(model.named_modules()), dict(model.named_parameters())
+    keys = list(model.state_dict())
+    assert lora_ext.from_peft(model) is model
+    assert [(n, id(m)) for n, m in model.named_modules()] == [(n, id(m)) for n, m in modules]
+    assert all(parameters[n] is p for n, p in model.named_parameters())
+    assert list(model.state_dict()) == keys
+    lora_ext.from_peft(model)  # again: nothing happens
+    assert any(type(m) is FusedLinear for m in model.modules())
+    to_peft(model)
+    assert not any(type(m).__module__.startswith("lora_ext") for m in model.modules())
+
+
+def test_saves_what_peft_saves(tmp_path: Any) -> None:
+    theirs, ours = pair("llama")
+    for model, name in ((theirs, "theirs"), (ours, "ours")):
+        model.save_pretrained(tmp_path / name)
+    for path in (tmp_path / "theirs").rglob("*.safetensors"):
+        twin = tmp_path / "ours" / path.relative_to(tmp_path / "theirs")
+        assert twin.read_bytes() == path.read_bytes()
+
+
+def test_an_adapter_that_comes_later_is_fused_where_layers_are() -> None:
+    theirs, ours = pair("llama")
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    theirs.add_adapter("late", config)
+    torch.manual_seed(5)
+    ours.add_adapter("late", config)
+    for model in (theirs, ours):
+        model.set_adapter("late")
+        model.double()
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, theirs)
+    for model in (theirs, ours):
+        model.delete_adapter("late")
+        model.set_adapter("red")
+    assert_close(logits(ours), logits(theirs))
+
+
+def test_disabling_merging_and_unloading() -> None:
+    theirs, ours = pair("llama")
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(logits(ours), logits(theirs))
+    for model in (theirs, ours):
+        model.set_adapter("green")
+        model.merge_adapter()
+    assert_close(logits(ours), logits(theirs))
+    with pytest.raises(ValueError, match="merged"):
+        logits(ours, adapter_names=NAMES)
+    for model in (theirs, ours):
+        model.unmerge_adapter()
+    assert_close(logits(ours), logits(theirs))
+    assert_close(logits(ours.merge_and_unload()), logits(theirs.merge_and_unload()))
+
+
+# --- one adapter per sequence ---------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_in_evaluation_are_those_of_peft(family: str) -> None:
+    theirs, ours = pair(family)
+    assert_close(logits(ours, adapter_names=NAMES), logits(theirs, adapter_names=NAMES))
+
+
+def test_generates_with_names_and_beams() -> None:
+    theirs, ours = pair("llama")
+    for beams in (1, 3):
+        options = {
+            "input_ids": tokens(),
+            "attention_mask": torch.ones_like(tokens()),
+            "adapter_names": NAMES,
+            "max_new_tokens": 5,
+            "num_beams": beams,
+            "do_sample": False,
+        }
+        assert torch.equal(ours.generate(**options), theirs.generate(**options))
+
+
+def trainable(model: Any) -> Any:
+    model.set_requires_grad(["red", "green", "blue"])
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_names_in_training_give_the_gradients_of_separate_runs(
+    family: str, checkpointing: bool | None
+) -> None:
+    theirs, ours = pair(family)
+    theirs.train()
+    trainable(ours)
+    if checkpointing is not None:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    value = step(ours, lambda m: logits(m, adapter_names=NAMES))
+    weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
+    for name in ("red", "green", "blue"):
+        theirs.set_adapter(name)
+        theirs.zero_grad(set_to_none=True)
+        rows = [i for i, n in enumerate(NAMES) if n == name]
+        expected = logits(theirs)[rows]
+        assert_close(value[rows], expected)
+        (expected * weights[rows]).sum().backward()
+        found = gradients(ours)
+        for key, gradient in gradients(theirs).items():
+            if f".{name}." in key:
+                got = found[key]
+                assert got is not None and gradient is not None
+                assert_close(got, gradient, key)
+
+
+def test_an_adapter_without_rows_gets_no_gradient() -> None:
+    ours = trainable(pair("llama")[1])
+    step(ours, lambda m: logits(m, adapter_names=["red"] * 5))
+    assert all(g is None for n, g in gradients(ours).items() if ".green." in n or ".blue." in n)
+
+
+def test_two_forwards_before_their_backward_under_checkpointing() -> None:
+    ours = trainable(pair("llama")[1])
+    other = copy.deepcopy(ours)
+    ours.enable_input_require_grads()
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (ours, other):
+        first = logits(model, adapter_names=NAMES)
+        second = logits(model, adapter_names=NAMES[::-1])
+        (first.square().sum() + second.square().sum()).backward()
+    assert_same_gradients(ours, other)
+
+
+def test_wrong_names_are_errors_and_leave_no_hooks() -> None:
+    ours = trainable(pair("llama")[1])
+    with pytest.raises(ValueError, match="non-existing"):
+        logits(ours, adapter_names=["rot"] * 5)
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        logits(ours, adapter_names=["red"])
+    assert ours.base_model.training
+    assert not any(m._forward_pre_hooks for m in ours.modules() if isinstance(m, FusedLinear))
+
+
+# --- what is left to PEFT -------------------------------------------------------------------------
+def test_dora_and_embeddings_stay_with_peft_and_are_listed() -> None:
+    torch.manual_seed(0)
+    configs = {
+        "red": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+        "green": {"r": 4, "target_modules": ["q_proj"], "use_dora": True},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT speaks of tied embeddings
+        theirs: Any = make_peft(make_model("llama"), configs).double()
+    ours: Any = lora_ext.from_peft(copy.deepcopy(theirs))
+    left = report(ours).left
+    assert any("Embedding" in reason for reason in left.values())
+    assert any("Dora" in reason for reason in left.values())
+    for name in configs:
+        for model in (theirs, ours):
+            model.set_adapter(name)
+        assert_close(step(ours, logits), step(theirs, logits))
+        assert_same_gradients(ours, theirs)
+
+
+def test_refuses_what_is_no_peft_model() -> None:
+    with pytest.raises(TypeError, match="model: expected a torch"):
+        lora_ext.from_peft("red")  # pyright: ignore[reportArgumentType]  # the error under test
+    with pytest.raises(ValueError, match="expected layers with LoRA adapters, found none"):
+        lora_ext.from_peft(make_model("llama"))
