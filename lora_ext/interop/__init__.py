@@ -15,8 +15,8 @@ def from_peft(model: Model) -> Model:
     Works in place, and may be called again after more modules were adapted. Parameters,
     ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
     ``adapter_names=`` stay what they are; ``adapter_names=`` now also works in training, one name
-    per sequence, under gradient checkpointing too. What it cannot take over, DoRA and embeddings
-    for two, stays PEFT's own: :func:`lora_ext.interop.peft.report` lists it, and
+    per sequence, under gradient checkpointing too. What it cannot take over, embeddings for one,
+    stays PEFT's own: :func:`lora_ext.interop.peft.report` lists it, and
     :func:`lora_ext.interop.peft.to_peft` undoes the whole.
 
     Args:

@@ -3,7 +3,7 @@
 Nothing is copied and nothing is replaced: the layers keep their parameters, buffers and names, and
 only their class changes, to a subclass whose ``forward`` is ours. All that PEFT does with a layer
 (checkpoints, ``set_adapter``, merging, deleting) is PEFT's own code, on PEFT's own objects. A call
-that our kernels do not cover, an adapter with DoRA for one, goes to PEFT's ``forward``.
+that our kernels do not cover, an adapter of a rarer variant for one, goes to PEFT's ``forward``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.nn.lora_forward import LoraFactors, lora_forward
+from lora_ext.nn.dora import dora_forward
+from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, lora_forward
 from lora_ext.nn.rows import Rows
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,8 +86,11 @@ def report(model: nn.Module) -> Report:
 
 def _uncovered(module: Any, adapter: str) -> str | None:
     """Why an adapter of a fused layer is left to PEFT's forward."""
-    if adapter in module.lora_variant:
-        return f"adapter {adapter!r} is a {type(module.lora_variant[adapter]).__name__}"
+    variant = module.lora_variant.get(adapter)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"adapter {adapter!r} is a {type(variant).__name__}"
+    if variant is not None and dense_parameters(module.base_layer) is None:
+        return f"adapter {adapter!r} uses DoRA on a {type(module.base_layer).__name__}"
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"adapter {adapter!r} has factors of type {type(a).__name__}, {type(b).__name__}"
@@ -117,6 +122,11 @@ class Names:
 
     def rows(self, present: tuple[str, ...], leading: torch.Size, device: torch.device) -> Rows:
         """Of activations ``(*leading, I)``: where each row's adapter stands in ``present``."""
+        if leading[0] != len(self.names):
+            raise ValueError(
+                f"adapter_names: expected one name for each of the {leading[0]} sequences, "
+                f"found {len(self.names)} (the same as the number of inputs)"
+            )
         key = present, leading, device
         found = self._rows.get(key)
         if found is None:
@@ -163,15 +173,19 @@ class FusedLinear(PeftLinear):
         wanted = rows.unique if rows is not None else self.active_adapters
         present = tuple(name for name in wanted if name in self.lora_A)
         if any(not self._covers(name) for name in present):
-            if rows is not None and names is None:
+            if rows is not None:
                 kwargs["adapter_names"] = list(rows.names)
             return super().forward(x, *args, **kwargs)
-        if rows is not None:
-            self._check_forward_args(x, adapter_names=rows.names)
         if not present:
             return self.base_layer(x)
         of_rows = None if rows is None else rows.rows(present, x.shape[:-1], x.device)
-        return lora_forward(x, self.base_layer, [self._factors(n) for n in present], of_rows)
+        factors = [self._factors(name) for name in present]
+        if not any(name in self.lora_variant for name in present):
+            return lora_forward(x, self.base_layer, factors, of_rows)
+        dense = dense_parameters(self.base_layer)
+        assert dense is not None  # by _uncovered
+        magnitudes = [self._magnitude(name) for name in present]
+        return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows)
 
     def _covers(self, name: str) -> bool:
         return (
@@ -186,6 +200,10 @@ class FusedLinear(PeftLinear):
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         return LoraFactors(a.weight, b.weight, self.scaling[name], p, b.bias)
+
+    def _magnitude(self, name: str) -> Tensor | None:
+        found: Any = self.lora_magnitude_vector
+        return found[name].weight if name in self.lora_variant else None
 
 
 # -------------------------------------------------------------------------------------------------
