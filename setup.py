@@ -211,7 +211,7 @@ def architectures(arch_list: str) -> list[str]:
 
 def default_architectures() -> list[str]:
     names = architectures(DEFAULT_ARCHS)
-    newest = max(int(re.match(r"\d+", n)[0]) for n in names)  # type: ignore[index]
+    newest = max(int(re.split(r"\D", n)[0]) for n in names)
     return [*names, f"{newest}-virtual"]
 
 
@@ -225,6 +225,30 @@ def jobs() -> int:
     free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
     cores = len(os.sched_getaffinity(0))
     return max(1, min(cores, int(free[1]) // (3 << 20) if free else 1))
+
+
+def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: bool) -> dict[str, str]:
+    """What CMakeLists.txt is told of this machine."""
+    from torch.utils.cpp_extension import include_paths
+
+    options = {
+        "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+        "CMAKE_CXX_COMPILER": cxx,
+        "LORA_EXT_CUDA": "ON" if toolkit else "OFF",
+        "LORA_EXT_EMU": "ON" if emulator else "OFF",
+        "LORA_EXT_TORCH_INCLUDE": ";".join(include_paths()),
+        "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
+        "LORA_EXT_PYTHON_INCLUDE": find_python_include(),
+        "LORA_EXT_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        "LORA_EXT_CUDA_HEADERS": ";".join(find_cuda_headers(toolkit)) if emulator else "",
+    }
+    if toolkit:
+        wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        archs = architectures(wish) if wish.strip() else default_architectures()
+        options["CMAKE_CUDA_COMPILER"] = toolkit.nvcc
+        options["CMAKE_CUDA_HOST_COMPILER"] = os.environ.get("CUDAHOSTCXX", cxx)
+        options["LORA_EXT_ARCHITECTURES"] = ";".join(archs)
+    return options
 
 
 # --- the build ----------------------------------------------------------------------------------
@@ -247,36 +271,12 @@ class CMakeBuild(build_ext):
 
     def compile(self, emulator: bool) -> tuple[list[Path], dict[str, object]]:
         torch = find_torch()
-        from torch.utils.cpp_extension import include_paths
-
-        cxx, python_include, cmake, ninja = (
-            find_cxx(),
-            find_python_include(),
-            find_cmake(),
-            find_tool("ninja"),
-        )
+        cxx, cmake = find_cxx(), find_cmake()
         toolkit = find_toolkit(torch, cxx)
-        wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        archs = (
-            (architectures(wish) if wish.strip() else default_architectures()) if toolkit else []
-        )
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        options = cmake_options(torch, cxx, toolkit, emulator)
+        archs = options["LORA_EXT_ARCHITECTURES"].split(";") if toolkit else []
+        suffix = options["LORA_EXT_MODULE_SUFFIX"]
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        options = {
-            "CMAKE_MAKE_PROGRAM": ninja,
-            "CMAKE_CXX_COMPILER": cxx,
-            "LORA_EXT_CUDA": "ON" if toolkit else "OFF",
-            "LORA_EXT_EMU": "ON" if emulator else "OFF",
-            "LORA_EXT_TORCH_INCLUDE": ";".join(include_paths()),
-            "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
-            "LORA_EXT_PYTHON_INCLUDE": python_include,
-            "LORA_EXT_MODULE_SUFFIX": suffix,
-            "LORA_EXT_CUDA_HEADERS": ";".join(find_cuda_headers(toolkit)) if emulator else "",
-        }
-        if toolkit:
-            options["CMAKE_CUDA_COMPILER"] = toolkit.nvcc
-            options["CMAKE_CUDA_HOST_COMPILER"] = os.environ.get("CUDAHOSTCXX", cxx)
-            options["LORA_EXT_ARCHITECTURES"] = ";".join(archs)
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in options.items()]
         build = [cmake, "--build", str(folder), "-j", str(jobs())] + (
