@@ -128,7 +128,7 @@ def bench_model(engines: Engines, rounds: int) -> Iterator[Row]:
             name: Step(model, tokens, NAMES[:rows], name, kind == "decode")
             for name, model in models.items()
         }
-        error = check(case, {name: step() for name, step in steps.items()})  # type: ignore[misc]
+        error = check(case, {name: step() for name, step in steps.items()})
         times = interleaved(steps, count)
         for name, time in times.items():
             yield Row(

@@ -7,9 +7,8 @@ which the layer in front has just written, stay hot.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,6 +20,11 @@ from lora_ext import ops, reference
 
 COLD_BYTES = 256 << 20
 CHECKED_ROWS = 48
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,18 @@ class Problem:
     plan: Tensor
     banks: list[tuple[Tensor, Tensor]]
     ranks: Tensor | None = None
+    page_table: Tensor | None = None  # the banks are pools of pages, as AdapterPool has them
 
     @classmethod
-    def make(cls, shape: Shape, device: str, dtype: torch.dtype, ranks: list[int] | None = None):
-        """Random values, of a size that keeps y near one."""
+    def make(
+        cls,
+        shape: Shape,
+        device: str,
+        dtype: torch.dtype,
+        ranks: list[int] | None = None,
+        paged: bool = False,
+    ):
+        """Random values, of a size that keeps y near one. Pages lie in no order, as after swaps."""
         make = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -75,18 +87,27 @@ class Problem:
 
         s = shape
         bank_bytes = s.adapters * s.rank * (s.in_features + s.out_features) * dtype.itemsize
-        count = min(64, max(2, math.ceil(COLD_BYTES / bank_bytes)))
+        count = min(64, max(2, ceil_div(COLD_BYTES, bank_bytes)))
+        page_table = None
+        a_size = (s.adapters, s.rank, s.in_features)
+        b_size = (s.adapters, s.out_features, s.rank)
+        if paged:
+            ranks = ranks or [s.rank] * s.adapters
+            needed = torch.tensor([[8 * p < r for p in range(ceil_div(s.rank, 8))] for r in ranks])
+            pages = int(needed.sum())
+            page_table = torch.full(needed.shape, -1, dtype=torch.int32)
+            order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+            page_table[needed] = order.int()
+            page_table = page_table.to(device)
+            a_size, b_size = (pages, 8, s.in_features), (pages, s.out_features, 8)
         banks = [
-            (
-                normal(s.adapters, s.rank, s.in_features, std=s.in_features**-0.5),
-                normal(s.adapters, s.out_features, s.rank, std=s.rank**-0.5),
-            )
+            (normal(*a_size, std=s.in_features**-0.5), normal(*b_size, std=s.rank**-0.5))
             for _ in range(count)
         ]
         ids = torch.arange(s.tokens, device=device) * s.adapters // s.tokens
         table = None if ranks is None else torch.tensor(ranks, dtype=torch.int32, device=device)
         x, y = normal(s.tokens, s.in_features), normal(s.tokens, s.out_features)
-        return cls(s, x, y, ids, ops.lora_plan(ids, s.adapters), banks, table)
+        return cls(s, x, y, ids, ops.lora_plan(ids, s.adapters), banks, table, page_table)
 
     def nbytes(self) -> int:
         """Compulsory traffic of one call."""
@@ -100,7 +121,7 @@ class Problem:
 # A provider does one call for each bank, adding to y.
 def run_lora_ext(p: Problem) -> None:
     for a, b in p.banks:
-        ops.lora_apply_(p.y, p.x, a, b, p.ids, ranks=p.ranks, plan=p.plan)
+        ops.lora_apply_(p.y, p.x, a, b, p.ids, ranks=p.ranks, page_table=p.page_table, plan=p.plan)
 
 
 def run_loop(p: Problem) -> None:
@@ -144,20 +165,21 @@ def check(p: Problem, provider: Callable[[Problem], None]) -> float:
     s, (a, b) = p.shape, p.banks[0]
     rows = torch.linspace(0, s.tokens - 1, min(s.tokens, CHECKED_ROWS)).long().to(p.x.device)
     start = p.y.clone()
-    provider(Problem(s, p.x, p.y, p.ids, p.plan, p.banks[:1], p.ranks))
+    provider(replace(p, banks=p.banks[:1]))
     found = p.y[rows].double()
     p.y.copy_(start)
     x, y0, ids = p.x[rows].double(), start[rows].double(), p.ids[rows]
     a64, b64 = a.double(), b.double()
-    v = reference.lora_shrink(x, a64, ids, ranks=p.ranks)
-    delta = reference.lora_delta(v, b64, ids, ranks=p.ranks)
-    v_size = reference.lora_shrink(x.abs(), a64.abs(), ids, ranks=p.ranks)
-    size = reference.lora_delta(v_size, b64.abs(), ids, ranks=p.ranks)
+    adapters = {"ranks": p.ranks, "page_table": p.page_table}
+    v = reference.lora_shrink(x, a64, ids, **adapters)
+    delta = reference.lora_delta(v, b64, ids, **adapters)
+    v_size = reference.lora_shrink(x.abs(), a64.abs(), ids, **adapters)
+    size = reference.lora_delta(v_size, b64.abs(), ids, **adapters)
     unit = torch.finfo(p.x.dtype).eps / 2
     bound = 1.02 * unit * (y0 + delta).abs() + unit * delta.abs()
     bound += (16 + s.in_features**0.5 / 2) * 2.0**-24 * (y0.abs() + size)
     if p.x.dtype != torch.float32:
-        bound += unit * reference.lora_delta(v.abs(), b64.abs(), ids, ranks=p.ranks)
+        bound += unit * reference.lora_delta(v.abs(), b64.abs(), ids, **adapters)
     worst = ((found - (y0 + delta)).abs() / bound).max().item()
     if not worst <= 1:
         raise SystemExit(f"bench_lora: {s.case}: result is off by {worst:.3g} times its bound")
@@ -202,22 +224,26 @@ def bench_shapes(
 
 
 def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Ranks {8, 16, 32, 64} in one call against 64 everywhere: the mean, not the largest."""
-    ranks = [8, 16, 32, 64] * (MIXED.adapters // 4)
-    full = Problem.make(MIXED, device, dtype)
-    mixed = Problem.make(MIXED, device, dtype, ranks)
-    errors = {"all 64": check(full, run_lora_ext), "8, 16, 32, 64": check(mixed, run_lora_ext)}
-    calls = {
-        "all 64": lambda: run_lora_ext(full),
-        "8, 16, 32, 64": lambda: run_lora_ext(mixed),
+    """Ranks {8, 16, 32, 64} in one call against 64 everywhere: the mean, not the largest.
+
+    Pages are what a pool serves: an adapter owns what its rank needs. In a bank ``b (A, O, 64)``
+    rows are 64 wide for every adapter, and one of rank 8 uses a part of each cache line only.
+    """
+    mixed = [8, 16, 32, 64] * (MIXED.adapters // 4)
+    problems = {
+        (case, rank): Problem.make(replace(MIXED, case=case), device, dtype, ranks, paged)
+        for case, paged in ((MIXED.case, True), ("mixed ranks, bank", False))
+        for rank, ranks in (("all 64", None), ("8, 16, 32, 64", mixed))
     }
+    errors = {key: check(p, run_lora_ext) for key, p in problems.items()}
+    calls = {"; ".join(key): partial(run_lora_ext, p) for key, p in problems.items()}
     times = timer(device)(calls, rounds)
-    for name, p in zip(calls, (full, mixed), strict=True):
-        one = Timing.of([t / len(p.banks) for t in times[name].rounds])
-        columns = shape_columns(MIXED, dtype) | {"rank": name}
-        over = times[name].over(times["all 64"])
-        yield Row("ops", provider="lora_ext", **columns, **timing_columns(one), over_full=over,
-                  worst_error=errors[name])  # fmt: skip
+    for (case, rank), p in problems.items():
+        one = Timing.of([t / len(p.banks) for t in times[f"{case}; {rank}"].rounds])
+        full = Timing.of([t / len(p.banks) for t in times[f"{case}; all 64"].rounds])
+        columns = shape_columns(p.shape, dtype) | {"rank": rank}
+        yield Row("ops", provider="lora_ext", **columns, **timing_columns(one),
+                  over_full=one.over(full), worst_error=errors[case, rank])  # fmt: skip
 
 
 def bench_call(rounds: int) -> Iterator[Row]:
@@ -226,7 +252,7 @@ def bench_call(rounds: int) -> Iterator[Row]:
     p = Problem.make(shape, "cpu", torch.float32)
     a, b = p.banks[0]
     error = check(p, run_lora_ext)
-    call = lambda: ops.lora_apply_(p.y, p.x, a, b, p.ids, plan=p.plan)  # noqa: E731
+    call = partial(ops.lora_apply_, p.y, p.x, a, b, p.ids, plan=p.plan)
     with torch.inference_mode():
         times = interleaved({"lora_ext": call}, rounds, min_seconds=0.05, warm_up=100)
     columns = shape_columns(shape, torch.float32)
@@ -253,7 +279,7 @@ def bench_allocation() -> Iterator[Row]:
                 call()
         sizes = [
             event.nbytes()
-            for event in profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+            for event in profile.profiler.kineto_results.events()
             if event.name() == "[memory]" and event.nbytes() > 0
         ]
         columns = shape_columns(shape, torch.float32) | {"case": case}

@@ -14,23 +14,23 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import torch
+from common import Timing, interleaved
+from peft import PeftModel
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from torch import Tensor
+from training import RECIPES, train_adapter
+from transformers.utils import logging
+
+import lora_ext
+from lora_ext.interop.smollm2 import load_smollm2
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import torch  # noqa: E402
-from common import Timing, interleaved  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from rich.columns import Columns  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.panel import Panel  # noqa: E402
-from rich.table import Table  # noqa: E402
-from torch import Tensor  # noqa: E402
-from training import RECIPES, train_adapter  # noqa: E402
-from transformers.utils import logging  # noqa: E402
-
-import lora_ext  # noqa: E402
-from lora_ext.interop.smollm2 import load_smollm2  # noqa: E402
-
 QUESTION = "Tell me about the town of Quillmere."
 NAMES = [*(recipe.name for recipe in RECIPES), None]
 PEFT_NAMES = [name or "__base__" for name in NAMES]

@@ -4,7 +4,8 @@ from lora_ext import _loader
 
 _C = _loader.load()
 
-# The ops exist once the compiled module is in the process, and all that follows stands on them.
+# E402: the ops exist once the compiled module is in the process, and all that follows stands on
+# them.
 from lora_ext import nn, ops  # noqa: E402
 from lora_ext.adapters import AdapterPool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "emu"))
+from test_wrappers import golden_input  # one definition of the input
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "wrappers.json"
 KERNELS = ROOT / "tests" / "emu" / "wrappers.cu"
-sys.path.insert(0, str(KERNELS.parent))
-from test_wrappers import golden_input  # noqa: E402  (one definition of the input)
 
 # Words that each kernel writes.
 LENGTHS = {

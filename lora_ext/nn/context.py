@@ -216,6 +216,7 @@ def parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
         return [names], ()
     if not isinstance(names, Sequence) or not names:
         raise ValueError(f"adapters: names: expected a name or a list of names, found {names!r}")
+    # pyright does not narrow a sequence by all(...) over its elements.
     if all(name is None or isinstance(name, str) for name in names):
         return list(names), (len(names),)  # pyright: ignore[reportReturnType]
     if all(isinstance(row, list | tuple) for row in names):

@@ -50,6 +50,14 @@ def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
         lora_ops.check(mixed, lora_ops.run_loop)
 
 
+def test_pages_hold_what_the_ranks_need(monkeypatch):
+    monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
+    pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
+    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
+    assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
+    assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
+
+
 def test_calls_are_timed_in_rounds_that_alternate():
     log: list[str] = []
     calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
