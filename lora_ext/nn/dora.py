@@ -23,6 +23,7 @@ from .lora_forward import (
     LoraFactors,
     dense_parameters,
     draw_seed,
+    exactly,
     fused_forward,
     fuses,
     lora_forward,
@@ -54,7 +55,7 @@ def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         float32, or float64 where the weight is.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), exactly(weight.device):
         w, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
         square = torch.linalg.vector_norm(w, dim=1).square()
         square += 2 * scaling * ((w @ a.T) * b).sum(1)

@@ -74,16 +74,13 @@ def rows_in_block(names: tuple[str, ...], leading: torch.Size, device: torch.dev
 def rows_by_name(
     given: Names, names: tuple[str, ...], leading: torch.Size, device: torch.device
 ) -> Rows:
-    """Rows from names given to one layer.
+    """Rows from names given to one layer; those it lacks are base rows.
 
     Raises:
-        ValueError: a name that the layer lacks, or another number of names than rows or sequences.
+        ValueError: another number of names than rows or sequences.
     """
     flat, shape = context.parse(given)
     slots = _Slots(list(dict.fromkeys(flat)))
-    for name, slot in zip(slots.names, slots, strict=True):
-        if slot >= 0 and name not in names:
-            raise ValueError(f"adapter_ids: expected names of {list(names)}, found {name!r}")
     slot_of = dict(zip(slots.names, slots, strict=True))
     rows = tuple(slot_of[name] for name in flat)
     active = Active(layer_names.handle, slots, rows, shape, len(slots), outer=None)

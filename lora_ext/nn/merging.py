@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .dora import weight_norm
+from .lora_forward import exactly
 
 
 class _Merged(NamedTuple):
@@ -159,7 +160,7 @@ class Merging(nn.Module):
         if detach:
             a, b = a.detach(), b.detach()
         dtype = wide(a.dtype)
-        with torch.autocast(a.device.type, enabled=False):
+        with exactly(a.device):
             return (b.flatten(1).to(dtype) @ a.flatten(1).to(dtype)) * scaling  # (O, I)
 
     def _bias_delta(self, name: str, scaling: float) -> Tensor:

@@ -1,0 +1,252 @@
+"""A switched-off adapter costs nothing, and what merging does to the base weight."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from peft_layers import CLOSE, gradients
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.pytorch_utils import Conv1D
+
+import lora_ext
+from lora_ext.nn import LoraLinear
+
+
+def layer(base: nn.Module | None = None, **settings) -> LoraLinear:
+    torch.manual_seed(0)
+    base = nn.Linear(24, 17) if base is None else base
+    return LoraLinear(base, **{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **settings})
+
+
+def batch(*lead: int) -> torch.Tensor:
+    return torch.randn(*lead, 24, requires_grad=True)
+
+
+def operations(run) -> list[str]:
+    """Names of all operators and kernels, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    return [e.name for e in found.events() if "profiler" not in e.name.lower()]
+
+
+def switched_off(ours: LoraLinear) -> None:
+    ours.adapter_active["default"] = False
+
+
+def without_rows(ours: LoraLinear) -> None:
+    ours.set_adapter([])
+
+
+def disabled(ours: LoraLinear) -> None:
+    ours.enable_adapters(False)
+
+
+@pytest.mark.parametrize("off", [switched_off, without_rows, disabled])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_an_adapter_that_is_off_costs_nothing(off, settings):
+    ours = layer(**settings)
+    off(ours)
+    x = batch(6)
+    assert torch.equal(ours(x), ours.base_layer(x))
+    assert type(ours(x).grad_fn) is type(ours.base_layer(x).grad_fn)
+    assert operations(lambda: ours(x)) == operations(lambda: ours.base_layer(x))
+    ours(x).sum().backward()
+    assert all(p.grad is None for n, p in ours.named_parameters() if "lora" in n)
+
+
+def test_the_profile_of_an_adapter_that_is_on_is_another():
+    ours, x = layer(), batch(6)
+    assert operations(lambda: ours(x)) != operations(lambda: ours.base_layer(x))
+
+
+def test_an_optimizer_leaves_a_switched_off_adapter_alone():
+    ours = layer()
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
+    x = batch(6)
+    ours(x).square().sum().backward()
+    optimizer.step()
+    a = ours.lora_A["default"].weight
+    before = a.detach().clone(), copy.deepcopy(optimizer.state[a])
+    optimizer.zero_grad()
+    ours.adapter_active["default"] = False
+    ours(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(a, before[0])
+    torch.testing.assert_close(optimizer.state[a], before[1], rtol=0, atol=0)
+
+
+def test_flags_of_one_adapter_among_several():
+    ours = layer()
+    ours.add_adapter("b", r=2, init_lora_weights=False)
+    ours.set_adapter(["default", "b"])
+    x = batch(4)
+    both = ours(x)
+    ours.adapter_active["default"] = False
+    alone = ours(x)
+    gradients_of = gradients(alone, ours, x)
+    assert gradients_of["lora_A.default.weight"] is None
+    assert gradients_of["lora_A.b.weight"] is not None
+    mixed = ours(x, ["default", "b", None, "b"])
+    assert torch.equal(mixed[[0, 2]], ours.base_layer(x)[[0, 2]])
+    torch.testing.assert_close(mixed[[1, 3]], alone[[1, 3]], **CLOSE)
+    assert torch.equal(ours(x, torch.tensor([0, 1, -1, 1])), mixed)
+    with lora_ext.adapters(["default", "b", None, "b"]):
+        assert torch.equal(ours(x), mixed)
+        ours.adapter_active["default"] = True
+        assert not torch.equal(ours(x), mixed)
+    torch.testing.assert_close(ours(x), both, rtol=0, atol=0)
+
+
+def test_adapters_without_rows_get_no_gradient():
+    ours = layer()
+    ours.add_adapter("b", init_lora_weights=False)
+    x = batch(4)
+    ours.set_adapter(["default", "b"])
+    found = gradients(ours(x, ["b", None, "b", None]), ours, x)
+    assert found["lora_A.default.weight"] is None and found["lora_A.b.weight"] is not None
+    assert torch.equal(ours(x, [None] * 4), ours.base_layer(x))
+
+
+def test_an_exception_in_a_forward_leaves_everything_as_it_was():
+    ours = layer()
+    ours.adapter_active["default"] = False
+    before = dict(ours.adapter_active), ours.active_adapters, ours.merged_adapters
+    with pytest.raises((ValueError, RuntimeError)):
+        ours(torch.randn(3, 25))
+    with pytest.raises(ValueError):
+        ours(batch(3), ["nobody"] * 3)
+    assert before == (dict(ours.adapter_active), ours.active_adapters, ours.merged_adapters)
+    ours.adapter_active["default"] = True
+    with pytest.raises((ValueError, RuntimeError)):
+        ours(torch.randn(3, 48))
+    assert ours(batch(3)).shape == (3, 17)
+
+
+MERGES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("settings", MERGES.values(), ids=MERGES)
+@pytest.mark.parametrize("base", [nn.Linear(24, 17), Conv1D(17, 24)], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_then_running_equals_running(settings, base, dtype):
+    ours = layer(copy.deepcopy(base).to(dtype), **settings)
+    x = torch.randn(6, 24, dtype=dtype)
+    expected, weight = ours(x).float(), ours.weight.detach().clone()
+    ours.merge(safe_merge=True)
+    assert ours.merged and ours.merged_adapters == ["default"]
+    # One rounding of every weight: 24 products of order one, relative to float32 for the sums.
+    bound = 24**0.5 * 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours(x).float(), expected, rtol=bound, atol=bound)
+    assert torch.equal(ours(x), ours.base_layer(x))
+    merged = ours.weight.detach().clone()
+    with pytest.warns(UserWarning, match="up to rounding only"):
+        ours.unmerge()
+    # Half a unit of the merged weight was rounded away, and half a unit of the restored one; DoRA
+    # divides the first by its factor, near 1 at the start. Float32 adds some units of its own.
+    largest = torch.maximum(merged.abs().max(), weight.abs().max())
+    units = 1.2 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+    assert (ours.weight - weight).abs().max() <= units * largest
+    assert not ours.merged
+
+
+def test_merged_weights_are_those_of_peft():
+    torch.manual_seed(0)
+    base = nn.Linear(24, 17)
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False)
+    theirs = PeftLinear(copy.deepcopy(base), "default", config, r=4, lora_alpha=6)
+    ours = LoraLinear(base, r=4, lora_alpha=6)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.get_delta_weight("default"), theirs.get_delta_weight("default"))
+    ours.merge()
+    theirs.merge()
+    torch.testing.assert_close(ours.weight, theirs.weight, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_kept_copy_restores_every_bit(dtype):
+    ours = layer(nn.Linear(24, 17, dtype=dtype), lora_bias=True)
+    ours.add_adapter("b", use_dora=True, init_lora_weights=False)
+    weight, bias = ours.weight.detach().clone(), ours.bias.detach().clone()
+    place = ours.weight.data_ptr()
+    ours.merge(keep_copy=True)
+    ours.merge(adapter_names=["b"])
+    assert ours.merged_adapters == ["default", "b"] and not torch.equal(ours.weight, weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.unmerge()
+    assert torch.equal(ours.weight, weight) and torch.equal(ours.bias, bias)
+    assert ours.weight.data_ptr() == place
+
+
+def test_several_adapters_merge_as_they_run():
+    ours = layer()
+    ours.add_adapter("b", r=2, use_dora=True, init_lora_weights=False)
+    ours.add_adapter("c", r=8, init_lora_weights=False)
+    ours.set_adapter(["default", "b", "c"])
+    x = batch(6)
+    expected, weight = ours(x), ours.weight.detach().clone()
+    ours.merge(adapter_names=["default"])
+    ours.merge()
+    assert ours.merged_adapters == ["default", "b", "c"]
+    torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning):
+        ours.unmerge()
+    torch.testing.assert_close(ours.weight, weight, **CLOSE)
+
+
+def test_unmerging_uses_the_scaling_of_the_merge():
+    ours = layer()
+    weight = ours.weight.detach().clone()
+    ours.merge()
+    ours.set_scale("default", 3.0)
+    with pytest.warns(UserWarning):
+        ours.unmerge()
+    torch.testing.assert_close(ours.weight, weight, **CLOSE)
+    with pytest.warns(UserWarning, match="nothing is merged"):
+        ours.unmerge()
+
+
+@pytest.mark.parametrize("where", ["lora_A", "bias"])
+def test_a_safe_merge_refuses_what_is_not_finite(where):
+    ours = layer(lora_bias=True)
+    broken = ours.lora_A if where == "lora_A" else ours.lora_B
+    parameter = getattr(broken["default"], "weight" if where == "lora_A" else "bias")
+    nn.init.constant_(parameter, float("inf"))
+    weight, bias = ours.weight.detach().clone(), ours.bias.detach().clone()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ours.merge(safe_merge=True)
+    assert torch.equal(ours.weight, weight) and torch.equal(ours.bias, bias) and not ours.merged
+
+
+def test_merged_adapters_refuse_what_they_cannot_do():
+    ours = layer()
+    x = batch(2)
+    ours.merge(keep_copy=True)
+    with pytest.raises(ValueError, match=r"\['default'\] are merged into the base weight"):
+        ours(x, ["default", None])
+    with lora_ext.adapters(["default", None]), pytest.raises(ValueError, match="unmerge them"):
+        ours(x)
+    ours.adapter_active["default"] = False
+    with pytest.raises(ValueError, match=r"\['default'\] are merged .* cannot be switched off"):
+        ours(x)
+    with pytest.raises(ValueError, match="'default' is merged"):
+        ours.delete_adapter("default")
+    ours.adapter_active["default"] = True
+    ours.enable_adapters(False)  # PEFT: a disabled layer unmerges itself
+    ours(x)
+    assert not ours.merged
+    ours.merge()
+    ours.add_adapter("b")
+    with pytest.raises(ValueError, match="no copy was kept"):
+        ours.merge(adapter_names=["b"], keep_copy=True)
+    with pytest.raises(RuntimeError, match="the base layer has none"):
+        layer(nn.Linear(24, 17, bias=False), lora_bias=True).merge()
