@@ -38,9 +38,37 @@ class LayerNames:
     modules = ()
 
     def __init__(self) -> None:
-        #: Objects with ``adapter_names``. A layer also registers itself in ``context.attachments``.
-        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Of each layer, the open blocks of its forwards, the last one last; None is no block.
+        self._blocks: weakref.WeakKeyDictionary[Any, tuple[Active | None, ...]]
+        self._blocks = weakref.WeakKeyDictionary()
         self.handle = context.pool_handle(self)
+
+    def add(self, layer: Any) -> None:
+        """Let blocks reach a layer: an object with ``adapter_names`` whose ``pool`` is this."""
+        self._blocks[layer] = (None,)
+        context.attachments.add(layer)
+
+    def block_of(self, layer: Any) -> Active | None:
+        """The block of this call of a layer.
+
+        A checkpointed layer runs again in the backward, perhaps in another thread and after its
+        block. It then must see what it saw in the forward, or say that it cannot.
+        """
+        if torch._C._current_graph_task_id() < 0:  # no backward is running in this thread
+            block = context.current(self.handle)
+            seen = self._blocks[layer]
+            if len(seen) != 1 or seen[0] is not block:
+                others = (b for b in seen if b not in (None, block) and not b.lease.released)
+                self._blocks[layer] = (*others, block)
+            return block
+        *others, block = self._blocks[layer]
+        if others or (block is not None and block.lease.released):
+            raise RuntimeError(
+                "adapters: a layer is computed again in the backward, and the block of its forward "
+                "was left or is one of several; keep one block open until after backward(), or "
+                "give adapter_ids"
+            )
+        return block
 
     def acquire(self, names: Sequence[str | None]) -> _Slots:
         """Slots for the names.
@@ -48,7 +76,7 @@ class LayerNames:
         Raises:
             UnknownAdapterError: a name that no layer has.
         """
-        known = {known for layer in self.layers for known in layer.adapter_names}
+        known = {known for layer in self._blocks for known in layer.adapter_names}
         for name in names:
             if name is not None and name != "__base__" and name not in known:
                 close = difflib.get_close_matches(name, known)
@@ -60,14 +88,13 @@ class LayerNames:
 layer_names = LayerNames()
 
 
-def rows_in_block(names: tuple[str, ...], leading: torch.Size, device: torch.device) -> Rows | None:
-    """Rows for a layer with these adapters, or None outside a block.
+def rows_in_block(
+    active: Active, names: tuple[str, ...], leading: torch.Size, device: torch.device
+) -> Rows:
+    """Rows for a layer with these adapters.
 
     Names of the block that the layer lacks are base rows: adapters need not reach every layer.
     """
-    active = context.current(layer_names.handle)
-    if active is None:
-        return None
     return active.cached((names, leading, device), lambda: _by_name(active, names, leading, device))
 
 
@@ -112,9 +139,10 @@ def _layer_adapter_ids(
     names: Sequence[str], default: int, leading: Sequence[int], device: torch.device
 ) -> Tensor:
     shape = torch.Size(leading)
-    rows = rows_in_block(tuple(names), shape, device)
-    if rows is None:
+    active = context.current(layer_names.handle)
+    if active is None:
         return torch.full((shape.numel(),), default, dtype=torch.int32, device=device)
+    rows = rows_in_block(active, tuple(names), shape, device)
     used = torch.tensor([*rows.used, -1], dtype=torch.int32, device=device)  # the last serves -1
     return used[rows.ids.long()]
 

@@ -53,8 +53,7 @@ class LoraLayer(Merging):
         self._register()
 
     def _register(self) -> None:
-        layer_names.layers.add(self)
-        context.attachments.add(self)
+        layer_names.add(self)
 
     @property
     def pool(self) -> LayerNames:
@@ -302,7 +301,8 @@ class LoraLayer(Merging):
             if not context.any_block:
                 return None
             return traced_rows(reachable, self._default_position(), leading, device)
-        return rows_in_block(reachable, leading, device)
+        block = layer_names.block_of(self)
+        return None if block is None else rows_in_block(block, reachable, leading, device)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self.adapter_active[n]]

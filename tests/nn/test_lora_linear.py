@@ -256,3 +256,32 @@ def test_one_graph_follows_the_blocks():
             torch.testing.assert_close(compiled(x), ours(x), **CLOSE)
     torch.testing.assert_close(compiled(x), ours(x), **CLOSE)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_sees_its_block_again_or_says_that_it_cannot(reentrant):
+    ours = layer({}, {"r": 2})
+    ours.set_adapter("0")
+    x = batch(3)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(ours, x, use_reentrant=reentrant)
+
+    expected = gradients(ours(x, ["1", None, "1"]), ours, x)
+    with lora_ext.adapters(["1", None, "1"]):
+        found = gradients(run(x), ours, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    y = run(x)
+    with lora_ext.adapters([None, "1", "1"]):  # not of the forward
+        torch.testing.assert_close(gradients(y, ours, x), gradients(ours(x, ["0"] * 3), ours, x))
+    with lora_ext.adapters(["1", None, "1"]):
+        late = run(x)
+    with pytest.raises(RuntimeError, match=r"keep one block open until after backward\(\)"):
+        late.sum().backward()
+    with lora_ext.adapters(["1", None, "1"]):
+        first = run(x)
+        with lora_ext.adapters(["0", None, "1"]):
+            second = run(x)
+            with pytest.raises(RuntimeError, match="one of several"):
+                (first + second).sum().backward()
+    torch.testing.assert_close(gradients(run(x), ours, x), gradients(ours(x), ours, x))
