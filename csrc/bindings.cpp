@@ -4,6 +4,8 @@
 #include <torch/extension.h>
 
 #include "ops/lora.h"
+#include "ops/lora_train.h"
+#include "ops/lora_train_autograd.h"
 #include "ops/settings.h"
 #ifdef LX_EMULATE
 #include "emu/emu.h"
@@ -20,6 +22,7 @@ namespace {
 
 #define LX_STRING_(x) #x
 #define LX_STRING(x) LX_STRING_(x)
+#define LX_OP(op) LX_STRING(LORA_EXT_LIBRARY) "::" #op
 
 bool wants_grad(const at::Tensor& t) {
     return t.requires_grad();
@@ -27,11 +30,17 @@ bool wants_grad(const at::Tensor& t) {
 bool wants_grad(const std::optional<at::Tensor>& t) {
     return t && t->requires_grad();
 }
+bool wants_grad(double) {
+    return false;
+}
 bool has_tangent(const at::Tensor& t) {
     return t._fw_grad(/*level=*/0).defined();
 }
 bool has_tangent(const std::optional<at::Tensor>& t) {
     return t && has_tangent(*t);
+}
+bool has_tangent(double) {
+    return false;
 }
 
 // What torch's own operators do above their kernels, for an op without a backward: refuse a
@@ -41,27 +50,22 @@ template <auto kOp, class Signature = std::remove_pointer_t<decltype(kOp)>>
 struct NoBackward;
 template <auto kOp, class Result, class... Args>
 struct NoBackward<kOp, Result(Args...)> {
-    static inline const char* name = nullptr;
+    using Handle = lora_ext::autograd::Handle<kOp>;
+    static inline const char* instead =
+        "call it under torch.no_grad(), or use lora_apply, which is differentiable";
 
-    static const auto& handle() {
-        static const auto op = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow(name, "")
-                                   .template typed<Result(Args...)>();
-        return op;
-    }
     static Result autograd(c10::DispatchKeySet keys, Args... args) {
-        TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(args) || ...), name,
+        TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(args) || ...), Handle::name,
                                     " has no forward-mode derivative");
-        TORCH_CHECK(!c10::GradMode::is_enabled() || !(wants_grad(args) || ...), name,
-                    " has no backward; call it under torch.no_grad(), or use lora_apply, which is "
-                    "differentiable");
+        TORCH_CHECK(!c10::GradMode::is_enabled() || !(wants_grad(args) || ...), Handle::name,
+                    " has no backward; ", instead);
         const at::AutoDispatchBelowAutograd guard;
-        return handle().redispatch(keys & c10::after_autograd_keyset, args...);
+        return Handle::get().redispatch(keys & c10::after_autograd_keyset, args...);
     }
     static void in_place(c10::DispatchKeySet keys, Args... args) {
         {
             const at::AutoDispatchBelowADInplaceOrView guard;
-            handle().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
+            Handle::get().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
         }
         torch::autograd::impl::bump_version(std::get<0>(std::tie(args...)));
     }
@@ -69,6 +73,8 @@ struct NoBackward<kOp, Result(Args...)> {
 using Shrink = NoBackward<&lora_ext::lora_shrink>;
 using Expand = NoBackward<&lora_ext::lora_expand_>;
 using Apply = NoBackward<&lora_ext::lora_apply_>;
+using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
+namespace train = lora_ext::autograd;
 
 template <class Library>
 void implement(Library& m) {
@@ -78,6 +84,9 @@ void implement(Library& m) {
     m.impl("lora_expand_", &lora_ext::lora_expand_);
     m.impl("lora_apply", &lora_ext::lora_apply);
     m.impl("lora_apply_", &lora_ext::lora_apply_);
+    m.impl("lora_linear_forward", &lora_ext::lora_linear_forward);
+    m.impl("lora_linear_backward", &lora_ext::lora_linear_backward);
+    m.impl("lora_dropout", &lora_ext::lora_dropout);
 }
 
 }  // namespace
@@ -95,15 +104,39 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
     m.def(
         "lora_apply_(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor adapter_ids, "
         "Tensor? scale=None, " LX_ADAPTERS ") -> ()");
+    m.def(
+        "lora_linear_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, "
+        "Tensor adapter_ids, Tensor? scale=None, Tensor? ranks=None, float dropout_p=0.0, "
+        "Tensor? seed=None, Tensor? plan=None) -> (Tensor y, Tensor v)");
+    m.def(
+        "lora_linear_backward(Tensor dy, Tensor x, Tensor v, Tensor? weight, Tensor a, Tensor b, "
+        "Tensor adapter_ids, Tensor? scale, Tensor? ranks, Tensor? plan, float dropout_p, "
+        "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
+        "-> (Tensor dx, Tensor da, Tensor db)");
+    m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
-    Shrink::name = LX_STRING(LORA_EXT_LIBRARY) "::lora_shrink";
-    Expand::name = LX_STRING(LORA_EXT_LIBRARY) "::lora_expand_";
-    Apply::name = LX_STRING(LORA_EXT_LIBRARY) "::lora_apply_";
+    Shrink::Handle::name = LX_OP(lora_shrink);
+    Expand::Handle::name = LX_OP(lora_expand_);
+    Apply::Handle::name = LX_OP(lora_apply_);
+    LinearBackward::Handle::name = LX_OP(lora_linear_backward);
+    LinearBackward::instead = "the gradient of lora_linear is not itself differentiable";
+    train::Linear::Plan::name = LX_OP(lora_plan);
+    train::Linear::Forward::name = LX_OP(lora_linear_forward);
+    train::Dropout::Forward::name = LX_OP(lora_dropout);
     m.impl("lora_shrink", TORCH_FN(Shrink::autograd));
     m.impl("lora_expand_", TORCH_FN(Expand::autograd));
     m.impl("lora_apply_", TORCH_FN(Apply::autograd));
+    m.impl("lora_linear_forward", TORCH_FN(train::linear));
+    m.impl("lora_linear_backward", TORCH_FN(LinearBackward::autograd));
+    m.impl("lora_dropout", TORCH_FN(train::dropout));
+}
+TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, AutocastCPU, m) {
+    m.impl("lora_linear_forward", TORCH_FN(train::autocast_linear<c10::kCPU>));
+}
+TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, AutocastCUDA, m) {
+    m.impl("lora_linear_forward", TORCH_FN(train::autocast_linear<c10::kCUDA>));
 }
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, ADInplaceOrView, m) {
     m.impl("lora_expand_", TORCH_FN(Expand::in_place));
@@ -125,6 +158,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_expand_", &lora_ext::lora_expand_);
     m.def("lora_apply", &lora_ext::lora_apply);
     m.def("lora_apply_", &lora_ext::lora_apply_);
+    m.def("lora_linear_forward", &lora_ext::lora_linear_forward);
+    m.def("lora_linear_backward", &lora_ext::lora_linear_backward);
+    m.def("lora_dropout", &lora_ext::lora_dropout);
     m.def("cpu_isa", &lora_ext::cpu_isa);
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
     m.def("has_kernels", &lora_ext::has_kernels);

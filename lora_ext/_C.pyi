@@ -47,6 +47,39 @@ def lora_apply_(
     plan: Tensor | None,
     /,
 ) -> None: ...
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    plan: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+    plan: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def lora_dropout(x: Tensor, p: float, seed: Tensor | None, /) -> Tensor: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(isa: str, /) -> None: ...
 def has_kernels() -> bool: ...

@@ -13,6 +13,7 @@ from hypothesis import settings
 import lora_ext
 from lora_ext.ops import _registration
 from lora_ext.ops import lora as lora_ops
+from lora_ext.ops import lora_train as lora_train_ops
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -62,6 +63,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         seed = int(os.environ.get("LX_SEED", chosen.seed))
         chosen.module.set_seed(seed)
     lora_ext._C.set_cpu_isa(chosen.isa)
-    monkeypatch.setattr(lora_ops, "_c", getattr(torch.ops, chosen.library))
+    for module in (lora_ops, lora_train_ops):
+        monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
     yield chosen
     lora_ext._C.set_cpu_isa("")

@@ -1,7 +1,7 @@
 // A build without nvcc: every launcher exists and says why it cannot launch.
 #if !defined(LORA_EXT_WITH_CUDA)
 
-#include "lora_ext/lora.h"
+#include "lora_ext/lora_train.h"
 
 namespace lora_ext {
 
@@ -27,6 +27,18 @@ LaunchStatus launch_lora_expand(const LoraArgs&, void*) {
     return -1;
 }
 LaunchStatus launch_lora_apply(const LoraArgs&, void*) {
+    return -1;
+}
+int64_t lora_train_workspace_bytes(const LoraTrainArgs&) {
+    return 0;
+}
+LaunchStatus launch_lora_train_shrink(const LoraTrainArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
     return -1;
 }
 

@@ -11,12 +11,15 @@ from lora_ext.ops.lora import (
     lora_shrink,
     sgmv_,
 )
+from lora_ext.ops.lora_train import lora_dropout, lora_linear
 
 __all__ = [
     "bgmv_",
     "lora_apply",
     "lora_apply_",
+    "lora_dropout",
     "lora_expand_",
+    "lora_linear",
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",

@@ -61,45 +61,65 @@ def _fake_in_place(name: str, y: Tensor, *args: object, **kwargs: object) -> Non
     _same_device(name, y, *args, *kwargs.values())
 
 
+def _fake_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, *args: object
+) -> tuple[Tensor, Tensor]:
+    _same_device("lora_linear", x, weight, bias, a, b, *args)
+    y = x.new_empty(x.shape[0], b.shape[1])
+    return y, x.new_empty(x.shape[0], a.shape[1], dtype=_accumulator(x.dtype))
+
+
+def _fake_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device("lora_linear_backward", dy, x, v, weight, a, b, *args)
+    dx, da, db = (
+        t.new_empty(t.shape if need else 0) for t, need in zip((x, a, b), args[-3:], strict=True)
+    )
+    return dx, da, db
+
+
+def _fake_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
+    _same_device("lora_dropout", x, seed)
+    return x.new_empty(x.shape)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _per_adapter(left: Tensor, right: Tensor, adapter_ids: Tensor, adapters: int) -> Tensor:
-    """``out[s] = sum of left[t]^T right[t]`` over the rows of adapter ``s``.
-
-    Masked on both sides, so that a NaN in a row reaches its own adapter alone.
-    """
-    out = left.new_zeros(adapters, left.shape[1], right.shape[1])
-    for s in range(adapters):
-        own = (adapter_ids == s)[:, None]
-        out[s] = torch.where(own, left, 0).T @ torch.where(own, right, 0)
-    return out
-
-
 def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """``dv = scale * b^T dy``, ``dx = a^T dv``, and per adapter ``da = dv^T x``, ``db = dy^T v``.
+    """The backward of ``lora_linear`` without a base; pages hand back dx alone.
 
-    dx is the op itself with the factors exchanged. da and db visit every row once per adapter; one
-    pass over the rows for all adapters is the business of training.
+    For pages ``dx = a^T dv`` is the op itself with the factors exchanged.
     """
     x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
-    if page_table is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-        raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
+    need_dx, need_da, need_db = ctx.needs_input_grad[:3]
     if any(ctx.needs_input_grad[3:]):
         raise NotImplementedError("lora_apply: scale receives no gradient")
-    tail = (adapter_ids, scale, ranks, page_table, plan)
-    a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
-    dx = da = db = None
-    if ctx.needs_input_grad[0]:
-        dx = library.lora_apply(dy, b_t, a_t, *tail)
-    if ctx.needs_input_grad[1]:
-        dv = library.lora_shrink(dy, b_t, *tail)
-        da = _per_adapter(dv, x.to(dv.dtype), adapter_ids, a.shape[0]).to(a.dtype)
-    if ctx.needs_input_grad[2]:
-        v = library.lora_shrink(x, a, *tail)
-        db = _per_adapter(dy.to(v.dtype), v, adapter_ids, b.shape[0]).to(b.dtype)
-    return dx, da, db, None, None, None, None, None
+    if page_table is not None:
+        if need_da or need_db:
+            raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
+        a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
+        dx = library.lora_apply(dy, b_t, a_t, adapter_ids, scale, ranks, page_table, plan)
+        return dx, *(None,) * 7
+    if plan is None:
+        plan = library.lora_plan(adapter_ids, a.shape[0])
+    if need_db:
+        v = library.lora_shrink(x, a, adapter_ids, scale, ranks, None, plan)
+    else:
+        v = x.new_empty(x.shape[0], a.shape[1], dtype=_accumulator(x.dtype))
+    grads = library.lora_linear_backward(
+        dy, x, v, None, a, b, adapter_ids, scale, ranks, plan, 0.0, None, need_dx, need_da, need_db
+    )
+    needs = (need_dx, need_da, need_db)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
 def register(library: str) -> None:
@@ -111,6 +131,9 @@ def register(library: str) -> None:
         "lora_expand_": functools.partial(_fake_in_place, "lora_expand_"),
         "lora_apply": _fake_apply,
         "lora_apply_": functools.partial(_fake_in_place, "lora_apply_"),
+        "lora_linear_forward": _fake_linear,
+        "lora_linear_backward": _fake_linear_backward,
+        "lora_dropout": _fake_dropout,
     }
     # torch annotates neither of the two in full.
     for name, fake in fakes.items():

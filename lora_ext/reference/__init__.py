@@ -9,12 +9,22 @@ from lora_ext.reference.lora import (
     lora_segment_ids,
     lora_shrink,
 )
+from lora_ext.reference.lora_train import (
+    dropout_keep,
+    lora_dropout,
+    lora_linear,
+    lora_linear_backward,
+)
 
 __all__ = [
+    "dropout_keep",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
+    "lora_dropout",
     "lora_expand_",
+    "lora_linear",
+    "lora_linear_backward",
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _rows_of_adapters(
+def rows_of_adapters(
     adapter_ids: Tensor, adapters: int, max_rank: int, ranks: Tensor | None
 ) -> Iterator[tuple[int, Tensor, int]]:
     """(adapter, its rows, its rank), for every adapter that has any of either."""
@@ -47,9 +47,9 @@ def lora_shrink(
     """``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; zero for -1; ``(T, R)``."""
     if page_table is not None:
         a = unpage_a(a, page_table)
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     v = x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
-    for s, rows, rank in _rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
+    for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
         v[rows, :rank] = x[rows].to(dtype) @ a[s, :rank].to(dtype).T
         if scale is not None:
             v[rows] *= scale[s].to(dtype)
@@ -67,7 +67,7 @@ def lora_delta(
     if page_table is not None:
         b = unpage_b(b, page_table)
     delta = v.new_zeros(v.shape[0], b.shape[1])
-    for s, rows, rank in _rows_of_adapters(adapter_ids, b.shape[0], b.shape[2], ranks):
+    for s, rows, rank in rows_of_adapters(adapter_ids, b.shape[0], b.shape[2], ranks):
         delta[rows] = v[rows, :rank] @ b[s, :, :rank].to(v.dtype).T
     return delta
 

@@ -65,11 +65,12 @@ struct LoraTrainCpu {
     // and dx is visited once.
     int64_t (*da_dx_items)(const LoraTrainArgs&);
     void (*da_dx)(const LoraTrainArgs&, int64_t begin, int64_t end);
+    // y[t, i] = x[t, i] / (1 - p) where kept, else 0; in the dtype of x, rounded once. Items are
+    // rows of x and y, bank.in_features wide.
+    void (*dropout)(const LoraTrainArgs&, int64_t begin, int64_t end);
 };
 const LoraTrainCpu& lora_train_cpu();
 const LoraTrainCpu* lora_train_cpu(const char* isa);
-// y[t, i] = x[t, i] / (1 - p) where kept, else 0; in the dtype of x, rounded once.
-void lora_dropout_cpu(const LoraTrainArgs& args, void* y, int64_t begin_row, int64_t end_row);
 
 // CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation.
 int64_t lora_train_workspace_bytes(const LoraTrainArgs& args);                   // reads sizes only

@@ -1,0 +1,122 @@
+// What every twin of the LoRA family walks over: the pages of a slot, the chunks of a plan, rows
+// picked by an index. Compiled once per instruction set, as vec.h is.
+#pragma once
+
+#include "lora_ext/lora_train.h"
+
+#include "vec.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+template <int kValue>
+struct Int {
+    static constexpr int value = kValue;
+};
+// Calls f(Int<n>) for n in [1, kMax].
+template <int kMax, typename F>
+LX_INLINE void with_constant(int64_t n, F&& f) {
+    if constexpr (kMax == 1)
+        f(Int<1>{});
+    else if (n == kMax)
+        f(Int<kMax>{});
+    else
+        with_constant<kMax - 1>(n, f);
+}
+LX_INLINE int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+LX_INLINE int64_t blocks_of(int64_t n, int64_t size) {
+    return (n + size - 1) / size;
+}
+
+// The pages of one slot.
+template <typename T>
+struct Slot {
+    const T* a;
+    const T* b;
+    const int32_t* table;
+    int64_t a_page_stride, b_page_stride, a_row, b_row, in, out;
+    int32_t rank;
+    bool full_pages;
+    Acc<T> scale;
+
+    Slot(const LoraBank& bank, int32_t slot)
+        : a(static_cast<const T*>(bank.a)),
+          b(static_cast<const T*>(bank.b)),
+          table(bank.page_table),
+          a_page_stride(bank.a_page_stride),
+          b_page_stride(bank.b_page_stride),
+          a_row(bank.a_row_stride),
+          b_row(bank.b_row_stride),
+          in(bank.in_features),
+          out(bank.out_features),
+          rank(bank.ranks ? bank.ranks[slot] : bank.max_rank),
+          full_pages(bank.full_pages),
+          scale(bank.scale ? bank.scale[slot] : 1) {
+        if (table) {
+            table += int64_t{slot} * bank.pages_per_slot;
+        } else {
+            a += slot * bank.a_slot_stride;
+            b += slot * bank.b_slot_stride;
+        }
+    }
+    int64_t page(int64_t p) const { return table ? table[p] : p; }
+    const T* a_at(int64_t r) const { return a + page(r / 8) * a_page_stride + r % 8 * a_row; }
+    const T* b_page(int64_t p) const { return b + page(p) * b_page_stride; }
+};
+
+struct Chunk {
+    int32_t slot, len;
+    const int32_t* rows;
+};
+Chunk chunk_at(const LoraArgs& args, int64_t c) {
+    const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
+    const int32_t* chunk = args.plan + layout.chunks() + 4 * c;
+    return {chunk[0], chunk[2], args.plan + layout.perm() + chunk[1]};
+}
+
+// Rows of a matrix, picked by an index or in order.
+template <typename E>
+struct Rows {
+    E* base;
+    int64_t stride;
+    const int32_t* index;
+    LX_INLINE E* operator[](int64_t i) const { return base + (index ? index[i] : i) * stride; }
+    Rows from(int64_t i) const {
+        return index ? Rows{base, stride, index + i} : Rows{base + i * stride, stride, index};
+    }
+};
+
+template <typename T>
+Rows<const T> x_rows(const LoraArgs& args, const Chunk& chunk) {
+    return {static_cast<const T*>(args.x), args.x_row_stride, chunk.rows};
+}
+template <typename T>
+Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
+    return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
+}
+
+// Op<T>::run for the T of dtype_of(args).
+inline DType dtype_of(const LoraArgs& args) {
+    return args.dtype;
+}
+inline DType dtype_of(const LoraTrainArgs& args) {
+    return args.lora.dtype;
+}
+template <template <typename> class Op, typename Args>
+void by_dtype(const Args& args, int64_t begin, int64_t end) {
+    switch (dtype_of(args)) {
+        case DType::kFloat32:
+            return Op<float>::run(args, begin, end);
+        case DType::kFloat16:
+            return Op<Half>::run(args, begin, end);
+        case DType::kBFloat16:
+            return Op<BFloat>::run(args, begin, end);
+        case DType::kFloat64:
+            return Op<double>::run(args, begin, end);
+    }
+}
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,285 @@
+// The training ops: tensors in, checks, allocation, choice of twin or kernel. The products with the
+// base weight are at::linear and at::mm; all else is a twin or a kernel.
+//
+// Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R); v (T, R); y, dy (T, O).
+#include "ops/lora_train.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "lora_ext/lora_train.h"
+#include "ops/checks.h"
+#include "ops/lora_args.h"
+#include "ops/scratch.h"
+#include "ops/settings.h"
+#include "ops/stream.h"
+
+namespace lora_ext {
+namespace {
+
+thread_local Scratch plan_scratch, dv_scratch;
+
+// Below so many multiplications a parallel region costs more than a second thread saves.
+constexpr int64_t kSerialWork = 1 << 17;
+
+LoraDropout dropout_of(const char* op, const char* p_name, double p, const OptionalTensor& seed,
+                       at::Device device) {
+    LX_CHECK(p >= 0 && p < 1, op, ": ", p_name, " must be in [0, 1), got ", p);
+    LoraDropout dropout;
+    if (p == 0) return dropout;
+    LX_CHECK(seed, op, ": seed is required with ", p_name, " > 0, got None");
+    LX_CHECK(seed->scalar_type() == at::kLong && seed->numel() == 1 && seed->device() == device, op,
+             ": seed must be one int64 on ", device, ", got ", seed->scalar_type(), " of shape ",
+             seed->sizes(), " on ", seed->device());
+    dropout.seed = seed->const_data_ptr<int64_t>();
+    dropout.threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
+    dropout.inverse_keep = static_cast<float>(1 / (1 - p));
+    return dropout;
+}
+
+// One op under way: what the twins and launchers read, and the tensors that keep it alive.
+struct Call {
+    const char* op;
+    LoraTrainArgs args;
+    Bank bank;
+    Tensor x, ids, plan, workspace, train_workspace;
+
+    Call(const char* op, const Tensor& x_in, const Tensor& a, const Tensor& b,
+         const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
+         double dropout_p, const OptionalTensor& seed)
+        : op(op) {
+        check_dim(op, "x", x_in, 2, "(T, I)");
+        check_dim(op, "b", b, 3, "(A, O, R)");
+        args.lora.dtype = dtype_of(op, "x", x_in);
+        x = rows_contiguous(x_in);
+        LX_CHECK(x.size(0) <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ", x.size(0));
+        bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), b.size(1));
+        args.lora.bank = bank.view;
+        args.lora.num_tokens = x.size(0);
+        args.lora.x = x.const_data_ptr();
+        args.lora.x_row_stride = x.stride(0);
+        args.dropout = dropout_of(op, "dropout_p", dropout_p, seed, x.device());
+        check_ids(op, adapter_ids, x.size(0), x.device());
+        ids = adapter_ids.contiguous();
+    }
+
+    at::ScalarType v_type() const {
+        return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    }
+
+    // False: no row or no rank, so that every product with an adapter is zero.
+    bool active() const {
+        return args.lora.num_tokens > 0 && args.lora.bank.max_rank > 0 &&
+               args.lora.bank.in_features > 0;
+    }
+
+    void set_v(const Tensor& v) {
+        args.lora.v = const_cast<void*>(v.const_data_ptr());
+        args.lora.v_row_stride = v.stride(0);
+    }
+
+    // The caller's plan, checked, or one of its own.
+    void set_plan(const OptionalTensor& given) {
+        LoraArgs& lora = args.lora;
+        const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
+        if (given) check_plan_tensor(op, layout, *given, x.device());
+        if (!active()) return;
+        const bool kernels = launches_kernels(x);
+        lora.ids = plan_args(ids, lora.bank.num_adapters);
+        if (given) {
+            lora.plan = given->const_data_ptr<int32_t>();
+            if (!kernels) check_plan(op, layout, ids, lora.plan);
+        } else {
+            if (kernels) {
+                plan = at::empty({layout.size()}, x.options().dtype(at::kInt));
+                lora.ids.plan = plan.mutable_data_ptr<int32_t>();
+            } else {
+                lora.ids.plan =
+                    static_cast<int32_t*>(plan_scratch.get(layout.size() * sizeof(int32_t)));
+            }
+            build_plan(op, ids, lora.ids, x);
+            lora.plan = lora.ids.plan;
+        }
+        if (!kernels) check_slots(op, lora.bank, lora.plan);
+    }
+
+    void set_workspaces() {
+        const auto bytes = x.options().dtype(at::kByte);
+        const auto allocate = [&](int64_t size, Tensor& owner, void*& pointer) {
+            if (size == 0) return;
+            owner = at::empty({size}, bytes);
+            pointer = owner.mutable_data_ptr();
+        };
+        allocate(lora_workspace_bytes(args.lora), workspace, args.lora.workspace);
+        allocate(lora_train_workspace_bytes(args), train_workspace, args.workspace);
+    }
+
+    const LoraTrainCpu& twin() const { return *lora_train_cpu(lora_twin().isa); }
+
+    template <typename Args>
+    void run(const Args& what, int64_t items, void (*f)(const Args&, int64_t, int64_t),
+             int64_t width) const {
+        const int64_t work = args.lora.num_tokens * args.lora.bank.max_rank * width;
+        if (items <= 1 || work < kSerialWork)
+            f(what, 0, items);
+        else
+            at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { f(what, begin, end); });
+    }
+};
+
+void check_base(const char* op, const OptionalTensor& weight, const Tensor& x, int64_t out) {
+    if (!weight) return;
+    check_like(op, "weight", *weight, x, "x");
+    LX_CHECK(weight->dim() == 2 && weight->size(0) == out && weight->size(1) == x.size(1), op,
+             ": weight must have shape (O, I) = (", out, ", ", x.size(1), "), got ",
+             weight->sizes());
+}
+
+// The library's GEMMs below keep the dtype that they are given, whatever autocast the caller is in.
+struct NoAutocast {
+    c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const Tensor& a,
+                                               const Tensor& b, const Tensor& adapter_ids,
+                                               const OptionalTensor& scale,
+                                               const OptionalTensor& ranks, double dropout_p,
+                                               const OptionalTensor& seed,
+                                               const OptionalTensor& plan) {
+    constexpr auto op = "lora_linear";
+    check_no_tangents(op, {&x_in, &a, &b});
+    Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed);
+    const Tensor& x = call.x;
+    const int64_t out = b.size(1);
+    check_base(op, weight, x, out);
+    LX_CHECK(!bias || weight, op, ": bias must be None where weight is None");
+    if (bias) {
+        check_like(op, "bias", *bias, x, "x");
+        LX_CHECK(bias->dim() == 1 && bias->size(0) == out, op, ": bias must have shape (O,) = (",
+                 out, ",), got ", bias->sizes());
+    }
+    const c10::DeviceGuard guard(x.device());
+    const NoAutocast no_autocast;
+    call.set_plan(plan);
+    Tensor y = weight ? at::linear(x, *weight, bias) : at::zeros({x.size(0), out}, x.options());
+    LoraTrainArgs& args = call.args;
+    Tensor v = at::empty({x.size(0), args.lora.bank.max_rank}, x.options().dtype(call.v_type()));
+    if (!call.active()) return {y, v.zero_()};
+    call.set_v(v);
+    args.lora.y = y.mutable_data_ptr();
+    args.lora.y_row_stride = y.stride(0);
+    const bool drops = args.dropout.threshold != 0;
+    if (launches_kernels(x)) {
+        call.set_workspaces();
+        void* stream = current_stream(x);
+        check_launch(op, drops ? launch_lora_train_shrink(args, stream)
+                               : launch_lora_shrink(args.lora, stream));
+        check_launch(op, launch_lora_expand(args.lora, stream));
+        return {y, v};
+    }
+    if (drops)
+        call.run(args, call.twin().shrink_items(args), call.twin().shrink, x.size(1));
+    else
+        call.run(args.lora, lora_twin().shrink_items(args.lora), lora_twin().shrink, x.size(1));
+    call.run(args.lora, lora_twin().expand_items(args.lora), lora_twin().expand, out);
+    return {y, v};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy_in, const Tensor& x_in, const Tensor& v_in, const OptionalTensor& weight,
+    const Tensor& a, const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,
+    const OptionalTensor& ranks, const OptionalTensor& plan, double dropout_p,
+    const OptionalTensor& seed, bool need_dx, bool need_da, bool need_db) {
+    constexpr auto op = "lora_linear_backward";
+    Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed);
+    const Tensor& x = call.x;
+    const int64_t rows = x.size(0), out = b.size(1), rank = call.bank.view.max_rank;
+    check_base(op, weight, x, out);
+    check_like(op, "dy", dy_in, x, "x");
+    LX_CHECK(dy_in.dim() == 2 && dy_in.size(0) == rows && dy_in.size(1) == out, op,
+             ": dy must have shape (T, O) = (", rows, ", ", out, "), got ", dy_in.sizes());
+    LX_CHECK(v_in.scalar_type() == call.v_type() && v_in.device() == x.device() &&
+                 v_in.dim() == 2 && v_in.size(0) == rows && v_in.size(1) == rank,
+             op, ": v must have shape (T, R) = (", rows, ", ", rank, ") and be ", call.v_type(),
+             " on ", x.device(), ", got ", v_in.scalar_type(), " of shape ", v_in.sizes(), " on ",
+             v_in.device());
+    const c10::DeviceGuard guard(x.device());
+    const NoAutocast no_autocast;
+    call.set_plan(plan);
+    const Tensor dy = rows_contiguous(dy_in), v = rows_contiguous(v_in);
+    const bool active = call.active();
+    Tensor dx = at::empty({0}, x.options()), da = dx, db = dx;
+    if (need_dx) dx = weight ? at::mm(dy, *weight) : at::zeros({rows, x.size(1)}, x.options());
+    const auto gradient = [&](const Tensor& of) {
+        return active ? at::empty(of.sizes(), x.options()) : at::zeros(of.sizes(), x.options());
+    };
+    da = need_da ? gradient(a) : at::empty({0}, x.options());
+    db = need_db ? gradient(b) : at::empty({0}, x.options());
+    if (!active || !(need_dx || need_da || need_db)) return {dx, da, db};
+
+    LoraTrainArgs& args = call.args;
+    call.set_v(v);
+    args.dy = dy.const_data_ptr();
+    args.dy_row_stride = dy.stride(0);
+    if (need_dx) args.dx = dx.mutable_data_ptr(), args.dx_row_stride = dx.stride(0);
+    if (need_da) args.da = da.mutable_data_ptr();
+    if (need_db) args.db = db.mutable_data_ptr();
+    args.dv_row_stride = 8 * args.lora.bank.pages_per_slot;
+    if (launches_kernels(x)) {
+        const Tensor dv = at::empty({rows, args.dv_row_stride}, v.options());
+        args.dv = dv.mutable_data_ptr();
+        call.set_workspaces();
+        check_launch(op, launch_lora_train_backward(args, current_stream(x)));
+        return {dx, da, db};
+    }
+    const LoraTrainCpu& cpu = call.twin();
+    if (need_dx || need_da) {
+        args.dv = dv_scratch.get(rows * args.dv_row_stride * v.element_size());
+        call.run(args, cpu.dv_items(args), cpu.dv, out);
+        call.run(args, cpu.da_dx_items(args), cpu.da_dx, x.size(1));
+    }
+    if (need_db) call.run(args, cpu.db_items(args), cpu.db, out);
+    return {dx, da, db};
+}
+
+Tensor lora_dropout(const Tensor& x_in, double p, const OptionalTensor& seed) {
+    constexpr auto op = "lora_dropout";
+    check_dim(op, "x", x_in, 2, "(T, I)");
+    LoraTrainArgs args;
+    args.lora.dtype = dtype_of(op, "x", x_in);
+    args.dropout = dropout_of(op, "p", p, seed, x_in.device());
+    const Tensor x = rows_contiguous(x_in);
+    const int64_t rows = x.size(0), columns = x.size(1);
+    LX_CHECK(rows <= kMaxSize && columns <= kMaxSize, op, ": at most ", kMaxSize,
+             " rows and columns, got ", rows, " and ", columns);
+    Tensor y = at::empty({rows, columns}, x.options());
+    if (y.numel() == 0) return y;
+    const c10::DeviceGuard guard(x.device());
+    args.lora.num_tokens = rows;
+    args.lora.bank.in_features = static_cast<int32_t>(columns);
+    args.lora.x = x.const_data_ptr();
+    args.lora.x_row_stride = x.stride(0);
+    args.lora.y = y.mutable_data_ptr();
+    args.lora.y_row_stride = columns;
+    if (launches_kernels(x)) {
+        check_launch(op, launch_lora_dropout(args, args.lora.y, current_stream(x)));
+        return y;
+    }
+    const LoraTrainCpu& cpu = *lora_train_cpu(lora_twin().isa);
+    const int64_t grain = std::max<int64_t>(1, kSerialWork / 4 / columns);
+    at::parallel_for(0, rows, grain,
+                     [&](int64_t begin, int64_t end) { cpu.dropout(args, begin, end); });
+    return y;
+}
+
+}  // namespace lora_ext

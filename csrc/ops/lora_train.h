@@ -1,0 +1,29 @@
+// The training ops as C++ functions of tensors; bindings.cpp registers each under the same name.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace lora_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const Tensor& a,
+                                               const Tensor& b, const Tensor& adapter_ids,
+                                               const OptionalTensor& scale,
+                                               const OptionalTensor& ranks, double dropout_p,
+                                               const OptionalTensor& seed,
+                                               const OptionalTensor& plan);
+// dx, da, db; one that is not needed comes back empty.
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& v, const OptionalTensor& weight,
+    const Tensor& a, const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,
+    const OptionalTensor& ranks, const OptionalTensor& plan, double dropout_p,
+    const OptionalTensor& seed, bool need_dx, bool need_da, bool need_db);
+Tensor lora_dropout(const Tensor& x, double p, const OptionalTensor& seed);
+
+}  // namespace lora_ext

@@ -1,0 +1,143 @@
+"""Training of batched multi-adapter LoRA, one formula per function.
+
+Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_ext.reference.lora import accumulator, rows_of_adapters
+
+_WORD = 0xFFFFFFFF  # words of 32 bits are kept in int64: torch has no unsigned arithmetic on them
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product, in halves of 16 bits that no int64 overflows."""
+    low, high = m * (word & 0xFFFF), m * (word >> 16)
+    middle = (low >> 16) + (high & 0xFFFF)
+    return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Ten rounds of Philox on ``counter (..., 4)``, words in int64.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tensor:
+    """``(rows, columns)`` bool: True where dropout keeps the element.
+
+    Kept if ``word >= round(p * 2^32)``, where ``word`` is the entry ``column % 4`` of Philox at
+    counter ``(row, column / 4, 0, 0)`` under the key of the seed's two halves.
+    """
+    seed = int(seed)
+    row = torch.arange(rows)[:, None].expand(rows, -(-columns // 4))
+    quad = torch.arange(row.shape[1]).expand_as(row)
+    zero = torch.zeros_like(row)
+    words = philox4x32_10(
+        torch.stack([row, quad, zero, zero], -1), (seed & _WORD, seed >> 32 & _WORD)
+    )
+    return words.flatten(1)[:, :columns] >= round(p * 2**32)
+
+
+def inverse_keep(p: float) -> float:
+    """``1 / (1 - p)``, rounded to float32 as every telling of the ops holds it."""
+    return torch.tensor(1 / (1 - p), dtype=torch.float32).item()
+
+
+def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
+    """``y[t, i] = x[t, i] / (1 - p)`` where kept, else 0; rounded once."""
+    if p == 0:
+        return x.clone()
+    assert seed is not None
+    keep = dropout_keep(x.shape[0], x.shape[1], p, seed).to(x.device)
+    scaled = (x.to(accumulator(x.dtype)) * inverse_keep(p)).to(x.dtype)
+    return torch.where(keep, scaled, 0)
+
+
+def _masked(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    if p == 0:
+        return x
+    assert seed is not None
+    return torch.where(dropout_keep(x.shape[0], x.shape[1], p, seed).to(x.device), x, 0)
+
+
+def _factor(scale: Tensor | None, s: int, p: float, dtype: torch.dtype) -> float | Tensor:
+    return inverse_keep(p) * (1 if scale is None else scale[s].to(dtype))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))``, ``(T, O)``.
+
+    ``s = adapter_ids[t]``, ``m`` the dropout mask in {0, 1}, ``c = scale[s] / (1 - p)``. Rows of -1
+    have no update; without a weight the update is all. Plain torch, so autograd gives the backward.
+
+    Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
+    """
+    dtype = accumulator(x.dtype)
+    y = x.new_zeros(x.shape[0], b.shape[1], dtype=dtype)
+    if weight is not None:
+        y = x.to(dtype) @ weight.to(dtype).T
+        y = y if bias is None else y + bias.to(dtype)
+    kept = _masked(x, dropout_p, seed).to(dtype)
+    for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
+        v = _factor(scale, s, dropout_p, dtype) * (kept[rows] @ a[s, :rank].to(dtype).T)
+        y = y.index_add(0, rows, v @ b[s, :, :rank].to(dtype).T)
+    return y.to(x.dtype)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dx, da, db)`` of :func:`lora_linear`, written out.
+
+    ``dv[t] = c * dy[t] @ b[s]``, ``db[s] = sum_t dy[t]^T v[t]``,
+    ``da[s] = sum_t dv[t]^T (m * x)[t]`` and ``dx[t] = dy[t] @ weight + m[t] * (dv[t] @ a[s])``;
+    sums over the rows of one adapter.
+    """
+    dtype = accumulator(x.dtype)
+    kept, dy = _masked(x, dropout_p, seed).to(dtype), dy.to(dtype)
+    da, db = torch.zeros_like(a, dtype=dtype), torch.zeros_like(b, dtype=dtype)
+    dx, delta = torch.zeros_like(x, dtype=dtype), torch.zeros_like(x, dtype=dtype)
+    if weight is not None:
+        dx = dy @ weight.to(dtype)
+    for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
+        factor = _factor(scale, s, dropout_p, dtype)
+        v = factor * (kept[rows] @ a[s, :rank].to(dtype).T)
+        dv = factor * (dy[rows] @ b[s, :, :rank].to(dtype))
+        db[s, :, :rank] = dy[rows].T @ v
+        da[s, :rank] = dv.T @ kept[rows]
+        delta[rows] = dv @ a[s, :rank].to(dtype)
+    dx = dx + _masked(delta, dropout_p, seed)
+    return dx.to(x.dtype), da.to(a.dtype), db.to(b.dtype)

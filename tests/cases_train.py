@@ -1,0 +1,115 @@
+"""The training ops' case table: what they are fed, every output, and how far each may lie off."""
+
+from __future__ import annotations
+
+import torch
+from cases import ROUNDING, SPLIT, Inputs, Shape, _values, make_inputs, wider
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+Outputs = dict[str, Tensor]
+LEAVES = ("x", "weight", "bias", "a", "b")
+
+SMALL = [
+    Shape(1, 64, 64, (8,)),
+    Shape(1, 1, 1, (1,)),
+    Shape(3, 17, 5, (4, 0, 7), bank_rank=7),
+    Shape(16, 64, 96, (8,) * 16, "distinct"),
+    Shape(17, 72, 40, (16, 3), "skewed"),
+    Shape(33, 40, 31, (1, 2, 9, 24), "half"),
+    Shape(5, 24, 16, (8, 8), "none"),
+    Shape(70, 133, 56, (5, 64, 16, 8), "interleaved"),
+]
+MEDIUM = [
+    Shape(0, 64, 64, (8,)),
+    Shape(200, 129, 70, (256, 1, 64), "zipf"),
+    Shape(257, 200, 136, (16, 64), "contiguous"),
+    Shape(300, 130, 301, (12, 24, 40), "uniform", bank_rank=42),
+]
+LARGE = [
+    Shape(40, 2100, 1200, (8, 16), "uniform"),
+    Shape(4100, 72, 40, (16, 8), "contiguous"),
+]
+
+
+def train_inputs(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    exact: bool = False,
+    dropout_p: float = 0.0,
+    base: bool = True,
+    device: str = "cpu",
+) -> Inputs:
+    """`make_inputs` of a bank, with base layer, dropout and the gradient of y."""
+    inputs = make_inputs(shape, dtype, seed=seed, exact=exact)
+    g = torch.Generator().manual_seed(seed + 1000)
+    weight = _values(g, exact, (shape.out, shape.wide), dtype, shape.wide**-0.5)
+    if exact:  # one in eight, so that the base product is a small integer even in bfloat16
+        weight = weight * (torch.rand(weight.shape, generator=g) < 0.125)
+    inputs |= {
+        "weight": weight if base else None,
+        "bias": _values(g, exact, (shape.out,), dtype) if base else None,
+        "dy": _values(g, exact, (shape.tokens, shape.out), dtype),
+        "dropout_p": dropout_p,
+        "seed": torch.tensor([seed * 2**33 - 7 * seed + 3]) if dropout_p else None,
+    }
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _tail(i: Inputs) -> tuple[object, ...]:
+    return i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"]
+
+
+def run(i: Inputs, leaves: tuple[str, ...] = LEAVES) -> Outputs:
+    """y, and the gradient of every leaf that there is: dx, dweight, dbias, da, db."""
+    values = {k: i[k] for k in LEAVES}
+    wanted = {
+        k: v.detach().requires_grad_() for k, v in values.items() if k in leaves and v is not None
+    }
+    y = ops.lora_linear(*(values | wanted).values(), *_tail(i), i.get("plan"))
+    grads = torch.autograd.grad(y, list(wanted.values()), i["dy"])
+    return {"y": y.detach(), **{f"d{k}": g for k, g in zip(wanted, grads, strict=True)}}
+
+
+def formula(inputs: Inputs) -> Outputs:
+    """The same by the reference, in float64."""
+    i = wider(inputs)
+    values = [i[k] for k in LEAVES]
+    dx, da, db = reference.lora_linear_backward(
+        i["dy"], i["x"], i["weight"], *values[3:], *_tail(i)
+    )
+    out = {"y": reference.lora_linear(*values, *_tail(i)), "dx": dx}
+    if i["weight"] is not None:
+        out |= {"dweight": i["dy"].T @ i["x"], "dbias": i["dy"].sum(0)}
+    return out | {"da": da, "db": db}
+
+
+def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
+    """Largest |error| allowed, entry by entry.
+
+    Every output is rounded once to its dtype; y and dx twice, since the library rounds the base
+    product. Accumulation, of O, I, R and T products in turn, is in float32 (float64) and bounded on
+    the same formula of absolute values; the constant covers fused multiply-adds and tensor cores. v
+    and dv enter a 16-bit matrix product as hi + lo.
+    """
+    dtype = inputs["x"].dtype
+    signless = {
+        k: v.abs() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    magnitude = formula(signless)
+    i = wider(inputs)
+    bare = {**i, "scale": torch.zeros_like(i["scale"])}
+    base = {k: formula(bare)[k].abs() for k in ("y", "dx")}
+    accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    tokens, wide = inputs["x"].shape
+    constant = 16 + (tokens**0.5 + wide**0.5 + inputs["b"].shape[1] ** 0.5) / 2
+    tiny = torch.finfo(dtype).smallest_normal  # below it the spacing of dtype is constant
+    return {
+        k: 1.02 * ROUNDING[dtype] * (v.abs() + base.get(k, 0) + tiny)
+        + (SPLIT.get(dtype, 0.0) + constant * accumulator) * magnitude[k]
+        for k, v in exact.items()
+    }

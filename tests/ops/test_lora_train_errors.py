@@ -1,0 +1,118 @@
+"""What the training ops refuse, and in which words: op, argument, expected, found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Inputs, Shape
+from cases_train import train_inputs
+
+from lora_ext import ops
+
+SHAPE = Shape(4, 16, 24, (8, 3))
+Change = Callable[[Inputs], dict[str, Any]]
+
+
+def linear(i: Inputs) -> torch.Tensor:
+    head = (i[k] for k in ("x", "weight", "bias", "a", "b", "adapter_ids"))
+    return ops.lora_linear(*head, i["scale"], i["ranks"], i["dropout_p"], i["seed"], i.get("plan"))
+
+
+WRONG: list[tuple[str, Change]] = [
+    (r"x must have shape \(T, I\), got \[4\]", lambda i: {"x": i["x"][:, 0]}),
+    (r"x must be float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
+    (r"weight must have shape \(O, I\) = \(24, 16\)", lambda i: {"weight": i["weight"].T}),
+    (r"weight must have the dtype of x, Float, got Half", lambda i: {"weight": i["weight"].half()}),
+    (r"bias must have shape \(O,\) = \(24,\), got \[23\]", lambda i: {"bias": i["bias"][1:]}),
+    (r"bias must have the dtype of x, Float, got Double", lambda i: {"bias": i["bias"].double()}),
+    (r"bias must be None where weight is None", lambda i: {"weight": None}),
+    (r"a must have the dtype of x, Float, got Double", lambda i: {"a": i["a"].double()}),
+    (r"a\.shape\[2\] must equal x\.shape\[1\] = 16, got 15", lambda i: {"a": i["a"][:, :, 1:]}),
+    (r"b must have shape \(A, O, R\), got \[24, 8\]", lambda i: {"b": i["b"][0]}),
+    (r"b\.shape\[2\] must equal a\.shape\[1\] = 8, got 7", lambda i: {"b": i["b"][:, :, 1:]}),
+    (r"scale must be Float, got Double", lambda i: {"scale": i["scale"].double()}),
+    (r"ranks must have shape \(2,\), got \[1\]", lambda i: {"ranks": i["ranks"][:1]}),
+    (
+        r"ranks\[1\] must be in \[0, 8\], got 9",
+        lambda i: {"ranks": torch.tensor([8, 9], dtype=torch.int32)},
+    ),
+    (
+        r"adapter_ids must have shape \(4,\), one id per row, got \[3\]",
+        lambda i: {"adapter_ids": i["adapter_ids"][:3]},
+    ),
+    (
+        r"adapter_ids\[2\] must be in \[-1, 2\), got 2",
+        lambda i: {"adapter_ids": torch.tensor([0, 1, 2, -2])},
+    ),
+    (
+        r"plan must be lora_plan\(\) of 4 rows and 2 adapters",
+        lambda i: {"plan": ops.lora_plan(torch.zeros(5, dtype=torch.long), 2)},
+    ),
+    (
+        r"plan must be lora_plan\(\) of these adapter_ids",
+        lambda i: {"plan": ops.lora_plan(1 - i["adapter_ids"].abs(), 2)},
+    ),
+    (r"dropout_p must be in \[0, 1\), got 1", lambda i: {"dropout_p": 1.0}),
+    (r"dropout_p must be in \[0, 1\), got -0\.1", lambda i: {"dropout_p": -0.1}),
+    (r"dropout_p must be in \[0, 1\), got nan", lambda i: {"dropout_p": float("nan")}),
+    (r"seed is required with dropout_p > 0, got None", lambda i: {"seed": None}),
+    (
+        r"seed must be one int64 on cpu, got Int of shape \[1\]",
+        lambda i: {"seed": i["seed"].int()},
+    ),
+    (
+        r"seed must be one int64 on cpu, got Long of shape \[2\]",
+        lambda i: {"seed": torch.zeros(2, dtype=torch.long)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), WRONG, ids=[m for m, _ in WRONG])
+@pytest.mark.parametrize("grad", [False, True])
+def test_wrong_input_is_named(message: str, change: Change, grad: bool) -> None:
+    inputs = train_inputs(SHAPE, torch.float32, seed=1, dropout_p=0.5)
+    inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
+    changed = {**inputs, **change(inputs)}
+    if grad and changed["b"].is_floating_point():
+        changed["b"] = changed["b"].requires_grad_()
+    with pytest.raises(ValueError, match="(lora_linear|lora_plan): .*" + message):
+        linear(changed)
+
+
+def test_a_wrong_gradient_is_named() -> None:
+    i = train_inputs(SHAPE, torch.float32, seed=2)
+    backward = torch.ops.lora_ext.lora_linear_backward
+    head = (i["x"], torch.ones(4, 8), i["weight"], i["a"], i["b"], i["adapter_ids"], i["scale"])
+    tail = (None, None, 0.0, None, True, True, True)
+    for dy, v, message in [
+        (i["dy"][:3], head[1], r"dy must have shape \(T, O\) = \(4, 24\), got \[3, 24\]"),
+        (i["dy"].double(), head[1], "dy must have the dtype of x, Float, got Double"),
+        (i["dy"], torch.ones(4, 7), r"v must have shape \(T, R\) = \(4, 8\) and be Float on cpu"),
+        (i["dy"], torch.ones(4, 8).double(), r"v must have shape .* got Double of shape \[4, 8\]"),
+    ]:
+        with pytest.raises(ValueError, match=f"lora_linear_backward: {message}"):
+            backward(dy, i["x"], v, *head[2:], *tail)
+
+
+def test_dropout_names_its_arguments() -> None:
+    x = torch.ones(2, 3)
+    for args, message in [
+        ((x[0], 0.5), r"x must have shape \(T, I\), got \[3\]"),
+        ((x, 1.0), r"p must be in \[0, 1\), got 1"),
+        ((x, 0.5), "seed is required with p > 0, got None"),
+        ((x, 0.5, torch.tensor(1.0)), "seed must be one int64 on cpu, got Float"),
+        ((x.int(), 0.0), "x must be float32, float16, bfloat16 or float64"),
+    ]:
+        with pytest.raises(ValueError, match=f"lora_dropout: {message}"):
+            ops.lora_dropout(*args)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    i = train_inputs(SHAPE, torch.float32, seed=3)
+    with pytest.raises(ValueError, match="lora_linear: expected all tensors on one device"):
+        linear({**i, "a": i["a"].to("meta")})
+    with pytest.raises(ValueError, match="lora_dropout: expected all tensors on one device"):
+        ops.lora_dropout(i["x"].to("meta"), 0.5, torch.tensor(1))

@@ -1,0 +1,365 @@
+"""The training ops under every law, on every backend that is open here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from cases import Inputs, Shape
+from cases_train import LARGE, LEAVES, MEDIUM, SMALL, Outputs, bounds, formula, run, train_inputs
+from test_contract import assert_same_bits, off_grid, shapes
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+
+@pytest.fixture
+def trains(backend: Backend) -> Backend:
+    """The backend, if its training kernels exist."""
+    try:
+        ops.lora_dropout(torch.ones(1, 4, device=backend.device), 0.0)
+    except RuntimeError as error:
+        if backend.is_twin:
+            raise
+        pytest.skip(f"no training kernels yet: {error}")
+    return backend
+
+
+def skip_large(backend: Backend, shape: Shape) -> None:
+    if shape not in SMALL and (backend.small or (not backend.is_twin and shape in LARGE)):
+        pytest.skip("this backend runs the small shapes")
+
+
+def same(got: Outputs, expected: Outputs, what: object = "") -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert_same_bits(value, expected[name].to(value.dtype), f"{what} {name}: ")
+
+
+dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
+
+
+# --- the formula --------------------------------------------------------------------------------
+@shapes(SMALL, MEDIUM, LARGE)
+@dropouts
+@pytest.mark.parametrize("base", [True, False], ids=["base", "update"])
+def test_equals_the_formula_bit_for_bit_on_small_integers(
+    trains: Backend, shape: Shape, p: float, base: bool
+) -> None:
+    skip_large(trains, shape)
+    for dtype in trains.dtypes():
+        i = train_inputs(
+            shape, dtype, seed=1, exact=True, dropout_p=p, base=base, device=trains.device
+        )
+        same(run(i), formula(i), dtype)
+
+
+@shapes(SMALL, MEDIUM, LARGE)
+def test_stays_within_the_bound_on_random_values(trains: Backend, shape: Shape) -> None:
+    skip_large(trains, shape)
+    for dtype in trains.dtypes():
+        i = train_inputs(shape, dtype, seed=2, dropout_p=0.1, device=trains.device)
+        exact = formula(i)
+        allowed = bounds(i, exact)
+        for name, value in run(i).items():
+            error = (value.cpu().double() - exact[name]).abs()
+            worst = (error / allowed[name].clamp(min=1e-300)).nan_to_num(torch.inf)
+            assert (worst <= 1).all(), f"{dtype} {name}: {worst.max():.2f} times the bound"
+
+
+@shapes(SMALL, MEDIUM)
+def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
+    i = train_inputs(shape, torch.float64, seed=3, dropout_p=0.25)
+    leaves = {k: i[k].nan_to_num(0.5).requires_grad_() for k in LEAVES}
+    tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
+    y = reference.lora_linear(*leaves.values(), *tail)
+    grads = torch.autograd.grad(y, leaves.values(), i["dy"], allow_unused=True)
+    for name, grad, leaf in zip(leaves, grads, leaves.values(), strict=True):
+        expected = torch.zeros_like(leaf) if grad is None else grad
+        torch.testing.assert_close(formula(i)[f"d{name}"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_in_float64() -> None:
+    i = train_inputs(Shape(6, 7, 6, (3, 0, 8)), torch.float64, seed=4, dropout_p=0.3)
+    leaves = [i[k].nan_to_num(0.25).requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
+    assert torch.autograd.gradcheck(lambda *values: ops.lora_linear(*values, *tail), leaves)
+    x = i["x"].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ops.lora_dropout(x, 0.3, i["seed"]), x)
+
+
+# --- dropout ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, -(2**63)])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1 - 2**-40])
+def test_dropout_is_the_formula_bit_for_bit(trains: Backend, seed: int, p: float) -> None:
+    word = torch.tensor(seed, device=trains.device)
+    g = torch.Generator().manual_seed(5)
+    for rows, columns in [(0, 5), (1, 1), (3, 31), (5, 64), (2, 130), (1, 1027)]:
+        for dtype in trains.dtypes():
+            x = torch.randn(rows, columns, generator=g).to(dtype)
+            expected = reference.lora_dropout(x, p, seed)
+            assert_same_bits(ops.lora_dropout(x.to(trains.device), p, word), expected, f"{dtype}: ")
+
+
+def test_dropout_keeps_the_share_that_it_promises() -> None:
+    kept = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(7)) != 0
+    expected = 0.9 * kept.numel()
+    assert abs(int(kept.sum()) - expected) < 5 * (expected * 0.1) ** 0.5
+    other = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(8)) != 0
+    both = 0.81 * kept.numel()
+    assert abs(int((kept & other).sum()) - both) < 5 * (both * 0.19) ** 0.5
+
+
+def test_philox_gives_its_published_answers() -> None:
+    """Random123, examples/kat_vectors: philox4x32 of 10 rounds."""
+    from lora_ext.reference.lora_train import philox4x32_10
+
+    known = [
+        "00000000 00000000 00000000 00000000 00000000 00000000 6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff 408f276d 41c83b0e a20bc7c6 6d5451fd",
+        "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 d16cfe09 94fdcceb 5001e420 24126ea1",
+    ]
+    for line in known:
+        words = [int(word, 16) for word in line.split()]
+        got = philox4x32_10(torch.tensor(words[:4]), (words[4], words[5]))
+        assert got.tolist() == words[6:]
+
+
+def test_dropped_elements_do_not_count_even_if_nan(trains: Backend) -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=6, dropout_p=0.5, device=trains.device)
+    i["weight"] = i["bias"] = None
+    expected = run(i)
+    dropped = ~reference.dropout_keep(*i["x"].shape, 0.5, i["seed"]).to(trains.device)
+    i["x"] = torch.where(dropped, torch.nan, i["x"])
+    same(run(i), expected)
+
+
+# --- rows without an adapter, adapters without a row ----------------------------------------------
+@shapes(SMALL)
+@dropouts
+def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
+    trains: Backend, shape: Shape, p: float
+) -> None:
+    for dtype in trains.dtypes():
+        i = train_inputs(shape, dtype, seed=7, dropout_p=p, device=trains.device)
+        ids = i["adapter_ids"]
+        idle = (ids < 0) | (i["ranks"][ids.clamp(min=0)] == 0)
+        i["dy"][idle] = -0.0
+        i["x"][idle] = -0.0  # a kernel that adds zero would turn -0.0 into +0.0
+        out = run(i)
+        base = {
+            "y": torch.nn.functional.linear(i["x"], i["weight"], i["bias"]),
+            "dx": i["dy"] @ i["weight"],
+        }
+        for name, expected in base.items():
+            assert_same_bits(out[name][idle], expected[idle], f"{dtype} {name}: ")
+            assert torch.equal(torch.signbit(out[name][idle]), torch.signbit(expected[idle]))
+
+
+def test_adapters_without_a_row_get_exact_zeros(trains: Backend) -> None:
+    shape = Shape(9, 40, 24, (8, 16, 8, 5))
+    for dtype in trains.dtypes():
+        i = train_inputs(shape, dtype, seed=8, device=trains.device)
+        i["adapter_ids"] = torch.where(i["adapter_ids"] < 2, 1, -1)
+        for _ in range(3):  # memory that was used before
+            out = run(i)
+            assert not out["da"][[0, 2, 3]].any() and not out["db"][[0, 2, 3]].any()
+            assert out["da"][1].any() and out["db"][1].any()
+            del out
+            _ = torch.full((4, 24, 16), torch.nan, dtype=dtype, device=trains.device)
+
+
+def test_no_gradient_reaches_what_lies_beyond_a_rank(trains: Backend) -> None:
+    for shape in SMALL:
+        i = train_inputs(shape, torch.float32, seed=9, device=trains.device)
+        out = run(i)
+        beyond = torch.arange(shape.max_rank, device=trains.device) >= i["ranks"][:, None]
+        assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
+
+
+# --- same input, same bits ------------------------------------------------------------------------
+@shapes(SMALL, MEDIUM)
+@dropouts
+def test_repeats_its_bits(trains: Backend, shape: Shape, p: float) -> None:
+    skip_large(trains, shape)
+    i = train_inputs(shape, torch.float32, seed=10, dropout_p=p, device=trains.device)
+    first = run(i)
+    for _ in range(2):
+        same(run(i), first)
+    plan = ops.lora_plan(i["adapter_ids"], len(shape.ranks))
+    same(run({**i, "plan": plan}), first)
+    same(run({**i, "adapter_ids": i["adapter_ids"].int()}), first)
+
+
+@shapes(SMALL, MEDIUM, LARGE)
+@dropouts
+def test_threads_change_no_bit(shape: Shape, p: float) -> None:
+    threads = torch.get_num_threads()
+    i = train_inputs(shape, torch.float32, seed=11, dropout_p=p, base=False)
+    try:
+        torch.set_num_threads(1)
+        alone = run(i)
+        torch.set_num_threads(4)
+        same(run(i), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@shapes(SMALL, MEDIUM)
+def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
+    trains: Backend, shape: Shape
+) -> None:
+    skip_large(trains, shape)
+    i = train_inputs(shape, torch.float32, seed=12, base=False, device=trains.device)
+    together = run(i)
+    for s in range(min(len(shape.ranks), 4)):
+        own = (i["adapter_ids"] == s).nonzero()[:, 0]
+        alone = run({**i, **{k: i[k][own] for k in ("x", "dy", "adapter_ids")}})
+        assert_same_bits(alone["da"][s], together["da"][s], "da: ")
+        assert_same_bits(alone["db"][s], together["db"][s], "db: ")
+        if trains.is_twin:  # kernels choose their tiles by the size of the batch
+            assert_same_bits(alone["dx"], together["dx"][own], "dx: ")
+
+
+@dropouts
+def test_nan_in_one_adapters_rows_stays_with_it(trains: Backend, p: float) -> None:
+    for dtype in trains.dtypes():
+        shape = Shape(48, 70, 37, (8, 20, 4), "interleaved")
+        i = train_inputs(shape, dtype, seed=13, dropout_p=p, base=False, device=trains.device)
+        clean = run(i)
+        own = i["adapter_ids"] == 1
+        i["x"][own], i["dy"][own] = torch.nan, torch.nan
+        out = run(i)
+        for name in ("da", "db"):
+            assert out[name][1, :4, :4].isnan().all()
+            assert_same_bits(out[name][[0, 2]], clean[name][[0, 2]], f"{dtype} {name}: ")
+        for name in ("y", "dx"):
+            assert_same_bits(out[name][~own], clean[name][~own], f"{dtype} {name}: ")
+
+
+# --- strides --------------------------------------------------------------------------------------
+@shapes(SMALL)
+@dropouts
+def test_rows_may_lie_apart_and_unaligned(trains: Backend, shape: Shape, p: float) -> None:
+    for dtype in trains.dtypes():
+        i = train_inputs(shape, dtype, seed=14, exact=True, dropout_p=p, device=trains.device)
+        expected = run(i)
+        same(run({**i, "x": off_grid(i["x"]), "dy": off_grid(i["dy"])}), expected, dtype)
+        same(run({**i, "x": i["x"].T.contiguous().T, "dy": i["dy"].T.contiguous().T}), expected)
+
+
+def test_one_gradient_may_serve_every_entry(trains: Backend) -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=15, exact=True, device=trains.device)
+    i["dy"] = torch.ones(1, 1, device=trains.device).expand(i["dy"].shape)  # of y.sum()
+    same(run(i), formula(i))
+    i["dy"] = i["x"][:1, :40].expand(i["dy"].shape)
+    same(run(i), formula(i))
+
+
+# --- torch's own laws -----------------------------------------------------------------------------
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_what_needs_no_gradient_gets_none(trains: Backend, leaf: str) -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=16, dropout_p=0.5, device=trains.device)
+    every, one = run(i), run(i, (leaf,))
+    assert one.keys() == {"y", f"d{leaf}"}
+    same(one, {k: every[k] for k in one})
+
+
+def test_nothing_is_tracked_where_nothing_requires_a_gradient() -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=17, dropout_p=0.5)
+    args = [i[k] for k in (*LEAVES, "adapter_ids", "scale", "ranks", "dropout_p", "seed")]
+    y = ops.lora_linear(*args)
+    assert y.grad_fn is None and not y.requires_grad
+    args[3] = args[3].requires_grad_()
+    with torch.no_grad():
+        assert ops.lora_linear(*args).grad_fn is None
+    with torch.inference_mode():
+        assert_same_bits(ops.lora_linear(*args), y)
+    assert ops.lora_linear(*args).grad_fn is not None
+
+
+def test_double_backward_is_refused() -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=18)
+    x = i["x"].requires_grad_()
+    a = i["a"].nan_to_num(0).requires_grad_()
+    y = ops.lora_linear(x, i["weight"], i["bias"], a, i["b"], i["adapter_ids"])
+    with pytest.raises(RuntimeError, match="the gradient of lora_linear is not itself differentia"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="scale receives no gradient"):
+        ops.lora_linear(x, None, None, a, i["b"], i["adapter_ids"], i["scale"].requires_grad_())
+
+
+def test_autocast_casts_as_linear_does(trains: Backend) -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=19, dropout_p=0.5, device=trains.device)
+    half = {k: v.bfloat16() if k in (*LEAVES, "dy") else v for k, v in i.items()}
+    expected = run(half)
+    with torch.autocast(trains.device, torch.bfloat16):
+        out = run({**i, "dy": half["dy"]})
+    assert out["y"].dtype == torch.bfloat16
+    for name in expected:
+        if name != "y":
+            assert out[name].dtype == torch.float32
+        assert_same_bits(out[name].bfloat16(), expected[name], f"{name}: ")
+    leaves = [i[k].requires_grad_() for k in LEAVES]
+    y = ops.lora_linear(*leaves, i["adapter_ids"], i["scale"], i["ranks"])
+    with torch.autocast(trains.device, torch.bfloat16):  # a backward inside is not cast either
+        (dx,) = torch.autograd.grad(y, leaves[:1], i["dy"])
+    assert dx.dtype == torch.float32
+
+
+def test_checkpointing_drops_the_same_elements(trains: Backend) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    i = train_inputs(SMALL[4], torch.float32, seed=20, dropout_p=0.5, device=trains.device)
+    leaves = [i[k].requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
+    expected = run(i)
+    for reentrant in (False, True):
+        y: Any = checkpoint(lambda *v: ops.lora_linear(*v, *tail), *leaves, use_reentrant=reentrant)
+        for leaf in leaves:
+            leaf.grad = None
+        y.backward(i["dy"])
+        for name, leaf in zip(LEAVES, leaves, strict=True):
+            assert_same_bits(leaf.grad, expected[f"d{name}"], f"{name}: ")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(trains: Backend, dynamic: bool) -> None:
+    i = train_inputs(SMALL[4], torch.float32, seed=21, dropout_p=0.5, device=trains.device)
+
+    def step(x: Tensor, ids: Tensor, seed: Tensor, i: Inputs) -> Tensor:
+        y = ops.lora_linear(
+            *(x, *(i[k] for k in LEAVES[1:])), ids, i["scale"], i["ranks"], 0.5, seed
+        )
+        return y * 2 + ops.lora_dropout(y, 0.5, seed)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (17, 9):
+        seed = i["seed"] + rows
+        results = []
+        for function in (step, compiled):
+            leaves = {k: i[k].detach().clone().requires_grad_() for k in LEAVES}
+            x = leaves["x"][:rows]
+            y = function(x, i["adapter_ids"][:rows], seed, {**i, **leaves})
+            y.backward(i["dy"][:rows])
+            results.append({"y": y.detach(), **{k: v.grad for k, v in leaves.items()}})
+        same(results[1], results[0])
+
+
+@dropouts
+def test_passes_opcheck(p: float) -> None:
+    i = train_inputs(SMALL[3], torch.float32, seed=22, dropout_p=p)
+    i["adapter_ids"] = torch.arange(16)  # every entry of v is defined
+    head = [i[k].requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], None, p, i["seed"], None)
+    torch.library.opcheck(torch.ops.lora_ext.lora_linear_forward.default, (*head, *tail))
+    x, weight, _, a, b = (t.detach() for t in head)
+    backward = (i["dy"], x, torch.ones(16, 8), weight, a, b, i["adapter_ids"], i["scale"])
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            torch.ops.lora_ext.lora_linear_backward.default,
+            (*backward, None, None, p, i["seed"], *needs),
+        )
+    torch.library.opcheck(torch.ops.lora_ext.lora_dropout.default, (head[0], p, i["seed"]))
