@@ -170,6 +170,10 @@ struct Machine {
 };
 extern Machine machine;
 
+inline Thread& thread_of(const Warp& warp, int lane) {
+    return machine.threads[warp.index * kWarpSize + lane];
+}
+
 // --- scheduler.cpp
 void make_ready(Thread* thread);
 void block(const char* what, Site site);  // until somebody makes the current thread ready

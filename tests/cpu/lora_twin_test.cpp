@@ -1,21 +1,20 @@
 // Laws of the CPU twins, checked on every instruction set that this machine can run:
 //   close to a float64 reference (tolerance below); untouched rows and padding keep every bit;
 //   memory beyond a rank is not used (it holds NaN); a row's bits depend neither on the split into
-//   items nor on the other rows of its chunk; apply equals shrink followed by expand; plan and
-//   segment ids equal a naive construction.
+//   items nor on the other rows of its chunk; apply equals shrink followed by expand.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "lora_ext/lora.h"
+#include "twin_test.h"
 
 using namespace lora_ext;
+
+void check_plans();  // lora_plan_test.cpp
 
 #ifdef LX_WIDE_TABLE
 // The 64-byte-wide source, compiled for 32-byte vectors: what avx512 computes, on machines without
@@ -27,90 +26,6 @@ extern const LoraCpu table;
 
 namespace {
 
-int failures = 0;
-#define EXPECT(condition, ...)                          \
-    do {                                                \
-        if (!(condition)) {                             \
-            std::printf("%s:%d: ", __FILE__, __LINE__); \
-            std::printf(__VA_ARGS__);                   \
-            std::printf("\n");                          \
-            if (++failures > 20) std::exit(1);          \
-        }                                               \
-    } while (0)
-
-std::mt19937_64 rng(20240229);
-double uniform() {
-    return std::uniform_real_distribution<double>(-1, 1)(rng);
-}
-int64_t below(int64_t n) {
-    return std::uniform_int_distribution<int64_t>(0, n - 1)(rng);
-}
-
-// ------------------------------------------------------------------------------------------------
-// Storage types, converted through float64 by definition rather than by bit tricks.
-template <DType>
-struct Type;
-
-template <typename Storage>
-struct Plain {
-    using S = Storage;
-    using Acc = Storage;
-    static double get(S s) { return s; }
-    static S put(double d) { return static_cast<S>(d); }
-    static S nan() { return std::numeric_limits<S>::quiet_NaN(); }
-};
-template <>
-struct Type<DType::kFloat32> : Plain<float> {
-    static constexpr double kUnit = 0x1p-24, kTiny = 0x1p-149, kSum = 0x1p-24;
-};
-template <>
-struct Type<DType::kFloat64> : Plain<double> {
-    static constexpr double kUnit = 0x1p-53, kTiny = 0, kSum = 0x1p-53;
-};
-
-template <int kExponentBits, int kMantissaBits>
-struct Small {
-    using S = uint16_t;
-    using Acc = float;
-    static constexpr int kBias = (1 << (kExponentBits - 1)) - 1, kTop = (1 << kExponentBits) - 1;
-    static double get(S s) {
-        const int exponent = s >> kMantissaBits & kTop, mantissa = s & ((1 << kMantissaBits) - 1);
-        const double sign = s >> 15 ? -1 : 1;
-        if (exponent == kTop) return mantissa ? NAN : sign * INFINITY;
-        if (exponent == 0) return sign * std::ldexp(mantissa, 1 - kBias - kMantissaBits);
-        return sign * std::ldexp(mantissa + (1 << kMantissaBits), exponent - kBias - kMantissaBits);
-    }
-    // Round to nearest even: scale the last place to 1 and let nearbyint round.
-    static S put(double d) {
-        const S sign = std::signbit(d) ? 0x8000 : 0;
-        if (std::isnan(d)) return nan();
-        int exponent = d == 0 ? 1 - kBias : std::max(std::ilogb(d), 1 - kBias);
-        double units = std::nearbyint(std::ldexp(std::fabs(d), kMantissaBits - exponent));
-        if (units >= (2 << kMantissaBits)) units /= 2, ++exponent;
-        if (exponent + kBias >= kTop || std::isinf(d)) return sign | kTop << kMantissaBits;
-        const int low = static_cast<int>(units);
-        const bool normal = low >= 1 << kMantissaBits;
-        return sign | (normal ? (exponent + kBias - 1) * (1 << kMantissaBits) + low : low);
-    }
-    static S nan() { return (kTop << kMantissaBits) | 1 << (kMantissaBits - 1); }
-};
-template <>
-struct Type<DType::kFloat16> : Small<5, 10> {
-    static constexpr double kUnit = 0x1p-11, kTiny = 0x1p-24, kSum = 0x1p-24;
-};
-template <>
-struct Type<DType::kBFloat16> : Small<8, 7> {
-    static constexpr double kUnit = 0x1p-8, kTiny = 0x1p-133, kSum = 0x1p-24;
-};
-
-const char* name_of(DType t) {
-    return t == DType::kFloat32    ? "f32"
-           : t == DType::kFloat16  ? "f16"
-           : t == DType::kBFloat16 ? "bf16"
-                                   : "f64";
-}
-
-// ------------------------------------------------------------------------------------------------
 struct Shape {
     int64_t tokens, in, out;
     std::vector<int32_t> ranks;  // one per adapter
@@ -448,79 +363,10 @@ void check_conversion(const LoraCpu& isa) {
     }
 }
 
-template <typename Id>
-void check_plan(int64_t num_tokens, int32_t num_adapters, double bad, bool sorted) {
-    std::vector<Id> ids;
-    for (int64_t t = 0; t < num_tokens; ++t)
-        ids.push_back(static_cast<Id>(std::fabs(uniform()) < bad
-                                          ? (below(2) ? num_adapters + below(9) : -2 - below(9))
-                                          : below(num_adapters + 1) - 1));
-    if (sorted)
-        std::sort(ids.begin(), ids.end(), [](Id l, Id r) { return uint64_t(l) < uint64_t(r); });
-    const int32_t num_valid = static_cast<int32_t>(below(num_tokens + 4)) - 1;
-    for (const int32_t* limit : {static_cast<const int32_t*>(nullptr), &num_valid}) {
-        const LoraPlanLayout layout{num_tokens, num_adapters};
-        std::vector<int32_t> plan(layout.size() + 1, -7);
-        LoraPlanArgs args{ids.data(), sizeof(Id) == 8, limit,
-                          num_tokens, num_adapters,    plan.data()};
-        lora_plan_cpu(args);
-
-        std::vector<std::vector<int32_t>> rows(num_adapters + 1);
-        int32_t bad_ids = 0;
-        for (int64_t t = 0; t < num_tokens; ++t) {
-            const bool valid = !limit || t < *limit;
-            const bool active = valid && ids[t] >= 0 && ids[t] < num_adapters;
-            bad_ids += valid && !active && ids[t] != -1;
-            rows[active ? ids[t] : num_adapters].push_back(static_cast<int32_t>(t));
-        }
-        std::vector<int32_t> perm, chunks, slot_begin;
-        for (int32_t s = 0; s < num_adapters; ++s) {
-            slot_begin.push_back(static_cast<int32_t>(perm.size()));
-            for (int32_t at = 0; at < int32_t(rows[s].size()); at += layout.chunk_rows()) {
-                const int32_t len = std::min(layout.chunk_rows(), int32_t(rows[s].size()) - at);
-                chunks.insert(chunks.end(), {s, int32_t(perm.size()) + at, len, 0});
-            }
-            perm.insert(perm.end(), rows[s].begin(), rows[s].end());
-        }
-        const int32_t active = static_cast<int32_t>(perm.size());
-        bool identity = true;
-        for (int32_t i = 0; i < active; ++i) identity &= perm[i] == i;
-        perm.insert(perm.end(), rows[num_adapters].begin(), rows[num_adapters].end());
-        slot_begin.insert(slot_begin.end(), {active, static_cast<int32_t>(num_tokens)});
-
-        const auto at = [&](int64_t offset, const std::vector<int32_t>& want) {
-            return std::equal(want.begin(), want.end(), plan.begin() + offset);
-        };
-        EXPECT(at(0, {int32_t(chunks.size() / 4), active, identity, bad_ids, 0, 0, 0, 0}),
-               "plan T=%d A=%d: header %d %d %d %d, want %d %d %d %d", int(num_tokens),
-               num_adapters, plan[0], plan[1], plan[2], plan[3], int(chunks.size() / 4), active,
-               identity, bad_ids);
-        EXPECT(int64_t(chunks.size() / 4) <= layout.max_chunks(), "plan T=%d A=%d: too many chunks",
-               int(num_tokens), num_adapters);
-        EXPECT(at(layout.chunks(), chunks), "plan T=%d A=%d: chunks", int(num_tokens),
-               num_adapters);
-        EXPECT(at(layout.perm(), perm), "plan T=%d A=%d: perm", int(num_tokens), num_adapters);
-        EXPECT(at(layout.slot_begin(), slot_begin), "plan T=%d A=%d: slot_begin", int(num_tokens),
-               num_adapters);
-        EXPECT(plan.back() == -7, "plan T=%d A=%d: wrote past its end", int(num_tokens),
-               num_adapters);
-    }
-}
-
 }  // namespace
 
 int main() {
-    for (int64_t t : {0, 1, 2, 16, 31, 32, 33, 256, 257, 1000, 5000})
-        for (int32_t adapters : {0, 1, 3, 64, 700})
-            for (double bad : {0.0, 0.2})
-                for (bool sorted : {false, true}) {
-                    check_plan<int64_t>(t, adapters, bad, sorted);
-                    check_plan<int32_t>(t, adapters, bad, sorted);
-                }
-    const std::vector<int32_t> indptr{2, 2, 5, 9}, adapters{7, 3, 4};
-    std::vector<int32_t> ids(11, 99);
-    lora_segment_ids_cpu(indptr.data(), adapters.data(), 3, ids.data(), 10);
-    EXPECT((ids == std::vector<int32_t>{-1, -1, 3, 3, 3, 4, 4, 4, 4, -1, 99}), "segment ids");
+    check_plans();
 
     std::vector<const LoraCpu*> tables;
     for (const char* isa : {"scalar", "avx2", "avx512", "avx512bf16"})

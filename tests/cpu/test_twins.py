@@ -28,6 +28,7 @@ def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
         (ROOT / "csrc/cpu/lora.cpp", []),
         (ROOT / "csrc/cpu/lora_isa.cpp", ["-DLX_ISA=scalar"]),
         (ROOT / "tests/cpu/lora_twin_test.cpp", []),
+        (ROOT / "tests/cpu/lora_plan_test.cpp", []),
     ]
     if platform.machine() == "x86_64":
         wide = ["-mavx2", "-mfma", "-mf16c", "-DLX_ISA=avx2_wide", "-DLX_VEC_BYTES=64"]
