@@ -1,0 +1,268 @@
+"""Matrix training: steps of a SmolLM2-shaped model and of single layers, PEFT's against ours.
+
+A step is forward, backward and AdamW. Adapters trained at once are compared with as many runs of
+PEFT, one after the other. Losses and gradients are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import torch
+from common import interleaved
+from peft import LoraConfig, get_peft_model
+from row import Row, timing_columns
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_ext
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = [f"adapter{i}" for i in range(8)]
+RANK = 16
+LOSS_BOUND = 1e-4  # of losses near log(vocabulary), in float32
+# (in, out, rank, tokens)
+LAYERS = ((576, 1536, 16, 1024), (2048, 2048, 16, 1024), (2048, 2048, 64, 1024))
+
+
+# --- layers ---------------------------------------------------------------------------------------
+def bench_layers(rounds: int) -> Iterator[Row]:
+    """Forward and backward of one adapted layer: over the bare base layer, and against PEFT's."""
+    for p in (0.0, 0.1):
+        for wide, out, rank, rows in LAYERS:
+            torch.manual_seed(0)
+            base = nn.Linear(wide, out, bias=False).requires_grad_(False)
+            theirs = _peft_layer(base, rank, p)
+            ours = lora_ext.from_peft(copy.deepcopy(theirs))
+            x = torch.randn(rows, wide, requires_grad=True)
+            dy = torch.randn(rows, out)
+            error = _check_layer(theirs, ours, x, dy)
+            calls = {
+                "base": _step_of(base, x, dy),
+                "peft": _step_of(theirs, x, dy),
+                "lora_ext": _step_of(ours, x, dy),
+            }
+            times = interleaved(calls, rounds)
+            saved = {name: _saved_bytes(call) for name, call in calls.items()}
+            for name, time in times.items():
+                yield Row(
+                    "training",
+                    f"layer, dropout {p}",
+                    name,
+                    tokens=rows,
+                    adapters="" if name == "base" else 1,
+                    in_features=wide,
+                    out_features=out,
+                    rank=rank,
+                    **timing_columns(time, "ms"),
+                    mbytes=saved[name] / 1e6,
+                    over_base=time.over(times["base"]),
+                    over_peft=times["peft"].over(time),
+                    worst_error=error if name == "lora_ext" else "",
+                )
+
+
+def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]:
+    """16 adapters with 16 tokens each: one call of ours, 16 of PEFT's layer."""
+    wide, out = 576, 1536
+    torch.manual_seed(0)
+    base = nn.Linear(wide, out, bias=False).requires_grad_(False)
+    single = [_peft_layer(base, RANK, 0.0) for _ in range(adapters)]
+    together = _peft_layer(base, RANK, 0.0, adapters)
+    names = [f"adapter{i}" for i in range(adapters)]
+    pairs = [
+        (getattr(together, factor)[name].weight, getattr(layer, factor)["adapter0"].weight)
+        for name, layer in zip(names, single, strict=True)
+        for factor in ("lora_A", "lora_B")
+    ]
+    with torch.no_grad():
+        for mine, other in pairs:
+            mine.copy_(other)
+    lora_ext.from_peft(together)
+    x = torch.randn(adapters, rows, wide, requires_grad=True)
+    dy = torch.randn(adapters, rows, out)
+    parts = [part.detach().requires_grad_() for part in x]
+
+    def ours() -> None:
+        together.zero_grad()
+        x.grad = None
+        together(x, adapter_names=names).backward(dy)
+
+    def theirs() -> None:
+        for layer, part, gradient in zip(single, parts, dy, strict=True):
+            layer.zero_grad()
+            part.grad = None
+            layer(part).backward(gradient)
+
+    ours()
+    theirs()
+    for mine, other in pairs:
+        _same(mine.grad, other.grad, "gradient of an adapter")
+    times = interleaved({"peft": theirs, "lora_ext": ours}, rounds)
+    for name, time in times.items():
+        yield Row(
+            "training",
+            "16 adapters x 16 tokens",
+            name,
+            tokens=rows * adapters,
+            adapters=adapters,
+            in_features=wide,
+            out_features=out,
+            rank=RANK,
+            **timing_columns(time, "ms"),
+            over_peft=times["peft"].over(time),
+        )
+
+
+def _peft_layer(base: nn.Linear, rank: int, p: float, adapters: int = 1) -> Any:
+    """PEFT's layer around ``base``, with random factors, all of them trainable."""
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, lora_dropout=p, target_modules=["0"], init_lora_weights=False
+    )
+    names = [f"adapter{i}" for i in range(adapters)]
+    model: Any = get_peft_model(nn.Sequential(base), config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.set_requires_grad(names)
+    return model.base_model.model[0].train()
+
+
+def _factors(layer: Any) -> list[nn.Parameter]:
+    return [p for key, p in layer.named_parameters() if "lora_" in key]
+
+
+def _step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        layer(x).backward(dy)
+
+    return step
+
+
+def _check_layer(theirs: Any, ours: Any, x: Tensor, dy: Tensor) -> float:
+    """The same results and gradients without dropout, whose masks are each one's own."""
+    found: list[list[Tensor]] = []
+    for layer in (theirs, ours):
+        layer.eval()
+        _step_of(layer, x, dy)()
+        gradients = [p.grad.clone() for p in _factors(layer) if p.grad is not None]
+        assert x.grad is not None
+        found.append([layer(x).detach(), x.grad.clone(), *gradients])
+        layer.train()
+    return max(_same(b, a, "layer") for a, b in zip(*found, strict=True))
+
+
+def _same(got: Tensor, expected: Tensor, what: str) -> float:
+    """Error over its bound: 64 roundings of the largest entry, for sums over up to 2048 terms."""
+    bound = 64 * 2.0**-24 * expected.abs().max().item()
+    worst = (got - expected).abs().max().item() / bound
+    if not worst <= 1:
+        raise SystemExit(f"train_model: {what}: found {worst:.3g} times the bound of PEFT's result")
+    return worst
+
+
+def _saved_bytes(step: Callable[[], None]) -> int:
+    """What autograd keeps from the forward for the backward, each memory counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(kept.values())
+
+
+# --- models ---------------------------------------------------------------------------------------
+def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
+    """Eight adapters trained at once against eight runs of PEFT, one optimizer each."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    base = LlamaForCausalLM(config).requires_grad_(False)
+    alone = {name: _with_adapters(base, [name]) for name in NAMES}
+    together = lora_ext.from_peft(_with_adapters(base, NAMES))
+    together.set_requires_grad(NAMES)
+    state = dict(together.named_parameters())
+    with torch.no_grad():
+        for model in alone.values():
+            for key, parameter in model.named_parameters():
+                if "lora_" in key:
+                    state[key].copy_(parameter)
+    optimizers = {name: _optimizer(model, name) for name, model in alone.items()}
+    shared = {name: _optimizer(together, name) for name in NAMES}
+    for length in (16, 64):
+        ids = torch.randint(0, 49152, (len(NAMES), length), generator=torch.manual_seed(1))
+
+        def eight_runs(ids: Tensor = ids) -> list[float]:
+            return [
+                _model_step(alone[name], ids[i : i + 1], None, [optimizers[name]])[0]
+                for i, name in enumerate(NAMES)
+            ]
+
+        def at_once(ids: Tensor = ids) -> list[float]:
+            return _model_step(together, ids, NAMES, list(shared.values()))
+
+        for _ in range(2):
+            worst = max(abs(a - b) for a, b in zip(at_once(), eight_runs(), strict=True))
+            if not worst <= LOSS_BOUND:
+                raise SystemExit(f"train_model: losses differ from PEFT's by {worst:.3g}")
+        gc.collect()
+        times = interleaved({"peft": eight_runs, "lora_ext": at_once}, rounds, warm_up=0)
+        for name, time in times.items():
+            yield Row(
+                "training",
+                f"step of 8 adapters x {length} tokens",
+                name,
+                tokens=len(NAMES) * length,
+                adapters=len(NAMES),
+                rank=RANK,
+                **timing_columns(time, "ms"),
+                over_peft=times["peft"].over(time),
+                worst_error=worst / LOSS_BOUND if name == "lora_ext" else "",
+            )
+
+
+def _with_adapters(base: nn.Module, names: list[str]) -> Any:
+    """A PEFT model that shares the base weights."""
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES)
+    shared = {id(p): p for p in base.parameters()}
+    model: Any = get_peft_model(copy.deepcopy(base, shared), config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.train()
+
+
+def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    own = [p for key, p in model.named_parameters() if f".{name}." in key]
+    return torch.optim.AdamW(own, lr=1e-4)
+
+
+def _model_step(
+    model: Any, ids: Tensor, names: list[str] | None, optimizers: list[torch.optim.Optimizer]
+) -> list[float]:
+    extra = {} if names is None else {"adapter_names": names}
+    logits = model(input_ids=ids, **extra).logits[:, :-1]
+    each = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = each.view(len(ids), -1).mean(1)
+    losses.sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses.tolist()
