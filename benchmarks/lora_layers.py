@@ -1,4 +1,4 @@
-"""Matrix training: steps of a SmolLM2-shaped model and of single layers, PEFT's against ours.
+"""Matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT's against ours.
 
 A step is forward, backward and AdamW. Adapters trained at once are compared with as many runs of
 PEFT, one after the other. Losses and gradients are compared before anything is timed.
@@ -53,7 +53,7 @@ def bench_layers(rounds: int) -> Iterator[Row]:
             saved = {name: _saved_bytes(call) for name, call in calls.items()}
             for name, time in times.items():
                 yield Row(
-                    "training",
+                    "layers",
                     f"layer, dropout {p}",
                     name,
                     tokens=rows,
@@ -108,7 +108,7 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
     times = interleaved({"peft": theirs, "lora_ext": ours}, rounds)
     for name, time in times.items():
         yield Row(
-            "training",
+            "layers",
             "16 adapters x 16 tokens",
             name,
             tokens=rows * adapters,
@@ -165,7 +165,7 @@ def _same(got: Tensor, expected: Tensor, what: str) -> float:
     bound = 64 * 2.0**-24 * expected.abs().max().item()
     worst = (got - expected).abs().max().item() / bound
     if not worst <= 1:
-        raise SystemExit(f"train_model: {what}: found {worst:.3g} times the bound of PEFT's result")
+        raise SystemExit(f"lora_layers: {what}: found {worst:.3g} times the bound of PEFT's result")
     return worst
 
 
@@ -222,12 +222,12 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
         for _ in range(2):
             worst = max(abs(a - b) for a, b in zip(at_once(), eight_runs(), strict=True))
             if not worst <= LOSS_BOUND:
-                raise SystemExit(f"train_model: losses differ from PEFT's by {worst:.3g}")
+                raise SystemExit(f"lora_layers: losses differ from PEFT's by {worst:.3g}")
         gc.collect()
         times = interleaved({"peft": eight_runs, "lora_ext": at_once}, rounds, warm_up=0)
         for name, time in times.items():
             yield Row(
-                "training",
+                "layers",
                 f"step of 8 adapters x {length} tokens",
                 name,
                 tokens=len(NAMES) * length,
