@@ -3,11 +3,15 @@
 from .context import UnknownAdapterError, adapters
 from .init import init_lora_
 from .layer_names import layer_names
+from .lora_conv import LoraConv
+from .lora_embedding import LoraEmbedding
 from .lora_forward import LoraFactors, lora_forward, lora_update
 from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
 
 __all__ = [
+    "LoraConv",
+    "LoraEmbedding",
     "LoraFactors",
     "LoraLinear",
     "MultiLoraLinear",

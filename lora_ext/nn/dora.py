@@ -19,6 +19,7 @@ from lora_ext import ops
 
 from . import _stand_in
 from .lora_forward import (
+    BaseLayer,
     DenseParameters,
     LoraFactors,
     dense_parameters,
@@ -65,7 +66,7 @@ def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def dora_forward(
     x: Tensor,
-    base: nn.Module,
+    base: BaseLayer,
     dense: DenseParameters,
     adapters: Sequence[LoraFactors],
     magnitudes: Sequence[Tensor | None],
@@ -102,7 +103,7 @@ def dora_forward(
 
 def _in_order(
     x: Tensor,
-    base: nn.Module,
+    base: BaseLayer,
     dense: DenseParameters,
     adapters: Sequence[LoraFactors],
     magnitudes: Sequence[Tensor | None],

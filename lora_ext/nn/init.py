@@ -17,6 +17,7 @@ FREE = (
     "init_b",
     "init_a_normal",
     "init_b_normal",
+    "init_b_unit",
     "init_ab",
     "gaussian",
     "orthogonal",
@@ -45,6 +46,7 @@ def init_lora_(
     "gaussian"           N(0, 1/r^2), whatever n        0
     "init_b"             0                              U(-1/sqrt(r), 1/sqrt(r))
     "init_b_normal"      0                              N(0, 1/r)
+    "init_b_unit"        0                              N(0, 1), PEFT's for embeddings
     "init_ab", False     as "init_a"                    as "init_b": B A is not 0
     "orthogonal"         randn(n, r/2) by odd rows of   even rows likewise:
                          an orthogonal matrix, over 10  B A = 0, neither is 0
@@ -94,6 +96,8 @@ def init_lora_(
         new_a, new_b = zero_a, _uniform(b, r, generator)
     elif name == "init_b_normal":
         new_a, new_b = zero_a, _normal(b.shape, b, generator) / math.sqrt(r)
+    elif name == "init_b_unit":
+        new_a, new_b = zero_a, _normal(b.shape, b, generator)
     elif name == "init_ab":
         new_a, new_b = _uniform(a, n, generator), _uniform(b, r, generator)
     else:

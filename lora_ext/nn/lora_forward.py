@@ -25,6 +25,8 @@ _MAX_FUSED_RANK = 256  # of the kernels
 _AUTOCASTS = ("cpu", "cuda")
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
+#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
+BaseLayer = nn.Module | Callable[[Tensor], Tensor]
 DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
@@ -40,7 +42,7 @@ class LoraFactors(NamedTuple):
 
 def lora_forward(
     x: Tensor,
-    base: nn.Module,
+    base: BaseLayer,
     adapters: Sequence[LoraFactors],
     adapter_ids: Tensor | Rows | None = None,
 ) -> Tensor:
@@ -359,21 +361,29 @@ def exactly(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if kind in _AUTOCASTS else nullcontext()
 
 
-def dense_parameters(base: nn.Module) -> DenseParameters | None:
+def dense_parameters(base: BaseLayer) -> DenseParameters | None:
     """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
     kind = type(base)
+    if hasattr(kind, "dense_parameters"):  # a layer that computes a linear one in disguise
+        return base.dense_parameters()  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(base, nn.Module):
+        return None
     if kind is nn.Linear:
         weight = base.weight
     elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         weight = base.weight.t()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     else:
         return None
-    plain = (
-        type(base.weight) in (nn.Parameter, Tensor)  # not quantised, not distributed
-        and "forward" not in base.__dict__  # as accelerate's offloading leaves it
-        and not _has_hooks(base)
+    return (weight, base.bias) if is_plain(base) else None  # pyright: ignore[reportReturnType]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary one and nobody watches or replaces the forward."""
+    return (
+        type(module.weight) in (nn.Parameter, Tensor)  # not quantised, not distributed
+        and "forward" not in module.__dict__  # as accelerate's offloading leaves it
+        and not _has_hooks(module)
     )
-    return (weight, base.bias) if plain else None  # pyright: ignore[reportReturnType]
 
 
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import context
 from .context import Names
 from .dora import Magnitude, weight_norm
-from .init import FREE, check_factors, decompose, init_lora_, known_scheme
+from .init import FREE, decompose, init_lora_, known_scheme
 from .layer_names import LayerNames, layer_names, rows_by_name, rows_in_block, traced_rows
 from .merging import Merging, wide
 from .rows import Rows, rows_of
@@ -122,28 +122,24 @@ class LoraLayer(Merging):
         """
         self._check_name(adapter_name)
         scaling = _check_settings(r, lora_alpha, lora_dropout, use_rslora)
-        if lora_bias and use_dora:
-            raise ValueError("lora_bias: expected False for a DoRA adapter, as PEFT does")
+        if lora_bias and (use_dora or not self._takes_bias):
+            where = "a DoRA adapter" if self._takes_bias else f"a {type(self).__name__}"
+            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
         scheme = self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = _place(self.base_layer)
         dtype = dtype if adapter_dtype is None else adapter_dtype
-        a, b, bias = self._new_factors(r, lora_bias, scheme, generator, device)
-        changed = None
-        if scheme not in FREE and device.type != "meta":
-            a, b = decompose(self._matrix(), r, scaling, scheme)
+        a, b = self._new_factors(r, scaling, scheme, generator, device)
+        a, b = a.to(device, dtype), b.to(device, dtype)
+        bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
+        flat_a, flat_b = a.flatten(1), b.flatten(1)
+        changed = magnitude = None
         if device.type != "meta" and (scheme not in FREE or preserve_base_output):
-            a, b = a.to(device, dtype), b.to(device, dtype)
-            flat_a, flat_b = check_factors(type(self).__name__, a, b)
             weight = self._matrix().detach()
             changed = weight.to(wide(weight.dtype))
-            changed = (changed - scaling * (flat_b.to(changed) @ flat_a.to(changed))).to(
-                weight.dtype
-            )
-        a, b = a.to(device, dtype), b.to(device, dtype)
-        magnitude = None
+            changed = changed - scaling * (flat_b.to(changed) @ flat_a.to(changed))
+            changed = changed.to(weight.dtype)
         if use_dora:
             weight = self._matrix() if changed is None else changed
-            flat_a, flat_b = check_factors(type(self).__name__, a, b)
             norm = weight_norm(weight, flat_a, flat_b, scaling)
             magnitude = Magnitude(self._magnitude_shape(norm.to(dtype)))
         # From here on nothing raises.
@@ -159,7 +155,7 @@ class LoraLayer(Merging):
         self.adapter_active[adapter_name] = True
         dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        self._store_factors(adapter_name, a, b, None if bias is None else bias.to(device, dtype))
+        self._store_factors(adapter_name, a, b, bias)
         if magnitude is not None:
             self.lora_magnitude_vector[adapter_name] = magnitude
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
@@ -336,6 +332,24 @@ class LoraLayer(Merging):
         if name in self.r:
             raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already")
 
+    def _new_factors(
+        self,
+        r: int,
+        scaling: float,
+        scheme: str,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        """In float32, drawn on the CPU as PEFT does: one seed, one adapter, whatever the device."""
+        memory = "meta" if device.type == "meta" else "cpu"
+        a, b = (torch.zeros(shape, device=memory) for shape in self._shapes(r))
+        if memory != "meta" and scheme in FREE:
+            init_lora_(a, b, scheme, generator=generator)
+        elif memory != "meta":
+            parts = decompose(self._matrix(), r, scaling, scheme)
+            a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
+        return a, b
+
     def _default_scheme(self, scheme: bool | str) -> bool | str:
         return scheme
 
@@ -366,16 +380,12 @@ class LoraLayer(Merging):
     # ---------------------------------------------------------------------------------------------
     # Of the subclass
 
-    def _new_factors(
-        self,
-        r: int,
-        lora_bias: bool,
-        scheme: str,
-        generator: torch.Generator | None,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and bias in float32 on the CPU (or meta), initialised where the scheme is free."""
-        raise NotImplementedError
+    #: Whether ``lora_bias`` is offered.
+    _takes_bias = True
+
+    def _shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B."""
+        return (r, self.in_features), (self.out_features, r)
 
     def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         raise NotImplementedError

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .context import Names
 from .dora import dora_forward
-from .init import FREE, init_lora_
 from .lora_forward import LoraFactors, lora_forward, readable_weight
 from .lora_layer import LoraLayer
 
@@ -101,21 +99,6 @@ class LoraLinear(LoraLayer):
         return LoraFactors(a, b, self.scaling[adapter_name], p, bias)
 
     # Of LoraLayer
-
-    def _new_factors(
-        self,
-        r: int,
-        lora_bias: bool,
-        scheme: str,
-        generator: torch.Generator | None,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        memory = "meta" if device.type == "meta" else "cpu"
-        a = torch.zeros(r, self.in_features, device=memory)
-        b = torch.zeros(self.out_features, r, device=memory)
-        if scheme in FREE and memory != "meta":
-            init_lora_(a, b, scheme, generator=generator)
-        return a, b, torch.zeros(self.out_features, device=memory) if lora_bias else None
 
     def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         for store, weight, extra in ((self.lora_A, a, None), (self.lora_B, b, bias)):
