@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from . import _stand_in
 from .lora_forward import (
     BaseLayer,
     DenseParameters,
@@ -31,8 +30,6 @@ from .lora_forward import (
     lora_update,
 )
 from .rows import Rows
-
-_dropout = getattr(ops, "lora_dropout", _stand_in.lora_dropout)
 
 
 class Magnitude(nn.Module):
@@ -144,4 +141,4 @@ def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor) -> Tensor:
 
 def _dropped(x: Tensor, p: float) -> Tensor:
     x2d = x.reshape(-1, x.shape[-1])
-    return _dropout(x2d, p, draw_seed(x.device)).view(x.shape)
+    return ops.lora_dropout(x2d, p, draw_seed(x.device)).view(x.shape)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from . import _stand_in
 from .rows import Rows, all_rows, constant, rows_of
 
-_linear = getattr(ops, "lora_linear", _stand_in.lora_linear)
 _MAX_FUSED_RANK = 256  # of the kernels
 
 _AUTOCASTS = ("cpu", "cuda")
@@ -193,7 +191,7 @@ def _run(
         ranks = constant(call.ranks, torch.int32, x.device)
     if call.p:
         seed = draw_seed(x.device)
-    return _linear(
+    return ops.lora_linear(
         x.to(dtype),
         None if weight is None else weight.to(dtype),
         None if bias is None else bias.to(dtype),
@@ -364,8 +362,9 @@ def exactly(device: torch.device) -> AbstractContextManager[object]:
 def dense_parameters(base: BaseLayer) -> DenseParameters | None:
     """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
     kind = type(base)
-    if hasattr(kind, "dense_parameters"):  # a layer that computes a linear one in disguise
-        return base.dense_parameters()  # pyright: ignore[reportAttributeAccessIssue]
+    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
+    if disguised is not None:
+        return disguised(base)
     if not isinstance(base, nn.Module):
         return None
     if kind is nn.Linear:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, lora_forward
 from lora_ext.nn.rows import rows_of
+from lora_ext.reference.lora_train import dropout_keep
 
 
 def factors(layer: PeftLinear) -> list[LoraFactors]:
@@ -179,6 +180,26 @@ def test_dropout_follows_the_seed_of_torch_and_its_law():
     torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / 0.75), **CLOSE)
     # 12800 coins: five standard deviations are 0.019.
     assert abs(kept.float().mean() - 0.75) < 0.019
+
+
+@pytest.mark.parametrize("plain_base", [True, False])
+def test_dropout_is_the_formula_with_the_mask_of_its_seed(plain_base, monkeypatch):
+    torch.manual_seed(0)
+    base = nn.Linear(24, 17)
+    if not plain_base:
+        base.register_forward_hook(lambda *_: None)
+    a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)
+    x = torch.randn(6, 24, requires_grad=True)
+    seed = torch.tensor([2**40 + 5])
+    monkeypatch.setattr("lora_ext.nn.lora_forward.draw_seed", lambda device: seed)
+    keep = dropout_keep(6, 24, 0.25, seed)
+    assert 0 < keep.sum() < keep.numel()
+    y = lora_forward(x, base, [LoraFactors(a, b, 1.5, 0.25)])
+    expected = base(x) + 1.5 * (torch.where(keep, x / 0.75, 0) @ a.T) @ b.T
+    torch.testing.assert_close(y, expected, **CLOSE)
+    dy = torch.randn(6, 17)
+    found, true = (torch.autograd.grad(t, (x, a, b), dy) for t in (y, expected))
+    torch.testing.assert_close(found, true, **CLOSE)
 
 
 def test_adapters_with_dropout_on_the_same_rows_have_masks_of_their_own():

@@ -111,7 +111,7 @@ def test_dora_with_dropout_is_the_formula_on_the_dropped_input(p, monkeypatch):
     x = batch(6)
     keep = (torch.arange(6 * 24).view(6, 24) % 2).bool()
     monkeypatch.setattr(
-        "lora_ext.nn.dora._dropout", lambda x, p, seed: torch.where(keep, x / (1 - p), 0)
+        lora_ext.ops, "lora_dropout", lambda x, p, seed: torch.where(keep, x / (1 - p), 0)
     )
     dropped = torch.where(keep, x / (1 - p), 0) if p else x
     f = ours.factors("0")
