@@ -1,6 +1,7 @@
 """The functional forward of layers with adapters, against PEFT's layer on the same parameters."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -191,7 +192,8 @@ def test_dropout_is_the_formula_with_the_mask_of_its_seed(plain_base, monkeypatc
     a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)
     x = torch.randn(6, 24, requires_grad=True)
     seed = torch.tensor([2**40 + 5])
-    monkeypatch.setattr("lora_ext.nn.lora_forward.draw_seed", lambda device: seed)
+    module = sys.modules[lora_forward.__module__]  # the function has the module's name
+    monkeypatch.setattr(module, "draw_seed", lambda device: seed)
     keep = dropout_keep(6, 24, 0.25, seed)
     assert 0 < keep.sum() < keep.numel()
     y = lora_forward(x, base, [LoraFactors(a, b, 1.5, 0.25)])
