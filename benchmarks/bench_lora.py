@@ -1,4 +1,4 @@
-"""LoRA benchmarks: `python benchmarks/bench_lora.py --matrix decode|prefill|model|ops|swap|all`.
+"""LoRA benchmarks: `python benchmarks/bench_lora.py --matrix decode layers ...`.
 
 Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv; `benchmarks/report.py` makes the tables and
 the chart from them. Every result is checked before it is timed. See docs/benchmarks.md.
@@ -23,7 +23,7 @@ from lora_ops import (
 )
 from row import Row
 
-MATRICES = ("ops", "decode", "prefill", "model", "swap")
+MATRICES = ("ops", "decode", "prefill", "model", "swap", "layers")
 
 
 def main() -> None:
@@ -65,6 +65,12 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
                 yield from bench_allocation()
     if device == "cpu" and set(wanted) & {"model", "swap", "ops"}:
         yield from measure_model(wanted, rounds)
+    if device == "cpu" and "layers" in wanted:
+        import lora_layers
+
+        yield from lora_layers.bench_layers(rounds)
+        yield from lora_layers.bench_many(rounds)
+        yield from lora_layers.bench_models(max(3, rounds // 2))
 
 
 def measure_model(wanted: tuple[str, ...], rounds: int) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,9 @@ LAYERS = ((576, 1536, 16, 1024), (2048, 2048, 16, 1024), (2048, 2048, 64, 1024))
 def bench_layers(rounds: int) -> Iterator[Row]:
     """Forward and backward of one adapted layer: over the bare base layer, and against PEFT's."""
     for p in (0.0, 0.1):
+        over_peft: list[float] = []
+        over_base: list[float] = []
+        kept: list[float] = []
         for wide, out, rank, rows in LAYERS:
             torch.manual_seed(0)
             base = nn.Linear(wide, out, bias=False).requires_grad_(False)
@@ -54,7 +58,7 @@ def bench_layers(rounds: int) -> Iterator[Row]:
             for name, time in times.items():
                 yield Row(
                     "layers",
-                    f"layer, dropout {p}",
+                    f"layer {wide}x{out}, dropout {p}",
                     name,
                     tokens=rows,
                     adapters="" if name == "base" else 1,
@@ -67,6 +71,15 @@ def bench_layers(rounds: int) -> Iterator[Row]:
                     over_peft=times["peft"].over(time),
                     worst_error=error if name == "lora_ext" else "",
                 )
+            over_peft.append(times["peft"].over(times["lora_ext"]))
+            over_base.append(times["lora_ext"].over(times["base"]))
+            kept.append(saved["lora_ext"] / saved["peft"])
+        case = f"layers, dropout {p}"
+        mean = statistics.geometric_mean(over_peft)
+        yield Row("layers", f"{case}, geometric mean", "lora_ext", over_peft=mean)
+        yield Row("layers", f"{case}, worst", "lora_ext", over_base=max(over_base))
+        ratio = max(kept)
+        yield Row("layers", f"{case}, kept for backward", "lora_ext", unit="x", median=ratio)
 
 
 def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]:

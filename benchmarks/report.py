@@ -75,6 +75,55 @@ TARGETS = (
         "median",
         0,
     ),
+    Target(
+        "layer, forward and backward, dropout 0.1: PEFT's time over lora_ext's, geometric mean",
+        "layers, dropout 0.1, geometric mean",
+        "over_peft",
+        1.15,
+        at_least=True,
+    ),
+    Target(
+        "the same without dropout",
+        "layers, dropout 0.0, geometric mean",
+        "over_peft",
+        1.0,
+        at_least=True,
+    ),
+    *(
+        Target(
+            f"layer, forward and backward, dropout {p}: time over the bare layer, worst of three",
+            f"layers, dropout {p}, worst",
+            "over_base",
+            1.25,
+        )
+        for p in ("0.0", "0.1")
+    ),
+    *(
+        Target(
+            f"layer, dropout {p}: bytes kept for the backward over PEFT's, worst of three",
+            f"layers, dropout {p}, kept for backward",
+            "median",
+            1.0,
+        )
+        for p in ("0.0", "0.1")
+    ),
+    Target(
+        "16 adapters x 16 tokens, forward and backward: 16 calls of PEFT over one of lora_ext",
+        "16 adapters x 16 tokens",
+        "over_peft",
+        3.0,
+        at_least=True,
+    ),
+    *(
+        Target(
+            f"SmolLM2-shaped, r16: a step of 8 adapters x {n} tokens, 8 steps of PEFT over it",
+            f"step of 8 adapters x {n} tokens",
+            "over_peft",
+            3.0,
+            at_least=True,
+        )
+        for n in (16, 64)
+    ),
 )
 SHOWN = (
     "case provider dtype tokens adapters rank unit median p20 p80 gbytes_per_s of_copy over_base "
