@@ -8,12 +8,14 @@ from .lora_embedding import LoraEmbedding
 from .lora_forward import LoraFactors, lora_forward, lora_update
 from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
+from .probe import LoraProbe
 
 __all__ = [
     "LoraConv",
     "LoraEmbedding",
     "LoraFactors",
     "LoraLinear",
+    "LoraProbe",
     "MultiLoraLinear",
     "UnknownAdapterError",
     "adapters",
