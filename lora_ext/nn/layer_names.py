@@ -41,6 +41,7 @@ class LayerNames:
         # Of each layer, the open blocks of its forwards, the last one last; None is no block.
         self._blocks: weakref.WeakKeyDictionary[Any, tuple[Active | None, ...]]
         self._blocks = weakref.WeakKeyDictionary()
+        self._entered = False  # whether there ever was a block
         self.handle = context.pool_handle(self)
 
     def add(self, layer: Any) -> None:
@@ -54,6 +55,8 @@ class LayerNames:
         A checkpointed layer runs again in the backward, perhaps in another thread and after its
         block. It then must see what it saw in the forward, or say that it cannot.
         """
+        if not self._entered:
+            return None
         if torch._C._current_graph_task_id() < 0:  # no backward is running in this thread
             block = context.current(self.handle)
             seen = self._blocks[layer]
@@ -82,6 +85,7 @@ class LayerNames:
                 close = difflib.get_close_matches(name, known)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UnknownAdapterError(f"adapters: no layer has an adapter named {name!r}{hint}")
+        self._entered = True
         return _Slots(names)
 
 

@@ -74,10 +74,28 @@ def lora_forward(
 
     Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
     """
+    dense = dense_parameters(base)
+    if adapter_ids is None and len(adapters) == 1 and dense is not None:
+        factors = adapters[0]
+        if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
+            if x.dtype != torch.float64 and autocast_dtype(x) is None:
+                return _one_adapter(x, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
         return base(x)
-    return _forward(x, base, dense_parameters(base), adapters, rows)
+    return _forward(x, base, dense, adapters, rows)
+
+
+def _one_adapter(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
+    """:func:`_forward` of the commonest case, without what only the others need: at decode its
+    Python would take longer than the op."""
+    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
+    ids, plan = all_rows(x2d.shape[0], x.device)
+    a, b, scaling, p, _ = factors
+    scale = None if scaling == 1.0 else constant((scaling,), torch.float32, x.device)
+    seed = draw_seed(x.device) if p else None
+    y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)  # (T, O)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def lora_update(

@@ -285,6 +285,11 @@ class LoraLayer(Merging):
     def _rows(
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names
     ) -> Rows | None:
+        block = None
+        if adapter_ids is None and not torch.compiler.is_compiling():
+            block = layer_names.block_of(self)
+            if block is None:
+                return None
         names = self.adapter_names
         if isinstance(adapter_ids, Tensor):
             enabled = tuple(self.adapter_active.values())
@@ -293,12 +298,11 @@ class LoraLayer(Merging):
         if adapter_ids is not None:
             self._check_known([n for n in _flat(adapter_ids) if n not in (None, "__base__")])
             return rows_by_name(adapter_ids, reachable, leading, device)
-        if torch.compiler.is_compiling():
-            if not context.any_block:
-                return None
-            return traced_rows(reachable, self._default_position(), leading, device)
-        block = layer_names.block_of(self)
-        return None if block is None else rows_in_block(block, reachable, leading, device)
+        if block is not None:
+            return rows_in_block(block, reachable, leading, device)
+        if not context.any_block:
+            return None
+        return traced_rows(reachable, self._default_position(), leading, device)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self.adapter_active[n]]
