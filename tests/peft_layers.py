@@ -1,5 +1,7 @@
 """PEFT's layers, and what it means to agree with them."""
 
+import copy
+
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
@@ -56,3 +58,22 @@ def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) 
         assert (mine[name] is None) == (peft[name] is None), name
     both = [n for n in peft if peft[n] is not None]
     torch.testing.assert_close({n: mine[n] for n in both}, {n: peft[n] for n in both}, **CLOSE)
+
+
+def assert_as_exact(run, ours: nn.Module, theirs: nn.Module, x: Tensor, unit: float) -> None:
+    """The distance of ``run(x)`` from the exact result is PEFT's, give or take one rounding of
+    every entry; so are those of the gradients in ``ours``.
+
+    PEFT rounds more often, so no entry of the one need be near the same entry of the other.
+    """
+    y, expected = run(x), theirs(x)
+    assert y.dtype == expected.dtype
+    mine = {"y": y.detach(), **gradients(y, ours, x)}
+    peft = {"y": expected.detach(), **gradients(expected, theirs, x)}
+    with torch.autocast("cpu", enabled=False):
+        wide, x64 = copy.deepcopy(theirs).double(), x.detach().double().requires_grad_()
+        y64 = wide(x64)
+        exact = {"y": y64.detach(), **gradients(y64, wide, x64)}
+    for name, true in exact.items():
+        ours_off, peft_off = ((g[name].double() - true).norm() / true.norm() for g in (mine, peft))
+        assert ours_off <= peft_off + unit, name

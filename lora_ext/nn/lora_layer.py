@@ -292,7 +292,7 @@ class LoraLayer(Merging):
                 return None
         names = self.adapter_names
         if isinstance(adapter_ids, Tensor):
-            enabled = tuple(self.adapter_active.values())
+            enabled = tuple(self.adapter_active[name] for name in names)
             return rows_of(adapter_ids, len(names), leading, enabled)
         reachable = tuple(n if self.adapter_active[n] else "" for n in names)  # "" is no name
         if adapter_ids is not None:
