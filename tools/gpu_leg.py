@@ -19,7 +19,12 @@ from legs import ROOT, Leg, run
 PY = sys.executable
 REMEDY = "set PYTHON to one with a CUDA torch."
 # The smallest shape of each law; every kernel launches, and the sanitizer is slow.
-SMALL = "lora_apply and T3- and float32 or lora_apply and T70- and bfloat16"
+SMALL = (
+    "lora_apply and T3- and float32 or lora_apply and T70- and bfloat16"
+    " or train and random_values and T17-"
+)
+
+LAWS = ("tests/test_contract.py", "tests/test_contract_train.py")
 
 
 def gpu() -> tuple[str, str]:
@@ -62,7 +67,7 @@ def legs(arch: str, out: Path) -> list[Leg]:
         # Torch's caching allocator would hide an access past the end of a tensor in its block.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = [tool, f"--tool={check}", "--error-exitcode=9", "--kernel-regex=kns=lora_ext"]
-        small = [*pytest, "-x", "-m", "cuda", "-k", SMALL, "tests/test_contract.py"]
+        small = [*pytest, "-x", "-m", "cuda", "-k", SMALL, *LAWS]
         steps.append(Leg(f"sanitizer {check}", [*command, *small], 45, env=env, after="build"))
     bench = [PY, "benchmarks/bench_lora.py", "--device", "cuda", "--out", str(out)]
     if (ROOT / "benchmarks/bench_lora.py").exists():

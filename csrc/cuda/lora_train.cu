@@ -1,21 +1,140 @@
-// Not written yet: every launcher says so by the code of cudaErrorNotSupported.
-#include "lora_ext/lora_train.h"
+// The training launchers: which kernels run, from host-known sizes alone. Nothing here allocates or
+// waits.
+//
+//   shrink     x -> v            projection on the side of A, with the mask
+//   backward   dy -> dv          projection on the side of B       if da or dx is wanted
+//              dy, v -> db       gradient of the weights
+//              x, dv -> da       the same kernel, with the mask
+//              dv -> dx          in place, with the mask
+// The stages run one after another on one stream and share one workspace.
+#include "lora_train.cuh"
 
 namespace lora_ext {
+namespace {
 
-constexpr LaunchStatus kNotSupported = 801;
+LoraArgs side_b(const LoraTrainArgs& args) {
+    LoraArgs lora = args.lora;
+    lora.x = args.dy;
+    lora.x_row_stride = args.dy_row_stride;
+    return lora;
+}
 
-int64_t lora_train_workspace_bytes(const LoraTrainArgs&) {
-    return 0;
+// dy^T v, or (mask x)^T dv.
+Gradient gradient(const LoraTrainArgs& args, bool of_b) {
+    const LoraArgs& lora = args.lora;
+    Gradient g{};
+    g.x = of_b ? args.dy : lora.x;
+    g.x_row_stride = of_b ? args.dy_row_stride : lora.x_row_stride;
+    g.width = of_b ? lora.bank.out_features : lora.bank.in_features;
+    if (!of_b) g.dropout = args.dropout;
+    g.v = static_cast<const float*>(of_b ? lora.v : args.dv);
+    g.v_row_stride = of_b ? lora.v_row_stride : args.dv_row_stride;
+    g.plan = lora.plan;
+    g.ranks = lora.bank.ranks;
+    g.num_tokens = lora.num_tokens;
+    g.num_adapters = lora.bank.num_adapters;
+    g.max_rank = lora.bank.max_rank;
+    g.dtype = lora.dtype;
+    g.out = of_b ? args.db : args.da;
+    g.rank_major = !of_b;
+    return g;
 }
-LaunchStatus launch_lora_train_shrink(const LoraTrainArgs&, void*) {
-    return kNotSupported;
+
+LaunchStatus check(const LoraTrainArgs& args) {
+    const LoraBank& bank = args.lora.bank;
+    return bank.max_rank < 0 || bank.max_rank > kMaxRank || bank.page_table ? kInvalidValue : 0;
 }
-LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
-    return kNotSupported;
+bool no_adapters(const LoraTrainArgs& args) {
+    return args.lora.bank.max_rank == 0 || args.lora.bank.num_adapters == 0;
 }
-LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
-    return kNotSupported;
+
+// 16 bytes of a row; y lies without gaps.
+template <class T>
+__global__ void __launch_bounds__(256)
+    lora_dropout_kernel(const T* x, int64_t x_row_stride, T* y, int64_t rows, int width, int pieces,
+                        bool aligned, const __grid_constant__ LoraDropout dropout) {
+    const int64_t index = int64_t{blockIdx.x} * 256 + threadIdx.x;
+    if (index >= rows * pieces) return;
+    const int64_t row = index / pieces;
+    const int column = static_cast<int>(index % pieces) * kVec<T>;
+    const int n = width - column;
+    bool keep[kVec<T>];
+    keep_elements_of(philox_of(dropout), dropout.threshold, static_cast<int>(row), column, keep);
+    const T* from = x + row * x_row_stride + column;
+    const uint4 words = aligned ? load_words<T, true>(from, n) : load_words<T, false>(from, n);
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+            const float2 v = lx::unpack_floats<T>(w[i]);
+            out[i] = lx::pack_floats<T>(v.x * dropout.inverse_keep, v.y * dropout.inverse_keep);
+        } else {
+            out[i] = lx::bit_cast<uint32_t>(lx::bit_cast<float>(w[i]) * dropout.inverse_keep);
+        }
+    }
+    const uint4 kept = drop_elements<T>({out[0], out[1], out[2], out[3]}, keep);
+    store_piece(y + row * width + column, n, aligned, kept);
+}
+
+}  // namespace
+
+int64_t lora_train_workspace_bytes(const LoraTrainArgs& args) {
+    if (check(args) || no_adapters(args)) return 0;
+    int64_t bytes = 0;
+    for (bool of_b : {false, true})
+        bytes = lx::max(bytes, lx::max(projection_workspace(args.lora, of_b),
+                                       gradient_workspace(gradient(args, of_b))));
+    return bytes;
+}
+
+LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream) {
+    if (const LaunchStatus status = check(args)) return status;
+    if (no_adapters(args) || args.lora.num_tokens == 0) return 0;
+    const Projection step{args.lora, args.dropout, static_cast<float*>(args.lora.v),
+                          args.lora.v_row_stride};
+    return run_projection(step, false, args.workspace, stream);
+}
+
+LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream) {
+    if (const LaunchStatus status = check(args)) return status;
+    if (no_adapters(args)) return 0;
+    const bool rows = args.lora.num_tokens > 0;
+    LaunchStatus status = 0;
+    if (rows && (args.da || args.dx)) {
+        LoraDropout factor = args.dropout;
+        factor.threshold = 0;  // dy has no mask, but its factor 1 / (1 - p)
+        const Projection step{side_b(args), factor, static_cast<float*>(args.dv),
+                              args.dv_row_stride};
+        status = run_projection(step, true, args.workspace, stream);
+    }
+    if (!status && args.db) status = run_gradient(gradient(args, true), args.workspace, stream);
+    if (!status && args.da) status = run_gradient(gradient(args, false), args.workspace, stream);
+    if (!status && args.dx && rows && args.lora.bank.in_features > 0)
+        status = run_input_gradient(args, stream);
+    return status;
+}
+
+LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream) {
+    const LoraArgs& lora = args.lora;
+    const int64_t size = element_size(lora.dtype);
+    const int64_t width = lora.bank.in_features;
+    const int64_t pieces = ceil_div(width * size, kPieceBytes);
+    const int64_t blocks = ceil_div(lora.num_tokens * pieces, 256);
+    if (blocks == 0) return 0;
+    if (blocks > INT32_MAX) return kInvalidValue;
+    const bool aligned =
+        aligned_16(lora.x, {lora.x_row_stride, width}, size) && aligned_16(y, {}, size);
+    LX_BUF_ROWS(lora.x, lora.num_tokens, width * size, lora.x_row_stride * size,
+                lx::Access::kConstant);
+    LX_BUF(y, lora.num_tokens * width * size, lx::Access::kWrite);
+    if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    return with_dtype(lora.dtype, [&]<class T>() {
+        return LX_LAUNCH(lora_dropout_kernel<T>, static_cast<unsigned>(blocks), 256, 0, stream,
+                         static_cast<const T*>(lora.x), lora.x_row_stride, static_cast<T*>(y),
+                         lora.num_tokens, static_cast<int>(width), static_cast<int>(pieces),
+                         aligned, args.dropout);
+    });
 }
 
 }  // namespace lora_ext

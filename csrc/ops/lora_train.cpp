@@ -49,7 +49,7 @@ struct Call {
     const char* op;
     LoraTrainArgs args;
     Bank bank;
-    Tensor x, ids, plan, workspace, train_workspace;
+    Tensor x, ids, plan, workspace;
 
     Call(const char* op, const Tensor& x_in, const Tensor& a, const Tensor& b,
          const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
@@ -110,15 +110,11 @@ struct Call {
         if (!kernels) check_slots(op, lora.bank, lora.plan);
     }
 
-    void set_workspaces() {
-        const auto bytes = x.options().dtype(at::kByte);
-        const auto allocate = [&](int64_t size, Tensor& owner, void*& pointer) {
-            if (size == 0) return;
-            owner = at::empty({size}, bytes);
-            pointer = owner.mutable_data_ptr();
-        };
-        allocate(lora_workspace_bytes(args.lora), workspace, args.lora.workspace);
-        allocate(lora_train_workspace_bytes(args), train_workspace, args.workspace);
+    void set_workspace() {
+        const int64_t bytes = lora_train_workspace_bytes(args);
+        if (bytes == 0) return;
+        workspace = at::empty({bytes}, x.options().dtype(at::kByte));
+        args.workspace = workspace.mutable_data_ptr();
     }
 
     const LoraTrainCpu& twin() const { return *lora_train_cpu(lora_twin().isa); }
@@ -178,16 +174,15 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     call.set_v(v);
     args.lora.y = y.mutable_data_ptr();
     args.lora.y_row_stride = y.stride(0);
-    const bool drops = args.dropout.threshold != 0;
     if (launches_kernels(x)) {
-        call.set_workspaces();
+        call.set_workspace();
         void* stream = current_stream(x);
-        check_launch(op, drops ? launch_lora_train_shrink(args, stream)
-                               : launch_lora_shrink(args.lora, stream));
+        // Without dropout too: its sums do not depend on the number of rows, and db takes them up.
+        check_launch(op, launch_lora_train_shrink(args, stream));
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};
     }
-    if (drops)
+    if (args.dropout.threshold != 0)
         call.run(args, call.twin().shrink_items(args), call.twin().shrink, x.size(1));
     else
         call.run(args.lora, lora_twin().shrink_items(args.lora), lora_twin().shrink, x.size(1));
@@ -238,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     if (launches_kernels(x)) {
         const Tensor dv = at::empty({rows, args.dv_row_stride}, v.options());
         args.dv = dv.mutable_data_ptr();
-        call.set_workspaces();
+        call.set_workspace();
         check_launch(op, launch_lora_train_backward(args, current_stream(x)));
         return {dx, da, db};
     }

@@ -18,15 +18,25 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
     assert "matmul_tf32_kernel" in done.stderr
 
 
-def test_the_lora_kernels_stay_inside_their_buffers(build_folder: Path):
-    done = subprocess.run([build_folder / "lora_asan"], capture_output=True, text=True)
+@pytest.mark.parametrize("program", ["lora_asan", "lora_train_asan"])
+def test_the_lora_kernels_stay_inside_their_buffers(build_folder: Path, program: str):
+    done = subprocess.run([build_folder / program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "exact\n", "")
 
 
-@pytest.mark.parametrize("mode", ["workspace", "overread"])
-def test_one_element_beyond_a_buffer_of_the_lora_kernels_is_found(build_folder: Path, mode: str):
-    """``workspace``: lora_workspace_bytes() less one float, so the exact size above is needed."""
-    done = subprocess.run([build_folder / "lora_asan", mode], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("program", "mode", "kernel"),
+    [
+        ("lora_asan", "workspace", "lora_shrink_decode_kernel"),
+        ("lora_asan", "overread", "lora_shrink_decode_kernel"),
+        ("lora_train_asan", "workspace", "lora_train_project_kernel"),
+    ],
+)
+def test_one_element_beyond_a_buffer_of_the_lora_kernels_is_found(
+    build_folder: Path, program: str, mode: str, kernel: str
+):
+    """``workspace``: the launcher's own size less one float, so the exact size above is needed."""
+    done = subprocess.run([build_folder / program, mode], capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
-    assert "lora_shrink_decode_kernel" in done.stderr
+    assert kernel in done.stderr

@@ -1,0 +1,230 @@
+// What the training kernels share: the dropout mask, 16-byte pieces with guards, the rows of v in
+// shared memory, and products of float32 by parts.
+#pragma once
+
+#include "lora_ext/lora_train.h"
+#include "lora_kernels.cuh"
+
+namespace lora_ext {
+
+constexpr int kPieceBytes = 16;
+constexpr int kTrainRows = 64;   // rows of a step
+constexpr int kBandBytes = 256;  // of a row in a step: 128 columns, 64 of float32
+constexpr int kBandPieces = kBandBytes / kPieceBytes;
+// Eight rows in a row lie in eight different banks of 16 bytes when their distance is odd.
+constexpr int kBandRow = kBandBytes + kPieceBytes;
+template <class T>
+constexpr int kBandColumns = kBandBytes / static_cast<int>(sizeof(T));
+
+// The stages of training; `float*` results and inputs are v, dv, or partial sums.
+// x A^T or dy B, by the rows of each adapter, times scale / (1 - p).
+struct Projection {
+    LoraArgs lora;  // x is dy on the side of B
+    LoraDropout dropout;
+    float* out;
+    int64_t out_row_stride;
+};
+int64_t projection_workspace(const LoraArgs& args, bool side_b);
+LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
+
+// sum over the rows t of each adapter of v[t, :]^T x[t, :].
+struct Gradient {
+    const void* x;  // x with its mask, or dy
+    int64_t x_row_stride;
+    int32_t width;
+    LoraDropout dropout;
+    const float* v;  // dv, or v
+    int64_t v_row_stride;
+    const int32_t* plan;
+    const int32_t* ranks;
+    int64_t num_tokens;
+    int32_t num_adapters, max_rank;
+    DType dtype;
+    void* out;  // (A, R, width), or (A, width, R)
+    bool rank_major;
+};
+int64_t gradient_workspace(const Gradient& args);
+LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream);
+
+// dx[t, :] += mask * (dv[t, :] A)
+LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
+
+// ------------------------------------------------------------------------------------------------
+// Dropout
+
+struct Philox {
+    uint32_t key[2];
+
+    // Ten rounds on the counter {row, quad, 0, 0}.
+    LX_DEVICE uint4 operator()(uint32_t row, uint32_t quad) const {
+        uint32_t c0 = row, c1 = quad, c2 = 0, c3 = 0, k0 = key[0], k1 = key[1];
+#pragma unroll
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+            c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+            c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+            c1 = static_cast<uint32_t>(p1);
+            c3 = static_cast<uint32_t>(p0);
+            k0 += 0x9E3779B9;
+            k1 += 0xBB67AE85;
+        }
+        return {c0, c1, c2, c3};
+    }
+};
+
+LX_DEVICE Philox philox_of(const LoraDropout& dropout) {
+    if (dropout.threshold == 0) return {};
+    const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+    return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
+}
+
+// Which of the elements from `column`, a multiple of 4, on are kept.
+template <int kCount>
+LX_DEVICE void keep_elements_of(const Philox& philox, uint32_t threshold, int row, int column,
+                                bool (&keep)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+        const uint4 word =
+            philox(static_cast<uint32_t>(row), static_cast<uint32_t>(column + i) / 4);
+        keep[i] = word.x >= threshold;
+        keep[i + 1] = word.y >= threshold;
+        keep[i + 2] = word.z >= threshold;
+        keep[i + 3] = word.w >= threshold;
+    }
+}
+
+// Zeros where an element is dropped, whatever was there: a dropped NaN is gone.
+template <class T>
+LX_DEVICE uint4 drop_elements(const uint4& words, const bool (&keep)[kVec<T>]) {
+    uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+            w[i] &= (keep[2 * i] ? 0xffffu : 0u) | (keep[2 * i + 1] ? 0xffff0000u : 0u);
+        } else {
+            w[i] = keep[i] ? w[i] : 0u;
+        }
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
+
+// The mask on 16 bytes of shared memory, by the thread that copied them there.
+template <class T>
+LX_DEVICE void drop_piece(void* piece, const Philox& philox, uint32_t threshold, int row,
+                          int column) {
+    bool keep[kVec<T>];
+    keep_elements_of(philox, threshold, row, column, keep);
+    uint4& words = *static_cast<uint4*>(piece);
+    words = drop_elements<T>(words, keep);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Pieces
+
+// To shared memory: n elements, n cut to [0, kVec], then zeros. `aligned` is the same for all
+// pieces of a tensor: by cp.async if set, else at once. With n <= 0 `from` is only an address.
+template <class T>
+LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
+    n = lx::min(lx::max(n, 0), kVec<T>);
+    if (aligned) {
+        lx::cp_async<kPieceBytes>(to, from, n * static_cast<int>(sizeof(T)));
+    } else {
+        *static_cast<uint4*>(to) = load_words<T, false>(from, n);
+    }
+}
+
+// From and to memory that this launch also writes: the first n elements of 16 bytes.
+template <class T>
+LX_DEVICE uint4 load_piece(const T* p, int n, bool aligned) {
+    if (n >= kVec<T> && aligned) return *reinterpret_cast<const uint4*>(p);
+    T e[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) e[i] = i < n ? p[i] : lx::from_float<T>(0);
+    return words_of(e);
+}
+template <class T>
+LX_DEVICE void store_piece(T* p, int n, bool aligned, const uint4& words) {
+    if (n >= kVec<T> && aligned) {
+        *reinterpret_cast<uint4*>(p) = words;
+        return;
+    }
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) {
+        if (i >= n) continue;
+        if constexpr (sizeof(T) == 2) {
+            p[i] = lx::bit_cast<T>(static_cast<uint16_t>(w[i / 2] >> (16 * (i % 2))));
+        } else {
+            p[i] = lx::bit_cast<T>(w[i]);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// v in shared memory: kTrainRows rows, per page of ranks 32 bytes, eight floats. bfloat16 turns
+// them, in place, into eight high parts and eight low ones.
+
+__host__ __device__ constexpr int v_row_bytes(int pages) {
+    return (2 * pages + 1) * kPieceBytes;
+}
+
+template <class T>
+struct VTile {
+    unsigned char* data;
+    int pages, row_bytes;
+
+    LX_DEVICE VTile(unsigned char* at, int num_pages)
+        : data(at), pages(num_pages), row_bytes(v_row_bytes(num_pages)) {}
+    LX_DEVICE unsigned char* at(int row, int page) const {
+        return data + row * row_bytes + page * 2 * kPieceBytes;
+    }
+    // Item (row, page) by its own thread: copied, and after the wait for the copy, split.
+    // `ranks` counts from the page's first.
+    LX_DEVICE void copy(int row, int page, const float* from, int ranks, bool aligned) const {
+        copy_piece<float>(at(row, page), from, ranks, aligned);
+        copy_piece<float>(at(row, page) + kPieceBytes, ranks > 4 ? from + 4 : from, ranks - 4,
+                          aligned);
+    }
+    LX_DEVICE void split(int row, int page) const {
+        if constexpr (std::is_same_v<T, lx::bf16>) {
+            float4* const p = reinterpret_cast<float4*>(at(row, page));
+            const float4 first = p[0], second = p[1];
+            const float v[8] = {first.x,  first.y,  first.z,  first.w,
+                                second.x, second.y, second.z, second.w};
+            uint32_t high[4], low[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                high[i] = lx::pack_floats<T>(v[2 * i], v[2 * i + 1]);
+                const float2 h = lx::unpack_floats<T>(high[i]);
+                low[i] = lx::pack_floats<T>(v[2 * i] - h.x, v[2 * i + 1] - h.y);
+            }
+            uint4* const parts = reinterpret_cast<uint4*>(p);
+            parts[0] = {high[0], high[1], high[2], high[3]};
+            parts[1] = {low[0], low[1], low[2], low[3]};
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------
+// Products of floats: each is high + low in tf32. A float16 value is its own high part.
+
+// d += a b, m16n8k8. An exact operand has no low part; the product of two low parts is dropped.
+template <bool kExactA, bool kExactB>
+LX_DEVICE void mma_floats(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+    uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a_high[i] = kExactA ? lx::bit_cast<uint32_t>(a[i]) : lx::to_tf32(a[i]);
+        a_low[i] = kExactA ? 0 : lx::to_tf32(a[i] - lx::bit_cast<float>(a_high[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        b_high[i] = kExactB ? lx::bit_cast<uint32_t>(b[i]) : lx::to_tf32(b[i]);
+        b_low[i] = kExactB ? 0 : lx::to_tf32(b[i] - lx::bit_cast<float>(b_high[i]));
+    }
+    if constexpr (!kExactA) lx::mma_m16n8k8_tf32(d, a_low, b_high);
+    if constexpr (!kExactB) lx::mma_m16n8k8_tf32(d, a_high, b_low);
+    lx::mma_m16n8k8_tf32(d, a_high, b_high);
+}
+
+}  // namespace lora_ext

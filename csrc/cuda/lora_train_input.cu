@@ -1,0 +1,251 @@
+// dx[t, :] = round(dx[t, :] + mask * (dv[t, :] a[s])), in place; a dropped element keeps its bits.
+//
+// Block (64 rows of one adapter, range of columns), eight warps: four part the rows, two the
+// columns of a band of 256 bytes. The rows of dv stay in shared memory; per band the ranks of A
+// come by cp.async while the previous band is written. The product goes through shared memory as
+// floats, so that a thread ends up with 16 bytes of dx in a row: one load, issued before the
+// product, two Philox calls for its mask, one rounding, one store.
+//   bfloat16   dv = high + low, two m16n8k16
+//   float16    A as floats, exact in tf32; dv = high + low in tf32
+//   float32    three tf32 products of parts
+// Bound: bytes of dx, read and written once.
+#include "lora_train.cuh"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarpsN = 2;      // times four warps of 16 rows
+constexpr int kRangeBands = 4;  // bands of a block
+template <class T>
+constexpr int kWarpColumns = kBandColumns<T> / kWarpsN;
+template <class T>
+constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; a warp's float2 stores meet no bank twice
+
+struct Width {
+    int range;  // columns of a block
+    int pages;  // of the largest rank, even
+    bool dv_aligned, a_aligned, dx_aligned;
+};
+
+template <class T>
+constexpr int shared_bytes(int pages) {
+    return kTrainRows * v_row_bytes(pages) + pages * kPageRanks * kBandRow +
+           kTrainRows * kDeltaRow<T> * 4;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    lora_train_input_kernel(const __grid_constant__ LoraTrainArgs args,
+                            const __grid_constant__ Tiling tiling,
+                            const __grid_constant__ Width width) {
+    LX_SHARED(int32_t, row_of, kTrainRows);
+    LX_DYN_SHARED(shared);
+    const LoraBank& bank = args.lora.bank;
+    const int thread = lx::thread_rank(), lane = lx::lane_id(), warp = lx::warp_id();
+    const RowTile tile =
+        find_tile<kTrainRows>(args.lora, tiling, static_cast<int>(blockIdx.x), row_of);
+    if (tile.rank == 0) return;
+    lx::syncthreads();  // row_of
+
+    const int pages = (tile.rank + 15) / 16 * 2;
+    const VTile<T> dv(shared, width.pages);
+    unsigned char* const a_band = shared + kTrainRows * dv.row_bytes;
+    float* const delta = reinterpret_cast<float*>(a_band + width.pages * kPageRanks * kBandRow);
+    const T* a = static_cast<const T*>(bank.a) + tile.slot * bank.a_slot_stride;
+    const int piece = thread % kBandPieces, first_row = thread / kBandPieces;
+    constexpr int kRowStep = kThreads / kBandPieces;
+    constexpr int kRowsPerThread = kTrainRows / kRowStep;
+
+    const int begin = static_cast<int>(blockIdx.y) * width.range;
+    const int end =
+        static_cast<int>(lx::min<int64_t>(int64_t{begin} + width.range, bank.in_features));
+    auto fill_a = [&](int column0) {
+        const int column = column0 + piece * kVec<T>;
+        for (int rank = first_row; rank < pages * kPageRanks; rank += kRowStep) {
+            const int n = rank < tile.rank ? end - column : 0;
+            copy_piece<T>(a_band + rank * kBandRow + piece * kPieceBytes,
+                          n > 0 ? a + rank / kPageRanks * bank.a_page_stride +
+                                      rank % kPageRanks * bank.a_row_stride + column
+                                : static_cast<const T*>(bank.a),
+                          n, width.a_aligned);
+        }
+    };
+    const float* dv_rows = static_cast<const float*>(args.dv);
+    const int padded_rows = (tile.rows + 15) / 16 * 16;
+    for (int i = thread; i < padded_rows * pages; i += kThreads) {
+        const int row = i / pages, rank = i % pages * kPageRanks;
+        const int n = row < tile.rows ? tile.rank - rank : 0;
+        dv.copy(row, i % pages, n > 0 ? dv_rows + row_of[row] * args.dv_row_stride + rank : dv_rows,
+                n, width.dv_aligned);
+    }
+    fill_a(begin);
+    lx::cp_async_wait_all();
+    if constexpr (std::is_same_v<T, lx::bf16>) {
+        for (int i = thread; i < padded_rows * pages; i += kThreads) dv.split(i / pages, i % pages);
+    }
+    const Philox philox = philox_of(args.dropout);
+    const int warp_row = warp / kWarpsN * kTileRows;
+    const bool has_rows = warp_row < tile.rows;
+    const int warp_column = warp % kWarpsN * kWarpColumns<T>;
+    constexpr int kTiles = kWarpColumns<T> / 8;
+
+    for (int column0 = begin; column0 < end; column0 += kBandColumns<T>) {
+        lx::cp_async_wait_all();
+        lx::syncthreads();  // dv and this band of A are here; delta has been read by all
+
+        const int column = column0 + piece * kVec<T>;
+        const int n = end - column;
+        uint4 words[kRowsPerThread] = {};
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+            const int row = first_row + i * kRowStep;
+            if (row < tile.rows && n > 0)
+                words[i] = load_piece(
+                    static_cast<const T*>(args.dx) + row_of[row] * args.dx_row_stride + column, n,
+                    width.dx_aligned);
+        }
+
+        if (has_rows) {
+            float acc[kTiles][4] = {};
+            for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
+                if constexpr (std::is_same_v<T, lx::bf16>) {
+                    // Matrices: rows 0-7 and 8-15 of one page, then of the next.
+                    uint32_t high[4], low[4];
+                    const unsigned char* p = dv.at(warp_row + lane % 16, page + lane / 16);
+                    lx::ldmatrix_x4(high, p);
+                    lx::ldmatrix_x4(low, p + kPieceBytes);
+#pragma unroll
+                    for (int j = 0; j < kTiles; j += 2) {
+                        // Matrices: both pages of eight columns, then of the next eight; turned.
+                        uint32_t af[4];
+                        lx::ldmatrix_x4_trans(af, a_band +
+                                                      (page * kPageRanks + lane % 16) * kBandRow +
+                                                      (warp_column + 8 * (j + lane / 16)) * 2);
+                        lx::mma_m16n8k16<T>(acc[j], low, {af[0], af[1]});
+                        lx::mma_m16n8k16<T>(acc[j + 1], low, {af[2], af[3]});
+                        lx::mma_m16n8k16<T>(acc[j], high, {af[0], af[1]});
+                        lx::mma_m16n8k16<T>(acc[j + 1], high, {af[2], af[3]});
+                    }
+                } else {
+                    // Slots k and k + 4 of an mma are ranks 2k and 2k + 1 of the page.
+                    const int rank = 2 * (lane % 4);
+                    const float2 upper =
+                        reinterpret_cast<const float2*>(dv.at(warp_row + lane / 4, page))[lane % 4];
+                    const float2 lower = reinterpret_cast<const float2*>(
+                        dv.at(warp_row + lane / 4 + 8, page))[lane % 4];
+                    const float v[4] = {upper.x, lower.x, upper.y, lower.y};
+                    const unsigned char* const a_page_rows = a_band + page * kPageRanks * kBandRow;
+                    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+                        for (int j = 0; j < kTiles; j += 4) {
+                            // Matrices: four times eight columns; turned.
+                            uint32_t af[4];
+                            lx::ldmatrix_x4_trans(af, a_page_rows + lane % 8 * kBandRow +
+                                                          (warp_column + 8 * (j + lane / 8)) * 2);
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) {
+                                const float2 pair = lx::unpack_floats<T>(af[i]);
+                                mma_floats<false, true>(acc[j + i], v, {pair.x, pair.y});
+                            }
+                        }
+                    } else {
+#pragma unroll
+                        for (int j = 0; j < kTiles; ++j) {
+                            const unsigned char* p = a_page_rows + rank * kBandRow +
+                                                     (warp_column + 8 * j + lane / 4) * 4;
+                            mma_floats<false, false>(
+                                acc[j], v,
+                                {*reinterpret_cast<const float*>(p),
+                                 *reinterpret_cast<const float*>(p + kBandRow)});
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+                float* p = delta + (warp_row + lane / 4) * kDeltaRow<T> + warp_column + 8 * j +
+                           2 * (lane % 4);
+                *reinterpret_cast<float2*>(p) = {acc[j][0], acc[j][1]};
+                *reinterpret_cast<float2*>(p + 8 * kDeltaRow<T>) = {acc[j][2], acc[j][3]};
+            }
+        }
+        lx::syncthreads();  // delta is complete, A has been read
+        if (column0 + kBandColumns<T> < end) fill_a(column0 + kBandColumns<T>);
+        lx::cp_async_commit();
+
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+            const int row = first_row + i * kRowStep;
+            if (row >= tile.rows || n <= 0) continue;
+            bool keep[kVec<T>];
+            if (args.dropout.threshold != 0) {
+                keep_elements_of(philox, args.dropout.threshold, row_of[row], column, keep);
+            } else {
+#pragma unroll
+                for (int e = 0; e < kVec<T>; ++e) keep[e] = true;
+            }
+            const float4* from =
+                reinterpret_cast<const float4*>(delta + row * kDeltaRow<T>) + piece * (kVec<T> / 4);
+            float d[kVec<T>];
+#pragma unroll
+            for (int q = 0; q < kVec<T> / 4; ++q) {
+                const float4 part = from[q];
+                const float four[4] = {part.x, part.y, part.z, part.w};
+                // Adding -0 changes no bit, not even that of another -0.
+#pragma unroll
+                for (int e = 0; e < 4; ++e) d[4 * q + e] = keep[4 * q + e] ? four[e] : -0.0f;
+            }
+            const uint32_t w[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+            uint32_t out[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                if constexpr (sizeof(T) == 2) {
+                    const float2 y = lx::unpack_floats<T>(w[k]);
+                    out[k] = lx::pack_floats<T>(y.x + d[2 * k], y.y + d[2 * k + 1]);
+                } else {
+                    out[k] = lx::bit_cast<uint32_t>(lx::bit_cast<float>(w[k]) + d[k]);
+                }
+            }
+            store_piece(static_cast<T*>(args.dx) + row_of[row] * args.dx_row_stride + column, n,
+                        width.dx_aligned, {out[0], out[1], out[2], out[3]});
+        }
+    }
+}
+
+}  // namespace
+
+LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
+    const LoraArgs& lora = args.lora;
+    const LoraBank& bank = lora.bank;
+    const int64_t size = element_size(lora.dtype);
+    Width width{};
+    width.pages = static_cast<int>(ceil_div(bank.max_rank, 16)) * 2;
+    width.dv_aligned = aligned_16(args.dv, {args.dv_row_stride}, 4);
+    width.a_aligned =
+        aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
+    width.dx_aligned = aligned_16(args.dx, {args.dx_row_stride}, size);
+    width.range = static_cast<int>(kRangeBands * kBandBytes / size);
+    while (ceil_div(bank.in_features, width.range) > kMaxGridY) width.range *= 2;
+
+    const LoraPlanLayout layout{lora.num_tokens, bank.num_adapters};
+    const Tiling tiling{lx::max(1, layout.chunk_rows() / kTrainRows), layout.perm()};
+    const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiling.per_chunk),
+                    static_cast<unsigned>(ceil_div(bank.in_features, width.range)));
+    declare_common(lora);
+    LoraArgs weights = lora;  // declares the pages of a, but no x
+    weights.x = args.dx;
+    weights.x_row_stride = args.dx_row_stride;
+    declare_a(weights);
+    LX_BUF_ROWS(args.dv, lora.num_tokens, bank.max_rank * 4, args.dv_row_stride * 4,
+                lx::Access::kRead);
+    LX_BUF_ROWS(args.dx, lora.num_tokens, bank.in_features * size, args.dx_row_stride * size,
+                lx::Access::kReadWrite);
+    if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    return with_dtype(lora.dtype, [&]<class T>() {
+        return LX_LAUNCH(lora_train_input_kernel<T>, grid, kThreads, shared_bytes<T>(width.pages),
+                         stream, args, tiling, width);
+    });
+}
+
+}  // namespace lora_ext

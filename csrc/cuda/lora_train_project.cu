@@ -1,0 +1,315 @@
+// The two projections onto the ranks, with c = scale[s] / (1 - p):
+//   side A:  v[t, :]  = c * a[s] (mask * x[t, :])
+//   side B:  dv[t, :] = c * dy[t, :] b[s]
+//
+// As lora_shrink_prefill_kernel: block (row tile, slices, 64 ranks), a ring of four stages that
+// cp.async fills with 128 bytes of each row and of each rank (side B: 64 outputs of each page),
+// ldmatrix, mma. What differs:
+//   * the mask. A thread waits for the pieces that it copied itself and zeroes what is dropped,
+//     before the barrier that shows them to the others: one Philox call per four elements, none
+//     twice.
+//   * pages of B hold eight ranks of one output side by side; ldmatrix.trans turns them.
+//   * the sum is over slices of fixed width, each from zero, added in order, whether one block
+//     walks over all slices of its rows or each slice has a block and a second kernel adds. So v
+//     does not depend on how many rows there are, nor does a gradient on who shares the batch.
+// Bound: bytes of x (dy), streamed once per 64 ranks.
+#include "lora_train.cuh"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kStages = 4;
+constexpr int kPieces = 8;                              // of a row in a stage
+constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd: eight rows in eight banks
+constexpr int kGroupPages = 8;
+constexpr int kGroupRanks = kGroupPages * kPageRanks;
+
+struct Slices {
+    int width, count;
+    int per_block;         // all of them, or one
+    int64_t split_stride;  // of partial sums
+    bool finished;         // no partial sums: the block applies c
+    bool x_aligned, w_aligned;
+    int ranks_per_stage;
+};
+
+template <class T>
+LX_DEVICE float factor_of(const Projection& args, int slot) {
+    return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
+}
+
+template <class T, bool kSideB, int kRows>
+__global__ void __launch_bounds__(kRows * 2, 2)
+    lora_train_project_kernel(const __grid_constant__ Projection args,
+                              const __grid_constant__ Tiling tiling,
+                              const __grid_constant__ Slices slices) {
+    constexpr int kThreads = kRows * 2;        // a warp for 16 rows
+    constexpr int kWidth = kPieces * kVec<T>;  // of x in a stage
+    LX_SHARED(int32_t, row_of, kRows);
+    LX_DYN_SHARED(ring);
+    const LoraArgs& lora = args.lora;
+    const LoraBank& bank = lora.bank;
+    const int thread = lx::thread_rank(), lane = lx::lane_id(), warp = lx::warp_id();
+    const RowTile tile = find_tile<kRows>(lora, tiling, static_cast<int>(blockIdx.x), row_of);
+    const int first_page = static_cast<int>(blockIdx.z) * kGroupPages;
+    const int ranks = lx::min(tile.rank - first_page * kPageRanks, kGroupRanks);
+    if (ranks <= 0) return;
+    const int pages = (ranks + kPageRanks - 1) / kPageRanks;
+    const int page_pairs = (pages + 1) / 2;
+    const int fill_rows = (tile.rows + kTileRows - 1) / kTileRows * kTileRows;
+    lx::syncthreads();  // row_of
+
+    const int features = kSideB ? bank.out_features : bank.in_features;
+    const int begin = static_cast<int>(blockIdx.y) * slices.per_block * slices.width;
+    const int end = static_cast<int>(
+        lx::min<int64_t>(int64_t{begin} + int64_t{slices.per_block} * slices.width, features));
+    const int steps = lx::max(0, (end - begin + kWidth - 1) / kWidth);
+    const int stage_bytes = (kRows + slices.ranks_per_stage) * kStageRow;
+    const T* x = static_cast<const T*>(lora.x);
+    const T* w =
+        kSideB ? b_page<T>(bank, tile.slot, first_page) : a_page<T>(bank, tile.slot, first_page);
+    const int64_t page_stride = kSideB ? bank.b_page_stride : bank.a_page_stride;
+    const Philox philox = philox_of(args.dropout);
+
+    // Every thread copies the same piece of every (kThreads / 8)-th row.
+    const int piece = thread % kPieces, first_row = thread / kPieces;
+    constexpr int kRowStep = kThreads / kPieces;
+    auto x_piece = [&](int step, int row) {
+        return ring + step % kStages * stage_bytes + row * kStageRow + piece * kPieceBytes;
+    };
+    auto fill = [&](int step) {
+        const int k0 = begin + step * kWidth, k = k0 + piece * kVec<T>;
+        for (int row = first_row; row < fill_rows; row += kRowStep) {
+            const int n = row < tile.rows ? end - k : 0;
+            copy_piece<T>(x_piece(step, row), n > 0 ? x + row_of[row] * lora.x_row_stride + k : x,
+                          n, slices.x_aligned);
+        }
+        unsigned char* const w_stage = ring + step % kStages * stage_bytes + kRows * kStageRow;
+        if constexpr (kSideB) {
+            // A page of the stage: kWidth outputs of 8 ranks, one piece each (float32: two).
+            constexpr int kPerRow = kPageRanks / kVec<T>, kPagePieces = kWidth * kPerRow;
+            for (int i = thread; i < page_pairs * 2 * kPagePieces; i += kThreads) {
+                const int page = i / kPagePieces, output = k0 + i % kPagePieces / kPerRow;
+                const int rank = page * kPageRanks + i % kPerRow * kVec<T>;
+                // Ranks past the adapter's, where a whole page row is loaded, end in sums that
+                // nobody reads.
+                int n = lx::min(ranks - rank, kPageRanks);
+                if (n > 0 && slices.w_aligned) n = kVec<T>;
+                if (output >= end) n = 0;
+                copy_piece<T>(
+                    w_stage + i * kPieceBytes,
+                    n > 0 ? w + page * page_stride + output * bank.b_row_stride + rank % kPageRanks
+                          : static_cast<const T*>(bank.b),
+                    n, slices.w_aligned);
+            }
+        } else {
+            for (int row = first_row; row < page_pairs * 16; row += kRowStep) {
+                const int n = row < ranks ? end - k : 0;
+                copy_piece<T>(w_stage + row * kStageRow + piece * kPieceBytes,
+                              n > 0 ? w + row / kPageRanks * page_stride +
+                                          row % kPageRanks * bank.a_row_stride + k
+                                    : static_cast<const T*>(bank.a),
+                              n, slices.w_aligned);
+            }
+        }
+    };
+    auto drop = [&](int step) {
+        if (kSideB || args.dropout.threshold == 0) return;
+        const int k = begin + step * kWidth + piece * kVec<T>;
+#pragma unroll 1
+        for (int row = first_row; row < tile.rows; row += kRowStep)
+            drop_piece<T>(x_piece(step, row), philox, args.dropout.threshold, row_of[row], k);
+    };
+
+    float acc[kGroupPages][4] = {}, total[kGroupPages][4] = {};
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+        if (s < steps) fill(s);
+        lx::cp_async_commit();
+    }
+    const bool has_rows = warp * kTileRows < tile.rows;
+    const int steps_per_slice = slices.width / kWidth;
+    for (int step = 0; step < steps; ++step) {
+        lx::cp_async_wait_group<kStages - 2>();
+        drop(step);
+        lx::syncthreads();  // this stage is complete, and the previous one has been read by all
+        if (step + kStages - 1 < steps) fill(step + kStages - 1);
+        lx::cp_async_commit();
+        if (!has_rows) continue;
+        const unsigned char* x_stage = ring + step % kStages * stage_bytes;
+        const unsigned char* w_stage = x_stage + kRows * kStageRow;
+#pragma unroll
+        for (int p = 0; p < kPieces; p += 2) {
+            // Matrices: rows 0-7 and 8-15 of the first piece, then of the second.
+            uint32_t xf[4];
+            lx::ldmatrix_x4(xf, x_stage + (warp * kTileRows + lane % 16) * kStageRow +
+                                    (p + lane / 16) * kPieceBytes);
+#pragma unroll
+            for (int page = 0; page < kGroupPages; page += 2) {
+                if (page >= pages) continue;
+                // Matrices, or what stands for them: k of both pieces of one page, then of the
+                // next.
+                uint32_t wf[4];
+                if constexpr (!kSideB) {
+                    const int rank = page * kPageRanks + lane / 16 * 8 + lane % 8;
+                    lx::ldmatrix_x4(wf,
+                                    w_stage + rank * kStageRow + (p + lane / 8 % 2) * kPieceBytes);
+                } else if constexpr (sizeof(T) == 2) {
+                    const int output = (page + lane / 16) * kWidth + p * kVec<T> + lane % 16;
+                    lx::ldmatrix_x4_trans(wf, w_stage + output * kPieceBytes);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int output =
+                            (page + i / 2) * kWidth + (p + i % 2) * kVec<T> + lane % 4;
+                        wf[i] = reinterpret_cast<const uint32_t*>(
+                            w_stage)[output * kPageRanks + lane / 4];
+                    }
+                }
+                mma_step<T>(acc[page], xf, {wf[0], wf[1]});
+                mma_step<T>(acc[page + 1], xf, {wf[2], wf[3]});
+            }
+        }
+        if ((step + 1) % steps_per_slice == 0 || step + 1 == steps) {
+#pragma unroll
+            for (int page = 0; page < kGroupPages; ++page) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    total[page][i] += acc[page][i];
+                    acc[page][i] = 0;
+                }
+            }
+        }
+    }
+    lx::cp_async_wait_all();
+
+    const float factor = slices.finished ? factor_of<T>(args, tile.slot) : 1.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = warp * kTileRows + 8 * h + lane / 4;
+        if (row >= tile.rows) continue;
+        float* out = args.out + blockIdx.y * slices.split_stride +
+                     row_of[row] * args.out_row_stride + first_page * kPageRanks;
+#pragma unroll
+        for (int page = 0; page < kGroupPages; ++page) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int rank = page * kPageRanks + 2 * (lane % 4) + i;
+                if (rank < ranks) out[rank] = factor * total[page][2 * h + i];
+            }
+        }
+    }
+}
+
+// out[t, j] = c * sum of the slices, in order.
+__global__ void __launch_bounds__(128)
+    lora_train_project_reduce_kernel(const __grid_constant__ Projection args,
+                                     const __grid_constant__ Tiling tiling, const float* partials,
+                                     int64_t row_stride, int64_t split_stride, int splits) {
+    LX_SHARED(int32_t, row_of, kTileRows);
+    const RowTile tile =
+        find_tile<kTileRows>(args.lora, tiling, static_cast<int>(blockIdx.x), row_of);
+    if (tile.rank == 0) return;
+    lx::syncthreads();  // row_of
+    const float factor = factor_of<float>(args, tile.slot);
+    for (int i = lx::thread_rank(); i < tile.rows * tile.rank; i += 128) {
+        const int64_t row = row_of[i / tile.rank];
+        const int rank = i % tile.rank;
+        const float* p = partials + row * row_stride + rank;
+        float sum = 0;
+        for (int s = 0; s < splits; ++s) sum += p[s * split_stride];
+        args.out[row * args.out_row_stride + rank] = factor * sum;
+    }
+}
+
+// Fixed by the width of the sum alone.
+Slices slices_of(const LoraArgs& args, bool side_b) {
+    const int64_t features = side_b ? args.bank.out_features : args.bank.in_features;
+    Slices s{};
+    s.width = static_cast<int>(lx::max<int64_t>(1024, ceil_div(ceil_div(features, 16), 64) * 64));
+    s.count = static_cast<int>(lx::max<int64_t>(1, ceil_div(features, s.width)));
+    // Two blocks for each of the 132 multiprocessors of an H100 come from the rows alone?
+    const bool walk =
+        s.count == 1 || ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) >= 264;
+    s.per_block = walk ? s.count : 1;
+    s.finished = walk;
+    s.split_stride = walk ? 0 : args.num_tokens * kPageRanks * args.bank.pages_per_slot;
+    return s;
+}
+
+template <class T, bool kSideB, int kRows>
+LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) {
+    const LoraArgs& lora = args.lora;
+    const Tiling tiling{lx::max(1, lora_chunk_rows(lora.num_tokens) / kRows),
+                        LoraPlanLayout{lora.num_tokens, lora.bank.num_adapters}.perm()};
+    const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
+    const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiling.per_chunk),
+                    static_cast<unsigned>(slices.count / slices.per_block),
+                    static_cast<unsigned>(ceil_div(lora.bank.max_rank, kGroupRanks)));
+    return LX_LAUNCH((lora_train_project_kernel<T, kSideB, kRows>), grid, kRows * 2,
+                     kStages * (kRows + slices.ranks_per_stage) * kStageRow, stream, args, tiling,
+                     slices);
+}
+
+}  // namespace
+
+int64_t projection_workspace(const LoraArgs& args, bool side_b) {
+    const Slices slices = slices_of(args, side_b);
+    return slices.finished ? 0 : slices.count * slices.split_stride * int64_t{sizeof(float)};
+}
+
+LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream) {
+    const LoraArgs& lora = args.lora;
+    const LoraBank& bank = lora.bank;
+    const int64_t size = element_size(lora.dtype);
+    Slices slices = slices_of(lora, side_b);
+    slices.x_aligned = aligned_16(lora.x, {lora.x_row_stride}, size);
+    slices.w_aligned =
+        side_b
+            ? bank.full_pages &&
+                  aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride},
+                             size)
+            : aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
+    slices.ranks_per_stage =
+        static_cast<int>(ceil_div(lx::min(bank.max_rank, kGroupRanks), 16)) * 16;
+
+    Projection step = args;
+    if (!slices.finished) {
+        step.out = static_cast<float*>(workspace);
+        step.out_row_stride = int64_t{kPageRanks} * bank.pages_per_slot;
+    }
+    auto declare_out = [&]([[maybe_unused]] lx::Access access) {
+        for (int s = 0; s < slices.count / slices.per_block; ++s)
+            LX_BUF_ROWS(step.out + s * slices.split_stride, lora.num_tokens, bank.max_rank * 4,
+                        step.out_row_stride * 4, access);
+    };
+    declare_common(lora);
+    if (side_b) {
+        LX_BUF_ROWS(lora.x, lora.num_tokens, bank.out_features * size, lora.x_row_stride * size,
+                    lx::Access::kConstant);
+        declare_b(lora);
+    } else {
+        declare_a(lora);
+        if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    }
+    declare_out(lx::Access::kWrite);
+    const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {
+        const bool wide = lora_chunk_rows(lora.num_tokens) == 128;
+        if (side_b)
+            return wide ? launch<T, true, 128>(step, slices, stream)
+                        : launch<T, true, 64>(step, slices, stream);
+        return wide ? launch<T, false, 128>(step, slices, stream)
+                    : launch<T, false, 64>(step, slices, stream);
+    });
+    if (status || slices.finished) return status;
+
+    declare_common(lora);
+    declare_out(lx::Access::kRead);
+    LX_BUF_ROWS(args.out, lora.num_tokens, bank.max_rank * 4, args.out_row_stride * 4,
+                lx::Access::kWrite);
+    return LX_LAUNCH(lora_train_project_reduce_kernel, num_tiles(lora, kTileRows), 128, 0, stream,
+                     args, tiling(lora, kTileRows), step.out, step.out_row_stride,
+                     slices.split_stride, slices.count);
+}
+
+}  // namespace lora_ext
