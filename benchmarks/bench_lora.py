@@ -21,9 +21,10 @@ from lora_ops import (
     bench_mixed_ranks,
     bench_shapes,
 )
+from lora_train import TRAIN, TRAIN_CPU, bench_train
 from row import Row
 
-MATRICES = ("ops", "decode", "prefill", "model", "swap", "layers")
+MATRICES = ("ops", "decode", "prefill", "train", "model", "swap", "layers")
 
 
 def main() -> None:
@@ -58,6 +59,9 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
             yield from bench_shapes("decode", DECODE, device, dtype, rounds)
         if "prefill" in wanted:
             yield from bench_shapes("prefill", PREFILL, device, dtype, max(3, rounds // 2))
+        if "train" in wanted:
+            shapes = TRAIN_CPU if device == "cpu" else TRAIN
+            yield from bench_train(shapes, device, dtype, max(3, rounds // 2))
         if "ops" in wanted:
             yield from bench_mixed_ranks(device, dtype, rounds)
             if device == "cpu":

@@ -71,7 +71,7 @@ def legs(arch: str, out: Path) -> list[Leg]:
         steps.append(Leg(f"sanitizer {check}", [*command, *small], 45, env=env, after="build"))
     bench = [PY, "benchmarks/bench_lora.py", "--device", "cuda", "--out", str(out)]
     if (ROOT / "benchmarks/bench_lora.py").exists():
-        steps.append(Leg("benchmarks", bench, 120, after="build"))
+        steps.append(Leg("benchmarks", bench, 180, after="build"))
     return steps
 
 

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import common
 import lora_model
 import lora_ops
+import lora_train
 import report
 from row import Row
 
@@ -56,6 +57,18 @@ def test_pages_hold_what_the_ranks_need(monkeypatch):
     assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
     assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
     assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
+
+
+def test_the_training_benchmark_checks_what_it_times(monkeypatch):
+    rows = list(lora_train.bench_train((SMALL,), "cpu", torch.float32, rounds=1))
+    assert [(r.case, r.provider) for r in rows] == [
+        (f"small {way}", name) for way in ("forward", "backward") for name in ("lora_ext", "loop")
+    ]
+    p = lora_train.Problem.make(SMALL, "cpu", torch.float32)
+    dx, da, db = lora_train.backward(p)
+    monkeypatch.setattr(lora_train, "backward", lambda p: (dx, da * (1 + 1e-4), db))
+    with pytest.raises(SystemExit, match="small: result is off"):
+        lora_train.check(p)
 
 
 def test_calls_are_timed_in_rounds_that_alternate():
