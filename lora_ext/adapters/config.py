@@ -23,7 +23,6 @@ _IGNORED = frozenset(
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
-    "use_dora": "DoRA rescales the base weight's columns",
     "modules_to_save": "it replaces whole modules of the base model",
     "trainable_token_indices": "it replaces rows of the embedding",
     "target_parameters": "it adapts bare parameters, not Linear modules",
@@ -38,7 +37,7 @@ _REFUSED = {
 # Initialisations that subtract something from the base weight, which every other adapter shares.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _READ = frozenset(
-    "r lora_alpha rank_pattern alpha_pattern use_rslora fan_in_fan_out bias lora_bias "
+    "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights".split()
 )
 
@@ -53,6 +52,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    use_dora: bool
     lora_bias: bool
     target_modules: str | tuple[str, ...] | None
     exclude_modules: str | tuple[str, ...] | None
@@ -105,6 +105,7 @@ class AdapterConfig:
             rank_pattern=fields.table("rank_pattern", fields.rank),
             alpha_pattern=fields.table("alpha_pattern", fields.number),
             use_rslora=fields.flag("use_rslora"),
+            use_dora=fields.flag("use_dora"),
             lora_bias=fields.flag("lora_bias"),
             target_modules=fields.names("target_modules"),
             exclude_modules=fields.names("exclude_modules"),
@@ -115,6 +116,8 @@ class AdapterConfig:
                 str(k) for k in raw if k not in _READ | _IGNORED | _REFUSED.keys() and raw[k]
             ),
         )
+        if config.use_dora and config.lora_bias:
+            raise fields.error("lora_bias", "false beside use_dora, as PEFT does", True)
         if isinstance(config.target_modules, str) and (layers is not None or config.layers_pattern):
             raise fields.error(
                 "layers_to_transform", "none of it beside a target_modules string", layers

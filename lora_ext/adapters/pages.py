@@ -10,7 +10,7 @@ A page holds 8 consecutive ranks of one module, the last one of an adapter fille
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,15 +35,28 @@ class PackedModule:
     bias: Tensor | None  # (O,)
     rank: int
     scale: float
+    magnitude: Tensor | None = None  # (O,), of magnitude_dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pages and bias."""
-        return self.a.nbytes + self.b.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of pages, bias and magnitude."""
+        tensors = (self.a, self.b, self.bias, self.magnitude)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of DoRA's magnitudes beside pages of ``dtype``: never less than float32, as in PEFT."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def pack(
-    a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype, pin: bool = False
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    pin: bool = False,
+    magnitude: Tensor | None = None,
 ) -> PackedModule:
     """Cut ``a`` (r, I) and ``b`` (O, r) into pages of ``dtype`` in (pinned) host memory."""
     rank, n = a.shape[0], page_count(a.shape[0])
@@ -56,7 +69,12 @@ def pack(
     host_bias = None
     if bias is not None:
         host_bias = torch.empty(bias.shape, dtype=dtype, pin_memory=pin).copy_(bias)
-    return PackedModule(a_pages, b_pages, host_bias, rank, scale)
+    host_magnitude = None
+    if magnitude is not None:
+        host_magnitude = torch.empty(
+            magnitude.shape, dtype=magnitude_dtype(dtype), pin_memory=pin
+        ).copy_(magnitude)
+    return PackedModule(a_pages, b_pages, host_bias, rank, scale, host_magnitude)
 
 
 def unpack(
@@ -74,10 +92,11 @@ class ModuleSlab:
     """What the serving layer reads on every forward, for one module.
 
     The tensors are None until an adapter that targets the module is loaded, and the very same
-    tensors from then on, so a captured CUDA graph may hold their addresses. (``bias`` appears by
-    itself, when the first adapter with ``lora_bias`` arrives.) The rows of a slot change only while
-    nobody has it pinned. The adapter of slot s adds ``scale[s] * (B A x + bias[s])``: the bias is
-    PEFT's, not yet scaled.
+    tensors from then on, so a captured CUDA graph may hold their addresses. (``bias`` and
+    ``magnitude`` appear by themselves, when the first adapter with ``lora_bias`` or ``use_dora``
+    arrives.) The rows of a slot change only while nobody has it pinned. The adapter of slot s adds
+    ``scale[s] * (B A x + bias[s])``: the bias is PEFT's, not yet scaled. A slot in ``dora`` also
+    brings the rows of the weight, ``scale[s] * B A`` included, to the lengths ``magnitude[s]``.
     """
 
     in_features: int
@@ -88,7 +107,11 @@ class ModuleSlab:
     ranks: Tensor | None = None  # int32 (S,), 0 = the slot's adapter leaves this module alone
     scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r)
     bias: Tensor | None = None  # (S, O), or None while no adapter has one
+    magnitude: Tensor | None = None  # (S, O), or None while no adapter has one
     version: int = 0  # counts publications that touch this module
+    # Slots whose adapter is a DoRA one here, with the version that published them. On the host, and
+    # replaced, never changed: a forward learns without waiting whether there is anything to do.
+    dora: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -145,6 +168,7 @@ class Slab:
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
     free: list[int] = field(default_factory=list)
 
     @classmethod

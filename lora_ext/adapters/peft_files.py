@@ -23,12 +23,16 @@ AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 _PREFIX = "base_model.model."
 # Files carry no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
+# The magnitude of DoRA is a bare parameter in files and in older models, a module in newer ones.
 _KEY = re.compile(
-    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)", re.DOTALL
+    r"(?P<module>.+)\.lora_(?:"
+    r"(?P<factor>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)"
+    r"|(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)",
+    re.DOTALL,
 )
+MAGNITUDE = "magnitude_vector"
 _REFUSED_KEYS = {
     "lora_embedding_": "embedding adapters",
-    "lora_magnitude_vector": "DoRA",
     "modules_to_save": "replaced modules (modules_to_save)",
 }
 
@@ -43,7 +47,7 @@ class PackedAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pages and biases."""
+        """Bytes of pages, biases and magnitudes."""
         return sum(module.nbytes for module in self.modules.values())
 
 
@@ -61,7 +65,7 @@ def read_adapter(
 
     Raises:
         ValueError: naming file, key, expected and found.
-        NotImplementedError: DoRA and other things that are legal in PEFT and not here.
+        NotImplementedError: embeddings and other things that are legal in PEFT and not here.
     """
     if isinstance(source, tuple):
         raw, state = source
@@ -117,17 +121,19 @@ def _read(
     for module, keys in grouped.items():
         spec, pin = index.linear[module], index.linear[module].device.type == "cuda"
         bias = tensors.read(keys["B.bias"]) if "B.bias" in keys else None
+        magnitude = tensors.read(keys[MAGNITUDE]) if MAGNITUDE in keys else None
         a, b = tensors.read(keys["A.weight"]), tensors.read(keys["B.weight"])
-        packed = pack(a, b, bias, ranks[module][1], spec.dtype, pin)
+        packed = pack(a, b, bias, ranks[module][1], spec.dtype, pin, magnitude)
         for key, values in (
             ("A.weight", packed.a),
             ("B.weight", packed.b),
             ("B.bias", packed.bias),
+            (MAGNITUDE, packed.magnitude),
         ):
             # After the conversion, so that what float16 cannot hold is found as well.
             if values is not None and not torch.isfinite(values).all():
                 raise ValueError(
-                    f"{tensors.where}: {keys[key]}: expected finite values in {spec.dtype}, "
+                    f"{tensors.where}: {keys[key]}: expected finite values in {values.dtype}, "
                     "found NaN or inf"
                 )
         modules[module] = packed
@@ -137,7 +143,8 @@ def _read(
 def _group_keys(
     tensors: TensorSource, index: ModelIndex
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Keys by module and role (``A.weight``, ``B.weight``, ``B.bias``), and the other keys."""
+    """Keys by module and role (``A.weight``, ``B.weight``, ``B.bias``, ``magnitude_vector``), and
+    the other keys."""
     grouped: dict[str, dict[str, str]] = {}
     leftover: list[str] = []
     for key in tensors.infos:
@@ -148,7 +155,7 @@ def _group_keys(
         if match is None or match["module"] not in index.linear:
             leftover.append(key)
             continue
-        role = f"{match['factor']}.{match['kind']}"
+        role = _role(match)
         roles = grouped.setdefault(match["module"], {})
         if role in roles:
             raise ValueError(
@@ -156,6 +163,10 @@ def _group_keys(
             )
         roles[role] = key
     return grouped, leftover
+
+
+def _role(match: re.Match[str]) -> str:
+    return match["magnitude"] or f"{match['factor']}.{match['kind']}"
 
 
 def _check_headers(
@@ -173,10 +184,13 @@ def _check_headers(
     }
     if config.lora_bias:
         expected["B.bias"] = (spec.out_features,)
+    if config.use_dora:
+        expected[MAGNITUDE] = (spec.out_features,)
     if keys.keys() != expected.keys():
         raise ValueError(
             f"{tensors.where}: {module}: expected lora_{{{', '.join(expected)}}}, "
-            f"found lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias})"
+            f"found lora_{{{', '.join(keys)}}} "
+            f"(lora_bias={config.lora_bias}, use_dora={config.use_dora})"
         )
     for role, shape in expected.items():
         info = tensors.infos[keys[role]]
@@ -220,7 +234,7 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
             )
-        name = f"{_PREFIX}{match['module']}.lora_{match['factor']}.{match['kind']}"
+        name = f"{_PREFIX}{match['module']}.lora_{_role(match)}"
         if name in tensors:
             raise ValueError(f"save_adapter: state: expected one adapter, found {name} twice")
         tensors[name] = value.detach().cpu().contiguous()

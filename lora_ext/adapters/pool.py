@@ -282,7 +282,7 @@ class AdapterPool:
         """Counters and occupancy."""
         with self._lock:
             live = [r for r in self._store.residents if r is not None]
-            biases = sum(s.bias.nbytes for s in self._store.slabs.values() if s.bias is not None)
+            vectors = [v for s in self._store.slabs.values() for v in (s.bias, s.magnitude)]
             return {
                 "slots_used": len(live),
                 "slots_pinned": sum(r.pins > 0 for r in live),
@@ -291,7 +291,8 @@ class AdapterPool:
                 "pages_total": self.pages * len(self._store.slabs),
                 "pages_free": sum(len(slab.free) for slab in self._store.slabs.values()),
                 "page_bytes": self.nbytes(),
-                "table_bytes": sum(block.nbytes for block in self._store.blocks) + biases,
+                "table_bytes": sum(block.nbytes for block in self._store.blocks)
+                + sum(v.nbytes for v in vectors if v is not None),
                 "cached": len(self._cache),
                 "cache_bytes": self._cache_bytes,
                 **self._counts,

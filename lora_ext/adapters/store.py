@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .model_index import ModelIndex
-from .pages import ModuleSlab, PackedModule, Slab, TableBlock, page_count
+from .pages import ModuleSlab, PackedModule, Slab, TableBlock, magnitude_dtype, page_count
 from .peft_files import PackedAdapter
 from .transfer import Transfer
 
@@ -45,7 +45,8 @@ class Plan:
     victims: list[Resident]
     slabs: dict[str, Slab]  # new ones, unknown to the store until commit
     blocks: list[TableBlock]
-    biases: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)  # as are these
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PageStore:
@@ -129,7 +130,7 @@ class PageStore:
             victims,
             new,
             self._new_blocks(new),
-            self._new_biases(new, packed),
+            *self._new_vectors(new, packed),
         )
 
     def _new_blocks(self, new: dict[str, Slab]) -> list[TableBlock]:
@@ -141,14 +142,20 @@ class PageStore:
             for device, names in by_device.items()
         ]
 
-    def _new_biases(self, new: dict[str, Slab], packed: PackedAdapter) -> dict[str, Tensor]:
-        biases = {}
+    def _new_vectors(
+        self, new: dict[str, Slab], packed: PackedAdapter
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Biases and magnitudes (S, O) of modules that had none so far."""
+        biases, magnitudes = {}, {}
         for module, part in packed.modules.items():
             slab = new[module] if module in new else self.slabs[module]
+            shape = self.max_slots, slab.b.shape[1]
+            dtype, device = slab.b.dtype, slab.b.device
             if part.bias is not None and slab.bias is None:
-                shape = self.max_slots, part.bias.shape[0]
-                biases[module] = torch.zeros(shape, dtype=slab.b.dtype, device=slab.b.device)
-        return biases
+                biases[module] = torch.zeros(shape, dtype=dtype, device=device)
+            if part.magnitude is not None and slab.magnitude is None:
+                magnitudes[module] = torch.zeros(shape, dtype=magnitude_dtype(dtype), device=device)
+        return biases, magnitudes
 
     # ---------------------------------------------------------------------------------------------
     # Bytes
@@ -169,10 +176,16 @@ class PageStore:
             for i, page in enumerate(pages[module]):
                 jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
         for module, slab in slabs.items():
+            part = modules.get(module)
             bias = plan.biases.get(module, slab.bias) if plan else slab.bias
-            if bias is not None:
-                own = modules[module].bias if module in modules else None
-                jobs[bias.device].append((bias[slot], own if own is not None else torch.zeros(())))
+            magnitude = plan.magnitudes.get(module, slab.magnitude) if plan else slab.magnitude
+            for table, own in (
+                (bias, part.bias if part else None),
+                (magnitude, part.magnitude if part else None),
+            ):
+                if table is not None:
+                    row = own if own is not None else torch.zeros(())
+                    jobs[table.device].append((table[slot], row))
         for block in blocks:
             jobs[block.ranks.device] += block.rows(slot, pages, modules)
         for device, transfer in self._transfers.items():
@@ -191,6 +204,9 @@ class PageStore:
                 None if slab.bias is None else slab.bias[resident.slot].to("cpu", copy=True),
                 int(view.ranks[resident.slot]),
                 float(view.scale[resident.slot]),
+                slab.magnitude[resident.slot].to("cpu", copy=True)
+                if resident.config.use_dora and slab.magnitude is not None
+                else None,
             )
         return PackedAdapter(resident.config, modules)
 
@@ -215,11 +231,20 @@ class PageStore:
                 view.scale = block.scale[i]
         for name, bias in plan.biases.items():
             self.slabs[name].bias = self.modules[name].bias = bias
+        for name, magnitude in plan.magnitudes.items():
+            self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
         for name, slab in plan.slabs.items():  # last: a forward that sees the pages sees the rest
             self.modules[name].b_pages = slab.b
             self.modules[name].a_pages = slab.a
         for name in resident.pages:
             self.modules[name].version += 1
+        for name, slab in self.slabs.items():
+            if slab.magnitude is not None:
+                view = self.modules[name]
+                dora = {slot: v for slot, v in view.dora.items() if slot != plan.slot}
+                if resident.config.use_dora and name in resident.pages:
+                    dora[plan.slot] = view.version
+                view.dora = dora
 
     def vacate(self, resident: Resident) -> None:
         """Free slot and pages. The rows stay: the slot's next owner writes all of them."""

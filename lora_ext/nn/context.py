@@ -13,7 +13,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -91,6 +91,24 @@ class Active:
             slots = torch.tensor(self.slots, dtype=torch.int32, device="cpu")
             ids = slots.repeat_interleave(copies).to(device)  # (T,)
             return ids, ops.lora_plan(ids, self.num_slots)
+
+    def rows_of(
+        self, slots: Set[int], leading: torch.Size, device: torch.device
+    ) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """Those of ``slots`` that serve a row, these rows, and which of the slots serves each."""
+        used = self.cached("slots", lambda: frozenset(self.slots)).intersection(slots)
+
+        def compute() -> tuple[tuple[int, ...], Tensor, Tensor]:
+            copies, order = self.copies(leading), sorted(used)
+            with torch.inference_mode(False), torch.no_grad():
+                known = torch.tensor(order, dtype=torch.int64, device="cpu")
+                each = torch.tensor(self.slots, dtype=torch.int64, device="cpu")
+                each = each.repeat_interleave(copies)  # (T,)
+                rows = torch.isin(each, known).nonzero()[:, 0]
+                which = torch.searchsorted(known, each[rows])
+                return tuple(order), rows.to(device), which.to(device)
+
+        return self.cached((leading, device, used), compute)
 
     def copies(self, leading: torch.Size) -> int:
         """How many consecutive rows take each slot."""

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lora_ext import ops
 
 from .context import Pool, current, pool_handle, traced_rows
+from .pool_dora import DoraFactors, Rescale, rescaled
 
 
 class MultiLoraLinear(nn.Module):
     """``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row
-    ``t``.
+    ``t``. Rows of a DoRA adapter get their outputs' lengths from its magnitudes:
+    :mod:`lora_ext.nn.pool_dora`.
 
     Rows get their adapters from :func:`lora_ext.adapters`; outside such a block this is ``base``
     and nothing else. For inference, and differentiable in ``x``; adapters in a pool are not
@@ -54,6 +56,7 @@ class MultiLoraLinear(nn.Module):
         self.name = name
         self.slab = slab
         self.handle = pool_handle(pool)
+        self.dora = DoraFactors(base, slab, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
@@ -61,17 +64,22 @@ class MultiLoraLinear(nn.Module):
         slab = self.slab
         if slab.a_pages is None:
             return y
+        leading, rescale = x.shape[:-1], None
         if torch.compiler.is_compiling():
-            ids, plan = traced_rows(self.handle, x.shape[:-1], x.device, self.pool.max_slots)
+            ids, plan = traced_rows(self.handle, leading, x.device, self.pool.max_slots)
+            if slab.magnitude is not None:
+                rescale = self.dora.traced_rescale(self.handle, leading, x.device)
         else:
             active = current(self.handle)
             if active is None:
                 return y
-            ids, plan = active.rows(x.shape[:-1], x.device)
+            ids, plan = active.rows(leading, x.device)
             if ids is None or plan is None:  # all rows belong to the base model
                 return y
+            if slab.dora:
+                rescale = self.dora.rescale(active, leading, x.device)
         try:
-            return _add_adapters(y, x, slab, ids, plan)
+            return _add_adapters(y, x, slab, ids, plan, rescale)
         except ValueError as error:
             raise ValueError(
                 f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that "
@@ -116,7 +124,9 @@ def _features(base: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:
+def _add_adapters(
+    y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
+) -> Tensor:
     # Hundreds of calls a decode step: each line here was timed.
     a, b = slab.a_pages, slab.b_pages
     scale, ranks, table = slab.scale, slab.ranks, slab.page_table
@@ -127,12 +137,17 @@ def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) ->
         i = slab.in_features
         x2d = x.view(-1, i) if x.is_contiguous() else x.reshape(-1, i)  # (T, I)
         ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, b, ids, scale, ranks, table, plan)
+        if rescale is not None:
+            y = rescaled(y, rescale)
     else:
         # Also under autocast, and where the model has left the pool's dtype: the update in the
         # pool's dtype, then one rounding to that of y.
         x2d = x.reshape(-1, slab.in_features).to(dtype)  # (T, I)
         delta = ops.lora_apply(x2d, a, b, ids, scale, ranks, table, plan)  # (T, O)
-        y = (y + delta.view(y.shape)).to(y.dtype)
+        total = y + delta.view(y.shape)
+        if rescale is not None:
+            total = rescaled(total, rescale)
+        y = total.to(y.dtype)
     if slab.bias is not None:
         y = _add_bias(y, slab, ids)
     return y

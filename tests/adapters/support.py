@@ -27,7 +27,7 @@ def config(rank=4, targets=("up", "down"), **fields):
     }
 
 
-def state(seed, rank=4, targets=("up", "down"), bias=False, dtype=torch.float32):
+def state(seed, rank=4, targets=("up", "down"), bias=False, dtype=torch.float32, dora=False):
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in targets:
@@ -37,11 +37,13 @@ def state(seed, rank=4, targets=("up", "down"), bias=False, dtype=torch.float32)
         tensors[key + "B.weight"] = torch.randn(o, rank, generator=g).to(dtype)
         if bias:
             tensors[key + "B.bias"] = torch.randn(o, generator=g).to(dtype)
+        if dora:
+            tensors[key + "magnitude_vector"] = torch.randn(o, generator=g).to(dtype)
     return tensors
 
 
 def read_slot(pool, slot):
-    """{module: (A, B, bias or None, scale)} of a slot, through the tables alone."""
+    """{module: (A, B, bias or None, scale, magnitude or None)} of a slot, by the tables alone."""
     found = {}
     for name, slab in pool.modules.items():
         if slab.a_pages is None:
@@ -52,20 +54,24 @@ def read_slot(pool, slot):
         bias = None if slab.bias is None else slab.bias[slot]
         if rank:
             a, b = unpack(slab.a_pages, slab.b_pages, pages, rank)
-            found[name] = (a, b, bias, float(slab.scale[slot]))
+            magnitude = slab.magnitude[slot] if slot in slab.dora else None
+            found[name] = (a, b, bias, float(slab.scale[slot]), magnitude)
             tail = slab.b_pages[pages[-1], :, rank % 8 :] if rank % 8 else torch.zeros(1)
             assert not tail.any(), "the last page is filled up with zeros"
         elif bias is not None:
             assert not bias.any(), "a slot that leaves a module alone has no bias there"
+        if slot not in slab.dora and slab.magnitude is not None:
+            assert not slab.magnitude[slot].any(), "nor a magnitude without DoRA"
+        assert rank or slot not in slab.dora
     return found
 
 
 def assert_slot_holds(pool, slot, tensors, scale):
     """The slot has exactly these tensors, bit for bit."""
     found = read_slot(pool, slot)
-    expected = {key.split(".")[-3] for key in tensors}
+    expected = {key.split(".")[2] for key in tensors}
     assert found.keys() == expected
-    for name, (a, b, bias, found_scale) in found.items():
+    for name, (a, b, bias, found_scale, magnitude) in found.items():
         key = f"base_model.model.{name}.lora_"
         assert torch.equal(a, tensors[key + "A.weight"].to(a.dtype))
         assert torch.equal(b, tensors[key + "B.weight"].to(b.dtype))
@@ -75,6 +81,9 @@ def assert_slot_holds(pool, slot, tensors, scale):
             assert torch.equal(bias, own.to(bias.dtype))
         elif bias is not None:
             assert not bias.any()
+        own = tensors.get(key + "magnitude_vector")
+        assert (own is None) == (magnitude is None)
+        assert own is None or torch.equal(magnitude, own.to(magnitude.dtype))
 
 
 def snapshot(pool):
@@ -83,15 +92,15 @@ def snapshot(pool):
     slots = {r.name: r.slot for r in pool._by_name.values()}
     tensors = {}
     for name, slot in slots.items():
-        for module, (a, b, bias, scale) in read_slot(pool, slot).items():
-            tensors[name, module] = (
-                a.clone(),
-                b.clone(),
-                None if bias is None else bias.clone(),
-                scale,
+        for module, parts in read_slot(pool, slot).items():
+            tensors[name, module] = tuple(
+                part.clone() if isinstance(part, torch.Tensor) else part for part in parts
             )
     free = {m: sorted(slab.free) for m, slab in pool._store.slabs.items()}
-    views = {m: (s.version, s.a_pages is None, s.bias is None) for m, s in pool.modules.items()}
+    views = {
+        m: (s.version, s.a_pages is None, s.bias is None, s.magnitude is None, dict(s.dora))
+        for m, s in pool.modules.items()
+    }
     return pool.names, numbers, slots, free, views, tensors
 
 

@@ -251,7 +251,6 @@ def test_config_fields_that_make_no_sense(pool, fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True},
         {"modules_to_save": ["head"]},
         {"target_modules": ["up", "down", "embed"]},
         {"trainable_token_indices": [1]},
@@ -267,13 +266,48 @@ def test_what_peft_can_and_the_pool_cannot_is_named(pool, fields):
     refused(pool, ({**config(), **fields}, state(1)), name, NotImplementedError)
 
 
-def test_dora_and_embedding_tensors_are_named(pool):
-    for key, what in (
-        ("up.lora_magnitude_vector", "DoRA"),
-        ("embed.lora_embedding_A", "embedding"),
-    ):
-        source = config(), {**state(1), f"base_model.model.{key}": torch.zeros(2)}
-        refused(pool, source, what, NotImplementedError)
+def test_embedding_tensors_are_named(pool):
+    source = config(), {**state(1), "base_model.model.embed.lora_embedding_A": torch.zeros(2)}
+    refused(pool, source, "embedding", NotImplementedError)
+
+
+MAGNITUDE = "base_model.model.up.lora_magnitude_vector"
+
+
+def test_magnitudes_that_do_not_fit(pool):
+    def changed(edit, **fields):
+        tensors = state(1, dora=True)
+        edit(tensors)
+        return config(**{"use_dora": True, **fields}), tensors
+
+    def put(value):
+        return lambda t: t.update({MAGNITUDE: value})
+
+    def nothing(_):
+        pass
+
+    good = torch.ones(20)
+    missing = r"up: expected lora_\{A.weight, B.weight, magnitude_vector\}, found lora_\{A.weight, "
+    refused(pool, changed(lambda t: t.pop(MAGNITUDE)), missing + r"B.weight\}")
+    refused(pool, changed(lambda t: t.pop(KEY)), r"found lora_\{B.weight, magnitude_vector\}")
+    surplus = r"found lora_\{A.weight, B.weight, magnitude_vector\} \(.*use_dora=False\)"
+    refused(pool, changed(nothing, use_dora=False), surplus)
+    for wrong in (good[:19], good[None], good[:, None], good[:0], torch.tensor(1.0)):
+        refused(pool, changed(put(wrong)), r"up.lora_magnitude_vector: shape: expected \(20,\)")
+    refused(pool, changed(put(good.int())), "up.lora_magnitude_vector: dtype: expected float16")
+    for bad in (float("nan"), float("inf"), 1e300):
+        refused(pool, changed(put(good.double() * bad)), "magnitude_vector: expected finite values")
+    for twice in (MAGNITUDE + ".weight", MAGNITUDE + ".default", MAGNITUDE + ".default.weight"):
+        refused(pool, changed(lambda t, k=twice: t.update({k: good})), "expected one adapter")
+    for odd in (MAGNITUDE + ".a.b.weight", MAGNITUDE + ".weight.x.y", MAGNITUDE + "s"):
+        refused(pool, changed(lambda t, k=odd: t.update({k: good})), "expected only what the base")
+    lost = MAGNITUDE.replace("up", "head")
+    refused(pool, changed(lambda t: t.update({lost: good[:5]})), "expected only what the base")
+    refused(pool, changed(nothing, use_dora="yes"), "use_dora: expected true or false")
+    refused(pool, changed(nothing, lora_bias=True), "lora_bias: expected false beside use_dora")
+    half = AdapterPool(Base(), max_slots=1, max_rank=8, dtype=torch.float16)
+    half.load("x", changed(put(good * 1e6)))
+    assert half.modules["up"].magnitude.dtype == torch.float32, "as PEFT keeps them"
 
 
 def test_a_regular_expression_that_never_ends_is_stopped(pool, monkeypatch):

@@ -17,9 +17,10 @@ def make(**arguments):
 
 
 def load(pool, name, seed, rank=4, **fields):
-    bias = fields.get("lora_bias", False)
+    bias, dora = fields.get("lora_bias", False), fields.get("use_dora", False)
     targets = fields.pop("targets", ("up", "down"))
-    pool.load(name, (config(rank, targets, **fields), state(seed, rank, targets, bias)))
+    tensors = state(seed, rank, targets, bias, dora=dora)
+    pool.load(name, (config(rank, targets, **fields), tensors))
 
 
 def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
@@ -254,6 +255,40 @@ class _Fails:
         self.real(destination, source)
 
 
+def test_magnitudes_go_to_the_host_and_come_back():
+    pool = make(max_slots=2)
+    load(pool, "x", 0)
+    tables = pool.stats()["table_bytes"]
+    load(pool, "d", 1, use_dora=True)
+    slab = pool.modules["up"]
+    assert pool.stats()["table_bytes"] == tables + 2 * (20 + 12) * 4
+    address = slab.magnitude.data_ptr()
+    with pool.acquire(["d"]) as slots:
+        assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
+        first = slab.dora[slots[0]]
+        load(pool, "y", 2)
+        load(pool, "z", 3, targets=("head",))
+        assert slab.dora == {slots[0]: first}, "others come and go, a slot keeps its mark"
+    size = pool._cache["x"].nbytes
+    for seed, name in ((4, "p"), (5, "q")):
+        load(pool, name, seed)
+    assert slab.dora == {} and not slab.magnitude.any()
+    assert pool._cache["d"].nbytes == size + (20 + 12) * 4
+    with pool.acquire(["d"]) as slots:
+        assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
+        assert slab.dora[slots[0]] > first and slab.magnitude.data_ptr() == address
+    pool.update("d", state(6, dora=True))
+    with pool.acquire(["d"]) as slots:
+        assert_slot_holds(pool, slots[0], state(6, dora=True), 2.0)
+    before = snapshot(pool)
+    with pytest.raises(ValueError, match="magnitude_vector"):
+        pool.update("d", state(7))
+    assert_same(before, snapshot(pool))
+    pool.update("d", (config(), state(7)))
+    with pool.acquire(["d"]) as slots:
+        assert_slot_holds(pool, slots[0], state(7), 2.0)
+
+
 def _crowded():
     """Two slots, both taken; loading ``new`` evicts, brings a new module and the first bias."""
     pool = make(max_slots=2, pages=3)
@@ -264,7 +299,11 @@ def _crowded():
 
 ACTIONS = {
     "load": lambda pool: load(pool, "new", 2, rank=16, targets=("up", "head"), lora_bias=True),
+    "load dora": lambda pool: load(pool, "new", 2, rank=16, targets=("up", "head"), use_dora=True),
     "update": lambda pool: pool.update("x", state(3, 16)),
+    "update to dora": lambda pool: pool.update(
+        "x", (config(16, use_dora=True), state(3, 16, dora=True))
+    ),
 }
 
 

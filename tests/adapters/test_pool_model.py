@@ -9,6 +9,7 @@ from lora_ext.adapters import AdapterPool, PoolFullError, UnknownAdapterError
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
 RANKS = st.integers(1, 16)
+KINDS = st.sampled_from(["plain", "bias", "dora"])
 TARGETS = st.sampled_from([("up", "down"), ("up",), ("down", "head"), ("up", "down", "head")])
 
 
@@ -22,14 +23,15 @@ class PoolMachine(RuleBasedStateMachine):
         self.leases = []
         self.seed = 0
 
-    def adapter(self, rank, targets, bias):
+    def adapter(self, rank, targets, kind):
         self.seed += 1
-        tensors = state(self.seed, rank, targets, bias)
-        return (config(rank, targets, lora_bias=bias), tensors), (tensors, 8 / rank)
+        bias, dora = kind == "bias", kind == "dora"
+        tensors = state(self.seed, rank, targets, bias, dora=dora)
+        return (config(rank, targets, lora_bias=bias, use_dora=dora), tensors), (tensors, 8 / rank)
 
-    @rule(name=NAMES, rank=RANKS, where=TARGETS, bias=st.booleans())
-    def load(self, name, rank, where, bias):
-        source, meaning = self.adapter(rank, where, bias)
+    @rule(name=NAMES, rank=RANKS, where=TARGETS, kind=KINDS)
+    def load(self, name, rank, where, kind):
+        source, meaning = self.adapter(rank, where, kind)
         try:
             self.pool.load(name, source)
         except ValueError:
@@ -40,9 +42,9 @@ class PoolMachine(RuleBasedStateMachine):
             assert name not in self.meaning
             self.meaning[name] = meaning
 
-    @rule(name=NAMES, rank=RANKS, where=TARGETS, bias=st.booleans())
-    def update(self, name, rank, where, bias):
-        source, meaning = self.adapter(rank, where, bias)
+    @rule(name=NAMES, rank=RANKS, where=TARGETS, kind=KINDS)
+    def update(self, name, rank, where, kind):
+        source, meaning = self.adapter(rank, where, kind)
         try:
             self.pool.update(name, source)
         except UnknownAdapterError:
@@ -80,7 +82,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(rank=RANKS)
     def fail_to_load(self, rank):
-        source, _ = self.adapter(rank, ("up", "down"), False)
+        source, _ = self.adapter(rank, ("up", "down"), "plain")
         source[1]["base_model.model.down.lora_B.weight"][0, 0] = float("nan")
         try:
             self.pool.load("broken", source)
