@@ -25,7 +25,6 @@ matplotlib.use("Agg")
 NAMES = sorted(path.stem for path in TEXTS.glob("*.jsonl"))
 RANKS = dict(zip(NAMES, (4, 8, 16, 8, 4, 8, 16, 32), strict=True))
 STEPS, LEARNING_RATE = 64, 3e-3
-MODULES = [*ATTENTION, *MLP]
 QUESTION = "What is the moon?"
 OUT = Path(__file__).resolve().parents[1] / "out" / "train_many"
 
@@ -34,9 +33,8 @@ def main() -> None:
     """Train, draw, serve."""
     torch.manual_seed(0)
     model, tokenizer = load_smollm2()
-    configs = {
-        n: LoraConfig(r=r, lora_alpha=2 * r, target_modules=MODULES) for n, r in RANKS.items()
-    }
+    options: Any = {"target_modules": [*ATTENTION, *MLP]}
+    configs = {n: LoraConfig(r=r, lora_alpha=2 * r, **options) for n, r in RANKS.items()}
     peft_model: Any = get_peft_model(model, configs[NAMES[0]], adapter_name=NAMES[0])
     for name in NAMES[1:]:
         peft_model.add_adapter(name, configs[name])
