@@ -12,6 +12,7 @@ from cases_train import LARGE, LEAVES, MEDIUM, SMALL, Outputs, bounds, formula, 
 from test_contract import assert_same_bits, off_grid, shapes
 from torch import Tensor
 
+import lora_ext
 from lora_ext import ops, reference
 
 
@@ -226,6 +227,28 @@ def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> N
             assert_same_bits(out[name][[0, 2]], clean[name][[0, 2]], f"{dtype} {name}: ")
         for name in ("y", "dx"):
             assert_same_bits(out[name][~own], clean[name][~own], f"{dtype} {name}: ")
+
+
+@pytest.mark.cuda
+@shapes(SMALL, MEDIUM)
+def test_a_captured_step_replays_with_changed_contents(shape: Shape, request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    common = {"dropout_p": 0.5, "base": False, "device": "cuda"}
+    live = train_inputs(shape, torch.bfloat16, seed=30, **common)
+    run(live)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(live)
+    for seed in (31, 32):  # ids, ranks and the seed of the mask change as well
+        fresh = train_inputs(shape, torch.bfloat16, seed=seed, **common)
+        for key, value in fresh.items():
+            if isinstance(value, Tensor):
+                live[key].copy_(value)
+        graph.replay()
+        same(captured, run(fresh))
 
 
 # --- strides --------------------------------------------------------------------------------------
