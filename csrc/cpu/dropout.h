@@ -1,5 +1,5 @@
-// Dropout masks by Philox4x32-10, a vector of counters at a time: bit c of a row's mask says
-// whether column c is kept. lora_train.h has the key, the counter and the threshold.
+// Dropout masks by Philox4x32-10: bit c of a 64-bit word says whether column c of 64 is kept.
+// lora_train.h has the key, the counter and the threshold.
 #pragma once
 
 #include "lora_ext/lora_train.h"
@@ -9,12 +9,12 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kMaskColumns = 4 * kF;  // of one call: a vector of counters, four words each
+constexpr int64_t kMaskColumns = 64;
 
 struct DropoutKey {
-    uint32_t low, high, threshold;
+    uint32_t low = 0, high = 0, threshold;
 
-    explicit DropoutKey(const LoraDropout& d) : low(0), high(0), threshold(d.threshold) {
+    explicit DropoutKey(const LoraDropout& d) : threshold(d.threshold) {
         if (threshold == 0) return;
         low = static_cast<uint32_t>(*d.seed);
         high = static_cast<uint32_t>(static_cast<uint64_t>(*d.seed) >> 32);
@@ -22,36 +22,31 @@ struct DropoutKey {
     bool drops() const { return threshold != 0; }
 };
 
-using Words = VecN<uint32_t, kF>;
+// A word of a counter in the low half of each lane; what the upper half holds does not matter,
+// since a multiplication reads low halves only and its result is used as it comes.
+constexpr int kCounters = kF / 2;
+using Words = VecN<uint64_t, kCounters>;
 
-LX_INLINE void multiply(uint32_t m, Words c, Words& high, Words& low) {
-    using Wide = VecN<uint64_t, kF / 2>;
+LX_INLINE Words multiply_low(Words c, uint32_t m) {
 #if defined(__AVX512F__)
-    const __m512i factor = _mm512_set1_epi32(m);
-    const Wide even = (Wide)_mm512_mul_epu32((__m512i)c, factor);
-    const Wide odd = (Wide)_mm512_mul_epu32(_mm512_srli_epi64((__m512i)c, 32), factor);
+    return (Words)_mm512_mul_epu32((__m512i)c, _mm512_set1_epi64(m));
 #elif defined(__AVX2__) && LX_VEC_BYTES == 32
-    const __m256i factor = _mm256_set1_epi32(m);
-    const Wide even = (Wide)_mm256_mul_epu32((__m256i)c, factor);
-    const Wide odd = (Wide)_mm256_mul_epu32(_mm256_srli_epi64((__m256i)c, 32), factor);
+    return (Words)_mm256_mul_epu32((__m256i)c, _mm256_set1_epi64x(m));
 #else
-    const Wide even = (bit_cast<Wide>(c) & 0xffffffffu) * m, odd = (bit_cast<Wide>(c) >> 32) * m;
+    return (c & 0xffffffffu) * m;
 #endif
-    const Wide upper = Wide{} + 0xffffffff00000000u;
-    low = bit_cast<Words>((even & ~upper) | odd << 32);
-    high = bit_cast<Words>(even >> 32 | (odd & upper));
 }
 
-// Bit l: lane l of `word` is at or above the threshold.
-LX_INLINE uint32_t lanes_at_least(Words word, uint32_t threshold) {
-    const auto at_least = word >= threshold;
+// Bit l: the low word of lane l is at or above the threshold.
+LX_INLINE uint64_t lanes_at_least(Words words, uint32_t threshold) {
+    const auto at_least = (words & 0xffffffffu) >= threshold;
 #if defined(__AVX512F__)
-    return _mm512_movepi32_mask((__m512i)at_least);
+    return _mm512_movepi64_mask((__m512i)at_least);
 #elif defined(__AVX2__) && LX_VEC_BYTES == 32
-    return _mm256_movemask_ps((__m256)at_least);
+    return _mm256_movemask_pd((__m256d)at_least);
 #else
-    uint32_t bits = 0;
-    for (int l = 0; l < kF; ++l) bits |= (at_least[l] & 1u) << l;
+    uint64_t bits = 0;
+    for (int l = 0; l < kCounters; ++l) bits |= (at_least[l] & 1u) << l;
     return bits;
 #endif
 }
@@ -64,47 +59,52 @@ LX_INLINE uint64_t spread(uint64_t bits) {
     return (bits | bits << 3) & 0x1111111111111111u;
 }
 
-// The mask of kMaskColumns columns from `column` on, a multiple of four; bit 0 is the first.
-LX_INLINE uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
-    Words c0 = Words{} + row, c1, c2 = {}, c3 = {};
-    for (int l = 0; l < kF; ++l) c1[l] = static_cast<uint32_t>(column / 4) + l;
-    uint32_t k0 = key.low, k1 = key.high;
-    for (int round = 0; round < 10; ++round) {
-        Words high0, low0, high1, low1;
-        multiply(0xD2511F53u, c0, high0, low0);
-        multiply(0xCD9E8D57u, c2, high1, low1);
-        c0 = high1 ^ c1 ^ k0;
-        c1 = low1;
-        c2 = high0 ^ c3 ^ k1;
-        c3 = low0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+// The mask of the columns [column, column + 64); column is a multiple of four.
+inline uint64_t keep_bits(const DropoutKey& key, uint32_t row, int64_t column) {
+    constexpr int kChains = kCounters < 8 ? 2 : 1;  // in flight at once, to hide the multiplier
+    uint64_t kept[4] = {};
+    for (int done = 0; done < 16; done += kChains * kCounters) {
+        Words c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};
+        for (int i = 0; i < kChains; ++i) {
+            c0[i] = Words{} + row;
+            uint64_t quads[kCounters];
+            for (int l = 0; l < kCounters; ++l) quads[l] = column / 4 + done + i * kCounters + l;
+            c1[i] = load_bits<Words>(quads);
+        }
+        uint32_t k0 = key.low, k1 = key.high;
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            for (int i = 0; i < kChains; ++i) {
+                const Words p0 = multiply_low(c0[i], 0xD2511F53u);
+                const Words p1 = multiply_low(c2[i], 0xCD9E8D57u);
+                c0[i] = p1 >> 32 ^ c1[i] ^ k0;
+                c1[i] = p1;
+                c2[i] = p0 >> 32 ^ c3[i] ^ k1;
+                c3[i] = p0;
+            }
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        for (int i = 0; i < kChains; ++i) {
+            const int at = done + i * kCounters;
+            kept[0] |= lanes_at_least(c0[i], key.threshold) << at;
+            kept[1] |= lanes_at_least(c1[i], key.threshold) << at;
+            kept[2] |= lanes_at_least(c2[i], key.threshold) << at;
+            kept[3] |= lanes_at_least(c3[i], key.threshold) << at;
+        }
     }
-    return spread(lanes_at_least(c0, key.threshold)) |
-           spread(lanes_at_least(c1, key.threshold)) << 1 |
-           spread(lanes_at_least(c2, key.threshold)) << 2 |
-           spread(lanes_at_least(c3, key.threshold)) << 3;
+    return spread(kept[0]) | spread(kept[1]) << 1 | spread(kept[2]) << 2 | spread(kept[3]) << 3;
 }
 
 // The lanes whose bit is set; the others become zero, whatever they held.
 template <typename T>
 LX_INLINE Vec<T> keep_lanes(Vec<T> v, uint64_t bits) {
     using Lanes = decltype(v == v);
+    using Lane = decltype(Lanes{}[0] + 0);
     Lanes bit;
-    for (int l = 0; l < kLanes<T>; ++l) bit[l] = 1 << l;
-    const Lanes mask = ((Lanes{} + static_cast<decltype(bit[0] + 0)>(bits & 0xffff)) & bit) != 0;
+    for (int l = 0; l < kLanes<T>; ++l) bit[l] = Lane{1} << l;
+    const Lanes mask = ((Lanes{} + static_cast<Lane>(bits & 0xffff)) & bit) != 0;
     return bit_cast<Vec<T>>(bit_cast<Lanes>(v) & mask);
-}
-
-// to[c] = from[c] where kept, else 0, for the columns [begin, end), begin a multiple of four.
-template <typename T, typename Each>
-LX_INLINE void for_kept(const DropoutKey& key, uint32_t row, int64_t begin, int64_t end,
-                        Each&& each) {
-    constexpr int L = kLanes<T>;
-    for (int64_t c = begin; c < end; c += kMaskColumns) {
-        const uint64_t bits = keep_bits(key, row, c);
-        for (int64_t l = 0; l < kMaskColumns && c + l < end; l += L) each(c + l, bits >> l);
-    }
 }
 
 }  // namespace

@@ -182,10 +182,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};
     }
-    if (args.dropout.threshold != 0)
-        call.run(args, call.twin().shrink_items(args), call.twin().shrink, x.size(1));
-    else
-        call.run(args.lora, lora_twin().shrink_items(args.lora), lora_twin().shrink, x.size(1));
+    call.run(args, call.twin().shrink_items(args), call.twin().shrink, x.size(1));
     call.run(args.lora, lora_twin().expand_items(args.lora), lora_twin().expand, out);
     return {y, v};
 }
