@@ -29,7 +29,7 @@ from .lora_forward import (
     lora_forward,
     lora_update,
 )
-from .rows import Rows, constant
+from .rows import Rows, subset
 
 
 class Magnitude(nn.Module):
@@ -83,10 +83,8 @@ def dora_forward(
         return _in_order(x, base, dense, adapters, magnitudes)
     # The rows of the plain adapters in one go, those of each DoRA adapter on their own.
     plain = [i for i in rows.used if magnitudes[i] is None]
-    place = [plain.index(i) if i in plain else -1 for i in rows.used]
-    ids = constant([*place, -1], torch.int32, x.device)[rows.ids.long()]  # the last serves -1
-    plain_rows = Rows(tuple(range(len(plain))), ids, ops.lora_plan(ids, len(plain)))
-    y = lora_forward(x, base, [adapters[i] for i in plain], plain_rows)
+    plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
+    y = lora_forward(x, base, adapters, plain_rows)
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
         if i not in plain:

@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
 from lora_ext import ops
 
-from .rows import Rows, all_rows, constant, rows_of
+from .rows import Rows, all_rows, constant, rows_of, subset
 
 _MAX_FUSED_RANK = 256  # of the kernels
 
@@ -77,8 +78,9 @@ def lora_forward(
     dense = dense_parameters(base)
     if adapter_ids is None and len(adapters) == 1 and dense is not None:
         factors = adapters[0]
+        rank = factors.a.shape[0]
         if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
-            if x.dtype != torch.float64 and autocast_dtype(x) is None:
+            if rank <= _MAX_FUSED_RANK and x.dtype != torch.float64 and autocast_dtype(x) is None:
                 return _one_adapter(x, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
@@ -153,6 +155,8 @@ def _forward(
     rows: Rows | None,
 ) -> Tensor:
     """``base`` is called where ``dense`` cannot take part; without either, the update alone."""
+    if any(f.a.shape[0] > _MAX_FUSED_RANK for f in adapters):
+        return _with_large_ranks(x, base, dense, adapters, rows)
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
     calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
@@ -164,7 +168,7 @@ def _forward(
         dtype, rest = y.dtype, calls[1:]
     elif base is not None:
         y = base(x)
-        dtype, y, rest = y.dtype, y.reshape(x2d.shape[0], -1), calls
+        dtype, y, rest = y.dtype, y.reshape(-1, y.shape[-1]), calls
     else:
         y = _run(calls[0], x2d, compute, None, None)
         dtype, rest = y.dtype, calls[1:]
@@ -173,6 +177,45 @@ def _forward(
     for call in calls:
         y = _add_bias(y, call)
     return y.to(dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def _with_large_ranks(
+    x: Tensor,
+    base: Callable[[Tensor], Tensor] | None,
+    dense: DenseParameters | None,
+    adapters: Sequence[LoraFactors],
+    rows: Rows | None,
+) -> Tensor:
+    """:func:`_forward` where ranks exceed the kernels': those are two ordinary products each."""
+    small = [i for i, f in enumerate(adapters) if f.a.shape[0] <= _MAX_FUSED_RANK]
+    y = None
+    if small:
+        kept = None if rows is None else subset(rows, small)
+        y = _forward(x, base, dense, [adapters[i] for i in small], kept)
+    elif base is not None:
+        y = base(x)
+    elif dense is not None:
+        y = F.linear(x, *dense)
+    dtype = None if y is None else y.dtype
+    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
+    y2d = None if y is None else y.reshape(-1, y.shape[-1])  # (T, O)
+    for i, f in enumerate(adapters):
+        if i in small:
+            continue
+        own = None if rows is None else (rows.ids == i).nonzero()[:, 0]
+        part = (x2d if own is None else x2d[own]).to(f.a.dtype)
+        if f.p:
+            part = ops.lora_dropout(part, f.p, draw_seed(x.device))
+        update = F.linear(F.linear(part, f.a), f.b, f.bias) * f.scaling
+        if y2d is None:
+            y2d = update.new_zeros(x2d.shape[0], update.shape[1])
+        if own is None:
+            y2d = y2d + update
+        else:
+            y2d = y2d.index_copy(0, own, (y2d[own] + update).to(y2d.dtype))
+    assert y2d is not None
+    y2d = y2d if dtype is None else y2d.to(dtype)
+    return y2d.view(*x.shape[:-1], y2d.shape[-1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -258,11 +301,7 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     for i, f in enumerate(adapters):
         by_p.setdefault(f.p, []).append(i)
     for p, members in by_p.items():
-        ids, plan = rows.ids, rows.plan
-        if len(by_p) > 1:
-            place = [members.index(i) if i in members else -1 for i in range(len(adapters))]
-            ids = constant([*place, -1], torch.int32, ids.device)[ids.long()]  # the last serves -1
-            plan = ops.lora_plan(ids, len(members))
+        _, ids, plan = rows if len(by_p) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         ranks = tuple(f.a.shape[0] for f in group)
         a, b = _bank([f.a for f in group], [f.b for f in group])
@@ -285,7 +324,7 @@ def _bank(a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
         return a[0][None], b[0][None]
     if torch.compiler.is_compiling():  # the compiler fuses this, and cannot see into the other
         rank = max(f.shape[0] for f in a)
-        pad = torch.nn.functional.pad
+        pad = F.pad
         return (
             torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]),
             torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]),

@@ -27,6 +27,14 @@ class Rows(NamedTuple):
     plan: Tensor  # ops.lora_plan of ids
 
 
+def subset(rows: Rows, slots: Sequence[int]) -> Rows:
+    """The rows of some of the used adapters, given by their places among these; the rows of the
+    others are rows of the base."""
+    place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
+    ids = constant([*place, -1], torch.int32, rows.ids.device)[rows.ids.long()]  # last serves -1
+    return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
+
+
 _kept: OrderedDict[Hashable, Any] = OrderedDict()
 
 

@@ -38,6 +38,7 @@ SETTINGS = {
     "plain": [{}],
     "rslora": [{"use_rslora": True, "r": 3}],
     "bias": [{"lora_bias": True}],
+    "above the kernels' rank": [{"r": 300, "lora_alpha": 300, "lora_bias": True}, {"r": 2}],
     "summed, one scaling": [{}, {"r": 8, "lora_alpha": 12}],
     "summed, two scalings and biases": [{"lora_bias": True}, {"r": 2, "lora_bias": True}, {}],
 }
@@ -90,13 +91,16 @@ def test_a_hook_on_the_base_sees_every_call():
 
 
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["2", "__base__", "0"], ["1"] * 3])
-@pytest.mark.parametrize("kind", ["equal ranks", "ranks and scalings", "biases", "one of them"])
+@pytest.mark.parametrize(
+    "kind", ["equal ranks", "ranks and scalings", "biases", "one of them", "large"]
+)
 def test_each_row_its_adapter_as_peft(kind, names):
     settings = {
         "equal ranks": [{}, {}, {}],
         "ranks and scalings": [{"r": 8}, {"r": 2}, {"r": 5, "use_rslora": True}],
         "biases": [{"lora_bias": True}, {"lora_bias": True, "r": 3}, {"r": 2}],
         "one of them": [{}, {}, {}],
+        "large": [{"r": 300, "lora_alpha": 300}, {"r": 2}, {"r": 257, "lora_bias": True}],
     }[kind]
     layer = peft_layer(nn.Linear(24, 17), *settings)
     x = torch.randn(3, 4, 24, requires_grad=True)
