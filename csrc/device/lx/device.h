@@ -57,6 +57,7 @@ enum class Access {
 #include "lx/emulated.h"
 #else
 #include "lx/hardware.h"
+#include "lx/hardware_tile.h"
 #endif
 
 #define LX_DEVICE __device__ __forceinline__
