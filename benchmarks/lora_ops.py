@@ -172,14 +172,14 @@ def check(p: Problem, provider: Callable[[Problem], None]) -> float:
     a64, b64 = a.double(), b.double()
     adapters = {"ranks": p.ranks, "page_table": p.page_table}
     v = reference.lora_shrink(x, a64, ids, **adapters)
-    delta = reference.lora_delta(v, b64, ids, **adapters)
+    delta = reference.lora_update(v, b64, ids, **adapters)
     v_size = reference.lora_shrink(x.abs(), a64.abs(), ids, **adapters)
-    size = reference.lora_delta(v_size, b64.abs(), ids, **adapters)
+    size = reference.lora_update(v_size, b64.abs(), ids, **adapters)
     unit = torch.finfo(p.x.dtype).eps / 2
     bound = 1.02 * unit * (y0 + delta).abs() + unit * delta.abs()
     bound += (16 + s.in_features**0.5 / 2) * 2.0**-24 * (y0.abs() + size)
     if p.x.dtype != torch.float32:
-        bound += unit * reference.lora_delta(v.abs(), b64.abs(), ids, **adapters)
+        bound += unit * reference.lora_update(v.abs(), b64.abs(), ids, **adapters)
     worst = ((found - (y0 + delta)).abs() / bound).max().item()
     if not worst <= 1:
         raise SystemExit(f"bench_lora: {s.case}: result is off by {worst:.3g} times its bound")

@@ -183,9 +183,9 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
     magnitudes = {k: wide[k].abs() for k in ("x", "a", "b")}
     args = (wide["adapter_ids"], wide["scale"], wide["ranks"], wide["page_table"])
     v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *args)
-    total = reference.lora_delta(v, magnitudes["b"], args[0], *args[2:])
+    total = reference.lora_update(v, magnitudes["b"], args[0], *args[2:])
     v_exact = reference.lora_shrink(wide["x"], wide["a"], *args).abs()
-    split = SPLIT.get(dtype, 0.0) * reference.lora_delta(
+    split = SPLIT.get(dtype, 0.0) * reference.lora_update(
         v_exact, magnitudes["b"], args[0], *args[2:]
     )
     if start is not None:

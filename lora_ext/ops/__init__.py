@@ -12,14 +12,19 @@ from lora_ext.ops.lora import (
     sgmv_,
 )
 from lora_ext.ops.lora_train import lora_dropout, lora_linear
+from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
     "bgmv_",
     "lora_apply",
     "lora_apply_",
+    "lora_delta",
+    "lora_dora_norm",
     "lora_dropout",
     "lora_expand_",
+    "lora_gram",
     "lora_linear",
+    "lora_merge_",
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",

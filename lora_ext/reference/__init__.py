@@ -3,11 +3,11 @@
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
-    lora_delta,
     lora_expand_,
     lora_plan,
     lora_segment_ids,
     lora_shrink,
+    lora_update,
 )
 from lora_ext.reference.lora_train import (
     dropout_keep,
@@ -15,17 +15,27 @@ from lora_ext.reference.lora_train import (
     lora_linear,
     lora_linear_backward,
 )
+from lora_ext.reference.lora_weights import (
+    lora_delta,
+    lora_dora_norm,
+    lora_gram,
+    lora_merge_,
+)
 
 __all__ = [
     "dropout_keep",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
+    "lora_dora_norm",
     "lora_dropout",
     "lora_expand_",
+    "lora_gram",
     "lora_linear",
     "lora_linear_backward",
+    "lora_merge_",
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",
+    "lora_update",
 ]

@@ -56,7 +56,7 @@ def lora_shrink(
     return v
 
 
-def lora_delta(
+def lora_update(
     v: Tensor,
     b: Tensor,
     adapter_ids: Tensor,
@@ -81,7 +81,7 @@ def lora_expand_(
     page_table: Tensor | None = None,
 ) -> Tensor:
     """``y[t] = round(y[t] + b[s] @ v[t])`` in place; rows without a rank keep every bit."""
-    delta = lora_delta(v, b, adapter_ids, ranks, page_table)
+    delta = lora_update(v, b, adapter_ids, ranks, page_table)
     total = (y.to(delta.dtype) + delta).to(y.dtype)
     active = adapter_ids >= 0
     if ranks is not None and ranks.numel():
@@ -103,7 +103,7 @@ def lora_apply(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
-    return lora_delta(v, b, adapter_ids, ranks, page_table).to(x.dtype)
+    return lora_update(v, b, adapter_ids, ranks, page_table).to(x.dtype)
 
 
 def lora_apply_(

@@ -1,0 +1,148 @@
+"""What an adapter is to a weight: its product, merged and measured.
+
+All are products of full matrices, done by torch's GEMM on every device: no kernel of this package
+has anything to add, and bits may depend on the library's threads. They take no part in autograd.
+
+Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _accumulator(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f"{op}: a must have shape (r, I) and b shape (O, r), got {tuple(a.shape)} "
+            f"and {tuple(b.shape)}"
+        )
+    if weight is not None and weight.shape != (b.shape[0], a.shape[1]):
+        raise ValueError(
+            f"{op}: weight must have shape (O, I) = ({b.shape[0]}, {a.shape[1]}), "
+            f"got {tuple(weight.shape)}"
+        )
+    for name, t in (("a", a), ("b", b), ("weight", a if weight is None else weight)):
+        if not t.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating, got {t.dtype}")
+
+
+def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        return (b.to(dtype) @ a.to(dtype)).mul_(scale)
+
+
+@torch.no_grad()
+def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the weight that an adapter adds, ``scale * b @ a``.
+
+    Args:
+        a: ``(r, I)`` floating.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
+
+    Returns:
+        ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
+
+    Raises:
+        ValueError: if a shape or dtype disagrees, naming the argument.
+
+    Source: LoRA (Hu et al. 2021), section 4.1.
+    """
+    _check("lora_delta", a, b)
+    return _product(a, b, scale, _accumulator(a)).to(a.dtype)
+
+
+@torch.no_grad()
+def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
+    """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
+
+    Taking out (``sign=-1``) what was added does not restore every bit of a rounded weight; who
+    needs them keeps a copy.
+
+    Args:
+        weight: ``(O, I)`` floating.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
+        sign: 1 to merge, -1 to take out.
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        ValueError: if a shape, a dtype or the sign is wrong, naming the argument.
+
+    Source: LoRA (Hu et al. 2021), section 4.1.
+    """
+    _check("lora_merge_", a, b, weight)
+    if sign not in (1, -1):
+        raise ValueError(f"lora_merge_: sign must be 1 or -1, got {sign}")
+    dtype = _accumulator(weight)
+    return weight.copy_(_product(a, b, sign * scale, dtype).add_(weight.to(dtype)))
+
+
+@torch.no_grad()
+def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter.
+
+    Inner products of adapters need no more than these: ``<b1 a1, b2 a2>`` and norms of ``b a`` cost
+    ``r^2`` once they are known.
+
+    Args:
+        a: ``(r, I)`` each; ranks and widths may differ.
+        b: ``(O, r)`` each, as many as ``a``.
+
+    Returns:
+        Two lists of ``(r, r)`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: if lengths or shapes disagree.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"lora_gram: b must have as many entries as a, {len(a)}, got {len(b)}")
+    grams: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for a_s, b_s in zip(a, b, strict=True):
+        _check("lora_gram", a_s, b_s)
+        with torch.autocast(a_s.device.type, enabled=False):
+            wide_a, wide_b = a_s.to(_accumulator(a_s)), b_s.to(_accumulator(b_s))
+            grams[0].append(wide_a @ wide_a.T)
+            grams[1].append(wide_b.T @ wide_b)
+    return grams
+
+
+@torch.no_grad()
+def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the norm of every row of ``weight + scale * b @ a``; ``b @ a`` is not formed.
+
+    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row. Where the
+    adapter all but cancels a row, the difference keeps an absolute error of a few roundings of
+    ``|w|^2``.
+
+    Args:
+        weight: ``(O, I)`` floating.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        scale: the adapter's scale.
+
+    Returns:
+        ``(O,)`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: if a shape or dtype disagrees, naming the argument.
+
+    Source: DoRA (Liu et al. 2024), eq. 5.
+    """
+    _check("lora_dora_norm", a, b, weight)
+    dtype = _accumulator(weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
+        square = wide.square().sum(1)
+        square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
+        square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
+        return square.clamp_(min=0).sqrt_()

@@ -1,0 +1,111 @@
+"""Adapters as weights: products, merging, Gram matrices, DoRA's norms, against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ROUNDING, _values
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (5, 7, 3), (64, 48, 16), (33, 130, 8), (16, 24, 0)]
+
+
+def factors(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, wide, rank = shape
+    g = torch.Generator().manual_seed(out)
+    return (
+        _values(g, exact, (out, wide), dtype),
+        _values(g, exact, (rank, wide), dtype, 0.2),
+        _values(g, exact, (out, rank), dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_small_integers_come_out_exactly(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weight, a, b = factors(shape, dtype, exact=True)
+    wide = [t.double() for t in (weight, a, b)]
+    assert torch.equal(ops.lora_delta(a, b, 0.5).double(), reference.lora_delta(*wide[1:], 0.5))
+    for sign in (1, -1):
+        mine = ops.lora_merge_(weight.clone(), a, b, 2.0, sign)
+        assert mine.dtype == dtype
+        assert torch.equal(
+            mine.double(), reference.lora_merge_(wide[0].clone(), *wide[1:], 2.0, sign)
+        )
+    for mine, formula in zip(
+        ops.lora_gram([a, a], [b, b]),
+        reference.lora_gram([wide[1]] * 2, [wide[2]] * 2),
+        strict=True,
+    ):
+        for got, expected in zip(mine, formula, strict=True):
+            assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert torch.equal(got.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weight, a, b = factors(shape, dtype)
+    wide = [t.double() for t in (weight, a, b)]
+    accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    magnitude = wide[0].abs() + 3 * wide[2].abs() @ wide[1].abs()
+    sums = (16 + shape[2] ** 0.5) * accumulator * magnitude
+    exact = 3 * wide[2] @ wide[1]
+    for got, expected in (
+        (ops.lora_delta(a, b, 3.0), exact),
+        (ops.lora_merge_(weight.clone(), a, b, 3.0), wide[0] + exact),
+    ):
+        tiny = torch.finfo(dtype).smallest_normal
+        allowed = 1.02 * ROUNDING[dtype] * (expected.abs() + tiny) + sums
+        assert ((got.double() - expected).abs() <= allowed).all()
+    # The square's error: of its three sums, of up to I products each, all within (|w| + |b||a|)^2.
+    norm = (wide[0] + exact).norm(dim=1)
+    square = (16 + 2 * shape[1] ** 0.5) * accumulator * magnitude.sum(1).square()
+    got = ops.lora_dora_norm(weight, a, b, 3.0).double()
+    allowed = square / norm.clamp(min=1e-30) + accumulator * norm
+    assert ((got - norm).abs() <= allowed).all()
+    assert torch.allclose(got, norm, rtol=2e-6, atol=0)
+
+
+def test_the_norm_of_what_cancels_is_zero_not_nan() -> None:
+    _, a, b = factors((33, 130, 8), torch.float32)
+    norm = ops.lora_dora_norm(ops.lora_delta(a, b), a, b, -1.0)
+    assert norm.isfinite().all() and (norm < 0.02).all()
+
+
+def test_taking_out_what_was_merged_restores_small_integers() -> None:
+    weight, a, b = factors((5, 7, 3), torch.bfloat16, exact=True)
+    merged = ops.lora_merge_(weight.clone(), a, b)
+    assert not torch.equal(merged, weight)
+    assert torch.equal(ops.lora_merge_(merged, a, b, sign=-1), weight)
+
+
+def test_autocast_and_autograd_leave_them_alone() -> None:
+    weight, a, b = factors((5, 7, 3), torch.float32)
+    expected = ops.lora_dora_norm(weight, a, b)
+    a.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        norm = ops.lora_dora_norm(weight, a, b)
+        delta = ops.lora_delta(a, b)
+    assert torch.equal(norm, expected) and not norm.requires_grad
+    assert delta.dtype == torch.float32 and not delta.requires_grad
+
+
+def test_wrong_input_is_named() -> None:
+    weight, a, b = factors((5, 7, 3), torch.float32)
+    for call, message in [
+        (lambda: ops.lora_delta(a, b[:, 1:]), r"lora_delta: a must have shape \(r, I\)"),
+        (lambda: ops.lora_delta(a[0], b), r"lora_delta: .* got \(7,\) and \(5, 3\)"),
+        (lambda: ops.lora_merge_(weight.T, a, b), r"lora_merge_: weight must have .*\(5, 7\)"),
+        (lambda: ops.lora_merge_(weight, a, b, 1.0, 2), "lora_merge_: sign must be 1 or -1, got 2"),
+        (lambda: ops.lora_merge_(weight.int(), a, b), "lora_merge_: weight must be floating"),
+        (lambda: ops.lora_gram([a], []), "lora_gram: b must have as many entries as a, 1, got 0"),
+        (lambda: ops.lora_dora_norm(weight[1:], a, b), "lora_dora_norm: weight must have shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
