@@ -131,7 +131,7 @@ class AdapterConfig:
         wanted = self.target_modules
         if wanted is None:
             return None
-        candidates = (*index.linear, *index.unsupported)
+        candidates = (*index.modules, *index.unsupported)
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             head = index.output_head
             if head is None and self.task_type == "SEQ_CLS":
@@ -150,7 +150,7 @@ class AdapterConfig:
         for name in sorted(found & index.unsupported.keys()):
             raise NotImplementedError(
                 f"{self.where}: target_modules names {name!r}, a {index.unsupported[name]}; "
-                "only Linear and Conv1D modules are supported"
+                "only Linear, Conv1D and plain Embedding modules are supported"
             )
         return found
 

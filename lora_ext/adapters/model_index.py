@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -26,7 +27,7 @@ class LinearSpec:
     """One module that can carry an adapter."""
 
     name: str
-    in_features: int
+    in_features: int  # of an embedding: how many tokens it knows
     out_features: int
     dtype: torch.dtype
     device: torch.device
@@ -37,9 +38,15 @@ class ModelIndex:
     """The part of a model that reading an adapter needs; holds no reference to the model."""
 
     linear: dict[str, LinearSpec]
+    embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
     output_head: str | None  # PEFT's "all-linear" leaves it out
     classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
+
+    @cached_property
+    def modules(self) -> dict[str, LinearSpec]:
+        """All that can carry an adapter."""
+        return self.linear | self.embedding
 
     @classmethod
     def build(
@@ -52,7 +59,8 @@ class ModelIndex:
         """Walk ``model.named_modules()``.
 
         Args:
-            model: ``nn.Linear``, its subclasses and transformers' ``Conv1D`` are found in it.
+            model: ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
+                subclass: it may scale or shift) are found in it.
             targets: a regular expression for whole names, or names and suffixes; None is all.
             dtype: of the pages; default is the base weight's, or torch's default dtype where the
                 base weight is stored in another format (quantised).
@@ -62,6 +70,7 @@ class ModelIndex:
             raise ValueError(f"AdapterPool: dtype: expected one of {PAGE_DTYPES}, found {dtype}")
         names = None if targets is None or isinstance(targets, str) else tuple(targets)
         linear: dict[str, LinearSpec] = {}
+        embedding: dict[str, LinearSpec] = {}
         unsupported: dict[str, str] = {}
         modules = dict(model.named_modules())
         for name, module in modules.items():
@@ -69,7 +78,9 @@ class ModelIndex:
             if isinstance(module, nn.Linear) and isinstance(parent, _READS_WEIGHTS):
                 unsupported[name] = f"{type(module).__name__} of {type(parent).__name__}"
                 continue
-            size = _linear_size(module)
+            found, size = linear, _linear_size(module)
+            if type(module) is nn.Embedding and module.max_norm is None:
+                found, size = embedding, (module.num_embeddings, module.embedding_dim)
             if size is None:
                 if isinstance(module, _UNSUPPORTED):
                     unsupported[name] = type(module).__name__
@@ -80,15 +91,15 @@ class ModelIndex:
                 continue
             weight = cast(Tensor, module.weight)
             own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
-            linear[name] = LinearSpec(
+            found[name] = LinearSpec(
                 name, *size, dtype or own, torch.device(device) if device else weight.device
             )
-        if not linear:
+        if not linear and not embedding:
             raise ValueError(
-                f"AdapterPool: model: expected at least one Linear or Conv1D module matching "
-                f"targets={targets!r}, found none"
+                f"AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
+                f"matching targets={targets!r}, found none"
             )
-        return cls(linear, unsupported, *_heads(model))
+        return cls(linear, embedding, unsupported, *_heads(model))
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:

@@ -23,16 +23,17 @@ AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 _PREFIX = "base_model.model."
 # Files carry no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
-# The magnitude of DoRA is a bare parameter in files and in older models, a module in newer ones.
+# The magnitude of DoRA is a bare parameter in files and in older models, a module in newer ones;
+# the factors of an embedding are bare everywhere.
 _KEY = re.compile(
     r"(?P<module>.+)\.lora_(?:"
     r"(?P<factor>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)"
+    r"|(?P<bare>embedding_[AB])(?:\.[^.]+)?"
     r"|(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)",
     re.DOTALL,
 )
 MAGNITUDE = "magnitude_vector"
 _REFUSED_KEYS = {
-    "lora_embedding_": "embedding adapters",
     "modules_to_save": "replaced modules (modules_to_save)",
 }
 
@@ -65,7 +66,7 @@ def read_adapter(
 
     Raises:
         ValueError: naming file, key, expected and found.
-        NotImplementedError: embeddings and other things that are legal in PEFT and not here.
+        NotImplementedError: convolutions and other things that are legal in PEFT and not here.
     """
     if isinstance(source, tuple):
         raw, state = source
@@ -119,14 +120,16 @@ def _read(
         _check_headers(tensors, keys, rank, module, index, config)
     modules = {}
     for module, keys in grouped.items():
-        spec, pin = index.linear[module], index.linear[module].device.type == "cuda"
+        spec = index.modules[module]
+        factor_a, factor_b = _factors(module, index)
         bias = tensors.read(keys["B.bias"]) if "B.bias" in keys else None
         magnitude = tensors.read(keys[MAGNITUDE]) if MAGNITUDE in keys else None
-        a, b = tensors.read(keys["A.weight"]), tensors.read(keys["B.weight"])
+        a, b = tensors.read(keys[factor_a]), tensors.read(keys[factor_b])
+        pin = spec.device.type == "cuda"
         packed = pack(a, b, bias, ranks[module][1], spec.dtype, pin, magnitude)
         for key, values in (
-            ("A.weight", packed.a),
-            ("B.weight", packed.b),
+            (factor_a, packed.a),
+            (factor_b, packed.b),
             ("B.bias", packed.bias),
             (MAGNITUDE, packed.magnitude),
         ):
@@ -143,8 +146,8 @@ def _read(
 def _group_keys(
     tensors: TensorSource, index: ModelIndex
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Keys by module and role (``A.weight``, ``B.weight``, ``B.bias``, ``magnitude_vector``), and
-    the other keys."""
+    """Keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...), and the
+    other keys."""
     grouped: dict[str, dict[str, str]] = {}
     leftover: list[str] = []
     for key in tensors.infos:
@@ -152,7 +155,7 @@ def _group_keys(
             if part in key:
                 raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        if match is None or match["module"] not in index.linear:
+        if match is None or match["module"] not in index.modules:
             leftover.append(key)
             continue
         role = _role(match)
@@ -166,7 +169,14 @@ def _group_keys(
 
 
 def _role(match: re.Match[str]) -> str:
-    return match["magnitude"] or f"{match['factor']}.{match['kind']}"
+    return match["magnitude"] or match["bare"] or f"{match['factor']}.{match['kind']}"
+
+
+def _factors(module: str, index: ModelIndex) -> tuple[str, str]:
+    """The roles of A (r, I) and B (O, r)."""
+    if module in index.embedding:
+        return "embedding_A", "embedding_B"
+    return "A.weight", "B.weight"
 
 
 def _check_headers(
@@ -177,11 +187,21 @@ def _check_headers(
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec = index.linear[module]
+    spec = index.modules[module]
+    factor_a, factor_b = _factors(module, index)
     expected: dict[str, tuple[int, ...]] = {
-        "A.weight": (rank, spec.in_features),
-        "B.weight": (spec.out_features, rank),
+        factor_a: (rank, spec.in_features),
+        factor_b: (spec.out_features, rank),
     }
+    if module in index.embedding and config.use_dora:
+        raise NotImplementedError(
+            f"{config.where}: use_dora is not supported on {module}: DoRA of an embedding"
+        )
+    if module in index.embedding and config.lora_bias:
+        raise ValueError(
+            f"{config.where}: lora_bias: expected false beside the embedding {module}, "
+            "as PEFT does, found True"
+        )
     if config.lora_bias:
         expected["B.bias"] = (spec.out_features,)
     if config.use_dora:

@@ -58,14 +58,14 @@ class PageStore:
         self.pages = pages
         self.modules = {
             name: ModuleSlab(spec.in_features, spec.out_features)
-            for name, spec in index.linear.items()
+            for name, spec in index.modules.items()
         }
         self.residents: list[Resident | None] = [None] * max_slots
         self.slabs: dict[str, Slab] = {}
         self.blocks: list[TableBlock] = []
         self._max_pages = page_count(max_rank)
         self._free_slots = list(range(max_slots - 1, -1, -1))
-        devices = {spec.device for spec in index.linear.values()}
+        devices = {spec.device for spec in index.modules.values()}
         self._transfers = {device: Transfer(device) for device in devices}
         self._cuda = [t for device, t in self._transfers.items() if device.type == "cuda"]
 
@@ -120,7 +120,7 @@ class PageStore:
                 f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but the rest is pinned, "
                 f"by {len(pinned)} adapters: {pinned[:8]}"
             )
-        new = {m: Slab.allocate(self.index.linear[m], self.pages) for m in need if m not in free}
+        new = {m: Slab.allocate(self.index.modules[m], self.pages) for m in need if m not in free}
         free |= {module: slab.free for module, slab in new.items()}
         pages = {m: [free[m].pop() for _ in range(count)] for m, count in need.items()}
         return Plan(
@@ -136,7 +136,7 @@ class PageStore:
     def _new_blocks(self, new: dict[str, Slab]) -> list[TableBlock]:
         by_device: dict[torch.device, list[str]] = {}
         for module in new:
-            by_device.setdefault(self.index.linear[module].device, []).append(module)
+            by_device.setdefault(self.index.modules[module].device, []).append(module)
         return [
             TableBlock.allocate(names, self.max_slots, self._max_pages, device)
             for device, names in by_device.items()

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lora_ext.adapters import AdapterPool
-from lora_ext.nn import MultiLoraLinear, context
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, context
+from lora_ext.nn.pool_layer import PoolLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +36,8 @@ class _Attachment:
 
 
 def attach(model: Model, pool: AdapterPool) -> Model:
-    """Put a :class:`MultiLoraLinear` in the place of every module that the pool may adapt.
+    """Put a :class:`MultiLoraLinear` or :class:`MultiLoraEmbedding` in the place of every module
+    that the pool may adapt.
 
     Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
     A module that is registered under several names is replaced under its first, as PEFT does.
@@ -58,12 +60,15 @@ def attach(model: Model, pool: AdapterPool) -> Model:
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
     for name, module in model.named_modules():
-        if isinstance(module, MultiLoraLinear) or type(module).__module__.startswith("peft."):
+        if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
             raise RuntimeError(
                 f"attach: expected a model without adapter layers, "
                 f"found {type(module).__name__} at {name!r}"
             )
-    layers = {name: MultiLoraLinear(_module(model, name), pool, name) for name in pool.modules}
+    layers: dict[str, PoolLayer] = {}
+    for name in pool.modules:
+        kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
+        layers[name] = kind(_module(model, name), pool, name)
     attachment = _Attachment(pool, tuple(layers))
     for name, layer in layers.items():
         _replace(model, name, layer)
@@ -90,13 +95,13 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
-    layers: dict[str, MultiLoraLinear] = {}
+    layers: dict[str, PoolLayer] = {}
     for name in attachment.names:
         layer = _find(model, name)
-        if not isinstance(layer, MultiLoraLinear) or layer.pool is not attachment.pool:
+        if not isinstance(layer, PoolLayer) or layer.pool is not attachment.pool:
             found = "nothing" if layer is None else type(layer).__name__
             raise RuntimeError(
-                f"detach: {name}: expected the MultiLoraLinear that attach put there, found {found}"
+                f"detach: {name}: expected the layer that attach put there, found {found}"
             )
         layers[name] = layer
     for name, layer in layers.items():

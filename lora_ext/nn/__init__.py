@@ -8,6 +8,7 @@ from .lora_embedding import LoraEmbedding
 from .lora_forward import LoraFactors, lora_forward, lora_update
 from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
+from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LoraFactors",
     "LoraLinear",
     "LoraProbe",
+    "MultiLoraEmbedding",
     "MultiLoraLinear",
     "UnknownAdapterError",
     "adapters",

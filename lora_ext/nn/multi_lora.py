@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from .context import Pool, current, pool_handle, traced_rows
+from .context import Pool, current, traced_rows
 from .pool_dora import DoraFactors, Rescale, rescaled
+from .pool_layer import PoolLayer
 
 
-class MultiLoraLinear(nn.Module):
+class MultiLoraLinear(PoolLayer):
     """``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row
     ``t``. Rows of a DoRA adapter get their outputs' lengths from its magnitudes:
     :mod:`lora_ext.nn.pool_dora`.
@@ -23,40 +23,14 @@ class MultiLoraLinear(nn.Module):
     and nothing else. For inference, and differentiable in ``x``; adapters in a pool are not
     trained.
 
-    The layer has no state of its own: ``base``'s parameters, buffers and children are registered
-    here under their own names, in the very dicts of ``base``. So checkpoints keep their keys,
-    ``.to()`` and ``load_state_dict`` reach ``base``, and whoever asks for ``layer.weight`` gets
-    it.
-
     Args:
         base: ``nn.Linear`` or transformers' ``Conv1D``, or anything that maps (..., I) to a new
             (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
     """
 
-    base: nn.Module
-
     def __init__(self, base: nn.Module, pool: Pool, name: str):
-        super().__init__()
-        if name not in pool.modules:
-            raise ValueError(
-                f"MultiLoraLinear: name: expected a module of the pool, found {name!r}"
-            )
-        slab = pool.modules[name]
-        found = _features(base)
-        if found is not None and found != (slab.in_features, slab.out_features):
-            raise ValueError(
-                f"MultiLoraLinear: {name}: expected in and out features "
-                f"{(slab.in_features, slab.out_features)} as in the pool, found {found}"
-            )
-        for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[state] = base.__dict__[state]
-        self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
-        self.training = base.training
-        self.pool = pool
-        self.name = name
-        self.slab = slab
-        self.handle = pool_handle(pool)
-        self.dora = DoraFactors(base, slab, name)
+        super().__init__(base, pool, name)
+        self.dora = DoraFactors(base, self.slab, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
@@ -85,43 +59,6 @@ class MultiLoraLinear(nn.Module):
                 f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that "
                 "the model had when it was made)"
             ) from error
-
-    def train(self, mode: bool = True) -> MultiLoraLinear:
-        """As ``nn.Module.train``, for ``base`` as well."""
-        self.base.train(mode)
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        """The base module and how many adapters fit beside it."""
-        return f"base={self.base}, slots={self.pool.max_slots}"
-
-    def __getattr__(self, name: str) -> Any:
-        """What this layer lacks, ``base`` may have: in_features, nf, a subclass's own
-        attributes."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["base"], name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MultiLoraLinear:
-        """A copy of ``base`` that shares the pool."""
-        return MultiLoraLinear(copy.deepcopy(self.base, memo), self.pool, self.name)
-
-    # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.base._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.base._load_from_state_dict(*args, **kwargs)
-
-
-def _features(base: nn.Module) -> tuple[int, int] | None:
-    for inner, outer in (("in_features", "out_features"), ("nx", "nf")):
-        if hasattr(base, inner) and hasattr(base, outer):
-            return getattr(base, inner), getattr(base, outer)
-    return None
 
 
 def _add_adapters(

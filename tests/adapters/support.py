@@ -14,6 +14,7 @@ class Base(nn.Module):
         for name, (i, o) in SIZES.items():
             setattr(self, name, nn.Linear(i, o))
         self.embed = nn.Embedding(7, 12)
+        self.norm = nn.Embedding(7, 12, max_norm=1.0)  # its forward changes its weight
 
 
 def config(rank=4, targets=("up", "down"), **fields):

@@ -252,7 +252,7 @@ def test_config_fields_that_make_no_sense(pool, fields):
     "fields",
     [
         {"modules_to_save": ["head"]},
-        {"target_modules": ["up", "down", "embed"]},
+        {"target_modules": ["up", "down", "norm"]},
         {"trainable_token_indices": [1]},
         {"target_parameters": ["up.weight"]},
         {"layer_replication": [[0, 1]]},
@@ -266,9 +266,26 @@ def test_what_peft_can_and_the_pool_cannot_is_named(pool, fields):
     refused(pool, ({**config(), **fields}, state(1)), name, NotImplementedError)
 
 
-def test_embedding_tensors_are_named(pool):
-    source = config(), {**state(1), "base_model.model.embed.lora_embedding_A": torch.zeros(2)}
-    refused(pool, source, "embedding", NotImplementedError)
+def test_factors_of_an_embedding_that_do_not_fit(pool):
+    stem = "base_model.model.embed.lora_"
+    good = {f"{stem}embedding_A": torch.ones(4, 7), f"{stem}embedding_B": torch.ones(12, 4)}
+    raw = config(targets=("embed",))
+    for key, value in good.items():
+        left = {k: v for k, v in good.items() if k != key}
+        refused(pool, (raw, left), r"embed: expected lora_\{embedding_A, embedding_B\}, found")
+        refused(pool, (raw, {**left, key: value.T}), rf"{key}: shape: expected")
+        refused(pool, (raw, {**left, key: value.int()}), rf"{key}: dtype: expected float16")
+        refused(pool, (raw, {**left, key: value * float("nan")}), rf"{key}: expected finite")
+        refused(pool, (raw, {**good, key + ".two": value}), "expected one adapter")
+    linear = {f"{stem}A.weight": torch.ones(4, 7), f"{stem}B.weight": torch.ones(12, 4)}
+    refused(pool, (raw, linear), r"found lora_\{A.weight, B.weight\}")
+    refused(pool, (config(), {**state(1), **good}), "expected only what the base model")
+    up = {k.replace("embed.", "up."): v for k, v in good.items()}
+    refused(pool, (config(), {**state(1), **up}), r"up: expected lora_\{A.weight, B.weight\}")
+    refused(pool, ({**raw, "lora_bias": True}, good), "lora_bias: expected false beside the embed")
+    dora = {**good, f"{stem}magnitude_vector": torch.ones(12)}
+    refused(pool, ({**raw, "use_dora": True}, dora), "use_dora .* on embed", NotImplementedError)
+    pool.load("fits", (raw, good))
 
 
 MAGNITUDE = "base_model.model.up.lora_magnitude_vector"

@@ -12,7 +12,7 @@ from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.nn import MultiLoraLinear
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
@@ -28,7 +28,8 @@ def test_detach_restores_the_very_same_model(family: str) -> None:
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     assert lora_ext.attach(model, pool) is model
     for name in pool.modules:
-        assert isinstance(model.get_submodule(name), MultiLoraLinear)
+        kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
+        assert type(model.get_submodule(name)) is kind
     assert list(model.state_dict()) == list(state)
     with torch.no_grad(), lora_ext.adapters(None):
         model(tokens(2, 4))
@@ -120,7 +121,7 @@ def test_attach_refuses_and_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="expected a model that is not attached, found an att"):
         lora_ext.attach(model, pool)
     with pytest.raises(
-        RuntimeError, match=r"without adapter layers, found MultiLoraLinear at '0\.m"
+        RuntimeError, match=r"without adapter layers, found MultiLoraEmbedding at '0\.m"
     ):
         lora_ext.attach(nn.Sequential(model), pool)
 
@@ -141,7 +142,7 @@ def test_detach_refuses_when_a_layer_was_replaced() -> None:
     layer = model.model.layers[0].mlp.up_proj
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 48)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"mlp.up_proj: expected the MultiLora.*found Linear"):
+    with pytest.raises(RuntimeError, match=r"mlp.up_proj: expected the layer .*, found Linear"):
         lora_ext.detach(model)
     assert snapshot(model) == before
     model.model.layers[0].mlp.up_proj = layer

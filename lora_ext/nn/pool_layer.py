@@ -1,0 +1,86 @@
+"""What the layers that serve a pool's adapters have in common: they stand in for a base module."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .context import Pool, pool_handle
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
+
+
+class PoolLayer(nn.Module):
+    """A base module with a pool's adapters beside it.
+
+    The layer has no state of its own: ``base``'s parameters, buffers and children are registered
+    here under their own names, in the very dicts of ``base``. So checkpoints keep their keys,
+    ``.to()`` and ``load_state_dict`` reach ``base``, and whoever asks for ``layer.weight`` gets
+    it.
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module, pool: Pool, name: str):
+        super().__init__()
+        if name not in pool.modules:
+            raise ValueError(
+                f"{type(self).__name__}: name: expected a module of the pool, found {name!r}"
+            )
+        slab = pool.modules[name]
+        found = _features(base)
+        if found is not None and found != (slab.in_features, slab.out_features):
+            raise ValueError(
+                f"{type(self).__name__}: {name}: expected in and out features "
+                f"{(slab.in_features, slab.out_features)} as in the pool, found {found}"
+            )
+        for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[state] = base.__dict__[state]
+        self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
+        self.training = base.training
+        self.pool = pool
+        self.name = name
+        self.slab = slab
+        self.handle = pool_handle(pool)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``, for ``base`` as well."""
+        self.base.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The base module and how many adapters fit beside it."""
+        return f"base={self.base}, slots={self.pool.max_slots}"
+
+    def __getattr__(self, name: str) -> Any:
+        """What this layer lacks, ``base`` may have: in_features, nf, a subclass's own
+        attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["base"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of ``base`` that shares the pool."""
+        return type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
+
+    # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._load_from_state_dict(*args, **kwargs)
+
+
+def _features(base: nn.Module) -> tuple[int, int] | None:
+    for inner, outer in _SIZES:
+        if hasattr(base, inner) and hasattr(base, outer):
+            return getattr(base, inner), getattr(base, outer)
+    return None

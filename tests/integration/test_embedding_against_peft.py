@@ -1,0 +1,137 @@
+"""Adapters on embeddings compute what PEFT computes, mixed with adapters on linear layers."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model, make_peft, tokens
+
+import lora_ext
+from lora_ext.adapters import save_adapter, unpack
+from lora_ext.nn import MultiLoraEmbedding
+
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "red": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+        "green": {"r": 12, "target_modules": ["embed_tokens"]},
+        "blue": {"r": 8, "target_modules": ["q_proj", "o_proj"], "use_dora": True},
+    },
+    "gpt2": {
+        "red": {"r": 4, "target_modules": ["wte", "c_attn"]},
+        "green": {"r": 12, "target_modules": ["wte"]},
+        "blue": {"r": 8, "target_modules": ["c_attn"]},
+    },
+    "bert": {
+        "red": {"r": 4, "target_modules": ["word_embeddings", "query"]},
+        "green": {"r": 16, "target_modules": ["word_embeddings", "token_type_embeddings"]},
+        "blue": {"r": 8, "target_modules": ["query"]},
+    },
+}
+NAMES = ["red", "green", "__base__", "blue", "green", None, "red"]
+SAVED_TOO = ("base_model.model.model.embed_tokens.base_layer.weight",)
+BOUND = 1e-6  # float64, but for the scale: 16 / 12 in float32 is wrong by 2**-26 of itself
+
+
+def make(family: str, directory: Path, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    model = make_model(family).to(dtype)
+    reference = make_peft(model, CONFIGS[family]).to(dtype)
+    reference.save_pretrained(directory)
+    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
+    for name in CONFIGS[family]:
+        # PEFT finds Llama's input embedding and saves its weight as well: the base model's, again.
+        skipped = pool.load(name, directory / name, strict=False)
+        assert skipped == (SAVED_TOO if family == "llama" and name != "blue" else ())
+    return lora_ext.attach(model, pool), reference
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_alone_and_mixed_equal_peft(family: str, tmp_path: Path) -> None:
+    model, reference = make(family, tmp_path)
+    ids = tokens(len(NAMES), 6)
+    with torch.no_grad():
+        base = model(ids).logits
+        with lora_ext.adapters(NAMES):
+            mixed = model(ids).logits
+        for name in CONFIGS[family]:
+            reference.set_adapter(name)
+            theirs = reference(input_ids=ids).logits
+            with lora_ext.adapters(name):
+                assert (model(ids).logits - theirs).abs().max() < BOUND
+            rows = [i for i, n in enumerate(NAMES) if n == name]
+            assert (mixed[rows] - theirs[rows]).abs().max() < BOUND
+            assert (theirs - base).abs().max() > 1e-3
+        assert (mixed[[2, 5]] - base[[2, 5]]).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_rows_keep_every_bit_and_own_rows_round_once(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, _ = make("llama", tmp_path, dtype)
+    layer, ids = model.model.embed_tokens, tokens(len(NAMES), 6)
+    assert isinstance(layer, MultiLoraEmbedding) and isinstance(layer.base, torch.nn.Embedding)
+    pool, slab = layer.pool, layer.slab
+    results = []
+    for grad in (False, True):
+        layer.weight.requires_grad_(grad)
+        with torch.set_grad_enabled(grad), lora_ext.adapters(NAMES):
+            results.append(layer(ids).detach())
+    base = layer.base(ids).detach()
+    for row, name in enumerate(NAMES):
+        assert torch.equal(results[0][row], base[row]) == (name not in ("red", "green"))
+        if name not in ("red", "green"):
+            assert torch.equal(results[1][row], base[row])
+            continue
+        with pool.acquire([name]) as (slot,):
+            pages = [q for q in slab.page_table[slot].tolist() if q >= 0]
+            a, b = (
+                t.double() for t in unpack(slab.a_pages, slab.b_pages, pages, int(slab.ranks[slot]))
+            )
+            exact = base[row].double() + float(slab.scale[slot]) * a[:, ids[row]].T @ b.T
+        # v and the sum are float32 for both; then one rounding, and two where gradients are wanted.
+        unit = torch.finfo(dtype).eps / 2
+        size = exact.abs().max() + (exact - base[row]).abs().max()
+        assert (results[0][row] - exact).abs().max() <= (unit + 20 * 2**-24) * size
+        assert (results[1][row] - exact).abs().max() <= (2 * unit + 20 * 2**-24) * size
+
+
+def test_tokens_and_one_name(tmp_path: Path) -> None:
+    model, _ = make("llama", tmp_path)
+    layer, ids = model.model.embed_tokens, tokens(2, 3)
+    with torch.no_grad():
+        whole = {}
+        for name in (*CONFIGS["llama"], None):
+            with lora_ext.adapters(name):
+                whole[name] = layer(ids)
+        names = [["red", None, "green"], ["blue", "red", None]]
+        with lora_ext.adapters(names):
+            mixed = layer(ids)
+    for i, row in enumerate(names):
+        for j, name in enumerate(row):
+            assert torch.equal(mixed[i, j], whole[name][i, j])
+    assert torch.equal(whole["blue"], whole[None]), "blue leaves the embedding alone"
+    assert not torch.equal(whole["red"], whole["green"])
+
+
+def test_evicted_saved_copied_compiled_detached(tmp_path: Path) -> None:
+    model, reference = make("llama", tmp_path)
+    pool, ids = model.model.embed_tokens.pool, tokens(2, 3)
+    with torch.no_grad(), lora_ext.adapters("red"):
+        expected = model(ids).logits
+    state = {k: v for k, v in reference.state_dict().items() if ".red" in k and "lora_" in k}
+    save_adapter(tmp_path / "ours", reference.peft_config["red"], state)
+    for number in range(4):  # four slots: the others go to the host
+        pool.load(f"other {number}", tmp_path / "ours")
+    assert "red" not in pool._by_name
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model.embed_tokens, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for name in ("red", "other 0", None):
+            with lora_ext.adapters(name):
+                torch.testing.assert_close(compiled(ids), model.model.embed_tokens(ids))
+                for m in (model, copy.deepcopy(model)):
+                    assert torch.equal(m(ids).logits, expected) == (name is not None)
+    lora_ext.detach(model)
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
