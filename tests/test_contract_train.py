@@ -168,6 +168,10 @@ def test_no_gradient_reaches_what_lies_beyond_a_rank(backend: Backend) -> None:
         out = run(i)
         beyond = torch.arange(shape.max_rank, device=backend.device) >= i["ranks"][:, None]
         assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
+        if shape.tokens:  # nor where the sums are not finite
+            i["x"][0, 0] = i["dy"][0, 0] = torch.inf
+            out = run(i)
+            assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
 
 
 # --- same input, same bits ------------------------------------------------------------------------

@@ -30,6 +30,10 @@ LX_INLINE int64_t blocks_of(int64_t n, int64_t size) {
     return (n + size - 1) / size;
 }
 
+LX_INLINE int32_t clamp_rank(int32_t rank, int32_t max_rank) {
+    return rank < 0 ? 0 : rank > max_rank ? max_rank : rank;
+}
+
 // The pages of one slot.
 template <typename T>
 struct Slot {
@@ -51,7 +55,8 @@ struct Slot {
           b_row(bank.b_row_stride),
           in(bank.in_features),
           out(bank.out_features),
-          rank(bank.ranks ? bank.ranks[slot] : bank.max_rank),
+          // Clamped, as kernels do: da and db visit slots without rows, whose ranks nobody checks.
+          rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
           scale(bank.scale ? bank.scale[slot] : 1) {
         if (table) {

@@ -127,7 +127,8 @@ LX_DEVICE void store(const Gradient& args, const Block& block, const Sums<T>& to
             args.rank_major
                 ? int64_t{block.first_rank + rank} * args.width + block.column + column
                 : int64_t{block.column + column} * args.max_rank + block.first_rank + rank;
-        out[at] = lx::from_float<T>(columns[column * kRow + rank]);
+        // Beyond the adapter's rank the sum is 0 * x, which is NaN where x is not finite.
+        out[at] = lx::from_float<T>(rank < block.ranks ? columns[column * kRow + rank] : 0.0f);
     }
 }
 template <class T>

@@ -121,15 +121,21 @@ bool plan_fits(const LoraPlanLayout& layout, const Id* ids, const int32_t* plan)
     const int64_t rows = layout.num_tokens, chunks = plan[kPlanNumChunks];
     const int32_t* perm = plan + layout.perm();
     const int32_t* chunk = plan + layout.chunks();
-    bool fits = chunks >= 0 && chunks <= layout.max_chunks();
+    const int32_t* slot_begin = plan + layout.slot_begin();
+    bool fits = chunks >= 0 && chunks <= layout.max_chunks() && slot_begin[0] == 0;
+    for (int64_t s = 0; fits && s < layout.num_adapters; ++s)
+        fits = slot_begin[s] <= slot_begin[s + 1] && slot_begin[s + 1] <= rows;
+    int64_t covered = 0;  // by chunks, which are in order of (slot, start)
     for (int64_t c = 0; fits && c < chunks; ++c, chunk += 4) {
         const int64_t slot = chunk[0], start = chunk[1], len = chunk[2];
-        fits = slot >= 0 && slot < layout.num_adapters && start >= 0 && len > 0 &&
-               len <= layout.chunk_rows() && start + len <= rows;
+        fits = slot >= 0 && slot < layout.num_adapters && start == covered && len > 0 &&
+               len <= layout.chunk_rows() && start >= slot_begin[slot] &&
+               start + len <= slot_begin[slot + 1];
+        covered = start + len;
         for (int64_t i = start; fits && i < start + len; ++i)
             fits = perm[i] >= 0 && perm[i] < rows && ids[perm[i]] == slot;
     }
-    return fits;
+    return fits && covered == slot_begin[layout.num_adapters];
 }
 
 }  // namespace

@@ -107,6 +107,11 @@ struct Call {
             build_plan(op, ids, lora.ids, x);
             lora.plan = lora.ids.plan;
         }
+        if (kernels && debug_mode()) {
+            const Tensor& used = given ? *given : plan;
+            if (used[kPlanBadIds].item<int32_t>() != 0)
+                raise_bad_id(op, ids, lora.bank.num_adapters);
+        }
         if (!kernels) check_slots(op, lora.bank, lora.plan);
     }
 

@@ -31,6 +31,12 @@ struct Handle<kOp> {
 inline Tensor or_undefined(const OptionalTensor& t) {
     return t.value_or(Tensor());
 }
+// Above the wrappers of torch.func, which no kernel sees: refuse a tangent instead of dropping it.
+inline void refuse_tangents(const char* op, std::initializer_list<OptionalTensor> tensors) {
+    for (const OptionalTensor& t : tensors)
+        TORCH_CHECK_NOT_IMPLEMENTED(!t || !t->_fw_grad(/*level=*/0).defined(), op,
+                                    " has no forward-mode derivative");
+}
 inline OptionalTensor or_none(const Tensor& t) {
     return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
@@ -95,6 +101,7 @@ inline std::tuple<Tensor, Tensor> linear(c10::DispatchKeySet keys, const Tensor&
                                          const Tensor& adapter_ids, const OptionalTensor& scale,
                                          const OptionalTensor& ranks, double dropout_p,
                                          const OptionalTensor& seed, const OptionalTensor& plan) {
+    refuse_tangents("lora_linear", {x, weight, bias, a, b, scale});
     TORCH_CHECK_NOT_IMPLEMENTED(!scale || !scale->requires_grad(),
                                 "lora_linear: scale receives no gradient");
     if (c10::GradMode::is_enabled() &&
@@ -143,6 +150,7 @@ struct Dropout : torch::autograd::Function<Dropout> {
 
 inline Tensor dropout(c10::DispatchKeySet keys, const Tensor& x, double p,
                       const OptionalTensor& seed) {
+    refuse_tangents("lora_dropout", {x});
     if (c10::GradMode::is_enabled() && x.requires_grad()) return Dropout::apply(x, p, seed);
     const at::AutoDispatchBelowAutograd guard;
     return Dropout::Forward::get().redispatch(keys & c10::after_autograd_keyset, x, p, seed);

@@ -9,8 +9,8 @@ that our kernels do not cover, an adapter of a rarer variant for one, goes to PE
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext.nn.dora import dora_forward
-from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, lora_forward
+from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.rows import Rows
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _BASE = "__base__"
-_MAX_RANK = 256  # of the fused kernels
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,11 @@ def take_over(model: Model) -> Model:
 def to_peft(model: Model) -> Model:
     """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
     _swap(model, {FusedLinear: PeftLinear, FusedLoraModel: LoraModel})
+    block: Any
+    for block in model.modules():
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, _KeepsNames):
+            block._gradient_checkpointing_func = checkpoint.checkpoint
     return model
 
 
@@ -92,20 +96,14 @@ def _uncovered(module: Any, adapter: str) -> str | None:
     if variant is not None and dense_parameters(module.base_layer) is None:
         return f"adapter {adapter!r} uses DoRA on a {type(module.base_layer).__name__}"
     a, b = module.lora_A[adapter], module.lora_B[adapter]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear:
-        return f"adapter {adapter!r} has factors of type {type(a).__name__}, {type(b).__name__}"
-    if a.out_features > _MAX_RANK:
-        return f"adapter {adapter!r} has rank {a.out_features}, above {_MAX_RANK}"
+    if not (type(a) is type(b) is nn.Linear and is_plain(a) and is_plain(b) and a.bias is None):
+        return f"adapter {adapter!r} has factors that are no plain Linear, or that are watched"
+    dropout = module.lora_dropout[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout):
+        return f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or a watched one"
+    if getattr(dropout, "p", 0.0) >= 1.0:
+        return f"adapter {adapter!r} has dropout 1"
     return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,13 +118,17 @@ class Names:
         self.unique = tuple(dict.fromkeys(n for n in self.names if n != _BASE))
         self._rows: dict[tuple[tuple[str, ...], torch.Size, torch.device], Rows] = {}
 
+    def check(self, leading: torch.Size) -> None:
+        """There is a name for each sequence."""
+        if len(leading) == 0 or leading[0] != len(self.names):
+            found = leading[0] if leading else 0
+            raise ValueError(
+                f"adapter_names: expected one name for each of the {found} sequences, found "
+                f"{len(self.names)} (length should be the same as the number of inputs)"
+            )
+
     def rows(self, present: tuple[str, ...], leading: torch.Size, device: torch.device) -> Rows:
         """Of activations ``(*leading, I)``: where each row's adapter stands in ``present``."""
-        if leading[0] != len(self.names):
-            raise ValueError(
-                f"adapter_names: expected one name for each of the {leading[0]} sequences, "
-                f"found {len(self.names)} (the same as the number of inputs)"
-            )
         key = present, leading, device
         found = self._rows.get(key)
         if found is None:
@@ -142,8 +144,14 @@ class Names:
 
 # A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
 _last: ContextVar[Names | None] = ContextVar("lora_ext.peft_names", default=None)
+# What the forward was given: for checkpoints, which hand it on to their recomputation.
+_current: ContextVar[Names | None] = ContextVar("lora_ext.peft_current", default=None)
 # What a checkpointed block was given in the forward, while it is recomputed in the backward.
 _recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", default=None)
+
+
+# Layers whose last forward had names: recomputed without any, they would train other adapters.
+_named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _names(names: Sequence[str]) -> Names:
@@ -167,15 +175,17 @@ class FusedLinear(PeftLinear):
             ``(..., O)``.
         """
         names = kwargs.get("adapter_names")
-        rows = _names(names) if names is not None else _recomputed.get()
+        rows = self._rows_of(names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         wanted = rows.unique if rows is not None else self.active_adapters
         present = tuple(name for name in wanted if name in self.lora_A)
-        if any(not self._covers(name) for name in present):
+        if any(_uncovered(self, name) is not None for name in present):
             if rows is not None:
                 kwargs["adapter_names"] = list(rows.names)
             return super().forward(x, *args, **kwargs)
+        if rows is not None:
+            rows.check(x.shape[:-1])
         if not present:
             return self.base_layer(x)
         of_rows = None if rows is None else rows.rows(present, x.shape[:-1], x.device)
@@ -187,12 +197,23 @@ class FusedLinear(PeftLinear):
         magnitudes = [self._magnitude(name) for name in present]
         return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows)
 
-    def _covers(self, name: str) -> bool:
-        return (
-            _uncovered(self, name) is None
-            and not _has_hooks(self.lora_A[name])
-            and not _has_hooks(self.lora_B[name])
-        )
+    def _rows_of(self, names: Sequence[str] | None) -> Names | None:
+        if torch.compiler.is_compiling():
+            return None if names is None else Names(names)
+        if names is not None:
+            if self.training:
+                _named.add(self)
+            return _names(names)
+        rows = _recomputed.get()
+        if rows is None and self in _named:
+            if torch._C._current_graph_task_id() != -1:  # inside a backward
+                raise RuntimeError(
+                    "from_peft: a checkpoint recomputes a layer whose forward had adapter_names, "
+                    "and has lost them: expected transformers' own gradient checkpointing, found "
+                    "another; pass no names, or do not checkpoint these layers"
+                )
+            _named.discard(self)
+        return rows
 
     def _factors(self, name: str) -> LoraFactors:
         dropout = self.lora_dropout[name]
@@ -223,47 +244,48 @@ class FusedLoraModel(LoraModel):
             hooks.__enter__()
         finally:
             self.training = training
+        token = None
         try:
             if names is not None and training:
-                with _checkpoints_keep(self.model, _names(names)):
-                    yield
-            else:
-                yield
+                _let_checkpoints_keep_names(self.model)
+                token = _current.set(_names(names))
+            yield
         finally:
+            if token is not None:
+                _current.reset(token)
             # Never with the exception: PEFT would then leave its hooks on the layers.
             hooks.__exit__(None, None, None)
 
 
-@contextlib.contextmanager
-def _checkpoints_keep(model: nn.Module, rows: Names) -> Iterator[None]:
-    """Checkpointed blocks see the same names when the backward runs them again.
+class _KeepsNames:
+    """A checkpoint function that also keeps the names of its forward for the recomputation.
 
-    By then the forward is over and its hooks are gone, so the names travel with the function that
-    the checkpoint keeps.
+    By then the forward is over and its hooks are gone. It stays where it was put, as another
+    thread may be inside it; without names it is the function it wraps.
     """
-    blocks: list[Any] = [
-        m
-        for m in model.modules()
-        if getattr(m, "gradient_checkpointing", False)
-        and hasattr(m, "_gradient_checkpointing_func")
-    ]
-    checkpoints = [block._gradient_checkpointing_func for block in blocks]
-    try:
-        for block, checkpoint in zip(blocks, checkpoints, strict=True):
-            keeping = functools.partial(_checkpoint_with, checkpoint, rows)
-            block._gradient_checkpointing_func = keeping
-        yield
-    finally:
-        for block, checkpoint in zip(blocks, checkpoints, strict=True):
-            block._gradient_checkpointing_func = checkpoint
+
+    def __init__(self, checkpoint: Callable[..., Any]):
+        self.checkpoint = checkpoint
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        rows = _current.get()
+        if rows is None:
+            return self.checkpoint(run, *args, **options)
+
+        def run_with_names(*inner: Any, **kwargs: Any) -> Any:
+            token = _recomputed.set(rows)
+            try:
+                return run(*inner, **kwargs)
+            finally:
+                _recomputed.reset(token)
+
+        return self.checkpoint(run_with_names, *args, **options)
 
 
-def _checkpoint_with(checkpoint: Callable[..., Any], rows: Names, run: Any, *args: Any) -> Any:
-    def run_with_names(*inner: Any, **kwargs: Any) -> Any:
-        token = _recomputed.set(rows)
-        try:
-            return run(*inner, **kwargs)
-        finally:
-            _recomputed.reset(token)
-
-    return checkpoint(run_with_names, *args)
+def _let_checkpoints_keep_names(model: nn.Module) -> None:
+    block: Any
+    for block in model.modules():
+        if getattr(block, "gradient_checkpointing", False):
+            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, _KeepsNames):
+                block._gradient_checkpointing_func = _KeepsNames(checkpoint)

@@ -389,13 +389,12 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         for bias in call.biases:
             y = y if bias is None else y + bias * call.scaling[0]
         return y
-    with_bias = [(s, b) for s, b in enumerate(call.biases) if b is not None]
-    stacked = torch.stack([b for _, b in with_bias])  # (A', O)
-    slots = constant([s for s, _ in with_bias], torch.int32, y.device)
-    scale = constant([call.scaling[s] for s, _ in with_bias], torch.float32, y.device)
-    # As a product, so that the backward is one too: summing rows by index has no fixed order.
-    weights = (call.ids[:, None] == slots) * scale  # (T, A')
-    return y + weights.to(stacked.dtype) @ stacked
+    for slot, bias in enumerate(call.biases):
+        if bias is not None:
+            # Chosen, not multiplied: a NaN in one adapter's bias or rows stays with that adapter.
+            own = (call.ids == slot)[:, None]
+            y = torch.where(own, y + bias * call.scaling[slot], y)
+    return y
 
 
 # -------------------------------------------------------------------------------------------------
@@ -434,9 +433,9 @@ def dense_parameters(base: BaseLayer) -> DenseParameters | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the weight is an ordinary one and nobody watches or replaces the forward."""
+    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
     return (
-        type(module.weight) in (nn.Parameter, Tensor)  # not quantised, not distributed
+        type(getattr(module, "weight", None)) in (nn.Parameter, Tensor, type(None))  # not quantised
         and "forward" not in module.__dict__  # as accelerate's offloading leaves it
         and not _has_hooks(module)
     )

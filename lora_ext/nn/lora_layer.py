@@ -333,6 +333,11 @@ class LoraLayer(Merging):
                 f"{type(self).__name__}: adapter_name: expected a name without dots that is not "
                 f'"__base__", found {name!r}'
             )
+        if hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"{type(self).__name__}: adapter_name: expected a name that is no attribute of "
+                f"nn.ModuleDict, found {name!r}"
+            )
         if name in self.r:
             raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already")
 

@@ -10,8 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
 from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.interop.peft import FusedLinear, report, to_peft
@@ -255,6 +257,76 @@ def test_two_forwards_before_their_backward_under_checkpointing() -> None:
         second = logits(model, adapter_names=NAMES[::-1])
         (first.square().sum() + second.square().sum()).backward()
     assert_same_gradients(ours, other)
+
+
+class Checkpointed(nn.Module):
+    """A model that checkpoints by itself, so that names do not reach the recomputation."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(8, 8), nn.Linear(8, 8), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(
+            lambda t: self.second(torch.tanh(self.first(t))), x, use_reentrant=self.reentrant
+        )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_foreign_checkpoint_that_lost_the_names_is_an_error(reentrant: bool) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+    model: Any = peft.get_peft_model(Checkpointed(reentrant), config, "red")
+    model.add_adapter("green", config)
+    lora_ext.from_peft(model).train().set_requires_grad(["red", "green"])
+    x = torch.randn(3, 4, 8, requires_grad=True)
+    out = model(x, adapter_names=["green"] * 3)
+    with pytest.raises(RuntimeError, match="recomputes a layer whose forward had adapter_names"):
+        out.sum().backward()
+    model(x).sum().backward()  # without names it is as ever
+
+
+def test_nan_in_one_adapters_bias_stays_with_its_rows() -> None:
+    configs = {name: {"r": 4, "target_modules": ["c_fc"], "lora_bias": True} for name in "ab"}
+    ours = lora_ext.from_peft(make_peft(make_model("gpt2"), configs))
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B.b.bias" in name:
+                parameter[0] = float("nan")
+    rows = logits(ours, adapter_names=["a", "b", "a", "__base__", "b"]).isnan().flatten(1).any(1)
+    assert rows.tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "dropout", [nn.Sequential(nn.Tanh()), nn.AlphaDropout(0.5), nn.Dropout(1.0)], ids=str
+)
+def test_a_dropout_of_another_kind_is_left_to_peft(dropout: nn.Module) -> None:
+    theirs, ours = pair("llama")
+    for model in (theirs, ours):
+        model.set_adapter("red")
+        model.train()
+        for module in model.modules():
+            if isinstance(module, PeftLinear) and "red" in module.lora_dropout:
+                module.lora_dropout["red"] = dropout
+    assert report(ours).left
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, theirs)
+
+
+def test_one_graph_of_a_layer_compiles() -> None:
+    _, ours = pair("llama")
+    layer = next(m for m in ours.modules() if isinstance(m, FusedLinear))
+    x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]])
+def test_as_many_names_as_sequences(names: list[str]) -> None:
+    ours = trainable(pair("llama")[1])
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        logits(ours, adapter_names=names)
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        logits(ours.eval(), adapter_names=names)
 
 
 def test_wrong_names_are_errors_and_leave_no_hooks() -> None:

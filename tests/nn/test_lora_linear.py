@@ -285,3 +285,13 @@ def test_a_checkpointed_layer_sees_its_block_again_or_says_that_it_cannot(reentr
             with pytest.raises(RuntimeError, match="one of several"):
                 (first + second).sum().backward()
     torch.testing.assert_close(gradients(run(x), ours, x), gradients(ours(x), ours, x))
+
+
+def test_a_name_that_a_module_dict_cannot_hold_leaves_the_layer_as_it_was() -> None:
+    made = layer({})
+    before = list(made.state_dict()), made.adapter_names
+    for name in ("keys", "pop", "training"):
+        with pytest.raises(ValueError, match="adapter_name: expected a name that is no attribute"):
+            made.add_adapter(name, r=4)
+    assert (list(made.state_dict()), made.adapter_names) == before
+    made(torch.randn(4, 24), ["0", "0", None, "0"])

@@ -116,3 +116,35 @@ def test_tensors_on_two_devices_are_refused() -> None:
         linear({**i, "a": i["a"].to("meta")})
     with pytest.raises(ValueError, match="lora_dropout: expected all tensors on one device"):
         ops.lora_dropout(i["x"].to("meta"), 0.5, torch.tensor(1))
+
+
+def test_a_rank_out_of_range_of_an_idle_adapter_touches_no_memory() -> None:
+    for rank in (200, -200):
+        i = train_inputs(SHAPE, torch.float32)
+        i["adapter_ids"] = torch.zeros(4, dtype=torch.long)
+        i["ranks"] = torch.tensor([8, rank], dtype=torch.int32)
+        for name in ("x", "a", "b"):
+            i[name] = i[name].nan_to_num().requires_grad_()
+        linear(i).sum().backward()
+        assert (i["a"].grad[1] == 0).all() and (i["b"].grad[1] == 0).all()
+        assert (i["a"].grad[0] != 0).any()
+
+
+def test_a_plan_whose_segments_were_changed_is_refused() -> None:
+    i = train_inputs(SHAPE, torch.float32)
+    plan = ops.lora_plan(i["adapter_ids"], 2)
+    for value in (10**8, -1, 0):
+        i["plan"] = plan.clone()
+        i["plan"][-3] = value  # where the segment of the last adapter begins
+        if torch.equal(i["plan"], plan):
+            continue
+        with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+            linear(i)
+
+
+def test_forward_mode_is_refused_also_under_torch_func() -> None:
+    i = train_inputs(SHAPE, torch.float32)
+    seed = torch.tensor([1])
+    for run in (lambda x: linear({**i, "x": x}), lambda x: ops.lora_dropout(x, 0.5, seed)):
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.func.jvp(run, (i["x"],), (torch.ones_like(i["x"]),))

@@ -12,8 +12,8 @@
 // in c, so the mask multiplies by 0 or 1 and no element of x is ever rounded.
 //
 // Sums over tokens: accumulated in float32 (float64), in an order that depends on the adapter's own
-// rows only: never on threads, nor on which other adapters share the batch. A row of another
-// adapter is not read, so its NaN stays its own.
+// rows and on the largest rank R of the bank: never on threads, nor on which other adapters share
+// the batch. A row of another adapter is not read, so its NaN stays its own.
 //
 // Source: LoRA (Hu et al. 2021), eq. 3, differentiated; segments as in Punica (Chen et al. 2023).
 #pragma once
