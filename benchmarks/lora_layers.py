@@ -76,8 +76,11 @@ def bench_layers(rounds: int) -> Iterator[Row]:
             kept.append(saved["lora_ext"] / saved["peft"])
         case = f"layers, dropout {p}"
         mean = statistics.geometric_mean(over_peft)
-        yield Row("layers", f"{case}, geometric mean", "lora_ext", over_peft=mean)
-        yield Row("layers", f"{case}, worst", "lora_ext", over_base=max(over_base))
+        yield Row(
+            "layers", f"{case}, geometric mean", "lora_ext", unit="x", median=mean, over_peft=mean
+        )
+        worst = max(over_base)
+        yield Row("layers", f"{case}, worst", "lora_ext", unit="x", median=worst, over_base=worst)
         ratio = max(kept)
         yield Row("layers", f"{case}, kept for backward", "lora_ext", unit="x", median=ratio)
 
