@@ -309,7 +309,8 @@ def test_a_dropout_of_another_kind_is_left_to_peft(dropout: nn.Module) -> None:
                 module.lora_dropout["red"] = dropout
     assert report(ours).left
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, theirs)
+    if not isinstance(dropout, nn.Dropout):  # with p = 1 there are none
+        assert_same_gradients(ours, theirs)
 
 
 def test_one_graph_of_a_layer_compiles() -> None:
