@@ -84,7 +84,7 @@ def assign(shape: Shape, g: torch.Generator) -> Tensor:
             ids = torch.arange(t) % a
         case "contiguous":
             ids = torch.sort(ids.clamp(min=0)).values
-        case "zipf":
+        case "zipf" if t > 0:  # multinomial draws at least one
             weights = 1 / torch.arange(1, a + 1)
             ids = torch.multinomial(weights, t, replacement=True, generator=g)
     return ids

@@ -23,6 +23,7 @@ def main() -> int:
     if cuda == "1":
         legs.append(Leg("machine code", [PY, "tools/sass_gate.py"], 300, after="build"))
     tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
+    tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
     legs.append(Leg("tests", tests, 2400, after="build"))
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
         legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 2400, after="build"))
