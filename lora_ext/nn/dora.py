@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,22 +42,14 @@ class Magnitude(nn.Module):
 def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``|| weight + scaling * b @ a ||`` per row, ``(O,)``, a constant.
 
-    By the binomial formula, ``|w|^2 + 2 s <w, b a> + s^2 |b a|^2``: the product ``b @ a`` of the
-    size of the weight is never formed.
-
     Args:
         weight: ``(O, I)`` floating. a: ``(r, I)``. b: ``(O, r)``.
 
     Returns:
         float32, or float64 where the weight is.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with torch.no_grad(), exactly(weight.device):
-        w, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        square = torch.linalg.vector_norm(w, dim=1).square()
-        square += 2 * scaling * ((w @ a.T) * b).sum(1)
-        square += scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
-        return square.clamp_(min=0).sqrt_()
+    with exactly(weight.device):
+        return ops.lora_dora_norm(weight, a, b, scaling)
 
 
 def dora_forward(
