@@ -1,5 +1,14 @@
 """The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight."""
 
+from lora_ext.reference.circuit import (
+    CircuitScan,
+    circuit_argmax,
+    circuit_conditional_dist,
+    circuit_sample,
+    circuit_scan,
+    emission_gather,
+    spec_verify,
+)
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
@@ -23,7 +32,13 @@ from lora_ext.reference.lora_weights import (
 )
 
 __all__ = [
+    "CircuitScan",
+    "circuit_argmax",
+    "circuit_conditional_dist",
+    "circuit_sample",
+    "circuit_scan",
     "dropout_keep",
+    "emission_gather",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
@@ -38,4 +53,5 @@ __all__ = [
     "lora_segment_ids",
     "lora_shrink",
     "lora_update",
+    "spec_verify",
 ]
