@@ -1,0 +1,40 @@
+// Probabilistic circuits whose parameters a network emits per row: kinds, structure, layouts.
+//
+//   ff     p(x) = prod_k leaf_k(x_k)                               C = 1, no transitions
+//   cp     p(x) = sum_z prior_z prod_k leaf_{k,z}(x_k)             one latent for the whole window
+//   hmm    a chain of latents; trans[k] leads from position k to k + 1         M = K - 1
+//   btree  a balanced binary tree of latents, one per inner node, seen by both its children;
+//          trans[m] leads from a parent into inner node m, pre-order without the root    M = K - 2
+//
+// Letters: B rows, K positions, C components (states), V vocabulary, M transition matrices.
+// Layouts, row-major: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C), row = parent state,
+// column = child state; all logits, normalised over the last axis inside the kernels. The stride of
+// a batch may be 0: one set of parameters for all rows. x (B, K) int64, -1 = marginalised.
+//
+// Everything is one walk from left to right that keeps cur[z] = log p(state at k = z, x_<k):
+//   observe position k: L_k = logsumexp(cur + e_k), then cur += e_k
+//   step of a chain: cur'[z'] = logsumexp_z(cur[z] + A[z, z'])
+//   tree node: go down with the same step, come back with u[z] = logsumexp_z'(A[z, z'] + up[z'])
+//
+// Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (2511.11346).
+#pragma once
+
+#include "lora_ext/common.h"
+
+namespace lora_ext {
+
+enum class CircuitKind : int32_t { kFF, kCP, kHMM, kBTree };
+
+constexpr int64_t circuit_num_transitions(CircuitKind kind, int64_t n_token) {
+    const int64_t steps = kind == CircuitKind::kHMM     ? n_token - 1
+                          : kind == CircuitKind::kBTree ? n_token - 2
+                                                        : 0;
+    return steps > 0 ? steps : 0;
+}
+
+// Positions of a tree node that go to its left child: half, rounded to even at a tie.
+constexpr int64_t circuit_left_size(int64_t length) {
+    return length % 4 == 3 ? (length + 1) / 2 : length / 2;
+}
+
+}  // namespace lora_ext
