@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._autocast import exactly
 
 from .lora_forward import (
     BaseLayer,
@@ -22,7 +23,6 @@ from .lora_forward import (
     LoraFactors,
     dense_parameters,
     draw_seed,
-    exactly,
     fused_forward,
     fuses,
     lora_forward,

@@ -7,7 +7,6 @@ speeds up call the same function: what an adapter does is written here and nowhe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +15,12 @@ import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._autocast import AUTOCASTS
 
 from .rows import Rows, all_rows, constant, rows_of, subset
 
 _MAX_FUSED_RANK = 256  # of the kernels
 
-_AUTOCASTS = ("cpu", "cuda")
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 #: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
@@ -404,15 +403,9 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes a linear layer compute, or None where it is off."""
     kind = x.device.type
-    if kind not in _AUTOCASTS or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
-
-
-def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """A block that autocast leaves alone."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if kind in _AUTOCASTS else nullcontext()
 
 
 def dense_parameters(base: BaseLayer) -> DenseParameters | None:

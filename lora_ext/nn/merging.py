@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_ext.ops._autocast import exactly
+
 from .dora import weight_norm
-from .lora_forward import exactly
 
 
 class _Merged(NamedTuple):

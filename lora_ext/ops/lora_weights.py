@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ext.ops._autocast import exactly
+
 
 def _accumulator(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -33,7 +35,7 @@ def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
 
 
 def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
+    with exactly(a.device):
         return (b.to(dtype) @ a.to(dtype)).mul_(scale)
 
 
@@ -109,7 +111,7 @@ def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], l
     grams: tuple[list[Tensor], list[Tensor]] = ([], [])
     for a_s, b_s in zip(a, b, strict=True):
         _check("lora_gram", a_s, b_s)
-        with torch.autocast(a_s.device.type, enabled=False):
+        with exactly(a_s.device):
             wide_a, wide_b = a_s.to(_accumulator(a_s)), b_s.to(_accumulator(b_s))
             grams[0].append(wide_a @ wide_a.T)
             grams[1].append(wide_b.T @ wide_b)
@@ -140,7 +142,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> 
     """
     _check("lora_dora_norm", a, b, weight)
     dtype = _accumulator(weight)
-    with torch.autocast(weight.device.type, enabled=False):
+    with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
         square = wide.square().sum(1)
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)

@@ -277,6 +277,9 @@ def circuit_argmax(
     def take(k: int, state: Tensor) -> None:
         tokens[:, k] = mode[row, k, state]
 
+    def after(choice: Tensor, deeper: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        return lambda state: deeper(choice[row, state])
+
     # Upward, the best value of a part given the state above it; downward, the choices.
     def up(lo: int, hi: int, node: int) -> tuple[Tensor, int, Callable[[Tensor], None]]:
         if hi - lo == 1:
@@ -290,14 +293,7 @@ def circuit_argmax(
                 step = trans[:, node]
                 below, node, deeper = up(first, last, node + 1)
                 value, choice = (step + below[:, None]).max(2)
-
-                def down(
-                    state: Tensor,
-                    choice: Tensor = choice,
-                    deeper: Callable[[Tensor], None] = deeper,
-                ) -> None:
-                    deeper(choice[row, state])
-
+                down = after(choice, deeper)
             parts.append((value, down))
 
         def both(state: Tensor) -> None:
@@ -364,10 +360,10 @@ def spec_verify(
     rows, n_token = tokens.shape
     row, position = torch.arange(rows), torch.arange(n_token)
     target = target.to(dtype)
+    log_p = log_softmax(target / (temperature or 1.0))
     if temperature == 0:
         accept = target[:, :-1].argmax(-1) == tokens
     else:
-        log_p = log_softmax(target / temperature)
         at = log_p[:, :-1].gather(-1, tokens[..., None]).squeeze(-1)
         accept = uniforms[:, :-1].to(dtype) < (at - conditional.to(dtype)).exp()
     if num_evidence is not None:
