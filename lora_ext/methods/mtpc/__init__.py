@@ -4,6 +4,20 @@ Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits"
 """
 
 from .config import MtpcConfig
+from .decoder import Generation, SpeculativeDecoder
+from .retrofit import Draft, retrofit
+from .tail import DraftTail
 from .windows import pack_documents, shift_labels, unfold_teacher, unfold_windows
 
-__all__ = ["MtpcConfig", "pack_documents", "shift_labels", "unfold_teacher", "unfold_windows"]
+__all__ = [
+    "Draft",
+    "DraftTail",
+    "Generation",
+    "MtpcConfig",
+    "SpeculativeDecoder",
+    "pack_documents",
+    "retrofit",
+    "shift_labels",
+    "unfold_teacher",
+    "unfold_windows",
+]
