@@ -18,7 +18,8 @@ from lora_ext.reference.circuit import KINDS, num_transitions
 IGNORE = -100
 EMISSIONS = ("full", "expander", "adapter")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INIT_BOUND = 0.01275  # of new rows, as in the authors' code
+# Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
+_INIT_BOUND = 0.01275 * 64
 _STAY = 0.99  # probability of keeping the state under init_identity; our choice
 _CHUNK = 1 << 24  # elements of the largest intermediate tensor of a chunk of rows
 
@@ -127,21 +128,22 @@ class CircuitHead(nn.Module):
     def reset_parameters(self) -> None:
         """New initial values, from torch's generator.
 
-        Components of a position may start equal (:meth:`init_from_lm_head`); the random sum weights
-        tell them apart.
+        :meth:`init_from_lm_head` makes the components of some positions equal; random sum weights
+        and later positions tell them apart.
         """
+        bound = _INIT_BOUND / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -_INIT_BOUND, _INIT_BOUND)
+            nn.init.uniform_(parameter, -bound, bound)
         if self.emission == "expander":
             self.maps.copy_(torch.eye(self.hidden_size).expand_as(self.maps))
         elif self.emission == "adapter":
-            nn.init.uniform_(self.unembed, -_INIT_BOUND, _INIT_BOUND)
+            nn.init.uniform_(self.unembed, -bound, bound)
             bound = 1 / math.sqrt(self.hidden_size)  # what "init_a" of init_lora_ draws
             nn.init.uniform_(self.lora_A, -bound, bound)
             nn.init.zeros_(self.lora_B)
-        if self.trans_bias is not None and self.init_identity:
-            stay = math.log((self.rank - 1) * _STAY / (1 - _STAY))
-            self.trans_bias += stay * torch.eye(self.rank).to(self.trans_bias)
+        if self.trans_bias is not None:
+            stay = math.log((self.rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
+            self.trans_bias.copy_(stay * torch.eye(self.rank).expand_as(self.trans_bias))
 
     @torch.no_grad()
     def init_from_lm_head(self, weight: Tensor, num_blocks: int = 1) -> None:

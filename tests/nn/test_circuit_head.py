@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -154,12 +153,13 @@ def test_transitions_start_by_keeping_the_state():
 def test_init_from_lm_head_makes_every_component_the_language_model():
     weight, h = torch.randn(2 * V, D, dtype=DOUBLE), hidden(3)
     head = CircuitHead(D, V, K, 3, "btree", dtype=DOUBLE)
+    before = head.circuit(h).leaf
     head.init_from_lm_head(weight, num_blocks=2)
     leaf = head.circuit(h).leaf.softmax(-1)
     for k in range(2):
         expected = F.linear(h, weight[k * V : (k + 1) * V]).softmax(-1)
         torch.testing.assert_close(leaf[:, k], expected[:, None].expand(3, 3, V))
-    assert (leaf[:, 2:] - 1 / V).abs().max() < 0.1  # beyond the blocks: near uniform
+    torch.testing.assert_close(leaf[:, 2:], before[:, 2:].softmax(-1))  # beyond the blocks
     for emission in ("expander", "adapter"):
         head = CircuitHead(D, V, K, 3, "btree", emission, dtype=DOUBLE)
         head.init_from_lm_head(weight, num_blocks=2)
@@ -393,29 +393,3 @@ def test_wrong_inputs_are_named():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
-
-
-# -------------------------------------------------------------------------------------------------
-# Learning
-
-
-def test_latents_learn_a_sequence_that_factors_cannot():
-    """Two windows from one hidden state, each certain given its first token: the best factorised
-    loss is log 2 a position, the best with latents log 2 in all."""
-    pair = torch.tensor([[0, 1, 2, 0], [1, 2, 0, 2]])
-    x, h = pair.repeat(4, 1), hidden(1).expand(8, D).float()
-    found = {}
-    for kind, rank in KINDS.items():
-        torch.manual_seed(0)
-        head = CircuitHead(D, V, K, rank, kind)
-        optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-        for _ in range(200):
-            optimizer.zero_grad()
-            loss, _ = head.loss(h, x, gamma=1.0)
-            loss.backward()
-            optimizer.step()
-        found[kind] = loss.item()
-    assert found["ff"] > math.log(2) - 1e-3
-    for kind in ("cp", "hmm", "btree"):
-        assert found[kind] < math.log(2) / K + 0.05
-        assert found["ff"] - found[kind] > 0.5 - 0.05

@@ -37,6 +37,11 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
     return logits, hidden[0]
 
 
+def cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache; transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Trunk:
     """Sequences of a batch, each of its own length, and the model's cache over them.
 
@@ -68,9 +73,9 @@ class Trunk:
         _check(model, input_ids, attention_mask)
         self.model, self.tail = model, tail
         self.cache: Any = DynamicCache()
-        names = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
-        prompt: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self._cache_argument = cache_argument(model)
+        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        prompt: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
         self.mask = attention_mask.long()  # (B, slots): what a row sees
         self.length = self.mask.sum(1)  # (B,) kept tokens
         self.last = self.length + room - 1
@@ -110,7 +115,7 @@ class Trunk:
             "attention_mask": self.mask,
             "position_ids": positions,
             "use_cache": True,
-            self._cache_name: self.cache,
+            self._cache_argument: self.cache,
         }
         return run_trunk(self.model, self.tail, **inputs, **more)
 
