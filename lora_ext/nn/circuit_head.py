@@ -298,7 +298,7 @@ class CircuitHead(nn.Module):
             ValueError: gamma or beta out of range, a teacher that is missing or of another shape;
             or as :meth:`log_prob`.
 
-        Source: section 6 of docs/mtpc.md.
+        Source: arXiv 2511.11346 (docs/mtpc.md, "Objective").
         """
         if not 0 < gamma <= 1:
             raise ValueError(f"CircuitHead.loss: gamma: expected a number in (0, 1], found {gamma}")

@@ -87,7 +87,7 @@ def retrofit(model: Any, config: MtpcConfig | None = None) -> Draft:
     Raises:
         ValueError: what :class:`CircuitHead` and :class:`DraftTail` refuse.
 
-    Source: arXiv 2511.11346, retrofitting; sections 4 and 6 of docs/mtpc.md.
+    Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """
     config = MtpcConfig() if config is None else config
     model.requires_grad_(False)

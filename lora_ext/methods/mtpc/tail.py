@@ -28,7 +28,7 @@ class DraftTail(nn.Module):
     Raises:
         ValueError: num_layers that the model has not.
 
-    Source: section 7.5 of docs/mtpc.md; the authors keep a merged copy of the layers instead.
+    Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
     """
 
     _layers: list[nn.Module]
