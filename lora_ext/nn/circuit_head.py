@@ -14,6 +14,8 @@ from lora_ext import ops, reference
 from lora_ext import reference as circuit_ops
 from lora_ext.reference.circuit import KINDS, num_transitions
 
+from .rows import keep
+
 #: A target to be marginalised.
 IGNORE = -100
 EMISSIONS = ("full", "expander", "adapter")
@@ -244,13 +246,14 @@ class CircuitHead(nn.Module):
         """
         rows, shape = self._rows(h), (*h.shape[:-1], self.n_token)
         if uniforms is None:
-            uniforms = torch.rand(*shape, 2, generator=generator, device=h.device)
+            options = {"dtype": torch.float32, "device": h.device}
+            uniforms = torch.rand(*shape, 2, generator=generator, **options)
         elif tuple(uniforms.shape) != (*shape, 2):
             raise ValueError(
                 f"CircuitHead: uniforms: expected shape {(*shape, 2)}, "
                 f"found {tuple(uniforms.shape)}"
             )
-        given = None if evidence is None else self._tokens(h, evidence)
+        given = self._evidence(h, evidence)
         tokens, conditional, *_ = circuit_ops.circuit_sample(
             self.kind, *self.circuit(rows), uniforms.reshape(-1, self.n_token, 2), given
         )
@@ -262,8 +265,7 @@ class CircuitHead(nn.Module):
 
         Not the mode over tokens alone. Evidence is as in :meth:`sample`.
         """
-        rows = self._rows(h)
-        given = None if evidence is None else self._tokens(h, evidence)
+        rows, given = self._rows(h), self._evidence(h, evidence)
         tokens, value = circuit_ops.circuit_argmax(self.kind, *self.circuit(rows), given)
         return tokens.view(*h.shape[:-1], self.n_token), value.view(h.shape[:-1])
 
@@ -371,8 +373,13 @@ class CircuitHead(nn.Module):
         if self.emission == "expander":
             return F.linear(rows, self.maps.flatten(0, 2)).view(-1, d)
         x = rows[:, None].expand(-1, adapters, -1).reshape(-1, d)
-        ids = torch.arange(adapters, dtype=torch.int32, device=rows.device).repeat(len(rows))
-        return x + ops.lora_apply(x, self.lora_A, self.lora_B, ids)
+
+        def make() -> tuple[Tensor, Tensor]:
+            ids = torch.arange(adapters, dtype=torch.int32, device=rows.device).repeat(len(rows))
+            return ids, ops.lora_plan(ids, adapters)
+
+        ids, plan = keep(("circuit_head", adapters, len(rows)), rows.device, make)
+        return x + ops.lora_apply(x, self.lora_A, self.lora_B, ids, plan=plan)
 
     def _sum_weights(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits of prior ``(N, C)`` and transitions ``(N, M, C, C)``."""
@@ -420,6 +427,14 @@ class CircuitHead(nn.Module):
                     f"found {int(x[wrong][0])}"
                 )
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
+
+    def _evidence(self, h: Tensor, evidence: Tensor | None) -> Tensor | None:
+        if evidence is None:
+            return None
+        given = self._tokens(h, evidence)
+        if given.device.type == "cpu" and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
+            raise ValueError("CircuitHead: evidence: expected given tokens first, found a gap")
+        return given
 
     def extra_repr(self) -> str:
         """Sizes and kind."""

@@ -369,7 +369,11 @@ def test_other_dtypes_are_not_implemented():
 
 def test_wrong_inputs_are_named():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
+    gap = x.clone()
+    gap[0, 0, 1] = IGNORE
     cases = [
+        (ValueError, "evidence: expected given tokens first", lambda: head.sample(h, gap)),
+        (ValueError, "evidence: expected given tokens first", lambda: head.argmax(h, gap)),
         (TypeError, "h: expected a floating", lambda: head.log_prob(h.long(), x)),
         (TypeError, "tokens: expected int64", lambda: head.log_prob(h, x.double())),
         (ValueError, "h: expected shape", lambda: head.log_prob(h[..., :-1], x)),
