@@ -28,11 +28,6 @@ constexpr int64_t kAccumulators = 16384;  // dA, dB: of one band
 constexpr int64_t kMaxRank = 256;
 static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
 
-template <typename T>
-LX_INLINE int64_t whole_vectors(int64_t n) {
-    return blocks_of(n, kLanes<T>) * kLanes<T>;
-}
-
 // ------------------------------------------------------------------------------------------------
 // Products of packed blocks
 
@@ -244,14 +239,6 @@ Segment segment_of(const LoraArgs& args, int32_t slot) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     const int32_t* begin = args.plan + layout.slot_begin() + slot;
     return {args.plan + layout.perm() + begin[0], begin[1] - begin[0]};
-}
-
-template <typename T>
-void store_rounded(T* to, const Acc<T>* from, int64_t n) {
-    constexpr int L = kLanes<T>;
-    int64_t i = 0;
-    for (; i + L <= n; i += L) store(to + i, load_bits<Vec<T>>(from + i));
-    if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
 }
 
 template <typename T>

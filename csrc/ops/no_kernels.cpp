@@ -1,6 +1,7 @@
 // A build without nvcc: every launcher exists and says why it cannot launch.
 #if !defined(LORA_EXT_WITH_CUDA)
 
+#include "lora_ext/circuit.h"
 #include "lora_ext/lora_train.h"
 
 namespace lora_ext {
@@ -39,6 +40,19 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
     return -1;
 }
 LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
+    return -1;
+}
+
+LaunchStatus launch_circuit_leaf(const CircuitLeafArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_leaf_backward(const CircuitLeafArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_scan(const CircuitScanArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_scan_backward(const CircuitScanArgs&, void*) {
     return -1;
 }
 
