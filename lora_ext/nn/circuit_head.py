@@ -348,7 +348,7 @@ class CircuitHead(nn.Module):
     def _scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
         rows, tokens = self._rows(h), self._tokens(h, x)
         observed = self._observed(rows, tokens)
-        return circuit_ops.circuit_scan(self.kind, observed, *self._sum_weights(rows))
+        return ops.circuit_scan(self.kind, observed, *self._sum_weights(rows))
 
     def _observed(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """``log leaf(x_k)`` under every component, ``(N, K, C)``."""
