@@ -3,6 +3,7 @@
 // with it).
 #include <torch/extension.h>
 
+#include "ops/circuit_decode.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
@@ -20,6 +21,8 @@ namespace {
 // The end of every signature.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
 
+#define LX_CIRCUIT "str kind, Tensor leaf, Tensor? prior, Tensor? trans"
+
 #define LX_STRING_(x) #x
 #define LX_STRING(x) LX_STRING_(x)
 #define LX_OP(op) LX_STRING(LORA_EXT_LIBRARY) "::" #op
@@ -33,6 +36,9 @@ bool wants_grad(const std::optional<at::Tensor>& t) {
 bool wants_grad(double) {
     return false;
 }
+bool wants_grad(const std::string&) {
+    return false;
+}
 bool has_tangent(const at::Tensor& t) {
     return t._fw_grad(/*level=*/0).defined();
 }
@@ -40,6 +46,9 @@ bool has_tangent(const std::optional<at::Tensor>& t) {
     return t && has_tangent(*t);
 }
 bool has_tangent(double) {
+    return false;
+}
+bool has_tangent(const std::string&) {
     return false;
 }
 
@@ -75,6 +84,10 @@ using Expand = NoBackward<&lora_ext::lora_expand_>;
 using Apply = NoBackward<&lora_ext::lora_apply_>;
 using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
 namespace train = lora_ext::autograd;
+using ConditionalDist = NoBackward<&lora_ext::circuit_conditional_dist>;
+using Sample = NoBackward<&lora_ext::circuit_sample>;
+using Argmax = NoBackward<&lora_ext::circuit_argmax>;
+using Verify = NoBackward<&lora_ext::spec_verify>;
 
 template <class Library>
 void implement(Library& m) {
@@ -87,6 +100,10 @@ void implement(Library& m) {
     m.impl("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.impl("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.impl("lora_dropout", &lora_ext::lora_dropout);
+    m.impl("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
+    m.impl("circuit_sample", &lora_ext::circuit_sample);
+    m.impl("circuit_argmax", &lora_ext::circuit_argmax);
+    m.impl("spec_verify", &lora_ext::spec_verify);
 }
 
 }  // namespace
@@ -114,6 +131,15 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
         "-> (Tensor dx, Tensor da, Tensor db)");
     m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
+    m.def("circuit_conditional_dist(" LX_CIRCUIT ", Tensor x, Tensor k) -> Tensor");
+    m.def("circuit_sample(" LX_CIRCUIT
+          ", Tensor uniforms, Tensor? evidence=None) "
+          "-> (Tensor tokens, Tensor conditional, Tensor posterior)");
+    m.def("circuit_argmax(" LX_CIRCUIT ", Tensor? evidence=None) -> (Tensor tokens, Tensor value)");
+    m.def(
+        "spec_verify(Tensor target, Tensor tokens, Tensor conditional, Tensor posterior, "
+        "Tensor leaf, Tensor uniforms, Tensor? num_evidence=None, float temperature=1.0) "
+        "-> (Tensor accepted, Tensor next_token)");
 }
 
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
@@ -125,12 +151,22 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     train::Linear::Plan::name = LX_OP(lora_plan);
     train::Linear::Forward::name = LX_OP(lora_linear_forward);
     train::Dropout::Forward::name = LX_OP(lora_dropout);
+    ConditionalDist::Handle::name = LX_OP(circuit_conditional_dist);
+    Sample::Handle::name = LX_OP(circuit_sample);
+    Argmax::Handle::name = LX_OP(circuit_argmax);
+    Verify::Handle::name = LX_OP(spec_verify);
+    ConditionalDist::instead = Sample::instead = Argmax::instead = Verify::instead =
+        "call it under torch.no_grad(); circuit_scan is differentiable";
     m.impl("lora_shrink", TORCH_FN(Shrink::autograd));
     m.impl("lora_expand_", TORCH_FN(Expand::autograd));
     m.impl("lora_apply_", TORCH_FN(Apply::autograd));
     m.impl("lora_linear_forward", TORCH_FN(train::linear));
     m.impl("lora_linear_backward", TORCH_FN(LinearBackward::autograd));
     m.impl("lora_dropout", TORCH_FN(train::dropout));
+    m.impl("circuit_conditional_dist", TORCH_FN(ConditionalDist::autograd));
+    m.impl("circuit_sample", TORCH_FN(Sample::autograd));
+    m.impl("circuit_argmax", TORCH_FN(Argmax::autograd));
+    m.impl("spec_verify", TORCH_FN(Verify::autograd));
 }
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, AutocastCPU, m) {
     m.impl("lora_linear_forward", TORCH_FN(train::autocast_linear<c10::kCPU>));
@@ -161,6 +197,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.def("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.def("lora_dropout", &lora_ext::lora_dropout);
+    m.def("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
+    m.def("circuit_sample", &lora_ext::circuit_sample);
+    m.def("circuit_argmax", &lora_ext::circuit_argmax);
+    m.def("spec_verify", &lora_ext::spec_verify);
     m.def("cpu_isa", &lora_ext::cpu_isa);
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
     m.def("has_kernels", &lora_ext::has_kernels);

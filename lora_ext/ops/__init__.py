@@ -1,6 +1,12 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
+from lora_ext.ops.circuit_decode import (
+    circuit_argmax,
+    circuit_conditional_dist,
+    circuit_sample,
+    spec_verify,
+)
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -16,6 +22,9 @@ from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lor
 
 __all__ = [
     "bgmv_",
+    "circuit_argmax",
+    "circuit_conditional_dist",
+    "circuit_sample",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
@@ -29,6 +38,7 @@ __all__ = [
     "lora_segment_ids",
     "lora_shrink",
     "sgmv_",
+    "spec_verify",
 ]
 
 _registration.register("lora_ext")
