@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import ops, reference
-from lora_ext import reference as circuit_ops
 from lora_ext.reference.circuit import KINDS, num_transitions
 
 from .rows import keep
@@ -209,8 +208,9 @@ class CircuitHead(nn.Module):
         conditional = self._scan(h, x).conditional.view(x.shape)
         return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
 
+    @torch.no_grad()
     def full_conditional(self, h: Tensor, x: Tensor, k: int | Tensor) -> Tensor:
-        """``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``.
+        """``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``; without gradient.
 
         Args:
             h, x: as in :meth:`log_prob`. k: one position from 0, or one per row, ``(...)`` int64.
@@ -222,7 +222,7 @@ class CircuitHead(nn.Module):
         k = torch.as_tensor(k, device=h.device).expand(h.shape[:-1]).reshape(-1)
         if k.device.type == "cpu" and bool(((k < 0) | (k >= self.n_token)).any()):
             raise ValueError(f"CircuitHead: k: expected positions in [0, {self.n_token})")
-        dist = circuit_ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
+        dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
         return dist.view(*h.shape[:-1], self.vocab_size)
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ class CircuitHead(nn.Module):
                 f"found {tuple(uniforms.shape)}"
             )
         given = self._evidence(h, evidence)
-        tokens, conditional, *_ = circuit_ops.circuit_sample(
+        tokens, conditional, *_ = ops.circuit_sample(
             self.kind, *self.circuit(rows), uniforms.reshape(-1, self.n_token, 2), given
         )
         return tokens.view(shape), conditional.view(shape)
@@ -266,7 +266,7 @@ class CircuitHead(nn.Module):
         Not the mode over tokens alone. Evidence is as in :meth:`sample`.
         """
         rows, given = self._rows(h), self._evidence(h, evidence)
-        tokens, value = circuit_ops.circuit_argmax(self.kind, *self.circuit(rows), given)
+        tokens, value = ops.circuit_argmax(self.kind, *self.circuit(rows), given)
         return tokens.view(*h.shape[:-1], self.n_token), value.view(h.shape[:-1])
 
     # ---------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ class CircuitHead(nn.Module):
     def _observed(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """``log leaf(x_k)`` under every component, ``(N, K, C)``."""
         if self.emission == "full":
-            return circuit_ops.emission_gather(rows, self.emit, tokens)
+            return reference.emission_gather(rows, self.emit, tokens)
         chunk = self._chunk(self.n_token * self.rank * self.hidden_size)
         parts = zip(rows.split(chunk), tokens.split(chunk), strict=True)
         return torch.cat(
@@ -364,7 +364,7 @@ class CircuitHead(nn.Module):
         shape = len(rows), self.n_token, self.rank
         targets = tokens[:, :, None].expand(shape).reshape(-1, 1)
         states, unembed = self._states(rows), self.unembed[None, None]
-        return circuit_ops.emission_gather(states, unembed, targets).view(shape)
+        return reference.emission_gather(states, unembed, targets).view(shape)
 
     def _states(self, rows: Tensor) -> Tensor:
         """A hidden state per position and component, over the shared unembedding,

@@ -22,6 +22,7 @@ Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits"
 The left-to-right scan, one pass for all prefixes, is ours (docs/circuits.md).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,20 @@ class CircuitScan(NamedTuple):
     """
 
     prefix: Tensor
+    conditional: Tensor
+    posterior: Tensor
+
+
+class CircuitSample(NamedTuple):
+    """A drafted window, and what its verification needs.
+
+    Attributes:
+        tokens: ``(B, K)`` int64.
+        conditional: ``(B, K)`` ``log q(x_k | x_<k)``.
+        posterior: ``(B, K, C)`` ``q(state at k | x_<k)``, as in :class:`CircuitScan`.
+    """
+
+    tokens: Tensor
     conditional: Tensor
     posterior: Tensor
 
@@ -213,7 +228,7 @@ def circuit_sample(
     trans: Tensor | None,
     uniforms: Tensor,
     evidence: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> CircuitSample:
     """Exact ancestral samples of a window, and each token's log-probability given those before.
 
     Position by position: ``z ~ posterior_k``, ``x_k ~ leaf_{k,z}``, then the scan goes on with the
@@ -225,19 +240,18 @@ def circuit_sample(
             uses them.
         evidence: ``(B, K)`` int64, -1 where a token is to be drawn; tokens given must come first in
             their row.
-
-    Returns:
-        ``tokens (B, K)`` int64 and ``conditional (B, K)``, ``log q(x_k | x_<k)``.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
     row = torch.arange(rows)
     tokens = torch.full((rows, n_token), -1) if evidence is None else evidence.clone()
     conditional: list[Tensor] = []
+    posterior: list[Tensor] = []
 
     def observe(k: int, cur: Tensor) -> Tensor:
         state = log_softmax(cur)
-        z = draw(state.exp(), uniforms[:, k, 0])
+        posterior.append(state.exp())
+        z = draw(posterior[k], uniforms[:, k, 0])
         token = draw(log_leaf[row, k, z].exp(), uniforms[:, k, 1])
         tokens[:, k] = torch.where(tokens[:, k] < 0, token, tokens[:, k])
         e = _observe(log_leaf[:, k], tokens[:, k])
@@ -245,7 +259,7 @@ def circuit_sample(
         return e
 
     _walk(kind, n_token, *_normalised(kind, log_leaf, prior, trans), observe)
-    return tokens, torch.stack(conditional, 1)
+    return CircuitSample(tokens, torch.stack(conditional, 1), torch.stack(posterior, 1))
 
 
 def circuit_argmax(
@@ -277,6 +291,9 @@ def circuit_argmax(
     def take(k: int, state: Tensor) -> None:
         tokens[:, k] = mode[row, k, state]
 
+    def go_through(choice: Tensor, deeper: Callable[[Tensor], None], state: Tensor) -> None:
+        deeper(choice[row, state])
+
     # Upward, the best value of a part given the state above it; downward, the choices.
     def up(lo: int, hi: int, node: int) -> tuple[Tensor, int, Callable[[Tensor], None]]:
         if hi - lo == 1:
@@ -290,14 +307,7 @@ def circuit_argmax(
                 step = trans[:, node]
                 below, node, deeper = up(first, last, node + 1)
                 value, choice = (step + below[:, None]).max(2)
-
-                def down(
-                    state: Tensor,
-                    choice: Tensor = choice,
-                    deeper: Callable[[Tensor], None] = deeper,
-                ) -> None:
-                    deeper(choice[row, state])
-
+                down = functools.partial(go_through, choice, deeper)
             parts.append((value, down))
 
         def both(state: Tensor) -> None:
@@ -364,10 +374,10 @@ def spec_verify(
     rows, n_token = tokens.shape
     row, position = torch.arange(rows), torch.arange(n_token)
     target = target.to(dtype)
+    log_p = log_softmax(target / (temperature or 1.0))
     if temperature == 0:
         accept = target[:, :-1].argmax(-1) == tokens
     else:
-        log_p = log_softmax(target / temperature)
         at = log_p[:, :-1].gather(-1, tokens[..., None]).squeeze(-1)
         accept = uniforms[:, :-1].to(dtype) < (at - conditional.to(dtype)).exp()
     if num_evidence is not None:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext import reference as circuit_ops
+from lora_ext import ops
 from lora_ext.nn import CircuitHead
 from lora_ext.nn.circuit_head import Circuit
+from lora_ext.reference.lora import accumulator
 
 from .tail import DraftTail
 from .trunk import Trunk
@@ -192,13 +193,11 @@ class SpeculativeDecoder:
             evidence = pending.new_full((len(pending), self.head.n_token), -1)
             evidence[:, 0] = pending
         if self.mode == "greedy":
-            tokens, _ = circuit_ops.circuit_argmax(kind, *circuit, evidence)
+            tokens, _ = ops.circuit_argmax(kind, *circuit, evidence)
             # Greedy verification asks for no probability.
-            unused = hidden.new_zeros(tokens.shape, dtype=torch.float32)
+            unused = circuit.leaf.new_zeros(tokens.shape, dtype=accumulator(circuit.leaf.dtype))
             return _Draft(circuit, tokens, unused, unused[..., None].expand(-1, -1, self.head.rank))
-        tokens, conditional, *_ = circuit_ops.circuit_sample(kind, *circuit, uniforms, evidence)
-        posterior = circuit_ops.circuit_scan(kind, *circuit, tokens).posterior
-        return _Draft(circuit, tokens, conditional, posterior)
+        return _Draft(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
 
     def _verify(
         self, draft: _Draft, target: Tensor, pending: Tensor | None, uniforms: Tensor
@@ -206,7 +205,7 @@ class SpeculativeDecoder:
         temperature = 0.0 if self.mode == "greedy" else self.temperature
         if temperature > 0 and self.top_p < 1:
             target, temperature = nucleus(target / temperature, self.top_p), 1.0
-        return circuit_ops.spec_verify(
+        return ops.spec_verify(
             target,
             draft.tokens,
             draft.conditional,
