@@ -5,6 +5,7 @@
 
 #include "ops/circuit.h"
 #include "ops/circuit_autograd.h"
+#include "ops/circuit_decode.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
@@ -21,6 +22,8 @@ namespace {
 
 // The end of every signature.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
+
+#define LX_CIRCUIT "str kind, Tensor leaf, Tensor? prior, Tensor? trans"
 
 #define LX_STRING_(x) #x
 #define LX_STRING(x) LX_STRING_(x)
@@ -85,6 +88,10 @@ using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
 using LeafBackward = NoBackward<&lora_ext::circuit_leaf_backward>;
 using ScanBackward = NoBackward<&lora_ext::circuit_scan_backward>;
 namespace train = lora_ext::autograd;
+using ConditionalDist = NoBackward<&lora_ext::circuit_conditional_dist>;
+using Sample = NoBackward<&lora_ext::circuit_sample>;
+using Argmax = NoBackward<&lora_ext::circuit_argmax>;
+using Verify = NoBackward<&lora_ext::spec_verify>;
 
 template <class Library>
 void implement(Library& m) {
@@ -101,6 +108,10 @@ void implement(Library& m) {
     m.impl("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
     m.impl("circuit_scan", &lora_ext::circuit_scan);
     m.impl("circuit_scan_backward", &lora_ext::circuit_scan_backward);
+    m.impl("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
+    m.impl("circuit_sample", &lora_ext::circuit_sample);
+    m.impl("circuit_argmax", &lora_ext::circuit_argmax);
+    m.impl("spec_verify", &lora_ext::spec_verify);
 }
 
 }  // namespace
@@ -138,6 +149,15 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "circuit_scan_backward(Tensor? dprefix, Tensor? dconditional, str kind, Tensor e, "
         "Tensor? prior, Tensor? trans, Tensor states, bool need_prior, bool need_trans) "
         "-> (Tensor de, Tensor dprior, Tensor dtrans)");
+    m.def("circuit_conditional_dist(" LX_CIRCUIT ", Tensor x, Tensor k) -> Tensor");
+    m.def("circuit_sample(" LX_CIRCUIT
+          ", Tensor uniforms, Tensor? evidence=None) "
+          "-> (Tensor tokens, Tensor conditional, Tensor posterior)");
+    m.def("circuit_argmax(" LX_CIRCUIT ", Tensor? evidence=None) -> (Tensor tokens, Tensor value)");
+    m.def(
+        "spec_verify(Tensor target, Tensor tokens, Tensor conditional, Tensor posterior, "
+        "Tensor leaf, Tensor uniforms, Tensor? num_evidence=None, float temperature=1.0) "
+        "-> (Tensor accepted, Tensor next_token)");
 }
 
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
@@ -155,6 +175,12 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     train::Dropout::Forward::name = LX_OP(lora_dropout);
     train::CircuitLeaf::Forward::name = LX_OP(circuit_leaf);
     train::CircuitScan::Forward::name = LX_OP(circuit_scan);
+    ConditionalDist::Handle::name = LX_OP(circuit_conditional_dist);
+    Sample::Handle::name = LX_OP(circuit_sample);
+    Argmax::Handle::name = LX_OP(circuit_argmax);
+    Verify::Handle::name = LX_OP(spec_verify);
+    ConditionalDist::instead = Sample::instead = Argmax::instead = Verify::instead =
+        "call it under torch.no_grad(); circuit_scan is differentiable";
     m.impl("lora_shrink", TORCH_FN(Shrink::autograd));
     m.impl("lora_expand_", TORCH_FN(Expand::autograd));
     m.impl("lora_apply_", TORCH_FN(Apply::autograd));
@@ -165,6 +191,10 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     m.impl("circuit_leaf_backward", TORCH_FN(LeafBackward::autograd));
     m.impl("circuit_scan", TORCH_FN(train::circuit_scan_autograd));
     m.impl("circuit_scan_backward", TORCH_FN(ScanBackward::autograd));
+    m.impl("circuit_conditional_dist", TORCH_FN(ConditionalDist::autograd));
+    m.impl("circuit_sample", TORCH_FN(Sample::autograd));
+    m.impl("circuit_argmax", TORCH_FN(Argmax::autograd));
+    m.impl("spec_verify", TORCH_FN(Verify::autograd));
 }
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, AutocastCPU, m) {
     m.impl("lora_linear_forward", TORCH_FN(train::autocast_linear<c10::kCPU>));
@@ -199,6 +229,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
     m.def("circuit_scan", &lora_ext::circuit_scan);
     m.def("circuit_scan_backward", &lora_ext::circuit_scan_backward);
+    m.def("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
+    m.def("circuit_sample", &lora_ext::circuit_sample);
+    m.def("circuit_argmax", &lora_ext::circuit_argmax);
+    m.def("spec_verify", &lora_ext::spec_verify);
     m.def("cpu_isa", &lora_ext::cpu_isa);
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
     m.def("has_kernels", &lora_ext::has_kernels);

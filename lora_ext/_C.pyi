@@ -97,6 +97,43 @@ def circuit_scan_backward(
     need_trans: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def circuit_conditional_dist(
+    kind: str,
+    leaf: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    x: Tensor,
+    k: Tensor,
+    /,
+) -> Tensor: ...
+def circuit_sample(
+    kind: str,
+    leaf: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    uniforms: Tensor,
+    evidence: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def circuit_argmax(
+    kind: str,
+    leaf: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    evidence: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def spec_verify(
+    target: Tensor,
+    tokens: Tensor,
+    conditional: Tensor,
+    posterior: Tensor,
+    leaf: Tensor,
+    uniforms: Tensor,
+    num_evidence: Tensor | None,
+    temperature: float,
+    /,
+) -> tuple[Tensor, Tensor]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(isa: str, /) -> None: ...
 def has_kernels() -> bool: ...

@@ -172,9 +172,10 @@ def test_circuit_sample_follows_the_circuit(kind: str, given: int):
     evidence = torch.full((count, n_token), -1)
     evidence[:, :given] = torch.tensor([2, 0, 0])[:given]
     uniforms = torch.rand(count, n_token, 2, generator=g)
-    tokens, conditional = reference.circuit_sample(kind, *many, uniforms, evidence)
+    tokens, conditional, posterior = reference.circuit_sample(kind, *many, uniforms, evidence)
     scan = reference.circuit_scan(kind, *many, tokens)
     torch.testing.assert_close(conditional, scan.conditional)
+    torch.testing.assert_close(posterior, scan.posterior)
     x = windows(n_token)
     p = scan_all(kind, *parts, x).prefix[:, -1].exp()
     p = torch.where((x[:, :given] == evidence[0, :given]).all(1), p, 0)

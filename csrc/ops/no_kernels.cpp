@@ -2,6 +2,7 @@
 #if !defined(LORA_EXT_WITH_CUDA)
 
 #include "lora_ext/circuit.h"
+#include "lora_ext/circuit_decode.h"
 #include "lora_ext/lora_train.h"
 
 namespace lora_ext {
@@ -40,6 +41,18 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
     return -1;
 }
 LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_sample(const CircuitSampleArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_spec_verify(const SpecVerifyArgs&, void*) {
     return -1;
 }
 

@@ -1,5 +1,6 @@
 """Modules over the ops."""
 
+from .circuit_head import CircuitHead
 from .context import UnknownAdapterError, adapters
 from .init import init_lora_
 from .layer_names import layer_names
@@ -12,6 +13,7 @@ from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 
 __all__ = [
+    "CircuitHead",
     "LoraConv",
     "LoraEmbedding",
     "LoraFactors",

@@ -2,6 +2,12 @@
 
 from lora_ext.ops import _registration
 from lora_ext.ops.circuit import CircuitScan, circuit_scan
+from lora_ext.ops.circuit_decode import (
+    circuit_argmax,
+    circuit_conditional_dist,
+    circuit_sample,
+    spec_verify,
+)
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -18,6 +24,9 @@ from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lor
 __all__ = [
     "CircuitScan",
     "bgmv_",
+    "circuit_argmax",
+    "circuit_conditional_dist",
+    "circuit_sample",
     "circuit_scan",
     "lora_apply",
     "lora_apply_",
@@ -32,6 +41,7 @@ __all__ = [
     "lora_segment_ids",
     "lora_shrink",
     "sgmv_",
+    "spec_verify",
 ]
 
 _registration.register("lora_ext")

@@ -139,6 +139,29 @@ def _fake_circuit_scan_backward(
     return e.new_empty(e.shape), dprior, dtrans
 
 
+def _fake_conditional_dist(kind: str, leaf: Tensor, *args: object) -> Tensor:
+    _same_device("circuit_conditional_dist", leaf, *args)
+    return leaf.new_empty(leaf.shape[0], leaf.shape[3], dtype=_accumulator(leaf.dtype))
+
+
+def _fake_sample(kind: str, leaf: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device("circuit_sample", leaf, *args)
+    shape, dtype = leaf.shape, _accumulator(leaf.dtype)
+    tokens = leaf.new_empty(shape[:2], dtype=torch.long)
+    return tokens, leaf.new_empty(shape[:2], dtype=dtype), leaf.new_empty(shape[:3], dtype=dtype)
+
+
+def _fake_argmax(kind: str, leaf: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    _same_device("circuit_argmax", leaf, *args)
+    value = leaf.new_empty(leaf.shape[0], dtype=_accumulator(leaf.dtype))
+    return leaf.new_empty(leaf.shape[:2], dtype=torch.long), value
+
+
+def _fake_verify(target: Tensor, tokens: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    _same_device("spec_verify", target, tokens, *args)
+    return tokens.new_empty(tokens.shape[0]), tokens.new_empty(tokens.shape[0])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -187,6 +210,10 @@ def register(library: str) -> None:
         "circuit_leaf_backward": _fake_circuit_leaf_backward,
         "circuit_scan": _fake_circuit_scan,
         "circuit_scan_backward": _fake_circuit_scan_backward,
+        "circuit_conditional_dist": _fake_conditional_dist,
+        "circuit_sample": _fake_sample,
+        "circuit_argmax": _fake_argmax,
+        "spec_verify": _fake_verify,
     }
     # torch annotates neither of the two in full.
     for name, fake in fakes.items():

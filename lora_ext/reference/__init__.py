@@ -1,6 +1,7 @@
 """The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight."""
 
 from lora_ext.reference.circuit import (
+    CircuitSample,
     CircuitScan,
     circuit_argmax,
     circuit_conditional_dist,
@@ -32,6 +33,7 @@ from lora_ext.reference.lora_weights import (
 )
 
 __all__ = [
+    "CircuitSample",
     "CircuitScan",
     "circuit_argmax",
     "circuit_conditional_dist",

@@ -48,6 +48,20 @@ class CircuitScan(NamedTuple):
     posterior: Tensor
 
 
+class CircuitSample(NamedTuple):
+    """A drafted window, and what its verification needs.
+
+    Attributes:
+        tokens: ``(B, K)`` int64.
+        conditional: ``(B, K)`` ``log q(x_k | x_<k)``.
+        posterior: ``(B, K, C)`` ``q(state at k | x_<k)``, as in :class:`CircuitScan`.
+    """
+
+    tokens: Tensor
+    conditional: Tensor
+    posterior: Tensor
+
+
 def num_transitions(kind: str, n_token: int) -> int:
     """``M``, the number of transition matrices of a window of ``n_token`` positions."""
     return {"ff": 0, "cp": 0, "hmm": n_token - 1, "btree": max(n_token - 2, 0)}[kind]
@@ -213,7 +227,7 @@ def circuit_sample(
     trans: Tensor | None,
     uniforms: Tensor,
     evidence: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> CircuitSample:
     """Exact ancestral samples of a window, and each token's log-probability given those before.
 
     Position by position: ``z ~ posterior_k``, ``x_k ~ leaf_{k,z}``, then the scan goes on with the
@@ -225,19 +239,18 @@ def circuit_sample(
             uses them.
         evidence: ``(B, K)`` int64, -1 where a token is to be drawn; tokens given must come first in
             their row.
-
-    Returns:
-        ``tokens (B, K)`` int64 and ``conditional (B, K)``, ``log q(x_k | x_<k)``.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
     row = torch.arange(rows)
     tokens = torch.full((rows, n_token), -1) if evidence is None else evidence.clone()
     conditional: list[Tensor] = []
+    posterior: list[Tensor] = []
 
     def observe(k: int, cur: Tensor) -> Tensor:
         state = log_softmax(cur)
-        z = draw(state.exp(), uniforms[:, k, 0])
+        posterior.append(state.exp())
+        z = draw(posterior[k], uniforms[:, k, 0])
         token = draw(log_leaf[row, k, z].exp(), uniforms[:, k, 1])
         tokens[:, k] = torch.where(tokens[:, k] < 0, token, tokens[:, k])
         e = _observe(log_leaf[:, k], tokens[:, k])
@@ -245,7 +258,7 @@ def circuit_sample(
         return e
 
     _walk(kind, n_token, *_normalised(kind, log_leaf, prior, trans), observe)
-    return tokens, torch.stack(conditional, 1)
+    return CircuitSample(tokens, torch.stack(conditional, 1), torch.stack(posterior, 1))
 
 
 def circuit_argmax(

@@ -1,4 +1,4 @@
-"""The Python of the README runs as it stands."""
+"""The Python of the README, and of the notes that start a reader off, runs as it stands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import torch
 import transformers
 from tiny import make_model, make_peft
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+BLOCKS = [
+    pytest.param(block, id=f"{name}-{number}")
+    for name in ("README.md", "docs/mtpc.md")
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    )
+]
 
 
 def _save_base_model(path: Path) -> None:
@@ -26,7 +32,7 @@ def _save_base_model(path: Path) -> None:
     make_model("llama").save_pretrained(path)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_code_of_the_readme_runs(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,7 +41,7 @@ def test_code_of_the_readme_runs(
     configs = {name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku")}
     make_peft(make_model("llama"), configs).save_pretrained(tmp_path / "adapters")
     scope: dict[str, object] = {}
-    exec(compile(block, str(README), "exec"), scope)
+    exec(compile(block, "<block>", "exec"), scope)
     answers = scope.get("answers")
     if isinstance(answers, torch.Tensor):
         assert len({tuple(row.tolist()) for row in answers}) == 3  # each row had its own adapter

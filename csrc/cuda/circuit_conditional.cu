@@ -1,0 +1,76 @@
+// log q(v | x_<k) of one position of each row, for the whole vocabulary: one launch, a block per
+// row.
+//
+// The walk goes to position k and leaves cur[z] - norm[k, z] of that position in shared memory;
+// then lanes run over the vocabulary, and the C logits of a token are read twice, for their maximum
+// and for their exponentials: a sum of probabilities would lose what is below the smallest number.
+// Bound: the logits of k + 1 positions through one multiprocessor, C exponentials per token.
+#include "circuit_row.cuh"
+
+namespace lora_ext {
+namespace {
+
+template <class P, class Team>
+__global__ void __launch_bounds__(kRowThreads<Team>, 1)
+    circuit_conditional_dist_kernel(const __grid_constant__ CircuitConditionalArgs args,
+                                    const __grid_constant__ Leaves leaves, bool trans_aligned) {
+    LX_DYN_SHARED(shared);
+    const CircuitParams& c = args.logits.circuit;
+    const int64_t row = blockIdx.x;
+    const int C = static_cast<int>(c.components), V = leaves.vocabulary;
+    const int64_t last = lx::min(lx::max<int64_t>(args.k[row], 0), c.n_token - 1);
+    const Row<Team> own(c, leaves, row, reinterpret_cast<float*>(shared));
+    own.prepare(last + 1);
+
+    if (!kByWarp<Team> || lx::warp_id() == 0) {
+        const CircuitWalk<P, Team> walk(c, row, trans_aligned, own.walk);
+        walk.run([&](int64_t k, const float* cur, double) -> const float* {
+            const int64_t token = k < last ? args.x[row * c.n_token + k] : -1;
+            const LeafRows rows = leaves.rows(row, k);
+            const float* const norms = k <= last ? own.norms_at(k) : nullptr;
+            if (k == last) {
+                const float total = posterior_of(walk, cur, own.state);
+                // What an exponent of the mixture starts with; nobody draws here.
+                walk.for_own([&](int z) {
+                    const bool none = cur[z] == kImpossible || norms[z] == kImpossible;
+                    own.sums[z] = none ? kImpossible : cur[z] - total - norms[z];
+                });
+            }
+            walk.for_own([&](int z) {
+                own.e[z] = token < 0                   ? 0.0f
+                           : token < leaves.vocabulary ? log_p(rows.at(z, token), norms[z])
+                                                       : kImpossible;
+            });
+            return own.e;
+        });
+    }
+    lx::syncthreads();
+    leaves.rows(row, last).with_row(0, [&](const auto* leaf) {
+        for (int v = lx::thread_rank(); v < V; v += kRowThreads<Team>) {
+            const auto term = [&](int z) {
+                return lx::to_float(lx::load_nc(leaf + int64_t{z} * V + v)) + own.sums[z];
+            };
+            float top = kImpossible, sum = 0;
+            for (int z = 0; z < C; ++z) top = fmaxf(top, term(z));
+            const float shift = shift_of(top);
+            for (int z = 0; z < C; ++z) sum += lx::exp_approx(term(z) - shift);
+            static_cast<float*>(args.out)[row * V + v] = logf(sum) + shift;
+        }
+    });
+}
+
+}  // namespace
+
+LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream) {
+    const CircuitParams& c = args.logits.circuit;
+    if (c.rows == 0) return 0;
+    LX_BUF(args.x, c.rows * c.n_token * 8, lx::Access::kConstant);
+    LX_BUF(args.k, c.rows * 8, lx::Access::kConstant);
+    LX_BUF(args.out, c.rows * args.logits.vocabulary * 4, lx::Access::kWrite);
+    return with_circuit(args.logits, [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
+        return LX_LAUNCH((circuit_conditional_dist_kernel<P, Team>), static_cast<unsigned>(c.rows),
+                         kRowThreads<Team>, shared_bytes<Team>(c), stream, args, leaves, aligned);
+    });
+}
+
+}  // namespace lora_ext

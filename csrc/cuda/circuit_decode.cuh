@@ -1,0 +1,285 @@
+// What the decoding kernels share: rows of logits of any dtype, and the draw.
+//
+// A row of V logits is read by a group of lanes in 16-byte loads; how many lanes depends on V
+// alone, and so does the order of every sum. Leaves may have another dtype than the rest of an op;
+// which one is a branch that all threads take together.
+#pragma once
+
+#include "circuit_walk.cuh"
+#include "lora_ext/circuit_decode.h"
+#include "lora_kernels.cuh"
+
+namespace lora_ext {
+
+constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
+
+// Lanes that read a row of V logits, so that each has a few loads in flight at a time.
+template <class T>
+LX_DEVICE int lanes_of_row(int vocabulary) {
+    const int pieces = vocabulary / kPiece<T>;
+    return pieces >= 128 ? 32 : pieces >= 64 ? 16 : pieces >= 16 ? 8 : 4;
+}
+// Over the group of lanes that this one belongs to, in a fixed tree.
+template <class Op>
+LX_DEVICE float reduce_lanes(float x, int lanes, Op op) {
+    for (int mask = lanes / 2; mask > 0; mask /= 2)
+        x = op(x, lx::shfl_xor_sync(lx::kFullMask, x, mask));
+    return x;
+}
+
+// The C rows of a position, of a circuit's leaves.
+struct LeafRows {
+    const void* first;
+    DType dtype;
+    int vocabulary;
+    bool aligned;
+
+    // f(row z) with its C++ type.
+    template <class F>
+    LX_DEVICE auto with_row(int z, F&& f) const {
+        const int64_t at = int64_t{z} * vocabulary;
+        switch (dtype) {
+            case DType::kFloat16:
+                return f(static_cast<const lx::f16*>(first) + at);
+            case DType::kBFloat16:
+                return f(static_cast<const lx::bf16*>(first) + at);
+            default:
+                return f(static_cast<const float*>(first) + at);
+        }
+    }
+    // Logits i to i + 4 of row z; what lies beyond the row reads as -inf.
+    LX_DEVICE void load_four(int z, int i, float (&v)[4]) const {
+        with_row(z, [&]<class T>(const T* row) {
+            if (!aligned) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    v[j] =
+                        i + j < vocabulary ? lx::to_float(lx::load_nc(row + i + j)) : kImpossible;
+            } else if constexpr (sizeof(T) == 2) {
+                const uint2 words = lx::load_nc(reinterpret_cast<const uint2*>(row + i));
+                const float2 low = lx::unpack_floats<T>(words.x);
+                const float2 high = lx::unpack_floats<T>(words.y);
+                v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+            } else {
+                const float4 words = lx::load_nc(reinterpret_cast<const float4*>(row + i));
+                v[0] = words.x, v[1] = words.y, v[2] = words.z, v[3] = words.w;
+            }
+        });
+    }
+    LX_DEVICE float at(int z, int64_t v) const {
+        return with_row(z, [&](const auto* row) { return lx::to_float(lx::load_nc(row + v)); });
+    }
+};
+// Every position's rows lie behind each other.
+struct Leaves {
+    const void* leaf;
+    int64_t stride;  // of a row of the batch, elements
+    int64_t components;
+    DType dtype;
+    int vocabulary;
+    bool aligned;
+
+    LX_DEVICE LeafRows rows(int64_t row, int64_t k) const {
+        const int64_t at = row * stride + k * components * vocabulary;
+        const char* p = static_cast<const char*>(leaf) + at * (dtype == DType::kFloat32 ? 4 : 2);
+        return {p, dtype, vocabulary, aligned};
+    }
+};
+inline Leaves leaves_of(const void* leaf, int64_t stride, DType dtype, int64_t components,
+                        int64_t vocabulary) {
+    return {leaf,
+            stride,
+            components,
+            dtype,
+            static_cast<int>(vocabulary),
+            aligned_16(leaf, {stride, vocabulary}, element_size(dtype))};
+}
+inline void declare_leaves([[maybe_unused]] const Leaves& leaves, [[maybe_unused]] int64_t rows,
+                           [[maybe_unused]] int64_t n_token) {
+    [[maybe_unused]] const int64_t size = element_size(leaves.dtype);
+    LX_BUF_ROWS(leaves.leaf, rows, n_token * leaves.components * leaves.vocabulary * size,
+                leaves.stride * size, lx::Access::kConstant);
+}
+
+// Rows of the transitions lie on 16 bytes.
+inline bool trans_aligned(const CircuitParams& c) {
+    return aligned_16(c.trans, {c.trans_stride, c.components}, element_size(c.dtype));
+}
+inline void declare_params(const CircuitParams& c) {
+    [[maybe_unused]] const int64_t size = element_size(c.dtype), C = c.components;
+    const int64_t M = circuit_num_transitions(c.kind, c.n_token);
+    if (c.prior)
+        LX_BUF_ROWS(c.prior, c.rows, C * size, c.prior_stride * size, lx::Access::kConstant);
+    if (M > 0)
+        LX_BUF_ROWS(c.trans, c.rows, M * C * C * size, c.trans_stride * size,
+                    lx::Access::kConstant);
+}
+
+// f(z, norm) for the rows z in [0, count) of `rows`, on one lane each; norm = log sum exp of the
+// row. The warps `warp`, `warp + warps`, ... of a block share the rows; all their lanes call this.
+template <class F>
+LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F&& f) {
+    rows.with_row(0, [&]<class T>(const T* first) {
+        const int lanes = lanes_of_row<T>(rows.vocabulary), lane = lx::lane_id();
+        const int per_warp = lx::kWarpSize / lanes;
+        for (int z0 = warp * per_warp; z0 < count; z0 += warps * per_warp) {
+            const int z = z0 + lane / lanes;
+            OnlineSum mine;
+            if (z < count)
+                for_pieces(first + int64_t{z} * rows.vocabulary, rows.vocabulary, rows.aligned,
+                           lane % lanes, lanes, [&](int, const auto& v) { mine.add(v); });
+            const float top = reduce_lanes(mine.top, lanes, larger), shift = shift_of(top);
+            const float sum = reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lanes, add);
+            if (z < count && lane % lanes == 0) f(z, logf(sum) + shift);
+        }
+    });
+}
+// log p of a logit in a row with this norm; -inf where the row has nothing.
+LX_DEVICE float log_p(float logit, float norm) {
+    return norm == kImpossible ? kImpossible : logit - norm;
+}
+
+// The largest of a row and the first place where it stands, the same on every lane of the warp.
+struct Largest {
+    float value;
+    int index;
+};
+template <class T>
+LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
+    float top = kImpossible;
+    int index = 0x7fffffff;
+    for_pieces(row, n, aligned, lx::lane_id(), lx::kWarpSize, [&](int i, const auto& v) {
+#pragma unroll
+        for (int j = 0; j < kPiece<T>; ++j) {
+            if (v[j] > top) {
+                top = v[j];
+                index = i + j;
+            }
+        }
+    });
+    const float best = reduce_lanes(top, lx::kWarpSize, larger);
+    index = lx::reduce_min_sync(lx::kFullMask, top == best ? index : 0x7fffffff);
+    return {best, index < n ? index : 0};  // nothing but -inf, or NaN
+}
+
+// ------------------------------------------------------------------------------------------------
+// The draw. Each warp comes to the same result by itself.
+LX_DEVICE float running_sum(float x) {  // over the lanes up to this one
+#pragma unroll
+    for (int delta = 1; delta < lx::kWarpSize; delta *= 2) {
+        const float below = lx::shfl_up_sync(lx::kFullMask, x, static_cast<unsigned>(delta));
+        if (lx::lane_id() >= delta) x += below;
+    }
+    return x;
+}
+LX_DEVICE float last_lane(float x) {
+    return lx::shfl_sync(lx::kFullMask, x, lx::kWarpSize - 1);
+}
+// Of two ballots, the first lane of `hit`, or else the last of `has`.
+LX_DEVICE int pick_lane(unsigned hit, unsigned has) {
+    return hit ? lx::ffs(hit) - 1 : lx::kWarpSize - 1 - lx::clz(has);
+}
+
+// The first index whose running sum exceeds `limit`, or else the last with weight; -1 if there is
+// none.
+struct Place {
+    int index = -1;
+    float before = 0;  // the running sum in front of it
+    float limit = 0;   // uniform * total
+};
+// Among n numbers in shared memory.
+LX_DEVICE Place find(const float* values, int n, float uniform) {
+    const int lane = lx::lane_id();
+    const auto at = [&](int i) { return i + lane < n ? values[i + lane] : 0.0f; };
+    Place place;
+    float carry = 0;
+    for (int i = 0; i < n; i += lx::kWarpSize) carry = last_lane(carry + running_sum(at(i)));
+    place.limit = uniform * carry;
+    carry = 0;
+    for (int i = 0; i < n; i += lx::kWarpSize) {
+        const float own = at(i), sum = carry + running_sum(own);
+        const unsigned has = lx::ballot_sync(lx::kFullMask, own > 0);
+        const unsigned hit = lx::ballot_sync(lx::kFullMask, own > 0 && sum > place.limit);
+        if (has) {
+            const int lane_of = pick_lane(hit, has);
+            const float below = lx::shfl_sync(lx::kFullMask, sum, lx::max(lane_of - 1, 0));
+            place.index = i + lane_of;
+            place.before = lane_of > 0 ? below : carry;
+        }
+        if (hit) break;
+        carry = last_lane(sum);
+    }
+    return place;
+}
+
+// Among n weights of which weights(i, w) gives i to i + kCount, zero beyond the end. A chunk is
+// what a warp takes at a time, `steps` loads of kCount to a lane: first the sums of chunks, each in
+// a fixed tree, to `sums`, kDrawChunks floats of shared memory; then, in the chunk that is found,
+// the weights computed once more. All threads of the team call this and get the same index.
+template <int kCount, class Team, class Weights>
+LX_DEVICE int draw(const Team& team, float* sums, int n, float uniform, Weights&& weights) {
+    constexpr int kStep = kCount * lx::kWarpSize;
+    const int lane = lx::lane_id();
+    const int loads = (n + kStep - 1) / kStep;
+    const int steps = (loads + kDrawChunks - 1) / kDrawChunks;
+    const int chunks = (loads + steps - 1) / steps;
+    const auto sum_at = [&](int chunk, int step, float (&w)[kCount]) {
+        const int i = (chunk * steps + step) * kStep + kCount * lane;
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) w[j] = 0;
+        if (i < n) weights(i, w);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) sum += w[j];
+        return sum;
+    };
+    float w[kCount];
+    team.sync();  // the sums of the last draw have been read
+    for (int c = team.rank() / lx::kWarpSize; c < chunks; c += team.size() / lx::kWarpSize) {
+        float sum = 0;
+        for (int s = 0; s < steps; ++s) sum += sum_at(c, s, w);
+        sum = reduce_lanes(sum, lx::kWarpSize, add);
+        if (lane == 0) sums[c] = sum;
+    }
+    team.sync();
+    const Place chunk = find(sums, chunks, uniform);
+    if (chunk.index < 0) return -1;
+    int found = 0;
+    float carry = chunk.before;
+    for (int s = 0; s < steps; ++s) {
+        const float own = sum_at(chunk.index, s, w), sum = carry + running_sum(own);
+        const unsigned has = lx::ballot_sync(lx::kFullMask, own > 0);
+        const unsigned hit = lx::ballot_sync(lx::kFullMask, own > 0 && sum > chunk.limit);
+        float below = lx::shfl_up_sync(lx::kFullMask, sum, 1u);
+        if (lane == 0) below = carry;
+        int mine = -1;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+            if (w[j] > 0 && (mine < 0 || !(below > chunk.limit))) {
+                below += w[j];
+                mine = j;
+            }
+        }
+        if (has) {
+            const int lane_of = pick_lane(hit, has);
+            found = (chunk.index * steps + s) * kStep + kCount * lane_of +
+                    lx::shfl_sync(lx::kFullMask, mine, lane_of);
+        }
+        if (hit) break;
+        carry = last_lane(sum);
+    }
+    return found;
+}
+
+// A token from the softmax of row z; shift: any number near the logarithm of its sum.
+template <class Team>
+LX_DEVICE int draw_token(const Team& team, float* sums, const LeafRows& rows, int z, float shift,
+                         float uniform) {
+    return draw<4>(team, sums, rows.vocabulary, uniform, [&](int i, float (&w)[4]) {
+        rows.load_four(z, i, w);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[j] = lx::exp_approx(w[j] - shift);
+    });
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,103 @@
+// A block that walks one row of the batch with the leaves of its positions.
+//
+// Up to 32 states and 4096 tokens a warp walks: all warps take the norms of the leaves first, every
+// position's, then the first walks alone and never waits for a block. Otherwise the block walks,
+// and takes a position's norms when it comes there.
+#pragma once
+
+#include "circuit_decode.cuh"
+
+namespace lora_ext {
+
+constexpr int kMaxWarpTokens = 4096;  // beyond it one warp would read a row for too long
+
+inline bool walks_by_warp(const CircuitLogits& logits) {
+    return logits.circuit.components <= kWarpStates && logits.vocabulary <= kMaxWarpTokens;
+}
+template <class Team>
+constexpr bool kByWarp = Team::kScratch == 0;
+template <class Team>
+constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
+
+// Floats in front of the walk's own: state, e and norm of a position, and the sums of a draw.
+template <class Team>
+LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
+    const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;
+    return (norms + 2 * c.components + kDrawChunks + 3) / 4 * 4;
+}
+template <class Team>
+int64_t shared_bytes(const CircuitParams& c) {
+    return 4 * (own_floats<Team>(c) + circuit_walk_floats(c, Team::kScratch));
+}
+
+// What a block holds in shared memory, and how it gets its norms.
+template <class Team>
+struct Row {
+    const Leaves& leaves;
+    int64_t row;
+    int components;
+    float *norms, *state, *e, *sums, *walk;
+
+    LX_DEVICE Row(const CircuitParams& c, const Leaves& leaves, int64_t row, float* shared)
+        : leaves(leaves), row(row), components(static_cast<int>(c.components)), norms(shared) {
+        state = norms + (kByWarp<Team> ? c.n_token * c.components : c.components);
+        e = state + c.components;
+        sums = e + c.components;
+        walk = shared + own_floats<Team>(c);
+    }
+    LX_DEVICE void take_norms(int64_t k, float* to) const {
+        for_norms(leaves.rows(row, k), components, lx::warp_id(),
+                  static_cast<int>(blockDim.x) / lx::kWarpSize,
+                  [&](int z, float norm) { to[z] = norm; });
+    }
+    // Before the walk: all there will be, if a warp walks.
+    LX_DEVICE void prepare(int64_t positions) const {
+        if constexpr (kByWarp<Team>) {
+            // The rows of all positions lie behind each other.
+            for_norms(leaves.rows(row, 0), static_cast<int>(positions) * components, lx::warp_id(),
+                      kRowThreads<Team> / lx::kWarpSize,
+                      [&](int i, float norm) { norms[i] = norm; });
+            lx::syncthreads();
+        }
+    }
+    // At position k of the walk.
+    LX_DEVICE const float* norms_at(int64_t k) const {
+        if constexpr (kByWarp<Team>) {
+            return norms + k * components;
+        } else {
+            lx::syncthreads();  // those of the last position have been read
+            take_norms(k, norms);
+            lx::syncthreads();
+            return norms;
+        }
+    }
+};
+
+// state = softmax(cur), the logarithm of what cur was divided by; the team has synchronised.
+template <class Walk>
+LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
+    const float shift = shift_of(walk.max_of(cur));
+    const float sum =
+        walk.reduce(0.0f, add, [&](int z) { return state[z] = lx::exp_approx(cur[z] - shift); });
+    const float factor = sum > 0 ? lx::reciprocal_approx(sum) : 0.0f;
+    walk.for_own([&](int z) { state[z] *= factor; });
+    walk.team.sync();
+    return logf(sum) + shift;
+}
+
+// f<P, Team>(leaves, aligned) with the types of these logits and what every kernel reads of them.
+template <class F>
+LaunchStatus with_circuit(const CircuitLogits& logits, F&& f) {
+    const CircuitParams& c = logits.circuit;
+    const Leaves leaves =
+        leaves_of(logits.leaf, logits.leaf_stride, logits.dtype, c.components, logits.vocabulary);
+    declare_leaves(leaves, c.rows, c.n_token);
+    declare_params(c);
+    const bool aligned = trans_aligned(c);
+    return with_dtype(c.dtype, [&]<class P>() {
+        return walks_by_warp(logits) ? f.template operator()<P, WarpTeam>(leaves, aligned)
+                                     : f.template operator()<P, BlockTeam>(leaves, aligned);
+    });
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,147 @@
+// One launch verifies the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), then
+// draw from max(0, p - q) at the first position rejected, from p after the last.
+//
+// Block per row of the batch. A warp per row of target: its maximum, then the sum of
+// exp((logit - max) / T), the second reading from cache; all positions at once, since the rows are
+// few and the block would idle. After one barrier every thread knows the rejected position. Its
+// leaves: norms by groups of lanes, then lanes run over the vocabulary, and a weight of the draw is
+// C exponentials; a chunk of 32 is computed once more by the warps that look for the index in it.
+// Bound: latency of a load, a barrier and C exponentials; the bytes are those of K + 1 rows of
+// target and of C rows of one position's leaves.
+#include "circuit_decode.cuh"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / lx::kWarpSize;
+
+// Of one row of target.
+struct Stats {
+    float top, sum;  // of exp((logit - top) * scale)
+    int argmax;
+    bool accepted;
+};
+
+int64_t shared_bytes(const SpecVerifyArgs& args) {
+    return (args.n_token + 1) * static_cast<int64_t>(sizeof(Stats)) +
+           (args.components + kDrawChunks + BlockTeam::kScratch) * 4;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    spec_verify_kernel(const __grid_constant__ SpecVerifyArgs args,
+                       const __grid_constant__ Leaves leaves, bool target_aligned) {
+    LX_DYN_SHARED(shared);
+    const int64_t row = blockIdx.x;
+    const int K = static_cast<int>(args.n_token), C = static_cast<int>(args.components);
+    const int V = static_cast<int>(args.vocabulary);
+    const int lane = lx::lane_id(), warp = lx::warp_id();
+    Stats* const stats = reinterpret_cast<Stats*>(shared);
+    float* const log_weight = reinterpret_cast<float*>(stats + K + 1);
+    float* const sums = log_weight + C;
+    const BlockTeam team(sums + kDrawChunks);
+    const T* const target = static_cast<const T*>(args.target) + row * args.target_stride;
+    const int64_t* const tokens = args.tokens + row * K;
+    const float* const uniforms = static_cast<const float*>(args.uniforms) + row * (K + 1);
+    const float* const conditional = static_cast<const float*>(args.conditional) + row * K;
+    const int given =
+        args.num_evidence
+            ? static_cast<int>(lx::min<int64_t>(lx::max<int64_t>(args.num_evidence[row], 0), K))
+            : 0;
+    const float scale = static_cast<float>(args.inverse_temperature);
+    const bool greedy = scale == 0;
+
+    for (int k = given + warp; k <= K; k += kWarps) {
+        const T* const logits = target + int64_t{k} * V;
+        const Largest best = largest_of(logits, V, target_aligned);
+        const float shift = shift_of(best.value);
+        float sum = 0;
+        if (!greedy)
+            for_pieces(logits, V, target_aligned, lane, lx::kWarpSize, [&](int, const auto& v) {
+#pragma unroll
+                for (int j = 0; j < kPiece<T>; ++j) sum += lx::exp_approx((v[j] - shift) * scale);
+            });
+        sum = reduce_lanes(sum, lx::kWarpSize, add);
+        if (lane == 0) {
+            bool accepted = false;
+            const int64_t token = k < K ? tokens[k] : -1;
+            if (greedy) {
+                accepted = token == best.index;
+            } else if (token >= 0 && token < V && sum > 0) {
+                const float at = lx::to_float(logits[token]);
+                accepted = uniforms[k] < expf((at - shift) * scale - logf(sum) - conditional[k]);
+            }
+            stats[k] = {shift, sum, best.index, accepted};
+        }
+    }
+    lx::syncthreads();
+    int accepted = given;
+    while (accepted < K && stats[accepted].accepted) ++accepted;
+    const Stats& own = stats[accepted];
+    if (lx::thread_rank() == 0) args.accepted[row] = accepted;
+    if (greedy) {
+        if (lx::thread_rank() == 0) args.next_token[row] = own.argmax;
+        return;
+    }
+
+    const T* const logits = target + int64_t{accepted} * V;
+    const LeafRows rows = leaves.rows(row, lx::min(accepted, K - 1));
+    bool whole = accepted == K;
+    if (!whole) {
+        const float* const posterior =
+            static_cast<const float*>(args.posterior) + (row * K + accepted) * C;
+        // Of a state without weight, or without tokens: no token has any.
+        for_norms(rows, C, warp, kWarps, [&](int z, float norm) {
+            const float p = posterior[z];
+            log_weight[z] = p > 0 && norm != kImpossible ? logf(p) - norm : kImpossible;
+        });
+        lx::syncthreads();
+    }
+    const float factor = own.sum > 0 ? lx::reciprocal_approx(own.sum) : 0.0f;
+    int token = -1;
+    while (token < 0) {
+        token = draw<1>(team, sums, V, uniforms[K], [&](int v, float (&w)[1]) {
+            const float logit = lx::to_float(lx::load_nc(logits + v));
+            w[0] = lx::exp_approx((logit - own.top) * scale) * factor;
+            if (whole) return;
+            rows.with_row(0, [&](const auto* leaf) {
+                float q = 0;
+#pragma unroll 4
+                for (int z = 0; z < C; ++z)
+                    q += lx::exp_approx(lx::to_float(lx::load_nc(leaf + int64_t{z} * V + v)) +
+                                        log_weight[z]);
+                w[0] = fmaxf(w[0] - q, 0.0f);
+            });
+        });
+        if (whole) break;
+        whole = true;  // nothing is left of p - q: all of p, then
+    }
+    if (lx::thread_rank() == 0) args.next_token[row] = lx::max(token, 0);
+}
+
+}  // namespace
+
+LaunchStatus launch_spec_verify(const SpecVerifyArgs& args, void* stream) {
+    if (args.rows == 0) return 0;
+    const int64_t B = args.rows, K = args.n_token, C = args.components, V = args.vocabulary;
+    const int64_t size = element_size(args.target_dtype);
+    const bool aligned = aligned_16(args.target, {args.target_stride, V}, size);
+    const Leaves leaves = leaves_of(args.leaf, args.leaf_stride, args.leaf_dtype, C, V);
+    declare_leaves(leaves, B, K);
+    LX_BUF_ROWS(args.target, B, (K + 1) * V * size, args.target_stride * size,
+                lx::Access::kConstant);
+    LX_BUF(args.tokens, B * K * 8, lx::Access::kConstant);
+    LX_BUF(args.conditional, B * K * 4, lx::Access::kConstant);
+    LX_BUF(args.posterior, B * K * C * 4, lx::Access::kConstant);
+    LX_BUF(args.uniforms, B * (K + 1) * 4, lx::Access::kConstant);
+    if (args.num_evidence) LX_BUF(args.num_evidence, B * 8, lx::Access::kConstant);
+    LX_BUF(args.accepted, B * 8, lx::Access::kWrite);
+    LX_BUF(args.next_token, B * 8, lx::Access::kWrite);
+    return with_dtype(args.target_dtype, [&]<class T>() {
+        return LX_LAUNCH(spec_verify_kernel<T>, static_cast<unsigned>(B), kThreads,
+                         shared_bytes(args), stream, args, leaves, aligned);
+    });
+}
+
+}  // namespace lora_ext

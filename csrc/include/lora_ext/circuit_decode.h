@@ -1,0 +1,113 @@
+// Drafting from a circuit and verifying the draft: what csrc/ops may call beyond circuit.h.
+//
+//   sample            z ~ posterior_k, x_k ~ leaf_{k,z}, position by position; evidence stays
+//   conditional_dist  log q(v | x_<k) = log sum_z posterior_k[z] softmax(leaf_{k,z})[v]
+//   argmax            the most probable tokens and latents together, by max-product
+//   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k); then one token from
+//                     max(0, p - q), or from p after the last position
+//
+// The draw: the smallest index whose running sum exceeds u * total, never one of weight zero; the
+// last index with weight where rounding runs off the end, 0 where there is no weight. Twins add one
+// by one; kernels add in blocks of a fixed order. The two may differ only where
+// |sum - u * total| <= 1e-5 total.
+//
+// One row of the batch, one item, one block: nothing of a row depends on its batch. Results are in
+// the accumulator's type, float32 (float64 for float64).
+//
+// Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
+#pragma once
+
+#include "lora_ext/circuit.h"
+
+namespace lora_ext {
+
+// A circuit with the logits of its leaves; a stride of 0 serves all rows of the batch.
+struct CircuitLogits {
+    CircuitParams circuit;
+    DType dtype = DType::kFloat32;
+    int64_t vocabulary = 0;
+    const void* leaf = nullptr;  // (B, K, C, V), each row of the batch contiguous
+    int64_t leaf_stride = 0;
+};
+
+struct CircuitSampleArgs {
+    CircuitLogits logits;
+    const void* uniforms = nullptr;     // (B, K, 2) in [0, 1): for the state, for the token
+    const int64_t* evidence = nullptr;  // (B, K), -1: to be drawn; nullptr: all
+    int64_t* tokens = nullptr;          // (B, K)
+    void* conditional = nullptr;        // (B, K)
+    void* posterior = nullptr;          // (B, K, C)
+};
+
+struct CircuitConditionalArgs {
+    CircuitLogits logits;
+    const int64_t* x = nullptr;  // (B, K), -1 marginalises; what stands from k on is not read
+    const int64_t* k = nullptr;  // (B,)
+    void* out = nullptr;         // (B, V)
+};
+
+struct CircuitArgmaxArgs {
+    CircuitLogits logits;
+    const int64_t* evidence = nullptr;  // (B, K) or nullptr
+    int64_t* tokens = nullptr;          // (B, K)
+    void* value = nullptr;              // (B,)
+};
+
+struct SpecVerifyArgs {
+    DType target_dtype = DType::kFloat32, leaf_dtype = DType::kFloat32;  // float64: both
+    int64_t rows = 0, n_token = 0, components = 0, vocabulary = 0;
+    const void* target = nullptr;  // (B, K + 1, V) logits, each row of the batch contiguous
+    const void* leaf = nullptr;    // (B, K, C, V) logits, likewise
+    int64_t target_stride = 0, leaf_stride = 0;
+    const int64_t* tokens = nullptr;        // (B, K)
+    const void* conditional = nullptr;      // (B, K)
+    const void* posterior = nullptr;        // (B, K, C)
+    const void* uniforms = nullptr;         // (B, K + 1)
+    const int64_t* num_evidence = nullptr;  // (B,) or nullptr
+    double inverse_temperature = 1;         // 0: greedy, nothing is drawn
+    int64_t* accepted = nullptr;            // (B,)
+    int64_t* next_token = nullptr;          // (B,)
+};
+
+// What hangs below a latent of a circuit: some positions next to each other, and up to two latents.
+// A latent has the number of the matrix that leads into it, the root -1; those below have larger
+// ones.
+struct CircuitLatent {
+    int64_t first_leaf, num_leaves;
+    int64_t inner[2];  // -1: none
+};
+LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t n_token,
+                                                      int64_t matrix) {
+    if (kind == CircuitKind::kHMM)
+        return {matrix + 1, 1, {matrix + 2 < n_token ? matrix + 1 : -1, -1}};
+    if (kind != CircuitKind::kBTree) return {0, n_token, {-1, -1}};
+    CircuitNode node{0, n_token, -1};
+    while (node.matrix != matrix) node = node.child(matrix >= node.child(true).matrix);
+    const CircuitNode left = node.child(false), right = node.child(true);
+    const int64_t leaves = left.is_leaf() + right.is_leaf();  // a left one has a right one beside
+    return {node.hi - leaves,
+            leaves,
+            {left.is_leaf() ? -1 : left.matrix, right.is_leaf() ? -1 : right.matrix}};
+}
+
+// CPU twins: items are rows of the batch; `scratch` has so many bytes, on 64.
+struct CircuitDecodeCpu {
+    const char* isa;
+    int64_t (*sample_scratch)(const CircuitLogits&);  // of conditional_dist as well
+    void (*sample)(const CircuitSampleArgs&, int64_t begin, int64_t end, void* scratch);
+    void (*conditional_dist)(const CircuitConditionalArgs&, int64_t begin, int64_t end,
+                             void* scratch);
+    int64_t (*argmax_scratch)(const CircuitLogits&);
+    void (*argmax)(const CircuitArgmaxArgs&, int64_t begin, int64_t end, void* scratch);
+    int64_t (*verify_scratch)(const SpecVerifyArgs&);
+    void (*verify)(const SpecVerifyArgs&, int64_t begin, int64_t end, void* scratch);
+};
+const CircuitDecodeCpu* circuit_decode_cpu(const char* isa);
+
+// CUDA launchers: one kernel each, asynchronous, no allocation.
+LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream);
+LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream);
+LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream);
+LaunchStatus launch_spec_verify(const SpecVerifyArgs& args, void* stream);
+
+}  // namespace lora_ext

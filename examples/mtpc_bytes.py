@@ -1,0 +1,285 @@
+"""Four circuit heads on one small byte-level language model: what they learn, what they accept.
+
+Trains a transformer on the language reference that Python itself ships (`pydoc_data.topics`),
+freezes it, retrofits a head of each kind, and decodes with all of them. No GPU, no network, minutes
+on two cores: `python examples/mtpc_bytes.py` where lora_ext[demo] is installed; `--quick` for a
+run of seconds that shows nothing but that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pydoc_data.topics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import torch
+from common import Timing, interleaved
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from lora_ext.methods import mtpc
+from lora_ext.methods.mtpc.trunk import cache_argument
+
+OUT = Path(__file__).resolve().parents[1] / "out" / "mtpc_bytes"
+EOS, VOCAB = 256, 257
+MODES, BATCHES = ("sample", "greedy"), (1, 8)
+console = Console()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model, the heads and the runs."""
+
+    width: int = 192
+    layers: int = 4
+    length: int = 256
+    batch: int = 8
+    base_steps: int = 500
+    head_steps: int = 120
+    n_token: int = 8
+    rank: int = 8
+    new_tokens: int = 192
+    rounds: int = 3
+
+
+QUICK = Sizes(32, 2, 64, 2, 4, 3, 4, 2, 12, 1)
+
+
+@dataclass
+class Found:
+    """Of one head."""
+
+    losses: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)  # nats, by position
+    accepted: dict[tuple[str, int], float] = field(default_factory=dict)
+    emitted: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Train, retrofit, decode, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else Sizes()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+
+    train, held_out = read_text(sizes)
+    console.print(
+        f"text: pydoc_data.topics, {train.numel()} bytes to train on, {held_out.numel()} held out"
+    )
+    model = train_model(train, sizes)
+    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats a byte")
+    found: dict[str, Found] = {}
+    drafts: dict[str, mtpc.Draft] = {}
+    for kind in ("ff", "cp", "hmm", "btree"):
+        found[kind] = Found()
+        drafts[kind] = train_head(model, kind, train, held_out, sizes, found[kind])
+    times = decode(model, drafts, held_out, sizes, found)
+    show(found, times, sizes)
+    console.print(f"chart: {draw(found, times, sizes, args.out / 'mtpc.png')}", soft_wrap=True)
+
+
+def read_text(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Documents packed into rows; every tenth is held out."""
+    topics = [list(text.encode()) for text in pydoc_data.topics.topics.values()]
+    train = [topic for i, topic in enumerate(topics) if i % 10]
+    pack = mtpc.pack_documents
+    return pack(train, sizes.length, EOS), pack(topics[::10], sizes.length, EOS)
+
+
+def batches(rows: Tensor, steps: int, sizes: Sizes, name: str) -> Any:
+    """Random rows, with a progress bar."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in (bar := tqdm(range(steps), desc=name, unit="step")):
+        index = torch.randint(len(rows), (sizes.batch,), generator=generator)
+        yield bar, rows[index]
+
+
+def train_model(rows: Tensor, sizes: Sizes) -> Any:
+    """A language model over bytes, then frozen."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=sizes.width,
+        intermediate_size=3 * sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    model: Any = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    warm = max(1, sizes.base_steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(1, (s + 1) / warm) * (1 + math.cos(math.pi * s / sizes.base_steps)) / 2,
+    )
+    for bar, ids in batches(rows, sizes.base_steps, sizes, "model"):
+        loss = next_byte_loss(model, ids)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def next_byte_loss(model: Any, ids: Tensor) -> Tensor:
+    """Mean over all bytes but the first."""
+    return cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def model_loss(model: Any, rows: Tensor, sizes: Sizes) -> float:
+    """On held-out rows."""
+    losses = [next_byte_loss(model, ids) for ids in rows.split(sizes.batch)]
+    return torch.stack(losses).mean().item()
+
+
+def train_head(
+    model: Any, kind: str, rows: Tensor, held_out: Tensor, sizes: Sizes, found: Found
+) -> mtpc.Draft:
+    """Retrofit a head and train it alone."""
+    rank = 1 if kind == "ff" else sizes.rank
+    draft = mtpc.retrofit(model, mtpc.MtpcConfig(sizes.n_token, rank, kind))
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=2e-3)
+    for bar, ids in batches(rows, sizes.head_steps, sizes, kind):
+        loss, _ = draft.loss(ids, eos_id=EOS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.losses.append(loss.item())
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    with torch.no_grad():
+        each = [draft.loss(ids, eos_id=EOS)[1] for ids in held_out.split(sizes.batch)]
+    found.held_out = torch.stack(each).mean(0).tolist()
+    return draft.eval()
+
+
+def decode(
+    model: Any, drafts: dict[str, mtpc.Draft], rows: Tensor, sizes: Sizes, found: dict[str, Found]
+) -> dict[tuple[str, str, int], Timing]:
+    """Seconds for all new tokens of every row, by (engine, mode, batch), from held-out prompts."""
+    prompts = rows[:: max(1, len(rows) // max(BATCHES)), : sizes.length // 2][: max(BATCHES)]
+    calls: dict[Any, Callable[[], object]] = {}
+
+    def speculative(kind: str, mode: str, ids: Tensor) -> object:
+        decoder = drafts[kind].decoder(mode=mode)
+        out = decoder.generate(ids, max_new_tokens=sizes.new_tokens, eos_token_id=[])
+        found[kind].accepted[mode, len(ids)] = out.accepted_per_call
+        found[kind].emitted[mode, len(ids)] = out.emitted_per_call
+        return out
+
+    for mode in MODES:
+        for batch in BATCHES:
+            ids = prompts[:batch]
+            calls["plain", mode, batch] = lambda m=mode, i=ids: plain(model, i, m, sizes.new_tokens)
+            for kind in drafts:
+                calls[kind, mode, batch] = lambda k=kind, m=mode, i=ids: speculative(k, m, i)
+    console.print(f"timing {sizes.rounds} rounds of {sizes.new_tokens} tokens ...")
+    return interleaved(calls, sizes.rounds, warm_up=0)
+
+
+@torch.no_grad()
+def plain(model: Any, ids: Tensor, mode: str, new_tokens: int) -> Tensor:
+    """One token at a time with a cache: less work a token than `generate`, so the harder peer."""
+    cache = {cache_argument(model): DynamicCache()}
+    token, out = ids, ids
+    for _ in range(new_tokens):
+        logits = model(token, use_cache=True, logits_to_keep=1, **cache).logits[:, -1]
+        if mode == "greedy":
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(logits.softmax(-1), 1)
+        out = torch.cat([out, token], 1)
+    return out
+
+
+def show(found: dict[str, Found], times: dict[tuple[str, str, int], Timing], sizes: Sizes) -> None:
+    """One line per engine, mode and batch."""
+    table = Table(title=f"n = {sizes.n_token}, r = {sizes.rank}, {torch.get_num_threads()} threads")
+    columns = (
+        "engine",
+        "mode",
+        "batch",
+        "held-out nats",
+        "accepted",
+        "emitted",
+        "tokens/s",
+        "x plain",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for (engine, mode, batch), timing in times.items():
+        rate = f"{batch * sizes.new_tokens / timing.median:.0f}"
+        speed = f"{1 / timing.over(times['plain', mode, batch]):.2f}"
+        if engine == "plain":
+            table.add_row(engine, mode, str(batch), "", "", "1", rate, "1", end_section=False)
+            continue
+        one, key = found[engine], (mode, batch)
+        loss = f"{sum(one.held_out) / sizes.n_token:.3f}"
+        counts = f"{one.accepted[key]:.2f}", f"{one.emitted[key]:.2f}"
+        table.add_row(engine, mode, str(batch), loss, *counts, rate, speed)
+    console.print(table)
+
+
+def draw(
+    found: dict[str, Found],
+    times: dict[tuple[str, str, int], Timing],
+    sizes: Sizes,
+    path: Path,
+) -> Path:
+    """Loss by position, tokens per call, tokens per second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for kind, one in found.items():
+        axes[0].plot(one.losses, label=kind)
+        axes[1].plot(range(1, sizes.n_token + 1), one.held_out, marker="o", label=kind)
+    axes[0].set(xlabel="step", ylabel="loss", title="training")
+    axes[1].set(xlabel="position k", ylabel="-log q(x_k | x_<k), nats", title="held out")
+    axes[0].legend()
+    settings = [(mode, batch) for mode in MODES for batch in BATCHES]
+    names = [f"{mode}\nbatch {batch}" for mode, batch in settings]
+    engines = ["plain", *found]
+    for place, engine in enumerate(engines):
+        x = [i + (place - 2) * 0.16 for i in range(len(settings))]
+        emitted = [1.0 if engine == "plain" else found[engine].emitted[s] for s in settings]
+        rates = [s[1] * sizes.new_tokens / times[(engine, *s)].median for s in settings]
+        color = "#999999" if engine == "plain" else f"C{place - 1}"
+        axes[2].bar(x, emitted, 0.15, label=engine, color=color)
+        axes[3].bar(x, rates, 0.15, label=engine, color=color)
+    for axis, title in ((axes[2], "tokens per call"), (axes[3], "tokens per second")):
+        axis.set_xticks(range(len(settings)), names)
+        axis.set_title(title)
+    axes[3].set_yscale("log")
+    axes[3].legend(ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    main()
+    console.print(f"{time.perf_counter() - start:.0f} s in all")

@@ -1,0 +1,1 @@
+"""Published methods, each a small policy over the layers and the ops."""

@@ -1,0 +1,23 @@
+"""Multi-token prediction with probabilistic circuits: windows, retrofit, speculative decoding.
+
+Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
+"""
+
+from .config import MtpcConfig
+from .decoder import Generation, SpeculativeDecoder
+from .retrofit import Draft, retrofit
+from .tail import DraftTail
+from .windows import pack_documents, shift_labels, unfold_teacher, unfold_windows
+
+__all__ = [
+    "Draft",
+    "DraftTail",
+    "Generation",
+    "MtpcConfig",
+    "SpeculativeDecoder",
+    "pack_documents",
+    "retrofit",
+    "shift_labels",
+    "unfold_teacher",
+    "unfold_windows",
+]

@@ -1,0 +1,100 @@
+"""The draft path's own last layers: LoRA on the verifier's, run beside them in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.nn import LoraLinear, adapters
+
+NAME = "draft"
+
+
+class DraftTail(nn.Module):
+    """LoRA on the linear layers of the last K layers, for the rows of the draft path alone.
+
+    The layers stay single: :meth:`beside_the_verifier` doubles the rows that enter them, and the
+    second half has the adapter. Outside its blocks the model is what it was.
+
+    The model's modules are replaced in place; :meth:`remove` puts them back.
+
+    Args:
+        model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
+
+    Raises:
+        ValueError: num_layers that the model has not.
+
+    Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
+    """
+
+    _layers: list[nn.Module]
+    _replaced: list[tuple[nn.Module, str, nn.Module]]
+
+    def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
+        super().__init__()
+        stack = decoder_layers(model)
+        if not 1 <= num_layers <= len(stack):
+            raise ValueError(
+                f"DraftTail: num_layers: expected 1 to {len(stack)}, found {num_layers}"
+            )
+        self.__dict__["_layers"] = list(stack)[-num_layers:]  # not children: they are the model's
+        self.__dict__["_replaced"] = replaced = list[tuple[nn.Module, str, nn.Module]]()
+        factors: list[Any] = []
+        for layer in self._layers:
+            for name, base in list(layer.named_modules()):
+                if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
+                    continue
+                parent, _, child = name.rpartition(".")
+                owner = layer.get_submodule(parent)
+                lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
+                lora.set_adapter([])  # rows without a name are rows of the verifier
+                setattr(owner, child, lora)
+                replaced.append((owner, child, base))
+                factors += [lora.lora_A[NAME].weight, lora.lora_B[NAME].weight]
+        self.factors = nn.ParameterList(factors)
+        self.factors.requires_grad_(True)
+
+    def remove(self) -> None:
+        """Put the model's own layers back."""
+        for owner, child, base in self._replaced:
+            setattr(owner, child, base)
+        self._replaced.clear()
+
+    def everywhere(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which every row is a row of the draft path: for training."""
+        return adapters(NAME)
+
+    @contextlib.contextmanager
+    def beside_the_verifier(self, batch: int) -> Iterator[None]:
+        """A block in which the tail's layers see a batch twice: as verifier, then as draft."""
+
+        def twice(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(twice(v) for v in value)
+            rows = isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch
+            return torch.cat([value, value]) if rows else value
+
+        def before(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # The first layer doubles the hidden states; later ones find them doubled.
+            return twice(args), {name: twice(value) for name, value in kwargs.items()}
+
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers:
+                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(adapters([None] * batch + [NAME] * batch))
+            yield
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: the longest list of modules in the model."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ValueError("DraftTail: model: expected a list of decoder layers, found none")
+    return max(lists, key=len)

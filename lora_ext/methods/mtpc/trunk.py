@@ -1,0 +1,146 @@
+"""The verifier's side: a causal language model that is fed several tokens at once and may forget
+some of them again."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tail import DraftTail
+
+
+def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """One pass: the verifier's logits ``(B, Q, V)``, and the hidden states of the draft path
+    ``(B, Q, D)``: those that enter the LM head, or with a tail those after the tail's layers."""
+    hidden: list[Tensor] = []
+
+    def before_lm_head(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states = args[0]
+        if tail is not None:
+            states, drafting = states.chunk(2)
+            hidden.append(drafting)
+        else:
+            hidden.append(states)
+        return (states, *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(before_lm_head)
+    try:
+        rows = len(inputs["input_ids"])
+        with contextlib.nullcontext() if tail is None else tail.beside_the_verifier(rows):
+            logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return logits, hidden[0]
+
+
+def cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache; transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Trunk:
+    """Sequences of a batch, each of its own length, and the model's cache over them.
+
+    Tokens that a row does not keep stay in the cache as slots that the row's attention mask hides,
+    unless no row keeps them. Positions are counted per row. So what a row computes is what it would
+    compute alone, up to rounding.
+
+    Args:
+        model: a transformers causal LM whose layers all attend to everything before.
+        tail: LoRA layers of the draft path, or None.
+        input_ids: ``(B, S)`` prompts, padded on the left. attention_mask: ``(B, S)``.
+        room: how many tokens may follow a prompt; later positions share the last one, whose tokens
+            are never used.
+
+    Raises:
+        ValueError: padding that is not on the left, or a model with a sliding window.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tail: DraftTail | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        room: int,
+    ):
+        from transformers import DynamicCache
+
+        _check(model, input_ids, attention_mask)
+        self.model, self.tail = model, tail
+        self.cache: Any = DynamicCache()
+        self._cache_argument = cache_argument(model)
+        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        prompt: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
+        self.mask = attention_mask.long()  # (B, slots): what a row sees
+        self.length = self.mask.sum(1)  # (B,) kept tokens
+        self.last = self.length + room - 1
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        logits, hidden = self._run(input_ids, positions, **prompt)
+        #: ``(B, V)`` and ``(B, D)`` of the last prompt tokens.
+        self.first_logits, self.first_hidden = logits[:, -1], hidden[:, -1]
+
+    def feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of new tokens ``(B, Q)``."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.minimum(self.length[:, None] + steps, self.last[:, None])
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
+        return self._run(tokens, positions)
+
+    def keep(self, kept: Tensor, fed: int) -> None:
+        """Forget all but the first ``kept (B,)`` of the ``fed`` tokens fed last."""
+        most = int(kept.max())
+        if most < fed:
+            self.cache.crop(most - fed)  # negative: so many are taken away
+        slots = self.mask.shape[1] - fed
+        steps = torch.arange(most, device=kept.device)
+        self.mask = torch.cat([self.mask[:, :slots], (steps < kept[:, None]).long()], 1)
+        self.length = self.length + kept
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        batch = len(self.length)
+        for layer in self.cache.layers:
+            both = len(layer.keys) == 2 * batch  # rows of the verifier, then those of the tail
+            layer.batch_select_indices(torch.cat([rows, rows + batch]) if both else rows)
+        self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
+
+    def _run(self, ids: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "use_cache": True,
+            self._cache_argument: self.cache,
+        }
+        return run_trunk(self.model, self.tail, **inputs, **more)
+
+
+def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"SpeculativeDecoder: input_ids: expected shape (B, S), found {tuple(input_ids.shape)}"
+        )
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"SpeculativeDecoder: attention_mask: expected shape {tuple(input_ids.shape)}, "
+            f"found {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool()
+    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError(
+            "SpeculativeDecoder: attention_mask: expected prompts padded on the left, found zeros "
+            "after a token"
+        )
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or ()
+    window = getattr(config, "sliding_window", None)
+    if any("full" not in kind for kind in kinds) or (window is not None and not kinds):
+        raise ValueError(
+            "SpeculativeDecoder: model: expected full attention in all layers, found "
+            f"{sorted(set(kinds)) or f'a sliding window of {window}'}"
+        )

@@ -1,0 +1,75 @@
+"""Training windows: the next tokens of every position, cut at the ends of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext.nn.circuit_head import IGNORE
+
+
+def unfold_windows(
+    labels: Tensor, n: int, eos_id: int | None = None, ignore: int = IGNORE
+) -> Tensor:
+    """The window of every position: ``w[b, t, k] = labels[b, t + k]``.
+
+    What lies beyond the sequence, or after an end-of-sequence token inside the window, is ignored;
+    the end itself is predicted. So no window crosses into the next document of a packed sequence.
+
+    Args:
+        labels: ``(B, S)`` int64, the inputs shifted by one; ``ignore`` where nothing is predicted.
+        n: ``K``, the length of a window.
+        eos_id: the token that ends a document, or None: no document ends.
+
+    Returns:
+        ``(B, S, K)`` int64.
+
+    Raises:
+        ValueError: n below 1, or labels that are no matrix.
+    """
+    if n < 1:
+        raise ValueError(f"unfold_windows: n: expected at least 1, found {n}")
+    if labels.dim() != 2:
+        raise ValueError(
+            f"unfold_windows: labels: expected shape (B, S), found {tuple(labels.shape)}"
+        )
+    windows = F.pad(labels, (0, n - 1), value=ignore).unfold(1, n, 1)  # (B, S, K)
+    if eos_id is None:
+        return windows
+    ends = (windows == eos_id).long()
+    return torch.where(ends.cumsum(-1) > ends, ignore, windows)
+
+
+def unfold_teacher(logits: Tensor, n: int) -> Tensor:
+    """Logits of the verifier in the shape of windows, without copying: ``(B, S, V)`` to
+    ``(B, S, K, V)``.
+
+    Row ``(t, k)`` is the verifier's prediction of ``labels[t + k]``. Beyond the sequence it is
+    zero, where windows are ignored.
+    """
+    return F.pad(logits, (0, 0, 0, n - 1)).unfold(1, n, 1).movedim(-1, 2)
+
+
+def shift_labels(labels: Tensor, ignore: int = IGNORE) -> Tensor:
+    """Labels that lie under their inputs, as transformers has them, moved to where they are
+    predicted."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore)
+
+
+def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:
+    """Documents one after the other, each closed by ``eos_id``, in rows of ``length``.
+
+    Returns:
+        ``(rows, length)`` int64; what does not fill a last row is left out.
+
+    Raises:
+        ValueError: length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"pack_documents: length: expected at least 1, found {length}")
+    stream = [token for document in documents for token in (*document, eos_id)]
+    rows = len(stream) // length
+    return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)

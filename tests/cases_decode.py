@@ -1,0 +1,193 @@
+"""What the decoding ops are fed, and how far their answers may lie from the formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import reference
+from lora_ext.reference.circuit import CircuitSample, log_softmax, num_transitions
+
+Inputs = dict[str, Any]
+BAND = 1e-5  # of the total, within which two devices may draw differently
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of circuits."""
+
+    kind: str
+    rows: int
+    tokens: int  # K
+    components: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-B{self.rows}-K{self.tokens}-C{self.components}-V{self.vocabulary}"
+
+
+SMALL = [
+    Shape("ff", 3, 4, 1, 7),
+    Shape("ff", 1, 1, 1, 1),
+    Shape("cp", 2, 3, 5, 11),
+    Shape("cp", 1, 2, 1, 1),
+    Shape("hmm", 3, 4, 5, 9),
+    Shape("hmm", 2, 1, 3, 5),
+    Shape("hmm", 0, 3, 2, 4),
+    Shape("btree", 2, 5, 4, 6),
+    Shape("btree", 2, 2, 3, 17),
+    Shape("btree", 2, 7, 3, 33),
+]
+MEDIUM = [
+    Shape("ff", 4, 8, 1, 320),
+    Shape("cp", 3, 8, 33, 259),
+    Shape("hmm", 5, 8, 32, 320),
+    Shape("hmm", 2, 4, 130, 40),
+    Shape("btree", 2, 9, 40, 321),
+    Shape("hmm", 1, 2, 2, 49152),
+]
+
+
+def make_inputs(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    weights: torch.dtype | None = None,
+    seed: int = 0,
+    exact: bool = False,
+    device: str = "cpu",
+) -> Inputs:
+    """Every argument of every op. A tenth of the logits is -inf, but never a row's first.
+
+    ``exact``: logits are 0 or -inf, a row has a power of two of zeros, and uniforms are odd
+    multiples of a power of two: no draw lies near a border, so every device takes the same token.
+    """
+    g = torch.Generator().manual_seed(seed)
+    b, k, c, v = shape.rows, shape.tokens, shape.components, shape.vocabulary
+    wide = dtype == torch.float64
+
+    def logits(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        if not exact:
+            values = torch.randn(size, generator=g, dtype=torch.float64) * 2
+            hidden = torch.rand(size, generator=g) < 0.1
+            hidden[..., :1] = False
+            return values.masked_fill(hidden, -torch.inf).to(dtype)
+        kept = 1 << (size[-1].bit_length() - 1)
+        order = torch.rand(size, generator=g).argsort(-1)
+        return torch.where(order < kept, 0.0, -torch.inf).to(dtype)
+
+    def uniform(*size: int) -> Tensor:
+        if not exact:
+            return torch.rand(size, generator=g, dtype=torch.float64 if wide else torch.float32)
+        return (2 * torch.randint(0, 1 << 17, size, generator=g) + 1) / 2.0**18
+
+    weights = weights or (torch.float64 if wide else dtype)
+    evidence = torch.full((b, k), -1)
+    x = torch.randint(-1, v, (b, k), generator=g)
+    # Given tokens must be possible: the first token of a row always is.
+    given = torch.arange(k) < torch.randint(0, k + 1, (b, 1), generator=g)
+    leaf = logits(b, k, c, v)
+    possible = leaf[:, :, 0].argmax(-1)
+    inputs: Inputs = {
+        "kind": shape.kind,
+        "leaf": leaf,
+        "prior": logits(b, c, dtype=weights),
+        "trans": logits(b, num_transitions(shape.kind, k), c, c, dtype=weights),
+        "uniforms": uniform(b, k, 2),
+        "evidence": torch.where(given, possible, evidence),
+        "x": torch.where(x < 0, x, possible),
+        "k": torch.randint(0, k, (b,), generator=g),
+        "target": logits(b, k + 1, v),
+        "accept": uniform(b, k + 1),
+        "num_evidence": given.sum(1),
+    }
+    return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in inputs.items()}
+
+
+def wider(inputs: Inputs) -> Inputs:
+    """The same in float64 on the CPU."""
+    return {
+        n: (t.cpu().double() if t.is_floating_point() else t.cpu()) if isinstance(t, Tensor) else t
+        for n, t in inputs.items()
+    }
+
+
+def circuit(i: Inputs) -> tuple[Any, ...]:
+    """kind, leaf, prior, trans."""
+    return i["kind"], i["leaf"], i["prior"], i["trans"]
+
+
+def draft(i: Inputs, sample: CircuitSample) -> tuple[Tensor, ...]:
+    """The arguments of ``spec_verify`` up to the uniforms."""
+    return i["target"], *sample, i["leaf"], i["accept"]
+
+
+def log_bound(exact: Tensor, dtype: torch.dtype, shape: Shape) -> Tensor:
+    """Largest |error| of a log-probability.
+
+    Per position a shift (|logit - max| below 20), two transitions and a logarithm, each off by a
+    few units of 2^-24 of a number of size 20 at most; sums of C or V terms in vectors or warps.
+    """
+    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    sums = (shape.vocabulary**0.5 + shape.components**0.5) / 4
+    return unit * (shape.tokens * (60 + sums) + 4 * exact.abs())
+
+
+def within_band(weights: Tensor, uniform: Tensor, index: Tensor) -> Tensor:
+    """Whether ``index`` may be the draw of ``uniform`` from ``weights (..., N)``, in float64."""
+    sums = weights.cumsum(-1)
+    total = sums[..., -1]
+    at = index[..., None]
+    above = sums.gather(-1, at).squeeze(-1)
+    own = weights.gather(-1, at).squeeze(-1)
+    limit, slack = uniform.double() * total, BAND * total
+    fits = (above > limit - slack) & (above - own <= limit + slack) & (own > 0)
+    return torch.where(total > 0, fits, index == 0)
+
+
+def sample_within_band(i: Inputs, tokens: Tensor) -> Tensor:
+    """Whether every token of a sample may be what the uniforms draw, given those before it."""
+    w = wider(i)
+    posterior = reference.circuit_scan(*circuit(w), tokens).posterior
+    emit = log_softmax(w["leaf"]).exp()  # (B, K, C, V)
+    c = posterior.shape[-1]
+    u_state, u_token = w["uniforms"].unbind(-1)
+    states = torch.arange(c).expand(*tokens.shape, c)
+    by_state = within_band(
+        posterior[:, :, None].expand(*tokens.shape, c, c),
+        u_state[..., None].expand_as(states),
+        states,
+    )
+    by_token = within_band(
+        emit, u_token[..., None].expand_as(states), tokens[..., None].expand_as(states)
+    )
+    return (by_state & by_token).any(-1)
+
+
+def verify_within_band(
+    i: Inputs, sample: CircuitSample, accepted: Tensor, next_token: Tensor, given: Tensor, t: float
+) -> Tensor:
+    """Whether each row of a verification follows from its uniforms, in float64."""
+    w = wider(i)
+    rows, n_token = sample.tokens.shape
+    row, position = torch.arange(rows), torch.arange(n_token)
+    p = log_softmax(w["target"] / t).exp()
+    scan = reference.circuit_scan(*circuit(w), sample.tokens)
+    at = p[:, :-1].gather(-1, sample.tokens[..., None]).squeeze(-1)
+    ratio, u = at / scan.conditional.exp(), w["accept"]
+    slack = BAND * (1 + ratio)
+    tested = position >= given[:, None]
+    kept, stopped = position < accepted[:, None], position == accepted[:, None]
+    good = ~(tested & kept & ~(u[:, :-1] < ratio + slack)).any(1)
+    good &= ~(stopped & ~(tested & (u[:, :-1] >= ratio - slack))).any(1)
+    last = accepted.clamp(max=n_token - 1)
+    emit = log_softmax(w["leaf"][row, last]).exp()
+    q = (scan.posterior[row, last][..., None] * emit).sum(1)
+    whole = p[row, accepted]
+    residual = (whole - q).clamp(min=0)
+    from_whole = (accepted == n_token) | (residual.sum(-1) == 0)
+    weights = torch.where(from_whole[:, None], whole, residual)
+    return good & within_band(weights, u[:, -1], next_token)

@@ -1,0 +1,150 @@
+"""Retrofit: a frozen model, the objective, the draft tail, learning."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from methods.toy import FAMILIES, make_draft, make_model, prompts, train
+
+from lora_ext.methods import mtpc
+from lora_ext.methods.mtpc.trunk import run_trunk
+from lora_ext.nn import CircuitHead
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_reads_what_the_lm_head_reads(family: str):
+    model, (ids, mask) = make_model(family), prompts(2)
+    draft = make_draft(model)
+    logits, hidden = run_trunk(model, None, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), logits)
+    trained = draft.hidden_states(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(trained[mask == 1], hidden[mask == 1])
+
+
+def test_the_model_is_frozen_and_is_no_part_of_the_draft():
+    model = make_model("llama")
+    draft = make_draft(model, draft_layers=1)
+    trained = {id(p) for p in draft.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in draft.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} <= trained
+    assert all(key.startswith(("head.", "tail.factors.")) for key in draft.state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_the_windows(family: str):
+    model, (ids, mask) = make_model(family), prompts(3, length=8)
+    draft = make_draft(model, gamma=0.8)
+    loss, each = draft.loss(ids, attention_mask=mask, eos_id=3)
+    labels = ids.masked_fill(mask == 0, -100)
+    hidden = draft.hidden_states(input_ids=ids, attention_mask=mask)
+    total, count = torch.zeros(4, dtype=torch.float64), torch.zeros(4)
+    for b in range(3):
+        for t in range(8):
+            window = labels[b, t + 1 : t + 5].tolist()
+            window = [*window, *[-100] * (4 - len(window))]
+            if 3 in window:
+                window[window.index(3) + 1 :] = [-100] * (3 - window.index(3))
+            x = torch.tensor(window)
+            c = draft.head.conditionals(hidden[b, t], x)
+            total, count = total - c, count + (x != -100)
+    torch.testing.assert_close(each, total / count.clamp(min=1))
+    weight = 0.8 ** torch.arange(4)
+    torch.testing.assert_close(loss, (weight * total / count.clamp(min=1)).sum() / weight.sum())
+
+
+def test_distillation_pulls_the_first_position_to_the_model():
+    """There the teacher's law is the LM head's on the very hidden state that the head reads."""
+    model, (ids, _) = make_model("llama"), prompts(3, length=8)
+    draft = make_draft(model, noise=0, beta=1.0)
+    _, each = draft.loss(ids)
+    assert each[0].abs() < 1e-12  # the head starts as the LM head
+    assert (each[1:] > 0.01).all()
+    before = draft.loss(ids)[0].item()
+    assert train(draft, ids, steps=30) < before - 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draft_tail_leaves_the_model_as_it_was(family: str):
+    model, (ids, mask) = make_model(family), prompts(3)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        modules = dict(model.named_modules())
+        draft = make_draft(model, draft_layers=2)
+        assert torch.equal(model(**inputs).logits, expected)
+        logits, hidden = run_trunk(model, draft.tail, **inputs)
+        # Rows of the verifier beside rows of the draft: the same, up to the shape of the products.
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(hidden, draft.hidden_states(**inputs))
+        _, plain = run_trunk(model, None, **inputs)
+        assert (hidden - plain).abs().max() > 1e-2
+    assert draft.tail is not None
+    draft.tail.remove()
+    assert {n: id(m) for n, m in model.named_modules()} == {n: id(m) for n, m in modules.items()}
+
+
+def test_a_draft_tail_that_starts_at_zero_reads_what_the_lm_head_reads():
+    model, (ids, mask) = make_model("llama"), prompts(2)
+    tail = mtpc.DraftTail(model, num_layers=1)
+    with torch.no_grad():
+        _, hidden = run_trunk(model, tail, input_ids=ids, attention_mask=mask)
+        _, plain = run_trunk(model, None, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(hidden, plain)
+
+
+def test_a_draft_tail_trains_its_factors_alone_and_lowers_the_loss():
+    model, (ids, _) = make_model("llama"), prompts(4, length=12)
+    ids = ids % 5
+    frozen = {n: p.clone() for n, p in model.named_parameters()}
+    draft = mtpc.retrofit(model, mtpc.MtpcConfig(4, 3, "hmm", draft_layers=2, draft_rank=4))
+    first, _ = draft.loss(ids)
+    first.backward()
+    assert draft.tail is not None
+    b_factors = list(draft.tail.factors)[1::2]
+    assert all(p.grad is not None and p.grad.any() for p in b_factors)
+    assert train(draft, ids, steps=30) < first.item() - 0.2
+    now = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(now[n], p) for n, p in frozen.items())
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_state_dict_restores_the_draft(layers: int):
+    model, (ids, _) = make_model("llama"), prompts(2)
+    draft = make_draft(model, draft_layers=layers)
+    expected, state = draft.loss(ids)[0], draft.state_dict()
+    other = make_draft(make_model("llama"), noise=0, draft_layers=layers)
+    assert not torch.equal(other.loss(ids)[0], expected)
+    other.load_state_dict(state)
+    assert torch.equal(other.loss(ids)[0], expected)
+
+
+def test_layers_that_the_model_lacks_are_named():
+    with pytest.raises(ValueError, match="num_layers: expected 1 to 2, found 3"):
+        mtpc.retrofit(make_model("llama"), mtpc.MtpcConfig(draft_layers=3))
+
+
+def test_latents_learn_a_bigram_that_factors_cannot():
+    """x_1 is one of four and the rest follows from it: the best loss of FF is log 4 a position, the
+    best with latents log 4 in all."""
+    follows = torch.tensor([2, 3, 1, 0])
+    x = [torch.arange(4)]
+    for _ in range(3):
+        x.append(follows[x[-1]])
+    windows = torch.stack(x, 1)
+    hidden = torch.ones(4, 2)
+    found = {}
+    for kind in ("ff", "hmm", "btree"):
+        torch.manual_seed(0)
+        head = CircuitHead(2, 4, 4, 1 if kind == "ff" else 4, kind)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss, _ = head.loss(hidden, windows, gamma=1.0)
+            loss.backward()
+            optimizer.step()
+        found[kind] = loss.item()
+    assert found["ff"] > math.log(4) - 1e-3
+    for kind in ("hmm", "btree"):
+        assert found["ff"] - found[kind] > 0.5, found
