@@ -9,27 +9,6 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-template <int kValue>
-struct Int {
-    static constexpr int value = kValue;
-};
-// Calls f(Int<n>) for n in [1, kMax].
-template <int kMax, typename F>
-LX_INLINE void with_constant(int64_t n, F&& f) {
-    if constexpr (kMax == 1)
-        f(Int<1>{});
-    else if (n == kMax)
-        f(Int<kMax>{});
-    else
-        with_constant<kMax - 1>(n, f);
-}
-LX_INLINE int64_t min(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-LX_INLINE int64_t blocks_of(int64_t n, int64_t size) {
-    return (n + size - 1) / size;
-}
-
 LX_INLINE int32_t clamp_rank(int32_t rank, int32_t max_rank) {
     return rank < 0 ? 0 : rank > max_rank ? max_rank : rank;
 }

@@ -28,11 +28,6 @@ constexpr int64_t kAccumulators = 16384;  // dA, dB: of one band
 constexpr int64_t kMaxRank = 256;
 static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
 
-template <typename T>
-LX_INLINE int64_t whole_vectors(int64_t n) {
-    return blocks_of(n, kLanes<T>) * kLanes<T>;
-}
-
 // ------------------------------------------------------------------------------------------------
 // Products of packed blocks
 

@@ -27,6 +27,27 @@ namespace {
 
 #define LX_INLINE inline __attribute__((always_inline))
 
+template <int kValue>
+struct Int {
+    static constexpr int value = kValue;
+};
+// Calls f(Int<n>) for n in [1, kMax].
+template <int kMax, typename F>
+LX_INLINE void with_constant(int64_t n, F&& f) {
+    if constexpr (kMax == 1)
+        f(Int<1>{});
+    else if (n == kMax)
+        f(Int<kMax>{});
+    else
+        with_constant<kMax - 1>(n, f);
+}
+LX_INLINE int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+LX_INLINE int64_t blocks_of(int64_t n, int64_t size) {
+    return (n + size - 1) / size;
+}
+
 struct Half {
     uint16_t bits;
 };
@@ -58,6 +79,10 @@ constexpr int kLanes = LX_VEC_BYTES / sizeof(Acc<T>);
 template <typename T>
 using Vec = VecN<Acc<T>, kLanes<T>>;
 constexpr int kF = LX_VEC_BYTES / 4;
+template <typename T>
+LX_INLINE int64_t whole_vectors(int64_t n) {
+    return blocks_of(n, kLanes<T>) * kLanes<T>;
+}
 
 template <typename To, typename From>
 LX_INLINE To bit_cast(From from) {

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
+import lora_ext
+
 ROOT = Path(__file__).resolve().parents[2]
+ISAS = {  # as in csrc/cpu/CMakeLists.txt
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
 SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
 FLAGS = ["-std=c++20", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi", *SANITIZE]
 
@@ -47,5 +54,23 @@ def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
         ]
         objects = [job.result() for job in jobs]
     program = run(*SANITIZE, *objects, "-o", str(tmp_path / "twins"))
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exp_and_log_keep_their_accuracy(tmp_path: Path, isa: str) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler on PATH")
+    known = [*ISAS, "avx512bf16"]
+    if known.index(isa) > known.index(lora_ext._C.cpu_isa()):
+        pytest.skip(f"this machine has no {isa}")
+    program = tmp_path / "vec_math"
+    flags = "-std=c++20 -O2 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", f"-DLX_ISA={isa}"]
+    source = str(ROOT / "tests/cpu/vec_math_test.cpp")
+    command = [compiler, *flags.split(), *includes, *ISAS[isa], source, "-o", str(program)]
+    subprocess.run(command, check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

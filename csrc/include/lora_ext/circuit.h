@@ -33,8 +33,48 @@ constexpr int64_t circuit_num_transitions(CircuitKind kind, int64_t n_token) {
 }
 
 // Positions of a tree node that go to its left child: half, rounded to even at a tie.
-constexpr int64_t circuit_left_size(int64_t length) {
+LX_HOST_DEVICE constexpr int64_t circuit_left_size(int64_t length) {
     return length % 4 == 3 ? (length + 1) / 2 : length / 2;
 }
+
+// A node of the tree: its positions, and the matrix that leads into it if it is an inner one.
+// The numbers are those of a pre-order: a subtree of n positions has n - 1 inner nodes.
+struct CircuitNode {
+    int64_t lo, hi;
+    int64_t matrix;  // -1: the root
+
+    LX_HOST_DEVICE constexpr bool is_leaf() const { return hi - lo == 1; }
+    LX_HOST_DEVICE constexpr int64_t middle() const { return lo + circuit_left_size(hi - lo); }
+    LX_HOST_DEVICE constexpr CircuitNode child(bool right) const {
+        return right ? CircuitNode{middle(), hi, matrix + middle() - lo}
+                     : CircuitNode{lo, middle(), matrix + 1};
+    }
+    // The child that holds position k.
+    LX_HOST_DEVICE constexpr CircuitNode toward(int64_t k) const { return child(k >= middle()); }
+    // The node `level` steps below this one on the way to position k.
+    LX_HOST_DEVICE constexpr CircuitNode below(int64_t k, int64_t level) const {
+        CircuitNode node = *this;
+        for (; level > 0; --level) node = node.toward(k);
+        return node;
+    }
+};
+// Levels of inner nodes of a tree over n_token positions.
+LX_HOST_DEVICE constexpr int64_t circuit_tree_levels(int64_t n_token) {
+    int64_t levels = 0;
+    for (; n_token > 1; n_token = (n_token + 1) / 2) ++levels;
+    return levels;
+}
+
+// What the walk reads. btree over two positions or fewer, and hmm over one, have no matrix and are
+// cp: csrc/ops says so, the walks know no tree without a matrix.
+struct CircuitParams {
+    CircuitKind kind = CircuitKind::kCP;
+    DType dtype = DType::kFloat32;  // of prior and trans; kFloat64 only beside float64 leaves
+    int64_t rows = 0, n_token = 0, components = 0;
+    const void* prior = nullptr;  // (B, C), C contiguous; nullptr: all states alike
+    int64_t prior_stride = 0;
+    const void* trans = nullptr;  // (B, M, C, C), each row of the batch contiguous
+    int64_t trans_stride = 0;
+};
 
 }  // namespace lora_ext

@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+// Functions that kernels and host code share.
+#ifdef __CUDACC__
+#define LX_HOST_DEVICE __host__ __device__
+#else
+#define LX_HOST_DEVICE
+#endif
+
 namespace lora_ext {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };

@@ -1,0 +1,357 @@
+// The walk of a circuit from left to right for every kernel that needs it: all kinds, one template,
+// a functor for what happens at a position. csrc/cpu/circuit_walk.h tells the same to vectors.
+//
+// A team walks one row of the batch: a warp for up to 32 states, a block for more. Thread i of a
+// team of size s owns the states i, i + s, ... of every vector, and of a matrix
+//   first their rows      for the normalisers, and for the way back up the tree
+//   then their columns    for the step: out[z'] = top + log sum_z exp(cur[z] - top) exp(a[z, z'] -
+//   norm[z])
+// so the sums need no exchange between threads, and the second reading of a matrix comes from L1.
+// Bound: bytes of the matrices, once from memory. A sum below kTrusted may have lost terms to
+// underflow; its owner takes it again as log-sum-exp of exact logarithms.
+//
+// Vectors lie in shared memory and belong to the team once it has synchronised, which every
+// function here does before it returns. Control flow around synchronisation depends on (kind, K, C)
+// alone.
+#pragma once
+
+#include "lora_ext/circuit.h"
+#include "lx/device.h"
+
+namespace lora_ext {
+
+constexpr int kWarpStates = 32;  // up to so many states, a warp walks a row
+constexpr float kTrusted = 0x1p-90f;
+constexpr float kImpossible = -__builtin_huge_valf();
+
+LX_DEVICE float shift_of(float top) {
+    return top == kImpossible ? 0.0f : top;
+}
+LX_DEVICE float add(float a, float b) {
+    return a + b;
+}
+LX_DEVICE float larger(float a, float b) {
+    return fmaxf(a, b);
+}
+
+struct WarpTeam {
+    static constexpr int kScratch = 0;
+    LX_DEVICE explicit WarpTeam(float*) {}
+    LX_DEVICE int rank() const { return lx::lane_id(); }
+    LX_DEVICE int size() const { return lx::kWarpSize; }
+    LX_DEVICE void sync() const { lx::syncwarp(); }
+    // Over all threads, in a fixed tree; every thread gets the result.
+    template <class Op>
+    LX_DEVICE float reduce(float x, Op op) const {
+#pragma unroll
+        for (int mask = lx::kWarpSize / 2; mask > 0; mask /= 2)
+            x = op(x, lx::shfl_xor_sync(lx::kFullMask, x, mask));
+        return x;
+    }
+};
+
+struct BlockTeam {
+    static constexpr int kScratch = 32;
+    float* partial;
+    LX_DEVICE explicit BlockTeam(float* scratch) : partial(scratch) {}
+    LX_DEVICE int rank() const { return lx::thread_rank(); }
+    LX_DEVICE int size() const { return static_cast<int>(blockDim.x); }
+    LX_DEVICE void sync() const { lx::syncthreads(); }
+    template <class Op>
+    LX_DEVICE float reduce(float x, Op op) const {
+        x = WarpTeam(nullptr).reduce(x, op);
+        lx::syncthreads();  // the partial results of the last call have been read
+        if (lx::lane_id() == 0) partial[lx::warp_id()] = x;
+        lx::syncthreads();
+        float total = partial[0];
+        for (int w = 1; w < size() / lx::kWarpSize; ++w) total = op(total, partial[w]);
+        return total;
+    }
+};
+inline unsigned block_team_size(int64_t components) {
+    return static_cast<unsigned>(lx::min<int64_t>(ceil_div(components, 32) * 32, 256));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Rows of numbers, 16 bytes at a time where they lie on 16 bytes
+
+template <class T>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+            const float2 pair = lx::unpack_floats<T>(w[i]);
+            v[2 * i] = pair.x;
+            v[2 * i + 1] = pair.y;
+        } else {
+            v[i] = lx::bit_cast<float>(w[i]);
+        }
+    }
+}
+// Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; what lies beyond n
+// reads as -inf. `aligned`: p lies on 16 bytes and n is a multiple of a piece.
+template <class T, class F>
+LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {
+    constexpr int kSize = kPiece<T>;
+    if (aligned) {
+        for (int i = first * kSize; i < n; i += step * kSize) {
+            float v[kSize];
+            unpack_piece<T>(lx::load_nc(reinterpret_cast<const uint4*>(p + i)), v);
+            f(i, v);
+        }
+    } else {
+        for (int i = first * kSize; i < n; i += step * kSize) {
+            float v[kSize];
+#pragma unroll
+            for (int j = 0; j < kSize; ++j)
+                v[j] = i + j < n ? lx::to_float(lx::load_nc(p + i + j)) : kImpossible;
+            f(i, v);
+        }
+    }
+}
+
+// log sum exp of numbers as they come.
+struct OnlineSum {
+    float top = kImpossible, sum = 0;
+
+    template <int kCount>
+    LX_DEVICE void add(const float (&v)[kCount]) {
+        float most = top;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) most = fmaxf(most, v[j]);
+        const float shift = shift_of(most);
+        sum *= lx::exp_approx(top - shift);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) sum += lx::exp_approx(v[j] - shift);
+        top = most;
+    }
+    LX_DEVICE float log() const { return logf(sum) + shift_of(top); }
+};
+
+// ------------------------------------------------------------------------------------------------
+// One row of the batch
+
+// Floats of a team's share of dynamic shared memory, a multiple of four.
+LX_HOST_DEVICE constexpr int64_t circuit_walk_floats(const CircuitParams& c, int64_t team_scratch) {
+    const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
+    return (4 * levels + (2 * levels + 3) * c.components + team_scratch + 3) / 4 * 4;
+}
+
+template <class P, class Team>
+struct CircuitWalk {
+    const CircuitParams& c;
+    Team team;
+    const P* prior;
+    const P* trans;
+    int n;
+    bool aligned;  // rows of trans lie on 16 bytes
+    double* bases;
+    float *vectors, *weights, *norm, *u;
+
+    LX_DEVICE CircuitWalk(const CircuitParams& c, int64_t row, bool aligned, float* scratch)
+        : c(c),
+          team(scratch + circuit_walk_floats(c, 0)),
+          prior(c.prior ? static_cast<const P*>(c.prior) + row * c.prior_stride : nullptr),
+          trans(static_cast<const P*>(c.trans) + row * c.trans_stride),
+          n(static_cast<int>(c.components)),
+          aligned(aligned),
+          bases(reinterpret_cast<double*>(scratch)) {
+        const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
+        vectors = scratch + 4 * levels;
+        weights = vectors + 2 * levels * n;
+        norm = weights + n;
+        u = norm + n;
+    }
+
+    // f(state) for the states that this thread owns.
+    template <class F>
+    LX_DEVICE void for_own(F&& f) const {
+        for (int z = team.rank(); z < n; z += team.size()) f(z);
+    }
+    // op over f(state), the same for every thread.
+    template <class Op, class F>
+    LX_DEVICE float reduce(float neutral, Op op, F&& f) const {
+        float mine = neutral;
+        for_own([&](int z) { mine = op(mine, f(z)); });
+        return team.reduce(mine, op);
+    }
+    LX_DEVICE float max_of(const float* x) const {
+        return reduce(kImpossible, larger, [&](int z) { return x[z]; });
+    }
+    LX_DEVICE const P* matrix_row(int64_t m, int z) const { return trans + (m * n + z) * n; }
+
+    // x minus its maximum, which is returned; impossible states stay so.
+    LX_DEVICE float normalise(float* x) const {
+        const float shift = shift_of(max_of(x));
+        for_own([&](int z) { x[z] -= shift; });
+        team.sync();
+        return shift;
+    }
+    // x += y, normalised; y may be memory of any kind.
+    LX_DEVICE float add_to(float* x, const float* y) const {
+        for_own([&](int z) { x[z] += y[z]; });
+        return normalise(x);
+    }
+    LX_DEVICE void start(float* cur) const {
+        for_own([&](int z) { cur[z] = prior ? lx::to_float(prior[z]) : 0.0f; });
+        normalise(cur);
+        const float total = reduce(0.0f, add, [&](int z) { return lx::exp_approx(cur[z]); });
+        const float log_total = total == 0 ? 0 : logf(total);
+        for_own([&](int z) { cur[z] -= log_total; });
+        team.sync();
+    }
+
+    // out[z'] = log sum_z exp(cur[z] + A[z, z'])
+    LX_DEVICE void step(int64_t m, const float* cur, float* out) const {
+        const float shift = shift_of(max_of(cur));
+        for_own([&](int z) {
+            weights[z] = lx::exp_approx(cur[z] - shift);
+            if (cur[z] == kImpossible) return;
+            OnlineSum row;
+            for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
+            norm[z] = row.sum == 0 ? 0 : row.log();  // nothing there: every term is 0 anyway
+        });
+        team.sync();
+        const P* a = matrix_row(m, 0);
+        for_own([&](int j) {
+            float sum = 0;
+            for (int z = 0; z < n; ++z) {
+                if (cur[z] == kImpossible) continue;
+                sum += weights[z] *
+                       lx::exp_approx(lx::to_float(lx::load_nc(a + int64_t{z} * n + j)) - norm[z]);
+            }
+            out[j] = sum < kTrusted ? exact_step(a, cur, j) : logf(sum) + shift;
+        });
+        team.sync();
+    }
+    LX_DEVICE float exact_step(const P* a, const float* cur, int j) const {
+        OnlineSum sum;
+        for (int z = 0; z < n; ++z) {
+            if (cur[z] == kImpossible) continue;
+            const float term[1] = {cur[z] +
+                                   (lx::to_float(lx::load_nc(a + int64_t{z} * n + j)) - norm[z])};
+            sum.add(term);
+        }
+        return sum.log();
+    }
+
+    // out[z] = log sum_z' exp(A[z, z'] + up[z'])
+    LX_DEVICE void project(int64_t m, const float* up, float* out) const {
+        const float shift = shift_of(max_of(up));
+        for_own([&](int z) { weights[z] = lx::exp_approx(up[z] - shift); });
+        team.sync();
+        for_own([&](int z) {
+            OnlineSum row;
+            const P* a = matrix_row(m, z);
+            for_pieces(a, n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
+            const float log_row = row.log();
+            float sum = 0;
+            for_pieces(a, n, aligned, 0, 1, [&](int i, const auto& v) {
+#pragma unroll
+                for (int j = 0; j < kPiece<P>; ++j)
+                    if (i + j < n) sum += lx::exp_approx(v[j] - log_row) * weights[i + j];
+            });
+            out[z] = row.sum == 0     ? kImpossible
+                     : sum < kTrusted ? exact_project(a, up) - log_row
+                                      : logf(sum) + shift;
+        });
+        team.sync();
+    }
+    LX_DEVICE float exact_project(const P* a, const float* up) const {
+        OnlineSum sum;
+        for (int j = 0; j < n; ++j) {
+            const float term[1] = {lx::to_float(lx::load_nc(a + j)) + up[j]};
+            sum.add(term);
+        }
+        return sum.log();
+    }
+
+    // Visits the positions in order.
+    //
+    //   observe(k, cur, base) -> e  log p(state at k = z, x_<k) = base + cur[z];
+    //                               e[z] = log p(x_k | z), in memory of any kind
+    //   save(slot, vector)          what a backward needs: cur at slot k; in the tree, for matrix
+    //   m,
+    //                               cur behind it at 3m, up at 3m + 1, its projection at 3m + 2
+    // The whole team calls both, each thread for the states that it owns.
+    template <class Observe, class Save>
+    LX_DEVICE void run(Observe&& observe, Save&& save) const {
+        start(vectors);
+        if (c.kind == CircuitKind::kBTree)
+            run_tree(observe, save);
+        else
+            run_chain(observe, save);
+    }
+    template <class Observe>
+    LX_DEVICE void run(Observe&& observe) const {
+        run(observe, [](int64_t, const float*) {});
+    }
+
+    template <class Observe, class Save>
+    LX_DEVICE void run_chain(Observe&& observe, Save&& save) const {
+        float *cur = vectors, *next = vectors + n;
+        double base = 0;
+        for (int64_t k = 0; k < c.n_token; ++k) {
+            if (k > 0 && c.kind == CircuitKind::kHMM) {
+                step(k - 1, cur, next);
+                float* const old = cur;
+                cur = next;
+                next = old;
+            }
+            save(k, cur);
+            base += add_to(cur, observe(k, cur, base));
+        }
+    }
+
+    // Level l of the way to position k: cur at vectors + 2 l n, up behind it, their bases.
+    template <class Observe, class Save>
+    LX_DEVICE void run_tree(Observe&& observe, Save&& save) const {
+        const CircuitNode root{0, c.n_token, -1};
+        const auto cur_at = [&](int level) { return vectors + 2 * level * n; };
+        const auto up_at = [&](int level) { return vectors + (2 * level + 1) * n; };
+        const auto open = [&](int level, double from) {
+            for_own([&](int z) { up_at(level)[z] = 0; });
+            if (team.rank() == 0) {
+                bases[2 * level] = from;
+                bases[2 * level + 1] = 0;
+            }
+            team.sync();
+        };
+        const auto join = [&](int level, const float* from, double from_base) {
+            const double base = from_base + add_to(cur_at(level), from);
+            const double up_base = from_base + add_to(up_at(level), from);
+            if (team.rank() == 0) {
+                bases[2 * level] += base;
+                bases[2 * level + 1] += up_base;
+            }
+            team.sync();
+        };
+        open(0, 0);
+        for (int64_t k = 0; k < c.n_token; ++k) {
+            int level = 0;
+            CircuitNode node = root;
+            for (CircuitNode child = node.toward(k); !child.is_leaf(); child = node.toward(k)) {
+                if (child.lo == k) {
+                    step(child.matrix, cur_at(level), cur_at(level + 1));
+                    save(3 * child.matrix, cur_at(level + 1));
+                    open(level + 1, bases[2 * level]);
+                }
+                node = child;
+                ++level;
+            }
+            join(level, observe(k, cur_at(level), bases[2 * level]), 0);
+            for (; level > 0 && node.hi == k + 1; node = root.below(k, --level)) {
+                save(3 * node.matrix + 1, up_at(level));
+                project(node.matrix, up_at(level), u);
+                save(3 * node.matrix + 2, u);
+                join(level - 1, u, bases[2 * level + 1]);
+            }
+        }
+    }
+};
+
+}  // namespace lora_ext
