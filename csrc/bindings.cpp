@@ -3,6 +3,7 @@
 // with it).
 #include <torch/extension.h>
 
+#include "ops/circuit_sum.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
@@ -87,6 +88,9 @@ void implement(Library& m) {
     m.impl("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.impl("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.impl("lora_dropout", &lora_ext::lora_dropout);
+    m.impl("log_einsum_exp", &lora_ext::log_einsum_exp);
+    m.impl("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
+    m.impl("log_einsum_max", &lora_ext::log_einsum_max);
 }
 
 }  // namespace
@@ -114,6 +118,13 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
         "-> (Tensor dx, Tensor da, Tensor db)");
     m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
+    m.def("log_einsum_exp(Tensor w, Tensor values, str norm, str precision) -> Tensor");
+    m.def(
+        "log_einsum_exp_backward(Tensor dout, Tensor w, Tensor values, Tensor out, str norm, "
+        "bool need_dw, bool need_dvalues) -> (Tensor dw, Tensor dvalues)");
+    m.def(
+        "log_einsum_max(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor "
+        "indices)");
 }
 
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
@@ -161,6 +172,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.def("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.def("lora_dropout", &lora_ext::lora_dropout);
+    m.def("log_einsum_exp", &lora_ext::log_einsum_exp);
+    m.def("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
+    m.def("log_einsum_max", &lora_ext::log_einsum_max);
     m.def("cpu_isa", &lora_ext::cpu_isa);
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
     m.def("has_kernels", &lora_ext::has_kernels);

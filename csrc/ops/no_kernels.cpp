@@ -1,6 +1,7 @@
 // A build without nvcc: every launcher exists and says why it cannot launch.
 #if !defined(LORA_EXT_WITH_CUDA)
 
+#include "lora_ext/circuit_sum.h"
 #include "lora_ext/lora_train.h"
 
 namespace lora_ext {
@@ -39,6 +40,33 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
     return -1;
 }
 LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_weights(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_values(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_finish(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_ratios(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_dvalues(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_dweights(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_per_row(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_max(const LogSumArgs&, void*) {
     return -1;
 }
 

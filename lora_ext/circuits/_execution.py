@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_ext import reference
+from lora_ext import ops
 from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
 from lora_ext.reference.circuit_sum import log_weights
 
@@ -151,18 +151,16 @@ class StageRunner:
     def up(self, val: Tensor, flat: Tensor, norm: str, semiring: Semiring) -> None:
         w, terms = self.weights.gather(flat), self.terms(val)
         if semiring == "sum":
-            out = reference.log_einsum_exp(w, terms, norm)
+            out = ops.log_einsum_exp(w, terms, norm)
         else:
-            out = reference.log_einsum_exp(w, terms, norm, "max").values
+            out = ops.log_einsum_exp(w, terms, norm, "max").values
         val[:, self.span] = out.transpose(0, 1).flatten(1)
 
     def down(self, val: Tensor, flat: Tensor, norm: str, grad: Tensor, dflat: Tensor) -> None:
         g = grad[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
-        with torch.enable_grad():
-            w = self.weights.gather(flat).detach().requires_grad_()
-            terms = self.terms(val).detach().requires_grad_()
-            out = reference.log_einsum_exp(w, terms, norm)
-            dw, d = torch.autograd.grad(out, (w, terms), g)
+        w, terms = self.weights.gather(flat), self.terms(val)
+        out = val[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
+        dw, d = ops.log_einsum_exp_backward(g, w, terms, out, norm)
         self.weights.add(dflat, dw)
         self.products.down(grad, d.transpose(0, 1).flatten(1))
 

@@ -1,6 +1,7 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
+from lora_ext.ops.circuit_sum import LogMax, log_bmm, log_einsum_exp, log_einsum_exp_backward
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -15,7 +16,11 @@ from lora_ext.ops.lora_train import lora_dropout, lora_linear
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
+    "LogMax",
     "bgmv_",
+    "log_bmm",
+    "log_einsum_exp",
+    "log_einsum_exp_backward",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
