@@ -6,6 +6,7 @@
 #include "ops/circuit.h"
 #include "ops/circuit_autograd.h"
 #include "ops/circuit_decode.h"
+#include "ops/circuit_sum.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
@@ -112,6 +113,9 @@ void implement(Library& m) {
     m.impl("circuit_sample", &lora_ext::circuit_sample);
     m.impl("circuit_argmax", &lora_ext::circuit_argmax);
     m.impl("spec_verify", &lora_ext::spec_verify);
+    m.impl("log_einsum_exp", &lora_ext::log_einsum_exp);
+    m.impl("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
+    m.impl("log_einsum_max", &lora_ext::log_einsum_max);
 }
 
 }  // namespace
@@ -158,6 +162,13 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "spec_verify(Tensor target, Tensor tokens, Tensor conditional, Tensor posterior, "
         "Tensor leaf, Tensor uniforms, Tensor? num_evidence=None, float temperature=1.0) "
         "-> (Tensor accepted, Tensor next_token)");
+    m.def("log_einsum_exp(Tensor w, Tensor values, str norm, str precision) -> Tensor");
+    m.def(
+        "log_einsum_exp_backward(Tensor dout, Tensor w, Tensor values, Tensor out, str norm, "
+        "bool need_dw, bool need_dvalues) -> (Tensor dw, Tensor dvalues)");
+    m.def(
+        "log_einsum_max(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor "
+        "indices)");
 }
 
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
@@ -233,6 +244,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("circuit_sample", &lora_ext::circuit_sample);
     m.def("circuit_argmax", &lora_ext::circuit_argmax);
     m.def("spec_verify", &lora_ext::spec_verify);
+    m.def("log_einsum_exp", &lora_ext::log_einsum_exp);
+    m.def("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
+    m.def("log_einsum_max", &lora_ext::log_einsum_max);
     m.def("cpu_isa", &lora_ext::cpu_isa);
     m.def("set_cpu_isa", &lora_ext::set_cpu_isa);
     m.def("has_kernels", &lora_ext::has_kernels);

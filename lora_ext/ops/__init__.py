@@ -8,6 +8,7 @@ from lora_ext.ops.circuit_decode import (
     circuit_sample,
     spec_verify,
 )
+from lora_ext.ops.circuit_sum import LogMax, log_bmm, log_einsum_exp, log_einsum_exp_backward
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -23,11 +24,15 @@ from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lor
 
 __all__ = [
     "CircuitScan",
+    "LogMax",
     "bgmv_",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "log_bmm",
+    "log_einsum_exp",
+    "log_einsum_exp_backward",
     "lora_apply",
     "lora_apply_",
     "lora_delta",

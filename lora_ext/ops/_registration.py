@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext import reference
+
 
 def _plan_size(rows: int, adapters: int) -> int:
     """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic ``rows`` is guarded."""
@@ -194,6 +196,66 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
+def _fake_log_sum(w: Tensor, values: Tensor, norm: str, precision: str) -> Tensor:
+    _same_device("log_einsum_exp", w, values)
+    return values.new_empty(*values.shape[:-1], w.shape[-2])
+
+
+def _fake_log_sum_backward(
+    dout: Tensor, w: Tensor, values: Tensor, out: Tensor, norm: str, *needs: bool
+) -> tuple[Tensor, Tensor]:
+    _same_device("log_einsum_exp_backward", dout, w, values, out)
+    dw, dvalues = (
+        t.new_empty(t.shape if need else 0) for t, need in zip((w, values), needs, strict=True)
+    )
+    return dw, dvalues
+
+
+def _fake_log_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    _same_device("log_einsum_max", w, values)
+    out = values.new_empty(*values.shape[:-1], w.shape[-2])
+    return out, out.new_empty(out.shape, dtype=torch.int32)
+
+
+def _save_log_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, values, ctx.norm, _ = inputs
+    ctx.save_for_backward(w, values, output)
+
+
+def _log_sum_backward(library: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    w, values, out = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grads = library.log_einsum_exp_backward(dout, w, values, out, ctx.norm, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+def _save_log_sum_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    dout, w, values, _, ctx.norm, *_ = inputs
+    ctx.save_for_backward(dout, w, values)
+    ctx.set_materialize_grads(False)
+
+
+def _log_sum_double_backward(
+    ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """By the formula itself, which torch can differentiate: all terms at once, and rarely."""
+    leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+    with torch.enable_grad():
+        dout, w, values = leaves
+        out = reference.log_einsum_exp(w, values, ctx.norm)
+        first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
+        pairs = [
+            (g, d)
+            for g, d in zip(first, (ddw, ddvalues), strict=True)
+            if d is not None and d.numel()
+        ]
+        grads = torch.autograd.grad(
+            [g for g, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True
+        )
+    # `out` is a function of w and values, and its share is in theirs.
+    return *grads, None, None, None, None
+
+
 def register(library: str) -> None:
     """Register fake kernels and backwards for the ops of ``torch.ops.<library>``."""
     fakes = {
@@ -214,12 +276,25 @@ def register(library: str) -> None:
         "circuit_sample": _fake_sample,
         "circuit_argmax": _fake_argmax,
         "spec_verify": _fake_verify,
+        "log_einsum_exp": _fake_log_sum,
+        "log_einsum_exp_backward": _fake_log_sum_backward,
+        "log_einsum_max": _fake_log_max,
     }
     # torch annotates neither of the two in full.
     for name, fake in fakes.items():
         torch.library.register_fake(f"{library}::{name}", fake)  # pyright: ignore[reportUnknownMemberType]
+    backwards = {
+        "lora_apply": (_apply_backward, _save),
+        "log_einsum_exp": (_log_sum_backward, _save_log_sum),
+    }
+    for name, (backward, save) in backwards.items():
+        torch.library.register_autograd(  # pyright: ignore[reportUnknownMemberType]
+            f"{library}::{name}",
+            functools.partial(backward, getattr(torch.ops, library)),
+            setup_context=save,
+        )
     torch.library.register_autograd(  # pyright: ignore[reportUnknownMemberType]
-        f"{library}::lora_apply",
-        functools.partial(_apply_backward, getattr(torch.ops, library)),
-        setup_context=_save,
+        f"{library}::log_einsum_exp_backward",
+        _log_sum_double_backward,
+        setup_context=_save_log_sum_backward,
     )
