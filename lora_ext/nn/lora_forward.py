@@ -7,7 +7,6 @@ speeds up call the same function: what an adapter does is written here and nowhe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -407,12 +406,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if kind not in _AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
-
-
-def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """A block that autocast leaves alone."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if kind in _AUTOCASTS else nullcontext()
 
 
 def dense_parameters(base: BaseLayer) -> DenseParameters | None:
