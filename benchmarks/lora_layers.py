@@ -121,7 +121,7 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
     theirs()
     for mine, other in pairs:
         _same(mine.grad, other.grad, "gradient of an adapter")
-    times = interleaved({"peft": theirs, "lora_ext": ours}, rounds)
+    times = interleaved({"peft": theirs, "lora_ext": ours}, rounds, min_seconds=0.05)
     for name, time in times.items():
         yield Row(
             "layers",

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_ext import ops
+
 from .context import Names
-from .dora import weight_norm
 from .lora_layer import LoraLayer
 
 
@@ -100,7 +101,7 @@ class LoraEmbedding(LoraLayer):
             update = update * scale
         if not self.use_dora[name]:
             return y + update
-        norm = weight_norm(self._matrix(), a, b, self.scaling[name])
+        norm = ops.lora_dora_norm(self._matrix(), a, b, self.scaling[name])
         magnitude = self._magnitude(name)
         return magnitude / norm.to(magnitude.dtype) * (y + update)
 

@@ -229,7 +229,7 @@ class _Call(NamedTuple):
     a: Tensor  # (A, R, I)
     b: Tensor  # (A, O, R)
     ids: Tensor  # (T,)
-    plan: Tensor
+    plan: Tensor | None
     scaling: tuple[float, ...]
     ranks: tuple[int, ...] | None
     p: float

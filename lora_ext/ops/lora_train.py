@@ -36,8 +36,10 @@ def lora_linear(
 
     Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; what requires no gradient
     costs none. An adapter's gradient has the same bits whatever shares its batch, and is zero where
-    no row names the adapter and beyond its rank. The products with ``weight`` are the library's
-    GEMM, whose bits may depend on batch and threads.
+    no row names the adapter and beyond its rank. The products with ``weight`` are a library's GEMM,
+    whose bits may depend on batch and threads: torch's own, except for large float32 batches on the
+    CPU in which every row has an adapter; those take oneDNN where
+    ``torch.backends.mkldnn.enabled``.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. Under

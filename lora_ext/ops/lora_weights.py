@@ -1,7 +1,8 @@
 """What an adapter is to a weight: its product, merged and measured.
 
 All are products of full matrices, done by torch's GEMM on every device: no kernel of this package
-has anything to add, and bits may depend on the library's threads. They take no part in autograd.
+has anything to add, and bits may depend on the library's threads. All but :func:`lora_delta` take
+no part in autograd. Autocast leaves them alone.
 
 Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
 """
@@ -39,9 +40,8 @@ def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return (b.to(dtype) @ a.to(dtype)).mul_(scale)
 
 
-@torch.no_grad()
 def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the weight that an adapter adds, ``scale * b @ a``.
+    """Return the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
 
     Args:
         a: ``(r, I)`` floating.
@@ -64,8 +64,8 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
 
-    Taking out (``sign=-1``) what was added does not restore every bit of a rounded weight; who
-    needs them keeps a copy.
+    By torch's GEMM. Taking out (``sign=-1``) what was added does not restore every bit of a rounded
+    weight; who needs them keeps a copy.
 
     Args:
         weight: ``(O, I)`` floating.
@@ -91,7 +91,7 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 
 @torch.no_grad()
 def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter.
+    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter, one torch GEMM each.
 
     Inner products of adapters need no more than these: ``<b1 a1, b2 a2>`` and norms of ``b a`` cost
     ``r^2`` once they are known.
@@ -122,7 +122,7 @@ def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], l
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return the norm of every row of ``weight + scale * b @ a``; ``b @ a`` is not formed.
 
-    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row. Where the
+    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. Where the
     adapter all but cancels a row, the difference keeps an absolute error of a few roundings of
     ``|w|^2``.
 
