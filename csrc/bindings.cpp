@@ -3,6 +3,8 @@
 // with it).
 #include <torch/extension.h>
 
+#include "ops/circuit.h"
+#include "ops/circuit_autograd.h"
 #include "ops/circuit_decode.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
@@ -36,7 +38,7 @@ bool wants_grad(const std::optional<at::Tensor>& t) {
 bool wants_grad(double) {
     return false;
 }
-bool wants_grad(const std::string&) {
+bool wants_grad(std::string_view) {
     return false;
 }
 bool has_tangent(const at::Tensor& t) {
@@ -48,7 +50,7 @@ bool has_tangent(const std::optional<at::Tensor>& t) {
 bool has_tangent(double) {
     return false;
 }
-bool has_tangent(const std::string&) {
+bool has_tangent(std::string_view) {
     return false;
 }
 
@@ -83,6 +85,8 @@ using Shrink = NoBackward<&lora_ext::lora_shrink>;
 using Expand = NoBackward<&lora_ext::lora_expand_>;
 using Apply = NoBackward<&lora_ext::lora_apply_>;
 using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
+using LeafBackward = NoBackward<&lora_ext::circuit_leaf_backward>;
+using ScanBackward = NoBackward<&lora_ext::circuit_scan_backward>;
 namespace train = lora_ext::autograd;
 using ConditionalDist = NoBackward<&lora_ext::circuit_conditional_dist>;
 using Sample = NoBackward<&lora_ext::circuit_sample>;
@@ -100,6 +104,10 @@ void implement(Library& m) {
     m.impl("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.impl("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.impl("lora_dropout", &lora_ext::lora_dropout);
+    m.impl("circuit_leaf", &lora_ext::circuit_leaf);
+    m.impl("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
+    m.impl("circuit_scan", &lora_ext::circuit_scan);
+    m.impl("circuit_scan_backward", &lora_ext::circuit_scan_backward);
     m.impl("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
     m.impl("circuit_sample", &lora_ext::circuit_sample);
     m.impl("circuit_argmax", &lora_ext::circuit_argmax);
@@ -131,6 +139,16 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
         "-> (Tensor dx, Tensor da, Tensor db)");
     m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
+    m.def("circuit_leaf(Tensor leaf, Tensor x) -> (Tensor e, Tensor lse)");
+    m.def("circuit_leaf_backward(Tensor de, Tensor leaf, Tensor x, Tensor lse) -> Tensor");
+    m.def(
+        "circuit_scan(str kind, Tensor e, Tensor? prior=None, Tensor? trans=None, "
+        "bool save=False) "
+        "-> (Tensor prefix, Tensor conditional, Tensor posterior, Tensor states)");
+    m.def(
+        "circuit_scan_backward(Tensor? dprefix, Tensor? dconditional, str kind, Tensor e, "
+        "Tensor? prior, Tensor? trans, Tensor states, bool need_prior, bool need_trans) "
+        "-> (Tensor de, Tensor dprior, Tensor dtrans)");
     m.def("circuit_conditional_dist(" LX_CIRCUIT ", Tensor x, Tensor k) -> Tensor");
     m.def("circuit_sample(" LX_CIRCUIT
           ", Tensor uniforms, Tensor? evidence=None) "
@@ -148,9 +166,15 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     Apply::Handle::name = LX_OP(lora_apply_);
     LinearBackward::Handle::name = LX_OP(lora_linear_backward);
     LinearBackward::instead = "the gradient of lora_linear is not itself differentiable";
+    LeafBackward::Handle::name = LX_OP(circuit_leaf_backward);
+    LeafBackward::instead = "the gradient of circuit_leaf is not itself differentiable";
+    ScanBackward::Handle::name = LX_OP(circuit_scan_backward);
+    ScanBackward::instead = "the gradient of circuit_scan is not itself differentiable";
     train::Linear::Plan::name = LX_OP(lora_plan);
     train::Linear::Forward::name = LX_OP(lora_linear_forward);
     train::Dropout::Forward::name = LX_OP(lora_dropout);
+    train::CircuitLeaf::Forward::name = LX_OP(circuit_leaf);
+    train::CircuitScan::Forward::name = LX_OP(circuit_scan);
     ConditionalDist::Handle::name = LX_OP(circuit_conditional_dist);
     Sample::Handle::name = LX_OP(circuit_sample);
     Argmax::Handle::name = LX_OP(circuit_argmax);
@@ -163,6 +187,10 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     m.impl("lora_linear_forward", TORCH_FN(train::linear));
     m.impl("lora_linear_backward", TORCH_FN(LinearBackward::autograd));
     m.impl("lora_dropout", TORCH_FN(train::dropout));
+    m.impl("circuit_leaf", TORCH_FN(train::circuit_leaf_autograd));
+    m.impl("circuit_leaf_backward", TORCH_FN(LeafBackward::autograd));
+    m.impl("circuit_scan", TORCH_FN(train::circuit_scan_autograd));
+    m.impl("circuit_scan_backward", TORCH_FN(ScanBackward::autograd));
     m.impl("circuit_conditional_dist", TORCH_FN(ConditionalDist::autograd));
     m.impl("circuit_sample", TORCH_FN(Sample::autograd));
     m.impl("circuit_argmax", TORCH_FN(Argmax::autograd));
@@ -197,6 +225,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.def("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.def("lora_dropout", &lora_ext::lora_dropout);
+    m.def("circuit_leaf", &lora_ext::circuit_leaf);
+    m.def("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
+    m.def("circuit_scan", &lora_ext::circuit_scan);
+    m.def("circuit_scan_backward", &lora_ext::circuit_scan_backward);
     m.def("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
     m.def("circuit_sample", &lora_ext::circuit_sample);
     m.def("circuit_argmax", &lora_ext::circuit_argmax);

@@ -80,6 +80,23 @@ def lora_linear_backward(
     /,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None, /) -> Tensor: ...
+def circuit_leaf(leaf: Tensor, x: Tensor, /) -> tuple[Tensor, Tensor]: ...
+def circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, lse: Tensor, /) -> Tensor: ...
+def circuit_scan(
+    kind: str, e: Tensor, prior: Tensor | None, trans: Tensor | None, save: bool, /
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def circuit_scan_backward(
+    dprefix: Tensor | None,
+    dconditional: Tensor | None,
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    states: Tensor,
+    need_prior: bool,
+    need_trans: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def circuit_conditional_dist(
     kind: str,
     leaf: Tensor,

@@ -100,15 +100,14 @@ LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, 
     if (aligned) {
         for (int i = first * kSize; i < n; i += step * kSize) {
             float v[kSize];
-            unpack_piece<T>(lx::load_nc(reinterpret_cast<const uint4*>(p + i)), v);
+            unpack_piece<T>(*reinterpret_cast<const uint4*>(p + i), v);
             f(i, v);
         }
     } else {
         for (int i = first * kSize; i < n; i += step * kSize) {
             float v[kSize];
 #pragma unroll
-            for (int j = 0; j < kSize; ++j)
-                v[j] = i + j < n ? lx::to_float(lx::load_nc(p + i + j)) : kImpossible;
+            for (int j = 0; j < kSize; ++j) v[j] = i + j < n ? lx::to_float(p[i + j]) : kImpossible;
             f(i, v);
         }
     }
@@ -221,8 +220,7 @@ struct CircuitWalk {
             float sum = 0;
             for (int z = 0; z < n; ++z) {
                 if (cur[z] == kImpossible) continue;
-                sum += weights[z] *
-                       lx::exp_approx(lx::to_float(lx::load_nc(a + int64_t{z} * n + j)) - norm[z]);
+                sum += weights[z] * lx::exp_approx(lx::to_float(a[int64_t{z} * n + j]) - norm[z]);
             }
             out[j] = sum < kTrusted ? exact_step(a, cur, j) : logf(sum) + shift;
         });
@@ -232,8 +230,7 @@ struct CircuitWalk {
         OnlineSum sum;
         for (int z = 0; z < n; ++z) {
             if (cur[z] == kImpossible) continue;
-            const float term[1] = {cur[z] +
-                                   (lx::to_float(lx::load_nc(a + int64_t{z} * n + j)) - norm[z])};
+            const float term[1] = {cur[z] + (lx::to_float(a[int64_t{z} * n + j]) - norm[z])};
             sum.add(term);
         }
         return sum.log();
@@ -264,7 +261,7 @@ struct CircuitWalk {
     LX_DEVICE float exact_project(const P* a, const float* up) const {
         OnlineSum sum;
         for (int j = 0; j < n; ++j) {
-            const float term[1] = {lx::to_float(lx::load_nc(a + j)) + up[j]};
+            const float term[1] = {lx::to_float(a[j]) + up[j]};
             sum.add(term);
         }
         return sum.log();

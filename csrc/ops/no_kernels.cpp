@@ -55,6 +55,19 @@ LaunchStatus launch_spec_verify(const SpecVerifyArgs&, void*) {
     return -1;
 }
 
+LaunchStatus launch_circuit_leaf(const CircuitLeafArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_leaf_backward(const CircuitLeafArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_scan(const CircuitScanArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_scan_backward(const CircuitScanArgs&, void*) {
+    return -1;
+}
+
 }  // namespace lora_ext
 
 #endif

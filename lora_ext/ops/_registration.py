@@ -90,6 +90,55 @@ def _fake_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _fake_circuit_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    _same_device("circuit_leaf", leaf, x)
+    e = leaf.new_empty(leaf.shape[:3], dtype=_accumulator(leaf.dtype))
+    return e, torch.empty_like(e)
+
+
+def _fake_circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, lse: Tensor) -> Tensor:
+    _same_device("circuit_leaf_backward", leaf, de, x, lse)
+    return leaf.new_empty(leaf.shape)
+
+
+def _fake_circuit_scan(
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None = None,
+    trans: Tensor | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _same_device("circuit_scan", e, prior, trans)
+    rows, n_token, components = e.shape
+    tree = kind == "btree" and n_token > 2
+    slots = 3 * (n_token - 2) if tree else n_token
+    return (
+        e.new_empty(rows, n_token),
+        e.new_empty(rows, n_token),
+        e.new_empty(e.shape),
+        e.new_empty((rows, slots, components) if save else (0,)),
+    )
+
+
+def _fake_circuit_scan_backward(
+    dprefix: Tensor | None,
+    dconditional: Tensor | None,
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    states: Tensor,
+    need_prior: bool,
+    need_trans: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device("circuit_scan_backward", e, dprefix, dconditional, prior, trans, states)
+    dprior, dtrans = (
+        t.new_empty(t.shape) if need and t is not None else e.new_empty(0)
+        for t, need in ((prior, need_prior), (trans, need_trans))
+    )
+    return e.new_empty(e.shape), dprior, dtrans
+
+
 def _fake_conditional_dist(kind: str, leaf: Tensor, *args: object) -> Tensor:
     _same_device("circuit_conditional_dist", leaf, *args)
     return leaf.new_empty(leaf.shape[0], leaf.shape[3], dtype=_accumulator(leaf.dtype))
@@ -157,6 +206,10 @@ def register(library: str) -> None:
         "lora_linear_forward": _fake_linear,
         "lora_linear_backward": _fake_linear_backward,
         "lora_dropout": _fake_dropout,
+        "circuit_leaf": _fake_circuit_leaf,
+        "circuit_leaf_backward": _fake_circuit_leaf_backward,
+        "circuit_scan": _fake_circuit_scan,
+        "circuit_scan_backward": _fake_circuit_scan_backward,
         "circuit_conditional_dist": _fake_conditional_dist,
         "circuit_sample": _fake_sample,
         "circuit_argmax": _fake_argmax,
