@@ -25,19 +25,17 @@ int64_t shared_bytes(const CircuitParams& c) {
 template <class P>
 LX_DEVICE Largest best_step(const P* logits, bool aligned, const float* below, int n) {
     const int lane = lx::lane_id();
-    float norm = logf(static_cast<float>(n));
+    Norm norm{0, logf(static_cast<float>(n))};
     if (logits) {
         OnlineSum mine;
         for_pieces(logits, n, aligned, lane, lx::kWarpSize,
                    [&](int, const auto& v) { mine.add(v); });
-        const float shift = shift_of(reduce_lanes(mine.top, lx::kWarpSize, larger));
-        norm = logf(reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lx::kWarpSize, add)) +
-               shift;
+        norm = norm_of(mine, lx::kWarpSize);
     }
     float top = kImpossible;
     int index = 0x7fffffff;
     for (int z = lane; z < n; z += lx::kWarpSize) {
-        const float step = log_p(logits ? lx::to_float(lx::load_nc(logits + z)) : 0.0f, norm);
+        const float step = norm.log_p(logits ? lx::to_float(lx::load_nc(logits + z)) : 0.0f);
         if (step + below[z] > top) {
             top = step + below[z];
             index = z;
@@ -72,14 +70,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             OnlineSum mine;
             for_pieces(logits, V, rows.aligned, lane, lx::kWarpSize,
                        [&](int, const auto& v) { mine.add(v); });
-            const float top = reduce_lanes(mine.top, lx::kWarpSize, larger);
-            const float shift = shift_of(top);
-            const float sum =
-                reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lx::kWarpSize, add);
-            const float logit = token < 0   ? top
-                                : token < V ? lx::to_float(lx::load_nc(logits + token))
-                                            : kImpossible;
-            return log_p(logit - shift, logf(sum));
+            const Norm norm = norm_of(mine, lx::kWarpSize);
+            return norm.log_p(token < 0   ? norm.top
+                              : token < V ? lx::to_float(lx::load_nc(logits + token))
+                                          : kImpossible);
         });
         if (lane == 0) best[i] = p;
     }

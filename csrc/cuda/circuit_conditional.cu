@@ -27,28 +27,30 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
         walk.run([&](int64_t k, const float* cur, double) -> const float* {
             const int64_t token = k < last ? args.x[row * c.n_token + k] : -1;
             const LeafRows rows = leaves.rows(row, k);
-            const float* const norms = k <= last ? own.norms_at(k) : nullptr;
+            const Norm* const norms = k <= last ? own.norms_at(k) : nullptr;
             if (k == last) {
                 const float total = posterior_of(walk, cur, own.state);
-                // What an exponent of the mixture starts with; nobody draws here.
+                // What the exponents of the mixture end with.
                 walk.for_own([&](int z) {
-                    const bool none = cur[z] == kImpossible || norms[z] == kImpossible;
-                    own.sums[z] = none ? kImpossible : cur[z] - total - norms[z];
+                    const bool none = cur[z] == kImpossible || norms[z].log_sum == kImpossible;
+                    own.state[z] = none ? kImpossible : cur[z] - total - norms[z].log_sum;
                 });
             }
             walk.for_own([&](int z) {
                 own.e[z] = token < 0                   ? 0.0f
-                           : token < leaves.vocabulary ? log_p(rows.at(z, token), norms[z])
+                           : token < leaves.vocabulary ? norms[z].log_p(rows.at(z, token))
                                                        : kImpossible;
             });
             return own.e;
         });
     }
     lx::syncthreads();
+    const Norm* const norms = own.norms + (kByWarp<Team> ? last * C : 0);
     leaves.rows(row, last).with_row(0, [&](const auto* leaf) {
         for (int v = lx::thread_rank(); v < V; v += kRowThreads<Team>) {
             const auto term = [&](int z) {
-                return lx::to_float(lx::load_nc(leaf + int64_t{z} * V + v)) + own.sums[z];
+                return lx::to_float(lx::load_nc(leaf + int64_t{z} * V + v)) - norms[z].top +
+                       own.state[z];
             };
             float top = kImpossible, sum = 0;
             for (int z = 0; z < C; ++z) top = fmaxf(top, term(z));

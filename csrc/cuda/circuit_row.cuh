@@ -19,11 +19,11 @@ constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
 constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
 
-// Floats in front of the walk's own: state, e and norm of a position, and the sums of a draw.
+// Floats in front of the walk's own: norms, state and e, and the sums of a draw.
 template <class Team>
 LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
     const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;
-    return (norms + 2 * c.components + kDrawChunks + 3) / 4 * 4;
+    return (2 * norms + 2 * c.components + kDrawChunks + 3) / 4 * 4;
 }
 template <class Team>
 int64_t shared_bytes(const CircuitParams& c) {
@@ -36,37 +36,38 @@ struct Row {
     const Leaves& leaves;
     int64_t row;
     int components;
-    float *norms, *state, *e, *sums, *walk;
+    Norm* norms;
+    float *state, *e, *sums, *walk;
 
     LX_DEVICE Row(const CircuitParams& c, const Leaves& leaves, int64_t row, float* shared)
-        : leaves(leaves), row(row), components(static_cast<int>(c.components)), norms(shared) {
-        state = norms + (kByWarp<Team> ? c.n_token * c.components : c.components);
+        : leaves(leaves),
+          row(row),
+          components(static_cast<int>(c.components)),
+          norms(reinterpret_cast<Norm*>(shared)) {
+        state = shared + 2 * (kByWarp<Team> ? c.n_token * c.components : c.components);
         e = state + c.components;
         sums = e + c.components;
         walk = shared + own_floats<Team>(c);
     }
-    LX_DEVICE void take_norms(int64_t k, float* to) const {
-        for_norms(leaves.rows(row, k), components, lx::warp_id(),
-                  static_cast<int>(blockDim.x) / lx::kWarpSize,
-                  [&](int z, float norm) { to[z] = norm; });
+    // The rows of all positions lie behind each other.
+    LX_DEVICE void take_norms(int64_t k, int count) const {
+        for_norms(leaves.rows(row, k), count, lx::warp_id(), kRowThreads<Team> / lx::kWarpSize,
+                  [&](int z, const Norm& norm) { norms[z] = norm; });
     }
     // Before the walk: all there will be, if a warp walks.
     LX_DEVICE void prepare(int64_t positions) const {
         if constexpr (kByWarp<Team>) {
-            // The rows of all positions lie behind each other.
-            for_norms(leaves.rows(row, 0), static_cast<int>(positions) * components, lx::warp_id(),
-                      kRowThreads<Team> / lx::kWarpSize,
-                      [&](int i, float norm) { norms[i] = norm; });
+            take_norms(0, static_cast<int>(positions) * components);
             lx::syncthreads();
         }
     }
     // At position k of the walk.
-    LX_DEVICE const float* norms_at(int64_t k) const {
+    LX_DEVICE const Norm* norms_at(int64_t k) const {
         if constexpr (kByWarp<Team>) {
             return norms + k * components;
         } else {
             lx::syncthreads();  // those of the last position have been read
-            take_norms(k, norms);
+            take_norms(k, components);
             lx::syncthreads();
             return norms;
         }

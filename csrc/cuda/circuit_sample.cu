@@ -28,17 +28,16 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
         walk.for_own([&](int z) {
             static_cast<float*>(args.posterior)[at * own.components + z] = own.state[z];
         });
-        const float* const norms = own.norms_at(k);
+        const Norm* const norms = own.norms_at(k);
         int64_t token = args.evidence ? args.evidence[at] : -1;
         if (token < 0) {
             const int z = lx::max(find(own.state, own.components, uniforms[2 * k]).index, 0);
             token = lx::max(
-                draw_token(walk.team, own.sums, rows, z, shift_of(norms[z]), uniforms[2 * k + 1]),
-                0);
+                draw_token(walk.team, own.sums, rows, z, norms[z].top, uniforms[2 * k + 1]), 0);
         }
         const bool possible = token < leaves.vocabulary;  // nobody has checked it
         walk.for_own(
-            [&](int z) { own.e[z] = possible ? log_p(rows.at(z, token), norms[z]) : kImpossible; });
+            [&](int z) { own.e[z] = possible ? norms[z].log_p(rows.at(z, token)) : kImpossible; });
         const float top =
             walk.reduce(kImpossible, larger, [&](int z) { return cur[z] + own.e[z]; });
         const float shift = shift_of(top);
