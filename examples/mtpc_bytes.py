@@ -42,12 +42,12 @@ console = Console()
 class Sizes:
     """Of the model, the heads and the runs."""
 
-    width: int = 192
+    width: int = 128
     layers: int = 4
     length: int = 256
-    batch: int = 8
-    base_steps: int = 500
-    head_steps: int = 120
+    batch: int = 8  # rows in a step of the model; a step of a head has half of them
+    base_steps: int = 400
+    head_steps: int = 150
     n_token: int = 8
     rank: int = 8
     new_tokens: int = 192
@@ -101,11 +101,11 @@ def read_text(sizes: Sizes) -> tuple[Tensor, Tensor]:
     return pack(train, sizes.length, EOS), pack(topics[::10], sizes.length, EOS)
 
 
-def batches(rows: Tensor, steps: int, sizes: Sizes, name: str) -> Any:
+def batches(rows: Tensor, steps: int, batch: int, name: str) -> Any:
     """Random rows, with a progress bar."""
     generator = torch.Generator().manual_seed(1)
     for _ in (bar := tqdm(range(steps), desc=name, unit="step")):
-        index = torch.randint(len(rows), (sizes.batch,), generator=generator)
+        index = torch.randint(len(rows), (batch,), generator=generator)
         yield bar, rows[index]
 
 
@@ -130,7 +130,7 @@ def train_model(rows: Tensor, sizes: Sizes) -> Any:
         optimizer,
         lambda s: min(1, (s + 1) / warm) * (1 + math.cos(math.pi * s / sizes.base_steps)) / 2,
     )
-    for bar, ids in batches(rows, sizes.base_steps, sizes, "model"):
+    for bar, ids in batches(rows, sizes.base_steps, sizes.batch, "model"):
         loss = next_byte_loss(model, ids)
         optimizer.zero_grad()
         loss.backward()
@@ -160,7 +160,7 @@ def train_head(
     rank = 1 if kind == "ff" else sizes.rank
     draft = mtpc.retrofit(model, mtpc.MtpcConfig(sizes.n_token, rank, kind))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=2e-3)
-    for bar, ids in batches(rows, sizes.head_steps, sizes, kind):
+    for bar, ids in batches(rows, sizes.head_steps, sizes.batch // 2, kind):
         loss, _ = draft.loss(ids, eos_id=EOS)
         optimizer.zero_grad()
         loss.backward()

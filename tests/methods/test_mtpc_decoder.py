@@ -44,12 +44,18 @@ def test_greedy_tokens_are_those_of_generate(
     assert 0.5 < found.accepted_per_call < 2.9  # of 4, or 3 with evidence: it accepts and rejects
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_do_not_depend_on_the_draft(kind: str):
+@pytest.mark.parametrize(
+    ("kind", "n", "emission"),
+    [*((kind, 4, "full") for kind in KINDS), ("cp", 1, "full"), ("hmm", 7, "adapter")],
+)
+def test_greedy_tokens_do_not_depend_on_the_draft(kind: str, n: int, emission: str):
     model, (ids, mask) = make_model("llama"), prompts(2)
     expected = greedy(model, ids, mask, max_new_tokens=NEW)
-    found = make_draft(model, kind).decoder(mode="greedy").generate(ids, mask, max_new_tokens=NEW)
-    assert torch.equal(found.sequences, expected)
+    draft = make_draft(model, kind, n_token=n, emission=emission)
+    for window in WINDOWS:
+        decoder = draft.decoder(mode="greedy", window=window)
+        found = decoder.generate(ids, mask, max_new_tokens=NEW)
+        assert torch.equal(found.sequences, expected)
 
 
 @pytest.mark.parametrize("eos", range(5))

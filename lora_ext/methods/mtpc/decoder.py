@@ -70,6 +70,8 @@ class SpeculativeDecoder:
     the trunk; with ``"restart"`` it is first fed alone, which costs a second pass and frees all of
     the window.
 
+    While it generates, the model carries hooks: one call at a time on one model.
+
     Args:
         model: a transformers causal LM with full attention, in evaluation mode.
         head: a trained head for it.
@@ -204,7 +206,8 @@ class SpeculativeDecoder:
     ) -> tuple[Tensor, Tensor]:
         temperature = 0.0 if self.mode == "greedy" else self.temperature
         if temperature > 0 and self.top_p < 1:
-            target, temperature = nucleus(target / temperature, self.top_p), 1.0
+            wide = target.to(accumulator(target.dtype))
+            target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         return ops.spec_verify(
             target,
             draft.tokens,

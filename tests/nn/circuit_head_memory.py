@@ -1,0 +1,29 @@
+"""Run by test_circuit_head_memory.py in a process of its own: prints the growth of its peak memory
+over one loss and backward, in bytes."""
+
+import resource
+import sys
+
+import torch
+
+from lora_ext.nn import CircuitHead
+
+
+def main() -> None:
+    """Arguments: rows, hidden, vocabulary, positions, rank, kind, emission."""
+    rows, hidden, vocabulary, n_token, rank = map(int, sys.argv[1:6])
+    torch.set_num_threads(1)
+    head = CircuitHead(hidden, vocabulary, n_token, rank, *sys.argv[6:8])
+
+    def step(n: int) -> None:
+        h = torch.randn(n, hidden, requires_grad=True)
+        loss, _ = head.loss(h, torch.randint(0, vocabulary, (n, n_token)))
+        loss.backward()
+
+    step(2)  # code, gradients of the parameters
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(rows)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+main()
