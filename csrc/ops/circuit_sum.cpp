@@ -146,7 +146,8 @@ Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view no
                       std::string_view precision) {
     constexpr auto op = "log_einsum_exp";
     check_no_tangents(op, {&w, &values});
-    LX_CHECK(precision == "fp32", op, ": precision must be 'fp32', got '", precision, "'");
+    LX_CHECK(precision == "fp32" || precision == "high" || precision == "fp16s", op,
+             ": precision must be 'fp32', 'high' or 'fp16s', got '", precision, "'");
     Call call(op, w, values, norm);
     const LogSumArgs& args = call.args;
     Tensor out = at::empty(call.out_sizes, call.options);
@@ -157,6 +158,13 @@ Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view no
     if (call.per_row) {
         const Tensor scratch = call.take(call.args.value, {args.groups, args.rows, args.terms});
         call.value_rows(&LogSumCpu::per_row, launch_log_sum_per_row, args.sums * args.terms);
+        return out;
+    }
+    if (precision != "fp32" && launches_kernels(values) && log_sum_fused_fits(args)) {
+        const Tensor weight = call.take(call.args.weight, {args.groups, args.sums, args.terms});
+        const Tensor shift = call.take(call.args.weight_shift, {args.groups, args.sums});
+        call.weights();
+        check_launch(op, launch_log_sum_fused(args, precision == "high", current_stream(values)));
         return out;
     }
     const Scaled scaled(call);

@@ -92,6 +92,12 @@ LaunchStatus launch_log_sum_per_row(const LogSumArgs&, void*) {
 LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs&, void*) {
     return -1;
 }
+bool log_sum_fused_fits(const LogSumArgs&) {
+    return false;
+}
+LaunchStatus launch_log_sum_fused(const LogSumArgs&, bool, void*) {
+    return -1;
+}
 LaunchStatus launch_log_max(const LogSumArgs&, void*) {
     return -1;
 }

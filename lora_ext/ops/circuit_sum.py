@@ -13,7 +13,6 @@ from torch import Tensor
 from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
 
 _c = torch.ops.lora_ext
-PRECISIONS = ("fp32",)
 
 
 @overload
@@ -55,7 +54,11 @@ def log_einsum_exp(
             ``"none"``, log-weights as they are, which the former promises to be normalised;
             ``"probs"``, weights themselves, zero or less meaning never.
         semiring: ``"max"`` takes the largest term in place of their sum.
-        precision: ``"fp32"``.
+        precision: of the product with shared weights on CUDA, up to 256 sums and terms:
+            ``"high"`` splits both operands into two bfloat16 and is as good as float32 up to 16
+            bits, ``"fp16s"`` scales them to float16, 11 bits. ``"fp32"`` is the library's float32,
+            and so is everything else, gradients and the CPU included. docs/circuit_engine.md has
+            the errors.
 
     Returns:
         ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``; with ``"max"`` also the lowest

@@ -86,6 +86,10 @@ LaunchStatus launch_log_sum_dvalues(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_dweights(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_per_row(const LogSumArgs& args, void* stream);
 LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs& args, void* stream);
+// Values, product and finish in one kernel, on tensor cores; `high`: bfloat16 by parts, otherwise
+// scaled float16.
+bool log_sum_fused_fits(const LogSumArgs& args);
+LaunchStatus launch_log_sum_fused(const LogSumArgs& args, bool high, void* stream);
 LaunchStatus launch_log_max(const LogSumArgs& args, void* stream);
 
 }  // namespace lora_ext
