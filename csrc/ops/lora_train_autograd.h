@@ -65,8 +65,11 @@ struct Linear : torch::autograd::Function<Linear> {
                                    std::nullopt);
         auto [y, v] = Forward::get().call(x, weight, bias, a, b, adapter_ids, scale, ranks,
                                           dropout_p, seed, plan);
-        ctx->save_for_backward({x, v, or_undefined(weight), a, b, adapter_ids, or_undefined(scale),
-                                or_undefined(ranks), or_undefined(plan), or_undefined(seed)});
+        // The weight is for dx alone.
+        ctx->save_for_backward({x, v, x.requires_grad() ? or_undefined(weight) : Tensor(), a, b,
+                                adapter_ids, or_undefined(scale), or_undefined(ranks),
+                                or_undefined(plan), or_undefined(seed)});
+        ctx->saved_data["weight"] = weight.has_value();
         ctx->saved_data["dropout_p"] = dropout_p;
         ctx->saved_data["bias"] = bias.has_value();
         ctx->mark_non_differentiable({v});
@@ -81,7 +84,8 @@ struct Linear : torch::autograd::Function<Linear> {
         const variable_list saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &weight = saved[2];
         // Edges are counted over the tensors that were given.
-        const bool has_weight = weight.defined(), has_bias = ctx->saved_data["bias"].toBool();
+        const bool has_weight = ctx->saved_data["weight"].toBool();
+        const bool has_bias = ctx->saved_data["bias"].toBool();
         const size_t after = 1 + has_weight + has_bias;
         const bool need_dx = ctx->needs_input_grad(0), need_da = ctx->needs_input_grad(after),
                    need_db = ctx->needs_input_grad(after + 1);
