@@ -100,7 +100,8 @@ void check_laws(const Decoder& decoder, const Shape& s) {
     decoder.argmax({logits, tokens.data(), modes.data(), value.data()});
     decoder.argmax({logits, nullptr, modes.data(), best.data()});
     for (int64_t b = 0; b < B; ++b) {
-        EXPECT(value[b] <= joint[b] + slack * (1 - joint[b]), "%s: best latents above all", where());
+        EXPECT(value[b] <= joint[b] + slack * (1 - joint[b]), "%s: best latents above all",
+               where());
         EXPECT(best[b] >= value[b] - slack * (1 - value[b]), "%s: a better window", where());
     }
     decoder.argmax({logits, modes.data(), tokens.data(), value.data()});

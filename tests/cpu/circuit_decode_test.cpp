@@ -25,16 +25,14 @@ void check(const CircuitDecodeCpu& cpu) {
             f(args, 0, args.logits.circuit.rows, scratch(bytes(args.logits)).get());
         };
     };
-    const Decoder decoder{cpu.isa, on_circuit(cpu.sample, cpu.sample_scratch),
-                          on_circuit(cpu.conditional_dist, cpu.sample_scratch),
-                          on_circuit(cpu.argmax, cpu.argmax_scratch),
-                          [&](const SpecVerifyArgs& args) {
-                              cpu.verify(args, 0, args.rows,
-                                         scratch(cpu.verify_scratch(args)).get());
-                          }};
+    const Decoder decoder{
+        cpu.isa, on_circuit(cpu.sample, cpu.sample_scratch),
+        on_circuit(cpu.conditional_dist, cpu.sample_scratch),
+        on_circuit(cpu.argmax, cpu.argmax_scratch), [&](const SpecVerifyArgs& args) {
+            cpu.verify(args, 0, args.rows, scratch(cpu.verify_scratch(args)).get());
+        }};
     check_all(decoder, kDecodeShapes);
-    for (const Shape& s : kDecodeShapes)
-        check_laws<DType::kFloat64, DType::kFloat64>(decoder, s);
+    for (const Shape& s : kDecodeShapes) check_laws<DType::kFloat64, DType::kFloat64>(decoder, s);
 }
 
 }  // namespace

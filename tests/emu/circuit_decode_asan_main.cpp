@@ -27,20 +27,17 @@ extern "C" __attribute__((visibility("default"))) const char* __asan_default_opt
 
 int main(int count, char** words) {
     too_long = count > 1 && std::string_view(words[1]) == "short";
-    const Decoder decoder{"emulated",
-                          [](CircuitSampleArgs args) {
-                              args.logits.vocabulary += too_long;
-                              require(launch_circuit_sample(args, nullptr));
-                          },
-                          [](const CircuitConditionalArgs& args) {
-                              require(launch_circuit_conditional_dist(args, nullptr));
-                          },
-                          [](const CircuitArgmaxArgs& args) {
-                              require(launch_circuit_argmax(args, nullptr));
-                          },
-                          [](const SpecVerifyArgs& args) {
-                              require(launch_spec_verify(args, nullptr));
-                          }};
+    const Decoder decoder{
+        "emulated",
+        [](CircuitSampleArgs args) {
+            args.logits.vocabulary += too_long;
+            require(launch_circuit_sample(args, nullptr));
+        },
+        [](const CircuitConditionalArgs& args) {
+            require(launch_circuit_conditional_dist(args, nullptr));
+        },
+        [](const CircuitArgmaxArgs& args) { require(launch_circuit_argmax(args, nullptr)); },
+        [](const SpecVerifyArgs& args) { require(launch_spec_verify(args, nullptr)); }};
     for (uint64_t seed = 0; seed < 2; ++seed) {
         lx::emu::set_seed(seed);
         check_all(decoder, kDecodeShapes);
