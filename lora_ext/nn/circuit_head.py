@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -330,8 +331,7 @@ class CircuitHead(nn.Module):
             return torch.stack([self._divergence(*part) for part in parts]).sum(0)
         chunk = self._chunk(self.n_token * self.rank * self.vocab_size)
         parts = zip(h.split(chunk), labels.split(chunk), teacher.split(chunk), strict=True)
-        sums = [checkpoint(self._chunk_divergence, *part, use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum(0)  # pyright: ignore[reportArgumentType]
+        return torch.stack([_recomputed(self._chunk_divergence, *part) for part in parts]).sum(0)
 
     def _chunk_divergence(self, h: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
         circuit, tokens = self.circuit(h), self._tokens(h, labels)
@@ -357,9 +357,7 @@ class CircuitHead(nn.Module):
             return _emission_gather(rows, self.emit, tokens)
         chunk = self._chunk(self.n_token * self.rank * self.hidden_size)
         parts = zip(rows.split(chunk), tokens.split(chunk), strict=True)
-        return torch.cat(
-            [checkpoint(self._chunk_observed, *part, use_reentrant=False) for part in parts]  # pyright: ignore[reportArgumentType]
-        )
+        return torch.cat([_recomputed(self._chunk_observed, *part) for part in parts])
 
     def _chunk_observed(self, rows: Tensor, tokens: Tensor) -> Tensor:
         shape = len(rows), self.n_token, self.rank
@@ -445,12 +443,16 @@ class CircuitHead(nn.Module):
         )
 
 
+def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """``function(*args)``, whose intermediate tensors the backward computes again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+
 def _emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """:func:`lora_ext.reference.emission_gather`, in chunks of rows that the backward computes
-    again."""
+    """:func:`lora_ext.reference.emission_gather`, in chunks of rows."""
     chunk = max(1, _CHUNK // (4 * emit.shape[:3].numel()))
     parts = zip(h.split(chunk), x.split(chunk), strict=True)
-    return torch.cat([checkpoint(_emission, r, emit, t, use_reentrant=False) for r, t in parts])  # pyright: ignore[reportArgumentType]
+    return torch.cat([_recomputed(_emission, rows, emit, tokens) for rows, tokens in parts])
 
 
 def _emission(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
