@@ -88,6 +88,7 @@ void implement(Library& m) {
     m.impl("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.impl("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.impl("lora_dropout", &lora_ext::lora_dropout);
+    m.impl("log_einsum_weights", &lora_ext::log_einsum_weights);
     m.impl("log_einsum_exp", &lora_ext::log_einsum_exp);
     m.impl("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
     m.impl("log_einsum_max", &lora_ext::log_einsum_max);
@@ -118,10 +119,14 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
         "-> (Tensor dx, Tensor da, Tensor db)");
     m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
-    m.def("log_einsum_exp(Tensor w, Tensor values, str norm, str precision) -> Tensor");
+    m.def("log_einsum_weights(Tensor w, str norm) -> (Tensor weight, Tensor shift)");
+    m.def(
+        "log_einsum_exp(Tensor w, Tensor values, str norm, str precision, Tensor? weight=None, "
+        "Tensor? shift=None) -> Tensor");
     m.def(
         "log_einsum_exp_backward(Tensor dout, Tensor w, Tensor values, Tensor out, str norm, "
-        "bool need_dw, bool need_dvalues) -> (Tensor dw, Tensor dvalues)");
+        "bool need_dw, bool need_dvalues, Tensor? weight=None, Tensor? shift=None) "
+        "-> (Tensor dw, Tensor dvalues)");
     m.def(
         "log_einsum_max(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor "
         "indices)");
@@ -172,6 +177,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.def("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.def("lora_dropout", &lora_ext::lora_dropout);
+    m.def("log_einsum_weights", &lora_ext::log_einsum_weights);
     m.def("log_einsum_exp", &lora_ext::log_einsum_exp);
     m.def("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
     m.def("log_einsum_max", &lora_ext::log_einsum_max);

@@ -1,7 +1,14 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
-from lora_ext.ops.circuit_sum import LogMax, log_bmm, log_einsum_exp, log_einsum_exp_backward
+from lora_ext.ops.circuit_sum import (
+    LogMax,
+    ScaledWeights,
+    log_bmm,
+    log_einsum_exp,
+    log_einsum_exp_backward,
+    log_einsum_weights,
+)
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -17,10 +24,12 @@ from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lor
 
 __all__ = [
     "LogMax",
+    "ScaledWeights",
     "bgmv_",
     "log_bmm",
     "log_einsum_exp",
     "log_einsum_exp_backward",
+    "log_einsum_weights",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
