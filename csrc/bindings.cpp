@@ -113,6 +113,7 @@ void implement(Library& m) {
     m.impl("circuit_sample", &lora_ext::circuit_sample);
     m.impl("circuit_argmax", &lora_ext::circuit_argmax);
     m.impl("spec_verify", &lora_ext::spec_verify);
+    m.impl("log_einsum_weights", &lora_ext::log_einsum_weights);
     m.impl("log_einsum_exp", &lora_ext::log_einsum_exp);
     m.impl("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
     m.impl("log_einsum_max", &lora_ext::log_einsum_max);
@@ -162,10 +163,14 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "spec_verify(Tensor target, Tensor tokens, Tensor conditional, Tensor posterior, "
         "Tensor leaf, Tensor uniforms, Tensor? num_evidence=None, float temperature=1.0) "
         "-> (Tensor accepted, Tensor next_token)");
-    m.def("log_einsum_exp(Tensor w, Tensor values, str norm, str precision) -> Tensor");
+    m.def("log_einsum_weights(Tensor w, str norm) -> (Tensor weight, Tensor shift)");
+    m.def(
+        "log_einsum_exp(Tensor w, Tensor values, str norm, str precision, Tensor? weight=None, "
+        "Tensor? shift=None) -> Tensor");
     m.def(
         "log_einsum_exp_backward(Tensor dout, Tensor w, Tensor values, Tensor out, str norm, "
-        "bool need_dw, bool need_dvalues) -> (Tensor dw, Tensor dvalues)");
+        "bool need_dw, bool need_dvalues, Tensor? weight=None, Tensor? shift=None) "
+        "-> (Tensor dw, Tensor dvalues)");
     m.def(
         "log_einsum_max(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor "
         "indices)");
@@ -244,6 +249,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("circuit_sample", &lora_ext::circuit_sample);
     m.def("circuit_argmax", &lora_ext::circuit_argmax);
     m.def("spec_verify", &lora_ext::spec_verify);
+    m.def("log_einsum_weights", &lora_ext::log_einsum_weights);
     m.def("log_einsum_exp", &lora_ext::log_einsum_exp);
     m.def("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
     m.def("log_einsum_max", &lora_ext::log_einsum_max);

@@ -134,7 +134,16 @@ def spec_verify(
     temperature: float,
     /,
 ) -> tuple[Tensor, Tensor]: ...
-def log_einsum_exp(w: Tensor, values: Tensor, norm: str, precision: str, /) -> Tensor: ...
+def log_einsum_weights(w: Tensor, norm: str, /) -> tuple[Tensor, Tensor]: ...
+def log_einsum_exp(
+    w: Tensor,
+    values: Tensor,
+    norm: str,
+    precision: str,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    /,
+) -> Tensor: ...
 def log_einsum_exp_backward(
     dout: Tensor,
     w: Tensor,
@@ -143,6 +152,8 @@ def log_einsum_exp_backward(
     norm: str,
     need_dw: bool,
     need_dvalues: bool,
+    weight: Tensor | None,
+    shift: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor]: ...
 def log_einsum_max(w: Tensor, values: Tensor, norm: str, /) -> tuple[Tensor, Tensor]: ...

@@ -117,33 +117,73 @@ struct Call {
         const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work));
         at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(args, begin, end); });
     }
-    void weights() const {
-        run(&LogSumCpu::weights, launch_log_sum_weights, args.groups * args.sums, args.terms);
-    }
     void value_rows(Step LogSumCpu::* step, Launch launch, int64_t work) const {
         run(step, launch, args.groups * args.rows, work);
     }
 };
 
-// What the shared regime needs beside its result.
-struct Scaled {
-    Tensor weight, weight_shift, value, value_shift;
+// The weights that a product takes: those given, or made here.
+struct Weights {
+    Tensor weight, shift;
 
-    explicit Scaled(Call& call) {
+    Weights(Call& call, const OptionalTensor& given_weight, const OptionalTensor& given_shift) {
         LogSumArgs& a = call.args;
-        weight = call.take(a.weight, {a.groups, a.sums, a.terms});
-        weight_shift = call.take(a.weight_shift, {a.groups, a.sums});
+        const at::DimVector sizes = {a.groups, a.sums, a.terms};
+        if (!given_weight && !given_shift) {
+            weight = call.take(a.weight, sizes);
+            shift = call.take(a.weight_shift, at::IntArrayRef(sizes).slice(0, 2));
+            call.run(&LogSumCpu::weights, launch_log_sum_weights, a.groups * a.sums, a.terms);
+            return;
+        }
+        for (const OptionalTensor& t : {given_weight, given_shift})
+            LX_CHECK(t && t->scalar_type() == call.values.scalar_type() &&
+                         t->device() == call.values.device() && t->is_contiguous(),
+                     call.op, ": scaled weights and their shifts must both be contiguous ",
+                     call.values.scalar_type(), " on ", call.values.device());
+        LX_CHECK(given_weight->sizes() == call.w.sizes() &&
+                     given_shift->sizes() == call.w.sizes().slice(0, call.w.dim() - 1),
+                 call.op, ": scaled weights and their shifts must have the shape of w, ",
+                 call.w.sizes(), ", got ", given_weight->sizes(), " and ", given_shift->sizes());
+        weight = given_weight->view(sizes);
+        shift = *given_shift;
+        a.weight = const_cast<void*>(weight.const_data_ptr());
+        a.weight_shift = const_cast<void*>(shift.const_data_ptr());
+    }
+};
+
+// The values of a product.
+struct Values {
+    Tensor value, shift;
+
+    explicit Values(Call& call) {
+        LogSumArgs& a = call.args;
         value = call.take(a.value, {a.groups, a.rows, a.terms});
-        value_shift = call.take(a.value_shift, {a.groups, a.rows});
-        call.weights();
+        shift = call.take(a.value_shift, {a.groups, a.rows});
         call.value_rows(&LogSumCpu::values, launch_log_sum_values, a.terms);
     }
 };
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view norm) {
+    constexpr auto op = "log_einsum_weights";
+    LX_CHECK(w.dim() == 2 || w.dim() == 3, op, ": w must have shape (O, I) or (G, O, I), got ",
+             w.sizes());
+    const auto type = w.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    at::DimVector sizes(w.sizes());
+    sizes[w.dim() - 2] = 0;  // no rows of values
+    Call call(op, w, at::empty(sizes, w.options().dtype(type)), norm);
+    const c10::DeviceGuard guard(w.device());
+    if (w.numel() == 0)
+        return {at::empty(w.sizes(), call.options),
+                at::empty(w.sizes().slice(0, w.dim() - 1), call.options)};
+    const Weights made(call, {}, {});
+    return {made.weight.view(w.sizes()), made.shift.view(w.sizes().slice(0, w.dim() - 1))};
+}
+
 Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view norm,
-                      std::string_view precision) {
+                      std::string_view precision, const OptionalTensor& given_weight,
+                      const OptionalTensor& given_shift) {
     constexpr auto op = "log_einsum_exp";
     check_no_tangents(op, {&w, &values});
     LX_CHECK(precision == "fp32" || precision == "high" || precision == "fp16s", op,
@@ -160,16 +200,14 @@ Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view no
         call.value_rows(&LogSumCpu::per_row, launch_log_sum_per_row, args.sums * args.terms);
         return out;
     }
+    const Weights weights(call, given_weight, given_shift);
     if (precision != "fp32" && launches_kernels(values) && log_sum_fused_fits(args)) {
-        const Tensor weight = call.take(call.args.weight, {args.groups, args.sums, args.terms});
-        const Tensor shift = call.take(call.args.weight_shift, {args.groups, args.sums});
-        call.weights();
         check_launch(op, launch_log_sum_fused(args, precision == "high", current_stream(values)));
         return out;
     }
-    const Scaled scaled(call);
+    const Values scaled(call);
     Tensor s = out.view({args.groups, args.rows, args.sums});
-    at::bmm_out(s, scaled.value, scaled.weight.transpose(1, 2));
+    at::bmm_out(s, scaled.value, weights.weight.transpose(1, 2));
     call.value_rows(&LogSumCpu::finish, launch_log_sum_finish, args.sums);
     return out;
 }
@@ -177,7 +215,9 @@ Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view no
 std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout_in, const Tensor& w,
                                                    const Tensor& values, const Tensor& out_in,
                                                    std::string_view norm, bool need_dw,
-                                                   bool need_dvalues) {
+                                                   bool need_dvalues,
+                                                   const OptionalTensor& given_weight,
+                                                   const OptionalTensor& given_shift) {
     constexpr auto op = "log_einsum_exp_backward";
     Call call(op, w, values, norm);
     LogSumArgs& args = call.args;
@@ -202,13 +242,14 @@ std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout_in, const 
                         args.sums * args.terms);
         return {dw, need_dvalues ? d.view(values.sizes()) : dvalues};
     }
-    const Scaled scaled(call);
+    const Weights weights(call, given_weight, given_shift);
+    const Values scaled(call);
     const Tensor ratio = call.take(args.ratio, {args.groups, args.rows, args.sums});
     call.value_rows(&LogSumCpu::ratios, launch_log_sum_ratios, args.sums);
     if (need_dvalues) {
         args.dvalues = dvalues.mutable_data_ptr();
         Tensor product = dvalues.view({args.groups, args.rows, args.terms});
-        at::bmm_out(product, ratio, scaled.weight);
+        at::bmm_out(product, ratio, weights.weight);
         call.value_rows(&LogSumCpu::dvalues, launch_log_sum_dvalues, args.terms);
     }
     if (need_dw) {

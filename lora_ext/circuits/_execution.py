@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -92,7 +93,9 @@ class _Weights:
         index = index.view(groups, down, -1, s.block_m, s.block_k).transpose(2, 3)
         index = index.reshape(groups, stage.units, stage.width)
         self.first = int(index[0, 0, 0])
+        self.shared = False  # whether another stage views the same weights
         self.shape = tuple(index.shape)
+        self.key = (self.first, *self.shape)
         numel = index.numel()
         self.index: Tensor | None = index
         self.missing: Tensor | None = None
@@ -134,6 +137,22 @@ class _Weights:
         self.missing = None if self.missing is None else self.missing.to(device)
 
 
+class Weights:
+    """The weights of one evaluation; matrices that several stages share are scaled once."""
+
+    def __init__(self, flat: Tensor, norm: str, precision: str = "fp32"):
+        self.flat, self.norm, self.precision = flat, norm, precision
+        self._shared: dict[tuple[int, ...], ops.ScaledWeights] = {}
+
+    def of(self, tiles: _Weights) -> tuple[Tensor, ops.ScaledWeights | None]:
+        w = tiles.gather(self.flat)
+        if not tiles.shared:
+            return w, None
+        if tiles.key not in self._shared:
+            self._shared[tiles.key] = ops.log_einsum_weights(w, self.norm)
+        return w, self._shared[tiles.key]
+
+
 class StageRunner:
     """One stage: products of ``val``, sums of products."""
 
@@ -148,19 +167,21 @@ class StageRunner:
         """The products, ``(G, B, I)``."""
         return self.products.up(val).unflatten(1, (self.groups, self.width)).transpose(0, 1)
 
-    def up(self, val: Tensor, flat: Tensor, norm: str, semiring: Semiring) -> None:
-        w, terms = self.weights.gather(flat), self.terms(val)
-        if semiring == "sum":
-            out = ops.log_einsum_exp(w, terms, norm)
-        else:
-            out = ops.log_einsum_exp(w, terms, norm, "max").values
+    def up(self, val: Tensor, weights: Weights) -> None:
+        w, scaled = weights.of(self.weights)
+        out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "sum", weights.precision, scaled)
         val[:, self.span] = out.transpose(0, 1).flatten(1)
 
-    def down(self, val: Tensor, flat: Tensor, norm: str, grad: Tensor, dflat: Tensor) -> None:
+    def up_max(self, val: Tensor, weights: Weights) -> None:
+        w = self.weights.gather(weights.flat)
+        out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "max").values
+        val[:, self.span] = out.transpose(0, 1).flatten(1)
+
+    def down(self, val: Tensor, weights: Weights, grad: Tensor, dflat: Tensor) -> None:
         g = grad[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
-        w, terms = self.weights.gather(flat), self.terms(val)
+        w, scaled = weights.of(self.weights)
         out = val[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
-        dw, d = ops.log_einsum_exp_backward(g, w, terms, out, norm)
+        dw, d = ops.log_einsum_exp_backward(g, w, self.terms(val), out, weights.norm, scaled)
         self.weights.add(dflat, dw)
         self.products.down(grad, d.transpose(0, 1).flatten(1))
 
@@ -186,6 +207,10 @@ class Execution:
             FIRST_LEAF + self.num_leaves + len(layered.factors.child_ptr) - 1,
         )
         self.stages = [StageRunner(s) for s in layered.stages]
+        views = [s.weights for s in self.stages if s.weights.index is None]
+        places = Counter(w.key for w in views)
+        for w in views:
+            w.shared = places[w.key] > 1
         self.owner, self.first_unit = layered.owner.long(), torch.tensor(layered.first_unit)
         self.device = torch.device("cpu")
 
@@ -198,7 +223,7 @@ class Execution:
             part.to(device)
         self.device = device
 
-    def up(self, leaf: Tensor, flat: Tensor, norm: str, semiring: Semiring = "sum") -> Tensor:
+    def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
         """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
         val = leaf.new_empty(leaf.shape[0], self.layered.num_units)
         val[:, ONE], val[:, ZERO] = 0, -torch.inf
@@ -206,23 +231,19 @@ class Execution:
         if self.factor_span.start < self.factor_span.stop:
             val[:, self.factor_span] = self.factors.up(val)
         for stage in self.stages:
-            stage.up(val, flat, norm, semiring)
+            (stage.up if semiring == "sum" else stage.up_max)(val, weights)
         return val
 
-    def down(
-        self, grad: Tensor, val: Tensor, flat: Tensor, norm: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def down(self, grad: Tensor, val: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of units (``grad``, filled in from the roots down), leaves and weights."""
-        dflat = torch.zeros_like(flat)
+        dflat = torch.zeros_like(weights.flat)
         for stage in reversed(self.stages):
-            stage.down(val, flat, norm, grad, dflat)
+            stage.down(val, weights, grad, dflat)
         if self.factor_span.start < self.factor_span.stop:
             self.factors.down(grad, grad[:, self.factor_span])
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves], dflat
 
-    def choose(
-        self, val: Tensor, flat: Tensor, norm: str, row: Tensor, root: int, pick: Pick
-    ) -> Tensor:
+    def choose(self, val: Tensor, weights: Weights, row: Tensor, root: int, pick: Pick) -> Tensor:
         """Walk from unit ``root`` down, one term per sum; the leaf unit of each variable, or -1.
 
         ``row (M,)`` is the row of ``val`` that each walk belongs to; the result is ``(M, n)``.
@@ -243,7 +264,8 @@ class Execution:
                 continue
             region = stage.regions[g]
             unit = chosen[m, region] - self.first_unit[region]
-            log_w = log_weights(stage.weights.gather(flat)[g, unit], norm)
+            rows = stage.weights.gather(weights.flat)[g, unit]
+            log_w = log_weights(rows, weights.norm)
             column = pick(log_w + stage.terms(val)[g, row[m]], m, region)
             descend(m, stage.products.factors[:, g * stage.width + column])
         first, last = self.factor_span.start, self.factor_span.stop
@@ -260,17 +282,20 @@ class Evaluate(torch.autograd.Function):
     """Leaves and weights to the roots; backward is the expected flows, computed stage by stage."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str) -> Tensor:
-        val = execution.up(leaf, flat, norm)
+    def forward(
+        ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str, precision: str
+    ) -> Tensor:
+        ctx.weights = Weights(flat.detach(), norm, precision)
+        val = execution.up(leaf, ctx.weights)
         ctx.save_for_backward(val, flat)
-        ctx.execution, ctx.norm = execution, norm
+        ctx.execution = execution
         return val[:, execution.roots]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        val, flat = ctx.saved_tensors
+        val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
         grad = torch.zeros_like(val)
         grad[:, ctx.execution.roots] = grads[0]
-        _, dleaf, dflat = ctx.execution.down(grad, val, flat, ctx.norm)
-        return dleaf, dflat, None, None
+        _, dleaf, dflat = ctx.execution.down(grad, val, ctx.weights)
+        return dleaf, dflat, None, None, None

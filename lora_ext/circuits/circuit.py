@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.circuits import checks
-from lora_ext.circuits._execution import Evaluate, Execution
+from lora_ext.circuits._execution import Evaluate, Execution, Weights
 from lora_ext.circuits.layered import FIRST_LEAF, MAX_BLOCK, compile_graph
 from lora_ext.circuits.leaves import External, Indicator, Leaf
 from lora_ext.circuits.region_graph import RegionGraph
@@ -74,6 +74,7 @@ class Circuit(nn.Module):
         norm: ``"logits"``: weights are log-softmaxed over each sum; ``"none"``: log-weights as they
             are, and :meth:`log_partition` is not zero.
         block: largest tile of the layered form; no result depends on it.
+        precision: of ``log_prob``, as ``ops.log_einsum_exp`` takes it; may be set later.
 
     Attributes:
         weights: all log-weights, flat; :meth:`region_weights` views those of a region.
@@ -84,12 +85,18 @@ class Circuit(nn.Module):
             data would mean anything.
     """
 
-    def __init__(self, graph: RegionGraph, norm: str = "logits", block: int = MAX_BLOCK):
+    def __init__(
+        self,
+        graph: RegionGraph,
+        norm: str = "logits",
+        block: int = MAX_BLOCK,
+        precision: str = "fp32",
+    ):
         super().__init__()
         if norm not in ("logits", "none"):
             raise ValueError(f"Circuit: norm must be 'logits' or 'none', got {norm!r}")
         checks.require(graph, "Circuit")
-        self.graph, self.norm = graph, norm
+        self.graph, self.norm, self.precision = graph, norm, precision
         self.layered = compile_graph(graph, block)
         roots = [c for r in graph.roots for c in self.columns(r)]
         self._execution = Execution(self.layered, roots)
@@ -209,6 +216,9 @@ class Circuit(nn.Module):
         self._execution.to(self.weights.device)
         return self._execution
 
+    def _weights(self) -> Weights:
+        return Weights(self.weights.detach(), self.norm)
+
     def log_prob(self, x: Tensor, external: Tensor | None = None) -> Tensor:
         """``log p`` of the variables that are given, the others summed out.
 
@@ -225,7 +235,7 @@ class Circuit(nn.Module):
             ValueError: on a wrong shape, device or value, naming the variable.
         """
         leaf = self._leaf_values("log_prob", x, external)
-        out: Any = Evaluate.apply(leaf, self.weights, self._run(), self.norm)
+        out: Any = Evaluate.apply(leaf, self.weights, self._run(), self.norm, self.precision)
         return out[:, 0] if out.shape[1] == 1 else out
 
     forward = log_prob
@@ -361,16 +371,16 @@ class Circuit(nn.Module):
         self._refuse_external(name)
         e = self._leaf_values(name, x, None)
         if best is None:
-            return self._run().up(e, self.weights, self.norm)
+            return self._run().up(e, self._weights())
         for leaf, table, span in self._families():
             if not isinstance(leaf, Indicator):
                 mode = leaf.mode(table, self._row[span])[1]
                 e[:, span] = torch.where(best[:, self._var[span]], mode, e[:, span])
-        return self._run().up(e, self.weights, self.norm, "max")
+        return self._run().up(e, self._weights(), "max")
 
     def _choose(self, val: Tensor, row: Tensor, pick: Any) -> Tensor:
         execution = self._run()
-        return execution.choose(val, self.weights, self.norm, row, execution.roots[0], pick)
+        return execution.choose(val, self._weights(), row, execution.roots[0], pick)
 
     def _outcome(self, evidence: Tensor) -> Tensor:
         """A copy of the evidence that can hold what is drawn."""
@@ -402,12 +412,12 @@ class Circuit(nn.Module):
         log-weights. Over the leaf units of one variable they sum to one. Impossible rows have none.
         """
         execution = self._run()
-        val = execution.up(self._leaf_values("flows", x, external), self.weights, self.norm)
+        normalised = Weights(self._log_weights(), "none")
+        val = execution.up(self._leaf_values("flows", x, external), normalised)
         root = execution.roots[0]
         grad = torch.zeros_like(val)
         grad[:, root] = (val[:, root] > -torch.inf).to(val.dtype)
-        flat = self._log_weights()
-        units, _, weights = execution.down(grad, val, flat, "none")
+        units, _, weights = execution.down(grad, val, normalised)
         return Flows(val[:, root].clone(), units, weights)
 
     def _log_weights(self) -> Tensor:

@@ -8,7 +8,14 @@ from lora_ext.ops.circuit_decode import (
     circuit_sample,
     spec_verify,
 )
-from lora_ext.ops.circuit_sum import LogMax, log_bmm, log_einsum_exp, log_einsum_exp_backward
+from lora_ext.ops.circuit_sum import (
+    LogMax,
+    ScaledWeights,
+    log_bmm,
+    log_einsum_exp,
+    log_einsum_exp_backward,
+    log_einsum_weights,
+)
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -25,6 +32,7 @@ from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lor
 __all__ = [
     "CircuitScan",
     "LogMax",
+    "ScaledWeights",
     "bgmv_",
     "circuit_argmax",
     "circuit_conditional_dist",
@@ -33,6 +41,7 @@ __all__ = [
     "log_bmm",
     "log_einsum_exp",
     "log_einsum_exp_backward",
+    "log_einsum_weights",
     "lora_apply",
     "lora_apply_",
     "lora_delta",

@@ -196,19 +196,31 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
-def _fake_log_sum(w: Tensor, values: Tensor, norm: str, precision: str) -> Tensor:
-    _same_device("log_einsum_exp", w, values)
+def _fake_log_weights(w: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    weight = w.new_empty(w.shape, dtype=_accumulator(w.dtype))
+    return weight, weight.new_empty(w.shape[:-1])
+
+
+def _fake_log_sum(
+    w: Tensor, values: Tensor, norm: str, precision: str, *scaled: Tensor | None
+) -> Tensor:
+    _same_device("log_einsum_exp", w, values, *scaled)
     return values.new_empty(*values.shape[:-1], w.shape[-2])
 
 
 def _fake_log_sum_backward(
-    dout: Tensor, w: Tensor, values: Tensor, out: Tensor, norm: str, *needs: bool
+    dout: Tensor,
+    w: Tensor,
+    values: Tensor,
+    out: Tensor,
+    norm: str,
+    need_dw: bool,
+    need_dvalues: bool,
+    *scaled: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _same_device("log_einsum_exp_backward", dout, w, values, out)
-    dw, dvalues = (
-        t.new_empty(t.shape if need else 0) for t, need in zip((w, values), needs, strict=True)
-    )
-    return dw, dvalues
+    _same_device("log_einsum_exp_backward", dout, w, values, out, *scaled)
+    dw = w.new_empty(w.shape if need_dw else 0)
+    return dw, values.new_empty(values.shape if need_dvalues else 0)
 
 
 def _fake_log_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
@@ -218,15 +230,15 @@ def _fake_log_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]
 
 
 def _save_log_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    w, values, ctx.norm, _ = inputs
-    ctx.save_for_backward(w, values, output)
+    w, values, ctx.norm, _, *scaled = inputs
+    ctx.save_for_backward(w, values, output, *scaled)
 
 
 def _log_sum_backward(library: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    w, values, out = ctx.saved_tensors
+    w, values, out, *scaled = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    grads = library.log_einsum_exp_backward(dout, w, values, out, ctx.norm, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+    grads = library.log_einsum_exp_backward(dout, w, values, out, ctx.norm, *needs, *scaled)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4
 
 
 def _save_log_sum_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
@@ -253,7 +265,7 @@ def _log_sum_double_backward(
             [g for g, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True
         )
     # `out` is a function of w and values, and its share is in theirs.
-    return *grads, None, None, None, None
+    return *grads, *(None,) * 6
 
 
 def register(library: str) -> None:
@@ -276,6 +288,7 @@ def register(library: str) -> None:
         "circuit_sample": _fake_sample,
         "circuit_argmax": _fake_argmax,
         "spec_verify": _fake_verify,
+        "log_einsum_weights": _fake_log_weights,
         "log_einsum_exp": _fake_log_sum,
         "log_einsum_exp_backward": _fake_log_sum_backward,
         "log_einsum_max": _fake_log_max,

@@ -5,7 +5,7 @@ Letters: ``B`` rows, ``I`` terms, ``O`` sums, ``G`` groups.
 Sources: expected flows as gradients, Darwiche 2003; log-einsum-exp, Peharz et al. 2020.
 """
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,32 @@ from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
 _c = torch.ops.lora_ext
 
 
+class ScaledWeights(NamedTuple):
+    """Weights ready for a product: ``W[o, i] = weight[o, i] * exp(shift[o])``.
+
+    Attributes:
+        weight: shaped as ``w``, float32 (float64), each row with maximum 1, or zero.
+        shift: one per row, ``-inf`` where the row is zero.
+    """
+
+    weight: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def log_einsum_weights(w: Tensor, norm: str = "logits") -> ScaledWeights:
+    """Scale weights once for several calls of :func:`log_einsum_exp` with the same ``w``.
+
+    Args:
+        w: ``(O, I)`` or ``(G, O, I)``, as there.
+        norm: as there.
+
+    Raises:
+        ValueError: if shape, dtype or norm is wrong, naming the argument.
+    """
+    return ScaledWeights(*_c.log_einsum_weights.default(w, norm))
+
+
 @overload
 def log_einsum_exp(
     w: Tensor,
@@ -22,10 +48,16 @@ def log_einsum_exp(
     norm: str = "logits",
     semiring: Literal["sum"] = "sum",
     precision: str = "fp32",
+    scaled: ScaledWeights | None = None,
 ) -> Tensor: ...
 @overload
 def log_einsum_exp(
-    w: Tensor, values: Tensor, norm: str, semiring: Literal["max"], precision: str = "fp32"
+    w: Tensor,
+    values: Tensor,
+    norm: str,
+    semiring: Literal["max"],
+    precision: str = "fp32",
+    scaled: ScaledWeights | None = None,
 ) -> LogMax: ...
 def log_einsum_exp(
     w: Tensor,
@@ -33,6 +65,7 @@ def log_einsum_exp(
     norm: str = "logits",
     semiring: str = "sum",
     precision: str = "fp32",
+    scaled: ScaledWeights | None = None,
 ) -> Tensor | LogMax:
     """``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
@@ -59,6 +92,7 @@ def log_einsum_exp(
             bits, ``"fp16s"`` scales them to float16, 11 bits. ``"fp32"`` is the library's float32,
             and so is everything else, gradients and the CPU included. docs/circuit_engine.md has
             the errors.
+        scaled: :func:`log_einsum_weights` of the same ``w`` and ``norm``, shared by several calls.
 
     Returns:
         ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``; with ``"max"`` also the lowest
@@ -82,7 +116,7 @@ def log_einsum_exp(
             )
         w = w[0]
     if semiring == "sum":
-        return _c.log_einsum_exp.default(w, values, norm, precision)
+        return _c.log_einsum_exp.default(w, values, norm, precision, *(scaled or (None, None)))
     with torch.no_grad():
         best, indices = _c.log_einsum_max.default(w, values, norm)
     indices = indices.long()
@@ -101,7 +135,12 @@ def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tenso
 
 
 def log_einsum_exp_backward(
-    dout: Tensor, w: Tensor, values: Tensor, out: Tensor, norm: str = "logits"
+    dout: Tensor,
+    w: Tensor,
+    values: Tensor,
+    out: Tensor,
+    norm: str = "logits",
+    scaled: ScaledWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients ``(dw, dvalues)`` of :func:`log_einsum_exp`, from its result.
 
@@ -110,7 +149,7 @@ def log_einsum_exp_backward(
 
     Args:
         dout: gradient of the result, shaped like it.
-        w, values, norm: as they went in; no matrix is expanded here.
+        w, values, norm, scaled: as they went in; no matrix is expanded here.
         out: the result.
 
     Raises:
@@ -118,7 +157,9 @@ def log_einsum_exp_backward(
 
     Source: Darwiche 2003, section 3.
     """
-    return _c.log_einsum_exp_backward.default(dout, w, values, out, norm, True, True)
+    return _c.log_einsum_exp_backward.default(
+        dout, w, values, out, norm, True, True, *(scaled or (None, None))
+    )
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from backends import Backend
 from torch import Tensor
 
 from lora_ext import ops, reference
+from lora_ext.reference.circuit_sum import log_weights
 
 NORMS = ["logits", "logprobs", "probs", "none"]
 # 16-bit weights differ only in how they are read.
@@ -288,6 +289,24 @@ def test_threads_change_no_bit_of_rows_with_their_own_matrix() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("regime", ["shared", "grouped"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_scaled_weights_may_be_given(backend: Backend, regime: str, norm: str) -> None:
+    shape = (2, 3, 5, 7) if regime == "grouped" else (3, 5, 7)
+    w, values = inputs(regime, shape, norm, torch.float32)
+    w, values = w.to(backend.device).requires_grad_(), values.to(backend.device)
+    scaled = ops.log_einsum_weights(w, norm)
+    log_w = log_weights(w.detach().cpu().double(), norm)
+    got = scaled.weight.cpu().double() * scaled.shift.cpu().double().exp()[..., None]
+    torch.testing.assert_close(got, log_w.exp(), rtol=1e-5, atol=1e-6)
+    a, b = ops.log_einsum_exp(w, values, norm), ops.log_einsum_exp(w, values, norm, scaled=scaled)
+    assert torch.equal(a, b)
+    da, db = (torch.autograd.grad(t.clamp(min=-99).sum(), w)[0] for t in (a, b))
+    assert torch.equal(da, db)
+    with pytest.raises(ValueError, match="must have the shape of w"):
+        ops.log_einsum_exp(w[..., :4, :], values, norm, scaled=scaled)
+
+
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
 def test_opcheck(regime: str) -> None:
     shape = (2, 3, 4, 5) if regime == "grouped" else (3, 4, 5)
@@ -297,6 +316,7 @@ def test_opcheck(regime: str) -> None:
     torch.library.opcheck(torch.ops.lora_ext.log_einsum_exp.default, (*leaves, "logits", "fp32"))
     plain = [t.detach() for t in leaves]
     torch.library.opcheck(torch.ops.lora_ext.log_einsum_max.default, (*plain, "logits"))
+    torch.library.opcheck(torch.ops.lora_ext.log_einsum_weights.default, (plain[0], "logits"))
 
 
 @pytest.mark.parametrize(
