@@ -164,6 +164,15 @@ def test_a_large_call_with_an_idle_row_has_the_bits_of_the_base(idle: str) -> No
     assert_same_bits(out["dx"][rows], (i["dy"] @ i["weight"])[rows], "dx: ")
 
 
+def test_a_large_call_takes_a_bias_of_any_stride() -> None:
+    i = train_inputs(LARGE[2], torch.float32, seed=18)
+    for bias in (torch.randn(2 * LARGE[2].out)[::2], torch.randn(1).expand(LARGE[2].out)):
+        i["bias"] = bias.clone()
+        expected = run(i)["y"]
+        i["bias"] = bias
+        assert_same_bits(run(i)["y"], expected, "y: ")
+
+
 def test_adapters_without_a_row_get_exact_zeros(backend: Backend) -> None:
     shape = Shape(9, 40, 24, (8, 16, 8, 5))
     for dtype in backend.dtypes():

@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.uniforms = uniforms.const_data_ptr();
     args.num_evidence = data_or_null(num_evidence);
     // Finite, so that the largest logit, which is 0 by then, stays 0.
-    args.inverse_temperature = temperature == 0 ? 0 : std::min(1 / temperature, 1e38);
+    args.inverse_temperature = temperature == 0 ? 0 : std::clamp(1 / temperature, 1e-37, 1e38);
     args.accepted = accepted.mutable_data_ptr<int64_t>();
     args.next_token = next_token.mutable_data_ptr<int64_t>();
     if (launches_kernels(leaf)) {

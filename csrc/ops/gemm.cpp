@@ -43,7 +43,9 @@ Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
         at::globalContext().userEnabledMkldnn())
         if (const auto* onednn = onednn_linear()) {
             const at::AutoDispatchBelowADInplaceOrView guard;
-            return onednn->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(),
+            std::optional<Tensor> dense;  // oneDNN reads a bias as if it were contiguous
+            if (bias) dense = bias->contiguous();
+            return onednn->call(x, weight, dense, "none", c10::List<std::optional<at::Scalar>>(),
                                 "");
         }
     return at::linear(x, weight, bias);
