@@ -1,7 +1,7 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
-from lora_ext.ops.circuit import CircuitScan, circuit_scan
+from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -19,6 +19,7 @@ __all__ = [
     "CircuitScan",
     "bgmv_",
     "circuit_scan",
+    "emission_gather",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
