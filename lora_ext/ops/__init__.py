@@ -1,7 +1,7 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
-from lora_ext.ops.circuit import CircuitScan, circuit_scan
+from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.circuit_decode import (
     circuit_argmax,
     circuit_conditional_dist,
@@ -38,6 +38,7 @@ __all__ = [
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "emission_gather",
     "log_bmm",
     "log_einsum_exp",
     "log_einsum_exp_backward",
