@@ -23,6 +23,7 @@ from cases_decode import (
 from test_contract import assert_same_bits
 from torch import Tensor
 
+import lora_ext
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import CircuitSample
 
@@ -364,3 +365,25 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
     compiled: Any = torch.compile(run_all, fullgraph=True, backend="aot_eager")
     for name, value in compiled(i).items():
         assert_same_bits(value, expected[name], f"{name}: ")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SMALL[2:] + MEDIUM, ids=str)
+def test_a_captured_step_replays_with_changed_contents(shape: Shape, request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    live = make_inputs(shape, torch.bfloat16, seed=17, device="cuda")
+    run_all(live)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_all(live)
+    for seed in (18, 19):
+        fresh = make_inputs(shape, torch.bfloat16, seed=seed, device="cuda")
+        for name, value in fresh.items():
+            if isinstance(value, Tensor):
+                live[name].copy_(value)
+        graph.replay()
+        for name, value in run_all(fresh).items():
+            assert_same_bits(captured[name], value, f"{name}: ")

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
     const int64_t row = blockIdx.x;
     const int C = static_cast<int>(c.components), V = leaves.vocabulary;
     const int64_t last = lx::min(lx::max<int64_t>(args.k[row], 0), c.n_token - 1);
-    const Row<Team> own(c, leaves, row, reinterpret_cast<float*>(shared));
+    const Row<Team> own(args.logits, leaves, row, reinterpret_cast<float*>(shared));
     own.prepare(last + 1);
 
     if (!kByWarp<Team> || lx::warp_id() == 0) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
         });
     }
     lx::syncthreads();
-    const Norm* const norms = own.norms + (kByWarp<Team> ? last * C : 0);
+    const Norm* const norms = own.last_norms(last);
     leaves.rows(row, last).with_row(0, [&](const auto* leaf) {
         for (int v = lx::thread_rank(); v < V; v += kRowThreads<Team>) {
             const auto term = [&](int z) {
@@ -66,13 +66,17 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
 LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream) {
     const CircuitParams& c = args.logits.circuit;
     if (c.rows == 0) return 0;
-    LX_BUF(args.x, c.rows * c.n_token * 8, lx::Access::kConstant);
-    LX_BUF(args.k, c.rows * 8, lx::Access::kConstant);
-    LX_BUF(args.out, c.rows * args.logits.vocabulary * 4, lx::Access::kWrite);
-    return with_circuit(args.logits, [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
-        return LX_LAUNCH((circuit_conditional_dist_kernel<P, Team>), static_cast<unsigned>(c.rows),
-                         kRowThreads<Team>, shared_bytes<Team>(c), stream, args, leaves, aligned);
-    });
+    const auto declare = [&] {
+        LX_BUF(args.x, c.rows * c.n_token * 8, lx::Access::kConstant);
+        LX_BUF(args.k, c.rows * 8, lx::Access::kConstant);
+        LX_BUF(args.out, c.rows * args.logits.vocabulary * 4, lx::Access::kWrite);
+    };
+    return with_circuit(args.logits, args.k, stream, declare,
+                        [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
+                            return LX_LAUNCH((circuit_conditional_dist_kernel<P, Team>),
+                                             static_cast<unsigned>(c.rows), kRowThreads<Team>,
+                                             shared_bytes<Team>(c), stream, args, leaves, aligned);
+                        });
 }
 
 }  // namespace lora_ext

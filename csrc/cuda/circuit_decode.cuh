@@ -103,14 +103,19 @@ inline void declare_leaves(const Leaves& leaves, int64_t rows, int64_t n_token) 
 inline bool trans_aligned(const CircuitParams& c) {
     return aligned_16(c.trans, {c.trans_stride, c.components}, element_size(c.dtype));
 }
-inline void declare_params(const CircuitParams& c) {
+// What a kernel reads of a circuit.
+inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
+    const CircuitParams& c = logits.circuit;
     const int64_t size = element_size(c.dtype), C = c.components;
     const int64_t M = circuit_num_transitions(c.kind, c.n_token);
+    declare_leaves(leaves, c.rows, c.n_token);
     if (c.prior)
         declare_batch(c.prior, c.rows, C * size, c.prior_stride * size, lx::Access::kConstant);
     if (M > 0)
         declare_batch(c.trans, c.rows, M * C * C * size, c.trans_stride * size,
                       lx::Access::kConstant);
+    if (logits.workspace)
+        LX_BUF(logits.workspace, circuit_workspace_bytes(logits), lx::Access::kRead);
 }
 
 // log p = logit - top - log_sum: large logits lose no digits. log_sum -inf: nothing is possible.
@@ -144,6 +149,17 @@ LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F
         }
     });
 }
+// A kernel of their own takes the norms of all leaves, (B, K, C), before a kernel that walks: where
+// the logits of a row of the batch are too many for one multiprocessor. With `last`, of the
+// positions up to last[row] alone. Nothing to do without a workspace.
+LaunchStatus run_norms(const CircuitLogits& logits, const Leaves& leaves, const int64_t* last,
+                       void* stream);
+// What it has left for a row of the batch, or nullptr.
+LX_DEVICE const Norm* norms_of(const CircuitLogits& logits, int64_t row) {
+    const int64_t states = logits.circuit.n_token * logits.circuit.components;
+    return logits.workspace ? static_cast<const Norm*>(logits.workspace) + row * states : nullptr;
+}
+
 // The largest of a row and the first place where it stands, the same on every lane of the warp.
 struct Largest {
     float value;

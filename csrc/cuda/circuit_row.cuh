@@ -34,16 +34,19 @@ int64_t shared_bytes(const CircuitParams& c) {
 template <class Team>
 struct Row {
     const Leaves& leaves;
+    const Norm* given;  // by run_norms
     int64_t row;
     int components;
     Norm* norms;
     float *state, *e, *sums, *walk;
 
-    LX_DEVICE Row(const CircuitParams& c, const Leaves& leaves, int64_t row, float* shared)
+    LX_DEVICE Row(const CircuitLogits& logits, const Leaves& leaves, int64_t row, float* shared)
         : leaves(leaves),
+          given(norms_of(logits, row)),
           row(row),
-          components(static_cast<int>(c.components)),
+          components(static_cast<int>(leaves.components)),
           norms(reinterpret_cast<Norm*>(shared)) {
+        const CircuitParams& c = logits.circuit;
         state = shared + 2 * (kByWarp<Team> ? c.n_token * c.components : c.components);
         e = state + c.components;
         sums = e + c.components;
@@ -56,13 +59,14 @@ struct Row {
     }
     // Before the walk: all there will be, if a warp walks.
     LX_DEVICE void prepare(int64_t positions) const {
-        if constexpr (kByWarp<Team>) {
+        if (kByWarp<Team> && !given) {
             take_norms(0, static_cast<int>(positions) * components);
             lx::syncthreads();
         }
     }
     // At position k of the walk.
     LX_DEVICE const Norm* norms_at(int64_t k) const {
+        if (given) return given + k * components;
         if constexpr (kByWarp<Team>) {
             return norms + k * components;
         } else {
@@ -71,6 +75,10 @@ struct Row {
             lx::syncthreads();
             return norms;
         }
+    }
+    // Once more, of the last position of which norms_at was called.
+    LX_DEVICE const Norm* last_norms(int64_t k) const {
+        return given ? given + k * components : norms + (kByWarp<Team> ? k * components : 0);
     }
 };
 
@@ -86,14 +94,17 @@ LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
     return logf(sum) + shift;
 }
 
-// f<P, Team>(leaves, aligned) with the types of these logits and what every kernel reads of them.
-template <class F>
-LaunchStatus with_circuit(const CircuitLogits& logits, F&& f) {
+// f<P, Team>(leaves, aligned) with the types of these logits, behind the norms where they are taken
+// first. declare() names what else the kernel touches.
+template <class Declare, class F>
+LaunchStatus with_circuit(const CircuitLogits& logits, const int64_t* last, void* stream,
+                          Declare&& declare, F&& f) {
     const CircuitParams& c = logits.circuit;
     const Leaves leaves =
         leaves_of(logits.leaf, logits.leaf_stride, logits.dtype, c.components, logits.vocabulary);
-    declare_leaves(leaves, c.rows, c.n_token);
-    declare_params(c);
+    if (const LaunchStatus status = run_norms(logits, leaves, last, stream)) return status;
+    declare_circuit(logits, leaves);
+    declare();
     const bool aligned = trans_aligned(c);
     return with_dtype(c.dtype, [&]<class P>() {
         return walks_by_warp(logits) ? f.template operator()<P, WarpTeam>(leaves, aligned)

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
     LX_DYN_SHARED(shared);
     const CircuitParams& c = args.logits.circuit;
     const int64_t row = blockIdx.x;
-    const Row<Team> own(c, leaves, row, reinterpret_cast<float*>(shared));
+    const Row<Team> own(args.logits, leaves, row, reinterpret_cast<float*>(shared));
     own.prepare(c.n_token);
     if (kByWarp<Team> && lx::warp_id() > 0) return;
 
@@ -57,16 +57,20 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream) {
     const CircuitParams& c = args.logits.circuit;
     if (c.rows == 0) return 0;
-    [[maybe_unused]] const int64_t positions = c.rows * c.n_token;
-    LX_BUF(args.uniforms, positions * 8, lx::Access::kConstant);
-    if (args.evidence) LX_BUF(args.evidence, positions * 8, lx::Access::kConstant);
-    LX_BUF(args.tokens, positions * 8, lx::Access::kWrite);
-    LX_BUF(args.conditional, positions * 4, lx::Access::kWrite);
-    LX_BUF(args.posterior, positions * c.components * 4, lx::Access::kWrite);
-    return with_circuit(args.logits, [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
-        return LX_LAUNCH((circuit_sample_kernel<P, Team>), static_cast<unsigned>(c.rows),
-                         kRowThreads<Team>, shared_bytes<Team>(c), stream, args, leaves, aligned);
-    });
+    const auto declare = [&] {
+        [[maybe_unused]] const int64_t positions = c.rows * c.n_token;
+        LX_BUF(args.uniforms, positions * 8, lx::Access::kConstant);
+        if (args.evidence) LX_BUF(args.evidence, positions * 8, lx::Access::kConstant);
+        LX_BUF(args.tokens, positions * 8, lx::Access::kWrite);
+        LX_BUF(args.conditional, positions * 4, lx::Access::kWrite);
+        LX_BUF(args.posterior, positions * c.components * 4, lx::Access::kWrite);
+    };
+    return with_circuit(args.logits, nullptr, stream, declare,
+                        [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
+                            return LX_LAUNCH((circuit_sample_kernel<P, Team>),
+                                             static_cast<unsigned>(c.rows), kRowThreads<Team>,
+                                             shared_bytes<Team>(c), stream, args, leaves, aligned);
+                        });
 }
 
 }  // namespace lora_ext

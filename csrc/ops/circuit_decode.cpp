@@ -29,7 +29,7 @@ struct Circuit {
     const char* op;
     CircuitLogits logits;
     CircuitWeights weights;
-    Tensor leaf;
+    Tensor leaf, workspace;
 
     Circuit(const char* op, std::string_view kind, const Tensor& leaf_in,
             const OptionalTensor& prior, const OptionalTensor& trans)
@@ -44,11 +44,15 @@ struct Circuit {
         logits.leaf_stride = leaf.stride(0);
         LX_CHECK(logits.vocabulary > 0 && logits.vocabulary <= kMaxSize, op,
                  ": leaf must have 1 to ", kMaxSize, " tokens, got shape ", leaf.sizes());
+        if (!launches_kernels(leaf)) return;
         const int64_t states = weights.params.n_token * weights.params.components;
-        LX_CHECK(!launches_kernels(leaf) || (states <= kMaxBlockStates &&
-                                             weights.params.components <= kMaxBlockComponents),
-                 op, ": leaf may have ", kMaxBlockComponents, " components and ", kMaxBlockStates,
+        LX_CHECK(states <= kMaxBlockStates && weights.params.components <= kMaxBlockComponents, op,
+                 ": leaf may have ", kMaxBlockComponents, " components and ", kMaxBlockStates,
                  " positions times components on this device, got shape ", leaf.sizes());
+        if (const int64_t bytes = circuit_workspace_bytes(logits)) {
+            workspace = at::empty({bytes}, leaf.options().dtype(at::kByte));
+            logits.workspace = workspace.mutable_data_ptr();
+        }
     }
 
     Tensor tokens() const {
@@ -58,6 +62,8 @@ struct Circuit {
     Tensor values(at::IntArrayRef sizes) const {
         return at::empty(sizes, leaf.options().dtype(accumulator_of(leaf)));
     }
+
+    int64_t logits_per_row() const { return leaf.size(1) * leaf.size(2) * leaf.size(3); }
 
     Tensor checked_evidence(const OptionalTensor& evidence) const {
         if (!evidence) return {};
@@ -92,10 +98,14 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
 const CircuitDecodeCpu& twin() {
     return *circuit_decode_cpu(lora_twin().isa);
 }
+// Below so many logits a parallel region costs more than a second thread saves.
+constexpr int64_t kSerialLogits = 1 << 13;
+
 template <typename Args>
 void run_twin(void (*f)(const Args&, int64_t, int64_t, void*), const Args& args, int64_t rows,
-              int64_t scratch_bytes) {
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+              int64_t logits_per_row, int64_t scratch_bytes) {
+    const int64_t grain = std::max<int64_t>(1, kSerialLogits / logits_per_row);
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
         f(args, begin, end, row_scratch.get(scratch_bytes));
     });
 }
@@ -124,7 +134,8 @@ Tensor circuit_conditional_dist(std::string_view kind, const Tensor& leaf,
         const c10::DeviceGuard guard(leaf.device());
         check_launch(op, launch_circuit_conditional_dist(args, current_stream(leaf)));
     } else {
-        run_twin(twin().conditional_dist, args, c.rows, twin().sample_scratch(args.logits));
+        run_twin(twin().conditional_dist, args, c.rows, circuit.logits_per_row(),
+                 twin().sample_scratch(args.logits));
     }
     return out;
 }
@@ -154,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> circuit_sample(std::string_view kind, const T
         const c10::DeviceGuard guard(leaf.device());
         check_launch(op, launch_circuit_sample(args, current_stream(leaf)));
     } else {
-        run_twin(twin().sample, args, c.rows, twin().sample_scratch(args.logits));
+        run_twin(twin().sample, args, c.rows, circuit.logits_per_row(),
+                 twin().sample_scratch(args.logits));
     }
     return {tokens, conditional, posterior};
 }
@@ -174,7 +186,8 @@ std::tuple<Tensor, Tensor> circuit_argmax(std::string_view kind, const Tensor& l
         const c10::DeviceGuard guard(leaf.device());
         check_launch(op, launch_circuit_argmax(args, current_stream(leaf)));
     } else {
-        run_twin(twin().argmax, args, rows, twin().argmax_scratch(args.logits));
+        run_twin(twin().argmax, args, rows, circuit.logits_per_row(),
+                 twin().argmax_scratch(args.logits));
     }
     return {tokens, value};
 }
@@ -245,7 +258,7 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
         const c10::DeviceGuard guard(device);
         check_launch(op, launch_spec_verify(args, current_stream(leaf)));
     } else {
-        run_twin(twin().verify, args, B, twin().verify_scratch(args));
+        run_twin(twin().verify, args, B, (C + 1) * V, twin().verify_scratch(args));
     }
     return {accepted, next_token};
 }

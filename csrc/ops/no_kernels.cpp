@@ -44,6 +44,9 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
 LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
     return -1;
 }
+int64_t circuit_workspace_bytes(const CircuitLogits&) {
+    return 0;
+}
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs&, void*) {
     return -1;
 }

@@ -150,7 +150,7 @@ inline const std::vector<Shape> kDecodeShapes = {
     {CircuitKind::kCP, 1, 1, 1, 1, 0},     {CircuitKind::kCP, 3, 4, 5, 37, 1},
     {CircuitKind::kHMM, 2, 3, 7, 40, 0},   {CircuitKind::kHMM, 2, 2, 33, 9, 3},
     {CircuitKind::kBTree, 2, 7, 3, 16, 1}, {CircuitKind::kBTree, 1, 3, 36, 129, 0},
-    {CircuitKind::kCP, 1, 2, 2, 5000, 0},
+    {CircuitKind::kCP, 1, 2, 2, 5000, 0},  {CircuitKind::kCP, 1, 2, 2, 70000, 0},
 };
 
 }  // namespace lora_ext

@@ -18,6 +18,17 @@ void require(LaunchStatus status) {
     std::exit(3);
 }
 
+// The launcher with a workspace of the size that it asks for.
+template <class Args>
+std::function<void(const Args&)> with_workspace(LaunchStatus (*launch)(const Args&, void*)) {
+    return [launch](Args args) {
+        const Exact<char> workspace(circuit_workspace_bytes(args.logits));
+        if (circuit_workspace_bytes(args.logits) > 0) args.logits.workspace = workspace.data();
+        args.logits.vocabulary += too_long;
+        require(launch(args, nullptr));
+    };
+}
+
 }  // namespace
 
 // A fake stack per thread of a kernel would take ten times as long as all else.
@@ -28,15 +39,8 @@ extern "C" __attribute__((visibility("default"))) const char* __asan_default_opt
 int main(int count, char** words) {
     too_long = count > 1 && std::string_view(words[1]) == "short";
     const Decoder decoder{
-        "emulated",
-        [](CircuitSampleArgs args) {
-            args.logits.vocabulary += too_long;
-            require(launch_circuit_sample(args, nullptr));
-        },
-        [](const CircuitConditionalArgs& args) {
-            require(launch_circuit_conditional_dist(args, nullptr));
-        },
-        [](const CircuitArgmaxArgs& args) { require(launch_circuit_argmax(args, nullptr)); },
+        "emulated", with_workspace(launch_circuit_sample),
+        with_workspace(launch_circuit_conditional_dist), with_workspace(launch_circuit_argmax),
         [](const SpecVerifyArgs& args) { require(launch_spec_verify(args, nullptr)); }};
     for (uint64_t seed = 0; seed < 2; ++seed) {
         lx::emu::set_seed(seed);
