@@ -9,6 +9,8 @@ so forward, backward, checkpointing and every device agree.
 Sources: LoRA (Hu et al. 2021), eq. 3, differentiated; Philox: Salmon et al. 2011.
 """
 
+import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,11 +180,31 @@ def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor
     half = len(factors) // 2
     a, b = factors[:half], factors[half:]
     ranks = [f.shape[0] for f in a]
-    bank_a = a[0].new_empty((half, max(ranks), a[0].shape[1]), dtype=dtype)
-    bank_b = b[0].new_empty((half, b[0].shape[0], max(ranks)), dtype=dtype)
+    shape_a = half, max(ranks), a[0].shape[1]
+    shape_b = half, b[0].shape[0], max(ranks)
+    size = math.prod(shape_a)
+    memory = _scratch(a[0].device, size + math.prod(shape_b), dtype)
+    bank_a, bank_b = memory[:size].view(shape_a), memory[size:].view(shape_b)
     views = [*_views_a(bank_a, ranks), *_views_b(bank_b, ranks)]
     torch._foreach_copy_(views, list(factors))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     return bank_a, bank_b
+
+
+_kept = threading.local()
+
+
+def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one call; on the CPU that of the call before in this thread, as fresh pages from
+    the system cost more than filling them."""
+    traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+    if device.type != "cpu" or traced:
+        return torch.empty(size, dtype=dtype, device=device)
+    nbytes = size * dtype.itemsize
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < nbytes:
+        with torch.inference_mode(False):
+            memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
+    return memory[:nbytes].view(dtype)
 
 
 def _views_a(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:

@@ -98,3 +98,11 @@ def test_double_backward_and_missing_ranks_are_refused() -> None:
         torch.autograd.grad(apart(i, a, b).square().sum(), a[0], create_graph=True)
     with pytest.raises(ValueError, match=r"ranks is required where ranks differ.*\[5, 16, 9\]"):
         ops.lora_linear_apart(i["x"], None, None, a, b, i["adapter_ids"])
+
+
+def test_what_a_call_before_left_in_memory_does_not_count() -> None:
+    i, a, b = parts()
+    expected = apart(i, a, b)
+    nan = [[torch.full((16, 33), torch.nan)] * 3, [torch.full((21, 16), torch.nan)] * 3]
+    ops.lora_linear_apart(i["x"], None, None, *nan, i["adapter_ids"])
+    assert torch.equal(apart(i, a, b), expected)
