@@ -1,7 +1,8 @@
 """Matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT's against ours.
 
-A step is forward, backward and AdamW (``fused=True``, for all). Adapters trained at once are compared with as many runs of
-PEFT, one after the other. Losses and gradients are compared before anything is timed.
+A step is forward, backward and AdamW (``fused=True``, for all). Adapters trained at once are
+compared with as many runs of PEFT, one after the other. Losses and gradients are compared before
+anything is timed.
 """
 
 from __future__ import annotations

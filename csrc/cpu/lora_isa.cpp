@@ -322,19 +322,6 @@ void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-template <typename T>
-struct Shrink {
-    static constexpr auto run = shrink<T>;
-};
-template <typename T>
-struct Expand {
-    static constexpr auto run = expand<T>;
-};
-template <typename T>
-struct Apply {
-    static constexpr auto run = apply<T>;
-};
-
 int64_t shrink_items(const LoraArgs& args) {
     return args.plan[kPlanNumChunks];
 }
@@ -344,10 +331,8 @@ int64_t expand_items(const LoraArgs& args) {
 
 }  // namespace
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 extern const LoraCpu table;
-const LoraCpu table = {LX_STRING(LX_ISA), shrink_items,     by_dtype<Shrink>,
-                       expand_items,      by_dtype<Expand>, by_dtype<Apply>};
+const LoraCpu table = {LX_STRING(LX_ISA), shrink_items,        LX_BY_DTYPE(shrink),
+                       expand_items,      LX_BY_DTYPE(expand), LX_BY_DTYPE(apply)};
 
 }  // namespace lora_ext::LX_ISA

@@ -26,7 +26,7 @@ from lora_ext.ops.lora import (
     lora_shrink,
     sgmv_,
 )
-from lora_ext.ops.lora_train import lora_dropout, lora_linear
+from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "lora_expand_",
     "lora_gram",
     "lora_linear",
+    "lora_linear_apart",
     "lora_merge_",
     "lora_plan",
     "lora_segment_ids",
