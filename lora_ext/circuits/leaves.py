@@ -2,7 +2,8 @@
 
 A family is a frozen value that says what its parameters are and how to use them; circuits keep the
 parameters of all leaf units of one family in one table, a row per distribution. Letters: ``R`` rows
-of the table, ``N`` leaf units, each with its row; ``B`` rows of data.
+of the table, ``N`` leaf units, each with its row; ``B`` rows of data. Leaf units come in blocks of
+equal size that see one variable and have consecutive rows.
 
 An observation that is missing (-1, or NaN in floating data) never reaches a family.
 """
@@ -36,7 +37,13 @@ class Leaf:
         return {}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """``log p(x[b, n])`` under distribution ``row[n]``, ``(B, N)``."""
+        """``log p(x[b, m])`` under the distributions of block m, ``(B, M, N / M)``.
+
+        Args:
+            table: parameters of the family.
+            row: ``(N,)``.
+            x: ``(B, M)``, M blocks.
+        """
         raise NotImplementedError
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
@@ -80,7 +87,10 @@ class _Finite(Leaf):
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         log_table = self.log_table(table)
-        return log_table.flatten()[row * log_table.shape[1] + x.long()]
+        values, block = log_table.shape[1], len(row) // x.shape[1]
+        # A value's probabilities under all units of a block lie together: one copy per entry of x.
+        blocks = log_table.unflatten(0, (-1, block)).transpose(1, 2).reshape(-1, block)
+        return F.embedding(row[::block] // block * values + x.long(), blocks)
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
         return draw(self.log_table(table).exp()[row], u)
@@ -191,7 +201,8 @@ class Gaussian(Leaf):
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = table["mean"][row], table["log_std"][row]
+        mean, log_std = (table[k][row].view(x.shape[1], -1) for k in ("mean", "log_std"))
+        x = x[..., None]
         return -0.5 * (((x - mean) * (-log_std).exp()).square() + _LOG_TAU) - log_std
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
