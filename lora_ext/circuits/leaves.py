@@ -69,9 +69,15 @@ class Leaf:
         """
 
 
+def _sums_at(index: Tensor, counts: Tensor, size: int) -> Tensor:
+    """Counts added up by index, ``(size,)``; in a fixed order on every device."""
+    sums = counts.new_zeros(size)
+    return torch.ops.aten.index_put_(sums, [index], counts, True)
+
+
 def _per_row(table: Tensor, row: Tensor, counts: Tensor) -> Tensor:
-    """Counts ``(N, ...)`` of leaf units added up over the units of each row, ``(R, ...)``."""
-    return counts.new_zeros(table.shape[0], *counts.shape[1:]).index_add(0, row, counts)
+    """Counts ``(N,)`` of leaf units added up over the units of each row, ``(R,)``."""
+    return _sums_at(row, counts, table.shape[0])
 
 
 def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
@@ -119,9 +125,8 @@ class Categorical(_Finite):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         logits = table["logits"]
-        counts = flow.new_zeros(logits.numel())
-        counts.index_add_(0, (row * logits.shape[1] + x.long()).flatten(), flow.flatten())
-        counts = counts.view_as(logits)
+        at = (row * logits.shape[1] + x.long()).flatten()
+        counts = _sums_at(at, flow.flatten(), logits.numel()).view_as(logits)
         total = counts.sum(1, keepdim=True)
         new = (counts + pseudocount / logits.shape[1]) / (total + pseudocount)
         mixed = _mix(log_softmax(logits).exp(), new, step).log()
