@@ -225,6 +225,10 @@ class Execution:
 
     def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
         """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
+        with torch._C._AutoDispatchBelowAutograd():  # nothing here is recorded: see Evaluate
+            return self._up(leaf, weights, semiring)
+
+    def _up(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
         val = leaf.new_empty(leaf.shape[0], self.layered.num_units)
         val[:, ONE], val[:, ZERO] = 0, -torch.inf
         val[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves] = leaf
@@ -237,8 +241,9 @@ class Execution:
     def down(self, grad: Tensor, val: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of units (``grad``, filled in from the roots down), leaves and weights."""
         dflat = torch.zeros_like(weights.flat)
-        for stage in reversed(self.stages):
-            stage.down(val, weights, grad, dflat)
+        with torch._C._AutoDispatchBelowAutograd():
+            for stage in reversed(self.stages):
+                stage.down(val, weights, grad, dflat)
         if self.factor_span.start < self.factor_span.stop:
             self.factors.down(grad, grad[:, self.factor_span])
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves], dflat

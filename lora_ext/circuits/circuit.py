@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +107,15 @@ class Circuit(nn.Module):
         for leaf, _, _, rows in self.layered.families:
             table = {} if isinstance(leaf, Indicator) else leaf.table(rows)
             self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
+        # Of each family: leaf units that see one variable and have consecutive rows, and variables.
+        self._blocks: list[int] = []
+        self._names: list[list[int]] = []
+        for family in range(len(self.layered.families)):
+            members = [r for i, r in enumerate(graph.regions) if self._family(i) == family]
+            self._blocks.append(math.gcd(*(r.units for r in members)))
+            self._names.append(
+                checks.variables(functools.reduce(lambda s, r: s | r.variables, members, 0))
+            )
         self.register_buffer("_var", self.layered.inputs.var.long(), persistent=False)
         self.register_buffer("_row", self.layered.inputs.row.long(), persistent=False)
         self.register_buffer("_indicators", self.layered.indicator_values.long(), persistent=False)
@@ -139,14 +150,24 @@ class Circuit(nn.Module):
         node = self.graph.regions[region]
         if node.leaf is None:
             raise ValueError(f"region_leaves: {self.graph.label(region)} is no input")
+        unit = self._first_leaf(region)
+        row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
+        rows = slice(row, row + node.units * node.variables.bit_count())
+        return {k: t[rows] for k, t in self._table(family).items()}
+
+    def _first_leaf(self, region: int) -> int:
+        """The first leaf unit of an input region, counted from the first of all."""
         unit, factors = self.layered.first_unit[region], self.layered.factors
         begin = FIRST_LEAF + len(self.layered.inputs.var)
         if unit >= begin:
             unit = int(factors.child_idx[factors.child_ptr[unit - begin]])
-        unit -= FIRST_LEAF
-        row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
-        rows = slice(row, row + node.units * node.variables.bit_count())
-        return {k: t[rows] for k, t in self._table(family).items()}
+        return unit - FIRST_LEAF
+
+    def _family(self, region: int) -> int:
+        """The family of an input region, -1 for a sum."""
+        if self.graph.regions[region].leaf is None:
+            return -1
+        return int(self.layered.inputs.dist[self._first_leaf(region)])
 
     def _table(self, family: int) -> dict[str, Tensor]:
         table = self.leaves[family]
@@ -166,11 +187,10 @@ class Circuit(nn.Module):
         if x.device != self.weights.device:
             raise ValueError(f"{name}: x must be on {self.weights.device}, got {x.device}")
         missing = x.isnan() if x.is_floating_point() else x < 0
-        for leaf, _, span in self._families():
+        for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
             size = leaf.num_values()
             if size is None:
                 continue
-            names = self._var[span].unique()
             known = x[:, names]
             wrong = (known < (0 if x.is_floating_point() else -1)) | (known >= size)
             if x.is_floating_point():
@@ -178,7 +198,7 @@ class Circuit(nn.Module):
             if wrong.any():
                 row, column = wrong.nonzero()[0].tolist()
                 raise ValueError(
-                    f"{name}: variable {int(names[column])} takes values 0 .. {size - 1}, got "
+                    f"{name}: variable {names[column]} takes values 0 .. {size - 1}, got "
                     f"{known[row, column].item()} in row {row}"
                 )
         return missing
@@ -186,26 +206,29 @@ class Circuit(nn.Module):
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
         """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
         missing = self._check_data(name, x)
-        filled = torch.where(missing, 0, x)
+        complete = not missing.any()
+        filled = x if complete else torch.where(missing, 0, x)
         dtype = self.weights.dtype
         parts: list[Tensor] = []
-        for leaf, table, span in self._families():
-            var = self._var[span]
+        for (leaf, table, span), block in zip(self._families(), self._blocks, strict=True):
+            var = self._var[span][::block]
             if isinstance(leaf, External):
-                if external is None or external.shape != (len(x), len(var)):
+                units = len(var) * block
+                if external is None or external.shape != (len(x), units):
                     found = None if external is None else tuple(external.shape)
                     raise ValueError(
-                        f"{name}: external must have shape {(len(x), len(var))}, got {found}"
+                        f"{name}: external must have shape {(len(x), units)}, got {found}"
                     )
-                parts.append(external.to(dtype))
-                continue
-            seen = filled[:, var]
-            if isinstance(leaf, Indicator):
-                e = torch.where(seen == self._indicators[span], 0.0, -torch.inf).to(dtype)
+                e = external.to(dtype).unflatten(1, (-1, block))
+            elif isinstance(leaf, Indicator):
+                hit = filled[:, var, None] == self._indicators[span].view(-1, block)
+                e = torch.where(hit, 0.0, -torch.inf).to(dtype)
             else:
-                e = leaf.log_prob(table, self._row[span], seen)
-            parts.append(torch.where(missing[:, var], 0, e))
-        return torch.cat(parts, 1)
+                e = leaf.log_prob(table, self._row[span], filled[:, var])
+            if not complete and not isinstance(leaf, External):
+                e = torch.where(missing[:, var, None], 0, e)
+            parts.append(e.flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _refuse_external(self, name: str) -> None:
         for leaf, _, span in self._families():

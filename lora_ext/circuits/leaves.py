@@ -2,7 +2,8 @@
 
 A family is a frozen value that says what its parameters are and how to use them; circuits keep the
 parameters of all leaf units of one family in one table, a row per distribution. Letters: ``R`` rows
-of the table, ``N`` leaf units, each with its row; ``B`` rows of data.
+of the table, ``N`` leaf units, each with its row; ``B`` rows of data. Leaf units come in blocks of
+equal size that see one variable and have consecutive rows.
 
 An observation that is missing (-1, or NaN in floating data) never reaches a family.
 """
@@ -36,7 +37,13 @@ class Leaf:
         return {}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """``log p(x[b, n])`` under distribution ``row[n]``, ``(B, N)``."""
+        """``log p(x[b, m])`` under the distributions of block m, ``(B, M, N / M)``.
+
+        Args:
+            table: parameters of the family.
+            row: ``(N,)``.
+            x: ``(B, M)``, M blocks.
+        """
         raise NotImplementedError
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
@@ -62,9 +69,15 @@ class Leaf:
         """
 
 
+def _sums_at(index: Tensor, counts: Tensor, size: int) -> Tensor:
+    """Counts added up by index, ``(size,)``; in a fixed order on every device."""
+    sums = counts.new_zeros(size)
+    return torch.ops.aten.index_put_(sums, [index], counts, True)
+
+
 def _per_row(table: Tensor, row: Tensor, counts: Tensor) -> Tensor:
-    """Counts ``(N, ...)`` of leaf units added up over the units of each row, ``(R, ...)``."""
-    return counts.new_zeros(table.shape[0], *counts.shape[1:]).index_add(0, row, counts)
+    """Counts ``(N,)`` of leaf units added up over the units of each row, ``(R,)``."""
+    return _sums_at(row, counts, table.shape[0])
 
 
 def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
@@ -80,7 +93,10 @@ class _Finite(Leaf):
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         log_table = self.log_table(table)
-        return log_table.flatten()[row * log_table.shape[1] + x.long()]
+        values, block = log_table.shape[1], len(row) // x.shape[1]
+        # A value's probabilities under all units of a block lie together: one copy per entry of x.
+        blocks = log_table.unflatten(0, (-1, block)).transpose(1, 2).reshape(-1, block)
+        return F.embedding(row[::block] // block * values + x.long(), blocks)
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
         return draw(self.log_table(table).exp()[row], u)
@@ -109,9 +125,8 @@ class Categorical(_Finite):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         logits = table["logits"]
-        counts = flow.new_zeros(logits.numel())
-        counts.index_add_(0, (row * logits.shape[1] + x.long()).flatten(), flow.flatten())
-        counts = counts.view_as(logits)
+        at = (row * logits.shape[1] + x.long()).flatten()
+        counts = _sums_at(at, flow.flatten(), logits.numel()).view_as(logits)
         total = counts.sum(1, keepdim=True)
         new = (counts + pseudocount / logits.shape[1]) / (total + pseudocount)
         mixed = _mix(log_softmax(logits).exp(), new, step).log()
@@ -191,7 +206,8 @@ class Gaussian(Leaf):
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = table["mean"][row], table["log_std"][row]
+        mean, log_std = (table[k][row].view(x.shape[1], -1) for k in ("mean", "log_std"))
+        x = x[..., None]
         return -0.5 * (((x - mean) * (-log_std).exp()).square() + _LOG_TAU) - log_std
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
