@@ -59,6 +59,10 @@ def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
     run_sanitized(tmp_path, "lora", tests)
 
 
+def test_scanning_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
+    run_sanitized(tmp_path, "circuit", ["tests/cpu/circuit_twin_test.cpp"])
+
+
 def test_decoding_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
     run_sanitized(tmp_path, "circuit_decode", ["tests/cpu/circuit_decode_test.cpp"])
 
