@@ -110,7 +110,11 @@ void run_case(const LoraCpu& isa, const Case& c, double copy, double peak) {
     std::vector<int32_t> ids(c.tokens), plan(LoraPlanLayout{c.tokens, c.adapters}.size());
     for (int64_t t = 0; t < c.tokens; ++t)
         ids[t] = static_cast<int32_t>(c.tokens > 256 ? t * c.adapters / c.tokens : t % c.adapters);
-    lora_plan_cpu({ids.data(), false, nullptr, c.tokens, c.adapters, plan.data()});
+    lora_plan_cpu({.adapter_ids = ids.data(),
+                   .ids_are_int64 = false,
+                   .num_tokens = c.tokens,
+                   .num_adapters = c.adapters,
+                   .plan = plan.data()});
     LoraArgs args;
     args.dtype = c.dtype;
     args.num_tokens = c.tokens;
@@ -121,23 +125,19 @@ void run_case(const LoraCpu& isa, const Case& c, double copy, double peak) {
     args.v = v.data();
     args.v_row_stride = max_rank;
     args.plan = plan.data();
-    args.bank = {nullptr,
-                 nullptr,
-                 table.data(),
-                 ranks.data(),
-                 nullptr,
-                 0,
-                 int64_t{8} * c.in,
-                 c.in,
-                 0,
-                 int64_t{8} * c.out,
-                 8,
-                 c.adapters,
-                 max_rank,
-                 pages,
-                 c.in,
-                 c.out,
-                 true};
+    args.bank.page_table = table.data();
+    args.bank.ranks = ranks.data();
+    args.bank.a_page_stride = int64_t{8} * c.in;
+    args.bank.a_row_stride = c.in;
+    args.bank.b_page_stride = int64_t{8} * c.out;
+    args.bank.b_row_stride = 8;
+    args.bank.num_adapters = c.adapters;
+    args.bank.max_rank = max_rank;
+    args.bank.pages_per_slot = pages;
+    args.bank.num_pages = static_cast<int32_t>(table.size());
+    args.bank.in_features = c.in;
+    args.bank.out_features = c.out;
+    args.bank.full_pages = true;
     const auto pass = [&](auto&& op) {
         return seconds(c.runs,
                        [&] {

@@ -1,13 +1,15 @@
 """Matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT's against ours.
 
-A step is forward, backward and AdamW. Adapters trained at once are compared with as many runs of
-PEFT, one after the other. Losses and gradients are compared before anything is timed.
+A step is forward, backward and AdamW (``fused=True``, for all). Adapters trained at once are
+compared with as many runs of PEFT, one after the other. Losses and gradients are compared before
+anything is timed.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -121,7 +123,7 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
     theirs()
     for mine, other in pairs:
         _same(mine.grad, other.grad, "gradient of an adapter")
-    times = interleaved({"peft": theirs, "lora_ext": ours}, rounds)
+    times = interleaved({"peft": theirs, "lora_ext": ours}, rounds, min_seconds=0.05)
     for name, time in times.items():
         yield Row(
             "layers",
@@ -201,17 +203,7 @@ def _saved_bytes(step: Callable[[], None]) -> int:
 # --- models ---------------------------------------------------------------------------------------
 def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
     """Eight adapters trained at once against eight runs of PEFT, one optimizer each."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    base = LlamaForCausalLM(config).requires_grad_(False)
+    base = _base_model(layers)
     alone = {name: _with_adapters(base, [name]) for name in NAMES}
     together = lora_ext.from_peft(_with_adapters(base, NAMES))
     together.set_requires_grad(NAMES)
@@ -255,9 +247,69 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
             )
 
 
-def _with_adapters(base: nn.Module, names: list[str]) -> Any:
+def bench_memory(layers: int = 30) -> Iterator[Row]:
+    """A step of one adapter on 4 x 64 tokens: most bytes at a time, and those kept by autograd."""
+    base = _base_model(layers)
+    ids = torch.randint(0, 49152, (4, 64), generator=torch.manual_seed(2))
+    for p in (0.0, 0.1):
+        found: dict[str, tuple[int, int]] = {}
+        for name in ("peft", "lora_ext"):
+            model = _with_adapters(base, NAMES[:1], p)
+            if name == "lora_ext":
+                lora_ext.from_peft(model)
+            optimizer = _optimizer(model, NAMES[0])
+
+            def step(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                _model_step(model, ids, None, [optimizer])
+
+            for _ in range(2):
+                step()  # the optimizer has its state, and layers share what they share
+            found[name] = _peak_bytes(step), _saved_bytes(step)
+        for what, index in (("peak", 0), ("kept for backward", 1)):
+            for name, nbytes in found.items():
+                yield Row(
+                    "layers",
+                    f"step of one adapter, dropout {p}, {what}",
+                    name,
+                    tokens=ids.numel(),
+                    adapters=1,
+                    rank=RANK,
+                    unit="x",
+                    median=nbytes[index] / found["peft"][index],
+                    mbytes=nbytes[index] / 1e6,
+                )
+
+
+def _peak_bytes(step: Callable[[], None]) -> int:
+    """The most bytes that torch's allocator held at a time, beyond those before the step."""
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held)
+
+
+def _base_model(layers: int) -> LlamaForCausalLM:
+    """SmolLM2's shape, random weights, frozen."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
+def _with_adapters(base: nn.Module, names: list[str], p: float = 0.0) -> Any:
     """A PEFT model that shares the base weights."""
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=p, target_modules=MODULES)
     shared = {id(p): p for p in base.parameters()}
     model: Any = get_peft_model(copy.deepcopy(base, shared), config, names[0])
     for name in names[1:]:
@@ -267,7 +319,7 @@ def _with_adapters(base: nn.Module, names: list[str]) -> Any:
 
 def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     own = [p for key, p in model.named_parameters() if f".{name}." in key]
-    return torch.optim.AdamW(own, lr=1e-4)
+    return torch.optim.AdamW(own, lr=1e-4, fused=True)
 
 
 def _model_step(

@@ -107,6 +107,19 @@ TARGETS = (
         )
         for p in ("0.0", "0.1")
     ),
+    *(
+        Target(
+            f"SmolLM2-shaped, r16: a step of one adapter, dropout {p}: {text} over PEFT's",
+            f"step of one adapter, dropout {p}, {what}",
+            "median",
+            1.0,
+        )
+        for p in ("0.0", "0.1")
+        for text, what in (
+            ("most memory at a time", "peak"),
+            ("bytes kept for the backward", "kept for backward"),
+        )
+    ),
     Target(
         "16 adapters x 16 tokens, forward and backward: 16 calls of PEFT over one of lora_ext",
         "16 adapters x 16 tokens",

@@ -23,6 +23,7 @@ from cases_decode import (
 from test_contract import assert_same_bits
 from torch import Tensor
 
+import lora_ext
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import CircuitSample
 
@@ -35,10 +36,12 @@ def skip_large(backend: Backend, shape: Shape) -> None:
         pytest.skip("this backend runs the small shapes")
 
 
-def dtype_pairs(backend: Backend) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Of the leaves, and of prior and transitions."""
+def dtype_pairs(backend: Backend, shape: Shape) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Of the leaves, and of prior and transitions; for large shapes each dtype once."""
     narrow = [t for t in backend.dtypes() if t != torch.float64]
     pairs = [(t, w) for t in narrow for w in narrow]
+    if shape in MEDIUM:
+        pairs = list(zip(narrow, narrow[1:] + narrow[:1], strict=True))
     return [*pairs, (torch.float64, torch.float64)] if backend.is_twin else pairs
 
 
@@ -75,7 +78,7 @@ def on_cpu(sample: CircuitSample) -> CircuitSample:
 @every_shape
 def test_conditional_dist_equals_the_formula(backend: Backend, shape: Shape) -> None:
     skip_large(backend, shape)
-    for dtype, weights in dtype_pairs(backend):
+    for dtype, weights in dtype_pairs(backend, shape):
         i = make_inputs(shape, dtype, weights=weights, seed=1, device=backend.device)
         w = wider(i)
         exact = reference.circuit_conditional_dist(*circuit(w), w["x"], w["k"])
@@ -88,7 +91,7 @@ def test_conditional_dist_equals_the_formula(backend: Backend, shape: Shape) -> 
 @pytest.mark.parametrize("given", [False, True])
 def test_sample_draws_what_the_uniforms_say(backend: Backend, shape: Shape, given: bool) -> None:
     skip_large(backend, shape)
-    for dtype, weights in dtype_pairs(backend):
+    for dtype, weights in dtype_pairs(backend, shape):
         i = make_inputs(shape, dtype, weights=weights, seed=2, device=backend.device)
         evidence = i["evidence"] if given else None
         got = on_cpu(ops.circuit_sample(*circuit(i), i["uniforms"], evidence))
@@ -109,7 +112,7 @@ def test_verify_accepts_and_draws_what_the_uniforms_say(
     backend: Backend, shape: Shape, temperature: float
 ) -> None:
     skip_large(backend, shape)
-    for dtype, leaf_dtype in dtype_pairs(backend):
+    for dtype, leaf_dtype in dtype_pairs(backend, shape):
         i = make_inputs(shape, leaf_dtype, seed=3, device=backend.device)
         i["target"] = i["target"].to(dtype)
         if shape.rows > 1:  # a draft that its verifier likes, so that rows are accepted in full
@@ -128,7 +131,7 @@ def test_verify_accepts_and_draws_what_the_uniforms_say(
 @pytest.mark.parametrize("given", [False, True])
 def test_argmax_is_that_of_the_formula(backend: Backend, shape: Shape, given: bool) -> None:
     skip_large(backend, shape)
-    for dtype, weights in dtype_pairs(backend):
+    for dtype, weights in dtype_pairs(backend, shape):
         # Coarse 16-bit logits would tie within float32's rounding; these differ, in every dtype.
         i = make_inputs(shape, dtype, weights=weights, seed=4, device=backend.device)
         w = wider(i)
@@ -265,6 +268,16 @@ def test_a_mixture_keeps_probabilities_below_the_smallest_number(backend: Backen
     torch.testing.assert_close(got[0].cpu(), expected)
 
 
+def test_large_logits_lose_no_digits(backend: Backend) -> None:
+    shape = Shape("hmm", 2, 3, 3, 20)
+    i = make_inputs(shape, torch.float32, seed=12, device=backend.device)
+    far = {n: i[n] + 1e4 for n in ("leaf", "prior", "target")}
+    near = {n: t - 1e4 for n, t in far.items()}
+    for (name, a), b in zip(run_all({**i, **far}).items(), run_all({**i, **near}).values(),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1e-3, 1e-40, 1e30])
 def test_what_the_verifier_forbids_is_never_emitted(backend: Backend, temperature: float) -> None:
     shape = Shape("hmm", 64, 3, 2, 37)
@@ -352,3 +365,25 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
     compiled: Any = torch.compile(run_all, fullgraph=True, backend="aot_eager")
     for name, value in compiled(i).items():
         assert_same_bits(value, expected[name], f"{name}: ")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SMALL[2:] + MEDIUM, ids=str)
+def test_a_captured_step_replays_with_changed_contents(shape: Shape, request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    live = make_inputs(shape, torch.bfloat16, seed=17, device="cuda")
+    run_all(live)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_all(live)
+    for seed in (18, 19):
+        fresh = make_inputs(shape, torch.bfloat16, seed=seed, device="cuda")
+        for name, value in fresh.items():
+            if isinstance(value, Tensor):
+                live[name].copy_(value)
+        graph.replay()
+        for name, value in run_all(fresh).items():
+            assert_same_bits(captured[name], value, f"{name}: ")

@@ -149,6 +149,30 @@ def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
             assert torch.equal(torch.signbit(out[name][idle]), torch.signbit(expected[idle]))
 
 
+@pytest.mark.parametrize("idle", ["no adapter", "rank 0"])
+def test_a_large_call_with_an_idle_row_has_the_bits_of_the_base(idle: str) -> None:
+    i = train_inputs(LARGE[2], torch.float32, seed=17)
+    if idle == "rank 0":
+        i["ranks"] = torch.tensor([0, 16], dtype=torch.int32)
+        rows = i["adapter_ids"] == 0
+    else:
+        rows = torch.arange(66) == 40
+        i["adapter_ids"][rows] = -1
+    out = run(i)
+    expected = torch.nn.functional.linear(i["x"], i["weight"], i["bias"])
+    assert_same_bits(out["y"][rows], expected[rows], "y: ")
+    assert_same_bits(out["dx"][rows], (i["dy"] @ i["weight"])[rows], "dx: ")
+
+
+def test_a_large_call_takes_a_bias_of_any_stride() -> None:
+    i = train_inputs(LARGE[2], torch.float32, seed=18)
+    for bias in (torch.randn(2 * LARGE[2].out)[::2], torch.randn(1).expand(LARGE[2].out)):
+        i["bias"] = bias.clone()
+        expected = run(i)["y"]
+        i["bias"] = bias
+        assert_same_bits(run(i)["y"], expected, "y: ")
+
+
 def test_adapters_without_a_row_get_exact_zeros(backend: Backend) -> None:
     shape = Shape(9, 40, 24, (8, 16, 8, 5))
     for dtype in backend.dtypes():

@@ -62,19 +62,27 @@ int64_t draw(const A* p, int64_t n, A uniform) {
 
 // ------------------------------------------------------------------------------------------------
 // The leaves of one position, C rows of V logits of any dtype.
+
+// log p = logit - top - log_sum: large logits lose no digits. log_sum -inf: nothing is possible.
+template <typename A>
+struct Norms {
+    A *top, *log_sum;
+    A log_p(int64_t z, A logit) const {
+        return log_sum[z] == kImpossible<A> ? kImpossible<A> : logit - top[z] - log_sum[z];
+    }
+};
+
 template <typename A>
 struct LeafOps {
-    // norm[z] = log sum_v exp(row z). `w` is scratch of a row, here and below.
-    void (*norms)(const void* rows, int64_t C, int64_t V, A* w, A* norm);
+    // `w` is scratch of a row, here and below.
+    void (*norms)(const void* rows, int64_t C, int64_t V, A* w, Norms<A> norms);
     // e[z] = log p(v | z)
-    void (*at)(const void* rows, int64_t C, int64_t V, int64_t v, const A* norm, A* e);
+    void (*at)(const void* rows, int64_t C, int64_t V, int64_t v, Norms<A> norms, A* e);
     int64_t (*draw)(const void* rows, int64_t z, int64_t V, A uniform, A* w);
     // out[v] = log sum_z exp(log_state[z]) p(v | z)
-    void (*mixture)(const void* rows, int64_t C, int64_t V, const A* log_state, const A* norm,
+    void (*mixture)(const void* rows, int64_t C, int64_t V, const A* log_state, Norms<A> norms,
                     A* out);
     int64_t (*argmax)(const void* rows, int64_t z, int64_t V);
-    // best[z] = max_v log p(v | z)
-    void (*best)(const void* rows, int64_t C, int64_t V, const A* norm, A* best);
     int64_t size;
 };
 
@@ -84,42 +92,40 @@ struct Leaf {
     static const T* row(const void* rows, int64_t z, int64_t V) {
         return static_cast<const T*>(rows) + z * V;
     }
-    static void norms(const void* rows, int64_t C, int64_t V, A* w, A* norm) {
-        for (int64_t z = 0; z < C; ++z) norm[z] = SoftmaxRow<T>(row(rows, z, V), V, w).norm();
+    static void norms(const void* rows, int64_t C, int64_t V, A* w, Norms<A> norms) {
+        for (int64_t z = 0; z < C; ++z) {
+            const SoftmaxRow<T> soft(row(rows, z, V), V, w);
+            norms.top[z] = soft.top;
+            norms.log_sum[z] = log_of(soft.sum);
+        }
     }
-    static A log_p(A logit, A norm) {
-        return norm == kImpossible<A> ? kImpossible<A> : logit - norm;
-    }
-    static void at(const void* rows, int64_t C, int64_t V, int64_t v, const A* norm, A* e) {
-        for (int64_t z = 0; z < C; ++z) e[z] = log_p(get(row(rows, z, V) + v), norm[z]);
+    static void at(const void* rows, int64_t C, int64_t V, int64_t v, Norms<A> norms, A* e) {
+        for (int64_t z = 0; z < C; ++z) e[z] = norms.log_p(z, get(row(rows, z, V) + v));
     }
     static int64_t draw_from(const void* rows, int64_t z, int64_t V, A uniform, A* w) {
         SoftmaxRow<T>(row(rows, z, V), V, w);
         return draw(w, V, uniform);
     }
-    static void mixture(const void* rows, int64_t C, int64_t V, const A* log_state, const A* norm,
+    static void mixture(const void* rows, int64_t C, int64_t V, const A* log_state, Norms<A> norms,
                         A* out) {
         for (int64_t v = 0; v < V; v += kLanes<T>) {
             const auto for_terms = [&](auto&& f) __attribute__((always_inline)) {
                 for (int64_t z = 0; z < C; ++z)
-                    if (log_state[z] != kImpossible<A> && norm[z] != kImpossible<A>)
-                        f(load_padded(row(rows, z, V) + v, V - v) + (log_state[z] - norm[z]));
+                    if (log_state[z] != kImpossible<A> && norms.log_sum[z] != kImpossible<A>)
+                        f(load_padded(row(rows, z, V) + v, V - v) - norms.top[z] +
+                          (log_state[z] - norms.log_sum[z]));
             };
             Vec<T> top = splat<Vec<T>>(kImpossible<A>), total{};
             for_terms([&](Vec<T> term) { top = max(top, term); });
             const Vec<T> shift = top == kImpossible<A> ? Vec<T>{} : top;
             for_terms([&](Vec<T> term) { total += exp(term - shift); });
-            const Vec<T> q = log(total) + shift;
-            store_rounded<A>(out + v, reinterpret_cast<const A*>(&q), min(V - v, kLanes<T>));
+            store_n(out + v, log(total) + shift, min(V - v, kLanes<T>));
         }
     }
     static int64_t argmax(const void* rows, int64_t z, int64_t V) {
         return argmax_of(row(rows, z, V), V);
     }
-    static void best(const void* rows, int64_t C, int64_t V, const A* norm, A* best) {
-        for (int64_t z = 0; z < C; ++z) best[z] = log_p(largest(row(rows, z, V), V), norm[z]);
-    }
-    static constexpr LeafOps<A> ops{norms, at, draw_from, mixture, argmax, best, sizeof(T)};
+    static constexpr LeafOps<A> ops{norms, at, draw_from, mixture, argmax, sizeof(T)};
 };
 
 // The leaves of one row of the batch.
@@ -164,22 +170,23 @@ void sample_row(const CircuitSampleArgs& args, int64_t row, Scratch scratch) {
     const Leaves<A> leaves(args.logits, row);
     const int64_t K = circuit.n_token, C = leaves.C, V = leaves.V, width = whole_vectors<P>(C);
     A* const walk = scratch.take<A>(circuit_walk_scratch<A>(circuit));
-    A *const state = scratch.take<A>(width), *const norm = scratch.take<A>(width),
-             *const e = scratch.take<A>(width), *const w = scratch.take<A>(V);
+    A *const state = scratch.take<A>(width), *const e = scratch.take<A>(width),
+             *const w = scratch.take<A>(V);
+    const Norms<A> norms{scratch.take<A>(width), scratch.take<A>(width)};
     for (int64_t z = 0; z < width; ++z) e[z] = 0;
     const A* uniforms = static_cast<const A*>(args.uniforms) + row * K * 2;
     circuit_walk<P>(circuit, row, walk, [&](int64_t k, const A* cur, double) -> const A* {
         const int64_t at = row * K + k;
         const void* rows = leaves.at(k);
         const A total = posterior_of(cur, width, state);
-        store_rounded<A>(static_cast<A*>(args.posterior) + at * C, state, C);
+        store_rounded(static_cast<A*>(args.posterior) + at * C, state, C);
         int64_t token = args.evidence ? args.evidence[at] : -1;
         if (token < 0)
             token =
                 leaves.ops.draw(rows, draw(state, C, uniforms[2 * k]), V, uniforms[2 * k + 1], w);
         args.tokens[at] = token;
-        leaves.ops.norms(rows, C, V, w, norm);
-        leaves.ops.at(rows, C, V, token, norm, e);
+        leaves.ops.norms(rows, C, V, w, norms);
+        leaves.ops.at(rows, C, V, token, norms, e);
         for (int64_t z = 0; z < width; z += kLanes<A>)
             store(state + z, load(cur + z) + load(e + z));
         const A shift = shift_of(max_of(state, width));
@@ -198,20 +205,22 @@ void conditional_row(const CircuitConditionalArgs& args, int64_t row, Scratch sc
     const int64_t last = args.k[row];
     if (circuit.kind != CircuitKind::kBTree) circuit.n_token = last + 1;
     A* const walk = scratch.take<A>(circuit_walk_scratch<A>(circuit));
-    A *const state = scratch.take<A>(width), *const norm = scratch.take<A>(width),
-             *const e = scratch.take<A>(width), *const w = scratch.take<A>(V);
+    A *const state = scratch.take<A>(width), *const e = scratch.take<A>(width),
+             *const w = scratch.take<A>(V);
+    const Norms<A> norms{scratch.take<A>(width), scratch.take<A>(width)};
     for (int64_t z = 0; z < width; ++z) e[z] = 0;
     circuit_walk<P>(circuit, row, walk, [&](int64_t k, const A* cur, double) -> const A* {
         const int64_t token = k < last ? args.x[row * K + k] : -1;
         const void* rows = leaves.at(k);
-        if (token >= 0 || k == last) leaves.ops.norms(rows, C, V, w, norm);
+        if (token >= 0 || k == last) leaves.ops.norms(rows, C, V, w, norms);
         if (k == last) {
             const A total = posterior_of(cur, width, state);
-            for (int64_t z = 0; z < width; ++z) state[z] = Leaf<A>::log_p(cur[z], total);
-            leaves.ops.mixture(rows, C, V, state, norm, static_cast<A*>(args.out) + row * V);
+            for (int64_t z = 0; z < width; ++z)
+                state[z] = total == kImpossible<A> ? total : cur[z] - total;
+            leaves.ops.mixture(rows, C, V, state, norms, static_cast<A*>(args.out) + row * V);
         }
         if (token >= 0)
-            leaves.ops.at(rows, C, V, token, norm, e);
+            leaves.ops.at(rows, C, V, token, norms, e);
         else
             for (int64_t z = 0; z < C; ++z) e[z] = 0;
         return e;
@@ -223,7 +232,7 @@ int64_t sample_scratch(const CircuitLogits& l) {
     const int64_t size = wide ? 8 : 4;
     const int64_t walk =
         wide ? circuit_walk_scratch<double>(l.circuit) : circuit_walk_scratch<float>(l.circuit);
-    return Scratch::bytes(walk * size) + 3 * Scratch::bytes(l.circuit.components * size) +
+    return Scratch::bytes(walk * size) + 4 * Scratch::bytes(l.circuit.components * size) +
            Scratch::bytes(l.vocabulary * size);
 }
 
@@ -236,8 +245,9 @@ template <typename P>
 int64_t best_step(const P* logits, const Acc<P>* below, int64_t n, Acc<P>* out) {
     using A = Acc<P>;
     const SoftmaxRow<P> soft(logits, n, out);
-    const A norm = soft.norm();
-    for (int64_t z = 0; z < n; ++z) out[z] = Leaf<A>::log_p(get(logits + z), norm) + below[z];
+    A top = soft.top, log_sum = log_of(soft.sum);
+    const Norms<A> norm{&top, &log_sum};
+    for (int64_t z = 0; z < n; ++z) out[z] = norm.log_p(0, get(logits + z)) + below[z];
     return argmax_of(out, n);
 }
 
@@ -252,16 +262,17 @@ void argmax_row(const CircuitArgmaxArgs& args, int64_t row, Scratch scratch) {
     A* const best = scratch.take<A>(K * C);     // of a position given its state
     A* const stepped = scratch.take<A>(M * C);  // of a latent given the state of its parent
     A *const value = scratch.take<A>(C), *const sums = scratch.take<A>(C),
-             *const norm = scratch.take<A>(C), *const w = scratch.take<A>(V);
+             *const w = scratch.take<A>(V);
+    const Norms<A> norms{scratch.take<A>(C), scratch.take<A>(C)};
     int32_t* const choices = scratch.take<int32_t>(M * C);
     int32_t* const states = scratch.take<int32_t>(M + 1) + 1;
 
     for (int64_t k = 0; k < K; ++k) {
-        leaves.ops.norms(leaves.at(k), C, V, w, norm);
+        leaves.ops.norms(leaves.at(k), C, V, w, norms);
         if (evidence && evidence[k] >= 0)
-            leaves.ops.at(leaves.at(k), C, V, evidence[k], norm, best + k * C);
+            leaves.ops.at(leaves.at(k), C, V, evidence[k], norms, best + k * C);
         else
-            leaves.ops.best(leaves.at(k), C, V, norm, best + k * C);
+            for (int64_t z = 0; z < C; ++z) best[k * C + z] = norms.log_p(z, norms.top[z]);
     }
     for (int64_t m = M - 1; m >= -1; --m) {
         const CircuitLatent latent = circuit_latent(circuit.kind, K, m);
@@ -281,10 +292,11 @@ void argmax_row(const CircuitArgmaxArgs& args, int64_t row, Scratch scratch) {
             stepped[m * C + z] = sums[choice];
         }
     }
-    for (int64_t z = 0; z < C; ++z) norm[z] = 0;
+    A* const zeros = norms.top;
+    for (int64_t z = 0; z < C; ++z) zeros[z] = 0;
     const P* const prior = static_cast<const P*>(circuit.prior) + row * circuit.prior_stride;
     states[-1] = static_cast<int32_t>(circuit.prior ? best_step(prior, value, C, sums)
-                                                    : best_step<A>(norm, value, C, sums));
+                                                    : best_step<A>(zeros, value, C, sums));
     static_cast<A*>(args.value)[row] = sums[states[-1]];
     for (int64_t m = -1; m < M; ++m) {
         const CircuitLatent latent = circuit_latent(circuit.kind, K, m);
@@ -302,7 +314,7 @@ int64_t argmax_scratch(const CircuitLogits& l) {
     const int64_t K = l.circuit.n_token, C = l.circuit.components;
     const int64_t M = circuit_num_transitions(l.circuit.kind, K);
     return Scratch::bytes(K * C * size) + Scratch::bytes(M * C * size) +
-           3 * Scratch::bytes(C * size) + Scratch::bytes(l.vocabulary * size) +
+           4 * Scratch::bytes(C * size) + Scratch::bytes(l.vocabulary * size) +
            Scratch::bytes(M * C * 4) + Scratch::bytes((M + 1) * 4);
 }
 
@@ -368,7 +380,7 @@ void verify_row(const SpecVerifyArgs& args, int64_t row, Scratch scratch) {
         const SoftmaxRow<A> soft(p, V, p);
         if (k == K) break;
         const A log_q = static_cast<const A*>(args.conditional)[row * K + k];
-        if (soft.sum > 0 && uniforms[k] < exp_of(at - soft.norm() - log_q)) continue;
+        if (soft.sum > 0 && uniforms[k] < exp_of(at - log_of(soft.sum) - log_q)) continue;
         const Vec<A> factor = splat<Vec<A>>(soft.sum > 0 ? 1 / soft.sum : 0);
         for (int64_t v = 0; v < V; v += kLanes<A>) store(residual + v, load(p + v) * factor);
         subtract_mixture(args.leaf_dtype, args.leaf, row * args.leaf_stride + k * C * V,

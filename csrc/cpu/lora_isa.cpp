@@ -5,9 +5,9 @@
 //   y[t, :] = y[t, :] + B v[t, :]     expand: vector lanes run over outputs
 //
 // Order of every sum, so that a row's bits depend neither on threads nor on the rows beside it:
-//   v[t, r]: one vector accumulator, lane l takes k = l, l + L, l + 2L ... ascending; then the tree
-//   of sum_lanes(). delta of y[t, o]: one accumulator, ranks ascending; then y + delta, rounded
-//   once.
+//   v[t, r]: one vector accumulator, lane l takes k = l, l + L, l + 2L ... ascending (where the
+//   hardware multiplies pairs: 2l, 2l + 1, then 2L further); then the tree of sum_lanes(). delta of
+//   y[t, o]: one accumulator, ranks ascending; then y + delta, rounded once.
 //
 // Bound by bytes while a chunk has few rows: A and B stream through the core once, x, v and y stay
 // in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
@@ -52,10 +52,23 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
             for (int i = 0; i < kRows; ++i) acc[i][j] = fma(as, xs[i], acc[i][j]);
         }
     };
-    for (; k + L <= k_end; k += L) {
+    const auto ahead = [&] {
         if constexpr (kRows <= 2)
             for (int j = 0; j < kRanks; ++j)
                 __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAheadA);
+    };
+    if constexpr (kPairs<T>)
+        for (; k + 2 * L <= k_end; k += 2 * L) {
+            ahead();
+            Pairs xs[kRows];
+            for (int i = 0; i < kRows; ++i) xs[i] = load_bits<Pairs>(x[i] + k);
+            for (int j = 0; j < kRanks; ++j) {
+                const Pairs as = load_bits<Pairs>(a + j * a_row + k);
+                for (int i = 0; i < kRows; ++i) acc[i][j] = dot_pairs(as, xs[i], acc[i][j]);
+            }
+        }
+    for (; k + L <= k_end; k += L) {
+        ahead();
         step([](const T* p) __attribute__((always_inline)) { return load(p); });
     }
     if (k < k_end)
@@ -309,19 +322,6 @@ void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-template <typename T>
-struct Shrink {
-    static constexpr auto run = shrink<T>;
-};
-template <typename T>
-struct Expand {
-    static constexpr auto run = expand<T>;
-};
-template <typename T>
-struct Apply {
-    static constexpr auto run = apply<T>;
-};
-
 int64_t shrink_items(const LoraArgs& args) {
     return args.plan[kPlanNumChunks];
 }
@@ -331,10 +331,8 @@ int64_t expand_items(const LoraArgs& args) {
 
 }  // namespace
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 extern const LoraCpu table;
-const LoraCpu table = {LX_STRING(LX_ISA), shrink_items,     by_dtype<Shrink>,
-                       expand_items,      by_dtype<Expand>, by_dtype<Apply>};
+const LoraCpu table = {LX_STRING(LX_ISA), shrink_items,        LX_BY_DTYPE(shrink),
+                       expand_items,      LX_BY_DTYPE(expand), LX_BY_DTYPE(apply)};
 
 }  // namespace lora_ext::LX_ISA

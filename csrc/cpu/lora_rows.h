@@ -81,26 +81,31 @@ Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
 }
 
-// Op<T>::run for the T of dtype_of(args).
 inline DType dtype_of(const LoraArgs& args) {
     return args.dtype;
 }
 inline DType dtype_of(const LoraTrainArgs& args) {
     return args.lora.dtype;
 }
-template <template <typename> class Op, typename Args>
+// The one of four instances of a template that dtype_of(args) asks for.
+template <auto kFloat, auto kHalf, auto kBFloat, auto kDouble, typename Args>
 void by_dtype(const Args& args, int64_t begin, int64_t end) {
     switch (dtype_of(args)) {
         case DType::kFloat32:
-            return Op<float>::run(args, begin, end);
+            return kFloat(args, begin, end);
         case DType::kFloat16:
-            return Op<Half>::run(args, begin, end);
+            return kHalf(args, begin, end);
         case DType::kBFloat16:
-            return Op<BFloat>::run(args, begin, end);
+            return kBFloat(args, begin, end);
         case DType::kFloat64:
-            return Op<double>::run(args, begin, end);
+            return kDouble(args, begin, end);
     }
 }
+
+// Entries of a table.
+#define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
+#define LX_STRING_(x) #x
+#define LX_STRING(x) LX_STRING_(x)
 
 }  // namespace
 }  // namespace lora_ext::LX_ISA

@@ -378,27 +378,6 @@ void dropout(const LoraTrainArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 // The table
-template <typename T>
-struct Shrink {
-    static constexpr auto run = shrink<T>;
-};
-template <typename T>
-struct Dv {
-    static constexpr auto run = dv<T>;
-};
-template <typename T>
-struct Db {
-    static constexpr auto run = db<T>;
-};
-template <typename T>
-struct DaDx {
-    static constexpr auto run = da_dx<T>;
-};
-template <typename T>
-struct Drop {
-    static constexpr auto run = dropout<T>;
-};
-
 int64_t chunk_items(const LoraTrainArgs& args) {
     return args.lora.plan[kPlanNumChunks];
 }
@@ -411,11 +390,10 @@ int64_t da_dx_items(const LoraTrainArgs& args) {
 
 }  // namespace
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 extern const LoraTrainCpu train_table;
-const LoraTrainCpu train_table = {LX_STRING(LX_ISA), chunk_items,   by_dtype<Shrink>, chunk_items,
-                                  by_dtype<Dv>,      db_items,      by_dtype<Db>,     da_dx_items,
-                                  by_dtype<DaDx>,    by_dtype<Drop>};
+const LoraTrainCpu train_table = {LX_STRING(LX_ISA),   chunk_items,     LX_BY_DTYPE(shrink),
+                                  chunk_items,         LX_BY_DTYPE(dv), db_items,
+                                  LX_BY_DTYPE(db),     da_dx_items,     LX_BY_DTYPE(da_dx),
+                                  LX_BY_DTYPE(dropout)};
 
 }  // namespace lora_ext::LX_ISA

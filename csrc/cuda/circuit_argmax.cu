@@ -1,7 +1,7 @@
 // The most probable tokens and latents of each row, one launch.
 //
 // Block per row of the batch; values and choices stay in shared memory.
-//   best     warp per row of leaves: its largest logit less its norm
+//   best     a group of lanes per row of leaves: log p of its mode, or of the token given
 //   upward   latent by latent, children first: a warp per row of the matrix into it takes the row's
 //            norm, then the best of log softmax + value below, and its place
 //   downward one thread follows the choices, a warp per position takes the token
@@ -25,19 +25,17 @@ int64_t shared_bytes(const CircuitParams& c) {
 template <class P>
 LX_DEVICE Largest best_step(const P* logits, bool aligned, const float* below, int n) {
     const int lane = lx::lane_id();
-    float norm = logf(static_cast<float>(n));
+    Norm norm{0, logf(static_cast<float>(n))};
     if (logits) {
         OnlineSum mine;
         for_pieces(logits, n, aligned, lane, lx::kWarpSize,
                    [&](int, const auto& v) { mine.add(v); });
-        const float shift = shift_of(reduce_lanes(mine.top, lx::kWarpSize, larger));
-        norm = logf(reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lx::kWarpSize, add)) +
-               shift;
+        norm = norm_of(mine, lx::kWarpSize);
     }
     float top = kImpossible;
     int index = 0x7fffffff;
     for (int z = lane; z < n; z += lx::kWarpSize) {
-        const float step = log_p(logits ? lx::to_float(lx::load_nc(logits + z)) : 0.0f, norm);
+        const float step = norm.log_p(logits ? lx::to_float(lx::load_nc(logits + z)) : 0.0f);
         if (step + below[z] > top) {
             top = step + below[z];
             index = z;
@@ -65,24 +63,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t* const evidence = args.evidence ? args.evidence + row * K : nullptr;
     const auto given = [&](int k) { return evidence ? evidence[k] : int64_t{-1}; };
 
-    for (int i = warp; i < K * C; i += kWarps) {
+    const auto take_best = [&](int i, const Norm& norm) {
         const int64_t token = given(i / C);
-        const LeafRows rows = leaves.rows(row, i / C);
-        const float p = rows.with_row(i % C, [&](const auto* logits) {
-            OnlineSum mine;
-            for_pieces(logits, V, rows.aligned, lane, lx::kWarpSize,
-                       [&](int, const auto& v) { mine.add(v); });
-            const float top = reduce_lanes(mine.top, lx::kWarpSize, larger);
-            const float shift = shift_of(top);
-            const float sum =
-                reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lx::kWarpSize, add);
-            const float logit = token < 0   ? top
-                                : token < V ? lx::to_float(lx::load_nc(logits + token))
-                                            : kImpossible;
-            return log_p(logit - shift, logf(sum));
-        });
-        if (lane == 0) best[i] = p;
-    }
+        best[i] = norm.log_p(token < 0   ? norm.top
+                             : token < V ? leaves.rows(row, i / C).at(i % C, token)
+                                         : kImpossible);
+    };
+    if (const Norm* norms = norms_of(args.logits, row))
+        for (int i = lx::thread_rank(); i < K * C; i += kThreads) take_best(i, norms[i]);
+    else  // the rows of all positions lie behind each other
+        for_norms(leaves.rows(row, 0), K * C, warp, kWarps, take_best);
     for (int m = M - 1; m >= -1; --m) {
         lx::syncthreads();
         const CircuitLatent latent = circuit_latent(c.kind, K, m);
@@ -143,9 +133,9 @@ LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream) 
     const Leaves leaves =
         leaves_of(logits.leaf, logits.leaf_stride, logits.dtype, c.components, logits.vocabulary);
     const int M = static_cast<int>(circuit_num_transitions(c.kind, c.n_token));
+    if (const LaunchStatus status = run_norms(logits, leaves, nullptr, stream)) return status;
     [[maybe_unused]] const int64_t positions = c.rows * c.n_token;
-    declare_leaves(leaves, c.rows, c.n_token);
-    declare_params(c);
+    declare_circuit(logits, leaves);
     if (args.evidence) LX_BUF(args.evidence, positions * 8, lx::Access::kConstant);
     LX_BUF(args.tokens, positions * 8, lx::Access::kWrite);
     LX_BUF(args.value, c.rows * 4, lx::Access::kWrite);

@@ -5,9 +5,8 @@
 // which one is a branch that all threads take together.
 #pragma once
 
-#include "circuit_walk.cuh"
+#include "circuit_kernels.cuh"
 #include "lora_ext/circuit_decode.h"
-#include "lora_kernels.cuh"
 
 namespace lora_ext {
 
@@ -94,29 +93,46 @@ inline Leaves leaves_of(const void* leaf, int64_t stride, DType dtype, int64_t c
             static_cast<int>(vocabulary),
             aligned_16(leaf, {stride, vocabulary}, element_size(dtype))};
 }
-inline void declare_leaves([[maybe_unused]] const Leaves& leaves, [[maybe_unused]] int64_t rows,
-                           [[maybe_unused]] int64_t n_token) {
-    [[maybe_unused]] const int64_t size = element_size(leaves.dtype);
-    LX_BUF_ROWS(leaves.leaf, rows, n_token * leaves.components * leaves.vocabulary * size,
-                leaves.stride * size, lx::Access::kConstant);
+inline void declare_leaves(const Leaves& leaves, int64_t rows, int64_t n_token) {
+    const int64_t size = element_size(leaves.dtype);
+    declare_batch(leaves.leaf, rows, n_token * leaves.components * leaves.vocabulary * size,
+                  leaves.stride * size, lx::Access::kConstant);
 }
 
 // Rows of the transitions lie on 16 bytes.
 inline bool trans_aligned(const CircuitParams& c) {
     return aligned_16(c.trans, {c.trans_stride, c.components}, element_size(c.dtype));
 }
-inline void declare_params(const CircuitParams& c) {
-    [[maybe_unused]] const int64_t size = element_size(c.dtype), C = c.components;
+// What a kernel reads of a circuit.
+inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
+    const CircuitParams& c = logits.circuit;
+    const int64_t size = element_size(c.dtype), C = c.components;
     const int64_t M = circuit_num_transitions(c.kind, c.n_token);
+    declare_leaves(leaves, c.rows, c.n_token);
     if (c.prior)
-        LX_BUF_ROWS(c.prior, c.rows, C * size, c.prior_stride * size, lx::Access::kConstant);
+        declare_batch(c.prior, c.rows, C * size, c.prior_stride * size, lx::Access::kConstant);
     if (M > 0)
-        LX_BUF_ROWS(c.trans, c.rows, M * C * C * size, c.trans_stride * size,
-                    lx::Access::kConstant);
+        declare_batch(c.trans, c.rows, M * C * C * size, c.trans_stride * size,
+                      lx::Access::kConstant);
+    if (logits.workspace)
+        LX_BUF(logits.workspace, circuit_workspace_bytes(logits), lx::Access::kRead);
 }
 
-// f(z, norm) for the rows z in [0, count) of `rows`, on one lane each; norm = log sum exp of the
-// row. The warps `warp`, `warp + warps`, ... of a block share the rows; all their lanes call this.
+// log p = logit - top - log_sum: large logits lose no digits. log_sum -inf: nothing is possible.
+struct Norm {
+    float top, log_sum;
+    LX_DEVICE float log_p(float logit) const {
+        return log_sum == kImpossible ? kImpossible : logit - top - log_sum;
+    }
+};
+// From what the lanes of a group have read of a row; every lane of the group gets it.
+LX_DEVICE Norm norm_of(const OnlineSum& mine, int lanes) {
+    const float shift = shift_of(reduce_lanes(mine.top, lanes, larger));
+    return {shift, logf(reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lanes, add))};
+}
+
+// f(z, norm) for the rows z in [0, count) of `rows`, on one lane each. The warps `warp`, `warp +
+// warps`, ... of a block share the rows; all their lanes call this.
 template <class F>
 LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F&& f) {
     rows.with_row(0, [&]<class T>(const T* first) {
@@ -128,15 +144,20 @@ LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F
             if (z < count)
                 for_pieces(first + int64_t{z} * rows.vocabulary, rows.vocabulary, rows.aligned,
                            lane % lanes, lanes, [&](int, const auto& v) { mine.add(v); });
-            const float top = reduce_lanes(mine.top, lanes, larger), shift = shift_of(top);
-            const float sum = reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lanes, add);
-            if (z < count && lane % lanes == 0) f(z, logf(sum) + shift);
+            const Norm norm = norm_of(mine, lanes);
+            if (z < count && lane % lanes == 0) f(z, norm);
         }
     });
 }
-// log p of a logit in a row with this norm; -inf where the row has nothing.
-LX_DEVICE float log_p(float logit, float norm) {
-    return norm == kImpossible ? kImpossible : logit - norm;
+// A kernel of their own takes the norms of all leaves, (B, K, C), before a kernel that walks: where
+// the logits of a row of the batch are too many for one multiprocessor. With `last`, of the
+// positions up to last[row] alone. Nothing to do without a workspace.
+LaunchStatus run_norms(const CircuitLogits& logits, const Leaves& leaves, const int64_t* last,
+                       void* stream);
+// What it has left for a row of the batch, or nullptr.
+LX_DEVICE const Norm* norms_of(const CircuitLogits& logits, int64_t row) {
+    const int64_t states = logits.circuit.n_token * logits.circuit.components;
+    return logits.workspace ? static_cast<const Norm*>(logits.workspace) + row * states : nullptr;
 }
 
 // The largest of a row and the first place where it stands, the same on every lane of the warp.
@@ -271,14 +292,14 @@ LX_DEVICE int draw(const Team& team, float* sums, int n, float uniform, Weights&
     return found;
 }
 
-// A token from the softmax of row z; shift: any number near the logarithm of its sum.
+// A token from the softmax of row z, whose largest logit is `top`.
 template <class Team>
-LX_DEVICE int draw_token(const Team& team, float* sums, const LeafRows& rows, int z, float shift,
+LX_DEVICE int draw_token(const Team& team, float* sums, const LeafRows& rows, int z, float top,
                          float uniform) {
     return draw<4>(team, sums, rows.vocabulary, uniform, [&](int i, float (&w)[4]) {
         rows.load_four(z, i, w);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w[j] = lx::exp_approx(w[j] - shift);
+        for (int j = 0; j < 4; ++j) w[j] = lx::exp_approx(w[j] - top);
     });
 }
 

@@ -19,11 +19,11 @@ constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
 constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
 
-// Floats in front of the walk's own: state, e and norm of a position, and the sums of a draw.
+// Floats in front of the walk's own: norms, state and e, and the sums of a draw.
 template <class Team>
 LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
     const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;
-    return (norms + 2 * c.components + kDrawChunks + 3) / 4 * 4;
+    return (2 * norms + 2 * c.components + kDrawChunks + 3) / 4 * 4;
 }
 template <class Team>
 int64_t shared_bytes(const CircuitParams& c) {
@@ -34,42 +34,51 @@ int64_t shared_bytes(const CircuitParams& c) {
 template <class Team>
 struct Row {
     const Leaves& leaves;
+    const Norm* given;  // by run_norms
     int64_t row;
     int components;
-    float *norms, *state, *e, *sums, *walk;
+    Norm* norms;
+    float *state, *e, *sums, *walk;
 
-    LX_DEVICE Row(const CircuitParams& c, const Leaves& leaves, int64_t row, float* shared)
-        : leaves(leaves), row(row), components(static_cast<int>(c.components)), norms(shared) {
-        state = norms + (kByWarp<Team> ? c.n_token * c.components : c.components);
+    LX_DEVICE Row(const CircuitLogits& logits, const Leaves& leaves, int64_t row, float* shared)
+        : leaves(leaves),
+          given(norms_of(logits, row)),
+          row(row),
+          components(static_cast<int>(leaves.components)),
+          norms(reinterpret_cast<Norm*>(shared)) {
+        const CircuitParams& c = logits.circuit;
+        state = shared + 2 * (kByWarp<Team> ? c.n_token * c.components : c.components);
         e = state + c.components;
         sums = e + c.components;
         walk = shared + own_floats<Team>(c);
     }
-    LX_DEVICE void take_norms(int64_t k, float* to) const {
-        for_norms(leaves.rows(row, k), components, lx::warp_id(),
-                  static_cast<int>(blockDim.x) / lx::kWarpSize,
-                  [&](int z, float norm) { to[z] = norm; });
+    // The rows of all positions lie behind each other.
+    LX_DEVICE void take_norms(int64_t k, int count) const {
+        for_norms(leaves.rows(row, k), count, lx::warp_id(), kRowThreads<Team> / lx::kWarpSize,
+                  [&](int z, const Norm& norm) { norms[z] = norm; });
     }
     // Before the walk: all there will be, if a warp walks.
     LX_DEVICE void prepare(int64_t positions) const {
-        if constexpr (kByWarp<Team>) {
-            // The rows of all positions lie behind each other.
-            for_norms(leaves.rows(row, 0), static_cast<int>(positions) * components, lx::warp_id(),
-                      kRowThreads<Team> / lx::kWarpSize,
-                      [&](int i, float norm) { norms[i] = norm; });
+        if (kByWarp<Team> && !given) {
+            take_norms(0, static_cast<int>(positions) * components);
             lx::syncthreads();
         }
     }
     // At position k of the walk.
-    LX_DEVICE const float* norms_at(int64_t k) const {
+    LX_DEVICE const Norm* norms_at(int64_t k) const {
+        if (given) return given + k * components;
         if constexpr (kByWarp<Team>) {
             return norms + k * components;
         } else {
             lx::syncthreads();  // those of the last position have been read
-            take_norms(k, norms);
+            take_norms(k, components);
             lx::syncthreads();
             return norms;
         }
+    }
+    // Once more, of the last position of which norms_at was called.
+    LX_DEVICE const Norm* last_norms(int64_t k) const {
+        return given ? given + k * components : norms + (kByWarp<Team> ? k * components : 0);
     }
 };
 
@@ -85,14 +94,17 @@ LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
     return logf(sum) + shift;
 }
 
-// f<P, Team>(leaves, aligned) with the types of these logits and what every kernel reads of them.
-template <class F>
-LaunchStatus with_circuit(const CircuitLogits& logits, F&& f) {
+// f<P, Team>(leaves, aligned) with the types of these logits, behind the norms where they are taken
+// first. declare() names what else the kernel touches.
+template <class Declare, class F>
+LaunchStatus with_circuit(const CircuitLogits& logits, const int64_t* last, void* stream,
+                          Declare&& declare, F&& f) {
     const CircuitParams& c = logits.circuit;
     const Leaves leaves =
         leaves_of(logits.leaf, logits.leaf_stride, logits.dtype, c.components, logits.vocabulary);
-    declare_leaves(leaves, c.rows, c.n_token);
-    declare_params(c);
+    if (const LaunchStatus status = run_norms(logits, leaves, last, stream)) return status;
+    declare_circuit(logits, leaves);
+    declare();
     const bool aligned = trans_aligned(c);
     return with_dtype(c.dtype, [&]<class P>() {
         return walks_by_warp(logits) ? f.template operator()<P, WarpTeam>(leaves, aligned)

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
     LX_DYN_SHARED(shared);
     const CircuitParams& c = args.logits.circuit;
     const int64_t row = blockIdx.x;
-    const Row<Team> own(c, leaves, row, reinterpret_cast<float*>(shared));
+    const Row<Team> own(args.logits, leaves, row, reinterpret_cast<float*>(shared));
     own.prepare(c.n_token);
     if (kByWarp<Team> && lx::warp_id() > 0) return;
 
@@ -28,17 +28,16 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
         walk.for_own([&](int z) {
             static_cast<float*>(args.posterior)[at * own.components + z] = own.state[z];
         });
-        const float* const norms = own.norms_at(k);
+        const Norm* const norms = own.norms_at(k);
         int64_t token = args.evidence ? args.evidence[at] : -1;
         if (token < 0) {
             const int z = lx::max(find(own.state, own.components, uniforms[2 * k]).index, 0);
             token = lx::max(
-                draw_token(walk.team, own.sums, rows, z, shift_of(norms[z]), uniforms[2 * k + 1]),
-                0);
+                draw_token(walk.team, own.sums, rows, z, norms[z].top, uniforms[2 * k + 1]), 0);
         }
         const bool possible = token < leaves.vocabulary;  // nobody has checked it
         walk.for_own(
-            [&](int z) { own.e[z] = possible ? log_p(rows.at(z, token), norms[z]) : kImpossible; });
+            [&](int z) { own.e[z] = possible ? norms[z].log_p(rows.at(z, token)) : kImpossible; });
         const float top =
             walk.reduce(kImpossible, larger, [&](int z) { return cur[z] + own.e[z]; });
         const float shift = shift_of(top);
@@ -58,16 +57,20 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream) {
     const CircuitParams& c = args.logits.circuit;
     if (c.rows == 0) return 0;
-    [[maybe_unused]] const int64_t positions = c.rows * c.n_token;
-    LX_BUF(args.uniforms, positions * 8, lx::Access::kConstant);
-    if (args.evidence) LX_BUF(args.evidence, positions * 8, lx::Access::kConstant);
-    LX_BUF(args.tokens, positions * 8, lx::Access::kWrite);
-    LX_BUF(args.conditional, positions * 4, lx::Access::kWrite);
-    LX_BUF(args.posterior, positions * c.components * 4, lx::Access::kWrite);
-    return with_circuit(args.logits, [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
-        return LX_LAUNCH((circuit_sample_kernel<P, Team>), static_cast<unsigned>(c.rows),
-                         kRowThreads<Team>, shared_bytes<Team>(c), stream, args, leaves, aligned);
-    });
+    const auto declare = [&] {
+        [[maybe_unused]] const int64_t positions = c.rows * c.n_token;
+        LX_BUF(args.uniforms, positions * 8, lx::Access::kConstant);
+        if (args.evidence) LX_BUF(args.evidence, positions * 8, lx::Access::kConstant);
+        LX_BUF(args.tokens, positions * 8, lx::Access::kWrite);
+        LX_BUF(args.conditional, positions * 4, lx::Access::kWrite);
+        LX_BUF(args.posterior, positions * c.components * 4, lx::Access::kWrite);
+    };
+    return with_circuit(args.logits, nullptr, stream, declare,
+                        [&]<class P, class Team>(const Leaves& leaves, bool aligned) {
+                            return LX_LAUNCH((circuit_sample_kernel<P, Team>),
+                                             static_cast<unsigned>(c.rows), kRowThreads<Team>,
+                                             shared_bytes<Team>(c), stream, args, leaves, aligned);
+                        });
 }
 
 }  // namespace lora_ext

@@ -25,7 +25,7 @@ struct Stats {
 
 int64_t shared_bytes(const SpecVerifyArgs& args) {
     return (args.n_token + 1) * static_cast<int64_t>(sizeof(Stats)) +
-           (args.components + kDrawChunks + BlockTeam::kScratch) * 4;
+           (2 * args.components + kDrawChunks + BlockTeam::kScratch) * 4;
 }
 
 template <class T>
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int V = static_cast<int>(args.vocabulary);
     const int lane = lx::lane_id(), warp = lx::warp_id();
     Stats* const stats = reinterpret_cast<Stats*>(shared);
-    float* const log_weight = reinterpret_cast<float*>(stats + K + 1);
-    float* const sums = log_weight + C;
+    Norm* const weights = reinterpret_cast<Norm*>(stats + K + 1);  // log_sum less log posterior
+    float* const sums = reinterpret_cast<float*>(weights + C);
     const BlockTeam team(sums + kDrawChunks);
     const T* const target = static_cast<const T*>(args.target) + row * args.target_stride;
     const int64_t* const tokens = args.tokens + row * K;
@@ -92,9 +92,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float* const posterior =
             static_cast<const float*>(args.posterior) + (row * K + accepted) * C;
         // Of a state without weight, or without tokens: no token has any.
-        for_norms(rows, C, warp, kWarps, [&](int z, float norm) {
+        for_norms(rows, C, warp, kWarps, [&](int z, const Norm& norm) {
             const float p = posterior[z];
-            log_weight[z] = p > 0 && norm != kImpossible ? logf(p) - norm : kImpossible;
+            const bool none = !(p > 0) || norm.log_sum == kImpossible;
+            weights[z] = {norm.top, none ? -kImpossible : norm.log_sum - logf(p)};
         });
         lx::syncthreads();
     }
@@ -109,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 float q = 0;
 #pragma unroll 4
                 for (int z = 0; z < C; ++z)
-                    q += lx::exp_approx(lx::to_float(lx::load_nc(leaf + int64_t{z} * V + v)) +
-                                        log_weight[z]);
+                    q += lx::exp_approx(lx::to_float(lx::load_nc(leaf + int64_t{z} * V + v)) -
+                                        weights[z].top - weights[z].log_sum);
                 w[0] = fmaxf(w[0] - q, 0.0f);
             });
         });

@@ -5,7 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
+#include <string_view>
 #include <tuple>
 
 namespace lora_ext {
@@ -13,16 +13,17 @@ namespace lora_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
-Tensor circuit_conditional_dist(std::string kind, const Tensor& leaf, const OptionalTensor& prior,
-                                const OptionalTensor& trans, const Tensor& x, const Tensor& k);
+Tensor circuit_conditional_dist(std::string_view kind, const Tensor& leaf,
+                                const OptionalTensor& prior, const OptionalTensor& trans,
+                                const Tensor& x, const Tensor& k);
 // tokens, conditional, posterior
-std::tuple<Tensor, Tensor, Tensor> circuit_sample(std::string kind, const Tensor& leaf,
+std::tuple<Tensor, Tensor, Tensor> circuit_sample(std::string_view kind, const Tensor& leaf,
                                                   const OptionalTensor& prior,
                                                   const OptionalTensor& trans,
                                                   const Tensor& uniforms,
                                                   const OptionalTensor& evidence);
 // tokens, value
-std::tuple<Tensor, Tensor> circuit_argmax(std::string kind, const Tensor& leaf,
+std::tuple<Tensor, Tensor> circuit_argmax(std::string_view kind, const Tensor& leaf,
                                           const OptionalTensor& prior, const OptionalTensor& trans,
                                           const OptionalTensor& evidence);
 // accepted, next_token

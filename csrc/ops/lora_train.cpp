@@ -1,5 +1,5 @@
 // The training ops: tensors in, checks, allocation, choice of twin or kernel. The products with the
-// base weight are at::linear and at::mm; all else is a twin or a kernel.
+// base weight are a library's; all else is a twin or a kernel.
 //
 // Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R); v (T, R); y, dy (T, O).
 #include "ops/lora_train.h"
@@ -7,7 +7,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -16,6 +15,7 @@
 
 #include "lora_ext/lora_train.h"
 #include "ops/checks.h"
+#include "ops/gemm.h"
 #include "ops/lora_args.h"
 #include "ops/scratch.h"
 #include "ops/settings.h"
@@ -122,7 +122,25 @@ struct Call {
         args.workspace = workspace.mutable_data_ptr();
     }
 
+    // x weight^T + bias; with dy and weight^T, what dx starts from. A row without adapter keeps the
+    // bits of the base layer, so a call that has one takes the base layer's library.
+    Tensor base_product(const Tensor& left, const Tensor& weight,
+                        const OptionalTensor& bias = {}) const {
+        const bool base_bits = !active() || launches_kernels(x) || idle_rows();
+        return base_bits ? at::linear(left, weight, bias) : fast_linear(left, weight, bias);
+    }
+
     const LoraTrainCpu& twin() const { return *lora_train_cpu(lora_twin().isa); }
+
+    // Whether any row has no adapter, or one of rank 0; on the CPU, where the plan can be read.
+    bool idle_rows() const {
+        const LoraArgs& lora = args.lora;
+        if (lora.plan[kPlanNumActive] < lora.num_tokens) return true;
+        const int32_t *ranks = lora.bank.ranks, *chunk = lora.plan + kPlanHeader;
+        for (int32_t c = 0; ranks && c < lora.plan[kPlanNumChunks]; ++c, chunk += 4)
+            if (ranks[chunk[0]] == 0) return true;
+        return false;
+    }
 
     template <typename Args>
     void run(const Args& what, int64_t items, void (*f)(const Args&, int64_t, int64_t),
@@ -172,7 +190,8 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     const c10::DeviceGuard guard(x.device());
     const NoAutocast no_autocast;
     call.set_plan(plan);
-    Tensor y = weight ? at::linear(x, *weight, bias) : at::zeros({x.size(0), out}, x.options());
+    Tensor y =
+        weight ? call.base_product(x, *weight, bias) : at::zeros({x.size(0), out}, x.options());
     LoraTrainArgs& args = call.args;
     Tensor v = at::empty({x.size(0), args.lora.bank.max_rank}, x.options().dtype(call.v_type()));
     if (!call.active()) return {y, v.zero_()};
@@ -216,7 +235,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor dy = rows_contiguous(dy_in), v = rows_contiguous(v_in);
     const bool active = call.active();
     Tensor dx = at::empty({0}, x.options()), da = dx, db = dx;
-    if (need_dx) dx = weight ? at::mm(dy, *weight) : at::zeros({rows, x.size(1)}, x.options());
+    if (need_dx)
+        dx =
+            weight ? call.base_product(dy, weight->t()) : at::zeros({rows, x.size(1)}, x.options());
     const auto gradient = [&](const Tensor& of) {
         return active ? at::empty(of.sizes(), x.options()) : at::zeros(of.sizes(), x.options());
     };

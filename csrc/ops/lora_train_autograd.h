@@ -42,6 +42,8 @@ inline OptionalTensor or_none(const Tensor& t) {
 }
 
 // Saved: x, v, the plan and the parameters; the mask of dropout is computed again from its seed.
+// Ids on the CPU that are one number for all rows (stride 0) keep 4 bytes and no plan: it is made
+// again, in the time that checking one would take.
 struct Linear : torch::autograd::Function<Linear> {
     using Forward = Handle<&lora_linear_forward>;
     using Backward = Handle<&lora_linear_backward>;
@@ -54,14 +56,20 @@ struct Linear : torch::autograd::Function<Linear> {
                                  double dropout_p, const OptionalTensor& seed,
                                  const OptionalTensor& given_plan) {
         const at::AutoDispatchBelowADInplaceOrView guard;
+        const bool one_id =
+            adapter_ids.is_cpu() && adapter_ids.dim() == 1 && adapter_ids.sym_stride(0) == 0;
         const OptionalTensor plan =
-            given_plan ? given_plan
-                       : Plan::get().call(adapter_ids, a.sym_size(0).guard_int(__FILE__, __LINE__),
-                                          std::nullopt);
+            given_plan || one_id
+                ? given_plan
+                : Plan::get().call(adapter_ids, a.sym_size(0).guard_int(__FILE__, __LINE__),
+                                   std::nullopt);
         auto [y, v] = Forward::get().call(x, weight, bias, a, b, adapter_ids, scale, ranks,
                                           dropout_p, seed, plan);
-        ctx->save_for_backward({x, v, or_undefined(weight), a, b, adapter_ids, or_undefined(scale),
-                                or_undefined(ranks), or_undefined(plan), or_undefined(seed)});
+        // The weight is for dx alone.
+        ctx->save_for_backward({x, v, x.requires_grad() ? or_undefined(weight) : Tensor(), a, b,
+                                adapter_ids, or_undefined(scale), or_undefined(ranks),
+                                or_undefined(plan), or_undefined(seed)});
+        ctx->saved_data["weight"] = weight.has_value();
         ctx->saved_data["dropout_p"] = dropout_p;
         ctx->saved_data["bias"] = bias.has_value();
         ctx->mark_non_differentiable({v});
@@ -76,7 +84,8 @@ struct Linear : torch::autograd::Function<Linear> {
         const variable_list saved = ctx->get_saved_variables();
         const Tensor &x = saved[0], &weight = saved[2];
         // Edges are counted over the tensors that were given.
-        const bool has_weight = weight.defined(), has_bias = ctx->saved_data["bias"].toBool();
+        const bool has_weight = ctx->saved_data["weight"].toBool();
+        const bool has_bias = ctx->saved_data["bias"].toBool();
         const size_t after = 1 + has_weight + has_bias;
         const bool need_dx = ctx->needs_input_grad(0), need_da = ctx->needs_input_grad(after),
                    need_db = ctx->needs_input_grad(after + 1);

@@ -3,6 +3,7 @@
 
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
+#include "lora_ext/circuit_sum.h"
 #include "lora_ext/lora_train.h"
 
 namespace lora_ext {
@@ -43,6 +44,9 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs&, void*) {
 LaunchStatus launch_lora_dropout(const LoraTrainArgs&, void*, void*) {
     return -1;
 }
+int64_t circuit_workspace_bytes(const CircuitLogits&) {
+    return 0;
+}
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs&, void*) {
     return -1;
 }
@@ -55,7 +59,6 @@ LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs&, void*) {
 LaunchStatus launch_spec_verify(const SpecVerifyArgs&, void*) {
     return -1;
 }
-
 LaunchStatus launch_circuit_leaf(const CircuitLeafArgs&, void*) {
     return -1;
 }
@@ -66,6 +69,39 @@ LaunchStatus launch_circuit_scan(const CircuitScanArgs&, void*) {
     return -1;
 }
 LaunchStatus launch_circuit_scan_backward(const CircuitScanArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_weights(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_values(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_finish(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_ratios(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_dvalues(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_dweights(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_per_row(const LogSumArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs&, void*) {
+    return -1;
+}
+bool log_sum_fused_fits(const LogSumArgs&) {
+    return false;
+}
+LaunchStatus launch_log_sum_fused(const LogSumArgs&, bool, void*) {
+    return -1;
+}
+LaunchStatus launch_log_max(const LogSumArgs&, void*) {
     return -1;
 }
 

@@ -22,7 +22,6 @@ from .lora_forward import (
     LoraFactors,
     dense_parameters,
     draw_seed,
-    exactly,
     fused_forward,
     fuses,
     lora_forward,
@@ -37,19 +36,6 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
-
-
-def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``|| weight + scaling * b @ a ||`` per row, ``(O,)``, a constant.
-
-    Args:
-        weight: ``(O, I)`` floating. a: ``(r, I)``. b: ``(O, r)``.
-
-    Returns:
-        float32, or float64 where the weight is.
-    """
-    with exactly(weight.device):
-        return ops.lora_dora_norm(weight, a, b, scaling)
 
 
 def dora_forward(
@@ -123,7 +109,7 @@ def _in_order(
 
 
 def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor) -> Tensor:
-    return magnitude / weight_norm(weight, f.a, f.b, f.scaling).to(magnitude.dtype)
+    return magnitude / ops.lora_dora_norm(weight, f.a, f.b, f.scaling).to(magnitude.dtype)
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:

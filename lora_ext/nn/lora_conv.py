@@ -27,8 +27,8 @@ class LoraConv(LoraLayer):
 
     Args:
         base_layer: ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
-        adapter_name: of the first adapter, which is active. The arguments after it are those of
-            :meth:`add_adapter`.
+        adapter_name: of the first adapter, which is active.
+        r, options: as :meth:`add_adapter`.
 
     Raises:
         NotImplementedError: a convolution with overlapping or spaced windows, padding, dilation or
@@ -42,12 +42,6 @@ class LoraConv(LoraLayer):
         base_layer: nn.Module,
         adapter_name: str = "default",
         r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        init_lora_weights: bool | str = True,
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        lora_bias: bool = False,
         **options: Any,
     ):
         if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -61,10 +55,7 @@ class LoraConv(LoraLayer):
         super().__init__(base_layer, weight[0].numel(), weight.shape[0], fan_in_fan_out=False)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, init_lora_weights, use_rslora, use_dora,
-            lora_bias, **options,
-        )  # fmt: skip
+        self.add_adapter(adapter_name, r, **options)
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_ext import ops
+
 from .context import Names
-from .dora import weight_norm
 from .lora_layer import LoraLayer
 
 
@@ -27,9 +28,9 @@ class LoraEmbedding(LoraLayer):
     Args:
         base_layer: ``nn.Embedding`` or a subclass.
         adapter_name: of the first adapter, which is active.
-        r, lora_alpha, init_lora_weights, use_rslora, use_dora: as :meth:`add_adapter`. True is
-            PEFT's law for embeddings: A zero, B from N(0, 1). Dropout is kept for PEFT's sake and
-            does nothing: there is no input to drop.
+        r, options: as :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's law for embeddings:
+            A zero, B from N(0, 1). Dropout is kept for PEFT's sake and does nothing: there is no
+            input to drop.
 
     Raises:
         ValueError: a base that is no embedding, ``lora_bias``, or what :meth:`add_adapter` refuses.
@@ -42,12 +43,6 @@ class LoraEmbedding(LoraLayer):
         base_layer: nn.Module,
         adapter_name: str = "default",
         r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        init_lora_weights: bool | str = True,
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        lora_bias: bool = False,
         **options: Any,
     ):
         if not isinstance(base_layer, nn.Embedding):
@@ -59,10 +54,7 @@ class LoraEmbedding(LoraLayer):
         super().__init__(base_layer, *sizes, fan_in_fan_out=True)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, init_lora_weights, use_rslora, use_dora,
-            lora_bias, **options,
-        )  # fmt: skip
+        self.add_adapter(adapter_name, r, **options)
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
@@ -100,7 +92,7 @@ class LoraEmbedding(LoraLayer):
             update = update * scale
         if not self.use_dora[name]:
             return y + update
-        norm = weight_norm(self._matrix(), a, b, self.scaling[name])
+        norm = ops.lora_dora_norm(self._matrix(), a, b, self.scaling[name])
         magnitude = self._magnitude(name)
         return magnitude / norm.to(magnitude.dtype) * (y + update)
 

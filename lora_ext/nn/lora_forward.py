@@ -6,9 +6,9 @@ speeds up call the same function: what an adapter does is written here and nowhe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,12 @@ import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._autocast import AUTOCASTS
 
 from .rows import Rows, all_rows, constant, rows_of, subset
 
 _MAX_FUSED_RANK = 256  # of the kernels
 
-_AUTOCASTS = ("cpu", "cuda")
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 #: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
@@ -223,40 +223,42 @@ def _with_large_ranks(
 
 
 class _Call(NamedTuple):
-    """What one call of the op adds: a bank, and the adapter of each row in it."""
+    """What one call of the op adds: some adapters, and the one of each row."""
 
-    factors: LoraFactors  # the first in the bank
+    factors: LoraFactors  # the first
 
-    a: Tensor  # (A, R, I)
-    b: Tensor  # (A, O, R)
+    a: Sequence[Tensor]  # (r, I) each
+    b: Sequence[Tensor]  # (O, r) each
     ids: Tensor  # (T,)
-    plan: Tensor
+    plan: Tensor | None
     scaling: tuple[float, ...]
-    ranks: tuple[int, ...] | None
     p: float
     biases: tuple[Tensor | None, ...]
-    everywhere: bool  # every row has an adapter, and the bank has but one
+    everywhere: bool  # every row has an adapter, and there is but one
 
 
 def _run(
     call: _Call, x: Tensor, compute: torch.dtype | None, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    dtype = call.a.dtype if compute is None else compute
-    b, scale, ranks, seed = call.b.to(dtype), None, None, None
+    dtype = compute
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*call.a, *call.b)))
+    b, scale, ranks, seed = call.b, None, None, None
     if any(s != 1.0 for s in call.scaling):
         if dtype == torch.float64:  # the op holds scales in float32
-            b = b * constant(call.scaling, dtype, x.device)[:, None, None]
+            b = [f * s for f, s in zip(b, call.scaling, strict=True)]
         else:
             scale = constant(call.scaling, torch.float32, x.device)
-    if call.ranks is not None:
-        ranks = constant(call.ranks, torch.int32, x.device)
+    all_ranks = [f.shape[0] for f in call.a]
+    if min(all_ranks) < max(all_ranks):
+        ranks = constant(all_ranks, torch.int32, x.device)
     if call.p:
         seed = draw_seed(x.device)
-    return ops.lora_linear(
+    return ops.lora_linear_apart(
         x.to(dtype),
         None if weight is None else weight.to(dtype),
         None if bias is None else bias.to(dtype),
-        call.a.to(dtype),
+        call.a,
         b,
         call.ids,
         scale,
@@ -288,9 +290,7 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
         b = group[0].b if len(group) == 1 else torch.cat([f.b for f in group], 1)
         biases = tuple(f.bias for f in group)
         f = group[0]
-        calls.append(
-            _Call(f, a[None], b[None], ids, plan, (f.scaling,), None, f.p, biases, everywhere=True)
-        )
+        calls.append(_Call(f, [a], [b], ids, plan, (f.scaling,), f.p, biases, everywhere=True))
     return calls
 
 
@@ -303,66 +303,11 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     for p, members in by_p.items():
         _, ids, plan = rows if len(by_p) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
-        ranks = tuple(f.a.shape[0] for f in group)
-        a, b = _bank([f.a for f in group], [f.b for f in group])
+        a, b = [f.a for f in group], [f.b for f in group]
         scaling = tuple(f.scaling for f in group)
         biases = tuple(f.bias for f in group)
-        unequal = ranks if min(ranks) < max(ranks) else None
-        calls.append(
-            _Call(group[0], a, b, ids, plan, scaling, unequal, p, biases, everywhere=False)
-        )
+        calls.append(_Call(group[0], a, b, ids, plan, scaling, p, biases, everywhere=False))
     return calls
-
-
-# -------------------------------------------------------------------------------------------------
-# Banks
-
-
-def _bank(a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``(A, R, I)`` and ``(A, O, R)`` of the factors; beyond an adapter's rank undefined."""
-    if len(a) == 1:
-        return a[0][None], b[0][None]
-    if torch.compiler.is_compiling():  # the compiler fuses this, and cannot see into the other
-        rank = max(f.shape[0] for f in a)
-        pad = F.pad
-        return (
-            torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]),
-            torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]),
-        )
-    return _Bank.apply(*a, *b)  # pyright: ignore[reportReturnType]
-
-
-class _Bank(torch.autograd.Function):
-    """One node for any number of adapters; its backward hands out views and copies nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        half = len(factors) // 2
-        a, b = factors[:half], factors[half:]
-        dtype = a[0].dtype
-        for f in factors:
-            dtype = torch.promote_types(dtype, f.dtype)
-        ctx.ranks = [f.shape[0] for f in a]
-        ctx.dtypes = [f.dtype for f in factors]
-        rank = max(ctx.ranks)
-        bank_a = a[0].new_empty((half, rank, a[0].shape[1]), dtype=dtype)
-        bank_b = b[0].new_empty((half, b[0].shape[0], rank), dtype=dtype)
-        views = [*_views_a(bank_a, ctx.ranks), *_views_b(bank_b, ctx.ranks)]
-        torch._foreach_copy_(views, factors)  # pyright: ignore[reportPrivateImportUsage]
-        return bank_a, bank_b
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        views = [*_views_a(grads[0], ctx.ranks), *_views_b(grads[1], ctx.ranks)]
-        return tuple(g.to(dtype) for g, dtype in zip(views, ctx.dtypes, strict=True))
-
-
-def _views_a(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    return [s[:r] for s, r in zip(bank.unbind(0), ranks, strict=True)]
-
-
-def _views_b(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    return [s[:, :r] for s, r in zip(bank.unbind(0), ranks, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -404,15 +349,9 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes a linear layer compute, or None where it is off."""
     kind = x.device.type
-    if kind not in _AUTOCASTS or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
-
-
-def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """A block that autocast leaves alone."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if kind in _AUTOCASTS else nullcontext()
 
 
 def dense_parameters(base: BaseLayer) -> DenseParameters | None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext import ops
+
 from . import context
 from .context import Names
-from .dora import Magnitude, weight_norm
+from .dora import Magnitude
 from .init import FREE, decompose, init_lora_, known_scheme
 from .layer_names import LayerNames, layer_names, rows_by_name, rows_in_block, traced_rows
-from .merging import Merging, wide
+from .merging import Merging
 from .rows import Rows, rows_of
 
 
@@ -134,13 +136,11 @@ class LoraLayer(Merging):
         flat_a, flat_b = a.flatten(1), b.flatten(1)
         changed = magnitude = None
         if device.type != "meta" and (scheme not in FREE or preserve_base_output):
-            weight = self._matrix().detach()
-            changed = weight.to(wide(weight.dtype))
-            changed = changed - scaling * (flat_b.to(changed) @ flat_a.to(changed))
-            changed = changed.to(weight.dtype)
+            changed = self._matrix().detach().clone()
+            ops.lora_merge_(changed, flat_a, flat_b, scaling, sign=-1)
         if use_dora:
             weight = self._matrix() if changed is None else changed
-            norm = weight_norm(weight, flat_a, flat_b, scaling)
+            norm = ops.lora_dora_norm(weight, flat_a, flat_b, scaling)
             magnitude = Magnitude(self._magnitude_shape(norm.to(dtype)))
         # From here on nothing raises.
         if changed is not None:

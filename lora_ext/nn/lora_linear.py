@@ -31,8 +31,8 @@ class LoraLinear(LoraLayer):
     Args:
         base_layer: maps ``(..., I)`` to ``(..., O)``: ``nn.Linear`` and transformers' ``Conv1D``
             take part in the fused op, anything else is called.
-        adapter_name: of the first adapter, which is active. The arguments after it are those of
-            :meth:`add_adapter`.
+        adapter_name: of the first adapter, which is active.
+        r, options: as :meth:`add_adapter`.
         fan_in_fan_out: the base stores its weight as ``(I, O)``. ``Conv1D`` is known to.
 
     Raises:
@@ -47,12 +47,7 @@ class LoraLinear(LoraLayer):
         base_layer: nn.Module,
         adapter_name: str = "default",
         r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        init_lora_weights: bool | str = True,
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        lora_bias: bool = False,
+        *,
         fan_in_fan_out: bool = False,
         **options: Any,
     ):
@@ -64,10 +59,7 @@ class LoraLinear(LoraLayer):
         super().__init__(base_layer, in_features, out_features, transposed)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, init_lora_weights, use_rslora, use_dora,
-            lora_bias, **options,
-        )  # fmt: skip
+        self.add_adapter(adapter_name, r, **options)
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dora import weight_norm
-from .lora_forward import exactly
+from lora_ext import ops
 
 
 class _Merged(NamedTuple):
@@ -150,18 +149,15 @@ class Merging(nn.Module):
             ValueError: no such adapter.
         """
         self._check_known([adapter])
-        delta = self._delta(adapter, self.scaling[adapter], detach=False)
-        return self._from_matrix(delta.to(self._raw_factors(adapter)[0].dtype))
+        a, b, _ = self._raw_factors(adapter)
+        return self._from_matrix(ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter]))
 
     # ---------------------------------------------------------------------------------------------
 
-    def _delta(self, name: str, scaling: float, detach: bool = True) -> Tensor:
+    def _delta(self, name: str, scaling: float) -> Tensor:
+        """``scaling * B @ A``, ``(O, I)``, not rounded."""
         a, b, _ = self._raw_factors(name)
-        if detach:
-            a, b = a.detach(), b.detach()
-        dtype = wide(a.dtype)
-        with exactly(a.device):
-            return (b.flatten(1).to(dtype) @ a.flatten(1).to(dtype)) * scaling  # (O, I)
+        return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
 
     def _bias_delta(self, name: str, scaling: float) -> Tensor:
         bias = self._raw_factors(name)[2]
@@ -171,7 +167,8 @@ class Merging(nn.Module):
     def _dora_factor(self, name: str) -> Tensor:
         """``magnitude / norm``; the norm is that of the weight without anything merged."""
         a, b, _ = self._raw_factors(name)
-        norm = weight_norm(self._unmerged()[0], a.flatten(1), b.flatten(1), self.scaling[name])
+        weight, _ = self._unmerged()
+        norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
         return self._magnitude(name).detach().flatten().to(norm.dtype) / norm
 
     def _magnitude(self, name: str) -> Tensor:
@@ -220,10 +217,7 @@ class Merging(nn.Module):
         raise NotImplementedError
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight is changed before it is rounded."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(wide(tensor.dtype))
+    """In the dtype in which a weight is changed before it is rounded."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(dtype)

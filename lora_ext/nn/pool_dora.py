@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_ext import ops
+
 from .context import Active, current
-from .dora import weight_norm
 from .lora_forward import readable_weight
 
 _READABLE = (
@@ -112,7 +113,7 @@ class DoraFactors:
             a = slab.a_pages[pages].flatten(0, 1)  # (8n, I): what fills the last page is zero
             b = slab.b_pages[pages].permute(1, 0, 2).flatten(1)  # (O, 8n)
             a, b = a.to(weight.device), b.to(weight.device)
-            norm = weight_norm(weight.detach(), a, b, float(slab.scale[slot]))  # (O,)
+            norm = ops.lora_dora_norm(weight.detach(), a, b, float(slab.scale[slot]))  # (O,)
             magnitude = slab.magnitude[slot]
             c = magnitude / norm.to(magnitude)
         if c.is_cuda:

@@ -63,10 +63,13 @@ def keep(key: tuple[Hashable, ...], device: torch.device, make: Callable[[], Any
     return found
 
 
-def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and plan of rows that all belong to adapter 0."""
+def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids and plan of rows that all belong to adapter 0. On the CPU the ids are one number,
+    expanded, and need no plan: a backward keeps 4 bytes of them."""
 
-    def make() -> tuple[Tensor, Tensor]:
+    def make() -> tuple[Tensor, Tensor | None]:
+        if device.type == "cpu":
+            return torch.zeros(1, dtype=torch.int32).expand(num_rows), None
         ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
         return ids, ops.lora_plan(ids, 1)
 

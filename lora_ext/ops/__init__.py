@@ -1,12 +1,20 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
-from lora_ext.ops.circuit import CircuitScan, circuit_scan
+from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.circuit_decode import (
     circuit_argmax,
     circuit_conditional_dist,
     circuit_sample,
     spec_verify,
+)
+from lora_ext.ops.circuit_sum import (
+    LogMax,
+    ScaledWeights,
+    log_bmm,
+    log_einsum_exp,
+    log_einsum_exp_backward,
+    log_einsum_weights,
 )
 from lora_ext.ops.lora import (
     bgmv_,
@@ -18,16 +26,23 @@ from lora_ext.ops.lora import (
     lora_shrink,
     sgmv_,
 )
-from lora_ext.ops.lora_train import lora_dropout, lora_linear
+from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
     "CircuitScan",
+    "LogMax",
+    "ScaledWeights",
     "bgmv_",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "emission_gather",
+    "log_bmm",
+    "log_einsum_exp",
+    "log_einsum_exp_backward",
+    "log_einsum_weights",
     "lora_apply",
     "lora_apply_",
     "lora_delta",
@@ -36,6 +51,7 @@ __all__ = [
     "lora_expand_",
     "lora_gram",
     "lora_linear",
+    "lora_linear_apart",
     "lora_merge_",
     "lora_plan",
     "lora_segment_ids",

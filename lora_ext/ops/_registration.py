@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext import reference
+
 
 def _plan_size(rows: int, adapters: int) -> int:
     """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic ``rows`` is guarded."""
@@ -93,12 +95,27 @@ def _fake_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
 def _fake_circuit_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     _same_device("circuit_leaf", leaf, x)
     e = leaf.new_empty(leaf.shape[:3], dtype=_accumulator(leaf.dtype))
-    return e, torch.empty_like(e)
+    return e, e.new_empty(2, *e.shape)
 
 
-def _fake_circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, lse: Tensor) -> Tensor:
-    _same_device("circuit_leaf_backward", leaf, de, x, lse)
+def _fake_circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    _same_device("circuit_leaf_backward", leaf, de, x, norm)
     return leaf.new_empty(leaf.shape)
+
+
+def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    _same_device("emission_gather", h, emit, x)
+    return h.new_empty(h.shape[0], *emit.shape[:2], dtype=_accumulator(h.dtype))
+
+
+def _fake_emission_gather_backward(
+    de: Tensor, h: Tensor, emit: Tensor, x: Tensor, need_h: bool, need_emit: bool
+) -> tuple[Tensor, Tensor]:
+    _same_device("emission_gather_backward", h, de, emit, x)
+    dh, demit = (
+        t.new_empty(t.shape if need else 0) for t, need in ((h, need_h), (emit, need_emit))
+    )
+    return dh, demit
 
 
 def _fake_circuit_scan(
@@ -194,6 +211,78 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
+def _fake_log_weights(w: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    weight = w.new_empty(w.shape, dtype=_accumulator(w.dtype))
+    return weight, weight.new_empty(w.shape[:-1])
+
+
+def _fake_log_sum(
+    w: Tensor, values: Tensor, norm: str, precision: str, *scaled: Tensor | None
+) -> Tensor:
+    _same_device("log_einsum_exp", w, values, *scaled)
+    return values.new_empty(*values.shape[:-1], w.shape[-2])
+
+
+def _fake_log_sum_backward(
+    dout: Tensor,
+    w: Tensor,
+    values: Tensor,
+    out: Tensor,
+    norm: str,
+    need_dw: bool,
+    need_dvalues: bool,
+    *scaled: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _same_device("log_einsum_exp_backward", dout, w, values, out, *scaled)
+    dw = w.new_empty(w.shape if need_dw else 0)
+    return dw, values.new_empty(values.shape if need_dvalues else 0)
+
+
+def _fake_log_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    _same_device("log_einsum_max", w, values)
+    out = values.new_empty(*values.shape[:-1], w.shape[-2])
+    return out, out.new_empty(out.shape, dtype=torch.int32)
+
+
+def _save_log_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, values, ctx.norm, _, *scaled = inputs
+    ctx.save_for_backward(w, values, output, *scaled)
+
+
+def _log_sum_backward(library: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    w, values, out, *scaled = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grads = library.log_einsum_exp_backward(dout, w, values, out, ctx.norm, *needs, *scaled)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4
+
+
+def _save_log_sum_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    dout, w, values, _, ctx.norm, *_ = inputs
+    ctx.save_for_backward(dout, w, values)
+    ctx.set_materialize_grads(False)
+
+
+def _log_sum_double_backward(
+    ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """By the formula itself, which torch can differentiate: all terms at once, and rarely."""
+    leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+    with torch.enable_grad():
+        dout, w, values = leaves
+        out = reference.log_einsum_exp(w, values, ctx.norm)
+        first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
+        pairs = [
+            (g, d)
+            for g, d in zip(first, (ddw, ddvalues), strict=True)
+            if d is not None and d.numel()
+        ]
+        grads = torch.autograd.grad(
+            [g for g, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True
+        )
+    # `out` is a function of w and values, and its share is in theirs.
+    return *grads, *(None,) * 6
+
+
 def register(library: str) -> None:
     """Register fake kernels and backwards for the ops of ``torch.ops.<library>``."""
     fakes = {
@@ -208,18 +297,34 @@ def register(library: str) -> None:
         "lora_dropout": _fake_dropout,
         "circuit_leaf": _fake_circuit_leaf,
         "circuit_leaf_backward": _fake_circuit_leaf_backward,
+        "emission_gather": _fake_emission_gather,
+        "emission_gather_backward": _fake_emission_gather_backward,
         "circuit_scan": _fake_circuit_scan,
         "circuit_scan_backward": _fake_circuit_scan_backward,
         "circuit_conditional_dist": _fake_conditional_dist,
         "circuit_sample": _fake_sample,
         "circuit_argmax": _fake_argmax,
         "spec_verify": _fake_verify,
+        "log_einsum_weights": _fake_log_weights,
+        "log_einsum_exp": _fake_log_sum,
+        "log_einsum_exp_backward": _fake_log_sum_backward,
+        "log_einsum_max": _fake_log_max,
     }
     # torch annotates neither of the two in full.
     for name, fake in fakes.items():
         torch.library.register_fake(f"{library}::{name}", fake)  # pyright: ignore[reportUnknownMemberType]
+    backwards = {
+        "lora_apply": (_apply_backward, _save),
+        "log_einsum_exp": (_log_sum_backward, _save_log_sum),
+    }
+    for name, (backward, save) in backwards.items():
+        torch.library.register_autograd(  # pyright: ignore[reportUnknownMemberType]
+            f"{library}::{name}",
+            functools.partial(backward, getattr(torch.ops, library)),
+            setup_context=save,
+        )
     torch.library.register_autograd(  # pyright: ignore[reportUnknownMemberType]
-        f"{library}::lora_apply",
-        functools.partial(_apply_backward, getattr(torch.ops, library)),
-        setup_context=_save,
+        f"{library}::log_einsum_exp_backward",
+        _log_sum_double_backward,
+        setup_context=_save_log_sum_backward,
     )

@@ -9,8 +9,14 @@ so forward, backward, checkpointing and every device agree.
 Sources: LoRA (Hu et al. 2021), eq. 3, differentiated; Philox: Salmon et al. 2011.
 """
 
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _c = torch.ops.lora_ext
 
@@ -36,8 +42,10 @@ def lora_linear(
 
     Differentiable once in ``x``, ``weight``, ``bias``, ``a`` and ``b``; what requires no gradient
     costs none. An adapter's gradient has the same bits whatever shares its batch, and is zero where
-    no row names the adapter and beyond its rank. The products with ``weight`` are the library's
-    GEMM, whose bits may depend on batch and threads.
+    no row names the adapter and beyond its rank. The products with ``weight`` are a library's GEMM,
+    whose bits may depend on batch and threads: torch's own, except for large float32 batches on the
+    CPU in which every row has an adapter; those take oneDNN where
+    ``torch.backends.mkldnn.enabled``.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. Under
@@ -68,6 +76,143 @@ def lora_linear(
     return _c.lora_linear_forward.default(
         x, weight, bias, a, b, adapter_ids, scale, ranks, dropout_p, seed, plan
     )[0]
+
+
+def lora_linear_apart(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    plan: Tensor | None = None,
+) -> Tensor:
+    """:func:`lora_linear` of adapters that are tensors of their own, as parameters are.
+
+    They are copied into a bank that lives for one call and is made again in the backward: kept in
+    between, the banks of a model's layers would take as much memory as its adapters. The gradients
+    are views of a bank's.
+
+    Args:
+        x, weight, bias, adapter_ids, scale, dropout_p, seed, plan: as there.
+        a: ``(r, I)`` each, on the device of ``x``; cast to its dtype.
+        b: ``(O, r)`` each, as many.
+        ranks: ``(A,)`` int32, the ranks; may be None where they are equal.
+
+    Returns:
+        ``(T, O)`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: as there, or unequal ranks without ``ranks``.
+        RuntimeError: on double backward.
+
+    Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
+    """
+    if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
+        raise ValueError(
+            "lora_linear_apart: ranks is required where ranks differ, got None for "
+            f"{[f.shape[0] for f in a]}"
+        )
+    rest = adapter_ids, scale, ranks, dropout_p, seed, plan
+    if len(a) == 1:
+        return lora_linear(x, weight, bias, a[0].to(x.dtype)[None], b[0].to(x.dtype)[None], *rest)
+    if torch.compiler.is_compiling():  # the compiler fuses this, and cannot see into the other
+        rank = max(f.shape[0] for f in a)
+        bank_a = torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]).to(x.dtype)
+        bank_b = torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]).to(x.dtype)
+        return lora_linear(x, weight, bias, bank_a, bank_b, *rest)
+    apply: Any = _Apart.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return apply(x, weight, bias, rest, *a, *b)
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: Any, *factors: Tensor
+    ) -> Tensor:
+        y, v = _c.lora_linear_forward.default(x, weight, bias, *_bank(factors, x.dtype), *rest)
+        ids, scale, ranks, ctx.p, seed, plan = rest
+        for_dx = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, v, for_dx, ids, scale, ranks, plan, seed, *factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lora_linear_apart: the gradient of lora_linear is not itself differentiable"
+            )
+        (dy,) = grads
+        x, v, weight, ids, scale, ranks, plan, seed, *factors = ctx.saved_tensors
+        dx, dweight, dbias, _, *wanted = ctx.needs_input_grad
+        half = len(factors) // 2
+        da, db = any(wanted[:half]), any(wanted[half:])
+        out: list[Tensor | None] = [None] * len(wanted)
+        gradient = None
+        if dx or da or db:
+            a, b = _bank(factors, x.dtype)
+            gradient, bank_a, bank_b = _c.lora_linear_backward.default(
+                dy, x, v, weight, a, b, ids, scale, ranks, plan, ctx.p, seed, dx, da, db
+            )
+            all_ranks = [f.shape[0] for f in factors[:half]]
+            if da:
+                out[:half] = _views_a(bank_a, all_ranks)
+            if db:
+                out[half:] = _views_b(bank_b, all_ranks)
+        return (
+            gradient if dx else None,
+            dy.t().mm(x) if dweight else None,
+            dy.sum(0) if dbias else None,
+            None,
+            *(
+                g.to(f.dtype) if want and g is not None else None
+                for g, f, want in zip(out, factors, wanted, strict=True)
+            ),
+        )
+
+
+def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(A, R, I)`` and ``(A, O, R)`` of all a, then all b; beyond an adapter's rank undefined."""
+    half = len(factors) // 2
+    a, b = factors[:half], factors[half:]
+    ranks = [f.shape[0] for f in a]
+    shape_a = half, max(ranks), a[0].shape[1]
+    shape_b = half, b[0].shape[0], max(ranks)
+    size = math.prod(shape_a)
+    memory = _scratch(a[0].device, size + math.prod(shape_b), dtype)
+    bank_a, bank_b = memory[:size].view(shape_a), memory[size:].view(shape_b)
+    views = [*_views_a(bank_a, ranks), *_views_b(bank_b, ranks)]
+    torch._foreach_copy_(views, list(factors))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+    return bank_a, bank_b
+
+
+_kept = threading.local()
+
+
+def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one call; on the CPU that of the call before in this thread, as fresh pages from
+    the system cost more than filling them."""
+    traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+    if device.type != "cpu" or traced:
+        return torch.empty(size, dtype=dtype, device=device)
+    nbytes = size * dtype.itemsize
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < nbytes:
+        with torch.inference_mode(False):
+            memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
+    return memory[:nbytes].view(dtype)
+
+
+def _views_a(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    return [s[:r] for s, r in zip(bank.unbind(0), ranks, strict=True)]
+
+
+def _views_b(bank: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    return [s[:, :r] for s, r in zip(bank.unbind(0), ranks, strict=True)]
 
 
 def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:

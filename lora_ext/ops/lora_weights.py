@@ -1,7 +1,8 @@
 """What an adapter is to a weight: its product, merged and measured.
 
 All are products of full matrices, done by torch's GEMM on every device: no kernel of this package
-has anything to add, and bits may depend on the library's threads. They take no part in autograd.
+has anything to add, and bits may depend on the library's threads. All but :func:`lora_delta` take
+no part in autograd. Autocast leaves them alone.
 
 Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
 """
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lora_ext.ops._autocast import exactly
 
 
 def _accumulator(t: Tensor) -> torch.dtype:
@@ -33,13 +36,12 @@ def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
 
 
 def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
+    with exactly(a.device):
         return (b.to(dtype) @ a.to(dtype)).mul_(scale)
 
 
-@torch.no_grad()
 def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the weight that an adapter adds, ``scale * b @ a``.
+    """Return the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
 
     Args:
         a: ``(r, I)`` floating.
@@ -62,8 +64,8 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Add an adapter to a weight in place, ``weight += sign * scale * b @ a``, rounded once.
 
-    Taking out (``sign=-1``) what was added does not restore every bit of a rounded weight; who
-    needs them keeps a copy.
+    By torch's GEMM. Taking out (``sign=-1``) what was added does not restore every bit of a rounded
+    weight; who needs them keeps a copy.
 
     Args:
         weight: ``(O, I)`` floating.
@@ -89,7 +91,7 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 
 @torch.no_grad()
 def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter.
+    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter, one torch GEMM each.
 
     Inner products of adapters need no more than these: ``<b1 a1, b2 a2>`` and norms of ``b a`` cost
     ``r^2`` once they are known.
@@ -109,7 +111,7 @@ def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], l
     grams: tuple[list[Tensor], list[Tensor]] = ([], [])
     for a_s, b_s in zip(a, b, strict=True):
         _check("lora_gram", a_s, b_s)
-        with torch.autocast(a_s.device.type, enabled=False):
+        with exactly(a_s.device):
             wide_a, wide_b = a_s.to(_accumulator(a_s)), b_s.to(_accumulator(b_s))
             grams[0].append(wide_a @ wide_a.T)
             grams[1].append(wide_b.T @ wide_b)
@@ -120,7 +122,7 @@ def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], l
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return the norm of every row of ``weight + scale * b @ a``; ``b @ a`` is not formed.
 
-    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row. Where the
+    ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. Where the
     adapter all but cancels a row, the difference keeps an absolute error of a few roundings of
     ``|w|^2``.
 
@@ -140,7 +142,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> 
     """
     _check("lora_dora_norm", a, b, weight)
     dtype = _accumulator(weight)
-    with torch.autocast(weight.device.type, enabled=False):
+    with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
         square = wide.square().sum(1)
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)

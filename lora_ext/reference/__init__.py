@@ -10,6 +10,7 @@ from lora_ext.reference.circuit import (
     emission_gather,
     spec_verify,
 )
+from lora_ext.reference.circuit_sum import LogMax, log_bmm, log_einsum_exp
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
@@ -35,12 +36,15 @@ from lora_ext.reference.lora_weights import (
 __all__ = [
     "CircuitSample",
     "CircuitScan",
+    "LogMax",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
     "dropout_keep",
     "emission_gather",
+    "log_bmm",
+    "log_einsum_exp",
     "lora_apply",
     "lora_apply_",
     "lora_delta",

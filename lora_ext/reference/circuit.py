@@ -22,7 +22,6 @@ Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits"
 The left-to-right scan, one pass for all prefixes, is ours (docs/circuits.md).
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -204,7 +203,7 @@ def circuit_conditional_dist(
         x: ``(B, K)`` int64; positions from ``k`` on are not looked at.
         k: ``(B,)`` int64 in ``[0, K)``.
     """
-    rows = torch.arange(leaf.shape[0])
+    rows = torch.arange(leaf.shape[0], device=leaf.device)
     posterior = circuit_scan(kind, leaf, prior, trans, x).posterior
     return _mixture(posterior[rows, k], leaf[rows, k].to(posterior.dtype))
 
@@ -243,8 +242,9 @@ def circuit_sample(
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
-    row = torch.arange(rows)
-    tokens = torch.full((rows, n_token), -1) if evidence is None else evidence.clone()
+    row = torch.arange(rows, device=leaf.device)
+    none = torch.full((rows, n_token), -1, device=leaf.device)
+    tokens = none if evidence is None else evidence.clone()
     conditional: list[Tensor] = []
     posterior: list[Tensor] = []
 
@@ -279,20 +279,20 @@ def circuit_argmax(
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
-    row = torch.arange(rows)
+    row = torch.arange(rows, device=leaf.device)
     prior, trans = _normalised(kind, log_leaf, prior, trans)
     best, mode = log_leaf.max(-1)  # (B, K, C)
     if evidence is not None:
         given = evidence[..., None] >= 0
         best = torch.where(given, _observe(log_leaf, evidence), best)
         mode = torch.where(given, evidence[..., None], mode)
-    tokens = torch.empty(rows, n_token, dtype=torch.int64)
+    tokens = torch.empty(rows, n_token, dtype=torch.int64, device=leaf.device)
 
     def take(k: int, state: Tensor) -> None:
         tokens[:, k] = mode[row, k, state]
 
-    def go_through(choice: Tensor, deeper: Callable[[Tensor], None], state: Tensor) -> None:
-        deeper(choice[row, state])
+    def after(choice: Tensor, deeper: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        return lambda state: deeper(choice[row, state])
 
     # Upward, the best value of a part given the state above it; downward, the choices.
     def up(lo: int, hi: int, node: int) -> tuple[Tensor, int, Callable[[Tensor], None]]:
@@ -307,7 +307,7 @@ def circuit_argmax(
                 step = trans[:, node]
                 below, node, deeper = up(first, last, node + 1)
                 value, choice = (step + below[:, None]).max(2)
-                down = functools.partial(go_through, choice, deeper)
+                down = after(choice, deeper)
             parts.append((value, down))
 
         def both(state: Tensor) -> None:
@@ -372,7 +372,7 @@ def spec_verify(
     """
     dtype = accumulator(target.dtype)
     rows, n_token = tokens.shape
-    row, position = torch.arange(rows), torch.arange(n_token)
+    row, position = (torch.arange(n, device=target.device) for n in (rows, n_token))
     target = target.to(dtype)
     log_p = log_softmax(target / (temperature or 1.0))
     if temperature == 0:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import fcntl
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,22 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="session")
 def build_folder() -> Path:
-    """The CMake build of this folder, up to date; kept, so that a rerun compiles nothing."""
-    name = "lora-ext-emu-" + sha256(str(HERE).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
-        ["cmake", "--build", str(folder), "-j2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    """The CMake build of this folder, up to date; kept with the checkout's own build, so that a
+    rerun compiles nothing."""
+    folder = HERE.parents[1] / "build" / "emu-tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    # A kept cache names the ninja of the environment that made it, which may be gone.
+    ninja = shutil.which("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist, one after the other
+        for command in (
+            ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
+            ["cmake", "--build", str(folder), "-j2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return folder
 
 

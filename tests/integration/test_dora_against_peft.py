@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import make_model, make_peft, tokens
+from tiny import assert_alone_and_mixed_equal_peft, make_model, make_peft
 
 import lora_ext
 from lora_ext.adapters import save_adapter
@@ -51,20 +51,8 @@ def make(family: str, directory: Path) -> tuple[Any, Any, lora_ext.AdapterPool]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_alone_and_mixed_equal_peft(family: str, tmp_path: Path) -> None:
     model, reference, _ = make(family, tmp_path)
-    ids = tokens(len(NAMES), 6)
-    with torch.no_grad():
-        base = model(ids).logits
-        with lora_ext.adapters(NAMES):
-            mixed = model(ids).logits
-        for name in CONFIGS[family]:
-            reference.set_adapter(name)
-            theirs = reference(input_ids=ids).logits
-            with lora_ext.adapters(name):
-                assert (model(ids).logits - theirs).abs().max() < BOUND
-            rows = [i for i, n in enumerate(NAMES) if n == name]
-            assert (mixed[rows] - theirs[rows]).abs().max() < BOUND
-            assert (theirs - base).abs().amax((-1,)).min() > 1e-3
-        assert (mixed[[2, 5]] - base[[2, 5]]).abs().max() < BOUND
+    moved = assert_alone_and_mixed_equal_peft(model, reference, NAMES, BOUND)
+    assert moved.min() > 1e-3
 
 
 def test_every_spelling_of_the_magnitude_loads(tmp_path: Path) -> None:

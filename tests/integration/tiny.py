@@ -140,3 +140,29 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Random tokens without the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCAB, (batch, length), generator=generator)
+
+
+def assert_alone_and_mixed_equal_peft(
+    model: Any, reference: Any, names: list[str | None], bound: float
+) -> Tensor:
+    """The adapters of ``names``, each on all rows and each on its own, as PEFT computes them alone.
+
+    Returns ``(adapters, rows * tokens)``: the largest change of a logit that each makes.
+    """
+    ids, moved = tokens(len(names), 6), []
+    with torch.no_grad():
+        base = model(ids).logits
+        with lora_ext.adapters(names):
+            mixed = model(ids).logits
+        for name in dict.fromkeys(names):
+            rows = [i for i, n in enumerate(names) if n == name]
+            if name in (None, "__base__"):
+                assert (mixed[rows] - base[rows]).abs().max() < bound
+                continue
+            reference.set_adapter(name)
+            theirs = reference(input_ids=ids).logits
+            with lora_ext.adapters(name):
+                assert (model(ids).logits - theirs).abs().max() < bound
+            assert (mixed[rows] - theirs[rows]).abs().max() < bound
+            moved.append((theirs - base).abs().amax(-1).flatten())
+    return torch.stack(moved)

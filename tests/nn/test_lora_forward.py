@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -292,3 +293,25 @@ def test_what_was_cached_in_inference_mode_serves_training():
         lora_forward(x, layer.base_layer, factors(layer))
     lora_forward(x, copy.deepcopy(layer.base_layer), factors(layer)).sum().backward()
     assert layer.lora_A["0"].weight.grad is not None
+
+
+def test_the_backward_keeps_no_bytes_per_row_beside_those_of_plain_torch():
+    x, w = torch.randn(96, 24, requires_grad=True), nn.Linear(24, 17, bias=False)
+    w.requires_grad_(False)
+    a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)
+
+    def kept(forward: Callable[[], Tensor]) -> int:
+        memory: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            memory[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            forward()
+        return sum(memory.values())
+
+    plain = kept(lambda: w(x) + x @ a.T @ b.T)
+    assert kept(lambda: lora_forward(x, w, [LoraFactors(a, b, 1.0)])) <= plain + 4
+    dropped = kept(lambda: lora_forward(x, w, [LoraFactors(a, b, 1.0, p=0.5)]))
+    assert dropped <= plain + 4 + 8  # one id and one seed

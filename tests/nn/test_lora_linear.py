@@ -295,3 +295,26 @@ def test_a_name_that_a_module_dict_cannot_hold_leaves_the_layer_as_it_was() -> N
             made.add_adapter(name, r=4)
     assert (list(made.state_dict()), made.adapter_names) == before
     made(torch.randn(4, 24), ["0", "0", None, "0"])
+
+
+def test_rows_of_an_lm_head_are_chosen_before_it():
+    head = LoraLinear(nn.Linear(24, 301, bias=False), "a", r=4, init_lora_weights=False).double()
+    head.add_adapter("b", r=2, init_lora_weights=False)
+    head.set_adapter(["a", "b"])
+    x, ids = torch.randn(4, 6, 24, dtype=torch.double), torch.tensor([0, 1, -1, 1])
+    rows = torch.tensor([3, 5, 11, 17, 23])  # those of 24 whose logits are wanted
+    results = []
+    for chosen in (False, True):
+        head.zero_grad()
+        if chosen:
+            y = head(x.flatten(0, 1)[rows], ids.repeat_interleave(6)[rows])
+        else:
+            y = head(x, ids).flatten(0, 1)[rows]
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in head.parameters() if p.grad is not None)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+    last = head(
+        x[:, -1:], ["a", "b", None, "b"]
+    )  # as transformers' logits_to_keep: names fit still
+    torch.testing.assert_close(last, head(x, ids)[:, -1:])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.nn import MultiLoraLinear, pool_dora
+from lora_ext import ops
+from lora_ext.nn import MultiLoraLinear
 
 IN, OUT = 24, 19
 RANKS = {"red": 3, "green": 8, "blue": 12, "gold": 6}  # 6 / rank is exact: scales are float32
@@ -166,8 +167,8 @@ def test_gradients_reach_the_input_after_a_step_in_inference_mode() -> None:
 
 def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
-    norm = pool_dora.weight_norm
-    monkeypatch.setattr(pool_dora, "weight_norm", lambda *a: calls.append(a) or norm(*a))
+    norm = ops.lora_dora_norm
+    monkeypatch.setattr(ops, "lora_dora_norm", lambda *a: calls.append(a) or norm(*a))
     return calls
 
 

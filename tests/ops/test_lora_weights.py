@@ -85,7 +85,7 @@ def test_taking_out_what_was_merged_restores_small_integers() -> None:
     assert torch.equal(ops.lora_merge_(merged, a, b, sign=-1), weight)
 
 
-def test_autocast_and_autograd_leave_them_alone() -> None:
+def test_autocast_leaves_them_alone_and_the_delta_alone_has_a_gradient() -> None:
     weight, a, b = factors((5, 7, 3), torch.float32)
     expected = ops.lora_dora_norm(weight, a, b)
     a.requires_grad_()
@@ -93,7 +93,9 @@ def test_autocast_and_autograd_leave_them_alone() -> None:
         norm = ops.lora_dora_norm(weight, a, b)
         delta = ops.lora_delta(a, b)
     assert torch.equal(norm, expected) and not norm.requires_grad
-    assert delta.dtype == torch.float32 and not delta.requires_grad
+    assert delta.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(delta.sum(), a)
+    assert torch.allclose(gradient, b.sum(0)[:, None].expand_as(a))
 
 
 def test_wrong_input_is_named() -> None:

@@ -28,6 +28,7 @@ struct CircuitLogits {
     int64_t vocabulary = 0;
     const void* leaf = nullptr;  // (B, K, C, V), each row of the batch contiguous
     int64_t leaf_stride = 0;
+    void* workspace = nullptr;  // circuit_workspace_bytes(); CUDA only
 };
 
 struct CircuitSampleArgs {
@@ -104,7 +105,9 @@ struct CircuitDecodeCpu {
 };
 const CircuitDecodeCpu* circuit_decode_cpu(const char* isa);
 
-// CUDA launchers: one kernel each, asynchronous, no allocation.
+// CUDA launchers: asynchronous, no allocation. One kernel each; where the leaves of a row are many
+// bytes, a first one takes their norms with all multiprocessors.
+int64_t circuit_workspace_bytes(const CircuitLogits& logits);  // reads sizes only
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream);
 LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream);
 LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream);

@@ -1,0 +1,158 @@
+"""Drafting and verifying: `python benchmarks/circuit_decode.py [--device cuda]`.
+
+One window of K = 8 tokens over C = 32 states and V = 320 tokens for each of B = 1, 8, 64 rows: the
+sample with its conditionals and posteriors, the verification, and the max-product draft, against
+the expression of `lora_ext.reference` in the same dtype. Every result is checked against float64
+before it is timed. Rows are appended to OUT/circuit_decode_<device>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import ROOT, Call, Timing, append_rows, machine_columns
+from lora_ops import timer
+from row import timing_columns
+from torch import Tensor
+
+from lora_ext import ops, reference
+from lora_ext.reference.circuit import CircuitSample, num_transitions
+
+KINDS = ("cp", "hmm", "btree")
+ROWS = (1, 8, 64)
+TOKENS, COMPONENTS, VOCABULARY = 8, 32, 320
+BOUND = 1e-4  # of log-probabilities near 50: sums of float32 over K positions
+
+
+@dataclass
+class Problem:
+    """A batch of circuits, a verifier's logits, and one draft of them."""
+
+    kind: str
+    circuit: tuple[Tensor, Tensor, Tensor]
+    target: Tensor
+    uniforms: Tensor
+    tests: Tensor
+    draft: CircuitSample | None = None
+
+    @classmethod
+    def make(cls, kind: str, rows: int, device: str, dtype: torch.dtype) -> Problem:
+        """Random logits of size two; the verifier agrees with the first state of a position."""
+        g = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return (torch.randn(*size, generator=g, device=device) * 2).to(dtype)
+
+        k, c, v = TOKENS, COMPONENTS, VOCABULARY
+        leaf = normal(rows, k, c, v)
+        p = cls(
+            kind,
+            (leaf, normal(rows, c), normal(rows, num_transitions(kind, k), c, c)),
+            torch.cat([leaf[:, :, 0], normal(rows, 1, v)], 1),
+            torch.rand(rows, k, 2, generator=g, device=device),
+            torch.rand(rows, k + 1, generator=g, device=device),
+        )
+        p.draft = ops.circuit_sample(kind, *p.circuit, p.uniforms)
+        return p
+
+    def double(self) -> Problem:
+        """The same in float64, with the draft as it is."""
+        leaf, prior, trans = (t.double() for t in self.circuit)
+        return replace(self, circuit=(leaf, prior, trans), target=self.target.double())
+
+
+def sample(of: object, p: Problem) -> CircuitSample:
+    """Tokens, conditionals, posteriors."""
+    return of.circuit_sample(p.kind, *p.circuit, p.uniforms)
+
+
+def verify(of: object, p: Problem) -> tuple[Tensor, Tensor]:
+    """Accepted, next token."""
+    return of.spec_verify(p.target, *p.draft, p.circuit[0], p.tests)
+
+
+def argmax(of: object, p: Problem) -> tuple[Tensor, Tensor]:
+    """Tokens, value."""
+    return of.circuit_argmax(p.kind, *p.circuit)
+
+
+CASES: dict[str, Callable[[object, Problem], tuple[Tensor, ...]]] = {
+    "sample": sample,
+    "verify": verify,
+    "argmax": argmax,
+}
+
+
+def check(case: str, p: Problem, provider: object) -> float:
+    """Worst error over its bound, against float64; tokens and counts must be the same.
+
+    The seed is fixed: no draw of it lies where float32 and float64 may disagree.
+    """
+    found, exact = (CASES[case](of, q) for of, q in ((provider, p), (reference, p.double())))
+    worst = 0.0
+    for got, expected in zip(found, exact, strict=True):
+        if got.is_floating_point():
+            worst = max(worst, float((got.double() - expected).abs().max()) / BOUND)
+        elif not torch.equal(got, expected):
+            worst = torch.inf
+    if not worst <= 1:
+        raise SystemExit(f"circuit_decode: {p.kind} {case}: off by {worst:.3g} times its bound")
+    return worst
+
+
+def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, object]]:
+    """Every case of every kind and size, both providers in the same rounds."""
+    providers = {"lora_ext": ops, "reference": reference}
+    for kind in KINDS:
+        for rows in ROWS:
+            p = Problem.make(kind, rows, device, dtype)
+            for case, run in CASES.items():
+                errors = {name: check(case, p, of) for name, of in providers.items()}
+                calls: dict[str, Call] = {
+                    name: partial(run, of, p) for name, of in providers.items()
+                }
+                options = {"min_seconds": 0.02} if device == "cpu" else {}
+                times: dict[str, Timing] = timer(device)(calls, rounds, **options)
+                for name in providers:
+                    yield {
+                        **machine_columns(device),
+                        "case": case,
+                        "kind": kind,
+                        "rows": rows,
+                        "provider": name,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        **timing_columns(times[name]),
+                        "over_lora_ext": f"{times[name].over(times['lora_ext']):.4g}",
+                        "worst_error": f"{errors[name]:.3g}",
+                    }
+
+
+def main() -> None:
+    """Measure, print and append."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        for row in bench(args.device, torch.float32, args.rounds):
+            append_rows(args.out / f"circuit_decode_{args.device}.csv", [row])
+            print(
+                f"{row['case']:7} {row['kind']:6} B={row['rows']:<3} {row['provider']:9} "
+                f"{row['median']:9.1f} us  {row['over_lora_ext']:>6} of lora_ext",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

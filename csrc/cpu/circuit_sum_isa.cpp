@@ -1,0 +1,489 @@
+// Sum layers on the CPU, compiled once per instruction set; formulas in circuit_sum.h.
+//
+// Lanes run over the terms i of a row, except in what visits a row of sums. A sum over terms has
+// one accumulator vector, folded once: its order depends on the instruction set alone.
+#include "lora_ext/circuit_sum.h"
+
+#include "vec_math.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+template <typename A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+// Sums above 2^-80 (2^-900) are trusted, terms below 2^-126 being lost: log of the inverse.
+template <typename A>
+constexpr A kTrust = sizeof(A) == 4 ? A(55.451774) : A(623.8324625);
+template <typename A>
+constexpr A kTiny = sizeof(A) == 4 ? A(0x1p-80) : A(0x1p-900);
+
+template <typename A>
+LX_INLINE A log_of(A x) {
+    return log(splat<Vec<A>>(x))[0];
+}
+template <typename A>
+LX_INLINE A exp_of(A x) {
+    return exp(splat<Vec<A>>(x))[0];
+}
+
+// f(i, count) for whole vectors, and once for what is left; count is then less than a vector.
+template <typename T, typename F>
+LX_INLINE void for_vectors(int64_t n, F&& f) {
+    constexpr int L = kLanes<T>;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) f(i, int64_t{L});
+    if (i < n) f(i, n - i);
+}
+template <typename T>
+LX_INLINE Vec<T> load_part(const T* p, int64_t count) {
+    return count == kLanes<T> ? load(p) : load_n(p, count);
+}
+// Lanes beyond `count` read as `fill`.
+template <typename T>
+LX_INLINE Vec<T> load_or(const T* p, int64_t count, Acc<T> fill) {
+    if (count == kLanes<T>) return load(p);
+    Vec<T> v = load_n(p, count);
+    for (int64_t i = count; i < kLanes<T>; ++i) v[i] = fill;
+    return v;
+}
+template <typename T>
+LX_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
+    if (count == kLanes<T>)
+        store(p, v);
+    else
+        store_n(p, v, count);
+}
+
+template <typename T>
+LX_INLINE Acc<T> row_max(const T* p, int64_t n) {
+    using A = Acc<T>;
+    Vec<T> top = broadcast<T>(-kInfinity<A>);
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        top = max(top, load_or(p + i, count, -kInfinity<A>));
+    });
+    return max_lane(top);
+}
+
+// ------------------------------------------------------------------------------------------------
+// A row of weights: W_i = scaled(i) * exp(shift).
+
+template <typename T>
+struct WeightRow {
+    using A = Acc<T>;
+    const T* w;
+    WeightNorm norm;
+    A base;    // the largest entry, or what leaves a row without possible terms at zero
+    A lifted;  // its logarithm, if it is a weight
+
+    LX_INLINE WeightRow(const T* w, int64_t n, WeightNorm norm) : w(w), norm(norm) {
+        const A top = row_max(w, n);
+        if (norm == WeightNorm::kProbs) {
+            base = top > 0 ? top : A(1);
+            lifted = log_of(base);
+        } else {
+            base = lifted = top == -kInfinity<A> ? A(0) : top;
+        }
+    }
+    LX_INLINE Vec<T> scaled(int64_t i, int64_t count) const {
+        const Vec<T> v = load_or(w + i, count, -kInfinity<A>);
+        if (norm == WeightNorm::kProbs) return (v <= Vec<T>{} ? Vec<T>{} : v) / base;
+        return exp(v - base);
+    }
+    // log W_i - shift; at most 0.
+    LX_INLINE Vec<T> log_scaled(int64_t i, int64_t count) const {
+        const Vec<T> v = load_or(w + i, count, -kInfinity<A>);
+        if (norm == WeightNorm::kProbs) return log(v <= Vec<T>{} ? Vec<T>{} : v) - lifted;
+        return v - base;
+    }
+    // From the sum over `scaled`.
+    LX_INLINE A shift(A total) const {
+        if (total == 0) return -kInfinity<A>;
+        return norm == WeightNorm::kLogits ? -log_of(total) : lifted;
+    }
+};
+
+template <typename T>
+LX_INLINE const T* weights_of(const LogSumArgs& args, int64_t g, int64_t b, int64_t o) {
+    return static_cast<const T*>(args.w) + g * args.w_group + b * args.w_row + o * args.w_sum;
+}
+template <typename A>
+LX_INLINE const A* values_of(const LogSumArgs& args, int64_t g, int64_t b) {
+    return static_cast<const A*>(args.values) + g * args.values_group + b * args.values_row;
+}
+
+// Writes scaled(i) and returns the shift.
+template <typename T>
+LX_INLINE Acc<T> scale_row(const T* w, int64_t n, WeightNorm norm, Acc<T>* scaled) {
+    const WeightRow<T> row(w, n, norm);
+    Vec<T> total{};
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> e = row.scaled(i, count);
+        total += e;
+        store_part(scaled + i, e, count);
+    });
+    return row.shift(lane_sum(total));
+}
+
+// log sum W_i exp(l_i), the terms shifted by their own maximum.
+template <typename T>
+Acc<T> rescue(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift) {
+    using A = Acc<T>;
+    Vec<T> tops = broadcast<T>(-kInfinity<A>), sums{};
+    const auto term = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        return row.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>);
+    };
+    for_vectors<T>(n, [&](int64_t i, int64_t count)
+                          __attribute__((always_inline)) { tops = max(tops, term(i, count)); });
+    const A top = max_lane(tops);
+    if (top == -kInfinity<A>) return top;
+    for_vectors<T>(n, [&](int64_t i, int64_t count)
+                          __attribute__((always_inline)) { sums += exp(term(i, count) - top); });
+    return top + log_of(lane_sum(sums)) + shift;
+}
+// into[i] += g * share of term i, for an `out` that was rescued.
+template <typename T>
+void add_shares(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift, Acc<T> out,
+                Acc<T> g, Acc<T>* into) {
+    using A = Acc<T>;
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> share =
+            exp(row.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>) + (shift - out));
+        store_part(into + i, load_part(into + i, count) + g * share, count);
+    });
+}
+
+// The logarithm of the inverse of s.
+template <typename A>
+LX_INLINE A depth_of(A value_shift, A weight_shift, A out) {
+    return value_shift + weight_shift - out;
+}
+template <typename A>
+LX_INLINE bool was_rescued(A value_shift, A weight_shift, A out) {
+    return out != -kInfinity<A> && depth_of(value_shift, weight_shift, out) >= kTrust<A>;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Shared weights
+
+template <typename T>
+void weights(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    for (int64_t item = begin; item < end; ++item)
+        static_cast<A*>(args.weight_shift)[item] =
+            scale_row(weights_of<T>(args, item / args.sums, 0, item % args.sums), args.terms,
+                      args.norm, static_cast<A*>(args.weight) + item * args.terms);
+}
+
+template <typename T>
+void values(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    for (int64_t item = begin; item < end; ++item)
+        static_cast<A*>(args.value_shift)[item] =
+            scale_row(values_of<A>(args, item / args.rows, item % args.rows), args.terms,
+                      WeightNorm::kLog, static_cast<A*>(args.value) + item * args.terms);
+}
+
+template <typename T>
+void finish(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t g = item / args.rows, b = item % args.rows;
+        A* out = static_cast<A*>(args.out) + item * args.sums;
+        const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums;
+        const A shift = static_cast<const A*>(args.value_shift)[item];
+        for_vectors<A>(args.sums, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
+            const Vec<A> s = load_part(out + o, count);
+            store_part(out + o, log(s) + load_part(shifts + o, count) + shift, count);
+            for (int64_t j = 0; j < count; ++j) {
+                if (!(s[j] < kTiny<A>) || shift == -kInfinity<A> || shifts[o + j] == -kInfinity<A>)
+                    continue;
+                const WeightRow<T> row(weights_of<T>(args, g, 0, o + j), args.terms, args.norm);
+                out[o + j] = rescue(row, values_of<A>(args, g, b), args.terms, shifts[o + j]);
+            }
+        });
+    }
+}
+
+template <typename T>
+void ratios(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    for (int64_t item = begin; item < end; ++item) {
+        const A* out = static_cast<const A*>(args.out) + item * args.sums;
+        const A* dout = static_cast<const A*>(args.dout) + item * args.sums;
+        const A* shifts = static_cast<const A*>(args.weight_shift) + item / args.rows * args.sums;
+        const A shift = static_cast<const A*>(args.value_shift)[item];
+        A* ratio = static_cast<A*>(args.ratio) + item * args.sums;
+        for_vectors<A>(args.sums, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
+            const Vec<A> y = load_part(out + o, count);
+            const Vec<A> depth = shift + load_part(shifts + o, count) - y;
+            const auto none = (y == -kInfinity<A>) | (depth >= kTrust<A>);
+            const Vec<A> q = load_part(dout + o, count) * exp(depth);
+            store_part(ratio + o, none ? Vec<A>{} : q, count);
+        });
+    }
+}
+
+template <typename T>
+void dvalues(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t g = item / args.rows, b = item % args.rows;
+        A* d = static_cast<A*>(args.dvalues) + item * args.terms;
+        const A* value = static_cast<const A*>(args.value) + item * args.terms;
+        for_vectors<A>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            store_part(d + i, load_part(d + i, count) * load_part(value + i, count), count);
+        });
+        const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums;
+        const A shift = static_cast<const A*>(args.value_shift)[item];
+        const A* out = static_cast<const A*>(args.out) + item * args.sums;
+        const A* dout = static_cast<const A*>(args.dout) + item * args.sums;
+        for (int64_t o = 0; o < args.sums; ++o) {
+            if (!was_rescued(shift, shifts[o], out[o])) continue;
+            const WeightRow<T> row(weights_of<T>(args, g, 0, o), args.terms, args.norm);
+            add_shares(row, values_of<A>(args, g, b), args.terms, shifts[o], out[o], dout[o], d);
+        }
+    }
+}
+
+// dlog W -> dw of one row; the softmax of logits is scaled * factor.
+template <typename T>
+LX_INLINE void store_dw(T* dw, const T* w, WeightNorm norm, int64_t n, const Acc<T>* flow,
+                        const Acc<T>* scaled, Acc<T> factor) {
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        Vec<T> d = load_part(flow + i, count);
+        if (norm == WeightNorm::kLogits) {
+            d -= load_part(scaled + i, count) * factor;
+        } else if (norm == WeightNorm::kProbs) {
+            const Vec<T> v = load_part(w + i, count);
+            d = v > Vec<T>{} ? d / v : Vec<T>{};
+        }
+        store_part(dw + i, d, count);
+    });
+}
+
+template <typename T>
+void dweights(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    const int64_t n = args.terms;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t g = item / args.sums, o = item % args.sums;
+        const T* w = weights_of<T>(args, g, 0, o);
+        A* flow = static_cast<A*>(args.flow) + item * n;
+        const A* weight = static_cast<const A*>(args.weight) + item * n;
+        const A shift = static_cast<const A*>(args.weight_shift)[item];
+        for_vectors<A>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            store_part(flow + i, load_part(flow + i, count) * load_part(weight + i, count), count);
+        });
+        const WeightRow<T> row(w, n, args.norm);
+        A total = 0;
+        for (int64_t b = 0; b < args.rows; ++b) {
+            const int64_t at = g * args.rows + b;
+            const A out = static_cast<const A*>(args.out)[at * args.sums + o];
+            const A dout = static_cast<const A*>(args.dout)[at * args.sums + o];
+            if (out == -kInfinity<A>) continue;
+            total += dout;
+            if (was_rescued(static_cast<const A*>(args.value_shift)[at], shift, out))
+                add_shares(row, values_of<A>(args, g, b), n, shift, out, dout, flow);
+        }
+        store_dw(static_cast<T*>(args.dw) + item * n, w, args.norm, n, flow, weight,
+                 shift == -kInfinity<A> ? A(0) : total * exp_of(shift));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// One matrix per row
+
+constexpr int64_t kBand = 64;  // sums whose logarithms are taken together
+
+template <typename T>
+void per_row(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    const int64_t n = args.terms;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t g = item / args.rows, b = item % args.rows;
+        const A* l = values_of<A>(args, g, b);
+        A* value = static_cast<A*>(args.value) + item * n;
+        A* out = static_cast<A*>(args.out) + item * args.sums;
+        const A shift = scale_row(l, n, WeightNorm::kLog, value);
+        for (int64_t first = 0; first < args.sums; first += kBand) {
+            const int64_t band = args.sums - first < kBand ? args.sums - first : kBand;
+            A sums[kBand], totals[kBand], lifted[kBand];
+            for (int64_t j = 0; j < band; ++j) {
+                const WeightRow<T> row(weights_of<T>(args, g, b, first + j), n, args.norm);
+                Vec<T> sum{}, total{};
+                for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+                    const Vec<T> e = row.scaled(i, count);
+                    total += e;
+                    sum = fma(e, load_part(value + i, count), sum);
+                });
+                sums[j] = lane_sum(sum);
+                totals[j] = lane_sum(total);
+                lifted[j] = row.lifted;
+            }
+            for_vectors<A>(band, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+                const Vec<A> z = load_part(totals + j, count);
+                Vec<A> norm =
+                    args.norm == WeightNorm::kLogits ? -log(z) : load_part(lifted + j, count);
+                norm = z == Vec<A>{} ? splat<Vec<A>>(-kInfinity<A>) : norm;
+                store_part(totals + j, norm, count);
+                store_part(out + first + j, log(load_part(sums + j, count)) + norm + shift, count);
+            });
+            for (int64_t j = 0; j < band; ++j) {
+                if (!(sums[j] < kTiny<A>) || shift == -kInfinity<A> || totals[j] == -kInfinity<A>)
+                    continue;
+                const WeightRow<T> row(weights_of<T>(args, g, b, first + j), n, args.norm);
+                out[first + j] = rescue(row, l, n, totals[j]);
+            }
+        }
+    }
+}
+
+template <typename T>
+void per_row_backward(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    const int64_t n = args.terms;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t g = item / args.rows, b = item % args.rows;
+        const A* l = values_of<A>(args, g, b);
+        A* value = static_cast<A*>(args.value) + item * n;
+        A* scaled = static_cast<A*>(args.weight) + item * n;
+        A* flow = static_cast<A*>(args.flow) + item * n;
+        A* d = static_cast<A*>(args.dvalues) + item * n;
+        const A* out = static_cast<const A*>(args.out) + item * args.sums;
+        const A* dout = static_cast<const A*>(args.dout) + item * args.sums;
+        const A value_shift = scale_row(l, n, WeightNorm::kLog, value);
+        for_vectors<A>(n, [&](int64_t i, int64_t count) { store_part(d + i, Vec<A>{}, count); });
+        for (int64_t o = 0; o < args.sums; ++o) {
+            const T* w = weights_of<T>(args, g, b, o);
+            T* dw = static_cast<T*>(args.dw) + (item * args.sums + o) * n;
+            if (out[o] == -kInfinity<A>) {
+                for_vectors<T>(
+                    n, [&](int64_t i, int64_t count) { store_part(dw + i, Vec<T>{}, count); });
+                continue;
+            }
+            const WeightRow<T> row(w, n, args.norm);
+            Vec<T> total{};
+            for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+                const Vec<T> e = row.scaled(i, count);
+                total += e;
+                store_part(scaled + i, e, count);
+            });
+            const A shift = row.shift(lane_sum(total));
+            const A depth = depth_of(value_shift, shift, out[o]);
+            const bool rescued = depth >= kTrust<A>;
+            const A ratio = rescued ? A(0) : dout[o] * exp_of(depth);
+            for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+                const Vec<T> f = ratio * load_part(scaled + i, count) * load_part(value + i, count);
+                store_part(flow + i, f, count);
+            });
+            if (rescued) add_shares(row, l, n, shift, out[o], dout[o], flow);
+            for_vectors<A>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+                store_part(d + i, load_part(d + i, count) + load_part(flow + i, count), count);
+            });
+            store_dw(dw, w, args.norm, n, flow, scaled, dout[o] * exp_of(shift));
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Max-product
+
+template <typename T>
+LX_INLINE void max_of(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, const T* w,
+                      Acc<T> normaliser) {
+    using A = Acc<T>;
+    const A* l = values_of<A>(args, g, b);
+    Vec<T> best = broadcast<T>(-kInfinity<A>);
+    Ints<Vec<T>> index{}, at{};
+    for (int j = 0; j < kLanes<T>; ++j) at[j] = j;
+    for_vectors<T>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        Vec<T> v = load_or(w + i, count, -kInfinity<A>);
+        if (args.norm == WeightNorm::kProbs) v = log(v <= Vec<T>{} ? Vec<T>{} : v);
+        v += load_or(l + i, count, -kInfinity<A>);
+        const auto better = v > best;
+        best = better ? v : best;
+        index = better ? at : index;
+        at += kLanes<T>;
+    });
+    int64_t lane = 0;
+    for (int64_t j = 1; j < kLanes<T>; ++j)
+        if (best[j] > best[lane] || (best[j] == best[lane] && index[j] < index[lane])) lane = j;
+    const int64_t to = (g * args.rows + b) * args.sums + o;
+    const bool possible = best[lane] != -kInfinity<A>;
+    static_cast<A*>(args.out)[to] = possible ? best[lane] - normaliser : -kInfinity<A>;
+    args.indices[to] = possible ? static_cast<int32_t>(index[lane]) : 0;
+}
+
+// log sum exp of logits; nothing otherwise.
+template <typename T>
+Acc<T> normaliser_of(const LogSumArgs& args, const T* w) {
+    using A = Acc<T>;
+    if (args.norm != WeightNorm::kLogits) return A(0);
+    const WeightRow<T> row(w, args.terms, args.norm);
+    Vec<T> total{};
+    for_vectors<T>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        total += row.scaled(i, count);
+    });
+    return row.base + log_of(lane_sum(total));
+}
+
+template <typename T>
+void max_product(const LogSumArgs& args, int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+        if (args.w_row == 0) {
+            const int64_t g = item / args.sums, o = item % args.sums;
+            const T* w = weights_of<T>(args, g, 0, o);
+            const Acc<T> normaliser = normaliser_of(args, w);
+            for (int64_t b = 0; b < args.rows; ++b) max_of(args, g, b, o, w, normaliser);
+        } else {
+            const int64_t g = item / args.rows, b = item % args.rows;
+            for (int64_t o = 0; o < args.sums; ++o) {
+                const T* w = weights_of<T>(args, g, b, o);
+                max_of(args, g, b, o, w, normaliser_of(args, w));
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+
+template <template <typename> class Op>
+void by_dtype(const LogSumArgs& args, int64_t begin, int64_t end) {
+    switch (args.dtype) {
+        case DType::kFloat32:
+            return Op<float>::run(args, begin, end);
+        case DType::kFloat16:
+            return Op<Half>::run(args, begin, end);
+        case DType::kBFloat16:
+            return Op<BFloat>::run(args, begin, end);
+        case DType::kFloat64:
+            return Op<double>::run(args, begin, end);
+    }
+}
+#define LX_STEP(Name, function)                  \
+    template <typename T>                        \
+    struct Name {                                \
+        static constexpr auto run = function<T>; \
+    };
+LX_STEP(Weights, weights)
+LX_STEP(Values, values)
+LX_STEP(Finish, finish)
+LX_STEP(Ratios, ratios)
+LX_STEP(DValues, dvalues)
+LX_STEP(DWeights, dweights)
+LX_STEP(PerRow, per_row)
+LX_STEP(PerRowBackward, per_row_backward)
+LX_STEP(Max, max_product)
+#undef LX_STEP
+
+}  // namespace
+
+#define LX_STRING_(x) #x
+#define LX_STRING(x) LX_STRING_(x)
+extern const LogSumCpu log_sum_table;
+const LogSumCpu log_sum_table = {LX_STRING(LX_ISA),  by_dtype<Weights>, by_dtype<Values>,
+                                 by_dtype<Finish>,   by_dtype<Ratios>,  by_dtype<DValues>,
+                                 by_dtype<DWeights>, by_dtype<PerRow>,  by_dtype<PerRowBackward>,
+                                 by_dtype<Max>};
+
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,95 @@
+// Sum layers of probabilistic circuits in log space, and their max-product form.
+//
+//   out[g, b, o] = log sum_i W[g, b, o, i] exp(l[g, b, i])
+//
+// Letters: G groups, B rows, O sums, I terms. W comes as logits, log-weights or weights:
+//   logits    W = softmax(w) over i
+//   log       W = exp(w)
+//   probs     W = w
+// Its stride over rows decides the regime. Zero: shared weights, a product of matrices,
+//   W[o, i] = weight[o, i] exp(weight_shift[o]),   weight with row maximum 1
+//   exp(l[b, i]) = value[b, i] exp(value_shift[b]), value with row maximum 1
+//   s = value weight^T,   out = log s + weight_shift + value_shift
+// where csrc/ops has the product done by the library's GEMM or one fused kernel does it all.
+// Otherwise one matrix per row, each weight read once.
+//
+// -inf is legal in l and in w. A row without possible terms has shift -inf, everything scaled is 0,
+// and out is -inf. A product that underflows though both rows have possible terms (s < 2^-80;
+// double: 2^-900) is rescued: the terms w + l are summed again, shifted by their own maximum.
+//
+// Backward, from g = dout, with the terms' shares t_i = W_i exp(l_i - out), which sum to 1:
+//   dl[b, i]    = sum_o g t_i
+//   dlog W[o, i] = sum_b g t_i;   logits: less softmax(w) sum_b g;   probs: divided by w
+// Shared: t_i = ratio weight value with ratio = g / s, two more products. Where out is -inf nothing
+// has a gradient; where s was rescued, ratio is 0 and the shares are added one by one.
+//
+// Source: expected flows, Darwiche 2003; the log-einsum-exp trick, Peharz et al. 2020.
+#pragma once
+
+#include "lora_ext/common.h"
+
+namespace lora_ext {
+
+enum class WeightNorm : int32_t { kLogits, kLog, kProbs };
+
+// "float" is double for float64 weights. The last axis is contiguous everywhere; what has no stride
+// here is contiguous altogether.
+struct LogSumArgs {
+    DType dtype = DType::kFloat32;  // of w and dw
+    WeightNorm norm = WeightNorm::kLogits;
+    int64_t groups = 0, rows = 0, sums = 0, terms = 0;
+    const void* w = nullptr;
+    int64_t w_group = 0, w_row = 0, w_sum = 0;  // strides
+    const void* values = nullptr;               // float l
+    int64_t values_group = 0, values_row = 0;
+    void* out = nullptr;         // (G, B, O) float; shared: s before, the result after
+    int32_t* indices = nullptr;  // (G, B, O) of the max-product form
+    // Shared regime, float.
+    void* weight = nullptr;        // (G, O, I)
+    void* weight_shift = nullptr;  // (G, O)
+    void* value = nullptr;         // (G, B, I); scratch of the other regime
+    void* value_shift = nullptr;   // (G, B)
+    void* ratio = nullptr;         // (G, B, O)
+    // Backward.
+    const void* dout = nullptr;  // (G, B, O) float
+    void* dvalues = nullptr;     // (G, B, I) float; shared: ratio weight before
+    void* flow = nullptr;        // (G, O, I) float, shared: ratio^T value; overwritten
+    void* dw = nullptr;          // as w, contiguous, dtype of w
+};
+
+// CPU twins. ops splits [0, items) over threads; no bit depends on how.
+struct LogSumCpu {
+    const char* isa;
+    // Shared regime. Items: (g, o) of weights and dweights, (g, b) of the others.
+    void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, its shift
+    void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, its shift
+    void (*finish)(const LogSumArgs&, int64_t begin, int64_t end);   // s -> out
+    void (*ratios)(const LogSumArgs&, int64_t begin, int64_t end);   // dout, out -> ratio
+    void (*dvalues)(const LogSumArgs&, int64_t begin, int64_t end);
+    void (*dweights)(const LogSumArgs&, int64_t begin, int64_t end);
+    // One matrix per row; items are (g, b). Scratch: `value`, backward also `weight`, (G, B, I)
+    // each.
+    void (*per_row)(const LogSumArgs&, int64_t begin, int64_t end);
+    void (*per_row_backward)(const LogSumArgs&, int64_t begin, int64_t end);
+    // max_i (log W + l) into `out` and the lowest i that attains it, 0 where it is -inf. Items are
+    // (g, o) of shared weights, else (g, b).
+    void (*max)(const LogSumArgs&, int64_t begin, int64_t end);
+};
+const LogSumCpu* log_sum_cpu(const char* isa);  // as lora_cpu(isa)
+
+// CUDA launchers of the same steps: asynchronous, on `stream`, no allocation, no float64.
+LaunchStatus launch_log_sum_weights(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_values(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_finish(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_ratios(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_dvalues(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_dweights(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_per_row(const LogSumArgs& args, void* stream);
+LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs& args, void* stream);
+// Values, product and finish in one kernel, on tensor cores; `high`: bfloat16 by parts, otherwise
+// scaled float16.
+bool log_sum_fused_fits(const LogSumArgs& args);
+LaunchStatus launch_log_sum_fused(const LogSumArgs& args, bool high, void* stream);
+LaunchStatus launch_log_max(const LogSumArgs& args, void* stream);
+
+}  // namespace lora_ext

@@ -1,0 +1,282 @@
+// Sum layers: tensors in, checks, allocation, choice of twin or kernel. The products of shared
+// weights are at::bmm; all else is a twin or a kernel.
+//
+// Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
+#include "ops/circuit_sum.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+
+#include "lora_ext/circuit_sum.h"
+#include "ops/checks.h"
+#include "ops/settings.h"
+#include "ops/stream.h"
+
+namespace lora_ext {
+namespace {
+
+// Below so many exponentials a parallel region costs more than a second thread saves.
+constexpr int64_t kSerialWork = 1 << 13;
+
+WeightNorm norm_of(const char* op, std::string_view norm) {
+    if (norm == "logits") return WeightNorm::kLogits;
+    if (norm == "logprobs" || norm == "none") return WeightNorm::kLog;
+    if (norm == "probs") return WeightNorm::kProbs;
+    LX_CHECK(false, op, ": norm must be 'logits', 'logprobs', 'probs' or 'none', got '", norm, "'");
+}
+
+Tensor last_contiguous(const Tensor& t) {
+    return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+// The library's GEMM below keeps the dtype that it is given, whatever autocast the caller is in.
+struct NoAutocast {
+    c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+// One op under way: what the twins and launchers read, and the tensors that keep it alive.
+struct Call {
+    const char* op;
+    LogSumArgs args;
+    Tensor w, values;  // values (G, B, I)
+    at::TensorOptions options;
+    at::DimVector out_sizes;
+    bool per_row;
+
+    Call(const char* op, const Tensor& w_in, const Tensor& values_in, std::string_view norm)
+        : op(op) {
+        args.dtype = dtype_of(op, "w", w_in);
+        args.norm = norm_of(op, norm);
+        const int64_t dims = values_in.dim();
+        LX_CHECK((w_in.dim() == 2 && dims == 2) || (w_in.dim() == 3 && (dims == 2 || dims == 3)),
+                 op,
+                 ": w and values must have shapes (O, I) and (B, I), (G, O, I) and (G, B, I), or "
+                 "(B, O, I) and (B, I), got ",
+                 w_in.sizes(), " and ", values_in.sizes());
+        const auto type = w_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        LX_CHECK(values_in.scalar_type() == type && values_in.device() == w_in.device(), op,
+                 ": values must be ", type, " on ", w_in.device(), ", got ",
+                 values_in.scalar_type(), " on ", values_in.device());
+        LX_CHECK(w_in.size(-1) == values_in.size(-1), op,
+                 ": values must have as many terms as w, I = ", w_in.size(-1), ", got shape ",
+                 values_in.sizes());
+        LX_CHECK(w_in.size(-1) > 0, op, ": w must have at least one term, got shape ",
+                 w_in.sizes());
+        LX_CHECK(w_in.dim() == 2 || w_in.size(0) == values_in.size(0), op,
+                 ": w and values must have as many ", dims == 3 ? "groups" : "rows",
+                 ", got shapes ", w_in.sizes(), " and ", values_in.sizes());
+        per_row = w_in.dim() == 3 && dims == 2;
+        w = per_row && w_in.stride(0) == 0 ? w_in.contiguous() : last_contiguous(w_in);
+        values = last_contiguous(dims == 3 ? values_in : values_in.unsqueeze(0));
+        options = values.options();
+        args.groups = values.size(0);
+        args.rows = values.size(1);
+        args.terms = values.size(2);
+        args.sums = w.size(-2);
+        for (const int64_t size : {args.groups, args.rows, args.terms, args.sums})
+            LX_CHECK(size <= kMaxSize, op, ": sizes must be at most ", kMaxSize, ", got ", size);
+        args.w = w.const_data_ptr();
+        args.w_sum = w.stride(-2);
+        if (per_row) args.w_row = args.rows > 1 ? w.stride(0) : args.sums * args.terms;
+        if (dims == 3) args.w_group = w.stride(0);
+        args.values = values.const_data_ptr();
+        args.values_group = values.stride(0);
+        args.values_row = values.stride(1);
+        out_sizes = {args.rows, args.sums};
+        if (dims == 3) out_sizes.insert(out_sizes.begin(), args.groups);
+    }
+
+    bool empty() const { return args.groups * args.rows * args.sums == 0; }
+
+    Tensor take(void*& pointer, at::IntArrayRef sizes) const {
+        Tensor t = at::empty(sizes, options);
+        pointer = t.mutable_data_ptr();
+        return t;
+    }
+    Tensor given(const char* name, const Tensor& t) const {
+        LX_CHECK(t.sizes() == out_sizes && t.scalar_type() == values.scalar_type() &&
+                     t.device() == values.device(),
+                 op, ": ", name, " must have shape ", at::IntArrayRef(out_sizes), " and be ",
+                 values.scalar_type(), " on ", values.device(), ", got ", t.scalar_type(),
+                 " of shape ", t.sizes(), " on ", t.device());
+        return t.contiguous();
+    }
+
+    using Step = void (*)(const LogSumArgs&, int64_t, int64_t);
+    using Launch = LaunchStatus (*)(const LogSumArgs&, void*);
+    void run(Step LogSumCpu::* step, Launch launch, int64_t items, int64_t work) const {
+        if (launches_kernels(values)) {
+            check_launch(op, launch(args, current_stream(values)));
+            return;
+        }
+        const Step f = log_sum_cpu(lora_twin().isa)->*step;
+        const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work));
+        at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(args, begin, end); });
+    }
+    void value_rows(Step LogSumCpu::* step, Launch launch, int64_t work) const {
+        run(step, launch, args.groups * args.rows, work);
+    }
+};
+
+// The weights that a product takes: those given, or made here.
+struct Weights {
+    Tensor weight, shift;
+
+    Weights(Call& call, const OptionalTensor& given_weight, const OptionalTensor& given_shift) {
+        LogSumArgs& a = call.args;
+        const at::DimVector sizes = {a.groups, a.sums, a.terms};
+        if (!given_weight && !given_shift) {
+            weight = call.take(a.weight, sizes);
+            shift = call.take(a.weight_shift, at::IntArrayRef(sizes).slice(0, 2));
+            call.run(&LogSumCpu::weights, launch_log_sum_weights, a.groups * a.sums, a.terms);
+            return;
+        }
+        for (const OptionalTensor& t : {given_weight, given_shift})
+            LX_CHECK(t && t->scalar_type() == call.values.scalar_type() &&
+                         t->device() == call.values.device() && t->is_contiguous(),
+                     call.op, ": scaled weights and their shifts must both be contiguous ",
+                     call.values.scalar_type(), " on ", call.values.device());
+        LX_CHECK(given_weight->sizes() == call.w.sizes() &&
+                     given_shift->sizes() == call.w.sizes().slice(0, call.w.dim() - 1),
+                 call.op, ": scaled weights and their shifts must have the shape of w, ",
+                 call.w.sizes(), ", got ", given_weight->sizes(), " and ", given_shift->sizes());
+        weight = given_weight->view(sizes);
+        shift = *given_shift;
+        a.weight = const_cast<void*>(weight.const_data_ptr());
+        a.weight_shift = const_cast<void*>(shift.const_data_ptr());
+    }
+};
+
+// The values of a product.
+struct Values {
+    Tensor value, shift;
+
+    explicit Values(Call& call) {
+        LogSumArgs& a = call.args;
+        value = call.take(a.value, {a.groups, a.rows, a.terms});
+        shift = call.take(a.value_shift, {a.groups, a.rows});
+        call.value_rows(&LogSumCpu::values, launch_log_sum_values, a.terms);
+    }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view norm) {
+    constexpr auto op = "log_einsum_weights";
+    LX_CHECK(w.dim() == 2 || w.dim() == 3, op, ": w must have shape (O, I) or (G, O, I), got ",
+             w.sizes());
+    const auto type = w.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    at::DimVector sizes(w.sizes());
+    sizes[w.dim() - 2] = 0;  // no rows of values
+    Call call(op, w, at::empty(sizes, w.options().dtype(type)), norm);
+    const c10::DeviceGuard guard(w.device());
+    if (w.numel() == 0)
+        return {at::empty(w.sizes(), call.options),
+                at::empty(w.sizes().slice(0, w.dim() - 1), call.options)};
+    const Weights made(call, {}, {});
+    return {made.weight.view(w.sizes()), made.shift.view(w.sizes().slice(0, w.dim() - 1))};
+}
+
+Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view norm,
+                      std::string_view precision, const OptionalTensor& given_weight,
+                      const OptionalTensor& given_shift) {
+    constexpr auto op = "log_einsum_exp";
+    check_no_tangents(op, {&w, &values});
+    LX_CHECK(precision == "fp32" || precision == "high" || precision == "fp16s", op,
+             ": precision must be 'fp32', 'high' or 'fp16s', got '", precision, "'");
+    Call call(op, w, values, norm);
+    const LogSumArgs& args = call.args;
+    Tensor out = at::empty(call.out_sizes, call.options);
+    if (call.empty()) return out;
+    const c10::DeviceGuard guard(values.device());
+    const NoAutocast no_autocast;
+    call.args.out = out.mutable_data_ptr();
+    if (call.per_row) {
+        const Tensor scratch = call.take(call.args.value, {args.groups, args.rows, args.terms});
+        call.value_rows(&LogSumCpu::per_row, launch_log_sum_per_row, args.sums * args.terms);
+        return out;
+    }
+    const Weights weights(call, given_weight, given_shift);
+    if (precision != "fp32" && launches_kernels(values) && log_sum_fused_fits(args)) {
+        check_launch(op, launch_log_sum_fused(args, precision == "high", current_stream(values)));
+        return out;
+    }
+    const Values scaled(call);
+    Tensor s = out.view({args.groups, args.rows, args.sums});
+    at::bmm_out(s, scaled.value, weights.weight.transpose(1, 2));
+    call.value_rows(&LogSumCpu::finish, launch_log_sum_finish, args.sums);
+    return out;
+}
+
+std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout_in, const Tensor& w,
+                                                   const Tensor& values, const Tensor& out_in,
+                                                   std::string_view norm, bool need_dw,
+                                                   bool need_dvalues,
+                                                   const OptionalTensor& given_weight,
+                                                   const OptionalTensor& given_shift) {
+    constexpr auto op = "log_einsum_exp_backward";
+    Call call(op, w, values, norm);
+    LogSumArgs& args = call.args;
+    const Tensor dout = call.given("dout", dout_in), out = call.given("out", out_in);
+    Tensor dw = at::empty(need_dw ? w.sizes() : at::IntArrayRef{0}, w.options());
+    Tensor dvalues = at::empty(need_dvalues ? values.sizes() : at::IntArrayRef{0}, call.options);
+    if (call.empty()) return {dw.zero_(), dvalues.zero_()};
+    if (!need_dw && !need_dvalues) return {dw, dvalues};
+    const c10::DeviceGuard guard(values.device());
+    const NoAutocast no_autocast;
+    args.dout = dout.const_data_ptr();
+    args.out = const_cast<void*>(out.const_data_ptr());
+    Tensor d, flow, all_dw = dw;
+    if (call.per_row) {
+        const Tensor scratch = call.take(args.value, {3, args.rows, args.terms});
+        args.weight = scratch[1].mutable_data_ptr();
+        args.flow = scratch[2].mutable_data_ptr();
+        if (!need_dw) all_dw = at::empty(w.sizes(), w.options());
+        d = call.take(args.dvalues, {1, args.rows, args.terms});
+        args.dw = all_dw.mutable_data_ptr();
+        call.value_rows(&LogSumCpu::per_row_backward, launch_log_sum_per_row_backward,
+                        args.sums * args.terms);
+        return {dw, need_dvalues ? d.view(values.sizes()) : dvalues};
+    }
+    const Weights weights(call, given_weight, given_shift);
+    const Values scaled(call);
+    const Tensor ratio = call.take(args.ratio, {args.groups, args.rows, args.sums});
+    call.value_rows(&LogSumCpu::ratios, launch_log_sum_ratios, args.sums);
+    if (need_dvalues) {
+        args.dvalues = dvalues.mutable_data_ptr();
+        Tensor product = dvalues.view({args.groups, args.rows, args.terms});
+        at::bmm_out(product, ratio, weights.weight);
+        call.value_rows(&LogSumCpu::dvalues, launch_log_sum_dvalues, args.terms);
+    }
+    if (need_dw) {
+        flow = call.take(args.flow, {args.groups, args.sums, args.terms});
+        at::bmm_out(flow, ratio.transpose(1, 2), scaled.value);
+        args.dw = dw.mutable_data_ptr();
+        call.run(&LogSumCpu::dweights, launch_log_sum_dweights, args.groups * args.sums,
+                 args.terms);
+    }
+    return {dw, dvalues};
+}
+
+std::tuple<Tensor, Tensor> log_einsum_max(const Tensor& w, const Tensor& values,
+                                          std::string_view norm) {
+    constexpr auto op = "log_einsum_max";
+    check_no_tangents(op, {&w, &values});
+    Call call(op, w, values, norm);
+    LogSumArgs& args = call.args;
+    Tensor out = at::empty(call.out_sizes, call.options);
+    Tensor indices = at::empty(call.out_sizes, call.options.dtype(at::kInt));
+    if (call.empty()) return {out, indices};
+    const c10::DeviceGuard guard(values.device());
+    args.out = out.mutable_data_ptr();
+    args.indices = indices.mutable_data_ptr<int32_t>();
+    call.run(&LogSumCpu::max, launch_log_max, args.groups * (call.per_row ? args.rows : args.sums),
+             args.terms * (call.per_row ? args.sums : args.rows));
+    return {out, indices};
+}
+
+}  // namespace lora_ext

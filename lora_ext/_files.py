@@ -1,0 +1,175 @@
+"""Files from disk, none of them trusted: regular files, JSON, safetensors.
+
+Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
+allocating for it. A safetensors file is read through one descriptor and never mapped: a file that
+shrinks meanwhile gives a short read, an exception, where a mapping would give SIGBUS.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEADER_BYTES = 16 << 20  # about 130 bytes per tensor: room for 100 000 of them
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class TensorInfo(NamedTuple):
+    """What the header says of one tensor; ``dtype`` is its name where we have no such type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file, or what a link to one points at (the Hub's cache is made of links).
+
+    Pipes and devices are refused, and do not block: O_NONBLOCK.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ValueError(f"{path}: cannot be opened: {error}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: expected a regular file, found a directory, pipe or device")
+    return os.fdopen(descriptor, "rb")
+
+
+def parse_json(data: bytes | bytearray, where: str) -> Any:
+    """Parse JSON without NaN, duplicate keys or bottomless nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise ValueError(f"duplicate key {twice!r:.200}")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError(f"{where}: expected JSON, found nesting without end") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: expected JSON: {error!s:.300}") from None
+
+
+class SafetensorsFile:
+    """Header checked on opening: sizes, overlaps and gaps, before any tensor is read.
+
+    Attributes:
+        where: the path.
+        infos: shape and dtype by key.
+        metadata: the header's text by key.
+    """
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        self._file = open_regular(path)
+        try:
+            self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        head = self._file.read(8)
+        if len(head) < 8:
+            raise ValueError(f"{self.where}: expected an 8-byte header length, found {size} bytes")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(
+                f"{self.where}: header length: expected at most {min(MAX_HEADER_BYTES, size - 8)}, "
+                f"found {length}"
+            )
+        self._data = 8 + length
+        header = parse_json(self._exactly(length), f"{self.where}: header")
+        if not isinstance(header, dict):
+            raise ValueError(f"{self.where}: header: expected an object, found {header!r:.80}")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+            raise ValueError(f"{self.where}: __metadata__: expected text, found {metadata!r:.80}")
+        self.metadata: dict[str, str] = metadata
+        self.infos = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        for key, entry in header.items():
+            self.infos[key], self._spans[key] = self._check_entry(key, entry)
+        end = 0
+        for key, span in sorted(self._spans.items(), key=lambda item: item[1]):
+            if span[0] != end:
+                raise ValueError(
+                    f"{self.where}: {key}: data_offsets: expected {end} as the start, "
+                    f"found {span[0]} (tensors must neither overlap nor leave gaps)"
+                )
+            end = span[1]
+        if end != size - self._data:
+            raise ValueError(
+                f"{self.where}: expected {end} bytes of tensors, found {size - self._data}"
+            )
+
+    def _check_entry(self, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+        where = f"{self.where}: {key:.200}"
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{where}: expected dtype, shape, data_offsets, found {entry!r:.200}")
+        shape, offsets, name = entry["shape"], entry["data_offsets"], entry["dtype"]
+        for field, value in (("shape", shape), ("data_offsets", offsets)):
+            if (
+                not isinstance(value, list)
+                or len(value) > 8
+                or not all(type(n) is int and 0 <= n < 2**48 for n in value)
+            ):
+                raise ValueError(f"{where}: {field}: expected a few sizes, found {value!r:.200}")
+        if len(offsets) != 2 or not isinstance(name, str):
+            raise ValueError(
+                f"{where}: expected two data_offsets and a dtype, found {entry!r:.200}"
+            )
+        dtype = _DTYPES.get(name)
+        if dtype is None:  # kept by name: the key may be one that the caller skips
+            return TensorInfo(tuple(shape), name), (offsets[0], offsets[1])
+        nbytes = math.prod(shape) * dtype.itemsize
+        if offsets[1] - offsets[0] != nbytes:
+            raise ValueError(
+                f"{where}: data_offsets: expected {nbytes} bytes for {name} {shape}, "
+                f"found {offsets[1] - offsets[0]}"
+            )
+        return TensorInfo(tuple(shape), dtype), (offsets[0], offsets[1])
+
+    def _exactly(self, count: int) -> bytearray:
+        data = bytearray(count)
+        if self._file.readinto(data) != count:
+            raise ValueError(f"{self.where}: the file ended early")
+        return data
+
+    def read(self, key: str) -> Tensor:
+        """Read one tensor; its bytes were checked to lie inside the file."""
+        shape, dtype = self.infos[key]
+        begin, end = self._spans[key]
+        self._file.seek(self._data + begin)
+        data = self._exactly(end - begin)
+        if not data:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

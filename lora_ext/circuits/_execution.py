@@ -1,0 +1,306 @@
+"""Runs the layered form with torch: upward, backward, and down again along one tree of units."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
+from lora_ext.reference.circuit_sum import log_weights
+
+Semiring = Literal["sum", "max"]
+
+
+class _Columns:
+    """Columns of ``val`` by index: a view where they are consecutive."""
+
+    def __init__(self, index: Tensor):
+        self.index = index.long()
+        self.first = int(index[0]) if len(index) else 0
+        self.consecutive = bool((index == torch.arange(len(index)) + self.first).all())
+
+    def gather(self, val: Tensor) -> Tensor:
+        if self.consecutive:
+            return val[:, self.first : self.first + len(self.index)]
+        return val.index_select(1, self.index)
+
+    def add(self, grad: Tensor, d: Tensor) -> None:
+        if self.consecutive:
+            grad[:, self.first : self.first + len(self.index)] += d
+        else:  # deterministic on every device, unlike index_add_
+            torch.ops.aten.index_put_(grad, [None, self.index], d, True)
+
+    def to(self, device: torch.device) -> None:
+        self.index = self.index.to(device)
+
+
+class _Products:
+    """Child lists of a product layer as one column index per factor, padded with ones."""
+
+    def __init__(self, layer: ProductLayer):
+        ptr = layer.child_ptr.long()
+        count = ptr[1:] - ptr[:-1]
+        arity = int(count.max()) if len(count) else 0
+        at = ptr[:-1, None] + torch.arange(arity)
+        inside = torch.arange(arity) < count[:, None]
+        index = layer.child_idx.long()[torch.where(inside, at, 0)] if arity else at
+        self.factors = torch.where(inside, index, ONE).T.contiguous()  # (arity, P)
+        self.kron = layer.kron
+        if self.kron is None:
+            self.columns = [_Columns(f) for f in self.factors]
+        else:
+            pairs = self.factors.view(2, -1, *self.kron)
+            self.columns = [_Columns(pairs[0, :, :, 0].flatten())]
+            self.columns += [_Columns(pairs[1, :, 0].flatten())]
+
+    def up(self, val: Tensor) -> Tensor:
+        parts = [c.gather(val) for c in self.columns]
+        if self.kron is None:
+            return sum(parts[1:], start=parts[0])
+        n, m = self.kron
+        left, right = parts[0].unflatten(1, (-1, n, 1)), parts[1].unflatten(1, (-1, 1, m))
+        return (left + right).flatten(1)
+
+    def down(self, grad: Tensor, d: Tensor) -> None:
+        if self.kron is None:
+            for c in self.columns:
+                c.add(grad, d)
+            return
+        pairs = d.unflatten(1, (-1, *self.kron))
+        self.columns[0].add(grad, pairs.sum(3).flatten(1))
+        self.columns[1].add(grad, pairs.sum(2).flatten(1))
+
+    def to(self, device: torch.device) -> None:
+        self.factors = self.factors.to(device)
+        for c in self.columns:
+            c.to(device)
+
+
+class _Weights:
+    """Tiles of a stage as ``(G, O, I)``: a view of the parameters where they lie so."""
+
+    def __init__(self, stage: Stage):
+        s = stage.sum
+        rows = torch.arange(s.block_m)[:, None] * s.w_stride.long()[:, None, None]
+        index = s.w_off.long()[:, None, None] + rows + torch.arange(s.block_k)  # (tiles, m, k)
+        index[s.w_off < 0] = -1
+        groups, down = len(stage.regions), stage.units // s.block_m
+        index = index.view(groups, down, -1, s.block_m, s.block_k).transpose(2, 3)
+        index = index.reshape(groups, stage.units, stage.width)
+        self.first = int(index[0, 0, 0])
+        self.shared = False  # whether another stage views the same weights
+        self.shape = tuple(index.shape)
+        self.key = (self.first, *self.shape)
+        numel = index.numel()
+        self.index: Tensor | None = index
+        self.missing: Tensor | None = None
+        if bool((index.flatten() == torch.arange(numel) + self.first).all()):
+            self.index = None
+        elif bool((index < 0).any()):
+            self.missing = index < 0
+            self.index = index.clamp(min=0)
+
+    def gather(self, flat: Tensor) -> Tensor:
+        if self.index is None:
+            numel = self.shape[0] * self.shape[1] * self.shape[2]
+            return flat[self.first : self.first + numel].view(self.shape)
+        w = flat[self.index]
+        return w if self.missing is None else w.masked_fill(self.missing, -torch.inf)
+
+    def present(self, w: Tensor) -> Tensor:
+        """Which of ``(G, O, I)`` are weights, not padding."""
+        return torch.ones_like(w, dtype=torch.bool) if self.missing is None else ~self.missing
+
+    def put(self, flat: Tensor, w: Tensor) -> None:
+        """Write ``(G, O, I)`` back; tied tiles must agree."""
+        if self.index is None:
+            flat[self.first : self.first + w.numel()] = w.flatten()
+        elif self.missing is None:
+            flat[self.index] = w
+        else:
+            there = ~self.missing
+            flat[self.index[there]] = w[there]
+
+    def add(self, grad: Tensor, d: Tensor) -> None:
+        if self.index is None:
+            grad[self.first : self.first + d.numel()] += d.flatten()
+        else:
+            torch.ops.aten.index_put_(grad, [self.index], d, True)
+
+    def to(self, device: torch.device) -> None:
+        self.index = None if self.index is None else self.index.to(device)
+        self.missing = None if self.missing is None else self.missing.to(device)
+
+
+class Weights:
+    """The weights of one evaluation; matrices that several stages share are scaled once."""
+
+    def __init__(self, flat: Tensor, norm: str, precision: str = "fp32"):
+        self.flat, self.norm, self.precision = flat, norm, precision
+        self._shared: dict[tuple[int, ...], ops.ScaledWeights] = {}
+
+    def of(self, tiles: _Weights) -> tuple[Tensor, ops.ScaledWeights | None]:
+        w = tiles.gather(self.flat)
+        if not tiles.shared:
+            return w, None
+        if tiles.key not in self._shared:
+            self._shared[tiles.key] = ops.log_einsum_weights(w, self.norm)
+        return w, self._shared[tiles.key]
+
+
+class StageRunner:
+    """One stage: products of ``val``, sums of products."""
+
+    def __init__(self, stage: Stage):
+        self.products, self.weights = _Products(stage.product), _Weights(stage)
+        self.regions = torch.tensor(stage.regions)
+        self.groups, self.units, self.width = len(stage.regions), stage.units, stage.width
+        self.first = stage.sum.out_off
+        self.span = slice(self.first, self.first + self.groups * self.units)
+
+    def terms(self, val: Tensor) -> Tensor:
+        """The products, ``(G, B, I)``."""
+        return self.products.up(val).unflatten(1, (self.groups, self.width)).transpose(0, 1)
+
+    def up(self, val: Tensor, weights: Weights) -> None:
+        w, scaled = weights.of(self.weights)
+        out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "sum", weights.precision, scaled)
+        val[:, self.span] = out.transpose(0, 1).flatten(1)
+
+    def up_max(self, val: Tensor, weights: Weights) -> None:
+        w = self.weights.gather(weights.flat)
+        out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "max").values
+        val[:, self.span] = out.transpose(0, 1).flatten(1)
+
+    def down(self, val: Tensor, weights: Weights, grad: Tensor, dflat: Tensor) -> None:
+        g = grad[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
+        w, scaled = weights.of(self.weights)
+        out = val[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
+        dw, d = ops.log_einsum_exp_backward(g, w, self.terms(val), out, weights.norm, scaled)
+        self.weights.add(dflat, dw)
+        self.products.down(grad, d.transpose(0, 1).flatten(1))
+
+    def to(self, device: torch.device) -> None:
+        self.regions = self.regions.to(device)
+        self.products.to(device)
+        self.weights.to(device)
+
+
+# Of the chosen term: log-weights plus values (A, I), region (A,) and row (A,) -> column (A,).
+Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Execution:
+    """The layered form, ready to run on one device."""
+
+    def __init__(self, layered: Layered, roots: list[int]):
+        self.layered, self.roots = layered, roots
+        self.num_leaves = len(layered.inputs.var)
+        self.factors = _Products(layered.factors)
+        self.factor_span = slice(
+            FIRST_LEAF + self.num_leaves,
+            FIRST_LEAF + self.num_leaves + len(layered.factors.child_ptr) - 1,
+        )
+        self.stages = [StageRunner(s) for s in layered.stages]
+        views = [s.weights for s in self.stages if s.weights.index is None]
+        places = Counter(w.key for w in views)
+        for w in views:
+            w.shared = places[w.key] > 1
+        self.owner, self.first_unit = layered.owner.long(), torch.tensor(layered.first_unit)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        """Move the index arrays, once per change of device."""
+        if device == self.device:
+            return
+        self.owner, self.first_unit = self.owner.to(device), self.first_unit.to(device)
+        for part in (self.factors, *self.stages):
+            part.to(device)
+        self.device = device
+
+    def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
+        """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
+        with torch._C._AutoDispatchBelowAutograd():  # nothing here is recorded: see Evaluate
+            return self._up(leaf, weights, semiring)
+
+    def _up(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
+        val = leaf.new_empty(leaf.shape[0], self.layered.num_units)
+        val[:, ONE], val[:, ZERO] = 0, -torch.inf
+        val[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves] = leaf
+        if self.factor_span.start < self.factor_span.stop:
+            val[:, self.factor_span] = self.factors.up(val)
+        for stage in self.stages:
+            (stage.up if semiring == "sum" else stage.up_max)(val, weights)
+        return val
+
+    def down(self, grad: Tensor, val: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of units (``grad``, filled in from the roots down), leaves and weights."""
+        dflat = torch.zeros_like(weights.flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            for stage in reversed(self.stages):
+                stage.down(val, weights, grad, dflat)
+        if self.factor_span.start < self.factor_span.stop:
+            self.factors.down(grad, grad[:, self.factor_span])
+        return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves], dflat
+
+    def choose(self, val: Tensor, weights: Weights, row: Tensor, root: int, pick: Pick) -> Tensor:
+        """Walk from unit ``root`` down, one term per sum; the leaf unit of each variable, or -1.
+
+        ``row (M,)`` is the row of ``val`` that each walk belongs to; the result is ``(M, n)``.
+        """
+        regions = len(self.first_unit)
+        num_variables = int(self.owner.max()) - regions + 1
+        # A column per region and variable, and one for what padding chooses.
+        chosen = row.new_full((len(row), regions + num_variables + 1), -1)
+        chosen[:, self.owner[root]] = root
+
+        def descend(m: Tensor, children: Tensor) -> None:
+            for unit in children:
+                chosen[m, self.owner[unit]] = unit
+
+        for stage in reversed(self.stages):
+            m, g = (chosen[:, stage.regions] >= 0).nonzero(as_tuple=True)
+            if not len(m):
+                continue
+            region = stage.regions[g]
+            unit = chosen[m, region] - self.first_unit[region]
+            rows = stage.weights.gather(weights.flat)[g, unit]
+            log_w = log_weights(rows, weights.norm)
+            column = pick(log_w + stage.terms(val)[g, row[m]], m, region)
+            descend(m, stage.products.factors[:, g * stage.width + column])
+        first, last = self.factor_span.start, self.factor_span.stop
+        if first < last:
+            m, region = (chosen[:, :regions] >= 0).nonzero(as_tuple=True)
+            unit = chosen[m, region]
+            is_factor = (unit >= first) & (unit < last)
+            m, unit = m[is_factor], unit[is_factor]
+            descend(m, self.factors.factors[:, unit - first])
+        return chosen[:, regions : regions + num_variables]
+
+
+class Evaluate(torch.autograd.Function):
+    """Leaves and weights to the roots; backward is the expected flows, computed stage by stage."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str, precision: str
+    ) -> Tensor:
+        ctx.weights = Weights(flat.detach(), norm, precision)
+        val = execution.up(leaf, ctx.weights)
+        ctx.save_for_backward(val, flat)
+        ctx.execution = execution
+        return val[:, execution.roots]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
+        grad = torch.zeros_like(val)
+        grad[:, ctx.execution.roots] = grads[0]
+        _, dleaf, dflat = ctx.execution.down(grad, val, ctx.weights)
+        return dleaf, dflat, None, None, None

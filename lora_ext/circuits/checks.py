@@ -1,0 +1,189 @@
+"""What the structure of a circuit promises: smooth, decomposable, deterministic, and so on.
+
+Scopes are bitsets in Python integers, so each check costs one pass over the edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from lora_ext.circuits.leaves import Indicator
+
+if TYPE_CHECKING:
+    from lora_ext.circuits.region_graph import RegionGraph
+
+Truth = Literal[True, False, "unknown"]
+
+
+class PCStructureError(ValueError):
+    """The graph is not the circuit that somebody asked for; names the unit and the variables."""
+
+
+def variables(scope: int) -> list[int]:
+    """The variables of a bitset, ascending."""
+    return list(_bits(scope))
+
+
+def _bits(scope: int) -> Iterator[int]:
+    while scope:
+        low = scope & -scope
+        yield low.bit_length() - 1
+        scope ^= low
+
+
+def _braces(scope: int) -> str:
+    shown = variables(scope)
+    tail = ", ..." if len(shown) > 12 else ""
+    return "{" + ", ".join(map(str, shown[:12])) + tail + "}"
+
+
+def check_smooth(graph: RegionGraph) -> None:
+    """Every term of a sum has the scope of the sum.
+
+    Raises:
+        PCStructureError: naming the region and both scopes.
+    """
+    for i, region in enumerate(graph.regions):
+        scopes = [graph.partition_scope(p) for p in region.partitions]
+        for scope in scopes[1:]:
+            if scope != scopes[0]:
+                raise PCStructureError(
+                    f"not smooth: sum unit {graph.label(i)} mixes scopes {_braces(scopes[0])} "
+                    f"and {_braces(scope)}"
+                )
+
+
+def check_decomposable(graph: RegionGraph) -> None:
+    """The factors of a product share no variable.
+
+    Raises:
+        PCStructureError: naming the region, both children and the variables that they share.
+    """
+    for i, region in enumerate(graph.regions):
+        for p in region.partitions:
+            seen = 0
+            for n, child in enumerate(p.children):
+                shared = seen & graph.scopes[child]
+                if shared:
+                    other = next(c for c in p.children[:n] if graph.scopes[c] & shared)
+                    raise PCStructureError(
+                        f"not decomposable: a product of unit {graph.label(i)}: children "
+                        f"{graph.label(other)} and {graph.label(child)} share {_braces(shared)}"
+                    )
+                seen |= graph.scopes[child]
+
+
+def is_smooth(graph: RegionGraph) -> bool:
+    """Whether :func:`check_smooth` passes."""
+    return _holds(check_smooth, graph)
+
+
+def is_decomposable(graph: RegionGraph) -> bool:
+    """Whether :func:`check_decomposable` passes."""
+    return _holds(check_decomposable, graph)
+
+
+def _holds(check, graph: RegionGraph) -> bool:
+    try:
+        check(graph)
+    except PCStructureError:
+        return False
+    return True
+
+
+def is_structured_decomposable(graph: RegionGraph) -> bool:
+    """Whether all products split a scope in the same way: they then agree with one vtree."""
+    if not is_decomposable(graph):
+        return False
+    split: dict[int, frozenset[int]] = {}
+    for region in graph.regions:
+        for p in region.partitions:
+            if len(p.children) == 1:
+                continue
+            parts = frozenset(graph.scopes[c] for c in p.children)
+            if split.setdefault(graph.partition_scope(p), parts) != parts:
+                return False
+    return True
+
+
+def is_deterministic(graph: RegionGraph) -> Truth:
+    """Whether at most one term of each sum is nonzero on any input.
+
+    A syntactic test. True: the terms of every sum differ in an indicator on a common variable.
+    False: two terms of a sum are positive everywhere. Anything else is ``"unknown"``.
+    """
+    # Of each unit: the values that it allows, as a bitset, for the variables it restricts.
+    units: list[list[dict[int, int]]] = []
+    verdict: Truth = True
+    for region in graph.regions:
+        if region.leaf is not None:
+            allowed: list[dict[int, int]] = [{} for _ in range(region.units)]
+            if isinstance(region.leaf, Indicator):
+                for u, value in enumerate(region.leaf.values):
+                    allowed[u] = {v: 1 << value for v in _bits(region.variables)}
+            units.append(allowed)
+            continue
+        terms: list[dict[int, int]] = []
+        for p in region.partitions:
+            children = [units[c] for c in p.children]
+            if p.kind == "hadamard":
+                terms += [_both(*parts) for parts in zip(*children, strict=True)]
+            else:
+                terms += [_both(a, b) for a in children[0] for b in children[1]]
+        if len(terms) > 1:
+            if sum(not t for t in terms) > 1:
+                return False
+            if not _disjoint(terms):
+                verdict = "unknown"
+        common = set.intersection(*(set(t) for t in terms)) if terms else set[int]()
+        merged = {v: 0 for v in common}
+        for t in terms:
+            for v in common:
+                merged[v] |= t[v]
+        # The rows of a dense sum weigh the same terms.
+        units.append([merged] * region.units)
+    return verdict
+
+
+def _both(*parts: dict[int, int]) -> dict[int, int]:
+    joint: dict[int, int] = {}
+    for part in parts:
+        for v, values in part.items():
+            joint[v] = joint.get(v, values) & values
+    return joint
+
+
+def _disjoint(terms: list[dict[int, int]]) -> bool:
+    """One variable tells all terms apart, or, among few, each pair has one that does."""
+    common = set.intersection(*(set(t) for t in terms))
+    for v in common:
+        seen = 0
+        for t in terms:
+            if seen & t[v]:
+                break
+            seen |= t[v]
+        else:
+            return True
+    if len(terms) > 64:
+        return False
+    return all(
+        any(a[v] & b[v] == 0 for v in a.keys() & b.keys())
+        for i, a in enumerate(terms)
+        for b in terms[:i]
+    )
+
+
+def require(graph: RegionGraph, query: str) -> None:
+    """What every query but evaluation needs.
+
+    Raises:
+        PCStructureError: if the graph is not smooth and decomposable, naming the query.
+    """
+    try:
+        check_smooth(graph)
+        check_decomposable(graph)
+    except PCStructureError as error:
+        raise PCStructureError(
+            f"{query} needs a smooth and decomposable circuit: {error}"
+        ) from None

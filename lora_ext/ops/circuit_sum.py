@@ -1,0 +1,191 @@
+"""Sum layers of probabilistic circuits: logarithms of sums of products, exact at ``-inf``.
+
+Letters: ``B`` rows, ``I`` terms, ``O`` sums, ``G`` groups.
+
+Sources: expected flows as gradients, Darwiche 2003; log-einsum-exp, Peharz et al. 2020.
+"""
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
+
+_c = torch.ops.lora_ext
+
+
+class ScaledWeights(NamedTuple):
+    """Weights ready for a product: ``W[o, i] = weight[o, i] * exp(shift[o])``.
+
+    Attributes:
+        weight: shaped as ``w``, float32 (float64), each row with maximum 1, or zero.
+        shift: one per row, ``-inf`` where the row is zero.
+    """
+
+    weight: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def log_einsum_weights(w: Tensor, norm: str = "logits") -> ScaledWeights:
+    """Scale weights once for several calls of :func:`log_einsum_exp` with the same ``w``.
+
+    Args:
+        w: ``(O, I)`` or ``(G, O, I)``, as there.
+        norm: as there.
+
+    Raises:
+        ValueError: if shape, dtype or norm is wrong, naming the argument.
+    """
+    return ScaledWeights(*_c.log_einsum_weights.default(w, norm))
+
+
+@overload
+def log_einsum_exp(
+    w: Tensor,
+    values: Tensor,
+    norm: str = "logits",
+    semiring: Literal["sum"] = "sum",
+    precision: str = "fp32",
+    scaled: ScaledWeights | None = None,
+) -> Tensor: ...
+@overload
+def log_einsum_exp(
+    w: Tensor,
+    values: Tensor,
+    norm: str,
+    semiring: Literal["max"],
+    precision: str = "fp32",
+    scaled: ScaledWeights | None = None,
+) -> LogMax: ...
+def log_einsum_exp(
+    w: Tensor,
+    values: Tensor,
+    norm: str = "logits",
+    semiring: str = "sum",
+    precision: str = "fp32",
+    scaled: ScaledWeights | None = None,
+) -> Tensor | LogMax:
+    """``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
+
+    Where nothing is possible ``out`` is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. A
+    product that would underflow is computed again from shifted terms, forward and backward, so a
+    path of probability ``e^-1000`` beside a heavier one that is closed keeps its value.
+
+    Differentiable twice in ``w`` and ``values`` with the sum, once with the max (of the term that
+    attains it). Weights that are shared meet the values in the library's GEMM, whose bits may
+    depend on batch and threads; with one matrix per row, a row's bits do not depend on its batch.
+
+    Args:
+        w: ``(O, I)`` shared by all rows with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,
+            one matrix per group; ``(B, O, I)`` with ``(B, I)``, one matrix per row, where one that
+            is expanded over the rows counts as shared. float32, float16, bfloat16, or float64 on
+            the CPU.
+        values: log-values, float32 (float64 beside float64 weights).
+        norm: what ``w`` holds: ``"logits"``, log-softmaxed over ``I`` inside; ``"logprobs"`` or
+            ``"none"``, log-weights as they are, which the former promises to be normalised;
+            ``"probs"``, weights themselves, zero or less meaning never.
+        semiring: ``"max"`` takes the largest term in place of their sum.
+        precision: of the product with shared weights on CUDA, up to 256 sums and terms:
+            ``"high"`` splits both operands into two bfloat16 and is as good as float32 up to 16
+            bits, ``"fp16s"`` scales them to float16, 11 bits. ``"fp32"`` is the library's float32,
+            and so is everything else, gradients and the CPU included. docs/circuit_engine.md has
+            the errors.
+        scaled: :func:`log_einsum_weights` of the same ``w`` and ``norm``, shared by several calls.
+
+    Returns:
+        ``(B, O)`` or ``(G, B, O)`` in the dtype of ``values``; with ``"max"`` also the lowest
+        index that attains it, int64.
+
+    Raises:
+        ValueError: if a shape, dtype, device or name disagrees, naming the argument.
+        RuntimeError: on a third derivative.
+
+    Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"log_einsum_exp: norm must be one of {NORMS}, got {norm!r}")
+    if semiring not in ("sum", "max"):
+        raise ValueError(f"log_einsum_exp: semiring must be 'sum' or 'max', got {semiring!r}")
+    if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0:
+        if len(w) != len(values):
+            raise ValueError(
+                f"log_einsum_exp: w and values must have as many rows, got shapes "
+                f"{tuple(w.shape)} and {tuple(values.shape)}"
+            )
+        w = w[0]
+    if semiring == "sum":
+        return _c.log_einsum_exp.default(w, values, norm, precision, *(scaled or (None, None)))
+    with torch.no_grad():
+        best, indices = _c.log_einsum_max.default(w, values, norm)
+    indices = indices.long()
+    if torch.is_grad_enabled() and (w.requires_grad or values.requires_grad):
+        best = _attained(w, values, norm, best, indices)
+    return LogMax(best, indices)
+
+
+def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
+    """The term at ``indices``, differentiable; ``best`` where there is none."""
+    log_w = log_weights(w, norm)
+    if w.dim() == 2 or values.dim() == 3:
+        log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])
+    term = log_w.gather(-1, indices[..., None]).squeeze(-1) + values.gather(-1, indices)
+    return torch.where(best == -torch.inf, best, term)
+
+
+def log_einsum_exp_backward(
+    dout: Tensor,
+    w: Tensor,
+    values: Tensor,
+    out: Tensor,
+    norm: str = "logits",
+    scaled: ScaledWeights | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients ``(dw, dvalues)`` of :func:`log_einsum_exp`, from its result.
+
+    For callers that have no graph: with log-weights and ``dout`` 1 at a root these are the expected
+    flows of a circuit.
+
+    Args:
+        dout: gradient of the result, shaped like it.
+        w, values, norm, scaled: as they went in; no matrix is expanded here.
+        out: the result.
+
+    Raises:
+        ValueError: if a shape, dtype or device disagrees, naming the argument.
+
+    Source: Darwiche 2003, section 3.
+    """
+    return _c.log_einsum_exp_backward.default(
+        dout, w, values, out, norm, True, True, *(scaled or (None, None))
+    )
+
+
+def log_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
+
+    :func:`log_einsum_exp` with ``b`` as log-weights: as exact at ``-inf``, twice differentiable.
+
+    Args:
+        a: ``(B, M, K)`` float32, or float64 on the CPU.
+        b: ``(B, K, N)``, dtype and device of ``a``.
+
+    Returns:
+        ``(B, M, N)`` in the dtype of ``a``.
+
+    Raises:
+        ValueError: if a shape, dtype or device disagrees, naming the argument.
+    """
+    for name, t in (("a", a), ("b", b)):
+        if t.dim() != 3 or t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"log_bmm: {name} must have three dimensions and be float32 or float64, got "
+                f"{t.dtype} of shape {tuple(t.shape)}"
+            )
+    if a.dtype != b.dtype or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+        raise ValueError(
+            f"log_bmm: a and b must have shapes (B, M, K) and (B, K, N) and one dtype, got "
+            f"{a.dtype} of shape {tuple(a.shape)} and {b.dtype} of shape {tuple(b.shape)}"
+        )
+    return _c.log_einsum_exp.default(b.transpose(1, 2), a, "none", "fp32")

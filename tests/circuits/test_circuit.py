@@ -1,0 +1,491 @@
+"""Circuits against enumeration, a recursive evaluator, and the per-row formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from circuit_graphs import GRAPHS, assignments, circuit_of, evaluate, random_graph
+
+from lora_ext import reference
+from lora_ext.circuits import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Circuit,
+    External,
+    Gaussian,
+    Indicator,
+    Input,
+    RegionGraph,
+)
+from lora_ext.circuits.layered import FIRST_LEAF
+from lora_ext.reference.circuit import draw, left_size
+
+BIT = Bernoulli()
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def table(values) -> torch.Tensor:
+    return torch.tensor([*values], dtype=torch.float64)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", GRAPHS)
+def test_probabilities_of_all_assignments_sum_to_one(name):
+    circuit = circuit_of(GRAPHS[name]())
+    log_prob = circuit.log_prob(assignments(circuit))
+    assert log_prob.logsumexp(0).abs() < 1e-12
+    assert circuit.log_partition().abs() < 1e-12
+    assert circuit.check().normalisation_error < 1e-12
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_marginals_and_conditionals_are_those_of_the_table(name):
+    circuit = circuit_of(GRAPHS[name](), seed=1)
+    x = assignments(circuit)
+    p = circuit.log_prob(x).exp().detach()
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:6]
+    before = torch.ones(len(rows), dtype=torch.float64)
+    conditionals = circuit.conditionals(x[rows])
+    for k in range(circuit.num_variables):
+        same = (x[None, :, : k + 1] == x[rows, None, : k + 1]).all(-1)
+        prefix = (same * p).sum(1)
+        close(conditionals[:, k], (prefix / before).log())
+        before = prefix
+    keep = list(range(0, circuit.num_variables, 2))
+    same = (x[None, :, keep] == x[rows][:, None, keep]).all(-1)
+    close(circuit.marginal(x[rows], keep), (same * p).sum(1).log())
+
+
+@pytest.mark.parametrize("first", range(0, 200, 20))
+def test_random_graphs_agree_with_the_recursive_evaluator(first):
+    for seed in range(first, first + 20):
+        circuit = circuit_of(random_graph(seed), seed)
+        g = torch.Generator().manual_seed(seed)
+        x = assignments(circuit)
+        x = x[torch.randint(len(x), (5,), generator=g)]
+        x[torch.rand(x.shape, generator=g) < 0.3] = -1
+        expected = table(evaluate(circuit, row.tolist()) for row in x).log()
+        close(circuit.log_prob(x).detach(), expected)
+        assert circuit.log_partition().abs() < 1e-12, seed
+
+
+@pytest.mark.parametrize("name", ["hmm tied", "btree", "poon_domingos"])
+def test_gradients_are_those_of_finite_differences(name):
+    circuit = circuit_of(GRAPHS[name](), seed=2)
+    x = assignments(circuit)[::17][:4]
+    x[1, 0] = -1
+    names, parameters = zip(*circuit.named_parameters(), strict=True)
+
+    def f(*values):
+        return torch.func.functional_call(circuit, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(f, [p.detach().requires_grad_() for p in parameters])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_gradients_of_random_graphs_have_no_nan_and_sum_to_zero(seed):
+    """Moving all logits of a sum by the same amount changes nothing."""
+    circuit = circuit_of(random_graph(seed), seed)
+    log_prob = circuit.log_prob(assignments(circuit)[:20])
+    log_prob[log_prob > -torch.inf].sum().backward()
+    for i, region in enumerate(circuit.graph.regions):
+        if region.partitions:
+            first = circuit.layered.weight_off[i]
+            shape = circuit.region_weights(i).shape
+            rows = circuit.weights.grad[first : first + shape.numel()].view(shape)
+            assert rows.sum(1).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_block_sizes_change_no_result(seed):
+    graph = random_graph(seed) if seed else RegionGraph.hmm(3, 24, Categorical(4))
+    whole = circuit_of(graph, seed)
+    x = assignments(whole)[:9]
+    expected = whole.flows(x)
+    for block in (1, 2, 8, 16, 32, 64, 128):
+        circuit = Circuit(graph, block=block).double()
+        circuit.load_state_dict(whole.state_dict())
+        got = circuit.flows(x)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    circuit = circuit_of(GRAPHS["rat_spn"]()).float()
+    x = assignments(circuit)
+    together = circuit.log_prob(x)
+    for i in (0, 5, 63):
+        close(circuit.log_prob(x[i : i + 1]), together[i : i + 1], 1e-6)
+    assert circuit.log_prob(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["cp", "hmm", "btree"])
+@pytest.mark.parametrize("n_token", [1, 2, 5, 7])
+def test_circuits_agree_with_circuit_scan(kind, n_token):
+    rank, values = 3, 4
+    graph = getattr(RegionGraph, kind)(n_token, rank, Categorical(values))
+    circuit = circuit_of(graph, seed=n_token)
+    names = {circuit.graph.label(i): i for i in range(len(graph.regions))}
+    if kind == "cp" or "leaves" in names:
+        leaf = circuit.region_leaves(0)["logits"].view(n_token, rank, values)
+    else:
+        leaf = torch.stack(
+            [circuit.region_leaves(names[f"x{k}"])["logits"] for k in range(n_token)]
+        )
+    trans = None
+    if kind == "hmm" and n_token > 1:
+        trans = torch.stack([circuit.region_weights(names[f"z{k}"]) for k in range(1, n_token)])
+    if kind == "btree" and n_token > 2:
+        inner: list[torch.Tensor] = []
+
+        def visit(lo: int, hi: int) -> None:
+            if hi - lo == 1:
+                return
+            if hi - lo < n_token:
+                inner.append(circuit.region_weights(names[f"{lo}:{hi}"]))
+            middle = lo + left_size(hi - lo)
+            visit(lo, middle)
+            visit(middle, hi)
+
+        visit(0, n_token)
+        trans = torch.stack(inner)
+    prior = circuit.region_weights(graph.roots[0])
+    x = torch.randint(-1, values, (6, n_token), generator=torch.Generator().manual_seed(0))
+    parts = (leaf[None], prior, None if trans is None else trans[None])
+    expanded = (None if t is None else t.expand(6, *t.shape[1:]) for t in parts)
+    scan = reference.circuit_scan(kind, *expanded, x)
+    close(circuit.log_prob(x), scan.prefix[:, -1])
+    full = x.clamp(min=0)
+    expanded = (None if t is None else t.expand(6, *t.shape[1:]) for t in parts)
+    scan = reference.circuit_scan(kind, *expanded, full)
+    close(circuit.conditionals(full), scan.conditional.detach())
+
+
+def test_several_roots_give_a_column_each():
+    graph = RegionGraph.rat_spn(5, 2, 2, 3, 2, BIT, num_roots=3)
+    circuit = circuit_of(graph)
+    log_prob = circuit.log_prob(assignments(circuit))
+    assert log_prob.shape == (32, 3)
+    assert log_prob.logsumexp(0).abs().max() < 1e-12
+    log_prob[:, 2].sum().backward()
+    inputs = {"a": Input([0], BIT), "b": Input([1], BIT)}
+    two = RegionGraph.from_edges(inputs, [("s", ["a", "b"])] * 2 + [("t", ["b"])], multi_root=True)
+    assert circuit_of(two).log_prob(torch.zeros(3, 2, dtype=torch.long)).shape == (3, 2)
+
+
+# --- the impossible -------------------------------------------------------------------------------
+def test_impossible_data_is_minus_infinity_with_gradient_zero():
+    inputs = {f"{v}{n}": Input([v], Indicator((n,))) for v in range(2) for n in range(2)}
+    products = [("s", ["00", "10"]), ("s", ["01", "11"])]
+    circuit = circuit_of(RegionGraph.from_edges(inputs, products))
+    x = torch.tensor([[0, 0], [0, 1], [1, -1], [1, 1], [7, 7]])
+    log_prob = circuit.log_prob(x)
+    assert (log_prob == -torch.inf).tolist() == [False, True, False, False, True]
+    log_prob.sum().backward()
+    assert circuit.weights.grad.isfinite().all()
+    impossible = circuit.flows(x[[1, 4]])
+    assert not impossible.units.any() and not impossible.weights.any()
+    assert circuit.conditionals(x[1:2]).tolist()[0][1] == -math.inf
+    assert circuit.conditionals(x[4:5]).tolist() == [[-math.inf, -math.inf]]
+    with pytest.raises(ValueError, match="evidence of row 1 is impossible"):
+        circuit.sample(evidence=x[:2])
+    assert circuit.map(torch.tensor([[-1, 1]])).x.tolist() == [[1, 1]]
+
+
+def test_weights_of_minus_infinity_and_huge_logits():
+    circuit = circuit_of(GRAPHS["hmm"](), seed=3)
+    with torch.no_grad():
+        circuit.weights[:2] = torch.tensor([-torch.inf, 1e4], dtype=torch.float64)
+        circuit.weights[4] = -1e4
+        circuit.leaves[0]["logits"][0, :2] = -torch.inf
+        circuit.leaves[0]["logits"][5] *= 1e4
+    x = assignments(circuit)
+    log_prob = circuit.log_prob(x)
+    expected = table(evaluate(circuit, row.tolist()) for row in x[::7])
+    close(log_prob[::7].detach().exp(), expected)
+    log_prob[log_prob > -torch.inf].sum().backward()
+    for p in circuit.parameters():
+        assert p.grad.isfinite().all()
+    assert circuit.weights.grad[0] == 0
+
+
+def test_a_long_chain_keeps_its_log_partition():
+    circuit = circuit_of(RegionGraph.hmm(500, 4, Categorical(3), homogeneous=True)).float()
+    assert circuit.log_partition().abs() < 1e-3
+    x = torch.zeros(1, 500, dtype=torch.long)
+    exact = circuit_of(RegionGraph.hmm(500, 4, Categorical(3), homogeneous=True)).log_prob(x)
+    # Step t rounds a value of about |exact| t / 500 twice, by up to 2^-24 of it.
+    assert (circuit.log_prob(x) - exact).abs() < 500 * 2.0**-24 * exact.abs()
+
+
+# --- leaves ---------------------------------------------------------------------------------------
+def mixed() -> RegionGraph:
+    families = {"g": Gaussian(), "k": Binomial(3), "c": Categorical(4)}
+    inputs = {k: Input([v], leaf, 2) for v, (k, leaf) in enumerate(families.items())}
+    return RegionGraph.from_edges(inputs, [("s", list(families))])
+
+
+def test_families_are_those_of_torch_distributions():
+    circuit = circuit_of(mixed())
+    x = torch.tensor([[0.3, 2, 3], [-1.2, 0, torch.nan], [torch.nan, 3, 1]]).double()
+    g, k, c = (circuit.region_leaves(i) for i in range(3))
+    d = torch.distributions
+    d.Distribution.set_default_validate_args(False)  # NaN is for us to mask
+    each = [
+        d.Normal(g["mean"], g["log_std"].exp()).log_prob(x[:, :1]),
+        d.Binomial(3, logits=k["logit"]).log_prob(x[:, 1:2]),
+        d.Categorical(logits=c["logits"]).log_prob(x[:, 2:].nan_to_num(0)),
+    ]
+    each = [torch.where(x[:, i : i + 1].isnan(), 0, e) for i, e in enumerate(each)]
+    expected = (circuit.region_weights(3).log_softmax(1) + sum(each)).logsumexp(1)
+    close(circuit.log_prob(x), expected)
+
+
+def test_external_leaves_take_the_callers_values_and_give_gradients():
+    inputs = {"e": Input([0], External(), 3), "b": Input([1], BIT, 3)}
+    circuit = circuit_of(RegionGraph.from_edges(inputs, [("s", ["e", "b"])]))
+    x = torch.tensor([[-1, 1], [0, 0]])
+    given = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"external must have shape \(2, 3\), got None"):
+        circuit.log_prob(x)
+    bit = circuit.region_leaves(1)["logit"]
+    sign = torch.tensor([[1.0], [-1.0]])
+    terms = circuit.region_weights(2).log_softmax(1) + given
+    expected = (terms + torch.nn.functional.logsigmoid(sign * bit)).logsumexp(1)
+    got = circuit.log_prob(x, given)
+    close(got, expected)
+    (a,), (b,) = (torch.autograd.grad(t.sum(), given) for t in (got, expected))
+    close(a, b)
+    with pytest.raises(ValueError, match="sample: variable 0 is external"):
+        circuit.sample()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 3), r"x must have shape \(B, 4\), got \(2, 3\)"),
+        (torch.tensor([[0, 1, 3, 0]]), r"variable 2 takes values 0 .. 2, got 3 in row 0"),
+        (torch.tensor([[0, 1, 0, -2]]), "variable 3 takes values 0 .. 2, got -2"),
+        (torch.tensor([[0.5, 1, 0, 0]]), "variable 0 takes values 0 .. 2, got 0.5"),
+    ],
+)
+def test_data_out_of_range_is_refused(x, message):
+    circuit = circuit_of(GRAPHS["hmm"]())
+    for query in (circuit.log_prob, circuit.conditionals, circuit.map, circuit.em_step):
+        with pytest.raises(ValueError, match=message):
+            query(x)
+
+
+# --- sampling and MAP -----------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["cp", "hmm", "btree", "rat_spn", "poon_domingos"])
+def test_samples_follow_the_distribution(name):
+    circuit = circuit_of(GRAPHS[name](), seed=4)
+    x = assignments(circuit)
+    p = circuit.log_prob(x).exp().detach()
+    n = 20000
+    samples = circuit.sample(n, generator=torch.Generator().manual_seed(0))[0]
+    weights = torch.tensor([int(x[:, v].max()) + 1 for v in range(x.shape[1])])
+    place = torch.cat([weights[1:].flip(0).cumprod(0).flip(0), torch.tensor([1])])
+    counts = torch.bincount((samples * place).sum(1), minlength=len(x)).double()
+    enough = p * n >= 5
+    statistic = ((counts - p * n).square() / (p * n))[enough].sum()
+    free = int(enough.sum())
+    assert statistic < free + 4 * math.sqrt(2 * free)
+    assert counts[~enough].sum() <= (p[~enough] * n).sum() * 2 + 20
+
+
+def test_samples_given_evidence_follow_the_posterior():
+    circuit = circuit_of(GRAPHS["hmm"](), seed=5)
+    evidence = torch.tensor([[-1, 2, -1, -1], [1, -1, -1, 0]])
+    samples = circuit.sample(5000, evidence, generator=torch.Generator().manual_seed(1))
+    assert (samples[0, :, 1] == 2).all()
+    assert (samples[1][:, [0, 3]] == torch.tensor([1, 0])).all()
+    for b, v in ((0, 2), (1, 1)):
+        rows = evidence[b : b + 1].repeat(3, 1)
+        rows[:, v] = torch.arange(3)
+        p = circuit.log_prob(rows).softmax(0)
+        got = torch.bincount(samples[b, :, v], minlength=3) / 5000
+        assert (got - p).abs().max() < 0.03
+
+
+def test_uniforms_decide_a_sample_by_inverse_cumulative_sums():
+    """A chain walked by hand: one uniform per sum region in graph order, then one per variable."""
+    n, rank = 4, 3
+    circuit = circuit_of(RegionGraph.hmm(n, rank, Categorical(5)), seed=6)
+    u = torch.rand(1, 50, n + n, generator=torch.Generator().manual_seed(2))
+    got = circuit.sample(50, uniforms=u)[0]
+    assert torch.equal(got, circuit.sample(50, uniforms=u)[0])
+    names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
+    inner = [i for i, r in enumerate(circuit.graph.regions) if r.partitions]
+    state = torch.zeros(50, dtype=torch.long)
+    for k in range(n):
+        region = names[f"z{k}"]
+        rows = circuit.region_weights(region).softmax(1).detach()[state]
+        state = draw(rows, u[0, :, inner.index(region)])
+        leaf = circuit.region_leaves(names[f"x{k}"])["logits"].softmax(1).detach()
+        assert torch.equal(got[:, k], draw(leaf[state], u[0, :, len(inner) + k]))
+
+
+def test_samples_of_continuous_leaves():
+    circuit = circuit_of(mixed(), seed=7)
+    x = circuit.sample(20000, generator=torch.Generator().manual_seed(0))[0]
+    assert x.dtype == torch.float64
+    w = circuit.region_weights(3).softmax(1)[0]
+    mean = (w * circuit.region_leaves(0)["mean"]).sum()
+    assert (x[:, 0].mean() - mean).abs() < 0.05
+    given = torch.tensor([[0.25, torch.nan, 2]])
+    y = circuit.sample(3, given)[0]
+    assert (y[:, 0] == 0.25).all() and (y[:, 2] == 2).all()
+    with pytest.raises(ValueError, match=r"uniforms must have shape \(1, 3, 4\)"):
+        circuit.sample(3, given, uniforms=torch.rand(1, 3, 5))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_map_is_the_best_tree(seed):
+    """Against the maximum over all assignments and latents, by the recursive evaluator with max."""
+    circuit = circuit_of(random_graph(seed), seed)
+    x = assignments(circuit)
+    val = circuit._values("map", x, best=torch.zeros_like(x, dtype=torch.bool))
+    best = val[:, circuit._execution.roots[0]].max()
+    result = circuit.map()
+    close(result.value, best[None].detach())
+    own = circuit._values("map", result.x, best=torch.zeros_like(result.x, dtype=torch.bool))
+    close(own[:, circuit._execution.roots[0]], result.value)
+    if result.exact:
+        close(circuit.log_prob(result.x), circuit.log_prob(x).max()[None])
+
+
+def test_map_of_a_deterministic_circuit_is_the_mode():
+    inputs = {f"i{n}": Input([0], Indicator((n,))) for n in range(3)}
+    inputs |= {f"c{n}": Input([1], Categorical(4)) for n in range(3)}
+    products = [("s", [f"i{n}", f"c{n}"]) for n in range(3)]
+    for seed in range(10):
+        circuit = circuit_of(RegionGraph.from_edges(inputs, products), seed)
+        x = assignments(circuit)
+        result = circuit.map()
+        assert result.exact
+        assert torch.equal(result.x[0], x[circuit.log_prob(x).argmax()])
+        evidence = torch.tensor([[-1, 2]])
+        given = x[x[:, 1] == 2]
+        assert torch.equal(circuit.map(evidence).x[0], given[circuit.log_prob(given).argmax()])
+
+
+# --- flows and EM ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", GRAPHS)
+def test_flows_sum_to_one(name):
+    """Over the leaf units of a variable always; over every region where the circuit is a tree."""
+    circuit = circuit_of(GRAPHS[name](), seed=8)
+    x = assignments(circuit)[:20]
+    x[1::2, 0] = -1
+    flows = circuit.flows(x)
+    ones = torch.ones(len(x), dtype=torch.float64)
+    leaf = flows.units[:, FIRST_LEAF : FIRST_LEAF + len(circuit._var)]
+    for v in range(circuit.num_variables):
+        close(leaf[:, circuit._var == v].sum(1), ones)
+    assert (flows.units >= 0).all() and (flows.weights >= 0).all()
+    if name in ("cp", "hmm", "hmm tied", "btree", "hclt"):
+        for i in range(len(circuit.graph.regions)):
+            close(flows.units[:, list(circuit.columns(i))].sum(1), ones)
+
+
+def test_flows_of_a_sum_are_the_posterior_of_its_latent():
+    circuit = circuit_of(GRAPHS["cp"](), seed=9)
+    x = assignments(circuit)[:10]
+    leaf = circuit.region_leaves(0)["logits"].view(4, 3, 3).log_softmax(2)
+    joint = circuit.region_weights(1)[0].log_softmax(0).expand(10, 3)
+    for v in range(4):
+        joint = joint + leaf[v][:, x[:, v]].T
+    posterior = joint.softmax(1).detach()
+    flows = circuit.flows(x)
+    close(flows.weights, posterior.sum(0))
+    close(flows.units[:, list(circuit.columns(0))], posterior)
+
+
+@pytest.mark.parametrize("name", [*GRAPHS, "mixed"])
+def test_em_never_lowers_the_likelihood(name):
+    graph = mixed() if name == "mixed" else GRAPHS[name]()
+    circuit = circuit_of(graph, seed=10)
+    other = circuit_of(graph, seed=11)
+    x = other.sample(60, generator=torch.Generator().manual_seed(3))[0]
+    x[::5, 0] = torch.nan if x.is_floating_point() else -1
+    values = [circuit.em_step(x) for _ in range(50)]
+    values.append(circuit.log_prob(x).mean())
+    steps = torch.stack(values).diff()
+    assert steps.min() > -1e-9
+    assert values[-1] > values[0] + 1e-3
+
+
+def test_em_with_a_small_step_and_pseudocounts():
+    circuit = circuit_of(GRAPHS["hmm"](), seed=12)
+    with torch.no_grad():
+        circuit.weights[0] = -torch.inf
+    x = assignments(circuit)[::3]
+    half = [circuit.em_step(x, step=0.3, keep_zero=True) for _ in range(20)]
+    assert torch.stack(half).diff().min() > -1e-9
+    assert circuit.weights[0] == -torch.inf
+    circuit.em_step(x, pseudocount=1.0, keep_zero=True)
+    assert circuit.weights[0] == -torch.inf
+    circuit.em_step(x, pseudocount=1.0)
+    assert circuit.weights[0] > -torch.inf
+    assert circuit.check().normalisation_error < 1e-12
+    with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
+        circuit.em_step(x, step=0)
+
+
+def test_rows_without_flow_keep_their_weights():
+    inputs = {f"i{n}": Input([0], Indicator((n,))) for n in range(2)}
+    inputs |= {"a": Input([1], BIT, 2), "b": Input([1], BIT, 2)}
+    products = [("s", ["i0", "sa"]), ("s", ["i1", "sb"]), ("sa", ["a"]), ("sb", ["b"])]
+    circuit = circuit_of(RegionGraph.from_edges(inputs, products), seed=13)
+    names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
+    before = circuit.region_weights(names["sb"]).softmax(1).detach()
+    leaf = circuit.region_leaves(names["b"])["logit"].detach().clone()
+    circuit.em_step(torch.tensor([[0, 1], [0, 0]]))
+    close(circuit.region_weights(names["sb"]).softmax(1).detach(), before)
+    assert torch.equal(circuit.region_leaves(names["b"])["logit"].detach(), leaf)
+
+
+def test_tied_parameters_gather_gradients_and_flows_of_all_their_places():
+    tied = circuit_of(RegionGraph.hmm(5, 3, Categorical(4), homogeneous=True), seed=14)
+    free = circuit_of(RegionGraph.hmm(5, 3, Categorical(4)), seed=15)
+    t, f = ({c.graph.label(i): i for i in range(len(c.graph.regions))} for c in (tied, free))
+    with torch.no_grad():
+        for k in range(5):
+            free.region_weights(f[f"z{k}"]).copy_(tied.region_weights(t[f"z{k}"]))
+            free.region_leaves(f[f"x{k}"])["logits"].copy_(tied.region_leaves(t[f"x{k}"])["logits"])
+    x = assignments(tied)[::50]
+    a, b = tied.log_prob(x), free.log_prob(x)
+    close(a, b)
+    a.sum().backward()
+    b.sum().backward()
+    close(tied.leaves[0]["logits"].grad, free.leaves[0]["logits"].grad.view(5, 3, 4).sum(0))
+
+    def gathered(values: torch.Tensor, circuit: Circuit, name: str, places) -> torch.Tensor:
+        first = [circuit.layered.weight_off[places[f"z{k}"]] for k in range(1, 5)]
+        return sum(values[o : o + 9] for o in (first if name == "free" else first[:1]))
+
+    for got, expected in (
+        (tied.weights.grad, free.weights.grad),
+        (tied.flows(x).weights, free.flows(x).weights),
+    ):
+        close(gathered(got, tied, "tied", t), gathered(expected, free, "free", f))
+
+
+def test_unnormalised_circuits_offer_their_log_partition():
+    circuit = circuit_of(GRAPHS["btree"](), seed=16, norm="none")
+    x = assignments(circuit)
+    close(circuit.log_partition(), circuit.log_prob(x).logsumexp(0).detach())
+    assert circuit.check().normalisation_error > 0.1
+    total = (circuit.log_prob(x) - circuit.log_partition()).exp()
+    samples = circuit.sample(20000, generator=torch.Generator().manual_seed(4))[0]
+    place = torch.tensor([16, 8, 4, 2, 1])
+    counts = torch.bincount((samples * place).sum(1), minlength=32) / 20000
+    assert (counts - total).abs().max() < 0.02
+    with pytest.raises(ValueError, match="em_step needs norm='logits'"):
+        circuit.em_step(x)

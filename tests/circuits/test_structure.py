@@ -1,0 +1,186 @@
+"""Region graphs: what is refused, by message, and what the checks say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from circuit_graphs import GRAPHS
+
+from lora_ext.circuits import (
+    Bernoulli,
+    Categorical,
+    Circuit,
+    Indicator,
+    Input,
+    Partition,
+    PCStructureError,
+    Region,
+    RegionGraph,
+    checks,
+    chow_liu_parents,
+    compile_graph,
+    draw_graph,
+)
+
+BIT = Bernoulli()
+
+
+def build(products, inputs=None, **options) -> RegionGraph:
+    inputs = inputs or {"a": Input([0], BIT), "b": Input([1], BIT), "c": Input([0], BIT)}
+    return RegionGraph.from_edges(inputs, products, **options)
+
+
+def test_a_sum_over_different_scopes_is_not_smooth():
+    graph = build([("s", ["a", "b"]), ("s", ["c"])])
+    with pytest.raises(
+        PCStructureError, match=r"not smooth: sum unit s mixes scopes \{0, 1\} and \{0\}"
+    ):
+        checks.check_smooth(graph)
+    assert checks.is_decomposable(graph)
+    with pytest.raises(PCStructureError, match="Circuit needs a smooth and decomposable"):
+        Circuit(graph)
+
+
+def test_a_product_over_a_shared_variable_is_not_decomposable():
+    graph = build([("s", ["a", "b", "c"])])
+    with pytest.raises(PCStructureError, match=r"unit s: children a and c share \{0\}"):
+        checks.check_decomposable(graph)
+    assert checks.is_smooth(graph)
+
+
+@pytest.mark.parametrize(
+    ("products", "options", "message"),
+    [
+        ([("s", ["a", "t"]), ("t", ["s", "b"])], {}, "cyclic: units s, t"),
+        ([("s", ["a", "b", "zebra"])], {}, "unknown children: zebra"),
+        ([("a", ["b"])], {}, "unit a is an input"),
+        ([("s", ["a", "b"])], {}, r"a single root is expected, got 2: units c, s"),
+        ([("s", ["a", "b"]), ("t", ["c", "s"])], {"units": {"s": 2}}, "needs equal unit counts"),
+        ([("s", ["a", "b", "c"], "kronecker")], {}, "a kronecker product needs two children"),
+        ([("s", ["a", "b", "c"], "tensor")], {}, "unknown product 'tensor'"),
+    ],
+)
+def test_a_graph_that_is_none_is_refused(products, options, message):
+    with pytest.raises(PCStructureError, match=message):
+        build(products, **options)
+
+
+def test_gaps_among_the_variables_are_refused():
+    with pytest.raises(PCStructureError, match=r"variables \[0, 2\] are in no input region"):
+        build([("s", ["a", "b"])], {"a": Input([1], BIT), "b": Input([3], BIT)})
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ([], "needs a region"),
+        ([Region(1)], "either a leaf or partitions"),
+        ([Region(0, leaf=BIT, variables=1)], "at least one unit"),
+        ([Region(1, leaf=BIT)], "needs variables"),
+        ([Region(2, leaf=Indicator((1,)), variables=1)], "one indicator value per unit"),
+        ([Region(1, (Partition((0,)),))], "children must come before it"),
+        (
+            [
+                Region(2, leaf=BIT, variables=1, tie="t"),
+                Region(3, leaf=BIT, variables=2, tie="t"),
+                Region(1, (Partition((0, 1), "kronecker"),)),
+            ],
+            "tied by 't' must have equal",
+        ),
+    ],
+)
+def test_regions_that_do_not_fit_are_refused(regions, message):
+    with pytest.raises(PCStructureError, match=message):
+        RegionGraph(tuple(regions))
+
+
+def test_a_tree_of_variables_needs_one_root_and_no_cycle():
+    with pytest.raises(PCStructureError, match=r"one variable with parent -1, got \[0, 1\]"):
+        RegionGraph.hclt([-1, -1], 2, BIT)
+    with pytest.raises(PCStructureError, match=r"cyclic: variables \[1, 2\]"):
+        RegionGraph.hclt([-1, 2, 1], 2, BIT)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_builders_are_smooth_and_decomposable(name):
+    graph = GRAPHS[name]()
+    checks.require(graph, "test")
+    structured = name not in ("rat_spn", "poon_domingos")
+    assert checks.is_structured_decomposable(graph) == structured
+    assert checks.is_deterministic(graph) is False
+    assert RegionGraph.from_json(json.loads(graph.to_json())) == graph
+
+
+def test_determinism_is_seen_where_indicators_tell_terms_apart():
+    def graph(*values: int) -> RegionGraph:
+        inputs = {f"i{n}": Input([0], Indicator((v,))) for n, v in enumerate(values)}
+        inputs |= {f"b{n}": Input([1], BIT) for n in range(len(values))}
+        return build([("s", [f"i{n}", f"b{n}"]) for n in range(len(values))], inputs)
+
+    assert checks.is_deterministic(graph(0, 1, 2)) is True
+    assert checks.is_deterministic(graph(0, 1, 0)) == "unknown"
+    # No one variable tells all three apart, but every pair has one that does.
+    corner = {"a": ([0, 1], (0,)), "b": ([0], (1,)), "c": ([1], (0,)), "d": ([0, 1], (1,))}
+    inputs = {k: Input(v, Indicator(values)) for k, (v, values) in corner.items()}
+    products = [("s", ["a"]), ("s", ["b", "c"]), ("s", ["d"])]
+    assert checks.is_deterministic(build(products, inputs)) is True
+
+
+def test_a_region_with_a_kronecker_product_counts_all_pairs():
+    graph = build(
+        [("s", ["a", "b"], "kronecker")], {"a": Input([0], BIT, 3), "b": Input([1], BIT, 4)}
+    )
+    assert graph.num_products(graph.regions[-1]) == 12
+    assert compile_graph(graph).stages[0].product.kron == (3, 4)
+
+
+def test_layered_form_is_flat_int32_and_tiles_of_tied_regions_share_offsets():
+    layered = compile_graph(RegionGraph.hmm(4, 8, Categorical(3), homogeneous=True), block=4)
+    assert layered.num_weights == 8 * 8 + 8
+    inner = layered.stages[:3]
+    for stage in inner:
+        tensors = [v for v in vars(stage.sum).values() if isinstance(v, torch.Tensor)]
+        assert {t.dtype for t in tensors} == {torch.int32}
+        assert stage.sum.row_ptr.tolist() == [0, 2, 4]
+        assert stage.sum.w_off.tolist() == inner[0].sum.w_off.tolist() == [0, 4, 32, 36]
+    assert layered.inputs.row.tolist() == list(range(8)) * 4
+
+
+def test_many_shapes_of_a_layer_go_into_few_stages():
+    inputs = {f"i{n}": Input([n], BIT) for n in range(9)}
+    inputs |= {f"j{n}": Input([n], BIT) for n in range(9)}
+    products = [(f"s{n}", [c]) for n in range(9) for c in ([f"i{n}", f"j{n}"] * 5)[: n + 2]]
+    products.append(("root", [f"s{n}" for n in range(9)]))
+    layered = compile_graph(build(products, inputs))
+    assert [s.width for s in layered.stages] == [2, 4, 8, 16, 1]
+
+
+def test_a_block_that_is_no_power_of_two_is_refused():
+    with pytest.raises(ValueError, match="block must be a power of two up to 128, got 24"):
+        compile_graph(RegionGraph.cp(2, 2, BIT), 24)
+
+
+def test_chow_liu_finds_the_chain_that_made_the_data():
+    g = torch.Generator().manual_seed(0)
+    order, columns = [2, 0, 3, 1], {}
+    last = torch.randint(2, (4000,), generator=g)
+    for v in order:
+        columns[v] = last
+        last = torch.where(torch.rand(4000, generator=g) < 0.9, last, 1 - last)
+    x = torch.stack([columns[v] for v in range(4)], 1)
+    edges = {frozenset((v, p)) for v, p in enumerate(chow_liu_parents(x, 2)) if p >= 0}
+    assert edges == {frozenset(e) for e in ((2, 0), (0, 3), (3, 1))}
+
+
+def test_pictures(tmp_path):
+    graph = RegionGraph.rat_spn(4, 1, 2, 2, 2, BIT)
+    dot = graph.to_dot()
+    assert dot.count("->") == sum(1 + len(p.children) for r in graph.regions for p in r.partitions)
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    axes = draw_graph(graph)
+    axes.figure.savefig(tmp_path / "graph.png")
+    assert (tmp_path / "graph.png").stat().st_size > 1000
+    assert len(axes.texts) == len(graph.regions)

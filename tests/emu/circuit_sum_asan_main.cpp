@@ -1,0 +1,45 @@
+// The kernels of the sum layers in the asan flavour: every launcher, in buffers that end where
+// their contents end, against loops.
+#include <cstdio>
+#include <cstdlib>
+
+#include "../cpu/circuit_sum_laws.h"
+#include "lx/device.h"
+
+using namespace lora_ext;
+
+namespace {
+
+void launched(LaunchStatus status) {
+    if (status == 0) return;
+    std::printf("%s\n", lx::status_string(status));
+    std::exit(2);
+}
+
+struct Kernels {
+    static constexpr bool kHasFused = true;
+
+    void weights(const LogSumArgs& a) const { launched(launch_log_sum_weights(a, nullptr)); }
+    void fused(const LogSumArgs& a) const {
+        launched(launch_log_sum_fused(a, /*high=*/true, nullptr));
+        launched(launch_log_sum_fused(a, /*high=*/false, nullptr));
+    }
+    void values(const LogSumArgs& a) const { launched(launch_log_sum_values(a, nullptr)); }
+    void finish(const LogSumArgs& a) const { launched(launch_log_sum_finish(a, nullptr)); }
+    void ratios(const LogSumArgs& a) const { launched(launch_log_sum_ratios(a, nullptr)); }
+    void dvalues(const LogSumArgs& a) const { launched(launch_log_sum_dvalues(a, nullptr)); }
+    void dweights(const LogSumArgs& a) const { launched(launch_log_sum_dweights(a, nullptr)); }
+    void per_row(const LogSumArgs& a) const { launched(launch_log_sum_per_row(a, nullptr)); }
+    void per_row_backward(const LogSumArgs& a) const {
+        launched(launch_log_sum_per_row_backward(a, nullptr));
+    }
+    void max(const LogSumArgs& a) const { launched(launch_log_max(a, nullptr)); }
+};
+
+}  // namespace
+
+int main() {
+    check_log_sums(Kernels{});
+    std::puts("exact");
+    return 0;
+}
