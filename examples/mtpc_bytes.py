@@ -42,12 +42,12 @@ console = Console()
 class Sizes:
     """Of the model, the heads and the runs."""
 
-    width: int = 128
-    layers: int = 4
-    length: int = 256
-    batch: int = 8  # rows in a step of the model; a step of a head has half of them
-    base_steps: int = 400
-    head_steps: int = 150
+    width: int = 96
+    layers: int = 3
+    length: int = 128
+    batch: int = 8
+    base_steps: int = 1200
+    head_steps: int = 200
     n_token: int = 8
     rank: int = 8
     new_tokens: int = 192
@@ -160,7 +160,7 @@ def train_head(
     rank = 1 if kind == "ff" else sizes.rank
     draft = mtpc.retrofit(model, mtpc.MtpcConfig(sizes.n_token, rank, kind))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=2e-3)
-    for bar, ids in batches(rows, sizes.head_steps, sizes.batch // 2, kind):
+    for bar, ids in batches(rows, sizes.head_steps, sizes.batch, kind):
         loss, _ = draft.loss(ids, eos_id=EOS)
         optimizer.zero_grad()
         loss.backward()
