@@ -3,6 +3,8 @@
 // with it).
 #include <torch/extension.h>
 
+#include "ops/circuit.h"
+#include "ops/circuit_autograd.h"
 #include "ops/circuit_sum.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
@@ -34,6 +36,9 @@ bool wants_grad(const std::optional<at::Tensor>& t) {
 bool wants_grad(double) {
     return false;
 }
+bool wants_grad(std::string_view) {
+    return false;
+}
 bool has_tangent(const at::Tensor& t) {
     return t._fw_grad(/*level=*/0).defined();
 }
@@ -41,6 +46,9 @@ bool has_tangent(const std::optional<at::Tensor>& t) {
     return t && has_tangent(*t);
 }
 bool has_tangent(double) {
+    return false;
+}
+bool has_tangent(std::string_view) {
     return false;
 }
 
@@ -75,6 +83,9 @@ using Shrink = NoBackward<&lora_ext::lora_shrink>;
 using Expand = NoBackward<&lora_ext::lora_expand_>;
 using Apply = NoBackward<&lora_ext::lora_apply_>;
 using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
+using LeafBackward = NoBackward<&lora_ext::circuit_leaf_backward>;
+using EmissionBackward = NoBackward<&lora_ext::emission_gather_backward>;
+using ScanBackward = NoBackward<&lora_ext::circuit_scan_backward>;
 namespace train = lora_ext::autograd;
 
 template <class Library>
@@ -88,6 +99,12 @@ void implement(Library& m) {
     m.impl("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.impl("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.impl("lora_dropout", &lora_ext::lora_dropout);
+    m.impl("circuit_leaf", &lora_ext::circuit_leaf);
+    m.impl("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
+    m.impl("emission_gather", &lora_ext::emission_gather);
+    m.impl("emission_gather_backward", &lora_ext::emission_gather_backward);
+    m.impl("circuit_scan", &lora_ext::circuit_scan);
+    m.impl("circuit_scan_backward", &lora_ext::circuit_scan_backward);
     m.impl("log_einsum_weights", &lora_ext::log_einsum_weights);
     m.impl("log_einsum_exp", &lora_ext::log_einsum_exp);
     m.impl("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);
@@ -119,6 +136,20 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
         "-> (Tensor dx, Tensor da, Tensor db)");
     m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
+    m.def("circuit_leaf(Tensor leaf, Tensor x) -> (Tensor e, Tensor norm)");
+    m.def("circuit_leaf_backward(Tensor de, Tensor leaf, Tensor x, Tensor norm) -> Tensor");
+    m.def("emission_gather(Tensor h, Tensor emit, Tensor x) -> Tensor");
+    m.def(
+        "emission_gather_backward(Tensor de, Tensor h, Tensor emit, Tensor x, bool need_h, "
+        "bool need_emit) -> (Tensor dh, Tensor demit)");
+    m.def(
+        "circuit_scan(str kind, Tensor e, Tensor? prior=None, Tensor? trans=None, "
+        "bool save=False) "
+        "-> (Tensor prefix, Tensor conditional, Tensor posterior, Tensor states)");
+    m.def(
+        "circuit_scan_backward(Tensor? dprefix, Tensor? dconditional, str kind, Tensor e, "
+        "Tensor? prior, Tensor? trans, Tensor states, bool need_prior, bool need_trans) "
+        "-> (Tensor de, Tensor dprior, Tensor dtrans)");
     m.def("log_einsum_weights(Tensor w, str norm) -> (Tensor weight, Tensor shift)");
     m.def(
         "log_einsum_exp(Tensor w, Tensor values, str norm, str precision, Tensor? weight=None, "
@@ -138,15 +169,30 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     Apply::Handle::name = LX_OP(lora_apply_);
     LinearBackward::Handle::name = LX_OP(lora_linear_backward);
     LinearBackward::instead = "the gradient of lora_linear is not itself differentiable";
+    LeafBackward::Handle::name = LX_OP(circuit_leaf_backward);
+    LeafBackward::instead = "the gradient of circuit_leaf is not itself differentiable";
+    EmissionBackward::Handle::name = LX_OP(emission_gather_backward);
+    EmissionBackward::instead = "the gradient of emission_gather is not itself differentiable";
+    ScanBackward::Handle::name = LX_OP(circuit_scan_backward);
+    ScanBackward::instead = "the gradient of circuit_scan is not itself differentiable";
     train::Linear::Plan::name = LX_OP(lora_plan);
     train::Linear::Forward::name = LX_OP(lora_linear_forward);
     train::Dropout::Forward::name = LX_OP(lora_dropout);
+    train::CircuitLeaf::Forward::name = LX_OP(circuit_leaf);
+    train::EmissionGather::Forward::name = LX_OP(emission_gather);
+    train::CircuitScan::Forward::name = LX_OP(circuit_scan);
     m.impl("lora_shrink", TORCH_FN(Shrink::autograd));
     m.impl("lora_expand_", TORCH_FN(Expand::autograd));
     m.impl("lora_apply_", TORCH_FN(Apply::autograd));
     m.impl("lora_linear_forward", TORCH_FN(train::linear));
     m.impl("lora_linear_backward", TORCH_FN(LinearBackward::autograd));
     m.impl("lora_dropout", TORCH_FN(train::dropout));
+    m.impl("circuit_leaf", TORCH_FN(train::circuit_leaf_autograd));
+    m.impl("circuit_leaf_backward", TORCH_FN(LeafBackward::autograd));
+    m.impl("emission_gather", TORCH_FN(train::emission_gather_autograd));
+    m.impl("emission_gather_backward", TORCH_FN(EmissionBackward::autograd));
+    m.impl("circuit_scan", TORCH_FN(train::circuit_scan_autograd));
+    m.impl("circuit_scan_backward", TORCH_FN(ScanBackward::autograd));
 }
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, AutocastCPU, m) {
     m.impl("lora_linear_forward", TORCH_FN(train::autocast_linear<c10::kCPU>));
@@ -177,6 +223,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_forward", &lora_ext::lora_linear_forward);
     m.def("lora_linear_backward", &lora_ext::lora_linear_backward);
     m.def("lora_dropout", &lora_ext::lora_dropout);
+    m.def("circuit_leaf", &lora_ext::circuit_leaf);
+    m.def("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
+    m.def("emission_gather", &lora_ext::emission_gather);
+    m.def("emission_gather_backward", &lora_ext::emission_gather_backward);
+    m.def("circuit_scan", &lora_ext::circuit_scan);
+    m.def("circuit_scan_backward", &lora_ext::circuit_scan_backward);
     m.def("log_einsum_weights", &lora_ext::log_einsum_weights);
     m.def("log_einsum_exp", &lora_ext::log_einsum_exp);
     m.def("log_einsum_exp_backward", &lora_ext::log_einsum_exp_backward);

@@ -50,15 +50,6 @@ template <typename T>
 LX_INLINE void copy_padded(const T* from, int64_t n, Acc<T>* to) {
     for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load_padded(from + i, n - i));
 }
-template <typename A>
-LX_INLINE void copy_out(const A* from, int64_t n, A* to) {
-    for (int64_t i = 0; i < n; i += kLanes<A>)
-        if (n - i >= kLanes<A>)
-            store(to + i, load(from + i));
-        else
-            store_n(to + i, load(from + i), n - i);
-}
-
 // Below, `width` counts whole vectors' elements.
 template <typename A>
 LX_INLINE A max_of(const A* x, int64_t width) {
@@ -116,16 +107,38 @@ struct SoftmaxRow {
         }
         sum = lane_sum(total);
     }
-    // The logarithm of what the row's logits are divided by.
-    LX_INLINE Acc<P> norm() const { return top + log_of(sum); }
+    // exp(a - top) is divided by this.
+    LX_INLINE Acc<P> log_sum() const { return log_of(sum); }
 };
 
-// The scratch of one row, in elements of the accumulator's type.
+// Elements of the accumulator's type that a walk needs for itself.
 template <typename A>
 LX_INLINE int64_t circuit_walk_scratch(const CircuitParams& c) {
     const int64_t levels =
         c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : int64_t{1};
     return whole_vectors<A>(c.components) * (2 * levels + 5);
+}
+
+// x = 0, padded.
+template <typename A>
+LX_INLINE void fill_zero(A* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes<A>)
+        store(x + i, keep_first(VecA<A>{}, n - i, kImpossible<A>));
+}
+
+// cur = log softmax of the row's prior, or of zeros.
+template <typename P>
+void log_prior(const CircuitParams& c, int64_t batch_row, Acc<P>* cur, Acc<P>* scratch) {
+    const int64_t n = c.components, width = whole_vectors<P>(n);
+    if (c.prior)
+        copy_padded(static_cast<const P*>(c.prior) + batch_row * c.prior_stride, n, cur);
+    else
+        fill_zero(cur, n);
+    normalise(cur, width);
+    const Acc<P> sum = exp_of(cur, Acc<P>(0), width, scratch);
+    if (sum == 0) return;
+    const Acc<P> norm = log_of(sum);
+    for (int64_t i = 0; i < width; i += kLanes<P>) store(cur + i, load(cur + i) - norm);
 }
 
 template <typename P>
@@ -136,6 +149,16 @@ struct CircuitStep {
     const P* trans;  // of this row of the batch
     int64_t n, width;
     A *weights, *row, *top, *sum, *u;  // width each
+
+    CircuitStep(const CircuitParams& c, int64_t batch_row, A* scratch)
+        : trans(static_cast<const P*>(c.trans) + batch_row * c.trans_stride),
+          n(c.components),
+          width(whole_vectors<P>(n)),
+          weights(scratch),
+          row(scratch + width),
+          top(scratch + 2 * width),
+          sum(scratch + 3 * width),
+          u(scratch + 4 * width) {}
 
     LX_INLINE const P* matrix_row(int64_t m, int64_t z) const { return trans + (m * n + z) * n; }
 
@@ -153,28 +176,28 @@ struct CircuitStep {
             for (int64_t i = 0; i < width; i += L)
                 store(out + i, fma(p, load(row + i), load(out + i)));
         }
-        bool normed = false;
+        bool logarithms = false;
         for (int64_t i = 0; i < width; i += L) {
             const Vec<A> total = load(out + i);
             if (max_lane(keep_first(-total, n - i, A(-1))) > -kTrusted<A>) {
-                if (!normed) to_norms(cur);
-                normed = true;
+                if (!logarithms) take_logarithms(cur);
+                logarithms = true;
                 store(out + i, exact_step(m, cur, i));
             } else {
                 store(out + i, log(total) + shift);
             }
         }
     }
-    // top[z] becomes the logarithm of the normaliser.
-    void to_norms(const A* cur) const {
+    // sum[z] becomes its logarithm.
+    void take_logarithms(const A* cur) const {
         for (int64_t z = 0; z < n; ++z)
-            if (cur[z] != kImpossible<A>) top[z] += log_of(sum[z]);
+            if (cur[z] != kImpossible<A>) sum[z] = log_of(sum[z]);
     }
     Vec<A> exact_step(int64_t m, const A* cur, int64_t i) const {
         const auto for_terms = [&](auto&& f) __attribute__((always_inline)) {
             for (int64_t z = 0; z < n; ++z)
-                if (cur[z] != kImpossible<A> && sum[z] != 0)
-                    f(load_padded(matrix_row(m, z) + i, n - i) + (cur[z] - top[z]));
+                if (cur[z] != kImpossible<A> && sum[z] != kImpossible<A>)
+                    f(load_padded(matrix_row(m, z) + i, n - i) - top[z] + (cur[z] - sum[z]));
         };
         Vec<A> most = splat<Vec<A>>(kImpossible<A>), total{};
         for_terms([&](Vec<A> term) { most = max(most, term); });
@@ -193,7 +216,7 @@ struct CircuitStep {
                 total = fma(load(row + i), load(weights + i), total);
             const A value = lane_sum(total);
             if (value < kTrusted<A> && soft.sum != 0) {
-                top[z] = exact_project(m, z, up) - soft.norm();
+                top[z] = exact_project(m, z, soft.top, up) - soft.log_sum();
                 sum[z] = 1;
             } else {
                 top[z] = shift;
@@ -203,10 +226,10 @@ struct CircuitStep {
         for (int64_t z = n; z < width; ++z) top[z] = sum[z] = 0;
         for (int64_t i = 0; i < width; i += L) store(out + i, log(load(sum + i)) + load(top + i));
     }
-    A exact_project(int64_t m, int64_t z, const A* up) const {
+    A exact_project(int64_t m, int64_t z, A minus, const A* up) const {
         const P* a = matrix_row(m, z);
         const auto term = [&](int64_t i) __attribute__((always_inline)) {
-            return load_padded(a + i, n - i) + load(up + i);
+            return load_padded(a + i, n - i) - minus + load(up + i);
         };
         Vec<A> most = term(0);
         for (int64_t i = L; i < n; i += L) most = max(most, term(i));
@@ -234,32 +257,11 @@ template <typename P, typename Observe, typename Save = SaveNothing>
 void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Observe&& observe,
                   Save&& save = {}) {
     using A = Acc<P>;
-    const int64_t n = c.components, width = whole_vectors<P>(n);
+    const CircuitStep<P> step(c, batch_row, scratch);
+    const int64_t width = step.width;
     A* const vectors = scratch + 5 * width;
-    const CircuitStep<P> step{static_cast<const P*>(c.trans) + batch_row * c.trans_stride,
-                              n,
-                              width,
-                              scratch,
-                              scratch + width,
-                              scratch + 2 * width,
-                              scratch + 3 * width,
-                              scratch + 4 * width};
-
-    const auto fill_zero = [&](A* x) {
-        for (int64_t i = 0; i < width; i += kLanes<P>)
-            store(x + i, keep_first(Vec<P>{}, n - i, kImpossible<A>));
-    };
-
     A* cur = vectors;
-    if (c.prior)
-        copy_padded(static_cast<const P*>(c.prior) + batch_row * c.prior_stride, n, cur);
-    else
-        fill_zero(cur);
-    normalise(cur, width);
-    const A norm = log_of(exp_of(cur, A(0), width, step.row));
-    if (norm != kImpossible<A>)
-        for (int64_t i = 0; i < width; i += kLanes<P>) store(cur + i, load(cur + i) - norm);
-
+    log_prior<P>(c, batch_row, cur, step.row);
     double base = 0;
     if (c.kind != CircuitKind::kBTree) {
         for (int64_t k = 0; k < c.n_token; ++k) {
@@ -284,7 +286,7 @@ void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Ob
     const auto open = [&](int64_t l, double from) {
         bases[l] = from;
         up_bases[l] = 0;
-        fill_zero(up_at(l));
+        fill_zero(up_at(l), c.components);
     };
     const auto join = [&](int64_t l, const A* u, double u_base) {
         add_to(cur_at(l), u, width);

@@ -242,14 +242,6 @@ Segment segment_of(const LoraArgs& args, int32_t slot) {
 }
 
 template <typename T>
-void store_rounded(T* to, const Acc<T>* from, int64_t n) {
-    constexpr int L = kLanes<T>;
-    int64_t i = 0;
-    for (; i + L <= n; i += L) store(to + i, load_bits<Vec<T>>(from + i));
-    if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
-}
-
-template <typename T>
 void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> sums[kAccumulators], left[kRowBlock * kColumns], right[kRowBlock * kMaxRank];
     const LoraBank& bank = args.lora.bank;

@@ -250,6 +250,15 @@ inline void store_n(T* p, Vec<T> v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// n numbers, each rounded once.
+template <typename T>
+LX_INLINE void store_rounded(T* to, const Acc<T>* from, int64_t n) {
+    constexpr int L = kLanes<T>;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) store(to + i, load_bits<Vec<T>>(from + i));
+    if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
+}
+
 template <typename T>
 LX_INLINE Vec<T> broadcast(Acc<T> s) {
     return s - Vec<T>{};

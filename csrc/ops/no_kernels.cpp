@@ -1,6 +1,7 @@
 // A build without nvcc: every launcher exists and says why it cannot launch.
 #if !defined(LORA_EXT_WITH_CUDA)
 
+#include "lora_ext/circuit.h"
 #include "lora_ext/circuit_sum.h"
 #include "lora_ext/lora_train.h"
 
@@ -73,6 +74,19 @@ LaunchStatus launch_log_sum_fused(const LogSumArgs&, bool, void*) {
     return -1;
 }
 LaunchStatus launch_log_max(const LogSumArgs&, void*) {
+    return -1;
+}
+
+LaunchStatus launch_circuit_leaf(const CircuitLeafArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_leaf_backward(const CircuitLeafArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_scan(const CircuitScanArgs&, void*) {
+    return -1;
+}
+LaunchStatus launch_circuit_scan_backward(const CircuitScanArgs&, void*) {
     return -1;
 }
 

@@ -1,6 +1,7 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
+from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.circuit_sum import (
     LogMax,
     ScaledWeights,
@@ -23,9 +24,12 @@ from lora_ext.ops.lora_train import lora_dropout, lora_linear
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
+    "CircuitScan",
     "LogMax",
     "ScaledWeights",
     "bgmv_",
+    "circuit_scan",
+    "emission_gather",
     "log_bmm",
     "log_einsum_exp",
     "log_einsum_exp_backward",

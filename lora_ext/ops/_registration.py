@@ -92,6 +92,70 @@ def _fake_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _fake_circuit_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    _same_device("circuit_leaf", leaf, x)
+    e = leaf.new_empty(leaf.shape[:3], dtype=_accumulator(leaf.dtype))
+    return e, e.new_empty(2, *e.shape)
+
+
+def _fake_circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    _same_device("circuit_leaf_backward", leaf, de, x, norm)
+    return leaf.new_empty(leaf.shape)
+
+
+def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    _same_device("emission_gather", h, emit, x)
+    return h.new_empty(h.shape[0], *emit.shape[:2], dtype=_accumulator(h.dtype))
+
+
+def _fake_emission_gather_backward(
+    de: Tensor, h: Tensor, emit: Tensor, x: Tensor, need_h: bool, need_emit: bool
+) -> tuple[Tensor, Tensor]:
+    _same_device("emission_gather_backward", h, de, emit, x)
+    dh, demit = (
+        t.new_empty(t.shape if need else 0) for t, need in ((h, need_h), (emit, need_emit))
+    )
+    return dh, demit
+
+
+def _fake_circuit_scan(
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None = None,
+    trans: Tensor | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _same_device("circuit_scan", e, prior, trans)
+    rows, n_token, components = e.shape
+    tree = kind == "btree" and n_token > 2
+    slots = 3 * (n_token - 2) if tree else n_token
+    return (
+        e.new_empty(rows, n_token),
+        e.new_empty(rows, n_token),
+        e.new_empty(e.shape),
+        e.new_empty((rows, slots, components) if save else (0,)),
+    )
+
+
+def _fake_circuit_scan_backward(
+    dprefix: Tensor | None,
+    dconditional: Tensor | None,
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    states: Tensor,
+    need_prior: bool,
+    need_trans: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device("circuit_scan_backward", e, dprefix, dconditional, prior, trans, states)
+    dprior, dtrans = (
+        t.new_empty(t.shape) if need and t is not None else e.new_empty(0)
+        for t, need in ((prior, need_prior), (trans, need_trans))
+    )
+    return e.new_empty(e.shape), dprior, dtrans
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -208,6 +272,12 @@ def register(library: str) -> None:
         "lora_linear_forward": _fake_linear,
         "lora_linear_backward": _fake_linear_backward,
         "lora_dropout": _fake_dropout,
+        "circuit_leaf": _fake_circuit_leaf,
+        "circuit_leaf_backward": _fake_circuit_leaf_backward,
+        "emission_gather": _fake_emission_gather,
+        "emission_gather_backward": _fake_emission_gather_backward,
+        "circuit_scan": _fake_circuit_scan,
+        "circuit_scan_backward": _fake_circuit_scan_backward,
         "log_einsum_weights": _fake_log_weights,
         "log_einsum_exp": _fake_log_sum,
         "log_einsum_exp_backward": _fake_log_sum_backward,

@@ -27,20 +27,23 @@ SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".spli
 FLAGS = ["-std=c++20", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi", *SANITIZE]
 
 
-def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["lora", "circuit_sum"])
+def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path, family: str) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
+    isa = ROOT / f"csrc/cpu/{family}_isa.cpp"
+    wide_table: list[str] = []
     units = [
-        (ROOT / "csrc/cpu/lora.cpp", []),
-        (ROOT / "csrc/cpu/lora_isa.cpp", ["-DLX_ISA=scalar"]),
-        (ROOT / "tests/cpu/lora_twin_test.cpp", []),
-        (ROOT / "tests/cpu/lora_plan_test.cpp", []),
+        (isa, ["-DLX_ISA=scalar"]),
+        (ROOT / f"tests/cpu/{family}_twin_test.cpp", wide_table),
     ]
+    if family == "lora":
+        units += [(ROOT / f, []) for f in ("csrc/cpu/lora.cpp", "tests/cpu/lora_plan_test.cpp")]
     if platform.machine() == "x86_64":
         wide = ["-mavx2", "-mfma", "-mf16c", "-DLX_ISA=avx2_wide", "-DLX_VEC_BYTES=64"]
-        units.append((ROOT / "csrc/cpu/lora_isa.cpp", wide))
-        units[2][1].append("-DLX_WIDE_TABLE")
+        units.append((isa, wide))
+        wide_table.append("-DLX_WIDE_TABLE")
 
     def run(*command: str) -> str:
         done = subprocess.run([compiler, *command], capture_output=True, text=True)

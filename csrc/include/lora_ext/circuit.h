@@ -25,7 +25,7 @@ namespace lora_ext {
 
 enum class CircuitKind : int32_t { kFF, kCP, kHMM, kBTree };
 
-constexpr int64_t circuit_num_transitions(CircuitKind kind, int64_t n_token) {
+LX_HOST_DEVICE constexpr int64_t circuit_num_transitions(CircuitKind kind, int64_t n_token) {
     const int64_t steps = kind == CircuitKind::kHMM     ? n_token - 1
                           : kind == CircuitKind::kBTree ? n_token - 2
                                                         : 0;
@@ -76,5 +76,65 @@ struct CircuitParams {
     const void* trans = nullptr;  // (B, M, C, C), each row of the batch contiguous
     int64_t trans_stride = 0;
 };
+
+// ------------------------------------------------------------------------------------------------
+// Leaves: e = log softmax(logits)[x], one reading of each row of V logits. Where x is -1: e = 0,
+// and the logits are not read. Backward, from de:
+//   dlogit[v] = de (1[v = x] - softmax(logits)[v]), every element written once; 0 where de is 0.
+// What a row is normalised by is kept as top, its maximum (0 for one of nothing but -inf), and
+// log_sum = log sum exp(logit - top): their sum would lose the digits of large logits.
+// "float" below is double for float64 logits.
+struct CircuitLeafArgs {
+    DType dtype = DType::kFloat32;
+    int64_t rows = 0, n_token = 0, components = 0, vocab = 0;
+    const void* logits = nullptr;  // (B, K, C, V), rows of the batch `logits_stride` apart
+    int64_t logits_stride = 0;
+    const int64_t* x = nullptr;  // (B, K), rows x_stride apart, each in [-1, V)
+    int64_t x_stride = 0;
+    void* e = nullptr;                        // (B, K, C) float, rows e_stride apart
+    void *top = nullptr, *log_sum = nullptr;  // likewise
+    int64_t e_stride = 0;
+    const void* de = nullptr;  // likewise
+    void* dlogits = nullptr;   // (B, K, C, V) contiguous, or the logits themselves
+};
+
+// The scan: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k), conditional[k] =
+// logsumexp(cur_k + e_k) - logsumexp(cur_k); backward from the gradients of prefix and conditional.
+struct CircuitScanArgs {
+    CircuitParams params;
+    const void* e = nullptr;  // (B, K, C) float, rows e_stride apart
+    int64_t e_stride = 0;
+    void* prefix = nullptr;         // (B, K) float
+    void* conditional = nullptr;    // (B, K) float
+    void* posterior = nullptr;      // (B, K, C) float
+    void* states = nullptr;         // (B, circuit_num_states, C) float for the backward, or nullptr
+    const void* dprefix = nullptr;  // (B, K) float, contiguous
+    const void* dconditional = nullptr;  // likewise
+    void* de = nullptr;                  // (B, K, C) float
+    void* dprior = nullptr;              // (B, C) of the dtype of prior; nullptr: not wanted
+    void* dtrans = nullptr;              // (B, M, C, C) likewise, every element written once
+};
+// Vectors of states that a backward wants of each row: see the walks.
+LX_HOST_DEVICE constexpr int64_t circuit_num_states(CircuitKind kind, int64_t n_token) {
+    return kind == CircuitKind::kBTree ? 3 * (n_token - 2) : n_token;
+}
+
+// CPU twins. ops splits [0, items) over threads: positions (b, k) of the leaves, rows of the scan;
+// no bit depends on how. `scratch` belongs to one thread.
+struct CircuitCpu {
+    const char* isa;
+    void (*leaf)(const CircuitLeafArgs&, int64_t begin, int64_t end);
+    void (*leaf_backward)(const CircuitLeafArgs&, int64_t begin, int64_t end);
+    int64_t (*scan_scratch)(const CircuitScanArgs&);  // bytes, of scan and of scan_backward
+    void (*scan)(const CircuitScanArgs&, int64_t begin, int64_t end, void* scratch);
+    void (*scan_backward)(const CircuitScanArgs&, int64_t begin, int64_t end, void* scratch);
+};
+const CircuitCpu* circuit_cpu(const char* isa);  // as lora_cpu(isa)
+
+// CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation, no float64.
+LaunchStatus launch_circuit_leaf(const CircuitLeafArgs& args, void* stream);
+LaunchStatus launch_circuit_leaf_backward(const CircuitLeafArgs& args, void* stream);
+LaunchStatus launch_circuit_scan(const CircuitScanArgs& args, void* stream);
+LaunchStatus launch_circuit_scan_backward(const CircuitScanArgs& args, void* stream);
 
 }  // namespace lora_ext

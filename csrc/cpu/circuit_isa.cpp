@@ -1,0 +1,498 @@
+// The training path of circuits on the CPU, compiled once per instruction set.
+//
+//   leaf           e = log softmax(logits)[x]                            lanes run over V
+//   leaf_backward  dlogit[v] = de (1[v = x] - softmax(logits)[v])        lanes over V
+//   scan           the walk of circuit_walk.h                            lanes over states
+//   scan_backward  the walk in reverse                                   lanes over states
+//
+// Backward, with A = log softmax of trans, and the gradients g of a prefix and h of a conditional,
+// which is logsumexp(cur + e) - logsumexp(cur); what is impossible has none:
+//   at a position  de = (g + h) softmax(cur + e) + what comes from the right
+//                  dcur = de - h softmax(cur)
+//   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
+//   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
+//   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
+// X is p[z] E[z, z'] r[z'] with r = dout / exp(out - top), as long as no exp(out - top) is below
+// kTrusted; otherwise that vector of states is taken from the logarithms, whose difference is at
+// most 0. Y likewise, row by row.
+//
+// Each row of the batch, and of V logits, is one thread's, in one order: no bit depends on threads
+// or on the batch.
+#include "circuit_walk.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+// ------------------------------------------------------------------------------------------------
+// Leaves
+
+constexpr int64_t kLeafBytes = 16384;  // of logits whose second reading comes from the L1 cache
+
+template <typename T>
+LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
+    constexpr int L = kLanes<T>;
+    Vec<T> most = load_padded(x, n), other = most;
+    int64_t i = L;
+    for (; i + 2 * L <= n; i += 2 * L) {
+        most = max(most, load(x + i));
+        other = max(other, load(x + i + L));
+    }
+    for (; i < n; i += L) most = max(most, load_padded(x + i, n - i));
+    return max_lane(max(most, other));
+}
+template <typename T>
+LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> shift) {
+    constexpr int L = kLanes<T>;
+    Vec<T> even{}, odd{};
+    int64_t i = 0;
+    for (; i + 2 * L <= n; i += 2 * L) {
+        even += exp(load(x + i) - shift);
+        odd += exp(load(x + i + L) - shift);
+    }
+    for (; i < n; i += L) even += exp(load_padded(x + i, n - i) - shift);
+    return lane_sum(even + odd);
+}
+
+// log sum exp of `rows` rows of n logits as top and sum. Short rows in groups, maxima first, so
+// that one row's chain of operations hides another's; long ones block by block.
+template <typename T>
+void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
+    using A = Acc<T>;
+    const int64_t block = kLeafBytes / static_cast<int64_t>(sizeof(T));
+    if (n <= block) {
+        const int64_t group = block / n;
+        for (int64_t first = 0; first < rows; first += group) {
+            const int64_t last = min(rows, first + group);
+            for (int64_t i = first; i < last; ++i) top[i] = shift_of(max_of_logits(x + i * n, n));
+            for (int64_t i = first; i < last; ++i) sum[i] = sum_exp_of_logits(x + i * n, n, top[i]);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < rows; ++i, x += n) {
+        A most = kImpossible<A>, total = 0;
+        for (int64_t v = 0; v < n; v += block) {
+            const int64_t width = min(block, n - v);
+            const A here = max_of_logits(x + v, width);
+            const A next = here > most ? here : most, shift = shift_of(next);
+            total = total * exp(splat<Vec<T>>(most - shift))[0] +
+                    sum_exp_of_logits(x + v, width, shift);
+            most = next;
+        }
+        top[i] = shift_of(most);
+        sum[i] = total;
+    }
+}
+
+template <typename T>
+void leaf(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    constexpr int L = kLanes<T>;
+    const int64_t n = args.components, vocab = args.vocab;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / args.n_token, k = item % args.n_token;
+        const T* logits =
+            static_cast<const T*>(args.logits) + b * args.logits_stride + k * n * vocab;
+        const int64_t x = args.x[b * args.x_stride + k];
+        const int64_t at = b * args.e_stride + k * n;
+        for (int64_t z = 0; z < n; z += L) {
+            const int64_t lanes = min(L, n - z);
+            A top[L] = {}, sum[L] = {}, at_x[L] = {};
+            if (x >= 0) {
+                const T* rows = logits + z * vocab;
+                log_sums(rows, lanes, vocab, top, sum);
+                for (int64_t i = 0; i < lanes; ++i) at_x[i] = load_n(rows + i * vocab + x, 1)[0];
+            }
+            const Vec<T> total = load(sum), log_sum = log(total);
+            const Vec<T> other = splat<Vec<T>>(x < 0 ? A(0) : kImpossible<A>);
+            const Vec<T> e = total == Vec<T>{} ? other : load(at_x) - load(top) - log_sum;
+            store_n(static_cast<A*>(args.e) + at + z, e, lanes);
+            store_n(static_cast<A*>(args.top) + at + z, load(top), lanes);
+            store_n(static_cast<A*>(args.log_sum) + at + z, log_sum, lanes);
+        }
+    }
+}
+
+template <typename T>
+void leaf_backward(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    constexpr int L = kLanes<T>;
+    const int64_t n = args.components, vocab = args.vocab;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / args.n_token, k = item % args.n_token;
+        const int64_t at = b * args.e_stride + k * n;
+        const int64_t x = args.x[b * args.x_stride + k];
+        const A* de = static_cast<const A*>(args.de) + at;
+        const A* top = static_cast<const A*>(args.top) + at;
+        const A* log_sum = static_cast<const A*>(args.log_sum) + at;
+        for (int64_t z = 0; z < n; ++z) {
+            const T* row =
+                static_cast<const T*>(args.logits) + b * args.logits_stride + (k * n + z) * vocab;
+            T* out = static_cast<T*>(args.dlogits) + (item * n + z) * vocab;
+            const A g = x < 0 ? A(0) : de[z];
+            if (g == 0) {
+                for (int64_t v = 0; v < vocab; ++v) out[v] = T{};
+                continue;
+            }
+            const A p = exp(load_n(row + x, 1) - top[z] - log_sum[z])[0];
+            const auto value = [&](Vec<T> logit) __attribute__((always_inline)) {
+                return exp(logit - top[z] - log_sum[z]) * -g;
+            };
+            int64_t v = 0;
+            for (; v + L <= vocab; v += L) store(out + v, value(load(row + v)));
+            if (v < vocab) store_n(out + v, value(load_n(row + v, vocab - v)), vocab - v);
+            store_n(out + x, splat<Vec<T>>(g * (1 - p)), 1);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Scan
+
+template <typename P>
+void scan(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch) {
+    using A = Acc<P>;
+    constexpr int L = kLanes<P>;
+    const CircuitParams& c = args.params;
+    const int64_t n = c.components, width = whole_vectors<P>(n);
+    const int64_t slots = circuit_num_states(c.kind, c.n_token);
+    A* const e = static_cast<A*>(scratch);
+    A* const terms = e + width;
+    for (int64_t b = begin; b < end; ++b) {
+        const auto observe = [&](int64_t k, const A* cur, double base) -> const A* {
+            const int64_t at = b * c.n_token + k;
+            copy_padded(static_cast<const A*>(args.e) + b * args.e_stride + k * n, n, e);
+            const A before = shift_of(max_of(cur, width));
+            const A weight = exp_of(cur, before, width, terms);
+            const A scale = weight == 0 ? A(0) : 1 / weight;
+            for (int64_t i = 0; i < width; i += L) store(terms + i, load(terms + i) * scale);
+            store_rounded(static_cast<A*>(args.posterior) + at * n, terms, n);
+            for (int64_t i = 0; i < width; i += L) store(terms + i, load(cur + i) + load(e + i));
+            const A after = shift_of(max_of(terms, width));
+            const A total = exp_of(terms, after, width, terms);
+            const A value = after + log_of(total);
+            static_cast<A*>(args.prefix)[at] = static_cast<A>(base + value);
+            static_cast<A*>(args.conditional)[at] =
+                total == 0 ? kImpossible<A> : value - before - log_of(weight);
+            return e;
+        };
+        A* const walk = terms + width;
+        if (args.states) {
+            A* const states = static_cast<A*>(args.states) + b * slots * n;
+            circuit_walk<P>(c, b, walk, observe, [&](int64_t slot, const A* vector) {
+                store_rounded(states + slot * n, vector, n);
+            });
+        } else {
+            circuit_walk<P>(c, b, walk, observe);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Backward of the scan
+
+// One row of the batch, walked from right to left.
+template <typename P>
+struct Reverse {
+    using A = Acc<P>;
+    using V = Vec<P>;
+    static constexpr int L = kLanes<P>;
+    static constexpr int64_t kVectors = 15;  // of scratch, besides two per level
+
+    const CircuitScanArgs& args;
+    const CircuitParams& c;
+    int64_t b, n, width;
+    CircuitStep<P> step;
+    const A *e, *states;
+    A *de, *terms, *cur, *out, *d, *ratio, *up, *up_weight, *u, *u_weight, *prior, *levels;
+
+    Reverse(const CircuitScanArgs& args, int64_t b, A* scratch)
+        : args(args),
+          c(args.params),
+          b(b),
+          n(c.components),
+          width(whole_vectors<P>(n)),
+          step(c, b, scratch),
+          e(static_cast<const A*>(args.e) + b * args.e_stride),
+          states(static_cast<const A*>(args.states) +
+                 b * circuit_num_states(c.kind, c.n_token) * n),
+          de(static_cast<A*>(args.de) + b * c.n_token * n) {
+        A* next = scratch + 5 * width;
+        A** const vectors[] = {&terms, &cur,       &out, &d,        &ratio,
+                               &up,    &up_weight, &u,   &u_weight, &prior};
+        for (A** vector : vectors) {
+            *vector = next;
+            next += width;
+        }
+        levels = next;
+        log_prior<P>(c, b, prior, terms);
+    }
+
+    void load_state(int64_t slot, A* to) const { copy_padded(states + slot * n, n, to); }
+    void clear(A* x) const {
+        for (int64_t i = 0; i < width; i += L) store(x + i, V{});
+    }
+    A gradient_at(const void* of, int64_t k) const {
+        return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
+    }
+
+    // From x = cur and the gradients at position k: gradient becomes that of cur, de_k that of
+    // cur + e_k, to which dup adds what e_k is part of. x becomes cur + e_k.
+    void position(int64_t k, A* x, A* gradient, const A* dup) {
+        A* const before = ratio;
+        const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
+        add_leaf(k, x);
+        const A total = exp_of(x, shift_of(max_of(x, width)), width, terms);
+        const bool possible = total != 0;
+        const A own = gradient_at(args.dconditional, k);
+        const V g = splat<V>(possible ? (gradient_at(args.dprefix, k) + own) / total : 0);
+        const V less = splat<V>(possible ? -own / weight : 0);
+        for (int64_t i = 0; i < width; i += L) {
+            const V both = fma(g, load(terms + i), load(gradient + i));
+            store(terms + i, dup ? both + load(dup + i) : both);
+            store(gradient + i, fma(less, load(before + i), both));
+        }
+        store_rounded(de + k * n, terms, n);
+    }
+    void add_leaf(int64_t k, A* x) const {
+        copy_padded(e + k * n, n, terms);
+        add_to(x, terms, width);
+    }
+
+    // up and u of a matrix, and their exponentials relative to one maximum.
+    void load_projection(int64_t m) const {
+        load_state(3 * m + 1, up);
+        load_state(3 * m + 2, u);
+        const A shift = shift_of(max_of(up, width));
+        exp_of(up, shift, width, up_weight);
+        exp_of(u, shift, width, u_weight);
+    }
+    // Row z of Y: `linear` for E times up_weight, or 0 and the exact logarithms.
+    struct RowOfY {
+        A linear, exact, minus, top;
+    };
+    LX_INLINE RowOfY row_of_y(int64_t z, A du, const SoftmaxRow<P>& soft) const {
+        if (u[z] == kImpossible<A> || soft.sum == 0) return {};
+        if (u_weight[z] < kTrusted<A>) return {0, du, u[z] + soft.log_sum(), soft.top};
+        return {du / soft.sum / u_weight[z], 0, 0, 0};
+    }
+    LX_INLINE V y_at(const RowOfY& y, const P* a, int64_t i) const {
+        if (y.exact == 0) return load(step.row + i) * load(up_weight + i) * y.linear;
+        return exp(load_padded(a + i, n - i) - y.top + load(up + i) - y.minus) * y.exact;
+    }
+
+    // dup = the sum of Y over its rows; load_projection came first.
+    void project(int64_t m, const A* du, A* dup) const {
+        clear(dup);
+        for (int64_t z = 0; z < n; ++z) {
+            if (du[z] == 0) continue;
+            const P* a = step.matrix_row(m, z);
+            const RowOfY y = row_of_y(z, du[z], SoftmaxRow<P>(a, n, step.row));
+            for (int64_t i = 0; i < width; i += L) store(dup + i, load(dup + i) + y_at(y, a, i));
+        }
+    }
+
+    // Where out came from: dcur += the sums of X over its columns, and the gradient of the logits
+    // of matrix m. du: of the projection that load_projection has loaded, or nullptr.
+    void trace(int64_t m, const A* from, const A* dout, const A* du, A* dcur) const {
+        const A shift = shift_of(max_of(from, width));
+        exp_of(from, shift, width, step.weights);
+        // exact[i]: this vector of columns from its logarithms.
+        A* const exact = step.u;
+        for (int64_t i = 0; i < width; i += L) {
+            const V value = load(out + i), weight = exp(value - shift);
+            const V possible = value == kImpossible<A> ? V{} : splat<V>(1);
+            const bool lost = max_lane(weight < kTrusted<A> ? possible : V{}) > 0;
+            const V g = possible * load(dout + i);
+            exact[i] = lost;
+            store(ratio + i, lost ? g : value == kImpossible<A> ? V{} : g / weight);
+        }
+        for (int64_t z = 0; z < n; ++z) {
+            P* const to =
+                args.dtrans ? static_cast<P*>(args.dtrans) +
+                                  ((b * circuit_num_transitions(c.kind, c.n_token) + m) * n + z) * n
+                            : nullptr;
+            const P* a = step.matrix_row(m, z);
+            const SoftmaxRow<P> soft(a, n, step.row);
+            if (soft.sum == 0) {
+                for (int64_t i = 0; to && i < n; ++i) to[i] = P{};
+                continue;
+            }
+            const A inverse = 1 / soft.sum, p = step.weights[z] * inverse;
+            const RowOfY y = du ? row_of_y(z, du[z], soft) : RowOfY{};
+            V sum_x{}, sum_y{};
+            for (int64_t i = 0; i < width; i += L) {
+                V x;
+                if (exact[i] == 0) {
+                    x = load(step.row + i) * p * load(ratio + i);
+                } else {
+                    const V value = load(out + i);
+                    const V log_x =
+                        load_padded(a + i, n - i) - soft.top + (from[z] - soft.log_sum()) - value;
+                    x = load(ratio + i) * (value == kImpossible<A> ? V{} : exp(log_x));
+                }
+                sum_x += x;
+                if (du) {
+                    const V more = y_at(y, a, i);
+                    sum_y += more;
+                    x += more;
+                }
+                store(terms + i, x);
+            }
+            const A total = lane_sum(sum_x);
+            dcur[z] += total;
+            if (!to) continue;
+            const V share = splat<V>(-(total + lane_sum(sum_y)) * inverse);
+            for (int64_t i = 0; i < width; i += L)
+                store(terms + i, fma(share, load(step.row + i), load(terms + i)));
+            store_rounded(to, terms, n);
+        }
+    }
+
+    void store_prior_gradient(const A* dcur) const {
+        if (!args.dprior) return;
+        exp_of(prior, A(0), width, terms);
+        V sum{};
+        for (int64_t i = 0; i < width; i += L) sum += load(dcur + i);
+        const A total = lane_sum(sum);
+        for (int64_t i = 0; i < width; i += L)
+            store(terms + i, fma(splat<V>(-total), load(terms + i), load(dcur + i)));
+        store_rounded(static_cast<P*>(args.dprior) + b * n, terms, n);
+    }
+
+    void chain() {
+        clear(d);
+        for (int64_t k = c.n_token - 1; k >= 0; --k) {
+            load_state(k, cur);
+            position(k, cur, d, nullptr);
+            if (k == 0 || c.kind != CircuitKind::kHMM) continue;
+            load_state(k, out);
+            load_state(k - 1, cur);
+            add_leaf(k - 1, cur);
+            normalise(cur, width);
+            A* const dcur = levels;
+            clear(dcur);
+            trace(k - 1, cur, d, nullptr, dcur);
+            for (int64_t i = 0; i < width; i += L) store(d + i, load(dcur + i));
+        }
+        store_prior_gradient(d);
+    }
+
+    // cur of `node` before its left or right child.
+    void load_cur(const CircuitNode& node, bool right, A* to) const {
+        if (node.matrix < 0)
+            for (int64_t i = 0; i < width; i += L) store(to + i, load(prior + i));
+        else
+            load_state(3 * node.matrix, to);
+        if (!right) return;
+        const CircuitNode left = node.child(false);
+        copy_padded(left.is_leaf() ? e + left.lo * n : states + (3 * left.matrix + 2) * n, n,
+                    terms);
+        add_to(to, terms, width);
+        normalise(to, width);
+    }
+
+    // Level l of the way to position k: dup at levels + 2 l width, the gradient of its up; behind
+    // it dcur, what has come so far to its cur.
+    void tree() {
+        const CircuitNode root{0, c.n_token, -1};
+        const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };
+        const auto dcur_at = [&](int64_t l) { return levels + (2 * l + 1) * width; };
+        // The gradient of u: of what a child adds both to up and to cur.
+        const auto load_du = [&](int64_t l) {
+            for (int64_t i = 0; i < width; i += L)
+                store(d + i, load(dup_at(l) + i) + load(dcur_at(l) + i));
+        };
+        clear(dup_at(0));
+        clear(dcur_at(0));
+        for (int64_t k = c.n_token - 1; k >= 0; --k) {
+            int64_t level = 0;
+            CircuitNode node = root;
+            for (CircuitNode child = node.toward(k); !child.is_leaf(); child = node.toward(k)) {
+                if (child.hi == k + 1) {
+                    load_du(level);
+                    load_projection(child.matrix);
+                    project(child.matrix, d, dup_at(level + 1));
+                    clear(dcur_at(level + 1));
+                }
+                node = child;
+                ++level;
+            }
+            load_cur(node, k >= node.middle(), cur);
+            position(k, cur, dcur_at(level), dup_at(level));
+            for (; level > 0 && node.lo == k; --level) {
+                const CircuitNode parent = root.below(k, level - 1);
+                load_du(level - 1);
+                load_projection(node.matrix);
+                load_state(3 * node.matrix, out);
+                load_cur(parent, node.lo != parent.lo, cur);
+                trace(node.matrix, cur, dcur_at(level), d, dcur_at(level - 1));
+                node = parent;
+            }
+        }
+        store_prior_gradient(dcur_at(0));
+    }
+};
+
+template <typename P>
+void scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch) {
+    for (int64_t b = begin; b < end; ++b) {
+        Reverse<P> reverse(args, b, static_cast<Acc<P>*>(scratch));
+        if (args.params.kind == CircuitKind::kBTree)
+            reverse.tree();
+        else
+            reverse.chain();
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The table
+
+// f(T{}) for the storage type of `dtype`.
+template <typename F>
+LX_INLINE void with_storage(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return f(float{});
+        case DType::kFloat16:
+            return f(Half{});
+        case DType::kBFloat16:
+            return f(BFloat{});
+        case DType::kFloat64:
+            return f(double{});
+    }
+}
+void any_leaf(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
+    with_storage(args.dtype, [&](auto t) { leaf<decltype(t)>(args, begin, end); });
+}
+void any_leaf_backward(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
+    with_storage(args.dtype, [&](auto t) { leaf_backward<decltype(t)>(args, begin, end); });
+}
+int64_t scan_scratch(const CircuitScanArgs& args) {
+    int64_t bytes = 0;
+    with_storage(args.params.dtype, [&](auto t) {
+        using P = decltype(t);
+        const int64_t width = whole_vectors<P>(args.params.components);
+        const int64_t levels = circuit_tree_levels(args.params.n_token) + 1;
+        const int64_t forward = circuit_walk_scratch<Acc<P>>(args.params) + 2 * width;
+        const int64_t backward = (Reverse<P>::kVectors + 2 * levels) * width;
+        bytes = static_cast<int64_t>(sizeof(Acc<P>)) * (forward > backward ? forward : backward);
+    });
+    return bytes;
+}
+void any_scan(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch) {
+    with_storage(args.params.dtype, [&](auto t) { scan<decltype(t)>(args, begin, end, scratch); });
+}
+void any_scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch) {
+    with_storage(args.params.dtype,
+                 [&](auto t) { scan_backward<decltype(t)>(args, begin, end, scratch); });
+}
+
+}  // namespace
+
+#define LX_STRING_(x) #x
+#define LX_STRING(x) LX_STRING_(x)
+extern const CircuitCpu circuit_table;
+const CircuitCpu circuit_table = {LX_STRING(LX_ISA), any_leaf, any_leaf_backward,
+                                  scan_scratch,      any_scan, any_scan_backward};
+
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,37 @@
+// Host side shared by the launchers of every family.
+#pragma once
+
+#include <initializer_list>
+
+#include "lora_ext/common.h"
+#include "lx/device.h"
+
+namespace lora_ext {
+
+constexpr LaunchStatus kInvalidValue = 1;  // cudaErrorInvalidValue
+
+inline int64_t element_size(DType dtype) {
+    return dtype == DType::kFloat32 ? 4 : 2;
+}
+inline bool aligned_16(const void* p, std::initializer_list<int64_t> strides, int64_t size) {
+    bool aligned = reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    for (int64_t stride : strides) aligned = aligned && stride * size % 16 == 0;
+    return aligned;
+}
+
+// f.template operator()<T>() for the C++ type of `dtype`.
+template <class F>
+LaunchStatus with_dtype(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return f.template operator()<float>();
+        case DType::kFloat16:
+            return f.template operator()<lx::f16>();
+        case DType::kBFloat16:
+            return f.template operator()<lx::bf16>();
+        default:
+            return kInvalidValue;
+    }
+}
+
+}  // namespace lora_ext

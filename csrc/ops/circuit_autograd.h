@@ -1,0 +1,119 @@
+// The backward of the circuit ops, in C++ for the reasons that lora_train_autograd.h gives.
+// Included by bindings.cpp alone.
+#pragma once
+
+#include "ops/circuit.h"
+#include "ops/lora_train_autograd.h"
+
+namespace lora_ext::autograd {
+
+// Saved: the logits, the tokens and the norms.
+struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
+    using Forward = Handle<&circuit_leaf>;
+    using Backward = Handle<&circuit_leaf_backward>;
+
+    static variable_list forward(AutogradContext* ctx, const Tensor& leaf, const Tensor& x) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        auto [e, norm] = Forward::get().call(leaf, x);
+        ctx->save_for_backward({leaf, x, norm});
+        ctx->mark_non_differentiable({norm});
+        ctx->set_materialize_grads(false);
+        return {e, norm};
+    }
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        if (!grads[0].defined()) return {{}, {}};
+        const variable_list saved = ctx->get_saved_variables();
+        return {Backward::get().call(grads[0], saved[0], saved[1], saved[2]), {}};
+    }
+};
+
+inline std::tuple<Tensor, Tensor> circuit_leaf_autograd(c10::DispatchKeySet keys,
+                                                        const Tensor& leaf, const Tensor& x) {
+    refuse_tangents("circuit_leaf", {leaf});
+    if (c10::GradMode::is_enabled() && leaf.requires_grad()) {
+        const variable_list out = CircuitLeaf::apply(leaf, x);
+        return {out[0], out[1]};
+    }
+    const at::AutoDispatchBelowAutograd guard;
+    return CircuitLeaf::Forward::get().redispatch(keys & c10::after_autograd_keyset, leaf, x);
+}
+
+// Saved: the inputs alone; the logits are computed again.
+struct EmissionGather : torch::autograd::Function<EmissionGather> {
+    using Forward = Handle<&emission_gather>;
+    using Backward = Handle<&emission_gather_backward>;
+
+    static Tensor forward(AutogradContext* ctx, const Tensor& h, const Tensor& emit,
+                          const Tensor& x) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        ctx->save_for_backward({h, emit, x});
+        return Forward::get().call(h, emit, x);
+    }
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const variable_list saved = ctx->get_saved_variables();
+        const bool need_h = ctx->needs_input_grad(0), need_emit = ctx->needs_input_grad(1);
+        const auto [dh, demit] =
+            Backward::get().call(grads[0], saved[0], saved[1], saved[2], need_h, need_emit);
+        return {need_h ? dh : Tensor(), need_emit ? demit : Tensor(), {}};
+    }
+};
+
+inline Tensor emission_gather_autograd(c10::DispatchKeySet keys, const Tensor& h,
+                                       const Tensor& emit, const Tensor& x) {
+    refuse_tangents("emission_gather", {h, emit});
+    if (c10::GradMode::is_enabled() && (h.requires_grad() || emit.requires_grad()))
+        return EmissionGather::apply(h, emit, x);
+    const at::AutoDispatchBelowAutograd guard;
+    return EmissionGather::Forward::get().redispatch(keys & c10::after_autograd_keyset, h, emit, x);
+}
+
+// Saved: e, the parameters and the states of the walk.
+struct CircuitScan : torch::autograd::Function<CircuitScan> {
+    using Forward = Handle<&circuit_scan>;
+    using Backward = Handle<&circuit_scan_backward>;
+
+    static variable_list forward(AutogradContext* ctx, std::string_view kind, const Tensor& e,
+                                 const OptionalTensor& prior, const OptionalTensor& trans) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        auto [prefix, conditional, posterior, states] =
+            Forward::get().call(kind, e, prior, trans, /*save=*/true);
+        ctx->save_for_backward({e, or_undefined(prior), or_undefined(trans), states});
+        ctx->saved_data["kind"] = std::string(kind);
+        ctx->mark_non_differentiable({posterior, states});
+        ctx->set_materialize_grads(false);
+        return {prefix, conditional, posterior, states};
+    }
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        variable_list out(4);
+        if (!grads[0].defined() && !grads[1].defined()) return out;
+        const variable_list saved = ctx->get_saved_variables();
+        const OptionalTensor prior = or_none(saved[1]), trans = or_none(saved[2]);
+        // Edges are counted over the tensors that were given.
+        const bool need_prior = prior && ctx->needs_input_grad(1);
+        const bool need_trans = trans && ctx->needs_input_grad(1 + prior.has_value());
+        const std::string kind = ctx->saved_data["kind"].toStringRef();
+        const auto [de, dprior, dtrans] =
+            Backward::get().call(or_none(grads[0]), or_none(grads[1]), kind, saved[0], prior, trans,
+                                 saved[3], need_prior, need_trans);
+        if (ctx->needs_input_grad(0)) out[1] = de;
+        if (need_prior) out[2] = dprior;
+        if (need_trans) out[3] = dtrans;
+        return out;
+    }
+};
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_scan_autograd(
+    c10::DispatchKeySet keys, std::string_view kind, const Tensor& e, const OptionalTensor& prior,
+    const OptionalTensor& trans, bool save) {
+    refuse_tangents("circuit_scan", {e, prior, trans});
+    if (c10::GradMode::is_enabled() && (e.requires_grad() || (prior && prior->requires_grad()) ||
+                                        (trans && trans->requires_grad()))) {
+        const variable_list out = CircuitScan::apply(kind, e, prior, trans);
+        return {out[0], out[1], out[2], out[3]};
+    }
+    const at::AutoDispatchBelowAutograd guard;
+    return CircuitScan::Forward::get().redispatch(keys & c10::after_autograd_keyset, kind, e, prior,
+                                                  trans, save);
+}
+
+}  // namespace lora_ext::autograd
