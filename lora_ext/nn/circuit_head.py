@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import KINDS, num_transitions
-from lora_ext.reference.lora import accumulator
 
 from .rows import keep
 
@@ -354,7 +353,7 @@ class CircuitHead(nn.Module):
     def _observed(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """``log leaf(x_k)`` under every component, ``(N, K, C)``."""
         if self.emission == "full":
-            return _emission_gather(rows, self.emit, tokens)
+            return ops.emission_gather(rows, self.emit, tokens)
         chunk = self._chunk(self.n_token * self.rank * self.hidden_size)
         parts = zip(rows.split(chunk), tokens.split(chunk), strict=True)
         return torch.cat([_recomputed(self._chunk_observed, *part) for part in parts])
@@ -363,7 +362,7 @@ class CircuitHead(nn.Module):
         shape = len(rows), self.n_token, self.rank
         targets = tokens[:, :, None].expand(shape).reshape(-1, 1)
         states, unembed = self._states(rows), self.unembed[None, None]
-        return _emission_gather(states, unembed, targets).view(shape)
+        return ops.emission_gather(states, unembed, targets).view(shape)
 
     def _states(self, rows: Tensor) -> Tensor:
         """A hidden state per position and component, over the shared unembedding,
@@ -446,21 +445,6 @@ class CircuitHead(nn.Module):
 def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """``function(*args)``, whose intermediate tensors the backward computes again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
-
-
-def _emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """:func:`lora_ext.reference.emission_gather`, in chunks of rows."""
-    chunk = max(1, _CHUNK // (4 * emit.shape[:3].numel()))
-    parts = zip(h.split(chunk), x.split(chunk), strict=True)
-    return torch.cat([_recomputed(_emission, rows, emit, tokens) for rows, tokens in parts])
-
-
-def _emission(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    logits = F.linear(h, emit.flatten(0, 2)).view(len(h), *emit.shape[:3])
-    logits = logits.to(accumulator(h.dtype))
-    at = x.clamp(min=0)[:, :, None, None].expand(*logits.shape[:3], 1)
-    log_p = logits.gather(-1, at).squeeze(-1) - logits.logsumexp(-1)
-    return torch.where(x[..., None] < 0, 0, log_p)
 
 
 def _check_sizes(
