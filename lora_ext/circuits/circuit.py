@@ -25,6 +25,11 @@ _METADATA = "lora_ext.circuit"
 _MAX_LOADED_UNITS = 1 << 24  # leaf, sum and product units: a small file may describe many
 
 
+def _signed(x: Tensor) -> Tensor:
+    """Bytes as numbers among which -1 can stand."""
+    return x.long() if x.dtype == torch.uint8 else x
+
+
 class Flows(NamedTuple):
     """Expected use of every unit and weight, given the data.
 
@@ -191,7 +196,7 @@ class Circuit(nn.Module):
             size = leaf.num_values()
             if size is None:
                 continue
-            known = x[:, names]
+            known = _signed(x[:, names])
             wrong = (known < (0 if x.is_floating_point() else -1)) | (known >= size)
             if x.is_floating_point():
                 wrong |= (known != known.floor()) & ~missing[:, names]
@@ -274,8 +279,14 @@ class Circuit(nn.Module):
 
     def marginal(self, x: Tensor, keep: Iterable[int], external: Tensor | None = None) -> Tensor:
         """``log p(x_keep)``: the other variables of ``x`` are not looked at."""
+        variables = list(keep)
+        if wrong := [v for v in variables if v not in range(self.num_variables)]:
+            raise ValueError(
+                f"marginal: keep must name variables 0 .. {self.num_variables - 1}, got {wrong[0]}"
+            )
         kept = torch.zeros(self.num_variables, dtype=torch.bool, device=x.device)
-        kept[list(keep)] = True
+        kept[variables] = True
+        x = _signed(x)
         nothing = torch.nan if x.is_floating_point() else -1
         return self.log_prob(torch.where(kept, x, nothing), external)
 
@@ -286,6 +297,7 @@ class Circuit(nn.Module):
         The general graph costs n passes; ``ops.circuit_scan`` does cp, hmm and btree in one.
         """
         self._check_data("conditionals", x)
+        x = _signed(x)
         before = self._root(self._nothing(1))
         out: list[Tensor] = []
         nothing = torch.nan if x.is_floating_point() else -1
@@ -473,10 +485,12 @@ class Circuit(nn.Module):
         """
         if self.norm != "logits":
             raise ValueError("em_step needs norm='logits', got a circuit with norm 'none'")
-        if not 0 < step <= 1 or pseudocount < 0:
+        if not 0 < step <= 1 or not 0 <= pseudocount < math.inf:
             raise ValueError(
                 f"em_step: step must be in (0, 1] and pseudocount >= 0, got {step}, {pseudocount}"
             )
+        if len(x) == 0:
+            raise ValueError("em_step: x must have at least one row, got none")
         log_prob, units, weight_flows = self.flows(x)
         old_flat = self._log_weights()
         for stage in self._execution.stages:

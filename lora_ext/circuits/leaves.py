@@ -267,7 +267,7 @@ def leaf_from_json(data: Any, where: str) -> Leaf:
     Raises:
         ValueError: naming the field.
     """
-    if not isinstance(data, dict) or data.get("family") not in FAMILIES:
+    if not isinstance(data, dict) or data.get("family") not in list(FAMILIES):
         raise ValueError(f"{where}: family: expected one of {[*FAMILIES]}, found {data!r:.100}")
     family = FAMILIES[data["family"]]
     names = family.__dataclass_fields__.keys()

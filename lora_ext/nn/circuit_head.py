@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,8 @@ class CircuitHead(nn.Module):
         if self.emission == "expander":
             self.maps.copy_(torch.eye(self.hidden_size).expand_as(self.maps))
         elif self.emission == "adapter":
-            nn.init.uniform_(self.unembed, -bound, bound)
+            # Not in place: it may be the model's own.
+            self.unembed = torch.empty_like(self.unembed).uniform_(-bound, bound)
             bound = 1 / math.sqrt(self.hidden_size)  # what "init_a" of init_lora_ draws
             nn.init.uniform_(self.lora_A, -bound, bound)
             nn.init.zeros_(self.lora_B)
@@ -175,6 +176,16 @@ class CircuitHead(nn.Module):
             self.unembed.copy_(blocks[0])
         else:
             self.unembed = blocks[0].to(self.unembed)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "unembed")
+        if self.emission == "adapter" and saved is not None and not self.unembed.is_meta:
+            same = saved.shape == self.unembed.shape
+            if not (same and torch.equal(saved.to(self.unembed), self.unembed)):
+                self.unembed = torch.empty_like(self.unembed)  # the old one may be the model's own
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------
     # Queries

@@ -45,7 +45,8 @@ class Draft(nn.Module):
             input_ids: ``(B, S)``.
             labels: ``(B, S)`` under their inputs, -100 where nothing is to be predicted; default is
                 the inputs.
-            attention_mask: ``(B, S)``; tokens of 0 are no targets.
+            attention_mask: ``(B, S)``; tokens of 0 are no targets, and nothing is predicted from
+                them.
             eos_id: where documents of a packed batch end; no window crosses it.
         """
         labels = input_ids if labels is None else labels
@@ -53,7 +54,11 @@ class Draft(nn.Module):
             labels = labels.masked_fill(attention_mask == 0, IGNORE)
         n, beta = self.config.n_token, self.config.beta
         windows = unfold_windows(shift_labels(labels), n, eos_id)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if attention_mask is not None:
+            windows = windows.masked_fill(attention_mask[..., None] == 0, IGNORE)
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs |= {"attention_mask": attention_mask, "position_ids": positions}
         teacher = None
         if beta > 0:
             with torch.no_grad():
@@ -85,13 +90,18 @@ def retrofit(model: Any, config: MtpcConfig | None = None) -> Draft:
         config: default is :class:`MtpcConfig` as it stands.
 
     Raises:
-        ValueError: what :class:`CircuitHead` and :class:`DraftTail` refuse.
+        ValueError: a model without output embeddings, or what :class:`CircuitHead` and
+            :class:`DraftTail` refuse; the model is then as it was.
 
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """
     config = MtpcConfig() if config is None else config
-    model.requires_grad_(False)
-    weight = model.get_output_embeddings().weight
+    unembedding = model.get_output_embeddings()
+    if unembedding is None:
+        raise ValueError(
+            f"retrofit: model: expected a causal LM with output embeddings, found {type(model)}"
+        )
+    own, weight = list(model.parameters()), unembedding.weight
     head = CircuitHead(
         weight.shape[1],
         weight.shape[0],
@@ -110,4 +120,6 @@ def retrofit(model: Any, config: MtpcConfig | None = None) -> Draft:
     tail = None
     if config.draft_layers:
         tail = DraftTail(model, config.draft_layers, config.draft_rank, config.draft_alpha)
+    for parameter in own:
+        parameter.requires_grad_(False)
     return Draft(model, config, head, tail)

@@ -57,7 +57,8 @@ class Trunk:
             are never used.
 
     Raises:
-        ValueError: padding that is not on the left, or a model with a sliding window.
+        ValueError: padding that is not on the left, or a model with a sliding window, or whose
+            attention counts the slots of the cache (MPT).
     """
 
     def __init__(
@@ -137,6 +138,11 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
             "after a token"
         )
     config = model.config
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise ValueError(
+            "SpeculativeDecoder: model: expected attention by positions, found ALiBi that counts "
+            f"the cache's slots ({config.model_type})"
+        )
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
     if any("full" not in kind for kind in kinds) or (window is not None and not kinds):
