@@ -489,3 +489,22 @@ def test_unnormalised_circuits_offer_their_log_partition():
     assert (counts - total).abs().max() < 0.02
     with pytest.raises(ValueError, match="em_step needs norm='logits'"):
         circuit.em_step(x)
+
+
+def test_bytes_are_data():
+    circuit = circuit_of(GRAPHS["hmm"]())
+    x = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
+    assert torch.equal(circuit.log_prob(x.byte()), circuit.log_prob(x))
+    assert torch.equal(circuit.marginal(x.byte(), [0, 2]), circuit.marginal(x, [0, 2]))
+    assert torch.equal(circuit.conditionals(x.byte()), circuit.conditionals(x))
+
+
+def test_wrong_variables_and_pseudocounts_are_named():
+    circuit, x = circuit_of(GRAPHS["hmm"]()), torch.zeros(1, 4, dtype=torch.int64)
+    for keep in ([-1], [4], [1.5]):
+        with pytest.raises(ValueError, match="keep"):
+            circuit.marginal(x, keep)
+    with pytest.raises(ValueError, match="pseudocount"):
+        circuit.em_step(x, pseudocount=math.nan)
+    with pytest.raises(ValueError, match="at least one row"):
+        circuit.em_step(x[:0])

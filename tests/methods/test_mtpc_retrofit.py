@@ -38,10 +38,11 @@ def test_the_loss_is_that_of_the_windows(family: str):
     draft = make_draft(model, gamma=0.8)
     loss, each = draft.loss(ids, attention_mask=mask, eos_id=3)
     labels = ids.masked_fill(mask == 0, -100)
-    hidden = draft.hidden_states(input_ids=ids, attention_mask=mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = draft.hidden_states(input_ids=ids, attention_mask=mask, position_ids=positions)
     total, count = torch.zeros(4, dtype=torch.float64), torch.zeros(4)
     for b in range(3):
-        for t in range(8):
+        for t in mask[b].nonzero()[:, 0].tolist():
             window = labels[b, t + 1 : t + 5].tolist()
             window = [*window, *[-100] * (4 - len(window))]
             if 3 in window:
@@ -148,3 +149,26 @@ def test_latents_learn_a_bigram_that_factors_cannot():
     assert found["ff"] > math.log(4) - 1e-3
     for kind in ("hmm", "btree"):
         assert found["ff"] - found[kind] > 0.5, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_loss(family: str):
+    model = make_model(family)
+    draft = make_draft(model)
+    ids = prompts(1, length=7)[0]
+    pad = torch.full((1, 3), 1)
+    mask = torch.tensor([[0] * 3 + [1] * 7])
+    expected = draft.loss(ids)[0]
+    torch.testing.assert_close(
+        draft.loss(torch.cat([pad, ids], 1), attention_mask=mask)[0], expected
+    )
+
+
+def test_a_failed_retrofit_leaves_the_model_as_it_was():
+    model = make_model("llama").requires_grad_(True)
+    for config in (mtpc.MtpcConfig(n_token=2, rank=2, draft_layers=99),):
+        with pytest.raises(ValueError, match="num_layers"):
+            mtpc.retrofit(model, config)
+        assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="output embeddings"):
+        mtpc.retrofit(model.base_model)

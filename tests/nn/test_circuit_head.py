@@ -342,6 +342,20 @@ def test_a_state_dict_carries_the_distribution(kind: str, emission: str):
     assert torch.equal(other.log_prob(h, x), head.log_prob(h, x))
 
 
+def test_the_shared_lm_head_is_never_written():
+    weight = torch.randn(V, D, dtype=DOUBLE)
+    before = weight.clone()
+    head = CircuitHead(D, V, K, 3, "cp", "adapter", dtype=DOUBLE)
+    head.init_from_lm_head(weight)
+    head.load_state_dict(head.state_dict())  # nothing new: still shared
+    assert head.unembed.data_ptr() == weight.data_ptr()
+    head.load_state_dict({k: t + 1 for k, t in head.state_dict().items()})
+    assert torch.equal(weight, before) and torch.equal(head.unembed, before + 1)
+    head.init_from_lm_head(weight)
+    head.reset_parameters()
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
