@@ -61,7 +61,7 @@ def train(model: Any, tokenizer: Any) -> list[list[float]]:
     examples = [read_examples(tokenizer, name) for name in NAMES]
     model.set_requires_grad(NAMES)
     own = {n: [p for key, p in model.named_parameters() if f".{n}." in key] for n in NAMES}
-    optimizers = [torch.optim.AdamW(own[name], lr=LEARNING_RATE) for name in NAMES]
+    optimizers = [torch.optim.AdamW(own[n], lr=LEARNING_RATE, fused=True) for n in NAMES]
     model.train()
     history: list[list[float]] = []
     with tqdm(range(STEPS), unit="step") as bar:

@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import common
+import lora_layers
 import lora_model
 import lora_ops
 import lora_train
@@ -146,3 +147,18 @@ def test_an_adapter_survives_the_swap_benchmark(engines):
         "load from file",
         "two swaps with the host cache",
     ]
+
+
+def test_the_peak_is_what_lives_at_a_time():
+    def one_after_the_other():
+        first = torch.empty(1 << 18)
+        del first
+        torch.empty(1 << 19)
+
+    def both():
+        first = torch.empty(1 << 18)
+        torch.empty(1 << 19)
+        del first
+
+    assert lora_layers._peak_bytes(one_after_the_other) == 2 << 20
+    assert lora_layers._peak_bytes(both) == 3 << 20
