@@ -86,6 +86,7 @@ using Expand = NoBackward<&lora_ext::lora_expand_>;
 using Apply = NoBackward<&lora_ext::lora_apply_>;
 using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
 using LeafBackward = NoBackward<&lora_ext::circuit_leaf_backward>;
+using EmissionBackward = NoBackward<&lora_ext::emission_gather_backward>;
 using ScanBackward = NoBackward<&lora_ext::circuit_scan_backward>;
 namespace train = lora_ext::autograd;
 using ConditionalDist = NoBackward<&lora_ext::circuit_conditional_dist>;
@@ -106,6 +107,8 @@ void implement(Library& m) {
     m.impl("lora_dropout", &lora_ext::lora_dropout);
     m.impl("circuit_leaf", &lora_ext::circuit_leaf);
     m.impl("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
+    m.impl("emission_gather", &lora_ext::emission_gather);
+    m.impl("emission_gather_backward", &lora_ext::emission_gather_backward);
     m.impl("circuit_scan", &lora_ext::circuit_scan);
     m.impl("circuit_scan_backward", &lora_ext::circuit_scan_backward);
     m.impl("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);
@@ -139,8 +142,12 @@ TORCH_LIBRARY(LORA_EXT_LIBRARY, m) {
         "Tensor? seed, bool need_dx, bool need_da, bool need_db) "
         "-> (Tensor dx, Tensor da, Tensor db)");
     m.def("lora_dropout(Tensor x, float p, Tensor? seed=None) -> Tensor");
-    m.def("circuit_leaf(Tensor leaf, Tensor x) -> (Tensor e, Tensor lse)");
-    m.def("circuit_leaf_backward(Tensor de, Tensor leaf, Tensor x, Tensor lse) -> Tensor");
+    m.def("circuit_leaf(Tensor leaf, Tensor x) -> (Tensor e, Tensor norm)");
+    m.def("circuit_leaf_backward(Tensor de, Tensor leaf, Tensor x, Tensor norm) -> Tensor");
+    m.def("emission_gather(Tensor h, Tensor emit, Tensor x) -> Tensor");
+    m.def(
+        "emission_gather_backward(Tensor de, Tensor h, Tensor emit, Tensor x, bool need_h, "
+        "bool need_emit) -> (Tensor dh, Tensor demit)");
     m.def(
         "circuit_scan(str kind, Tensor e, Tensor? prior=None, Tensor? trans=None, "
         "bool save=False) "
@@ -168,12 +175,15 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     LinearBackward::instead = "the gradient of lora_linear is not itself differentiable";
     LeafBackward::Handle::name = LX_OP(circuit_leaf_backward);
     LeafBackward::instead = "the gradient of circuit_leaf is not itself differentiable";
+    EmissionBackward::Handle::name = LX_OP(emission_gather_backward);
+    EmissionBackward::instead = "the gradient of emission_gather is not itself differentiable";
     ScanBackward::Handle::name = LX_OP(circuit_scan_backward);
     ScanBackward::instead = "the gradient of circuit_scan is not itself differentiable";
     train::Linear::Plan::name = LX_OP(lora_plan);
     train::Linear::Forward::name = LX_OP(lora_linear_forward);
     train::Dropout::Forward::name = LX_OP(lora_dropout);
     train::CircuitLeaf::Forward::name = LX_OP(circuit_leaf);
+    train::EmissionGather::Forward::name = LX_OP(emission_gather);
     train::CircuitScan::Forward::name = LX_OP(circuit_scan);
     ConditionalDist::Handle::name = LX_OP(circuit_conditional_dist);
     Sample::Handle::name = LX_OP(circuit_sample);
@@ -189,6 +199,8 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     m.impl("lora_dropout", TORCH_FN(train::dropout));
     m.impl("circuit_leaf", TORCH_FN(train::circuit_leaf_autograd));
     m.impl("circuit_leaf_backward", TORCH_FN(LeafBackward::autograd));
+    m.impl("emission_gather", TORCH_FN(train::emission_gather_autograd));
+    m.impl("emission_gather_backward", TORCH_FN(EmissionBackward::autograd));
     m.impl("circuit_scan", TORCH_FN(train::circuit_scan_autograd));
     m.impl("circuit_scan_backward", TORCH_FN(ScanBackward::autograd));
     m.impl("circuit_conditional_dist", TORCH_FN(ConditionalDist::autograd));
@@ -227,6 +239,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_dropout", &lora_ext::lora_dropout);
     m.def("circuit_leaf", &lora_ext::circuit_leaf);
     m.def("circuit_leaf_backward", &lora_ext::circuit_leaf_backward);
+    m.def("emission_gather", &lora_ext::emission_gather);
+    m.def("emission_gather_backward", &lora_ext::emission_gather_backward);
     m.def("circuit_scan", &lora_ext::circuit_scan);
     m.def("circuit_scan_backward", &lora_ext::circuit_scan_backward);
     m.def("circuit_conditional_dist", &lora_ext::circuit_conditional_dist);

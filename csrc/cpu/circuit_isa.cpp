@@ -1,13 +1,14 @@
 // The training path of circuits on the CPU, compiled once per instruction set.
 //
-//   leaf           e = logit[x] - lse, lse = log sum exp of V logits     lanes run over V
-//   leaf_backward  dlogit = de (1[v = x] - exp(logit - lse))             lanes over V
+//   leaf           e = log softmax(logits)[x]                            lanes run over V
+//   leaf_backward  dlogit[v] = de (1[v = x] - softmax(logits)[v])        lanes over V
 //   scan           the walk of circuit_walk.h                            lanes over states
 //   scan_backward  the walk in reverse                                   lanes over states
 //
-// Backward, with A = log softmax of trans, s = softmax(cur + e) and g[k] the gradient of prefix k
-// (conditional[k] = prefix[k] - prefix[k-1] adds to both; what is impossible has none):
-//   at a position  de = d(cur + e) = g s + what comes from the right
+// Backward, with A = log softmax of trans, and the gradients g of a prefix and h of a conditional,
+// which is logsumexp(cur + e) - logsumexp(cur); what is impossible has none:
+//   at a position  de = (g + h) softmax(cur + e) + what comes from the right
+//                  dcur = de - h softmax(cur)
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
@@ -25,32 +26,62 @@ namespace {
 // ------------------------------------------------------------------------------------------------
 // Leaves
 
-constexpr int64_t kLeafBlock = 2048;  // logits whose second reading comes from the L1 cache
+constexpr int64_t kLeafBytes = 16384;  // of logits whose second reading comes from the L1 cache
 
-// log sum exp as maximum and sum.
 template <typename T>
-struct LogSum {
-    Acc<T> top = kImpossible<Acc<T>>, sum = 0;
-
-    LX_INLINE void add(const T* x, int64_t n) {
-        constexpr int L = kLanes<T>;
-        Vec<T> most = load_padded(x, n);
-        for (int64_t i = L; i < n; i += L) most = max(most, load_padded(x + i, n - i));
-        const Acc<T> block = max_lane(most);
-        const Acc<T> shift = shift_of(block > top ? block : top);
-        Vec<T> even{}, odd{};
-        int64_t i = 0;
-        for (; i + 2 * L <= n; i += 2 * L) {
-            even += exp(load(x + i) - shift);
-            odd += exp(load(x + i + L) - shift);
-        }
-        for (; i < n; i += L) even += exp(load_padded(x + i, n - i) - shift);
-        // The first block has nothing to rescale.
-        const Acc<T> earlier = sum == 0 ? sum : sum * exp(splat<Vec<T>>(top - shift))[0];
-        sum = earlier + lane_sum(even + odd);
-        top = shift;
+LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
+    constexpr int L = kLanes<T>;
+    Vec<T> most = load_padded(x, n), other = most;
+    int64_t i = L;
+    for (; i + 2 * L <= n; i += 2 * L) {
+        most = max(most, load(x + i));
+        other = max(other, load(x + i + L));
     }
-};
+    for (; i < n; i += L) most = max(most, load_padded(x + i, n - i));
+    return max_lane(max(most, other));
+}
+template <typename T>
+LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> shift) {
+    constexpr int L = kLanes<T>;
+    Vec<T> even{}, odd{};
+    int64_t i = 0;
+    for (; i + 2 * L <= n; i += 2 * L) {
+        even += exp(load(x + i) - shift);
+        odd += exp(load(x + i + L) - shift);
+    }
+    for (; i < n; i += L) even += exp(load_padded(x + i, n - i) - shift);
+    return lane_sum(even + odd);
+}
+
+// log sum exp of `rows` rows of n logits as top and sum. Short rows in groups, maxima first, so
+// that one row's chain of operations hides another's; long ones block by block.
+template <typename T>
+void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
+    using A = Acc<T>;
+    const int64_t block = kLeafBytes / static_cast<int64_t>(sizeof(T));
+    if (n <= block) {
+        const int64_t group = block / n;
+        for (int64_t first = 0; first < rows; first += group) {
+            const int64_t last = min(rows, first + group);
+            for (int64_t i = first; i < last; ++i) top[i] = shift_of(max_of_logits(x + i * n, n));
+            for (int64_t i = first; i < last; ++i) sum[i] = sum_exp_of_logits(x + i * n, n, top[i]);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < rows; ++i, x += n) {
+        A most = kImpossible<A>, total = 0;
+        for (int64_t v = 0; v < n; v += block) {
+            const int64_t width = min(block, n - v);
+            const A here = max_of_logits(x + v, width);
+            const A next = here > most ? here : most, shift = shift_of(next);
+            total = total * exp(splat<Vec<T>>(most - shift))[0] +
+                    sum_exp_of_logits(x + v, width, shift);
+            most = next;
+        }
+        top[i] = shift_of(most);
+        sum[i] = total;
+    }
+}
 
 template <typename T>
 void leaf(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
@@ -62,25 +93,21 @@ void leaf(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
         const T* logits =
             static_cast<const T*>(args.logits) + b * args.logits_stride + k * n * vocab;
         const int64_t x = args.x[b * args.x_stride + k];
-        A* e = static_cast<A*>(args.e) + b * args.e_stride + k * n;
-        A* lse = static_cast<A*>(args.lse) + b * args.e_stride + k * n;
+        const int64_t at = b * args.e_stride + k * n;
         for (int64_t z = 0; z < n; z += L) {
             const int64_t lanes = min(L, n - z);
             A top[L] = {}, sum[L] = {}, at_x[L] = {};
-            for (int64_t i = 0; x >= 0 && i < lanes; ++i) {
-                const T* row = logits + (z + i) * vocab;
-                LogSum<T> total;
-                for (int64_t v = 0; v < vocab; v += kLeafBlock)
-                    total.add(row + v, min(kLeafBlock, vocab - v));
-                top[i] = total.top;
-                sum[i] = total.sum;
-                at_x[i] = load_n(row + x, 1)[0];
+            if (x >= 0) {
+                const T* rows = logits + z * vocab;
+                log_sums(rows, lanes, vocab, top, sum);
+                for (int64_t i = 0; i < lanes; ++i) at_x[i] = load_n(rows + i * vocab + x, 1)[0];
             }
-            const Vec<T> total = load(sum), norm = log(total) + load(top);
-            Vec<T> value = load(at_x) - norm;
-            value = total == Vec<T>{} ? splat<Vec<T>>(x < 0 ? A(0) : kImpossible<A>) : value;
-            store_n(e + z, value, lanes);
-            store_n(lse + z, norm, lanes);
+            const Vec<T> total = load(sum), log_sum = log(total);
+            const Vec<T> other = splat<Vec<T>>(x < 0 ? A(0) : kImpossible<A>);
+            const Vec<T> e = total == Vec<T>{} ? other : load(at_x) - load(top) - log_sum;
+            store_n(static_cast<A*>(args.e) + at + z, e, lanes);
+            store_n(static_cast<A*>(args.top) + at + z, load(top), lanes);
+            store_n(static_cast<A*>(args.log_sum) + at + z, log_sum, lanes);
         }
     }
 }
@@ -95,7 +122,8 @@ void leaf_backward(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
         const int64_t at = b * args.e_stride + k * n;
         const int64_t x = args.x[b * args.x_stride + k];
         const A* de = static_cast<const A*>(args.de) + at;
-        const A* lse = static_cast<const A*>(args.lse) + at;
+        const A* top = static_cast<const A*>(args.top) + at;
+        const A* log_sum = static_cast<const A*>(args.log_sum) + at;
         for (int64_t z = 0; z < n; ++z) {
             const T* row =
                 static_cast<const T*>(args.logits) + b * args.logits_stride + (k * n + z) * vocab;
@@ -105,9 +133,9 @@ void leaf_backward(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
                 for (int64_t v = 0; v < vocab; ++v) out[v] = T{};
                 continue;
             }
-            const A p = exp(load_n(row + x, 1) - lse[z])[0];
+            const A p = exp(load_n(row + x, 1) - top[z] - log_sum[z])[0];
             const auto value = [&](Vec<T> logit) __attribute__((always_inline)) {
-                return exp(logit - lse[z]) * -g;
+                return exp(logit - top[z] - log_sum[z]) * -g;
             };
             int64_t v = 0;
             for (; v + L <= vocab; v += L) store(out + v, value(load(row + v)));
@@ -176,7 +204,6 @@ struct Reverse {
     CircuitStep<P> step;
     const A *e, *states;
     A *de, *terms, *cur, *out, *d, *ratio, *up, *up_weight, *u, *u_weight, *prior, *levels;
-    A later = 0;  // minus the gradient of the conditional one position to the right
 
     Reverse(const CircuitScanArgs& args, int64_t b, A* scratch)
         : args(args),
@@ -208,19 +235,23 @@ struct Reverse {
         return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
     }
 
-    // d += g softmax(cur + e_k), which is also the gradient of cur; cur becomes cur + e_k.
-    void position(int64_t k, A* x, A* gradient) {
+    // From x = cur and the gradients at position k: gradient becomes that of cur, de_k that of
+    // cur + e_k, to which dup adds what e_k is part of. x becomes cur + e_k.
+    void position(int64_t k, A* x, A* gradient, const A* dup) {
+        A* const before = ratio;
+        const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
         add_leaf(k, x);
         const A total = exp_of(x, shift_of(max_of(x, width)), width, terms);
-        if (total == 0) {
-            later = 0;
-            return;
+        const bool possible = total != 0;
+        const A own = gradient_at(args.dconditional, k);
+        const V g = splat<V>(possible ? (gradient_at(args.dprefix, k) + own) / total : 0);
+        const V less = splat<V>(possible ? -own / weight : 0);
+        for (int64_t i = 0; i < width; i += L) {
+            const V both = fma(g, load(terms + i), load(gradient + i));
+            store(terms + i, dup ? both + load(dup + i) : both);
+            store(gradient + i, fma(less, load(before + i), both));
         }
-        const A g =
-            (gradient_at(args.dprefix, k) + gradient_at(args.dconditional, k) + later) / total;
-        later = -gradient_at(args.dconditional, k);
-        for (int64_t i = 0; i < width; i += L)
-            store(gradient + i, fma(splat<V>(g), load(terms + i), load(gradient + i)));
+        store_rounded(de + k * n, terms, n);
     }
     void add_leaf(int64_t k, A* x) const {
         copy_padded(e + k * n, n, terms);
@@ -237,16 +268,16 @@ struct Reverse {
     }
     // Row z of Y: `linear` for E times up_weight, or 0 and the exact logarithms.
     struct RowOfY {
-        A linear, exact, minus;
+        A linear, exact, minus, top;
     };
     LX_INLINE RowOfY row_of_y(int64_t z, A du, const SoftmaxRow<P>& soft) const {
-        if (u[z] == kImpossible<A> || soft.sum == 0) return {0, 0, 0};
-        if (u_weight[z] < kTrusted<A>) return {0, du, u[z] + soft.norm()};
-        return {du / soft.sum / u_weight[z], 0, 0};
+        if (u[z] == kImpossible<A> || soft.sum == 0) return {};
+        if (u_weight[z] < kTrusted<A>) return {0, du, u[z] + soft.log_sum(), soft.top};
+        return {du / soft.sum / u_weight[z], 0, 0, 0};
     }
     LX_INLINE V y_at(const RowOfY& y, const P* a, int64_t i) const {
         if (y.exact == 0) return load(step.row + i) * load(up_weight + i) * y.linear;
-        return exp(load_padded(a + i, n - i) + load(up + i) - y.minus) * y.exact;
+        return exp(load_padded(a + i, n - i) - y.top + load(up + i) - y.minus) * y.exact;
     }
 
     // dup = the sum of Y over its rows; load_projection came first.
@@ -287,7 +318,7 @@ struct Reverse {
                 continue;
             }
             const A inverse = 1 / soft.sum, p = step.weights[z] * inverse;
-            const RowOfY y = du ? row_of_y(z, du[z], soft) : RowOfY{0, 0, 0};
+            const RowOfY y = du ? row_of_y(z, du[z], soft) : RowOfY{};
             V sum_x{}, sum_y{};
             for (int64_t i = 0; i < width; i += L) {
                 V x;
@@ -295,7 +326,8 @@ struct Reverse {
                     x = load(step.row + i) * p * load(ratio + i);
                 } else {
                     const V value = load(out + i);
-                    const V log_x = load_padded(a + i, n - i) + (from[z] - soft.norm()) - value;
+                    const V log_x =
+                        load_padded(a + i, n - i) - soft.top + (from[z] - soft.log_sum()) - value;
                     x = load(ratio + i) * (value == kImpossible<A> ? V{} : exp(log_x));
                 }
                 sum_x += x;
@@ -331,8 +363,7 @@ struct Reverse {
         clear(d);
         for (int64_t k = c.n_token - 1; k >= 0; --k) {
             load_state(k, cur);
-            position(k, cur, d);
-            store_rounded(de + k * n, d, n);
+            position(k, cur, d, nullptr);
             if (k == 0 || c.kind != CircuitKind::kHMM) continue;
             load_state(k, out);
             load_state(k - 1, cur);
@@ -387,9 +418,7 @@ struct Reverse {
                 ++level;
             }
             load_cur(node, k >= node.middle(), cur);
-            position(k, cur, dcur_at(level));
-            load_du(level);
-            store_rounded(de + k * n, d, n);
+            position(k, cur, dcur_at(level), dup_at(level));
             for (; level > 0 && node.lo == k; --level) {
                 const CircuitNode parent = root.below(k, level - 1);
                 load_du(level - 1);

@@ -107,8 +107,8 @@ struct SoftmaxRow {
         }
         sum = lane_sum(total);
     }
-    // The logarithm of what the row's logits are divided by.
-    LX_INLINE Acc<P> norm() const { return top + log_of(sum); }
+    // exp(a - top) is divided by this.
+    LX_INLINE Acc<P> log_sum() const { return log_of(sum); }
 };
 
 // Elements of the accumulator's type that a walk needs for itself.
@@ -176,28 +176,28 @@ struct CircuitStep {
             for (int64_t i = 0; i < width; i += L)
                 store(out + i, fma(p, load(row + i), load(out + i)));
         }
-        bool normed = false;
+        bool logarithms = false;
         for (int64_t i = 0; i < width; i += L) {
             const Vec<A> total = load(out + i);
             if (max_lane(keep_first(-total, n - i, A(-1))) > -kTrusted<A>) {
-                if (!normed) to_norms(cur);
-                normed = true;
+                if (!logarithms) take_logarithms(cur);
+                logarithms = true;
                 store(out + i, exact_step(m, cur, i));
             } else {
                 store(out + i, log(total) + shift);
             }
         }
     }
-    // top[z] becomes the logarithm of the normaliser.
-    void to_norms(const A* cur) const {
+    // sum[z] becomes its logarithm.
+    void take_logarithms(const A* cur) const {
         for (int64_t z = 0; z < n; ++z)
-            if (cur[z] != kImpossible<A>) top[z] += log_of(sum[z]);
+            if (cur[z] != kImpossible<A>) sum[z] = log_of(sum[z]);
     }
     Vec<A> exact_step(int64_t m, const A* cur, int64_t i) const {
         const auto for_terms = [&](auto&& f) __attribute__((always_inline)) {
             for (int64_t z = 0; z < n; ++z)
-                if (cur[z] != kImpossible<A> && sum[z] != 0)
-                    f(load_padded(matrix_row(m, z) + i, n - i) + (cur[z] - top[z]));
+                if (cur[z] != kImpossible<A> && sum[z] != kImpossible<A>)
+                    f(load_padded(matrix_row(m, z) + i, n - i) - top[z] + (cur[z] - sum[z]));
         };
         Vec<A> most = splat<Vec<A>>(kImpossible<A>), total{};
         for_terms([&](Vec<A> term) { most = max(most, term); });
@@ -216,7 +216,7 @@ struct CircuitStep {
                 total = fma(load(row + i), load(weights + i), total);
             const A value = lane_sum(total);
             if (value < kTrusted<A> && soft.sum != 0) {
-                top[z] = exact_project(m, z, up) - soft.norm();
+                top[z] = exact_project(m, z, soft.top, up) - soft.log_sum();
                 sum[z] = 1;
             } else {
                 top[z] = shift;
@@ -226,10 +226,10 @@ struct CircuitStep {
         for (int64_t z = n; z < width; ++z) top[z] = sum[z] = 0;
         for (int64_t i = 0; i < width; i += L) store(out + i, log(load(sum + i)) + load(top + i));
     }
-    A exact_project(int64_t m, int64_t z, const A* up) const {
+    A exact_project(int64_t m, int64_t z, A minus, const A* up) const {
         const P* a = matrix_row(m, z);
         const auto term = [&](int64_t i) __attribute__((always_inline)) {
-            return load_padded(a + i, n - i) + load(up + i);
+            return load_padded(a + i, n - i) - minus + load(up + i);
         };
         Vec<A> most = term(0);
         for (int64_t i = L; i < n; i += L) most = max(most, term(i));

@@ -1,6 +1,5 @@
-// Leaves of circuits: e = logit[x] - lse with lse = log sum exp of V logits, and the way back,
-// dlogit[v] = de (1[v = x] - exp(logit[v] - lse)). leaf (B, K, C, V); x (B, K); e, lse, de (B, K,
-// C).
+// Leaves of circuits: e = log softmax(logits)[x] of each row of V logits, and the way back,
+// dlogit[v] = de (1[v = x] - softmax(logits)[v]). Logits (B, K, C, V); x (B, K); e, de (B, K, C).
 //
 // One warp per row of V logits, 16 bytes per lane and load. Maximum and sum are kept as the logits
 // come, so they are read once; the gradient is written once, and where it is zero, the logits are
@@ -14,7 +13,7 @@ constexpr int kWarps = 8;
 
 // Which row of V logits a warp has, and which token stands there.
 struct LeafRow {
-    int64_t index, at;  // index: of logits in order; at: of e, lse and de
+    int64_t index, at;  // index: of logits in order; at: of e and its like
     int64_t logits;     // offset of the first
     int64_t token;      // -1: none to look at
 };
@@ -35,21 +34,22 @@ __global__ void __launch_bounds__(kWarps * 32)
     circuit_leaf_kernel(const __grid_constant__ CircuitLeafArgs args, bool aligned) {
     LeafRow row;
     if (!find_row(args, row)) return;
-    float e = 0, lse = 0;
+    float e = 0, shift = 0, log_sum = 0;
     if (row.token >= 0) {
         const T* logits = static_cast<const T*>(args.logits) + row.logits;
         OnlineSum mine;
         for_pieces(logits, static_cast<int>(args.vocab), aligned, lx::lane_id(), lx::kWarpSize,
                    [&](int, const auto& v) { mine.add(v); });
         const WarpTeam warp(nullptr);
-        const float shift = shift_of(warp.reduce(mine.top, larger));
+        shift = shift_of(warp.reduce(mine.top, larger));
         const float sum = warp.reduce(mine.sum * lx::exp_approx(mine.top - shift), add);
-        lse = logf(sum) + shift;
-        e = sum == 0 ? kImpossible : lx::to_float(logits[row.token]) - lse;
+        log_sum = logf(sum);
+        e = sum == 0 ? kImpossible : lx::to_float(logits[row.token]) - shift - log_sum;
     }
     if (lx::lane_id() == 0) {
         static_cast<float*>(args.e)[row.at] = e;
-        static_cast<float*>(args.lse)[row.at] = lse;
+        static_cast<float*>(args.top)[row.at] = shift;
+        static_cast<float*>(args.log_sum)[row.at] = log_sum;
     }
 }
 
@@ -67,14 +67,15 @@ __global__ void __launch_bounds__(kWarps * 32)
             store_values(out + i, vocab - i, aligned, zero);
         return;
     }
-    const float lse = static_cast<const float*>(args.lse)[row.at];
+    const float top = static_cast<const float*>(args.top)[row.at];
+    const float log_sum = static_cast<const float*>(args.log_sum)[row.at];
     const int token = static_cast<int>(row.token);
     const T* logits = static_cast<const T*>(args.logits) + row.logits;
     for_pieces(logits, vocab, aligned, lane, lx::kWarpSize, [&](int i, const auto& v) {
         float d[kPiece<T>];
 #pragma unroll
         for (int j = 0; j < kPiece<T>; ++j)
-            d[j] = g * ((i + j == token ? 1.0f : 0.0f) - lx::exp_approx(v[j] - lse));
+            d[j] = g * ((i + j == token ? 1.0f : 0.0f) - lx::exp_approx(v[j] - top - log_sum));
         store_values(out + i, vocab - i, aligned, d);
     });
 }
@@ -97,7 +98,8 @@ LaunchStatus run(const CircuitLeafArgs& args, Launch&& launch) {
     const auto declare_e = [&](const void* p, lx::Access access) {
         declare_batch(p, args.rows, per_row * 4, args.e_stride * 4, access);
     };
-    declare_e(args.lse, back ? lx::Access::kRead : lx::Access::kWrite);
+    for (const void* norm : {args.top, args.log_sum})
+        declare_e(norm, back ? lx::Access::kRead : lx::Access::kWrite);
     if (back)
         declare_e(args.de, lx::Access::kRead);
     else

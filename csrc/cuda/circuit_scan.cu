@@ -1,13 +1,14 @@
-// The scan of circuits: prefix[k] = logsumexp(cur_k + e_k), conditional[k] = prefix[k] -
-// prefix[k-1], posterior[k] = softmax(cur_k); and the way back from right to left.
+// The scan of circuits: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k),
+// conditional[k] = logsumexp(log posterior[k] + e_k); and the way back from right to left.
 //
 // A warp walks a row of the batch with up to 32 states, four rows a block; a block of up to 256
 // threads a row with more. Bound: bytes of the transition logits; forward they are read once from
 // memory, backward once, and their gradient is written once.
 //
-// Backward, with A = log softmax of trans, s = softmax(cur + e) and g[k] the gradient of prefix k
-// (conditional[k] adds to two of them; what is impossible has none):
-//   at a position  de = d(cur + e) = g s + what comes from the right
+// Backward, with A = log softmax of trans, and the gradients g of a prefix and h of a conditional;
+// what is impossible has none:
+//   at a position  de = (g + h) softmax(cur + e) + what comes from the right
+//                  dcur = de - h softmax(cur)
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
@@ -32,8 +33,9 @@ LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* s
     return row < c.rows;
 }
 
+// "One block at least": without it the compiler aims at 64 registers and spills.
 template <class P, class Team>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     circuit_scan_kernel(const __grid_constant__ CircuitScanArgs args, int64_t floats,
                         bool aligned) {
     LX_DYN_SHARED(shared);
@@ -90,7 +92,6 @@ struct CircuitReverse {
     const float *e, *states;
     float* de;
     float *cur, *out, *d, *ratio, *up, *up_weight, *q, *prior;
-    float later = 0;  // minus the gradient of the conditional one position to the right
 
     LX_DEVICE CircuitReverse(const CircuitScanArgs& args, int64_t row, bool aligned, float* scratch)
         : args(args),
@@ -121,32 +122,28 @@ struct CircuitReverse {
         walk.for_own([&](int z) { x[z] = 0; });
     }
 
-    // gradient += g softmax(x + e_k), which is also the gradient of x.
-    LX_DEVICE void position(int64_t k, const float* x, float* gradient) {
+    // From x = cur and the gradients at position k: gradient becomes that of cur, de_k that of
+    // cur + e_k, to which dup adds what e_k is part of.
+    LX_DEVICE void position(int64_t k, const float* x, float* gradient, const float* dup) const {
         const float* at = e + k * n;
-        const float shift =
+        const float before = shift_of(walk.max_of(x));
+        const float weight =
+            walk.reduce(0.0f, add, [&](int z) { return lx::exp_approx(x[z] - before); });
+        const float after =
             shift_of(walk.reduce(kImpossible, larger, [&](int z) { return x[z] + at[z]; }));
         const float total =
-            walk.reduce(0.0f, add, [&](int z) { return lx::exp_approx(x[z] + at[z] - shift); });
+            walk.reduce(0.0f, add, [&](int z) { return lx::exp_approx(x[z] + at[z] - after); });
+        const bool possible = total != 0;
         const float own = gradient_at(args.dconditional, k);
-        if (total == 0) {
-            later = 0;
-            return;
-        }
-        const float g = (gradient_at(args.dprefix, k) + own + later) / total;
-        later = -own;
-        walk.for_own([&](int z) { gradient[z] += g * lx::exp_approx(x[z] + at[z] - shift); });
-    }
-
-    // norm[z]: the logarithm of what row z of matrix m is divided by.
-    LX_DEVICE void load_norms(int64_t m) const {
+        const float g = possible ? (gradient_at(args.dprefix, k) + own) / total : 0;
+        const float less = possible ? own / weight : 0;
         walk.for_own([&](int z) {
-            OnlineSum sum;
-            for_pieces(walk.matrix_row(m, z), n, walk.aligned, 0, 1,
-                       [&](int, const auto& v) { sum.add(v); });
-            walk.norm[z] = sum.sum == 0 ? 0 : sum.log();
+            const float both = gradient[z] + g * lx::exp_approx(x[z] + at[z] - after);
+            de[k * n + z] = dup ? both + dup[z] : both;
+            gradient[z] = both - less * lx::exp_approx(x[z] - before);
         });
     }
+
     // up, its exponentials, and the coefficients of the rows of Y: see y_at.
     LX_DEVICE void load_projection(int64_t m, const float* du) const {
         const float *up_state = states + (3 * m + 1) * n, *u_state = up_state + n;
@@ -169,19 +166,16 @@ struct CircuitReverse {
         if (out[j] == kNotExact) return walk.weights[z] * lx::exp_approx(log_p) * ratio[j];
         return ratio[j] * lx::exp_approx(cur[z] + log_p - out[j]);
     }
-    LX_DEVICE float log_p(const P* a, int z, int j) const {
-        return lx::to_float(a[int64_t{z} * n + j]) - walk.norm[z];
-    }
 
     // dup = the sum of Y over its rows.
     LX_DEVICE void project(int64_t m, const float* du, float* dup) const {
-        load_norms(m);
+        walk.for_own([&](int z) { walk.take_norms(m, z); });
         load_projection(m, du);
         walk.team.sync();
         const P* a = walk.matrix_row(m, 0);
         walk.for_own([&](int j) {
             float sum = 0;
-            for (int z = 0; z < n; ++z) sum += y_at(z, j, log_p(a, z, j));
+            for (int z = 0; z < n; ++z) sum += y_at(z, j, walk.log_p(a, z, j));
             dup[j] = sum;
         });
         walk.team.sync();
@@ -191,9 +185,9 @@ struct CircuitReverse {
     // gradient of the logits. du: of the matrix' projection, or nullptr.
     LX_DEVICE void trace(int64_t m, int64_t slot, const float* dout, const float* du,
                          float* dcur) const {
-        load_norms(m);
         const float shift = shift_of(walk.max_of(cur));
         walk.for_own([&](int z) {
+            walk.take_norms(m, z);
             walk.weights[z] = lx::exp_approx(cur[z] - shift);
             const float value = states[slot * n + z], weight = lx::exp_approx(value - shift);
             const bool lost = weight < kTrusted && value != kImpossible;
@@ -210,7 +204,7 @@ struct CircuitReverse {
 #pragma unroll
                 for (int j = 0; j < kPiece<P>; ++j) {
                     if (i + j >= n) continue;
-                    const float log_p = v[j] - walk.norm[z];
+                    const float log_p = v[j] - walk.top[z] - walk.log_sum[z];
                     sum_x += x_at(z, i + j, log_p);
                     if (du) sum_y += y_at(z, i + j, log_p);
                 }
@@ -224,7 +218,7 @@ struct CircuitReverse {
                       (row * circuit_num_transitions(c.kind, c.n_token) + m) * n * n;
         walk.for_own([&](int j) {
             for (int z = 0; z < n; ++z) {
-                const float p = log_p(a, z, j);
+                const float p = walk.log_p(a, z, j);
                 float g = x_at(z, j, p) - total[z] * lx::exp_approx(p);
                 if (du) g += y_at(z, j, p);
                 to[int64_t{z} * n + j] = lx::from_float<P>(g);
@@ -247,8 +241,7 @@ struct CircuitReverse {
         clear(dcur);
         for (int64_t k = c.n_token - 1; k >= 0; --k) {
             const float* state = states + k * n;
-            position(k, state, dcur);
-            walk.for_own([&](int z) { de[k * n + z] = dcur[z]; });
+            position(k, state, dcur, nullptr);
             if (k == 0 || c.kind != CircuitKind::kHMM) continue;
             walk.for_own([&](int z) {
                 cur[z] = states[(k - 1) * n + z] + e[(k - 1) * n + z];
@@ -300,8 +293,7 @@ struct CircuitReverse {
                 ++level;
             }
             load_cur(node, k >= node.middle());
-            position(k, cur, dcur_at(level));
-            walk.for_own([&](int z) { de[k * n + z] = dup_at(level)[z] + dcur_at(level)[z]; });
+            position(k, cur, dcur_at(level), dup_at(level));
             for (; level > 0 && node.lo == k; --level) {
                 const CircuitNode parent = root.below(k, level - 1);
                 load_cur(parent, node.lo != parent.lo);
@@ -315,7 +307,7 @@ struct CircuitReverse {
 };
 
 template <class P, class Team>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     circuit_scan_backward_kernel(const __grid_constant__ CircuitScanArgs args, int64_t floats,
                                  bool aligned) {
     LX_DYN_SHARED(shared);

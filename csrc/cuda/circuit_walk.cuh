@@ -4,8 +4,7 @@
 // A team walks one row of the batch: a warp for up to 32 states, a block for more. Thread i of a
 // team of size s owns the states i, i + s, ... of every vector, and of a matrix
 //   first their rows      for the normalisers, and for the way back up the tree
-//   then their columns    for the step: out[z'] = top + log sum_z exp(cur[z] - top) exp(a[z, z'] -
-//   norm[z])
+//   then their columns    for the step: log sum_z exp(cur[z]) softmax(a[z])[z']
 // so the sums need no exchange between threads, and the second reading of a matrix comes from L1.
 // Bound: bytes of the matrices, once from memory. A sum below kTrusted may have lost terms to
 // underflow; its owner takes it again as log-sum-exp of exact logarithms.
@@ -137,7 +136,7 @@ struct OnlineSum {
 // Floats of a team's share of dynamic shared memory, a multiple of four.
 LX_HOST_DEVICE constexpr int64_t circuit_walk_floats(const CircuitParams& c, int64_t team_scratch) {
     const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
-    return (4 * levels + (2 * levels + 3) * c.components + team_scratch + 3) / 4 * 4;
+    return (4 * levels + (2 * levels + 4) * c.components + team_scratch + 3) / 4 * 4;
 }
 
 template <class P, class Team>
@@ -149,7 +148,7 @@ struct CircuitWalk {
     int n;
     bool aligned;  // rows of trans lie on 16 bytes
     double* bases;
-    float *vectors, *weights, *norm, *u;
+    float *vectors, *weights, *top, *log_sum, *u;
 
     LX_DEVICE CircuitWalk(const CircuitParams& c, int64_t row, bool aligned, float* scratch)
         : c(c),
@@ -162,8 +161,9 @@ struct CircuitWalk {
         const int64_t levels = c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : 1;
         vectors = scratch + 4 * levels;
         weights = vectors + 2 * levels * n;
-        norm = weights + n;
-        u = norm + n;
+        top = weights + n;
+        log_sum = top + n;
+        u = log_sum + n;
     }
 
     // f(state) for the states that this thread owns.
@@ -204,15 +204,24 @@ struct CircuitWalk {
         team.sync();
     }
 
+    // The maximum of row z of matrix m, and the logarithm of what exp(a - top) is divided by.
+    LX_DEVICE void take_norms(int64_t m, int z) const {
+        OnlineSum row;
+        for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
+        top[z] = shift_of(row.top);
+        log_sum[z] = row.sum == 0 ? 0 : logf(row.sum);  // nothing there: every term is 0 anyway
+    }
+    LX_DEVICE float log_p(const P* a, int z, int j) const {
+        return lx::to_float(a[int64_t{z} * n + j]) - top[z] - log_sum[z];
+    }
+
     // out[z'] = log sum_z exp(cur[z] + A[z, z'])
     LX_DEVICE void step(int64_t m, const float* cur, float* out) const {
         const float shift = shift_of(max_of(cur));
         for_own([&](int z) {
             weights[z] = lx::exp_approx(cur[z] - shift);
             if (cur[z] == kImpossible) return;
-            OnlineSum row;
-            for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
-            norm[z] = row.sum == 0 ? 0 : row.log();  // nothing there: every term is 0 anyway
+            take_norms(m, z);
         });
         team.sync();
         const P* a = matrix_row(m, 0);
@@ -220,7 +229,7 @@ struct CircuitWalk {
             float sum = 0;
             for (int z = 0; z < n; ++z) {
                 if (cur[z] == kImpossible) continue;
-                sum += weights[z] * lx::exp_approx(lx::to_float(a[int64_t{z} * n + j]) - norm[z]);
+                sum += weights[z] * lx::exp_approx(log_p(a, z, j));
             }
             out[j] = sum < kTrusted ? exact_step(a, cur, j) : logf(sum) + shift;
         });
@@ -230,7 +239,7 @@ struct CircuitWalk {
         OnlineSum sum;
         for (int z = 0; z < n; ++z) {
             if (cur[z] == kImpossible) continue;
-            const float term[1] = {cur[z] + (lx::to_float(a[int64_t{z} * n + j]) - norm[z])};
+            const float term[1] = {cur[z] + log_p(a, z, j)};
             sum.add(term);
         }
         return sum.log();
@@ -245,23 +254,23 @@ struct CircuitWalk {
             OnlineSum row;
             const P* a = matrix_row(m, z);
             for_pieces(a, n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });
-            const float log_row = row.log();
+            const float shift_row = shift_of(row.top), log_row = logf(row.sum);
             float sum = 0;
             for_pieces(a, n, aligned, 0, 1, [&](int i, const auto& v) {
 #pragma unroll
                 for (int j = 0; j < kPiece<P>; ++j)
-                    if (i + j < n) sum += lx::exp_approx(v[j] - log_row) * weights[i + j];
+                    if (i + j < n) sum += lx::exp_approx(v[j] - shift_row) * weights[i + j];
             });
             out[z] = row.sum == 0     ? kImpossible
-                     : sum < kTrusted ? exact_project(a, up) - log_row
-                                      : logf(sum) + shift;
+                     : sum < kTrusted ? exact_project(a, shift_row, up) - log_row
+                                      : logf(sum) - log_row + shift;
         });
         team.sync();
     }
-    LX_DEVICE float exact_project(const P* a, const float* up) const {
+    LX_DEVICE float exact_project(const P* a, float minus, const float* up) const {
         OnlineSum sum;
         for (int j = 0; j < n; ++j) {
-            const float term[1] = {lx::to_float(a[j]) + up[j]};
+            const float term[1] = {lx::to_float(a[j]) - minus + up[j]};
             sum.add(term);
         }
         return sum.log();

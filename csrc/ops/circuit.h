@@ -12,10 +12,17 @@ namespace lora_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// e and lse (B, K, C).
+// e (B, K, C), and what each row of logits was normalised by (2, B, K, C): the maximum, log sum
+// exp.
 std::tuple<Tensor, Tensor> circuit_leaf(const Tensor& leaf, const Tensor& x);
 Tensor circuit_leaf_backward(const Tensor& de, const Tensor& leaf, const Tensor& x,
-                             const Tensor& lse);
+                             const Tensor& norm);
+// e of leaves whose logits are emit[k, z] @ h[b]: h (B, D), emit (K, C, V, D), x (B, K).
+Tensor emission_gather(const Tensor& h, const Tensor& emit, const Tensor& x);
+// dh, demit; one that is not needed comes back empty.
+std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de, const Tensor& h,
+                                                    const Tensor& emit, const Tensor& x,
+                                                    bool need_h, bool need_emit);
 // prefix (B, K), conditional (B, K), posterior (B, K, C), and what the backward wants, empty
 // without `save`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_scan(std::string_view kind, const Tensor& e,

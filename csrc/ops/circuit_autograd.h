@@ -7,18 +7,18 @@
 
 namespace lora_ext::autograd {
 
-// Saved: the logits, the tokens and lse.
+// Saved: the logits, the tokens and the norms.
 struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
     using Forward = Handle<&circuit_leaf>;
     using Backward = Handle<&circuit_leaf_backward>;
 
     static variable_list forward(AutogradContext* ctx, const Tensor& leaf, const Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView guard;
-        auto [e, lse] = Forward::get().call(leaf, x);
-        ctx->save_for_backward({leaf, x, lse});
-        ctx->mark_non_differentiable({lse});
+        auto [e, norm] = Forward::get().call(leaf, x);
+        ctx->save_for_backward({leaf, x, norm});
+        ctx->mark_non_differentiable({norm});
         ctx->set_materialize_grads(false);
-        return {e, lse};
+        return {e, norm};
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         if (!grads[0].defined()) return {{}, {}};
@@ -36,6 +36,35 @@ inline std::tuple<Tensor, Tensor> circuit_leaf_autograd(c10::DispatchKeySet keys
     }
     const at::AutoDispatchBelowAutograd guard;
     return CircuitLeaf::Forward::get().redispatch(keys & c10::after_autograd_keyset, leaf, x);
+}
+
+// Saved: the inputs alone; the logits are computed again.
+struct EmissionGather : torch::autograd::Function<EmissionGather> {
+    using Forward = Handle<&emission_gather>;
+    using Backward = Handle<&emission_gather_backward>;
+
+    static Tensor forward(AutogradContext* ctx, const Tensor& h, const Tensor& emit,
+                          const Tensor& x) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        ctx->save_for_backward({h, emit, x});
+        return Forward::get().call(h, emit, x);
+    }
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const variable_list saved = ctx->get_saved_variables();
+        const bool need_h = ctx->needs_input_grad(0), need_emit = ctx->needs_input_grad(1);
+        const auto [dh, demit] =
+            Backward::get().call(grads[0], saved[0], saved[1], saved[2], need_h, need_emit);
+        return {need_h ? dh : Tensor(), need_emit ? demit : Tensor(), {}};
+    }
+};
+
+inline Tensor emission_gather_autograd(c10::DispatchKeySet keys, const Tensor& h,
+                                       const Tensor& emit, const Tensor& x) {
+    refuse_tangents("emission_gather", {h, emit});
+    if (c10::GradMode::is_enabled() && (h.requires_grad() || emit.requires_grad()))
+        return EmissionGather::apply(h, emit, x);
+    const at::AutoDispatchBelowAutograd guard;
+    return EmissionGather::Forward::get().redispatch(keys & c10::after_autograd_keyset, h, emit, x);
 }
 
 // Saved: e, the parameters and the states of the walk.

@@ -1,8 +1,9 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
-from lora_ext.ops.circuit import CircuitScan, circuit_scan
+from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.circuit_decode import (
+    CircuitSample,
     circuit_argmax,
     circuit_conditional_dist,
     circuit_sample,
@@ -22,12 +23,14 @@ from lora_ext.ops.lora_train import lora_dropout, lora_linear
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
+    "CircuitSample",
     "CircuitScan",
     "bgmv_",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "emission_gather",
     "lora_apply",
     "lora_apply_",
     "lora_delta",

@@ -93,12 +93,27 @@ def _fake_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
 def _fake_circuit_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     _same_device("circuit_leaf", leaf, x)
     e = leaf.new_empty(leaf.shape[:3], dtype=_accumulator(leaf.dtype))
-    return e, torch.empty_like(e)
+    return e, e.new_empty(2, *e.shape)
 
 
-def _fake_circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, lse: Tensor) -> Tensor:
-    _same_device("circuit_leaf_backward", leaf, de, x, lse)
+def _fake_circuit_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    _same_device("circuit_leaf_backward", leaf, de, x, norm)
     return leaf.new_empty(leaf.shape)
+
+
+def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    _same_device("emission_gather", h, emit, x)
+    return h.new_empty(h.shape[0], *emit.shape[:2], dtype=_accumulator(h.dtype))
+
+
+def _fake_emission_gather_backward(
+    de: Tensor, h: Tensor, emit: Tensor, x: Tensor, need_h: bool, need_emit: bool
+) -> tuple[Tensor, Tensor]:
+    _same_device("emission_gather_backward", h, de, emit, x)
+    dh, demit = (
+        t.new_empty(t.shape if need else 0) for t, need in ((h, need_h), (emit, need_emit))
+    )
+    return dh, demit
 
 
 def _fake_circuit_scan(
@@ -208,6 +223,8 @@ def register(library: str) -> None:
         "lora_dropout": _fake_dropout,
         "circuit_leaf": _fake_circuit_leaf,
         "circuit_leaf_backward": _fake_circuit_leaf_backward,
+        "emission_gather": _fake_emission_gather,
+        "emission_gather_backward": _fake_emission_gather_backward,
         "circuit_scan": _fake_circuit_scan,
         "circuit_scan_backward": _fake_circuit_scan_backward,
         "circuit_conditional_dist": _fake_conditional_dist,

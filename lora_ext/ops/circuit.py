@@ -58,3 +58,32 @@ def circuit_scan(
     else:
         e = _c.circuit_leaf.default(leaf, x)[0]  # (B, K, C)
     return CircuitScan(*_c.circuit_scan.default(kind, e, prior, trans)[:3])
+
+
+def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    """Log-probabilities of the observed tokens under a linear head, without its logits in memory.
+
+    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, 0 where ``x`` is -1: what
+    :func:`circuit_scan` takes as ``leaf`` when its own ``x`` is None.
+
+    Differentiable once in ``h`` and ``emit``. Forward and backward go position by position through
+    chunks of rows whose ``(rows, C, V)`` logits, in the dtype of ``h``, fit into 64 MiB (one row at
+    least): a GEMM of the library into one buffer, then the leaf kernels in place; the backward
+    computes the logits again. Sums over positions and chunks are kept in float32. The bits of a
+    library's GEMM may depend on batch and threads, and with them those of the result.
+
+    Args:
+        h: ``(B, D)`` float16, bfloat16, float32, or float64 on the CPU.
+        emit: ``(K, C, V, D)``, dtype and device of ``h``: one unembedding per (k, z).
+        x: ``(B, K)`` int64, each in ``[-1, V)``, as in :func:`circuit_scan`.
+
+    Returns:
+        ``(B, K, C)`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: if a shape, dtype, device or token is wrong, naming the argument.
+        RuntimeError: on double backward.
+
+    Source: arXiv 2511.11346, the full-rank linear head.
+    """
+    return _c.emission_gather.default(h, emit, x)

@@ -78,9 +78,11 @@ struct CircuitParams {
 };
 
 // ------------------------------------------------------------------------------------------------
-// Leaves: e = logit[x] - lse, lse = log sum exp of a row of V logits; one reading of the logits.
-// Where x is -1: e = 0, and the logits are not read. Backward, from de:
-//   dlogit[v] = de (1[v = x] - exp(logit[v] - lse)), every element written once; 0 where de is 0.
+// Leaves: e = log softmax(logits)[x], one reading of each row of V logits. Where x is -1: e = 0,
+// and the logits are not read. Backward, from de:
+//   dlogit[v] = de (1[v = x] - softmax(logits)[v]), every element written once; 0 where de is 0.
+// What a row is normalised by is kept as top, its maximum (0 for one of nothing but -inf), and
+// log_sum = log sum exp(logit - top): their sum would lose the digits of large logits.
 // "float" below is double for float64 logits.
 struct CircuitLeafArgs {
     DType dtype = DType::kFloat32;
@@ -89,15 +91,15 @@ struct CircuitLeafArgs {
     int64_t logits_stride = 0;
     const int64_t* x = nullptr;  // (B, K), rows x_stride apart, each in [-1, V)
     int64_t x_stride = 0;
-    void* e = nullptr;    // (B, K, C) float, rows e_stride apart
-    void* lse = nullptr;  // likewise
+    void* e = nullptr;                        // (B, K, C) float, rows e_stride apart
+    void *top = nullptr, *log_sum = nullptr;  // likewise
     int64_t e_stride = 0;
     const void* de = nullptr;  // likewise
     void* dlogits = nullptr;   // (B, K, C, V) contiguous, or the logits themselves
 };
 
-// The scan: prefix[k] = logsumexp(cur_k + e_k), conditional[k] = prefix[k] - prefix[k - 1],
-// posterior[k] = softmax(cur_k); backward from the gradients of the first two.
+// The scan: prefix[k] = logsumexp(cur_k + e_k), posterior[k] = softmax(cur_k), conditional[k] =
+// logsumexp(cur_k + e_k) - logsumexp(cur_k); backward from the gradients of prefix and conditional.
 struct CircuitScanArgs {
     CircuitParams params;
     const void* e = nullptr;  // (B, K, C) float, rows e_stride apart

@@ -1,0 +1,140 @@
+"""The circuit ops' case table: what they are fed, every output, and how far each may lie off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops, reference
+from lora_ext.reference.circuit import KINDS, num_transitions
+
+Inputs = dict[str, Any]
+Outputs = dict[str, Tensor]
+LEAVES = ("leaf", "prior", "trans")
+
+
+@dataclass(frozen=True)
+class Window:
+    """One circuit: kind, rows, positions, components, vocabulary."""
+
+    kind: str
+    rows: int
+    n_token: int
+    components: int
+    vocab: int
+
+    @property
+    def matrices(self) -> int:
+        return num_transitions(self.kind, self.n_token)
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.rows}x{self.n_token}x{self.components}x{self.vocab}"
+
+
+def _windows(sizes: list[tuple[int, int, int, int]]) -> list[Window]:
+    return [Window(k, b, n, 1 if k == "ff" else c, v) for k in KINDS for b, n, c, v in sizes]
+
+
+SMALL = _windows([(1, 1, 1, 1), (3, 2, 5, 7), (2, 3, 8, 16), (5, 5, 3, 33), (2, 8, 17, 24)])
+MEDIUM = _windows([(0, 4, 3, 5), (3, 6, 33, 40), (2, 16, 32, 130), (1, 7, 70, 9)])
+LARGE = [
+    Window("hmm", 2, 3, 300, 20),
+    Window("btree", 1, 37, 20, 11),
+    Window("cp", 3, 4, 64, 5000),
+    Window("hmm", 1, 2, 1030, 3),
+]
+
+
+def circuit_inputs(
+    window: Window,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    scale: float = 2.0,
+    params: torch.dtype | None = None,
+    marginalised: bool = True,
+    device: str = "cpu",
+) -> Inputs:
+    """Random logits, tokens (some of them -1), and the gradients of prefix and conditional."""
+    g = torch.Generator().manual_seed(seed)
+    b, n, c, v = window.rows, window.n_token, window.components, window.vocab
+
+    def normal(*shape: int, as_dtype: torch.dtype) -> Tensor:
+        return (scale * torch.randn(shape, generator=g)).to(as_dtype)
+
+    params = params or dtype
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    m = window.matrices
+    inputs = {
+        "leaf": normal(b, n, c, v, as_dtype=dtype),
+        "prior": None if window.kind == "ff" else normal(b, c, as_dtype=params),
+        "trans": normal(b, m, c, c, as_dtype=params) if m else None,
+        "x": torch.randint(-1 if marginalised else 0, v, (b, n), generator=g),
+        "dprefix": torch.randn(b, n, generator=g).to(acc),
+        "dconditional": torch.randn(b, n, generator=g).to(acc),
+    }
+    inputs = {k: t.to(device) if isinstance(t, Tensor) else t for k, t in inputs.items()}
+    return {"kind": window.kind, **inputs}
+
+
+def _gradients(scan: reference.CircuitScan, i: Inputs, leaves: dict[str, Tensor]) -> Outputs:
+    grads = torch.autograd.grad(
+        (scan.prefix, scan.conditional),
+        list(leaves.values()),
+        (i["dprefix"], i["dconditional"]),
+        allow_unused=True,
+    )
+    return {
+        f"d{k}": torch.zeros_like(t) if g is None else g
+        for (k, t), g in zip(leaves.items(), grads, strict=True)
+    }
+
+
+def run(i: Inputs, scan: Any = None) -> Outputs:
+    """The three outputs, and the gradient of every leaf that there is."""
+    leaves = {k: i[k].detach().requires_grad_() for k in LEAVES if i[k] is not None}
+    out = (scan or ops.circuit_scan)(i["kind"], *(leaves.get(k) for k in LEAVES), i["x"])
+    return {**{k: t.detach() for k, t in out._asdict().items()}, **_gradients(out, i, leaves)}
+
+
+def formula(inputs: Inputs) -> Outputs:
+    """The same by the reference, in float64."""
+    i = {
+        k: v.cpu().double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    i["x"] = i["x"].cpu() if i["x"] is not None else None
+    return run(i, reference.circuit_scan)
+
+
+def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
+    """Largest |error| allowed, entry by entry; the inputs are taken as exact.
+
+    A logarithm of a sum of positive terms has the absolute error that its terms have relatively: a
+    few roundings u per position of numbers of the size of the logits and of log p, so of ``(8 + K)
+    (8 + |log p|) u``. A posterior's relative error is the absolute error of its logarithm.
+    Gradients are sums of products of such probabilities, within ``64 K u`` of the sum of the
+    gradients that come in, and are rounded to their dtype.
+    """
+    u = 2.0**-53 if inputs["leaf"].dtype == torch.float64 else 2.0**-24
+    n_token = inputs["leaf"].shape[1]
+    weight = sum(inputs[k].double().cpu().abs().sum(1) for k in ("dprefix", "dconditional"))
+    allowed = {}
+    for name, value in exact.items():
+        if name in ("prefix", "conditional"):
+            finite = value.nan_to_num(neginf=0).abs()
+            allowed[name] = u * (8 + n_token) * (8 + finite)
+        elif name == "posterior":
+            allowed[name] = u * (64 + n_token * (8 - 2 * value.clamp(min=1e-300).log())) * value
+            allowed[name] += 1e-37
+        else:
+            dtype = inputs[name[1:]].dtype
+            eps = torch.finfo(dtype).eps / 2
+            eps = eps if eps > u else 0.0
+            tiny = torch.finfo(dtype).smallest_normal * eps if eps else 0.0
+            size = weight.view(-1, *[1] * (value.dim() - 1))
+            allowed[name] = 1.02 * eps * value.abs() + tiny + u * 64 * n_token * size
+    return allowed

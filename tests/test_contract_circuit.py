@@ -1,0 +1,403 @@
+"""The circuit ops of the training path under every law, on every backend that is open here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from cases_circuit import (
+    LARGE,
+    LEAVES,
+    MEDIUM,
+    SMALL,
+    Inputs,
+    Outputs,
+    Window,
+    bounds,
+    circuit_inputs,
+    formula,
+    run,
+)
+from test_contract import assert_same_bits
+from torch import Tensor
+
+import lora_ext
+from lora_ext import ops, reference
+from lora_ext.reference.circuit import KINDS
+
+
+def windows(*lists: list[Window]) -> Any:
+    return pytest.mark.parametrize("window", [w for ws in lists for w in ws], ids=str)
+
+
+def skip_large(backend: Backend, window: Window) -> None:
+    if window not in SMALL and (backend.small or (not backend.is_twin and window in LARGE)):
+        pytest.skip("this backend runs the small shapes")
+
+
+def same(got: Outputs, expected: Outputs, what: object = "") -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert_same_bits(value, expected[name], f"{what} {name}: ")
+
+
+def check_bounds(got: Outputs, inputs: Inputs, what: object) -> None:
+    exact = formula(inputs)
+    allowed = bounds(inputs, exact)
+    assert got.keys() == exact.keys()
+    for name, value in got.items():
+        value = value.cpu().double()
+        impossible = exact[name] == -math.inf
+        assert torch.equal(value == -math.inf, impossible), f"{what} {name}: -inf elsewhere"
+        error = (value - exact[name]).abs()[~impossible]
+        worst = error / allowed[name].expand_as(exact[name])[~impossible].clamp(min=1e-300)
+        worst = worst.nan_to_num(torch.inf)
+        assert (worst <= 1).all(), f"{what} {name}: {worst.max():.2f} times the bound"
+
+
+# --- the formula --------------------------------------------------------------------------------
+@windows(SMALL, MEDIUM, LARGE)
+def test_stays_within_the_bound(backend: Backend, window: Window) -> None:
+    skip_large(backend, window)
+    for dtype in backend.dtypes():
+        i = circuit_inputs(window, dtype, seed=1, device=backend.device)
+        check_bounds(run(i), i, dtype)
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_leaves_and_parameters_have_dtypes_of_their_own(
+    backend: Backend, params: torch.dtype
+) -> None:
+    for dtype in backend.dtypes():
+        window = Window("btree", 2, 4, 6, 9)
+        i = circuit_inputs(window, dtype, seed=2, params=params, device=backend.device)
+        got = run(i)
+        assert all(got[f"d{k}"].dtype == i[k].dtype for k in LEAVES)
+        check_bounds(got, i, (dtype, params))
+
+
+def test_log_probabilities_may_take_the_place_of_logits(backend: Backend) -> None:
+    for kind in KINDS:
+        i = circuit_inputs(Window(kind, 3, 5, 1 if kind == "ff" else 4, 1), torch.float32, seed=3)
+        i = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in i.items()}
+        i |= {"leaf": -i["leaf"].abs()[..., 0], "x": None}
+        check_bounds(run(i), i, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_in_float64(kind: str) -> None:
+    i = circuit_inputs(Window(kind, 2, 5, 1 if kind == "ff" else 3, 4), torch.float64, seed=4)
+    leaves = [i[k].requires_grad_() for k in LEAVES if i[k] is not None]
+
+    def f(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.circuit_scan(kind, *values, *(None,) * (3 - len(values)), i["x"])[:2])
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+# --- what is impossible -------------------------------------------------------------------------
+def impossible_cases(device: str) -> dict[str, Inputs]:
+    cases: dict[str, Inputs] = {}
+    inf = -math.inf
+    for kind in ("cp", "hmm", "btree"):
+        i = circuit_inputs(Window(kind, 4, 5, 6, 7), torch.float32, seed=5, marginalised=False)
+        i["x"] %= 6
+        i["leaf"][1, 2, :, i["x"][1, 2]] = inf  # no state may emit the token
+        i["leaf"][2, 1] = inf  # rows of nothing but -inf
+        i["prior"][0, :5] = inf  # one legal start
+        i["prior"][3] = inf  # none
+        if i["trans"] is not None:
+            i["trans"][:, :, 2, 1:] = inf
+            i["trans"][0, 1, 4] = inf  # a state without a successor
+        cases[f"{kind} without a path"] = i
+        i = circuit_inputs(Window(kind, 2, 6, 4, 5), torch.float32, seed=6)
+        for t in (i["leaf"], i["prior"], *([i["trans"]] if i["trans"] is not None else [])):
+            t.copy_(torch.where(t > 0, 1e4, -1e4))
+        cases[f"{kind} at 1e4"] = i
+    i = circuit_inputs(Window("hmm", 2, 9, 40, 5), torch.float32, seed=7, marginalised=False)
+    band = torch.full((40, 40), inf)
+    for shift in (0, 1):
+        band.diagonal(shift).zero_()
+    i["trans"] = i["trans"] + band
+    i["prior"] = torch.where(torch.arange(40) == 0, 0.0, inf).expand(2, 40).contiguous()
+    # The path that the tokens allow is far below the states that they forbid later.
+    i["leaf"] = i["leaf"] * 40
+    cases["left to right"] = i
+    i = circuit_inputs(Window("hmm", 1, 4, 3, 3), torch.float32, seed=8, marginalised=False)
+    i["prior"] = torch.tensor([[0.0, -200.0, inf]])  # e^-200 is no float, and yet a path
+    i["leaf"][:, 1:, 0] = inf
+    i["trans"][:] = torch.tensor([[0.0, inf, inf], [inf, 0.0, -150.0], [inf, inf, 0.0]])
+    i["leaf"][:, 3, 1] = inf
+    cases["one path below the smallest float"] = i
+    i = circuit_inputs(Window("btree", 1, 4, 2, 3), torch.float32, seed=9, marginalised=False)
+    i["trans"][:] = torch.tensor([[0.0, -180.0], [-300.0, 0.0]])
+    i["leaf"][:, 0, 0] = inf  # only the second state starts ...
+    i["leaf"][:, 3, 1] = inf  # ... and only the first one ends
+    i["leaf"][:, 2, 1] = inf
+    cases["a tree whose halves need different states"] = i
+    return {
+        name: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in i.items()}
+        for name, i in cases.items()
+    }
+
+
+@pytest.mark.parametrize("name", impossible_cases("cpu"))
+def test_impossible_is_minus_infinity_with_gradient_zero_and_nothing_else_is(
+    backend: Backend, name: str
+) -> None:
+    i = impossible_cases(backend.device)[name]
+    got, exact = run(i), formula(i)
+    # e of the size of the logits is rounded once, and so is every sum with it.
+    largest = max(i[k].nan_to_num(neginf=0).abs().max() for k in LEAVES if i[k] is not None)
+    near = 2.0**-24 * (256 + 4 * float(largest))
+    for key, value in got.items():
+        assert torch.equal(value.cpu() == -math.inf, exact[key] == -math.inf), key
+        assert not value.isnan().any(), key
+        expected = exact[key].float()
+        if key == "posterior":
+            assert torch.equal(value.cpu() > 1e-37, expected > 1e-37)
+        torch.testing.assert_close(value.cpu(), expected, rtol=2e-6, atol=near)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> None:
+    if backend.small:
+        pytest.skip("this backend runs the small shapes")
+    c = 1 if kind == "ff" else 3
+    window = Window(kind, 1, 4096 if backend.is_twin else 512, c, 5)
+    i = circuit_inputs(window, torch.float32, seed=10, device=backend.device)
+    got, exact = run(i), formula(i)
+    for key, value in got.items():
+        assert value.isfinite().all()
+        exactly = exact[key].float()
+        # A component of cp sums its own log-probabilities, in float32.
+        torch.testing.assert_close(value.cpu(), exactly, rtol=3e-6, atol=1.3e-3)
+
+
+# --- same input, same bits ----------------------------------------------------------------------
+@windows(SMALL, MEDIUM)
+def test_repeats_its_bits_whatever_the_batch(backend: Backend, window: Window) -> None:
+    skip_large(backend, window)
+    i = circuit_inputs(window, torch.float32, seed=11, device=backend.device)
+    together = run(i)
+    same(run(i), together, "again")
+    for b in range(min(2, window.rows)):
+        alone = {k: v[b : b + 1] if isinstance(v, Tensor) else v for k, v in i.items()}
+        same(run(alone), {k: v[b : b + 1] for k, v in together.items()}, f"row {b}")
+
+
+@windows(SMALL, MEDIUM)
+def test_threads_change_no_bit(window: Window) -> None:
+    threads = torch.get_num_threads()
+    i = circuit_inputs(window, torch.float32, seed=12)
+    try:
+        torch.set_num_threads(1)
+        alone = run(i)
+        torch.set_num_threads(4)
+        same(run(i), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- strides ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_may_lie_apart_or_be_one_and_the_same(backend: Backend, kind: str) -> None:
+    for c, v in ((1 if kind == "ff" else 4, 8), (1 if kind == "ff" else 3, 5)):
+        i = circuit_inputs(Window(kind, 3, 4, c, v), torch.float32, seed=13, device=backend.device)
+        expected = run(i)
+        apart = {
+            k: torch.cat([i[k], i[k]], 1)[:, : i[k].shape[1]] for k in LEAVES if i[k] is not None
+        }
+        same(run({**i, **apart}), expected, "apart")
+        turned = {k: t.transpose(0, 1).contiguous().transpose(0, 1) for k, t in apart.items()}
+        same(run({**i, **turned, "x": i["x"].T.contiguous().T}), expected, "turned")
+        one = {k: i[k][:1].expand_as(i[k]) for k in apart}
+        copies = {k: t.contiguous() for k, t in one.items()}
+        same(run({**i, **one}), run({**i, **copies}), "one for all")
+
+
+def test_an_expanded_leaf_is_not_copied() -> None:
+    leaf = torch.randn(1, 4, 8, 500).expand(64, 4, 8, 500)
+    x = torch.zeros(64, 4, dtype=torch.long)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.circuit_scan("cp", leaf, None, None, x)
+    most = max(event.cpu_memory_usage for event in profile.key_averages())
+    assert most < leaf[0].nelement() * 4 * 8  # the copy would be 64 times that
+
+
+# --- torch's own laws ---------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_opcheck(kind: str) -> None:
+    i = circuit_inputs(Window(kind, 3, 5, 1 if kind == "ff" else 3, 6), torch.float32, seed=14)
+    library = torch.ops.lora_ext
+    leaf = i["leaf"].requires_grad_()
+    torch.library.opcheck(library.circuit_leaf.default, (leaf, i["x"]))
+    e, norm = library.circuit_leaf(leaf.detach(), i["x"])
+    torch.library.opcheck(library.circuit_leaf_backward.default, (e, leaf.detach(), i["x"], norm))
+    parts = [i[k].requires_grad_() if i[k] is not None else None for k in ("prior", "trans")]
+    torch.library.opcheck(library.circuit_scan.default, (kind, e.requires_grad_(), *parts))
+    detached = (e.detach(), *(t.detach() if t is not None else None for t in parts))
+    *_, states = library.circuit_scan(kind, *detached, True)
+    given = (i["dprefix"], None, kind, *detached, states, True, True)
+    torch.library.opcheck(library.circuit_scan_backward.default, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_graph_break(backend: Backend, kind: str) -> None:
+    i = circuit_inputs(
+        Window(kind, 3, 4, 1 if kind == "ff" else 3, 5),
+        torch.float32,
+        seed=15,
+        device=backend.device,
+    )
+    leaves = [i[k].requires_grad_() if i[k] is not None else None for k in LEAVES]
+
+    def loss(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> Tensor:
+        scan = ops.circuit_scan(kind, leaf * 2, prior, trans, i["x"])
+        return (scan.prefix * i["dprefix"]).sum() + scan.conditional.sum()
+
+    torch.compiler.reset()
+    given = [t for t in leaves if t is not None]
+    expected = torch.autograd.grad(loss(*leaves), given)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for mine, eager in zip(torch.autograd.grad(compiled(*leaves), given), expected, strict=True):
+        assert_same_bits(mine, eager)
+
+
+def test_gradients_come_only_where_they_are_wanted(backend: Backend) -> None:
+    i = circuit_inputs(Window("hmm", 2, 3, 4, 5), torch.float32, seed=16, device=backend.device)
+    every = run({**i, "dconditional": torch.zeros_like(i["dconditional"])})
+    for wanted in LEAVES:
+        parts = {k: i[k].detach().requires_grad_(k == wanted) for k in LEAVES}
+        scan = ops.circuit_scan("hmm", *parts.values(), i["x"])
+        (grad,) = torch.autograd.grad(scan.prefix, parts[wanted], i["dprefix"])
+        assert_same_bits(grad, every[f"d{wanted}"])
+        assert not scan.posterior.requires_grad
+
+
+def test_double_backward_and_forward_mode_are_refused() -> None:
+    i = circuit_inputs(Window("hmm", 2, 3, 4, 5), torch.float32, seed=17)
+    leaf = i["leaf"].requires_grad_()
+    prefix = ops.circuit_scan("hmm", leaf, i["prior"], i["trans"], i["x"]).prefix
+    with pytest.raises(RuntimeError, match="not itself differentiable"):
+        torch.autograd.grad((prefix * leaf[..., 0, 0]).sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(
+            lambda leaf: ops.circuit_scan("hmm", leaf, i["prior"], i["trans"], i["x"]).prefix,
+            (i["leaf"].detach(),),
+            (torch.ones_like(i["leaf"]),),
+        )
+
+
+# --- probabilities ------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_windows_together_have_probability_one(backend: Backend, kind: str) -> None:
+    v, n = 3, 4
+    i = circuit_inputs(
+        Window(kind, 1, n, 1 if kind == "ff" else 5, v), torch.float32, device=backend.device
+    )
+    x = torch.cartesian_prod(*[torch.arange(v)] * n).to(backend.device)
+    parts = [i[k].expand(len(x), *i[k].shape[1:]) if i[k] is not None else None for k in LEAVES]
+    scan = ops.circuit_scan(kind, *parts, x)
+    assert abs(scan.prefix[:, -1].double().exp().sum().item() - 1) < 1e-5
+    nothing = ops.circuit_scan(kind, *parts, torch.full_like(x, -1))
+    assert nothing.prefix.abs().max() < 1e-5 and nothing.conditional.abs().max() < 1e-5
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_replays_with_changed_contents(request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    window = Window("btree", 16, 8, 32, 320)
+    live = circuit_inputs(window, torch.bfloat16, seed=18, device="cuda")
+    parts = [live[k] for k in (*LEAVES, "x")]
+    ops.circuit_scan("btree", *parts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.circuit_scan("btree", *parts)
+    fresh = circuit_inputs(window, torch.bfloat16, seed=19, device="cuda")
+    for key in (*LEAVES, "x"):
+        live[key].copy_(fresh[key])
+    graph.replay()
+    for mine, eager in zip(captured, ops.circuit_scan("btree", *parts), strict=True):
+        assert_same_bits(mine, eager)
+
+
+def test_the_reference_is_what_these_tests_compare_with() -> None:
+    """The scan of the formula against its own enumeration is in test_circuit_reference.py."""
+    assert reference.circuit_scan is not ops.circuit_scan
+
+
+# --- a linear head ------------------------------------------------------------------------------
+def head(
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    seed: int = 0,
+    sizes: tuple[int, ...] = (3, 4, 9, 8),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, emit, x and the gradient of e; sizes: K, C, V, D."""
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(rows, sizes[-1], generator=g).to(dtype)
+    emit = torch.randn(sizes, generator=g).to(dtype)
+    x = torch.randint(-1, sizes[2], (rows, sizes[0]), generator=g)
+    de = torch.randn(rows, *sizes[:2], generator=g)
+    de = de.double() if dtype == torch.float64 else de
+    return tuple(t.to(device) for t in (h, emit, x, de))  # pyright: ignore
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_emission_gather_is_the_formula(backend: Backend, rows: int) -> None:
+    for dtype in backend.dtypes():
+        h, emit, x, de = head(rows, dtype, backend.device)
+        leaves = [t.detach().requires_grad_() for t in (h, emit)]
+        e = ops.emission_gather(*leaves, x)
+        got = [e.detach(), *torch.autograd.grad(e, leaves, de)]
+        wide = [t.detach().cpu().double().requires_grad_() for t in (h, emit)]
+        formula = reference.emission_gather(*wide, x.cpu())
+        exact = [formula.detach(), *torch.autograd.grad(formula, wide, de.cpu().double())]
+        # Logits, |l| <= 12, are rounded to dtype; so are their gradients and the sums over them.
+        u = torch.finfo(dtype).eps / 2
+        for mine, exactly, size in zip(got, exact, (12, 8, 8), strict=True):
+            error = (mine.cpu().double() - exactly).abs()
+            assert (error <= 4 * u * size * (1 + exactly.abs())).all(), dtype
+
+
+def test_emission_gather_goes_in_chunks_of_bounded_size() -> None:
+    rows, sizes = 300, (2, 8, 4100, 16)  # 131 KB of logits a row and position: 511 rows a chunk
+    h, emit, x, de = head(rows, torch.float32, "cpu", sizes=sizes)
+    h, de = h.repeat(4, 1), de.repeat(4, 1, 1)
+    leaves = [t.requires_grad_() for t in (h, emit)]
+    x = x.repeat(4, 1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        e = ops.emission_gather(*leaves, x)
+        grads = torch.autograd.grad(e, leaves, de)
+    most = max(event.cpu_memory_usage for event in profile.events())
+    assert most <= 64 << 20
+    expected = reference.emission_gather(h[:rows].detach(), emit.detach(), x[:rows])
+    torch.testing.assert_close(e[900:], expected, rtol=1e-5, atol=1e-5)
+    alone = [t.detach().requires_grad_() for t in (h[:rows], emit)]
+    few = torch.autograd.grad(ops.emission_gather(*alone, x[:rows]), alone, de[:rows])
+    torch.testing.assert_close(grads[0][900:], few[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads[1], 4 * few[1], rtol=1e-4, atol=1e-4)
+
+
+def test_emission_gather_keeps_torchs_laws() -> None:
+    h, emit, x, de = head(3, torch.float64, "cpu", seed=1, sizes=(2, 2, 3, 4))
+    leaves = [t.requires_grad_() for t in (h, emit)]
+    assert torch.autograd.gradcheck(lambda *t: ops.emission_gather(*t, x), leaves)
+    library = torch.ops.lora_ext
+    torch.library.opcheck(library.emission_gather.default, (*leaves, x))
+    given = (de, h.detach(), emit.detach(), x, True, False)
+    torch.library.opcheck(library.emission_gather_backward.default, given)
+    compiled = torch.compile(ops.emission_gather, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(*leaves, x), ops.emission_gather(*leaves, x))
+    chained = ops.circuit_scan("cp", ops.emission_gather(*leaves, x))
+    leaf = torch.einsum("bd,kcvd->bkcv", h, emit)
+    torch.testing.assert_close(chained, ops.circuit_scan("cp", leaf, None, None, x))
