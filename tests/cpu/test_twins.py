@@ -27,16 +27,23 @@ SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".spli
 FLAGS = ["-std=c++20", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi", *SANITIZE]
 
 
-def run_sanitized(folder: Path, stem: str, tests: list[str]) -> None:
-    """Compile the twins of ``csrc/cpu/<stem>_isa.cpp`` and their tests with sanitizers, and run."""
+@pytest.mark.parametrize("family", ["lora", "circuit", "circuit_decode"])
+def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path, family: str) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
-    isa, has_wide = ROOT / f"csrc/cpu/{stem}_isa.cpp", platform.machine() == "x86_64"
-    units = [(isa, ["-DLX_ISA=scalar"])]
-    units += [(ROOT / test, ["-DLX_WIDE_TABLE"] if has_wide else []) for test in tests]
-    if has_wide:
-        units.append((isa, [*ISAS["avx2"], "-DLX_ISA=avx2_wide", "-DLX_VEC_BYTES=64"]))
+    isa = ROOT / f"csrc/cpu/{family}_isa.cpp"
+    wide_table: list[str] = []
+    units = [
+        (isa, ["-DLX_ISA=scalar"]),
+        (ROOT / f"tests/cpu/{family}_twin_test.cpp", wide_table),
+    ]
+    if family == "lora":
+        units += [(ROOT / f, []) for f in ("csrc/cpu/lora.cpp", "tests/cpu/lora_plan_test.cpp")]
+    if platform.machine() == "x86_64":
+        wide = ["-mavx2", "-mfma", "-mf16c", "-DLX_ISA=avx2_wide", "-DLX_VEC_BYTES=64"]
+        units.append((isa, wide))
+        wide_table.append("-DLX_WIDE_TABLE")
 
     def run(*command: str) -> str:
         done = subprocess.run([compiler, *command], capture_output=True, text=True)
@@ -45,22 +52,13 @@ def run_sanitized(folder: Path, stem: str, tests: list[str]) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(run, *FLAGS, *extra, "-c", str(source), "-o", str(folder / f"{i}.o"))
+            pool.submit(run, *FLAGS, *extra, "-c", str(source), "-o", str(tmp_path / f"{i}.o"))
             for i, (source, extra) in enumerate(units)
         ]
         objects = [job.result() for job in jobs]
-    program = run(*SANITIZE, *objects, "-o", str(folder / "twins"))
+    program = run(*SANITIZE, *objects, "-o", str(tmp_path / "twins"))
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
-    tests = ["csrc/cpu/lora.cpp", "tests/cpu/lora_twin_test.cpp", "tests/cpu/lora_plan_test.cpp"]
-    run_sanitized(tmp_path, "lora", tests)
-
-
-def test_decoding_twins_keep_their_laws_under_sanitizers(tmp_path: Path) -> None:
-    run_sanitized(tmp_path, "circuit_decode", ["tests/cpu/circuit_decode_test.cpp"])
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -70,10 +70,11 @@ struct Small {
     static S put(double d) {
         const S sign = std::signbit(d) ? 0x8000 : 0;
         if (std::isnan(d)) return nan();
+        if (std::isinf(d)) return sign | kTop << kMantissaBits;
         int exponent = d == 0 ? 1 - kBias : std::max(std::ilogb(d), 1 - kBias);
         double units = std::nearbyint(std::ldexp(std::fabs(d), kMantissaBits - exponent));
         if (units >= (2 << kMantissaBits)) units /= 2, ++exponent;
-        if (exponent + kBias >= kTop || std::isinf(d)) return sign | kTop << kMantissaBits;
+        if (exponent + kBias >= kTop) return sign | kTop << kMantissaBits;
         const int low = static_cast<int>(units);
         const bool normal = low >= 1 << kMantissaBits;
         return sign | (normal ? (exponent + kBias - 1) * (1 << kMantissaBits) + low : low);
