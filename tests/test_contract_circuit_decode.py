@@ -271,7 +271,7 @@ def test_a_mixture_keeps_probabilities_below_the_smallest_number(backend: Backen
 def test_large_logits_lose_no_digits(backend: Backend) -> None:
     shape = Shape("hmm", 2, 3, 3, 20)
     i = make_inputs(shape, torch.float32, seed=12, device=backend.device)
-    far = {n: i[n] + 1e4 for n in ("leaf", "prior", "target")}
+    far = {n: i[n] + 1e4 for n in ("leaf", "prior", "trans", "target")}
     near = {n: t - 1e4 for n, t in far.items()}
     for (name, a), b in zip(run_all({**i, **far}).items(), run_all({**i, **near}).values(),
                             strict=True):  # fmt: skip

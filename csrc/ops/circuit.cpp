@@ -14,6 +14,7 @@
 
 #include "lora_ext/circuit.h"
 #include "ops/checks.h"
+#include "ops/circuit_args.h"
 #include "ops/scratch.h"
 #include "ops/settings.h"
 #include "ops/stream.h"
@@ -26,16 +27,6 @@ constexpr int64_t kSerialWork = 1 << 13;
 
 const CircuitCpu& twin() {
     return *circuit_cpu(lora_twin().isa);
-}
-
-at::ScalarType accumulator_of(const Tensor& t) {
-    return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The tensor itself if each row of its batch is contiguous, whatever lies between the rows, or a
-// copy.
-Tensor batch_of_rows(const Tensor& t) {
-    return t.size(0) == 0 || t.select(0, 0).is_contiguous() ? t : t.contiguous();
 }
 
 template <typename F>
@@ -53,13 +44,7 @@ void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token
     LX_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == n_token, op,
              ": x must have shape (B, K) = (", rows, ", ", n_token, "), got ", x.sizes());
     LX_CHECK(x.device() == device, op, ": x must be on ", device, ", got ", x.device());
-    if (launches_kernels(x) && !debug_mode()) return;
-    const Tensor host = x.to(at::kCPU).contiguous();
-    const int64_t* p = host.const_data_ptr<int64_t>();
-    const int64_t* bad = std::find_if(p, p + host.numel(),
-                                      [&](int64_t token) { return token < -1 || token >= vocab; });
-    LX_CHECK(bad == p + host.numel(), op, ": x[", (bad - p) / n_token, ", ", (bad - p) % n_token,
-             "] must be in [-1, ", vocab, "), got ", *bad);
+    check_range(op, "x", x, -1, vocab);
 }
 
 // Checks leaf and x; `leaf` and `x` keep alive what the arguments point at.
@@ -299,77 +284,25 @@ namespace {
 
 thread_local Scratch walk_scratch;
 
-CircuitKind kind_of(const char* op, std::string_view kind) {
-    if (kind == "ff") return CircuitKind::kFF;
-    if (kind == "cp") return CircuitKind::kCP;
-    if (kind == "hmm") return CircuitKind::kHMM;
-    if (kind == "btree") return CircuitKind::kBTree;
-    LX_CHECK(false, op, ": kind must be 'ff', 'cp', 'hmm' or 'btree', got '", kind, "'");
-}
-
 // One op under way: what the twins and launchers read, and the tensors that keep it alive.
 struct Call {
     const char* op;
     CircuitScanArgs args;
     Tensor e, prior, trans;
 
-    Call(const char* op, std::string_view kind_name, const Tensor& e_in,
-         const OptionalTensor& prior_in, const OptionalTensor& trans_in)
+    Call(const char* op, std::string_view kind, const Tensor& e_in, const OptionalTensor& prior_in,
+         const OptionalTensor& trans_in)
         : op(op) {
-        const CircuitKind kind = kind_of(op, kind_name);
         LX_CHECK(e_in.scalar_type() == at::kFloat || e_in.scalar_type() == at::kDouble, op,
                  ": e must be float32 or float64 (CPU), got ", e_in.scalar_type());
-        const DType dtype = dtype_of(op, "e", e_in);
         check_dim(op, "e", e_in, 3, "(B, K, C)");
-        CircuitParams& c = args.params;
-        c.rows = e_in.size(0);
-        c.n_token = e_in.size(1);
-        c.components = e_in.size(2);
-        LX_CHECK(c.n_token > 0 && c.components > 0, op,
-                 ": e must have at least one position and component, got shape ", e_in.sizes());
-        LX_CHECK(c.rows <= kMaxSize && c.n_token <= kMaxSize && c.components <= 1 << 15, op,
-                 ": at most 32768 components, and ", kMaxSize, " rows and positions, got ",
-                 e_in.sizes());
-        LX_CHECK(kind != CircuitKind::kFF || c.components == 1, op,
-                 ": kind 'ff' has one component, got ", c.components);
-        const int64_t matrices = circuit_num_transitions(kind, c.n_token);
+        const CircuitWeights weights = circuit_weights(op, kind, e_in, "e", prior_in, trans_in);
+        args.params = weights.params;
+        prior = weights.prior;
+        trans = weights.trans;
         e = batch_of_rows(e_in);
         args.e = e.const_data_ptr();
         args.e_stride = e.stride(0);
-        // float64 beside float64 only: elsewhere everything is computed in float32.
-        const auto given = prior_in   ? prior_in->scalar_type()
-                           : trans_in ? trans_in->scalar_type()
-                                      : e.scalar_type();
-        const auto type = dtype == DType::kFloat64 ? at::kDouble
-                          : given == at::kDouble   ? at::kFloat
-                                                   : given;
-        const auto take = [&](const char* name, const Tensor& t, at::IntArrayRef shape,
-                              const char* letters) {
-            LX_CHECK(t.device() == e.device(), op, ": ", name, " must be on ", e.device(), ", got ",
-                     t.device());
-            LX_CHECK(t.scalar_type() == given, op, ": ", name, " must have the dtype of prior, ",
-                     given, ", got ", t.scalar_type());
-            LX_CHECK(t.sizes() == shape, op, ": ", name, " must have shape ", letters, " = ", shape,
-                     ", got ", t.sizes());
-            return batch_of_rows(t.to(type));
-        };
-        if (prior_in) {
-            prior = take("prior", *prior_in, {c.rows, c.components}, "(B, C)");
-            c.prior = prior.const_data_ptr();
-            c.prior_stride = prior.stride(0);
-        }
-        LX_CHECK(matrices == 0 || trans_in, op, ": trans is required for kind '", kind_name,
-                 "' over ", c.n_token, " positions, got None");
-        if (trans_in) {
-            trans = take("trans", *trans_in, {c.rows, matrices, c.components, c.components},
-                         "(B, M, C, C)");
-            c.trans = trans.const_data_ptr();
-            c.trans_stride = trans.stride(0);
-        }
-        c.dtype = prior.defined()   ? dtype_of(op, "prior", prior)
-                  : trans.defined() ? dtype_of(op, "trans", trans)
-                                    : dtype;
-        c.kind = matrices > 0 ? kind : CircuitKind::kCP;
     }
 
     int64_t work() const {

@@ -3,6 +3,7 @@
 from lora_ext.ops import _registration
 from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.circuit_decode import (
+    CircuitSample,
     circuit_argmax,
     circuit_conditional_dist,
     circuit_sample,
@@ -30,6 +31,7 @@ from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
 
 __all__ = [
+    "CircuitSample",
     "CircuitScan",
     "LogMax",
     "ScaledWeights",

@@ -1,5 +1,5 @@
 // The decoding launchers on the emulator, under AddressSanitizer, in buffers that end where their
-// contents end. With the argument "short" the last row of the leaves is one element too long.
+// contents end. With the argument "overread" the last row of the leaves is one element too long.
 #include <string_view>
 
 #include "../cpu/circuit_decode_laws.h"
@@ -37,7 +37,7 @@ extern "C" __attribute__((visibility("default"))) const char* __asan_default_opt
 }
 
 int main(int count, char** words) {
-    too_long = count > 1 && std::string_view(words[1]) == "short";
+    too_long = count > 1 && std::string_view(words[1]) == "overread";
     const Decoder decoder{
         "emulated", with_workspace(launch_circuit_sample),
         with_workspace(launch_circuit_conditional_dist), with_workspace(launch_circuit_argmax),
