@@ -145,6 +145,7 @@ struct Weights {
                  call.op, ": scaled weights and their shifts must have the shape of w, ",
                  call.w.sizes(), ", got ", given_weight->sizes(), " and ", given_shift->sizes());
         weight = given_weight->view(sizes);
+        if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 != 0) weight = weight.clone();
         shift = *given_shift;
         a.weight = const_cast<void*>(weight.const_data_ptr());
         a.weight_shift = const_cast<void*>(shift.const_data_ptr());

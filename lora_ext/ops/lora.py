@@ -146,8 +146,7 @@ def lora_apply(
     """Return the low-rank update of every row by its own adapter.
 
     ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t]``; ids of -1 give zero
-    rows. Differentiable in ``x``, ``a`` and ``b``; the backward is that of the reference formula,
-    not yet fused.
+    rows. Differentiable once in ``x``, ``a`` and ``b``, by the kernels of :func:`lora_linear`.
 
     Args:
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
