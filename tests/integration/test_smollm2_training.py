@@ -83,7 +83,19 @@ def test_fifty_steps_have_the_losses_of_peft(base: tuple[Any, Any]) -> None:
     assert theirs[-1] < theirs[0] - 0.5  # it learned, so the adapter decided the losses
 
 
-def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    ("onednn", "bound"),
+    [
+        (False, LOSS_BOUND),
+        # 128 rows at once by oneDNN, 16 alone by torch's library: two roundings of every product,
+        # which AdamW's first steps, all of one size, amplify. Seen on AVX-512: 2.0e-4.
+        (True, 4 * LOSS_BOUND),
+    ],
+)
+def test_eight_adapters_at_once_have_the_losses_of_eight_runs(
+    base: tuple[Any, Any], onednn: bool, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     model, tokenizer = base
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     steps, length = 6, 16
@@ -105,5 +117,5 @@ def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, A
     for row, name in enumerate(NAMES):
         alone = train_one(with_adapters(model, [name], 5), name, texts[name])
         worst = max(abs(losses[row] - loss) for losses, loss in zip(found, alone, strict=True))
-        assert worst <= LOSS_BOUND, (name, worst)
+        assert worst <= bound, (name, worst)
         assert alone[-1] < alone[0]

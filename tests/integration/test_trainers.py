@@ -129,6 +129,7 @@ def _process(rank: int, port: int, run: Callable[[int], dict[str, Tensor]], path
         found = run(rank)
         if rank == 0:
             torch.save(found, path)
+        distributed.barrier()  # nobody leaves while gloo's threads still serve the other
     finally:
         distributed.destroy_process_group()
 
