@@ -24,11 +24,12 @@ constexpr int kDotRows = 6;  // 24 accumulators of 32 registers
 constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
 #endif
 constexpr int kDotRanks = 4;
-constexpr int kGroupRows = 24;   // shrink: rows and ranks whose accumulators wait on the stack
-constexpr int kGroupRanks = 32;  // between two blocks of I
-constexpr int kDotBlock = 1024;  // of I; 4 ranks of float are half of a 32 KiB L1
-constexpr int kDirectRows = 3;   // expand: up to so many rows, B is transposed in registers
-constexpr int kTileRows = 6;     // 12 accumulators
+constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators wait on the stack
+constexpr int kGroupRanks = 32;    // between two blocks of I
+constexpr int kDotBlock = 1024;    // of I; 4 ranks of float are half of a 32 KiB L1
+constexpr int kDirectRows = 3;     // expand: up to so many rows, B is transposed in registers
+constexpr int kWideTileRank = 16;  // and up to this rank pages are read several vectors at a time
+constexpr int kTileRows = 6;       // 12 accumulators
 constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply
@@ -154,22 +155,25 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
         store(y, load(y) + delta);
 }
 
-// kVecs vectors of outputs from o on, B transposed in registers. kPart: only the first n outputs of
-// one vector exist.
+// kVecs vectors of outputs from o on, B transposed in registers: one where there are many pages, or
+// the lines that a tile touches and prefetches in all of them leave L1 before they are used. kPart:
+// only the first n outputs of one vector exist.
 template <typename T, int kRows, int kVecs, bool kPart>
 LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
                            int64_t n) {
     constexpr int L = kLanes<T>;
     Vec<T> acc[kVecs][kRows] = {};
+    // Pages of a bank lie side by side: each prefetches its share of the next tile.
+    const T* const bank = slot.table ? nullptr : slot.b + (o + kVecs * L) * slot.b_row;
     const auto add_page = [&](int64_t p, int ranks) __attribute__((always_inline)) {
         const T* b = slot.b_page(p) + o * slot.b_row;
+        const T* next = bank ? bank + p * (kVecs * L * 8) : b + kAheadB / sizeof(T);
         const bool whole = ranks == 8 || slot.full_pages;
+        if constexpr (!kPart)
+            for (int i = 0; i < kVecs * L * 8; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
         for (int c = 0; c < kVecs; ++c) {
             Vec<T> bt[8];
             const T* from = b + c * L * slot.b_row;
-            if constexpr (!kPart)
-                for (int line = 0; line < L * 8 * int(sizeof(T)); line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAheadB + line);
             if (!kPart && whole)
                 load_transposed(from, slot.b_row, bt);
             else
@@ -187,10 +191,10 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
         for (int i = 0; i < kRows; ++i) add_to<T, kPart>(y[i] + o + c * L, acc[c][i], n);
 }
 
-template <typename T, int kRows>
+template <typename T, int kRows, int kVecs>
 void expand_direct(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t o,
                    int64_t o_end) {
-    constexpr int L = kLanes<T>, kVecs = kRows == 1 ? 4 : 2;
+    constexpr int L = kLanes<T>;
     const Acc<T>* vs[kRows];
     T* ys[kRows];
     for (int i = 0; i < kRows; ++i) vs[i] = v[i], ys[i] = y[i];
@@ -274,7 +278,11 @@ void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, i
         return expand_packed<T>(slot, v, y, rows, o, o_end);
     for (int64_t row = 0; row < rows; row += kDirectRows)
         with_constant<kDirectRows>(min(rows - row, kDirectRows), [&](auto n) {
-            expand_direct<T, n.value>(slot, v.from(row), y.from(row), o, o_end);
+            if (slot.table && slot.rank <= kWideTileRank)
+                expand_direct<T, n.value, n.value == 1 ? 4 : 2>(slot, v.from(row), y.from(row), o,
+                                                                o_end);
+            else
+                expand_direct<T, n.value, 1>(slot, v.from(row), y.from(row), o, o_end);
         });
 }
 
