@@ -86,6 +86,8 @@ using Shrink = NoBackward<&lora_ext::lora_shrink>;
 using Expand = NoBackward<&lora_ext::lora_expand_>;
 using Apply = NoBackward<&lora_ext::lora_apply_>;
 using LinearBackward = NoBackward<&lora_ext::lora_linear_backward>;
+using LogWeights = NoBackward<&lora_ext::log_einsum_weights>;
+using LogMax = NoBackward<&lora_ext::log_einsum_max>;
 using LeafBackward = NoBackward<&lora_ext::circuit_leaf_backward>;
 using EmissionBackward = NoBackward<&lora_ext::emission_gather_backward>;
 using ScanBackward = NoBackward<&lora_ext::circuit_scan_backward>;
@@ -195,6 +197,10 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     EmissionBackward::instead = "the gradient of emission_gather is not itself differentiable";
     ScanBackward::Handle::name = LX_OP(circuit_scan_backward);
     ScanBackward::instead = "the gradient of circuit_scan is not itself differentiable";
+    LogWeights::Handle::name = LX_OP(log_einsum_weights);
+    LogMax::Handle::name = LX_OP(log_einsum_max);
+    LogWeights::instead = LogMax::instead =
+        "call it under torch.no_grad(); log_einsum_exp is differentiable";
     train::Linear::Plan::name = LX_OP(lora_plan);
     train::Linear::Forward::name = LX_OP(lora_linear_forward);
     train::Dropout::Forward::name = LX_OP(lora_dropout);
@@ -223,6 +229,8 @@ TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, Autograd, m) {
     m.impl("circuit_sample", TORCH_FN(Sample::autograd));
     m.impl("circuit_argmax", TORCH_FN(Argmax::autograd));
     m.impl("spec_verify", TORCH_FN(Verify::autograd));
+    m.impl("log_einsum_weights", TORCH_FN(LogWeights::autograd));
+    m.impl("log_einsum_max", TORCH_FN(LogMax::autograd));
 }
 TORCH_LIBRARY_IMPL(LORA_EXT_LIBRARY, AutocastCPU, m) {
     m.impl("lora_linear_forward", TORCH_FN(train::autocast_linear<c10::kCPU>));

@@ -6,11 +6,21 @@ _C = _loader.load()
 
 # E402: the ops exist once the compiled module is in the process, and all that follows stands on
 # them.
-from lora_ext import nn, ops  # noqa: E402
+from lora_ext import circuits, methods, nn, ops  # noqa: E402
 from lora_ext.adapters import AdapterPool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.interop.transformers import attach, detach  # noqa: E402
 from lora_ext.nn import adapters  # noqa: E402
 
-__all__ = ["AdapterPool", "adapters", "attach", "detach", "from_peft", "nn", "ops"]
+__all__ = [
+    "AdapterPool",
+    "adapters",
+    "attach",
+    "circuits",
+    "detach",
+    "from_peft",
+    "methods",
+    "nn",
+    "ops",
+]
 __version__ = "0.1.0"

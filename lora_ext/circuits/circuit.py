@@ -16,7 +16,7 @@ from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.circuits import checks
 from lora_ext.circuits._execution import Evaluate, Execution, Weights
 from lora_ext.circuits.layered import FIRST_LEAF, MAX_BLOCK, compile_graph
-from lora_ext.circuits.leaves import External, Indicator, Leaf
+from lora_ext.circuits.leaves import External, Gaussian, Indicator, Leaf
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.reference.circuit import draw
 from lora_ext.reference.circuit_sum import log_weights
@@ -195,6 +195,12 @@ class Circuit(nn.Module):
         for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
             size = leaf.num_values()
             if size is None:
+                if isinstance(leaf, Gaussian) and (infinite := x[:, names].isinf()).any():
+                    row, column = infinite.nonzero()[0].tolist()
+                    raise ValueError(
+                        f"{name}: variable {names[column]} takes finite numbers, got "
+                        f"{x[row, names[column]].item()} in row {row}"
+                    )
                 continue
             known = _signed(x[:, names])
             wrong = (known < (0 if x.is_floating_point() else -1)) | (known >= size)
@@ -310,7 +316,7 @@ class Circuit(nn.Module):
         return torch.stack(out, 1)
 
     def _root(self, x: Tensor) -> Tensor:
-        return self.log_prob(x).view(len(x), -1)[:, 0]
+        return self.log_prob(x).unflatten(0, (len(x), 1)).flatten(1)[:, 0]
 
     # --- top-down ---------------------------------------------------------------------------------
     @torch.no_grad()

@@ -187,6 +187,7 @@ class RegionGraph:
     @staticmethod
     def cp(num_variables: int, rank: int, leaf: Leaf) -> RegionGraph:
         """A mixture of ``rank`` fully factorised distributions: one latent for all variables."""
+        _require_positive("cp", num_variables=num_variables, rank=rank)
         return RegionGraph(
             (
                 Region(rank, leaf=leaf, variables=(1 << num_variables) - 1, name="leaves"),
@@ -197,6 +198,7 @@ class RegionGraph:
     @staticmethod
     def hmm(num_variables: int, rank: int, leaf: Leaf, homogeneous: bool = False) -> RegionGraph:
         """A hidden Markov model; ``homogeneous`` shares transitions and emissions over time."""
+        _require_positive("hmm", num_variables=num_variables, rank=rank)
         return RegionGraph.hclt([t - 1 for t in range(num_variables)], rank, leaf, homogeneous)
 
     @staticmethod
@@ -216,8 +218,14 @@ class RegionGraph:
 
         Source: hidden Chow-Liu trees, Liu and Van den Broeck 2021.
         """
+        _require_positive("hclt", rank=rank)
         below: list[list[int]] = [[] for _ in parents]
         for v, parent in enumerate(parents):
+            if parent not in range(-1, len(parents)):
+                raise PCStructureError(
+                    f"hclt: parents must be -1 or variables 0 .. {len(parents) - 1}, got "
+                    f"{parent!r} above variable {v}"
+                )
             if parent >= 0:
                 below[parent].append(v)
         order = [v for v, parent in enumerate(parents) if parent < 0]
@@ -256,6 +264,7 @@ class RegionGraph:
     @staticmethod
     def btree(num_variables: int, rank: int, leaf: Leaf) -> RegionGraph:
         """Recursive halving in variable order, the tree of ``reference.circuit_scan``."""
+        _require_positive("btree", num_variables=num_variables, rank=rank)
         if num_variables == 1:
             return RegionGraph.cp(1, rank, leaf)
         regions: list[Region] = []
@@ -287,6 +296,13 @@ class RegionGraph:
 
         Source: RAT-SPN, Peharz et al. 2019.
         """
+        _require_positive(
+            "rat_spn",
+            repetitions=repetitions,
+            num_sums=num_sums,
+            num_inputs=num_inputs,
+            num_roots=num_roots,
+        )
         rng = random.Random(seed)
         regions: list[Region] = []
 
@@ -322,6 +338,9 @@ class RegionGraph:
 
         Source: Poon and Domingos 2011.
         """
+        _require_positive(
+            "poon_domingos", height=height, width=width, num_units=num_units, delta=delta
+        )
         regions: list[Region] = []
         known: dict[tuple[int, int, int, int], int] = {}
 
@@ -380,6 +399,11 @@ class RegionGraph:
         Raises:
             PCStructureError: on a cycle, an unknown name, and all that the constructor refuses.
         """
+        for name, given in inputs.items():
+            if bad := [v for v in given.variables if not 0 <= v <= _MAX_VARIABLE]:
+                raise PCStructureError(
+                    f"unit {name}: variables must be in 0 .. {_MAX_VARIABLE}, got {bad[0]}"
+                )
         parts: dict[str, list[tuple[tuple[str, ...], Kind]]] = {}
         for parent, children, *kind in products:
             if parent in inputs:
@@ -476,6 +500,12 @@ class RegionGraph:
                 lines.append(f"  p{i}_{n} -> r{i};")
                 lines += [f"  r{c} -> p{i}_{n};" for c in p.children]
         return "\n".join([*lines, "}"])
+
+
+def _require_positive(builder: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise PCStructureError(f"{builder}: {name} must be at least 1, got {size}")
 
 
 _MAX_VARIABLE = 1 << 22

@@ -1,1 +1,5 @@
 """Published methods, each a small policy over the layers and the ops."""
+
+from lora_ext.methods import mtpc
+
+__all__ = ["mtpc"]

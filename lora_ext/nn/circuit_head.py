@@ -231,7 +231,15 @@ class CircuitHead(nn.Module):
             ValueError: k outside [0, K), or as :meth:`log_prob`.
         """
         rows, tokens = self._rows(h), self._tokens(h, x)
-        k = torch.as_tensor(k, device=h.device).expand(h.shape[:-1]).reshape(-1)
+        k = torch.as_tensor(k, device=h.device)
+        if k.dtype != torch.int64:
+            raise TypeError(f"CircuitHead: k: expected int64, found {k.dtype}")
+        if k.dim() and k.shape != h.shape[:-1]:
+            raise ValueError(
+                f"CircuitHead: k: expected one position or shape {tuple(h.shape[:-1])}, "
+                f"found {tuple(k.shape)}"
+            )
+        k = k.expand(h.shape[:-1]).reshape(-1)
         if k.device.type == "cpu" and bool(((k < 0) | (k >= self.n_token)).any()):
             raise ValueError(f"CircuitHead: k: expected positions in [0, {self.n_token})")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
@@ -318,9 +326,9 @@ class CircuitHead(nn.Module):
             raise ValueError(f"CircuitHead.loss: gamma: expected a number in (0, 1], found {gamma}")
         if not 0 <= beta <= 1:
             raise ValueError(f"CircuitHead.loss: beta: expected a number in [0, 1], found {beta}")
-        valid = (labels != IGNORE).reshape(-1, self.n_token)
-        count = valid.sum(0).clamp(min=1)
-        each = -self.conditionals(h, labels).view(-1, self.n_token).sum(0) / count  # (K,)
+        conditionals = self.conditionals(h, labels)  # first, because it checks them
+        count = (labels != IGNORE).reshape(-1, self.n_token).sum(0).clamp(min=1)
+        each = -conditionals.view(-1, self.n_token).sum(0) / count  # (K,)
         if beta > 0:
             divergence = self._divergence(h, labels, teacher_logits) / count
             each = beta * divergence + (1 - beta) * each
@@ -336,6 +344,8 @@ class CircuitHead(nn.Module):
                 f"CircuitHead.loss: teacher_logits: expected shape {expected} with beta > 0, "
                 f"found {found}"
             )
+        if labels.numel() == 0:
+            return teacher.new_zeros(self.n_token)
         if labels.dim() > 2:  # windows of a teacher share memory, which flattening would undo
             parts = zip(h, labels, teacher, strict=True)
             return torch.stack([self._divergence(*part) for part in parts]).sum(0)

@@ -266,8 +266,13 @@ def _log_sum_double_backward(
     ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """By the formula itself, which torch can differentiate: all terms at once, and rarely."""
-    leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+    again = torch.is_grad_enabled()  # a third derivative is wanted
     with torch.enable_grad():
+        # Views: what dout is a function of does not count here.
+        leaves = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
         dout, w, values = leaves
         out = reference.log_einsum_exp(w, values, ctx.norm)
         first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
@@ -277,7 +282,11 @@ def _log_sum_double_backward(
             if d is not None and d.numel()
         ]
         grads = torch.autograd.grad(
-            [g for g, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True
+            [g for g, _ in pairs],
+            leaves,
+            [d for _, d in pairs],
+            create_graph=again,
+            allow_unused=True,
         )
     # `out` is a function of w and values, and its share is in theirs.
     return *grads, *(None,) * 6

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from lora_ext.ops._forward_mode import refuse_tangents
 from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
 
 _c = torch.ops.lora_ext
@@ -73,9 +74,10 @@ def log_einsum_exp(
     product that would underflow is computed again from shifted terms, forward and backward, so a
     path of probability ``e^-1000`` beside a heavier one that is closed keeps its value.
 
-    Differentiable twice in ``w`` and ``values`` with the sum, once with the max (of the term that
-    attains it). Weights that are shared meet the values in the library's GEMM, whose bits may
-    depend on batch and threads; with one matrix per row, a row's bits do not depend on its batch.
+    Differentiable in ``w`` and ``values``, any number of times with the sum, once with the max (of
+    the term that attains it). Weights that are shared meet the values in the library's GEMM, whose
+    bits may depend on batch and threads; with one matrix per row, a row's bits do not depend on its
+    batch.
 
     Args:
         w: ``(O, I)`` shared by all rows with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,
@@ -100,7 +102,7 @@ def log_einsum_exp(
 
     Raises:
         ValueError: if a shape, dtype, device or name disagrees, naming the argument.
-        RuntimeError: on a third derivative.
+        NotImplementedError: if an argument has a tangent of forward mode.
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
     """
@@ -108,7 +110,9 @@ def log_einsum_exp(
         raise ValueError(f"log_einsum_exp: norm must be one of {NORMS}, got {norm!r}")
     if semiring not in ("sum", "max"):
         raise ValueError(f"log_einsum_exp: semiring must be 'sum' or 'max', got {semiring!r}")
-    if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0:
+    refuse_tangents("log_einsum_exp", w, values)
+    leaf = w.requires_grad and w.is_leaf  # whose gradient belongs to each row
+    if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         if len(w) != len(values):
             raise ValueError(
                 f"log_einsum_exp: w and values must have as many rows, got shapes "
@@ -188,4 +192,5 @@ def log_bmm(a: Tensor, b: Tensor) -> Tensor:
             f"log_bmm: a and b must have shapes (B, M, K) and (B, K, N) and one dtype, got "
             f"{a.dtype} of shape {tuple(a.shape)} and {b.dtype} of shape {tuple(b.shape)}"
         )
+    refuse_tangents("log_bmm", a, b)
     return _c.log_einsum_exp.default(b.transpose(1, 2), a, "none", "fp32")

@@ -15,6 +15,8 @@ Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-L
 import torch
 from torch import Tensor
 
+from lora_ext.ops._forward_mode import refuse_tangents
+
 _c = torch.ops.lora_ext
 
 
@@ -165,9 +167,11 @@ def lora_apply(
 
     Raises:
         ValueError: if a shape, dtype or device disagrees, naming the argument.
+        NotImplementedError: if an argument has a tangent of forward mode.
 
     Source: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4.
     """
+    refuse_tangents("lora_apply", x, a, b, scale)
     return _c.lora_apply.default(x, a, b, adapter_ids, scale, ranks, page_table, plan)
 
 

@@ -282,6 +282,17 @@ def test_data_out_of_range_is_refused(x, message):
             query(x)
 
 
+def test_infinite_numbers_are_refused():
+    circuit = Circuit(RegionGraph.cp(2, 2, Gaussian()))
+    for query in (circuit.log_prob, circuit.conditionals, circuit.map, circuit.em_step):
+        with pytest.raises(ValueError, match="variable 1 takes finite numbers, got -inf in row 0"):
+            query(torch.tensor([[0.5, -torch.inf]]))
+
+
+def test_no_rows_give_no_conditionals():
+    assert circuit_of(GRAPHS["hmm"]()).conditionals(torch.zeros(0, 4)).shape == (0, 4)
+
+
 # --- sampling and MAP -----------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["cp", "hmm", "btree", "rat_spn", "poon_domingos"])
 def test_samples_follow_the_distribution(name):

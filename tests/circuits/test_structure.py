@@ -103,6 +103,31 @@ def test_a_tree_of_variables_needs_one_root_and_no_cycle():
         RegionGraph.hclt([-1, 2, 1], 2, BIT)
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda leaf: RegionGraph.cp(0, 2, leaf), "cp: num_variables must be at least 1, got 0"),
+        (lambda leaf: RegionGraph.hmm(3, 0, leaf), "hmm: rank must be at least 1"),
+        (lambda leaf: RegionGraph.btree(0, 2, leaf), "btree: num_variables must be at least 1"),
+        (
+            lambda leaf: RegionGraph.hclt([-1, 2], 2, leaf),
+            "parents must be .*got 2 above variable 1",
+        ),
+        (lambda leaf: RegionGraph.hclt([-1, 0], -1, leaf), "hclt: rank must be at least 1, got -1"),
+        (lambda leaf: RegionGraph.rat_spn(4, 1, 0, 2, 2, leaf), "repetitions must be at least 1"),
+        (lambda leaf: RegionGraph.poon_domingos(2, 0, 2, leaf), "width must be at least 1, got 0"),
+        (lambda leaf: RegionGraph.poon_domingos(2, 2, 2, leaf, 0), "delta must be at least 1"),
+        (
+            lambda leaf: RegionGraph.from_edges({"a": Input([-1], leaf)}, [("s", ["a"])]),
+            "unit a: variables must be in 0 .. .*, got -1",
+        ),
+    ],
+)
+def test_builders_name_an_argument_out_of_range(build, message):
+    with pytest.raises(PCStructureError, match=message):
+        build(BIT)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_builders_are_smooth_and_decomposable(name):
     graph = GRAPHS[name]()

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import transformers
 from methods.toy import FAMILIES, make_draft, make_model, prompts, train
 
 from lora_ext.methods import mtpc
+from lora_ext.methods.mtpc.tail import decoder_layers
 from lora_ext.methods.mtpc.trunk import run_trunk
 from lora_ext.nn import CircuitHead
 
@@ -172,3 +174,27 @@ def test_a_failed_retrofit_leaves_the_model_as_it_was():
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="output embeddings"):
         mtpc.retrofit(model.base_model)
+
+
+def test_a_draft_tail_refuses_alibi_by_name():
+    config = transformers.BloomConfig(vocab_size=9, hidden_size=16, n_layer=2, n_head=4)
+    model = transformers.BloomForCausalLM(config).eval()
+    tail = mtpc.DraftTail(model, num_layers=1)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"DraftTail: model: .* found ALiBi"):
+        run_trunk(model, tail, input_ids=ids, attention_mask=torch.ones_like(ids))
+    tail.remove()
+
+
+def test_a_draft_tail_finds_the_layers_of_a_mixture_of_experts():
+    config = transformers.MixtralConfig(
+        vocab_size=9,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    assert decoder_layers(model) is model.model.layers

@@ -396,6 +396,13 @@ def test_wrong_inputs_are_named():
         (ValueError, "tokens: expected ids in", lambda: head.log_prob(h, x + V)),
         (ValueError, "tokens: expected ids in", lambda: head.sample(h, x - 1)),
         (ValueError, "k: expected positions", lambda: head.full_conditional(h, x, K)),
+        (
+            ValueError,
+            "k: expected one position or shape",
+            lambda: head.full_conditional(h, x, torch.zeros(3, dtype=torch.int64)),
+        ),
+        (TypeError, "k: expected int64", lambda: head.full_conditional(h, x, torch.zeros(2, 3))),
+        (ValueError, "tokens: expected shape", lambda: head.loss(h, x[..., :-1])),
         (ValueError, "uniforms: expected shape", lambda: head.sample(h, uniforms=torch.rand(2, K))),
         (ValueError, "gamma", lambda: head.loss(h, x, gamma=0.0)),
         (ValueError, "gamma", lambda: head.loss(h, x, gamma=1.1)),

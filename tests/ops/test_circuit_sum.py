@@ -210,6 +210,35 @@ def test_first_and_second_derivatives(regime: str, norm: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *t: ops.log_einsum_exp(*t, norm), leaves)
 
 
+@pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
+def test_a_third_derivative_is_that_of_the_formula(regime: str) -> None:
+    shape = (2, 3, 2, 4) if regime == "grouped" else (3, 2, 4)
+    w, values = inputs(regime, shape, "logits", torch.float64, seed=3)
+    leaves = [t.nan_to_num(neginf=-1).requires_grad_() for t in (w, values)]
+
+    def third(f) -> tuple[Tensor, ...]:
+        # Each gradient is used in a way that makes the next depend on it and on its inputs.
+        value = f(*leaves).square().sum()
+        for power in (3, 2):
+            grads = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum((g**power).sum() for g in grads)
+        return torch.autograd.grad(value, leaves)
+
+    for a, b in zip(third(ops.log_einsum_exp), third(reference.log_einsum_exp), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_tangents_are_refused() -> None:
+    w, values = inputs("shared", (3, 2, 4), "logits", torch.float64)
+    for f in (
+        lambda v: ops.log_einsum_exp(w, v),
+        lambda v: ops.log_einsum_exp(w, v, "logits", "max").values,
+        lambda v: ops.log_bmm(v[None], w.T[None]),
+    ):
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.func.jvp(f, (values,), (values,))
+
+
 def test_log_bmm_is_the_formula_with_two_derivatives(backend: Backend) -> None:
     g = torch.Generator().manual_seed(0)
     a, b = 3 * torch.randn(3, 4, 5, generator=g), 3 * torch.randn(3, 5, 6, generator=g)
@@ -261,6 +290,18 @@ def test_an_expanded_matrix_counts_as_shared(backend: Backend) -> None:
     possible = a > -torch.inf
     da, db = (torch.autograd.grad(t[possible].sum(), w)[0] for t in (a, b))
     assert torch.equal(da, db)
+
+
+def test_each_row_of_an_expanded_leaf_has_its_own_gradient(backend: Backend) -> None:
+    w, values = inputs("shared", (6, 5, 8), "logits", torch.float32)
+    w, values = w.nan_to_num(neginf=-1).to(backend.device), values.to(backend.device)
+    expanded = w.expand(6, 5, 8).requires_grad_()
+    own = w.expand(6, 5, 8).clone().requires_grad_()
+    grads = [
+        torch.autograd.grad(ops.log_einsum_exp(t, values).clamp(min=-99).sum(), t)[0]
+        for t in (expanded, own)
+    ]
+    assert torch.equal(*grads)
 
 
 def test_a_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend) -> None:

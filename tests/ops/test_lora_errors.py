@@ -246,6 +246,10 @@ def test_a_gradient_of_torch_func_is_refused() -> None:
         torch.func.grad(lambda x: ops.lora_shrink(x, i["a"], i["adapter_ids"]).sum())(i["x"])
     with pytest.raises(NotImplementedError, match="lora_shrink has no forward-mode derivative"):
         torch.func.jvp(lambda x: ops.lora_shrink(x, i["a"], i["adapter_ids"]), (i["x"],), (i["x"],))
+    with pytest.raises(NotImplementedError, match="lora_apply has no forward-mode derivative"):
+        torch.func.jvp(
+            lambda x: ops.lora_apply(x, i["a"], i["b"], i["adapter_ids"]), (i["x"],), (i["x"],)
+        )
 
 
 def test_scale_that_wants_a_gradient_is_refused() -> None:

@@ -81,6 +81,11 @@ class DraftTail(nn.Module):
         def before(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if kwargs.get("alibi") is not None:
+                raise ValueError(
+                    "DraftTail: model: expected attention by positions, found ALiBi of all heads "
+                    "as an argument of the layers"
+                )
             # The first layer doubles the hidden states; later ones find them doubled.
             return twice(args), {name: twice(value) for name, value in kwargs.items()}
 
@@ -92,9 +97,10 @@ class DraftTail(nn.Module):
             yield
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest list of modules in the model."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise ValueError("DraftTail: model: expected a list of decoder layers, found none")
-    return max(lists, key=len)
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The stack of decoder layers: the outermost list of as many modules as there are layers."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"DraftTail: model: expected a list of {count} decoder layers, found none")
