@@ -118,7 +118,7 @@ struct Leaf {
             Vec<T> top = splat<Vec<T>>(kImpossible<A>), total{};
             for_terms([&](Vec<T> term) { top = max(top, term); });
             const Vec<T> shift = top == kImpossible<A> ? Vec<T>{} : top;
-            for_terms([&](Vec<T> term) { total += exp(term - shift); });
+            for_terms([&](Vec<T> term) { total += exp<false>(term - shift); });
             store_n(out + v, log(total) + shift, min(V - v, kLanes<T>));
         }
     }

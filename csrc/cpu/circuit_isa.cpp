@@ -46,10 +46,10 @@ LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> shift) {
     Vec<T> even{}, odd{};
     int64_t i = 0;
     for (; i + 2 * L <= n; i += 2 * L) {
-        even += exp(load(x + i) - shift);
-        odd += exp(load(x + i + L) - shift);
+        even += exp<false>(load(x + i) - shift);
+        odd += exp<false>(load(x + i + L) - shift);
     }
-    for (; i < n; i += L) even += exp(load_padded(x + i, n - i) - shift);
+    for (; i < n; i += L) even += exp<false>(load_padded(x + i, n - i) - shift);
     return lane_sum(even + odd);
 }
 
@@ -135,7 +135,7 @@ void leaf_backward(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
             }
             const A p = exp(load_n(row + x, 1) - top[z] - log_sum[z])[0];
             const auto value = [&](Vec<T> logit) __attribute__((always_inline)) {
-                return exp(logit - top[z] - log_sum[z]) * -g;
+                return exp<false>(logit - top[z] - log_sum[z]) * -g;
             };
             int64_t v = 0;
             for (; v + L <= vocab; v += L) store(out + v, value(load(row + v)));

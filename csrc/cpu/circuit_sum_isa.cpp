@@ -87,7 +87,7 @@ struct WeightRow {
     LX_INLINE Vec<T> scaled(int64_t i, int64_t count) const {
         const Vec<T> v = load_or(w + i, count, -kInfinity<A>);
         if (norm == WeightNorm::kProbs) return (v <= Vec<T>{} ? Vec<T>{} : v) / base;
-        return exp(v - base);
+        return exp<false>(v - base);
     }
     // log W_i - shift; at most 0.
     LX_INLINE Vec<T> log_scaled(int64_t i, int64_t count) const {

@@ -64,7 +64,30 @@ LX_INLINE V max(V a, V b) {
     return b > a ? b : a;
 }
 
+// y 2^n, 0 where x is below the logarithm of the smallest normal number. n is whole, and sits in
+// the low bits of `shifted` too.
 template <typename V>
+LX_INLINE V scale_exp(V x, V y, [[maybe_unused]] V n, [[maybe_unused]] V shifted) {
+    using F = Float<Element<V>>;
+    const V lowest = splat<V>(F::kLowest);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+        if constexpr (sizeof(x[0]) == 4)
+            return (V)_mm512_maskz_scalef_ps(
+                _mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ), (__m512)y, (__m512)n);
+        else
+            return (V)_mm512_maskz_scalef_pd(
+                _mm512_cmp_pd_mask((__m512d)x, (__m512d)lowest, _CMP_NLT_UQ), (__m512d)y,
+                (__m512d)n);
+    }
+#endif
+    // n in [-126, 127] (double: [-1022, 1023]).
+    const V scale = bit_cast<V>((bit_cast<Words<V>>(shifted) + F::kBias) << F::kMantissa);
+    return x < lowest ? V{} : y * scale;
+}
+
+// kHigh: x may be large. Without, it is promised to be small enough for a finite result, or NaN.
+template <bool kHigh = true, typename V>
 LX_INLINE V exp(V x) {
     using E = Element<V>;
     using F = Float<E>;
@@ -77,10 +100,8 @@ LX_INLINE V exp(V x) {
     V q = splat<V>(F::kExp[kTerms - 1]);
     for (int i = kTerms - 2; i >= 0; --i) q = fma(q, r, splat<V>(F::kExp[i]));
     const V y = fma(q, r * r, r) + 1;
-    // n sits in the low bits of `shifted`; n in [-126, 127] (double: [-1022, 1023]).
-    const auto scale = bit_cast<V>((bit_cast<Words<V>>(shifted) + F::kBias) << F::kMantissa);
-    V out = y * scale;
-    out = x < splat<V>(F::kLowest) ? V{} : out;
+    const V out = scale_exp(x, y, n, shifted);
+    if constexpr (!kHigh) return out;
     return x > splat<V>(F::kHighest) ? splat<V>(E(__builtin_inf())) : out;
 }
 
