@@ -4,6 +4,7 @@
 // one accumulator vector, folded once: its order depends on the instruction set alone.
 #include "lora_ext/circuit_sum.h"
 
+#include "dot_tile.h"
 #include "vec_math.h"
 
 namespace lora_ext::LX_ISA {
@@ -183,25 +184,70 @@ void values(const LogSumArgs& args, int64_t begin, int64_t end) {
                       WeightNorm::kLog, static_cast<A*>(args.value) + item * args.terms);
 }
 
-template <typename T>
-void finish(const LogSumArgs& args, int64_t begin, int64_t end) {
-    using A = Acc<T>;
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t g = item / args.rows, b = item % args.rows;
-        A* out = static_cast<A*>(args.out) + item * args.sums;
-        const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums;
-        const A shift = static_cast<const A*>(args.value_shift)[item];
-        for_vectors<A>(args.sums, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
-            const Vec<A> s = load_part(out + o, count);
-            store_part(out + o, log(s) + load_part(shifts + o, count) + shift, count);
-            for (int64_t j = 0; j < count; ++j) {
-                if (!(s[j] < kTiny<A>) || shift == -kInfinity<A> || shifts[o + j] == -kInfinity<A>)
-                    continue;
-                const WeightRow<T> row(weights_of<T>(args, g, 0, o + j), args.terms, args.norm);
-                out[o + j] = rescue(row, values_of<A>(args, g, b), args.terms, shifts[o + j]);
-            }
+constexpr int64_t kSums = 16;     // of an item of forward
+constexpr int64_t kTogether = 4;  // items: the rows are read once for so many
+
+// out[b, o] = value[b] . weight[o] for rows of `terms` numbers
+template <typename A>
+void multiply(const A* value, int64_t rows, const A* weight, int64_t sums, int64_t terms, A* out,
+              int64_t out_row) {
+    for (int64_t b = 0, tiles = blocks_of(rows, kDotRows), n; b < rows; b += n) {
+        n = blocks_of(rows - b, tiles--);
+        with_constant<kDotRows>(n, [&](auto count) {
+            const A* x[count.value];
+            for (int i = 0; i < count.value; ++i) x[i] = value + (b + i) * terms;
+            for (int64_t o = 0; o < sums; o += kDotRanks)
+                with_constant<kDotRanks>(min(sums - o, kDotRanks), [&](auto columns) {
+                    Vec<A> acc[count.value][columns.value] = {};
+                    dot_tile<A, count.value, columns.value>(x, weight + o * terms, terms, 0, terms,
+                                                            acc);
+                    for_sums<A>(acc, [&](int i, int j, A sum) __attribute__((always_inline)) {
+                        out[(b + i) * out_row + o + j] = sum;
+                    });
+                });
         });
     }
+}
+
+// s -> out, for the sums [o, o_end) of one row
+template <typename T>
+void finish(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, int64_t o_end) {
+    using A = Acc<T>;
+    A* out = static_cast<A*>(args.out) + (g * args.rows + b) * args.sums + o;
+    const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums + o;
+    const A shift = static_cast<const A*>(args.value_shift)[g * args.rows + b];
+    for_vectors<A>(o_end - o, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<A> s = load_part(out + i, count);
+        store_part(out + i, log(s) + load_part(shifts + i, count) + shift, count);
+        for (int64_t j = i; j < i + count; ++j) {
+            if (!(s[j - i] < kTiny<A>) || shift == -kInfinity<A> || shifts[j] == -kInfinity<A>)
+                continue;
+            const WeightRow<T> row(weights_of<T>(args, g, 0, o + j), args.terms, args.norm);
+            out[j] = rescue(row, values_of<A>(args, g, b), args.terms, shifts[j]);
+        }
+    });
+}
+
+// Weights are scaled where they are used, in L2 until all rows have met them.
+template <typename T>
+void forward(const LogSumArgs& args, int64_t begin, int64_t end) {
+    using A = Acc<T>;
+    const int64_t blocks = blocks_of(args.sums, kSums);
+    for (int64_t item = begin; item < end;) {
+        const int64_t g = item / blocks, o = item % blocks * kSums;
+        const int64_t together = min(kTogether, min(blocks - item % blocks, end - item));
+        const int64_t o_end = min(o + together * kSums, args.sums);
+        item += together;
+        if (!args.scaled) weights<T>(args, g * args.sums + o, g * args.sums + o_end);
+        multiply(static_cast<const A*>(args.value) + g * args.rows * args.terms, args.rows,
+                 static_cast<const A*>(args.weight) + (g * args.sums + o) * args.terms, o_end - o,
+                 args.terms, static_cast<A*>(args.out) + g * args.rows * args.sums + o, args.sums);
+        for (int64_t b = 0; b < args.rows; ++b) finish<T>(args, g, b, o, o_end);
+    }
+}
+
+int64_t forward_items(const LogSumArgs& args) {
+    return args.groups * blocks_of(args.sums, kSums);
 }
 
 template <typename T>
@@ -467,7 +513,7 @@ void by_dtype(const LogSumArgs& args, int64_t begin, int64_t end) {
     };
 LX_STEP(Weights, weights)
 LX_STEP(Values, values)
-LX_STEP(Finish, finish)
+LX_STEP(Forward, forward)
 LX_STEP(Ratios, ratios)
 LX_STEP(DValues, dvalues)
 LX_STEP(DWeights, dweights)
@@ -481,9 +527,9 @@ LX_STEP(Max, max_product)
 #define LX_STRING_(x) #x
 #define LX_STRING(x) LX_STRING_(x)
 extern const LogSumCpu log_sum_table;
-const LogSumCpu log_sum_table = {LX_STRING(LX_ISA),  by_dtype<Weights>, by_dtype<Values>,
-                                 by_dtype<Finish>,   by_dtype<Ratios>,  by_dtype<DValues>,
-                                 by_dtype<DWeights>, by_dtype<PerRow>,  by_dtype<PerRowBackward>,
-                                 by_dtype<Max>};
+const LogSumCpu log_sum_table = {
+    LX_STRING(LX_ISA), by_dtype<Weights>,        by_dtype<Values>,  forward_items,
+    by_dtype<Forward>, by_dtype<Ratios>,         by_dtype<DValues>, by_dtype<DWeights>,
+    by_dtype<PerRow>,  by_dtype<PerRowBackward>, by_dtype<Max>};
 
 }  // namespace lora_ext::LX_ISA

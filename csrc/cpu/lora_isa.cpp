@@ -13,17 +13,12 @@
 // in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
 // registers, expand transposes a block of B into a stack buffer and holds kTileRows rows x 2
 // vectors of y.
+#include "dot_tile.h"
 #include "lora_rows.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kDotRows = 6;  // 24 accumulators of 32 registers
-#else
-constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
-#endif
-constexpr int kDotRanks = 4;
 constexpr int kGroupRows = 24;     // shrink: rows and ranks whose accumulators wait on the stack
 constexpr int kGroupRanks = 32;    // between two blocks of I
 constexpr int kDotBlock = 1024;    // of I; 4 ranks of float are half of a 32 KiB L1
@@ -34,59 +29,17 @@ constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply
 constexpr int64_t kOutBlock = 1024;  // outputs of an item of expand
-// Bytes, and vectors of y: how far ahead of use A, B and y are prefetched.
-constexpr int64_t kAheadA = 512, kAheadB = 1024, kAheadY = 16;
+// Bytes, and vectors of y: how far ahead of use B and y are prefetched.
+constexpr int64_t kAheadB = 1024, kAheadY = 16;
 
 // ------------------------------------------------------------------------------------------------
 // Shrink
 
-// acc[row][rank] += x[row] . a[rank] over [k, k_end)
-template <typename T, int kRows, int kRanks>
-LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
-                        Vec<T> (&acc)[kRows][kRanks]) {
-    constexpr int L = kLanes<T>;
-    const auto step = [&](auto&& get) {
-        Vec<T> xs[kRows];
-        for (int i = 0; i < kRows; ++i) xs[i] = get(x[i] + k);
-        for (int j = 0; j < kRanks; ++j) {
-            const Vec<T> as = get(a + j * a_row + k);
-            for (int i = 0; i < kRows; ++i) acc[i][j] = fma(as, xs[i], acc[i][j]);
-        }
-    };
-    const auto ahead = [&] {
-        if constexpr (kRows <= 2)
-            for (int j = 0; j < kRanks; ++j)
-                __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAheadA);
-    };
-    if constexpr (kPairs<T>)
-        for (; k + 2 * L <= k_end; k += 2 * L) {
-            ahead();
-            Pairs xs[kRows];
-            for (int i = 0; i < kRows; ++i) xs[i] = load_bits<Pairs>(x[i] + k);
-            for (int j = 0; j < kRanks; ++j) {
-                const Pairs as = load_bits<Pairs>(a + j * a_row + k);
-                for (int i = 0; i < kRows; ++i) acc[i][j] = dot_pairs(as, xs[i], acc[i][j]);
-            }
-        }
-    for (; k + L <= k_end; k += L) {
-        ahead();
-        step([](const T* p) __attribute__((always_inline)) { return load(p); });
-    }
-    if (k < k_end)
-        step([n = k_end - k](const T* p) __attribute__((always_inline)) { return load_n(p, n); });
-}
-
 template <typename T, int kRows, int kRanks>
 LX_INLINE void write_v(const Vec<T> (&acc)[kRows][kRanks], Acc<T> scale, const Rows<Acc<T>>& v,
                        int64_t row, int64_t rank) {
-    for (int i = 0; i < kRows; ++i) {
-        Vec<T> four[4];
-        Acc<T> sums[4];
-        for (int j = 0; j < 4; ++j) four[j] = acc[i][j < kRanks ? j : 0];
-        sum_lanes<T>(four, sums);
-        Acc<T>* out = v[row + i] + rank;
-        for (int j = 0; j < kRanks; ++j) out[j] = scale * sums[j];
-    }
+    for_sums<T>(acc, [&](int i, int j, Acc<T> sum)
+                         __attribute__((always_inline)) { v[row + i][rank + j] = scale * sum; });
 }
 
 // Few rows: one pass over A, nothing waits in memory.

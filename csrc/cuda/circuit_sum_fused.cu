@@ -29,7 +29,7 @@ constexpr float kHalfScale = 0x1p14f;
 
 // Bytes between rows of values: whole steps, then 64 off a multiple of 128.
 LX_HOST_DEVICE constexpr int value_row_bytes(int64_t terms) {
-    const int bytes = static_cast<int>(ceil_div(terms, kStep)) * kStep * 2;
+    const int bytes = (static_cast<int>(terms) + kStep - 1) / kStep * kStep * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;
 }
 

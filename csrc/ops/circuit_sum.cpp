@@ -1,5 +1,5 @@
-// Sum layers: tensors in, checks, allocation, choice of twin or kernel. The products of shared
-// weights are at::bmm; all else is a twin or a kernel.
+// Sum layers: tensors in, checks, allocation, choice of twin or kernel. Products of shared weights
+// are at::bmm on CUDA and in the backward; all else is a twin or a kernel.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
@@ -113,7 +113,10 @@ struct Call {
             check_launch(op, launch(args, current_stream(values)));
             return;
         }
-        const Step f = log_sum_cpu(lora_twin().isa)->*step;
+        on_twin(twin().*step, items, work);
+    }
+    static const LogSumCpu& twin() { return *log_sum_cpu(lora_twin().isa); }
+    void on_twin(Step f, int64_t items, int64_t work) const {
         const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work));
         at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(args, begin, end); });
     }
@@ -122,17 +125,19 @@ struct Call {
     }
 };
 
-// The weights that a product takes: those given, or made here.
+// The weights that a product takes: those given, or made here, or room for them.
 struct Weights {
     Tensor weight, shift;
 
-    Weights(Call& call, const OptionalTensor& given_weight, const OptionalTensor& given_shift) {
+    Weights(Call& call, const OptionalTensor& given_weight, const OptionalTensor& given_shift,
+            bool make = true) {
         LogSumArgs& a = call.args;
         const at::DimVector sizes = {a.groups, a.sums, a.terms};
         if (!given_weight && !given_shift) {
             weight = call.take(a.weight, sizes);
             shift = call.take(a.weight_shift, at::IntArrayRef(sizes).slice(0, 2));
-            call.run(&LogSumCpu::weights, launch_log_sum_weights, a.groups * a.sums, a.terms);
+            if (make)
+                call.run(&LogSumCpu::weights, launch_log_sum_weights, a.groups * a.sums, a.terms);
             return;
         }
         for (const OptionalTensor& t : {given_weight, given_shift})
@@ -149,6 +154,7 @@ struct Weights {
         shift = *given_shift;
         a.weight = const_cast<void*>(weight.const_data_ptr());
         a.weight_shift = const_cast<void*>(shift.const_data_ptr());
+        a.scaled = true;
     }
 };
 
@@ -201,15 +207,22 @@ Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view no
         call.value_rows(&LogSumCpu::per_row, launch_log_sum_per_row, args.sums * args.terms);
         return out;
     }
-    const Weights weights(call, given_weight, given_shift);
-    if (precision != "fp32" && launches_kernels(values) && log_sum_fused_fits(args)) {
+    const bool kernels = launches_kernels(values);
+    const Weights weights(call, given_weight, given_shift, kernels);
+    if (precision != "fp32" && kernels && log_sum_fused_fits(args)) {
         check_launch(op, launch_log_sum_fused(args, precision == "high", current_stream(values)));
         return out;
     }
     const Values scaled(call);
-    Tensor s = out.view({args.groups, args.rows, args.sums});
-    at::bmm_out(s, scaled.value, weights.weight.transpose(1, 2));
-    call.value_rows(&LogSumCpu::finish, launch_log_sum_finish, args.sums);
+    if (kernels) {
+        Tensor s = out.view({args.groups, args.rows, args.sums});
+        at::bmm_out(s, scaled.value, weights.weight.transpose(1, 2));
+        check_launch(op, launch_log_sum_finish(args, current_stream(values)));
+        return out;
+    }
+    const int64_t items = Call::twin().forward_items(args);
+    call.on_twin(Call::twin().forward, items,
+                 args.groups * args.sums * args.terms * (4 + args.rows) / (4 * items));
     return out;
 }
 

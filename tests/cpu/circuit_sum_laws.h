@@ -3,6 +3,7 @@
 // leads to, so that what is left has to be rescued.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -51,6 +52,19 @@ inline float to_number(uint16_t x) {
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
+}
+
+// What the library's GEMM does: c = a b, of strides a and b.
+inline void library_product(const float* a, const float* b, float* c, int64_t rows, int64_t columns,
+                            int64_t depth, int64_t a_row, int64_t a_step, int64_t b_step,
+                            int64_t b_column) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < columns; ++k) {
+            float sum = 0;
+            for (int64_t d = 0; d < depth; ++d)
+                sum += a[r * a_row + d * a_step] * b[d * b_step + k * b_column];
+            c[r * columns + k] = sum;
+        }
 }
 
 // `Steps` has a function per step of LogSumCpu, of the arguments alone.
@@ -150,34 +164,24 @@ void check_log_sum(const LogSumShape& s, WeightNorm norm, const Steps& steps) {
         check_out("per row");
         steps.per_row_backward(args);
     } else {
-        steps.weights(args);
-        steps.fused(args);  // of kernels; leaves what a twin cannot do
-        if (steps.kHasFused) check_out("fused");
         steps.values(args);
-        // The library's products.
-        const auto product = [&](const float* a, const float* b, float* c, int64_t rows,
-                                 int64_t columns, int64_t depth, int64_t a_row, int64_t a_step,
-                                 int64_t b_step, int64_t b_column) {
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t k = 0; k < columns; ++k) {
-                    float sum = 0;
-                    for (int64_t d = 0; d < depth; ++d)
-                        sum += a[r * a_row + d * a_step] * b[d * b_step + k * b_column];
-                    c[r * columns + k] = sum;
-                }
-        };
-        const int64_t V = s.rows * s.terms, W = s.sums * s.terms, R = s.rows * s.sums;
-        for (int64_t g = 0; g < s.groups; ++g)
-            product(value.data() + g * V, weight.data() + g * W, out.data() + g * R, s.rows, s.sums,
-                    s.terms, s.terms, 1, 1, s.terms);
-        steps.finish(args);
+        steps.forward(args);
         check_out("shared");
+        args.scaled = true;
+        std::fill_n(out.data(), out.size, 0.0f);
+        steps.forward(args);
+        check_out("shared, scaled before");
+        if (steps.kHasFused) {
+            steps.fused(args);
+            check_out("fused");
+        }
+        const int64_t V = s.rows * s.terms, W = s.sums * s.terms, R = s.rows * s.sums;
         steps.ratios(args);
         for (int64_t g = 0; g < s.groups; ++g) {
-            product(ratio.data() + g * R, weight.data() + g * W, dvalues.data() + g * V, s.rows,
-                    s.terms, s.sums, s.sums, 1, s.terms, 1);
-            product(ratio.data() + g * R, value.data() + g * V, flow.data() + g * W, s.sums,
-                    s.terms, s.rows, 1, s.sums, s.terms, 1);
+            library_product(ratio.data() + g * R, weight.data() + g * W, dvalues.data() + g * V,
+                            s.rows, s.terms, s.sums, s.sums, 1, s.terms, 1);
+            library_product(ratio.data() + g * R, value.data() + g * V, flow.data() + g * W, s.sums,
+                            s.terms, s.rows, 1, s.sums, s.terms, 1);
         }
         steps.dvalues(args);
         steps.dweights(args);

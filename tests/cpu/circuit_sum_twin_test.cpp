@@ -17,7 +17,7 @@ struct Twin {
     void weights(const LogSumArgs& a) const { cpu.weights(a, 0, weight_items(a)); }
     void fused(const LogSumArgs&) const {}
     void values(const LogSumArgs& a) const { cpu.values(a, 0, value_items(a)); }
-    void finish(const LogSumArgs& a) const { cpu.finish(a, 0, value_items(a)); }
+    void forward(const LogSumArgs& a) const { cpu.forward(a, 0, cpu.forward_items(a)); }
     void ratios(const LogSumArgs& a) const { cpu.ratios(a, 0, value_items(a)); }
     void dvalues(const LogSumArgs& a) const { cpu.dvalues(a, 0, value_items(a)); }
     void dweights(const LogSumArgs& a) const { cpu.dweights(a, 0, weight_items(a)); }

@@ -25,7 +25,15 @@ struct Kernels {
         launched(launch_log_sum_fused(a, /*high=*/false, nullptr));
     }
     void values(const LogSumArgs& a) const { launched(launch_log_sum_values(a, nullptr)); }
-    void finish(const LogSumArgs& a) const { launched(launch_log_sum_finish(a, nullptr)); }
+    void forward(const LogSumArgs& a) const {
+        if (!a.scaled) launched(launch_log_sum_weights(a, nullptr));
+        for (int64_t g = 0; g < a.groups; ++g)
+            library_product(static_cast<const float*>(a.value) + g * a.rows * a.terms,
+                            static_cast<const float*>(a.weight) + g * a.sums * a.terms,
+                            static_cast<float*>(a.out) + g * a.rows * a.sums, a.rows, a.sums,
+                            a.terms, a.terms, 1, 1, a.terms);
+        launched(launch_log_sum_finish(a, nullptr));
+    }
     void ratios(const LogSumArgs& a) const { launched(launch_log_sum_ratios(a, nullptr)); }
     void dvalues(const LogSumArgs& a) const { launched(launch_log_sum_dvalues(a, nullptr)); }
     void dweights(const LogSumArgs& a) const { launched(launch_log_sum_dweights(a, nullptr)); }

@@ -315,6 +315,20 @@ def test_a_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend
         assert torch.equal(alone, together[b : b + 1])
 
 
+def test_a_row_with_shared_weights_does_not_depend_on_batch_or_threads() -> None:
+    w, values = inputs("shared", (67, 70, 130), "logits", torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    together = ops.log_einsum_exp(w, values)
+    torch.set_num_threads(1)
+    assert torch.equal(ops.log_einsum_exp(w, values), together)
+    torch.set_num_threads(before)
+    for rows in (slice(0, 1), slice(60, 64), slice(66, 67)):
+        assert torch.equal(ops.log_einsum_exp(w, values[rows]), together[rows])
+    scaled = ops.log_einsum_weights(w)
+    assert torch.equal(ops.log_einsum_exp(w, values, scaled=scaled), together)
+
+
 def test_threads_change_no_bit_of_rows_with_their_own_matrix() -> None:
     w, values = inputs("per row", (64, 16, 64), "logits", torch.float32)
     w.requires_grad_()

@@ -10,7 +10,7 @@
 //   W[o, i] = weight[o, i] exp(weight_shift[o]),   weight with row maximum 1
 //   exp(l[b, i]) = value[b, i] exp(value_shift[b]), value with row maximum 1
 //   s = value weight^T,   out = log s + weight_shift + value_shift
-// where csrc/ops has the product done by the library's GEMM or one fused kernel does it all.
+// where on CUDA the product is the library's GEMM, or one fused kernel does it all.
 // Otherwise one matrix per row, each weight read once.
 //
 // -inf is legal in l and in w. A row without possible terms has shift -inf, everything scaled is 0,
@@ -45,6 +45,7 @@ struct LogSumArgs {
     void* out = nullptr;         // (G, B, O) float; shared: s before, the result after
     int32_t* indices = nullptr;  // (G, B, O) of the max-product form
     // Shared regime, float.
+    bool scaled = false;           // weight and weight_shift are given
     void* weight = nullptr;        // (G, O, I)
     void* weight_shift = nullptr;  // (G, O)
     void* value = nullptr;         // (G, B, I); scratch of the other regime
@@ -60,11 +61,13 @@ struct LogSumArgs {
 // CPU twins. ops splits [0, items) over threads; no bit depends on how.
 struct LogSumCpu {
     const char* isa;
-    // Shared regime. Items: (g, o) of weights and dweights, (g, b) of the others.
+    // Shared regime. Items: (g, o) of weights and dweights, (g, b) of the others but forward.
     void (*weights)(const LogSumArgs&, int64_t begin, int64_t end);  // w -> weight, its shift
     void (*values)(const LogSumArgs&, int64_t begin, int64_t end);   // l -> value, its shift
-    void (*finish)(const LogSumArgs&, int64_t begin, int64_t end);   // s -> out
-    void (*ratios)(const LogSumArgs&, int64_t begin, int64_t end);   // dout, out -> ratio
+    // value and w, or value and scaled weights -> out, and the weights if they were not given.
+    int64_t (*forward_items)(const LogSumArgs&);
+    void (*forward)(const LogSumArgs&, int64_t begin, int64_t end);
+    void (*ratios)(const LogSumArgs&, int64_t begin, int64_t end);  // dout, out -> ratio
     void (*dvalues)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*dweights)(const LogSumArgs&, int64_t begin, int64_t end);
     // One matrix per row; items are (g, b). Scratch: `value`, backward also `weight`, (G, B, I)

@@ -1,0 +1,68 @@
+// Dot products of a few rows with a few others, along the axis that is contiguous in both: the
+// small product of matrices that LoRA's shrink and the sum layers of circuits are made of. Built on
+// vec.h and, as that, per instruction set.
+#pragma once
+
+#include "vec.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kDotRows = 6;  // 24 accumulators of 32 registers
+#else
+constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
+#endif
+constexpr int kDotRanks = 4;
+constexpr int64_t kAheadA = 512;  // bytes ahead of use at which `a` is prefetched
+
+// acc[row][rank] += x[row] . a[rank] over [k, k_end)
+template <typename T, int kRows, int kRanks>
+LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
+                        Vec<T> (&acc)[kRows][kRanks]) {
+    constexpr int L = kLanes<T>;
+    const auto step = [&](auto&& get) {
+        Vec<T> xs[kRows];
+        for (int i = 0; i < kRows; ++i) xs[i] = get(x[i] + k);
+        for (int j = 0; j < kRanks; ++j) {
+            const Vec<T> as = get(a + j * a_row + k);
+            for (int i = 0; i < kRows; ++i) acc[i][j] = fma(as, xs[i], acc[i][j]);
+        }
+    };
+    const auto ahead = [&] {
+        if constexpr (kRows <= 2)
+            for (int j = 0; j < kRanks; ++j)
+                __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAheadA);
+    };
+    if constexpr (kPairs<T>)
+        for (; k + 2 * L <= k_end; k += 2 * L) {
+            ahead();
+            Pairs xs[kRows];
+            for (int i = 0; i < kRows; ++i) xs[i] = load_bits<Pairs>(x[i] + k);
+            for (int j = 0; j < kRanks; ++j) {
+                const Pairs as = load_bits<Pairs>(a + j * a_row + k);
+                for (int i = 0; i < kRows; ++i) acc[i][j] = dot_pairs(as, xs[i], acc[i][j]);
+            }
+        }
+    for (; k + L <= k_end; k += L) {
+        ahead();
+        step([](const T* p) __attribute__((always_inline)) { return load(p); });
+    }
+    if (k < k_end)
+        step([n = k_end - k](const T* p) __attribute__((always_inline)) { return load_n(p, n); });
+}
+
+// f(row, rank, sum of lanes)
+template <typename T, int kRows, int kRanks, typename F>
+LX_INLINE void for_sums(const Vec<T> (&acc)[kRows][kRanks], F&& f) {
+    for (int i = 0; i < kRows; ++i) {
+        Vec<T> four[4];
+        Acc<T> sums[4];
+        for (int j = 0; j < 4; ++j) four[j] = acc[i][j < kRanks ? j : 0];
+        sum_lanes<T>(four, sums);
+        for (int j = 0; j < kRanks; ++j) f(i, j, sums[j]);
+    }
+}
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA
