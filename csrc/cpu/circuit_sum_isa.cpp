@@ -4,7 +4,7 @@
 // one accumulator vector, folded once: its order depends on the instruction set alone.
 #include "lora_ext/circuit_sum.h"
 
-#include "dot_tile.h"
+#include "tiles.h"
 #include "vec_math.h"
 
 namespace lora_ext::LX_ISA {
@@ -269,25 +269,89 @@ void ratios(const LogSumArgs& args, int64_t begin, int64_t end) {
     }
 }
 
+// sum ratio weight -> dl, of one row
+template <typename T>
+void scale_dvalues(const LogSumArgs& args, int64_t item) {
+    using A = Acc<T>;
+    const int64_t g = item / args.rows, b = item % args.rows;
+    A* d = static_cast<A*>(args.dvalues) + item * args.terms;
+    const A* value = static_cast<const A*>(args.value) + item * args.terms;
+    for_vectors<A>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        store_part(d + i, load_part(d + i, count) * load_part(value + i, count), count);
+    });
+    const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums;
+    const A shift = static_cast<const A*>(args.value_shift)[item];
+    const A* out = static_cast<const A*>(args.out) + item * args.sums;
+    const A* dout = static_cast<const A*>(args.dout) + item * args.sums;
+    for (int64_t o = 0; o < args.sums; ++o) {
+        if (!was_rescued(shift, shifts[o], out[o])) continue;
+        const WeightRow<T> row(weights_of<T>(args, g, 0, o), args.terms, args.norm);
+        add_shares(row, values_of<A>(args, g, b), args.terms, shifts[o], out[o], dout[o], d);
+    }
+}
+
+constexpr int64_t kDepth = 128;  // rows of a strip of b that are copied, so that they stay in L1
+
+// kVecs vectors of multiply_across, of which the last has `count` lanes.
+template <int kVecs, typename A, typename S>
+LX_INLINE void multiply_strip(int64_t rows, int64_t depth, S&& s, const A* b, int64_t columns,
+                              int64_t count, A* out) {
+    constexpr int L = kLanes<A>;
+    alignas(64) A block[kDepth * kVecs * L];
+    for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t steps = min(kDepth, depth - k);
+        for (int64_t i = 0; i < steps; ++i)
+            for (int c = 0; c < kVecs; ++c)
+                store(block + (i * kVecs + c) * L,
+                      load_part(b + (k + i) * columns + c * L, kVecs == 1 ? count : L));
+        for (int64_t m = 0, tiles = blocks_of(rows, kDotRows), size; m < rows; m += size) {
+            size = blocks_of(rows - m, tiles--);
+            with_constant<kDotRows>(size, [&](auto tile) {
+                constexpr int kRows = tile.value;
+                Vec<A> acc[kRows][kVecs] = {};
+                A* to = out + m * columns;
+                if (k > 0)
+                    for (int i = 0; i < kRows; ++i)
+                        for (int c = 0; c < kVecs; ++c)
+                            acc[i][c] = load_part(to + i * columns + c * L, kVecs == 1 ? count : L);
+                sum_tile<A, kRows, kVecs>(
+                    block, kVecs * L, steps,
+                    [&](int i, int64_t j)
+                        __attribute__((always_inline)) { return s(m + i, k + j); },
+                    acc);
+                for (int i = 0; i < kRows; ++i)
+                    for (int c = 0; c < kVecs; ++c)
+                        store_part(to + i * columns + c * L, acc[i][c], kVecs == 1 ? count : L);
+            });
+        }
+    }
+}
+
+// out[m, n] = sum over k of s(m, k) b[k, n]
+template <typename A, typename S>
+void multiply_across(int64_t rows, int64_t depth, S&& s, const A* b, int64_t columns, A* out) {
+    constexpr int L = kLanes<A>;
+    int64_t n = 0;
+    for (; n + 4 * L <= columns; n += 4 * L)
+        multiply_strip<4>(rows, depth, s, b + n, columns, L, out + n);
+    for (; n < columns; n += L)
+        multiply_strip<1>(rows, depth, s, b + n, columns, min(L, columns - n), out + n);
+}
+
 template <typename T>
 void dvalues(const LogSumArgs& args, int64_t begin, int64_t end) {
     using A = Acc<T>;
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t g = item / args.rows, b = item % args.rows;
-        A* d = static_cast<A*>(args.dvalues) + item * args.terms;
-        const A* value = static_cast<const A*>(args.value) + item * args.terms;
-        for_vectors<A>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-            store_part(d + i, load_part(d + i, count) * load_part(value + i, count), count);
-        });
-        const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums;
-        const A shift = static_cast<const A*>(args.value_shift)[item];
-        const A* out = static_cast<const A*>(args.out) + item * args.sums;
-        const A* dout = static_cast<const A*>(args.dout) + item * args.sums;
-        for (int64_t o = 0; o < args.sums; ++o) {
-            if (!was_rescued(shift, shifts[o], out[o])) continue;
-            const WeightRow<T> row(weights_of<T>(args, g, 0, o), args.terms, args.norm);
-            add_shares(row, values_of<A>(args, g, b), args.terms, shifts[o], out[o], dout[o], d);
-        }
+    const int64_t n = args.terms;
+    for (int64_t item = begin; item < end;) {
+        const int64_t g = item / args.rows, rows = min((g + 1) * args.rows, end) - item;
+        const A* ratio = static_cast<const A*>(args.ratio) + item * args.sums;
+        A* first = static_cast<A*>(args.dvalues) + item * n;
+        multiply_across(
+            rows, args.sums,
+            [&](int64_t b, int64_t o)
+                __attribute__((always_inline)) { return ratio[b * args.sums + o]; },
+            static_cast<const A*>(args.weight) + g * args.sums * n, n, first);
+        for (const int64_t stop = item + rows; item < stop; ++item) scale_dvalues<T>(args, item);
     }
 }
 
@@ -307,32 +371,48 @@ LX_INLINE void store_dw(T* dw, const T* w, WeightNorm norm, int64_t n, const Acc
     });
 }
 
+// sum ratio value -> dw, of one row
+template <typename T>
+void scale_dweights(const LogSumArgs& args, int64_t item) {
+    using A = Acc<T>;
+    const int64_t n = args.terms, g = item / args.sums, o = item % args.sums;
+    const T* w = weights_of<T>(args, g, 0, o);
+    A* flow = static_cast<A*>(args.flow) + item * n;
+    const A* weight = static_cast<const A*>(args.weight) + item * n;
+    const A shift = static_cast<const A*>(args.weight_shift)[item];
+    for_vectors<A>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        store_part(flow + i, load_part(flow + i, count) * load_part(weight + i, count), count);
+    });
+    A total = 0;
+    for (int64_t b = 0; b < args.rows; ++b) {
+        const int64_t at = g * args.rows + b;
+        const A out = static_cast<const A*>(args.out)[at * args.sums + o];
+        const A dout = static_cast<const A*>(args.dout)[at * args.sums + o];
+        if (out == -kInfinity<A>) continue;
+        total += dout;
+        if (!was_rescued(static_cast<const A*>(args.value_shift)[at], shift, out)) continue;
+        const WeightRow<T> row(w, n, args.norm);
+        add_shares(row, values_of<A>(args, g, b), n, shift, out, dout, flow);
+    }
+    store_dw(static_cast<T*>(args.dw) + item * n, w, args.norm, n, flow, weight,
+             shift == -kInfinity<A> ? A(0) : total * exp_of(shift));
+}
+
 template <typename T>
 void dweights(const LogSumArgs& args, int64_t begin, int64_t end) {
     using A = Acc<T>;
     const int64_t n = args.terms;
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t g = item / args.sums, o = item % args.sums;
-        const T* w = weights_of<T>(args, g, 0, o);
-        A* flow = static_cast<A*>(args.flow) + item * n;
-        const A* weight = static_cast<const A*>(args.weight) + item * n;
-        const A shift = static_cast<const A*>(args.weight_shift)[item];
-        for_vectors<A>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-            store_part(flow + i, load_part(flow + i, count) * load_part(weight + i, count), count);
-        });
-        const WeightRow<T> row(w, n, args.norm);
-        A total = 0;
-        for (int64_t b = 0; b < args.rows; ++b) {
-            const int64_t at = g * args.rows + b;
-            const A out = static_cast<const A*>(args.out)[at * args.sums + o];
-            const A dout = static_cast<const A*>(args.dout)[at * args.sums + o];
-            if (out == -kInfinity<A>) continue;
-            total += dout;
-            if (was_rescued(static_cast<const A*>(args.value_shift)[at], shift, out))
-                add_shares(row, values_of<A>(args, g, b), n, shift, out, dout, flow);
-        }
-        store_dw(static_cast<T*>(args.dw) + item * n, w, args.norm, n, flow, weight,
-                 shift == -kInfinity<A> ? A(0) : total * exp_of(shift));
+    for (int64_t item = begin; item < end;) {
+        const int64_t g = item / args.sums, stop = min((g + 1) * args.sums, end);
+        const A* ratio =
+            static_cast<const A*>(args.ratio) + g * args.rows * args.sums + item % args.sums;
+        multiply_across(
+            stop - item, args.rows,
+            [&](int64_t o, int64_t b)
+                __attribute__((always_inline)) { return ratio[b * args.sums + o]; },
+            static_cast<const A*>(args.value) + g * args.rows * n, n,
+            static_cast<A*>(args.flow) + item * n);
+        for (; item < stop; ++item) scale_dweights<T>(args, item);
     }
 }
 

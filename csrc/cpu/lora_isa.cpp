@@ -13,8 +13,8 @@
 // in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
 // registers, expand transposes a block of B into a stack buffer and holds kTileRows rows x 2
 // vectors of y.
-#include "dot_tile.h"
 #include "lora_rows.h"
+#include "tiles.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
@@ -163,14 +163,9 @@ LX_INLINE void packed_tile(const Acc<T>* bt, int64_t columns, int64_t rank, cons
     constexpr int L = kLanes<T>;
     Vec<T> acc[kRows][kVecs] = {};
     for (int i = 0; i < kRows; ++i) __builtin_prefetch(y[i] + o + kAheadY * L, 1);
-    for (int64_t r = 0; r < rank; ++r, bt += columns) {
-        Vec<T> b[kVecs];
-        for (int c = 0; c < kVecs; ++c) b[c] = load_bits<Vec<T>>(bt + c * L);
-        for (int i = 0; i < kRows; ++i) {
-            const Vec<T> s = broadcast<T>(v[i][r]);
-            for (int c = 0; c < kVecs; ++c) acc[i][c] = fma(b[c], s, acc[i][c]);
-        }
-    }
+    sum_tile<Acc<T>, kRows, kVecs>(
+        bt, columns, rank, [&](int i, int64_t r) __attribute__((always_inline)) { return v[i][r]; },
+        acc);
     for (int i = 0; i < kRows; ++i)
         for (int c = 0; c < kVecs; ++c) add_to<T, kPart>(y[i] + o + c * L, acc[i][c], n);
 }

@@ -1,5 +1,5 @@
 // Sum layers: tensors in, checks, allocation, choice of twin or kernel. Products of shared weights
-// are at::bmm on CUDA and in the backward; all else is a twin or a kernel.
+// are at::bmm on CUDA; all else is a twin or a kernel.
 //
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
@@ -256,22 +256,28 @@ std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout_in, const 
                         args.sums * args.terms);
         return {dw, need_dvalues ? d.view(values.sizes()) : dvalues};
     }
+    const bool kernels = launches_kernels(values);
     const Weights weights(call, given_weight, given_shift);
     const Values scaled(call);
     const Tensor ratio = call.take(args.ratio, {args.groups, args.rows, args.sums});
     call.value_rows(&LogSumCpu::ratios, launch_log_sum_ratios, args.sums);
     if (need_dvalues) {
         args.dvalues = dvalues.mutable_data_ptr();
-        Tensor product = dvalues.view({args.groups, args.rows, args.terms});
-        at::bmm_out(product, ratio, weights.weight);
-        call.value_rows(&LogSumCpu::dvalues, launch_log_sum_dvalues, args.terms);
+        if (kernels) {
+            Tensor product = dvalues.view({args.groups, args.rows, args.terms});
+            at::bmm_out(product, ratio, weights.weight);
+        }
+        call.value_rows(&LogSumCpu::dvalues, launch_log_sum_dvalues, args.sums * args.terms / 8);
     }
     if (need_dw) {
-        flow = call.take(args.flow, {args.groups, args.sums, args.terms});
-        at::bmm_out(flow, ratio.transpose(1, 2), scaled.value);
+        if (!kernels && dw.scalar_type() == values.scalar_type())
+            args.flow = dw.mutable_data_ptr();  // a twin goes over each element once more
+        else
+            flow = call.take(args.flow, {args.groups, args.sums, args.terms});
+        if (kernels) at::bmm_out(flow, ratio.transpose(1, 2), scaled.value);
         args.dw = dw.mutable_data_ptr();
         call.run(&LogSumCpu::dweights, launch_log_sum_dweights, args.groups * args.sums,
-                 args.terms);
+                 args.rows * args.terms / 8);
     }
     return {dw, dvalues};
 }

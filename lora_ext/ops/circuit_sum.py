@@ -75,8 +75,8 @@ def log_einsum_exp(
     path of probability ``e^-1000`` beside a heavier one that is closed keeps its value.
 
     Differentiable in ``w`` and ``values``, any number of times with the sum, once with the max (of
-    the term that attains it). A row's bits do not depend on its batch or on threads, but where the
-    library's GEMM multiplies: in the gradients of shared weights, and on CUDA.
+    the term that attains it). A row's bits do not depend on its batch or on threads, but for shared
+    weights on CUDA, which meet the values in the library's GEMM.
 
     Args:
         w: ``(O, I)`` shared by all rows with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,

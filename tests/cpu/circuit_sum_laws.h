@@ -175,14 +175,7 @@ void check_log_sum(const LogSumShape& s, WeightNorm norm, const Steps& steps) {
             steps.fused(args);
             check_out("fused");
         }
-        const int64_t V = s.rows * s.terms, W = s.sums * s.terms, R = s.rows * s.sums;
         steps.ratios(args);
-        for (int64_t g = 0; g < s.groups; ++g) {
-            library_product(ratio.data() + g * R, weight.data() + g * W, dvalues.data() + g * V,
-                            s.rows, s.terms, s.sums, s.sums, 1, s.terms, 1);
-            library_product(ratio.data() + g * R, value.data() + g * V, flow.data() + g * W, s.sums,
-                            s.terms, s.rows, 1, s.sums, s.terms, 1);
-        }
         steps.dvalues(args);
         steps.dweights(args);
     }

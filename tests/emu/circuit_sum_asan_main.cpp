@@ -35,8 +35,22 @@ struct Kernels {
         launched(launch_log_sum_finish(a, nullptr));
     }
     void ratios(const LogSumArgs& a) const { launched(launch_log_sum_ratios(a, nullptr)); }
-    void dvalues(const LogSumArgs& a) const { launched(launch_log_sum_dvalues(a, nullptr)); }
-    void dweights(const LogSumArgs& a) const { launched(launch_log_sum_dweights(a, nullptr)); }
+    void dvalues(const LogSumArgs& a) const {
+        for (int64_t g = 0; g < a.groups; ++g)
+            library_product(static_cast<const float*>(a.ratio) + g * a.rows * a.sums,
+                            static_cast<const float*>(a.weight) + g * a.sums * a.terms,
+                            static_cast<float*>(a.dvalues) + g * a.rows * a.terms, a.rows, a.terms,
+                            a.sums, a.sums, 1, a.terms, 1);
+        launched(launch_log_sum_dvalues(a, nullptr));
+    }
+    void dweights(const LogSumArgs& a) const {
+        for (int64_t g = 0; g < a.groups; ++g)
+            library_product(static_cast<const float*>(a.ratio) + g * a.rows * a.sums,
+                            static_cast<const float*>(a.value) + g * a.rows * a.terms,
+                            static_cast<float*>(a.flow) + g * a.sums * a.terms, a.sums, a.terms,
+                            a.rows, 1, a.sums, a.terms, 1);
+        launched(launch_log_sum_dweights(a, nullptr));
+    }
     void per_row(const LogSumArgs& a) const { launched(launch_log_sum_per_row(a, nullptr)); }
     void per_row_backward(const LogSumArgs& a) const {
         launched(launch_log_sum_per_row_backward(a, nullptr));

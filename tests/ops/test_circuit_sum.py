@@ -317,12 +317,19 @@ def test_a_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend
 
 def test_a_row_with_shared_weights_does_not_depend_on_batch_or_threads() -> None:
     w, values = inputs("shared", (67, 70, 130), "logits", torch.float32)
+    leaves = [w.requires_grad_(), values.requires_grad_()]
+    results = []
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    together = ops.log_einsum_exp(w, values)
-    torch.set_num_threads(1)
-    assert torch.equal(ops.log_einsum_exp(w, values), together)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out = ops.log_einsum_exp(w, values)
+        results.append((out, *torch.autograd.grad(out.clamp(min=-99).sum(), leaves)))
     torch.set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    together, _, dvalues = results[0]
+    part = ops.log_einsum_exp(w, values[60:64]).clamp(min=-99).sum()
+    assert torch.equal(torch.autograd.grad(part, values)[0][60:64], dvalues[60:64])
     for rows in (slice(0, 1), slice(60, 64), slice(66, 67)):
         assert torch.equal(ops.log_einsum_exp(w, values[rows]), together[rows])
     scaled = ops.log_einsum_weights(w)

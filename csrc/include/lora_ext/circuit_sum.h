@@ -53,8 +53,9 @@ struct LogSumArgs {
     void* ratio = nullptr;         // (G, B, O)
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
-    void* dvalues = nullptr;     // (G, B, I) float; shared: ratio weight before
-    void* flow = nullptr;        // (G, O, I) float, shared: ratio^T value; overwritten
+    void* dvalues = nullptr;     // (G, B, I) float; shared kernels: ratio weight before
+    void* flow = nullptr;        // (G, O, I) float, shared kernels: ratio^T value; overwritten;
+                                 // of shared twins it may be dw
     void* dw = nullptr;          // as w, contiguous, dtype of w
 };
 

@@ -1,6 +1,7 @@
-// Dot products of a few rows with a few others, along the axis that is contiguous in both: the
-// small product of matrices that LoRA's shrink and the sum layers of circuits are made of. Built on
-// vec.h and, as that, per instruction set.
+// Small products of matrices in registers, which the LoRA ops and the sum layers of circuits are
+// made of: dot_tile along the axis that is contiguous in both factors, sum_tile across it. Built on
+// vec.h and, as that, per instruction set. Each result is one accumulator, in ascending order,
+// whatever the tile.
 #pragma once
 
 #include "vec.h"
@@ -61,6 +62,20 @@ LX_INLINE void for_sums(const Vec<T> (&acc)[kRows][kRanks], F&& f) {
         for (int j = 0; j < 4; ++j) four[j] = acc[i][j < kRanks ? j : 0];
         sum_lanes<T>(four, sums);
         for (int j = 0; j < kRanks; ++j) f(i, j, sums[j]);
+    }
+}
+
+// acc[row][vector] += sum of s(row, k) b[k][vector] over [0, depth)
+template <typename A, int kRows, int kVecs, typename S>
+LX_INLINE void sum_tile(const A* b, int64_t b_row, int64_t depth, S&& s,
+                        Vec<A> (&acc)[kRows][kVecs]) {
+    for (int64_t k = 0; k < depth; ++k, b += b_row) {
+        Vec<A> bs[kVecs];
+        for (int c = 0; c < kVecs; ++c) bs[c] = load(b + c * kLanes<A>);
+        for (int i = 0; i < kRows; ++i) {
+            const Vec<A> scalar = broadcast<A>(s(i, k));
+            for (int c = 0; c < kVecs; ++c) acc[i][c] = fma(bs[c], scalar, acc[i][c]);
+        }
     }
 }
 
