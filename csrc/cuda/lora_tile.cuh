@@ -171,6 +171,13 @@ LX_DEVICE uint4 load_words(const T* p, int n) {
 // ------------------------------------------------------------------------------------------------
 // Products
 
+// d += part, rounded to nearest. A tensor core rounds its sum toward zero, so what needs all bits
+// of a float begins a sum of its own in every step.
+LX_DEVICE void add_part(float (&d)[4], const float (&part)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += part[i];
+}
+
 // d += a b for one k step: 16 k of a 16-bit type, 8 of float32. float32 goes through three tf32
 // products, x = high + low with 11 bits each; what is dropped is below 2^-22 |a| |b|.
 template <class T>
@@ -188,9 +195,11 @@ LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
         for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
-        lx::mma_m16n8k8_tf32(d, a_low, b_high);
-        lx::mma_m16n8k8_tf32(d, a_high, b_low);
-        lx::mma_m16n8k8_tf32(d, a_high, b_high);
+        float part[4] = {};
+        lx::mma_m16n8k8_tf32(part, a_low, b_high);
+        lx::mma_m16n8k8_tf32(part, a_high, b_low);
+        lx::mma_m16n8k8_tf32(part, a_high, b_high);
+        add_part(d, part);
     }
 }
 

@@ -72,3 +72,23 @@ def test_float16_v_may_be_far_from_one(backend: Backend, size: float) -> None:
     # One rounding (spacing 2^-24 among the subnormal), the split of v, the sums in float32.
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+def test_float32_sums_of_one_sign_are_not_rounded_all_one_way(backend: Backend) -> None:
+    """A tensor core rounds its sum toward zero, which random signs would hide.
+
+    The rows without an adapter make so many tiles that nobody splits the sum; they cost nothing.
+    """
+    if backend.small:
+        pytest.skip("so many rows are for the fast emulator")
+    g = torch.Generator().manual_seed(0)
+    rows, features, rank = 34000, 4096, 8
+    x = torch.rand(1, features, generator=g).expand(rows, -1)
+    a = torch.rand(1, rank, features, generator=g)
+    ids = torch.full((rows,), -1)
+    ids[::4000] = 0
+    got = ops.lora_shrink(*(t.to(backend.device) for t in (x, a, ids))).cpu()
+    exact = x[0].double() @ a[0].double().T
+    error = (got[ids == 0].double() - exact).abs()
+    allowed = (16 + features**0.5 / 2) * 2.0**-24 * exact  # as cases.v_bound
+    assert (error <= allowed).all(), f"{(error / exact).max() * 2**24:.0f} units of 2^-24"
