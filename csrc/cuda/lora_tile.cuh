@@ -69,12 +69,14 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
         const int skip = index % tiling.per_chunk * kRows;
-        if (chunk >= args.plan[kPlanNumChunks]) return tile;
+        // Every block has an entry, used or not: it is read beside the number of those in use.
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
-        tile.slot = entry[0];
-        tile.rows = lx::min(kRows, entry[2] - skip);
-        if (tile.rows <= 0) return tile;
-        const int32_t* perm = args.plan + tiling.perm + entry[1] + skip;
+        const int num_chunks = args.plan[kPlanNumChunks];
+        const int slot = entry[0], start = entry[1], len = entry[2];
+        if (chunk >= num_chunks || len <= skip) return tile;
+        tile.slot = slot;
+        tile.rows = lx::min(kRows, len - skip);
+        const int32_t* perm = args.plan + tiling.perm + start + skip;
         for (int i = thread; i < tile.rows; i += static_cast<int>(blockDim.x)) row_of[i] = perm[i];
     } else {
         const int lane = thread % lx::kWarpSize;
