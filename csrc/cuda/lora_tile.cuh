@@ -102,6 +102,19 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     return tile;
 }
 
+// Two adjacent ranks of v, n of which there are; in one store where they lie on eight bytes.
+LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float second) {
+    if (paired && n >= 2) {
+        *reinterpret_cast<float2*>(p) = {first, second};
+    } else {
+        if (n >= 1) p[0] = first;
+        if (n >= 2) p[1] = second;
+    }
+}
+LX_DEVICE bool ranks_paired(const float* data, int64_t row_stride) {
+    return reinterpret_cast<uintptr_t>(data) % 8 == 0 && row_stride % 2 == 0;
+}
+
 // ------------------------------------------------------------------------------------------------
 // Pages. nullptr where the page table has none: such ranks count as zero.
 

@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     lx::cp_async_wait_all();
 
     const float factor = slices.finished ? factor_of<T>(args, tile.slot) : 1.0f;
+    const bool paired = ranks_paired(args.out, args.out_row_stride);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = warp * kTileRows + 8 * h + lane / 4;
@@ -195,11 +196,9 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                      row_of[row] * args.out_row_stride + first_page * kPageRanks;
 #pragma unroll
         for (int page = 0; page < kGroupPages; ++page) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int rank = page * kPageRanks + 2 * (lane % 4) + i;
-                if (rank < ranks) out[rank] = factor * total[page][2 * h + i];
-            }
+            const int rank = page * kPageRanks + 2 * (lane % 4);
+            store_ranks(out + rank, ranks - rank, paired, factor * total[page][2 * h],
+                        factor * total[page][2 * h + 1]);
         }
     }
 }
