@@ -12,15 +12,15 @@ namespace {
 constexpr int kDecodeTokens = 256;
 
 // In-features are split so that few rows still fill the machine. Decode: by I alone, 512 or more
-// per split, so that a row does not depend on its batch. Prefill: 264 blocks, two per
-// multiprocessor of an H100.
+// per split, so that a row does not depend on its batch. Prefill: until there are 198 blocks, one
+// and a half per multiprocessor of an H100, which holds two; more would be a second wave.
 int num_splits(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     if (args.num_tokens <= kDecodeTokens)
         return static_cast<int>(lx::max<int64_t>(1, lx::min<int64_t>(16, ceil_div(in, 512))));
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
     int splits = 1;
-    while (splits < 8 && tiles * splits < 264 && in >= int64_t{1024} * splits) splits *= 2;
+    while (splits < 8 && tiles * splits < 198 && in >= int64_t{1024} * splits) splits *= 2;
     return splits;
 }
 
@@ -37,6 +37,14 @@ Partials partials(const LoraArgs& args) {
             splits,
             static_cast<int>(width),
             false};
+}
+
+// Prefill: every 512 outputs read all splits of v. From 16 MB of such reading on, they are summed
+// once: an estimate of what a launch is worth, not a measurement. No bit depends on it.
+bool sums_splits_first(const LoraArgs& args, const Partials& v) {
+    const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
+    return args.num_tokens > kDecodeTokens &&
+           (v.splits - 1) * v.split_stride * int64_t{sizeof(float)} * again >= 16 << 20;
 }
 
 bool shrink_is_direct(const LoraArgs& args) {
@@ -91,8 +99,16 @@ LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream) {
     if (const LaunchStatus status = check(args)) return status;
     // Without in-features the delta is zero.
     if (empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0) return 0;
-    const Partials v = partials(args);
+    Partials v = partials(args);
     if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
+    if (sums_splits_first(args, v)) {
+        LoraArgs sum = args;  // in place: a thread writes what it alone has read
+        sum.v = v.data;
+        sum.v_row_stride = v.row_stride;
+        if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;
+        v.splits = 1;
+        v.scaled = true;
+    }
     return run_expand(args, v, true, stream);
 }
 

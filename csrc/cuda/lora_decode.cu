@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
 }
 
-// v[t, j] = scale[s] * sum of the splits, for callers that want v itself.
+// v[t, j] = scale[s] * sum of the splits, which v may lie in: a thread reads an element's splits
+// and then writes it. For callers that want v itself, and before many blocks of expand.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -147,9 +148,9 @@ LaunchStatus run_shrink_decode(const LoraArgs& args, const Partials& v, void* st
 
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream) {
     declare_common(args);
-    declare_v(args, v, lx::Access::kRead);
     LX_BUF_ROWS(args.v, args.num_tokens, args.bank.max_rank * 4, args.v_row_stride * 4,
-                lx::Access::kWrite);
+                args.v == v.data ? lx::Access::kReadWrite : lx::Access::kWrite);
+    declare_v(args, v, lx::Access::kRead);
     return LX_LAUNCH_PDL(lora_reduce_kernel, num_tiles(args, kTileRows), 128, 0, stream, args,
                          tiling(args, kTileRows), v);
 }

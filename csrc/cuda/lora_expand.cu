@@ -5,8 +5,8 @@
 // lora_tile.cuh explains. Columns are numbered such that a lane ends up with 8 adjacent outputs of
 // rows g and g + 8, so y is read and written once, 16 bytes per access.
 // Decode: the warps of a block share 16 rows and part the outputs. Prefill: they part the rows of a
-// chunk, and B comes from L1 for all but the first. Bound: bytes of the B pages (decode), of y
-// (prefill).
+// chunk, and B comes from L1 for all but the first; where a chunk is short, the outputs as well.
+// Bound: bytes of the B pages (decode), of y (prefill).
 //
 // v is float32. For 16-bit types it enters as high + low, two products instead of one, which keeps
 // 16 bits of it (bfloat16) or 22 (float16, whose rows are first brought to [2^14, 2^15) by a power
@@ -24,6 +24,9 @@ template <class T>
 constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low, or the float itself
 
 constexpr int kWarpOutputs = 32;
+// Splits of v whose loads are in flight together, sixteen floats: more cost decode its fifth block.
+template <class T>
+constexpr int kSplitBatch = 16 / kVec<T>;
 
 template <class T, int kRows>
 constexpr int fragment_bytes(int max_rank) {
@@ -39,6 +42,21 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
            (((tile * blocks + block) * kParts<T> + part) * 2 + half) * 32;
 }
 
+// The first n of kCount floats, n cut to [0, kCount], and zeros.
+template <int kCount>
+LX_DEVICE void load_ranks(const float* p, int n, bool aligned, float (&out)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+        if (aligned && i + 4 <= n) {
+            const float4 four = *reinterpret_cast<const float4*>(p + i);
+            out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+        } else {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) out[j] = j < n ? p[j] : 0.0f;
+        }
+    }
+}
+
 // Sums the splits of v, scales, and stores the fragments. `unscale` undoes the power of two of a
 // row.
 template <class T, int kRows>
@@ -49,13 +67,14 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
     const int threads = static_cast<int>(blockDim.x);
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
     const float scale = !v.scaled && args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
+    const bool aligned = reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.row_stride % 4 == 0;
     if constexpr (kNormalise) {
         for (int i = lx::thread_rank(); i < kRows; i += threads) row_max[i] = 0;
         lx::syncthreads();
     }
     // Item (row, block, t): what lane t of the row holds. Two passes where a row must know its
     // largest entry; in between the item's floats wait where its two parts will be.
-    const int items = kRows * blocks * 4;
+    const int items = (tile.rows + kTileRows - 1) / kTileRows * kTileRows * blocks * 4;
     auto slot_of = [&](int row, int block, int t, int part) {
         return fragment<T>(fragments, blocks, row / kTileRows, block, part, row / 8 % 2) +
                row % 8 * 4 + t;
@@ -80,11 +99,21 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
         const int rank = block * kBlockRanks<T> + t * kVec<T>;
         float value[kVec<T>] = {};
         if (row < tile.rows) {
+            // Added in order, but a batch of splits is on its way at once. Adding 0 to a sum that
+            // began at 0 changes no bit.
             const float* p = v.data + row_of[row] * v.row_stride + rank;
-            for (int s = 0; s < v.splits; ++s, p += v.split_stride) {
+            for (int s = 0; s < v.splits;
+                 s += kSplitBatch<T>, p += kSplitBatch<T> * v.split_stride) {
+                float part[kSplitBatch<T>][kVec<T>];
 #pragma unroll
-                for (int i = 0; i < kVec<T>; ++i)
-                    if (rank + i < tile.rank) value[i] += p[i];
+                for (int k = 0; k < kSplitBatch<T>; ++k)
+                    load_ranks(p + k * v.split_stride, s + k < v.splits ? tile.rank - rank : 0,
+                               aligned, part[k]);
+#pragma unroll
+                for (int k = 0; k < kSplitBatch<T>; ++k) {
+#pragma unroll
+                    for (int i = 0; i < kVec<T>; ++i) value[i] += part[k][i];
+                }
             }
 #pragma unroll
             for (int i = 0; i < kVec<T>; ++i) value[i] *= scale;
@@ -198,7 +227,12 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
     lx::syncthreads();  // row_of, page_of
 
     const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
-    const int warp_m = lx::warp_id() / kWarpsN, warp_n = lx::warp_id() % kWarpsN;
+    // As many warps along the rows as there are row tiles, to a power of two; the others part the
+    // outputs.
+    int log_m = 0;
+    while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < tile.rows) ++log_m;
+    const int warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
+    const int stride = (kWarpsM * kWarpsN * kWarpOutputs) >> log_m;
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
     const int begin = static_cast<int>(blockIdx.y) * block_outputs;
     const int end =
@@ -253,13 +287,13 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
 #pragma unroll
         for (int h = 0; h < 2; ++h) undo[h] = unscale[warp_m * kTileRows + g + 8 * h];
     }
-    for (; o < end; o += kWarpsN * kWarpOutputs) {
+    for (; o < end; o += stride) {
         float acc[4][4] = {};
         for (int block = 0; block < blocks; ++block) {
             // The next step's B, while this one is multiplied.
             uint4 next[4] = {};
             const bool last = block + 1 == blocks;
-            const int next_o = last ? o + kWarpsN * kWarpOutputs : o;
+            const int next_o = last ? o + stride : o;
             if (next_o < end) load_b(next, next_o, last ? 0 : block + 1);
 #pragma unroll
             for (int part = 0; part < kParts<T>; ++part) {
@@ -272,7 +306,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
             for (int j = 0; j < 4; ++j) b[j] = next[j];
         }
         const Outputs<T, kAligned> now[2] = {values[0], values[1]};
-        if (o + kWarpsN * kWarpOutputs < end) load_y(o + kWarpsN * kWarpOutputs);
+        if (o + stride < end) load_y(o + stride);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float d[8];

@@ -11,6 +11,7 @@ constexpr int kMaxGridY = 65535;
 // The stages. `v` says where the products go and where they are taken from.
 LaunchStatus run_shrink_decode(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* stream);
+// args.v: the sum of the splits `v`, or their first one.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
 

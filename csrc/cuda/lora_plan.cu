@@ -50,36 +50,38 @@ LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads]
     const int lane = lx::lane_id(), warp = lx::warp_id();
     const int per_warp = (n + kThreads - 1) / kThreads * 32;
     const int begin = warp * per_warp;
+    // The 32 counters of a digit lie in a row, one per warp, turned by the digit: lanes that scan a
+    // row and lanes of one warp that count different digits both meet every bank once.
+    auto counter = [&](int digit, int of_warp) -> int& {
+        return counters[digit * kWarps + (of_warp + digit) % kWarps];
+    };
     for (int pass = 0; pass < passes; ++pass) {
         auto digit_of = [&](int i) {  // kWarps: no row here
             return i < n ? static_cast<int>(s.keys[i] >> (pass * kDigitBits)) % 32 : 32;
         };
-        counters[lane * kWarps + warp] = 0;
+        counter(lane, warp) = 0;
         lx::syncwarp();
         for (int i = begin + lane; i < begin + per_warp; i += 32) {
             const int digit = digit_of(i);
             const unsigned same = lx::match_any_sync(lx::kFullMask, digit);
-            if (digit < 32 && lx::ffs(same) - 1 == lane)
-                counters[digit * kWarps + warp] += lx::popc(same);
+            if (digit < 32 && lx::ffs(same) - 1 == lane) counter(digit, warp) += lx::popc(same);
             lx::syncwarp();  // another lane may lead this digit in the next step
         }
         lx::syncthreads();
         int total;
-        const int place = block_scan(counters[lx::thread_rank()], warp_sums, total);
-        counters[lx::thread_rank()] = place;
+        const int place = block_scan(counter(warp, lane), warp_sums, total);
+        counter(warp, lane) = place;
         lx::syncthreads();
         for (int i = begin + lane; i < begin + per_warp; i += 32) {
             const int digit = digit_of(i);
             const unsigned same = lx::match_any_sync(lx::kFullMask, digit);
             if (digit < 32) {
-                const int to =
-                    counters[digit * kWarps + warp] + lx::popc(same & ((1u << lane) - 1));
+                const int to = counter(digit, warp) + lx::popc(same & ((1u << lane) - 1));
                 s.next_keys[to] = s.keys[i];
                 s.next_rows[to] = s.rows[i];
             }
             lx::syncwarp();  // all have read the counter
-            if (digit < 32 && lx::ffs(same) - 1 == lane)
-                counters[digit * kWarps + warp] += lx::popc(same);
+            if (digit < 32 && lx::ffs(same) - 1 == lane) counter(digit, warp) += lx::popc(same);
             lx::syncwarp();
         }
         lx::syncthreads();

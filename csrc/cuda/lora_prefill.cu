@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kThreads)
     lx::cp_async_wait_all();
 
     const float scale = v.scaled && bank.scale ? bank.scale[tile.slot] : 1.0f;
+    const bool paired = ranks_paired(v.data, v.row_stride);
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
 #pragma unroll
@@ -132,11 +133,9 @@ __global__ void __launch_bounds__(kThreads)
                          first_page * kPageRanks;
 #pragma unroll
             for (int p = 0; p < kGroupPages; ++p) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int rank = p * kPageRanks + 2 * (lane % 4) + i;
-                    if (rank < ranks) out[rank] = scale * acc[m][p][2 * h + i];
-                }
+                const int rank = p * kPageRanks + 2 * (lane % 4);
+                store_ranks(out + rank, ranks - rank, paired, scale * acc[m][p][2 * h],
+                            scale * acc[m][p][2 * h + 1]);
             }
         }
     }

@@ -69,12 +69,14 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
         const int skip = index % tiling.per_chunk * kRows;
-        if (chunk >= args.plan[kPlanNumChunks]) return tile;
+        // Every block has an entry, used or not: it is read beside the number of those in use.
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
-        tile.slot = entry[0];
-        tile.rows = lx::min(kRows, entry[2] - skip);
-        if (tile.rows <= 0) return tile;
-        const int32_t* perm = args.plan + tiling.perm + entry[1] + skip;
+        const int num_chunks = args.plan[kPlanNumChunks];
+        const int slot = entry[0], start = entry[1], len = entry[2];
+        if (chunk >= num_chunks || len <= skip) return tile;
+        tile.slot = slot;
+        tile.rows = lx::min(kRows, len - skip);
+        const int32_t* perm = args.plan + tiling.perm + start + skip;
         for (int i = thread; i < tile.rows; i += static_cast<int>(blockDim.x)) row_of[i] = perm[i];
     } else {
         const int lane = thread % lx::kWarpSize;
@@ -98,6 +100,19 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     tile.rank =
         bank.ranks ? lx::min(lx::max(bank.ranks[tile.slot], 0), bank.max_rank) : bank.max_rank;
     return tile;
+}
+
+// Two adjacent ranks of v, n of which there are; in one store where they lie on eight bytes.
+LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float second) {
+    if (paired && n >= 2) {
+        *reinterpret_cast<float2*>(p) = {first, second};
+    } else {
+        if (n >= 1) p[0] = first;
+        if (n >= 2) p[1] = second;
+    }
+}
+LX_DEVICE bool ranks_paired(const float* data, int64_t row_stride) {
+    return reinterpret_cast<uintptr_t>(data) % 8 == 0 && row_stride % 2 == 0;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -171,6 +186,13 @@ LX_DEVICE uint4 load_words(const T* p, int n) {
 // ------------------------------------------------------------------------------------------------
 // Products
 
+// d += part, rounded to nearest. A tensor core rounds its sum toward zero, so what needs all bits
+// of a float begins a sum of its own in every step.
+LX_DEVICE void add_part(float (&d)[4], const float (&part)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += part[i];
+}
+
 // d += a b for one k step: 16 k of a 16-bit type, 8 of float32. float32 goes through three tf32
 // products, x = high + low with 11 bits each; what is dropped is below 2^-22 |a| |b|.
 template <class T>
@@ -188,9 +210,11 @@ LX_DEVICE void mma_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
         for (int i = 0; i < 4; ++i) split(a[i], a_high[i], a_low[i]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) split(b[i], b_high[i], b_low[i]);
-        lx::mma_m16n8k8_tf32(d, a_low, b_high);
-        lx::mma_m16n8k8_tf32(d, a_high, b_low);
-        lx::mma_m16n8k8_tf32(d, a_high, b_high);
+        float part[4] = {};
+        lx::mma_m16n8k8_tf32(part, a_low, b_high);
+        lx::mma_m16n8k8_tf32(part, a_high, b_low);
+        lx::mma_m16n8k8_tf32(part, a_high, b_high);
+        add_part(d, part);
     }
 }
 

@@ -6,7 +6,7 @@
 //              dy, v -> db       gradient of the weights
 //              x, dv -> da       the same kernel, with the mask
 //              dv -> dx          in place, with the mask
-// The stages run one after another on one stream and share one workspace.
+// The stages of the backward run one after another on one stream and share one workspace.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -79,13 +79,15 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
-int64_t lora_train_workspace_bytes(const LoraTrainArgs& args) {
+int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args) {
+    return check(args) || no_adapters(args) ? 0 : projection_workspace(args.lora, false);
+}
+
+int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args) {
     if (check(args) || no_adapters(args)) return 0;
-    int64_t bytes = 0;
-    for (bool of_b : {false, true})
-        bytes = lx::max(bytes, lx::max(projection_workspace(args.lora, of_b),
-                                       gradient_workspace(gradient(args, of_b))));
-    return bytes;
+    const int64_t gradients = lx::max(gradient_workspace(gradient(args, false)),
+                                      gradient_workspace(gradient(args, true)));
+    return lx::max(projection_workspace(args.lora, true), gradients);
 }
 
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream) {

@@ -222,9 +222,11 @@ LX_DEVICE void mma_floats(float (&d)[4], const float (&a)[4], const float (&b)[2
         b_high[i] = kExactB ? lx::bit_cast<uint32_t>(b[i]) : lx::to_tf32(b[i]);
         b_low[i] = kExactB ? 0 : lx::to_tf32(b[i] - lx::bit_cast<float>(b_high[i]));
     }
-    if constexpr (!kExactA) lx::mma_m16n8k8_tf32(d, a_low, b_high);
-    if constexpr (!kExactB) lx::mma_m16n8k8_tf32(d, a_high, b_low);
-    lx::mma_m16n8k8_tf32(d, a_high, b_high);
+    float part[4] = {};
+    if constexpr (!kExactA) lx::mma_m16n8k8_tf32(part, a_low, b_high);
+    if constexpr (!kExactB) lx::mma_m16n8k8_tf32(part, a_high, b_low);
+    lx::mma_m16n8k8_tf32(part, a_high, b_high);
+    add_part(d, part);
 }
 
 }  // namespace lora_ext

@@ -21,6 +21,8 @@ namespace {
 constexpr int kStages = 4;
 constexpr int kPieces = 8;                              // of a row in a stage
 constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd: eight rows in eight banks
+// Side B, a page: 1024 bytes, and 64 more so that the pages of a pair meet no bank twice.
+constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
 constexpr int kGroupRanks = kGroupPages * kPageRanks;
 
@@ -87,17 +89,19 @@ __global__ void __launch_bounds__(kRows * 2, 2)
         unsigned char* const w_stage = ring + step % kStages * stage_bytes + kRows * kStageRow;
         if constexpr (kSideB) {
             // A page of the stage: kWidth outputs of 8 ranks, one piece each (float32: two).
-            constexpr int kPerRow = kPageRanks / kVec<T>, kPagePieces = kWidth * kPerRow;
-            for (int i = thread; i < page_pairs * 2 * kPagePieces; i += kThreads) {
-                const int page = i / kPagePieces, output = k0 + i % kPagePieces / kPerRow;
-                const int rank = page * kPageRanks + i % kPerRow * kVec<T>;
+            // Neighbouring lanes read what two pages have of an output, which lies side by side.
+            constexpr int kPerRow = kPageRanks / kVec<T>, kPairPieces = 2 * kWidth * kPerRow;
+            for (int i = thread; i < page_pairs * kPairPieces; i += kThreads) {
+                const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
+                const int page = i / kPairPieces * 2 + at / kPerRow, part = at % kPerRow;
+                const int rank = page * kPageRanks + part * kVec<T>, output = k0 + row;
                 // Ranks past the adapter's, where a whole page row is loaded, end in sums that
                 // nobody reads.
                 int n = lx::min(ranks - rank, kPageRanks);
                 if (n > 0 && slices.w_aligned) n = kVec<T>;
                 if (output >= end) n = 0;
                 copy_piece<T>(
-                    w_stage + i * kPieceBytes,
+                    w_stage + page * kStagePage + (row * kPerRow + part) * kPieceBytes,
                     n > 0 ? w + page * page_stride + output * bank.b_row_stride + rank % kPageRanks
                           : static_cast<const T*>(bank.b),
                     n, slices.w_aligned);
@@ -155,15 +159,14 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                     lx::ldmatrix_x4(wf,
                                     w_stage + rank * kStageRow + (p + lane / 8 % 2) * kPieceBytes);
                 } else if constexpr (sizeof(T) == 2) {
-                    const int output = (page + lane / 16) * kWidth + p * kVec<T> + lane % 16;
-                    lx::ldmatrix_x4_trans(wf, w_stage + output * kPieceBytes);
+                    lx::ldmatrix_x4_trans(wf, w_stage + (page + lane / 16) * kStagePage +
+                                                  (p * kVec<T> + lane % 16) * kPieceBytes);
                 } else {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const int output =
-                            (page + i / 2) * kWidth + (p + i % 2) * kVec<T> + lane % 4;
+                        const int output = (p + i % 2) * kVec<T> + lane % 4;
                         wf[i] = reinterpret_cast<const uint32_t*>(
-                            w_stage)[output * kPageRanks + lane / 4];
+                            w_stage + (page + i / 2) * kStagePage)[output * kPageRanks + lane / 4];
                     }
                 }
                 mma_step<T>(acc[page], xf, {wf[0], wf[1]});
@@ -184,6 +187,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     lx::cp_async_wait_all();
 
     const float factor = slices.finished ? factor_of<T>(args, tile.slot) : 1.0f;
+    const bool paired = ranks_paired(args.out, args.out_row_stride);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = warp * kTileRows + 8 * h + lane / 4;
@@ -192,11 +196,9 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                      row_of[row] * args.out_row_stride + first_page * kPageRanks;
 #pragma unroll
         for (int page = 0; page < kGroupPages; ++page) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int rank = page * kPageRanks + 2 * (lane % 4) + i;
-                if (rank < ranks) out[rank] = factor * total[page][2 * h + i];
-            }
+            const int rank = page * kPageRanks + 2 * (lane % 4);
+            store_ranks(out + rank, ranks - rank, paired, factor * total[page][2 * h],
+                        factor * total[page][2 * h + 1]);
         }
     }
 }

@@ -18,7 +18,6 @@ struct Options {
     bool races = true;                    // of the check flavour: races and initialisation
     int max_reports = 20;                 // per launch
     int multiprocessors = 132;            // what lx::multiprocessors() answers
-    int compute_capability = 90;
 };
 
 // For the launches that follow. State is per process; a launch holds a lock.

@@ -1,5 +1,6 @@
 // Host bodies of what moves and multiplies tiles. Notation of the fragment layouts: lane L,
 // g = L / 4, t = L % 4.
+#include <cmath>
 #include <cstring>
 
 #include "emu/machine.h"
@@ -61,11 +62,18 @@ struct MmaOperand {
     const uint32_t *a, *b;
 };
 
+// Rounded toward zero, as a tensor core rounds its sum; what exceeds every float is infinite.
+float toward_zero(double x) {
+    const float nearest = static_cast<float>(x);
+    const bool away = std::fabs(nearest) > std::fabs(x) && std::isfinite(nearest);
+    return away ? bit_cast<float>(bit_cast<uint32_t>(nearest) - 1) : nearest;
+}
+
 // d += a b for kColumns = 8 and all lanes; element k of A and B come in registers of the layouts
-// below.
+// below. Products are exact in double, their sum is as good as exact.
 template <int kDepth>
 void multiply(const Slot& slot, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
-    float d[16][8];
+    double d[16][8];
     for (int lane = 0; lane < kWarpSize; ++lane) {
         const float* from = static_cast<MmaOperand*>(slot.operands[lane])->d;
         const int g = lane / 4, t = lane % 4;
@@ -76,16 +84,16 @@ void multiply(const Slot& slot, const float (&a)[16][kDepth], const float (&b)[k
     }
     for (int k = 0; k < kDepth; ++k) {
         for (int i = 0; i < 16; ++i) {
-            for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+            for (int j = 0; j < 8; ++j) d[i][j] += double{a[i][k]} * b[k][j];
         }
     }
     for (int lane = 0; lane < kWarpSize; ++lane) {
         float* to = static_cast<MmaOperand*>(slot.operands[lane])->d;
         const int g = lane / 4, t = lane % 4;
-        to[0] = d[g][2 * t];
-        to[1] = d[g][2 * t + 1];
-        to[2] = d[g + 8][2 * t];
-        to[3] = d[g + 8][2 * t + 1];
+        to[0] = toward_zero(d[g][2 * t]);
+        to[1] = toward_zero(d[g][2 * t + 1]);
+        to[2] = toward_zero(d[g + 8][2 * t]);
+        to[3] = toward_zero(d[g + 8][2 * t + 1]);
     }
 }
 

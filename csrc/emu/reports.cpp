@@ -112,9 +112,6 @@ const char* status_string(int status) {
 int multiprocessors() {
     return emu::machine.options.multiprocessors;
 }
-int compute_capability() {
-    return emu::machine.options.compute_capability;
-}
 
 int fill_bytes(void* pointer, int value, size_t bytes, void*) {
     memset(pointer, value, bytes);

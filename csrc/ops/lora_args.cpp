@@ -122,7 +122,8 @@ bool plan_fits(const LoraPlanLayout& layout, const Id* ids, const int32_t* plan)
     const int32_t* perm = plan + layout.perm();
     const int32_t* chunk = plan + layout.chunks();
     const int32_t* slot_begin = plan + layout.slot_begin();
-    bool fits = chunks >= 0 && chunks <= layout.max_chunks() && slot_begin[0] == 0;
+    bool fits = chunks >= 0 && chunks <= layout.max_chunks() && slot_begin[0] == 0 &&
+                slot_begin[layout.num_adapters + 1] == rows;
     for (int64_t s = 0; fits && s < layout.num_adapters; ++s)
         fits = slot_begin[s] <= slot_begin[s + 1] && slot_begin[s + 1] <= rows;
     int64_t covered = 0;  // by chunks, which are in order of (slot, start)

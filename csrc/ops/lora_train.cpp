@@ -115,8 +115,7 @@ struct Call {
         if (!kernels) check_slots(op, lora.bank, lora.plan);
     }
 
-    void set_workspace() {
-        const int64_t bytes = lora_train_workspace_bytes(args);
+    void set_workspace(int64_t bytes) {
         if (bytes == 0) return;
         workspace = at::empty({bytes}, x.options().dtype(at::kByte));
         args.workspace = workspace.mutable_data_ptr();
@@ -199,7 +198,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     args.lora.y = y.mutable_data_ptr();
     args.lora.y_row_stride = y.stride(0);
     if (launches_kernels(x)) {
-        call.set_workspace();
+        call.set_workspace(lora_train_shrink_workspace_bytes(args));
         void* stream = current_stream(x);
         // Without dropout too: its sums do not depend on the number of rows, and db takes them up.
         check_launch(op, launch_lora_train_shrink(args, stream));
@@ -256,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     if (launches_kernels(x)) {
         const Tensor dv = at::empty({rows, args.dv_row_stride}, v.options());
         args.dv = dv.mutable_data_ptr();
-        call.set_workspace();
+        call.set_workspace(lora_train_backward_workspace_bytes(args));
         check_launch(op, launch_lora_train_backward(args, current_stream(x)));
         return {dx, da, db};
     }

@@ -27,7 +27,10 @@ int64_t lora_workspace_bytes(const LoraArgs&) {
 LX_NO_KERNEL(launch_lora_shrink, const LoraArgs&, void*)
 LX_NO_KERNEL(launch_lora_expand, const LoraArgs&, void*)
 LX_NO_KERNEL(launch_lora_apply, const LoraArgs&, void*)
-int64_t lora_train_workspace_bytes(const LoraTrainArgs&) {
+int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs&) {
+    return 0;
+}
+int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs&) {
     return 0;
 }
 LX_NO_KERNEL(launch_lora_train_shrink, const LoraTrainArgs&, void*)

@@ -123,11 +123,13 @@ void run(const Shape& s) {
         launch_lora_plan({ids.data(), true, nullptr, s.tokens, slots, plan.data()}, nullptr) == 0,
         s, "plan");
     lora.plan = plan.data();
-    const int64_t bytes = lora_train_workspace_bytes(args);
-    Exact<float> workspace(bytes / 4 - (short_workspace && bytes > 0));
-    args.workspace = bytes > 0 ? workspace.data() : nullptr;
-    require(launch_lora_train_shrink(args, nullptr) == 0, s, "shrink");
-    require(launch_lora_train_backward(args, nullptr) == 0, s, "backward");
+    auto run_in = [&](int64_t bytes, auto launcher, const char* what) {
+        Exact<float> workspace(bytes / 4 - (short_workspace && bytes > 0));
+        args.workspace = bytes > 0 ? workspace.data() : nullptr;
+        require(launcher(args, nullptr) == 0, s, what);
+    };
+    run_in(lora_train_shrink_workspace_bytes(args), launch_lora_train_shrink, "shrink");
+    run_in(lora_train_backward_workspace_bytes(args), launch_lora_train_backward, "backward");
     auto check = [&](const Exact<T>& got, const std::vector<float>& want, const char* what) {
         for (int64_t i = 0; i < got.size; ++i)
             require(lx::to_float(got[i]) == lx::to_float(lx::from_float<T>(want[i])), s, what, i);

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backends import Backend
+from test_contract import assert_same_bits
 
 from lora_ext import ops, reference
 
@@ -72,3 +73,43 @@ def test_float16_v_may_be_far_from_one(backend: Backend, size: float) -> None:
     # One rounding (spacing 2^-24 among the subnormal), the split of v, the sums in float32.
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+def test_float32_sums_of_one_sign_are_not_rounded_all_one_way(backend: Backend) -> None:
+    """A tensor core rounds its sum toward zero, which random signs would hide.
+
+    The rows without an adapter make so many tiles that nobody splits the sum; they cost nothing.
+    """
+    if backend.small:
+        pytest.skip("so many rows are for the fast emulator")
+    g = torch.Generator().manual_seed(0)
+    rows, features, rank = 34000, 4096, 8
+    x = torch.rand(1, features, generator=g).expand(rows, -1)
+    a = torch.rand(1, rank, features, generator=g)
+    ids = torch.full((rows,), -1)
+    ids[::4000] = 0
+    got = ops.lora_shrink(*(t.to(backend.device) for t in (x, a, ids))).cpu()
+    exact = x[0].double() @ a[0].double().T
+    error = (got[ids == 0].double() - exact).abs()
+    allowed = (16 + features**0.5 / 2) * 2.0**-24 * exact  # as cases.v_bound
+    assert (error <= allowed).all(), f"{(error / exact).max() * 2**24:.0f} units of 2^-24"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_splits_summed_before_expand_give_the_bits_of_the_halves(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    """So many rows, outputs and ranks that apply sums the splits of v in place first."""
+    if backend.small:
+        pytest.skip("so many rows are for the fast emulator")
+    g = torch.Generator().manual_seed(0)
+    rows, features, out, rank = 8192, 2048, 2056, 64
+    x = torch.randn(1, features, generator=g).to(dtype).expand(rows, -1)
+    a = torch.randn(2, rank, features, generator=g).to(dtype)
+    b, scale = torch.randn(2, out, rank, generator=g).to(dtype), torch.tensor([0.3, -1.7])
+    ids = torch.full((rows,), -1)
+    ids[::1000] = torch.arange(9) % 2
+    x, a, b, ids, scale = (t.to(backend.device) for t in (x, a, b, ids, scale))
+    got = ops.lora_apply_(x.new_ones(rows, out), x, a, b, ids, scale)
+    v = ops.lora_shrink(x, a, ids, scale)
+    assert_same_bits(got, ops.lora_expand_(x.new_ones(rows, out), v, b, ids))

@@ -11,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backends import Backend
+from cases import Shape
+from cases_train import bounds, formula, run, train_inputs
 from test_contract import assert_same_bits
 
 from lora_ext import ops
@@ -87,3 +89,17 @@ def test_float16_v_may_be_far_from_one(backend: Backend, size: float) -> None:
     # One rounding (spacing 2^-24 among the subnormal), v and the sums in float32.
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (dy.double().abs().T @ v.abs())
     assert ((db[0].cpu().double() - exact).abs() <= allowed).all()
+
+
+def test_float32_gradients_of_one_sign_are_not_rounded_all_one_way(backend: Backend) -> None:
+    """A tensor core rounds its sum toward zero, which random signs would hide."""
+    if backend.small:
+        pytest.skip("so many rows are for the fast emulator")
+    shape = Shape(2048, 16, 16, (24,), "identical")
+    i = train_inputs(shape, torch.float32, base=False)
+    i |= {k: i[k].abs() for k in ("x", "a", "b", "dy")}
+    exact = formula(i)
+    got = run({k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in i.items()})
+    for name, allowed in bounds(i, exact).items():
+        error = (got[name].cpu().double() - exact[name]).abs()
+        assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.2f} times the bound"

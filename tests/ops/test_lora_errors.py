@@ -200,6 +200,13 @@ def test_a_plan_of_other_ids_is_refused(ids_dtype: torch.dtype) -> None:
         apply_({**inputs, "plan": plan})
 
 
+def test_a_plan_that_nobody_made_is_refused() -> None:
+    inputs = make_inputs(SHAPE, torch.float32)
+    empty = torch.zeros_like(ops.lora_plan(inputs["adapter_ids"], 2))
+    with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+        apply_({**inputs, "plan": empty})
+
+
 def test_pages_above_the_largest_rank_are_refused() -> None:
     inputs = make_inputs(SHAPE, torch.float32, paged=True)
     table = torch.zeros(2, 2048, dtype=torch.int32)  # rank 16384

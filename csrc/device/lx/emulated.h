@@ -88,7 +88,6 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Sit
 // Host side
 const char* status_string(int status);
 int multiprocessors();
-int compute_capability();
 int fill_bytes(void* pointer, int value, size_t bytes, void* stream);
 
 template <class... Params, class... Args>

@@ -33,10 +33,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int multiprocessors() {
     return device_attribute(cudaDevAttrMultiProcessorCount);
 }
-inline int compute_capability() {  // 80, 90, ...
-    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
-           device_attribute(cudaDevAttrComputeCapabilityMinor);
-}
 
 inline int fill_bytes(void* pointer, int value, size_t bytes, void* stream) {
     return cudaMemsetAsync(pointer, value, bytes, static_cast<cudaStream_t>(stream));
@@ -46,15 +42,16 @@ template <class... Params, class... Args>
 int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block,
            size_t dynamic_bytes, void* stream, Args&&... args) {
     cudaError_t error = cudaSuccess;
+    cudaFuncAttributes built{};
+    const bool large = dynamic_bytes > 32 * 1024;
+    if (dependent || large) error = cudaFuncGetAttributes(&built, kernel);
     // Above 48 KiB, static arrays included, a kernel must ask. It asks once for all it may ever
     // have: the limit belongs to the function, and another thread may be launching it with another
     // size.
-    if (dynamic_bytes > 32 * 1024) {
-        cudaFuncAttributes attributes{};
-        error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess && large) {
         const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-                         static_cast<int>(attributes.sharedSizeBytes);
-        if (error == cudaSuccess && attributes.maxDynamicSharedSizeBytes < most)
+                         static_cast<int>(built.sharedSizeBytes);
+        if (built.maxDynamicSharedSizeBytes < most)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     }
     if (error == cudaSuccess) {
@@ -67,7 +64,9 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.dynamicSmemBytes = dynamic_bytes;
         config.stream = static_cast<cudaStream_t>(stream);
         config.attrs = &attribute;
-        config.numAttrs = dependent && compute_capability() >= 90 ? 1 : 0;
+        // The code decides, not the card: PTX of an older architecture has no wait in it, whatever
+        // it is compiled for at load time.
+        config.numAttrs = dependent && built.ptxVersion >= 90 ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
     // The caller gets the code; left in place it would surface in somebody else's next check.

@@ -45,7 +45,7 @@ struct LoraTrainArgs {
     int64_t dx_row_stride = 0;
     void* da = nullptr;         // (A, R, I) contiguous, dtype of x; all written, zero beyond a rank
     void* db = nullptr;         // (A, O, R) contiguous, likewise
-    void* workspace = nullptr;  // lora_train_workspace_bytes(); CUDA only
+    void* workspace = nullptr;  // of the launcher's own size, below; CUDA only
 };
 
 // CPU twins: one table per instruction set. ops splits [0, items) over threads; no bit depends on
@@ -73,8 +73,9 @@ const LoraTrainCpu& lora_train_cpu();
 const LoraTrainCpu* lora_train_cpu(const char* isa);
 
 // CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation.
-int64_t lora_train_workspace_bytes(const LoraTrainArgs& args);                   // reads sizes only
-LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);  // x -> v
+int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);  // reads sizes only
+int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
+LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);    // x -> v
 LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> the rest
 LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream);  // y contiguous
 
