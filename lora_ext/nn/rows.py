@@ -86,6 +86,16 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
     return keep((dtype, *values), device, make)
 
 
+def scales(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
+    """``(len(values),)`` float32, or None where all are 1. Tensors are read anew at every call:
+    PEFT's hot swap makes scalings tensors, so as to change them in place."""
+    for value in values:
+        if isinstance(value, Tensor):
+            parts = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]
+            return torch.cat([part.reshape(1) for part in parts])
+    return None if set(values) == {1.0} else constant(values, torch.float32, device)  # pyright: ignore[reportArgumentType]
+
+
 _by_ids: Any = WeakTensorKeyDictionary()
 
 

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -169,6 +170,24 @@ def test_an_adapter_that_comes_later_is_fused_where_layers_are() -> None:
         model.delete_adapter("late")
         model.set_adapter("red")
     assert_close(logits(ours), logits(theirs))
+
+
+def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
+    configs = {"red": {"r": 4, "target_modules": ["q_proj"]}}
+    for alpha in (16, 64):
+        model = make_peft(make_model("llama"), configs)
+        model.peft_config["red"].lora_alpha = alpha
+        model.save_pretrained(tmp_path / str(alpha))
+    theirs = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "16" / "red")
+    prepare_model_for_compiled_hotswap(theirs, target_rank=8)
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    with torch.no_grad():
+        before = logits(ours)
+        for each in (ours, theirs):
+            hotswap_adapter(each, tmp_path / "64" / "red", adapter_name="default")
+        # float32: the layers take scalings in float64 another way. Logits near 1.
+        torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+        assert (logits(ours) - before).abs().max() > 0.1
 
 
 def test_disabling_merging_and_unloading() -> None:
