@@ -290,6 +290,17 @@ def test_rows_are_grouped_once_and_again_after_a_change():
     assert rows_of(ids, 4) is rows
     ids[0] = 0
     assert rows_of(ids, 4).used == (0, 1, 3)
+    ids.data[1] = 2  # of which torch counts no version
+    assert rows_of(ids, 4).used == (0, 1, 2, 3)
+    ids.numpy()[:] = 1
+    assert rows_of(ids, 4).used == (1,)
+    ids.resize_(2)
+    assert rows_of(ids, 4).ids.tolist() == [0, 0]
+    with torch.inference_mode():
+        ids = torch.tensor([0, 0])
+        assert rows_of(ids, 4) is rows_of(ids, 4)
+        ids[1] = 3
+        assert rows_of(ids, 4).used == (0, 3)
 
 
 @pytest.mark.parametrize(
