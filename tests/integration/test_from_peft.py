@@ -278,6 +278,59 @@ def test_two_forwards_before_their_backward_under_checkpointing() -> None:
     assert_same_gradients(ours, other)
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
+    theirs, ours = pair("llama")
+    theirs.set_adapter("red")
+    trainable(ours).set_adapter("red")
+    ours.set_requires_grad(["red", "green", "blue"])
+    if checkpointing is not None:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    for _ in range(2):
+        for model in (ours, theirs.eval()):  # without dropout, PEFT takes names in evaluation
+            model.set_requires_grad(["red", "green", "blue"])
+            model.zero_grad(set_to_none=True)
+            first, second = logits(model), logits(model, adapter_names=NAMES)
+            (first.square().sum() + second.square().sum()).backward()
+        assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
+    checkpointing: bool | None,
+) -> None:
+    """A module to save and a layer that is fused by nobody, inside the blocks."""
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["up_proj"]}
+    theirs = make_peft(make_model("llama"), {"red": fields, "green": fields}).double()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".modules_to_save.green." in name:
+                parameter.mul_(1.5)
+    for layer in theirs.base_model.model.model.layers:
+        layer.self_attn.v_proj.__class__ = type("Other", (PeftLinear,), {})
+    ours = lora_ext.from_peft(copy.deepcopy(theirs)).train()
+    if checkpointing is not None:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    names = ["red", "green", "__base__", "green", "red"]
+    for model in (ours, theirs.eval()):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or ".modules_to_save." in name)
+    for _ in range(2):
+        values = [step(m, lambda m: logits(m, adapter_names=names)) for m in (ours, theirs)]
+        assert_close(*values)
+        assert_same_gradients(ours, theirs)
+        assert (
+            ours.base_model.model.model.layers[0]
+            .mlp.up_proj.modules_to_save["green"]
+            .weight.grad.any()
+        )
+    assert not any(
+        m._forward_pre_hooks for m in to_peft(ours.base_model.model.model.layers).modules()
+    )
+
+
 class Checkpointed(nn.Module):
     """A model that checkpoints by itself, so that names do not reach the recomputation."""
 
