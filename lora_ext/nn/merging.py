@@ -70,9 +70,9 @@ class Merging(nn.Module):
             keep_copy: keep the weight as it was, so that :meth:`unmerge` restores every bit.
 
         Raises:
-            ValueError: a name this layer lacks, a base weight that cannot be read, a result that is
-            not finite, or ``keep_copy`` where adapters are merged without. RuntimeError:
-            ``lora_bias`` on a base without a bias.
+            ValueError: a name this layer lacks, a base weight that cannot be read or that a
+            parametrization computes, a result that is not finite, or ``keep_copy`` where adapters
+            are merged without. RuntimeError: ``lora_bias`` on a base without a bias.
         """
         names = self._active if adapter_names is None else list(adapter_names)
         self._check_known(names)
@@ -84,6 +84,7 @@ class Merging(nn.Module):
                 f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
                 "kept; unmerge them first"
             )
+        self._check_writable("merge")
         weight, bias = self._matrix().detach(), self.bias
         new, new_bias = _widened(weight), None if bias is None else _widened(bias)
         records: list[_Merged] = []
@@ -128,6 +129,7 @@ class Merging(nn.Module):
         if not self._merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
             return
+        self._check_writable("unmerge")
         if self._copy is not None:
             self._write(*self._copy)
         else:
@@ -187,6 +189,17 @@ class Merging(nn.Module):
             if bias is not None and self.lora_bias[m.name]:
                 bias = bias - self._bias_delta(m.name, m.scaling)
         return weight, bias
+
+    def _check_writable(self, purpose: str) -> None:
+        """What is written into a computed weight would be gone with the next forward."""
+        kept = {id(t) for t in (*self.base_layer.parameters(), *self.base_layer.buffers())}
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None and id(tensor) not in kept:
+                raise ValueError(
+                    f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
+                    f"found one that {type(self.base_layer).__name__} computes from others; remove "
+                    "its parametrization (weight_norm, spectral_norm, ...) first"
+                )
 
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         # In place: whoever shares or has captured this memory keeps seeing the layer's weight.
