@@ -44,8 +44,8 @@ def attach(model: Model, pool: AdapterPool) -> Model:
     Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
     A module that is registered under several names is replaced under its first, as PEFT does.
     Where the model can ``generate``, its rows keep their adapters through beams and returned
-    sequences. ``generate`` and the model's call take PEFT's ``adapter_names=``, which is
-    :func:`lora_ext.adapters` around them.
+    sequences. ``generate`` and the call of a transformers model take PEFT's ``adapter_names=``,
+    which is :func:`lora_ext.adapters` around them.
 
     Args:
         model: the model that the pool was made for, or one of the same shape.
@@ -81,8 +81,8 @@ def attach(model: Model, pool: AdapterPool) -> Model:
             if callable(getattr(type(module), method, None)) and method not in module.__dict__:
                 setattr(module, method, MethodType(hook, module))
                 attachment.hooked.append((name, method))
-        if module is model or hasattr(type(module), "get_input_embeddings"):
-            # Such models swallow arguments that they do not know: names would be lost unnoticed.
+        if hasattr(type(module), "get_input_embeddings"):
+            # A model of transformers swallows arguments that it does not know: names would be lost.
             if "forward" in module.__dict__:  # as accelerate's offloading leaves it
                 module.__dict__[_OWN_FORWARD] = module.__dict__["forward"]
             module.forward = MethodType(_forward(type(module), pool), module)

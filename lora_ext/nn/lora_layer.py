@@ -301,10 +301,11 @@ class LoraLayer(Merging):
             self._check_known([n for n in _flat(adapter_ids) if n not in (None, "__base__")])
             return rows_by_name(adapter_ids, reachable, leading, device)
         if block is not None:
-            return rows_in_block(block, reachable, leading, device)
+            return rows_in_block(block, reachable, leading, device, self._of_tokens)
         if not context.any_block:
             return None
-        return traced_rows(reachable, self._default_position(), leading, device)
+        default = self._default_position()
+        return traced_rows(reachable, default, leading, device, self._of_tokens)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self.adapter_active[n]]
@@ -393,6 +394,9 @@ class LoraLayer(Merging):
 
     #: Whether ``lora_bias`` is offered.
     _takes_bias = True
+
+    #: Whether the rows are tokens, which all sequences may share: positions.
+    _of_tokens = False
 
     def _shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of A and of B."""
