@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,8 @@ class Merging(nn.Module):
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight.
 
-        Every bit is restored where ``merge(keep_copy=True)`` kept them. Otherwise the updates are
+        Every bit is restored where ``merge(keep_copy=True)`` kept them and no other base weight was
+        loaded since. Otherwise the updates are
         computed again and subtracted, which is exact up to rounding: a UserWarning says so. Their
         parameters must then be what they were.
         """
@@ -207,6 +208,13 @@ class Merging(nn.Module):
             self.weight.copy_(weight)
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            self._copy = None  # of another weight than the one that comes
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # Of the subclass
 

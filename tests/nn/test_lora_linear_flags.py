@@ -188,6 +188,24 @@ def test_a_kept_copy_restores_every_bit(dtype):
     assert ours.weight.data_ptr() == place
 
 
+def test_a_weight_that_is_loaded_while_merged_is_not_replaced_by_the_kept_copy():
+    ours, other, x = layer(), layer(), batch(3)
+    with torch.no_grad():
+        other.base_layer.weight.mul_(2)
+    y = other(x)
+    for each in (ours, other):
+        each.merge(keep_copy=True)
+    adapters = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
+    before = ours.weight.detach().clone()
+    ours.load_state_dict(adapters, strict=False)
+    copy.deepcopy(ours).unmerge()  # no base weight came, the copy is there: no warning
+    ours.load_state_dict(other.state_dict())
+    assert not torch.equal(ours.weight, before)
+    with pytest.warns(UserWarning, match="no copy of the base weight was kept"):
+        ours.unmerge()
+    torch.testing.assert_close(ours(x), y, **CLOSE)
+
+
 def test_several_adapters_merge_as_they_run():
     ours = layer()
     ours.add_adapter("b", r=2, use_dora=True, init_lora_weights=False)
