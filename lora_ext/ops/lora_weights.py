@@ -124,7 +124,8 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
 
     ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. Where the
     adapter all but cancels a row, the difference keeps an absolute error of a few roundings of
-    ``|w|^2``.
+    ``|w|^2``: a norm of 1e-2 ``|w|`` is exact to 2e-3 of itself in float32, one of 1e-4 ``|w|`` is
+    noise.
 
     Args:
         weight: ``(O, I)`` floating.

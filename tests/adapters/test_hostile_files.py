@@ -190,6 +190,8 @@ def test_content_that_does_not_fit(pool):
     refused(pool, changed(lambda t: t[KEY].fill_(float("nan"))), "expected finite values")
     refused(pool, changed(lambda t: t[KEY][0].fill_(float("inf"))), "expected finite values")
     refused(pool, changed(lambda t: t.update({KEY: 3})), "found .*int")
+    refused(pool, changed(lambda t: t.update({KEY: t[KEY].to("meta")})), "up.* found one on meta")
+    refused(pool, changed(lambda t: t.update({KEY: t[KEY].to_sparse()})), "found torch.sparse_coo")
     refused(
         pool, changed(lambda t: t.update({KEY.replace("A.w", "A.two.w"): t[KEY]})), "one adapter"
     )
