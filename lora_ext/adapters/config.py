@@ -16,8 +16,8 @@ from .patterns import match_names
 
 # Read by nobody here: training only, or a record of where the adapter came from.
 _IGNORED = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
-    "inference_mode loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
+    "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
     "peft_type peft_version qalora_group_size revision runtime_config task_type "
     "velora_config".split()
 )
@@ -25,6 +25,7 @@ _IGNORED = frozenset(
 _REFUSED = {
     "modules_to_save": "it replaces whole modules of the base model",
     "trainable_token_indices": "it replaces rows of the embedding",
+    "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "target_parameters": "it adapts bare parameters, not Linear modules",
     "layer_replication": "it changes the base model's layers",
     "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",

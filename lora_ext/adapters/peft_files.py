@@ -91,8 +91,12 @@ def _read(
     grouped, leftover = _group_keys(tensors, index)
     targets = config.targets(index)
     if targets is not None:
-        for module in [m for m in grouped if m not in targets]:
-            leftover += grouped.pop(module).values()
+        stray = sorted(grouped.keys() - targets)
+        if stray:  # also where strict=False: what was trained with them is another adapter
+            raise ValueError(
+                f"{tensors.where}: expected factors of modules that {config.where} targets, found "
+                f"{_some(key for module in stray for key in grouped[module].values())}"
+            )
         missing = sorted(targets - grouped.keys())
         if missing:
             raise ValueError(

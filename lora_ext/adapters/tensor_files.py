@@ -70,7 +70,8 @@ class StateDict:
                     f"found {key!r:.100}: {type(value).__name__}"
                 )
             if value.layout != torch.strided or value.is_meta:
-                raise ValueError(f"{where}: {key}: expected a dense tensor, found {value.layout}")
+                found = "one on meta, without values" if value.is_meta else value.layout
+                raise ValueError(f"{where}: {key}: expected a dense tensor, found {found}")
             self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
 
     def read(self, key: str) -> Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_ext._files import SafetensorsFile, parse_json
@@ -539,6 +538,8 @@ class Circuit(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write parameters and structure into one safetensors file."""
+        from safetensors.torch import save_file  # not with lora_ext: only this needs it
+
         tensors = {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}
         text = f'{{"norm": "{self.norm}", "graph": {self.graph.to_json()}}}'
         save_file(tensors, str(path), {_METADATA: text})

@@ -20,6 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
@@ -58,6 +59,8 @@ def to_peft(model: Model) -> Model:
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = checkpoint.checkpoint
+        for key in [k for k, hook in block._forward_pre_hooks.items() if hook is _remind]:
+            del block._forward_pre_hooks[key], block._forward_pre_hooks_with_kwargs[key]
     return model
 
 
@@ -150,7 +153,8 @@ _current: ContextVar[Names | None] = ContextVar("lora_ext.peft_current", default
 _recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
 
-# Layers whose last forward had names: recomputed without any, they would train other adapters.
+# Layers whose last forward had names that no checkpoint of ours keeps: recomputed without any, they
+# would train other adapters.
 _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -201,7 +205,7 @@ class FusedLinear(PeftLinear):
         if torch.compiler.is_compiling():
             return None if names is None else Names(names)
         if names is not None:
-            if self.training:
+            if self.training and _recomputed.get() is None:
                 _named.add(self)
             return _names(names)
         rows = _recomputed.get()
@@ -285,7 +289,19 @@ class _KeepsNames:
 def _let_checkpoints_keep_names(model: nn.Module) -> None:
     block: Any
     for block in model.modules():
-        if getattr(block, "gradient_checkpointing", False):
-            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not isinstance(checkpoint, _KeepsNames):
-                block._gradient_checkpointing_func = _KeepsNames(checkpoint)
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if checkpoint is None or not getattr(block, "gradient_checkpointing", False):
+            continue
+        if not isinstance(checkpoint, _KeepsNames):
+            block._gradient_checkpointing_func = _KeepsNames(checkpoint)
+        for layer in block.modules():
+            if isinstance(layer, FusedLinear) or _remind in layer._forward_pre_hooks.values():
+                continue
+            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
+                nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]
+
+
+def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a layer of PEFT's own the names that a recomputation has no hook for."""
+    names = None if torch.compiler.is_compiling() else _recomputed.get()
+    return args, kwargs if names is None else {**kwargs, "adapter_names": list(names.names)}

@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from lora_ext.nn.pool_layer import PoolLayer
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_attachment"
+_OWN_FORWARD = "_lora_ext_own_forward"
 
 
 @dataclass(eq=False)
@@ -42,7 +44,8 @@ def attach(model: Model, pool: AdapterPool) -> Model:
     Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
     A module that is registered under several names is replaced under its first, as PEFT does.
     Where the model can ``generate``, its rows keep their adapters through beams and returned
-    sequences, and ``generate`` takes PEFT's ``adapter_names=``.
+    sequences. ``generate`` and the call of a transformers model take PEFT's ``adapter_names=``,
+    which is :func:`lora_ext.adapters` around them.
 
     Args:
         model: the model that the pool was made for, or one of the same shape.
@@ -78,6 +81,12 @@ def attach(model: Model, pool: AdapterPool) -> Model:
             if callable(getattr(type(module), method, None)) and method not in module.__dict__:
                 setattr(module, method, MethodType(hook, module))
                 attachment.hooked.append((name, method))
+        if hasattr(type(module), "get_input_embeddings"):
+            # A model of transformers swallows arguments that it does not know: names would be lost.
+            if "forward" in module.__dict__:  # as accelerate's offloading leaves it
+                module.__dict__[_OWN_FORWARD] = module.__dict__["forward"]
+            module.forward = MethodType(_forward(type(module), pool), module)
+            attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
     return model
 
@@ -110,6 +119,8 @@ def detach(model: Model) -> Model:
         module = _find(model, name)
         if module is not None:
             module.__dict__.pop(method, None)
+            if method == "forward" and _OWN_FORWARD in module.__dict__:
+                module.__dict__[method] = module.__dict__.pop(_OWN_FORWARD)
     del model.__dict__[_KEY]
     context.attachments.discard(attachment)
     return model
@@ -141,6 +152,18 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
+    @functools.wraps(kind.forward)  # transformers reads the signature
+    def forward(self: Any, *args: Any, adapter_names: context.Names = None, **kwargs: Any) -> Any:
+        run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
+        if adapter_names is None:
+            return run(*args, **kwargs)
+        with context.adapters(adapter_names, pool=pool):
+            return run(*args, **kwargs)
+
+    return forward
 
 
 def _hooks(pool: AdapterPool) -> dict[str, Any]:

@@ -60,9 +60,13 @@ class Active:
     outer: Active | None
     repeat: int = 1  # rows per name: beams, or returned sequences
     cache: dict[Hashable, Any] = field(default_factory=dict)
+    # Whether names were read as one per "sequence" or "row", and by activations of which shape.
+    readings: dict[str, torch.Size] = field(default_factory=dict)
 
-    def rows(self, leading: torch.Size, device: torch.device) -> Rows:
-        """Ids and plan for activations of shape ``(*leading, I)``."""
+    def rows(self, leading: torch.Size, device: torch.device, of_tokens: bool = False) -> Rows:
+        """Ids and plan for activations of shape ``(*leading, I)``, or for tokens ``leading``."""
+        if of_tokens:
+            self.check_tokens(leading)
         return self.cached((leading, device), lambda: self._compute(leading, device))
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -117,10 +121,14 @@ class Active:
             return rows
         named = len(self.slots)
         if len(self.shape) == 1 and leading[:1] == (named * self.repeat,):
-            return rows // named if named else 0  # per sequence
-        flat = len(self.shape) == 1 or leading in (self.shape, (named,))
-        if self.repeat == 1 and rows == named and flat:
-            return 1  # per token
+            if rows > named * self.repeat:
+                self._read_as("sequence", leading)
+            return rows // named
+        flat = len(self.shape) == 1
+        if self.repeat == 1 and rows == named and (flat or leading in (self.shape, (named,))):
+            if flat:
+                self._read_as("row", leading)
+            return 1
         if len(self.shape) == 2:
             expected = f"{self.shape[0]} sequences of {self.shape[1]} tokens"
         elif self.repeat == 1:
@@ -131,8 +139,37 @@ class Active:
             )
         raise ValueError(
             f"adapters: names: expected {expected}, "
-            f"found activations of shape ({', '.join(map(str, (*leading, 'features')))})"
+            f"found activations of shape {_activations(leading)}"
         )
+
+    def _read_as(self, unit: str, leading: torch.Size) -> None:
+        """One list of names is one per sequence or one per row, and not the one here and the other
+        there: rows that all sequences share, such as positions, can be as many by chance."""
+        readings = {**self.readings, unit: leading}
+        if len(self.slots) > 1 and len(readings) == 2:
+            per_sequence, per_row = readings["sequence"], readings["row"]
+            raise ValueError(
+                f"adapters: names: found them read as one per sequence by activations of shape "
+                f"{_activations(per_sequence)} and as one per row by {_activations(per_row)}; rows "
+                "that all sequences share have no adapter of their own: expected no adapter on "
+                "that module (or a list of names for each sequence, one per token)"
+            )
+        self.readings[unit] = leading
+
+    def check_tokens(self, leading: torch.Size) -> None:
+        """Refuse one list of names for one row of tokens: it may be of positions, which the
+        sequences that the names mean share."""
+        named = len(self.slots)
+        if self.shape == (named,) != (1,) and leading == (1, named):
+            raise ValueError(
+                f"adapters: names: found {named} for an embedding that sees one row of {named} "
+                f"tokens or positions: expected [[...]], a list for each sequence, where each "
+                "token has a name; positions that all sequences share have no adapter of their own"
+            )
+
+
+def _activations(leading: torch.Size) -> str:
+    return f"({', '.join(map(str, (*leading, 'features')))})"
 
 
 _active: ContextVar[Active | None] = ContextVar("lora_ext.adapters", default=None)
@@ -274,7 +311,7 @@ def repeat_rows(handle: int, count: int) -> None:
 
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
-    "active_adapter_ids(int handle, SymInt[] leading, Device device) -> Tensor",
+    "active_adapter_ids(int handle, SymInt[] leading, Device device, bool of_tokens) -> Tensor",
     tags=(
         torch.Tag.pt2_compliant_tag,
         torch.Tag.cudagraph_unsafe,
@@ -282,10 +319,12 @@ _library.define(
 )
 
 
-def _active_adapter_ids(handle: int, leading: Sequence[int], device: torch.device) -> Tensor:
+def _active_adapter_ids(
+    handle: int, leading: Sequence[int], device: torch.device, of_tokens: bool
+) -> Tensor:
     active = current(handle)
     shape = torch.Size(leading)
-    ids = None if active is None else active.rows(shape, device)[0]
+    ids = None if active is None else active.rows(shape, device, of_tokens)[0]
     if ids is None:
         return torch.full((math.prod(shape),), -1, dtype=torch.int32, device=device)
     return ids.clone()  # a graph may reuse the memory of what an op returns
@@ -295,13 +334,19 @@ _library.impl("active_adapter_ids", _active_adapter_ids, "CompositeExplicitAutog
 
 
 @torch.library.register_fake("lora_ext::active_adapter_ids", lib=_library)
-def _fake_active_adapter_ids(handle: int, leading: Sequence[int], device: torch.device) -> Tensor:
+def _fake_active_adapter_ids(
+    handle: int, leading: Sequence[int], device: torch.device, of_tokens: bool
+) -> Tensor:
     return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
 
 
 def traced_rows(
-    handle: int, leading: Sequence[int], device: torch.device, num_slots: int
+    handle: int,
+    leading: Sequence[int],
+    device: torch.device,
+    num_slots: int,
+    of_tokens: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:meth:`Active.rows` for a graph: the ids of whatever block the graph will run in."""
-    ids = torch.ops.lora_ext.active_adapter_ids(handle, leading, device)
+    ids = torch.ops.lora_ext.active_adapter_ids(handle, leading, device, of_tokens)
     return ids, ops.lora_plan(ids, num_slots)

@@ -93,12 +93,18 @@ layer_names = LayerNames()
 
 
 def rows_in_block(
-    active: Active, names: tuple[str, ...], leading: torch.Size, device: torch.device
+    active: Active,
+    names: tuple[str, ...],
+    leading: torch.Size,
+    device: torch.device,
+    of_tokens: bool,
 ) -> Rows:
-    """Rows for a layer with these adapters.
+    """Rows for a layer with these adapters, an embedding (``of_tokens``) or not.
 
     Names of the block that the layer lacks are base rows: adapters need not reach every layer.
     """
+    if of_tokens:
+        active.check_tokens(leading)
     return active.cached((names, leading, device), lambda: _by_name(active, names, leading, device))
 
 
@@ -134,19 +140,24 @@ def _by_name(
 
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
-    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device) -> Tensor",
+    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device, bool of_tokens) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
 
 def _layer_adapter_ids(
-    names: Sequence[str], default: int, leading: Sequence[int], device: torch.device
+    names: Sequence[str],
+    default: int,
+    leading: Sequence[int],
+    device: torch.device,
+    of_tokens: bool,
 ) -> Tensor:
     shape = torch.Size(leading)
     active = context.current(layer_names.handle)
     if active is None:
         return torch.full((shape.numel(),), default, dtype=torch.int32, device=device)
-    rows = rows_in_block(active, tuple(names), shape, device)
+    rows = rows_in_block(active, tuple(names), shape, device, of_tokens)
     used = torch.tensor([*rows.used, -1], dtype=torch.int32, device=device)  # the last serves -1
     return used[rows.ids.long()]
 
@@ -156,7 +167,11 @@ _library.impl("layer_adapter_ids", _layer_adapter_ids, "CompositeExplicitAutogra
 
 @torch.library.register_fake("lora_ext::layer_adapter_ids", lib=_library)
 def _fake_layer_adapter_ids(
-    names: Sequence[str], default: int, leading: Sequence[int], device: torch.device
+    names: Sequence[str],
+    default: int,
+    leading: Sequence[int],
+    device: torch.device,
+    of_tokens: bool,
 ) -> Tensor:
     rows = 1
     for size in leading:
@@ -165,8 +180,12 @@ def _fake_layer_adapter_ids(
 
 
 def traced_rows(
-    names: tuple[str, ...], default: int, leading: torch.Size, device: torch.device
+    names: tuple[str, ...],
+    default: int,
+    leading: torch.Size,
+    device: torch.device,
+    of_tokens: bool,
 ) -> Rows:
     """:func:`rows_in_block` for a graph; outside a block every row has the adapter ``default``."""
-    ids = torch.ops.lora_ext.layer_adapter_ids(list(names), default, leading, device)
+    ids = torch.ops.lora_ext.layer_adapter_ids(list(names), default, leading, device, of_tokens)
     return rows_of(ids, len(names))

@@ -122,6 +122,7 @@ class LoraEmbedding(LoraLayer):
     # Of LoraLayer
 
     _takes_bias = False
+    _of_tokens = True
 
     def _default_scheme(self, scheme: bool | str) -> bool | str:
         return "init_b_unit" if scheme is True else scheme

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext.ops._autocast import AUTOCASTS
 
-from .rows import Rows, all_rows, constant, rows_of, subset
+from .rows import Rows, all_rows, constant, rows_of, scales, subset
 
 _MAX_FUSED_RANK = 256  # of the kernels
 
@@ -34,7 +34,7 @@ class LoraFactors(NamedTuple):
 
     a: Tensor  # (r, I)
     b: Tensor  # (O, r), dtype of a
-    scaling: float
+    scaling: float | Tensor
     p: float = 0.0  # the dropout in effect: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
 
@@ -94,7 +94,7 @@ def _one_adapter(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Ten
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     ids, plan = all_rows(x2d.shape[0], x.device)
     a, b, scaling, p, _ = factors
-    scale = None if scaling == 1.0 else constant((scaling,), torch.float32, x.device)
+    scale = scales((scaling,), x.device)
     seed = draw_seed(x.device) if p else None
     y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)  # (T, O)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -231,7 +231,7 @@ class _Call(NamedTuple):
     b: Sequence[Tensor]  # (O, r) each
     ids: Tensor  # (T,)
     plan: Tensor | None
-    scaling: tuple[float, ...]
+    scaling: tuple[float | Tensor, ...]
     p: float
     biases: tuple[Tensor | None, ...]
     everywhere: bool  # every row has an adapter, and there is but one
@@ -243,12 +243,9 @@ def _run(
     dtype = compute
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*call.a, *call.b)))
-    b, scale, ranks, seed = call.b, None, None, None
-    if any(s != 1.0 for s in call.scaling):
-        if dtype == torch.float64:  # the op holds scales in float32
-            b = [f * s for f, s in zip(b, call.scaling, strict=True)]
-        else:
-            scale = constant(call.scaling, torch.float32, x.device)
+    b, scale, ranks, seed = call.b, scales(call.scaling, x.device), None, None
+    if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+        b, scale = [f * s for f, s in zip(b, call.scaling, strict=True)], None
     all_ranks = [f.shape[0] for f in call.a]
     if min(all_ranks) < max(all_ranks):
         ranks = constant(all_ranks, torch.int32, x.device)
@@ -280,7 +277,11 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
     first = adapters[0]
     together = len(adapters) == 1 or (
         all(
-            f.p == 0 and f.scaling == first.scaling and f.a.dtype == first.a.dtype for f in adapters
+            f.p == 0
+            and not isinstance(f.scaling, Tensor)  # comparing would wait for the device
+            and f.scaling == first.scaling
+            and f.a.dtype == first.a.dtype
+            for f in adapters
         )
         and sum(f.a.shape[0] for f in adapters) <= _MAX_FUSED_RANK
     )

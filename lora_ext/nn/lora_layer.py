@@ -119,7 +119,7 @@ class LoraLayer(Merging):
         Raises:
             ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
             unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
-            cannot be read.
+            cannot be read, or is computed from others and would have to change.
             TypeError: r that is not an int. The layer is unchanged then.
         """
         self._check_name(adapter_name)
@@ -136,6 +136,7 @@ class LoraLayer(Merging):
         flat_a, flat_b = a.flatten(1), b.flatten(1)
         changed = magnitude = None
         if device.type != "meta" and (scheme not in FREE or preserve_base_output):
+            self._check_writable(f"init_lora_weights={init_lora_weights!r}")
             changed = self._matrix().detach().clone()
             ops.lora_merge_(changed, flat_a, flat_b, scaling, sign=-1)
         if use_dora:
@@ -250,6 +251,7 @@ class LoraLayer(Merging):
             raise ValueError(
                 f"restore_base_weight: {self.merged_adapters} are merged; unmerge them first"
             )
+        self._check_writable("restore_base_weight")
         self._write(self._before_init[1], None)
         self._before_init = None
 
@@ -299,10 +301,11 @@ class LoraLayer(Merging):
             self._check_known([n for n in _flat(adapter_ids) if n not in (None, "__base__")])
             return rows_by_name(adapter_ids, reachable, leading, device)
         if block is not None:
-            return rows_in_block(block, reachable, leading, device)
+            return rows_in_block(block, reachable, leading, device, self._of_tokens)
         if not context.any_block:
             return None
-        return traced_rows(reachable, self._default_position(), leading, device)
+        default = self._default_position()
+        return traced_rows(reachable, default, leading, device, self._of_tokens)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self.adapter_active[n]]
@@ -391,6 +394,9 @@ class LoraLayer(Merging):
 
     #: Whether ``lora_bias`` is offered.
     _takes_bias = True
+
+    #: Whether the rows are tokens, which all sequences may share: positions.
+    _of_tokens = False
 
     def _shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of A and of B."""

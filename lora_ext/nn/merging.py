@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,9 @@ class Merging(nn.Module):
             keep_copy: keep the weight as it was, so that :meth:`unmerge` restores every bit.
 
         Raises:
-            ValueError: a name this layer lacks, a base weight that cannot be read, a result that is
-            not finite, or ``keep_copy`` where adapters are merged without. RuntimeError:
-            ``lora_bias`` on a base without a bias.
+            ValueError: a name this layer lacks, a base weight that cannot be read or that a
+            parametrization computes, a result that is not finite, or ``keep_copy`` where adapters
+            are merged without. RuntimeError: ``lora_bias`` on a base without a bias.
         """
         names = self._active if adapter_names is None else list(adapter_names)
         self._check_known(names)
@@ -84,6 +84,7 @@ class Merging(nn.Module):
                 f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
                 "kept; unmerge them first"
             )
+        self._check_writable("merge")
         weight, bias = self._matrix().detach(), self.bias
         new, new_bias = _widened(weight), None if bias is None else _widened(bias)
         records: list[_Merged] = []
@@ -121,13 +122,15 @@ class Merging(nn.Module):
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight.
 
-        Every bit is restored where ``merge(keep_copy=True)`` kept them. Otherwise the updates are
+        Every bit is restored where ``merge(keep_copy=True)`` kept them and no other base weight was
+        loaded since. Otherwise the updates are
         computed again and subtracted, which is exact up to rounding: a UserWarning says so. Their
         parameters must then be what they were.
         """
         if not self._merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
             return
+        self._check_writable("unmerge")
         if self._copy is not None:
             self._write(*self._copy)
         else:
@@ -188,12 +191,30 @@ class Merging(nn.Module):
                 bias = bias - self._bias_delta(m.name, m.scaling)
         return weight, bias
 
+    def _check_writable(self, purpose: str) -> None:
+        """What is written into a computed weight would be gone with the next forward."""
+        kept = {id(t) for t in (*self.base_layer.parameters(), *self.base_layer.buffers())}
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None and id(tensor) not in kept:
+                raise ValueError(
+                    f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
+                    f"found one that {type(self.base_layer).__name__} computes from others; remove "
+                    "its parametrization (weight_norm, spectral_norm, ...) first"
+                )
+
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         # In place: whoever shares or has captured this memory keeps seeing the layer's weight.
         with torch.no_grad():
             self.weight.copy_(weight)
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            self._copy = None  # of another weight than the one that comes
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # Of the subclass
 

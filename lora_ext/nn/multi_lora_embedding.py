@@ -31,12 +31,13 @@ class MultiLoraEmbedding(PoolLayer):
         if slab.a_pages is None:
             return y
         if torch.compiler.is_compiling():
-            ids, plan = traced_rows(self.handle, x.shape, x.device, self.pool.max_slots)
+            slots = self.pool.max_slots
+            ids, plan = traced_rows(self.handle, x.shape, x.device, slots, of_tokens=True)
         else:
             active = current(self.handle)
             if active is None:
                 return y
-            ids, plan = active.rows(x.shape, x.device)
+            ids, plan = active.rows(x.shape, x.device, of_tokens=True)
             if ids is None or plan is None:  # all rows belong to the base model
                 return y
         return _add_adapters(y, x.reshape(-1), slab, ids, plan)

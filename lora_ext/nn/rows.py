@@ -86,6 +86,16 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
     return keep((dtype, *values), device, make)
 
 
+def scales(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
+    """``(len(values),)`` float32, or None where all are 1. Tensors are read anew at every call:
+    PEFT's hot swap makes scalings tensors, so as to change them in place."""
+    for value in values:
+        if isinstance(value, Tensor):
+            parts = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]
+            return torch.cat([part.reshape(1) for part in parts])
+    return None if set(values) == {1.0} else constant(values, torch.float32, device)  # pyright: ignore[reportArgumentType]
+
+
 _by_ids: Any = WeakTensorKeyDictionary()
 
 
@@ -98,7 +108,8 @@ def rows_of(
     """Group rows by the adapters that occur in ``adapter_ids``.
 
     Which ones occur is asked on the host: on a device this waits for it, once per tensor, not once
-    per layer. A traced graph cannot ask; there every adapter counts as used.
+    per layer, and again when torch has counted a change in place (one through ``.data`` is not
+    counted). A traced graph cannot ask; there every adapter counts as used.
 
     Args:
         adapter_ids: int64 or int32, each in ``[-1, num_adapters)``: one per row, or one per
@@ -123,12 +134,16 @@ def rows_of(
             return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
         return group(ids, num_adapters, ids.device)
 
-    if torch.compiler.is_compiling() or adapter_ids.is_inference():
+    on_host = adapter_ids.device.type == "cpu"
+    if torch.compiler.is_compiling() or (adapter_ids.is_inference() and not on_host):
         return make()  # an inference tensor has no version: a change in place would go unseen
-    version, known = _by_ids.get(adapter_ids, (None, {}))
-    if version != adapter_ids._version:
+    seen, known = _by_ids.get(adapter_ids, (None, {}))
+    # On the host the ids themselves are compared: numpy and `.data` change them and no version.
+    if seen is None or not (
+        torch.equal(seen, adapter_ids) if on_host else seen == adapter_ids._version
+    ):
         known = {}
-        _by_ids[adapter_ids] = (adapter_ids._version, known)
+        _by_ids[adapter_ids] = (adapter_ids.clone() if on_host else adapter_ids._version, known)
     key = (num_adapters, leading, enabled)
     if key not in known:
         with torch.inference_mode(False), torch.no_grad():

@@ -83,8 +83,8 @@ def lora_shrink(
             ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``. Rows of ``a`` beyond the rank are
-            not read.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). Rows of ``a``
+            beyond the rank are not read.
         page_table: ``(A, R / 8)`` int32, the page of each eight ranks, -1 where there is none.
         plan: :func:`lora_plan` of the same ids, to save grouping them again.
 
@@ -118,7 +118,7 @@ def lora_expand_(
         b: bank ``(A, O, R)``, or pages ``(P, O, 8)`` with ``page_table``; dtype and device of
             ``y``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages).
         page_table: ``(A, R / 8)`` int32.
         plan: :func:`lora_plan` of the same ids.
 
@@ -157,8 +157,8 @@ def lora_apply(
         b: bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``. What lies beyond an adapter's rank
-            is neither read nor given a gradient.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). What lies
+            beyond an adapter's rank is neither read nor given a gradient.
         page_table: ``(A, R / 8)`` int32.
         plan: :func:`lora_plan` of the same ids.
 
@@ -199,7 +199,7 @@ def lora_apply_(
         b: bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
+        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages).
         page_table: ``(A, R / 8)`` int32.
         plan: :func:`lora_plan` of the same ids.
 

@@ -190,6 +190,8 @@ def test_content_that_does_not_fit(pool):
     refused(pool, changed(lambda t: t[KEY].fill_(float("nan"))), "expected finite values")
     refused(pool, changed(lambda t: t[KEY][0].fill_(float("inf"))), "expected finite values")
     refused(pool, changed(lambda t: t.update({KEY: 3})), "found .*int")
+    refused(pool, changed(lambda t: t.update({KEY: t[KEY].to("meta")})), "up.* found one on meta")
+    refused(pool, changed(lambda t: t.update({KEY: t[KEY].to_sparse()})), "found torch.sparse_coo")
     refused(
         pool, changed(lambda t: t.update({KEY.replace("A.w", "A.two.w"): t[KEY]})), "one adapter"
     )
@@ -206,7 +208,6 @@ def test_left_over_content_is_refused_or_listed(pool):
     for extra, fields in (
         ({"base_model.model.nowhere.lora_A.weight": torch.zeros(1)}, {}),
         ({"surprise": torch.zeros(1)}, {}),
-        (state(1, targets=("head",)), {}),
         ({}, {"future_method": {"on": True}}),
         ({}, {"rank_pattern": {"nowhere": 3}}),
     ):
@@ -215,6 +216,14 @@ def test_left_over_content_is_refused_or_listed(pool):
         skipped = pool.load("lenient", source, strict=False)
         assert len(skipped) == len(extra) + len(fields)
         pool.unload("lenient")
+
+
+def test_factors_of_a_module_that_is_not_targeted_are_never_left_out(pool):
+    source = config(), {**state(1), **state(1, targets=("head",))}
+    for strict in (True, False):
+        refused(pool, source, "config targets, found base_model.model.head.lora_A", strict=strict)
+    source = config(exclude_modules=["down"]), state(1)
+    refused(pool, source, "config targets, found base_model.model.down.lora_A", strict=False)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,7 @@ def test_config_fields_that_make_no_sense(pool, fields):
         {"trainable_token_indices": [1]},
         {"target_parameters": ["up.weight"]},
         {"layer_replication": [[0, 1]]},
+        {"ensure_weight_tying": True},
         {"alora_invocation_tokens": [1]},
         {"kasa_config": {"beta": 1}},
         {"init_lora_weights": "pissa_niter_4"},
@@ -279,7 +289,7 @@ def test_factors_of_an_embedding_that_do_not_fit(pool):
         refused(pool, (raw, {**good, key + ".two": value}), "expected one adapter")
     linear = {f"{stem}A.weight": torch.ones(4, 7), f"{stem}B.weight": torch.ones(12, 4)}
     refused(pool, (raw, linear), r"found lora_\{A.weight, B.weight\}")
-    refused(pool, (config(), {**state(1), **good}), "expected only what the base model")
+    refused(pool, (config(), {**state(1), **good}), "that adapter config targets, found")
     up = {k.replace("embed.", "up."): v for k, v in good.items()}
     refused(pool, (config(), {**state(1), **up}), r"up: expected lora_\{A.weight, B.weight\}")
     refused(pool, ({**raw, "lora_bias": True}, good), "lora_bias: expected false beside the embed")
@@ -319,7 +329,7 @@ def test_magnitudes_that_do_not_fit(pool):
     for odd in (MAGNITUDE + ".a.b.weight", MAGNITUDE + ".weight.x.y", MAGNITUDE + "s"):
         refused(pool, changed(lambda t, k=odd: t.update({k: good})), "expected only what the base")
     lost = MAGNITUDE.replace("up", "head")
-    refused(pool, changed(lambda t: t.update({lost: good[:5]})), "expected only what the base")
+    refused(pool, changed(lambda t: t.update({lost: good[:5]})), "config targets, found")
     refused(pool, changed(nothing, use_dora="yes"), "use_dora: expected true or false")
     refused(pool, changed(nothing, lora_bias=True), "lora_bias: expected false beside use_dora")
     half = AdapterPool(Base(), max_slots=1, max_rank=8, dtype=torch.float16)

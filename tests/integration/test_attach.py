@@ -1,18 +1,20 @@
 """attach and detach: what they leave behind, and what they refuse."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors.torch import load_file
 from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, UnknownAdapterError
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
@@ -66,6 +68,56 @@ def test_a_copy_generates_by_itself(tmp_path: Path) -> None:
     assert not torch.equal(
         twin.generate(input_ids=ids, **how), model.generate(input_ids=ids, **how)
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_call_takes_names_as_pefts_does(family: str, tmp_path: Path) -> None:
+    model, reference, pool = make_pair(family, tmp_path)
+    ids, names = tokens(3, 5), ["green", "__base__", "red"]
+    signature = inspect.signature(type(model).forward)
+    assert list(inspect.signature(model.forward).parameters) == list(signature.parameters)[1:]
+    with torch.no_grad():
+        got = model(ids, adapter_names=names).logits
+        # float32, logits near 1 through two layers.
+        torch.testing.assert_close(
+            got, reference(input_ids=ids, adapter_names=names).logits, rtol=0, atol=1e-4
+        )
+        with lora_ext.adapters(["green", None, "red"]):
+            assert torch.equal(got, model(ids).logits)
+            assert torch.equal(got, model(ids, adapter_names=names).logits)
+        body = model.base_model  # the part without a head takes names as well
+        with lora_ext.adapters(names):
+            expected = body(ids).last_hidden_state
+        assert torch.equal(body(ids, adapter_names=names).last_hidden_state, expected)
+        with pytest.raises(UnknownAdapterError, match=r"'gren' is not loaded.*green"):
+            model(ids, adapter_names="gren")
+        with pytest.raises(ValueError, match="adapters: names: expected a batch of 2 sequences"):
+            model(ids, adapter_names=names[:2])
+        assert torch.equal(model(ids).logits, lora_ext.detach(model)(ids).logits)
+    assert pool.stats()["pins"] == 0
+
+
+def test_an_attached_model_is_one_graph(tmp_path: Path) -> None:
+    model, ids = make_pair("llama", tmp_path)[0], tokens(2, 4)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), lora_ext.adapters(["red", None]):
+        torch.testing.assert_close(whole(ids).logits, model(ids).logits)
+
+
+def test_a_forward_of_the_instances_own_takes_names_and_comes_back(tmp_path: Path) -> None:
+    model = make_pair("llama", tmp_path)[0]
+    pool = next(m.pool for m in model.modules() if isinstance(m, MultiLoraLinear))
+    lora_ext.detach(model)
+    add_hook_to_module(model, ModelHook())
+    own, ids = model.__dict__["forward"], tokens(2, 4)
+    lora_ext.attach(model, pool)
+    for attached in (model, copy.deepcopy(model)):
+        with torch.no_grad(), lora_ext.adapters(["red", None]):
+            expected = attached(ids).logits
+        with torch.no_grad():
+            assert torch.equal(attached(ids, adapter_names=["red", None]).logits, expected)
+            assert not torch.equal(attached(ids).logits, expected)
+    assert lora_ext.detach(model).__dict__["forward"] is own
 
 
 class Shared(nn.Module):

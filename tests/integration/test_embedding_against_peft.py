@@ -103,6 +103,37 @@ def test_tokens_and_one_name(tmp_path: Path) -> None:
     assert not torch.equal(whole["red"], whole["green"])
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_positions_that_all_sequences_share_raise(length: int, tmp_path: Path) -> None:
+    """Also where there are as many positions as sequences, which would pass for names of tokens."""
+    base = make_model("gpt2")
+    make_peft(base, {"red": {"r": 4, "target_modules": ["wpe"]}}).save_pretrained(tmp_path)
+    pool = lora_ext.AdapterPool(base, max_slots=1, max_rank=8)
+    pool.load("red", tmp_path / "red")
+    model: Any = lora_ext.attach(base, pool)
+    names, ids = ["red", None, None, "red"], tokens(4, length)
+    torch._dynamo.reset()
+    wpe = model.transformer.wpe
+    compiled = torch.compile(wpe, backend="aot_eager", fullgraph=True)
+    positions = torch.arange(4)[None]
+    with torch.no_grad():
+        with lora_ext.adapters(names):
+            with pytest.raises(ValueError, match="adapters: names: "):
+                model(ids)
+            for embed in (wpe, compiled):
+                with pytest.raises(ValueError, match=r"one row of 4 tokens .* \[\[\.\.\.\]\]"):
+                    embed(positions)
+        with lora_ext.adapters([names]):  # of one sequence, token by token
+            one, whole = compiled(positions), wpe(positions)
+        with lora_ext.adapters("red"):
+            red, four = wpe(positions), model(ids).logits
+            for i in range(4):
+                torch.testing.assert_close(model(ids[i : i + 1]).logits[0], four[i])
+    torch.testing.assert_close(one, whole)
+    assert torch.equal(whole[0, [0, 3]], red[0, [0, 3]])
+    assert torch.equal(whole[0, 1:3], wpe.base(positions)[0, 1:3])
+
+
 def test_evicted_saved_copied_compiled_detached(tmp_path: Path) -> None:
     model, reference = make("llama", tmp_path)
     pool, ids = model.model.embed_tokens.pool, tokens(2, 3)

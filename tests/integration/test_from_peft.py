@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -171,6 +172,24 @@ def test_an_adapter_that_comes_later_is_fused_where_layers_are() -> None:
     assert_close(logits(ours), logits(theirs))
 
 
+def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
+    configs = {"red": {"r": 4, "target_modules": ["q_proj"]}}
+    for alpha in (16, 64):
+        model = make_peft(make_model("llama"), configs)
+        model.peft_config["red"].lora_alpha = alpha
+        model.save_pretrained(tmp_path / str(alpha))
+    theirs = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "16" / "red")
+    prepare_model_for_compiled_hotswap(theirs, target_rank=8)
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    with torch.no_grad():
+        before = logits(ours)
+        for each in (ours, theirs):
+            hotswap_adapter(each, tmp_path / "64" / "red", adapter_name="default")
+        # float32: the layers take scalings in float64 another way. Logits near 1.
+        torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+        assert (logits(ours) - before).abs().max() > 0.1
+
+
 def test_disabling_merging_and_unloading() -> None:
     theirs, ours = pair("llama")
     with ours.disable_adapter(), theirs.disable_adapter():
@@ -257,6 +276,59 @@ def test_two_forwards_before_their_backward_under_checkpointing() -> None:
         second = logits(model, adapter_names=NAMES[::-1])
         (first.square().sum() + second.square().sum()).backward()
     assert_same_gradients(ours, other)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
+    theirs, ours = pair("llama")
+    theirs.set_adapter("red")
+    trainable(ours).set_adapter("red")
+    ours.set_requires_grad(["red", "green", "blue"])
+    if checkpointing is not None:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    for _ in range(2):
+        for model in (ours, theirs.eval()):  # without dropout, PEFT takes names in evaluation
+            model.set_requires_grad(["red", "green", "blue"])
+            model.zero_grad(set_to_none=True)
+            first, second = logits(model), logits(model, adapter_names=NAMES)
+            (first.square().sum() + second.square().sum()).backward()
+        assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
+    checkpointing: bool | None,
+) -> None:
+    """A module to save and a layer that is fused by nobody, inside the blocks."""
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["up_proj"]}
+    theirs = make_peft(make_model("llama"), {"red": fields, "green": fields}).double()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".modules_to_save.green." in name:
+                parameter.mul_(1.5)
+    for layer in theirs.base_model.model.model.layers:
+        layer.self_attn.v_proj.__class__ = type("Other", (PeftLinear,), {})
+    ours = lora_ext.from_peft(copy.deepcopy(theirs)).train()
+    if checkpointing is not None:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    names = ["red", "green", "__base__", "green", "red"]
+    for model in (ours, theirs.eval()):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or ".modules_to_save." in name)
+    for _ in range(2):
+        values = [step(m, lambda m: logits(m, adapter_names=names)) for m in (ours, theirs)]
+        assert_close(*values)
+        assert_same_gradients(ours, theirs)
+        assert (
+            ours.base_model.model.model.layers[0]
+            .mlp.up_proj.modules_to_save["green"]
+            .weight.grad.any()
+        )
+    assert not any(
+        m._forward_pre_hooks for m in to_peft(ours.base_model.model.model.layers).modules()
+    )
 
 
 class Checkpointed(nn.Module):

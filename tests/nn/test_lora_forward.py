@@ -65,6 +65,34 @@ def test_conv1d_as_peft(kind):
     assert_same(layer, x, lambda: lora_forward(x, base, factors(layer)), lambda: layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scaling_that_is_a_tensor_is_read_at_every_call(dtype):
+    layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2}).to(dtype)
+    x, ids = torch.randn(4, 24, dtype=dtype, requires_grad=True), torch.tensor([1, 0, -1, 1])
+    both = ["0", "1"]
+    for value in (2.25, 1.0, 9.0):  # as PEFT's hot swap does it
+        for name in both:
+            scaling = layer.scaling[name]
+            if isinstance(scaling, Tensor):
+                scaling.fill_(value)
+            else:
+                layer.scaling[name] = torch.tensor(value)
+        assert_as_peft(layer, x)
+        layer.set_adapter("0")
+        one = factors(layer)[:1]
+        assert_same(
+            layer, x, lambda one=one: lora_forward(x, layer.base_layer, one), lambda: layer(x)
+        )
+        layer.set_adapter(both)
+        by_number = [factors(layer)[i]._replace(scaling=value) for i in (0, 1)]
+        assert_same(
+            layer,
+            x,
+            lambda: lora_forward(x, layer.base_layer, factors(layer), ids),
+            lambda f=by_number: lora_forward(x, layer.base_layer, f, ids),
+        )
+
+
 def test_a_base_that_is_no_plain_linear_is_called():
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -262,6 +290,17 @@ def test_rows_are_grouped_once_and_again_after_a_change():
     assert rows_of(ids, 4) is rows
     ids[0] = 0
     assert rows_of(ids, 4).used == (0, 1, 3)
+    ids.data[1] = 2  # of which torch counts no version
+    assert rows_of(ids, 4).used == (0, 1, 2, 3)
+    ids.numpy()[:] = 1
+    assert rows_of(ids, 4).used == (1,)
+    ids.resize_(2)
+    assert rows_of(ids, 4).ids.tolist() == [0, 0]
+    with torch.inference_mode():
+        ids = torch.tensor([0, 0])
+        assert rows_of(ids, 4) is rows_of(ids, 4)
+        ids[1] = 3
+        assert rows_of(ids, 4).used == (0, 3)
 
 
 @pytest.mark.parametrize(

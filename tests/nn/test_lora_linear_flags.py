@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from peft_layers import CLOSE, gradients
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
@@ -187,6 +188,24 @@ def test_a_kept_copy_restores_every_bit(dtype):
     assert ours.weight.data_ptr() == place
 
 
+def test_a_weight_that_is_loaded_while_merged_is_not_replaced_by_the_kept_copy():
+    ours, other, x = layer(), layer(), batch(3)
+    with torch.no_grad():
+        other.base_layer.weight.mul_(2)
+    y = other(x)
+    for each in (ours, other):
+        each.merge(keep_copy=True)
+    adapters = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
+    before = ours.weight.detach().clone()
+    ours.load_state_dict(adapters, strict=False)
+    copy.deepcopy(ours).unmerge()  # no base weight came, the copy is there: no warning
+    ours.load_state_dict(other.state_dict())
+    assert not torch.equal(ours.weight, before)
+    with pytest.warns(UserWarning, match="no copy of the base weight was kept"):
+        ours.unmerge()
+    torch.testing.assert_close(ours(x), y, **CLOSE)
+
+
 def test_several_adapters_merge_as_they_run():
     ours = layer()
     ours.add_adapter("b", r=2, use_dora=True, init_lora_weights=False)
@@ -250,3 +269,50 @@ def test_merged_adapters_refuse_what_they_cannot_do():
         ours.merge(adapter_names=["b"], keep_copy=True)
     with pytest.raises(RuntimeError, match="the base layer has none"):
         layer(nn.Linear(24, 17, bias=False), lora_bias=True).merge()
+
+
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    ],
+    ids=lambda f: f"{f.__module__.rpartition('.')[2]}.{f.__name__}",
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_weight_that_is_computed_from_others_is_not_written(reparametrize):
+    ours, x = layer(reparametrize(nn.Linear(24, 17))).eval(), batch(3)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    y = ours(x)
+    assert (y - ours.base_layer(x)).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"merge: base_layer\.weight: .*remove its p"):
+        ours.merge()
+    for options in ({"init_lora_weights": "pissa"}, {"preserve_base_output": True}):
+        with pytest.raises(ValueError, match=r"init_lora_weights=.*: base_layer\.weight: "):
+            ours.add_adapter("other", 4, **options)
+    assert not ours.merged and ours.adapter_names == ("default",)
+    assert before.keys() == ours.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+    assert torch.equal(ours(x), y)
+
+
+def test_a_weight_parametrized_since_the_merge_is_not_written():
+    ours = layer()
+    ours.merge(keep_copy=True)
+    parametrizations.weight_norm(ours.base_layer)
+    with pytest.raises(ValueError, match=r"unmerge: base_layer\.weight: expected a parameter"):
+        ours.unmerge()
+    assert ours.merged_adapters == ["default"]
+    parametrize.remove_parametrizations(ours.base_layer, "weight")
+    ours.unmerge()
+    assert not ours.merged
+
+
+def test_adapters_of_a_layer_with_adapters_merge_into_the_one_weight():
+    ours, x = LoraLinear(layer(), "outer", r=2, init_lora_weights=False), batch(3)
+    y = ours(x)
+    ours.merge()
+    torch.testing.assert_close(ours(x), y, **CLOSE)

@@ -96,6 +96,17 @@ def test_each_sequence_of_tokens_its_adapter():
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
+def test_a_block_does_not_take_positions_for_sequences():
+    layer = LoraEmbedding(nn.Embedding(9, 5), "red", r=2, init_lora_weights=False)
+    positions, names = torch.arange(3)[None], ["red", None, "red"]
+    expected = layer(positions, names)  # names for this layer alone
+    with lora_ext.adapters([names], pool=layer.pool):
+        assert torch.equal(layer(positions), expected)
+    with lora_ext.adapters(names, pool=layer.pool):
+        with pytest.raises(ValueError, match="an embedding that sees one row of 3 tokens or posit"):
+            layer(positions)
+
+
 def test_embeddings_start_as_peft_starts_them():
     torch.manual_seed(1)
     expected = nn.init.normal_(torch.empty(24, 8))

@@ -111,6 +111,26 @@ def test_tokens_follow_the_formula(spelling: str) -> None:
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_list_is_not_read_per_sequence_and_per_row(order: int, compiled: bool) -> None:
+    """As DeBERTa's relative positions where the batch happens to be as large."""
+    model: Any = make()
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    forwards = [inputs(4, 3), inputs(1, 4)][::order]
+    message = r"as one per sequence .* shape \(4, 3, features\) and as one per row by \(1, 4, feat"
+    with torch.no_grad(), lora_ext.adapters(PER_SEQUENCE):
+        run(inputs(4))  # is both
+        run(forwards[0])
+        with pytest.raises(ValueError, match=message):
+            run(forwards[1])
+        with lora_ext.adapters(PER_SEQUENCE):
+            run(forwards[1])
+    with torch.no_grad(), lora_ext.adapters(["red"]):
+        run(inputs(1, 3))
+        run(inputs(1))
+
+
 def test_one_name_serves_every_row_and_one_vector() -> None:
     model = make(torch.float64)
     for leading in [(), (1,), (5,), (2, 3)]:

@@ -216,6 +216,17 @@ def test_a_factor_is_computed_once_per_slot_and_again_when_it_changes(
     torch.testing.assert_close(y, base + config["lora_alpha"] / 3 * x @ a.T @ b.T)
 
 
+def test_attaching_again_learns_of_what_data_hid() -> None:
+    model, x = make(), inputs(6)
+    with torch.no_grad(), lora_ext.adapters(NAMES):
+        model.layer(x)
+        model.layer.weight.data.mul_(1.5)  # counted by no version
+        pool = model.layer.pool
+        lora_ext.attach(lora_ext.detach(model), pool)
+        y = model.layer(x)
+    torch.testing.assert_close(y, formula(model.layer, x, NAMES), rtol=1e-12, atol=1e-12)
+
+
 def test_an_open_block_keeps_the_version_it_began_with() -> None:
     model, x = make(max_slots=5), inputs(6)
     with torch.no_grad(), lora_ext.adapters(NAMES):
