@@ -240,7 +240,7 @@ class CircuitHead(nn.Module):
                 f"found {tuple(k.shape)}"
             )
         k = k.expand(h.shape[:-1]).reshape(-1)
-        if k.device.type == "cpu" and bool(((k < 0) | (k >= self.n_token)).any()):
+        if _looked_at(k) and bool(((k < 0) | (k >= self.n_token)).any()):
             raise ValueError(f"CircuitHead: k: expected positions in [0, {self.n_token})")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
         return dist.view(*h.shape[:-1], self.vocab_size)
@@ -438,7 +438,7 @@ class CircuitHead(nn.Module):
             raise ValueError(
                 f"CircuitHead: tokens: expected shape {expected}, found {tuple(x.shape)}"
             )
-        if x.device.type == "cpu":
+        if _looked_at(x):
             wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
             if bool(wrong.any()):
                 raise ValueError(
@@ -451,7 +451,7 @@ class CircuitHead(nn.Module):
         if evidence is None:
             return None
         given = self._tokens(h, evidence)
-        if given.device.type == "cpu" and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
+        if _looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
             raise ValueError("CircuitHead: evidence: expected given tokens first, found a gap")
         return given
 
@@ -461,6 +461,11 @@ class CircuitHead(nn.Module):
             f"{self.hidden_size}, {self.vocab_size}, n_token={self.n_token}, rank={self.rank}, "
             f"kind={self.kind!r}, emission={self.emission!r}"
         )
+
+
+def _looked_at(t: Tensor) -> bool:
+    """Whether the head may read numbers on the host; the ops look once more, when they run."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:

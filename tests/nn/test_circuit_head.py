@@ -418,3 +418,20 @@ def test_wrong_inputs_are_named():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("emission", ["full", "adapter"])
+def test_the_loss_compiles_in_one_piece(emission: str):
+    head, h = make("hmm", emission), hidden(3)
+    labels = torch.randint(V, (3, K))
+    labels[1, 2] = IGNORE
+    compiled = torch.compile(lambda *t: head.loss(*t)[0], fullgraph=True, backend="aot_eager")
+    parameters = list(head.parameters())
+    a, b = compiled(h, labels), head.loss(h, labels)[0]
+    assert torch.equal(a, b)
+    for mine, eager in zip(
+        torch.autograd.grad(a, parameters), torch.autograd.grad(b, parameters), strict=True
+    ):
+        assert torch.allclose(mine, eager, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"emission_gather: x\[.* must be in"):
+        compiled(h, labels + V)
