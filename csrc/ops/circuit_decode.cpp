@@ -92,7 +92,19 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
     check_shape(op, "uniforms", uniforms, letters, sizes, logits.device());
     if (uniforms.scalar_type() != accumulator_of(logits))
         check_dtype(op, "uniforms", uniforms, at::kFloat);
-    return uniforms.to(accumulator_of(logits)).contiguous();
+    const Tensor wide = uniforms.to(accumulator_of(logits)).contiguous();
+    if (launches_kernels(wide) && !debug_mode()) return wide;
+    const Tensor host = wide.to(at::kCPU);
+    const auto check = [&](const auto* u) {
+        for (int64_t i = 0; i < host.numel(); ++i)
+            LX_CHECK(u[i] >= 0 && u[i] <= 1, op, ": uniforms must be in [0, 1], got ", u[i],
+                     " at flat index ", i);
+    };
+    if (host.scalar_type() == at::kDouble)
+        check(host.const_data_ptr<double>());
+    else
+        check(host.const_data_ptr<float>());
+    return wide;
 }
 
 const CircuitDecodeCpu& twin() {

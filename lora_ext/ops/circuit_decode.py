@@ -5,8 +5,10 @@ Parameters are logits, float32, float16, bfloat16 or (CPU) float64: ``leaf (B, K
 ``prior (B, C)`` and ``trans (B, M, C, C)``, the last two of one dtype of their own. Rows that share
 parameters may be views of stride 0. Sums and results are float32 (float64 for float64).
 
-Uniform numbers are float32 in [0, 1), or float64 beside float64 logits; whoever gives the same ones
-gets the same tokens. A row's result does not depend on its batch. The ops have no gradient.
+Uniform numbers are float32 in [0, 1), or float64 beside float64 logits (1, which rounding can make,
+is taken); whoever gives the same ones gets the same tokens. Other numbers are refused on the CPU,
+elsewhere in debug mode. A row's result does not depend on its batch; one with NaN among its logits
+gets some token of the vocabulary. The ops have no gradient.
 
 Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 """

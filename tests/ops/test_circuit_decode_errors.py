@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,11 @@ OWN: list[tuple[Callable[[Inputs], None], str, Change]] = [
         lambda i: {"uniforms": i["uniforms"][..., 0]},
     ),
     (sample, r"uniforms must be Float, got Double", lambda i: {"uniforms": i["uniforms"].double()}),
+    (
+        sample,
+        r"uniforms must be in \[0, 1\], got nan",
+        lambda i: {"uniforms": i["uniforms"] * math.nan},
+    ),
     (
         verify,
         r"leaf must have shape \(B, K, C, V\), got \[3, 4, 2\]",
