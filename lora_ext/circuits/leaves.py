@@ -119,7 +119,11 @@ class Categorical(_Finite):
         return {"logits": torch.randn(rows, self.num_categories)}
 
     def log_table(self, table: Table) -> Tensor:
-        return log_softmax(table["logits"])
+        logits = table["logits"]
+        # torch's, in one pass, knows no row of nothing but -inf.
+        if logits.device.type == "cpu" and logits.detach().amax(1).isfinite().all():
+            return F.log_softmax(logits, 1)
+        return log_softmax(logits)
 
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
