@@ -38,14 +38,15 @@ class CircuitHead(nn.Module):
     """``q(x_1 .. x_K | h)``: a probabilistic circuit whose parameters are functions of ``h``.
 
     Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V`` vocabulary,
-    ``M`` transition matrices. Sum weights are ``softmax(w @ h)``; leaves are ``softmax(logits)``:
+    ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. Sum weights
+    are ``softmax(w @ h)``; leaves are ``softmax(logits)``:
 
     ============  ===========================================  ================================
     emission      logits of position k, component z            parameters
     ============  ===========================================  ================================
-    ``full``      ``emit[k, z] @ h``                           ``emit (K, C, V, D)``
+    ``full``      ``emit[k, z] @ h``                           ``emit (K, C, L, D)``
     ``expander``  ``unembed @ (maps[k, z] @ h)``               ``maps (K, C, D, D)``,
-                                                               ``unembed (V, D)``
+                                                               ``unembed (L, D)``
     ``adapter``   ``unembed @ (h + B[k, z] @ A[k, z] @ h)``    ``lora_A (K C, R, D)``,
                                                                ``lora_B (K C, D, R)``; ``unembed``
                                                                is a frozen buffer
@@ -63,14 +64,18 @@ class CircuitHead(nn.Module):
         share_transitions: one transition matrix instead of ``M``.
         init_identity: transitions start by keeping the state with probability 0.99, so that an HMM
             or tree starts near the mixture CP; otherwise they start near uniform.
+        shortlist: ``(L,)`` int64, distinct ids of at least 2 tokens: all others have probability
+            exactly 0, and neither cost nor store anything. Default is the whole vocabulary.
         dtype, device: of the parameters; float16, bfloat16, float32 or float64.
 
     Raises:
         ValueError: sizes out of range, an unknown kind or emission, ``ff`` with a rank other than
-            1, ``hmm`` or ``btree`` with rank or n_token below 2. NotImplementedError: other dtypes.
+            1, ``hmm`` or ``btree`` with rank or n_token below 2, a shortlist with fewer than 2
+            tokens, a token twice or one outside the vocabulary. NotImplementedError: other dtypes.
 
     Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv
-    2511.11346) and its code; ``adapter`` is ours (docs/mtpc.md).
+    2511.11346) and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the draft:
+    FR-Spec (arXiv 2502.14856).
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class CircuitHead(nn.Module):
         init_identity: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        shortlist: Tensor | None = None,
     ):
         super().__init__()
         _check_sizes(hidden_size, vocab_size, n_token, rank, kind, emission, adapter_rank)
@@ -106,11 +112,14 @@ class CircuitHead(nn.Module):
         self.share_transitions = share_transitions
         self.init_identity = init_identity
         self.num_transitions = num_transitions(kind, n_token)
+        self.shortlist: Tensor | None
+        self.register_buffer("shortlist", _checked_shortlist(shortlist, vocab_size, device))
+        self.num_leaves = vocab_size if self.shortlist is None else len(self.shortlist)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
-        k, c, v, d = n_token, rank, vocab_size, hidden_size
+        k, c, v, d = n_token, rank, self.num_leaves, hidden_size
         if emission == "full":
             self.emit = parameter(k, c, v, d)
         elif emission == "expander":
@@ -153,8 +162,8 @@ class CircuitHead(nn.Module):
         """Start from the unembedding of a language model.
 
         ``full``: every component of position k becomes block k; positions beyond the blocks keep
-        their values. ``expander``: a copy of block 0. ``adapter``: block 0 itself; where dtype and
-        device agree it shares the model's memory.
+        their values. ``expander``: a copy of block 0. ``adapter``: block 0 itself; without
+        a shortlist and where dtype and device agree it shares the model's memory.
 
         Args:
             weight: ``(num_blocks * V, D)``. num_blocks: how many positions the model predicts.
@@ -169,6 +178,8 @@ class CircuitHead(nn.Module):
                 f"{num_blocks} blocks, found {tuple(weight.shape)}"
             )
         blocks = weight.detach().unflatten(0, (num_blocks, self.vocab_size))
+        if self.shortlist is not None:
+            blocks = blocks[:, self.shortlist.to(weight.device)]
         if self.emission == "full":
             for position, block in zip(self.emit, blocks, strict=False):
                 position.copy_(block.expand_as(position))
@@ -191,17 +202,18 @@ class CircuitHead(nn.Module):
     # Queries
 
     def circuit(self, h: Tensor) -> Circuit:
-        """The circuits of all rows, for the circuit ops: ``N K C V`` logits, so for few rows."""
+        """The circuits of all rows, for the circuit ops: ``N K C V`` logits, so for few rows.
+        Those of tokens outside the shortlist are ``-inf``."""
         rows = self._rows(h)
-        if self.emission == "full":
-            leaf = F.linear(rows, self.emit.flatten(0, 2))  # (N, K C V)
-        else:
-            leaf = F.linear(self._states(rows), self.unembed)  # (N K C, V)
-        shape = len(rows), self.n_token, self.rank, self.vocab_size
-        return Circuit(leaf.view(shape), *self._sum_weights(rows))
+        leaf = self._leaf(rows)
+        if self.shortlist is not None:
+            wide = leaf.new_full((*leaf.shape[:3], self.vocab_size), -torch.inf)
+            leaf = wide.index_copy(-1, self.shortlist, leaf)
+        return Circuit(leaf, *self._sum_weights(rows))
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         """``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``; the last is the whole window's.
+        ``-inf`` from the first token outside the shortlist on.
 
         Differentiable. Memory is ``N K C`` and a bounded chunk: no logits over the vocabulary.
 
@@ -212,12 +224,12 @@ class CircuitHead(nn.Module):
             ValueError: a shape that does not fit, or (on the CPU) a token outside the vocabulary.
             TypeError: hidden states that are not floating, tokens that are not int64.
         """
-        return self._scan(h, x).prefix.view(x.shape)
+        return self._scan(h, self._tokens(h, x)).prefix.view(x.shape)
 
     def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
         """``log q(x_k | x_<k, h)``, ``(..., K)``; 0 where ``x_k`` is ignored. As
         :meth:`log_prob`."""
-        conditional = self._scan(h, x).conditional.view(x.shape)
+        conditional = self._scan(h, self._tokens(h, x)).conditional.view(x.shape)
         return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
 
     @torch.no_grad()
@@ -308,10 +320,12 @@ class CircuitHead(nn.Module):
 
         Args:
             h: ``(..., D)``.
-            labels: ``(..., K)`` windows, as ``methods.mtpc.unfold_windows`` makes them.
+            labels: ``(..., K)`` windows, as ``methods.mtpc.unfold_windows`` makes them. Tokens
+                outside the shortlist are marginalised, as :data:`IGNORE` is.
             gamma: discount in (0, 1]. beta: share of distillation in [0, 1].
             teacher_logits: ``(..., K, V)`` of the verifier, required with ``beta > 0``. That term
-                is plain torch on chunks of rows, and costs ``N K C V`` logits in time.
+                is plain torch on chunks of rows, and costs ``N K C L`` logits in time. With a
+                shortlist the teacher's law given that the token is on it.
 
         Returns:
             the loss, and ``beta KL_k + (1 - beta) CE_k`` of each position ``(K,)``.
@@ -326,6 +340,9 @@ class CircuitHead(nn.Module):
             raise ValueError(f"CircuitHead.loss: gamma: expected a number in (0, 1], found {gamma}")
         if not 0 <= beta <= 1:
             raise ValueError(f"CircuitHead.loss: beta: expected a number in [0, 1], found {beta}")
+        if self.shortlist is not None:
+            on = self._listed(self._tokens(h, labels))[1]
+            labels = torch.where(on.view(labels.shape), labels, IGNORE)
         conditionals = self.conditionals(h, labels)  # first, because it checks them
         count = (labels != IGNORE).reshape(-1, self.n_token).sum(0).clamp(min=1)
         each = -conditionals.view(-1, self.n_token).sum(0) / count  # (K,)
@@ -349,16 +366,19 @@ class CircuitHead(nn.Module):
         if labels.dim() > 2:  # windows of a teacher share memory, which flattening would undo
             parts = zip(h, labels, teacher, strict=True)
             return torch.stack([self._divergence(*part) for part in parts]).sum(0)
-        chunk = self._chunk(self.n_token * self.rank * self.vocab_size)
+        chunk = self._chunk(self.n_token * self.rank * self.num_leaves)
         parts = zip(h.split(chunk), labels.split(chunk), teacher.split(chunk), strict=True)
         return torch.stack([_recomputed(self._chunk_divergence, *part) for part in parts]).sum(0)
 
     def _chunk_divergence(self, h: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        circuit, tokens = self.circuit(h), self._tokens(h, labels)
+        rows, tokens = self._rows(h), self._listed(self._tokens(h, labels))[0]
+        circuit = Circuit(self._leaf(rows), *self._sum_weights(rows))
         posterior = reference.circuit_scan(self.kind, *circuit, tokens).posterior
         leaf = circuit.leaf.to(posterior.dtype).softmax(-1)
         q = torch.einsum("nkc,nkcv->nkv", posterior, leaf)
         log_q = q.clamp(min=torch.finfo(q.dtype).tiny).log()
+        if self.shortlist is not None:
+            teacher = teacher[..., self.shortlist]
         log_p = teacher.to(posterior.dtype).log_softmax(-1)
         gap = torch.where(log_p == -torch.inf, 0, log_p - log_q)
         return ((log_p.exp() * gap).sum(-1) * (tokens >= 0)).sum(0)
@@ -366,9 +386,28 @@ class CircuitHead(nn.Module):
     # ---------------------------------------------------------------------------------------------
     # Parts
 
-    def _scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
-        rows, tokens = self._rows(h), self._tokens(h, x)
-        observed = self._observed(rows, tokens)
+    def _leaf(self, rows: Tensor) -> Tensor:
+        """Logits of the leaves, ``(N, K, C, L)``."""
+        if self.emission == "full":
+            leaf = F.linear(rows, self.emit.flatten(0, 2))  # (N, K C L)
+        else:
+            leaf = F.linear(self._states(rows), self.unembed)  # (N K C, L)
+        return leaf.view(len(rows), self.n_token, self.rank, self.num_leaves)
+
+    def _listed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Places on the shortlist, and which tokens are on it; -1 for those that are not, and for
+        what is marginalised."""
+        if self.shortlist is None:
+            return tokens, tokens >= 0
+        place = torch.searchsorted(self.shortlist, tokens).clamp(max=len(self.shortlist) - 1)
+        on = self.shortlist[place] == tokens
+        return torch.where(on, place, -1), on
+
+    def _scan(self, h: Tensor, tokens: Tensor) -> reference.CircuitScan:
+        rows, (places, on) = self._rows(h), self._listed(tokens)
+        observed = self._observed(rows, places)
+        if self.shortlist is not None:
+            observed = observed.masked_fill(((tokens >= 0) & ~on)[..., None], -torch.inf)
         return ops.circuit_scan(self.kind, observed, *self._sum_weights(rows))
 
     def _observed(self, rows: Tensor, tokens: Tensor) -> Tensor:
@@ -376,6 +415,8 @@ class CircuitHead(nn.Module):
         if self.emission == "full":
             return ops.emission_gather(rows, self.emit, tokens)
         chunk = self._chunk(self.n_token * self.rank * self.hidden_size)
+        if len(rows) <= chunk:  # its states are few enough to be kept for the backward
+            return self._chunk_observed(rows, tokens)
         parts = zip(rows.split(chunk), tokens.split(chunk), strict=True)
         return torch.cat([_recomputed(self._chunk_observed, *part) for part in parts])
 
@@ -430,7 +471,7 @@ class CircuitHead(nn.Module):
         return (self.emit if self.emission == "full" else self.unembed).dtype
 
     def _tokens(self, h: Tensor, x: Tensor) -> Tensor:
-        """``(N, K)`` with -1 for what is marginalised, as the ops have it."""
+        """``(N, K)`` of the vocabulary, with -1 for what is marginalised, as the ops have it."""
         if x.dtype != torch.int64:
             raise TypeError(f"CircuitHead: tokens: expected int64, found {x.dtype}")
         expected = (*h.shape[:-1], self.n_token)
@@ -471,6 +512,30 @@ def _looked_at(t: Tensor) -> bool:
 def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """``function(*args)``, whose intermediate tensors the backward computes again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+
+def _checked_shortlist(
+    shortlist: Tensor | None, vocab_size: int, device: torch.device | str | None
+) -> Tensor | None:
+    """In ascending order."""
+    if shortlist is None:
+        return None
+    if shortlist.dtype != torch.int64:
+        raise TypeError(f"CircuitHead: shortlist: expected int64, found {shortlist.dtype}")
+    if shortlist.dim() != 1 or len(shortlist) < 2:
+        raise ValueError(
+            f"CircuitHead: shortlist: expected shape (L,) with L >= 2, "
+            f"found {tuple(shortlist.shape)}"
+        )
+    ordered = shortlist.sort().values
+    if int(ordered[0]) < 0 or int(ordered[-1]) >= vocab_size:
+        raise ValueError(
+            f"CircuitHead: shortlist: expected ids in [0, {vocab_size}), "
+            f"found {int(ordered[0])} to {int(ordered[-1])}"
+        )
+    if bool((ordered[1:] == ordered[:-1]).any()):
+        raise ValueError("CircuitHead: shortlist: expected distinct ids, found one twice")
+    return ordered.to(device)
 
 
 def _check_sizes(

@@ -58,6 +58,20 @@ def test_greedy_tokens_do_not_depend_on_the_draft(kind: str, n: int, emission: s
         assert torch.equal(found.sequences, expected)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("emission", ["full", "adapter"])
+def test_greedy_tokens_do_not_depend_on_the_shortlist(window: str, emission: str):
+    model, (ids, mask) = make_model("llama"), prompts(3)
+    expected = greedy(model, ids, mask, max_new_tokens=NEW)
+    new = expected[:, ids.shape[1] :]
+    for left_out in new.unique().tolist():
+        shortlist = torch.tensor([token for token in range(5) if token != left_out])
+        draft = make_draft(model, "hmm", emission=emission, shortlist=shortlist)
+        decoder = draft.decoder(mode="greedy", window=window)
+        assert torch.equal(decoder.generate(ids, mask, max_new_tokens=NEW).sequences, expected)
+    assert len(new.unique()) > 1
+
+
 @pytest.mark.parametrize("eos", range(5))
 def test_greedy_rows_end_where_those_of_generate_end(eos: int):
     model, (ids, mask) = make_model("llama"), prompts(3)
@@ -113,9 +127,11 @@ class Enumerated(mtpc.SpeculativeDecoder):
         tokens = self.drafts[self.call][self.code // outcomes]
         if pending is not None:
             tokens = torch.cat([pending[:, None], tokens], 1)
-        circuit = self.head.circuit(hidden)
+        circuit = self._circuit(hidden, pending)
         scan = reference.circuit_scan(self.head.kind, *circuit, tokens)
-        self.weight[self.rows] *= scan.conditional[:, first:].sum(1).exp()
+        drawn = scan.conditional[:, first:].sum(1).exp()
+        self.weight[self.rows] *= drawn
+        self.possible = drawn > 0
         uniforms = torch.zeros(len(tokens), n, 2)
         for k in range(n):  # the likeliest state, then the token, in the middle of their cells
             state = scan.posterior[:, k].argmax(-1)
@@ -123,8 +139,8 @@ class Enumerated(mtpc.SpeculativeDecoder):
             uniforms[:, k, 0] = middle(scan.posterior[:, k], state)
             uniforms[:, k, 1] = middle(leaf, tokens[:, k])
         draft = super()._draft(hidden, pending, uniforms)
-        assert torch.equal(draft.tokens, tokens)
-        return draft
+        assert torch.equal(draft.tokens[self.possible], tokens[self.possible])
+        return draft._replace(tokens=tokens)
 
     def _verify(self, draft: Any, target: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
         rows, n, v = *draft.tokens.shape, self.head.vocab_size
@@ -149,7 +165,9 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super()._verify(draft, target, pending, uniforms.float())
-        likely = weight > 1e-6  # narrower cells may lie between two float32 numbers
+        likely = self.possible & (
+            weight > 1e-6
+        )  # narrower cells may lie between two float32 numbers
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])
         return accepted, token
@@ -202,10 +220,11 @@ def enumerate_paths(
     temperature: float = 1.0,
     top_p: float = 1.0,
     new: int = 3,
+    shortlist: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The decoder's law of the first tokens, and the verifier's."""
     model = make_model("llama", vocab=v, layers=1, width=8)
-    head = make_draft(model, kind, n_token=n, noise=1.0).head
+    head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist).head
     decoder = kind_of_decoder(model, head, window=window, temperature=temperature, top_p=top_p)
     free = [n, *[n - 1 if window == "condition" else n] * (new - 1)]  # drafted at each call
     drafts = [torch.tensor(list(itertools.product(range(v), repeat=k))).view(-1, k) for k in free]
@@ -239,6 +258,18 @@ def test_samples_have_the_law_of_the_verifier(
 ):
     total, expected = enumerate_paths(Enumerated, window, kind, v, n, temperature, top_p)
     assert expected.sum().item() == pytest.approx(1, abs=1e-12)
+    assert (total - expected).abs().sum().item() / 2 < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("window", "kind", "new"),
+    [("condition", "cp", 3), ("condition", "hmm", 3), ("restart", "hmm", 2)],
+)
+def test_a_shortlist_changes_no_law(window: str, kind: str, new: int):
+    """Token 1 is never drafted; it is emitted all the same, and then stands as evidence."""
+    shortlist = torch.tensor([2, 0])
+    total, expected = enumerate_paths(Enumerated, window, kind, 3, 2, new=new, shortlist=shortlist)
+    assert expected[3**new // 2] > 1e-3  # token 1 throughout
     assert (total - expected).abs().sum().item() / 2 < 1e-12
 
 

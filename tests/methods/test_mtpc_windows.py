@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_ext.methods.mtpc import pack_documents, shift_labels, unfold_teacher, unfold_windows
+from lora_ext.methods.mtpc import (
+    frequent_tokens,
+    pack_documents,
+    shift_labels,
+    unfold_teacher,
+    unfold_windows,
+)
 
 X = -100
 
@@ -47,6 +53,14 @@ def test_packed_documents_follow_each_other_closed_by_the_end():
     packed = pack_documents([[1, 2], [], [3, 4, 5]], 4, eos_id=9)
     assert packed.tolist() == [[1, 2, 9, 9], [3, 4, 5, 9]]
     assert pack_documents([[1]], 4, eos_id=9).shape == (0, 4)
+
+
+def test_frequent_tokens_are_the_most_frequent_in_ascending_order():
+    ids = torch.tensor([[7, 7, 2, 5, -100], [2, 7, 9, -100, 4]])
+    assert frequent_tokens(ids, 3).tolist() == [2, 4, 7]
+    assert frequent_tokens(ids, 99).tolist() == [2, 4, 5, 7, 9]
+    with pytest.raises(ValueError, match="frequent_tokens: size: expected at least 1, found 0"):
+        frequent_tokens(ids, 0)
 
 
 def test_wrong_arguments_are_named():

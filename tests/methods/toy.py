@@ -54,7 +54,8 @@ def make_model(family: str, vocab: int = 5, layers: int = 2, width: int = 16) ->
 def make_draft(model: Any, kind: str = "btree", noise: float = 0.3, **fields: Any) -> mtpc.Draft:
     """An untrained draft, with noise so that its components differ."""
     fields = {"n_token": 4, "rank": 1 if kind == "ff" else 3, **fields}
-    draft = mtpc.retrofit(model, mtpc.MtpcConfig(kind=kind, **fields))
+    shortlist = fields.pop("shortlist", None)
+    draft = mtpc.retrofit(model, mtpc.MtpcConfig(kind=kind, **fields), shortlist)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in draft.parameters():

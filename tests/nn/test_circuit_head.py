@@ -28,7 +28,7 @@ def make(kind: str, emission: str = "full", n_token: int = K, **options: Any) ->
         for p in head.parameters():
             p.copy_(torch.randn(p.shape, dtype=DOUBLE))
         if emission == "adapter":
-            head.unembed.copy_(torch.randn(V, D, dtype=DOUBLE))
+            head.unembed.copy_(torch.randn(head.unembed.shape, dtype=DOUBLE))
     return head
 
 
@@ -125,6 +125,82 @@ def test_one_token_is_a_mixture_of_softmaxes():
     )
     x = torch.randint(0, V, (5, 1))
     torch.testing.assert_close(head.log_prob(h, x).exp(), p.gather(1, x))
+
+
+# -------------------------------------------------------------------------------------------------
+# Shortlist
+
+
+@pytest.mark.parametrize("emission", EMISSIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shortlist_is_the_head_of_a_smaller_vocabulary(kind: str, emission: str):
+    shortlist = torch.tensor([4, 0, 3])  # in any order; kept in ascending order
+    small = make(kind, emission)
+    head = CircuitHead(D, 5, K, KINDS[kind], kind, emission, 2, dtype=DOUBLE, shortlist=shortlist)
+    head.load_state_dict({**small.state_dict(), "shortlist": shortlist.sort().values})
+    x = windows()
+    h, listed = hidden(1).expand(len(x), D), torch.tensor([0, 3, 4])
+    torch.testing.assert_close(head.log_prob(h, listed[x]), small.log_prob(h, x))
+    wide, dense = head.circuit(h[:2]).leaf, small.circuit(h[:2]).leaf
+    torch.testing.assert_close(wide[..., listed], dense)
+    assert (wide[..., [1, 2]] == -torch.inf).all()
+    outside = listed[x]
+    outside[:, 2] = 1
+    log_prob = head.log_prob(h, outside)
+    torch.testing.assert_close(log_prob[:, :2], small.log_prob(h, x)[:, :2])
+    assert (log_prob[:, 2:] == -torch.inf).all()
+    dist = head.full_conditional(h, listed[x], 1)
+    torch.testing.assert_close(dist[:, listed], small.full_conditional(h, x, 1))
+    assert (dist[:, [1, 2]] == -torch.inf).all()
+    uniforms = torch.rand(len(x), K, 2)
+    tokens = head.sample(h, uniforms=uniforms)[0]
+    assert torch.equal(tokens, listed[small.sample(h, uniforms=uniforms)[0]])
+    assert torch.equal(head.argmax(h)[0], listed[small.argmax(h)[0]])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_the_loss_marginalises_what_is_not_on_the_shortlist(beta: float):
+    small, listed = make("hmm"), torch.tensor([0, 3, 4])
+    head = CircuitHead(D, 5, K, 3, "hmm", dtype=DOUBLE, shortlist=listed)
+    head.load_state_dict({**small.state_dict(), "shortlist": listed})
+    h, x = hidden(2, 5), torch.randint(0, V, (2, 5, K))
+    teacher = torch.randn(2, 5, K, 5, dtype=DOUBLE)
+    wide = listed[x]
+    x[0, :3, 1], wide[0, :3, 1] = IGNORE, 2
+    x[1, :, 0], wide[1, :, 0] = IGNORE, 1
+    found = head.loss(h, wide, beta=beta, teacher_logits=teacher)
+    expected = small.loss(h, x, beta=beta, teacher_logits=teacher[..., listed])
+    torch.testing.assert_close(found, expected)
+    found[0].backward()
+    expected[0].backward()
+    torch.testing.assert_close(head.emit.grad, small.emit.grad)
+
+
+def test_a_shortlist_takes_its_rows_of_the_lm_head():
+    weight, h, listed = torch.randn(5, D, dtype=DOUBLE), hidden(3), torch.tensor([0, 3, 4])
+    for emission in EMISSIONS:
+        options = {"dtype": DOUBLE, "shortlist": listed}
+        head = CircuitHead(D, 5, K, 3, "btree", emission, **options)
+        head.init_from_lm_head(weight)
+        leaf = head.circuit(h).leaf[:, 0, 0, listed]
+        torch.testing.assert_close(leaf, F.linear(h, weight[listed]))
+
+
+@pytest.mark.parametrize(
+    ("shortlist", "error"),
+    [
+        (torch.tensor([1, 1]), "distinct"),
+        (torch.tensor([0, 3]), r"ids in \[0, 3\), found 0 to 3"),
+        (torch.tensor([-1, 0]), r"found -1 to 0"),
+        (torch.tensor([1]), "L >= 2"),
+        (torch.tensor([[0, 1]]), r"found \(1, 2\)"),
+    ],
+)
+def test_wrong_shortlists_are_named(shortlist: Tensor, error: str):
+    with pytest.raises(ValueError, match=f"CircuitHead: shortlist: .*{error}"):
+        CircuitHead(D, V, K, 3, "cp", shortlist=shortlist)
+    with pytest.raises(TypeError, match="CircuitHead: shortlist: expected int64"):
+        CircuitHead(D, V, K, 3, "cp", shortlist=shortlist.int())
 
 
 @pytest.mark.parametrize("kind", ["hmm", "btree"])

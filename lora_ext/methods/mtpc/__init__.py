@@ -7,7 +7,13 @@ from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
-from .windows import pack_documents, shift_labels, unfold_teacher, unfold_windows
+from .windows import (
+    frequent_tokens,
+    pack_documents,
+    shift_labels,
+    unfold_teacher,
+    unfold_windows,
+)
 
 __all__ = [
     "Draft",
@@ -15,6 +21,7 @@ __all__ = [
     "Generation",
     "MtpcConfig",
     "SpeculativeDecoder",
+    "frequent_tokens",
     "pack_documents",
     "retrofit",
     "shift_labels",

@@ -189,7 +189,7 @@ class SpeculativeDecoder:
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
 
     def _draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> _Draft:
-        circuit, kind = self.head.circuit(hidden), self.head.kind
+        circuit, kind = self._circuit(hidden, pending), self.head.kind
         evidence = None
         if pending is not None:
             evidence = pending.new_full((len(pending), self.head.n_token), -1)
@@ -200,6 +200,18 @@ class SpeculativeDecoder:
             unused = circuit.leaf.new_zeros(tokens.shape, dtype=accumulator(circuit.leaf.dtype))
             return _Draft(circuit, tokens, unused, unused[..., None].expand(-1, -1, self.head.rank))
         return _Draft(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
+
+    def _circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
+        """Of the window. A first token outside the shortlist, which the head holds impossible, is
+        made certain in every component instead: then it tells nothing of what follows."""
+        circuit = self.head.circuit(hidden)
+        if pending is None or self.head.shortlist is None:
+            return circuit
+        outside = ~torch.isin(pending, self.head.shortlist)
+        certain = torch.full_like(circuit.leaf[:, 0], -torch.inf)  # (B, C, V)
+        certain.scatter_(-1, pending[:, None, None].expand(*certain.shape[:2], 1), 0)
+        circuit.leaf[:, 0] = torch.where(outside[:, None, None], certain, circuit.leaf[:, 0])
+        return circuit
 
     def _verify(
         self, draft: _Draft, target: Tensor, pending: Tensor | None, uniforms: Tensor

@@ -79,7 +79,9 @@ class Draft(nn.Module):
         return SpeculativeDecoder(self.model, self.head, tail=self.tail, **settings)
 
 
-def retrofit(model: Any, config: MtpcConfig | None = None) -> Draft:
+def retrofit(
+    model: Any, config: MtpcConfig | None = None, shortlist: Tensor | None = None
+) -> Draft:
     """Freeze a transformers causal LM and put a circuit head beside its LM head.
 
     The head starts from the LM head, in its dtype and on its device. With ``draft_layers`` the last
@@ -88,6 +90,10 @@ def retrofit(model: Any, config: MtpcConfig | None = None) -> Draft:
     Args:
         model: logits are its output embeddings applied to the last hidden state.
         config: default is :class:`MtpcConfig` as it stands.
+        shortlist: ``(L,)`` int64, the tokens that are drafted, :func:`frequent_tokens` of texts
+            like those to come; default is the whole vocabulary. Of a large vocabulary a few
+            thousand tokens make the head as many times cheaper, to train and to draft with; the
+            model's law stays exact.
 
     Raises:
         ValueError: a model without output embeddings, or what :class:`CircuitHead` and
@@ -115,6 +121,7 @@ def retrofit(model: Any, config: MtpcConfig | None = None) -> Draft:
         config.init_identity,
         weight.dtype,
         weight.device,
+        shortlist,
     )
     head.init_from_lm_head(weight)
     tail = None

@@ -73,3 +73,24 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int)
     stream = [token for document in documents for token in (*document, eos_id)]
     rows = len(stream) // length
     return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)
+
+
+def frequent_tokens(ids: Tensor, size: int) -> Tensor:
+    """The most frequent tokens of a text, for the shortlist of a draft.
+
+    Args:
+        ids: int64 of any shape; negative ones, as ignored labels are, do not count.
+        size: how many, at least 1.
+
+    Returns:
+        ``(L,)`` int64 ascending, ``L <= size``; less where the text has fewer. Of equally
+        frequent tokens those of smaller ids.
+
+    Raises:
+        ValueError: size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"frequent_tokens: size: expected at least 1, found {size}")
+    tokens, counts = ids[ids >= 0].unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return tokens[order[:size]].sort().values
