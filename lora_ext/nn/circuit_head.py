@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +92,7 @@ class CircuitHead(nn.Module):
         init_identity: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        shortlist: Tensor | None = None,
+        shortlist: Tensor | Sequence[int] | None = None,
     ):
         super().__init__()
         _check_sizes(hidden_size, vocab_size, n_token, rank, kind, emission, adapter_rank)
@@ -498,9 +498,10 @@ class CircuitHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and kind."""
+        listed = "" if self.shortlist is None else f", shortlist of {self.num_leaves}"
         return (
             f"{self.hidden_size}, {self.vocab_size}, n_token={self.n_token}, rank={self.rank}, "
-            f"kind={self.kind!r}, emission={self.emission!r}"
+            f"kind={self.kind!r}, emission={self.emission!r}{listed}"
         )
 
 
@@ -515,11 +516,12 @@ def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
 
 
 def _checked_shortlist(
-    shortlist: Tensor | None, vocab_size: int, device: torch.device | str | None
+    shortlist: Tensor | Sequence[int] | None, vocab_size: int, device: torch.device | str | None
 ) -> Tensor | None:
     """In ascending order."""
     if shortlist is None:
         return None
+    shortlist = torch.as_tensor(shortlist)
     if shortlist.dtype != torch.int64:
         raise TypeError(f"CircuitHead: shortlist: expected int64, found {shortlist.dtype}")
     if shortlist.dim() != 1 or len(shortlist) < 2:

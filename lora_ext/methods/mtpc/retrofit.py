@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ class Draft(nn.Module):
 
 
 def retrofit(
-    model: Any, config: MtpcConfig | None = None, shortlist: Tensor | None = None
+    model: Any,
+    config: MtpcConfig | None = None,
+    shortlist: Tensor | Sequence[int] | None = None,
 ) -> Draft:
     """Freeze a transformers causal LM and put a circuit head beside its LM head.
 
