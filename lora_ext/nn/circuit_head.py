@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import KINDS, num_transitions
+from lora_ext.reference.circuit import KINDS, log_softmax, num_transitions
 
 from .rows import keep
 
@@ -65,7 +65,8 @@ class CircuitHead(nn.Module):
         init_identity: transitions start by keeping the state with probability 0.99, so that an HMM
             or tree starts near the mixture CP; otherwise they start near uniform.
         shortlist: ``(L,)`` int64, distinct ids of at least 2 tokens: all others have probability
-            exactly 0, and neither cost nor store anything. Default is the whole vocabulary.
+            exactly 0, no parameters and no products. As evidence they are impossible: what follows
+            one has log-probability ``-inf``. Default is the whole vocabulary.
         dtype, device: of the parameters; float16, bfloat16, float32 or float64.
 
     Raises:
@@ -113,7 +114,10 @@ class CircuitHead(nn.Module):
         self.init_identity = init_identity
         self.num_transitions = num_transitions(kind, n_token)
         self.shortlist: Tensor | None
-        self.register_buffer("shortlist", _checked_shortlist(shortlist, vocab_size, device))
+        checked = None if shortlist is None else _checked_shortlist(shortlist, vocab_size)
+        if checked is not None:
+            checked = checked.to(torch.empty(0, device=device).device)
+        self.register_buffer("shortlist", checked)
         self.num_leaves = vocab_size if self.shortlist is None else len(self.shortlist)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -191,6 +195,11 @@ class CircuitHead(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        listed = state_dict.get(prefix + "shortlist")
+        if listed is not None and not torch.equal(
+            listed, _checked_shortlist(listed, self.vocab_size).to(listed.device)
+        ):
+            raise ValueError("CircuitHead: shortlist: expected ascending ids in a state dict")
         saved = state_dict.get(prefix + "unembed")
         if self.emission == "adapter" and saved is not None and not self.unembed.is_meta:
             same = saved.shape == self.unembed.shape
@@ -208,7 +217,7 @@ class CircuitHead(nn.Module):
         leaf = self._leaf(rows)
         if self.shortlist is not None:
             wide = leaf.new_full((*leaf.shape[:3], self.vocab_size), -torch.inf)
-            leaf = wide.index_copy(-1, self.shortlist, leaf)
+            leaf = wide.index_copy_(-1, self.shortlist, leaf)
         return Circuit(leaf, *self._sum_weights(rows))
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
@@ -341,8 +350,8 @@ class CircuitHead(nn.Module):
         if not 0 <= beta <= 1:
             raise ValueError(f"CircuitHead.loss: beta: expected a number in [0, 1], found {beta}")
         if self.shortlist is not None:
-            on = self._listed(self._tokens(h, labels))[1]
-            labels = torch.where(on.view(labels.shape), labels, IGNORE)
+            places = self._places(self._tokens(h, labels)).view(labels.shape)
+            labels = torch.where(places == -1, IGNORE, labels)
         conditionals = self.conditionals(h, labels)  # first, because it checks them
         count = (labels != IGNORE).reshape(-1, self.n_token).sum(0).clamp(min=1)
         each = -conditionals.view(-1, self.n_token).sum(0) / count  # (K,)
@@ -371,7 +380,7 @@ class CircuitHead(nn.Module):
         return torch.stack([_recomputed(self._chunk_divergence, *part) for part in parts]).sum(0)
 
     def _chunk_divergence(self, h: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        rows, tokens = self._rows(h), self._listed(self._tokens(h, labels))[0]
+        rows, tokens = self._rows(h), self._places(self._tokens(h, labels))
         circuit = Circuit(self._leaf(rows), *self._sum_weights(rows))
         posterior = reference.circuit_scan(self.kind, *circuit, tokens).posterior
         leaf = circuit.leaf.to(posterior.dtype).softmax(-1)
@@ -379,7 +388,7 @@ class CircuitHead(nn.Module):
         log_q = q.clamp(min=torch.finfo(q.dtype).tiny).log()
         if self.shortlist is not None:
             teacher = teacher[..., self.shortlist]
-        log_p = teacher.to(posterior.dtype).log_softmax(-1)
+        log_p = log_softmax(teacher.to(posterior.dtype))
         gap = torch.where(log_p == -torch.inf, 0, log_p - log_q)
         return ((log_p.exp() * gap).sum(-1) * (tokens >= 0)).sum(0)
 
@@ -394,20 +403,22 @@ class CircuitHead(nn.Module):
             leaf = F.linear(self._states(rows), self.unembed)  # (N K C, L)
         return leaf.view(len(rows), self.n_token, self.rank, self.num_leaves)
 
-    def _listed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Places on the shortlist, and which tokens are on it; -1 for those that are not, and for
-        what is marginalised."""
+    def _places(self, tokens: Tensor) -> Tensor:
+        """Of tokens on the shortlist; -1 for others of the vocabulary, and what is no token stays
+        as it is, for the ops to refuse or marginalise."""
         if self.shortlist is None:
-            return tokens, tokens >= 0
-        place = torch.searchsorted(self.shortlist, tokens).clamp(max=len(self.shortlist) - 1)
-        on = self.shortlist[place] == tokens
-        return torch.where(on, place, -1), on
+            return tokens
+        tokens = tokens.contiguous()
+        place = torch.searchsorted(self.shortlist, tokens).clamp(max=self.num_leaves - 1)
+        other = torch.where((tokens >= 0) & (tokens < self.vocab_size), -1, tokens)
+        return torch.where(self.shortlist[place] == tokens, place, other)
 
     def _scan(self, h: Tensor, tokens: Tensor) -> reference.CircuitScan:
-        rows, (places, on) = self._rows(h), self._listed(tokens)
+        rows, places = self._rows(h), self._places(tokens)
         observed = self._observed(rows, places)
         if self.shortlist is not None:
-            observed = observed.masked_fill(((tokens >= 0) & ~on)[..., None], -torch.inf)
+            impossible = (places == -1) & (tokens >= 0)
+            observed = observed.masked_fill(impossible[..., None], -torch.inf)
         return ops.circuit_scan(self.kind, observed, *self._sum_weights(rows))
 
     def _observed(self, rows: Tensor, tokens: Tensor) -> Tensor:
@@ -515,29 +526,24 @@ def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
-def _checked_shortlist(
-    shortlist: Tensor | Sequence[int] | None, vocab_size: int, device: torch.device | str | None
-) -> Tensor | None:
-    """In ascending order."""
-    if shortlist is None:
-        return None
-    shortlist = torch.as_tensor(shortlist)
-    if shortlist.dtype != torch.int64:
-        raise TypeError(f"CircuitHead: shortlist: expected int64, found {shortlist.dtype}")
-    if shortlist.dim() != 1 or len(shortlist) < 2:
+def _checked_shortlist(shortlist: Tensor | Sequence[int], vocab_size: int) -> Tensor:
+    """In ascending order, on the CPU."""
+    ids = torch.as_tensor(shortlist, device="cpu")
+    if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(
-            f"CircuitHead: shortlist: expected shape (L,) with L >= 2, "
-            f"found {tuple(shortlist.shape)}"
+            f"CircuitHead: shortlist: expected shape (L,) with L >= 2, found {tuple(ids.shape)}"
         )
-    ordered = shortlist.sort().values
-    if int(ordered[0]) < 0 or int(ordered[-1]) >= vocab_size:
+    if ids.dtype != torch.int64:
+        raise TypeError(f"CircuitHead: shortlist: expected int64, found {ids.dtype}")
+    ids = ids.sort().values
+    if int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
         raise ValueError(
             f"CircuitHead: shortlist: expected ids in [0, {vocab_size}), "
-            f"found {int(ordered[0])} to {int(ordered[-1])}"
+            f"found {int(ids[0])} to {int(ids[-1])}"
         )
-    if bool((ordered[1:] == ordered[:-1]).any()):
+    if bool((ids[1:] == ids[:-1]).any()):
         raise ValueError("CircuitHead: shortlist: expected distinct ids, found one twice")
-    return ordered.to(device)
+    return ids
 
 
 def _check_sizes(

@@ -61,6 +61,8 @@ def test_frequent_tokens_are_the_most_frequent_in_ascending_order():
     assert frequent_tokens(ids, 99).tolist() == [2, 4, 5, 7, 9]
     with pytest.raises(ValueError, match="frequent_tokens: size: expected at least 1, found 0"):
         frequent_tokens(ids, 0)
+    with pytest.raises(TypeError, match=r"ids: expected int64, found torch.int32"):
+        frequent_tokens(ids.int(), 3)
 
 
 def test_wrong_arguments_are_named():

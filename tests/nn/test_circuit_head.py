@@ -176,6 +176,33 @@ def test_the_loss_marginalises_what_is_not_on_the_shortlist(beta: float):
     torch.testing.assert_close(head.emit.grad, small.emit.grad)
 
 
+def test_a_teacher_that_forbids_the_shortlist_leaves_finite_gradients():
+    head = CircuitHead(D, 5, K, 3, "hmm", dtype=DOUBLE, shortlist=[0, 3])
+    labels = torch.tensor([[0, 3, 1, 0]])
+    teacher = torch.zeros(1, K, 5, dtype=DOUBLE)
+    teacher[0, 1:3, [0, 3]] = -torch.inf  # where the label counts, and where it does not
+    loss, each = head.loss(hidden(1), labels, beta=0.5, teacher_logits=teacher)
+    loss.backward()
+    assert each.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_a_state_dict_brings_its_shortlist_or_is_refused():
+    listed, other = (CircuitHead(D, 9, K, 3, "cp", shortlist=ids) for ids in ([8, 5], [0, 1]))
+    state = listed.state_dict()
+    other.load_state_dict(state)
+    h, x = hidden(2).float(), torch.randint(9, (2, K))
+    assert torch.equal(other.log_prob(h, x), listed.log_prob(h, x))
+    with pytest.raises(ValueError, match=r"shortlist: expected ids in \[0, 7\), found 5 to 8"):
+        CircuitHead(D, 7, K, 3, "cp", shortlist=[0, 1]).load_state_dict(state)
+    with pytest.raises(ValueError, match="shortlist: expected ascending ids"):
+        other.load_state_dict({**state, "shortlist": torch.tensor([8, 5])})
+    with torch.device("meta"):
+        head = CircuitHead(D, 9, K, 3, "cp", shortlist=[8, 5])
+    head.load_state_dict(state, assign=True)
+    assert torch.equal(head.log_prob(h, x), listed.log_prob(h, x))
+
+
 def test_a_shortlist_takes_its_rows_of_the_lm_head():
     weight, h, listed = torch.randn(5, D, dtype=DOUBLE), hidden(3), torch.tensor([0, 3, 4])
     for emission in EMISSIONS:
@@ -193,6 +220,7 @@ def test_a_shortlist_takes_its_rows_of_the_lm_head():
         (torch.tensor([0, 3]), r"ids in \[0, 3\), found 0 to 3"),
         (torch.tensor([-1, 0]), r"found -1 to 0"),
         (torch.tensor([1]), "L >= 2"),
+        (torch.tensor([], dtype=torch.int64), "L >= 2"),
         (torch.tensor([[0, 1]]), r"found \(1, 2\)"),
     ],
 )
@@ -200,7 +228,7 @@ def test_wrong_shortlists_are_named(shortlist: Tensor, error: str):
     with pytest.raises(ValueError, match=f"CircuitHead: shortlist: .*{error}"):
         CircuitHead(D, V, K, 3, "cp", shortlist=shortlist)
     with pytest.raises(TypeError, match="CircuitHead: shortlist: expected int64"):
-        CircuitHead(D, V, K, 3, "cp", shortlist=shortlist.int())
+        CircuitHead(D, V, K, 3, "cp", shortlist=torch.tensor([0, 1], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("kind", ["hmm", "btree"])
@@ -510,6 +538,6 @@ def test_the_loss_compiles_in_one_piece(emission: str, shortlist: list[int] | No
         torch.autograd.grad(a, parameters), torch.autograd.grad(b, parameters), strict=True
     ):
         assert torch.allclose(mine, eager, rtol=1e-10, atol=1e-12)
-    if shortlist is None:  # otherwise they are tokens that are not on it
+    for wrong in (labels + V, labels.clamp(max=-7)):
         with pytest.raises(ValueError, match=r"emission_gather: x\[.* must be in"):
-            compiled(h, labels + V)
+            compiled(h, wrong)

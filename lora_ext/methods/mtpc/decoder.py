@@ -207,10 +207,10 @@ class SpeculativeDecoder:
         circuit = self.head.circuit(hidden)
         if pending is None or self.head.shortlist is None:
             return circuit
-        outside = ~torch.isin(pending, self.head.shortlist)
-        certain = torch.full_like(circuit.leaf[:, 0], -torch.inf)  # (B, C, V)
-        certain.scatter_(-1, pending[:, None, None].expand(*certain.shape[:2], 1), 0)
-        circuit.leaf[:, 0] = torch.where(outside[:, None, None], certain, circuit.leaf[:, 0])
+        outside = ~torch.isin(pending, self.head.shortlist)[:, None, None]
+        first = circuit.leaf[:, 0].masked_fill_(outside, -torch.inf)  # (B, C, V)
+        own = pending[:, None, None].expand(-1, first.shape[1], 1)
+        first.scatter_(-1, own, first.gather(-1, own).masked_fill(outside, 0))
         return circuit
 
     def _verify(

@@ -87,10 +87,12 @@ def frequent_tokens(ids: Tensor, size: int) -> Tensor:
         frequent tokens those of smaller ids.
 
     Raises:
-        ValueError: size below 1.
+        ValueError: size below 1. TypeError: another dtype.
     """
     if size < 1:
         raise ValueError(f"frequent_tokens: size: expected at least 1, found {size}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"frequent_tokens: ids: expected int64, found {ids.dtype}")
     tokens, counts = ids[ids >= 0].unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     return tokens[order[:size]].sort().values
