@@ -14,14 +14,12 @@ import time
 from typing import Any
 
 import torch
-from common import interleaved
+from common import interleaved, token_by_token
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from lora_ext.interop import smollm2
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc.trunk import cache_argument
 
 VERBS = (
     "Explain",
@@ -56,16 +54,49 @@ def prompts(tokenizer: Any, things: list[str], verbs: tuple[str, ...]) -> dict[s
     return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
 
 
-@torch.no_grad()
-def plain(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
-    """Greedy, one token at a time with a cache, without `generate` around it."""
-    cache = {cache_argument(model): DynamicCache()}
-    token, out = ids, ids
-    for _ in range(new_tokens):
-        logits = model(token, use_cache=True, logits_to_keep=1, **cache).logits[:, -1]
-        token = logits.argmax(-1, keepdim=True)
-        out = torch.cat([out, token], 1)
-    return out
+def answer(model: Any, batch: dict[str, Tensor], new_tokens: int) -> Tensor:
+    """Questions and greedy answers, padded with the end to ``(rows, S + new_tokens)``."""
+    eos: int = model.generation_config.eos_token_id
+    parts = []
+    for i in range(0, len(batch["input_ids"]), 96):
+        part = {name: t[i : i + 96] for name, t in batch.items()}
+        ids = model.generate(**part, do_sample=False, max_new_tokens=new_tokens)
+        missing = part["input_ids"].shape[1] + new_tokens - ids.shape[1]
+        parts.append(F.pad(ids, (0, missing), value=eos))
+    return torch.cat(parts)
+
+
+def windows(draft: mtpc.Draft, ids: Tensor, mask: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    """Hidden states ``(N, D)`` inside the answers and the windows ``(N, K)`` after them."""
+    n, length = draft.head.n_token, mask.shape[1]
+    mask = F.pad(mask, (0, ids.shape[1] - length), value=1)
+    states, targets = [], []
+    for part, seen in zip(ids.split(16), mask.split(16), strict=True):
+        position = (seen.cumsum(1) - 1).clamp(min=0)
+        hidden = draft.hidden_states(input_ids=part, attention_mask=seen, position_ids=position)
+        window = mtpc.unfold_windows(mtpc.shift_labels(part), n)
+        states.append(hidden[:, length - 1 : -n].flatten(0, 1))
+        targets.append(window[:, length - 1 : -n].flatten(0, 1))
+    states, targets = torch.cat(states), torch.cat(targets)
+    keep = ~(targets == eos).any(1)
+    return states[keep], targets[keep]
+
+
+def learn(draft: mtpc.Draft, states: Tensor, targets: Tensor, seconds: float) -> None:
+    """Train the head for so long, at a rate that falls to 0."""
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3, weight_decay=0.0)
+    start, step, mean = time.perf_counter(), 0, torch.zeros(draft.head.n_token)
+    while (elapsed := time.perf_counter() - start) < seconds:
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - elapsed / seconds)
+        index = torch.randint(len(states), (96,))
+        loss, by_position = draft.head.loss(states[index], targets[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = 0.95 * mean + 0.05 * by_position.detach()
+        step += 1
+        if step % 100 == 0:
+            print(f"step {step}: {(mean / (1 - 0.95**step)).tolist()}", flush=True)
 
 
 def main() -> None:
@@ -80,77 +111,36 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     model, tokenizer = smollm2.load_smollm2()
-    eos: set[int] = {model.generation_config.eos_token_id}
     batch = prompts(tokenizer, THINGS[4:], VERBS)
     start = time.perf_counter()
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": args.new_tokens}
-    length = batch["input_ids"].shape[1]
-    parts = []
-    for i in range(0, len(batch["input_ids"]), 96):
-        part = model.generate(**{k: v[i : i + 96] for k, v in batch.items()}, **settings)
-        missing = length + args.new_tokens - part.shape[1]
-        parts.append(F.pad(part, (0, missing), value=model.generation_config.eos_token_id))
-    answers = torch.cat(parts)
-    print(f"{len(answers)} answers in {time.perf_counter() - start:.0f} s")
+    ids = answer(model, batch, args.new_tokens)
+    print(f"{len(ids)} answers in {time.perf_counter() - start:.0f} s", flush=True)
 
-    config = mtpc.MtpcConfig(
-        args.n_token, args.rank, args.kind, emission="adapter", adapter_rank=64
-    )
-    shortlist = None
-    if args.shortlist:
-        shortlist = mtpc.frequent_tokens(answers[:, length:], args.shortlist)
-    draft = mtpc.retrofit(model, config, shortlist)
-    mask = torch.cat([batch["attention_mask"], torch.ones_like(answers[:, length:])], 1)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    hidden, windows = [], []
-    for i in range(0, len(answers), 16):
-        part = slice(i, i + 16)
-        labels = answers[part].masked_fill(mask[part] == 0, -100)
-        found = draft.hidden_states(
-            input_ids=answers[part], attention_mask=mask[part], position_ids=position[part]
-        )
-        window = mtpc.unfold_windows(mtpc.shift_labels(labels), args.n_token)
-        hidden.append(found[:, length - 1 : -args.n_token].flatten(0, 1))
-        windows.append(window[:, length - 1 : -args.n_token].flatten(0, 1))
-    states, targets = torch.cat(hidden), torch.cat(windows)
-    keep = ~torch.isin(targets, torch.tensor([*eos])).any(1)
-    states, targets = states[keep], targets[keep]
-    print(f"{len(states)} windows, {draft.head.num_leaves} tokens to draft")
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3, weight_decay=0.0)
-    start, step, each = time.perf_counter(), 0, torch.zeros(args.n_token)
-    while time.perf_counter() - start < args.seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - (time.perf_counter() - start) / args.seconds)
-        index = torch.randint(len(states), (96,))
-        loss, by_position = draft.head.loss(states[index], targets[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        each = 0.95 * each + 0.05 * by_position.detach()
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}: {(each / (1 - 0.95**step)).tolist()}", flush=True)
+    config = mtpc.MtpcConfig(args.n_token, args.rank, args.kind, "adapter", adapter_rank=64)
+    written = ids[:, batch["input_ids"].shape[1] :]
+    listed = mtpc.frequent_tokens(written, args.shortlist) if args.shortlist else None
+    draft = mtpc.retrofit(model, config, listed)
+    eos: int = model.generation_config.eos_token_id
+    states, targets = windows(draft, ids, batch["attention_mask"], eos)
+    print(f"{len(states)} windows, {draft.head.num_leaves} tokens to draft", flush=True)
+    learn(draft, states, targets, args.seconds)
 
     questions = [prompts(tokenizer, [thing], VERBS[:1])["input_ids"] for thing in THINGS[:4]]
     decoder = draft.decoder(mode="greedy")
-    emitted = []
-    for ids in questions:
-        expected = plain(model, ids, args.new_tokens)
-        got = decoder.generate(ids, max_new_tokens=args.new_tokens, eos_token_id=[])
+
+    def plain() -> list[Tensor]:
+        return [token_by_token(model, ids, args.new_tokens) for ids in questions]
+
+    def circuit() -> list[mtpc.Generation]:
+        settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "eos_token_id": []}
+        return [decoder.generate(ids, **settings) for ids in questions]
+
+    found = circuit()
+    for expected, got in zip(plain(), found, strict=True):
         assert torch.equal(got.sequences, expected), "greedy tokens differ"
-        emitted.append(got.emitted_per_call)
-    print(f"emitted per call: {sum(emitted) / len(emitted):.2f}")
-    times = interleaved(
-        {
-            "plain": lambda: [plain(model, ids, args.new_tokens) for ids in questions],
-            "circuit": lambda: [
-                decoder.generate(ids, max_new_tokens=args.new_tokens, eos_token_id=[])
-                for ids in questions
-            ],
-        },
-        3,
-        warm_up=0,
-    )
+    emitted = sum(got.emitted_per_call for got in found) / len(found)
+    print(f"emitted per call: {emitted:.2f}")
+    times = interleaved({"plain": plain, "circuit": circuit}, 3, warm_up=0)
     count = len(questions) * args.new_tokens
     for name, t in times.items():
         print(f"{name}: {count / t.median:.1f} tokens/s, {times['plain'].over(t):.2f} x plain")

@@ -233,12 +233,12 @@ class CircuitHead(nn.Module):
             ValueError: a shape that does not fit, or (on the CPU) a token outside the vocabulary.
             TypeError: hidden states that are not floating, tokens that are not int64.
         """
-        return self._scan(h, self._tokens(h, x)).prefix.view(x.shape)
+        return self._scan(h, x).prefix.view(x.shape)
 
     def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
         """``log q(x_k | x_<k, h)``, ``(..., K)``; 0 where ``x_k`` is ignored. As
         :meth:`log_prob`."""
-        conditional = self._scan(h, self._tokens(h, x)).conditional.view(x.shape)
+        conditional = self._scan(h, x).conditional.view(x.shape)
         return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
 
     @torch.no_grad()
@@ -413,8 +413,9 @@ class CircuitHead(nn.Module):
         other = torch.where((tokens >= 0) & (tokens < self.vocab_size), -1, tokens)
         return torch.where(self.shortlist[place] == tokens, place, other)
 
-    def _scan(self, h: Tensor, tokens: Tensor) -> reference.CircuitScan:
-        rows, places = self._rows(h), self._places(tokens)
+    def _scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
+        rows, tokens = self._rows(h), self._tokens(h, x)
+        places = self._places(tokens)
         observed = self._observed(rows, places)
         if self.shortlist is not None:
             impossible = (places == -1) & (tokens >= 0)

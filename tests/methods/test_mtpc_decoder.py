@@ -165,9 +165,8 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super()._verify(draft, target, pending, uniforms.float())
-        likely = self.possible & (
-            weight > 1e-6
-        )  # narrower cells may lie between two float32 numbers
+        # Narrower cells may lie between two float32 numbers.
+        likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])
         return accepted, token
