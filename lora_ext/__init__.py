@@ -7,10 +7,10 @@ _C = _loader.load()
 # E402: the ops exist once the compiled module is in the process, and all that follows stands on
 # them.
 from lora_ext import circuits, methods, nn, ops  # noqa: E402
-from lora_ext.adapters import AdapterPool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.interop.transformers import attach, detach  # noqa: E402
 from lora_ext.nn import adapters  # noqa: E402
+from lora_ext.pool import AdapterPool  # noqa: E402
 
 __all__ = [
     "AdapterPool",

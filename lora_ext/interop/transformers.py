@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_ext.adapters import AdapterPool
 from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, context
 from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.pool import AdapterPool
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -9,7 +9,7 @@ import torch
 from tiny import assert_alone_and_mixed_equal_peft, make_model, make_peft
 
 import lora_ext
-from lora_ext.adapters import save_adapter
+from lora_ext.adapter import save_adapter
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {

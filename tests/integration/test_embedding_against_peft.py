@@ -9,8 +9,9 @@ import torch
 from tiny import assert_alone_and_mixed_equal_peft, make_model, make_peft, tokens
 
 import lora_ext
-from lora_ext.adapters import save_adapter, unpack
+from lora_ext.adapter import save_adapter
 from lora_ext.nn import MultiLoraEmbedding
+from lora_ext.pool import unpack
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {

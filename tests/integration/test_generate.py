@@ -10,7 +10,7 @@ from tiny import make_pair, tokens
 from torch import Tensor
 
 import lora_ext
-from lora_ext.adapters import PoolFullError
+from lora_ext.pool import PoolFullError
 
 NAMES = ["red", "green", None, "blue"]
 PEFT_NAMES = [name or "__base__" for name in NAMES]

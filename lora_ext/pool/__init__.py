@@ -1,7 +1,6 @@
-"""Adapters of one base model: the paged pool, and PEFT's files."""
+"""Adapters of one base model in pages that rows of a batch share."""
 
 from .pages import ModuleSlab, unpack
-from .peft_files import save_adapter
 from .pool import AdapterPool, Lease, UnknownAdapterError
 from .store import PoolFullError
 
@@ -11,6 +10,5 @@ __all__ = [
     "ModuleSlab",
     "PoolFullError",
     "UnknownAdapterError",
-    "save_adapter",
     "unpack",
 ]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .config import AdapterConfig
-from .model_index import ModelIndex
+from lora_ext.adapter.config import AdapterConfig
+from lora_ext.adapter.model_index import ModelIndex
+
+from .packing import PackedAdapter
 from .pages import ModuleSlab, PackedModule, Slab, TableBlock, magnitude_dtype, page_count
-from .peft_files import PackedAdapter
 from .transfer import Transfer
 
 

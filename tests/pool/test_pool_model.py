@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support import Base, assert_slot_holds, config, state
 
-from lora_ext.adapters import AdapterPool, PoolFullError, UnknownAdapterError
+from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
 RANKS = st.integers(1, 16)

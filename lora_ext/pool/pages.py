@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .model_index import LinearSpec
+from lora_ext.adapter.model_index import LinearSpec
 
 PAGE = 8
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import Base, assert_same, assert_slot_holds, config, read_slot, snapshot, state
 
-from lora_ext.adapters import AdapterPool, PoolFullError, UnknownAdapterError, transfer
+from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, transfer
 
 
 def make(**arguments):

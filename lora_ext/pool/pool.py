@@ -13,11 +13,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from lora_ext.adapter.model_index import MAX_RANK, ModelIndex
+from lora_ext.adapter.peft_files import AdapterSource
 from lora_ext.nn.context import UnknownAdapterError
 
-from .model_index import MAX_RANK, ModelIndex
+from .packing import PackedAdapter, read_packed
 from .pages import page_count
-from .peft_files import AdapterSource, PackedAdapter, read_adapter
 from .store import PageStore, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -128,7 +129,7 @@ class AdapterPool:
             PoolFullError: every adapter that could make way is pinned.
         """
         self._check_new(name)
-        packed = read_adapter(
+        packed = read_packed(
             source, self.index, self.max_rank, strict
         )  # slow, so not under the lock
         with self._lock:
@@ -154,7 +155,7 @@ class AdapterPool:
             held = self._by_name.get(name) or self._cache[name]
         if isinstance(source, Mapping):
             source = (held.config, source)
-        packed = read_adapter(source, self.index, self.max_rank, strict)
+        packed = read_packed(source, self.index, self.max_rank, strict)
         with self._lock:
             self._check_known([name])
             self._install(name, packed)
@@ -192,7 +193,7 @@ class AdapterPool:
         packed: dict[str, PackedAdapter] = {}
         for name, source in named.items():
             self._check_new(name)
-            packed[name] = read_adapter(source, self.index, self.max_rank, strict)
+            packed[name] = read_packed(source, self.index, self.max_rank, strict)
         size = sum(p.nbytes for p in packed.values())
         with self._lock:
             for name in packed:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora_ext.adapters import unpack
+from lora_ext.pool import unpack
 
 SIZES = {"up": (12, 20), "down": (20, 12), "head": (12, 5)}  # neither multiples of 8 nor equal
 

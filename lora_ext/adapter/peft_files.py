@@ -1,21 +1,19 @@
-"""PEFT's adapter format, read into packed pages and written back."""
+"""PEFT's adapter format, read one module at a time and written back."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .config import AdapterConfig
-from .model_index import PAGE_DTYPES, ModelIndex
-from .pages import PackedModule, pack
+from .model_index import PAGE_DTYPES, LinearSpec, ModelIndex
 from .tensor_files import StateDict, TensorSource, open_tensors, read_config
 
 # What AdapterPool.load accepts: a directory, or (config, state dict).
@@ -38,24 +36,35 @@ _REFUSED_KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class PackedAdapter:
-    """A whole adapter in host memory, checked and packed."""
+Converted = TypeVar("Converted")
 
-    config: AdapterConfig
-    modules: dict[str, PackedModule]
-    leftover: tuple[str, ...] = ()  # what strict=False skipped
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of pages, biases and magnitudes."""
-        return sum(module.nbytes for module in self.modules.values())
+class Factors(NamedTuple):
+    """One module's tensors, as the file has them."""
+
+    a: Tensor  # (r, I)
+    b: Tensor  # (O, r)
+    scaling: float
+    bias: Tensor | None  # (O,)
+    magnitude: Tensor | None  # (O,)
+
+
+class NonFiniteError(ValueError):
+    """Raised by a conversion that met NaN or infinity: in which role, and in which dtype."""
+
+    def __init__(self, role: str, dtype: torch.dtype):
+        super().__init__(f"{role}: expected finite values in {dtype}, found NaN or inf")
+        self.role, self.dtype = role, dtype
 
 
 def read_adapter(
-    source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
-) -> PackedAdapter:
-    """Read, check and pack an adapter; nothing of it is trusted.
+    source: AdapterSource,
+    index: ModelIndex,
+    max_rank: int,
+    strict: bool,
+    convert: Callable[[LinearSpec, Factors], Converted],
+) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
+    """Read and check an adapter; nothing of it is trusted.
 
     Args:
         source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
@@ -63,6 +72,11 @@ def read_adapter(
         index: the base model's modules.
         max_rank: the largest rank that is accepted.
         strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
+        convert: what to keep of a module; called as soon as its tensors are read, so that no more
+            than one module lies in memory twice.
+
+    Returns:
+        the config, what ``convert`` returned for each module, and what ``strict=False`` skipped.
 
     Raises:
         ValueError: naming file, key, expected and found.
@@ -80,14 +94,19 @@ def read_adapter(
         config = AdapterConfig.parse(*read_config(directory))
         tensors = open_tensors(directory)
     try:
-        return _read(config, tensors, index, max_rank, strict)
+        return _read(config, tensors, index, max_rank, strict, convert)
     finally:
         tensors.close()
 
 
 def _read(
-    config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
-) -> PackedAdapter:
+    config: AdapterConfig,
+    tensors: TensorSource,
+    index: ModelIndex,
+    max_rank: int,
+    strict: bool,
+    convert: Callable[[LinearSpec, Factors], Converted],
+) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
     grouped, leftover = _group_keys(tensors, index)
     targets = config.targets(index)
     if targets is not None:
@@ -122,29 +141,23 @@ def _read(
                 f"found {rank}"
             )
         _check_headers(tensors, keys, rank, module, index, config)
-    modules = {}
+    modules: dict[str, Converted] = {}
     for module, keys in grouped.items():
-        spec = index.modules[module]
-        factor_a, factor_b = _factors(module, index)
-        bias = tensors.read(keys["B.bias"]) if "B.bias" in keys else None
-        magnitude = tensors.read(keys[MAGNITUDE]) if MAGNITUDE in keys else None
-        a, b = tensors.read(keys[factor_a]), tensors.read(keys[factor_b])
-        pin = spec.device.type == "cuda"
-        packed = pack(a, b, bias, ranks[module][1], spec.dtype, pin, magnitude)
-        for key, values in (
-            (factor_a, packed.a),
-            (factor_b, packed.b),
-            ("B.bias", packed.bias),
-            (MAGNITUDE, packed.magnitude),
-        ):
-            # After the conversion, so that what float16 cannot hold is found as well.
-            if values is not None and not torch.isfinite(values).all():
-                raise ValueError(
-                    f"{tensors.where}: {keys[key]}: expected finite values in {values.dtype}, "
-                    "found NaN or inf"
-                )
-        modules[module] = packed
-    return PackedAdapter(config, modules, tuple(leftover))
+
+        def read(role: str, keys: dict[str, str] = keys) -> Tensor | None:
+            return tensors.read(keys[role]) if role in keys else None
+
+        a, b = (tensors.read(keys[role]) for role in _factors(module, index))
+        factors = Factors(a, b, ranks[module][1], read("B.bias"), read(MAGNITUDE))
+        try:
+            modules[module] = convert(index.modules[module], factors)
+        except NonFiniteError as error:
+            role = dict(zip("ab", _factors(module, index), strict=True)).get(error.role, error.role)
+            raise ValueError(
+                f"{tensors.where}: {keys[role]}: expected finite values in {error.dtype}, "
+                "found NaN or inf"
+            ) from None
+    return config, modules, tuple(leftover)
 
 
 def _group_keys(

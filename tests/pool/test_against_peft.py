@@ -6,7 +6,8 @@ import torch
 from support import assert_slot_holds, config, state
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lora_ext.adapters import AdapterPool, save_adapter, unpack
+from lora_ext.adapter import save_adapter
+from lora_ext.pool import AdapterPool, unpack
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
