@@ -41,13 +41,12 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
 // Sums the splits of v, scales, and stores the fragments. `unscale` undoes the power of two of a
 // row.
 template <class T, int kRows>
-LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const RowTile& tile,
+LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float scale,
                                const int32_t (&row_of)[kRows], unsigned char* fragments,
                                unsigned (&row_max)[kRows], float (&unscale)[kRows]) {
     constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
     const int threads = static_cast<int>(blockDim.x);
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
-    const float scale = !v.scaled && args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
     if constexpr (kNormalise) {
         for (int i = lx::thread_rank(); i < kRows; i += threads) row_max[i] = 0;
         lx::syncthreads();
@@ -205,6 +204,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
                                      // producer
         return;
     }
+    const float scale = !v.scaled && bank.scale ? bank.scale[tile.slot] : 1.0f;
     for (int p = lx::thread_rank(); p * kPageRanks < tile.rank; p += static_cast<int>(blockDim.x))
         page_of[p] = b_page<T>(bank, tile.slot, p);
     lx::syncthreads();  // row_of, page_of
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     load_b(b, o, 0);
     load_y(o);
     lx::grid_dependency_wait();
-    build_fragments<T, kRows>(args, v, tile, row_of, fragments, row_max, unscale);
+    build_fragments<T, kRows>(v, tile, scale, row_of, fragments, row_max, unscale);
     lx::syncthreads();
     if (!has_rows) return;
 

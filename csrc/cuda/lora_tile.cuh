@@ -127,8 +127,10 @@ LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
     if constexpr (kBatch < kSplitBatch) {
         if (splits > kBatch) return add_splits<2 * kBatch>(splits, sum, load);
     }
-    int first = 0;
-    do {
+    constexpr int kMost = kBatch < kSplitBatch ? kBatch : kMaxSplits;
+#pragma unroll
+    for (int first = 0; first < kMost; first += kBatch) {
+        if (first > 0 && first >= splits) return;
         float part[kBatch][kCount];
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) load(lx::min(first + k, splits - 1), part[k]);
@@ -139,8 +141,7 @@ LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
             for (int i = 0; i < kCount; ++i)
                 if (first + k < splits) sum[i] += part[k][i];
         }
-        first += kBatch;
-    } while (kBatch == kSplitBatch && first < splits);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
