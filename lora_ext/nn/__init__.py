@@ -3,6 +3,7 @@
 from .circuit_head import CircuitHead
 from .context import UnknownAdapterError, adapters
 from .init import init_lora_
+from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
@@ -13,6 +14,7 @@ from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 
 __all__ = [
+    "IGNORE",
     "CircuitHead",
     "LoraConv",
     "LoraEmbedding",
@@ -27,4 +29,5 @@ __all__ = [
     "layer_names",
     "lora_forward",
     "lora_update",
+    "shift_labels",
 ]
