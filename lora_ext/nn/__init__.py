@@ -1,5 +1,6 @@
 """Modules over the ops."""
 
+from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
 from .context import UnknownAdapterError, adapters
 from .init import init_lora_
@@ -25,6 +26,9 @@ __all__ = [
     "MultiLoraLinear",
     "UnknownAdapterError",
     "adapters",
+    "block_index",
+    "block_name",
+    "decoder_layers",
     "init_lora_",
     "layer_names",
     "lora_forward",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import LoraLinear, adapters
+from lora_ext.nn import LoraLinear, adapters, decoder_layers
 
 NAME = "draft"
 
@@ -95,12 +95,3 @@ class DraftTail(nn.Module):
                 stack.callback(handle.remove)
             stack.enter_context(adapters([None] * batch + [NAME] * batch))
             yield
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The stack of decoder layers: the outermost list of as many modules as there are layers."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"DraftTail: model: expected a list of {count} decoder layers, found none")
