@@ -13,6 +13,7 @@ from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
+from .swap import Swap
 
 __all__ = [
     "IGNORE",
@@ -24,6 +25,7 @@ __all__ = [
     "LoraProbe",
     "MultiLoraEmbedding",
     "MultiLoraLinear",
+    "Swap",
     "UnknownAdapterError",
     "adapters",
     "block_index",
