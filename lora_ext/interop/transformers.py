@@ -103,7 +103,7 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
-    attachment.swap.restore("detach")
+    attachment.swap.restore(model, "detach")
     for name, method in attachment.hooked:
         module = find_module(model, name)
         if module is not None:

@@ -15,7 +15,8 @@ class Swap:
     it was.
 
     A swap that is kept on its model, in ``model.__dict__``, is copied with it: the copy restores
-    the copies of the originals.
+    the copies of the originals. It does not refer to the model, which goes as soon as nobody else
+    does.
 
     Args:
         model: holds the modules.
@@ -24,14 +25,13 @@ class Swap:
         by: the function that swaps, for messages.
 
     Attributes:
-        model, originals, placed: the model, and by name what was there and what came.
+        originals, placed: by name, what was there and what came.
 
     Raises:
         ValueError: a name that the model lacks, or that of the model itself.
     """
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, nn.Module], by: str):
-        self.model = model
         self.by = by
         self.placed = dict(replacements)
         self.originals: dict[str, nn.Module] = {}
@@ -45,18 +45,18 @@ class Swap:
         for name, module in self.placed.items():
             _put(model, name, module)
 
-    def restore(self, by: str) -> None:
+    def restore(self, model: nn.Module, by: str) -> None:
         """Put every original back.
 
         Args:
-            by: the function that restores, for messages.
+            model: the one of the swap. by: the function that restores, for messages.
 
         Raises:
             RuntimeError: something else stands in the place of a replacement; the model is then as
                 it was.
         """
         for name, module in self.placed.items():
-            found = find_module(self.model, name)
+            found = find_module(model, name)
             if found is not module:
                 kind = "nothing" if found is None else type(found).__name__
                 other = "another " if type(found) is type(module) else ""
@@ -65,7 +65,7 @@ class Swap:
                     f"found {other}{kind}"
                 )
         for name, original in self.originals.items():
-            _put(self.model, name, original)
+            _put(model, name, original)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:

@@ -37,7 +37,7 @@ def test_modules_are_replaced_and_the_very_objects_return_in_their_order():
     swap = swapped(m, "1.a", "2")
     assert isinstance(m[2], Doubled) and isinstance(m.get_submodule("1.a"), Doubled)
     assert m.get_submodule("1.a.inner") is swap.originals["1.a"] is before["1.a"]
-    swap.restore("single")
+    swap.restore(m, "single")
     after = dict(m.named_modules())
     assert list(after) == list(before)
     assert all(after[name] is module for name, module in before.items())
@@ -48,7 +48,7 @@ def test_a_module_under_two_names_is_replaced_under_the_one_that_is_given():
     m.register_module("tied", m[0])
     swap = swapped(m, "0")
     assert isinstance(m[0], Doubled) and m.tied is swap.originals["0"]
-    swap.restore("single")
+    swap.restore(m, "single")
     assert m.tied is m[0]
 
 
@@ -57,7 +57,7 @@ def test_a_module_of_two_parents_is_replaced_for_both():
     m = nn.ModuleDict({"left": shared, "right": shared})
     swap = swapped(m, "left.0")
     assert m["right"][0] is m["left"][0] is swap.placed["left.0"]
-    swap.restore("single")
+    swap.restore(m, "single")
     assert m["right"][0] is swap.originals["left.0"]
 
 
@@ -77,14 +77,14 @@ def test_what_somebody_replaced_since_stops_the_whole_return():
     with pytest.raises(
         RuntimeError, match=r"single: 2: expected the layer that double put there, found Linear"
     ):
-        swap.restore("single")
+        swap.restore(m, "single")
     assert m.get_submodule("1.a") is swap.placed["1.a"] and m[2] is theirs
     m[2] = Doubled(theirs)
     with pytest.raises(RuntimeError, match=r"single: 2: .* found another Doubled"):
-        swap.restore("single")
+        swap.restore(m, "single")
     del m[2]
     with pytest.raises(RuntimeError, match=r"single: 2: .* found nothing"):
-        swap.restore("single")
+        swap.restore(m, "single")
 
 
 def test_a_copy_of_the_model_restores_its_own_modules():
@@ -92,6 +92,6 @@ def test_a_copy_of_the_model_restores_its_own_modules():
     m.__dict__["swap"] = swapped(m, "0")
     copied = copy.deepcopy(m)
     inner = copied[0].inner
-    copied.__dict__["swap"].restore("single")
+    copied.__dict__["swap"].restore(copied, "single")
     assert copied[0] is inner and inner is not m[0].inner
     assert isinstance(m[0], Doubled)

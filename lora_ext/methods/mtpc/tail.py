@@ -31,6 +31,7 @@ class DraftTail(nn.Module):
     Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
     """
 
+    _model: nn.Module
     _layers: list[nn.Module]
 
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
@@ -40,7 +41,8 @@ class DraftTail(nn.Module):
             raise ValueError(
                 f"DraftTail: num_layers: expected 1 to {len(stack)}, found {num_layers}"
             )
-        self.__dict__["_layers"] = list(stack)[-num_layers:]  # not children: they are the model's
+        # Not children: they are the model's.
+        self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {id(module) for layer in self._layers for module in layer.modules()}
         replacements: dict[str, nn.Module] = {}
         factors: list[Any] = []
@@ -62,7 +64,7 @@ class DraftTail(nn.Module):
             RuntimeError: a layer was replaced since; the model is then as it was.
         """
         if self._swap is not None:
-            self._swap.restore("DraftTail.remove")
+            self._swap.restore(self._model, "DraftTail.remove")
             self._swap = None
 
     def everywhere(self) -> contextlib.AbstractContextManager[Any]:
