@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import AdapterConfig
-from .model_index import PAGE_DTYPES, LinearSpec, ModelIndex
+from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
 from .tensor_files import StateDict, TensorSource, open_tensors, read_config
 
 # What AdapterPool.load accepts: a directory, or (config, state dict).
@@ -172,7 +172,17 @@ def _group_keys(
             if part in key:
                 raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        if match is None or match["module"] not in index.modules:
+        if match is None:
+            leftover.append(key)
+            continue
+        kind = index.unsupported.get(match["module"])
+        if kind is None and in_routed_experts(match["module"]):
+            kind = f"module of {ROUTED}"
+        if kind is not None:  # also where strict=False: without it this is another adapter
+            raise NotImplementedError(
+                f"{tensors.where}: {key}: adapters on a {kind} are not supported"
+            )
+        if match["module"] not in index.modules:
             leftover.append(key)
             continue
         role = _role(match)
