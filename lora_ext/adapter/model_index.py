@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.pool_layer import PoolLayer
 
+from .base_weights import BaseWeights
+
 MAX_RANK = 256  # of the ops
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,13 +43,14 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """The part of a model that reading an adapter needs; holds no reference to the model."""
+    """The part of a model that reading an adapter needs; it does not keep the model alive."""
 
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
     output_head: str | None  # PEFT's "all-linear" leaves it out
     classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
+    weights: BaseWeights
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -113,7 +116,7 @@ class ModelIndex:
                 "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
                 f"matching targets={targets!r}, found none"
             )
-        return cls(linear, embedding, unsupported, *_heads(model))
+        return cls(linear, embedding, unsupported, *_heads(model), BaseWeights(model))
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
