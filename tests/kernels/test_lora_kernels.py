@@ -113,3 +113,19 @@ def test_splits_summed_before_expand_give_the_bits_of_the_halves(
     got = ops.lora_apply_(x.new_ones(rows, out), x, a, b, ids, scale)
     v = ops.lora_shrink(x, a, ids, scale)
     assert_same_bits(got, ops.lora_expand_(x.new_ones(rows, out), v, b, ids))
+
+
+def test_two_calls_in_a_row_may_add_to_one_y(backend: Backend) -> None:
+    """Expand reads y before it waits for the shrink in front of it, which must start in order.
+
+    A shrink that started early, as expand does, would let the second expand read what the first
+    is writing; the emulator reports that.
+    """
+    g = torch.Generator().manual_seed(0)
+    x, a = torch.randn(3, 64, generator=g), torch.randn(1, 8, 64, generator=g)
+    b, ids = torch.randn(1, 16, 8, generator=g), torch.zeros(3, dtype=torch.long)
+    y = torch.zeros(3, 16, device=backend.device)
+    once = ops.lora_apply(*(t.to(backend.device) for t in (x, a, b, ids)))
+    for _ in range(2):
+        ops.lora_apply_(y, *(t.to(backend.device) for t in (x, a, b, ids)))
+    torch.testing.assert_close(y, 2 * once, rtol=0, atol=1e-5)
