@@ -204,7 +204,9 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
                 continue
             found = [getattr(one, key) for one in kernel.flights]
             if key == "overlap":
-                found = [most for most, one in zip(found, kernel.flights, strict=True) if one.tensor]
+                found = [
+                    most for most, one in zip(found, kernel.flights, strict=True) if one.tensor
+                ]
             if not found:
                 wrong.append(f"no main loop to measure min_{key} in")
             elif min(found) < least:

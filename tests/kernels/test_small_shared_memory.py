@@ -61,7 +61,8 @@ def test_expand_takes_fewer_rows_of_a_large_rank(backend: Backend, dtype: torch.
     ids[::40] = 1
     assert_equal(
         *under_both_limits(
-            backend, lambda: {"y": ops.lora_apply_(torch.ones(tokens, width).to(dtype), x, a, b, ids)}
+            backend,
+            lambda: {"y": ops.lora_apply_(torch.ones(tokens, width).to(dtype), x, a, b, ids)},
         )
     )
 
@@ -105,7 +106,11 @@ def test_a_window_too_large_for_any_block_is_named(backend: Backend) -> None:
     leaf = torch.zeros(1, 28, 1024, 1)
 
     def run() -> dict[str, torch.Tensor]:
-        return dict(zip(("tokens", "value"), ops.circuit_argmax("cp", leaf, None, None), strict=True))
+        return dict(
+            zip(("tokens", "value"), ops.circuit_argmax("cp", leaf, None, None), strict=True)
+        )
 
-    with pytest.raises(ValueError, match="circuit_argmax: leaf: expected .* 99328 bytes of shared"):
+    with pytest.raises(
+        ValueError, match=r"circuit_argmax: leaf: expected .* 99328 bytes of shared"
+    ):
         under_both_limits(backend, run)
