@@ -5,6 +5,7 @@ Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits"
 
 from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
+from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
 from .windows import (
@@ -27,4 +28,5 @@ __all__ = [
     "shift_labels",
     "unfold_teacher",
     "unfold_windows",
+    "window_loss",
 ]

@@ -13,6 +13,7 @@ from lora_ext.nn.circuit_head import IGNORE
 
 from .config import MtpcConfig
 from .decoder import SpeculativeDecoder
+from .objective import window_loss
 from .tail import DraftTail
 from .windows import shift_labels, unfold_teacher, unfold_windows
 
@@ -40,7 +41,7 @@ class Draft(nn.Module):
         attention_mask: Tensor | None = None,
         eos_id: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The objective on a batch, and its terms by position, :meth:`CircuitHead.loss`.
+        """The objective on a batch, and its terms by position, :func:`window_loss`.
 
         Args:
             input_ids: ``(B, S)``.
@@ -65,7 +66,7 @@ class Draft(nn.Module):
             with torch.no_grad():
                 teacher = unfold_teacher(self.model(**inputs).logits, n)
         hidden = self.hidden_states(**inputs)
-        return self.head.loss(hidden, windows, self.config.gamma, beta, teacher)
+        return window_loss(self.head, hidden, windows, self.config.gamma, beta, teacher)
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the head reads, ``(B, S, D)``: the last hidden states after the final norm."""
