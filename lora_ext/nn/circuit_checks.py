@@ -23,25 +23,18 @@ def looked_at(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_sizes(
-    hidden_size: int,
-    vocab_size: int,
-    n_token: int,
-    rank: int,
-    kind: str,
-    emission: str,
-    adapter_rank: int,
+def check_structure(
+    where: str, n_token: int, rank: int, kind: str, emission: str, adapter_rank: int
 ) -> None:
+    """Raise ValueError where no head has this structure; ``where`` starts the message."""
+
     def require(ok: bool, name: str, expected: str, found: object) -> None:
         if not ok:
-            raise ValueError(f"CircuitHead: {name}: expected {expected}, found {found!r}")
+            raise ValueError(f"{where}: {name}: expected {expected}, found {found!r}")
 
     require(kind in KINDS, "kind", f"one of {KINDS}", kind)
     require(emission in EMISSIONS, "emission", f"one of {tuple(EMISSIONS)}", emission)
-    require(hidden_size >= 1, "hidden_size", "at least 1", hidden_size)
-    require(vocab_size >= 2, "vocab_size", "at least 2", vocab_size)
-    chained = kind in ("hmm", "btree")
-    least = 2 if chained else 1
+    least = 2 if kind in ("hmm", "btree") else 1
     require(n_token >= least, "n_token", f"at least {least} for {kind!r}", n_token)
     require(rank >= least, "rank", f"at least {least} for {kind!r}", rank)
     require(kind != "ff" or rank == 1, "rank", "1 for 'ff'", rank)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import num_transitions
 
-from .circuit_checks import EmissionName, Kind, check_sizes, looked_at
+from .circuit_checks import EmissionName, Kind, check_structure, looked_at
 from .emission import EMISSIONS, LeafSizes
 from .shortlist import Shortlist, checked_ids
 
@@ -136,7 +136,11 @@ class CircuitHead(nn.Module):
         shortlist: Tensor | Sequence[int] | None = None,
     ):
         super().__init__()
-        check_sizes(hidden_size, vocab_size, n_token, rank, kind, emission, adapter_rank)
+        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
+        if hidden_size < 1:
+            raise ValueError(f"CircuitHead: hidden_size: expected at least 1, found {hidden_size}")
+        if vocab_size < 2:
+            raise ValueError(f"CircuitHead: vocab_size: expected at least 2, found {vocab_size}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _DTYPES:
             raise NotImplementedError(
@@ -200,7 +204,8 @@ class CircuitHead(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
         if self.trans_bias is not None:
             stay = math.log((self.rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
-            self.trans_bias.copy_(stay * torch.eye(self.rank).expand_as(self.trans_bias))
+            identity = torch.eye(self.rank, device=self.trans_bias.device)
+            self.trans_bias.copy_(stay * identity.expand_as(self.trans_bias))
 
     @torch.no_grad()
     def init_from_lm_head(self, weight: Tensor, num_blocks: int = 1) -> None:

@@ -44,17 +44,21 @@ class DraftTail(nn.Module):
         self.__dict__["_layers"] = list(stack)[-num_layers:]  # not children: they are the model's
         self.__dict__["_replaced"] = replaced = list[tuple[nn.Module, str, nn.Module]]()
         factors: list[Any] = []
-        for layer in self._layers:
-            for name, base in list(layer.named_modules()):
-                if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
-                    continue
-                parent, _, child = name.rpartition(".")
-                owner = layer.get_submodule(parent)
-                lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
-                lora.set_adapter([])  # rows without a name are rows of the verifier
-                setattr(owner, child, lora)
-                replaced.append((owner, child, base))
-                factors += [lora.lora_A[NAME].weight, lora.lora_B[NAME].weight]
+        try:
+            for layer in self._layers:
+                for name, base in list(layer.named_modules()):
+                    if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
+                        continue
+                    parent, _, child = name.rpartition(".")
+                    owner = layer.get_submodule(parent)
+                    lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
+                    lora.set_adapter([])  # rows without a name are rows of the verifier
+                    setattr(owner, child, lora)
+                    replaced.append((owner, child, base))
+                    factors += [lora.lora_A[NAME].weight, lora.lora_B[NAME].weight]
+        except BaseException:
+            self.remove()
+            raise
         self.factors = nn.ParameterList(factors)
         self.factors.requires_grad_(True)
 
