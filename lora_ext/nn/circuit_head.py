@@ -28,10 +28,9 @@ from lora_ext.reference.circuit import num_transitions
 
 from .circuit_checks import EmissionName, Kind, check_structure, looked_at
 from .emission import EMISSIONS, LeafSizes
+from .labels import IGNORE
 from .shortlist import Shortlist, checked_ids
 
-#: A target to be marginalised.
-IGNORE = -100
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
 _INIT_BOUND = 0.01275 * 64

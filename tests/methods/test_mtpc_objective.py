@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ext.methods.mtpc import window_loss
 from lora_ext.nn import CircuitHead
-from lora_ext.nn.circuit_head import IGNORE
+from lora_ext.nn.labels import IGNORE
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from lora_ext import reference
 from lora_ext.nn import CircuitHead
-from lora_ext.nn.circuit_head import IGNORE
 from lora_ext.nn.emission import EMISSIONS
+from lora_ext.nn.labels import IGNORE
 
 
 @pytest.mark.parametrize("emission", EMISSIONS)

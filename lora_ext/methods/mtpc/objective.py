@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_ext import reference
 from lora_ext.nn import CircuitHead
 from lora_ext.nn.chunks import recomputed, rows_per_chunk
-from lora_ext.nn.circuit_head import IGNORE
+from lora_ext.nn.labels import IGNORE
 from lora_ext.reference.circuit import log_softmax
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn import CircuitHead
-from lora_ext.nn.circuit_head import IGNORE
+from lora_ext.nn.labels import IGNORE, shift_labels
 
 from .config import MtpcConfig
 from .decoder import Mode, SpeculativeDecoder, WindowRule
 from .draft_files import DraftFile, read_config, write_draft
 from .objective import window_loss
 from .tail import DraftTail
-from .windows import shift_labels, unfold_teacher, unfold_windows
+from .windows import unfold_teacher, unfold_windows
 
 
 class Draft(nn.Module):

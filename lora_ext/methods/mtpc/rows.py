@@ -56,9 +56,10 @@ class Rows:
             self.emitted[row] += len(new)
             new = new[: self.request.budget - len(self.tokens[row])]
             end = self._end(row, new)
-            for t in new[:end] if self.streamer is not None else ():
-                self.streamer.put(torch.tensor([t]))
             self.tokens[row] += new[:end]
+            if self.streamer is not None:
+                for t in new[:end]:
+                    self.streamer.put(torch.tensor([t]))
             if end is None and len(self.tokens[row]) < self.request.budget:
                 stay.append(i)
         self.live = [self.live[i] for i in stay]
