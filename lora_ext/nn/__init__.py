@@ -1,8 +1,10 @@
 """Modules over the ops."""
 
+from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
 from .context import UnknownAdapterError, adapters
 from .init import init_lora_
+from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
@@ -11,8 +13,10 @@ from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
+from .swap import Swap
 
 __all__ = [
+    "IGNORE",
     "CircuitHead",
     "LoraConv",
     "LoraEmbedding",
@@ -21,10 +25,15 @@ __all__ = [
     "LoraProbe",
     "MultiLoraEmbedding",
     "MultiLoraLinear",
+    "Swap",
     "UnknownAdapterError",
     "adapters",
+    "block_index",
+    "block_name",
+    "decoder_layers",
     "init_lora_",
     "layer_names",
     "lora_forward",
     "lora_update",
+    "shift_labels",
 ]
