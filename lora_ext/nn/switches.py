@@ -7,7 +7,7 @@ parameters and their ``requires_grad``, not ``state_dict``, not which adapters w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ def is_active(layer: nn.Module, adapter_name: str) -> bool:
     """
     if isinstance(layer, LoraLayer):
         return layer.adapter_active[adapter_name]
-    return adapter_name not in _peft_off(layer)
+    return adapter_name not in switched_off(layer)
 
 
 def set_active(layer: nn.Module, adapter_name: str, active: bool) -> None:
@@ -202,48 +202,62 @@ class _Switch:
         self.off = off
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.layer
-        forward = type(layer).forward
-        if layer.disable_adapters:
-            return forward(layer, x, *args, **kwargs)
-        merged = [name for name in layer.merged_adapters if name in self.off]
-        if merged:
-            raise ValueError(
-                f"{type(layer).__name__}: expected adapters apart from the base weight where they "
-                f"are switched off, found {merged} merged into it; unmerge them first"
-            )
-        names = kwargs.get("adapter_names")
-        if names is not None:
-            kwargs["adapter_names"] = [_BASE if name in self.off else name for name in names]
-        asked = layer.active_adapters if names is None else kwargs["adapter_names"]
-        on = [name for name in asked if name not in self.off]
-        if not any(name in layer.r for name in on):
-            of_base = {key: value for key, value in kwargs.items() if key not in _OF_ADAPTERS}
-            return layer.base_layer(x, *args, **of_base)
-        return forward(_with_active(layer, on if names is None else None), x, *args, **kwargs)
+        kind = type(self.layer)
+        if getattr(kind, "asks_what_is_off", False):  # from_peft's layers
+            return kind.forward(self.layer, x, *args, **kwargs)
+        return forward_of_the_rest(kind.forward, self.layer, x, *args, **kwargs)
+
+
+def switched_off(layer: nn.Module) -> frozenset[str]:
+    """The adapters of a layer of PEFT's that are off."""
+    switch = layer.__dict__.get("forward")
+    return switch.off if isinstance(switch, _Switch) else frozenset()
 
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
 _OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
 
 
-def _with_active(layer: Any, active: list[str] | None) -> Any:
-    """The layer, with other active adapters where they are given: a second object over the same
-    parameters, so that another thread's forward does not see them."""
-    if active is None:
-        return layer
+def forward_of_the_rest(
+    forward: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A forward of PEFT's, ``forward(layer, x, *args, **kwargs)``, without what is switched off.
+
+    Raises:
+        ValueError: an adapter that is off is merged into the base weight.
+    """
+    off = switched_off(layer)
+    if not off or layer.disable_adapters:
+        return forward(layer, x, *args, **kwargs)
+    merged = [name for name in layer.merged_adapters if name in off]
+    if merged:
+        raise ValueError(
+            f"{type(layer).__name__}: expected adapters apart from the base weight where they "
+            f"are switched off, found {merged} merged into it; unmerge them first"
+        )
+    names = kwargs.get("adapter_names")
+    if names is not None:
+        kwargs["adapter_names"] = names = [_BASE if name in off else name for name in names]
+    asked = layer.active_adapters if names is None else names
+    on = [name for name in asked if name in layer.r and name not in off]
+    if not on:
+        of_base = {key: value for key, value in kwargs.items() if key not in _OF_ADAPTERS}
+        return layer.base_layer(x, *args, **of_base)
+    if names is None:
+        layer = _with_active(layer, on)
+    return forward(layer, x, *args, **kwargs)
+
+
+def _with_active(layer: Any, active: list[str]) -> Any:
+    """The layer with other active adapters: a second object over the same parameters, so that
+    another thread's forward does not see them."""
     view = object.__new__(type(layer))
     view.__dict__.update(layer.__dict__, _active_adapter=active)
     return view
 
 
-def _peft_off(layer: nn.Module) -> frozenset[str]:
-    switch = layer.__dict__.get("forward")
-    return switch.off if isinstance(switch, _Switch) else frozenset()
-
-
 def _switch_peft(layer: Any, adapter_name: str, active: bool) -> None:
-    before = _peft_off(layer)
+    before = switched_off(layer)
     off = before - {adapter_name} if active else before | {adapter_name}
     if off:
         layer.forward = _Switch(layer, off)

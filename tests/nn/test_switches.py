@@ -149,6 +149,20 @@ def test_whole_models_take_names_of_adapters_that_are_off():
     torch.testing.assert_close(fused, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_checkpoint_of_rows_with_names_recomputes_the_same_layers():
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted("fused", "first", "second").train()
+        model.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_active(some_layer(model), "first", False)  # the active one, which no row has
+        logits(model, adapter_names=["second", "second", "__base__"]).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("second" in name for name in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["peft", "fused"])
 def test_what_peft_does_meanwhile_is_not_undone_and_undoes_nothing(kind: str):
     model = adapted(kind)
