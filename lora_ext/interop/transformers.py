@@ -123,11 +123,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(
             f"attach: pool: expected a pool of this model, found {name!r}, which the model lacks"
         )
-    if "experts" in name.split("."):
-        raise ValueError(
-            f"attach: pool: {name!r} belongs to routed experts, which see rows in an order of "
-            "their own; leave them out with AdapterPool(targets=...)"
-        )
     return module
 
 
