@@ -27,6 +27,7 @@ from lora_ext import ops
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.rows import Rows
+from lora_ext.nn.switches import forward_of_the_rest, switched_off
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -169,6 +170,8 @@ def _names(names: Sequence[str]) -> Names:
 class FusedLinear(PeftLinear):
     """PEFT's ``lora.Linear`` with the base product, the updates and their gradients fused."""
 
+    asks_what_is_off = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; ``adapter_names``, one per sequence, may also be given in training.
 
@@ -181,13 +184,13 @@ class FusedLinear(PeftLinear):
         names = kwargs.get("adapter_names")
         rows = self._rows_of(names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        wanted = rows.unique if rows is not None else self.active_adapters
-        present = tuple(name for name in wanted if name in self.lora_A)
+            return self._forward_of_peft(x, *args, **kwargs)
+        wanted, off = rows.unique if rows is not None else self.active_adapters, switched_off(self)
+        present = tuple(name for name in wanted if name in self.lora_A and name not in off)
         if any(_uncovered(self, name) is not None for name in present):
             if rows is not None:
                 kwargs["adapter_names"] = list(rows.names)
-            return super().forward(x, *args, **kwargs)
+            return self._forward_of_peft(x, *args, **kwargs)
         if rows is not None:
             rows.check(x.shape[:-1])
         if not present:
@@ -200,6 +203,9 @@ class FusedLinear(PeftLinear):
         assert dense is not None  # by _uncovered
         magnitudes = [self._magnitude(name) for name in present]
         return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows)
+
+    def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return forward_of_the_rest(PeftLinear.forward, self, x, *args, **kwargs)
 
     def _rows_of(self, names: Sequence[str] | None) -> Names | None:
         if torch.compiler.is_compiling():
