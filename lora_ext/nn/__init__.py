@@ -1,7 +1,8 @@
 """Modules over the ops."""
 
+from .attachment import UnknownAdapterError
 from .circuit_head import CircuitHead
-from .context import UnknownAdapterError, adapters
+from .context import adapters
 from .init import init_lora_
 from .layer_names import layer_names
 from .lora_conv import LoraConv
