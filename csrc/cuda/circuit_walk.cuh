@@ -2,12 +2,14 @@
 // a functor for what happens at a position. csrc/cpu/circuit_walk.h tells the same to vectors.
 //
 // A team walks one row of the batch: a warp for up to 32 states, a block for more. Thread i of a
-// team of size s owns the states i, i + s, ... of every vector, and of a matrix
-//   first their rows      for the normalisers, and for the way back up the tree
-//   then their columns    for the step: log sum_z exp(cur[z]) softmax(a[z])[z']
+// team of size s owns the states i, i + s, ... of every vector. Of a matrix it reads
+//
+//   first the rows of its states       for the normalisers, and for the way back up the tree,
+//   then the columns of its states     for the step log sum_z exp(cur[z]) softmax(a[z])[z'],
+//
 // so the sums need no exchange between threads, and the second reading of a matrix comes from L1.
-// Bound: bytes of the matrices, once from memory. A sum below kTrusted may have lost terms to
-// underflow; its owner takes it again as log-sum-exp of exact logarithms.
+// The bound is the bytes of the matrices, once from memory. A sum below kTrusted may have lost
+// terms to underflow; its owner takes it again as log-sum-exp of exact logarithms.
 //
 // Vectors lie in shared memory and belong to the team once it has synchronised, which every
 // function here does before it returns. Control flow around synchronisation depends on (kind, K, C)
@@ -278,11 +280,12 @@ struct CircuitWalk {
 
     // Visits the positions in order.
     //
-    //   observe(k, cur, base) -> e  log p(state at k = z, x_<k) = base + cur[z];
-    //                               e[z] = log p(x_k | z), in memory of any kind
-    //   save(slot, vector)          what a backward needs: cur at slot k; in the tree, for matrix
-    //   m,
-    //                               cur behind it at 3m, up at 3m + 1, its projection at 3m + 2
+    //   observe(k, cur, base) -> e   is told log p(state at k = z, x_<k) = base + cur[z], and
+    //                                returns e[z] = log p(x_k | z), in memory of any kind;
+    //   save(slot, vector)           is given what a backward needs: cur of position k in slot k,
+    //                                or, in the tree, three vectors for each matrix m: cur behind
+    //                                it in slot 3m, up in 3m + 1, its projection in 3m + 2.
+    //
     // The whole team calls both, each thread for the states that it owns.
     template <class Observe, class Save>
     LX_DEVICE void run(Observe&& observe, Save&& save) const {

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .base_weights import plain_name
 from .config import AdapterConfig
-from .model_index import PAGE_DTYPES, LinearSpec, ModelIndex
+from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
 from .tensor_files import StateDict, TensorSource, open_tensors, read_config
 
 # What AdapterPool.load accepts: a directory, or (config, state dict).
@@ -107,7 +108,7 @@ def _read(
     strict: bool,
     convert: Callable[[LinearSpec, Factors], Converted],
 ) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
-    grouped, leftover = _group_keys(tensors, index)
+    grouped, base, leftover = _group_keys(tensors, index)
     targets = config.targets(index)
     if targets is not None:
         stray = sorted(grouped.keys() - targets)
@@ -141,6 +142,10 @@ def _read(
                 f"found {rank}"
             )
         _check_headers(tensors, keys, rank, module, index, config)
+    for key, name in base.items():
+        index.weights.check_header(tensors, key, name)
+    for key, name in base.items():
+        index.weights.check(tensors, key, name)
     modules: dict[str, Converted] = {}
     for module, keys in grouped.items():
 
@@ -162,17 +167,32 @@ def _read(
 
 def _group_keys(
     tensors: TensorSource, index: ModelIndex
-) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...), and the
-    other keys."""
+) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...); keys of
+    weights of the base model, with their names there; and the other keys."""
     grouped: dict[str, dict[str, str]] = {}
+    base: dict[str, str] = {}
     leftover: list[str] = []
     for key in tensors.infos:
         for part, what in _REFUSED_KEYS.items():
             if part in key:
                 raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        if match is None or match["module"] not in index.modules:
+        if match is None:
+            name = plain_name(key.removeprefix(_PREFIX))
+            if name in index.weights:
+                base[key] = name
+            else:
+                leftover.append(key)
+            continue
+        kind = index.unsupported.get(match["module"])
+        if kind is None and in_routed_experts(match["module"]):
+            kind = f"module of {ROUTED}"
+        if kind is not None:  # also where strict=False: without it this is another adapter
+            raise NotImplementedError(
+                f"{tensors.where}: {key}: adapters on a {kind} are not supported"
+            )
+        if match["module"] not in index.modules:
             leftover.append(key)
             continue
         role = _role(match)
@@ -182,7 +202,7 @@ def _group_keys(
                 f"{tensors.where}: expected one adapter, found both {roles[role]} and {key}"
             )
         roles[role] = key
-    return grouped, leftover
+    return grouped, base, leftover
 
 
 def _role(match: re.Match[str]) -> str:

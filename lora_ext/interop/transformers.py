@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from dataclasses import dataclass, field
 from types import MethodType
@@ -17,6 +18,7 @@ from lora_ext.nn.attachment import attachments, pool_handle
 from lora_ext.nn.context import adapters
 from lora_ext.nn.generation import generation_scope, repeat_rows
 from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,18 +29,17 @@ _OWN_FORWARD = "_lora_ext_own_forward"
 
 @dataclass(eq=False)
 class _Attachment:
-    """Kept on the attached model. Names instead of modules, so that a deep copy of the model is
-    attached too."""
+    """Kept on the attached model; a deep copy of the model is attached too."""
 
     pool: AdapterPool
-    names: tuple[str, ...]
+    swap: Swap
     hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
 
     def __post_init__(self) -> None:
         attachments.add(self)
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _Attachment:
-        return _Attachment(self.pool, self.names, list(self.hooked))
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
+        return _Attachment(self.pool, copy.deepcopy(self.swap, memo), list(self.hooked))
 
 
 def attach(model: Model, pool: AdapterPool) -> Model:
@@ -76,9 +77,7 @@ def attach(model: Model, pool: AdapterPool) -> Model:
     for name in pool.modules:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
-    attachment = _Attachment(pool, tuple(layers))
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+    attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
         for method, hook in _hooks(pool).items():
             # An instance with a method of its own is left alone.
@@ -108,19 +107,9 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
-    layers: dict[str, PoolLayer] = {}
-    for name in attachment.names:
-        layer = _find(model, name)
-        if not isinstance(layer, PoolLayer) or layer.pool is not attachment.pool:
-            found = "nothing" if layer is None else type(layer).__name__
-            raise RuntimeError(
-                f"detach: {name}: expected the layer that attach put there, found {found}"
-            )
-        layers[name] = layer
-    for name, layer in layers.items():
-        _replace(model, name, layer.base)
+    attachment.swap.restore(model, "detach")
     for name, method in attachment.hooked:
-        module = _find(model, name)
+        module = find_module(model, name)
         if module is not None:
             module.__dict__.pop(method, None)
             if method == "forward" and _OWN_FORWARD in module.__dict__:
@@ -130,32 +119,15 @@ def detach(model: Model) -> Model:
     return model
 
 
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
 def _module(model: nn.Module, name: str) -> nn.Module:
     if not name:
         raise ValueError("attach: pool: expected a module inside the model, found the model itself")
-    module = _find(model, name)
+    module = find_module(model, name)
     if module is None:
         raise ValueError(
             f"attach: pool: expected a pool of this model, found {name!r}, which the model lacks"
         )
-    if "experts" in name.split("."):
-        raise ValueError(
-            f"attach: pool: {name!r} belongs to routed experts, which see rows in an order of "
-            "their own; leave them out with AdapterPool(targets=...)"
-        )
     return module
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:

@@ -1,9 +1,11 @@
 """Modules over the ops."""
 
 from .attachment import UnknownAdapterError
+from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
 from .context import adapters
 from .init import init_lora_
+from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
@@ -12,8 +14,10 @@ from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
+from .swap import Swap
 
 __all__ = [
+    "IGNORE",
     "CircuitHead",
     "LoraConv",
     "LoraEmbedding",
@@ -22,10 +26,15 @@ __all__ = [
     "LoraProbe",
     "MultiLoraEmbedding",
     "MultiLoraLinear",
+    "Swap",
     "UnknownAdapterError",
     "adapters",
+    "block_index",
+    "block_name",
+    "decoder_layers",
     "init_lora_",
     "layer_names",
     "lora_forward",
     "lora_update",
+    "shift_labels",
 ]

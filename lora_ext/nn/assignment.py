@@ -73,8 +73,8 @@ class Assignment:
         _check_token_ids(token_ids, len(flat))
         with torch.inference_mode(False), torch.no_grad():
             # A copy: the caller may fill the next batch in before the backward of this one.
-            table = constant([*assignment.places, -1], torch.int64, token_ids.device)
-            places = table[token_ids.long()].flatten()  # -1 finds the last
+            own = torch.tensor([*assignment.places, -1], device=token_ids.device)
+            places = own[token_ids.long()].flatten()  # -1 finds the last
             return cls(assignment.names, places, tuple(token_ids.shape))
 
     @classmethod

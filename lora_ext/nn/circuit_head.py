@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import KINDS, log_softmax, num_transitions
 
+from .labels import IGNORE
 from .rows import keep
 
-#: A target to be marginalised.
-IGNORE = -100
 EMISSIONS = ("full", "expander", "adapter")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lora_ext import reference
 from lora_ext.nn import CircuitHead
-from lora_ext.nn.circuit_head import EMISSIONS, IGNORE
+from lora_ext.nn.circuit_head import EMISSIONS
+from lora_ext.nn.labels import IGNORE
 
 KINDS = {"ff": 1, "cp": 3, "hmm": 3, "btree": 3}
 D, V, K = 6, 3, 4

@@ -9,16 +9,20 @@
 // Both bodies offer, besides CUDA's qualifiers, vector types, threadIdx, blockIdx, blockDim and
 // gridDim:
 //
-//   LX_SHARED(type, name, count)      array `name` in static shared memory, 16-byte aligned
-//   LX_DYN_SHARED(name)               `name`: first byte of dynamic shared memory, 128-byte aligned
-//   LX_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...)        int: 0, or the code of a
-//   CUDA error LX_LAUNCH_PDL(...)                the same, may start before the previous kernel in
-//   the stream ends; every
-//                                     access to its results must then follow
-//                                     lx::grid_dependency_wait()
-//   LX_BUF(pointer, bytes, access)    before a launch: the next kernel may touch these bytes. Empty
-//   on a GPU LX_BUF_ROWS(pointer, rows, row_bytes, row_stride_bytes, access)    the same without
-//   the gaps between the rows
+//   LX_SHARED(type, name, count)
+//       declares the array `name` in static shared memory, aligned to 16 bytes.
+//   LX_DYN_SHARED(name)
+//       declares `name`, the first byte of dynamic shared memory, aligned to 128 bytes.
+//   LX_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...)
+//       launches the kernel; returns 0, or the code of the CUDA error that kept it from starting.
+//   LX_LAUNCH_PDL(kernel, grid, block, dynamic_bytes, stream, args...)
+//       does the same, and the kernel may start before the previous one in the stream ends: every
+//       access to that one's results must follow lx::grid_dependency_wait().
+//   LX_BUF(pointer, bytes, access)
+//       tells the emulator, before a launch, that the next kernel may touch these bytes; it is
+//       empty on a GPU.
+//   LX_BUF_ROWS(pointer, rows, row_bytes, row_stride_bytes, access)
+//       does the same for rows, without the gaps between them.
 //
 // A kernel template with commas is written in parentheses: LX_LAUNCH((gemm<float, 8>), grid, ...).
 #pragma once
@@ -44,11 +48,12 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 // What a kernel may do with a declared buffer.
 enum class Access {
-    kConstant,   // read; no kernel in flight writes it, so it may be read before
-                 // grid_dependency_wait()
-    kRead,       // read
-    kWrite,      // written; read only where this launch has written
-    kReadWrite,  // both
+    // It is read, and no kernel in flight writes it: it may be read before grid_dependency_wait().
+    kConstant,
+    kRead,
+    // It is written, and read only where this launch has written.
+    kWrite,
+    kReadWrite,
 };
 
 }  // namespace lx
@@ -122,8 +127,8 @@ LX_DEVICE T from_float(float x) {
     }
 }
 
-// Two 16-bit values in one register, `low` in bits 0-15: the element order of memory, ldmatrix and
-// mma.
+// Two 16-bit values in one register, `low` in bits 0-15: the element order of memory, of ldmatrix
+// and of mma.
 template <class T>
 struct PackedOf;
 template <>

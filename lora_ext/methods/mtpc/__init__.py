@@ -3,6 +3,8 @@
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
 """
 
+from lora_ext.nn.labels import shift_labels
+
 from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
 from .retrofit import Draft, retrofit
@@ -10,7 +12,6 @@ from .tail import DraftTail
 from .windows import (
     frequent_tokens,
     pack_documents,
-    shift_labels,
     unfold_teacher,
     unfold_windows,
 )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn import CircuitHead
-from lora_ext.nn.circuit_head import IGNORE
+from lora_ext.nn.labels import IGNORE, shift_labels
 
 from .config import MtpcConfig
 from .decoder import SpeculativeDecoder
 from .tail import DraftTail
-from .windows import shift_labels, unfold_teacher, unfold_windows
+from .windows import unfold_teacher, unfold_windows
 
 
 class Draft(nn.Module):
