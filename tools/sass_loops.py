@@ -123,6 +123,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
                 if block not in body:
                     body.add(block)
                     waiting += before[block]
+
     def block_code(block: int) -> Sequence[Instruction]:
         return code[starts[block] : ends[block]]
 
@@ -137,7 +138,11 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
         if is_main([one for block in body for one in block_code(block)])
     }
     return [
-        [one for block in way_that_loads_most(head, body, after, weight) for one in block_code(block)]
+        [
+            one
+            for block in way_that_loads_most(head, body, after, weight)
+            for one in block_code(block)
+        ]
         for head, body in loads.items()
         if not any(other in body for other in loads if other != head)
     ]
