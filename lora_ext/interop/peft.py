@@ -23,6 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from lora_ext import ops
 from lora_ext.nn.assignment import Assignment
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
@@ -295,9 +296,9 @@ FusedLinear.__name__ = PeftLinear.__name__
 FusedLoraModel.__name__ = LoraModel.__name__
 
 
-def _warn_of_frozen(model: nn.Module, names: Names) -> None:
+def _warn_of_frozen(model: nn.Module, names: Assignment) -> None:
     """PEFT trains the active adapter only, until it is told otherwise."""
-    frozen = set(names.unique) if torch.is_grad_enabled() else set()
+    frozen = set(names.names) if torch.is_grad_enabled() else set()
     for layer in model.modules():
         if not frozen:
             return
