@@ -1,16 +1,12 @@
-// The circuit ops as C++ functions of tensors; bindings.cpp registers each under the same name.
+// The circuit ops as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <tuple>
 
-namespace lora_ext {
+#include "ops/call.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
+namespace lora_ext {
 
 // e (B, K, C), and what each row of logits was normalised by (2, B, K, C): the maximum, log sum
 // exp.

@@ -1,17 +1,13 @@
-// Drafting from circuits and verifying as C++ functions of tensors; bindings.cpp registers each
-// under the same name.
+// Drafting from circuits and verifying as C++ functions of tensors; ops/table.h has a
+// row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <tuple>
 
-namespace lora_ext {
+#include "ops/call.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
+namespace lora_ext {
 
 Tensor circuit_conditional_dist(std::string_view kind, const Tensor& leaf,
                                 const OptionalTensor& prior, const OptionalTensor& trans,

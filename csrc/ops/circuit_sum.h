@@ -1,16 +1,12 @@
-// Sum layers as C++ functions of tensors; bindings.cpp registers each under the same name.
+// Sum layers as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <tuple>
 
-namespace lora_ext {
+#include "ops/call.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
+namespace lora_ext {
 
 // Weights scaled to row maximum 1 and the logarithms of what they were scaled by, for ops that meet
 // them again.
