@@ -67,7 +67,7 @@ CircuitWeights circuit_weights(const char* op, std::string_view kind_name, const
     require(matrices == 0 || trans, op, "trans",
             expected("the transitions of kind '", kind_name, "' over ", c.n_token, " positions"),
             found("None"));
-    // float64 beside float64 only: elsewhere everything is computed in float32.
+    // Parameters stay float64 beside float64 leaves only: all else is computed in float32.
     const auto given = prior   ? prior->scalar_type()
                        : trans ? trans->scalar_type()
                                : leaf.scalar_type();

@@ -1,5 +1,4 @@
-// Drafting from circuits and verifying as C++ functions of tensors; ops/table.h has a
-// row for each.
+// Drafting from circuits and verifying as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
 #include <string_view>
@@ -12,17 +11,17 @@ namespace lora_ext {
 Tensor circuit_conditional_dist(std::string_view kind, const Tensor& leaf,
                                 const OptionalTensor& prior, const OptionalTensor& trans,
                                 const Tensor& x, const Tensor& k);
-// tokens, conditional, posterior
+// Returns tokens, conditional and posterior.
 std::tuple<Tensor, Tensor, Tensor> circuit_sample(std::string_view kind, const Tensor& leaf,
                                                   const OptionalTensor& prior,
                                                   const OptionalTensor& trans,
                                                   const Tensor& uniforms,
                                                   const OptionalTensor& evidence);
-// tokens, value
+// Returns tokens and value.
 std::tuple<Tensor, Tensor> circuit_argmax(std::string_view kind, const Tensor& leaf,
                                           const OptionalTensor& prior, const OptionalTensor& trans,
                                           const OptionalTensor& evidence);
-// accepted, next_token
+// Returns accepted and next_token.
 std::tuple<Tensor, Tensor> spec_verify(const Tensor& target, const Tensor& tokens,
                                        const Tensor& conditional, const Tensor& posterior,
                                        const Tensor& leaf, const Tensor& uniforms,

@@ -61,7 +61,8 @@ struct Emission {
 
     Tensor weights(int64_t k) const { return emit.select(0, k).view({components * vocab, width}); }
 
-    // f(k, first row, h of the chunk, its logits, arguments of the leaf kernels) for each chunk.
+    // Calls f(k, first row, h of the chunk, its logits, arguments of the leaf kernels) for each
+    // chunk.
     template <typename F>
     void for_chunks(F&& f) {
         for (int64_t k = 0; k < n_token; ++k) {
@@ -86,12 +87,12 @@ struct Emission {
             }
         }
     }
-    // The same element of a tensor (B, K, C).
+    // The address of element (first, k, 0) of a tensor (B, K, C).
     char* at(const Tensor& t, int64_t first, int64_t k) const {
         return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) +
                (first * n_token + k) * components * t.element_size();
     }
-    // e of a chunk, and the norms beside it.
+    // Computes e of a chunk, and the norms beside it.
     void gather(CircuitLeafArgs& args, const Tensor& e, const Tensor& norm, int64_t first,
                 int64_t k) const {
         args.e = at(e, first, k);

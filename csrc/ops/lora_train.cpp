@@ -118,8 +118,9 @@ struct Call {
         args.workspace = workspace.mutable_data_ptr();
     }
 
-    // x weight^T + bias; with dy and weight^T, what dx starts from. A row without adapter keeps the
-    // bits of the base layer, so a call that has one takes the base layer's library.
+    // left weight^T + bias: the base layer of x, and, with dy and weight^T, what dx starts from. A
+    // row without adapter keeps the bits of the base layer, so a call that has one takes the base
+    // layer's library.
     Tensor base_product(const Tensor& left, const Tensor& weight,
                         const OptionalTensor& bias = {}) const {
         const bool base_bits = !active() || launches_kernels(x) || idle_rows();
