@@ -56,11 +56,14 @@ def test_an_adapter_head_learns_and_decodes_as_the_model_does(
     sampled = draft.decoder(temperature=0.7, top_p=0.9).generate(**batch, max_new_tokens=24)
     assert sampled.sequences.shape[1] > batch["input_ids"].shape[1]
 
-    stop: dict[str, Any] = {"stop_strings": [" the", "clock"], "tokenizer": tokenizer}
+    length = batch["input_ids"].shape[1]
+    # Of either answer what stands in its tokens 8 to 10, without the first and the last letter.
+    pieces = [tokenizer.decode(row[length + 8 : length + 11])[1:-1] for row in expected]
+    stop: dict[str, Any] = {"stop_strings": pieces, "tokenizer": tokenizer}
     expected = model.generate(**batch, do_sample=False, max_new_tokens=24, **stop)
     found = draft.decoder(mode="greedy").generate(**batch, max_new_tokens=24, **stop)
     assert torch.equal(found.sequences, expected)
-    assert found.sequences.shape[1] < batch["input_ids"].shape[1] + 24
+    assert found.sequences.shape[1] <= length + 11
 
     draft.save(tmp_path)
     assert (tmp_path / "mtpc.safetensors").stat().st_size < 1 << 20  # without the unembedding
