@@ -1,10 +1,10 @@
 """What one call of the decoder asks for, in the words of transformers' ``generate``.
 
-Arguments of the call win over its ``generation_config``; where neither names the ends or the
-padding, the model's own configuration does; its sampling settings are not read, the decoder has
-its own. The decoder's output follows the model's law, so a
-setting that would change that law, or that asks for something the decoder does not do, is refused
-by its name instead of being left out silently.
+Arguments of the call win over its ``generation_config``. Where neither names the ends or the
+padding, the model's own configuration does; the sampling settings in there are not read, for the
+decoder has its own. The decoder's output follows the model's law, so a setting that would change
+that law, or that asks for something the decoder does not do, is refused by its name instead of
+being left out silently.
 """
 
 from __future__ import annotations
