@@ -13,6 +13,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from lora_ext.adapter import LoraAdapter
+from lora_ext.adapter.live import live_adapter
 from lora_ext.adapter.model_index import MAX_RANK, ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
 from lora_ext.nn.context import UnknownAdapterError
@@ -23,6 +25,7 @@ from .store import PageStore, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
+Source = AdapterSource | LoraAdapter | nn.Module
 
 
 class Lease(list[int]):
@@ -112,13 +115,17 @@ class AdapterPool:
         with self._lock:
             return name in self._by_name or name in self._cache
 
-    def load(self, name: str, source: AdapterSource, strict: bool = True) -> tuple[str, ...]:
+    def load(
+        self, name: str, source: Source, strict: bool = True, *, adapter_name: str | None = None
+    ) -> tuple[str, ...]:
         """Read an adapter and put it into a free slot, evicting the least recently used if need be.
 
         Args:
             name: new to the pool.
-            source: PEFT's directory, or ``(config, state_dict)``.
+            source: PEFT's directory; ``(config, state_dict)``; a :class:`LoraAdapter`; or a PEFT
+                model, or one with layers of :mod:`lora_ext.nn`, as if it had been saved.
             strict: False skips keys and fields that nothing uses.
+            adapter_name: which adapter of a model; default is the one that is active.
 
         Returns:
             What was skipped; empty when strict.
@@ -129,9 +136,7 @@ class AdapterPool:
             PoolFullError: every adapter that could make way is pinned.
         """
         self._check_new(name)
-        packed = read_packed(
-            source, self.index, self.max_rank, strict
-        )  # slow, so not under the lock
+        packed = self._read("load", source, strict, adapter_name)  # slow, so not under the lock
         with self._lock:
             self._check_new(name)
             self._install(name, packed)
@@ -139,7 +144,12 @@ class AdapterPool:
         return packed.leftover
 
     def update(
-        self, name: str, source: AdapterSource | Mapping[str, Tensor], strict: bool = True
+        self,
+        name: str,
+        source: Source | Mapping[str, Tensor],
+        strict: bool = True,
+        *,
+        adapter_name: str | None = None,
     ) -> tuple[str, ...]:
         """Replace an adapter's weights: built in a new slot, then the name is moved there.
 
@@ -148,14 +158,14 @@ class AdapterPool:
         Args:
             name: in the pool.
             source: as for :meth:`load`, or a state dict alone, which keeps the config.
-            strict: as for :meth:`load`.
+            strict, adapter_name: as for :meth:`load`.
         """
         with self._lock:
             self._check_known([name])
             held = self._by_name.get(name) or self._cache[name]
         if isinstance(source, Mapping):
             source = (held.config, source)
-        packed = read_packed(source, self.index, self.max_rank, strict)
+        packed = self._read("update", source, strict, adapter_name)
         with self._lock:
             self._check_known([name])
             self._install(name, packed)
@@ -173,7 +183,7 @@ class AdapterPool:
 
     def prefetch(
         self,
-        sources: Mapping[str, AdapterSource] | Iterable[str | os.PathLike[str]],
+        sources: Mapping[str, Source] | Iterable[str | os.PathLike[str]],
         strict: bool = True,
     ) -> list[str]:
         """Read adapters into the host cache: their first :meth:`acquire` then copies, no more.
@@ -185,7 +195,7 @@ class AdapterPool:
         Returns:
             The names. All of them are known afterwards, or none if one fails.
         """
-        named: dict[str, AdapterSource]
+        named: dict[str, Source]
         if isinstance(sources, Mapping):
             named = {str(name): source for name, source in sources.items()}
         else:
@@ -193,7 +203,7 @@ class AdapterPool:
         packed: dict[str, PackedAdapter] = {}
         for name, source in named.items():
             self._check_new(name)
-            packed[name] = read_packed(source, self.index, self.max_rank, strict)
+            packed[name] = self._read("prefetch", source, strict)
         size = sum(p.nbytes for p in packed.values())
         with self._lock:
             for name in packed:
@@ -206,6 +216,22 @@ class AdapterPool:
             for name, adapter in packed.items():
                 self._cache_put(name, adapter)
         return list(packed)
+
+    def _read(
+        self, caller: str, source: Source, strict: bool, adapter_name: str | None = None
+    ) -> PackedAdapter:
+        where = f"AdapterPool.{caller}: source"
+        if isinstance(source, nn.Module):
+            source = live_adapter(source, adapter_name, where)
+        elif adapter_name is not None:
+            raise ValueError(
+                f"AdapterPool.{caller}: adapter_name: expected None beside a "
+                f"{'LoraAdapter' if isinstance(source, LoraAdapter) else 'directory or state dict'}"
+                f", found {adapter_name!r}"
+            )
+        elif isinstance(source, LoraAdapter):
+            source = source.config, source.state_dict()
+        return read_packed(source, self.index, self.max_rank, strict)
 
     # ---------------------------------------------------------------------------------------------
     # Pins
