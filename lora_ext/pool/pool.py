@@ -20,7 +20,7 @@ from lora_ext.adapter.peft_files import AdapterSource
 from lora_ext.nn.context import UnknownAdapterError
 
 from .packing import PackedAdapter, read_packed
-from .pages import page_count
+from .pages import in_words, page_bytes, page_count
 from .store import PageStore, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -48,12 +48,13 @@ class AdapterPool:
     """LoRA adapters of one base model, addressed by slot, stored in pages of eight ranks.
 
     Args:
-        model: its ``nn.Linear`` and transformers ``Conv1D`` modules are found by name; not kept.
+        model: its linear and embedding layers are found by name; a weak reference is kept.
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
         pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, the worst case.
-            A server of r16 adapters wants ``2 * max_slots``.
-        dtype, device: of the pages; default is each module's base weight's.
+            A server of r16 adapters wants ``2 * max_slots``: at the default settings the worst
+            case of an 8B model is above 20 GiB (``reserved_bytes``, and ``print(pool)``).
+        dtype, device: of the pages; default is each module's own, on the device where it computes.
         targets: modules that adapters may touch (names, suffixes, or a regex); default all.
         host_cache_bytes: evicted adapters are kept in host memory up to this size.
 
@@ -300,8 +301,26 @@ class AdapterPool:
     # ---------------------------------------------------------------------------------------------
     # Numbers
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of pages once adapters have touched every module: what to leave free for the pool.
+
+        Memory is taken module by module, when the first adapter touches it: :meth:`nbytes`.
+        """
+        return sum(self.pages * page_bytes(spec) for spec in self.index.modules.values())
+
+    def __repr__(self) -> str:
+        """Settings, and the memory that they mean."""
+        count = len(self.names)
+        return (
+            f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "
+            f"pages={self.pages}; {len(self.modules)} modules: up to "
+            f"{in_words(self.reserved_bytes)} of pages, {in_words(self.nbytes())} so far; "
+            f"{count} adapter{'s' * (count != 1)})"
+        )
+
     def nbytes(self) -> int:
-        """Bytes of all page slabs: per targeted module, ``pages * 8 * (I + O) * itemsize``."""
+        """Bytes of the pages so far: per touched module, ``pages * 8 * (I + O) * itemsize``."""
         with self._lock:
             return sum(slab.a.nbytes + slab.b.nbytes for slab in self._store.slabs.values())
 
