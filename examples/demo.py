@@ -23,6 +23,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from serving_curve import COUNTS, Curve, draw_curve, measure_curve
 from torch import Tensor
 from training import RECIPES, train_adapter
 from transformers.utils import logging
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--tokens", type=int, default=32, help="timed new tokens per row")
     parser.add_argument("--rounds", type=int, default=3, help="timed repeats of each engine")
+    parser.add_argument("--adapters", type=int, default=64, help="how far the curve goes")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -89,7 +91,11 @@ def main() -> None:
     times = time_engines(plain, peers, ours, batch, args.tokens, args.rounds)
     rate = {name: args.tokens * len(NAMES) / time.median for name, time in times.items()}
     show_table(times, rate, difference, largest)
-    console.print(f"chart: {save_chart(rate, args.out / 'tokens_per_second.png')}", soft_wrap=True)
+
+    console.rule("5. From one adapter to many")
+    curve = measure_curve([n for n in COUNTS if n <= args.adapters])
+    show_curve(curve)
+    console.print(f"chart: {draw_curve(curve, args.out / 'serving_curve.png')}", soft_wrap=True)
 
 
 def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
@@ -175,23 +181,15 @@ def show_table(
     console.print(table)
 
 
-def save_chart(rate: dict[str, float], path: Path) -> Path:
-    """Bars of tokens per second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 2.4), layout="constrained")
-    bars = axes.barh(list(rate), list(rate.values()), color=["#999999", "#d98c3f", "#3f7fd9"])
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("tokens per second, 4 rows: three adapters and the base model")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
+def show_curve(curve: Curve) -> None:
+    """Tokens per second of all rows, by how many adapters they have."""
+    table = Table(title="tokens/s of all rows, each with an adapter of its own")
+    table.add_column("adapters")
+    for count in curve.counts:
+        table.add_column(str(count), justify="right")
+    for engine, rates in curve.rates.items():
+        table.add_row(engine, *(f"{rate:.1f}" for rate in rates))
+    console.print(table)
 
 
 if __name__ == "__main__":

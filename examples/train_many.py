@@ -3,6 +3,7 @@
 `python examples/train_many.py` where lora_ext[demo] is installed. No GPU, no network.
 """
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ QUESTION = "What is the moon?"
 OUT = Path(__file__).resolve().parents[1] / "out" / "train_many"
 
 
-def main() -> None:
+def main(steps: int = STEPS) -> None:
     """Train, draw, serve."""
     torch.manual_seed(0)
     model, tokenizer = load_smollm2()
@@ -39,7 +40,7 @@ def main() -> None:
     for name in NAMES[1:]:
         peft_model.add_adapter(name, configs[name])
     lora_ext.from_peft(peft_model)  # the one line
-    print(f"losses: {draw(train(peft_model, tokenizer), OUT / 'losses.png')}")
+    print(f"losses: {draw(train(peft_model, tokenizer, steps), OUT / 'losses.png')}")
 
     weights = {n: get_peft_model_state_dict(peft_model, adapter_name=n) for n in NAMES}
     model = peft_model.unload().eval()
@@ -56,7 +57,7 @@ def main() -> None:
         print(f"{name:>9}: {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
 
-def train(model: Any, tokenizer: Any) -> list[list[float]]:
+def train(model: Any, tokenizer: Any, steps: int) -> list[list[float]]:
     """One sequence of each text per step; each adapter has an optimizer of its own."""
     examples = [read_examples(tokenizer, name) for name in NAMES]
     model.set_requires_grad(NAMES)
@@ -64,7 +65,7 @@ def train(model: Any, tokenizer: Any) -> list[list[float]]:
     optimizers = [torch.optim.AdamW(own[n], lr=LEARNING_RATE, fused=True) for n in NAMES]
     model.train()
     history: list[list[float]] = []
-    with tqdm(range(STEPS), unit="step") as bar:
+    with tqdm(range(steps), unit="step") as bar:
         for step in bar:
             batch = collate([e[step % len(e)] for e in examples], tokenizer.pad_token_id)
             labels = batch.pop("labels")
@@ -96,4 +97,6 @@ def draw(history: list[list[float]], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="a batch of eight texts each")
+    main(parser.parse_args().steps)

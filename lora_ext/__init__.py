@@ -6,7 +6,7 @@ _C = _loader.load()
 
 # E402: the ops exist once the compiled module is in the process, and all that follows stands on
 # them.
-from lora_ext import circuits, methods, nn, ops  # noqa: E402
+from lora_ext import adapter, circuits, methods, nn, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.interop.transformers import attach, detach  # noqa: E402
 from lora_ext.nn import adapters  # noqa: E402
@@ -14,6 +14,7 @@ from lora_ext.pool import AdapterPool  # noqa: E402
 
 __all__ = [
     "AdapterPool",
+    "adapter",
     "adapters",
     "attach",
     "circuits",
@@ -22,5 +23,6 @@ __all__ = [
     "methods",
     "nn",
     "ops",
+    "pool",
 ]
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 // Drafting from a circuit and verifying the draft, compiled once per instruction set.
 //
 // Lanes run over the vocabulary, or over the states. Sums of exponentials run in one order that
-// depends on the length of a row alone; the draw adds one by one.
+// depends on the length of a row alone; the draw adds one by one, in double.
 #include "lora_ext/circuit_decode.h"
 
 #include "circuit_walk.h"
@@ -45,11 +45,12 @@ int64_t argmax_of(const T* row, int64_t n) {
     return 0;
 }
 
+// Sums are double: a weight counts however small it is beside those in front of it.
 template <typename A>
 int64_t draw(const A* p, int64_t n, A uniform) {
-    A total = 0, sum = 0;
+    double total = 0, sum = 0;
     for (int64_t i = 0; i < n; ++i) total += p[i];
-    const A limit = uniform * total;
+    const double limit = uniform * total;
     int64_t last = 0;
     for (int64_t i = 0; i < n; ++i) {
         if (!(p[i] > 0)) continue;
@@ -380,7 +381,8 @@ void verify_row(const SpecVerifyArgs& args, int64_t row, Scratch scratch) {
         const SoftmaxRow<A> soft(p, V, p);
         if (k == K) break;
         const A log_q = static_cast<const A*>(args.conditional)[row * K + k];
-        if (soft.sum > 0 && uniforms[k] < exp_of(at - log_of(soft.sum) - log_q)) continue;
+        const bool drawn = soft.sum > 0 && log_q != kImpossible<A>;  // else p / q is no probability
+        if (drawn && uniforms[k] < exp_of(at - log_of(soft.sum) - log_q)) continue;
         const Vec<A> factor = splat<Vec<A>>(soft.sum > 0 ? 1 / soft.sum : 0);
         for (int64_t v = 0; v < V; v += kLanes<A>) store(residual + v, load(p + v) * factor);
         subtract_mixture(args.leaf_dtype, args.leaf, row * args.leaf_stride + k * C * V,

@@ -19,8 +19,8 @@ LX_DEVICE int lanes_of_row(int vocabulary) {
     return pieces >= 128 ? 32 : pieces >= 64 ? 16 : pieces >= 16 ? 8 : 4;
 }
 // Over the group of lanes that this one belongs to, in a fixed tree.
-template <class Op>
-LX_DEVICE float reduce_lanes(float x, int lanes, Op op) {
+template <class X, class Op>
+LX_DEVICE X reduce_lanes(X x, int lanes, Op op) {
     for (int mask = lanes / 2; mask > 0; mask /= 2)
         x = op(x, lx::shfl_xor_sync(lx::kFullMask, x, mask));
     return x;
@@ -184,16 +184,19 @@ LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The draw. Each warp comes to the same result by itself.
-LX_DEVICE float running_sum(float x) {  // over the lanes up to this one
+// The draw. Each warp comes to the same result by itself. Weights are float, their sums double: a
+// weight counts however small it is beside those in front of it.
+
+// Over the lanes up to this one.
+LX_DEVICE double running_sum(double x) {
 #pragma unroll
     for (int delta = 1; delta < lx::kWarpSize; delta *= 2) {
-        const float below = lx::shfl_up_sync(lx::kFullMask, x, static_cast<unsigned>(delta));
+        const double below = lx::shfl_up_sync(lx::kFullMask, x, static_cast<unsigned>(delta));
         if (lx::lane_id() >= delta) x += below;
     }
     return x;
 }
-LX_DEVICE float last_lane(float x) {
+LX_DEVICE double last_lane(double x) {
     return lx::shfl_sync(lx::kFullMask, x, lx::kWarpSize - 1);
 }
 // Of two ballots, the first lane of `hit`, or else the last of `has`.
@@ -205,25 +208,26 @@ LX_DEVICE int pick_lane(unsigned hit, unsigned has) {
 // none.
 struct Place {
     int index = -1;
-    float before = 0;  // the running sum in front of it
-    float limit = 0;   // uniform * total
+    double before = 0;  // the running sum in front of it
+    double limit = 0;   // uniform * total
 };
-// Among n numbers in shared memory.
-LX_DEVICE Place find(const float* values, int n, float uniform) {
+// Among n numbers in shared memory, float or double.
+template <class X>
+LX_DEVICE Place find(const X* values, int n, float uniform) {
     const int lane = lx::lane_id();
-    const auto at = [&](int i) { return i + lane < n ? values[i + lane] : 0.0f; };
+    const auto at = [&](int i) -> double { return i + lane < n ? values[i + lane] : X{0}; };
     Place place;
-    float carry = 0;
+    double carry = 0;
     for (int i = 0; i < n; i += lx::kWarpSize) carry = last_lane(carry + running_sum(at(i)));
     place.limit = uniform * carry;
     carry = 0;
     for (int i = 0; i < n; i += lx::kWarpSize) {
-        const float own = at(i), sum = carry + running_sum(own);
+        const double own = at(i), sum = carry + running_sum(own);
         const unsigned has = lx::ballot_sync(lx::kFullMask, own > 0);
         const unsigned hit = lx::ballot_sync(lx::kFullMask, own > 0 && sum > place.limit);
         if (has) {
             const int lane_of = pick_lane(hit, has);
-            const float below = lx::shfl_sync(lx::kFullMask, sum, lx::max(lane_of - 1, 0));
+            const double below = lx::shfl_sync(lx::kFullMask, sum, lx::max(lane_of - 1, 0));
             place.index = i + lane_of;
             place.before = lane_of > 0 ? below : carry;
         }
@@ -235,10 +239,10 @@ LX_DEVICE Place find(const float* values, int n, float uniform) {
 
 // Among n weights of which weights(i, w) gives i to i + kCount, zero beyond the end. A chunk is
 // what a warp takes at a time, `steps` loads of kCount to a lane: first the sums of chunks, each in
-// a fixed tree, to `sums`, kDrawChunks floats of shared memory; then, in the chunk that is found,
+// a fixed tree, to `sums`, kDrawChunks numbers of shared memory; then, in the chunk that is found,
 // the weights computed once more. All threads of the team call this and get the same index.
 template <int kCount, class Team, class Weights>
-LX_DEVICE int draw(const Team& team, float* sums, int n, float uniform, Weights&& weights) {
+LX_DEVICE int draw(const Team& team, double* sums, int n, float uniform, Weights&& weights) {
     constexpr int kStep = kCount * lx::kWarpSize;
     const int lane = lx::lane_id();
     const int loads = (n + kStep - 1) / kStep;
@@ -246,7 +250,7 @@ LX_DEVICE int draw(const Team& team, float* sums, int n, float uniform, Weights&
     const int chunks = (loads + steps - 1) / steps;
     const auto sum_at = [&](int chunk, int step, float (&w)[kCount]) {
         const int i = (chunk * steps + step) * kStep + kCount * lane;
-        float sum = 0;
+        double sum = 0;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) w[j] = 0;
         if (i < n) weights(i, w);
@@ -257,21 +261,21 @@ LX_DEVICE int draw(const Team& team, float* sums, int n, float uniform, Weights&
     float w[kCount];
     team.sync();  // the sums of the last draw have been read
     for (int c = team.rank() / lx::kWarpSize; c < chunks; c += team.size() / lx::kWarpSize) {
-        float sum = 0;
+        double sum = 0;
         for (int s = 0; s < steps; ++s) sum += sum_at(c, s, w);
-        sum = reduce_lanes(sum, lx::kWarpSize, add);
+        sum = reduce_lanes(sum, lx::kWarpSize, [](double a, double b) { return a + b; });
         if (lane == 0) sums[c] = sum;
     }
     team.sync();
     const Place chunk = find(sums, chunks, uniform);
     if (chunk.index < 0) return -1;
     int found = 0;
-    float carry = chunk.before;
+    double carry = chunk.before;
     for (int s = 0; s < steps; ++s) {
-        const float own = sum_at(chunk.index, s, w), sum = carry + running_sum(own);
+        const double own = sum_at(chunk.index, s, w), sum = carry + running_sum(own);
         const unsigned has = lx::ballot_sync(lx::kFullMask, own > 0);
         const unsigned hit = lx::ballot_sync(lx::kFullMask, own > 0 && sum > chunk.limit);
-        float below = lx::shfl_up_sync(lx::kFullMask, sum, 1u);
+        double below = lx::shfl_up_sync(lx::kFullMask, sum, 1u);
         if (lane == 0) below = carry;
         int mine = -1;
 #pragma unroll
@@ -294,7 +298,7 @@ LX_DEVICE int draw(const Team& team, float* sums, int n, float uniform, Weights&
 
 // A token from the softmax of row z, whose largest logit is `top`.
 template <class Team>
-LX_DEVICE int draw_token(const Team& team, float* sums, const LeafRows& rows, int z, float top,
+LX_DEVICE int draw_token(const Team& team, double* sums, const LeafRows& rows, int z, float top,
                          float uniform) {
     return draw<4>(team, sums, rows.vocabulary, uniform, [&](int i, float (&w)[4]) {
         rows.load_four(z, i, w);

@@ -19,11 +19,11 @@ constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
 constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
 
-// Floats in front of the walk's own: norms, state and e, and the sums of a draw.
+// Floats in front of the walk's own: the sums of a draw, which are double, norms, state and e.
 template <class Team>
 LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
     const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;
-    return (2 * norms + 2 * c.components + kDrawChunks + 3) / 4 * 4;
+    return (2 * kDrawChunks + 2 * norms + 2 * c.components + 3) / 4 * 4;
 }
 template <class Team>
 int64_t shared_bytes(const CircuitParams& c) {
@@ -37,19 +37,21 @@ struct Row {
     const Norm* given;  // by run_norms
     int64_t row;
     int components;
+    double* sums;
     Norm* norms;
-    float *state, *e, *sums, *walk;
+    float *state, *e, *walk;
 
     LX_DEVICE Row(const CircuitLogits& logits, const Leaves& leaves, int64_t row, float* shared)
         : leaves(leaves),
           given(norms_of(logits, row)),
           row(row),
           components(static_cast<int>(leaves.components)),
-          norms(reinterpret_cast<Norm*>(shared)) {
+          sums(reinterpret_cast<double*>(shared)),
+          norms(reinterpret_cast<Norm*>(sums + kDrawChunks)) {
         const CircuitParams& c = logits.circuit;
-        state = shared + 2 * (kByWarp<Team> ? c.n_token * c.components : c.components);
+        state = reinterpret_cast<float*>(norms) +
+                2 * (kByWarp<Team> ? c.n_token * c.components : c.components);
         e = state + c.components;
-        sums = e + c.components;
         walk = shared + own_floats<Team>(c);
     }
     // The rows of all positions lie behind each other.

@@ -1,4 +1,5 @@
-// One launch verifies the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), then
+// One launch verifies the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), never
+// where q is 0 (p / q is no probability then, and the circuit cannot have drawn x_k); then
 // draw from max(0, p - q) at the first position rejected, from p after the last.
 //
 // Block per row of the batch. A warp per row of target: its maximum, then the sum of
@@ -24,8 +25,8 @@ struct Stats {
 };
 
 int64_t shared_bytes(const SpecVerifyArgs& args) {
-    return (args.n_token + 1) * static_cast<int64_t>(sizeof(Stats)) +
-           (2 * args.components + kDrawChunks + BlockTeam::kScratch) * 4;
+    return kDrawChunks * 8 + (args.n_token + 1) * static_cast<int64_t>(sizeof(Stats)) +
+           (2 * args.components + BlockTeam::kScratch) * 4;
 }
 
 template <class T>
@@ -37,10 +38,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int K = static_cast<int>(args.n_token), C = static_cast<int>(args.components);
     const int V = static_cast<int>(args.vocabulary);
     const int lane = lx::lane_id(), warp = lx::warp_id();
-    Stats* const stats = reinterpret_cast<Stats*>(shared);
+    double* const sums = reinterpret_cast<double*>(shared);
+    Stats* const stats = reinterpret_cast<Stats*>(sums + kDrawChunks);
     Norm* const weights = reinterpret_cast<Norm*>(stats + K + 1);  // log_sum less log posterior
-    float* const sums = reinterpret_cast<float*>(weights + C);
-    const BlockTeam team(sums + kDrawChunks);
+    const BlockTeam team(reinterpret_cast<float*>(weights + C));
     const T* const target = static_cast<const T*>(args.target) + row * args.target_stride;
     const int64_t* const tokens = args.tokens + row * K;
     const float* const uniforms = static_cast<const float*>(args.uniforms) + row * (K + 1);
@@ -70,7 +71,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                 accepted = token == best.index;
             } else if (token >= 0 && token < V && sum > 0) {
                 const float at = lx::to_float(logits[token]);
-                accepted = uniforms[k] < expf((at - shift) * scale - logf(sum) - conditional[k]);
+                const float log_q = conditional[k];
+                accepted = log_q != kImpossible &&
+                           uniforms[k] < expf((at - shift) * scale - logf(sum) - log_q);
             }
             stats[k] = {shift, sum, best.index, accepted};
         }

@@ -11,6 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.pool_layer import PoolLayer
+
+from .base_weights import BaseWeights
+
 MAX_RANK = 256  # of the ops
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,6 +25,9 @@ _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAtten
 # These read the weights of their linear children without calling them: an adapter on such a child
 # would be ignored, always or on torch's fast path for evaluation.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+# A routed expert sees rows in an order of its own, so that no row of it has a known adapter.
+ROUTED = "routed experts"
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,14 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """The part of a model that reading an adapter needs; holds no reference to the model."""
+    """The part of a model that reading an adapter needs; it does not keep the model alive."""
 
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
     output_head: str | None  # PEFT's "all-linear" leaves it out
     classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
+    weights: BaseWeights
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -64,10 +73,16 @@ class ModelIndex:
             targets: a regular expression for whole names, or names and suffixes; None is all.
             dtype: of the pages; default is the base weight's, or torch's default dtype where the
                 base weight is stored in another format (quantised).
-            device: of the pages; default is the base weight's.
+            device: of the pages; default is where the module computes: its weight's, or the
+                execution device of accelerate's hooks.
+
+        Raises:
+            TypeError: no module. ValueError: a module that carries adapters, or has none that may;
+                a weight on ``meta`` that nobody brings elsewhere.
         """
         if dtype is not None and dtype not in PAGE_DTYPES:
             raise ValueError(f"AdapterPool: dtype: expected one of {PAGE_DTYPES}, found {dtype}")
+        _check_model(model)
         names = None if targets is None or isinstance(targets, str) else tuple(targets)
         linear: dict[str, LinearSpec] = {}
         embedding: dict[str, LinearSpec] = {}
@@ -77,6 +92,9 @@ class ModelIndex:
             parent = modules.get(name.rpartition(".")[0])
             if isinstance(module, nn.Linear) and isinstance(parent, _READS_WEIGHTS):
                 unsupported[name] = f"{type(module).__name__} of {type(parent).__name__}"
+                continue
+            if isinstance(module, nn.Linear) and in_routed_experts(name):
+                unsupported[name] = f"{type(module).__name__} of {ROUTED}"
                 continue
             found, size = linear, _linear_size(module)
             if type(module) is nn.Embedding and module.max_norm is None:
@@ -91,15 +109,14 @@ class ModelIndex:
                 continue
             weight = cast(Tensor, module.weight)
             own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
-            found[name] = LinearSpec(
-                name, *size, dtype or own, torch.device(device) if device else weight.device
-            )
+            place = torch.device(device) if device else _device_of(name, weight, modules)
+            found[name] = LinearSpec(name, *size, dtype or own, place)
         if not linear and not embedding:
             raise ValueError(
-                f"AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
+                "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
                 f"matching targets={targets!r}, found none"
             )
-        return cls(linear, embedding, unsupported, *_heads(model))
+        return cls(linear, embedding, unsupported, *_heads(model), BaseWeights(model))
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
@@ -107,6 +124,60 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
     patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
     parts = name.split(".")
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
+
+
+def in_routed_experts(name: str) -> bool:
+    """Whether the module of this name is one expert of many. Its router is not, nor are experts
+    that every token goes through (``shared_experts``)."""
+    _, experts, below = f".{name}".partition(".experts.")
+    return bool(experts) and "router" not in below.split(".")
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no model, or carries adapters already; the error says what helps."""
+    if not isinstance(model, nn.Module):
+        found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
+        raise TypeError(
+            f"AdapterPool: model: expected a torch.nn.Module, found {found:.200}; load the base "
+            "model first, with AutoModelForCausalLM.from_pretrained for one"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PoolLayer):
+            remedy = "detach the model first"
+        elif isinstance(module, LoraLayer):
+            remedy = "make the pool before layers are wrapped, or of another copy of the model"
+        elif any(base.__module__.startswith("peft.") for base in type(module).__mro__):
+            remedy = "save its adapters and pass model.unload(), the model without them"
+        else:
+            continue
+        # The layers of from_peft are called what PEFT's are called.
+        found = type(module).__qualname__ + (f" at {name!r}" if name else "")
+        raise ValueError(
+            "AdapterPool: model: expected a base model without adapter layers, "
+            f"found {found}; {remedy}"
+        )
+
+
+def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
+    """Where the module computes.
+
+    accelerate leaves the weight of an offloaded module on ``meta`` or on the CPU, and brings it to
+    the ``execution_device`` of a hook on the module, or on one around it. Elsewhere it is where the
+    weight lies.
+    """
+    path = name.split(".") if name else []
+    for length in range(len(path), -1, -1):  # the nearest hook first
+        hook = getattr(modules[".".join(path[:length])], "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    if weight.is_meta:
+        raise ValueError(
+            f"AdapterPool: device: expected a device for the pages, found {name}'s weight on meta; "
+            "pass device=, or load the model's weights first"
+        )
+    return weight.device
 
 
 def _linear_size(module: nn.Module) -> tuple[int, int] | None:

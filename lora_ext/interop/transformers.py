@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from dataclasses import dataclass, field
 from types import MethodType
@@ -11,8 +12,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, context
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
+from lora_ext.nn.assignment import Names
+from lora_ext.nn.attachment import attachments, pool_handle
+from lora_ext.nn.context import adapters
+from lora_ext.nn.generation import generation_scope, repeat_rows
 from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,18 +29,17 @@ _OWN_FORWARD = "_lora_ext_own_forward"
 
 @dataclass(eq=False)
 class _Attachment:
-    """Kept on the attached model. Names instead of modules, so that a deep copy of the model is
-    attached too."""
+    """Kept on the attached model; a deep copy of the model is attached too."""
 
     pool: AdapterPool
-    names: tuple[str, ...]
+    swap: Swap
     hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
 
     def __post_init__(self) -> None:
-        context.attachments.add(self)
+        attachments.add(self)
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _Attachment:
-        return _Attachment(self.pool, self.names, list(self.hooked))
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
+        return _Attachment(self.pool, copy.deepcopy(self.swap, memo), list(self.hooked))
 
 
 def attach(model: Model, pool: AdapterPool) -> Model:
@@ -72,9 +77,7 @@ def attach(model: Model, pool: AdapterPool) -> Model:
     for name in pool.modules:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
-    attachment = _Attachment(pool, tuple(layers))
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+    attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
         for method, hook in _hooks(pool).items():
             # An instance with a method of its own is left alone.
@@ -104,63 +107,36 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
-    layers: dict[str, PoolLayer] = {}
-    for name in attachment.names:
-        layer = _find(model, name)
-        if not isinstance(layer, PoolLayer) or layer.pool is not attachment.pool:
-            found = "nothing" if layer is None else type(layer).__name__
-            raise RuntimeError(
-                f"detach: {name}: expected the layer that attach put there, found {found}"
-            )
-        layers[name] = layer
-    for name, layer in layers.items():
-        _replace(model, name, layer.base)
+    attachment.swap.restore(model, "detach")
     for name, method in attachment.hooked:
-        module = _find(model, name)
+        module = find_module(model, name)
         if module is not None:
             module.__dict__.pop(method, None)
             if method == "forward" and _OWN_FORWARD in module.__dict__:
                 module.__dict__[method] = module.__dict__.pop(_OWN_FORWARD)
     del model.__dict__[_KEY]
-    context.attachments.discard(attachment)
+    attachments.discard(attachment)
     return model
-
-
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
     if not name:
         raise ValueError("attach: pool: expected a module inside the model, found the model itself")
-    module = _find(model, name)
+    module = find_module(model, name)
     if module is None:
         raise ValueError(
             f"attach: pool: expected a pool of this model, found {name!r}, which the model lacks"
         )
-    if "experts" in name.split("."):
-        raise ValueError(
-            f"attach: pool: {name!r} belongs to routed experts, which see rows in an order of "
-            "their own; leave them out with AdapterPool(targets=...)"
-        )
     return module
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
-    def forward(self: Any, *args: Any, adapter_names: context.Names = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
         if adapter_names is None:
             return run(*args, **kwargs)
-        with context.adapters(adapter_names, pool=pool):
+        with adapters(adapter_names, pool=pool):
             return run(*args, **kwargs)
 
     return forward
@@ -169,20 +145,20 @@ def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
 def _hooks(pool: AdapterPool) -> dict[str, Any]:
     """Methods that an attached model overrides. They find their model through ``self``, in a copy
     too."""
-    handle = context.pool_handle(pool)
+    handle = pool_handle(pool)
 
-    def generate(self: Any, *args: Any, adapter_names: context.Names = None, **kwargs: Any) -> Any:
+    def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(context.adapters(adapter_names, pool=pool))
-            stack.enter_context(context.generation_scope())
+                stack.enter_context(adapters(adapter_names, pool=pool))
+            stack.enter_context(generation_scope())
             return type(self).generate(self, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self: Any, expand_size: int = 1, *args: Any, **kwargs: Any
     ) -> Any:
         expanded = type(self)._expand_inputs_for_generation(self, expand_size, *args, **kwargs)
-        context.repeat_rows(handle, expand_size)
+        repeat_rows(handle, expand_size)
         return expanded
 
     return {h.__name__: h for h in (generate, _expand_inputs_for_generation)}

@@ -1,8 +1,12 @@
 """Modules over the ops."""
 
+from .adapted import adapted_layers, adapter_parameters, adapters_of
+from .attachment import UnknownAdapterError
+from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
-from .context import UnknownAdapterError, adapters
+from .context import adapters
 from .init import init_lora_
+from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
@@ -11,9 +15,13 @@ from .lora_linear import LoraLinear
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
+from .swap import Swap
+from .switches import LayerGroups, is_active, set_active
 
 __all__ = [
+    "IGNORE",
     "CircuitHead",
+    "LayerGroups",
     "LoraConv",
     "LoraEmbedding",
     "LoraFactors",
@@ -21,10 +29,20 @@ __all__ = [
     "LoraProbe",
     "MultiLoraEmbedding",
     "MultiLoraLinear",
+    "Swap",
     "UnknownAdapterError",
+    "adapted_layers",
+    "adapter_parameters",
     "adapters",
+    "adapters_of",
+    "block_index",
+    "block_name",
+    "decoder_layers",
     "init_lora_",
+    "is_active",
     "layer_names",
     "lora_forward",
     "lora_update",
+    "set_active",
+    "shift_labels",
 ]

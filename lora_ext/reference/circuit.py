@@ -212,10 +212,11 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     """The smallest index whose running sum exceeds ``uniform * total``, never one of weight zero.
 
     ``p (B, N)`` weights, ``uniform (B,)`` in [0, 1); where rounding runs off the end, the last
-    index with weight; index 0 where there is no weight at all.
+    index with weight; index 0 where there is no weight at all. Sums are float64, so that a weight
+    counts however small it is beside those in front of it.
     """
-    sums = p.cumsum(-1)
-    hit = (sums > uniform[:, None].to(p.dtype) * sums[:, -1:]) & (p > 0)
+    sums = p.double().cumsum(-1)
+    hit = (sums > uniform[:, None].double() * sums[:, -1:]) & (p > 0)
     last = p.shape[1] - 1 - (p > 0).flip(-1).int().argmax(-1)
     return torch.where(hit.any(-1), hit.int().argmax(-1), torch.where((p > 0).any(-1), last, 0))
 
@@ -350,10 +351,11 @@ def spec_verify(
 ) -> tuple[Tensor, Tensor]:
     """Accept a prefix of a draft so that the output follows the verifier's law exactly.
 
-    Position k is accepted while ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first one rejected the
-    next token is drawn from ``max(0, p - q)``, normalised (from ``p``, if rounding leaves nothing
-    positive); after the last from the verifier's next distribution. With temperature 0: accepted
-    while the draft is the verifier's argmax, then that argmax; no uniform is used.
+    Position k is accepted while ``u_k < p_k(x_k) / q(x_k | x_<k)``; never where ``q`` is 0, since
+    the circuit cannot have drawn the token. At the first one rejected the next token is drawn from
+    ``max(0, p - q)``, normalised (from ``p``, if rounding leaves nothing positive); after the last
+    from the verifier's next distribution. With temperature 0: accepted while the draft is the
+    verifier's argmax, then that argmax; no uniform is used.
 
     Args:
         target: ``(B, K + 1, V)`` logits of the verifier; ``target[:, k]`` is for position k.
@@ -379,7 +381,8 @@ def spec_verify(
         accept = target[:, :-1].argmax(-1) == tokens
     else:
         at = log_p[:, :-1].gather(-1, tokens[..., None]).squeeze(-1)
-        accept = uniforms[:, :-1].to(dtype) < (at - conditional.to(dtype)).exp()
+        ratio = (at - conditional.to(dtype)).exp()
+        accept = (uniforms[:, :-1].to(dtype) < ratio) & (conditional > -torch.inf)
     if num_evidence is not None:
         accept = accept | (position < num_evidence[:, None])
     accepted = accept.int().cumprod(1).sum(1)

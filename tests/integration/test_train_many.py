@@ -21,9 +21,8 @@ def test_eight_adapters_are_trained_drawn_and_served(
     example = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "train_many", example)
     spec.loader.exec_module(example)
-    monkeypatch.setattr(example, "STEPS", 2)
     monkeypatch.setattr(example, "OUT", tmp_path)
-    example.main()
+    example.main(steps=2)
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert all(f"{name:>9}: " in printed for name in example.NAMES)

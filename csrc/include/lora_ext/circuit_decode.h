@@ -3,13 +3,14 @@
 //   sample            z ~ posterior_k, x_k ~ leaf_{k,z}, position by position; evidence stays
 //   conditional_dist  log q(v | x_<k) = log sum_z posterior_k[z] softmax(leaf_{k,z})[v]
 //   argmax            the most probable tokens and latents together, by max-product
-//   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k); then one token from
-//                     max(0, p - q), or from p after the last position
+//   verify            accept x_k while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0; then
+//                     one token from max(0, p - q), or from p after the last position
 //
 // The draw: the smallest index whose running sum exceeds u * total, never one of weight zero; the
-// last index with weight where rounding runs off the end, 0 where there is no weight. Twins add one
-// by one; kernels add in blocks of a fixed order. The two may differ only where
-// |sum - u * total| <= 1e-5 total.
+// last index with weight where rounding runs off the end, 0 where there is no weight. Sums are
+// double, so that a weight counts however small it is beside the sum in front of it. Weights are
+// float32, and exponentials of a twin and of a kernel differ in their last bits; so the two may
+// differ where |sum - u * total| <= 1e-5 total, and nowhere else.
 //
 // One row of the batch, one item, one block: nothing of a row depends on its batch. Results are in
 // the accumulator's type, float32 (float64 for float64).

@@ -3,14 +3,16 @@
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
 """
 
+from lora_ext.nn.labels import shift_labels
+
 from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
+from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
 from .windows import (
     frequent_tokens,
     pack_documents,
-    shift_labels,
     unfold_teacher,
     unfold_windows,
 )
@@ -27,4 +29,5 @@ __all__ = [
     "shift_labels",
     "unfold_teacher",
     "unfold_windows",
+    "window_loss",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import LoraLinear, adapters
+from lora_ext.nn import LoraLinear, Swap, adapters, decoder_layers
 
 NAME = "draft"
 
@@ -31,8 +31,8 @@ class DraftTail(nn.Module):
     Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
     """
 
+    _model: nn.Module
     _layers: list[nn.Module]
-    _replaced: list[tuple[nn.Module, str, nn.Module]]
 
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
         super().__init__()
@@ -41,28 +41,31 @@ class DraftTail(nn.Module):
             raise ValueError(
                 f"DraftTail: num_layers: expected 1 to {len(stack)}, found {num_layers}"
             )
-        self.__dict__["_layers"] = list(stack)[-num_layers:]  # not children: they are the model's
-        self.__dict__["_replaced"] = replaced = list[tuple[nn.Module, str, nn.Module]]()
+        # Not children: they are the model's.
+        self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        replacements: dict[str, nn.Module] = {}
         factors: list[Any] = []
-        for layer in self._layers:
-            for name, base in list(layer.named_modules()):
-                if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
-                    continue
-                parent, _, child = name.rpartition(".")
-                owner = layer.get_submodule(parent)
+        for name, base in model.named_modules():
+            linear = isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+            if linear and id(base) in inside:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
                 lora.set_adapter([])  # rows without a name are rows of the verifier
-                setattr(owner, child, lora)
-                replaced.append((owner, child, base))
+                replacements[name] = lora
                 factors += [lora.lora_A[NAME].weight, lora.lora_B[NAME].weight]
         self.factors = nn.ParameterList(factors)
         self.factors.requires_grad_(True)
+        self._swap: Swap | None = Swap(model, replacements, "DraftTail")
 
     def remove(self) -> None:
-        """Put the model's own layers back."""
-        for owner, child, base in self._replaced:
-            setattr(owner, child, base)
-        self._replaced.clear()
+        """Put the model's own layers back; a second call does nothing.
+
+        Raises:
+            RuntimeError: a layer was replaced since; the model is then as it was.
+        """
+        if self._swap is not None:
+            self._swap.restore(self._model, "DraftTail.remove")
+            self._swap = None
 
     def everywhere(self) -> contextlib.AbstractContextManager[Any]:
         """A block in which every row is a row of the draft path: for training."""
@@ -95,12 +98,3 @@ class DraftTail(nn.Module):
                 stack.callback(handle.remove)
             stack.enter_context(adapters([None] * batch + [NAME] * batch))
             yield
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The stack of decoder layers: the outermost list of as many modules as there are layers."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"DraftTail: model: expected a list of {count} decoder layers, found none")

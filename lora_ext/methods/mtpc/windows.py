@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext.nn.circuit_head import IGNORE
+from lora_ext.nn.labels import IGNORE
 
 
 def unfold_windows(
@@ -51,12 +51,6 @@ def unfold_teacher(logits: Tensor, n: int) -> Tensor:
     zero, where windows are ignored.
     """
     return F.pad(logits, (0, 0, 0, n - 1)).unfold(1, n, 1).movedim(-1, 2)
-
-
-def shift_labels(labels: Tensor, ignore: int = IGNORE) -> Tensor:
-    """Labels that lie under their inputs, as transformers has them, moved to where they are
-    predicted."""
-    return F.pad(labels[:, 1:], (0, 1), value=ignore)
 
 
 def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:

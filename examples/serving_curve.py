@@ -1,0 +1,142 @@
+"""Tokens per second against the number of adapters in a batch: base model, PEFT, lora_ext.
+
+A batch of N rows has N different adapters, as when N users are served at once. The demo draws it;
+`python examples/serving_curve.py` does so alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import torch
+from common import interleaved
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+from tqdm import tqdm
+from training import ATTENTION, MLP
+
+import lora_ext
+from lora_ext.interop.smollm2 import load_smollm2
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+ENGINES = ("base, no adapters", "PEFT", "lora_ext")
+RANK = 16
+PROMPT, NEW_TOKENS = 8, 4  # tokens: what is to be seen is the decoding
+LOGIT_BOUND = 2.0**-16  # of the largest: float32 sums in another order, over 30 layers
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Tokens per second of each engine, ``rates[engine][i]`` at ``counts[i]`` adapters."""
+
+    counts: tuple[int, ...]
+    rates: dict[str, list[float]]
+
+
+def measure_curve(counts: Sequence[int] = COUNTS, rounds: int = 2, seed: int = 0) -> Curve:
+    """Time the three engines at each count; their logits are compared first.
+
+    Adapters have random values: what they say is nonsense, what they cost is not.
+
+    Raises:
+        SystemExit: if lora_ext's logits are not PEFT's.
+    """
+    torch.manual_seed(seed)
+    plain, _ = load_smollm2()
+    names = [f"user{i}" for i in range(max(counts))]
+    config = LoraConfig(r=RANK, target_modules=[*ATTENTION, *MLP], init_lora_weights=False)
+    peers: Any = get_peft_model(load_smollm2()[0], config, adapter_name=names[0])
+    for name in tqdm(names[1:], desc="PEFT's adapters", leave=False):
+        peers.add_adapter(name, config)
+    peers.eval()
+    served, _ = load_smollm2()
+    pool = lora_ext.AdapterPool(served, max_slots=len(names), max_rank=RANK)
+    for name in names:
+        pool.load(name, (config.to_dict(), get_peft_model_state_dict(peers, adapter_name=name)))
+    lora_ext.attach(served, pool)
+
+    rates: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for count in tqdm(counts, desc="adapters", leave=False):
+        some = names[:count]
+        ids = torch.randint(1000, 40000, (count, PROMPT))
+        check(served, peers, ids, some)
+        calls = dict(
+            zip(
+                ENGINES,
+                (
+                    lambda ids=ids: generate(plain, ids),
+                    lambda ids=ids, some=some: generate(peers, ids, adapter_names=some),
+                    lambda ids=ids, some=some: generate(served, ids, adapter_names=some),
+                ),
+                strict=True,
+            )
+        )
+        times = interleaved(calls, rounds, warm_up=0)
+        for engine, time in times.items():
+            rates[engine].append(count * NEW_TOKENS / time.median)
+    return Curve(tuple(counts), rates)
+
+
+@torch.inference_mode()
+def generate(model: Any, ids: Tensor, **names: Any) -> None:
+    """A few tokens for every row."""
+    length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **names)
+
+
+@torch.inference_mode()
+def check(served: Any, peers: Any, ids: Tensor, names: list[str]) -> None:
+    """Logits of both engines agree, relative to the largest."""
+    ours = served(input_ids=ids, adapter_names=names).logits
+    theirs = peers(input_ids=ids, adapter_names=names).logits
+    difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not difference <= LOGIT_BOUND * largest:
+        raise SystemExit(
+            f"serving_curve: largest logit difference to PEFT with {len(names)} adapters: expected "
+            f"at most {LOGIT_BOUND * largest:.1e}, found {difference:.1e}"
+        )
+
+
+def draw_curve(curve: Curve, path: Path) -> Path:
+    """Both axes in powers of two: a straight line serves each further user at no cost to others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    styles = (("#777777", "o"), ("#d98c3f", "s"), ("#2f6fc9", "D"))
+    for (engine, rate), (colour, marker) in zip(curve.rates.items(), styles, strict=True):
+        axes.plot(curve.counts, rate, color=colour, marker=marker, label=engine)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(curve.counts, [str(count) for count in curve.counts])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("rows of the batch, each with an adapter of its own")
+    axes.set_ylabel("tokens per second, all rows")
+    axes.set_title(
+        f"SmolLM2-135M, rank {RANK} on all linear layers, {torch.get_num_threads()} CPU threads",
+        fontsize="medium",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    found = measure_curve()
+    for engine, rate in found.rates.items():
+        print(f"{engine:>18}: " + " ".join(f"{r:8.1f}" for r in rate))
+    print(draw_curve(found, Path(__file__).resolve().parents[1] / "out/demo/serving_curve.png"))

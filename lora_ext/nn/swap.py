@@ -1,0 +1,81 @@
+"""Modules of a model replaced by others, and the very objects put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+
+class Swap:
+    """Modules that stand in for modules of a model, until :meth:`restore`.
+
+    A module that the model holds under several names is replaced under the one that is given; the
+    others still lead to the original. Either all are replaced or none: an error leaves the model as
+    it was.
+
+    A swap that is kept on its model, in ``model.__dict__``, is copied with it: the copy restores
+    the copies of the originals. It does not refer to the model, which goes as soon as nobody else
+    does.
+
+    Args:
+        model: holds the modules.
+        replacements: by name, as ``model.named_modules()`` has it, what comes there; no name lies
+            inside another. Usually each holds the module that it replaces.
+        by: the function that swaps, for messages.
+
+    Attributes:
+        originals, placed: by name, what was there and what came.
+
+    Raises:
+        ValueError: a name that the model lacks, or that of the model itself.
+    """
+
+    def __init__(self, model: nn.Module, replacements: Mapping[str, nn.Module], by: str):
+        self.by = by
+        self.placed = dict(replacements)
+        self.originals: dict[str, nn.Module] = {}
+        for name in self.placed:
+            original = find_module(model, name) if name else None
+            if original is None:
+                raise ValueError(
+                    f"{by}: {name!r}: expected the name of a module inside the model, found none"
+                )
+            self.originals[name] = original
+        for name, module in self.placed.items():
+            _put(model, name, module)
+
+    def restore(self, model: nn.Module, by: str) -> None:
+        """Put every original back.
+
+        Args:
+            model: the one of the swap. by: the function that restores, for messages.
+
+        Raises:
+            RuntimeError: something else stands in the place of a replacement; the model is then as
+                it was.
+        """
+        for name, module in self.placed.items():
+            found = find_module(model, name)
+            if found is not module:
+                kind = "nothing" if found is None else type(found).__name__
+                other = "another " if type(found) is type(module) else ""
+                raise RuntimeError(
+                    f"{by}: {name}: expected the layer that {self.by} put there, "
+                    f"found {other}{kind}"
+                )
+        for name, original in self.originals.items():
+            _put(model, name, original)
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name, or None where the model has none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,204 @@
+"""Files that hold weights of the base model as well, as PEFT writes them beside an adapted head."""
+
+import copy
+import gc
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_ext
+from lora_ext.pool import AdapterPool
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EMBEDDING = "base_model.model.model.embed_tokens"
+HEAD = "base_model.model.lm_head"
+
+
+def llama(tied=False, vocabulary=64):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def trained(model, targets):
+    """PEFT's model over a copy of ``model``, with random factors."""
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+def pool_of(model, **settings):
+    return AdapterPool(model, max_slots=2, max_rank=8, **settings)
+
+
+TARGETS = {
+    "head": (["q_proj", "lm_head"], {f"{HEAD}.base_layer.weight"}),
+    "embedding": (["q_proj", "embed_tokens"], {f"{EMBEDDING}.base_layer.weight"}),
+    "both": (
+        ["lm_head", "embed_tokens"],
+        {f"{HEAD}.base_layer.weight", f"{EMBEDDING}.base_layer.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", TARGETS)
+def test_the_models_own_weight_is_accepted_and_another_refused(case, strict, tied, tmp_path):
+    targets, expected = TARGETS[case]
+    model = llama(tied)
+    theirs = trained(model, targets)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert {key for key in tensors if "lora_" not in key} == expected, "as PEFT saves it"
+
+    pool = pool_of(model)
+    assert pool.load("same", tmp_path, strict=strict) == (), "accounted for, so not skipped"
+    lora_ext.attach(model, pool)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad(), lora_ext.adapters("same"):
+        assert (model(ids).logits - theirs(ids).logits).abs().max() < 1e-5
+    # The comparison is with the model as it is, so it goes on while the pool is attached.
+    for key in expected:
+        changed = dict(tensors)
+        changed[key] = tensors[key].clone()
+        changed[key][-1, -1] += 1e-3
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=rf"{key}: expected the base model's own values"):
+            pool.load("other", tmp_path, strict=strict)
+    assert pool.names == ["same"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_head_that_was_trained_without_an_adapter_is_compared_too(strict, tmp_path):
+    """PEFT's ``save_embedding_layers=True``: embedding and head without ``base_layer``."""
+    model = llama()
+    theirs = trained(model, ["q_proj"])
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    keys = {k for k in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in k}
+    assert keys == {f"{HEAD}.weight", f"{EMBEDDING}.weight"}
+    pool = pool_of(model)
+    assert pool.load("same", tmp_path, strict=strict) == ()
+    with torch.no_grad():
+        theirs.get_output_embeddings().weight[3] *= 2
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match=rf"{HEAD}\.weight: expected the base model's own values"):
+        pool.load("trained", tmp_path, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path):
+    model = llama()
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(70)
+    theirs = trained(larger, ["q_proj"])
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(
+        ValueError,
+        match=rf"({HEAD}|{EMBEDDING})\.weight: shape: expected \(64, 32\) .*\(70, 32\)",
+    ):
+        pool_of(model).load("larger", tmp_path, strict=strict)
+    model.resize_token_embeddings(70)  # the new rows are not the trained ones
+    with pytest.raises(ValueError, match="expected the base model's own values, found others"):
+        pool_of(model).load("larger", tmp_path, strict=strict)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    with torch.no_grad():  # the remedy that the message names
+        model.get_input_embeddings().weight.copy_(tensors[f"{EMBEDDING}.weight"])
+        model.get_output_embeddings().weight.copy_(tensors[f"{HEAD}.weight"])
+    assert pool_of(model).load("larger", tmp_path, strict=strict) == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "model_dtype", "fits"),
+    [
+        (torch.bfloat16, torch.float32, False),  # the model has bits that the file has lost
+        (torch.float32, torch.bfloat16, True),  # loaded into the model, the file changes no bit
+        (torch.float32, torch.float64, True),
+    ],
+)
+def test_a_file_of_another_dtype_is_compared_as_the_model_would_hold_it(
+    file, model_dtype, fits, tmp_path
+):
+    model = llama()
+    theirs = trained(model, ["lm_head"])
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = f"{HEAD}.base_layer.weight"
+    save_file({**tensors, key: tensors[key].to(file)}, path)
+    pool = pool_of(model.to(model_dtype))
+    if fits:
+        pool.load("a", tmp_path)
+    else:
+        with pytest.raises(ValueError, match="own values"):
+            pool.load("a", tmp_path)
+
+
+def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_path):
+    model = llama()
+    trained(model, ["lm_head"]).save_pretrained(tmp_path)
+    pool = pool_of(model)
+    del model
+    gc.collect()
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=rf"{HEAD}\.base_layer\.weight: .* model is gone"):
+            pool.load("a", tmp_path, strict=strict)
+
+
+@pytest.mark.parametrize("offload", ["memory", "disk", "nowhere"])
+def test_an_offloaded_weight_is_fetched_for_the_comparison(offload, tmp_path):
+    model = llama()
+    trained(model, ["lm_head"]).save_pretrained(tmp_path)
+    settings = {}
+    if offload == "memory":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    elif offload == "disk":
+        accelerate.disk_offload(model, tmp_path / "offloaded", torch.device("cpu"))
+    else:
+        model, settings = model.to("meta"), {"device": "cpu"}
+    assert model.lm_head.weight.is_meta
+    pool = pool_of(model, **settings)
+    if offload == "nowhere":
+        with pytest.raises(ValueError, match=r"lm_head.base_layer.weight: .* has no values"):
+            pool.load("a", tmp_path)
+        return
+    pool.load("a", tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{HEAD}.base_layer.weight"][0, 0] += 1
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="own values"):
+        pool.load("b", tmp_path)
+
+
+def test_any_weight_of_the_base_is_compared_and_nothing_is_read_that_does_not_fit(tmp_path):
+    model = nn.ModuleDict({"up": nn.Linear(12, 20), "norm": nn.BatchNorm1d(12)})
+    pool = pool_of(model)
+    lora = {"up.lora_A.weight": torch.ones(4, 12), "up.lora_B.weight": torch.ones(20, 4)}
+    raw = {"peft_type": "LORA", "r": 4, "target_modules": ["up"]}
+    own = {"up.base_layer.bias": model["up"].bias, "norm.running_mean": torch.zeros(12)}
+    assert pool.load("a", (raw, {**lora, **own})) == ()
+    for key, value, message in (
+        ("up.base_layer.bias", torch.ones(21), r"shape: expected \(20,\) .*found \(21,\)"),
+        ("up.bias", torch.ones(20), ".*own values"),
+        ("norm.running_mean", torch.ones(12), ".*own values"),
+        ("norm.running_mean", torch.zeros(12, dtype=torch.int64), "dtype: expected torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"{key}: {message}"):
+            pool.load("b", (raw, {**lora, key: value}), strict=False)
+    skipped = pool.load("b", (raw, {**lora, "elsewhere.weight": torch.ones(1)}), strict=False)
+    assert skipped == ("elsewhere.weight",)

@@ -1,0 +1,262 @@
+"""Which modules of a model may carry an adapter, where their pages lie, and what is refused."""
+
+import copy
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from support import Base, config
+from torch import nn
+
+import lora_ext
+from lora_ext.adapter.model_index import ModelIndex
+from lora_ext.pool import AdapterPool
+
+
+def test_the_rooms_and_the_context_manager_keep_their_names():
+    assert lora_ext.pool.AdapterPool is lora_ext.AdapterPool is AdapterPool
+    assert lora_ext.adapter.save_adapter is not None
+    assert lora_ext.adapters is lora_ext.nn.adapters, "the context manager, no room"
+
+
+def _peft_model():
+    return peft.get_peft_model(Base(), peft.LoraConfig(target_modules=["up"]))
+
+
+def _attached():
+    model = Base()
+    return lora_ext.attach(model, AdapterPool(model, max_slots=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: None, TypeError, "expected a torch.nn.Module, found None"),
+        (lambda: "org/name", TypeError, "found 'org/name'; load the base model first, with"),
+        (_peft_model, ValueError, r"found PeftModel; .*model\.unload\(\)"),
+        (
+            lambda: lora_ext.from_peft(_peft_model()).base_model.model,
+            ValueError,
+            r"FusedLinear at 'up",
+        ),
+        (_attached, ValueError, "found MultiLoraLinear at 'up'; detach the model first"),
+        (
+            lambda: nn.Sequential(lora_ext.nn.LoraLinear(nn.Linear(3, 3))),
+            ValueError,
+            "found LoraLinear at '0'; make the pool before",
+        ),
+        (lambda: nn.LayerNorm(3), ValueError, "expected at least one Linear, Conv1D or Embedding"),
+    ],
+)
+def test_a_model_that_cannot_have_a_pool_is_refused_with_the_remedy(make, kind, words):
+    with pytest.raises(kind, match=f"AdapterPool: model: .*{words}"):
+        AdapterPool(make())
+
+
+# -------------------------------------------------------------------------------------------------
+# Devices
+
+
+def test_a_model_on_meta_needs_a_device():
+    with torch.device("meta"):
+        model = Base()
+    with pytest.raises(ValueError, match=r"device: expected .* up's weight on meta; pass device="):
+        AdapterPool(model)
+    assert AdapterPool(model, device="cpu").index.modules["up"].device.type == "cpu"
+
+
+def test_pages_of_an_offloaded_module_lie_where_accelerate_computes():
+    model = accelerate.cpu_offload(Base(), execution_device=torch.device("cpu"))
+    assert model.up.weight.is_meta
+    index = ModelIndex.build(model)
+    assert {spec.device for spec in index.modules.values()} == {torch.device("cpu")}
+
+
+def test_a_hook_around_a_module_counts_and_the_nearest_one_first():
+    # Hooks with a device that this machine may lack: the index only reads the name.
+    model = nn.ModuleDict({"far": nn.ModuleDict({"near": nn.Linear(3, 3)}), "own": nn.Linear(3, 3)})
+    hooks = {"far": "cuda:1", "far.near": None, "own": "cuda:0"}
+    for name, device in hooks.items():
+        module = model.get_submodule(name)
+        own = accelerate.hooks.ModelHook()
+        own.execution_device = device
+        module._hf_hook = accelerate.hooks.SequentialHook(accelerate.hooks.ModelHook(), own)
+    devices = {name: str(spec.device) for name, spec in ModelIndex.build(model).linear.items()}
+    assert devices == {"far.near": "cuda:1", "own": "cuda:0"}
+
+
+def _offloaded_to_disk(model, folder):
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu"}
+    places |= dict.fromkeys(("model.layers", "model.norm", "lm_head"), "disk")
+    return accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder / "offloaded", force_hooks=True
+    )
+
+
+def _offloaded_to_memory(model, _folder):
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [_offloaded_to_disk, _offloaded_to_memory])
+def test_an_offloaded_model_serves_the_same_adapters(offload, tmp_path):
+    ids = torch.arange(2, 14).view(2, 6)
+    model = _llama()
+    offloaded = offload(copy.deepcopy(model), tmp_path)
+    assert offloaded.lm_head.weight.is_meta
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    trained = peft.get_peft_model(copy.deepcopy(model), lora)
+    trained.save_pretrained(tmp_path / "adapter")
+    logits = []
+    for served in (model, offloaded):
+        pool = AdapterPool(served, max_slots=2, max_rank=8)
+        pool.load("a", tmp_path / "adapter")
+        lora_ext.attach(served, pool)
+        with torch.no_grad(), lora_ext.adapters(["a", None]):
+            logits.append(served(ids).logits)
+        lora_ext.detach(served)
+    assert torch.equal(*logits)
+
+
+# -------------------------------------------------------------------------------------------------
+# Modules that see other rows than the batch's, or are not called at all
+
+
+def _llama(**fields):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **fields))
+
+
+def _mixtral():
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            num_local_experts=4,
+        )
+    )
+
+
+def _qwen2_moe():
+    return transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            num_experts=4,
+        )
+    )
+
+
+def _jetmoe():
+    return transformers.JetMoeForCausalLM(
+        transformers.JetMoeConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_key_value_heads=4,
+            kv_channels=8,
+            vocab_size=64,
+            num_local_experts=4,
+        )
+    )
+
+
+def _switch():
+    return transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_heads=4,
+            num_layers=2,
+            num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=1,
+            vocab_size=64,
+            num_experts=4,
+        )
+    )
+
+
+class _ExpertsInAList(nn.Module):
+    """As Mixtral was before its experts became one tensor, and as many models of others are."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(12, 12)
+        self.block_sparse_moe = nn.Module()
+        self.block_sparse_moe.gate = nn.Linear(12, 2)
+        self.block_sparse_moe.experts = nn.ModuleList(
+            nn.ModuleDict({"w1": nn.Linear(12, 20), "w2": nn.Linear(20, 12)}) for _ in range(2)
+        )
+
+
+MIXTURES = {
+    "mixtral": (_mixtral, {"model.layers.0.self_attn.q_proj"}),
+    "qwen2-moe": (_qwen2_moe, {"model.layers.0.mlp.shared_expert.up_proj"}),
+    "jetmoe": (
+        _jetmoe,
+        {"model.layers.0.self_attention.experts.router.layer", "model.layers.0.mlp.router.layer"},
+    ),
+    "switch": (_switch, {"encoder.block.0.layer.0.SelfAttention.q"}),
+    "list": (_ExpertsInAList, {"q_proj", "block_sparse_moe.gate"}),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_of_experts_has_a_pool_without_its_routed_experts(family):
+    make, some = MIXTURES[family]
+    model = make()
+    pool = AdapterPool(model, max_slots=1, max_rank=8)
+    assert some <= pool.modules.keys(), "what all tokens go through, routers and shared experts"
+    assert not [name for name in pool.modules if ".experts." in name and "router" not in name]
+    lora_ext.attach(model, pool)
+    lora_ext.detach(model)
+
+
+EXPERT = "block_sparse_moe.experts.1.w1"
+
+
+def _factors(name, i=12, o=20):
+    stem = f"base_model.model.{name}.lora_"
+    return {stem + "A.weight": torch.ones(4, i), stem + "B.weight": torch.ones(o, 4)}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "make", [_ExpertsInAList, lambda: nn.ModuleDict({"q_proj": nn.Linear(12, 12)})]
+)
+@pytest.mark.parametrize("targets", [["q_proj", "w1"], None])
+def test_an_adapter_of_routed_experts_is_refused_by_name(make, targets, strict):
+    """Also where the model keeps its experts in one tensor, and so has no module of that name."""
+    pool = AdapterPool(make(), max_slots=1, max_rank=8)
+    raw = config(targets=()) | {"target_modules": targets}
+    tensors = _factors("q_proj", 12, 12) | _factors(EXPERT)
+    with pytest.raises(NotImplementedError, match=rf"{EXPERT}.*routed experts"):
+        pool.load("a", (raw, tensors), strict=strict)
+    assert pool.names == []
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
+    """PEFT's all-linear takes ``out_proj`` too, which attention reads past its forward."""
+    model = nn.ModuleDict({"layer": nn.MultiheadAttention(12, 2), "up": nn.Linear(12, 20)})
+    pool = AdapterPool(model, max_slots=1, max_rank=8)
+    assert list(pool.modules) == ["up"]
+    raw = config(targets=()) | {"target_modules": "all-linear"}
+    tensors = _factors("up") | _factors("layer.out_proj", 12, 12)
+    message = "layer.out_proj.lora_A.weight: .*NonDynamicallyQuantizableLinear of MultiheadAtt"
+    with pytest.raises(NotImplementedError, match=message):
+        pool.load("a", (raw, tensors), strict=strict)

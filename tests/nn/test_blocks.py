@@ -1,0 +1,137 @@
+"""Blocks of a model: the list of its layers, and the block of a module's name."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import transformers
+from torch import nn
+
+from lora_ext.nn import block_index, block_name, decoder_layers
+
+TINY = {
+    "vocab_size": 9,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def llama(layers: int = 2) -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, num_hidden_layers=layers))
+
+
+def test_a_causal_model_with_and_without_its_head():
+    model = llama()
+    assert decoder_layers(model) is model.model.layers
+    assert decoder_layers(model.model) is model.model.layers
+
+
+def test_a_model_whose_layers_have_another_name():
+    config = transformers.GPT2Config(vocab_size=9, n_embd=16, n_layer=3, n_head=4)
+    model = transformers.GPT2LMHeadModel(config)
+    assert decoder_layers(model) is model.transformer.h
+
+
+def test_the_layers_of_a_mixture_of_experts_are_not_its_experts():
+    config = transformers.MixtralConfig(**TINY, num_hidden_layers=2, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    assert decoder_layers(model) is model.model.layers
+
+
+def test_an_encoder_has_its_own():
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=16, intermediate_size=24, num_attention_heads=4
+    )
+    config.num_hidden_layers = 2
+    model = transformers.BertForMaskedLM(config)
+    assert decoder_layers(model) is model.bert.encoder.layer
+
+
+def test_an_encoder_and_decoder_of_equal_depth_give_the_decoders():
+    config = transformers.WhisperConfig(
+        vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, num_mel_bins=8,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    whisper = transformers.WhisperForConditionalGeneration(config)
+    assert decoder_layers(whisper) is whisper.model.decoder.layers
+    config = transformers.T5Config(
+        vocab_size=9, d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=3, num_decoder_layers=2
+    )
+    t5 = transformers.T5ForConditionalGeneration(config)
+    assert decoder_layers(t5) is t5.decoder.block
+
+
+def test_a_model_that_peft_has_wrapped():
+    model = llama()
+    layers = model.model.layers
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert decoder_layers(wrapped) is layers
+
+
+def test_a_model_of_somebody_else_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"decoder_layers: model: expected a model of transformers, found Linear"
+    ):
+        decoder_layers(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"decoder_layers: model: .* found NoneType"):
+        decoder_layers(None)
+
+
+def test_a_model_without_such_a_list_is_refused_by_name():
+    model = llama()
+    model.model.layers = nn.Sequential(*model.model.layers)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"expected a list of 2 layers, .* in LlamaForCausalLM"):
+        decoder_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "index"),
+    [
+        ("model.layers.7.mlp.up_proj", "model.layers.7", 7),
+        ("layers.0.q", "layers.0", 0),
+        ("base_model.model.transformer.h.11.attn.c_attn", "base_model.model.transformer.h.11", 11),
+        ("model.layers.3.mlp.experts.5.up_proj", "model.layers.3", 3),
+        ("decoder.block.1.layer.0.SelfAttention.q", "decoder.block.1", 1),
+        ("model.layers.7", "model.layers.7", 7),
+        ("model.layers.7.lora_A.default.weight", "model.layers.7", 7),
+        ("model.layer2.conv1", None, None),
+        ("lm_head", None, None),
+        ("", None, None),
+        ("0.weight", None, None),
+    ],
+)
+def test_the_block_of_a_name_is_its_first_number(name: str, block: str | None, index: int | None):
+    assert block_name(name) == block
+    assert block_index(name) == index
+
+
+def test_a_pattern_of_ones_own():
+    name = "visual.stages.2.layers.4.attn"
+    assert block_index(name) == 2
+    assert block_index(name, r"layers\.(\d+)\.") == 4
+    assert block_name(name, r"layers\.(\d+)\.") == "visual.stages.2.layers.4"
+    assert block_index("lm_head", r"layers\.(\d+)\.") is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"layers\.\d+", r"block_index: pattern: expected a group around the index"),
+        (r"layers\.(\d+", r"block_index: pattern: expected a regular expression"),
+        (r"(layers)\.\d+", r"block_index: pattern: expected a first group that matches a number"),
+    ],
+)
+def test_a_pattern_that_gives_no_index_is_refused(pattern: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        block_index("model.layers.7.mlp", pattern)
+
+
+def test_every_adapted_module_of_a_model_has_the_block_of_its_layer():
+    model = llama(layers=3)
+    for position, layer in enumerate(decoder_layers(model)):
+        inside = {id(m) for m in layer.modules()}
+        names = [name for name, m in model.named_modules() if id(m) in inside]
+        assert names and {block_index(name) for name in names} == {position}
