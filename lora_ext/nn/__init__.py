@@ -1,5 +1,6 @@
 """Modules over the ops."""
 
+from .adapted import adapted_layers, adapter_parameters, adapters_of
 from .attachment import UnknownAdapterError
 from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
@@ -15,10 +16,12 @@ from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 from .swap import Swap
+from .switches import LayerGroups, is_active, set_active
 
 __all__ = [
     "IGNORE",
     "CircuitHead",
+    "LayerGroups",
     "LoraConv",
     "LoraEmbedding",
     "LoraFactors",
@@ -28,13 +31,18 @@ __all__ = [
     "MultiLoraLinear",
     "Swap",
     "UnknownAdapterError",
+    "adapted_layers",
+    "adapter_parameters",
     "adapters",
+    "adapters_of",
     "block_index",
     "block_name",
     "decoder_layers",
     "init_lora_",
+    "is_active",
     "layer_names",
     "lora_forward",
     "lora_update",
+    "set_active",
     "shift_labels",
 ]
