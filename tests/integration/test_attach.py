@@ -131,7 +131,7 @@ def test_a_forward_of_the_instances_own_takes_names_and_comes_back(tmp_path: Pat
 )
 def test_continuous_batching_is_refused_by_name(call: Any, tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
-    message = "expected a .*continuous batching.* packs requests into one row"
+    message = r"expected a .*continuous batching.* packs requests into one row"
     for names in ("red", None):
         with lora_ext.adapters(names), pytest.raises(NotImplementedError, match=message):
             call(model)
@@ -141,7 +141,7 @@ def test_continuous_batching_is_refused_by_name(call: Any, tmp_path: Path) -> No
 
 def test_embeddings_of_an_attached_model_are_resized_after_detach(tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
-    with pytest.raises(RuntimeError, match="resize_token_embeddings: .* detach the model, resize"):
+    with pytest.raises(RuntimeError, match=r"resize_token_embeddings: .* detach the model, resize"):
         model.resize_token_embeddings(101)
     lora_ext.detach(model)
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8, targets=["q_proj"])
