@@ -219,7 +219,7 @@ def test_a_layer_says_what_does_not_fit() -> None:
     model.up.base.weight = nn.Parameter(torch.zeros(MID + 1, IN))
     model.up.base.bias = None
     with torch.no_grad(), lora_ext.adapters("red"):
-        with pytest.raises(ValueError, match=r"MultiLoraLinear: up: .*y.shape\[1\] = 41, got 40"):
+        with pytest.raises(ValueError, match=r"MultiLoraLinear: up: .*y.shape\[1\] = 41, found 40"):
             model(inputs(4, 5))
 
 
