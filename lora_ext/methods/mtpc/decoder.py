@@ -26,6 +26,7 @@ from torch import Tensor
 from lora_ext import ops
 from lora_ext.nn import CircuitHead
 from lora_ext.nn.circuit_head import Circuit
+from lora_ext.nn.generation import generation_scope
 from lora_ext.reference.lora import accumulator
 
 from .request import read_request
@@ -147,6 +148,7 @@ class SpeculativeDecoder:
                     f"SpeculativeDecoder: {name}: expected {expected}, found {found!r}"
                 )
 
+    @generation_scope()
     @torch.no_grad()
     def generate(
         self,
