@@ -146,7 +146,8 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     dtype = _accumulator(weight)
     with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        square = torch.linalg.vector_norm(wide, dim=1).square_()  # whose root gives it back
+        own: Tensor = torch.linalg.vector_norm(wide, dim=1)  # pyright: ignore[reportUnknownMemberType]
+        square = own.square()  # whose root is own again, to the bit
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()
