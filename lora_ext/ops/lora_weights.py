@@ -7,12 +7,15 @@ no part in autograd. Autocast leaves them alone.
 Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lora_ext.ops._autocast import exactly
+
+
+_vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType]
 
 
 def _accumulator(t: Tensor) -> torch.dtype:
@@ -146,8 +149,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     dtype = _accumulator(weight)
     with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        own: Tensor = torch.linalg.vector_norm(wide, dim=1)  # pyright: ignore[reportUnknownMemberType]
-        square = own.square()  # whose root is own again, to the bit
+        square = _vector_norm(wide, dim=1).square()  # whose root is the norm again, to the bit
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()
