@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lora_ext.ops._autocast import exactly
 
-
-_vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType]
+_vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _accumulator(t: Tensor) -> torch.dtype:
