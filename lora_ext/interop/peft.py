@@ -9,7 +9,6 @@ that our kernels do not cover, an adapter of a rarer variant for one, goes to PE
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +24,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.nn.assignment import Assignment
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
-from lora_ext.nn.rows import Rows
+from lora_ext.nn.switches import forward_of_the_rest, switched_off
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_BASE = "__base__"
 _LISTED = 8  # names of layers in a warning
 
 
@@ -150,39 +149,18 @@ def _uncovered(module: Any, adapter: str) -> str | None:
 # Rows
 
 
-class Names:
-    """One adapter name per sequence, as ids per row; kept for the layers that see the batch."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = tuple(names)
-        self.unique = tuple(dict.fromkeys(n for n in self.names if n != _BASE))
-        self._rows: dict[tuple[tuple[str, ...], torch.Size, torch.device], Rows] = {}
-
-    def fit(self, leading: torch.Size) -> bool:
-        """Whether there is one name for each sequence."""
-        return len(leading) > 0 and leading[0] == len(self.names)
-
-    def rows(self, present: tuple[str, ...], leading: torch.Size, device: torch.device) -> Rows:
-        """Of activations ``(*leading, I)``: where each row's adapter stands in ``present``."""
-        key = present, leading, device
-        found = self._rows.get(key)
-        if found is None:
-            position = {name: i for i, name in enumerate(present)}
-            per_name = [position.get(name, -1) for name in self.names]
-            with torch.inference_mode(False), torch.no_grad():
-                ids = torch.tensor(per_name, dtype=torch.int32)
-                ids = ids.repeat_interleave(math.prod(leading[1:])).to(device)  # (T,)
-                plan = ops.lora_plan(ids, len(present))
-            found = self._rows[key] = Rows(tuple(range(len(present))), ids, plan)
-        return found
+def _fit(names: Assignment, leading: torch.Size) -> bool:
+    """Whether there is one name for each sequence."""
+    return len(leading) > 0 and leading[0] == len(names.places)
 
 
 # A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
-_last: ContextVar[Names | None] = ContextVar("lora_ext.peft_names", default=None)
+_last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
+_last = ContextVar("lora_ext.peft_names", default=None)
 # What the forward was given: for checkpoints, which hand it on to their recomputation.
-_current: ContextVar[Names | None] = ContextVar("lora_ext.peft_current", default=None)
+_current: ContextVar[Assignment | None] = ContextVar("lora_ext.peft_current", default=None)
 # What a checkpointed block was given in the forward, while it is recomputed in the backward.
-_recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", default=None)
+_recomputed: ContextVar[Assignment | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
 
 # Layers whose last forward had names that no checkpoint of ours keeps: recomputed without any, they
@@ -190,16 +168,18 @@ _recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", d
 _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _names(names: Sequence[str]) -> Names:
-    last = _last.get()
-    if last is None or last.names != tuple(names):
-        last = Names(names)
+def _names(names: Sequence[str]) -> Assignment:
+    given, last = tuple(names), _last.get()
+    if last is None or last[0] != given:
+        last = given, Assignment.of_entries(given, (len(given),))
         _last.set(last)
-    return last
+    return last[1]
 
 
 class FusedLinear(PeftLinear):
     """PEFT's ``lora.Linear`` with the base product, the updates and their gradients fused."""
+
+    asks_what_is_off = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; ``adapter_names``, one per sequence, may also be given in training.
@@ -213,17 +193,17 @@ class FusedLinear(PeftLinear):
         names = kwargs.get("adapter_names")
         rows = self._rows_of(names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        wanted = rows.unique if rows is not None else self.active_adapters
-        present = tuple(name for name in wanted if name in self.lora_A)
-        fits = rows is None or rows.fit(x.shape[:-1])  # PEFT raises where they do not
+            return self._forward_of_peft(x, *args, **kwargs)
+        wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
+        present = tuple(name for name in wanted if name in self.lora_A and name not in off)
+        fits = rows is None or _fit(rows, x.shape[:-1])  # PEFT raises where they do not
         if not fits or any(_uncovered(self, name) is not None for name in present):
             if rows is not None:
-                kwargs["adapter_names"] = list(rows.names)
-            return super().forward(x, *args, **kwargs)
+                kwargs["adapter_names"] = rows.spelled()
+            return self._forward_of_peft(x, *args, **kwargs)
         if not present:
             return self.base_layer(x)
-        of_rows = None if rows is None else rows.rows(present, x.shape[:-1], x.device)
+        of_rows = None if rows is None else rows.among(present, x.shape[:-1], x.device)
         factors = [self._factors(name) for name in present]
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
@@ -236,9 +216,12 @@ class FusedLinear(PeftLinear):
         ]
         return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows, norms)
 
-    def _rows_of(self, names: Sequence[str] | None) -> Names | None:
+    def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return forward_of_the_rest(PeftLinear.forward, self, x, *args, **kwargs)
+
+    def _rows_of(self, names: Sequence[str] | None) -> Assignment | None:
         if torch.compiler.is_compiling():
-            return None if names is None else Names(names)
+            return None if names is None else Assignment.of_entries(names, (len(names),))
         if names is not None:
             if self.training and _recomputed.get() is None:
                 _named.add(self)
@@ -313,9 +296,9 @@ FusedLinear.__name__ = PeftLinear.__name__
 FusedLoraModel.__name__ = LoraModel.__name__
 
 
-def _warn_of_frozen(model: nn.Module, names: Names) -> None:
+def _warn_of_frozen(model: nn.Module, names: Assignment) -> None:
     """PEFT trains the active adapter only, until it is told otherwise."""
-    frozen = set(names.unique) if torch.is_grad_enabled() else set()
+    frozen = set(names.names) if torch.is_grad_enabled() else set()
     for layer in model.modules():
         if not frozen:
             return
@@ -382,4 +365,4 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a layer of PEFT's own the names that a recomputation has no hook for."""
     names = None if torch.compiler.is_compiling() else _recomputed.get()
-    return args, kwargs if names is None else {**kwargs, "adapter_names": list(names.names)}
+    return args, kwargs if names is None else {**kwargs, "adapter_names": names.spelled()}
