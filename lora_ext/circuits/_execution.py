@@ -1,4 +1,4 @@
-"""Runs the layered form with torch: upward, backward, and down again along one tree of units."""
+"""Runs the layered form with torch: upward, backward, and from a root down along one tree."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext.circuits._sums import add_columns, add_entries
 from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
 from lora_ext.reference.circuit_sum import log_weights
 
@@ -17,7 +18,7 @@ Semiring = Literal["sum", "max"]
 
 
 class _Columns:
-    """Columns of ``val`` by index: a view where they are consecutive."""
+    """Columns of ``val``, given by index; they are read as a view where they are consecutive."""
 
     def __init__(self, index: Tensor):
         self.index = index.long()
@@ -32,15 +33,18 @@ class _Columns:
     def add(self, grad: Tensor, d: Tensor) -> None:
         if self.consecutive:
             grad[:, self.first : self.first + len(self.index)] += d
-        else:  # deterministic on every device, unlike index_add_
-            torch.ops.aten.index_put_(grad, [None, self.index], d, True)
+        else:
+            add_columns(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = self.index.to(device)
 
 
 class _Products:
-    """Child lists of a product layer as one column index per factor, padded with ones."""
+    """The factors of a product layer: the first of all products, the second, and so on.
+
+    Products with fewer factors than the longest are filled up with the unit that is always 1.
+    """
 
     def __init__(self, layer: ProductLayer):
         ptr = layer.child_ptr.long()
@@ -82,7 +86,7 @@ class _Products:
 
 
 class _Weights:
-    """Tiles of a stage as ``(G, O, I)``: a view of the parameters where they lie so."""
+    """The weights of a stage as ``(G, O, I)``, a view of the parameters where they lie in order."""
 
     def __init__(self, stage: Stage):
         s = stage.sum
@@ -113,11 +117,11 @@ class _Weights:
         return w if self.missing is None else w.masked_fill(self.missing, -torch.inf)
 
     def present(self, w: Tensor) -> Tensor:
-        """Which of ``(G, O, I)`` are weights, not padding."""
+        """Whether an entry of ``(G, O, I)`` is a weight and not padding."""
         return torch.ones_like(w, dtype=torch.bool) if self.missing is None else ~self.missing
 
     def put(self, flat: Tensor, w: Tensor) -> None:
-        """Write ``(G, O, I)`` back; tied tiles must agree."""
+        """Write ``(G, O, I)`` back; entries that share a parameter hold one value."""
         if self.index is None:
             flat[self.first : self.first + w.numel()] = w.flatten()
         elif self.missing is None:
@@ -130,7 +134,7 @@ class _Weights:
         if self.index is None:
             grad[self.first : self.first + d.numel()] += d.flatten()
         else:
-            torch.ops.aten.index_put_(grad, [self.index], d, True)
+            add_entries(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = None if self.index is None else self.index.to(device)
@@ -138,7 +142,7 @@ class _Weights:
 
 
 class Weights:
-    """The weights of one evaluation; matrices that several stages share are scaled once."""
+    """The weights of one evaluation, which scales a matrix once for all stages that share it."""
 
     def __init__(self, flat: Tensor, norm: str, precision: str = "fp32"):
         self.flat, self.norm, self.precision = flat, norm, precision
@@ -154,7 +158,7 @@ class Weights:
 
 
 class StageRunner:
-    """One stage: products of ``val``, sums of products."""
+    """Runs one stage: the products of its children, and the sums of these products."""
 
     def __init__(self, stage: Stage):
         self.products, self.weights = _Products(stage.product), _Weights(stage)
@@ -191,12 +195,12 @@ class StageRunner:
         self.weights.to(device)
 
 
-# Of the chosen term: log-weights plus values (A, I), region (A,) and row (A,) -> column (A,).
+# Given log-weights plus values (A, I), walks (A,) and regions (A,), it chooses columns (A,).
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Execution:
-    """The layered form, ready to run on one device."""
+    """The layered form with its index arrays on one device, ready to run."""
 
     def __init__(self, layered: Layered, roots: list[int]):
         self.layered, self.roots = layered, roots
@@ -225,7 +229,7 @@ class Execution:
 
     def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
         """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
-        with torch._C._AutoDispatchBelowAutograd():  # nothing here is recorded: see Evaluate
+        with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
             return self._up(leaf, weights, semiring)
 
     def _up(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
@@ -245,19 +249,23 @@ class Execution:
             for stage in reversed(self.stages):
                 stage.down(val, weights, grad, dflat)
         if self.factor_span.start < self.factor_span.stop:
-            self.factors.down(grad, grad[:, self.factor_span])
+            d = grad[:, self.factor_span].clone()  # torch refuses to add a tensor to its own memory
+            self.factors.down(grad, d)
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves], dflat
 
-    def choose(self, val: Tensor, weights: Weights, row: Tensor, root: int, pick: Pick) -> Tensor:
-        """Walk from unit ``root`` down, one term per sum; the leaf unit of each variable, or -1.
+    def choose(
+        self, val: Tensor, weights: Weights, row: Tensor, root: Tensor, pick: Pick
+    ) -> Tensor:
+        """Walk from the roots down, one term per sum; the leaf unit of each variable, or -1.
 
-        ``row (M,)`` is the row of ``val`` that each walk belongs to; the result is ``(M, n)``.
+        ``root (M,)`` is the unit that each walk starts from, ``row (M,)`` the row of ``val`` that
+        it belongs to; the result is ``(M, n)``.
         """
         regions = len(self.first_unit)
         num_variables = int(self.owner.max()) - regions + 1
-        # A column per region and variable, and one for what padding chooses.
+        # Each region has a column, each variable has one, and the last holds what padding chooses.
         chosen = row.new_full((len(row), regions + num_variables + 1), -1)
-        chosen[:, self.owner[root]] = root
+        chosen[torch.arange(len(row), device=row.device), self.owner[root]] = root
 
         def descend(m: Tensor, children: Tensor) -> None:
             for unit in children:
@@ -284,7 +292,7 @@ class Execution:
 
 
 class Evaluate(torch.autograd.Function):
-    """Leaves and weights to the roots; backward is the expected flows, computed stage by stage."""
+    """Takes leaves and weights to the roots; its backward computes flows, stage by stage."""
 
     @staticmethod
     def forward(

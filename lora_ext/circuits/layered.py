@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.circuits.checks import PCStructureError, variables
+from lora_ext.circuits.errors import PCStructureError, require
 from lora_ext.circuits.leaves import Indicator, Leaf
-from lora_ext.circuits.region_graph import Partition, RegionGraph
+from lora_ext.circuits.region_graph import RegionGraph
+from lora_ext.circuits.regions import Partition
+from lora_ext.circuits.scopes import variables
 
 ONE, ZERO, FIRST_LEAF = 0, 1, 2
 MAX_BLOCK = 128
@@ -33,7 +35,10 @@ _MAX_BINS = 4
 
 @dataclass(frozen=True)
 class InputLayer:
-    """Of each leaf unit: variable, family, and row in the family's table of parameters."""
+    """Where each leaf unit finds its data and parameters.
+
+    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family.
+    """
 
     var: Tensor
     dist: Tensor
@@ -54,7 +59,7 @@ class ProductLayer:
 
 @dataclass(frozen=True)
 class SumLayer:
-    """Block-CSR over the product columns of a stage; sums go to ``val[:, out_off:]``."""
+    """The weights of a stage in block-CSR; its sums are written to ``val[:, out_off:]``."""
 
     block_m: int
     block_k: int
@@ -147,7 +152,10 @@ class _Compiler:
         )
 
     def leaves(self):
-        """Leaf units, family by family, and of each region its columns, one list per variable."""
+        """Lay the leaf units out family by family.
+
+        Returns families, layer, indicator values, and the first column of each variable by region.
+        """
         grouped: dict[object, list[int]] = {}
         for i, region in enumerate(self.graph.regions):
             if region.leaf is not None:
@@ -198,7 +206,7 @@ class _Compiler:
         return _products(children)
 
     def layer(self, regions: list[int]) -> list[Stage]:
-        """The regions of one depth, at most four stages where shapes are many."""
+        """Group the regions of one depth into stages of one shape, at most four of them."""
 
         def shape(i: int):
             region = self.graph.regions[i]
@@ -280,8 +288,8 @@ class _Compiler:
             return self.tied[tie]
         offset = self.num_weights
         self.num_weights += count
-        if self.num_weights >= 2**31:
-            raise PCStructureError("a circuit has at most 2^31 weights")
+        few = self.num_weights < 2**31
+        require(few, "compile_graph: graph", "fewer than 2^31 weights", "more", PCStructureError)
         if tie is not None:
             self.tied[tie] = offset
         return offset
@@ -305,6 +313,6 @@ def compile_graph(graph: RegionGraph, block: int = MAX_BLOCK) -> Layered:
         PCStructureError: if the circuit has 2^31 weights or more.
         ValueError: if ``block`` is no such power.
     """
-    if block not in (1, 2, 4, 8, 16, 32, 64, 128):
-        raise ValueError(f"compile_graph: block must be a power of two up to 128, got {block}")
+    powers = (1, 2, 4, 8, 16, 32, 64, 128)
+    require(block in powers, "compile_graph: block", "a power of two up to 128", block)
     return _Compiler(graph, block).run()

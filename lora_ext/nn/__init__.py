@@ -1,8 +1,10 @@
 """Modules over the ops."""
 
+from .adapted import adapted_layers, adapter_parameters, adapters_of
+from .attachment import UnknownAdapterError
 from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
-from .context import UnknownAdapterError, adapters
+from .context import adapters
 from .init import init_lora_
 from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
@@ -14,10 +16,12 @@ from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 from .swap import Swap
+from .switches import LayerGroups, is_active, set_active
 
 __all__ = [
     "IGNORE",
     "CircuitHead",
+    "LayerGroups",
     "LoraConv",
     "LoraEmbedding",
     "LoraFactors",
@@ -27,13 +31,18 @@ __all__ = [
     "MultiLoraLinear",
     "Swap",
     "UnknownAdapterError",
+    "adapted_layers",
+    "adapter_parameters",
     "adapters",
+    "adapters_of",
     "block_index",
     "block_name",
     "decoder_layers",
     "init_lora_",
+    "is_active",
     "layer_names",
     "lora_forward",
     "lora_update",
+    "set_active",
     "shift_labels",
 ]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lora_ext.ops._autocast import exactly
 
+from .adapted import adapted_layers
+
 
 class Decomposition(NamedTuple):
     """What one step changed in ``Z_B = B A x``; the sum is the whole change."""
@@ -79,7 +81,7 @@ class LoraProbe:
         self.every = every
         self.track_decomposition = track_decomposition
         self.mask: Tensor | None = None
-        self._layers = list(_adapted(model, adapter))
+        self._layers = list(_linear_layers(model, adapter))
         if not self._layers:
             raise ValueError(
                 f"LoraProbe: model: expected linear layers with an adapter {adapter!r}, found none"
@@ -194,8 +196,8 @@ def _recomputing() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def _adapted(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
+def _linear_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in adapted_layers(model).items():
         stores = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if all(isinstance(s, nn.ModuleDict) and adapter in s for s in stores):
             weights: list[Any] = [s[adapter].weight for s in stores]  # pyright: ignore[reportOptionalSubscript]

@@ -4,85 +4,17 @@ import asyncio
 import contextvars
 import copy
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from two_layers import IN, MID, OUT, RANKS, Mlp, adapter, formula, inputs, make, pins
 
 import lora_ext
 from lora_ext.nn import MultiLoraLinear, context
-
-IN, MID, OUT = 24, 40, 9
-RANKS = {"red": 3, "green": 8, "blue": 12}  # 6 / rank is exact: scales are float32
-
-
-class Mlp(nn.Module):
-    """Two linears, one without a bias of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(IN, MID)
-        self.down = nn.Linear(MID, OUT, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)))
-
-
-def adapter(name: str, lora_bias: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config and weights. Alpha is 6, so the scale differs with the rank."""
-    rank = RANKS[name]
-    generator = torch.Generator().manual_seed(rank)
-    state = {}
-    for module, (i, o) in {"up": (IN, MID), "down": (MID, OUT)}.items():
-        stem = f"base_model.model.{module}"
-        state[f"{stem}.lora_A.weight"] = torch.randn(rank, i, generator=generator) / 5
-        state[f"{stem}.lora_B.weight"] = torch.randn(o, rank, generator=generator)
-        if lora_bias:
-            state[f"{stem}.lora_B.bias"] = torch.randn(o, generator=generator)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": ["up", "down"]}
-    return config | {"lora_bias": lora_bias}, state
-
-
-def make(dtype: torch.dtype = torch.float32, biased: str = "") -> Mlp:
-    torch.manual_seed(0)
-    model = Mlp().to(dtype).eval()
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in RANKS:
-        pool.load(name, adapter(name, lora_bias=name == biased))
-    return lora_ext.attach(model, pool)
-
-
-def formula(model: Mlp, x: Tensor, rows: list[str | None], biased: str = "") -> Tensor:
-    """Row by row, in the dtype of x: ``base(x) + scale * (B A x + bias)``."""
-    out = []
-    for t, name in enumerate(rows):
-        h = x.reshape(-1, IN)[t]
-        for module in ("up", "down"):
-            layer: Any = getattr(model, module)
-            y = nn.functional.linear(
-                h, layer.weight.to(x), None if layer.bias is None else layer.bias.to(x)
-            )
-            if name is not None:
-                config, state = adapter(name, lora_bias=name == biased)
-                a, b, bias = (
-                    state.get(f"base_model.model.{module}.lora_{k}", torch.zeros(())).to(x)
-                    for k in ("A.weight", "B.weight", "B.bias")
-                )
-                y = y + config["lora_alpha"] / config["r"] * (b @ (a @ h) + bias)
-            h = torch.tanh(y) if module == "up" else y
-        out.append(h)
-    return torch.stack(out).view(*x.shape[:-1], OUT)
-
-
-def inputs(*leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*leading, IN, generator=torch.Generator().manual_seed(7)).to(dtype)
-
-
-def pins(model: Mlp) -> int:
-    return model.up.pool.stats()["pins"]
-
 
 PER_SEQUENCE = ["red", None, "blue", "green"]
 
@@ -204,7 +136,7 @@ def test_the_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) ->
         assert len(calls) == 2
         for length in range(2, 100):  # the cache of shapes is bounded
             model(inputs(4, length))
-        assert len(context.current(model.up.handle).cache) <= 32
+        assert len(context.current(model.up.handle).assignment.kept) <= 32
 
 
 def test_blocks_nest_and_pin() -> None:
@@ -287,7 +219,7 @@ def test_a_layer_says_what_does_not_fit() -> None:
     model.up.base.weight = nn.Parameter(torch.zeros(MID + 1, IN))
     model.up.base.bias = None
     with torch.no_grad(), lora_ext.adapters("red"):
-        with pytest.raises(ValueError, match=r"MultiLoraLinear: up: .*y.shape\[1\] = 41, got 40"):
+        with pytest.raises(ValueError, match=r"MultiLoraLinear: up: .*y.shape\[1\] = 41, found 40"):
             model(inputs(4, 5))
 
 
@@ -299,7 +231,9 @@ def test_work_that_outlives_its_block_raises() -> None:
         kept.run(model, inputs(4, 5))
 
 
-def test_asyncio_tasks_and_threads_have_blocks_of_their_own() -> None:
+def test_asyncio_tasks_and_threads_have_blocks_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, x = make(), inputs(2, 3)
     expected = {}
     with torch.no_grad():
@@ -322,7 +256,8 @@ def test_asyncio_tasks_and_threads_have_blocks_of_their_own() -> None:
     with torch.no_grad():  # around all tasks: grad mode belongs to the thread
         asyncio.run(main())
     seen = []
-    with lora_ext.adapters("red"):
+    monkeypatch.setattr(context, "_warned", False)
+    with lora_ext.adapters("red"), pytest.warns(UserWarning, match="was started while a block"):
         thread = threading.Thread(target=lambda: seen.append(model(x).detach()))
         thread.start()
         thread.join()
@@ -404,3 +339,56 @@ def test_a_compiled_layer_is_differentiable() -> None:
     with lora_ext.adapters(PER_SEQUENCE):
         grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, model)]
     torch.testing.assert_close(*grads)
+
+
+def serve_in_a_thread(model: nn.Module) -> None:
+    thread = threading.Thread(target=lambda: model(inputs(2, 3)))
+    thread.start()
+    thread.join()
+
+
+def test_a_thread_started_inside_a_block_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_warned", False)
+    model = make()
+    with lora_ext.adapters("red"):
+        with pytest.warns(
+            UserWarning, match=r"was started while a block was open.*adapters\(None\)"
+        ):
+            serve_in_a_thread(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            serve_in_a_thread(model)
+
+
+def test_threads_that_serve_the_base_model_by_intent_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Older than the block, after it, in a block of their own, or beside another pool's."""
+    monkeypatch.setattr(context, "_warned", False)
+    model, other = make(), make()
+    go, done = threading.Event(), threading.Event()
+
+    def wait_and_serve() -> None:
+        go.wait()
+        model(inputs(2, 3))
+        done.set()
+
+    def say_it() -> None:
+        with lora_ext.adapters(None, pool=model.up.pool):
+            model(inputs(2, 3))
+
+    older = threading.Thread(target=wait_and_serve)
+    older.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with lora_ext.adapters("red", pool=model.up.pool):
+            go.set()
+            done.wait()
+            serve_in_a_thread(other)
+            younger = threading.Thread(target=say_it)
+            younger.start()
+            younger.join()
+            model(inputs(2, 3))
+        serve_in_a_thread(model)
+    older.join()
+    assert not context._warned

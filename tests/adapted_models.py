@@ -1,0 +1,53 @@
+"""One small language model whose layers carry adapters of three kinds."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+import lora_ext
+from lora_ext.nn import LoraLinear, Swap
+
+KINDS = ("ours", "peft", "fused")
+TARGETS = ("q_proj", "down_proj")
+
+
+def llama(layers: int = 3) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def adapted(kind: str, *names: str, targets: tuple[str, ...] = TARGETS, **settings) -> nn.Module:
+    """The model with random adapters of these names, "default" where none is given; the first is
+    active."""
+    model, names = llama(), names or ("default",)
+    settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **settings}
+    if kind == "ours":
+        model.requires_grad_(False)
+        found = [n for n, _ in model.named_modules() if n.endswith(targets)]
+        layers = {n: LoraLinear(model.get_submodule(n), names[0], **settings) for n in found}
+        for layer in layers.values():
+            for name in names[1:]:
+                layer.add_adapter(name, **settings)
+        Swap(model, dict(layers), "adapted")
+        return model
+    config = peft.LoraConfig(target_modules=list(targets), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config, names[0])
+        for name in names[1:]:
+            wrapped.add_adapter(name, config)
+    wrapped.eval()
+    return lora_ext.from_peft(wrapped) if kind == "fused" else wrapped

@@ -1,0 +1,103 @@
+"""Layers with adapters are found alike, whoever made them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from adapted_models import KINDS, TARGETS, adapted, llama
+from torch import nn
+
+import lora_ext
+from lora_ext.nn import (
+    LoraConv,
+    LoraEmbedding,
+    LoraLinear,
+    adapted_layers,
+    adapter_parameters,
+    adapters_of,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_adapted_layer_is_found_under_its_full_name_in_the_models_order(kind: str):
+    model = adapted(kind)
+    found = adapted_layers(model)
+    assert found == {n: m for n, m in model.named_modules() if n.endswith(TARGETS)}
+    assert list(found) == [n for n, _ in model.named_modules() if n in found]
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_layers_with_the_adapter_that_is_asked_for(kind: str):
+    model = adapted(kind, "first", "second")
+    one = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn.q_proj"))
+    one.delete_adapter("second")
+    assert adapters_of(one) == ("first",)
+    assert len(adapted_layers(model, "first")) == 6
+    found = adapted_layers(model, "second")
+    assert len(found) == 5 and one not in found.values()
+    with pytest.raises(
+        ValueError,
+        match=r"adapted_layers: adapter_name: expected an adapter of .*, which has "
+        r"\['first', 'second'\], found 'third'",
+    ):
+        adapted_layers(model, "third")
+
+
+def test_a_model_without_adapters_has_no_such_layers():
+    assert adapted_layers(llama()) == {}
+    with pytest.raises(ValueError, match=r"which has \[\], found 'default'"):
+        adapted_layers(llama(), "default")
+
+
+def test_layers_of_every_kind_and_a_layer_by_itself():
+    model = nn.ModuleDict(
+        {
+            "linear": LoraLinear(nn.Linear(4, 4)),
+            "embedding": LoraEmbedding(nn.Embedding(5, 4)),
+            "patches": LoraConv(nn.Conv2d(3, 4, 2, 2)),
+            "plain": nn.Linear(4, 4),
+        }
+    )
+    assert list(adapted_layers(model)) == ["linear", "embedding", "patches"]
+    assert adapted_layers(model["linear"]) == {"": model["linear"]}
+
+
+def test_pefts_other_layers_are_found_before_and_after_from_peft():
+    model = adapted("peft", targets=("q_proj", "embed_tokens"))
+    before = adapted_layers(model)
+    assert [n for n in before if n.endswith("embed_tokens")]
+    assert adapted_layers(lora_ext.from_peft(model)) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_the_parameters_of_an_adapter_are_those_that_bear_its_name(kind: str, settings: dict):
+    model = adapted(kind, "first", "second", **settings)
+    for layer in adapted_layers(model).values():
+        named = {id(p) for n, p in layer.named_parameters() if ".second." in f".{n}."}
+        assert {id(p) for p in adapter_parameters(layer, "second")} == named
+        assert len(named) == 2 + len(settings)
+
+
+def test_the_parameters_of_an_embeddings_adapter():
+    layer = LoraEmbedding(nn.Embedding(5, 4), r=2)
+    shapes = [tuple(p.shape) for p in adapter_parameters(layer, "default")]
+    assert shapes == [(2, 5), (4, 2)]
+    model = adapted("peft", targets=("embed_tokens",))
+    (theirs,) = adapted_layers(model).values()
+    assert [tuple(p.shape) for p in adapter_parameters(theirs, "default")] == [(4, 11), (16, 4)]
+
+
+def test_without_peft_our_layers_are_found_all_the_same():
+    code = """
+import sys, torch
+sys.modules["peft"] = None  # any import of it raises
+from lora_ext.nn import LoraLinear, adapted_layers
+model = torch.nn.Sequential(LoraLinear(torch.nn.Linear(2, 2)))
+assert list(adapted_layers(model, "default")) == ["0"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,337 @@
+"""Adapted layers switched on and off: what it costs, what it changes, and that it comes back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from adapted_models import KINDS, adapted
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import lora_ext
+from lora_ext.nn import LayerGroups, adapted_layers, is_active, set_active
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 1, 2]])
+
+
+def logits(model: nn.Module, **inputs) -> Tensor:
+    return model(input_ids=IDS, **inputs).logits
+
+
+def base_logits(kind: str) -> Tensor:
+    model = adapted(kind)
+    for layer in adapted_layers(model).values():
+        layer.enable_adapters(False)
+    return logits(model)
+
+
+def operations(run) -> list[str]:
+    """Names of all operators and kernels, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    return [e.name for e in found.events() if "profiler" not in e.name.lower()]
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def some_layer(model: nn.Module) -> nn.Module:
+    return next(m for n, m in adapted_layers(model).items() if n.endswith("layers.1.mlp.down_proj"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_that_is_off_costs_the_base_layers_operators_and_no_more(
+    kind: str, settings: dict, training: bool
+):
+    layer = some_layer(adapted(kind, **settings)).train(training)
+    x = torch.randn(6, 24, requires_grad=True)
+    base = operations(lambda: layer.base_layer(x))
+    assert operations(lambda: layer(x)) != base
+    set_active(layer, "default", False)
+    assert operations(lambda: layer(x)) == base
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer(x).sum().backward()
+    assert all(p.grad is None for n, p in layer.named_parameters() if "lora" in n)
+    set_active(layer, "default", True)
+    assert operations(lambda: layer(x)) != base
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_layers_off_is_the_base_model_to_the_bit(kind: str):
+    model = adapted(kind)
+    with_adapters = logits(model)
+    for layer in adapted_layers(model).values():
+        set_active(layer, "default", False)
+    assert torch.equal(logits(model), base_logits(kind))
+    for layer in adapted_layers(model).values():
+        set_active(layer, "default", True)
+    assert torch.equal(logits(model), with_adapters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_off_is_the_model_without_that_layers_update(kind: str):
+    model = adapted(kind)
+    layer = some_layer(model)
+    set_active(layer, "default", False)
+    off = logits(model)
+    set_active(layer, "default", True)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    torch.testing.assert_close(off, logits(model), rtol=1e-5, atol=1e-5)  # rounding of a sum
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_state_and_choice_are_left_alone_and_come_back(kind: str):
+    model = adapted(kind, "first", "second")
+    layer = some_layer(model)
+    chosen, grads = layer.active_adapters, flags(model)
+    keys, attributes = list(model.state_dict()), set(layer.__dict__)
+    set_active(layer, "first", False)
+    assert layer.active_adapters == chosen
+    assert flags(model) == grads and list(model.state_dict()) == keys
+    set_active(layer, "first", True)
+    assert layer.active_adapters == chosen and flags(model) == grads
+    assert set(layer.__dict__) == attributes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_adapters_of_a_layer_go_on(kind: str):
+    model = adapted(kind, "first", "second")
+    layer = some_layer(model)
+    x = torch.randn(6, 24)
+    alone = {}
+    for name in ("first", "second"):
+        layer.set_adapter(name)
+        alone[name] = layer(x)
+    layer.set_adapter(["first", "second"])
+    set_active(layer, "first", False)
+    assert not is_active(layer, "first") and is_active(layer, "second")
+    torch.testing.assert_close(layer(x), alone["second"], rtol=1e-5, atol=1e-5)
+    set_active(layer, "second", False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    set_active(layer, "first", True)
+    torch.testing.assert_close(layer(x), alone["first"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_name_an_adapter_that_is_off_are_base_rows(kind: str):
+    model = adapted(kind, "first", "second")
+    layer = some_layer(model)
+    x, names = torch.randn(3, 2, 24), ["first", "second", "__base__"]
+    key = "adapter_ids" if kind == "ours" else "adapter_names"
+    both = layer(x, **{key: names})
+    set_active(layer, "first", False)
+    one = layer(x, **{key: names})
+    torch.testing.assert_close(one[1], both[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one[::2], layer.base_layer(x)[::2], rtol=1e-5, atol=1e-5)
+    assert names == ["first", "second", "__base__"]
+    set_active(layer, "second", False)
+    assert torch.equal(layer(x, **{key: names}), layer.base_layer(x))
+
+
+def test_whole_models_take_names_of_adapters_that_are_off():
+    model = adapted("peft", "first", "second")
+    names = ["first", "second", "__base__"]
+    for layer in adapted_layers(model).values():
+        set_active(layer, "first", False)
+    theirs = logits(model, adapter_names=names)
+    base = logits(model, adapter_names=["__base__"] * 3)
+    second = logits(model, adapter_names=["second"] * 3)
+    torch.testing.assert_close(theirs[::2], base[::2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs[1], second[1], rtol=1e-5, atol=1e-5)
+    fused = logits(lora_ext.from_peft(model), adapter_names=names)
+    torch.testing.assert_close(fused, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_of_rows_with_names_recomputes_the_same_layers():
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted("fused", "first", "second").train()
+        model.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_active(some_layer(model), "first", False)  # the active one, which no row has
+        logits(model, adapter_names=["second", "second", "__base__"]).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("second" in name for name in gradients[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["peft", "fused"])
+def test_what_peft_does_meanwhile_is_not_undone_and_undoes_nothing(kind: str):
+    model = adapted(kind)
+    layer = some_layer(model)
+    x, grads = torch.randn(6, 24), flags(model)
+    set_active(layer, "default", False)
+    with model.disable_adapter():
+        assert torch.equal(layer(x), layer.base_layer(x))
+    assert flags(model) == grads
+    model.set_adapter("default")
+    assert not is_active(layer, "default") and torch.equal(layer(x), layer.base_layer(x))
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    assert not torch.equal(layer(x), layer.base_layer(x))
+    set_active(layer, "default", True)
+    assert layer.active_adapters == ["other"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_switched_by_itself(kind: str, copied):
+    layer = some_layer(adapted(kind))
+    set_active(layer, "default", False)
+    twin, x = copied(layer), torch.randn(6, 24)
+    assert not is_active(twin, "default")
+    set_active(layer, "default", True)
+    assert not is_active(twin, "default") and torch.equal(twin(x), twin.base_layer(x))
+    set_active(twin, "default", True)
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:unmerge")
+def test_what_is_merged_cannot_be_switched_off(kind: str):
+    layer = some_layer(adapted(kind))
+    layer.merge()
+    with pytest.raises(ValueError, match=r"set_active: 'default': expected an adapter apart"):
+        set_active(layer, "default", False)
+    layer.unmerge()
+    set_active(layer, "default", False)
+    layer.merge(adapter_names=["default"])
+    with pytest.raises(ValueError, match=r"\['default'\].* merged into .*; unmerge them first"):
+        layer(torch.randn(6, 24))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_a_layer_lacks_is_refused_by_name(kind: str):
+    layer = some_layer(adapted(kind))
+    with pytest.raises(
+        ValueError, match=r"set_active: adapter_name: expected an adapter of \['default'\]"
+    ):
+        set_active(layer, "other", False)
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused():
+    layer = some_layer(adapted("peft"))
+    layer.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"set_active: layer: expected a Linear with the forward"):
+        set_active(layer, "default", False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_layer_follows_its_switch_without_a_graph_break(kind: str):
+    layer = some_layer(adapted(kind))
+    x = torch.randn(6, 24)
+    on = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), on, rtol=1e-5, atol=1e-5)
+        set_active(layer, "default", False)
+        assert torch.equal(compiled(x), layer.base_layer(x))
+        set_active(layer, "default", True)
+
+
+# -------------------------------------------------------------------------------------------------
+# Groups
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("group_by", "sizes"), [("block", [2, 2, 2]), ("module", [1] * 6), (4, [4, 2])]
+)
+def test_layers_are_grouped_in_the_models_order(kind: str, group_by, sizes: list[int]):
+    model = adapted(kind)
+    groups = LayerGroups(model, group_by=group_by)
+    assert [len(group) for group in groups.names] == sizes
+    assert [n for group in groups.names for n in group] == list(adapted_layers(model))
+    assert len(groups) == len(sizes) and groups.mask.tolist() == [True] * len(sizes)
+    assert [m for group in groups.layers for m in group] == list(adapted_layers(model).values())
+
+
+def test_layers_outside_every_block_are_groups_of_their_own():
+    model = adapted("ours", targets=("embed_out", "q_proj", "lm_head"))
+    names = LayerGroups(model).names
+    assert [len(group) for group in names] == [1, 1, 1, 1] and names[-1] == ("lm_head",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_switches_whole_groups_until_the_next_one(kind: str):
+    model = adapted(kind)
+    groups = LayerGroups(model)
+    full = logits(model)
+    groups.set_mask([True, False, True])
+    assert groups.mask.tolist() == [True, False, True]
+    for group, on in zip(groups.layers, [True, False, True], strict=True):
+        assert all(is_active(layer, "default") == on for layer in group)
+    assert not torch.equal(logits(model), full)
+    groups.set_mask(torch.tensor([True, True, True]))
+    assert torch.equal(logits(model), full)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_restores_every_layer_also_after_an_exception(kind: str):
+    model = adapted(kind)
+    groups = LayerGroups(model)
+    half = groups.layers[0][0]
+    set_active(half, "default", False)
+    before = logits(model)
+    with pytest.raises(KeyError), groups.masked([True, False, False]):
+        assert is_active(half, "default")
+        with groups.masked([False, True, False]):
+            assert groups.mask.tolist() == [False, True, False]
+        assert groups.mask.tolist() == [True, False, False]
+        raise KeyError
+    assert not is_active(half, "default") and groups.mask.tolist() == [False, True, True]
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_groups_adapter_is_switched(kind: str):
+    model = adapted(kind, "first", "second")
+    groups = LayerGroups(model, "second")
+    groups.set_mask([False] * 3)
+    layers = adapted_layers(model).values()
+    assert all(is_active(m, "first") and not is_active(m, "second") for m in layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:unmerge")
+def test_a_mask_that_cannot_be_set_switches_nothing(kind: str):
+    model = adapted(kind)
+    groups = LayerGroups(model)
+    groups.layers[2][1].merge()
+    with pytest.raises(ValueError, match=r"unmerge it first"):
+        groups.set_mask([False, False, False])
+    with pytest.raises(ValueError, match=r"unmerge it first"), groups.masked([False] * 3):
+        pytest.fail("the block was entered")
+    assert groups.mask.tolist() == [True, True, True]
+    groups.set_mask([False, False, True])
+    assert groups.mask.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([True], r"LayerGroups: mask: expected one value for each of the 3 groups, found 1"),
+        (torch.ones(2, dtype=torch.bool), r"each of the 3 groups, found 2"),
+        ([1, 0, 1], r"LayerGroups: mask: expected bools, found \[1, 0, 1\]"),
+        (torch.ones(3), r"LayerGroups: mask: expected bools, found torch.float32"),
+        (torch.ones(1, 3, dtype=torch.bool), r"LayerGroups: mask: expected bools, found torch.boo"),
+        (torch.tensor(True), r"LayerGroups: mask: expected bools"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, message: str):
+    with pytest.raises(ValueError, match=message):
+        LayerGroups(adapted("ours")).set_mask(mask)
+
+
+@pytest.mark.parametrize("group_by", ["layer", 0, -1, True, 1.5])
+def test_a_grouping_that_is_none_is_refused(group_by):
+    with pytest.raises(ValueError, match=r"LayerGroups: group_by: expected 'block', 'module' or"):
+        LayerGroups(adapted("ours"), group_by=group_by)
