@@ -19,8 +19,8 @@ Tensor emission_gather(const Tensor& h, const Tensor& emit, const Tensor& x);
 std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de, const Tensor& h,
                                                     const Tensor& emit, const Tensor& x,
                                                     bool need_h, bool need_emit);
-// Returns prefix (B, K), conditional (B, K), posterior (B, K, C), and what the backward wants, which
-// is empty without `save`.
+// Returns prefix (B, K), conditional (B, K), posterior (B, K, C), and what the backward wants,
+// which is empty without `save`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_scan(std::string_view kind, const Tensor& e,
                                                         const OptionalTensor& prior,
                                                         const OptionalTensor& trans, bool save);

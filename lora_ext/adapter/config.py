@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .model_index import ModelIndex, matches_suffix
@@ -61,6 +61,7 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...]
     task_type: str | None
     unknown: tuple[str, ...]  # fields we have never heard of that are switched on
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -116,6 +117,7 @@ class AdapterConfig:
             unknown=tuple(
                 str(k) for k in raw if k not in _READ | _IGNORED | _REFUSED.keys() and raw[k]
             ),
+            raw=dict(raw),
         )
         if config.use_dora and config.lora_bias:
             raise fields.error("lora_bias", "false beside use_dora, as PEFT does", True)
@@ -126,6 +128,24 @@ class AdapterConfig:
         if config.layers_pattern and layers is None:
             raise fields.error("layers_pattern", "layers_to_transform beside it", None)
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's fields: those that are parsed, and the others as they were read."""
+        parsed = {
+            "r": self.r,
+            "lora_alpha": _short(self.lora_alpha),
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": {k: _short(v) for k, v in self.alpha_pattern.items()},
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "target_modules": _as_list(self.target_modules),
+            "exclude_modules": _as_list(self.exclude_modules),
+            "layers_to_transform": _as_list(self.layers_to_transform or None),
+            "layers_pattern": _as_list(self.layers_pattern or None),
+            "task_type": self.task_type,
+        }
+        return {**self.raw, "peft_type": "LORA", **parsed}
 
     def targets(self, index: ModelIndex) -> set[str] | None:
         """The modules that PEFT would adapt, or None: the config leaves it to the tensors."""
@@ -264,6 +284,15 @@ class _Fields:
         if not all(type(n) is int for n in numbers):
             raise self.error("layers_to_transform", "an integer or a list of integers", value)
         return tuple(numbers)
+
+
+def _short(number: float) -> float:
+    """A whole number as an int, which is how people write it."""
+    return int(number) if number == int(number) else number
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -67,11 +67,6 @@ def register(library: str) -> None:
         )
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are added up."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _same_device(op: str, *args: object) -> None:
     devices = [t.device for t in args if isinstance(t, Tensor)]
     for device in devices:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lora_ext.ops._checks import require, require_dim, require_dtype, require_shape
 from lora_ext.ops._circuit_checks import FLOATS, check_circuit
-from lora_ext.ops._registration import accumulator, fake
+from lora_ext.ops._registration import fake
 from lora_ext.reference.circuit import CircuitSample
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 

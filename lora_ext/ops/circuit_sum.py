@@ -13,8 +13,9 @@ from torch import Tensor
 from lora_ext import reference
 from lora_ext.ops._checks import require
 from lora_ext.ops._forward_mode import refuse_tangents
-from lora_ext.ops._registration import accumulator, backward, fake
+from lora_ext.ops._registration import backward, fake
 from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lora_ext.ops._forward_mode import refuse_tangents
-from lora_ext.ops._registration import accumulator, backward, fake
+from lora_ext.ops._registration import backward, fake
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 

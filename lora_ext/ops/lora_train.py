@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_ext.ops._registration import accumulator, fake
+from lora_ext.ops._registration import fake
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 

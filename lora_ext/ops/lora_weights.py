@@ -8,13 +8,14 @@ Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lora_ext.ops._autocast import exactly
 from lora_ext.ops._checks import require, require_shape
-from lora_ext.ops._registration import accumulator
+from lora_ext.reference.lora import accumulator
 
 
 def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
@@ -136,7 +137,9 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     dtype = accumulator(weight.dtype)
     with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        square = torch.linalg.vector_norm(wide, dim=1).square_()  # whose root gives it back
+        # torch annotates vector_norm not at all.
+        norm = cast(Tensor, torch.linalg.vector_norm(wide, dim=1))  # pyright: ignore[reportUnknownMemberType]
+        square = norm.square_()  # whose root gives the norm back
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()

@@ -59,13 +59,13 @@ def test_kernel_files_reach_the_hardware_through_the_device_header_alone():
     assert not wrong
 
 
-def test_no_line_of_cpp_is_longer_than_a_hundred_columns():
-    """clang-format breaks code; comments, which hold tables, are left to whoever writes them."""
+def test_no_comment_goes_beyond_a_hundred_columns():
+    """clang-format breaks code, but leaves comments, which hold tables, to whoever writes them."""
     long = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in SOURCES
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > 100
+        if len(line) > 100 and "//" in line
     ]
     assert not long
 

@@ -180,7 +180,8 @@ class SpeculativeDecoder:
                 and neighbouring seeds share none. Or one seed per row, which may come from
                 :attr:`Generation.seeds`. A row depends on its seed alone, not on the batch around.
             generation_config: transformers' GenerationConfig. Its ``do_sample``, ``temperature``
-                and ``top_p`` replace the decoder's own for this call.
+                and ``top_p`` replace the decoder's own for this call. Those of the model's own
+                configuration are not read.
             stop_strings, tokenizer: a row ends with the token that completes one of the strings.
             streamer: gets the prompt and then every token, as transformers' streamers do; for one
                 prompt.
