@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.pool_layer import PoolLayer
 
@@ -117,13 +118,6 @@ class ModelIndex:
                 f"matching targets={targets!r}, found none"
             )
         return cls(linear, embedding, unsupported, *_heads(model), BaseWeights(model))
-
-
-def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
-    """PEFT's rule for lists: the whole name, or everything after one of its dots."""
-    patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
-    parts = name.split(".")
-    return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
 
 
 def in_routed_experts(name: str) -> bool:
