@@ -129,12 +129,15 @@ def _cpu_name() -> str:
 
 
 def _revision() -> str:
-    """The commit, with a + where the tree has changes; empty outside a checkout."""
+    """The commit, with a + where the tree has changes beyond results; empty outside a checkout."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if commit.returncode:
         return ""
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    elsewhere = ["--", ".", ":!benchmarks/results"]  # the run itself adds rows there
+    changes = subprocess.run(
+        [*git, "status", "--porcelain", "-uno", *elsewhere], capture_output=True
+    )
     return commit.stdout.strip() + ("+" if changes.stdout else "")
 
 

@@ -89,7 +89,7 @@ def learn(draft: mtpc.Draft, states: Tensor, targets: Tensor, seconds: float) ->
     while (elapsed := time.perf_counter() - start) < seconds:
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - elapsed / seconds)
         index = torch.randint(len(states), (96,))
-        loss, by_position = draft.head.loss(states[index], targets[index])
+        loss, by_position = mtpc.window_loss(draft.head, states[index], targets[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

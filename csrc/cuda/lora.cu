@@ -17,7 +17,7 @@ constexpr int kDecodeTokens = 256;
 int num_splits(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     if (args.num_tokens <= kDecodeTokens)
-        return static_cast<int>(lx::max<int64_t>(1, lx::min<int64_t>(16, ceil_div(in, 512))));
+        return static_cast<int>(lx::max<int64_t>(1, lx::min<int64_t>(kMaxSplits, ceil_div(in, 512))));
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
     int splits = 1;
     while (splits < 8 && tiles * splits < 198 && in >= int64_t{1024} * splits) splits *= 2;
@@ -36,6 +36,7 @@ Partials partials(const LoraArgs& args) {
             row * args.num_tokens,
             splits,
             static_cast<int>(width),
+            static_cast<int>(row),
             false};
 }
 
@@ -81,6 +82,7 @@ LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream) {
     if (v.splits == 1) {
         v.data = static_cast<float*>(args.v);
         v.row_stride = args.v_row_stride;
+        v.row_floats = args.bank.max_rank;
         v.scaled = true;
         return run_shrink(args, v, stream);
     }
@@ -91,7 +93,8 @@ LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream) {
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream) {
     if (const LaunchStatus status = check(args)) return status;
     if (empty(args) || args.bank.out_features == 0) return 0;
-    const Partials v{static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0, true};
+    const Partials v{static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0,
+                     args.bank.max_rank,             true};
     return run_expand(args, v, false, stream);
 }
 
@@ -185,7 +188,8 @@ void declare_b(const LoraArgs& args) {
 void declare_v(const LoraArgs& args, const Partials& v, lx::Access access) {
     for (int split = 0; split < v.splits; ++split) {
         float* v_rows = v.data + split * v.split_stride;
-        LX_BUF_ROWS(v_rows, args.num_tokens, args.bank.max_rank * 4, v.row_stride * 4, access);
+        const int64_t floats = access == lx::Access::kRead ? v.row_floats : args.bank.max_rank;
+        LX_BUF_ROWS(v_rows, args.num_tokens, floats * 4, v.row_stride * 4, access);
     }
 }
 #else

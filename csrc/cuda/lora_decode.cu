@@ -16,10 +16,51 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kGroupPages = 4;
-constexpr int kUnroll = 2;  // 64-byte column blocks whose loads are in flight together
+
+template <class T>
+constexpr int kBlock = 4 * kVec<T>;  // in-features that a warp reads of a row at once: 64 bytes
+
+// acc += x a over the in-features [begin, end), for the first kPages pages. A step asks for the
+// bytes of kUnroll blocks before it multiplies any: no load has a condition, because what lies
+// beyond the end is read at the last place before it, and becomes zero where it is used.
+template <class T, bool kAligned, int kPages, int kUnroll>
+LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages], int begin,
+                        int end, float (&acc)[kGroupPages][4]) {
+    const int first = begin + lx::lane_id() % 4 * kVec<T>;
+#pragma unroll 1
+    for (int k0 = first; k0 - first < end - begin; k0 += kUnroll * kBlock<T>) {
+        uint4 xw[kUnroll][2], aw[kUnroll][kPages];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int k = k0 + u * kBlock<T>;
+            const auto load = [&](const T* row) {
+                if constexpr (!kAligned) return load_words<T, false>(row + k, end - k);
+                return *reinterpret_cast<const uint4*>(row + lx::min(k, end - kVec<T>));
+            };
+#pragma unroll
+            for (int h = 0; h < 2; ++h) xw[u][h] = load(x[h]);
+#pragma unroll
+            for (int p = 0; p < kPages; ++p) aw[u][p] = load(a[p]);
+        }
+        lx::syncwarp();  // the compiler moves no load beyond this to save registers
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const auto keep = [&](const uint4& words) {
+                return !kAligned || k0 + u * kBlock<T> < end ? words : uint4{0, 0, 0, 0};
+            };
+            const uint4 low = keep(xw[u][0]), high = keep(xw[u][1]);
+#pragma unroll
+            for (int p = 0; p < kPages; ++p) mma_words<T>(acc[p], low, high, keep(aw[u][p]));
+        }
+    }
+}
+
+// Four blocks on a multiprocessor; three where a float becomes two tf32.
+template <class T>
+constexpr int kMinBlocks = sizeof(T) == 2 ? 4 : 3;
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     lora_shrink_decode_kernel(const __grid_constant__ LoraArgs args,
                               const __grid_constant__ Tiling tiling,
                               const __grid_constant__ Partials v) {
@@ -35,50 +76,41 @@ __global__ void __launch_bounds__(kWarps * 32)
     lx::syncthreads();  // row_of
 
     const int lane = lx::lane_id(), warp = lx::warp_id(), g = lane / 4, t = lane % 4;
-    constexpr int kBlock = 4 * kVec<T>;  // in-features that a warp reads of a row at once
     const int width = v.split_width / kWarps;
     const int begin = static_cast<int>(blockIdx.y) * v.split_width + warp * width;
     const int end = lx::min(begin + width, bank.in_features);
 
-    // Where this lane reads: rows g and g + 8 of x, rank row g of each page. n_*: 0 for "not at
-    // all".
+    // Where this lane reads: rows g and g + 8 of x, rank row g of each page. Where there is no row
+    // or rank, the tile's first row of x stands in: nobody stores what comes of it. A page that is
+    // absent counts as zero, which its sums learn at the end.
     const T* x[2];
-    int n_x[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = g + 8 * h;
-        n_x[h] = row < tile.rows ? end : 0;
-        x[h] =
-            static_cast<const T*>(args.x) + (row < tile.rows ? row_of[row] * args.x_row_stride : 0);
+        x[h] = static_cast<const T*>(args.x) +
+               row_of[row < tile.rows ? row : 0] * args.x_row_stride;
     }
+    const T* const stand_in = static_cast<const T*>(args.x) + row_of[0] * args.x_row_stride;
     const T* a[kGroupPages];
-    int n_a[kGroupPages];
+    bool absent[kGroupPages] = {};
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) {
-        a[p] = nullptr;
-        if (p * kPageRanks + g < ranks) a[p] = a_page<T>(bank, tile.slot, first_page + p);
-        n_a[p] = a[p] ? end : 0;
-        if (a[p]) a[p] += g * bank.a_row_stride;
+        const T* page = p < pages ? a_page<T>(bank, tile.slot, first_page + p) : nullptr;
+        absent[p] = !page;
+        const bool mine = page && p * kPageRanks + g < ranks;
+        a[p] = mine ? page + g * bank.a_row_stride : stand_in;
     }
 
     float acc[kGroupPages][4] = {};
-    for (int k0 = begin; k0 < end; k0 += kUnroll * kBlock) {
-        uint4 xw[kUnroll][2], aw[kUnroll][kGroupPages];
+    if (pages <= kGroupPages / 2)
+        multiply<T, kAligned, kGroupPages / 2, kAligned ? 4 : 2>(x, a, begin, end, acc);
+    else
+        multiply<T, kAligned, kGroupPages, 2>(x, a, begin, end, acc);
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int k = k0 + u * kBlock + t * kVec<T>;
+    for (int p = 0; p < kGroupPages; ++p) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) xw[u][h] = load_words<T, kAligned>(x[h] + k, n_x[h] - k);
-#pragma unroll
-            for (int p = 0; p < kGroupPages; ++p)
-                aw[u][p] = load_words<T, kAligned>(a[p] + k, n_a[p] - k);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-            for (int p = 0; p < kGroupPages; ++p)
-                if (p < pages) mma_words<T>(acc[p], xw[u][0], xw[u][1], aw[u][p]);
-        }
+        for (int i = 0; i < 4; ++i)
+            if (absent[p]) acc[p][i] = 0;
     }
 
     // sums[warp][row][rank of the group]
@@ -118,13 +150,17 @@ __global__ void __launch_bounds__(128)
     lx::syncthreads();  // row_of
     const float scale = args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
     lx::grid_dependency_wait();
-    for (int i = lx::thread_rank(); i < tile.rows * tile.rank; i += 128) {
+    const int count = tile.rows * tile.rank;
+    for (int first = 0; first < count; first += 128) {
+        const int at = first + lx::thread_rank(), i = lx::min(at, count - 1);
         const int64_t row = row_of[i / tile.rank];
         const int rank = i % tile.rank;
         const float* p = v.data + row * v.row_stride + rank;
-        float sum = *p;
-        for (int s = 1; s < v.splits; ++s) sum += p[s * v.split_stride];
-        static_cast<float*>(args.v)[row * args.v_row_stride + rank] = scale * sum;
+        float sum[1] = {};
+        add_splits(v.splits, sum,
+                   [&](int split, float (&part)[1]) { part[0] = p[split * v.split_stride]; });
+        if (at < count)
+            static_cast<float*>(args.v)[row * args.v_row_stride + rank] = scale * sum[0];
     }
 }
 

@@ -24,10 +24,6 @@ template <class T>
 constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low, or the float itself
 
 constexpr int kWarpOutputs = 32;
-// Splits of v whose loads are in flight together, sixteen floats: more cost decode its fifth block.
-template <class T>
-constexpr int kSplitBatch = 16 / kVec<T>;
-
 template <class T, int kRows>
 constexpr int fragment_bytes(int max_rank) {
     return kRows / kTileRows * static_cast<int>(ceil_div(max_rank, kBlockRanks<T>)) * kParts<T> *
@@ -42,93 +38,77 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
            (((tile * blocks + block) * kParts<T> + part) * 2 + half) * 32;
 }
 
-// The first n of kCount floats, n cut to [0, kCount], and zeros.
-template <int kCount>
-LX_DEVICE void load_ranks(const float* p, int n, bool aligned, float (&out)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-        if (aligned && i + 4 <= n) {
-            const float4 four = *reinterpret_cast<const float4*>(p + i);
-            out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
-        } else {
-#pragma unroll
-            for (int j = i; j < i + 4; ++j) out[j] = j < n ? p[j] : 0.0f;
-        }
-    }
-}
-
 // Sums the splits of v, scales, and stores the fragments. `unscale` undoes the power of two of a
 // row.
 template <class T, int kRows>
-LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const RowTile& tile,
+LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float scale,
                                const int32_t (&row_of)[kRows], unsigned char* fragments,
                                unsigned (&row_max)[kRows], float (&unscale)[kRows]) {
     constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
     const int threads = static_cast<int>(blockDim.x);
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
-    const float scale = !v.scaled && args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
-    const bool aligned = reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.row_stride % 4 == 0;
     if constexpr (kNormalise) {
         for (int i = lx::thread_rank(); i < kRows; i += threads) row_max[i] = 0;
         lx::syncthreads();
     }
-    // Item (row, block, t): what lane t of the row holds. Two passes where a row must know its
-    // largest entry; in between the item's floats wait where its two parts will be.
+    // Item (row, block, t): what lane t of the row holds.
     const int items = (tile.rows + kTileRows - 1) / kTileRows * kTileRows * blocks * 4;
     auto slot_of = [&](int row, int block, int t, int part) {
         return fragment<T>(fragments, blocks, row / kTileRows, block, part, row / 8 % 2) +
                row % 8 * 4 + t;
     };
-    auto store = [&](int row, int block, int t, const float (&value)[kVec<T>]) {
-        if constexpr (sizeof(T) == 4) {
+    // Four ranks at a time: a whole float's item, half of a 16-bit one.
+    constexpr int kHalves = kVec<T> / 4;
+    auto store = [&](int row, int block, int t, int half, const float (&value)[4]) {
+        if constexpr (kHalves == 1) {
             *slot_of(row, block, t, 0) = words_of<T>(value);
         } else {
-            uint32_t high[4], low[4];
+            uint32_t high[2], low[2];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 2; ++i) {
                 high[i] = lx::pack_floats<T>(value[2 * i], value[2 * i + 1]);
                 const float2 h = lx::unpack_floats<T>(high[i]);
                 low[i] = lx::pack_floats<T>(value[2 * i] - h.x, value[2 * i + 1] - h.y);
             }
-            *slot_of(row, block, t, 0) = {high[0], high[1], high[2], high[3]};
-            *slot_of(row, block, t, 1) = {low[0], low[1], low[2], low[3]};
+            reinterpret_cast<uint2*>(slot_of(row, block, t, 0))[half] = {high[0], high[1]};
+            reinterpret_cast<uint2*>(slot_of(row, block, t, 1))[half] = {low[0], low[1]};
         }
     };
-    for (int item = lx::thread_rank(); item < items; item += threads) {
+    const bool wide = reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.row_floats % 4 == 0 &&
+                      v.row_stride % 4 == 0 && v.split_stride % 4 == 0;
+    for (int quad = lx::thread_rank(); quad < items * kHalves; quad += threads) {  // whole warps
+        const int half = quad % kHalves, item = quad / kHalves;
         const int t = item % 4, block = item / 4 % blocks, row = item / 4 / blocks;
-        const int rank = block * kBlockRanks<T> + t * kVec<T>;
-        float value[kVec<T>] = {};
-        if (row < tile.rows) {
-            // Added in order, but a batch of splits is on its way at once. Adding 0 to a sum that
-            // began at 0 changes no bit.
-            const float* p = v.data + row_of[row] * v.row_stride + rank;
-            for (int s = 0; s < v.splits;
-                 s += kSplitBatch<T>, p += kSplitBatch<T> * v.split_stride) {
-                float part[kSplitBatch<T>][kVec<T>];
-#pragma unroll
-                for (int k = 0; k < kSplitBatch<T>; ++k)
-                    load_ranks(p + k * v.split_stride, s + k < v.splits ? tile.rank - rank : 0,
-                               aligned, part[k]);
-#pragma unroll
-                for (int k = 0; k < kSplitBatch<T>; ++k) {
-#pragma unroll
-                    for (int i = 0; i < kVec<T>; ++i) value[i] += part[k][i];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kVec<T>; ++i) value[i] *= scale;
-        }
-        if constexpr (kNormalise) {
-            float largest = 0;
-#pragma unroll
-            for (int i = 0; i < kVec<T>; ++i) largest = fmaxf(largest, fabsf(value[i]));
-            lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));  // order of bits
-            *reinterpret_cast<float4*>(slot_of(row, block, t, 0)) = {value[0], value[1], value[2],
-                                                                     value[3]};
-            *reinterpret_cast<float4*>(slot_of(row, block, t, 1)) = {value[4], value[5], value[6],
-                                                                     value[7]};
+        const int rank = block * kBlockRanks<T> + t * kVec<T> + half * 4;
+        // Where there is no row or rank, the tile's first ones stand in.
+        const int n = row < tile.rows ? tile.rank - rank : 0;
+        const float* p = v.data + row_of[n > 0 ? row : 0] * v.row_stride + (n > 0 ? rank : 0);
+        float value[4] = {};
+        if (wide) {
+            add_splits(v.splits, value, [&](int split, float (&part)[4]) {
+                const float4 four = *reinterpret_cast<const float4*>(p + split * v.split_stride);
+                part[0] = four.x, part[1] = four.y, part[2] = four.z, part[3] = four.w;
+            });
         } else {
-            store(row, block, t, value);
+#pragma unroll 1
+            for (int split = 0; split < v.splits; ++split, p += v.split_stride) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (i < n) value[i] += p[i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[i] = i < n ? value[i] * scale : 0.0f;
+        if constexpr (kNormalise) {
+            // A row must know its largest entry first: until then the item's floats wait where its
+            // two parts will be.
+            const float largest = fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])),
+                                        fmaxf(fabsf(value[2]), fabsf(value[3])));
+            lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));  // order of bits
+            *reinterpret_cast<float4*>(slot_of(row, block, t, half)) = {value[0], value[1],
+                                                                        value[2], value[3]};
+        } else {
+            store(row, block, t, half, value);
         }
     }
     if constexpr (kNormalise) {
@@ -142,9 +122,8 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
                 unscale[row] = lx::bit_cast<float>(static_cast<unsigned>(127 - shift) << 23);
             const float4 first = *reinterpret_cast<float4*>(slot_of(row, block, t, 0));
             const float4 second = *reinterpret_cast<float4*>(slot_of(row, block, t, 1));
-            store(row, block, t,
-                  {first.x * up, first.y * up, first.z * up, first.w * up, second.x * up,
-                   second.y * up, second.z * up, second.w * up});
+            store(row, block, t, 0, {first.x * up, first.y * up, first.z * up, first.w * up});
+            store(row, block, t, 1, {second.x * up, second.y * up, second.z * up, second.w * up});
         }
     }
 }
@@ -158,9 +137,8 @@ struct Outputs {
     LX_DEVICE void load(const T* p, int n) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            words[i] = {0, 0, 0, 0};
             if constexpr (kAligned) {
-                if (n > 0) words[i] = reinterpret_cast<const uint4*>(p)[i];
+                words[i] = lx::load_global(reinterpret_cast<const uint4*>(p) + i);
             } else {
                 T e[kVec<T>];
 #pragma unroll
@@ -204,8 +182,12 @@ struct Outputs {
     }
 };
 
+// Blocks on a multiprocessor: what hides the latency of decode.
+template <class T, bool kAligned, int kWarpsM>
+constexpr int kMinBlocks = kWarpsM > 1 ? 2 : !kAligned ? 3 : sizeof(T) == 2 ? 5 : 4;
+
 template <class T, bool kAligned, int kWarpsM, int kWarpsN>
-__global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
+__global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned, kWarpsM>)
     lora_expand_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v, int block_outputs) {
     constexpr int kRows = kTileRows * kWarpsM;
@@ -222,11 +204,20 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
                                      // producer
         return;
     }
+    const float scale = !v.scaled && bank.scale ? bank.scale[tile.slot] : 1.0f;
     for (int p = lx::thread_rank(); p * kPageRanks < tile.rank; p += static_cast<int>(blockDim.x))
         page_of[p] = b_page<T>(bank, tile.slot, p);
     lx::syncthreads();  // row_of, page_of
 
     const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
+    // One bit for each page that is there.
+    const unsigned pages =
+        lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page_of[lane]);
+    if (pages == 0) {
+        lx::grid_dependency_wait();
+        return;
+    }
+    const T* const stand_in = page_of[lx::ffs(pages) - 1];
     // As many warps along the rows as there are row tiles, to a power of two; the others part the
     // outputs.
     int log_m = 0;
@@ -241,60 +232,60 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
 
     // Column c of the j-th of four mma is output 8 (c / 2) + 2j + c % 2 of the warp's 32.
     const int lane_output = 8 * (g / 2) + g % 2;
-    auto load_b = [&](uint4(&b)[4], int o, int block) {
+    // Loads have no condition: where an output, a rank, a page or a row is not there, something
+    // that may be read stands in, and what of it must not count becomes zero where it is used.
+    const auto ranks_here = [&](int block) {
         const int rank = block * kBlockRanks<T> + t * kVec<T>;
-        const int n = lx::min(tile.rank - rank, kVec<T>);
-        const T* page = n > 0 ? page_of[rank / kPageRanks] : nullptr;
+        return pages >> rank / kPageRanks & 1 ? tile.rank - rank : 0;
+    };
+    const auto load_b = [&](uint4(&b)[4], int o, int block) {
+        const int n = ranks_here(block), rank = block * kBlockRanks<T> + t * kVec<T>;
+        const T* page = (n > 0 ? page_of[rank / kPageRanks] : stand_in) + rank % kPageRanks;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const int output = o + lane_output + 2 * j;
-            const bool wanted = page && output < end;
-            b[j] = load_words<T, kAligned>(
-                wanted ? page + output * bank.b_row_stride + rank % kPageRanks : nullptr,
-                wanted ? n : 0);
-            if (n < kVec<T>) b[j] = keep_elements<T>(b[j], n);
+            const T* row = page + lx::min(o + lane_output + 2 * j, end - 1) * bank.b_row_stride;
+            if constexpr (kAligned)
+                b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
+            else
+                b[j] = load_words<T, false>(row, n);
         }
     };
-    T* y[2];
-    bool wanted_row[2];
-    Outputs<T, kAligned> values[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    // Eight outputs of row g + 8 h from o + 8 t on, and how many of them there are.
+    const auto y_at = [&](int h, int o, int& n) {
         const int row = warp_m * kTileRows + g + 8 * h;
-        wanted_row[h] = row < tile.rows;
-        y[h] = static_cast<T*>(args.y) + (wanted_row[h] ? row_of[row] * args.y_row_stride : 0);
-    }
-    auto load_y = [&](int o) {
+        n = row < tile.rows ? end - o - 8 * t : 0;
+        return static_cast<T*>(args.y) + row_of[n > 0 ? row : 0] * args.y_row_stride + o + 8 * t;
+    };
+    Outputs<T, kAligned> values[2];
+    const auto load_y = [&](int o) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-            values[h].load(y[h] + o + 8 * t, wanted_row[h] ? end - o - 8 * t : 0);
+        for (int h = 0; h < 2; ++h) {
+            int n;
+            const T* y = y_at(h, o, n);
+            values[h].load(n > 0 ? y : stand_in, n);
+        }
     };
 
     // What does not depend on v is on its way before v is waited for.
     int o = begin + warp_n * kWarpOutputs;
-    uint4 b[4] = {};
-    if (has_rows && o < end) {
-        load_b(b, o, 0);
-        load_y(o);
-    }
+    uint4 b[4];
+    load_b(b, o, 0);
+    load_y(o);
     lx::grid_dependency_wait();
-    build_fragments<T, kRows>(args, v, tile, row_of, fragments, row_max, unscale);
+    build_fragments<T, kRows>(v, tile, scale, row_of, fragments, row_max, unscale);
     lx::syncthreads();
     if (!has_rows) return;
 
-    float undo[2] = {1.0f, 1.0f};
-    if constexpr (kNormalise) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) undo[h] = unscale[warp_m * kTileRows + g + 8 * h];
-    }
     for (; o < end; o += stride) {
         float acc[4][4] = {};
         for (int block = 0; block < blocks; ++block) {
             // The next step's B, while this one is multiplied.
-            uint4 next[4] = {};
+            uint4 next[4];
             const bool last = block + 1 == blocks;
-            const int next_o = last ? o + stride : o;
-            if (next_o < end) load_b(next, next_o, last ? 0 : block + 1);
+            load_b(next, last ? o + stride : o, last ? 0 : block + 1);
+            const int n = ranks_here(block);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) b[j] = keep_elements<T>(b[j], n);
 #pragma unroll
             for (int part = 0; part < kParts<T>; ++part) {
                 const uint4 low = fragment<T>(fragments, blocks, warp_m, block, part, 0)[lane];
@@ -306,13 +297,16 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32)
             for (int j = 0; j < 4; ++j) b[j] = next[j];
         }
         const Outputs<T, kAligned> now[2] = {values[0], values[1]};
-        if (o + stride < end) load_y(o + stride);
+        load_y(o + stride);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+            const float undo = kNormalise ? unscale[warp_m * kTileRows + g + 8 * h] : 1.0f;
             float d[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) d[i] = acc[i / 2][2 * h + i % 2] * undo[h];
-            now[h].add_store(y[h] + o + 8 * t, wanted_row[h] ? end - o - 8 * t : 0, d);
+            for (int i = 0; i < 8; ++i) d[i] = acc[i / 2][2 * h + i % 2] * undo;
+            int n;
+            T* y = y_at(h, o, n);
+            now[h].add_store(y, n, d);
         }
     }
 }

@@ -28,8 +28,12 @@ struct Partials {
     int64_t row_stride, split_stride;
     int splits;
     int split_width;  // in-features per split
+    int row_floats;   // of a row, so many may be read, whatever lies beyond a rank
     bool scaled;      // scale[slot] is already in there
 };
+
+constexpr int kMaxSplits = 16;
+constexpr int kSplitBatch = 8;  // splits of v whose loads are on their way together
 
 // How the chunks of a plan are cut into row tiles.
 struct Tiling {
@@ -113,6 +117,31 @@ LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float seco
 }
 LX_DEVICE bool ranks_paired(const float* data, int64_t row_stride) {
     return reinterpret_cast<uintptr_t>(data) % 8 == 0 && row_stride % 2 == 0;
+}
+
+// sum += load(split, part) over the splits, in their order; the whole warp calls it. A batch, all
+// splits up to eight of them, is asked for without a condition, to a power of two: the last split
+// stands in for those beyond it.
+template <int kBatch = 1, int kCount, class Load>
+LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
+    if constexpr (kBatch < kSplitBatch) {
+        if (splits > kBatch) return add_splits<2 * kBatch>(splits, sum, load);
+    }
+    constexpr int kMost = kBatch < kSplitBatch ? kBatch : kMaxSplits;
+#pragma unroll
+    for (int first = 0; first < kMost; first += kBatch) {
+        if (first > 0 && first >= splits) return;
+        float part[kBatch][kCount];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) load(lx::min(first + k, splits - 1), part[k]);
+        lx::syncwarp();  // the compiler moves no load beyond this to save registers
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i)
+                if (first + k < splits) sum[i] += part[k][i];
+        }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_ext._files import TensorInfo
 
+from .peft_keys import base_name
 from .tensor_files import TensorSource
 
 _CHUNK = 1 << 24  # elements that are compared at once
@@ -31,10 +32,10 @@ class BaseWeights:
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self._shapes = {plain_name(name): tuple(t.shape) for name, t in _tensors(model)}
+        self._shapes = {base_name(name): tuple(t.shape) for name, t in _tensors(model)}
 
     def __contains__(self, name: str) -> bool:
-        """Whether the model has a weight of that :func:`plain_name`."""
+        """Whether the model has a weight of that :func:`base_name`."""
         return name in self._shapes
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
@@ -56,7 +57,7 @@ class BaseWeights:
 
         Args:
             tensors: where the weight is. key: its name there.
-            name: its :func:`plain_name`, which the model has.
+            name: its :func:`base_name`, which the model has.
 
         Raises:
             ValueError: naming file, key, expected and found.
@@ -82,7 +83,7 @@ class BaseWeights:
                 "with its own; the model is gone: keep it, or make a pool for the one that is used"
             )
         for full, tensor in _tensors(model):
-            if plain_name(full) == name:
+            if base_name(full) == name:
                 if not tensor.is_meta:
                     return tensor
                 offloaded = _offloaded(model, full)
@@ -92,11 +93,6 @@ class BaseWeights:
             f"{where}: expected {name} of the base model to compare this weight with; "
             "it has no values there (it is on meta, or was taken away)"
         )
-
-
-def plain_name(name: str) -> str:
-    """The name of a weight in the base model, whether or not PEFT has wrapped its module."""
-    return name.replace(".base_layer.", ".")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

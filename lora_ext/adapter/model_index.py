@@ -141,7 +141,8 @@ def _check_model(model: object) -> None:
             remedy = "save its adapters and pass model.unload(), the model without them"
         else:
             continue
-        found = type(module).__name__ + (f" at {name!r}" if name else "")
+        # The layers of from_peft are called what PEFT's are called.
+        found = type(module).__qualname__ + (f" at {name!r}" if name else "")
         raise ValueError(
             "AdapterPool: model: expected a base model without adapter layers, "
             f"found {found}; {remedy}"

@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .base_weights import plain_name
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
-from .tensor_files import StateDict, TensorSource, open_tensors, read_config
+from .peft_keys import MAGNITUDE, base_name, factor_roles, parse_key
+from .tensor_files import StateDict, TensorSource, adapter_directory, open_tensors, read_config
 
-# What AdapterPool.load accepts: a directory, or (config, state dict).
+# A directory, or (config, state dict).
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
-_PREFIX = "base_model.model."
-# Files carry no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
-# The magnitude of DoRA is a bare parameter in files and in older models, a module in newer ones;
-# the factors of an embedding are bare everywhere.
-_KEY = re.compile(
-    r"(?P<module>.+)\.lora_(?:"
-    r"(?P<factor>[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)"
-    r"|(?P<bare>embedding_[AB])(?:\.[^.]+)?"
-    r"|(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?)",
-    re.DOTALL,
-)
-MAGNITUDE = "magnitude_vector"
+CONFIG = "adapter config"  # what errors call a config that is no file
 _REFUSED_KEYS = {
     "modules_to_save": "replaced modules (modules_to_save)",
 }
-
 
 Converted = TypeVar("Converted")
 
 
 class Factors(NamedTuple):
-    """One module's tensors, as the file has them."""
+    """One module's share of an adapter. It adds ``scaling * (b @ a @ x + bias)``."""
 
-    a: Tensor  # (r, I)
+    a: Tensor  # (r, I); of an embedding, I is how many tokens it knows
     b: Tensor  # (O, r)
     scaling: float
-    bias: Tensor | None  # (O,)
-    magnitude: Tensor | None  # (O,)
+    bias: Tensor | None = None  # (O,)
+    magnitude: Tensor | None = None  # (O,), of DoRA
+    embedding: bool = False
 
 
 class NonFiniteError(ValueError):
@@ -83,24 +72,33 @@ def read_adapter(
         ValueError: naming file, key, expected and found.
         NotImplementedError: convolutions and other things that are legal in PEFT and not here.
     """
+    with open_adapter(source) as (config, tensors):
+        return read_factors(config, tensors, index, max_rank, strict, convert)
+
+
+@contextlib.contextmanager
+def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
+    """The parsed config, and the tensors, of which none is read yet.
+
+    Raises:
+        ValueError: no such directory, or one without an adapter; a bad config or header.
+        NotImplementedError: the config asks for something that is not supported.
+    """
     if isinstance(source, tuple):
         raw, state = source
-        if isinstance(raw, AdapterConfig):
-            config = raw
-        else:
-            config = AdapterConfig.parse(raw, "adapter config")
+        config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)
         tensors: TensorSource = StateDict(state, "state dict")
     else:
-        directory = Path(source)
+        directory = adapter_directory(source)
         config = AdapterConfig.parse(*read_config(directory))
         tensors = open_tensors(directory)
     try:
-        return _read(config, tensors, index, max_rank, strict, convert)
+        yield config, tensors
     finally:
         tensors.close()
 
 
-def _read(
+def read_factors(
     config: AdapterConfig,
     tensors: TensorSource,
     index: ModelIndex,
@@ -108,6 +106,7 @@ def _read(
     strict: bool,
     convert: Callable[[LinearSpec, Factors], Converted],
 ) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
+    """:func:`read_adapter` of what :func:`open_adapter` opened."""
     grouped, base, leftover = _group_keys(tensors, index)
     targets = config.targets(index)
     if targets is not None:
@@ -152,12 +151,15 @@ def _read(
         def read(role: str, keys: dict[str, str] = keys) -> Tensor | None:
             return tensors.read(keys[role]) if role in keys else None
 
-        a, b = (tensors.read(keys[role]) for role in _factors(module, index))
-        factors = Factors(a, b, ranks[module][1], read("B.bias"), read(MAGNITUDE))
+        embedding = module in index.embedding
+        roles = factor_roles(embedding)
+        a, b = (tensors.read(keys[role]) for role in roles)
+        scaling = ranks[module][1]
+        factors = Factors(a, b, scaling, read("B.bias"), read(MAGNITUDE), embedding)
         try:
             modules[module] = convert(index.modules[module], factors)
         except NonFiniteError as error:
-            role = dict(zip("ab", _factors(module, index), strict=True)).get(error.role, error.role)
+            role = dict(zip("ab", roles, strict=True)).get(error.role, error.role)
             raise ValueError(
                 f"{tensors.where}: {keys[role]}: expected finite values in {error.dtype}, "
                 "found NaN or inf"
@@ -177,43 +179,29 @@ def _group_keys(
         for part, what in _REFUSED_KEYS.items():
             if part in key:
                 raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
-        match = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        if match is None:
-            name = plain_name(key.removeprefix(_PREFIX))
+        parsed = parse_key(key)
+        if parsed is None:
+            name = base_name(key)
             if name in index.weights:
                 base[key] = name
             else:
                 leftover.append(key)
             continue
-        kind = index.unsupported.get(match["module"])
-        if kind is None and in_routed_experts(match["module"]):
+        kind = index.unsupported.get(parsed.module)
+        if kind is None and in_routed_experts(parsed.module):
             kind = f"module of {ROUTED}"
         if kind is not None:  # also where strict=False: without it this is another adapter
             raise NotImplementedError(
                 f"{tensors.where}: {key}: adapters on a {kind} are not supported"
             )
-        if match["module"] not in index.modules:
+        if parsed.module not in index.modules:
             leftover.append(key)
             continue
-        role = _role(match)
-        roles = grouped.setdefault(match["module"], {})
-        if role in roles:
-            raise ValueError(
-                f"{tensors.where}: expected one adapter, found both {roles[role]} and {key}"
-            )
-        roles[role] = key
+        roles = grouped.setdefault(parsed.module, {})
+        other = roles.setdefault(parsed.role, key)
+        if other != key:
+            raise ValueError(f"{tensors.where}: expected one adapter, found both {other} and {key}")
     return grouped, base, leftover
-
-
-def _role(match: re.Match[str]) -> str:
-    return match["magnitude"] or match["bare"] or f"{match['factor']}.{match['kind']}"
-
-
-def _factors(module: str, index: ModelIndex) -> tuple[str, str]:
-    """The roles of A (r, I) and B (O, r)."""
-    if module in index.embedding:
-        return "embedding_A", "embedding_B"
-    return "A.weight", "B.weight"
 
 
 def _check_headers(
@@ -225,7 +213,7 @@ def _check_headers(
     config: AdapterConfig,
 ) -> None:
     spec = index.modules[module]
-    factor_a, factor_b = _factors(module, index)
+    factor_a, factor_b = factor_roles(module in index.embedding)
     expected: dict[str, tuple[int, ...]] = {
         factor_a: (rank, spec.in_features),
         factor_b: (spec.out_features, rank),
@@ -279,28 +267,41 @@ def save_adapter(
         state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
             adapter's name; they are written with the former and without the latter.
     """
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        parsed = parse_key(key)
+        if parsed is None:
+            raise ValueError(
+                f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
+            )
+        if parsed.in_file in tensors:
+            raise ValueError(
+                f"save_adapter: state: expected one adapter, found {parsed.in_file} twice"
+            )
+        tensors[parsed.in_file] = value
+    write_adapter(directory, config, tensors)
+
+
+def write_adapter(
+    directory: str | os.PathLike[str], config: Any, tensors: Mapping[str, Tensor]
+) -> None:
+    """:func:`save_adapter` of tensors that have the names of a file already."""
     from safetensors.torch import save
 
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
-    AdapterConfig.parse(raw, "adapter config")  # what we cannot read we do not write
-    tensors = {}
-    for key, value in state.items():
-        match = _KEY.fullmatch(key.removeprefix(_PREFIX))
-        if match is None:
-            raise ValueError(
-                f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
-            )
-        name = f"{_PREFIX}{match['module']}.lora_{_role(match)}"
-        if name in tensors:
-            raise ValueError(f"save_adapter: state: expected one adapter, found {name} twice")
-        tensors[name] = value.detach().cpu().contiguous()
+    AdapterConfig.parse(raw, CONFIG)  # what we cannot read we do not write
+    # Each with memory of its own: a tied head and embedding would be refused.
+    whole = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
     # The tensors last: a reader that finds them finds the config.
     _replace(path / "adapter_config.json", text.encode())
-    _replace(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    _replace(path / "adapter_model.safetensors", save(whole, metadata={"format": "pt"}))
 
 
 def _json_value(value: Any) -> Any:

@@ -7,6 +7,7 @@ allocating for it.
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json
 
 MAX_CONFIG_BYTES = 4 << 20
+_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
 class TensorSource(Protocol):
@@ -33,6 +35,39 @@ class TensorSource(Protocol):
     def close(self) -> None:
         """Close the file, if there is one."""
         ...
+
+
+def adapter_directory(source: str | os.PathLike[str]) -> Path:
+    """Refuse what is no directory with an adapter; the error says what helps.
+
+    Raises:
+        TypeError: no path at all. ValueError: no such directory, or nothing to read in it.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            "adapter: expected a directory as PEFT saves it, or (config, state dict), "
+            f"found {type(source).__name__}"
+        )
+    path = Path(source)
+    expected = "expected a directory with adapter_config.json"
+    try:
+        names = set(os.listdir(path))
+    except NotADirectoryError:
+        raise ValueError(f"{path}: {expected}, found a file; name its directory") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        remedy = ""
+        if isinstance(source, str) and _HUB_NAME.fullmatch(source):
+            remedy = (
+                "; nothing is downloaded here: "
+                f"huggingface_hub.snapshot_download({source!r}) returns a directory"
+            )
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
+    if "adapter_config.json" not in names:
+        inner = sorted(n for n in names if os.path.lexists(path / n / "adapter_config.json"))
+        found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without"
+        raise ValueError(f"{path}: {expected}, found {found}")
+    return path
 
 
 def read_config(directory: Path) -> tuple[Any, str]:

@@ -1,8 +1,10 @@
 """Probabilistic circuits over any region graph: structure, checks, queries, sampling, EM."""
 
-from lora_ext.circuits.checks import PCStructureError
-from lora_ext.circuits.circuit import Circuit, Flows, MapResult, Report
+from lora_ext.circuits.chow_liu import chow_liu_parents
+from lora_ext.circuits.circuit import Circuit, Report
+from lora_ext.circuits.errors import PCStructureError
 from lora_ext.circuits.layered import Layered, compile_graph
+from lora_ext.circuits.learning import Flows
 from lora_ext.circuits.leaves import (
     Bernoulli,
     Binomial,
@@ -13,13 +15,9 @@ from lora_ext.circuits.leaves import (
     Leaf,
 )
 from lora_ext.circuits.picture import draw_graph
-from lora_ext.circuits.region_graph import (
-    Input,
-    Partition,
-    Region,
-    RegionGraph,
-    chow_liu_parents,
-)
+from lora_ext.circuits.region_graph import RegionGraph
+from lora_ext.circuits.regions import Input, Partition, Region
+from lora_ext.circuits.sampling import MapResult
 
 __all__ = [
     "Bernoulli",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext.circuits._sums import add_columns, add_entries
 from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
 from lora_ext.reference.circuit_sum import log_weights
 
@@ -32,8 +33,8 @@ class _Columns:
     def add(self, grad: Tensor, d: Tensor) -> None:
         if self.consecutive:
             grad[:, self.first : self.first + len(self.index)] += d
-        else:  # deterministic on every device, unlike index_add_
-            torch.ops.aten.index_put_(grad, [None, self.index], d, True)
+        else:
+            add_columns(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = self.index.to(device)
@@ -130,7 +131,7 @@ class _Weights:
         if self.index is None:
             grad[self.first : self.first + d.numel()] += d.flatten()
         else:
-            torch.ops.aten.index_put_(grad, [self.index], d, True)
+            add_entries(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = None if self.index is None else self.index.to(device)
@@ -191,7 +192,7 @@ class StageRunner:
         self.weights.to(device)
 
 
-# Of the chosen term: log-weights plus values (A, I), region (A,) and row (A,) -> column (A,).
+# Chooses terms: from log-weights plus values (A, I), walk (A,) and region (A,) to columns (A,).
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -245,19 +246,23 @@ class Execution:
             for stage in reversed(self.stages):
                 stage.down(val, weights, grad, dflat)
         if self.factor_span.start < self.factor_span.stop:
-            self.factors.down(grad, grad[:, self.factor_span])
+            d = grad[:, self.factor_span].clone()  # torch refuses to add a tensor to its own memory
+            self.factors.down(grad, d)
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves], dflat
 
-    def choose(self, val: Tensor, weights: Weights, row: Tensor, root: int, pick: Pick) -> Tensor:
-        """Walk from unit ``root`` down, one term per sum; the leaf unit of each variable, or -1.
+    def choose(
+        self, val: Tensor, weights: Weights, row: Tensor, root: Tensor, pick: Pick
+    ) -> Tensor:
+        """Walk from the roots down, one term per sum; the leaf unit of each variable, or -1.
 
-        ``row (M,)`` is the row of ``val`` that each walk belongs to; the result is ``(M, n)``.
+        ``root (M,)`` is the unit that each walk starts from, ``row (M,)`` the row of ``val`` that
+        it belongs to; the result is ``(M, n)``.
         """
         regions = len(self.first_unit)
         num_variables = int(self.owner.max()) - regions + 1
         # A column per region and variable, and one for what padding chooses.
         chosen = row.new_full((len(row), regions + num_variables + 1), -1)
-        chosen[:, self.owner[root]] = root
+        chosen[torch.arange(len(row), device=row.device), self.owner[root]] = root
 
         def descend(m: Tensor, children: Tensor) -> None:
             for unit in children:

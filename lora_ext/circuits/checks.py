@@ -5,37 +5,15 @@ Scopes are bitsets in Python integers, so each check costs one pass over the edg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import Literal
 
+from lora_ext.circuits.errors import PCStructureError
 from lora_ext.circuits.leaves import Indicator
-
-if TYPE_CHECKING:
-    from lora_ext.circuits.region_graph import RegionGraph
+from lora_ext.circuits.region_graph import RegionGraph
+from lora_ext.circuits.scopes import bits, braces
 
 Truth = Literal[True, False, "unknown"]
-
-
-class PCStructureError(ValueError):
-    """The graph is not the circuit that somebody asked for; names the unit and the variables."""
-
-
-def variables(scope: int) -> list[int]:
-    """The variables of a bitset, ascending."""
-    return list(_bits(scope))
-
-
-def _bits(scope: int) -> Iterator[int]:
-    while scope:
-        low = scope & -scope
-        yield low.bit_length() - 1
-        scope ^= low
-
-
-def _braces(scope: int) -> str:
-    shown = variables(scope)
-    tail = ", ..." if len(shown) > 12 else ""
-    return "{" + ", ".join(map(str, shown[:12])) + tail + "}"
 
 
 def check_smooth(graph: RegionGraph) -> None:
@@ -49,8 +27,8 @@ def check_smooth(graph: RegionGraph) -> None:
         for scope in scopes[1:]:
             if scope != scopes[0]:
                 raise PCStructureError(
-                    f"not smooth: sum unit {graph.label(i)} mixes scopes {_braces(scopes[0])} "
-                    f"and {_braces(scope)}"
+                    f"not smooth: sum unit {graph.label(i)} mixes scopes {braces(scopes[0])} "
+                    f"and {braces(scope)}"
                 )
 
 
@@ -69,7 +47,7 @@ def check_decomposable(graph: RegionGraph) -> None:
                     other = next(c for c in p.children[:n] if graph.scopes[c] & shared)
                     raise PCStructureError(
                         f"not decomposable: a product of unit {graph.label(i)}: children "
-                        f"{graph.label(other)} and {graph.label(child)} share {_braces(shared)}"
+                        f"{graph.label(other)} and {graph.label(child)} share {braces(shared)}"
                     )
                 seen |= graph.scopes[child]
 
@@ -84,7 +62,7 @@ def is_decomposable(graph: RegionGraph) -> bool:
     return _holds(check_decomposable, graph)
 
 
-def _holds(check, graph: RegionGraph) -> bool:
+def _holds(check: Callable[[RegionGraph], None], graph: RegionGraph) -> bool:
     try:
         check(graph)
     except PCStructureError:
@@ -121,7 +99,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
             allowed: list[dict[int, int]] = [{} for _ in range(region.units)]
             if isinstance(region.leaf, Indicator):
                 for u, value in enumerate(region.leaf.values):
-                    allowed[u] = {v: 1 << value for v in _bits(region.variables)}
+                    allowed[u] = {v: 1 << value for v in bits(region.variables)}
             units.append(allowed)
             continue
         terms: list[dict[int, int]] = []
@@ -174,16 +152,16 @@ def _disjoint(terms: list[dict[int, int]]) -> bool:
     )
 
 
-def require(graph: RegionGraph, query: str) -> None:
-    """What every query but evaluation needs.
+def check_tractable(graph: RegionGraph, where: str) -> None:
+    """The graph is smooth and decomposable, which every query but evaluation needs.
 
     Raises:
-        PCStructureError: if the graph is not smooth and decomposable, naming the query.
+        PCStructureError: if it is not, naming the query and the unit.
     """
     try:
         check_smooth(graph)
         check_decomposable(graph)
     except PCStructureError as error:
         raise PCStructureError(
-            f"{query} needs a smooth and decomposable circuit: {error}"
+            f"{where}: graph: expected a smooth and decomposable circuit, found one that is {error}"
         ) from None

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.circuits.checks import PCStructureError, variables
+from lora_ext.circuits.errors import PCStructureError, require
 from lora_ext.circuits.leaves import Indicator, Leaf
-from lora_ext.circuits.region_graph import Partition, RegionGraph
+from lora_ext.circuits.region_graph import RegionGraph
+from lora_ext.circuits.regions import Partition
+from lora_ext.circuits.scopes import variables
 
 ONE, ZERO, FIRST_LEAF = 0, 1, 2
 MAX_BLOCK = 128
@@ -280,8 +282,8 @@ class _Compiler:
             return self.tied[tie]
         offset = self.num_weights
         self.num_weights += count
-        if self.num_weights >= 2**31:
-            raise PCStructureError("a circuit has at most 2^31 weights")
+        few = self.num_weights < 2**31
+        require(few, "compile_graph: graph", "fewer than 2^31 weights", "more", PCStructureError)
         if tie is not None:
             self.tied[tie] = offset
         return offset
@@ -305,6 +307,6 @@ def compile_graph(graph: RegionGraph, block: int = MAX_BLOCK) -> Layered:
         PCStructureError: if the circuit has 2^31 weights or more.
         ValueError: if ``block`` is no such power.
     """
-    if block not in (1, 2, 4, 8, 16, 32, 64, 128):
-        raise ValueError(f"compile_graph: block must be a power of two up to 128, got {block}")
+    powers = (1, 2, 4, 8, 16, 32, 64, 128)
+    require(block in powers, "compile_graph: block", "a power of two up to 128", block)
     return _Compiler(graph, block).run()

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_ext.circuits._sums import sums_at
+from lora_ext.circuits.errors import require
 from lora_ext.reference.circuit import draw, log_softmax
 
 Table = dict[str, Tensor]
@@ -65,23 +66,22 @@ class Leaf:
             x: ``(B, N)`` data.
             flow: ``(B, N)`` expected counts, zero where ``x`` is missing.
             step: how far, 1 is all the way.
-            pseudocount: added to every row's counts, spread evenly.
+            pseudocount: added to every row's counts, spread evenly over the values.
         """
 
 
-def _sums_at(index: Tensor, counts: Tensor, size: int) -> Tensor:
-    """Counts added up by index, ``(size,)``; in a fixed order on every device."""
-    sums = counts.new_zeros(size)
-    return torch.ops.aten.index_put_(sums, [index], counts, True)
-
-
-def _per_row(table: Tensor, row: Tensor, counts: Tensor) -> Tensor:
-    """Counts ``(N,)`` of leaf units added up over the units of each row, ``(R,)``."""
-    return _sums_at(row, counts, table.shape[0])
+def _per_row(row: Tensor, values: Tensor, rows: int) -> Tensor:
+    """Values ``(B, N)`` of leaf units, added up over the data and the units of a row, ``(R,)``."""
+    return sums_at(row.expand_as(values), values, rows)
 
 
 def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
     return (1 - step) * old + step * new
+
+
+def _require_count(where: str, count: object) -> None:
+    whole = isinstance(count, int) and count >= 1
+    require(whole, where, "a whole number, at least 1", repr(count))
 
 
 class _Finite(Leaf):
@@ -112,6 +112,9 @@ class Categorical(_Finite):
 
     num_categories: int
 
+    def __post_init__(self) -> None:
+        _require_count("Categorical: num_categories", self.num_categories)
+
     def num_values(self) -> int | None:
         return self.num_categories
 
@@ -129,12 +132,12 @@ class Categorical(_Finite):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         logits = table["logits"]
-        at = (row * logits.shape[1] + x.long()).flatten()
-        counts = _sums_at(at, flow.flatten(), logits.numel()).view_as(logits)
+        at = row * logits.shape[1] + x.long()
+        counts = sums_at(at, flow, logits.numel()).view_as(logits)
         total = counts.sum(1, keepdim=True)
         new = (counts + pseudocount / logits.shape[1]) / (total + pseudocount)
-        mixed = _mix(log_softmax(logits).exp(), new, step).log()
-        logits.copy_(torch.where(total > 0, mixed, logits))
+        mixed = _mix(log_softmax(logits.double()).exp(), new, step).log()
+        logits.copy_(torch.where(total > 0, mixed, logits.double()))
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,9 @@ class Binomial(_Finite):
 
     total: int
 
+    def __post_init__(self) -> None:
+        _require_count("Binomial: total", self.total)
+
     def num_values(self) -> int | None:
         return self.total + 1
 
@@ -174,7 +180,10 @@ class Binomial(_Finite):
         choose = (
             math.lgamma(self.total + 1) - torch.lgamma(k + 1) - torch.lgamma(self.total - k + 1)
         )
-        return choose + k * F.logsigmoid(logit) + (self.total - k) * F.logsigmoid(-logit)
+        # Where a success is certain or impossible, 0 failures or successes count 0, not 0 * -inf.
+        hits = torch.where(k > 0, k * F.logsigmoid(logit), 0)
+        misses = torch.where(k < self.total, (self.total - k) * F.logsigmoid(-logit), 0)
+        return choose + hits + misses
 
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
@@ -191,26 +200,37 @@ def _update_logit(
     pseudocount: float,
     trials: int,
 ) -> None:
-    hits = _per_row(logit, row, (flow * x).sum(0)) + pseudocount * trials / 2
-    count = _per_row(logit, row, flow.sum(0))
-    new = hits / ((count + pseudocount) * trials)
-    logit.copy_(torch.where(count > 0, _mix(torch.sigmoid(logit), new, step).logit(), logit))
+    """The logit is ``log p - log (1 - p)``, of which both are kept: neither rounds to 0 or 1."""
+    hits, misses = (_per_row(row, flow * t, len(logit)) for t in (x, trials - x))
+    seen = hits + misses > 0
+    hits, misses = (t + pseudocount * trials / 2 for t in (hits, misses))
+    old, count = logit.double(), hits + misses
+    p = _mix(old.sigmoid(), hits / count, step)
+    q = _mix((-old).sigmoid(), misses / count, step)
+    logit.copy_(torch.where(seen, p.log() - q.log(), old))
 
 
 @dataclass(frozen=True)
 class Gaussian(Leaf):
     """A real number; mean and log of the standard deviation, ``(R,)`` each.
 
-    ``min_std`` bounds what EM may shrink the deviation to.
+    ``min_std`` bounds what EM may shrink the deviation to. Pseudocounts do not touch it: no number
+    is impossible under a Gaussian.
     """
 
     min_std: float = 1e-3
+
+    def __post_init__(self) -> None:
+        positive = 0 < self.min_std < math.inf
+        require(positive, "Gaussian: min_std", "a positive number", self.min_std)
 
     def table(self, rows: int) -> Table:
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = (table[k][row].view(x.shape[1], -1) for k in ("mean", "log_std"))
+        mean, log_std = (  # embedding, because its backward adds in a fixed order
+            F.embedding(row, table[k][:, None]).view(x.shape[1], -1) for k in ("mean", "log_std")
+        )
         x = x[..., None]
         return -0.5 * (((x - mean) * (-log_std).exp()).square() + _LOG_TAU) - log_std
 
@@ -224,18 +244,18 @@ class Gaussian(Leaf):
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
-        mean, log_std = table["mean"], table["log_std"]
-        count = _per_row(mean, row, flow.sum(0))
-        seen, safe = count > 0, count.clamp(min=torch.finfo(mean.dtype).tiny)
-        new_mean = _per_row(mean, row, (flow * x).sum(0)) / safe
-        spread = (x - new_mean[row]).square()
-        new_variance = _per_row(mean, row, (flow * spread).sum(0)) / safe
-        moved = _mix(mean, new_mean, step)
-        # Second moments mix, not variances: a step of less than 1 stays an increase.
-        second = _mix((2 * log_std).exp() + mean**2, new_variance + new_mean**2, step)
-        variance = (second - moved**2).clamp(min=self.min_std**2)
-        log_std.copy_(torch.where(seen, 0.5 * variance.log(), log_std))
-        mean.copy_(torch.where(seen, moved, mean))
+        mean, log_std = table["mean"].double(), table["log_std"].double()
+        # All moments are taken about a mean nearby: squares of large means would cancel.
+        count = _per_row(row, flow, len(mean))
+        seen, safe = count > 0, torch.where(count > 0, count, 1)
+        new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
+        new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
+        # Mixed are the two distributions, not their variances: a step below 1 stays an increase.
+        between = step * (1 - step) * (mean - new_mean).square()
+        variance = _mix((2 * log_std).exp(), new_variance, step) + between
+        new_log_std = 0.5 * variance.clamp(min=self.min_std**2).log()
+        table["log_std"].copy_(torch.where(seen, new_log_std, log_std))
+        table["mean"].copy_(torch.where(seen, _mix(mean, new_mean, step), mean))
 
 
 @dataclass(frozen=True)
@@ -244,6 +264,11 @@ class Indicator(Leaf):
 
     values: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        known = all(isinstance(v, int) and v >= 0 for v in self.values)
+        require(known, "Indicator: values", "whole numbers from 0", self.values)
+        object.__setattr__(self, "values", tuple(self.values))
+
     def table(self, rows: int) -> Table:
         raise NotImplementedError  # circuits keep the values beside the structure
 
@@ -251,47 +276,3 @@ class Indicator(Leaf):
 @dataclass(frozen=True)
 class External(Leaf):
     """The caller gives the log-value of every unit, in the order of the leaf units."""
-
-
-FAMILIES: dict[str, type[Leaf]] = {
-    family.__name__.lower(): family
-    for family in (Categorical, Bernoulli, Binomial, Gaussian, Indicator, External)
-}
-
-
-def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """The family's name and fields."""
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(leaf).items()}
-    return {"family": type(leaf).__name__.lower(), **fields}
-
-
-def leaf_from_json(data: Any, where: str) -> Leaf:
-    """Parse an untrusted description.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    if not isinstance(data, dict) or data.get("family") not in list(FAMILIES):
-        raise ValueError(f"{where}: family: expected one of {[*FAMILIES]}, found {data!r:.100}")
-    family = FAMILIES[data["family"]]
-    names = family.__dataclass_fields__.keys()
-    if data.keys() - {"family"} != names:
-        raise ValueError(f"{where}: expected the fields {[*names]}, found {[*data]!r:.200}")
-    values: dict[str, Any] = {}
-    for name in names:
-        value = data[name]
-        if name == "values":
-            good = isinstance(value, list) and all(_is_count(v, 0) for v in value)
-            value = tuple(value) if good else value
-        elif name == "min_std":
-            good = type(value) in (int, float) and 0 < value < math.inf
-        else:
-            good = _is_count(value, 1)
-        if not good:
-            raise ValueError(f"{where}: {name}: not acceptable, found {value!r:.100}")
-        values[name] = value
-    return family(**values)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**31

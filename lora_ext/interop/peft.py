@@ -9,29 +9,29 @@ that our kernels do not cover, an adapter of a rarer variant for one, goes to PE
 from __future__ import annotations
 
 import contextlib
-import math
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel, dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.nn.assignment import Assignment
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
-from lora_ext.nn.rows import Rows
 from lora_ext.nn.switches import forward_of_the_rest, switched_off
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_BASE = "__base__"
+_LISTED = 8  # names of layers in a warning
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ def take_over(model: Model) -> Model:
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     _swap(model, {PeftLinear: FusedLinear, LoraModel: FusedLoraModel})
+    found = report(model)
+    if not found.taken:
+        warnings.warn(
+            "from_peft: model: expected layers that lora_ext can run, found none; PEFT runs "
+            f"{_by_reason(found.left)}",
+            stacklevel=3,  # the caller of lora_ext.from_peft
+        )
     return model
 
 
@@ -66,30 +73,52 @@ def to_peft(model: Model) -> Model:
 
 
 def _swap(model: nn.Module, classes: dict[type, type]) -> None:
+    never_called = _never_called(model)
     module: Any
     for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
+        if module not in never_called:
+            module.__class__ = classes.get(type(module), type(module))
+
+
+def _never_called(model: nn.Module) -> set[nn.Module]:
+    """Output projections of ``nn.MultiheadAttention``, which takes their weight instead."""
+    return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def report(model: nn.Module) -> Report:
     """Which LoRA layers of ``model`` lora_ext runs, and which PEFT still does."""
     taken: list[str] = []
     left: dict[str, str] = {}
+    never_called = _never_called(model)
     for name, module in model.named_modules():
-        if isinstance(module, FusedLinear):
+        if isinstance(module, LoraLayer) and module in never_called:
+            left[name] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif isinstance(module, FusedLinear):
             reasons = {_uncovered(module, adapter) for adapter in module.lora_A} - {None}
             if reasons:
                 left[name] = "; ".join(sorted(str(r) for r in reasons))
             else:
                 taken.append(name)
         elif isinstance(module, LoraLayer):
-            kind = f"{type(module).__module__}.{type(module).__name__}"
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
             left[name] = (
                 "from_peft has not seen it yet"
                 if type(module) is PeftLinear
                 else f"only peft.tuners.lora.layer.Linear is covered, found {kind}"
             )
     return Report(tuple(taken), left)
+
+
+def _by_reason(left: dict[str, str]) -> str:
+    """Each reason once, with the first few of its layers: a large model has hundreds."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{len(names)} of them ({reason}: {', '.join(names[:_LISTED])}"
+        f"{', ...' if len(names) > _LISTED else ''})"
+        for reason, names in layers.items()
+    )
 
 
 def _uncovered(module: Any, adapter: str) -> str | None:
@@ -102,6 +131,12 @@ def _uncovered(module: Any, adapter: str) -> str | None:
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if not (type(a) is type(b) is nn.Linear and is_plain(a) and is_plain(b) and a.bias is None):
         return f"adapter {adapter!r} has factors that are no plain Linear, or that are watched"
+    scaling = module.scaling[adapter]
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1 or scaling.requires_grad:
+            return f"adapter {adapter!r} has a scaling of several values, or one that is learned"
+    elif not isinstance(scaling, int | float):
+        return f"adapter {adapter!r} has a {type(scaling).__name__} for a scaling"
     dropout = module.lora_dropout[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout):
         return f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or a watched one"
@@ -114,44 +149,18 @@ def _uncovered(module: Any, adapter: str) -> str | None:
 # Rows
 
 
-class Names:
-    """One adapter name per sequence, as ids per row; kept for the layers that see the batch."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = tuple(names)
-        self.unique = tuple(dict.fromkeys(n for n in self.names if n != _BASE))
-        self._rows: dict[tuple[tuple[str, ...], torch.Size, torch.device], Rows] = {}
-
-    def check(self, leading: torch.Size) -> None:
-        """There is a name for each sequence."""
-        if len(leading) == 0 or leading[0] != len(self.names):
-            found = leading[0] if leading else 0
-            raise ValueError(
-                f"adapter_names: expected one name for each of the {found} sequences, found "
-                f"{len(self.names)} (length should be the same as the number of inputs)"
-            )
-
-    def rows(self, present: tuple[str, ...], leading: torch.Size, device: torch.device) -> Rows:
-        """Of activations ``(*leading, I)``: where each row's adapter stands in ``present``."""
-        key = present, leading, device
-        found = self._rows.get(key)
-        if found is None:
-            position = {name: i for i, name in enumerate(present)}
-            per_name = [position.get(name, -1) for name in self.names]
-            with torch.inference_mode(False), torch.no_grad():
-                ids = torch.tensor(per_name, dtype=torch.int32)
-                ids = ids.repeat_interleave(math.prod(leading[1:])).to(device)  # (T,)
-                plan = ops.lora_plan(ids, len(present))
-            found = self._rows[key] = Rows(tuple(range(len(present))), ids, plan)
-        return found
+def _fit(names: Assignment, leading: torch.Size) -> bool:
+    """Whether there is one name for each sequence."""
+    return len(leading) > 0 and leading[0] == len(names.places)
 
 
 # A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
-_last: ContextVar[Names | None] = ContextVar("lora_ext.peft_names", default=None)
+_last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
+_last = ContextVar("lora_ext.peft_names", default=None)
 # What the forward was given: for checkpoints, which hand it on to their recomputation.
-_current: ContextVar[Names | None] = ContextVar("lora_ext.peft_current", default=None)
+_current: ContextVar[Assignment | None] = ContextVar("lora_ext.peft_current", default=None)
 # What a checkpointed block was given in the forward, while it is recomputed in the backward.
-_recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", default=None)
+_recomputed: ContextVar[Assignment | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
 
 # Layers whose last forward had names that no checkpoint of ours keeps: recomputed without any, they
@@ -159,12 +168,12 @@ _recomputed: ContextVar[Names | None] = ContextVar("lora_ext.peft_recomputed", d
 _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _names(names: Sequence[str]) -> Names:
-    last = _last.get()
-    if last is None or last.names != tuple(names):
-        last = Names(names)
+def _names(names: Sequence[str]) -> Assignment:
+    given, last = tuple(names), _last.get()
+    if last is None or last[0] != given:
+        last = given, Assignment.of_entries(given, (len(given),))
         _last.set(last)
-    return last
+    return last[1]
 
 
 class FusedLinear(PeftLinear):
@@ -185,31 +194,34 @@ class FusedLinear(PeftLinear):
         rows = self._rows_of(names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
             return self._forward_of_peft(x, *args, **kwargs)
-        wanted, off = rows.unique if rows is not None else self.active_adapters, switched_off(self)
+        wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
         present = tuple(name for name in wanted if name in self.lora_A and name not in off)
-        if any(_uncovered(self, name) is not None for name in present):
+        fits = rows is None or _fit(rows, x.shape[:-1])  # PEFT raises where they do not
+        if not fits or any(_uncovered(self, name) is not None for name in present):
             if rows is not None:
-                kwargs["adapter_names"] = list(rows.names)
+                kwargs["adapter_names"] = rows.spelled()
             return self._forward_of_peft(x, *args, **kwargs)
-        if rows is not None:
-            rows.check(x.shape[:-1])
         if not present:
             return self.base_layer(x)
-        of_rows = None if rows is None else rows.rows(present, x.shape[:-1], x.device)
+        of_rows = None if rows is None else rows.among(present, x.shape[:-1], x.device)
         factors = [self._factors(name) for name in present]
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         dense = dense_parameters(self.base_layer)
         assert dense is not None  # by _uncovered
         magnitudes = [self._magnitude(name) for name in present]
-        return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows)
+        norms = [
+            None if m is None else self._norm(name, dense[0], f)
+            for name, f, m in zip(present, factors, magnitudes, strict=True)
+        ]
+        return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows, norms)
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return forward_of_the_rest(PeftLinear.forward, self, x, *args, **kwargs)
 
-    def _rows_of(self, names: Sequence[str] | None) -> Names | None:
+    def _rows_of(self, names: Sequence[str] | None) -> Assignment | None:
         if torch.compiler.is_compiling():
-            return None if names is None else Names(names)
+            return None if names is None else Assignment.of_entries(names, (len(names),))
         if names is not None:
             if self.training and _recomputed.get() is None:
                 _named.add(self)
@@ -236,6 +248,16 @@ class FusedLinear(PeftLinear):
         found: Any = self.lora_magnitude_vector
         return found[name].weight if name in self.lora_variant else None
 
+    def _norm(self, name: str, weight: Tensor, factors: LoraFactors) -> Tensor:
+        layer: Any = self.lora_magnitude_vector
+        return _cached_norm(layer[name], weight, factors, adapter_name=name)
+
+
+@dora.cache_decorator("weight-norm")
+def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
+    """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
+    return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)
+
 
 # -------------------------------------------------------------------------------------------------
 # adapter_names in training
@@ -257,6 +279,7 @@ class FusedLoraModel(LoraModel):
         token = None
         try:
             if names is not None and training:
+                _warn_of_frozen(self.model, _names(names))
                 _let_checkpoints_keep_names(self.model)
                 token = _current.set(_names(names))
             yield
@@ -265,6 +288,38 @@ class FusedLoraModel(LoraModel):
                 _current.reset(token)
             # Never with the exception: PEFT would then leave its hooks on the layers.
             hooks.__exit__(None, None, None)
+
+
+# ``repr``, ``get_layer_status``, ``get_model_status`` and model cards show these names, as PEFT has
+# them. Pickle finds the classes by their qualified names, which stay.
+FusedLinear.__name__ = PeftLinear.__name__
+FusedLoraModel.__name__ = LoraModel.__name__
+
+
+def _warn_of_frozen(model: nn.Module, names: Assignment) -> None:
+    """PEFT trains the active adapter only, until it is told otherwise."""
+    frozen = set(names.names) if torch.is_grad_enabled() else set()
+    for layer in model.modules():
+        if not frozen:
+            return
+        if isinstance(layer, LoraLayer):
+            frozen -= {name for name in frozen if _trains(layer, name)}
+    if frozen:
+        found = ", ".join(repr(name) for name in sorted(frozen))
+        warnings.warn(
+            f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
+            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
+            stacklevel=1,
+        )
+
+
+def _trains(layer: Any, name: str) -> bool:
+    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
+    return any(p.requires_grad for f in factors if name in f for p in _parameters(f[name]))
+
+
+def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
+    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
 
 
 class _KeepsNames:
@@ -310,4 +365,4 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a layer of PEFT's own the names that a recomputation has no hook for."""
     names = None if torch.compiler.is_compiling() else _recomputed.get()
-    return args, kwargs if names is None else {**kwargs, "adapter_names": list(names.names)}
+    return args, kwargs if names is None else {**kwargs, "adapter_names": names.spelled()}

@@ -12,7 +12,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, context
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
+from lora_ext.nn.assignment import Names
+from lora_ext.nn.attachment import attachments, pool_handle
+from lora_ext.nn.context import adapters
+from lora_ext.nn.generation import generation_scope, repeat_rows
 from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
@@ -32,7 +36,7 @@ class _Attachment:
     hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
 
     def __post_init__(self) -> None:
-        context.attachments.add(self)
+        attachments.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
         return _Attachment(self.pool, copy.deepcopy(self.swap, memo), list(self.hooked))
@@ -111,7 +115,7 @@ def detach(model: Model) -> Model:
             if method == "forward" and _OWN_FORWARD in module.__dict__:
                 module.__dict__[method] = module.__dict__.pop(_OWN_FORWARD)
     del model.__dict__[_KEY]
-    context.attachments.discard(attachment)
+    attachments.discard(attachment)
     return model
 
 
@@ -128,11 +132,11 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
-    def forward(self: Any, *args: Any, adapter_names: context.Names = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
         if adapter_names is None:
             return run(*args, **kwargs)
-        with context.adapters(adapter_names, pool=pool):
+        with adapters(adapter_names, pool=pool):
             return run(*args, **kwargs)
 
     return forward
@@ -141,20 +145,20 @@ def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
 def _hooks(pool: AdapterPool) -> dict[str, Any]:
     """Methods that an attached model overrides. They find their model through ``self``, in a copy
     too."""
-    handle = context.pool_handle(pool)
+    handle = pool_handle(pool)
 
-    def generate(self: Any, *args: Any, adapter_names: context.Names = None, **kwargs: Any) -> Any:
+    def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(context.adapters(adapter_names, pool=pool))
-            stack.enter_context(context.generation_scope())
+                stack.enter_context(adapters(adapter_names, pool=pool))
+            stack.enter_context(generation_scope())
             return type(self).generate(self, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self: Any, expand_size: int = 1, *args: Any, **kwargs: Any
     ) -> Any:
         expanded = type(self)._expand_inputs_for_generation(self, expand_size, *args, **kwargs)
-        context.repeat_rows(handle, expand_size)
+        repeat_rows(handle, expand_size)
         return expanded
 
     return {h.__name__: h for h in (generate, _expand_inputs_for_generation)}

@@ -1,9 +1,10 @@
 """Modules over the ops."""
 
 from .adapted import adapted_layers, adapter_parameters, adapters_of
+from .attachment import UnknownAdapterError
 from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
-from .context import UnknownAdapterError, adapters
+from .context import adapters
 from .init import init_lora_
 from .labels import IGNORE, shift_labels
 from .layer_names import layer_names

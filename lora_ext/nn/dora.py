@@ -45,6 +45,7 @@ def dora_forward(
     adapters: Sequence[LoraFactors],
     magnitudes: Sequence[Tensor | None],
     rows: Rows | None = None,
+    norms: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """:func:`lora_forward` where some adapters have a magnitude.
 
@@ -55,9 +56,16 @@ def dora_forward(
         adapters: as :func:`lora_forward`.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.
+        norms: ``(O,)`` for each adapter with a magnitude, where they are known already: those of
+            :func:`lora_ext.ops.lora_dora_norm`. They are computed otherwise.
+
+    Returns:
+        ``(..., O)``. Where ``b`` is zero and the magnitudes are the norms of the base weight, as
+        in a fresh adapter, that is ``base(x)`` to the bit.
     """
+    norms = [None] * len(adapters) if norms is None else norms
     if rows is None:
-        return _in_order(x, base, dense, adapters, magnitudes)
+        return _in_order(x, base, dense, adapters, magnitudes, norms)
     # The rows of the plain adapters in one go, those of each DoRA adapter on their own.
     plain = [i for i in rows.used if magnitudes[i] is None]
     plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
@@ -66,7 +74,7 @@ def dora_forward(
     for slot, i in enumerate(rows.used):
         if i not in plain:
             own = (rows.ids == slot).nonzero()[:, 0]
-            part = _in_order(x2d[own], base, dense, [adapters[i]], [magnitudes[i]])
+            part = _in_order(x2d[own], base, dense, [adapters[i]], [magnitudes[i]], [norms[i]])
             y2d = y2d.index_copy(0, own, part.to(y2d.dtype))
     return y2d.view(y.shape)
 
@@ -77,6 +85,7 @@ def _in_order(
     dense: DenseParameters,
     adapters: Sequence[LoraFactors],
     magnitudes: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
 ) -> Tensor:
     weight, bias = dense
     first, magnitude = adapters[0], magnitudes[0]
@@ -87,16 +96,18 @@ def _in_order(
         and first.p == 0
         and fuses(x, plain_base, first)
     ):
-        y = fused_forward(x, (weight, None), first)
-        scaled = y * _scale(weight, first, magnitude)
-        return (scaled if bias is None else scaled + bias).to(y.dtype)
+        y = fused_forward(x, dense, first)
+        scale = _scale(weight, first, magnitude, norms[0])
+        scaled = y * scale
+        # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
+        return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
     y = base(x)
     dtype = y.dtype
-    for f, magnitude in zip(adapters, magnitudes, strict=True):
+    for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
         if magnitude is None:
             y = y + lora_update(x, [f])
             continue
-        scale = _scale(weight, f, magnitude)
+        scale = _scale(weight, f, magnitude, norm)
         if f.p == 0:
             inner = y if bias is None else y - bias
             update = lora_update(x, [f])
@@ -108,8 +119,10 @@ def _in_order(
     return y.to(dtype)
 
 
-def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor) -> Tensor:
-    return magnitude / ops.lora_dora_norm(weight, f.a, f.b, f.scaling).to(magnitude.dtype)
+def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
+    if norm is None:
+        norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
+    return magnitude / norm.to(magnitude.dtype)
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:

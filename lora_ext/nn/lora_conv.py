@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import Names
+from .assignment import Names
 from .dora import dora_forward
 from .lora_forward import DenseParameters, LoraFactors, is_plain, lora_forward
 from .lora_layer import LoraLayer

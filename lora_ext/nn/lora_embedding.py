@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from .context import Names
+from .assignment import Names
 from .lora_layer import LoraLayer
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lora_ext import ops
 
 from . import context
-from .context import Names
+from .assignment import Assignment, Names
 from .dora import Magnitude
 from .init import FREE, decompose, init_lora_, known_scheme
-from .layer_names import LayerNames, layer_names, rows_by_name, rows_in_block, traced_rows
+from .layer_names import LayerNames, layer_names
 from .merging import Merging
 from .rows import Rows, rows_of
+from .traced import layer_rows
 
 
 class LoraLayer(Merging):
@@ -289,7 +290,7 @@ class LoraLayer(Merging):
     ) -> Rows | None:
         block = None
         if adapter_ids is None and not torch.compiler.is_compiling():
-            block = layer_names.block_of(self)
+            block = context.current(layer_names.handle)
             if block is None:
                 return None
         names = self.adapter_names
@@ -298,14 +299,15 @@ class LoraLayer(Merging):
             return rows_of(adapter_ids, len(names), leading, enabled)
         reachable = tuple(n if self.adapter_active[n] else "" for n in names)  # "" is no name
         if adapter_ids is not None:
-            self._check_known([n for n in _flat(adapter_ids) if n not in (None, "__base__")])
-            return rows_by_name(adapter_ids, reachable, leading, device)
+            assignment = Assignment.of(adapter_ids)
+            self._check_known(assignment.names)
+            return assignment.among(reachable, leading, device)
         if block is not None:
-            return rows_in_block(block, reachable, leading, device, self._of_tokens)
+            return block.rows_among(reachable, leading, device, self._of_tokens)
         if not context.any_block:
             return None
         default = self._default_position()
-        return traced_rows(reachable, default, leading, device, self._of_tokens)
+        return layer_rows(reachable, default, leading, device, self._of_tokens)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self.adapter_active[n]]
@@ -417,10 +419,6 @@ class LoraLayer(Merging):
         if self.use_dora[name]:
             found.append(self._magnitude(name))
         return found
-
-
-def _flat(names: Names) -> list[str | None]:
-    return context.parse(names)[0]
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

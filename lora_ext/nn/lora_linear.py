@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .context import Names
+from .assignment import Names
 from .dora import dora_forward
 from .lora_forward import LoraFactors, lora_forward, readable_weight
 from .lora_layer import LoraLayer

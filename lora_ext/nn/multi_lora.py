@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from .context import Pool, current, traced_rows
+from .attachment import Pool
+from .context import current
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_layer import PoolLayer
+from .traced import pool_rows
 
 
 class MultiLoraLinear(PoolLayer):
@@ -40,20 +42,21 @@ class MultiLoraLinear(PoolLayer):
             return y
         leading, rescale = x.shape[:-1], None
         if torch.compiler.is_compiling():
-            ids, plan = traced_rows(self.handle, leading, x.device, self.pool.max_slots)
+            slots = self.pool.max_slots
+            rows = pool_rows(self.handle, leading, x.device, slots, self.tokens_first)
             if slab.magnitude is not None:
-                rescale = self.dora.traced_rescale(self.handle, leading, x.device)
+                rescale = self.dora.traced_rescale(self, leading, x.device)
         else:
-            active = current(self.handle)
-            if active is None:
+            block = current(self.handle)
+            if block is None:
                 return y
-            ids, plan = active.rows(leading, x.device)
-            if ids is None or plan is None:  # all rows belong to the base model
+            rows = self.rows_in(block, leading, x.device)
+            if not rows.used:  # all rows belong to the base model
                 return y
             if slab.dora:
-                rescale = self.dora.rescale(active, leading, x.device)
+                rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
         try:
-            return _add_adapters(y, x, slab, ids, plan, rescale)
+            return _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
         except ValueError as error:
             raise ValueError(
                 f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that "

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lora_ext import ops
 
-from .context import current, traced_rows
+from .context import current
 from .pool_layer import PoolLayer
+from .traced import pool_rows
 
 
 class MultiLoraEmbedding(PoolLayer):
@@ -32,15 +33,15 @@ class MultiLoraEmbedding(PoolLayer):
             return y
         if torch.compiler.is_compiling():
             slots = self.pool.max_slots
-            ids, plan = traced_rows(self.handle, x.shape, x.device, slots, of_tokens=True)
+            rows = pool_rows(self.handle, x.shape, x.device, slots, self.tokens_first, True)
         else:
-            active = current(self.handle)
-            if active is None:
+            block = current(self.handle)
+            if block is None:
                 return y
-            ids, plan = active.rows(x.shape, x.device, of_tokens=True)
-            if ids is None or plan is None:  # all rows belong to the base model
+            rows = self.rows_in(block, x.shape, x.device, of_tokens=True)
+            if not rows.used:  # all rows belong to the base model
                 return y
-        return _add_adapters(y, x.reshape(-1), slab, ids, plan)
+        return _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
 
 
 def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:

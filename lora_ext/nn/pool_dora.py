@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from .context import Active, current
+from .context import Block, current
 from .lora_forward import readable_weight
+from .pool_layer import PoolLayer
 
 _READABLE = (
     torch.float16,
@@ -76,16 +77,28 @@ class DoraFactors:
         self._known: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
         _by_number[self.number] = self
 
-    def rescale(self, active: Active, leading: torch.Size, device: torch.device) -> Rescale | None:
+    def rescale(
+        self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> Rescale | None:
         """What :func:`rescaled` does to activations ``(*leading, O)``; None: no row needs it."""
-        slots, rows, which = active.rows_of(self.slab.dora.keys(), leading, device)
+        slots, rows, which = block.rows_of_slots(
+            self.slab.dora.keys(), leading, device, tokens_first
+        )
         return Rescale(rows, self.table(slots)[which], self.bias) if slots else None
 
-    def traced_rescale(self, handle: int, leading: Sequence[int], device: torch.device) -> Rescale:
+    def traced_rescale(
+        self, layer: PoolLayer, leading: Sequence[int], device: torch.device
+    ) -> Rescale:
         """:meth:`rescale` for a graph: the rows of whatever block the graph will run in."""
         slab = self.slab
         c = torch.ops.lora_ext.active_dora_factors(
-            handle, self.number, leading, slab.out_features, slab.magnitude.dtype, device
+            layer.handle,
+            self.number,
+            leading,
+            slab.out_features,
+            slab.magnitude.dtype,
+            device,
+            layer.tokens_first,
         )
         return Rescale(None, c, self.bias)
 
@@ -139,7 +152,7 @@ class DoraFactors:
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
     "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
-    "ScalarType dtype, Device device) -> Tensor",
+    "ScalarType dtype, Device device, bool tokens_first) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
@@ -151,11 +164,13 @@ def _active_dora_factors(
     features: int,
     dtype: torch.dtype,
     device: torch.device,
+    tokens_first: bool,
 ) -> Tensor:
     c = torch.ones(math.prod(leading), features, dtype=dtype, device=device)
-    active, factors = current(handle), _by_number[layer]
-    if active is not None:
-        slots, rows, which = active.rows_of(factors.slab.dora.keys(), torch.Size(leading), device)
+    block, factors = current(handle), _by_number[layer]
+    if block is not None:
+        dora, shape = factors.slab.dora.keys(), torch.Size(leading)
+        slots, rows, which = block.rows_of_slots(dora, shape, device, tokens_first)
         if slots:
             c.index_copy_(0, rows, factors.table(slots)[which])
     return c
@@ -172,5 +187,6 @@ def _fake_active_dora_factors(
     features: int,
     dtype: torch.dtype,
     device: torch.device,
+    tokens_first: bool,
 ) -> Tensor:
     return torch.empty(math.prod(leading), features, dtype=dtype, device=device)

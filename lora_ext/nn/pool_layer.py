@@ -5,13 +5,22 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from .context import Pool, pool_handle
+from .assignment import TokensFirstError
+from .attachment import Pool, pool_handle
+from .rows import Rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .context import Block
+
+_REMEDY = (
+    "where that module sees other rows than the model's sequences or tokens, leave it out with "
+    "AdapterPool(targets=...), or give token_ids of the shape that it sees"
+)
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
@@ -25,6 +34,10 @@ class PoolLayer(nn.Module):
     """
 
     base: nn.Module
+
+    #: Whether the first dimension of the input counts tokens, the second sequences (XLNet). Learned
+    #: from a batch where their numbers differ.
+    tokens_first = False
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__()
@@ -47,6 +60,18 @@ class PoolLayer(nn.Module):
         self.name = name
         self.slab = slab
         self.handle = pool_handle(pool)
+
+    def rows_in(
+        self, block: Block, leading: torch.Size, device: torch.device, of_tokens: bool = False
+    ) -> Rows:
+        """Rows of this layer's input in a block."""
+        try:
+            return block.rows(leading, device, self.tokens_first, of_tokens)
+        except TokensFirstError:
+            self.tokens_first = True
+            return block.rows(leading, device, True, of_tokens)
+        except ValueError as error:
+            raise ValueError(f"{error} at {self.name!r}; {_REMEDY}") from error
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``, for ``base`` as well."""

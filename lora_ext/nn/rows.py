@@ -20,10 +20,14 @@ _KEPT = 64  # a training step has a few row counts; generation without a cache h
 
 
 class Rows(NamedTuple):
-    """Rows grouped by adapter; the adapters without rows are left out."""
+    """Which adapter has each row, and the rows grouped by adapter.
 
-    used: tuple[int, ...]  # positions, rising, of the adapters that have rows
-    ids: Tensor  # (T,) int32, each in [-1, len(used))
+    A layer with adapters of its own leaves out those without rows; a pool's layer knows its
+    adapters by their slots, so there all slots are used as soon as one row has an adapter.
+    """
+
+    used: tuple[int, ...]  # positions, rising, of the adapters that ids count
+    ids: Tensor  # (T,) int32, each a place in used, or -1: a row of the base
     plan: Tensor  # ops.lora_plan of ids
 
 
@@ -31,59 +35,92 @@ def subset(rows: Rows, slots: Sequence[int]) -> Rows:
     """The rows of some of the used adapters, given by their places among these; the rows of the
     others are rows of the base."""
     place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
-    ids = constant([*place, -1], torch.int32, rows.ids.device)[rows.ids.long()]  # last serves -1
+    ids = constant([*place, -1], torch.int32, rows.ids.device)[rows.ids.long()]  # -1 finds the last
     return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
 
 
-_kept: OrderedDict[Hashable, Any] = OrderedDict()
+def capturing(device: torch.device) -> bool:
+    """Whether work for this device goes into a CUDA graph instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def keep(key: tuple[Hashable, ...], device: torch.device, make: Callable[[], Any]) -> Any:
-    """``make()``, or what it returned last time for this key; of ordinary, finished tensors.
+class Kept:
+    """Finished tensors by key, device and stream; beyond ``most`` of them the oldest goes.
 
-    Nothing is kept while a graph is traced or captured: there, ``make`` is part of the graph.
+    Nothing is kept, nor found, while a graph is traced or captured: there, what is asked for is
+    part of the graph. A second stream computes its own, as it would have to wait for the kernels
+    that fill the first one's.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return make()
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return make()  # a captured graph owns what it reads; eviction must not free it
-        # Another stream would have to wait for the kernels that fill the tensors.
-        stream = torch.cuda.current_stream(device).cuda_stream
-    key = (*key, device, stream)
-    found = _kept.get(key)
-    if found is None:
-        # Not inference tensors: a later call may need them in its backward.
-        with torch.inference_mode(False), torch.no_grad():
-            found = make()
-        _kept[key] = found
-        if len(_kept) > _KEPT:
-            _kept.popitem(last=False)
-    return found
+
+    def __init__(self, most: int):
+        self._most = most
+        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._found)
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
+        """``make(*args)``, or what that returned last time for this key; of ordinary tensors."""
+        if torch._C._len_torch_dispatch_stack():
+            return make(*args)
+        stream = 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return make(*args)  # the graph owns what it reads; eviction must not free it
+            stream = torch.cuda.current_stream(device).cuda_stream
+        where = (key, device, stream)
+        found = self._found.get(where)
+        if found is None:
+            # Not inference tensors: a later call may need them in its backward.
+            with torch.inference_mode(False), torch.no_grad():
+                found = make(*args)
+            self._found[where] = found
+            if len(self._found) > self._most:
+                self._found.popitem(last=False)
+        return found
+
+
+_constants = Kept(_KEPT)
+
+
+def keep(key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
+    """:meth:`Kept.get` of what all layers of the process share."""
+    if torch.compiler.is_compiling():
+        return make(*args)
+    return _constants.get(key, device, make, *args)
 
 
 def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Ids and plan of rows that all belong to adapter 0. On the CPU the ids are one number,
     expanded, and need no plan: a backward keeps 4 bytes of them."""
 
-    def make() -> tuple[Tensor, Tensor | None]:
-        if device.type == "cpu":
-            return torch.zeros(1, dtype=torch.int32).expand(num_rows), None
-        ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        return ids, ops.lora_plan(ids, 1)
+    return keep(("all_rows", num_rows), device, _all_rows, num_rows, device)
 
-    return keep(("all_rows", num_rows), device, make)
+
+def _all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    if device.type == "cpu":
+        return torch.zeros(1, dtype=torch.int32).expand(num_rows), None
+    ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
+    return ids, ops.lora_plan(ids, 1)
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(len(values),)`` on the device, without a copy from the host where a graph is captured."""
 
-    def make() -> Tensor:
-        parts = [torch.full((1,), v, dtype=dtype, device=device) for v in values]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return keep((dtype, *values), device, repeated, values, 1, dtype, device)
 
-    return keep((dtype, *values), device, make)
+
+def repeated(
+    values: Sequence[float], times: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``times`` of each value, filled on the device: a copy from the host fails in a capture."""
+    runs: list[tuple[float, int]] = []
+    for value in values:
+        same = bool(runs) and runs[-1][0] == value
+        runs[-1:] = [(value, runs[-1][1] + times)] if same else [*runs[-1:], (value, times)]
+    parts = [torch.full((count,), value, dtype=dtype, device=device) for value, count in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def scales(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
@@ -128,27 +165,24 @@ def rows_of(
         ids = _one_per_row(adapter_ids, leading)
         if enabled is not None and not all(enabled):
             place = [i if on else -1 for i, on in enumerate(enabled)]
-            ids = constant([*place, -1], torch.int32, ids.device)[ids.long()]  # the last serves -1
+            ids = constant([*place, -1], torch.int32, ids.device)[ids.long()]  # -1 finds the last
         if torch.compiler.is_compiling():
             ids = ids.int()
             return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
-        return group(ids, num_adapters, ids.device)
+        return group(ids, num_adapters)
 
-    on_host = adapter_ids.device.type == "cpu"
+    device = adapter_ids.device
+    on_host = device.type == "cpu"
     if torch.compiler.is_compiling() or (adapter_ids.is_inference() and not on_host):
         return make()  # an inference tensor has no version: a change in place would go unseen
-    seen, known = _by_ids.get(adapter_ids, (None, {}))
+    seen, known = _by_ids.get(adapter_ids, (None, None))
     # On the host the ids themselves are compared: numpy and `.data` change them and no version.
-    if seen is None or not (
+    if known is None or not (
         torch.equal(seen, adapter_ids) if on_host else seen == adapter_ids._version
     ):
-        known = {}
+        known = Kept(_KEPT)
         _by_ids[adapter_ids] = (adapter_ids.clone() if on_host else adapter_ids._version, known)
-    key = (num_adapters, leading, enabled)
-    if key not in known:
-        with torch.inference_mode(False), torch.no_grad():
-            known[key] = make()
-    return known[key]
+    return known.get((num_adapters, leading, enabled), device, make)
 
 
 def _one_per_row(ids: Tensor, leading: torch.Size | None) -> Tensor:
@@ -165,8 +199,8 @@ def _one_per_row(ids: Tensor, leading: torch.Size | None) -> Tensor:
     raise ValueError(f"adapter_ids: expected {expected}, found shape {tuple(ids.shape)}")
 
 
-def group(adapter_ids: Tensor, num_adapters: int, device: torch.device) -> Rows:
-    """Rows of ids ``(T,)`` that may lie on the host, where asking costs no wait."""
+def group(adapter_ids: Tensor, num_adapters: int) -> Rows:
+    """Rows of ids ``(T,)``; on a device this waits for the ids."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
         raise ValueError(
@@ -175,8 +209,6 @@ def group(adapter_ids: Tensor, num_adapters: int, device: torch.device) -> Rows:
     used = tuple(i for i in found if i >= 0)
     ids = adapter_ids.int()
     if used != tuple(range(len(used))):
-        place = torch.full((num_adapters + 1,), -1, dtype=torch.int32)  # the last serves -1
-        place[list(used)] = torch.arange(len(used), dtype=torch.int32)
-        ids = place.to(ids.device)[adapter_ids.long()]
-    ids = ids.to(device)
+        place = [used.index(i) if i in used else -1 for i in range(num_adapters)]
+        ids = constant([*place, -1], torch.int32, ids.device)[adapter_ids.long()]
     return Rows(used, ids, ops.lora_plan(ids, len(used)))

@@ -125,7 +125,8 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>`` per row, by torch's GEMM. Where the
     adapter all but cancels a row, the difference keeps an absolute error of a few roundings of
     ``|w|^2``: a norm of 1e-2 ``|w|`` is exact to 2e-3 of itself in float32, one of 1e-4 ``|w|`` is
-    noise.
+    noise. A row of zeros in ``b`` gives the bits of ``torch.linalg.vector_norm``, with which PEFT's
+    magnitudes begin.
 
     Args:
         weight: ``(O, I)`` floating.
@@ -145,7 +146,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     dtype = _accumulator(weight)
     with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        square = wide.square().sum(1)
+        square = torch.linalg.vector_norm(wide, dim=1).square_()  # whose root gives it back
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()

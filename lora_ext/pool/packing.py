@@ -8,13 +8,8 @@ import torch
 
 from lora_ext.adapter.config import AdapterConfig
 from lora_ext.adapter.model_index import LinearSpec, ModelIndex
-from lora_ext.adapter.peft_files import (
-    MAGNITUDE,
-    AdapterSource,
-    Factors,
-    NonFiniteError,
-    read_adapter,
-)
+from lora_ext.adapter.peft_files import AdapterSource, Factors, NonFiniteError, read_adapter
+from lora_ext.adapter.peft_keys import MAGNITUDE
 
 from .pages import PackedModule, pack
 
@@ -41,7 +36,7 @@ def read_packed(
 
 
 def _packed(spec: LinearSpec, factors: Factors) -> PackedModule:
-    a, b, scaling, bias, magnitude = factors
+    a, b, scaling, bias, magnitude, _ = factors
     packed = pack(a, b, bias, scaling, spec.dtype, spec.device.type == "cuda", magnitude)
     parts = {"a": packed.a, "b": packed.b, "B.bias": packed.bias, MAGNITUDE: packed.magnitude}
     for role, values in parts.items():

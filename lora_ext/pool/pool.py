@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_ext.adapter.model_index import MAX_RANK, ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
-from lora_ext.nn.context import UnknownAdapterError
+from lora_ext.nn.attachment import UnknownAdapterError
 
 from .packing import PackedAdapter, read_packed
 from .pages import page_count
@@ -32,6 +32,15 @@ class Lease(list[int]):
         super().__init__()
         self.pool = pool
         self.released = False
+        self.residents: list[Resident] = []  # what is pinned
+
+    def renew(self) -> None:
+        """Pin the same again after the release: a backward may compute layers once more.
+
+        Raises:
+            RuntimeError: one of the adapters was unloaded, updated or evicted since.
+        """
+        self.pool.renew(self)
 
     def __enter__(self) -> Lease:
         return self
@@ -237,7 +246,24 @@ class AdapterPool:
                 resident.pins += 1
                 by_name.move_to_end(name)
                 lease.append(resident.slot)
+                lease.residents.append(resident)
         return lease
+
+    def renew(self, lease: Lease) -> None:
+        """:meth:`Lease.renew`; a lease that is not released stays as it is."""
+        with self._lock:
+            if not lease.released:
+                return
+            for resident in lease.residents:
+                if self._store.residents[resident.slot] is not resident:
+                    raise RuntimeError(
+                        f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
+                        "after the block of a forward that the backward computes again; keep the "
+                        "block open until after backward()"
+                    )
+            for resident in lease.residents:
+                resident.pins += 1
+            lease.released = False
 
     def release(self, slots: Iterable[int]) -> None:
         """Undo one :meth:`acquire`: its lease, or any slots out of leases, one pin per entry."""

@@ -352,9 +352,10 @@ def spec_verify(
     """Accept a prefix of a draft so that the output follows the verifier's law exactly.
 
     Position k is accepted while ``u_k < p_k(x_k) / q(x_k | x_<k)``; never where ``q`` is 0, since
-    the circuit cannot have drawn the token. At the first one rejected the next token is drawn from ``max(0, p - q)``, normalised (from ``p``, if rounding leaves nothing
-    positive); after the last from the verifier's next distribution. With temperature 0: accepted
-    while the draft is the verifier's argmax, then that argmax; no uniform is used.
+    the circuit cannot have drawn the token. At the first one rejected the next token is drawn from
+    ``max(0, p - q)``, normalised (from ``p``, if rounding leaves nothing positive); after the last
+    from the verifier's next distribution. With temperature 0: accepted while the draft is the
+    verifier's argmax, then that argmax; no uniform is used.
 
     Args:
         target: ``(B, K + 1, V)`` logits of the verifier; ``target[:, k]`` is for position k.

@@ -12,6 +12,7 @@ from lora_ext.circuits import (
     Binomial,
     Categorical,
     Circuit,
+    Gaussian,
     Indicator,
     Input,
     Leaf,
@@ -34,6 +35,17 @@ def circuit_of(graph: RegionGraph, seed: int = 0, **options) -> Circuit:
     """A circuit of reproducible random parameters in float64."""
     torch.manual_seed(seed)
     return Circuit(graph, **options).double()
+
+
+def mixed() -> RegionGraph:
+    """A mixture over one variable of each kind."""
+    families = {"g": Gaussian(), "k": Binomial(3), "c": Categorical(4)}
+    inputs = {k: Input([v], leaf, 2) for v, (k, leaf) in enumerate(families.items())}
+    return RegionGraph.from_edges(inputs, [("s", list(families))])
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def num_values(circuit: Circuit) -> list[int]:

@@ -32,12 +32,16 @@ def parts(path):
     ("change", "message"),
     [
         (lambda t, d: t.pop("weights"), "expected .*weights"),
-        (lambda t, d: t.update(weights=torch.zeros(3)), "expected .*weights"),
-        (lambda t, d: t.update(weights=t["weights"].half()), "in float32 or float64"),
+        (lambda t, d: t.update(weights=torch.zeros(4)), "expected .*weights"),
+        (lambda t, d: t.update(weights=torch.zeros(3)), "float32 or in float64"),
+        (
+            lambda t, d: t.update(weights=t["weights"].half()),
+            "float32 or in float64",
+        ),
         (lambda t, d: t.update(more=torch.zeros(3)), "found .*more"),
         (lambda t, d: d.update(norm="exp"), "norm: expected logits or none"),
         (lambda t, d: d.pop("norm"), "expected a circuit"),
-        (lambda t, d: d["graph"].update(regions=[]), "a circuit needs a region"),
+        (lambda t, d: d["graph"].update(regions=[]), "regions: expected at least one, found none"),
         (lambda t, d: d["graph"]["regions"][0].update(units=-1), "units: expected a positive"),
         (lambda t, d: d["graph"]["regions"][0].update(units=2**30), "units, found"),
         (lambda t, d: d["graph"]["regions"][0].update(units=True), "units: expected a positive"),
@@ -47,11 +51,11 @@ def parts(path):
         (lambda t, d: d["graph"]["regions"][0]["leaf"].update(extra=1), "expected the fields"),
         (
             lambda t, d: d["graph"]["regions"][0]["leaf"].update(num_categories=0),
-            "num_categories: not acceptable",
+            "num_categories: expected a positive whole number",
         ),
         (
             lambda t, d: d["graph"]["regions"][1].update(partitions=[["hadamard", 9]]),
-            "children must come before it",
+            "children: expected regions that come before it",
         ),
         (
             lambda t, d: d["graph"]["regions"][1].update(partitions=[["hadamard", "0"]]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from circuit_graphs import GRAPHS
@@ -39,7 +40,10 @@ def test_a_sum_over_different_scopes_is_not_smooth():
     ):
         checks.check_smooth(graph)
     assert checks.is_decomposable(graph)
-    with pytest.raises(PCStructureError, match="Circuit needs a smooth and decomposable"):
+    with pytest.raises(
+        PCStructureError,
+        match="graph: expected a smooth and decomposable",
+    ):
         Circuit(graph)
 
 
@@ -53,13 +57,33 @@ def test_a_product_over_a_shared_variable_is_not_decomposable():
 @pytest.mark.parametrize(
     ("products", "options", "message"),
     [
-        ([("s", ["a", "t"]), ("t", ["s", "b"])], {}, "cyclic: units s, t"),
-        ([("s", ["a", "b", "zebra"])], {}, "unknown children: zebra"),
-        ([("a", ["b"])], {}, "unit a is an input"),
-        ([("s", ["a", "b"])], {}, r"a single root is expected, got 2: units c, s"),
-        ([("s", ["a", "b"]), ("t", ["c", "s"])], {"units": {"s": 2}}, "needs equal unit counts"),
-        ([("s", ["a", "b", "c"], "kronecker")], {}, "a kronecker product needs two children"),
-        ([("s", ["a", "b", "c"], "tensor")], {}, "unknown product 'tensor'"),
+        (
+            [("s", ["a", "t"]), ("t", ["s", "b"])],
+            {},
+            "found a cyclic graph: units s, t",
+        ),
+        (
+            [("s", ["a", "b", "zebra"])],
+            {},
+            "found unknown children: zebra",
+        ),
+        ([("a", ["b"])], {}, "unit a: expected a sum, found an input"),
+        ([("s", ["a", "b"])], {}, r"regions: expected a single root .*, found 2: units c, s"),
+        (
+            [("s", ["a", "b"]), ("t", ["c", "s"])],
+            {"units": {"s": 2}},
+            "expected equal unit counts",
+        ),
+        (
+            [("s", ["a", "b", "c"], "kronecker")],
+            {},
+            "expected two of a kronecker product",
+        ),
+        (
+            [("s", ["a", "b", "c"], "tensor")],
+            {},
+            "kind: expected hadamard or kronecker",
+        ),
     ],
 )
 def test_a_graph_that_is_none_is_refused(products, options, message):
@@ -68,26 +92,29 @@ def test_a_graph_that_is_none_is_refused(products, options, message):
 
 
 def test_gaps_among_the_variables_are_refused():
-    with pytest.raises(PCStructureError, match=r"variables \[0, 2\] are in no input region"):
+    with pytest.raises(PCStructureError, match=r"expected all .*, found variables \[0, 2\] in no"):
         build([("s", ["a", "b"])], {"a": Input([1], BIT), "b": Input([3], BIT)})
 
 
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        ([], "needs a region"),
-        ([Region(1)], "either a leaf or partitions"),
-        ([Region(0, leaf=BIT, variables=1)], "at least one unit"),
-        ([Region(1, leaf=BIT)], "needs variables"),
-        ([Region(2, leaf=Indicator((1,)), variables=1)], "one indicator value per unit"),
-        ([Region(1, (Partition((0,)),))], "children must come before it"),
+        ([], "regions: expected at least one, found none"),
+        ([Region(1)], "region: expected either a leaf or partitions, found neither"),
+        ([Region(0, leaf=BIT, variables=1)], "units: expected at least 1, found 0"),
+        ([Region(1, leaf=BIT)], "variables: expected at least one of an input, found none"),
+        (
+            [Region(2, leaf=Indicator((1,)), variables=1)],
+            "leaf: expected 2 values, one per unit",
+        ),
+        ([Region(1, (Partition((0,)),))], "children: expected regions that come before it, found"),
         (
             [
                 Region(2, leaf=BIT, variables=1, tie="t"),
                 Region(3, leaf=BIT, variables=2, tie="t"),
                 Region(1, (Partition((0, 1), "kronecker"),)),
             ],
-            "tied by 't' must have equal",
+            "tie 't': expected leaf, units and width .*, found",
         ),
     ],
 )
@@ -97,29 +124,38 @@ def test_regions_that_do_not_fit_are_refused(regions, message):
 
 
 def test_a_tree_of_variables_needs_one_root_and_no_cycle():
-    with pytest.raises(PCStructureError, match=r"one variable with parent -1, got \[0, 1\]"):
+    with pytest.raises(PCStructureError, match=r"one variable with parent -1, found 2: \[0, 1\]"):
         RegionGraph.hclt([-1, -1], 2, BIT)
-    with pytest.raises(PCStructureError, match=r"cyclic: variables \[1, 2\]"):
+    with pytest.raises(PCStructureError, match=r"found a cycle: variables \[1, 2\]"):
         RegionGraph.hclt([-1, 2, 1], 2, BIT)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda leaf: RegionGraph.cp(0, 2, leaf), "cp: num_variables must be at least 1, got 0"),
-        (lambda leaf: RegionGraph.hmm(3, 0, leaf), "hmm: rank must be at least 1"),
-        (lambda leaf: RegionGraph.btree(0, 2, leaf), "btree: num_variables must be at least 1"),
+        (
+            lambda leaf: RegionGraph.cp(0, 2, leaf),
+            "cp: num_variables: expected at least 1",
+        ),
+        (lambda leaf: RegionGraph.hmm(3, 0, leaf), "hmm: rank: expected at least 1"),
+        (lambda leaf: RegionGraph.btree(0, 2, leaf), "btree: num_variables: expected at least 1"),
         (
             lambda leaf: RegionGraph.hclt([-1, 2], 2, leaf),
-            "parents must be .*got 2 above variable 1",
+            r"hclt: parents\[1\]: expected -1 or .*, found 2",
         ),
-        (lambda leaf: RegionGraph.hclt([-1, 0], -1, leaf), "hclt: rank must be at least 1, got -1"),
-        (lambda leaf: RegionGraph.rat_spn(4, 1, 0, 2, 2, leaf), "repetitions must be at least 1"),
-        (lambda leaf: RegionGraph.poon_domingos(2, 0, 2, leaf), "width must be at least 1, got 0"),
-        (lambda leaf: RegionGraph.poon_domingos(2, 2, 2, leaf, 0), "delta must be at least 1"),
+        (
+            lambda leaf: RegionGraph.hclt([-1, 0], -1, leaf),
+            "rank: expected at least 1, found -1",
+        ),
+        (lambda leaf: RegionGraph.rat_spn(4, 1, 0, 2, 2, leaf), "repetitions: expected at least 1"),
+        (
+            lambda leaf: RegionGraph.poon_domingos(2, 0, 2, leaf),
+            "width: expected at least 1",
+        ),
+        (lambda leaf: RegionGraph.poon_domingos(2, 2, 2, leaf, 0), "delta: expected at least 1"),
         (
             lambda leaf: RegionGraph.from_edges({"a": Input([-1], leaf)}, [("s", ["a"])]),
-            "unit a: variables must be in 0 .. .*, got -1",
+            r"unit a: variables: expected 0 .. .*, found \[-1\]",
         ),
     ],
 )
@@ -131,7 +167,7 @@ def test_builders_name_an_argument_out_of_range(build, message):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_builders_are_smooth_and_decomposable(name):
     graph = GRAPHS[name]()
-    checks.require(graph, "test")
+    checks.check_tractable(graph, "test")
     structured = name not in ("rat_spn", "poon_domingos")
     assert checks.is_structured_decomposable(graph) == structured
     assert checks.is_deterministic(graph) is False
@@ -183,7 +219,7 @@ def test_many_shapes_of_a_layer_go_into_few_stages():
 
 
 def test_a_block_that_is_no_power_of_two_is_refused():
-    with pytest.raises(ValueError, match="block must be a power of two up to 128, got 24"):
+    with pytest.raises(ValueError, match="block: expected a power of two up to 128, found 24"):
         compile_graph(RegionGraph.cp(2, 2, BIT), 24)
 
 
@@ -197,6 +233,30 @@ def test_chow_liu_finds_the_chain_that_made_the_data():
     x = torch.stack([columns[v] for v in range(4)], 1)
     edges = {frozenset((v, p)) for v, p in enumerate(chow_liu_parents(x, 2)) if p >= 0}
     assert edges == {frozenset(e) for e in ((2, 0), (0, 3), (3, 1))}
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.rand(5, 2), r"x: expected integers, found torch.float32; .* call x.long\(\)"),
+        (np.zeros((5, 2)), r"x: expected a tensor, found numpy.ndarray; torch.as_tensor"),
+        (torch.tensor([[0, -1]]), r"x: expected values in 0 .. 1, none missing, found -1 .. 0"),
+        (torch.tensor([[0, 2]]), r"x: expected values in 0 .. 1, none missing, found 0 .. 2"),
+        (torch.zeros(3).long(), r"x: expected shape \(B, n\), not empty, found \(3,\)"),
+        (torch.zeros(0, 3).long(), r"x: expected shape \(B, n\), not empty, found \(0, 3\)"),
+    ],
+)
+def test_chow_liu_names_the_remedy_for_data_it_cannot_take(x, message):
+    with pytest.raises(ValueError, match="chow_liu_parents: " + message):
+        chow_liu_parents(x, 2)
+
+
+def test_a_family_that_no_reader_knows_is_not_written():
+    class Categorical(Bernoulli):  # the name of one of ours
+        pass
+
+    with pytest.raises(ValueError, match="family: expected one of"):
+        RegionGraph.cp(2, 2, Categorical()).to_json()
 
 
 def test_pictures(tmp_path):

@@ -113,21 +113,21 @@ class Enumerated(mtpc.SpeculativeDecoder):
         self.paths, self.drafts, self.call = paths, drafts, -1
         self.weight = torch.ones(len(paths), dtype=torch.float64)
 
-    def _uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
+    def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
         self.rows = torch.tensor([g.initial_seed() for g in generators])
         self.call += 1
         self.code = self.paths[self.rows, self.call]
         n = self.head.n_token
         return torch.zeros(len(generators), 3 * n + 1)
 
-    def _draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
+    def draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
         n, v = self.head.n_token, self.head.vocab_size
         first = 0 if pending is None else 1
         outcomes = (n - first + 1) * v
         tokens = self.drafts[self.call][self.code // outcomes]
         if pending is not None:
             tokens = torch.cat([pending[:, None], tokens], 1)
-        circuit = self._circuit(hidden, pending)
+        circuit = self.circuit(hidden, pending)
         scan = reference.circuit_scan(self.head.kind, *circuit, tokens)
         drawn = scan.conditional[:, first:].sum(1).exp()
         self.weight[self.rows] *= drawn
@@ -138,11 +138,11 @@ class Enumerated(mtpc.SpeculativeDecoder):
             leaf = circuit.leaf[torch.arange(len(tokens)), k, state].softmax(-1)
             uniforms[:, k, 0] = middle(scan.posterior[:, k], state)
             uniforms[:, k, 1] = middle(leaf, tokens[:, k])
-        draft = super()._draft(hidden, pending, uniforms)
+        draft = super().draft(hidden, pending, uniforms)
         assert torch.equal(draft.tokens[self.possible], tokens[self.possible])
         return draft._replace(tokens=tokens)
 
-    def _verify(self, draft: Any, target: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
+    def verify(self, draft: Any, target: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
         rows, n, v = *draft.tokens.shape, self.head.vocab_size
         first = 0 if pending is None else 1
         outcome = self.code % ((n - first + 1) * v)
@@ -164,7 +164,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         weight *= torch.where(total > 0, residual[here, token] / total.clamp(min=1e-300), 0)
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
-        found = super()._verify(draft, target, pending, uniforms.float())
+        found = super().verify(draft, target, pending, uniforms.float())
         # Narrower cells may lie between two float32 numbers.
         likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
@@ -231,7 +231,8 @@ def enumerate_paths(
     paths = torch.cartesian_prod(*(torch.arange(c) for c in codes))
     decoder.follow(paths, drafts)
     prompt = torch.tensor([[1, 0, 1]])
-    found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new)
+    rows = range(len(paths))  # a row's seed is the number of its path
+    found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new, seed=rows)
     assert len({*found.calls}) == new  # some paths took one call, some one for every token
     # A path that was over after c calls was followed once for every continuation.
     unused = torch.cat([codes.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
@@ -330,11 +331,11 @@ def test_a_row_depends_on_its_seed_and_not_on_its_batch(family: str, window: str
     model, (ids, mask) = make_model(family), prompts(3)
     decoder = make_draft(model, draft_layers=1).decoder(window=window)
     together = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=3, seed=[5, 6, 7])
-    again = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=3, seed=5)
+    again = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=3, seed=[5, 6, 7])
     assert torch.equal(together.sequences, again.sequences)
     for row in range(3):
         alone = decoder.generate(
-            ids[row : row + 1, mask[row] == 1], max_new_tokens=NEW, eos_token_id=3, seed=5 + row
+            ids[row : row + 1, mask[row] == 1], max_new_tokens=NEW, eos_token_id=3, seed=[5 + row]
         )
         new = alone.sequences[0, int(mask[row].sum()) :]
         assert torch.equal(together.sequences[row, 6 : 6 + len(new)], new)
@@ -375,6 +376,72 @@ def test_statistics_count_calls_and_uncut_tokens():
         assert found.accepted_per_call == pytest.approx(found.emitted_per_call - 1)
 
 
+# -------------------------------------------------------------------------------------------------
+# Seeds
+
+
+def sampled(seed: Any = None, batch: int = 3) -> mtpc.Generation:
+    model = make_model("llama")
+    ids = prompts(1)[0].expand(batch, -1)
+    return make_draft(model).decoder().generate(ids, max_new_tokens=NEW, seed=seed)
+
+
+def test_without_a_seed_calls_differ_and_follow_torchs_generator():
+    model, (ids, mask) = make_model("llama"), prompts(3)
+    decoder = make_draft(model).decoder()
+
+    def call() -> Tensor:
+        return decoder.generate(ids, mask, max_new_tokens=NEW).sequences
+
+    torch.manual_seed(3)
+    first, second = call(), call()
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(call(), first) and torch.equal(call(), second)
+
+
+def test_neighbouring_seeds_share_no_row():
+    rows = [tuple(row) for seed in range(4) for row in sampled(seed).sequences.tolist()]
+    assert len(set(rows)) == 12  # equal prompts; equal draws would give equal rows
+    assert torch.equal(sampled(1).sequences, sampled(1).sequences)
+    assert torch.equal(sampled(1, batch=2).sequences, sampled(1).sequences[:2])
+    assert len({seed for s in range(50) for seed in sampled(s, batch=2).seeds}) == 100
+
+
+def test_a_row_can_be_drawn_again_by_the_seed_that_it_had():
+    found = sampled()
+    again = sampled(found.seeds[1:], batch=2)
+    assert found.seeds[1:] == again.seeds
+    assert torch.equal(again.sequences, found.sequences[1:])
+    assert torch.equal(sampled(found.seeds[2:], batch=1).sequences, found.sequences[2:])
+
+
+def test_seeds_that_are_no_integers_or_of_another_number_are_refused():
+    with pytest.raises(ValueError, match="seed: expected None, one or 3, found 2"):
+        sampled([1, 2])
+    with pytest.raises(TypeError):
+        sampled([1.5, 2, 3])
+
+
+# -------------------------------------------------------------------------------------------------
+# Dtypes
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    ("model_dtype", "head_dtype"), [("float32", "float64"), ("float64", "float32")]
+)
+def test_head_and_model_may_differ_in_dtype(model_dtype: str, head_dtype: str, window: str):
+    model, (ids, mask) = make_model("llama").to(getattr(torch, model_dtype)), prompts(2)
+    draft = make_draft(model)
+    draft.head.to(getattr(torch, head_dtype))
+    expected = greedy(model, ids, mask, max_new_tokens=NEW)
+    decoder = draft.decoder("greedy", window)
+    assert torch.equal(decoder.generate(ids, mask, max_new_tokens=NEW).sequences, expected)
+    sampled = draft.decoder("sample", window, top_p=0.9).generate(ids, mask, max_new_tokens=NEW)
+    assert sampled.sequences.shape == expected.shape
+
+
 def test_wrong_arguments_are_named():
     model, (ids, mask) = make_model("llama"), prompts(2)
     head = make_draft(model).head
@@ -388,6 +455,7 @@ def test_wrong_arguments_are_named():
         ("top_p", lambda: make(model, head, top_p=0)),
         ("head", lambda: make(model, other)),
         ("max_new_tokens", lambda: decoder.generate(ids, mask, max_new_tokens=0)),
+        ("max_new_tokens: .* found none", lambda: decoder.generate(ids, mask)),
         ("input_ids", lambda: decoder.generate(ids[0], max_new_tokens=1)),
         (
             "attention_mask: expected shape",

@@ -143,7 +143,7 @@ def test_latents_learn_a_bigram_that_factors_cannot():
         optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
         for _ in range(300):
             optimizer.zero_grad()
-            loss, _ = head.loss(hidden, windows, gamma=1.0)
+            loss, _ = mtpc.window_loss(head, hidden, windows, gamma=1.0)
             loss.backward()
             optimizer.step()
         found[kind] = loss.item()

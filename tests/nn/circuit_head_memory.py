@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from lora_ext.methods.mtpc import window_loss
 from lora_ext.nn import CircuitHead
 
 
@@ -17,7 +18,7 @@ def main() -> None:
 
     def step(n: int) -> None:
         h = torch.randn(n, hidden, requires_grad=True)
-        loss, _ = head.loss(h, torch.randint(0, vocabulary, (n, n_token)))
+        loss, _ = window_loss(head, h, torch.randint(0, vocabulary, (n, n_token)))
         loss.backward()
 
     step(2)  # code, gradients of the parameters

@@ -270,6 +270,10 @@ inline T atomic_compare_exchange(T* p, T expected, T desired,
 
 // Loads and stores with cache hints: plain ones, which the check flavour sees at their full width.
 template <class T>
+inline T load_global(const T* p) {
+    return *p;
+}
+template <class T>
 inline T load_nc(const T* p) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
     return *p;

@@ -255,6 +255,13 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
 
+// Of global memory, where the compiler cannot see that a pointer leads there: one that has passed
+// through shared memory, or been chosen among several.
+template <class T>
+LX_INLINE T load_global(const T* p) {
+    __builtin_assume(__isGlobal(p));
+    return *p;
+}
 // Through the read-only path: nobody may write these bytes while the kernel runs.
 template <class T>
 LX_INLINE T load_nc(const T* p) {

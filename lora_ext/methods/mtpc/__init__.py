@@ -7,6 +7,7 @@ from lora_ext.nn.labels import shift_labels
 
 from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
+from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
 from .windows import (
@@ -28,4 +29,5 @@ __all__ = [
     "shift_labels",
     "unfold_teacher",
     "unfold_windows",
+    "window_loss",
 ]

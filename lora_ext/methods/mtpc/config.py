@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from lora_ext.nn.circuit_checks import EmissionName, Kind, check_structure
+
+
+class HeadSettings(NamedTuple):
+    """Arguments of :class:`lora_ext.nn.CircuitHead`, in its order, after width and vocabulary."""
+
+    n_token: int
+    rank: int
+    kind: Kind
+    emission: EmissionName
+    adapter_rank: int
+    contextual: bool
+    share_transitions: bool
+    init_identity: bool
 
 
 @dataclass(frozen=True)
 class MtpcConfig:
-    """Head, objective and draft tail. Values out of range are refused where they are used.
+    """Head, objective and draft tail.
 
     Attributes:
         n_token: n (H in the authors' code), tokens in a window.
@@ -23,13 +40,16 @@ class MtpcConfig:
         draft_layers: K, the last layers that carry LoRA in the draft path; 0 for none.
         draft_rank: rank of that LoRA. draft_alpha: its alpha.
 
+    Raises:
+        ValueError: a value out of range, naming the field.
+
     Source: arXiv 2511.11346; gamma, beta, rank and alpha of the published runs.
     """
 
     n_token: int = 8
     rank: int = 32
-    kind: str = "btree"
-    emission: str = "full"
+    kind: Kind = "btree"
+    emission: EmissionName = "full"
     adapter_rank: int = 16
     contextual: bool = True
     share_transitions: bool = False
@@ -39,3 +59,29 @@ class MtpcConfig:
     draft_layers: int = 0
     draft_rank: int = 16
     draft_alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        check_structure("MtpcConfig", *self.of_head()[:5])
+        for ok, name, expected in (
+            (0 < self.gamma <= 1, "gamma", "a number in (0, 1]"),
+            (0 <= self.beta <= 1, "beta", "a number in [0, 1]"),
+            (self.draft_layers >= 0, "draft_layers", "at least 0"),
+            (self.draft_rank >= 1, "draft_rank", "at least 1"),
+            (0 < self.draft_alpha < math.inf, "draft_alpha", "a number above 0"),
+        ):
+            if not ok:
+                found = getattr(self, name)
+                raise ValueError(f"MtpcConfig: {name}: expected {expected}, found {found!r}")
+
+    def of_head(self) -> HeadSettings:
+        """What the head's structure follows from."""
+        return HeadSettings(
+            self.n_token,
+            self.rank,
+            self.kind,
+            self.emission,
+            self.adapter_rank,
+            self.contextual,
+            self.share_transitions,
+            self.init_identity,
+        )

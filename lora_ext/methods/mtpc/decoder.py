@@ -1,11 +1,24 @@
-"""Exact self-speculative decoding: a circuit drafts, the model verifies, no law changes."""
+"""Exact self-speculative decoding: a circuit drafts, the model verifies, no law changes.
+
+The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`:
+
+1. :meth:`SpeculativeDecoder.draft` makes a circuit of the newest hidden state and draws the window;
+   the token that the last turn decided and nobody has fed yet (*pending*) is its evidence;
+2. :meth:`Trunk.feed <lora_ext.methods.mtpc.trunk.Trunk.feed>` runs the model over the window: the
+   verifier's logits and new hidden states;
+3. :meth:`SpeculativeDecoder.verify` accepts a prefix and draws one token of the verifier's law;
+4. :meth:`Trunk.keep <lora_ext.methods.mtpc.trunk.Trunk.keep>` makes the cache forget the rest, and
+   :meth:`Rows.take <lora_ext.methods.mtpc.rows.Rows.take>` applies the stop rules; rows that ended
+   leave with :meth:`Trunk.select <lora_ext.methods.mtpc.trunk.Trunk.select>`.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,11 +28,15 @@ from lora_ext.nn import CircuitHead
 from lora_ext.nn.circuit_head import Circuit
 from lora_ext.reference.lora import accumulator
 
+from .request import read_request
+from .rows import Rows
 from .tail import DraftTail
 from .trunk import Trunk
 
-MODES = ("sample", "greedy")
-WINDOWS = ("condition", "restart")
+#: Whether tokens follow the model's law or are its likeliest.
+Mode = Literal["sample", "greedy"]
+#: What becomes of the token that a call decides and nobody has fed yet.
+WindowRule = Literal["condition", "restart"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class Generation:
         accepted: drafted tokens that the verifier kept, also those cut by a stop rule.
         emitted: accepted tokens and the verifier's own, one per call, also those cut.
         passes: passes of the trunk in all, after the prompts.
+        seeds: of the rows; a row with the same seed gets the same tokens again, in any batch.
     """
 
     sequences: Tensor
@@ -39,6 +57,7 @@ class Generation:
     accepted: list[int]
     emitted: list[int]
     passes: int
+    seeds: list[int]
 
     @property
     def accepted_per_call(self) -> float:
@@ -51,7 +70,9 @@ class Generation:
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
-class _Draft(NamedTuple):
+class DraftedWindow(NamedTuple):
+    """A window, and what its verification needs to know of the circuit that it was drawn from."""
+
     circuit: Circuit
     tokens: Tensor  # (B, K)
     conditional: Tensor  # (B, K)
@@ -75,7 +96,8 @@ class SpeculativeDecoder:
     Args:
         model: a transformers causal LM with full attention, in evaluation mode.
         head: a trained head for it.
-        mode: "sample" or "greedy". window: "condition" or "restart"; see docs/mtpc.md.
+        mode: "sample" or "greedy".
+        window: "condition" or "restart", see above and docs/mtpc.md.
         temperature: of the model's law, above 0. top_p: nucleus of it, in (0, 1].
         tail: the draft path's own layers, if the head was trained with them.
 
@@ -90,29 +112,19 @@ class SpeculativeDecoder:
         self,
         model: Any,
         head: CircuitHead,
-        mode: str = "sample",
-        window: str = "condition",
+        mode: Mode = "sample",
+        window: WindowRule = "condition",
         temperature: float = 1.0,
         top_p: float = 1.0,
         tail: DraftTail | None = None,
     ):
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-        for ok, name, expected, found in (
-            (mode in MODES, "mode", f"one of {MODES}", mode),
-            (window in WINDOWS, "window", f"one of {WINDOWS}", window),
-            (0 < temperature < math.inf, "temperature", "a number above 0", temperature),
-            (0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p),
-            (
-                (head.vocab_size, head.hidden_size) == (vocab_size, hidden_size),
-                "head",
-                f"vocabulary and width {(vocab_size, hidden_size)} as in the model's LM head",
-                (head.vocab_size, head.hidden_size),
-            ),
-        ):
-            if not ok:
-                raise ValueError(
-                    f"SpeculativeDecoder: {name}: expected {expected}, found {found!r}"
-                )
+        if (head.vocab_size, head.hidden_size) != (vocab_size, hidden_size):
+            raise ValueError(
+                "SpeculativeDecoder: head: expected vocabulary and width "
+                f"{(vocab_size, hidden_size)} as in the model's LM head, found "
+                f"{(head.vocab_size, head.hidden_size)}"
+            )
         self.model = model
         self.head = head
         self.mode = mode
@@ -120,6 +132,20 @@ class SpeculativeDecoder:
         self.temperature = temperature
         self.top_p = top_p
         self.tail = tail
+        self._check()
+
+    def _check(self) -> None:
+        for ok, name, expected in (
+            (self.mode in get_args(Mode), "mode", f"one of {get_args(Mode)}"),
+            (self.window in get_args(WindowRule), "window", f"one of {get_args(WindowRule)}"),
+            (0 < self.temperature < math.inf, "temperature", "a number above 0"),
+            (0 < self.top_p <= 1, "top_p", "a number in (0, 1]"),
+        ):
+            if not ok:
+                found = getattr(self, name)
+                raise ValueError(
+                    f"SpeculativeDecoder: {name}: expected {expected}, found {found!r}"
+                )
 
     @torch.no_grad()
     def generate(
@@ -127,34 +153,67 @@ class SpeculativeDecoder:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
+        generation_config: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        token_type_ids: Tensor | None = None,
+        **settings: Any,
     ) -> Generation:
         """New tokens for every prompt.
 
         Args:
             input_ids: ``(B, S)`` prompts, padded on the left.
             attention_mask: ``(B, S)``, 0 on padding; default is no padding.
-            max_new_tokens: at least 1.
-            eos_token_id: a row ends with the first of these; default is the model's own.
-            pad_token_id: of rows that end early; default is the model's own, then the end's.
-            seed: of row 0, and one more for each next row, or one per row. A row depends on its own
-                seed alone, not on the batch around it.
+            max_new_tokens: at least 1; default is the ``generation_config``'s.
+            eos_token_id: a row ends with the first of these; default is that of the
+                ``generation_config``, then the model's own.
+            pad_token_id: of rows that end early; default as for ``eos_token_id``, then an end.
+            seed: None takes every row's seed from torch's generator, so that two calls differ and
+                ``torch.manual_seed`` makes them repeat. One seed gives every row a seed of its own,
+                and neighbouring seeds share none. Or one seed per row, which may come from
+                :attr:`Generation.seeds`. A row depends on its seed alone, not on the batch around.
+            generation_config: transformers' GenerationConfig. Its ``do_sample``, ``temperature``
+                and ``top_p`` replace the decoder's own for this call.
+            stop_strings, tokenizer: a row ends with the token that completes one of the strings.
+            streamer: gets the prompt and then every token, as transformers' streamers do; for one
+                prompt.
+            token_type_ids: ignored; tokenizers of some models return them.
+            settings: further settings of GenerationConfig, by name.
 
         Raises:
-            ValueError: shapes, padding or numbers that do not fit, naming the argument.
+            ValueError: shapes, padding or numbers that do not fit, naming the argument; and
+                settings that would change the model's law or ask for something else than one
+                sequence a prompt, such as ``num_beams=4`` or ``repetition_penalty=1.1``. The
+                model's own ``generation_config`` is asked for penalties too, where the call gives
+                none. TypeError: an argument that is no setting.
         """
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"SpeculativeDecoder: max_new_tokens: expected at least 1, found {max_new_tokens}"
-            )
+        named = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "stop_strings": stop_strings,
+        }
+        request = read_request(
+            self.model, input_ids, seed, generation_config, tokenizer, settings | named
+        )
+        if request.law:
+            decoder = copy.copy(self)
+            vars(decoder).update(request.law)
+            decoder._check()
+        else:
+            decoder = self
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = _Rows(len(input_ids), max_new_tokens, *_ends(self.model, eos_token_id, pad_token_id))
-        generators = _generators(seed, len(input_ids))
-        n = self.head.n_token
-        trunk = Trunk(self.model, self.tail, input_ids, mask, max_new_tokens)
+        trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
+        return decoder._decode(trunk, Rows(input_ids, request, streamer))
+
+    def _decode(self, trunk: Trunk, rows: Rows) -> Generation:
+        n, seeds = self.head.n_token, rows.request.seeds
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
         first, hidden, passes = trunk.first_logits, trunk.first_hidden, 0
         pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
         while rows.live:
@@ -163,33 +222,42 @@ class SpeculativeDecoder:
                 trunk.keep(torch.ones_like(pending), 1)
                 first, hidden, pending = logits[:, 0], states[:, 0], None
                 passes += 1
-            uniforms = self._uniforms([generators[row] for row in rows.live], input_ids.device)
-            draft = self._draft(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
+            uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
+            draft = self.draft(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
             logits, states = trunk.feed(draft.tokens)
             passes += 1
             # With evidence the window's first token is not tested, whatever stands in its place.
             target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
-            accepted, token = self._verify(draft, target, pending, uniforms[:, 2 * n :])
+            accepted, token = self.verify(draft, target, pending, uniforms[:, 2 * n :])
             trunk.keep(accepted, n)
             states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
             stay = rows.take(draft.tokens, accepted, token, 0 if pending is None else 1)
             pending = token
             if len(stay) < len(accepted) and stay:
-                index = torch.tensor(stay, device=input_ids.device)
+                index = torch.tensor(stay, device=hidden.device)
                 trunk.select(index)
                 first, hidden, pending = first[index], hidden[index], pending[index]
-        return Generation(
-            rows.sequences(input_ids), rows.calls, rows.accepted, rows.emitted, passes
-        )
+        return Generation(rows.sequences(), rows.calls, rows.accepted, rows.emitted, passes, seeds)
 
-    def _uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
-        """``(B, 3 K + 1)``: two per drafted token, one per test, one for the verifier's token."""
+    # ---------------------------------------------------------------------------------------------
+    # Steps
+
+    def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
+        """A turn's random numbers, from each row's own generator: ``(B, 3 K + 1)``, two per drafted
+        token, one per test, one for the verifier's token."""
         size = 3 * self.head.n_token + 1
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
 
-    def _draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> _Draft:
-        circuit, kind = self._circuit(hidden, pending), self.head.kind
+    def draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
+        """Draw a window.
+
+        Args:
+            hidden: ``(B, D)``, of the last token that was fed and kept.
+            pending: ``(B,)``, the window's first token where it is decided already.
+            uniforms: ``(B, K, 2)``; greedy drafts do not look at them.
+        """
+        circuit, kind = self.circuit(hidden, pending), self.head.kind
         evidence = None
         if pending is not None:
             evidence = pending.new_full((len(pending), self.head.n_token), -1)
@@ -198,37 +266,46 @@ class SpeculativeDecoder:
             tokens, _ = ops.circuit_argmax(kind, *circuit, evidence)
             # Greedy verification asks for no probability.
             unused = circuit.leaf.new_zeros(tokens.shape, dtype=accumulator(circuit.leaf.dtype))
-            return _Draft(circuit, tokens, unused, unused[..., None].expand(-1, -1, self.head.rank))
-        return _Draft(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
+            posterior = unused[..., None].expand(-1, -1, self.head.rank)
+            return DraftedWindow(circuit, tokens, unused, posterior)
+        return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
 
-    def _circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
-        """Of the window. A first token outside the shortlist, which the head holds impossible, is
-        made certain in every component instead: then it tells nothing of what follows."""
+    def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
+        """The circuit of the window. A first token that the head has no leaf for, and so holds
+        impossible, is made certain in every component: then it says nothing of what follows."""
         circuit = self.head.circuit(hidden)
         if pending is None or self.head.shortlist is None:
             return circuit
-        outside = ~torch.isin(pending, self.head.shortlist)[:, None, None]
-        first = circuit.leaf[:, 0].masked_fill_(outside, -torch.inf)  # (B, C, V)
+        lacking = self.head.listed.lacks(pending)[:, None, None]
+        first = circuit.leaf[:, 0].masked_fill_(lacking, -torch.inf)  # (B, C, V)
         own = pending[:, None, None].expand(-1, first.shape[1], 1)
-        first.scatter_(-1, own, first.gather(-1, own).masked_fill(outside, 0))
+        first.scatter_(-1, own, first.gather(-1, own).masked_fill(lacking, 0))
         return circuit
 
-    def _verify(
-        self, draft: _Draft, target: Tensor, pending: Tensor | None, uniforms: Tensor
+    def verify(
+        self, draft: DraftedWindow, target: Tensor, pending: Tensor | None, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Accept a prefix of the window and draw the token after it.
+
+        Args:
+            draft: of :meth:`draft`. pending: as there.
+            target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
+            uniforms: ``(B, K + 1)``.
+
+        Returns:
+            how many tokens are kept ``(B,)``, the pending one included, and the next one ``(B,)``.
+        """
         temperature = 0.0 if self.mode == "greedy" else self.temperature
         if temperature > 0 and self.top_p < 1:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
+        numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
+        if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides alone
+            numbers = [t.double() for t in numbers]
+        target, conditional, posterior, leaf = numbers
+        evidence = None if pending is None else torch.ones_like(pending)
         return ops.spec_verify(
-            target,
-            draft.tokens,
-            draft.conditional,
-            draft.posterior,
-            draft.circuit.leaf,
-            uniforms,
-            None if pending is None else torch.ones_like(pending),
-            temperature,
+            target, draft.tokens, conditional, posterior, leaf, uniforms, evidence, temperature
         )
 
 
@@ -238,51 +315,3 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
     return logits.masked_fill(dropped, -torch.inf)
-
-
-class _Rows:
-    """Tokens, stop rules and statistics of every row, on the host."""
-
-    def __init__(self, batch: int, budget: int, ends: set[int], pad: int):
-        self.tokens: list[list[int]] = [[] for _ in range(batch)]
-        self.calls, self.accepted, self.emitted = ([0] * batch for _ in range(3))
-        self.live = list(range(batch))
-        self.budget, self.ends, self.pad = budget, ends, pad
-
-    def take(self, drafted: Tensor, accepted: Tensor, token: Tensor, evidence: int) -> list[int]:
-        """Append what a call decided; which of the rows that were live go on."""
-        decided = torch.cat([drafted, token[:, None], accepted[:, None]], 1).tolist()
-        stay: list[int] = []
-        for i, (row, (*window, last, kept)) in enumerate(zip(self.live, decided, strict=True)):
-            new = [*window[evidence:kept], last]
-            self.calls[row] += 1
-            self.accepted[row] += kept - evidence
-            self.emitted[row] += len(new)
-            new = new[: self.budget - len(self.tokens[row])]
-            end = next((k + 1 for k, t in enumerate(new) if t in self.ends), None)
-            self.tokens[row] += new[:end]
-            if end is None and len(self.tokens[row]) < self.budget:
-                stay.append(i)
-        self.live = [self.live[i] for i in stay]
-        return stay
-
-    def sequences(self, prompts: Tensor) -> Tensor:
-        """Prompts and new tokens, padded to the longest."""
-        longest = max(len(tokens) for tokens in self.tokens)
-        padded = [[*tokens, *[self.pad] * (longest - len(tokens))] for tokens in self.tokens]
-        return torch.cat([prompts, torch.tensor(padded, device=prompts.device)], 1)
-
-
-def _ends(model: Any, eos: int | Sequence[int] | None, pad: int | None) -> tuple[set[int], int]:
-    config = getattr(model, "generation_config", None)
-    eos = getattr(config, "eos_token_id", None) if eos is None else eos
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    pad = getattr(config, "pad_token_id", None) if pad is None else pad
-    return set(ends), (ends[0] if ends else 0) if pad is None else pad
-
-
-def _generators(seed: int | Sequence[int], batch: int) -> list[torch.Generator]:
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise ValueError(f"SpeculativeDecoder: seed: expected one or {batch}, found {len(seeds)}")
-    return [torch.Generator().manual_seed(s) for s in seeds]

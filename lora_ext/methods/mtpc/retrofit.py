@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from lora_ext.nn import CircuitHead
 from lora_ext.nn.labels import IGNORE, shift_labels
 
 from .config import MtpcConfig
-from .decoder import SpeculativeDecoder
+from .decoder import Mode, SpeculativeDecoder, WindowRule
+from .draft_files import DraftFile, read_config, write_draft
+from .objective import window_loss
 from .tail import DraftTail
 from .windows import unfold_teacher, unfold_windows
 
@@ -25,10 +29,13 @@ class Draft(nn.Module):
 
     model: Any
     tail: DraftTail | None
+    _trained: list[tuple[nn.Parameter, bool]]
 
     def __init__(self, model: Any, config: MtpcConfig, head: CircuitHead, tail: DraftTail | None):
         super().__init__()
-        self.__dict__["model"] = model  # not a child: its weights are not the draft's
+        # Not children: the model's weights are not the draft's.
+        self.__dict__["model"] = model
+        self.__dict__["_trained"] = []
         self.config = config
         self.head = head
         self.tail = tail
@@ -40,7 +47,7 @@ class Draft(nn.Module):
         attention_mask: Tensor | None = None,
         eos_id: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The objective on a batch, and its terms by position, :meth:`CircuitHead.loss`.
+        """The objective on a batch, and its terms by position, :func:`window_loss`.
 
         Args:
             input_ids: ``(B, S)``.
@@ -65,7 +72,7 @@ class Draft(nn.Module):
             with torch.no_grad():
                 teacher = unfold_teacher(self.model(**inputs).logits, n)
         hidden = self.hidden_states(**inputs)
-        return self.head.loss(hidden, windows, self.config.gamma, beta, teacher)
+        return window_loss(self.head, hidden, windows, self.config.gamma, beta, teacher)
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the head reads, ``(B, S, D)``: the last hidden states after the final norm."""
@@ -75,9 +82,63 @@ class Draft(nn.Module):
         with self.tail.everywhere():
             return self.model.base_model(**inputs).last_hidden_state
 
-    def decoder(self, **settings: Any) -> SpeculativeDecoder:
-        """A :class:`SpeculativeDecoder` of this draft; settings are its arguments."""
-        return SpeculativeDecoder(self.model, self.head, tail=self.tail, **settings)
+    def decoder(
+        self,
+        mode: Mode = "sample",
+        window: WindowRule = "condition",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> SpeculativeDecoder:
+        """A decoder that drafts with this; arguments as in :class:`SpeculativeDecoder`."""
+        return SpeculativeDecoder(
+            self.model, self.head, mode, window, temperature, top_p, self.tail
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write configuration, shortlist and parameters into a folder, for :meth:`load`.
+
+        What belongs to the model is not written: neither its weights nor, with emission "adapter",
+        an unembedding that is still the model's.
+        """
+        unembedding = self.model.get_output_embeddings().weight.detach()
+        write_draft(Path(folder), self.config, self.state_dict(), unembedding)
+
+    @classmethod
+    def load(cls, model: Any, folder: str | os.PathLike[str]) -> Draft:
+        """Retrofit a model with a draft that :meth:`save` wrote; the folder is not trusted.
+
+        The head has the dtype in which it was saved, and the model's device.
+
+        Raises:
+            ValueError: anything in the folder that is not such a draft, or a model of another width
+                or vocabulary or with other layers, naming file and key; the model is then as it
+                was. Memory is taken only for what the file has the size of.
+        """
+        folder = Path(folder)
+        config, shortlist = read_config(folder)
+        unembedding = _unembedding(model)
+        file = DraftFile(folder, config, shortlist, *unembedding.weight.shape)
+        try:
+            draft = retrofit(model, config, shortlist)
+            try:
+                draft.head.to(file.head_dtype)
+                if draft.tail is not None:
+                    draft.tail.to(file.tail_dtype)
+                draft.load_state_dict(file.read(draft.state_dict()))
+            except BaseException:
+                draft.remove()
+                raise
+        finally:
+            file.close()
+        return draft
+
+    def remove(self) -> None:
+        """Give the model back as :func:`retrofit` found it: its layers, and which parameters are
+        trained."""
+        if self.tail is not None:
+            self.tail.remove()
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
 
 
 def retrofit(
@@ -105,31 +166,30 @@ def retrofit(
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """
     config = MtpcConfig() if config is None else config
-    unembedding = model.get_output_embeddings()
-    if unembedding is None:
-        raise ValueError(
-            f"retrofit: model: expected a causal LM with output embeddings, found {type(model)}"
-        )
-    own, weight = list(model.parameters()), unembedding.weight
+    own, weight = list(model.parameters()), _unembedding(model).weight
     head = CircuitHead(
         weight.shape[1],
         weight.shape[0],
-        config.n_token,
-        config.rank,
-        config.kind,
-        config.emission,
-        config.adapter_rank,
-        config.contextual,
-        config.share_transitions,
-        config.init_identity,
-        weight.dtype,
-        weight.device,
-        shortlist,
+        *config.of_head(),
+        dtype=weight.dtype,
+        device=weight.device,
+        shortlist=shortlist,
     )
     head.init_from_lm_head(weight)
     tail = None
     if config.draft_layers:
         tail = DraftTail(model, config.draft_layers, config.draft_rank, config.draft_alpha)
+    draft = Draft(model, config, head, tail)
     for parameter in own:
+        draft._trained.append((parameter, parameter.requires_grad))
         parameter.requires_grad_(False)
-    return Draft(model, config, head, tail)
+    return draft
+
+
+def _unembedding(model: Any) -> Any:
+    found = model.get_output_embeddings()
+    if found is None:
+        raise ValueError(
+            f"retrofit: model: expected a causal LM with output embeddings, found {type(model)}"
+        )
+    return found

@@ -1,0 +1,43 @@
+"""Sums in one fixed order, on every device and for any number of threads.
+
+torch adds with atomics where indices repeat, on the CPU in ``index_put_`` and on CUDA in
+``index_add_``; the other of the two goes through the entries in order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_columns(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """``target[:, index[j]] += values[:, j]`` for every j, in place; indices may repeat."""
+    if target.device.type == "cpu":
+        target.index_add_(1, index, values)
+    else:
+        torch.ops.aten.index_put_(target, [None, index], values, True)
+
+
+def add_entries(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """``target[index] += values`` entry by entry, in place; target is flat, indices may repeat."""
+    if target.device.type == "cpu":
+        target.index_add_(0, index.flatten(), values.flatten())
+    else:
+        torch.ops.aten.index_put_(target, [index], values, True)
+
+
+def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Values added up by index in float64, ``(size,)``: long sums of small counts lose nothing."""
+    sums = torch.zeros(size, dtype=torch.float64, device=values.device)
+    add_entries(sums, index, values.double())
+    return sums
+
+
+def last_sum(t: Tensor) -> Tensor:
+    """``t.sum(-1)``; torch cuts the sum of a single long row among threads, of two rows never."""
+    return t.expand(2, *t.shape).sum(-1)[0] if t.numel() == t.shape[-1] else t.sum(-1)
+
+
+def mean(t: Tensor) -> Tensor:
+    """The mean of a vector, in its dtype."""
+    return (last_sum(t.double()) / len(t)).to(t.dtype)

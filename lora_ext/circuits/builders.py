@@ -1,0 +1,255 @@
+"""The regions of the well-known circuits, children first; ``RegionGraph`` offers them as methods.
+
+Nothing here knows the graph itself: a builder gives regions, the graph checks them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_ext.circuits.errors import PCStructureError, require
+from lora_ext.circuits.leaves import Leaf
+from lora_ext.circuits.regions import Input, Kind, Partition, Region
+from lora_ext.reference.circuit import left_size
+
+MAX_VARIABLE = 1 << 22
+
+Regions = tuple[Region, ...]
+
+
+def _require_positive(builder: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        require(size >= 1, f"{builder}: {name}", "at least 1", size, PCStructureError)
+
+
+def cp(num_variables: int, rank: int, leaf: Leaf) -> Regions:
+    """One input over all variables, and the sum that mixes its units."""
+    _require_positive("cp", num_variables=num_variables, rank=rank)
+    return (
+        Region(rank, leaf=leaf, variables=(1 << num_variables) - 1, name="leaves"),
+        Region(1, (Partition((0,)),), name="root"),
+    )
+
+
+def hmm(num_variables: int, rank: int, leaf: Leaf, homogeneous: bool) -> Regions:
+    """The chain is the tree in which each variable hangs from the one before it."""
+    _require_positive("hmm", num_variables=num_variables, rank=rank)
+    return hclt([t - 1 for t in range(num_variables)], rank, leaf, homogeneous)
+
+
+def hclt(parents: Sequence[int], rank: int, leaf: Leaf, homogeneous: bool) -> Regions:
+    """Two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
+    _require_positive("hclt", rank=rank)
+    below: list[list[int]] = [[] for _ in parents]
+    for v, parent in enumerate(parents):
+        require(
+            parent in range(-1, len(parents)),
+            f"hclt: parents[{v}]",
+            f"-1 or a variable in 0 .. {len(parents) - 1}",
+            repr(parent),
+            PCStructureError,
+        )
+        if parent >= 0:
+            below[parent].append(v)
+    order = [v for v, parent in enumerate(parents) if parent < 0]
+    require(
+        len(order) == 1,
+        "hclt: parents",
+        "one variable with parent -1",
+        f"{len(order)}: {order[:12]}",
+        PCStructureError,
+    )
+    for v in order:  # grows while it is read: parents first
+        order += below[v]
+    lost = sorted(set(range(len(parents))) - set(order))
+    require(
+        not lost,
+        "hclt: parents",
+        "a tree",
+        f"a cycle: variables {lost[:12]} do not hang from the root",
+        PCStructureError,
+    )
+    regions: list[Region] = []
+    latent_of: dict[int, int] = {}
+    for v in reversed(order):
+        tie = "leaf" if homogeneous else None
+        regions.append(Region(rank, leaf=leaf, variables=1 << v, tie=tie, name=f"x{v}"))
+        children = (len(regions) - 1, *(latent_of[c] for c in below[v]))
+        is_root = parents[v] < 0
+        latent_of[v] = len(regions)
+        tie = "transition" if homogeneous and not is_root else None
+        units = 1 if is_root else rank
+        regions.append(Region(units, (Partition(children),), tie=tie, name=f"z{v}"))
+    return tuple(regions)
+
+
+def btree(num_variables: int, rank: int, leaf: Leaf) -> Regions:
+    """Halves of halves; the left half is ``left_size`` long, as in ``reference.circuit_scan``."""
+    _require_positive("btree", num_variables=num_variables, rank=rank)
+    if num_variables == 1:
+        return cp(1, rank, leaf)
+    regions: list[Region] = []
+
+    def build(lo: int, hi: int, units: int) -> int:
+        if hi - lo == 1:
+            regions.append(Region(rank, leaf=leaf, variables=1 << lo, name=f"x{lo}"))
+        else:
+            middle = lo + left_size(hi - lo)
+            children = (build(lo, middle, rank), build(middle, hi, rank))
+            regions.append(Region(units, (Partition(children),), name=f"{lo}:{hi}"))
+        return len(regions) - 1
+
+    build(0, num_variables, 1)
+    return tuple(regions)
+
+
+def rat_spn(
+    num_variables: int,
+    depth: int,
+    repetitions: int,
+    num_sums: int,
+    num_inputs: int,
+    leaf: Leaf,
+    seed: int,
+    num_roots: int,
+) -> Regions:
+    """One random tree of binary splits per repetition, all mixed by the root."""
+    _require_positive(
+        "rat_spn",
+        depth=depth,
+        repetitions=repetitions,
+        num_sums=num_sums,
+        num_inputs=num_inputs,
+        num_roots=num_roots,
+    )
+    found = num_variables
+    require(found >= 2, "rat_spn: num_variables", "at least 2", found, PCStructureError)
+    rng = random.Random(seed)
+    regions: list[Region] = []
+
+    def build(names: list[int], level: int) -> int:
+        if level == 0 or len(names) == 1:
+            scope = sum(1 << v for v in names)
+            regions.append(Region(num_inputs, leaf=leaf, variables=scope))
+        else:
+            regions.append(Region(num_sums, (split(names, level),)))
+        return len(regions) - 1
+
+    def split(names: list[int], level: int) -> Partition:
+        names = rng.sample(names, len(names))
+        half = len(names) // 2
+        children = (build(names[:half], level - 1), build(names[half:], level - 1))
+        return Partition(children, "kronecker")
+
+    tops = tuple(split(list(range(num_variables)), depth) for _ in range(repetitions))
+    regions.append(Region(num_roots, tops, name="root"))
+    return tuple(regions)
+
+
+def poon_domingos(height: int, width: int, num_units: int, leaf: Leaf, delta: int) -> Regions:
+    """One region per rectangle on the grid of ``delta``, small ones first."""
+    _require_positive("poon_domingos", height=height, width=width, num_units=num_units, delta=delta)
+    regions: list[Region] = []
+    known: dict[tuple[int, int, int, int], int] = {}
+
+    def cuts(lo: int, hi: int) -> range:
+        return range((lo // delta + 1) * delta, hi, delta)
+
+    def rectangles() -> list[tuple[int, int, int, int]]:
+        rows = [*range(0, height, delta), height]
+        columns = [*range(0, width, delta), width]
+        spans = [
+            (a, b, c, d)
+            for i, a in enumerate(rows)
+            for b in rows[i + 1 :]
+            for j, c in enumerate(columns)
+            for d in columns[j + 1 :]
+        ]
+        return sorted(spans, key=lambda s: (s[1] - s[0]) * (s[3] - s[2]))
+
+    for top, bottom, left, right in rectangles():
+        parts = [
+            Partition((known[top, y, left, right], known[y, bottom, left, right]))
+            for y in cuts(top, bottom)
+        ] + [
+            Partition((known[top, bottom, left, x], known[top, bottom, x, right]))
+            for x in cuts(left, right)
+        ]
+        name = f"{top}:{bottom},{left}:{right}"
+        whole = (bottom - top, right - left) == (height, width)
+        if not parts:
+            row = ((1 << (right - left)) - 1) << left
+            scope = sum(row << (y * width) for y in range(top, bottom))
+            regions.append(Region(num_units, leaf=leaf, variables=scope, name=name))
+            parts = [Partition((len(regions) - 1,))] if whole else []
+        if parts:
+            regions.append(Region(1 if whole else num_units, tuple(parts), name=name))
+        known[top, bottom, left, right] = len(regions) - 1
+    return tuple(regions)
+
+
+def from_edges(
+    inputs: Mapping[str, Input],
+    products: Iterable[tuple[str, Sequence[str]] | tuple[str, Sequence[str], Kind]],
+    units: Mapping[str, int],
+    ties: Mapping[str, str],
+) -> Regions:
+    """The regions that names describe, sorted so that children come before parents."""
+    for name, given in inputs.items():
+        wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
+        where = f"unit {name}: variables"
+        require(not wrong, where, f"0 .. {MAX_VARIABLE}", wrong[:1], PCStructureError)
+    parts: dict[str, list[tuple[tuple[str, ...], Kind]]] = {}
+    for parent, children, *kind in products:
+        where = f"unit {parent}"
+        require(parent not in inputs, where, "a sum", "an input with children", PCStructureError)
+        parts.setdefault(parent, []).append((tuple(children), kind[0] if kind else "hadamard"))
+    order = _children_first(inputs, parts)
+    index = {name: i for i, name in enumerate(order)}
+    regions: list[Region] = []
+    for name in order:
+        if name in inputs:
+            given = inputs[name]
+            scope = sum(1 << v for v in set(given.variables))
+            regions.append(Region(given.units, (), given.leaf, scope, tie=given.tie, name=name))
+            continue
+        partitions = tuple(
+            Partition(tuple(index[c] for c in kids), kind) for kids, kind in parts[name]
+        )
+        regions.append(Region(units.get(name, 1), partitions, tie=ties.get(name), name=name))
+    return tuple(regions)
+
+
+def _children_first(
+    inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
+) -> list[str]:
+    """All names, each after its children."""
+    waiting = {n: {c for kids, _ in ps for c in kids} for n, ps in parts.items()}
+    unknown = {c for kids in waiting.values() for c in kids} - inputs.keys() - parts.keys()
+    require(
+        not unknown,
+        "from_edges: products",
+        "children that are inputs or sums",
+        f"unknown children: {', '.join(sorted(unknown)[:8])}",
+        PCStructureError,
+    )
+    above: dict[str, list[str]] = {}
+    for name, kids in waiting.items():
+        for c in kids:
+            above.setdefault(c, []).append(name)
+    order: list[str] = list(inputs)
+    for name in order:  # grows while it is read
+        for parent in above.get(name, ()):
+            waiting[parent].discard(name)
+            if not waiting[parent]:
+                order.append(parent)
+    lost = sorted(set(parts) - set(order))
+    require(
+        not lost,
+        "from_edges: products",
+        "no cycle",
+        f"a cyclic graph: units {', '.join(lost[:8])} wait for each other",
+        PCStructureError,
+    )
+    return order

@@ -1,0 +1,82 @@
+"""Expected flows, and expectation maximisation from them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext.circuits._execution import Weights
+from lora_ext.circuits._sums import last_sum, mean
+from lora_ext.circuits.errors import require
+from lora_ext.circuits.layered import FIRST_LEAF
+from lora_ext.circuits.leaves import External, Indicator
+from lora_ext.circuits.parameters import Parameters
+
+
+class Flows(NamedTuple):
+    """Expected use of every unit and weight, given the data.
+
+    Attributes:
+        log_prob: ``(B,)``.
+        units: ``(B, U)``, the probability that a unit is on the path of a sample, given the row;
+            columns as ``Circuit.columns`` gives them.
+        weights: ``(num_weights,)``, summed over rows, in the order of ``Circuit.weights``.
+    """
+
+    log_prob: Tensor
+    units: Tensor
+    weights: Tensor
+
+
+def flows(
+    circuit: Parameters, name: str, leaf: Tensor, log_weights: Tensor, root: int | Tensor | None
+) -> Flows:
+    """``Circuit.flows``, from the values of the leaves and the normalised weights."""
+    execution, weights = circuit._run(), Weights(log_weights, "none")
+    top = circuit._root_units(name, root, len(leaf))[:, None]
+    val = execution.up(leaf, weights)
+    log_prob = val.gather(1, top)
+    grad = torch.zeros_like(val).scatter_(1, top, (log_prob > -torch.inf).to(val.dtype))
+    units, _, weight_flows = execution.down(grad, val, weights)
+    return Flows(log_prob[:, 0], units, weight_flows)
+
+
+def em_step(
+    circuit: Parameters,
+    x: Tensor,
+    step: float,
+    pseudocount: float,
+    keep_zero: bool,
+    root: int | Tensor | None,
+) -> Tensor:
+    """``Circuit.em_step``."""
+    require(circuit.norm == "logits", "em_step: norm", "a circuit of 'logits'", repr(circuit.norm))
+    require(0 < step <= 1, "em_step: step", "a number in (0, 1]", step)
+    finite = 0 <= pseudocount < math.inf
+    require(finite, "em_step: pseudocount", "a number, at least 0", pseudocount)
+    filled, missing = circuit._read("em_step: x", x)
+    require(len(x) > 0, "em_step: x", "at least one row", "none")
+    log_weights = circuit._log_weights()
+    leaf = circuit._leaf_values_of("em_step", filled, missing)
+    log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
+    for stage in circuit._run().stages:
+        flow, old = stage.weights.gather(weight_flows), stage.weights.gather(log_weights)
+        there = old > -torch.inf if keep_zero else stage.weights.present(old)
+        flow = torch.where(there, flow, 0)
+        total, terms = last_sum(flow)[..., None], there.sum(-1, keepdim=True).clamp(min=1)
+        new = (flow + there * (pseudocount / terms)) / (total + pseudocount)
+        mixed = ((1 - step) * old.exp() + step * new).log()
+        kept = stage.weights.gather(circuit.weights.data)
+        stage.weights.put(circuit.weights.data, torch.where(total > 0, mixed, kept))
+    filled = filled.to(circuit.weights.dtype)
+    for family, table, span in circuit._families():
+        if isinstance(family, Indicator | External):
+            continue
+        var = circuit._var[span]
+        flow = torch.where(missing[:, var], 0, units[:, FIRST_LEAF:][:, span])
+        data = {k: t.data for k, t in table.items()}
+        family.update(data, circuit._row[span], filled[:, var], flow, step, pseudocount)
+    return mean(log_prob)

@@ -1,0 +1,227 @@
+"""The parameters of a compiled graph, where they lie, and the values of its leaves on data.
+
+What queries, sampling, learning and files share: all of them stand above this.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.circuits import checks
+from lora_ext.circuits._execution import Execution, Weights
+from lora_ext.circuits.errors import require
+from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
+from lora_ext.circuits.leaves import External, Indicator, Leaf
+from lora_ext.circuits.region_graph import RegionGraph
+from lora_ext.circuits.scopes import variables
+from lora_ext.reference.circuit_sum import log_weights
+
+
+def require_tensor(where: str, x: object) -> None:
+    """Refuse data that are no tensor; only the caller knows their device and what is missing."""
+    remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(...) makes a tensor of it"
+    require(isinstance(x, Tensor), where, "a tensor", remedy)
+
+
+def signed(x: Tensor) -> Tensor:
+    """Bytes as numbers among which -1 can stand."""
+    return x.long() if x.dtype == torch.uint8 else x
+
+
+class Parameters(nn.Module):
+    """Weights of the sums and tables of the leaves; see ``Circuit``, which answers the queries."""
+
+    def __init__(self, graph: RegionGraph, norm: str, block: int, precision: str):
+        super().__init__()
+        require(norm in ("logits", "none"), "Circuit: norm", "'logits' or 'none'", repr(norm))
+        checks.check_tractable(graph, "Circuit")
+        self.graph, self.norm, self.precision = graph, norm, precision
+        self.layered = compile_graph(graph, block)
+        roots = [c for r in graph.roots for c in self.columns(r)]
+        self._execution = Execution(self.layered, roots)
+        self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
+        self.leaves = nn.ModuleList()
+        for leaf, _, _, rows in self.layered.families:
+            table = {} if isinstance(leaf, Indicator) else leaf.table(rows)
+            self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
+        # Of each family: leaf units that see one variable and have consecutive rows, and variables.
+        self._blocks: list[int] = []
+        self._names: list[list[int]] = []
+        for family in range(len(self.layered.families)):
+            members = [r for i, r in enumerate(graph.regions) if self._family(i) == family]
+            scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
+            self._blocks.append(math.gcd(*(r.units for r in members)))
+            self._names.append(variables(scope))
+        self.register_buffer("_var", self.layered.inputs.var.long(), persistent=False)
+        self.register_buffer("_row", self.layered.inputs.row.long(), persistent=False)
+        self.register_buffer("_indicators", self.layered.indicator_values.long(), persistent=False)
+        self._var: Tensor
+        self._row: Tensor
+        self._indicators: Tensor
+
+    # --- where things lie -------------------------------------------------------------------------
+    @property
+    def num_variables(self) -> int:
+        """Columns of the data."""
+        return self.graph.num_variables
+
+    def columns(self, region: int) -> range:
+        """Columns of ``Flows.units`` that belong to a region."""
+        first = self.layered.first_unit[region]
+        return range(first, first + self.graph.regions[region].units)
+
+    def region_weights(self, region: int) -> Tensor:
+        """Log-weights of a sum region before normalisation, a view ``(units, products)``."""
+        inner, label = self.graph.regions[region], self.graph.label(region)
+        found = f"{label}, an input"
+        require(bool(inner.partitions), "region_weights: region", "a region of sums", found)
+        first = self.layered.weight_off[region]
+        units, products = inner.units, self.graph.num_products(inner)
+        return self.weights[first : first + units * products].view(units, products)
+
+    def region_leaves(self, region: int) -> dict[str, Tensor]:
+        """Parameters of an input region, views with a row per unit of each variable in turn."""
+        node, label = self.graph.regions[region], self.graph.label(region)
+        found = f"{label}, a region of sums"
+        require(node.leaf is not None, "region_leaves: region", "an input", found)
+        unit = self._first_leaf(region)
+        row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
+        rows = slice(row, row + node.units * node.variables.bit_count())
+        return {k: t[rows] for k, t in self._table(family).items()}
+
+    def _first_leaf(self, region: int) -> int:
+        """The first leaf unit of an input region, counted from the first of all."""
+        unit, factors = self.layered.first_unit[region], self.layered.factors
+        begin = FIRST_LEAF + len(self.layered.inputs.var)
+        if unit >= begin:
+            unit = int(factors.child_idx[factors.child_ptr[unit - begin]])
+        return unit - FIRST_LEAF
+
+    def _family(self, region: int) -> int:
+        """The family of an input region, -1 for a sum."""
+        if self.graph.regions[region].leaf is None:
+            return -1
+        return int(self.layered.inputs.dist[self._first_leaf(region)])
+
+    def _table(self, family: int) -> dict[str, Tensor]:
+        table = self.leaves[family]
+        assert isinstance(table, nn.ParameterDict)
+        return dict(table.items())
+
+    def _families(self) -> Iterable[tuple[Leaf, dict[str, Tensor], slice]]:
+        """Every family with its table and the range of its leaf units."""
+        for family, (leaf, begin, end, _) in enumerate(self.layered.families):
+            yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
+
+    # --- what is executed -------------------------------------------------------------------------
+    def _run(self) -> Execution:
+        """The layered form, on the device of the parameters."""
+        self._execution.to(self.weights.device)
+        return self._execution
+
+    def _weights(self) -> Weights:
+        return Weights(self.weights.detach(), self.norm)
+
+    def _log_weights(self) -> Tensor:
+        """Normalised log-weights, flat."""
+        flat = torch.empty_like(self.weights)
+        for stage in self._run().stages:
+            stage.weights.put(flat, log_weights(stage.weights.gather(self.weights), self.norm))
+        return flat
+
+    def _root_units(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
+        """The root unit that answers for each row, as columns of the values, ``(rows,)``."""
+        columns = torch.tensor(self._execution.roots, device=self.weights.device)
+        return columns[self._root_numbers(name, root, rows)]
+
+    def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
+        """The root unit that answers for each row, counted from 0, ``(rows,)``."""
+        number, where = len(self._execution.roots), f"{name}: root"
+        expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
+        require(root is not None or number == 1, where, expected, "none")
+        if isinstance(root, Tensor):
+            whole = not root.is_floating_point() and root.dtype != torch.bool
+            require(whole, where, "integers", root.dtype)
+            require(root.shape == (rows,), where, f"shape ({rows},)", tuple(root.shape))
+            wrong = root[(root < 0) | (root >= number)]
+            require(len(wrong) == 0, where, expected, wrong[:1].tolist())
+            return root.to(self.weights.device, torch.long)
+        root = root or 0
+        require(isinstance(root, int) and 0 <= root < number, where, expected, repr(root))
+        return torch.full((rows,), root, device=self.weights.device)
+
+    # --- data -------------------------------------------------------------------------------------
+    def _nothing(self, rows: int = 1) -> Tensor:
+        """Rows of data in which every variable is missing."""
+        return torch.full((rows, self.num_variables), -1, device=self.weights.device)
+
+    def _read(self, where: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)`` each.
+
+        Raises:
+            ValueError: on shape, device and values out of range, naming the variable.
+        """
+        n, device = self.num_variables, self.weights.device
+        require_tensor(where, x)
+        require(x.dim() == 2 and x.shape[1] == n, where, f"shape (B, {n})", tuple(x.shape))
+        require(x.device == device, where, device, x.device)
+        if x.is_floating_point():
+            x = x.to(self.weights.dtype)
+        missing = x.isnan() if x.is_floating_point() else x < 0
+        for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
+            size = leaf.num_values()
+            known = signed(x[:, names])
+            if size is not None:
+                wrong = (known < (0 if x.is_floating_point() else -1)) | (known >= size)
+                if x.is_floating_point():
+                    wrong |= (known != known.floor()) & ~missing[:, names]
+                expected = f"values 0 .. {size - 1}"
+            elif isinstance(leaf, External | Indicator):
+                continue
+            else:
+                wrong, expected = known.isinf(), f"finite numbers in {self.weights.dtype}"
+            if wrong.any():
+                row, column = wrong.nonzero()[0].tolist()
+                found = f"{known[row, column].item()} in row {row}"
+                require(False, f"{where}: variable {names[column]}", expected, found)
+        return torch.where(missing, 0, x) if missing.any() else x, missing
+
+    def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
+        """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        return self._leaf_values_of(name, *self._read(f"{name}: x", x), external)
+
+    def _leaf_values_of(
+        self, name: str, filled: Tensor, missing: Tensor, external: Tensor | None = None
+    ) -> Tensor:
+        complete = not missing.any()
+        dtype = self.weights.dtype
+        parts: list[Tensor] = []
+        for (leaf, table, span), block in zip(self._families(), self._blocks, strict=True):
+            var = self._var[span][::block]
+            if isinstance(leaf, External):
+                shape = (len(filled), len(var) * block)
+                found = None if external is None else tuple(external.shape)
+                require(found == shape, f"{name}: external", f"shape {shape}", found)
+                assert external is not None
+                e = external.to(dtype).unflatten(1, (-1, block))
+            elif isinstance(leaf, Indicator):
+                hit = filled[:, var, None] == self._indicators[span].view(-1, block)
+                e = torch.where(hit, 0.0, -torch.inf).to(dtype)
+            else:
+                e = leaf.log_prob(table, self._row[span], filled[:, var])
+            if not complete and not isinstance(leaf, External):
+                e = torch.where(missing[:, var, None], 0, e)
+            parts.append(e.flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _refuse_external(self, name: str) -> None:
+        """Queries that have no argument for external values need leaves of our own."""
+        for leaf, _, span in self._families():
+            own = not isinstance(leaf, External)
+            variable = int(self._var[span][0])
+            require(own, f"{name}: variable {variable}", "a leaf with parameters", "External")

@@ -1,0 +1,140 @@
+"""From the root down: exact samples, and the assignment of largest probability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext.circuits import checks
+from lora_ext.circuits.errors import require
+from lora_ext.circuits.layered import FIRST_LEAF
+from lora_ext.circuits.leaves import Indicator, Leaf
+from lora_ext.circuits.parameters import Parameters
+from lora_ext.reference.circuit import draw
+
+# Values of a family: its table, walks (A,) and variables (A,), and rows of the table (A,) -> (A,).
+_Value = Callable[[Leaf, dict[str, Tensor], tuple[Tensor, Tensor], Tensor], Tensor]
+
+
+class MapResult(NamedTuple):
+    """The best tree of the circuit.
+
+    Attributes:
+        x: ``(B, n)`` assignment, evidence kept.
+        value: ``(B,)`` log-probability of the assignment together with all latents.
+        exact: whether ``x`` is also known to maximise ``log_prob(x)``: True only if the circuit is
+            deterministic; otherwise this is max-product, an approximation of that.
+    """
+
+    x: Tensor
+    value: Tensor
+    exact: bool
+
+
+def sample(
+    circuit: Parameters,
+    num_samples: int,
+    evidence: Tensor | None,
+    uniforms: Tensor | None,
+    generator: torch.Generator | None,
+    root: int | Tensor | None,
+) -> Tensor:
+    """``Circuit.sample``."""
+    evidence = _evidence(circuit, evidence, root)
+    filled, missing = circuit._read("sample: evidence", evidence)
+    top = circuit._root_units("sample", root, len(evidence))
+    inner = [i for i, r in enumerate(circuit.graph.regions) if r.partitions]
+    shape = (len(evidence), num_samples, len(inner) + circuit.num_variables)
+    device, dtype = circuit.weights.device, circuit.weights.dtype
+    if uniforms is None:
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+    require(uniforms.shape == shape, "sample: uniforms", f"shape {shape}", tuple(uniforms.shape))
+    circuit._refuse_external("sample")
+    val = circuit._run().up(circuit._leaf_values_of("sample", filled, missing), circuit._weights())
+    impossible = (val.gather(1, top[:, None])[:, 0] == -torch.inf).nonzero()
+    if len(impossible):
+        found = "an impossible row"
+        require(False, f"sample: evidence: row {int(impossible[0])}", "a possible row", found)
+    u = uniforms.flatten(0, 1)
+    slot = torch.full((len(circuit.graph.regions),), -1, device=device)
+    slot[inner] = torch.arange(len(inner), device=device)
+    row = torch.arange(len(evidence), device=device).repeat_interleave(num_samples)
+
+    def pick(terms: Tensor, m: Tensor, region: Tensor) -> Tensor:
+        largest = terms.amax(1, keepdim=True)
+        return draw((terms - largest).exp(), u[m, slot[region]])
+
+    def value(leaf: Leaf, table: dict[str, Tensor], entry: tuple[Tensor, Tensor], rows: Tensor):
+        m, v = entry
+        return leaf.sample(table, rows, u[m, len(inner) + v].to(dtype))
+
+    chosen = circuit._run().choose(val, circuit._weights(), row, top[row], pick)
+    x = _room_for_values(circuit, evidence)[row]
+    _fill(circuit, x, chosen, missing[row], value)
+    return x.unflatten(0, (len(evidence), num_samples))
+
+
+def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
+    """``Circuit.map``."""
+    evidence = _evidence(circuit, evidence, root)
+    filled, missing = circuit._read("map: evidence", evidence)
+    top = circuit._root_units("map", root, len(evidence))
+    val = best_values(circuit, filled, missing)
+    row = torch.arange(len(evidence), device=evidence.device)
+
+    def pick(terms: Tensor, m: Tensor, region: Tensor) -> Tensor:
+        return terms.max(1).indices
+
+    def value(leaf: Leaf, table: dict[str, Tensor], entry: tuple[Tensor, Tensor], rows: Tensor):
+        return leaf.mode(table, rows)[0]
+
+    chosen = circuit._run().choose(val, circuit._weights(), row, top, pick)
+    x = _room_for_values(circuit, evidence)
+    _fill(circuit, x, chosen, missing, value)
+    exact = checks.is_deterministic(circuit.graph) is True
+    return MapResult(x, val.gather(1, top[:, None])[:, 0], exact)
+
+
+def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
+    """All units by max-product, where missing variables take their mode."""
+    circuit._refuse_external("map")
+    e = circuit._leaf_values_of("map", filled, missing)
+    for leaf, table, span in circuit._families():
+        if not isinstance(leaf, Indicator):
+            mode = leaf.mode(table, circuit._row[span])[1]
+            e[:, span] = torch.where(missing[:, circuit._var[span]], mode, e[:, span])
+    return circuit._run().up(e, circuit._weights(), "max")
+
+
+def _evidence(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> Tensor:
+    """The evidence, or as many rows of nothing as there are roots to start from."""
+    if evidence is not None:
+        return evidence
+    return circuit._nothing(len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1)
+
+
+def _room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
+    """A copy of the evidence that can hold what is drawn."""
+    continuous = any(
+        leaf.num_values() is None and not isinstance(leaf, Indicator)
+        for leaf, _, _ in circuit._families()
+    )
+    if not continuous or evidence.is_floating_point():
+        return evidence.clone()
+    floats = evidence.to(circuit.weights.dtype)
+    return torch.where(evidence < 0, torch.nan, floats)
+
+
+def _fill(circuit: Parameters, x: Tensor, chosen: Tensor, missing: Tensor, value: _Value) -> None:
+    """Write the values of the chosen leaf units into what is missing of ``x``, in place."""
+    for leaf, table, span in circuit._families():
+        inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
+        m, v = (inside & missing).nonzero(as_tuple=True)
+        unit = chosen[m, v] - FIRST_LEAF
+        if isinstance(leaf, Indicator):
+            x[m, v] = circuit._indicators[unit].to(x.dtype)
+        elif len(m):
+            x[m, v] = value(leaf, table, (m, v), circuit._row[unit]).to(x.dtype)

@@ -1,0 +1,25 @@
+"""Scopes: sets of variables as bitsets in Python integers, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def bits(scope: int) -> Iterator[int]:
+    """The variables of a scope, ascending."""
+    while scope:
+        low = scope & -scope
+        yield low.bit_length() - 1
+        scope ^= low
+
+
+def variables(scope: int) -> list[int]:
+    """The variables of a scope, ascending."""
+    return list(bits(scope))
+
+
+def braces(scope: int) -> str:
+    """A scope as errors print it, cut after twelve variables."""
+    shown = variables(scope)
+    tail = ", ..." if len(shown) > 12 else ""
+    return "{" + ", ".join(map(str, shown[:12])) + tail + "}"

@@ -1,0 +1,227 @@
+"""What one call of the decoder asks for, in the words of transformers' ``generate``.
+
+Arguments of the call win over its ``generation_config``; where neither names the ends or the
+padding, the model's own configuration does. The decoder's output follows the model's law, so a
+setting that would change that law, or that asks for something the decoder does not do, is refused
+by its name instead of being left out silently.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WHERE = "SpeculativeDecoder"
+_HONOURED = {
+    "max_new_tokens",
+    "max_length",
+    "eos_token_id",
+    "pad_token_id",
+    "stop_strings",
+    "do_sample",
+    "temperature",
+    "top_p",
+}
+# Settings that have no say over the tokens that follow a prompt.
+_WITHOUT_EFFECT = {
+    "bos_token_id",
+    "decoder_start_token_id",
+    "return_dict_in_generate",
+    "transformers_version",
+}
+# Values that ask for what the decoder does anyway; of every flag but `use_cache` it is False.
+_NEUTRAL: Mapping[str, Any] = {
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "top_k": 0,
+    "typical_p": 1.0,
+    "use_cache": True,
+}
+# Settings by which a model's own configuration changes its law, greedy decoding included.
+_PENALTIES = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+)
+
+#: ``stops(before, new)``: how many of the new tokens a row keeps, or None: it goes on.
+StopRule = Callable[[list[int], list[int]], int | None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call's stop rules and seeds, and what it changes in the decoder's settings.
+
+    Attributes:
+        budget: new tokens a row may have, at least 1.
+        ends: tokens that end a row. pad: what follows in a row that ended early.
+        stops: the rule of the stop strings, or None.
+        seeds: one per row.
+        law: those of mode, temperature and top_p that the call has set.
+    """
+
+    budget: int
+    ends: frozenset[int]
+    pad: int
+    stops: StopRule | None
+    seeds: list[int]
+    law: dict[str, Any]
+
+
+def read_request(
+    model: Any,
+    input_ids: Tensor,
+    seed: int | Sequence[int] | None,
+    generation_config: Any,
+    tokenizer: Any,
+    arguments: Mapping[str, Any],
+) -> Request:
+    """Check what a call asks for.
+
+    Args:
+        model: its ``generation_config`` names ends and padding where nothing else does.
+        input_ids: ``(B, S)``.
+        seed: None, one, or one per row; :meth:`SpeculativeDecoder.generate`.
+        generation_config: transformers' GenerationConfig, or None.
+        tokenizer: of the stop strings.
+        arguments: settings by the names of GenerationConfig; None where the call names none.
+
+    Raises:
+        ValueError: a number out of range, or a setting that cannot be honoured, by its name.
+        TypeError: an argument that no ``generate`` has.
+    """
+    asked = _asked(generation_config, arguments)
+    own = getattr(model, "generation_config", None)
+    if generation_config is None:
+        _refuse_penalties(own)
+    budget = asked.get("max_new_tokens")
+    if budget is None and "max_length" in asked:
+        budget = asked["max_length"] - input_ids.shape[-1]
+    if budget is None or budget < 1:
+        found = "none, here or in generation_config" if budget is None else budget
+        raise ValueError(f"{_WHERE}: max_new_tokens: expected at least 1, found {found}")
+    eos = asked.get("eos_token_id", getattr(own, "eos_token_id", None))
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
+    pad = asked.get("pad_token_id", getattr(own, "pad_token_id", None))
+    law = {name: asked[name] for name in ("temperature", "top_p") if name in asked}
+    if "do_sample" in asked:
+        law["mode"] = "sample" if asked["do_sample"] else "greedy"
+    stops = None
+    if "stop_strings" in asked:
+        stops = _stop_rule(asked["stop_strings"], tokenizer)
+    return Request(
+        budget,
+        frozenset(ends),
+        (ends[0] if ends else 0) if pad is None else pad,
+        stops,
+        row_seeds(seed, len(input_ids)),
+        law,
+    )
+
+
+def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """A seed for every row.
+
+    One seed gives the first numbers of its own generator, so that neighbouring seeds share no
+    row; None takes them from torch's.
+
+    Raises:
+        ValueError: another number of seeds than of rows. TypeError: seeds that are no integers.
+    """
+    try:
+        one = None if seed is None else operator.index(seed)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        seeds = [operator.index(s) for s in seed]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+        if len(seeds) != batch:
+            raise ValueError(
+                f"{_WHERE}: seed: expected None, one or {batch}, found {len(seeds)}"
+            ) from None
+        return seeds
+    generator = None if one is None else torch.Generator().manual_seed(one)
+    return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
+
+
+def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are set; those of the call win over those of its configuration."""
+    from transformers import GenerationConfig
+
+    plain = vars(GenerationConfig())
+    asked: dict[str, Any] = {}
+    if config is not None:
+        for name, value in vars(config).items():
+            if not name.startswith("_") and value is not None and value != plain.get(name):
+                asked[name] = value
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name not in plain and name not in _HONOURED:
+            raise TypeError(
+                f"{_WHERE}: {name}: expected settings of transformers' GenerationConfig, "
+                f"found {type(value).__name__}"
+            )
+        asked[name] = value
+    for name, value in asked.items():
+        neutral = _NEUTRAL.get(name, False)
+        if name in _HONOURED | _WITHOUT_EFFECT or value == neutral:
+            continue
+        raise ValueError(
+            f"{_WHERE}: {name}: expected {neutral if name in _NEUTRAL else 'none'}, which is all "
+            f"that speculative decoding honours, found {value!r:.80}"
+        )
+    return asked
+
+
+def _refuse_penalties(config: Any) -> None:
+    for name in _PENALTIES:
+        value = getattr(config, name, None)
+        if value is not None and value != _NEUTRAL.get(name):
+            raise ValueError(
+                f"{_WHERE}: model: expected a generation_config without {name}, found "
+                f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
+            )
+
+
+def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
+    from transformers import StopStringCriteria
+
+    if tokenizer is None:
+        raise ValueError(f"{_WHERE}: tokenizer: expected one for the stop_strings, found none")
+    criteria = StopStringCriteria(
+        tokenizer, list([strings] if isinstance(strings, str) else strings)
+    )
+    width = criteria.maximum_token_len
+    filler = len(criteria.embedding_vec) - 1  # stands for what is no token: it matches nothing
+
+    def stops(before: list[int], new: list[int]) -> int | None:
+        text = [*before, *new]
+        ends = range(len(before) + 1, len(text) + 1)
+        tails = [[*[filler] * (width - end), *text[max(0, end - width) : end]] for end in ends]
+        ids: Any = torch.tensor(tails, dtype=torch.int64)  # transformers asks for a LongTensor
+        completed = criteria(ids, None).tolist()
+        return completed.index(True) + 1 if True in completed else None
+
+    return stops

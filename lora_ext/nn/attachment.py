@@ -1,0 +1,68 @@
+"""Who has adapters: pools, the models that are attached to them, layers with adapters of their own.
+
+``adapters`` blocks find their pool here when the caller gives none.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class UnknownAdapterError(KeyError):
+    """Nobody has an adapter of that name."""
+
+    def __str__(self) -> str:
+        """The message without KeyError's quotes."""
+        return self.args[0]
+
+
+class Pool(Protocol):
+    """What is needed of :class:`lora_ext.AdapterPool`; this floor does not import that one."""
+
+    max_slots: int
+    modules: Any
+
+    def acquire(self, names: Sequence[str | None]) -> Any:
+        """Pin adapters: a list of slots that is a context manager, knows ``released``, and pins
+        the same again with ``renew()``."""
+
+
+_handles: weakref.WeakKeyDictionary[Pool, int] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def pool_handle(pool: Pool) -> int:
+    """A number for the pool that a compiled graph can hold."""
+    return _handles.setdefault(pool, next(_counter))
+
+
+#: What ``attach`` left on models that are still alive, and layers that keep adapters of their own:
+#: objects with a ``pool``.
+attachments: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def only_pool() -> Pool:
+    """The one pool that anything is attached to.
+
+    Raises:
+        RuntimeError: there is none. ValueError: there are several.
+    """
+    pools = {id(a.pool): a.pool for a in attachments}
+    if len(pools) > 1:
+        gc.collect()  # models that nobody holds any more may wait for the collector
+        pools = {id(a.pool): a.pool for a in attachments}
+    if not pools:
+        raise RuntimeError(
+            "adapters: expected an attached model, found none; call lora_ext.attach(model, pool), "
+            "or give pool="
+        )
+    if len(pools) > 1:
+        raise ValueError(
+            f"adapters: pool: expected one of the {len(pools)} pools that have models attached, "
+            "found None (lora_ext.nn.layer_names stands for layers with adapters of their own)"
+        )
+    return next(iter(pools.values()))

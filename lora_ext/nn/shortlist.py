@@ -1,0 +1,91 @@
+"""The tokens that a circuit head knows: the whole vocabulary, or a list of it.
+
+A head with a list computes leaves for the tokens on it alone. Their order in the leaves is their
+order on the list; the *place* of a token is its index there. Tokens become places on the way in
+(:meth:`Shortlist.places`), and leaves over places become leaves over the vocabulary on the way out
+(:meth:`Shortlist.widen`). Without a list, both change nothing.
+
+Source: FR-Spec (arXiv 2502.14856), for drafts; how evidence and targets off the list are treated is
+ours (docs/mtpc.md, "Shortlist").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The tokens of a vocabulary that have a place.
+
+    Attributes:
+        ids: ``(L,)`` int64, ascending and distinct; None where every token is its own place.
+        vocab_size: ``V``.
+    """
+
+    ids: Tensor | None
+    vocab_size: int
+
+    @property
+    def size(self) -> int:
+        """``L``, the number of places."""
+        return self.vocab_size if self.ids is None else len(self.ids)
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """The place of each token, and -1 for a token of the vocabulary that has none.
+
+        A number that is no token of the vocabulary is returned unchanged: -1 stays the mark of a
+        marginalised position, and the op that takes the places refuses any other.
+        """
+        if self.ids is None:
+            return tokens
+        tokens = tokens.contiguous()
+        place = torch.searchsorted(self.ids, tokens).clamp(max=self.size - 1)
+        without = torch.where(self._in_vocabulary(tokens), -1, tokens)
+        return torch.where(self.ids[place] == tokens, place, without)
+
+    def lacks(self, tokens: Tensor) -> Tensor:
+        """Which tokens of the vocabulary have no place, bool; False for what is no token."""
+        return self._in_vocabulary(tokens) & (self.places(tokens) == -1)
+
+    def narrow(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Keep the values of the tokens on the list: ``V`` becomes ``L`` along ``dim``."""
+        return values if self.ids is None else values.index_select(dim, self.ids.to(values.device))
+
+    def widen(self, logits: Tensor) -> Tensor:
+        """Logits over places ``(..., L)`` as logits over the vocabulary ``(..., V)``; tokens
+        without a place have ``-inf``."""
+        if self.ids is None:
+            return logits
+        wide = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        return wide.index_copy_(-1, self.ids, logits)
+
+    def _in_vocabulary(self, tokens: Tensor) -> Tensor:
+        return (tokens >= 0) & (tokens < self.vocab_size)
+
+
+def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
+    """The ids of a list in ascending order, on the CPU.
+
+    Raises:
+        ValueError: fewer than 2 ids, one twice, or one outside the vocabulary. TypeError: ids that
+            are not int64.
+    """
+    where = "CircuitHead: shortlist: expected"
+    ids = torch.as_tensor(ids, device="cpu")
+    if ids.dim() != 1 or len(ids) < 2:
+        raise ValueError(f"{where} shape (L,) with L >= 2, found {tuple(ids.shape)}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{where} int64, found {ids.dtype}")
+    ids = ids.sort().values
+    least, most = int(ids[0]), int(ids[-1])
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"{where} ids in [0, {vocab_size}), found {least} to {most}")
+    twice = ids[1:][ids[1:] == ids[:-1]]
+    if len(twice):
+        raise ValueError(f"{where} distinct ids, found {int(twice[0])} twice")
+    return ids

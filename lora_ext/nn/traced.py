@@ -1,0 +1,116 @@
+"""Rows for compiled graphs.
+
+torch.compile cannot see a ContextVar. A graph asks for its ids through an op that reads the block
+while the graph runs, so one graph serves every assignment of rows to adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+
+from . import context
+from .layer_names import layer_names
+from .rows import Rows, constant, rows_of
+
+# A replay of a CUDA graph would not read the block again.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+
+_library = torch.library.Library("lora_ext", "FRAGMENT")
+_library.define(
+    "active_adapter_ids(int handle, SymInt[] leading, Device device, bool tokens_first, "
+    "bool of_tokens) -> Tensor",
+    tags=_TAGS,
+)
+_library.define(
+    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device, bool of_tokens) "
+    "-> Tensor",
+    tags=_TAGS,
+)
+
+
+def pool_rows(
+    handle: int,
+    leading: Sequence[int],
+    device: torch.device,
+    num_slots: int,
+    tokens_first: bool = False,
+    of_tokens: bool = False,
+) -> Rows:
+    """Rows for a pool's layer in whatever block the graph will run; ids are slots."""
+    ids = torch.ops.lora_ext.active_adapter_ids(handle, leading, device, tokens_first, of_tokens)
+    return Rows(tuple(range(num_slots)), ids, ops.lora_plan(ids, num_slots))
+
+
+def layer_rows(
+    names: tuple[str, ...],
+    default: int,
+    leading: torch.Size,
+    device: torch.device,
+    of_tokens: bool,
+) -> Rows:
+    """Rows for a layer with these adapters of its own, all of which take part; outside a block
+    every row has the adapter ``default``."""
+    ids = torch.ops.lora_ext.layer_adapter_ids(list(names), default, leading, device, of_tokens)
+    return rows_of(ids, len(names))
+
+
+def _active_adapter_ids(
+    handle: int,
+    leading: Sequence[int],
+    device: torch.device,
+    tokens_first: bool,
+    of_tokens: bool,
+) -> Tensor:
+    block = context.current(handle)
+    if block is None:
+        return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
+    ids = block.rows(torch.Size(leading), device, tokens_first, of_tokens).ids
+    return ids.clone()  # a graph may reuse the memory of what an op returns
+
+
+def _layer_adapter_ids(
+    names: Sequence[str],
+    default: int,
+    leading: Sequence[int],
+    device: torch.device,
+    of_tokens: bool,
+) -> Tensor:
+    block = context.current(layer_names.handle)
+    if block is None:
+        return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
+    rows = block.rows_among(tuple(names), torch.Size(leading), device, of_tokens)
+    return constant([*rows.used, -1], torch.int32, device)[rows.ids.long()]  # -1 finds the last
+
+
+def _fake_active_adapter_ids(
+    handle: int,
+    leading: Sequence[int],
+    device: torch.device,
+    tokens_first: bool,
+    of_tokens: bool,
+) -> Tensor:
+    return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
+
+
+def _fake_layer_adapter_ids(
+    names: Sequence[str],
+    default: int,
+    leading: Sequence[int],
+    device: torch.device,
+    of_tokens: bool,
+) -> Tensor:
+    return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
+
+
+for _name, _run, _fake in (
+    ("active_adapter_ids", _active_adapter_ids, _fake_active_adapter_ids),
+    ("layer_adapter_ids", _layer_adapter_ids, _fake_layer_adapter_ids),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_ext::{_name}", _fake, lib=_library)

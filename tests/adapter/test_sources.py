@@ -1,0 +1,42 @@
+"""Where an adapter comes from: what is no folder of PEFT's is refused in a sentence that helps."""
+
+import pytest
+from support import Base, config, state
+
+from lora_ext.adapter import save_adapter
+from lora_ext.pool import AdapterPool
+
+
+@pytest.fixture
+def pool():
+    return AdapterPool(Base(), max_slots=2, max_rank=8)
+
+
+def test_a_name_on_the_hub_is_not_downloaded(pool):
+    with pytest.raises(
+        ValueError,
+        match=r"org/name: cannot be opened: expected a directory .*found No such file.*; nothing "
+        r"is downloaded here: huggingface_hub.snapshot_download\('org/name'\) returns a directory",
+    ):
+        pool.load("a", "org/name")
+
+
+def test_a_path_that_is_no_adapter_says_what_is_there(pool, tmp_path):
+    with pytest.raises(ValueError, match=r"found No such file or directory$"):
+        pool.load("a", tmp_path / "nowhere")
+    for name in ("red", "blue"):
+        save_adapter(tmp_path / name, config(), state(0))
+    with pytest.raises(ValueError, match=r"json, found one with adapters in blue, red$"):
+        pool.load("a", tmp_path)
+    with pytest.raises(ValueError, match="found a file; name its directory"):
+        pool.load("a", tmp_path / "red" / "adapter_model.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"json, found one without$"):
+        pool.load("a", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("source", [None, {}, [config(), state(0)], 3, b"adapters/red"])
+def test_what_is_no_source_is_refused_by_its_type(pool, source):
+    with pytest.raises(TypeError, match=f"expected a directory .* found {type(source).__name__}"):
+        pool.load("a", source)
+    assert pool.names == []

@@ -1,0 +1,65 @@
+"""The Python of the README and of every page runs as it stands, its blocks one after another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tiny import make_model, make_peft
+
+ROOT = Path(__file__).parents[2]
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = {
+    str(page.relative_to(ROOT)): blocks
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if (blocks := _BLOCK.findall(page.read_text()))
+}
+
+
+def _save_base_model(path: Path) -> None:
+    words = {w: i for i, w in enumerate(["<pad>", "<unk>", "who", "are", "you", "?"])}
+    words |= {f"w{i}": i for i in range(len(words), 97)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(path)
+    make_model("llama").save_pretrained(path)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with what the pages take for granted: a base model, and two adapters for it."""
+    monkeypatch.chdir(tmp_path)
+    _save_base_model(tmp_path / "base-model")
+    configs = {name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku")}
+    make_peft(make_model("llama"), configs).save_pretrained(tmp_path / "adapters")
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_the_page_runs(page: str) -> None:
+    scope: dict[str, object] = {}
+    for number, block in enumerate(PAGES[page]):
+        exec(compile(block, f"<{page}, block {number}>", "exec"), scope)
+        answers = scope.pop("answers", None)
+        if isinstance(answers, torch.Tensor):
+            assert len({tuple(row.tolist()) for row in answers}) == 3  # each row had its adapter
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    listed = set(re.findall(r"\]\(([\w]+\.md)", index))
+    assert listed == {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_of_the_page_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text()):
+        assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"

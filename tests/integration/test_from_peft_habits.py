@@ -1,0 +1,174 @@
+"""What users and PEFT itself see of a layer from the outside stays as it was with PEFT's layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.model import LoraModel
+from tiny import CONFIGS, VOCAB, make_model, make_peft
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.interop.peft import FusedLinear, FusedLoraModel, report, to_peft
+
+NAMES = ["red", "green", "__base__", "blue", "green"]
+ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
+
+
+def pair(configs: dict[str, dict[str, Any]] | None = None) -> tuple[Any, Any]:
+    """The same adapters twice: PEFT's own layers, and ours."""
+    theirs = make_peft(make_model("llama"), configs or CONFIGS["llama"]).double()
+    return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
+
+
+def logits(model: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids=ROWS, **kwargs).logits
+
+
+def fused_layers(model: nn.Module) -> Iterator[Any]:
+    return (m for m in model.modules() if isinstance(m, FusedLinear))
+
+
+# --- names ----------------------------------------------------------------------------------------
+def test_the_model_prints_as_pefts() -> None:
+    theirs, ours = pair()
+    assert repr(ours) == repr(theirs)
+
+
+def test_the_status_of_model_and_layers_is_pefts() -> None:
+    theirs, ours = pair()
+    assert ours.get_model_status() == theirs.get_model_status()
+    assert ours.get_layer_status() == theirs.get_layer_status()
+    assert {status.module_type for status in ours.get_layer_status()} == {"lora.Linear"}
+
+
+def test_python_still_knows_the_classes_apart() -> None:
+    assert "FusedLinear" in repr(FusedLinear) and "FusedLoraModel" in repr(FusedLoraModel)
+    assert FusedLinear is not PeftLinear and FusedLoraModel is not LoraModel
+
+
+def test_pickled_and_copied_layers_are_ours_again() -> None:
+    _, ours = pair()
+    for twin in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert type(twin.base_model) is FusedLoraModel
+        assert len(list(fused_layers(twin))) == len(list(fused_layers(ours)))
+        assert torch.equal(logits(twin, adapter_names=NAMES), logits(ours, adapter_names=NAMES))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]], ids=len)
+def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
+    theirs, ours = pair()
+    with pytest.raises(ValueError) as expected:
+        logits(theirs, adapter_names=names)
+    with pytest.raises(ValueError) as found:
+        logits(ours, adapter_names=names)
+    assert str(found.value) == str(expected.value)
+    ours.set_requires_grad(["red", "green", "blue"])
+    with pytest.raises(ValueError) as found:
+        logits(ours.train(), adapter_names=names)
+    assert str(found.value) == str(expected.value)
+
+
+# --- what is left to PEFT -------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["learned", "per output", "per token"])
+def test_a_scaling_that_is_no_plain_number_is_pefts_business(kind: str) -> None:
+    theirs, ours = pair({"red": CONFIGS["llama"]["red"]})
+    found: list[Tensor] = []
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        for layer in model.modules():
+            if isinstance(layer, PeftLinear):
+                width = {"learned": (), "per output": (layer.out_features,), "per token": (7, 1)}
+                scaling = torch.rand(width[kind], dtype=torch.float64) + 0.5
+                layer.scaling["red"] = nn.Parameter(scaling) if kind == "learned" else scaling
+        found.append(logits(model))
+        found[-1].square().sum().backward()
+    assert torch.equal(*found)
+    for own, other in zip(
+        fused_layers(ours), fused_layers(lora_ext.from_peft(theirs)), strict=True
+    ):
+        if kind == "learned":
+            assert own.scaling["red"].grad.abs() > 0
+            assert torch.equal(own.scaling["red"].grad, other.scaling["red"].grad)
+        assert torch.equal(own.lora_A["red"].weight.grad, other.lora_A["red"].weight.grad)
+    assert all("scaling" in reason for reason in report(ours).left.values())
+    assert report(ours).left and not report(ours).taken
+
+
+def test_attention_that_reads_its_output_projection_is_not_listed_as_taken() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mha(x, x, x)[0])
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["mha", "head"], init_lora_weights=False)
+    theirs: Any = peft.get_peft_model(Attention(), config).eval()
+    ours: Any = lora_ext.from_peft(copy.deepcopy(theirs))
+    found = report(ours)
+    assert found.taken == ("base_model.model.head",)
+    assert "never calls it" in found.left["base_model.model.mha.base_layer.out_proj"]
+    assert repr(ours) == repr(theirs)
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_says_so_where_no_layer_is_taken() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Embedding(11, 8), nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1", "2"]))
+    with pytest.warns(UserWarning, match="expected layers that lora_ext can run") as caught:
+        lora_ext.from_peft(model)
+    text = str(caught[0].message)
+    assert "peft.tuners.lora.layer.Embedding: base_model.model.0" in text
+    assert "peft.tuners.lora.layer.Conv1d: base_model.model.1, base_model.model.2" in text
+    assert caught[0].filename == __file__
+
+
+def test_is_silent_where_a_layer_is_taken() -> None:
+    model = make_peft(make_model("llama"), CONFIGS["llama"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_ext.from_peft(model)
+
+
+# --- frozen adapters ------------------------------------------------------------------------------
+def test_training_by_name_an_adapter_that_is_frozen_says_so() -> None:
+    _, ours = pair()
+    ours.train().set_adapter("red")  # PEFT freezes the others
+    with pytest.warns(
+        UserWarning, match=r"adapter_names: .*found 'blue', 'green' frozen"
+    ) as caught:
+        logits(ours, adapter_names=NAMES)
+    assert len(caught) == 1 and "set_requires_grad" in str(caught[0].message)
+
+
+def test_training_by_name_is_silent_where_nothing_is_amiss() -> None:
+    _, ours = pair()
+    ours.set_adapter("red")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(ours, adapter_names=NAMES)  # evaluation
+        with torch.no_grad():
+            logits(ours.train(), adapter_names=NAMES)
+        logits(ours, adapter_names=["red", "__base__", "red", "red", "red"])
+        ours.set_requires_grad(["red", "green", "blue"])
+        logits(ours, adapter_names=NAMES)
+
+
+def test_undone_everything_is_pefts_again() -> None:
+    theirs, ours = pair()
+    to_peft(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]

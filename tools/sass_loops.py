@@ -1,0 +1,216 @@
+"""What the loops of a kernel have under way in memory, read from the machine code alone.
+
+Every instruction carries its schedule in its own bits 105 and up: stall (4 bits), yield (1), the
+barrier that its result sets (3), the barrier that its operands set (3), and the barriers that it
+waits for (6). So a load and the first instruction that needs it can be paired without a GPU.
+
+The model: a load takes one trip, everything else takes no time. `flight` walks a loop until it
+repeats itself and divides the bytes that a turn loads by the trips that a turn waits for: the
+bytes per thread that are on their way at any time. Sixteen loads that fly together and then are
+used give 16 times their width; sixteen loads of which each is used before the next is asked for
+give their width once. Where a loop branches, the way that loads most is walked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TURNS, MEASURED = 40, 24  # the first turns fill the pipeline; 24 is a multiple of 1, 2, 3, 4, 6, 8
+NO_BARRIER = 7
+TENSOR = r"(HMMA|HGMMA|QGMMA)\b"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str
+    operands: str
+    predicate: str = ""
+    high: int = 0  # the upper 64 of the 128 bits
+
+    @property
+    def sets(self) -> int:
+        """The barrier that the result sets, `NO_BARRIER` for none."""
+        return self.high >> 46 & 7
+
+    @property
+    def waits(self) -> int:
+        """One bit for each barrier that must be clear before the instruction is issued."""
+        return self.high >> 52 & 63
+
+    @property
+    def load_bytes(self) -> int:
+        """Bytes that a thread asks global memory for."""
+        if not re.match(r"(LDG|LD|LDGSTS)\b", self.opcode):
+            return 0
+        width = re.search(r"\.(128|64|[US]16|[US]8)\b", self.opcode)
+        return int(re.sub(r"\D", "", width[1])) // 8 if width else 4
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch leads."""
+        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
+        return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.predicate) or "," in self.operands or "P" in self.operands
+
+    @property
+    def ends(self) -> bool:
+        """Whether the next instruction in memory is not the next one that runs."""
+        stops = self.target is not None or re.match(r"(EXIT|RET|BRX|KILL)\b", self.opcode)
+        return bool(stops) and not self.conditional
+
+
+@dataclass(frozen=True)
+class Flight:
+    inflight: int  # bytes per thread on their way, averaged over the trips waited for
+    overlap: int  # of which so many are on their way while a tensor core multiplies
+
+
+# --- loops ----------------------------------------------------------------------------------------
+def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[int]:
+    found = [] if code[i].ends or i + 1 == len(code) else [i + 1]
+    target = code[i].target
+    return found if target not in at else [*found, at[target]]
+
+
+def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The instructions that one turn of each main loop runs, in their order.
+
+    A loop is what dominators say it is: the way from a block back to one that every path to it
+    has passed. A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its
+    stages, and no loop inside it does. A loop inside it counts as one turn. Main loops come in the
+    order of their heads.
+    """
+    at = {one.address: i for i, one in enumerate(code)}
+    heads = {0} | {at[one.target] for one in code if one.target in at}
+    heads |= {i + 1 for i, one in enumerate(code[:-1]) if one.target is not None or one.ends}
+    starts = sorted(heads)
+    block_of = {start: k for k, start in enumerate(starts)}
+    ends = [*starts[1:], len(code)]
+    after = [[block_of[i] for i in successors(code, at, end - 1)] for end in ends]
+    before: list[list[int]] = [[] for _ in starts]
+    for k, following in enumerate(after):
+        for n in following:
+            before[n].append(k)
+
+    # Bit k of dominators[n]: block k lies on every way to block n.
+    everything = (1 << len(starts)) - 1
+    dominators = [1] + [everything] * (len(starts) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for k in range(1, len(starts)):
+            common = everything
+            for p in before[k]:
+                common &= dominators[p]
+            common |= 1 << k
+            changed |= common != dominators[k]
+            dominators[k] = common
+
+    bodies: dict[int, set[int]] = {}
+    for k, following in enumerate(after):
+        for head in following:
+            if dominators[k] == everything or not dominators[k] >> head & 1:
+                continue  # unreachable, or no way back
+            body, waiting = bodies.setdefault(head, {head}), [k]
+            while waiting:
+                block = waiting.pop()
+                if block not in body:
+                    body.add(block)
+                    waiting += before[block]
+
+    def block_code(block: int) -> Sequence[Instruction]:
+        return code[starts[block] : ends[block]]
+
+    # Of two ways that load the same bytes, the one with the wider loads.
+    weight = [
+        sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in block_code(block))
+        for block in range(len(starts))
+    ]
+    loads = {
+        head: body
+        for head, body in sorted(bodies.items())
+        if is_main([one for block in body for one in block_code(block)])
+    }
+    return [
+        [
+            one
+            for block in way_that_loads_most(head, body, after, weight)
+            for one in block_code(block)
+        ]
+        for head, body in loads.items()
+        if not any(other in body for other in loads if other != head)
+    ]
+
+
+def way_that_loads_most(
+    head: int, body: set[int], after: Sequence[Sequence[int]], weight: Sequence[int]
+) -> list[int]:
+    """The blocks of one turn, from the head to a block that leads back to it."""
+    best: dict[int, tuple[int, list[int]]] = {}  # from a block on: weight, blocks
+    open_blocks: set[int] = set()
+    stack = [head]
+    while stack:
+        block = stack[-1]
+        if block not in open_blocks:
+            open_blocks.add(block)
+            stack += [n for n in after[block] if n in body and n not in open_blocks]
+            continue
+        stack.pop()
+        if block in best:
+            continue
+        ways = [best[n] for n in after[block] if n in best and n != head]
+        if head in after[block]:
+            ways.append((0, []))
+        if ways:
+            most, blocks = max(ways, key=lambda way: way[0])
+            best[block] = most + weight[block], [block, *blocks]
+    return best[head][1]
+
+
+def is_main(loop: Sequence[Instruction]) -> bool:
+    opcodes = "\n".join(one.opcode for one in loop)
+    ring = re.search(r"^LDGSTS\b.*128\b", opcodes, re.M) and re.search(r"^DEPBAR\b", opcodes, re.M)
+    return bool(ring or re.search(r"^LDG\b.*\.128\b", opcodes, re.M))
+
+
+# --- flight ---------------------------------------------------------------------------------------
+def flight(turn: Sequence[Instruction]) -> Flight:
+    """What a loop has on its way once it repeats itself."""
+    clock, began, overlap = 0, 0, 0
+    lands: dict[int, int] = {}  # when what a barrier stands for is there
+    groups: list[int] = []  # the same for groups of cp.async
+    open_group, group_barrier = 0, NO_BARRIER
+    flying: list[tuple[int, int]] = []  # (when it lands, bytes)
+    for number in range(TURNS):
+        if number == TURNS - MEASURED:
+            began = clock
+        for one in turn:
+            for barrier in range(6):
+                if one.waits >> barrier & 1:
+                    clock = max(clock, lands.get(barrier, 0))
+            if one.opcode == "LDGDEPBAR":
+                groups.append(open_group)
+                open_group, group_barrier = 0, one.sets
+            elif found := re.match(r"SB(\d), 0x([0-9a-f]+)", one.operands):
+                pending = int(found[2], 16)
+                if one.opcode.startswith("DEPBAR") and group_barrier != NO_BARRIER:
+                    landed = groups[: len(groups) - pending]
+                    clock = max([clock, *landed])
+            if size := one.load_bytes:
+                flying.append((clock + 1, size))
+                if one.opcode.startswith("LDGSTS"):
+                    open_group = clock + 1
+                elif one.sets != NO_BARRIER:
+                    lands[one.sets] = clock + 1
+            flying = [(when, size) for when, size in flying if when > clock]
+            if number >= TURNS - MEASURED and re.match(TENSOR, one.opcode):
+                overlap = max(overlap, sum(size for _, size in flying))
+    size = sum(one.load_bytes for one in turn)
+    trips = clock - began
+    return Flight(size * MEASURED // trips if trips else size * MEASURED, overlap)
