@@ -18,6 +18,11 @@ find_python = for p in python3.11 python3.14 python3.13 python3.12 python3.10 py
 find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10 $(PY); do \
   $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && echo $$p && exit; done; echo python3
 
+# Tests compile the kernels wherever there is an nvcc. A plain build does so beside a CUDA torch alone.
+nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
+build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
+check: export LORA_EXT_CUDA ?= 1
+
 .PHONY: help demo test check gpu bench build build-emu clean
 help:
 	@sed -n '3,8s/^# *//p' Makefile
@@ -49,7 +54,7 @@ demo: $(VENV)/extras-demo.stamp build
 test: build-emu
 	$(PY) -m pytest -q -n 2 --require-emu
 
-check: $(VENV)/extras-test-dev-demo.stamp $(VENV)/editable.stamp
+check: $(VENV)/extras-test-dev-demo-peers.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:

@@ -1,7 +1,9 @@
 """Packaging only: find torch and nvcc, let CMake and ninja compile, put the modules in place.
 
-Environment: LORA_EXT_CUDA=0|1 (default: CUDA where nvcc is found), TORCH_CUDA_ARCH_LIST, MAX_JOBS,
-CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1 (test-only emulator modules, in-place builds alone).
+Environment: LORA_EXT_CUDA=0|1 (default: CUDA where torch is a CUDA build and nvcc is found; beside
+a CPU build of torch, where kernels cannot run, they are compiled only when asked for),
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1 (test-only emulator
+modules, in-place builds alone).
 Nothing is downloaded, no git is called, no GPU is asked for.
 """
 
@@ -118,7 +120,7 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
     wish = os.environ.get("LORA_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"LORA_EXT_CUDA is {wish!r}; set it to 0 or 1, or unset it.")
-    if wish == "0":
+    if wish == "0" or (wish == "" and not torch.version.cuda):
         return None
     nvcc = find_nvcc()
     if nvcc is None:
@@ -127,12 +129,11 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
                 "LORA_EXT_CUDA=1, but there is no nvcc; install the CUDA toolkit and set "
                 "CUDA_HOME, or set LORA_EXT_CUDA=0 for a CPU build."
             )
-        if torch.version.cuda:
-            print(
-                f"lora_ext: warning: torch is built for CUDA {torch.version.cuda}, but there is no "
-                "nvcc: this build has no CUDA kernels; set CUDA_HOME for a CUDA build.",
-                file=sys.stderr,
-            )
+        print(
+            f"lora_ext: warning: torch is built for CUDA {torch.version.cuda}, but there is no "
+            "nvcc: this build has no CUDA kernels; set CUDA_HOME for a CUDA build.",
+            file=sys.stderr,
+        )
         return None
     # nvcc may be a link or a script, so it is asked where its headers are.
     dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "lora_ext/isa.h"
 #include "lora_ext/lora.h"
 
 using namespace lora_ext;
@@ -176,15 +177,16 @@ void run_case(const LoraCpu& isa, const Case& c, double copy, double peak) {
 
 int main(int argc, char** argv) {
     if (argc > 1) num_threads = std::max(1, std::atoi(argv[1]));
-    const LoraCpu* isa = argc > 2 ? lora_cpu(argv[2]) : &lora_cpu();
+    const std::optional<Isa> chosen = argc > 2 ? isa_named(argv[2]) : best_isa();
     const std::string filter = argc > 3 ? argv[3] : "";
-    if (!isa) {
+    if (!chosen || !isa_runs(*chosen)) {
         std::printf("cpu_twin: this machine cannot run \"%s\"\n", argv[2]);
         return 1;
     }
+    const LoraCpu& twin = twins<LoraCpu>(*chosen);
     const double copy = copy_gbs(), peak = fma_gflops() * num_threads;
     std::printf("isa %s, %d threads, copy %.2f GB/s, multiply-add (32-byte vectors) %.1f GFLOP/s\n",
-                isa->isa, num_threads, copy, peak);
+                twin.isa, num_threads, copy, peak);
     const DType f32 = DType::kFloat32, f16 = DType::kFloat16, bf16 = DType::kBFloat16;
     const Case cases[] = {
         {"D4 f32", f32, 64, 64, 4096, 14336, {16}, 5, false},
@@ -203,7 +205,7 @@ int main(int argc, char** argv) {
         {"prefill 576-1536 f16", f16, 1024, 8, 576, 1536, {16}, 20, true},
     };
     for (const Case& c : cases)
-        if (std::string(c.name).find(filter) != std::string::npos) run_case(*isa, c, copy, peak);
+        if (std::string(c.name).find(filter) != std::string::npos) run_case(twin, c, copy, peak);
 
     for (int64_t tokens : {1, 16, 32, 256, 8192}) {
         std::vector<int64_t> ids(tokens);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch  # first: its libraries are then in the process, and ours carries no path to them
@@ -18,13 +20,34 @@ def build_info() -> dict[str, object]:
     return {key: value for key, value in vars(info).items() if not key.startswith("_")}
 
 
+def hidden() -> Path | None:
+    """Another lora_ext that Python would find if it did not find this one: an installed package
+    behind the checkout that Python was started in."""
+    here = Path(__file__).resolve().parent
+    found = [Path(entry, "lora_ext") for entry in sys.path]
+    for finder in sys.meta_path:  # editable installs are on no path
+        spec = finder.find_spec("lora_ext", None)
+        if spec is not None and spec.origin is not None:
+            found.append(Path(spec.origin).parent)
+    for path in found:
+        if path.resolve() != here and (path / "__init__.py").is_file():
+            return path.resolve()
+    return None
+
+
 def explain(error: ImportError) -> str:
     """The sentence for a failed import of ``lora_ext._C``."""
     info = build_info()
     if not info:
+        here, other = Path(__file__).resolve().parent, hidden()
+        if other is not None:
+            return (
+                f"lora_ext in {here} is not built, and hides the one in {other}: start Python "
+                f"outside of {here.parent}, or run `pip install --no-build-isolation -e .` there."
+            )
         return (
-            "lora_ext is not built: run `pip install --no-build-isolation .` in its source folder, "
-            "and start Python outside of it."
+            f"lora_ext in {here} is not built: run `pip install --no-build-isolation .` in its "
+            "source folder, and start Python outside of it."
         )
     remedy = "run `pip install --no-build-isolation --force-reinstall --no-deps .` once more"
     if info["torch"] != torch.__version__:

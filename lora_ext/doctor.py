@@ -94,11 +94,18 @@ def main() -> int:
             "threads": torch.get_num_threads(),
         },
     )
+    here, other = Path(__file__).resolve().parent, _loader.hidden()
+    module = _loader.load()
+    _section("package", {"imported from": here, "kernels from": module.__file__})
+    if other is not None:
+        print(
+            f"  note           it hides another in {other}; start Python outside of {here.parent} "
+            "to use that one"
+        )
     info = _loader.build_info()
-    _section("build", {**info, "module": Path(__file__).parent})
+    _section("build", info)
     if info and info["torch"] != torch.__version__:
         print(f"  note           built for torch {info['torch']}, found {torch.__version__}")
-    module = _loader.load()
     devices, cards = _devices(info)
     _section("devices", {"cpu kernels": module.cpu_isa(), **cards})
     failed = 0

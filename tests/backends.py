@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 import lora_ext
-from lora_ext import _loader
+from lora_ext import _loader, ops
+
+# The modules that call compiled ops, all through their own name for the library, ``_c``. They are
+# found: one that a list forgot would test the twins under the name of every other backend.
+_MODULES = (
+    importlib.import_module(m.name) for m in pkgutil.iter_modules(ops.__path__, "lora_ext.ops.")
+)
+OP_MODULES = [m for m in _MODULES if hasattr(m, "_c")]
 
 
 @dataclass(frozen=True)

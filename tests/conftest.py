@@ -7,16 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import BACKENDS, Backend, closed
+from backends import BACKENDS, OP_MODULES, Backend, closed
 from hypothesis import settings
 
 import lora_ext
 from lora_ext.ops import _registration
-from lora_ext.ops import circuit as circuit_ops
-from lora_ext.ops import circuit_decode as circuit_decode_ops
-from lora_ext.ops import circuit_sum as circuit_sum_ops
-from lora_ext.ops import lora as lora_ops
-from lora_ext.ops import lora_train as lora_train_ops
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -66,7 +61,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         seed = int(os.environ.get("LX_SEED", chosen.seed))
         chosen.module.set_seed(seed)
     lora_ext._C.set_cpu_isa(chosen.isa)
-    for module in (circuit_ops, circuit_decode_ops, circuit_sum_ops, lora_ops, lora_train_ops):
+    for module in OP_MODULES:
         monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
     yield chosen
     lora_ext._C.set_cpu_isa("")

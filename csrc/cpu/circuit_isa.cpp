@@ -489,10 +489,8 @@ void any_scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, 
 
 }  // namespace
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 extern const CircuitCpu circuit_table;
-const CircuitCpu circuit_table = {LX_STRING(LX_ISA), any_leaf, any_leaf_backward,
-                                  scan_scratch,      any_scan, any_scan_backward};
+const CircuitCpu circuit_table = {LX_ISA_NAME,  any_leaf, any_leaf_backward,
+                                  scan_scratch, any_scan, any_scan_backward};
 
 }  // namespace lora_ext::LX_ISA

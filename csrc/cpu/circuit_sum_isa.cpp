@@ -604,11 +604,9 @@ LX_STEP(Max, max_product)
 
 }  // namespace
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 extern const LogSumCpu log_sum_table;
 const LogSumCpu log_sum_table = {
-    LX_STRING(LX_ISA), by_dtype<Weights>,        by_dtype<Values>,  forward_items,
+    LX_ISA_NAME,       by_dtype<Weights>,        by_dtype<Values>,  forward_items,
     by_dtype<Forward>, by_dtype<Ratios>,         by_dtype<DValues>, by_dtype<DWeights>,
     by_dtype<PerRow>,  by_dtype<PerRowBackward>, by_dtype<Max>};
 

@@ -22,6 +22,15 @@ struct DropoutKey {
     bool drops() const { return threshold != 0; }
 };
 
+// 1 / (1 - p) in the precision that T is computed in.
+template <typename T>
+LX_INLINE Acc<T> inverse_keep(const LoraDropout& d) {
+    if constexpr (sizeof(Acc<T>) == 8)
+        return d.inverse_keep_f64;
+    else
+        return d.inverse_keep;
+}
+
 // A word of a counter in the low half of each lane; what the upper half holds does not matter,
 // since a multiplication reads low halves only and its result is used as it comes.
 constexpr int kCounters = kF / 2;

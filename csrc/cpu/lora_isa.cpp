@@ -287,8 +287,8 @@ int64_t expand_items(const LoraArgs& args) {
 
 }  // namespace
 
-extern const LoraCpu table;
-const LoraCpu table = {LX_STRING(LX_ISA), shrink_items,        LX_BY_DTYPE(shrink),
-                       expand_items,      LX_BY_DTYPE(expand), LX_BY_DTYPE(apply)};
+extern const LoraCpu lora_table;
+const LoraCpu lora_table = {LX_ISA_NAME,  shrink_items,        LX_BY_DTYPE(shrink),
+                            expand_items, LX_BY_DTYPE(expand), LX_BY_DTYPE(apply)};
 
 }  // namespace lora_ext::LX_ISA

@@ -104,8 +104,6 @@ void by_dtype(const Args& args, int64_t begin, int64_t end) {
 
 // Entries of a table.
 #define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
 
 }  // namespace
 }  // namespace lora_ext::LX_ISA

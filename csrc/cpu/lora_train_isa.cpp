@@ -192,7 +192,7 @@ void shrink(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
         const Chunk chunk = chunk_at(args.lora, c);
         const Slot<T> slot(args.lora.bank, chunk.slot);
-        const Acc<T> factor = slot.scale * static_cast<Acc<T>>(args.dropout.inverse_keep);
+        const Acc<T> factor = slot.scale * inverse_keep<T>(args.dropout);
         for (int64_t row = 0; row < chunk.len && slot.rank > 0; row += kRowBlock)
             project<T>(x_rows<T>(args.lora, chunk).from(row), min(kRowBlock, chunk.len - row),
                        slot.in, key.drops() ? &key : nullptr, slot, factor,
@@ -205,7 +205,7 @@ void dv(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
         const Chunk chunk = chunk_at(args.lora, c);
         const Slot<T> slot(args.lora.bank, chunk.slot);
-        const Acc<T> factor = slot.scale * static_cast<Acc<T>>(args.dropout.inverse_keep);
+        const Acc<T> factor = slot.scale * inverse_keep<T>(args.dropout);
         for (int64_t row = 0; row < chunk.len && slot.rank > 0; row += kRowBlock)
             project<T>(dy_rows<T>(args, chunk.rows + row), min(kRowBlock, chunk.len - row),
                        slot.out, nullptr, slot, factor, dv_rows<T>(args, chunk.rows + row),
@@ -358,7 +358,7 @@ void dropout(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     constexpr int L = kLanes<T>;
     const DropoutKey key(args.dropout);
     const int64_t columns = args.lora.bank.in_features;
-    const Vec<T> factor = broadcast<T>(static_cast<Acc<T>>(args.dropout.inverse_keep));
+    const Vec<T> factor = broadcast<T>(inverse_keep<T>(args.dropout));
     for (int64_t row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(args.lora.x) + row * args.lora.x_row_stride;
         T* y = static_cast<T*>(args.lora.y) + row * args.lora.y_row_stride;
@@ -391,9 +391,8 @@ int64_t da_dx_items(const LoraTrainArgs& args) {
 }  // namespace
 
 extern const LoraTrainCpu train_table;
-const LoraTrainCpu train_table = {LX_STRING(LX_ISA),   chunk_items,     LX_BY_DTYPE(shrink),
-                                  chunk_items,         LX_BY_DTYPE(dv), db_items,
-                                  LX_BY_DTYPE(db),     da_dx_items,     LX_BY_DTYPE(da_dx),
-                                  LX_BY_DTYPE(dropout)};
+const LoraTrainCpu train_table = {
+    LX_ISA_NAME, chunk_items,     LX_BY_DTYPE(shrink), chunk_items,        LX_BY_DTYPE(dv),
+    db_items,    LX_BY_DTYPE(db), da_dx_items,         LX_BY_DTYPE(da_dx), LX_BY_DTYPE(dropout)};
 
 }  // namespace lora_ext::LX_ISA

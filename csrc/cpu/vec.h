@@ -11,8 +11,8 @@
 #include <immintrin.h>
 #endif
 
-#ifndef LX_VEC_BYTES  // set by tests only, to run the 64-byte source on a machine with 32-byte
-                      // vectors
+// Only tests set LX_VEC_BYTES, to run the 64-byte source on a machine with 32-byte vectors.
+#ifndef LX_VEC_BYTES
 #if defined(__AVX512F__)
 #define LX_VEC_BYTES 64
 #elif defined(__AVX2__)
@@ -21,6 +21,11 @@
 #define LX_VEC_BYTES 16
 #endif
 #endif
+
+// The name of the instruction set, as the tables give it.
+#define LX_STRING_(x) #x
+#define LX_STRING(x) LX_STRING_(x)
+#define LX_ISA_NAME LX_STRING(LX_ISA)
 
 namespace lora_ext::LX_ISA {
 namespace {

@@ -3,16 +3,10 @@
 // Shapes: leaf (B, K, C, V); x (B, K); e (B, K, C); prior (B, C); trans (B, M, C, C).
 #include "ops/circuit.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
-#include <algorithm>
-#include <array>
 
 #include "lora_ext/circuit.h"
+#include "ops/call.h"
 #include "ops/checks.h"
 #include "ops/circuit_args.h"
 #include "ops/scratch.h"
@@ -22,30 +16,12 @@
 namespace lora_ext {
 namespace {
 
-// Below so many exponentials a parallel region costs more than a second thread saves.
-constexpr int64_t kSerialWork = 1 << 13;
-
 const CircuitCpu& twin() {
-    return *circuit_cpu(lora_twin().isa);
-}
-
-template <typename F>
-void for_items(int64_t items, int64_t work_per_item, F&& f) {
-    const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work_per_item));
-    at::parallel_for(0, items, grain, f);
+    return chosen_twins<CircuitCpu>();
 }
 
 // ------------------------------------------------------------------------------------------------
 // Leaves
-
-void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token, int64_t vocab,
-                  at::Device device) {
-    LX_CHECK(x.scalar_type() == at::kLong, op, ": x must be int64, got ", x.scalar_type());
-    LX_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == n_token, op,
-             ": x must have shape (B, K) = (", rows, ", ", n_token, "), got ", x.sizes());
-    LX_CHECK(x.device() == device, op, ": x must be on ", device, ", got ", x.device());
-    check_range(op, "x", x, -1, vocab);
-}
 
 // Checks leaf and x; `leaf` and `x` keep alive what the arguments point at.
 CircuitLeafArgs leaf_args(const char* op, Tensor& leaf, Tensor& x) {
@@ -56,12 +32,11 @@ CircuitLeafArgs leaf_args(const char* op, Tensor& leaf, Tensor& x) {
     args.n_token = leaf.size(1);
     args.components = leaf.size(2);
     args.vocab = leaf.size(3);
-    LX_CHECK(args.n_token > 0 && args.components > 0 && args.vocab > 0, op,
-             ": leaf must have at least one position, component and token, got shape ",
-             leaf.sizes());
-    LX_CHECK(args.rows <= kMaxSize && args.n_token <= kMaxSize && args.components <= kMaxSize &&
-                 args.vocab <= kMaxSize,
-             op, ": sizes of leaf must be at most ", kMaxSize, ", got ", leaf.sizes());
+    require(args.n_token > 0 && args.components > 0 && args.vocab > 0, op, "leaf",
+            expected("at least one position, component and token"), found(leaf.sizes()));
+    require(args.rows <= kMaxSize && args.n_token <= kMaxSize && args.components <= kMaxSize &&
+                args.vocab <= kMaxSize,
+            op, "leaf", expected("sizes of at most ", kMaxSize), found(leaf.sizes()));
     check_tokens(op, x, args.rows, args.n_token, args.vocab, leaf.device());
     leaf = batch_of_rows(leaf);
     x = batch_of_rows(x);
@@ -73,7 +48,7 @@ CircuitLeafArgs leaf_args(const char* op, Tensor& leaf, Tensor& x) {
     return args;
 }
 
-// norm (2, B, K, C): the maxima, then the logarithms of the sums.
+// norm (2, B, K, C) holds the maxima, then the logarithms of the sums.
 void set_norm(CircuitLeafArgs& args, const Tensor& norm) {
     args.top = const_cast<void*>(norm.const_data_ptr());
     args.log_sum = static_cast<char*>(args.top) + norm.nbytes() / 2;
@@ -95,7 +70,7 @@ std::tuple<Tensor, Tensor> circuit_leaf(const Tensor& leaf_in, const Tensor& x_i
     if (launches_kernels(leaf))
         check_launch(op, launch_circuit_leaf(args, current_stream(leaf)));
     else
-        for_items(args.rows * args.n_token, args.components * args.vocab,
+        for_items(args.rows * args.n_token, args.components * args.vocab, kSerialExps,
                   [&](int64_t begin, int64_t end) { twin().leaf(args, begin, end); });
     return {e, norm};
 }
@@ -107,11 +82,8 @@ Tensor circuit_leaf_backward(const Tensor& de_in, const Tensor& leaf_in, const T
     CircuitLeafArgs args = leaf_args(op, leaf, x);
     const auto check = [&](const char* name, const Tensor& t, at::IntArrayRef shape,
                            const char* letters) {
-        LX_CHECK(t.sizes() == shape && t.scalar_type() == accumulator_of(leaf) &&
-                     t.device() == leaf.device(),
-                 op, ": ", name, " must have shape ", letters, " = ", shape, " and be ",
-                 accumulator_of(leaf), " on ", leaf.device(), ", got ", t.scalar_type(),
-                 " of shape ", t.sizes(), " on ", t.device());
+        check_dtype(op, name, t, accumulator_of(leaf));
+        check_shape(op, name, t, letters, shape, leaf.device());
     };
     check("de", de_in, {args.rows, args.n_token, args.components}, "(B, K, C)");
     check("norm", norm_in, {2, args.rows, args.n_token, args.components}, "(2, B, K, C)");
@@ -125,157 +97,9 @@ Tensor circuit_leaf_backward(const Tensor& de_in, const Tensor& leaf_in, const T
     if (launches_kernels(leaf))
         check_launch(op, launch_circuit_leaf_backward(args, current_stream(leaf)));
     else
-        for_items(args.rows * args.n_token, args.components * args.vocab,
+        for_items(args.rows * args.n_token, args.components * args.vocab, kSerialExps,
                   [&](int64_t begin, int64_t end) { twin().leaf_backward(args, begin, end); });
     return dleaf;
-}
-
-// ------------------------------------------------------------------------------------------------
-// Leaves of a linear head
-namespace {
-
-constexpr int64_t kLogitBytes = int64_t{64} << 20;  // of the logits of one chunk
-
-// One op under way. For each position and as many rows as fit: logits = h @ emit[k].T by the
-// library, then the leaf kernels in place.
-struct Emission {
-    const char* op;
-    Tensor h, emit, x;
-    int64_t rows, n_token, components, vocab, width, chunk_rows;
-    Tensor logits;
-
-    Emission(const char* op, const Tensor& h_in, const Tensor& emit_in, const Tensor& x_in)
-        : op(op) {
-        dtype_of(op, "h", h_in);
-        check_dim(op, "h", h_in, 2, "(B, D)");
-        check_like(op, "emit", emit_in, h_in, "h");
-        check_dim(op, "emit", emit_in, 4, "(K, C, V, D)");
-        rows = h_in.size(0);
-        n_token = emit_in.size(0);
-        components = emit_in.size(1);
-        vocab = emit_in.size(2);
-        width = emit_in.size(3);
-        LX_CHECK(h_in.size(1) == width, op, ": h.shape[1] must equal emit.shape[3] = ", width,
-                 ", got ", h_in.size(1));
-        LX_CHECK(n_token > 0 && components > 0 && vocab > 0, op,
-                 ": emit must have at least one position, component and token, got shape ",
-                 emit_in.sizes());
-        check_tokens(op, x_in, rows, n_token, vocab, h_in.device());
-        h = h_in.contiguous();
-        emit = emit_in.contiguous();
-        x = x_in.contiguous();
-        const int64_t row_bytes = components * vocab * static_cast<int64_t>(h.element_size());
-        chunk_rows = std::clamp<int64_t>(kLogitBytes / row_bytes, 1, std::max<int64_t>(rows, 1));
-        logits = at::empty({chunk_rows, components * vocab}, h.options());
-    }
-
-    Tensor weights(int64_t k) const { return emit.select(0, k).view({components * vocab, width}); }
-
-    // f(k, first row, h of the chunk, its logits, arguments of the leaf kernels) for each chunk.
-    template <typename F>
-    void for_chunks(F&& f) {
-        for (int64_t k = 0; k < n_token; ++k) {
-            const Tensor w = weights(k).t();
-            for (int64_t first = 0; first < rows; first += chunk_rows) {
-                const int64_t count = std::min(chunk_rows, rows - first);
-                const Tensor part = h.narrow(0, first, count);
-                Tensor out = logits.narrow(0, 0, count);
-                at::mm_out(out, part, w);
-                CircuitLeafArgs args;
-                args.dtype = dtype_of(op, "h", h);
-                args.rows = count;
-                args.n_token = 1;
-                args.components = components;
-                args.vocab = vocab;
-                args.logits = out.const_data_ptr();
-                args.logits_stride = components * vocab;
-                args.x = x.const_data_ptr<int64_t>() + first * n_token + k;
-                args.x_stride = n_token;
-                args.e_stride = n_token * components;
-                f(k, first, part, out, args);
-            }
-        }
-    }
-    // The same element of a tensor (B, K, C).
-    char* at(const Tensor& t, int64_t first, int64_t k) const {
-        return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) +
-               (first * n_token + k) * components * t.element_size();
-    }
-    // e of a chunk, and the norms beside it.
-    void gather(CircuitLeafArgs& args, const Tensor& e, const Tensor& norm, int64_t first,
-                int64_t k) const {
-        args.e = at(e, first, k);
-        args.top = at(norm[0], first, k);
-        args.log_sum = at(norm[1], first, k);
-        if (launches_kernels(h))
-            check_launch(op, launch_circuit_leaf(args, current_stream(h)));
-        else
-            for_items(args.rows, components * vocab,
-                      [&](int64_t begin, int64_t end) { twin().leaf(args, begin, end); });
-    }
-};
-
-}  // namespace
-
-Tensor emission_gather(const Tensor& h, const Tensor& emit, const Tensor& x) {
-    Emission chunks("emission_gather", h, emit, x);
-    const c10::DeviceGuard guard(h.device());
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto options = h.options().dtype(accumulator_of(h));
-    const std::array<int64_t, 3> shape{chunks.rows, chunks.n_token, chunks.components};
-    Tensor e = at::empty(shape, options);
-    const Tensor norm = at::empty({2, shape[0], shape[1], shape[2]}, options);
-    chunks.for_chunks([&](int64_t k, int64_t first, const Tensor&, const Tensor&,
-                          CircuitLeafArgs& args) { chunks.gather(args, e, norm, first, k); });
-    return e;
-}
-
-std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de_in, const Tensor& h,
-                                                    const Tensor& emit, const Tensor& x,
-                                                    bool need_h, bool need_emit) {
-    constexpr auto op = "emission_gather_backward";
-    Emission chunks(op, h, emit, x);
-    const auto type = accumulator_of(h);
-    const auto options = h.options().dtype(type);
-    const std::array<int64_t, 3> shape{chunks.rows, chunks.n_token, chunks.components};
-    LX_CHECK(de_in.sizes() == at::IntArrayRef(shape) && de_in.scalar_type() == type &&
-                 de_in.device() == h.device(),
-             op, ": de must have shape (B, K, C) = ", at::IntArrayRef(shape), " and be ", type,
-             " on ", h.device(), ", got ", de_in.scalar_type(), " of shape ", de_in.sizes(), " on ",
-             de_in.device());
-    const Tensor de = de_in.contiguous();
-    const c10::DeviceGuard guard(h.device());
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const Tensor e = at::empty(shape, options);
-    const Tensor norm = at::empty({2, shape[0], shape[1], shape[2]}, options);
-    const auto nothing = [&] { return at::empty({0}, h.options()); };
-    // Sums over positions and over chunks of rows, in float32.
-    Tensor dh = need_h ? at::zeros(h.sizes(), options) : nothing();
-    Tensor demit = need_emit ? at::empty(emit.sizes(), h.options()) : nothing();
-    if (need_emit && chunks.rows == 0) demit.zero_();
-    Tensor sum;
-    chunks.for_chunks([&](int64_t k, int64_t first, const Tensor& part, const Tensor& logits,
-                          CircuitLeafArgs& args) {
-        chunks.gather(args, e, norm, first, k);
-        args.de = chunks.at(de, first, k);
-        args.dlogits = logits.mutable_data_ptr();
-        if (launches_kernels(h))
-            check_launch(op, launch_circuit_leaf_backward(args, current_stream(h)));
-        else
-            for_items(args.rows, chunks.components * chunks.vocab,
-                      [&](int64_t begin, int64_t end) { twin().leaf_backward(args, begin, end); });
-        if (need_h) dh.narrow(0, first, part.size(0)).add_(at::mm(logits, chunks.weights(k)));
-        if (!need_emit) return;
-        const Tensor own = at::mm(logits.t(), part);
-        Tensor to = demit.select(0, k).view(own.sizes());
-        if (chunks.chunk_rows >= chunks.rows) {
-            to.copy_(own);
-            return;
-        }
-        sum = first == 0 ? own.to(type) : sum.add_(own);
-        if (first + part.size(0) == chunks.rows) to.copy_(sum);
-    });
-    return {need_h ? dh.to(h.scalar_type()) : dh, demit};
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -293,8 +117,8 @@ struct Call {
     Call(const char* op, std::string_view kind, const Tensor& e_in, const OptionalTensor& prior_in,
          const OptionalTensor& trans_in)
         : op(op) {
-        LX_CHECK(e_in.scalar_type() == at::kFloat || e_in.scalar_type() == at::kDouble, op,
-                 ": e must be float32 or float64 (CPU), got ", e_in.scalar_type());
+        require(e_in.scalar_type() == at::kFloat || e_in.scalar_type() == at::kDouble, op, "e",
+                expected("float32 or float64 (CPU)"), found(e_in.scalar_type()));
         check_dim(op, "e", e_in, 3, "(B, K, C)");
         const CircuitWeights weights = circuit_weights(op, kind, e_in, "e", prior_in, trans_in);
         args.params = weights.params;
@@ -313,7 +137,7 @@ struct Call {
     template <typename Run>
     void run(Run run) const {
         const int64_t bytes = twin().scan_scratch(args);
-        for_items(args.params.rows, work(), [&](int64_t begin, int64_t end) {
+        for_items(args.params.rows, work(), kSerialExps, [&](int64_t begin, int64_t end) {
             run(args, begin, end, walk_scratch.get(bytes));
         });
     }
@@ -359,18 +183,15 @@ std::tuple<Tensor, Tensor, Tensor> circuit_scan_backward(
     const auto gradient = [&](const char* name, const OptionalTensor& t) {
         if (!t) return Tensor();
         check_like(op, name, *t, e, "e");
-        LX_CHECK(t->dim() == 2 && t->size(0) == c.rows && t->size(1) == c.n_token, op, ": ", name,
-                 " must have shape (B, K) = (", c.rows, ", ", c.n_token, "), got ", t->sizes());
+        check_shape(op, name, *t, "(B, K)", {c.rows, c.n_token}, e.device());
         return t->contiguous();
     };
     const Tensor dprefix = gradient("dprefix", dprefix_in);
     const Tensor dconditional = gradient("dconditional", dconditional_in);
     const int64_t slots = circuit_num_states(c.kind, c.n_token);
     check_like(op, "states", states_in, e, "e");
-    LX_CHECK(states_in.dim() == 3 && states_in.size(0) == c.rows && states_in.size(1) == slots &&
-                 states_in.size(2) == c.components,
-             op, ": states must be those of circuit_scan(save=True), of shape (", c.rows, ", ",
-             slots, ", ", c.components, "), got ", states_in.sizes());
+    check_shape(op, "states", states_in, "of circuit_scan(save=True)",
+                {c.rows, slots, c.components}, e.device());
     const Tensor states = states_in.contiguous();
     const auto empty_like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
     const auto nothing = [&] { return at::empty({0}, e.options()); };  // outputs must not alias

@@ -1,34 +1,30 @@
-// The circuit ops as C++ functions of tensors; bindings.cpp registers each under the same name.
+// The circuit ops as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <tuple>
 
+#include "ops/call.h"
+
 namespace lora_ext {
 
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
-
-// e (B, K, C), and what each row of logits was normalised by (2, B, K, C): the maximum, log sum
-// exp.
+// Returns e (B, K, C), and what each row of logits was normalised by (2, B, K, C): its maximum, and
+// the logarithm of its sum.
 std::tuple<Tensor, Tensor> circuit_leaf(const Tensor& leaf, const Tensor& x);
 Tensor circuit_leaf_backward(const Tensor& de, const Tensor& leaf, const Tensor& x,
                              const Tensor& norm);
-// e of leaves whose logits are emit[k, z] @ h[b]: h (B, D), emit (K, C, V, D), x (B, K).
+// Returns e of leaves whose logits are emit[k, z] @ h[b]: h (B, D), emit (K, C, V, D), x (B, K).
 Tensor emission_gather(const Tensor& h, const Tensor& emit, const Tensor& x);
-// dh, demit; one that is not needed comes back empty.
+// Returns dh and demit; one that is not needed comes back empty.
 std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de, const Tensor& h,
                                                     const Tensor& emit, const Tensor& x,
                                                     bool need_h, bool need_emit);
-// prefix (B, K), conditional (B, K), posterior (B, K, C), and what the backward wants, empty
-// without `save`.
+// Returns prefix (B, K), conditional (B, K), posterior (B, K, C), and what the backward wants,
+// which is empty without `save`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_scan(std::string_view kind, const Tensor& e,
                                                         const OptionalTensor& prior,
                                                         const OptionalTensor& trans, bool save);
-// de, dprior, dtrans; one that is not needed comes back empty.
+// Returns de, dprior and dtrans; one that is not needed comes back empty.
 std::tuple<Tensor, Tensor, Tensor> circuit_scan_backward(
     const OptionalTensor& dprefix, const OptionalTensor& dconditional, std::string_view kind,
     const Tensor& e, const OptionalTensor& prior, const OptionalTensor& trans, const Tensor& states,

@@ -14,29 +14,13 @@ CircuitKind kind_of(const char* op, std::string_view kind) {
     if (kind == "cp") return CircuitKind::kCP;
     if (kind == "hmm") return CircuitKind::kHMM;
     if (kind == "btree") return CircuitKind::kBTree;
-    LX_CHECK(false, op, ": kind must be 'ff', 'cp', 'hmm' or 'btree', got '", kind, "'");
+    refuse(op, "kind", expected("'ff', 'cp', 'hmm' or 'btree'"), found("'", kind, "'"));
 }
 
 }  // namespace
 
-at::ScalarType accumulator_of(const Tensor& t) {
-    return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 Tensor batch_of_rows(const Tensor& t) {
     return t.size(0) == 0 || t.select(0, 0).is_contiguous() ? t : t.contiguous();
-}
-
-void check_shape(const char* op, const char* name, const Tensor& t, const char* letters,
-                 at::IntArrayRef sizes, at::Device device) {
-    LX_CHECK(t.sizes() == sizes, op, ": ", name, " must have shape ", letters, " = ", sizes,
-             ", got ", t.sizes());
-    LX_CHECK(t.device() == device, op, ": ", name, " must be on ", device, ", got ", t.device());
-}
-
-void check_dtype(const char* op, const char* name, const Tensor& t, at::ScalarType dtype) {
-    LX_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ",
-             t.scalar_type());
 }
 
 void check_range(const char* op, const char* name, const Tensor& t, int64_t least, int64_t most) {
@@ -47,9 +31,16 @@ void check_range(const char* op, const char* name, const Tensor& t, int64_t leas
         if (values[i] >= least && values[i] < most) continue;
         const int64_t width = t.dim() == 2 ? t.size(1) : 1;
         const auto at = t.dim() == 2 ? c10::str(i / width, ", ", i % width) : c10::str(i);
-        LX_CHECK(false, op, ": ", name, "[", at, "] must be in [", least, ", ", most, "), got ",
-                 values[i]);
+        refuse(op, words(name, "[", at, "]"), expected("a number in [", least, ", ", most, ")"),
+               found(values[i]));
     }
+}
+
+void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token, int64_t vocab,
+                  at::Device device) {
+    check_dtype(op, "x", x, at::kLong);
+    check_shape(op, "x", x, "(B, K)", {rows, n_token}, device);
+    check_range(op, "x", x, -1, vocab);
 }
 
 CircuitWeights circuit_weights(const char* op, std::string_view kind_name, const Tensor& leaf,
@@ -62,18 +53,21 @@ CircuitWeights circuit_weights(const char* op, std::string_view kind_name, const
     c.rows = leaf.size(0);
     c.n_token = leaf.size(1);
     c.components = leaf.size(2);
-    LX_CHECK(leaf.numel() > 0 || c.rows == 0, op, ": ", leaf_name,
-             " must have at least one position, component and token, got shape ", leaf.sizes());
-    LX_CHECK(c.n_token > 0 && c.components > 0 && c.components <= kMaxComponents &&
-                 c.rows <= kMaxSize && c.n_token <= kMaxSize,
-             op, ": ", leaf_name, " must have 1 to ", kMaxComponents, " components, and at most ",
-             kMaxSize, " rows and positions, got shape ", leaf.sizes());
-    LX_CHECK(kind != CircuitKind::kFF || c.components == 1, op,
-             ": kind 'ff' has one component, got ", c.components);
+    require(leaf.numel() > 0 || c.rows == 0, op, leaf_name,
+            expected("at least one position, component and token"), found(leaf.sizes()));
+    require(c.n_token > 0 && c.components > 0 && c.components <= kMaxComponents &&
+                c.rows <= kMaxSize && c.n_token <= kMaxSize,
+            op, leaf_name,
+            expected("1 to ", kMaxComponents, " components, and at most ", kMaxSize,
+                     " rows and positions"),
+            found(leaf.sizes()));
+    require(kind != CircuitKind::kFF || c.components == 1, op, leaf_name,
+            expected("one component for kind 'ff'"), found(c.components));
     const int64_t matrices = circuit_num_transitions(kind, c.n_token);
-    LX_CHECK(matrices == 0 || trans, op, ": trans is required for kind '", kind_name, "' over ",
-             c.n_token, " positions, got None");
-    // float64 beside float64 only: elsewhere everything is computed in float32.
+    require(matrices == 0 || trans, op, "trans",
+            expected("the transitions of kind '", kind_name, "' over ", c.n_token, " positions"),
+            found("None"));
+    // Parameters stay float64 beside float64 leaves only: all else is computed in float32.
     const auto given = prior   ? prior->scalar_type()
                        : trans ? trans->scalar_type()
                                : leaf.scalar_type();
@@ -84,8 +78,8 @@ CircuitWeights circuit_weights(const char* op, std::string_view kind_name, const
     const auto take = [&](const char* name, const Tensor& t, const char* letters,
                           at::IntArrayRef sizes) {
         check_shape(op, name, t, letters, sizes, leaf.device());
-        LX_CHECK(t.scalar_type() == given, op, ": ", name, " must have the dtype of prior, ", given,
-                 ", got ", t.scalar_type());
+        require(t.scalar_type() == given, op, name, expected("the dtype of prior, ", given),
+                found(t.scalar_type()));
         const Tensor rows = batch_of_rows(t.to(type));
         c.dtype = dtype_of(op, name, rows);
         return rows;

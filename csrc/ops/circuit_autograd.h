@@ -1,13 +1,12 @@
-// The backward of the circuit ops, in C++ for the reasons that lora_train_autograd.h gives.
-// Included by bindings.cpp alone.
+// The backward of the circuit ops. Included by bindings.cpp alone, as autograd.h is.
 #pragma once
 
+#include "ops/autograd.h"
 #include "ops/circuit.h"
-#include "ops/lora_train_autograd.h"
 
 namespace lora_ext::autograd {
 
-// Saved: the logits, the tokens and the norms.
+// It saves the logits, the tokens and the norms.
 struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
     using Forward = Handle<&circuit_leaf>;
     using Backward = Handle<&circuit_leaf_backward>;
@@ -25,20 +24,20 @@ struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
         const variable_list saved = ctx->get_saved_variables();
         return {Backward::get().call(grads[0], saved[0], saved[1], saved[2]), {}};
     }
+
+    static std::tuple<Tensor, Tensor> call(c10::DispatchKeySet keys, const Tensor& leaf,
+                                           const Tensor& x) {
+        refuse_tangents("circuit_leaf", leaf);
+        if (c10::GradMode::is_enabled() && wants_grad(leaf)) {
+            const variable_list out = apply(leaf, x);
+            return {out[0], out[1]};
+        }
+        const at::AutoDispatchBelowAutograd guard;
+        return Forward::get().redispatch(keys & c10::after_autograd_keyset, leaf, x);
+    }
 };
 
-inline std::tuple<Tensor, Tensor> circuit_leaf_autograd(c10::DispatchKeySet keys,
-                                                        const Tensor& leaf, const Tensor& x) {
-    refuse_tangents("circuit_leaf", {leaf});
-    if (c10::GradMode::is_enabled() && leaf.requires_grad()) {
-        const variable_list out = CircuitLeaf::apply(leaf, x);
-        return {out[0], out[1]};
-    }
-    const at::AutoDispatchBelowAutograd guard;
-    return CircuitLeaf::Forward::get().redispatch(keys & c10::after_autograd_keyset, leaf, x);
-}
-
-// Saved: the inputs alone; the logits are computed again.
+// It saves the inputs alone and computes the logits again.
 struct EmissionGather : torch::autograd::Function<EmissionGather> {
     using Forward = Handle<&emission_gather>;
     using Backward = Handle<&emission_gather_backward>;
@@ -56,18 +55,18 @@ struct EmissionGather : torch::autograd::Function<EmissionGather> {
             Backward::get().call(grads[0], saved[0], saved[1], saved[2], need_h, need_emit);
         return {need_h ? dh : Tensor(), need_emit ? demit : Tensor(), {}};
     }
+
+    static Tensor call(c10::DispatchKeySet keys, const Tensor& h, const Tensor& emit,
+                       const Tensor& x) {
+        refuse_tangents("emission_gather", h, emit);
+        if (c10::GradMode::is_enabled() && (wants_grad(h) || wants_grad(emit)))
+            return apply(h, emit, x);
+        const at::AutoDispatchBelowAutograd guard;
+        return Forward::get().redispatch(keys & c10::after_autograd_keyset, h, emit, x);
+    }
 };
 
-inline Tensor emission_gather_autograd(c10::DispatchKeySet keys, const Tensor& h,
-                                       const Tensor& emit, const Tensor& x) {
-    refuse_tangents("emission_gather", {h, emit});
-    if (c10::GradMode::is_enabled() && (h.requires_grad() || emit.requires_grad()))
-        return EmissionGather::apply(h, emit, x);
-    const at::AutoDispatchBelowAutograd guard;
-    return EmissionGather::Forward::get().redispatch(keys & c10::after_autograd_keyset, h, emit, x);
-}
-
-// Saved: e, the parameters and the states of the walk.
+// It saves e, the parameters and the states of the walk.
 struct CircuitScan : torch::autograd::Function<CircuitScan> {
     using Forward = Handle<&circuit_scan>;
     using Backward = Handle<&circuit_scan_backward>;
@@ -100,20 +99,21 @@ struct CircuitScan : torch::autograd::Function<CircuitScan> {
         if (need_trans) out[3] = dtrans;
         return out;
     }
-};
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_scan_autograd(
-    c10::DispatchKeySet keys, std::string_view kind, const Tensor& e, const OptionalTensor& prior,
-    const OptionalTensor& trans, bool save) {
-    refuse_tangents("circuit_scan", {e, prior, trans});
-    if (c10::GradMode::is_enabled() && (e.requires_grad() || (prior && prior->requires_grad()) ||
-                                        (trans && trans->requires_grad()))) {
-        const variable_list out = CircuitScan::apply(kind, e, prior, trans);
-        return {out[0], out[1], out[2], out[3]};
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> call(c10::DispatchKeySet keys,
+                                                           std::string_view kind, const Tensor& e,
+                                                           const OptionalTensor& prior,
+                                                           const OptionalTensor& trans, bool save) {
+        refuse_tangents("circuit_scan", e, prior, trans);
+        if (c10::GradMode::is_enabled() &&
+            (wants_grad(e) || wants_grad(prior) || wants_grad(trans))) {
+            const variable_list out = apply(kind, e, prior, trans);
+            return {out[0], out[1], out[2], out[3]};
+        }
+        const at::AutoDispatchBelowAutograd guard;
+        return Forward::get().redispatch(keys & c10::after_autograd_keyset, kind, e, prior, trans,
+                                         save);
     }
-    const at::AutoDispatchBelowAutograd guard;
-    return CircuitScan::Forward::get().redispatch(keys & c10::after_autograd_keyset, kind, e, prior,
-                                                  trans, save);
-}
+};
 
 }  // namespace lora_ext::autograd

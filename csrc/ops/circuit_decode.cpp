@@ -3,7 +3,6 @@
 // Shapes: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C); tokens (B, K); target (B, K + 1, V).
 #include "ops/circuit_decode.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -42,13 +41,15 @@ struct Circuit {
         logits.vocabulary = leaf.size(3);
         logits.leaf = leaf.const_data_ptr();
         logits.leaf_stride = leaf.stride(0);
-        LX_CHECK(logits.vocabulary > 0 && logits.vocabulary <= kMaxSize, op,
-                 ": leaf must have 1 to ", kMaxSize, " tokens, got shape ", leaf.sizes());
+        require(logits.vocabulary > 0 && logits.vocabulary <= kMaxSize, op, "leaf",
+                expected("1 to ", kMaxSize, " tokens"), found(leaf.sizes()));
         if (!launches_kernels(leaf)) return;
         const int64_t states = weights.params.n_token * weights.params.components;
-        LX_CHECK(states <= kMaxBlockStates && weights.params.components <= kMaxBlockComponents, op,
-                 ": leaf may have ", kMaxBlockComponents, " components and ", kMaxBlockStates,
-                 " positions times components on this device, got shape ", leaf.sizes());
+        require(states <= kMaxBlockStates && weights.params.components <= kMaxBlockComponents, op,
+                "leaf",
+                expected("at most ", kMaxBlockComponents, " components and ", kMaxBlockStates,
+                         " positions times components on this device"),
+                found(leaf.sizes()));
         if (const int64_t bytes = circuit_workspace_bytes(logits)) {
             workspace = at::empty({bytes}, leaf.options().dtype(at::kByte));
             logits.workspace = workspace.mutable_data_ptr();
@@ -75,9 +76,9 @@ struct Circuit {
         if (launches_kernels(leaf)) return tokens;
         const int64_t* token = tokens.const_data_ptr<int64_t>();
         for (int64_t i = 0; i < tokens.numel(); ++i)
-            LX_CHECK(i % c.n_token == 0 || token[i] < 0 || token[i - 1] >= 0, op,
-                     ": evidence must come first in its row, got token ", token[i], " at [",
-                     i / c.n_token, ", ", i % c.n_token, "] behind a -1");
+            require(i % c.n_token == 0 || token[i] < 0 || token[i - 1] >= 0, op,
+                    words("evidence[", i / c.n_token, ", ", i % c.n_token, "]"),
+                    expected("-1 behind a -1: evidence comes first in its row"), found(token[i]));
         return tokens;
     }
 };
@@ -97,8 +98,8 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
     const Tensor host = wide.to(at::kCPU);
     const auto check = [&](const auto* u) {
         for (int64_t i = 0; i < host.numel(); ++i)
-            LX_CHECK(u[i] >= 0 && u[i] <= 1, op, ": uniforms must be in [0, 1], got ", u[i],
-                     " at flat index ", i);
+            require(u[i] >= 0 && u[i] <= 1, op, "uniforms", expected("numbers in [0, 1]"),
+                    found(u[i], " at flat index ", i));
     };
     if (host.scalar_type() == at::kDouble)
         check(host.const_data_ptr<double>());
@@ -108,7 +109,7 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
 }
 
 const CircuitDecodeCpu& twin() {
-    return *circuit_decode_cpu(lora_twin().isa);
+    return chosen_twins<CircuitDecodeCpu>();
 }
 // Below so many logits a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialLogits = 1 << 13;
@@ -116,8 +117,7 @@ constexpr int64_t kSerialLogits = 1 << 13;
 template <typename Args>
 void run_twin(void (*f)(const Args&, int64_t, int64_t, void*), const Args& args, int64_t rows,
               int64_t logits_per_row, int64_t scratch_bytes) {
-    const int64_t grain = std::max<int64_t>(1, kSerialLogits / logits_per_row);
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for_items(rows, logits_per_row, kSerialLogits, [&](int64_t begin, int64_t end) {
         f(args, begin, end, row_scratch.get(scratch_bytes));
     });
 }
@@ -215,24 +215,23 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     const auto device = leaf_in.device();
     SpecVerifyArgs args;
     args.leaf_dtype = dtype_of(op, "leaf", leaf_in);
-    LX_CHECK(K >= 1 && C >= 1 && V >= 1, op,
-             ": leaf must have positions, components and a vocabulary, got shape ",
-             leaf_in.sizes());
-    LX_CHECK(V <= kMaxSize && B <= kMaxSize, op, ": at most ", kMaxSize, " rows and tokens, got ",
-             B, " and ", V);
+    require(K >= 1 && C >= 1 && V >= 1, op, "leaf",
+            expected("at least one position, component and token"), found(leaf_in.sizes()));
+    require(V <= kMaxSize && B <= kMaxSize, op, "leaf",
+            expected("at most ", kMaxSize, " rows and tokens"), found(leaf_in.sizes()));
     args.target_dtype = dtype_of(op, "target", target_in);
     check_shape(op, "target", target_in, "(B, K + 1, V)", {B, K + 1, V}, device);
-    LX_CHECK((args.target_dtype == DType::kFloat64) == (args.leaf_dtype == DType::kFloat64), op,
-             ": target must be float64 where leaf is, and only there, got ",
-             target_in.scalar_type());
+    require((args.target_dtype == DType::kFloat64) == (args.leaf_dtype == DType::kFloat64), op,
+            "target", expected("float64 where leaf is, and only there"),
+            found(target_in.scalar_type()));
     check_shape(op, "tokens", tokens_in, "(B, K)", {B, K}, device);
     check_dtype(op, "tokens", tokens_in, at::kLong);
     check_shape(op, "conditional", conditional_in, "(B, K)", {B, K}, device);
     check_dtype(op, "conditional", conditional_in, accumulator_of(leaf_in));
     check_shape(op, "posterior", posterior_in, "(B, K, C)", {B, K, C}, device);
     check_dtype(op, "posterior", posterior_in, accumulator_of(leaf_in));
-    LX_CHECK(temperature >= 0 && std::isfinite(temperature), op,
-             ": temperature must be at least 0 and finite, got ", temperature);
+    require(temperature >= 0 && std::isfinite(temperature), op, "temperature",
+            expected("a finite number of at least 0"), found(temperature));
     const Tensor uniforms = checked_uniforms(op, uniforms_in, "(B, K + 1)", {B, K + 1}, leaf_in);
     check_range(op, "tokens", tokens_in, 0, V);
     Tensor num_evidence;

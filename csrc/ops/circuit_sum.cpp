@@ -4,14 +4,13 @@
 // Shapes: w (O, I) with values (B, I), (G, O, I) with (G, B, I), or (B, O, I) with (B, I).
 #include "ops/circuit_sum.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 
 #include "lora_ext/circuit_sum.h"
+#include "ops/call.h"
 #include "ops/checks.h"
 #include "ops/settings.h"
 #include "ops/stream.h"
@@ -19,24 +18,16 @@
 namespace lora_ext {
 namespace {
 
-// Below so many exponentials a parallel region costs more than a second thread saves.
-constexpr int64_t kSerialWork = 1 << 13;
-
 WeightNorm norm_of(const char* op, std::string_view norm) {
     if (norm == "logits") return WeightNorm::kLogits;
     if (norm == "logprobs" || norm == "none") return WeightNorm::kLog;
     if (norm == "probs") return WeightNorm::kProbs;
-    LX_CHECK(false, op, ": norm must be 'logits', 'logprobs', 'probs' or 'none', got '", norm, "'");
+    refuse(op, "norm", expected("'logits', 'logprobs', 'probs' or 'none'"), found("'", norm, "'"));
 }
 
 Tensor last_contiguous(const Tensor& t) {
     return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
 }
-
-// The library's GEMM below keeps the dtype that it is given, whatever autocast the caller is in.
-struct NoAutocast {
-    c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
 
 // One op under way: what the twins and launchers read, and the tensors that keep it alive.
 struct Call {
@@ -52,23 +43,19 @@ struct Call {
         args.dtype = dtype_of(op, "w", w_in);
         args.norm = norm_of(op, norm);
         const int64_t dims = values_in.dim();
-        LX_CHECK((w_in.dim() == 2 && dims == 2) || (w_in.dim() == 3 && (dims == 2 || dims == 3)),
-                 op,
-                 ": w and values must have shapes (O, I) and (B, I), (G, O, I) and (G, B, I), or "
-                 "(B, O, I) and (B, I), got ",
-                 w_in.sizes(), " and ", values_in.sizes());
-        const auto type = w_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        LX_CHECK(values_in.scalar_type() == type && values_in.device() == w_in.device(), op,
-                 ": values must be ", type, " on ", w_in.device(), ", got ",
-                 values_in.scalar_type(), " on ", values_in.device());
-        LX_CHECK(w_in.size(-1) == values_in.size(-1), op,
-                 ": values must have as many terms as w, I = ", w_in.size(-1), ", got shape ",
-                 values_in.sizes());
-        LX_CHECK(w_in.size(-1) > 0, op, ": w must have at least one term, got shape ",
-                 w_in.sizes());
-        LX_CHECK(w_in.dim() == 2 || w_in.size(0) == values_in.size(0), op,
-                 ": w and values must have as many ", dims == 3 ? "groups" : "rows",
-                 ", got shapes ", w_in.sizes(), " and ", values_in.sizes());
+        const auto sizes = found(w_in.sizes(), " and ", values_in.sizes());
+        require((w_in.dim() == 2 && dims == 2) || (w_in.dim() == 3 && (dims == 2 || dims == 3)), op,
+                "w and values",
+                expected("shapes (O, I) and (B, I), (G, O, I) and (G, B, I), or (B, O, I) and "
+                         "(B, I)"),
+                sizes);
+        check_dtype(op, "values", values_in, accumulator_of(w_in));
+        check_device(op, "values", values_in, w_in.device());
+        require(w_in.size(-1) == values_in.size(-1), op, "values",
+                expected("as many terms as w, I = ", w_in.size(-1)), found(values_in.sizes()));
+        require(w_in.size(-1) > 0, op, "w", expected("at least one term"), found(w_in.sizes()));
+        require(w_in.dim() == 2 || w_in.size(0) == values_in.size(0), op, "w and values",
+                expected("as many ", dims == 3 ? "groups" : "rows", " in both"), sizes);
         per_row = w_in.dim() == 3 && dims == 2;
         w = per_row && w_in.stride(0) == 0 ? w_in.contiguous() : last_contiguous(w_in);
         values = last_contiguous(dims == 3 ? values_in : values_in.unsqueeze(0));
@@ -78,7 +65,8 @@ struct Call {
         args.terms = values.size(2);
         args.sums = w.size(-2);
         for (const int64_t size : {args.groups, args.rows, args.terms, args.sums})
-            LX_CHECK(size <= kMaxSize, op, ": sizes must be at most ", kMaxSize, ", got ", size);
+            require(size <= kMaxSize, op, "w and values", expected("sizes of at most ", kMaxSize),
+                    found(size));
         args.w = w.const_data_ptr();
         args.w_sum = w.stride(-2);
         if (per_row) args.w_row = args.rows > 1 ? w.stride(0) : args.sums * args.terms;
@@ -98,11 +86,9 @@ struct Call {
         return t;
     }
     Tensor given(const char* name, const Tensor& t) const {
-        LX_CHECK(t.sizes() == out_sizes && t.scalar_type() == values.scalar_type() &&
-                     t.device() == values.device(),
-                 op, ": ", name, " must have shape ", at::IntArrayRef(out_sizes), " and be ",
-                 values.scalar_type(), " on ", values.device(), ", got ", t.scalar_type(),
-                 " of shape ", t.sizes(), " on ", t.device());
+        check_dtype(op, name, t, values.scalar_type());
+        check_shape(op, name, t, out_sizes.size() == 3 ? "(G, B, O)" : "(B, O)", out_sizes,
+                    values.device());
         return t.contiguous();
     }
 
@@ -115,10 +101,10 @@ struct Call {
         }
         on_twin(twin().*step, items, work);
     }
-    static const LogSumCpu& twin() { return *log_sum_cpu(lora_twin().isa); }
+    static const LogSumCpu& twin() { return chosen_twins<LogSumCpu>(); }
     void on_twin(Step f, int64_t items, int64_t work) const {
-        const int64_t grain = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, work));
-        at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { f(args, begin, end); });
+        for_items(items, work, kSerialExps,
+                  [&](int64_t begin, int64_t end) { f(args, begin, end); });
     }
     void value_rows(Step LogSumCpu::* step, Launch launch, int64_t work) const {
         run(step, launch, args.groups * args.rows, work);
@@ -140,15 +126,17 @@ struct Weights {
                 call.run(&LogSumCpu::weights, launch_log_sum_weights, a.groups * a.sums, a.terms);
             return;
         }
-        for (const OptionalTensor& t : {given_weight, given_shift})
-            LX_CHECK(t && t->scalar_type() == call.values.scalar_type() &&
-                         t->device() == call.values.device() && t->is_contiguous(),
-                     call.op, ": scaled weights and their shifts must both be contiguous ",
-                     call.values.scalar_type(), " on ", call.values.device());
-        LX_CHECK(given_weight->sizes() == call.w.sizes() &&
-                     given_shift->sizes() == call.w.sizes().slice(0, call.w.dim() - 1),
-                 call.op, ": scaled weights and their shifts must have the shape of w, ",
-                 call.w.sizes(), ", got ", given_weight->sizes(), " and ", given_shift->sizes());
+        const auto check = [&](const char* name, const OptionalTensor& t, const char* shape,
+                               at::IntArrayRef expected_sizes) {
+            require(t.has_value(), call.op, name, expected("weight and shift both"), found("None"));
+            check_dtype(call.op, name, *t, call.values.scalar_type());
+            check_shape(call.op, name, *t, shape, expected_sizes, call.values.device());
+            require(t->is_contiguous(), call.op, name, expected("a contiguous tensor"),
+                    found("strides ", t->strides()));
+        };
+        check("scaled.weight", given_weight, "of w", call.w.sizes());
+        check("scaled.shift", given_shift, "of w without terms",
+              call.w.sizes().slice(0, call.w.dim() - 1));
         weight = given_weight->view(sizes);
         if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 != 0) weight = weight.clone();
         shift = *given_shift;
@@ -174,12 +162,11 @@ struct Values {
 
 std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view norm) {
     constexpr auto op = "log_einsum_weights";
-    LX_CHECK(w.dim() == 2 || w.dim() == 3, op, ": w must have shape (O, I) or (G, O, I), got ",
-             w.sizes());
-    const auto type = w.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    require(w.dim() == 2 || w.dim() == 3, op, "w", expected("shape (O, I) or (G, O, I)"),
+            found(w.sizes()));
     at::DimVector sizes(w.sizes());
     sizes[w.dim() - 2] = 0;  // no rows of values
-    Call call(op, w, at::empty(sizes, w.options().dtype(type)), norm);
+    Call call(op, w, at::empty(sizes, w.options().dtype(accumulator_of(w))), norm);
     const c10::DeviceGuard guard(w.device());
     if (w.numel() == 0)
         return {at::empty(w.sizes(), call.options),
@@ -193,8 +180,8 @@ Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view no
                       const OptionalTensor& given_shift) {
     constexpr auto op = "log_einsum_exp";
     check_no_tangents(op, {&w, &values});
-    LX_CHECK(precision == "fp32" || precision == "high" || precision == "fp16s", op,
-             ": precision must be 'fp32', 'high' or 'fp16s', got '", precision, "'");
+    require(precision == "fp32" || precision == "high" || precision == "fp16s", op, "precision",
+            expected("'fp32', 'high' or 'fp16s'"), found("'", precision, "'"));
     Call call(op, w, values, norm);
     const LogSumArgs& args = call.args;
     Tensor out = at::empty(call.out_sizes, call.options);

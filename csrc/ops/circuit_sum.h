@@ -1,30 +1,26 @@
-// Sum layers as C++ functions of tensors; bindings.cpp registers each under the same name.
+// Sum layers as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <tuple>
 
+#include "ops/call.h"
+
 namespace lora_ext {
 
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
-
-// Weights scaled to row maximum 1 and the logarithms of what they were scaled by, for ops that meet
-// them again.
+// Returns the weights scaled to row maximum 1, and the logarithms of what they were scaled by, for
+// ops that meet them again.
 std::tuple<Tensor, Tensor> log_einsum_weights(const Tensor& w, std::string_view norm);
 Tensor log_einsum_exp(const Tensor& w, const Tensor& values, std::string_view norm,
                       std::string_view precision, const OptionalTensor& weight,
                       const OptionalTensor& shift);
-// dw, dvalues; one that is not needed comes back empty.
+// Returns dw and dvalues; one that is not needed comes back empty.
 std::tuple<Tensor, Tensor> log_einsum_exp_backward(const Tensor& dout, const Tensor& w,
                                                    const Tensor& values, const Tensor& out,
                                                    std::string_view norm, bool need_dw,
                                                    bool need_dvalues, const OptionalTensor& weight,
                                                    const OptionalTensor& shift);
-// Values and, int32, the terms that attain them.
+// Returns the values and, in int32, the terms that attain them.
 std::tuple<Tensor, Tensor> log_einsum_max(const Tensor& w, const Tensor& values,
                                           std::string_view norm);
 

@@ -4,11 +4,11 @@
 // (A, R/8); adapter_ids (T,); v (T, R); y (T, O). lora_ext/lora.h has the layouts.
 #include "ops/lora.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "ops/call.h"
 #include "ops/checks.h"
 #include "ops/lora_args.h"
 #include "ops/scratch.h"
@@ -22,12 +22,12 @@ thread_local Scratch plan_scratch, v_scratch;
 
 enum class Step { kShrink, kExpand, kApply };
 
-// A parallel region costs a few microseconds; below this many bytes of adapters per call one thread
+// A parallel region costs a few microseconds: below so many bytes of adapters per call, one thread
 // is faster.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
 void run_twin(LoraArgs& args, Step step, int64_t element_size) {
-    const LoraCpu& cpu = lora_twin();
+    const LoraCpu& cpu = chosen_twins<LoraCpu>();
     const int64_t chunks = args.plan[kPlanNumChunks];
     if (chunks == 0) return;
     const int64_t width = (step != Step::kExpand ? args.bank.in_features : 0) +
@@ -60,7 +60,8 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
     const LoraPlanLayout layout{rows, args.bank.num_adapters};
     check_ids(op, ids_in, rows, x.device());
     if (plan) check_plan_tensor(op, layout, *plan, x.device());
-    LX_CHECK(rows <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ", rows);
+    require(rows <= kMaxSize, op, step == Step::kExpand ? "y" : "x",
+            expected("at most ", kMaxSize, " rows"), found(rows));
     if (rows == 0 || args.bank.max_rank == 0) return;
     // Without in-features v is zero, and the twins do not write it.
     if (step != Step::kExpand && args.bank.in_features == 0) return;
@@ -88,8 +89,8 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
         return;
     }
 
-    // torch's caching allocator gives workspaces: it is stream-ordered and safe under graph
-    // capture.
+    // Workspaces come from torch's caching allocator, in the order of the stream and under graph
+    // capture too.
     const auto ints = x.options().dtype(at::kInt);
     Tensor own_plan, workspace;
     if (!plan && (rows > kPlanlessTokens || debug_mode())) {
@@ -122,22 +123,17 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
 
 Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const OptionalTensor& num_valid) {
     constexpr auto op = "lora_plan";
-    LX_CHECK(adapter_ids.dim() == 1, op, ": adapter_ids must have shape (T,), got ",
-             adapter_ids.sizes());
+    check_dim(op, "adapter_ids", adapter_ids, 1, "(T,)");
     check_ids(op, adapter_ids, adapter_ids.size(0), adapter_ids.device());
-    LX_CHECK(num_adapters >= 0 && num_adapters < kMaxAdapters, op,
-             ": num_adapters must be in [0, 2^24), got ", num_adapters);
-    LX_CHECK(adapter_ids.size(0) <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ",
-             adapter_ids.size(0));
+    require(num_adapters >= 0 && num_adapters < kMaxAdapters, op, "num_adapters",
+            expected("a number in [0, 2^24)"), found(num_adapters));
+    require(adapter_ids.size(0) <= kMaxSize, op, "adapter_ids",
+            expected("at most ", kMaxSize, " rows"), found(adapter_ids.size(0)));
     const c10::DeviceGuard guard(adapter_ids.device());
     const Tensor ids = adapter_ids.contiguous();
     LoraPlanArgs args = plan_args(ids, static_cast<int32_t>(num_adapters));
     if (num_valid) {
-        LX_CHECK(num_valid->scalar_type() == at::kInt && num_valid->numel() == 1 &&
-                     num_valid->device() == ids.device(),
-                 op, ": num_valid must be one int32 on ", ids.device(), ", got ",
-                 num_valid->scalar_type(), " of shape ", num_valid->sizes(), " on ",
-                 num_valid->device());
+        check_one(op, "num_valid", *num_valid, at::kInt, ids.device());
         args.num_valid = num_valid->const_data_ptr<int32_t>();
     }
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
@@ -155,7 +151,8 @@ Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int
                                                  at::kInt, seg_adapter.device());
     const int32_t* adapter = vector_data<int32_t>(op, "seg_adapter", seg_adapter, segments,
                                                   at::kInt, seg_adapter.device());
-    LX_CHECK(num_tokens >= 0, op, ": num_tokens must not be negative, got ", num_tokens);
+    require(num_tokens >= 0, op, "num_tokens", expected("a number of at least 0"),
+            found(num_tokens));
     const c10::DeviceGuard guard(seg_indptr.device());
     Tensor ids = at::empty({num_tokens}, seg_adapter.options());
     int32_t* out = ids.mutable_data_ptr<int32_t>();
@@ -167,9 +164,10 @@ Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int
         return ids;
     }
     for (int64_t s = 0; s <= segments; ++s)
-        LX_CHECK(indptr[s] >= (s == 0 ? 0 : indptr[s - 1]) && indptr[s] <= num_tokens, op,
-                 ": seg_indptr must not decrease and must stay in [0, ", num_tokens,
-                 "], got seg_indptr[", s, "] = ", indptr[s]);
+        require(indptr[s] >= (s == 0 ? 0 : indptr[s - 1]) && indptr[s] <= num_tokens, op,
+                words("seg_indptr[", s, "]"),
+                expected("a bound that does not decrease and stays in [0, ", num_tokens, "]"),
+                found(indptr[s]));
     lora_segment_ids_cpu(indptr, adapter, n, out, num_tokens);
     return ids;
 }
@@ -187,8 +185,7 @@ Tensor lora_shrink(const Tensor& x_in, const Tensor& a, const Tensor& adapter_id
     args.num_tokens = x.size(0);
     args.x = x.const_data_ptr();
     args.x_row_stride = x.stride(0);
-    const auto v_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    Tensor v = at::zeros({x.size(0), bank.view.max_rank}, x.options().dtype(v_type));
+    Tensor v = at::zeros({x.size(0), bank.view.max_rank}, x.options().dtype(accumulator_of(x)));
     args.v = v.mutable_data_ptr();
     args.v_row_stride = v.stride(0);
     execute(op, Step::kShrink, args, bank, x, adapter_ids, plan);
@@ -204,17 +201,20 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
     LoraArgs args;
     args.dtype = dtype_of(op, "y", y);
     check_dim(op, "v", v_in, 2, "(T, R)");
-    const auto v_type = y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    LX_CHECK(v_in.scalar_type() == v_type, op, ": v must be ", v_type, ", got ",
-             v_in.scalar_type());
-    LX_CHECK(v_in.device() == y.device(), op, ": v must be on ", y.device(), ", got ",
-             v_in.device());
-    LX_CHECK(v_in.size(0) == y.size(0), op, ": v.shape[0] must equal y.shape[0] = ", y.size(0),
-             ", got ", v_in.size(0));
+    check_dtype(op, "v", v_in, accumulator_of(y));
+    check_device(op, "v", v_in, y.device());
+    require(v_in.size(0) == y.size(0), op, "v.shape[0]", expected("y.shape[0] = ", y.size(0)),
+            found(v_in.size(0)));
     const Bank bank = bank_of(op, nullptr, &b, {}, ranks, page_table, y, "y", 0, y.size(1));
-    LX_CHECK(v_in.size(1) == bank.view.max_rank, op, ": v.shape[1] must equal the rank of b, ",
-             bank.view.max_rank, ", got ", v_in.size(1));
-    at::assert_no_overlap(y, v_in);
+    require(v_in.size(1) == bank.view.max_rank, op, "v.shape[1]",
+            expected("the rank of b, ", bank.view.max_rank), found(v_in.size(1)));
+    check_apart(op, y,
+                {{"v", v_in},
+                 {"b", b},
+                 {"adapter_ids", adapter_ids},
+                 {"ranks", ranks},
+                 {"page_table", page_table},
+                 {"plan", plan}});
     const Tensor v = rows_contiguous(v_in);
     args.num_tokens = y.size(0);
     args.y = y.mutable_data_ptr();
@@ -230,13 +230,11 @@ void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor&
               const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
               const OptionalTensor& page_table, const OptionalTensor& plan) {
     check_dim(op, "x", x_in, 2, "(T, I)");
-    check_output(op, y);
     LoraArgs args;
     args.dtype = dtype_of(op, "x", x_in);
     check_like(op, "y", y, x_in, "x");
-    LX_CHECK(y.size(0) == x_in.size(0), op, ": y.shape[0] must equal x.shape[0] = ", x_in.size(0),
-             ", got ", y.size(0));
-    at::assert_no_overlap(y, x_in);
+    require(y.size(0) == x_in.size(0), op, "y.shape[0]", expected("x.shape[0] = ", x_in.size(0)),
+            found(y.size(0)));
     const Tensor x = rows_contiguous(x_in);
     const Bank bank = bank_of(op, &a, &b, scale, ranks, page_table, x, "x", x.size(1), y.size(1));
     args.num_tokens = x.size(0);
@@ -267,6 +265,16 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const OptionalTensor& plan) {
     constexpr auto op = "lora_apply_";
     check_inference(op, {&y, &x, &a, &b});
+    check_output(op, y);
+    check_apart(op, y,
+                {{"x", x},
+                 {"a", a},
+                 {"b", b},
+                 {"adapter_ids", adapter_ids},
+                 {"scale", scale},
+                 {"ranks", ranks},
+                 {"page_table", page_table},
+                 {"plan", plan}});
     apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan);
 }
 

@@ -1,15 +1,9 @@
-// The LoRA ops as C++ functions of tensors; bindings.cpp registers each under the same name.
+// The LoRA ops as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <string>
+#include "ops/call.h"
 
 namespace lora_ext {
-
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
 
 Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const OptionalTensor& num_valid);
 Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int64_t num_tokens);

@@ -21,38 +21,40 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
     if (paged) {
         const Tensor& table = *page_table;
         check_dim(op, "page_table", table, 2, "(A, R / 8)");
-        LX_CHECK(table.scalar_type() == at::kInt, op, ": page_table must be int32, got ",
-                 table.scalar_type());
-        LX_CHECK(table.device() == x.device() && table.is_contiguous(), op,
-                 ": page_table must be contiguous and on ", x.device(), ", got ", table.device());
-        LX_CHECK(ranks.has_value(), op, ": ranks is required with a page_table");
+        check_dtype(op, "page_table", table, at::kInt);
+        check_device(op, "page_table", table, x.device());
+        require(table.is_contiguous(), op, "page_table", expected("a contiguous tensor"),
+                found("strides ", table.strides()));
+        require(ranks.has_value(), op, "ranks", expected("the rank of each slot of the page_table"),
+                found("None"));
         slots = table.size(0);
         rank = 8 * table.size(1);
-        LX_CHECK(rank <= kMaxRank, op, ": page_table.shape[1] must be at most ", kMaxRank / 8,
-                 " (rank ", kMaxRank, "), got ", table.size(1));
+        require(rank <= kMaxRank, op, "page_table.shape[1]",
+                expected("at most ", kMaxRank / 8, " pages (rank ", kMaxRank, ")"),
+                found(table.size(1)));
         w.page_table = table.const_data_ptr<int32_t>();
     }
-    auto factor = [&](const Tensor& t, const char* name, const char* shape, int rank_dim,
-                      int width_dim, int64_t width, const char* width_owner) {
+    const auto factor = [&](const Tensor& t, const char* name, const char* shape, int rank_dim,
+                            int width_dim, int64_t width, const char* width_owner) {
+        const auto check_size = [&](int dim, bool holds, auto... what) {
+            require(holds, op, words(name, ".shape[", dim, "]"), expected(what...),
+                    found(t.size(dim)));
+        };
         check_like(op, name, t, x, x_name);
         check_dim(op, name, t, 3, shape);
-        LX_CHECK(t.size(width_dim) == width, op, ": ", name, ".shape[", width_dim, "] must equal ",
-                 width_owner, " = ", width, ", got ", t.size(width_dim));
+        check_size(width_dim, t.size(width_dim) == width, width_owner, " = ", width);
         if (paged) {
-            LX_CHECK(t.size(rank_dim) == 8, op, ": ", name, ".shape[", rank_dim,
-                     "] must be 8 (ranks of a page), got ", t.size(rank_dim));
-            LX_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, op, ": pages of ", name,
-                     " must be contiguous in their last dimension");
+            check_size(rank_dim, t.size(rank_dim) == 8, "8, the ranks of a page");
+            require(t.stride(-1) == 1 || t.size(-1) == 1, op, name,
+                    expected("pages that are contiguous in their last dimension"),
+                    found("strides ", t.strides()));
             return t;
         }
-        LX_CHECK(slots < 0 || t.size(0) == slots, op, ": ", name,
-                 ".shape[0] must equal a.shape[0] = ", slots, ", got ", t.size(0));
-        LX_CHECK(rank < 0 || t.size(rank_dim) == rank, op, ": ", name, ".shape[", rank_dim,
-                 "] must equal a.shape[1] = ", rank, ", got ", t.size(rank_dim));
+        check_size(0, slots < 0 || t.size(0) == slots, "a.shape[0] = ", slots);
+        check_size(rank_dim, rank < 0 || t.size(rank_dim) == rank, "a.shape[1] = ", rank);
         slots = t.size(0);
         rank = t.size(rank_dim);
-        LX_CHECK(rank <= kMaxRank, op, ": the rank of ", name, " must be at most ", kMaxRank,
-                 ", got ", rank);
+        check_size(rank_dim, rank <= kMaxRank, "a rank of at most ", kMaxRank);
         return rows_contiguous(t);
     };
     if (a) {
@@ -69,21 +71,26 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
         w.b_row_stride = bank.b.stride(1);
         w.b_page_stride = paged ? bank.b.stride(0) : 8;
     }
-    LX_CHECK(slots < kMaxAdapters, op, ": the number of adapters must be below 2^24, got ", slots);
-    LX_CHECK(in <= kMaxSize && out <= kMaxSize && (!paged || (a ? *a : *b).size(0) <= kMaxSize), op,
-             ": features and pages must be at most ", kMaxSize, ", got ", in, " and ", out);
+    const char* bank_name = a ? "a" : "b";
+    const int64_t pages = paged ? (a ? *a : *b).size(0) : 0;
+    require(slots < kMaxAdapters, op, paged ? "page_table" : bank_name,
+            expected("fewer than 2^24 adapters"), found(slots));
+    require(in <= kMaxSize && out <= kMaxSize, op, bank_name,
+            expected("at most ", kMaxSize, " features"), found(in, " and ", out));
+    require(pages <= kMaxSize, op, bank_name, expected("at most ", kMaxSize, " pages"),
+            found(pages));
+    if (paged && a && b)
+        require(b->size(0) == pages, op, "b.shape[0]", expected("a.shape[0] = ", pages, " pages"),
+                found(b->size(0)));
     w.num_adapters = static_cast<int32_t>(slots);
     w.max_rank = static_cast<int32_t>(rank);
     w.pages_per_slot = static_cast<int32_t>(ceil_div(rank, 8));
+    w.num_pages = static_cast<int32_t>(pages);
     w.in_features = static_cast<int32_t>(in);
     w.out_features = static_cast<int32_t>(out);
     w.full_pages = paged || rank % 8 == 0;
     if (scale) w.scale = vector_data<float>(op, "scale", *scale, slots, at::kFloat, x.device());
     if (ranks) w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
-    if (paged && a && b)
-        LX_CHECK(a->size(0) == b->size(0), op, ": b.shape[0] must equal a.shape[0] = ", a->size(0),
-                 " pages, got ", b->size(0));
-    w.num_pages = paged ? static_cast<int32_t>((a ? *a : *b).size(0)) : 0;
     return bank;
 }
 
@@ -97,21 +104,21 @@ void check_inference(const char* op, std::initializer_list<const Tensor*> tensor
 }
 
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device) {
-    LX_CHECK(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op,
-             ": adapter_ids must be int64 or int32, got ", ids.scalar_type());
-    LX_CHECK(ids.dim() == 1 && ids.size(0) == rows, op, ": adapter_ids must have shape (", rows,
-             ",), one id per row, got ", ids.sizes());
-    LX_CHECK(ids.device() == device, op, ": adapter_ids must be on ", device, ", got ",
-             ids.device());
+    require(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op, "adapter_ids",
+            expected("int64 or int32"), found(ids.scalar_type()));
+    require(ids.dim() == 1 && ids.size(0) == rows, op, "adapter_ids",
+            expected("shape (", rows, ",), one id per row"), found(ids.sizes()));
+    check_device(op, "adapter_ids", ids, device);
 }
 
 void check_plan_tensor(const char* op, const LoraPlanLayout& layout, const Tensor& plan,
                        at::Device device) {
-    LX_CHECK(plan.scalar_type() == at::kInt && plan.is_contiguous() && plan.dim() == 1 &&
-                 plan.numel() == layout.size() && plan.device() == device,
-             op, ": plan must be lora_plan() of ", layout.num_tokens, " rows and ",
-             layout.num_adapters, " adapters on ", device, ", int32 of size ", layout.size(),
-             ", got ", plan.scalar_type(), " of shape ", plan.sizes(), " on ", plan.device());
+    require(plan.scalar_type() == at::kInt && plan.is_contiguous() && plan.dim() == 1 &&
+                plan.numel() == layout.size() && plan.device() == device,
+            op, "plan",
+            expected("lora_plan() of ", layout.num_tokens, " rows and ", layout.num_adapters,
+                     " adapters on ", device, ", int32 of size ", layout.size()),
+            found(plan.scalar_type(), " of shape ", plan.sizes(), " on ", plan.device()));
 }
 
 namespace {
@@ -146,7 +153,8 @@ void check_plan(const char* op, const LoraPlanLayout& layout, const Tensor& ids,
     const bool fits = ids.scalar_type() == at::kLong
                           ? plan_fits(layout, ids.const_data_ptr<int64_t>(), plan)
                           : plan_fits(layout, ids.const_data_ptr<int32_t>(), plan);
-    LX_CHECK(fits, op, ": plan must be lora_plan() of these adapter_ids, got that of others");
+    require(fits, op, "plan", expected("lora_plan() of these adapter_ids"),
+            found("that of others"));
 }
 
 void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {
@@ -154,14 +162,15 @@ void check_slots(const char* op, const LoraBank& w, const int32_t* plan) {
     for (int32_t c = 0; c < plan[kPlanNumChunks]; ++c, chunk += 4) {
         const int32_t s = chunk[0];
         const int32_t rank = w.ranks ? w.ranks[s] : w.max_rank;
-        LX_CHECK(rank >= 0 && rank <= w.max_rank, op, ": ranks[", s, "] must be in [0, ",
-                 w.max_rank, "], got ", rank);
+        require(rank >= 0 && rank <= w.max_rank, op, words("ranks[", s, "]"),
+                expected("a rank in [0, ", w.max_rank, "]"), found(rank));
         if (!w.page_table) continue;
         const int32_t* page = w.page_table + int64_t{s} * w.pages_per_slot;
         for (int32_t p = 0; 8 * p < rank; ++p)
-            LX_CHECK(page[p] >= 0 && page[p] < w.num_pages, op, ": page_table[", s, ", ", p,
-                     "] must be in [0, ", w.num_pages, "), got ", page[p], ": adapter ", s,
-                     " has rank ", rank);
+            require(
+                page[p] >= 0 && page[p] < w.num_pages, op, words("page_table[", s, ", ", p, "]"),
+                expected("a page in [0, ", w.num_pages, "), as adapter ", s, " has rank ", rank),
+                found(page[p]));
     }
 }
 
@@ -188,8 +197,8 @@ void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tens
     const int64_t* p = host.const_data_ptr<int64_t>();
     const int64_t* bad = std::find_if(p, p + host.numel(),
                                       [&](int64_t id) { return id < -1 || id >= num_adapters; });
-    LX_CHECK(false, op, ": adapter_ids[", bad - p, "] must be in [-1, ", num_adapters, "), got ",
-             bad == p + host.numel() ? -1 : *bad);
+    refuse(op, words("adapter_ids[", bad - p, "]"), expected("an id in [-1, ", num_adapters, ")"),
+           found(bad == p + host.numel() ? -1 : *bad));
 }
 
 }  // namespace lora_ext

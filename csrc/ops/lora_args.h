@@ -1,17 +1,12 @@
 // What the LoRA ops have in common: tensors checked and turned into the structs of lora_ext/lora.h.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <initializer_list>
-#include <optional>
 
 #include "lora_ext/lora.h"
+#include "ops/call.h"
 
 namespace lora_ext {
-
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kMaxRank = 256;
 constexpr int64_t kMaxAdapters = 1 << 24;

@@ -8,12 +8,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "lora_ext/lora_train.h"
+#include "ops/call.h"
 #include "ops/checks.h"
 #include "ops/gemm.h"
 #include "ops/lora_args.h"
@@ -31,16 +31,16 @@ constexpr int64_t kSerialWork = 1 << 17;
 
 LoraDropout dropout_of(const char* op, const char* p_name, double p, const OptionalTensor& seed,
                        at::Device device) {
-    LX_CHECK(p >= 0 && p < 1, op, ": ", p_name, " must be in [0, 1), got ", p);
+    require(p >= 0 && p < 1, op, p_name, expected("a probability in [0, 1)"), found(p));
     LoraDropout dropout;
     if (p == 0) return dropout;
-    LX_CHECK(seed, op, ": seed is required with ", p_name, " > 0, got None");
-    LX_CHECK(seed->scalar_type() == at::kLong && seed->numel() == 1 && seed->device() == device, op,
-             ": seed must be one int64 on ", device, ", got ", seed->scalar_type(), " of shape ",
-             seed->sizes(), " on ", seed->device());
+    require(seed.has_value(), op, "seed", expected("one Long with ", p_name, " > 0"),
+            found("None"));
+    check_one(op, "seed", *seed, at::kLong, device);
     dropout.seed = seed->const_data_ptr<int64_t>();
     dropout.threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
-    dropout.inverse_keep = static_cast<float>(1 / (1 - p));
+    dropout.inverse_keep_f64 = 1 / (1 - p);
+    dropout.inverse_keep = static_cast<float>(dropout.inverse_keep_f64);
     return dropout;
 }
 
@@ -59,7 +59,8 @@ struct Call {
         check_dim(op, "b", b, 3, "(A, O, R)");
         args.lora.dtype = dtype_of(op, "x", x_in);
         x = rows_contiguous(x_in);
-        LX_CHECK(x.size(0) <= kMaxSize, op, ": at most ", kMaxSize, " rows, got ", x.size(0));
+        require(x.size(0) <= kMaxSize, op, "x", expected("at most ", kMaxSize, " rows"),
+                found(x.size(0)));
         bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), b.size(1));
         args.lora.bank = bank.view;
         args.lora.num_tokens = x.size(0);
@@ -68,10 +69,6 @@ struct Call {
         args.dropout = dropout_of(op, "dropout_p", dropout_p, seed, x.device());
         check_ids(op, adapter_ids, x.size(0), x.device());
         ids = adapter_ids.contiguous();
-    }
-
-    at::ScalarType v_type() const {
-        return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     }
 
     // False: no row or no rank, so that every product with an adapter is zero.
@@ -121,15 +118,14 @@ struct Call {
         args.workspace = workspace.mutable_data_ptr();
     }
 
-    // x weight^T + bias; with dy and weight^T, what dx starts from. A row without adapter keeps the
-    // bits of the base layer, so a call that has one takes the base layer's library.
+    // left weight^T + bias: the base layer of x, and, with dy and weight^T, what dx starts from. A
+    // row without adapter keeps the bits of the base layer, so a call that has one takes the base
+    // layer's library.
     Tensor base_product(const Tensor& left, const Tensor& weight,
                         const OptionalTensor& bias = {}) const {
         const bool base_bits = !active() || launches_kernels(x) || idle_rows();
         return base_bits ? at::linear(left, weight, bias) : fast_linear(left, weight, bias);
     }
-
-    const LoraTrainCpu& twin() const { return *lora_train_cpu(lora_twin().isa); }
 
     // Whether any row has no adapter, or one of rank 0; on the CPU, where the plan can be read.
     bool idle_rows() const {
@@ -155,15 +151,12 @@ struct Call {
 void check_base(const char* op, const OptionalTensor& weight, const Tensor& x, int64_t out) {
     if (!weight) return;
     check_like(op, "weight", *weight, x, "x");
-    LX_CHECK(weight->dim() == 2 && weight->size(0) == out && weight->size(1) == x.size(1), op,
-             ": weight must have shape (O, I) = (", out, ", ", x.size(1), "), got ",
-             weight->sizes());
+    check_shape(op, "weight", *weight, "(O, I)", {out, x.size(1)}, x.device());
 }
 
-// The library's GEMMs below keep the dtype that they are given, whatever autocast the caller is in.
-struct NoAutocast {
-    c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
+const LoraTrainCpu& twin() {
+    return chosen_twins<LoraTrainCpu>();
+}
 
 }  // namespace
 
@@ -180,11 +173,10 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     const Tensor& x = call.x;
     const int64_t out = b.size(1);
     check_base(op, weight, x, out);
-    LX_CHECK(!bias || weight, op, ": bias must be None where weight is None");
+    require(!bias || weight, op, "bias", expected("None where weight is None"), found("a tensor"));
     if (bias) {
         check_like(op, "bias", *bias, x, "x");
-        LX_CHECK(bias->dim() == 1 && bias->size(0) == out, op, ": bias must have shape (O,) = (",
-                 out, ",), got ", bias->sizes());
+        check_shape(op, "bias", *bias, "(O,)", {out}, x.device());
     }
     const c10::DeviceGuard guard(x.device());
     const NoAutocast no_autocast;
@@ -192,7 +184,8 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     Tensor y =
         weight ? call.base_product(x, *weight, bias) : at::zeros({x.size(0), out}, x.options());
     LoraTrainArgs& args = call.args;
-    Tensor v = at::empty({x.size(0), args.lora.bank.max_rank}, x.options().dtype(call.v_type()));
+    Tensor v =
+        at::empty({x.size(0), args.lora.bank.max_rank}, x.options().dtype(accumulator_of(x)));
     if (!call.active()) return {y, v.zero_()};
     call.set_v(v);
     args.lora.y = y.mutable_data_ptr();
@@ -205,8 +198,9 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};
     }
-    call.run(args, call.twin().shrink_items(args), call.twin().shrink, x.size(1));
-    call.run(args.lora, lora_twin().expand_items(args.lora), lora_twin().expand, out);
+    call.run(args, twin().shrink_items(args), twin().shrink, x.size(1));
+    const LoraCpu& lora = chosen_twins<LoraCpu>();
+    call.run(args.lora, lora.expand_items(args.lora), lora.expand, out);
     return {y, v};
 }
 
@@ -221,13 +215,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const int64_t rows = x.size(0), out = b.size(1), rank = call.bank.view.max_rank;
     check_base(op, weight, x, out);
     check_like(op, "dy", dy_in, x, "x");
-    LX_CHECK(dy_in.dim() == 2 && dy_in.size(0) == rows && dy_in.size(1) == out, op,
-             ": dy must have shape (T, O) = (", rows, ", ", out, "), got ", dy_in.sizes());
-    LX_CHECK(v_in.scalar_type() == call.v_type() && v_in.device() == x.device() &&
-                 v_in.dim() == 2 && v_in.size(0) == rows && v_in.size(1) == rank,
-             op, ": v must have shape (T, R) = (", rows, ", ", rank, ") and be ", call.v_type(),
-             " on ", x.device(), ", got ", v_in.scalar_type(), " of shape ", v_in.sizes(), " on ",
-             v_in.device());
+    check_shape(op, "dy", dy_in, "(T, O)", {rows, out}, x.device());
+    check_dtype(op, "v", v_in, accumulator_of(x));
+    check_shape(op, "v", v_in, "(T, R)", {rows, rank}, x.device());
     const c10::DeviceGuard guard(x.device());
     const NoAutocast no_autocast;
     call.set_plan(plan);
@@ -259,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         check_launch(op, launch_lora_train_backward(args, current_stream(x)));
         return {dx, da, db};
     }
-    const LoraTrainCpu& cpu = call.twin();
+    const LoraTrainCpu& cpu = twin();
     if (need_dx || need_da) {
         args.dv = dv_scratch.get(rows * args.dv_row_stride * v.element_size());
         call.run(args, cpu.dv_items(args), cpu.dv, out);
@@ -277,8 +267,8 @@ Tensor lora_dropout(const Tensor& x_in, double p, const OptionalTensor& seed) {
     args.dropout = dropout_of(op, "p", p, seed, x_in.device());
     const Tensor x = rows_contiguous(x_in);
     const int64_t rows = x.size(0), columns = x.size(1);
-    LX_CHECK(rows <= kMaxSize && columns <= kMaxSize, op, ": at most ", kMaxSize,
-             " rows and columns, got ", rows, " and ", columns);
+    require(rows <= kMaxSize && columns <= kMaxSize, op, "x",
+            expected("at most ", kMaxSize, " rows and columns"), found(x.sizes()));
     Tensor y = at::empty({rows, columns}, x.options());
     if (y.numel() == 0) return y;
     const c10::DeviceGuard guard(x.device());
@@ -292,10 +282,8 @@ Tensor lora_dropout(const Tensor& x_in, double p, const OptionalTensor& seed) {
         check_launch(op, launch_lora_dropout(args, args.lora.y, current_stream(x)));
         return y;
     }
-    const LoraTrainCpu& cpu = *lora_train_cpu(lora_twin().isa);
-    const int64_t grain = std::max<int64_t>(1, kSerialWork / 4 / columns);
-    at::parallel_for(0, rows, grain,
-                     [&](int64_t begin, int64_t end) { cpu.dropout(args, begin, end); });
+    for_items(rows, columns, kSerialWork / 4,
+              [&](int64_t begin, int64_t end) { twin().dropout(args, begin, end); });
     return y;
 }
 

@@ -1,15 +1,11 @@
-// The training ops as C++ functions of tensors; bindings.cpp registers each under the same name.
+// The training ops as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <tuple>
 
-namespace lora_ext {
+#include "ops/call.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
+namespace lora_ext {
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const OptionalTensor& weight,
                                                const OptionalTensor& bias, const Tensor& a,
@@ -18,7 +14,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const OptionalTe
                                                const OptionalTensor& ranks, double dropout_p,
                                                const OptionalTensor& seed,
                                                const OptionalTensor& plan);
-// dx, da, db; one that is not needed comes back empty.
+// Returns dx, da and db; one that is not needed comes back empty.
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& v, const OptionalTensor& weight,
     const Tensor& a, const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,

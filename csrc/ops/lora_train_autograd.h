@@ -1,47 +1,15 @@
-// The backward of the training ops. Included by bindings.cpp alone, which knows the library's name.
-//
-// In C++ because a layer calls these ops hundreds of times per step. Every op inside is called
-// through the dispatcher, so torch.compile traces this code like any operator of torch.
+// The backward of the training ops. Included by bindings.cpp alone, as autograd.h is.
 #pragma once
 
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
 
+#include "ops/autograd.h"
 #include "ops/lora.h"
 #include "ops/lora_train.h"
 
 namespace lora_ext::autograd {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-template <auto kOp>
-struct Handle;
-template <class Result, class... Args, Result (*kOp)(Args...)>
-struct Handle<kOp> {
-    static inline const char* name = nullptr;
-    static const auto& get() {
-        static const auto op = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow(name, "")
-                                   .template typed<Result(Args...)>();
-        return op;
-    }
-};
-
-inline Tensor or_undefined(const OptionalTensor& t) {
-    return t.value_or(Tensor());
-}
-// Above the wrappers of torch.func, which no kernel sees: refuse a tangent instead of dropping it.
-inline void refuse_tangents(const char* op, std::initializer_list<OptionalTensor> tensors) {
-    for (const OptionalTensor& t : tensors)
-        TORCH_CHECK_NOT_IMPLEMENTED(!t || !t->_fw_grad(/*level=*/0).defined(), op,
-                                    " has no forward-mode derivative");
-}
-inline OptionalTensor or_none(const Tensor& t) {
-    return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
-
-// Saved: x, v, the plan and the parameters; the mask of dropout is computed again from its seed.
+// It saves x, v, the plan and the parameters, and computes the mask of dropout again from its seed.
 // Ids on the CPU that are one number for all rows (stride 0) keep 4 bytes and no plan: it is made
 // again, in the time that checking one would take.
 struct Linear : torch::autograd::Function<Linear> {
@@ -65,7 +33,7 @@ struct Linear : torch::autograd::Function<Linear> {
                                    std::nullopt);
         auto [y, v] = Forward::get().call(x, weight, bias, a, b, adapter_ids, scale, ranks,
                                           dropout_p, seed, plan);
-        // The weight is for dx alone.
+        // The weight is saved for dx alone.
         ctx->save_for_backward({x, v, x.requires_grad() ? or_undefined(weight) : Tensor(), a, b,
                                 adapter_ids, or_undefined(scale), or_undefined(ranks),
                                 or_undefined(plan), or_undefined(seed)});
@@ -102,45 +70,46 @@ struct Linear : torch::autograd::Function<Linear> {
         if (has_bias && ctx->needs_input_grad(1 + has_weight)) out[2] = dy.sum(0);
         return out;
     }
+
+    static std::tuple<Tensor, Tensor> call(c10::DispatchKeySet keys, const Tensor& x,
+                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const Tensor& a, const Tensor& b,
+                                           const Tensor& adapter_ids, const OptionalTensor& scale,
+                                           const OptionalTensor& ranks, double dropout_p,
+                                           const OptionalTensor& seed, const OptionalTensor& plan) {
+        refuse_tangents("lora_linear", x, weight, bias, a, b, scale);
+        TORCH_CHECK_NOT_IMPLEMENTED(!wants_grad(scale), "lora_linear: scale receives no gradient");
+        if (c10::GradMode::is_enabled() && (wants_grad(x) || wants_grad(a) || wants_grad(b) ||
+                                            wants_grad(weight) || wants_grad(bias))) {
+            const variable_list out =
+                apply(x, weight, bias, a, b, adapter_ids, scale, ranks, dropout_p, seed, plan);
+            return {out[0], out[1]};
+        }
+        const at::AutoDispatchBelowAutograd guard;
+        return Forward::get().redispatch(keys & c10::after_autograd_keyset, x, weight, bias, a, b,
+                                         adapter_ids, scale, ranks, dropout_p, seed, plan);
+    }
+
+    // As torch's linear: x and the parameters in autocast's dtype, each gradient in its own.
+    template <c10::DeviceType kDevice>
+    static std::tuple<Tensor, Tensor> autocast(const Tensor& x, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const Tensor& a,
+                                               const Tensor& b, const Tensor& adapter_ids,
+                                               const OptionalTensor& scale,
+                                               const OptionalTensor& ranks, double dropout_p,
+                                               const OptionalTensor& seed,
+                                               const OptionalTensor& plan) {
+        const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+        const auto dtype = at::autocast::get_autocast_dtype(kDevice);
+        const auto cast = [&](const auto& t) {
+            return at::autocast::cached_cast(dtype, t, kDevice);
+        };
+        return Forward::get().call(cast(x), cast(weight), cast(bias), cast(a), cast(b), adapter_ids,
+                                   scale, ranks, dropout_p, seed, plan);
+    }
 };
 
-inline std::tuple<Tensor, Tensor> linear(c10::DispatchKeySet keys, const Tensor& x,
-                                         const OptionalTensor& weight, const OptionalTensor& bias,
-                                         const Tensor& a, const Tensor& b,
-                                         const Tensor& adapter_ids, const OptionalTensor& scale,
-                                         const OptionalTensor& ranks, double dropout_p,
-                                         const OptionalTensor& seed, const OptionalTensor& plan) {
-    refuse_tangents("lora_linear", {x, weight, bias, a, b, scale});
-    TORCH_CHECK_NOT_IMPLEMENTED(!scale || !scale->requires_grad(),
-                                "lora_linear: scale receives no gradient");
-    if (c10::GradMode::is_enabled() &&
-        (x.requires_grad() || a.requires_grad() || b.requires_grad() ||
-         (weight && weight->requires_grad()) || (bias && bias->requires_grad()))) {
-        const variable_list out =
-            Linear::apply(x, weight, bias, a, b, adapter_ids, scale, ranks, dropout_p, seed, plan);
-        return {out[0], out[1]};
-    }
-    const at::AutoDispatchBelowAutograd guard;
-    return Linear::Forward::get().redispatch(keys & c10::after_autograd_keyset, x, weight, bias, a,
-                                             b, adapter_ids, scale, ranks, dropout_p, seed, plan);
-}
-
-// As torch's linear: x and the parameters in autocast's dtype, each gradient in its own.
-template <c10::DeviceType kDevice>
-std::tuple<Tensor, Tensor> autocast_linear(const Tensor& x, const OptionalTensor& weight,
-                                           const OptionalTensor& bias, const Tensor& a,
-                                           const Tensor& b, const Tensor& adapter_ids,
-                                           const OptionalTensor& scale, const OptionalTensor& ranks,
-                                           double dropout_p, const OptionalTensor& seed,
-                                           const OptionalTensor& plan) {
-    const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
-    const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-    const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, kDevice); };
-    return Linear::Forward::get().call(cast(x), cast(weight), cast(bias), cast(a), cast(b),
-                                       adapter_ids, scale, ranks, dropout_p, seed, plan);
-}
-
-// Its own backward: the mask is the same.
+// It is its own backward, with the same mask.
 struct Dropout : torch::autograd::Function<Dropout> {
     using Forward = Handle<&lora_dropout>;
 
@@ -155,14 +124,14 @@ struct Dropout : torch::autograd::Function<Dropout> {
         const OptionalTensor seed = or_none(ctx->get_saved_variables()[0]);
         return {Forward::get().call(grads[0], ctx->saved_data["p"].toDouble(), seed), {}, {}};
     }
-};
 
-inline Tensor dropout(c10::DispatchKeySet keys, const Tensor& x, double p,
-                      const OptionalTensor& seed) {
-    refuse_tangents("lora_dropout", {x});
-    if (c10::GradMode::is_enabled() && x.requires_grad()) return Dropout::apply(x, p, seed);
-    const at::AutoDispatchBelowAutograd guard;
-    return Dropout::Forward::get().redispatch(keys & c10::after_autograd_keyset, x, p, seed);
-}
+    static Tensor call(c10::DispatchKeySet keys, const Tensor& x, double p,
+                       const OptionalTensor& seed) {
+        refuse_tangents("lora_dropout", x);
+        if (c10::GradMode::is_enabled() && wants_grad(x)) return apply(x, p, seed);
+        const at::AutoDispatchBelowAutograd guard;
+        return Forward::get().redispatch(keys & c10::after_autograd_keyset, x, p, seed);
+    }
+};
 
 }  // namespace lora_ext::autograd

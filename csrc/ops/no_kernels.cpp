@@ -14,8 +14,8 @@ namespace lora_ext {
     }
 
 const char* launch_status_string(LaunchStatus) {
-    return "this build of lora_ext has no CUDA kernels; rebuild it with nvcc on PATH "
-           "(LORA_EXT_CUDA=1 makes a missing nvcc an error)";
+    return "this build of lora_ext has no CUDA kernels; rebuild it with LORA_EXT_CUDA=1, which "
+           "needs nvcc";
 }
 
 LX_NO_KERNEL(launch_lora_plan, const LoraPlanArgs&, void*)

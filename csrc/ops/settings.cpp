@@ -2,30 +2,30 @@
 
 #include <atomic>
 
-#include "ops/checks.h"
+#include "ops/require.h"
 
 namespace lora_ext {
 namespace {
 
 std::atomic<bool> debugging{false};
-std::atomic<const LoraCpu*> chosen_twin{nullptr};
+std::atomic<Isa> chosen{best_isa()};
 
 }  // namespace
 
-const LoraCpu& lora_twin() {
-    const LoraCpu* chosen = chosen_twin.load(std::memory_order_relaxed);
-    return chosen ? *chosen : lora_cpu();
+Isa chosen_isa() {
+    return chosen.load(std::memory_order_relaxed);
 }
 
 std::string cpu_isa() {
-    return lora_twin().isa;
+    return isa_name(chosen_isa());
 }
 
-void set_cpu_isa(const std::string& isa) {
-    const LoraCpu* chosen = isa.empty() ? nullptr : lora_cpu(isa.c_str());
-    LX_CHECK(isa.empty() || chosen, "set_cpu_isa: this machine or build has no instruction set '",
-             isa, "'");
-    chosen_twin = chosen;
+void set_cpu_isa(const std::string& name) {
+    const std::optional<Isa> isa = name.empty() ? best_isa() : isa_named(name);
+    require(isa && isa_runs(*isa), "set_cpu_isa", "isa",
+            expected("an instruction set that this machine and this build have"),
+            found("'", name, "'"));
+    chosen = *isa;
 }
 
 bool has_kernels() {

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "lora_ext/lora.h"
+#include "lora_ext/isa.h"
 
 namespace lora_ext {
 
@@ -15,7 +15,11 @@ bool has_kernels();
 // With debug on, a launch with an adapter id out of range synchronises and raises; twins always do.
 void set_debug(bool on);
 bool debug_mode();
-// The twins of the chosen instruction set.
-const LoraCpu& lora_twin();
+Isa chosen_isa();
+// The twins of one family for the chosen instruction set.
+template <class Family>
+const Family& chosen_twins() {
+    return twins<Family>(chosen_isa());
+}
 
 }  // namespace lora_ext

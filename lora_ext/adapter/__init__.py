@@ -1,5 +1,6 @@
-"""One adapter as a value, and PEFT's files."""
+"""An adapter as a value, and PEFT's files."""
 
-from .peft_files import save_adapter
+from .peft_files import Factors, save_adapter
+from .value import LoraAdapter
 
-__all__ = ["save_adapter"]
+__all__ = ["Factors", "LoraAdapter", "save_adapter"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_ext.nn.lora_config import LoraConfig
@@ -47,6 +47,7 @@ class AdapterConfig(LoraConfig):
 
     target_modules: str | Iterable[str] | None = None
     unknown: tuple[str, ...] = ()  # fields we have never heard of that are switched on
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -79,7 +80,13 @@ class AdapterConfig(LoraConfig):
             )
         known = _READ | _IGNORED | _REFUSED.keys() | {"init_lora_weights"}
         unknown = tuple(str(key) for key in raw if key not in known and raw[key])
-        return cls(where=where, unknown=unknown, **{key: raw[key] for key in _READ & raw.keys()})
+        read = {key: raw[key] for key in _READ & raw.keys()}
+        return cls(where=where, unknown=unknown, raw=dict(raw), **read)
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's fields: those that are parsed, and the others as they were read."""
+        parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
+        return {**self.raw, "peft_type": "LORA", **parsed}
 
     def targets(self, index: ModelIndex) -> set[str] | None:
         """The modules that PEFT would adapt, or None: the config leaves it to the tensors."""

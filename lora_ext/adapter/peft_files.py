@@ -187,14 +187,14 @@ def _group_keys(
             else:
                 leftover.append(key)
             continue
-        kind = index.unsupported.get(parsed.module)
-        if kind is None and in_routed_experts(parsed.module):
-            kind = f"module of {ROUTED}"
-        if kind is not None:  # also where strict=False: without it this is another adapter
-            raise NotImplementedError(
-                f"{tensors.where}: {key}: adapters on a {kind} are not supported"
-            )
         if parsed.module not in index.modules:
+            kind = index.unsupported.get(parsed.module)
+            if kind is None and in_routed_experts(parsed.module):
+                kind = f"module of {ROUTED}"
+            if kind is not None:  # also where strict=False: without it this is another adapter
+                raise NotImplementedError(
+                    f"{tensors.where}: {key}: adapters on a {kind} are not supported"
+                )
             leftover.append(key)
             continue
         roles = grouped.setdefault(parsed.module, {})

@@ -1,4 +1,4 @@
-"""Runs the layered form with torch: upward, backward, and down again along one tree of units."""
+"""Runs the layered form with torch: upward, backward, and from a root down along one tree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Semiring = Literal["sum", "max"]
 
 
 class _Columns:
-    """Columns of ``val`` by index: a view where they are consecutive."""
+    """Columns of ``val``, given by index; they are read as a view where they are consecutive."""
 
     def __init__(self, index: Tensor):
         self.index = index.long()
@@ -41,7 +41,10 @@ class _Columns:
 
 
 class _Products:
-    """Child lists of a product layer as one column index per factor, padded with ones."""
+    """The factors of a product layer: the first of all products, the second, and so on.
+
+    Products with fewer factors than the longest are filled up with the unit that is always 1.
+    """
 
     def __init__(self, layer: ProductLayer):
         ptr = layer.child_ptr.long()
@@ -83,7 +86,7 @@ class _Products:
 
 
 class _Weights:
-    """Tiles of a stage as ``(G, O, I)``: a view of the parameters where they lie so."""
+    """The weights of a stage as ``(G, O, I)``, a view of the parameters where they lie in order."""
 
     def __init__(self, stage: Stage):
         s = stage.sum
@@ -114,11 +117,11 @@ class _Weights:
         return w if self.missing is None else w.masked_fill(self.missing, -torch.inf)
 
     def present(self, w: Tensor) -> Tensor:
-        """Which of ``(G, O, I)`` are weights, not padding."""
+        """Whether an entry of ``(G, O, I)`` is a weight and not padding."""
         return torch.ones_like(w, dtype=torch.bool) if self.missing is None else ~self.missing
 
     def put(self, flat: Tensor, w: Tensor) -> None:
-        """Write ``(G, O, I)`` back; tied tiles must agree."""
+        """Write ``(G, O, I)`` back; entries that share a parameter hold one value."""
         if self.index is None:
             flat[self.first : self.first + w.numel()] = w.flatten()
         elif self.missing is None:
@@ -139,7 +142,7 @@ class _Weights:
 
 
 class Weights:
-    """The weights of one evaluation; matrices that several stages share are scaled once."""
+    """The weights of one evaluation, which scales a matrix once for all stages that share it."""
 
     def __init__(self, flat: Tensor, norm: str, precision: str = "fp32"):
         self.flat, self.norm, self.precision = flat, norm, precision
@@ -155,7 +158,7 @@ class Weights:
 
 
 class StageRunner:
-    """One stage: products of ``val``, sums of products."""
+    """Runs one stage: the products of its children, and the sums of these products."""
 
     def __init__(self, stage: Stage):
         self.products, self.weights = _Products(stage.product), _Weights(stage)
@@ -192,12 +195,12 @@ class StageRunner:
         self.weights.to(device)
 
 
-# Chooses terms: from log-weights plus values (A, I), walk (A,) and region (A,) to columns (A,).
+# Given log-weights plus values (A, I), walks (A,) and regions (A,), it chooses columns (A,).
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Execution:
-    """The layered form, ready to run on one device."""
+    """The layered form with its index arrays on one device, ready to run."""
 
     def __init__(self, layered: Layered, roots: list[int]):
         self.layered, self.roots = layered, roots
@@ -226,7 +229,7 @@ class Execution:
 
     def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
         """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
-        with torch._C._AutoDispatchBelowAutograd():  # nothing here is recorded: see Evaluate
+        with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
             return self._up(leaf, weights, semiring)
 
     def _up(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
@@ -260,7 +263,7 @@ class Execution:
         """
         regions = len(self.first_unit)
         num_variables = int(self.owner.max()) - regions + 1
-        # A column per region and variable, and one for what padding chooses.
+        # Each region has a column, each variable has one, and the last holds what padding chooses.
         chosen = row.new_full((len(row), regions + num_variables + 1), -1)
         chosen[torch.arange(len(row), device=row.device), self.owner[root]] = root
 
@@ -289,7 +292,7 @@ class Execution:
 
 
 class Evaluate(torch.autograd.Function):
-    """Leaves and weights to the roots; backward is the expected flows, computed stage by stage."""
+    """Takes leaves and weights to the roots; its backward computes flows, stage by stage."""
 
     @staticmethod
     def forward(

@@ -33,9 +33,17 @@ def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
     return sums
 
 
+def in_rows(t: Tensor) -> Tensor:
+    """``t`` below a new first axis, which shows it twice where it is one row and nothing else.
+
+    torch cuts the sum of a single long row among its threads, the sums of two rows never.
+    """
+    return t.expand(2, *t.shape) if t.numel() == t.shape[-1] else t[None]
+
+
 def last_sum(t: Tensor) -> Tensor:
-    """``t.sum(-1)``; torch cuts the sum of a single long row among threads, of two rows never."""
-    return t.expand(2, *t.shape).sum(-1)[0] if t.numel() == t.shape[-1] else t.sum(-1)
+    """``t.sum(-1)``."""
+    return in_rows(t).sum(-1)[0]
 
 
 def mean(t: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
     A syntactic test. True: the terms of every sum differ in an indicator on a common variable.
     False: two terms of a sum are positive everywhere. Anything else is ``"unknown"``.
     """
-    # Of each unit: the values that it allows, as a bitset, for the variables it restricts.
+    # For each unit, the variables that it restricts and the values that it allows, as a bitset.
     units: list[list[dict[int, int]]] = []
     verdict: Truth = True
     for region in graph.regions:
@@ -119,7 +119,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
         for t in terms:
             for v in common:
                 merged[v] |= t[v]
-        # The rows of a dense sum weigh the same terms.
+        # All units of a region weigh the same terms, so they allow the same values.
         units.append([merged] * region.units)
     return verdict
 

@@ -35,7 +35,10 @@ _MAX_BINS = 4
 
 @dataclass(frozen=True)
 class InputLayer:
-    """Of each leaf unit: variable, family, and row in the family's table of parameters."""
+    """Where each leaf unit finds its data and parameters.
+
+    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family.
+    """
 
     var: Tensor
     dist: Tensor
@@ -56,7 +59,7 @@ class ProductLayer:
 
 @dataclass(frozen=True)
 class SumLayer:
-    """Block-CSR over the product columns of a stage; sums go to ``val[:, out_off:]``."""
+    """The weights of a stage in block-CSR; its sums are written to ``val[:, out_off:]``."""
 
     block_m: int
     block_k: int
@@ -149,7 +152,10 @@ class _Compiler:
         )
 
     def leaves(self):
-        """Leaf units, family by family, and of each region its columns, one list per variable."""
+        """Lay the leaf units out family by family.
+
+        Returns families, layer, indicator values, and the first column of each variable by region.
+        """
         grouped: dict[object, list[int]] = {}
         for i, region in enumerate(self.graph.regions):
             if region.leaf is not None:
@@ -200,7 +206,7 @@ class _Compiler:
         return _products(children)
 
     def layer(self, regions: list[int]) -> list[Stage]:
-        """The regions of one depth, at most four stages where shapes are many."""
+        """Group the regions of one depth into stages of one shape, at most four of them."""
 
         def shape(i: int):
             region = self.graph.regions[i]

@@ -62,21 +62,34 @@ def em_step(
     log_weights = circuit._log_weights()
     leaf = circuit._leaf_values_of("em_step", filled, missing)
     log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
-    for stage in circuit._run().stages:
-        flow, old = stage.weights.gather(weight_flows), stage.weights.gather(log_weights)
-        there = old > -torch.inf if keep_zero else stage.weights.present(old)
-        flow = torch.where(there, flow, 0)
-        total, terms = last_sum(flow)[..., None], there.sum(-1, keepdim=True).clamp(min=1)
-        new = (flow + there * (pseudocount / terms)) / (total + pseudocount)
-        mixed = ((1 - step) * old.exp() + step * new).log()
-        kept = stage.weights.gather(circuit.weights.data)
-        stage.weights.put(circuit.weights.data, torch.where(total > 0, mixed, kept))
-    filled = filled.to(circuit.weights.dtype)
+    _move_sums(circuit, log_weights, weight_flows, step, pseudocount, keep_zero)
     for family, table, span in circuit._families():
         if isinstance(family, Indicator | External):
             continue
         var = circuit._var[span]
         flow = torch.where(missing[:, var], 0, units[:, FIRST_LEAF:][:, span])
         data = {k: t.data for k, t in table.items()}
-        family.update(data, circuit._row[span], filled[:, var], flow, step, pseudocount)
+        observed = filled[:, var].to(circuit.weights.dtype)
+        family.update(data, circuit._row[span], observed, flow, step, pseudocount)
     return mean(log_prob)
+
+
+def _move_sums(
+    circuit: Parameters,
+    log_weights: Tensor,
+    flows: Tensor,
+    step: float,
+    pseudocount: float,
+    keep_zero: bool,
+) -> None:
+    """``W <- (1 - step) W + step W'`` of every sum that has a flow, in place."""
+    target = circuit.weights.data
+    for stage in circuit._run().stages:
+        tiles = stage.weights
+        flow, old, kept = (tiles.gather(t) for t in (flows, log_weights, target))
+        there = old > -torch.inf if keep_zero else tiles.present(old)
+        flow = torch.where(there, flow, 0)
+        total, terms = last_sum(flow)[..., None], there.sum(-1, keepdim=True).clamp(min=1)
+        new = (flow + there * (pseudocount / terms)) / (total + pseudocount)
+        mixed = ((1 - step) * old.exp() + step * new).log()
+        tiles.put(target, torch.where(total > 0, mixed, kept))

@@ -94,7 +94,7 @@ class _Finite(Leaf):
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         log_table = self.log_table(table)
         values, block = log_table.shape[1], len(row) // x.shape[1]
-        # A value's probabilities under all units of a block lie together: one copy per entry of x.
+        # A row of `blocks` holds a value's probabilities under a whole block: each x is one copy.
         blocks = log_table.unflatten(0, (-1, block)).transpose(1, 2).reshape(-1, block)
         return F.embedding(row[::block] // block * values + x.long(), blocks)
 
@@ -123,7 +123,7 @@ class Categorical(_Finite):
 
     def log_table(self, table: Table) -> Tensor:
         logits = table["logits"]
-        # torch's, in one pass, knows no row of nothing but -inf.
+        # torch's own makes one pass, but turns a row of nothing but -inf into NaN.
         if logits.device.type == "cpu" and logits.detach().amax(1).isfinite().all():
             return F.log_softmax(logits, 1)
         return log_softmax(logits)
@@ -245,12 +245,12 @@ class Gaussian(Leaf):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         mean, log_std = table["mean"].double(), table["log_std"].double()
-        # All moments are taken about a mean nearby: squares of large means would cancel.
+        # Moments are taken about a mean nearby, because squares of large means would cancel.
         count = _per_row(row, flow, len(mean))
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
-        # Mixed are the two distributions, not their variances: a step below 1 stays an increase.
+        # The step mixes the two distributions, not their variances, and so stays an increase.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between
         new_log_std = 0.5 * variance.clamp(min=self.min_std**2).log()
@@ -270,7 +270,7 @@ class Indicator(Leaf):
         object.__setattr__(self, "values", tuple(self.values))
 
     def table(self, rows: int) -> Table:
-        raise NotImplementedError  # circuits keep the values beside the structure
+        raise NotImplementedError  # the graph holds the values: there is nothing to learn
 
 
 @dataclass(frozen=True)

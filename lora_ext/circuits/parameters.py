@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext.circuits import checks
 from lora_ext.circuits._execution import Execution, Weights
+from lora_ext.circuits._sums import in_rows
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
 from lora_ext.circuits.leaves import External, Indicator, Leaf
@@ -49,7 +50,8 @@ class Parameters(nn.Module):
         for leaf, _, _, rows in self.layered.families:
             table = {} if isinstance(leaf, Indicator) else leaf.table(rows)
             self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
-        # Of each family: leaf units that see one variable and have consecutive rows, and variables.
+        # The leaf units of a family come in blocks that see one variable and have consecutive rows;
+        # kept are the size of a block and the variables that the family sees.
         self._blocks: list[int] = []
         self._names: list[list[int]] = []
         for family in range(len(self.layered.families)):
@@ -131,7 +133,8 @@ class Parameters(nn.Module):
         """Normalised log-weights, flat."""
         flat = torch.empty_like(self.weights)
         for stage in self._run().stages:
-            stage.weights.put(flat, log_weights(stage.weights.gather(self.weights), self.norm))
+            w = in_rows(stage.weights.gather(self.weights))
+            stage.weights.put(flat, log_weights(w, self.norm)[0])
         return flat
 
     def _root_units(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
@@ -184,7 +187,9 @@ class Parameters(nn.Module):
             elif isinstance(leaf, External | Indicator):
                 continue
             else:
-                wrong, expected = known.isinf(), f"finite numbers in {self.weights.dtype}"
+                # Densities square their argument: past that, gradients would be 0 times infinity.
+                wrong = known.to(self.weights.dtype).square().isinf()
+                expected = f"finite numbers, whose squares are finite in {self.weights.dtype}"
             if wrong.any():
                 row, column = wrong.nonzero()[0].tolist()
                 found = f"{known[row, column].item()} in row {row}"

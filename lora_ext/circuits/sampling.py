@@ -1,4 +1,4 @@
-"""From the root down: exact samples, and the assignment of largest probability."""
+"""Walks from the root down: exact samples, and the assignment of largest probability."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_ext.circuits.leaves import Indicator, Leaf
 from lora_ext.circuits.parameters import Parameters
 from lora_ext.reference.circuit import draw
 
-# Values of a family: its table, walks (A,) and variables (A,), and rows of the table (A,) -> (A,).
+# Given a family, its table, (walks, variables) and rows of the table, (A,) each, it gives values.
 _Value = Callable[[Leaf, dict[str, Tensor], tuple[Tensor, Tensor], Tensor], Tensor]
 
 

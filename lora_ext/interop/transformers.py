@@ -3,28 +3,52 @@ imported."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
-from lora_ext.nn.assignment import Names
-from lora_ext.nn.attachment import attachments, pool_handle
-from lora_ext.nn.context import adapters
-from lora_ext.nn.generation import generation_scope, repeat_rows
+from lora_ext.nn.assignment import Batch, Names
+from lora_ext.nn.attachment import attachments
+from lora_ext.nn.context import adapters, forward_of, innermost
 from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
+
+from .generate import hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_attachment"
 _OWN_FORWARD = "_lora_ext_own_forward"
+
+# What a model calls its tokens, and what transformers' continuous batching gives besides.
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "labels",
+    "pixel_values",
+    "input_features",
+)
+_PACKED = ("read_index", "write_index", "block_table")
+
+# Modules whose input has its tokens in the first dimension, by model type. Others are recognised by
+# a batch with another number of sequences than tokens.
+_TOKENS_FIRST = {
+    "xlnet": r"(^|\.)(layer\.\d+\.|word_embedding$)",
+    "fsmt": r"(encoder|decoder)\.layers\.\d+\.",
+    "longformer": r"attention\.self\.",
+    "led": r"longformer_self_attn\.",
+}
 
 
 @dataclass(eq=False)
@@ -74,12 +98,15 @@ def attach(model: Model, pool: AdapterPool) -> Model:
                 f"found {type(module).__name__} at {name!r}"
             )
     layers: dict[str, PoolLayer] = {}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    tokens_first = _TOKENS_FIRST.get(str(model_type), "$^")
     for name in pool.modules:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
+        layers[name].tokens_first = bool(re.search(tokens_first, name))
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
-        for method, hook in _hooks(pool).items():
+        for method, hook in hooks(pool).items():
             # An instance with a method of its own is left alone.
             if callable(getattr(type(module), method, None)) and method not in module.__dict__:
                 setattr(module, method, MethodType(hook, module))
@@ -135,30 +162,28 @@ def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
         if adapter_names is None:
-            return run(*args, **kwargs)
+            return _noted(run, args, kwargs)
         with adapters(adapter_names, pool=pool):
-            return run(*args, **kwargs)
+            return _noted(run, args, kwargs)
 
     return forward
 
 
-def _hooks(pool: AdapterPool) -> dict[str, Any]:
-    """Methods that an attached model overrides. They find their model through ``self``, in a copy
-    too."""
-    handle = pool_handle(pool)
-
-    def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            if adapter_names is not None:
-                stack.enter_context(adapters(adapter_names, pool=pool))
-            stack.enter_context(generation_scope())
-            return type(self).generate(self, *args, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self: Any, expand_size: int = 1, *args: Any, **kwargs: Any
-    ) -> Any:
-        expanded = type(self)._expand_inputs_for_generation(self, expand_size, *args, **kwargs)
-        repeat_rows(handle, expand_size)
-        return expanded
-
-    return {h.__name__: h for h in (generate, _expand_inputs_for_generation)}
+def _noted(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a model's forward; what it is given tells its layers' rows, where it turns or flattens
+    the batch."""
+    if any(name in kwargs for name in _PACKED):
+        raise NotImplementedError(
+            "attach: expected a batch with a row for each sequence, found transformers' continuous "
+            "batching, which packs requests into one row, so that no row has a known adapter; call "
+            "generate, or detach the model first"
+        )
+    if torch.compiler.is_compiling() or innermost() is None:
+        return run(*args, **kwargs)
+    given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+    tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
+    if not tensors:
+        return run(*args, **kwargs)
+    lengths = frozenset(x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point())
+    with forward_of(Batch(len(tensors[0]), lengths)):
+        return run(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,12 @@ BASE = "__base__"  # PEFT's name for the base model, beside None
 # A decode step has one or two shapes; without a KV cache every step brings a new one.
 MAX_SHAPES = 32
 
-#: Batch and length of what a model's forward was given, where that is known.
-Batch = tuple[int, int]
+
+class Batch(NamedTuple):
+    """What a model's forward was given."""
+
+    sequences: int
+    lengths: frozenset[int]  # in tokens; of encoder and decoder, for one
 
 
 class TokensFirstError(ValueError):
@@ -198,14 +203,14 @@ class Assignment:
             if rows > sequences:
                 self._read_as("sequence", leading)
             return rows // len(self.places), 1
+        if batch is not None and batch.sequences == sequences:
+            if leading[1:2] == (sequences,) and leading[0] in batch.lengths:
+                raise TokensFirstError
+            if len(leading) == 1 and any(rows == sequences * n for n in batch.lengths):
+                return rows // len(self.places), 1  # the model has flattened its batch
         if self.repeat == 1 and rows == len(self.places):
             self._read_as("row", leading)
             return 1, 1
-        if batch is not None and batch[0] == sequences:
-            if leading == (sequences * batch[1],):  # the model has flattened its batch
-                return batch[1] * self.repeat, 1
-            if leading[:2] == (batch[1], sequences):
-                raise TokensFirstError
         raise self._misfit(leading)
 
     def _misfit(self, leading: torch.Size) -> ValueError:

@@ -5,7 +5,7 @@ The way of a hidden state:
 1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and lays it out as rows ``(N, D)``;
 2. its :class:`~lora_ext.nn.emission.Emission` makes the leaves of every row's circuit, over the
    tokens of its :class:`~lora_ext.nn.shortlist.Shortlist`;
-3. :meth:`CircuitHead.sum_weights` makes the prior and the transitions;
+3. its :class:`~lora_ext.nn.sum_weights.SumWeights` make the prior and the transitions;
 4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
    next token, ``circuit_sample`` and ``circuit_argmax`` a window.
 
@@ -21,22 +21,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import num_transitions
 
-from .circuit_checks import EmissionName, Kind, check_structure, looked_at
+from .circuit_checks import EmissionName, Kind, check_structure, check_tensors, looked_at
 from .emission import EMISSIONS, LeafSizes
 from .labels import IGNORE
 from .shortlist import Shortlist, checked_ids
+from .sum_weights import SumWeights
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
 _INIT_BOUND = 0.01275 * 64
-_STAY = 0.99  # probability of keeping the state under init_identity; our choice
-# Parameters of the leaves, which a state dict has beside the head's own.
-_LEAVES = ("emit", "maps", "unembed", "lora_A", "lora_B")
+# The parts that have parameters, by attribute, and the names under which the head has these.
+_PARTS = {
+    "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
+    "sums": ("prior", "trans_bias", "trans"),
+}
 
 
 class Circuit(NamedTuple):
@@ -47,27 +47,27 @@ class Circuit(NamedTuple):
     trans: Tensor | None  # (N, M, C, C)
 
 
-def _of_leaves(name: str) -> Any:
-    """A parameter of the leaves as an attribute of the head."""
-    return property(lambda head: getattr(head.leaves, name))
+def _of(part: str, name: str) -> Any:
+    """A parameter of a part as an attribute of the head."""
+    return property(lambda head: getattr(getattr(head, part), name))
 
 
-def _flatten_leaves(
+def _flatten_keys(
     _head: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
 ) -> None:
-    """Saved files have the leaves' parameters beside the head's own."""
-    for name in _LEAVES:
-        if f"{prefix}leaves.{name}" in state_dict:
-            state_dict[prefix + name] = state_dict.pop(f"{prefix}leaves.{name}")
+    """A state dict has the parts' parameters under the head's own names."""
+    for part, names in _PARTS.items():
+        for name in names:
+            if f"{prefix}{part}.{name}" in state_dict:
+                state_dict[prefix + name] = state_dict.pop(f"{prefix}{part}.{name}")
 
 
-def _nest_leaves(
-    _head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object
-) -> None:
-    """The inverse of :func:`_flatten_leaves`."""
-    for name in _LEAVES:
-        if prefix + name in state_dict:
-            state_dict[f"{prefix}leaves.{name}"] = state_dict.pop(prefix + name)
+def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object) -> None:
+    """The inverse of :func:`_flatten_keys`."""
+    for part, names in _PARTS.items():
+        for name in names:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{part}.{name}"] = state_dict.pop(prefix + name)
 
 
 class CircuitHead(nn.Module):
@@ -88,7 +88,8 @@ class CircuitHead(nn.Module):
                                                                is a frozen buffer
     ============  ===========================================  ================================
 
-    They live in ``leaves``; the head has them, and its state dict, under their own names.
+    They live in the part ``leaves``; ``prior``, ``trans`` and ``trans_bias`` live in ``sums``. The
+    head and its state dict have all of them under these names.
 
     Hidden states are ``(..., D)`` and windows ``(..., K)``, with the same leading dimensions, which
     results keep. A token :data:`IGNORE` is marginalised.
@@ -135,16 +136,9 @@ class CircuitHead(nn.Module):
         shortlist: Tensor | Sequence[int] | None = None,
     ):
         super().__init__()
-        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
-        if hidden_size < 1:
-            raise ValueError(f"CircuitHead: hidden_size: expected at least 1, found {hidden_size}")
-        if vocab_size < 2:
-            raise ValueError(f"CircuitHead: vocab_size: expected at least 2, found {vocab_size}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _DTYPES:
-            raise NotImplementedError(
-                f"CircuitHead: dtype: expected one of {_DTYPES}, found {dtype}"
-            )
+        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
+        check_tensors("CircuitHead", hidden_size, vocab_size, dtype)
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.n_token = n_token
@@ -155,7 +149,6 @@ class CircuitHead(nn.Module):
         self.contextual = contextual
         self.share_transitions = share_transitions
         self.init_identity = init_identity
-        self.num_transitions = num_transitions(kind, n_token)
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
             ids = ids.to(torch.empty(0, device=device).device)  # the default device, for None
@@ -166,24 +159,20 @@ class CircuitHead(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
         self.leaves = EMISSIONS[emission](sizes, **options)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **options))
-
-        c, d = rank, hidden_size
-        self.prior = None if kind == "ff" else parameter(c, d)
-        stored = min(self.num_transitions, 1) if share_transitions else self.num_transitions
-        self.trans_bias = parameter(stored, c, c) if stored else None
-        self.trans = parameter(stored, c, c, d) if stored and contextual else None
-        self.register_state_dict_post_hook(_flatten_leaves)
-        self.register_load_state_dict_pre_hook(_nest_leaves)
+        structure = kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity
+        self.sums = SumWeights(*structure, **options)
+        self.register_state_dict_post_hook(_flatten_keys)
+        self.register_load_state_dict_pre_hook(_nest_keys)
         self.reset_parameters()
 
-    emit = _of_leaves("emit")
-    maps = _of_leaves("maps")
-    unembed = _of_leaves("unembed")
-    lora_A = _of_leaves("lora_A")
-    lora_B = _of_leaves("lora_B")
+    emit = _of("leaves", "emit")
+    maps = _of("leaves", "maps")
+    unembed = _of("leaves", "unembed")
+    lora_A = _of("leaves", "lora_A")
+    lora_B = _of("leaves", "lora_B")
+    prior = _of("sums", "prior")
+    trans_bias = _of("sums", "trans_bias")
+    trans = _of("sums", "trans")
 
     @property
     def listed(self) -> Shortlist:
@@ -199,12 +188,7 @@ class CircuitHead(nn.Module):
         """
         bound = _INIT_BOUND / math.sqrt(self.hidden_size)
         self.leaves.reset_parameters(bound)
-        for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -bound, bound)
-        if self.trans_bias is not None:
-            stay = math.log((self.rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
-            identity = torch.eye(self.rank, device=self.trans_bias.device)
-            self.trans_bias.copy_(stay * identity.expand_as(self.trans_bias))
+        self.sums.reset_parameters(bound)
 
     @torch.no_grad()
     def init_from_lm_head(self, weight: Tensor, num_blocks: int = 1) -> None:
@@ -254,7 +238,7 @@ class CircuitHead(nn.Module):
     def narrow_circuit(self, h: Tensor) -> Circuit:
         """As :meth:`circuit`, over the places of the shortlist: ``N K C L`` logits."""
         rows = self.rows(h)
-        return Circuit(self.leaves.logits(rows), *self.sum_weights(rows))
+        return Circuit(self.leaves.logits(rows), *self.sums(rows))
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         """``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``; the last is the whole window's.
@@ -391,22 +375,6 @@ class CircuitHead(nn.Module):
                 )
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
 
-    def sum_weights(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of prior ``(N, C)`` and transitions ``(N, M, C, C)``; None where there are
-        none."""
-        if self.prior is None:
-            return None, None
-        prior = F.linear(rows, self.prior)
-        if self.trans_bias is None:
-            return prior, None
-        stored, c = self.trans_bias.shape[:2]
-        if self.trans is None:
-            trans = self.trans_bias[None].to(prior.dtype)  # autocast may have made it narrower
-        else:
-            trans = F.linear(rows, self.trans.flatten(0, 2), self.trans_bias.flatten())
-            trans = trans.view(-1, stored, c, c)
-        return prior, trans.expand(len(rows), self.num_transitions, c, c)
-
     def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
         """The scan over the windows' own tokens: prefix marginals and conditionals ``(N, K)``,
         posteriors ``(N, K, C)``; arguments and errors as in :meth:`log_prob`."""
@@ -414,7 +382,7 @@ class CircuitHead(nn.Module):
         observed = self.leaves.observed(rows, self.listed.places(tokens))
         if self.shortlist is not None:
             observed = observed.masked_fill(self.listed.lacks(tokens)[..., None], -torch.inf)
-        return ops.circuit_scan(self.kind, observed, *self.sum_weights(rows))
+        return ops.circuit_scan(self.kind, observed, *self.sums(rows))
 
     def _evidence(self, h: Tensor, evidence: Tensor | None) -> Tensor | None:
         if evidence is None:

@@ -134,13 +134,17 @@ def put(block: Block | None) -> None:
     _note(block)
 
 
-def current(handle: int) -> Block | None:
+def current(handle: int, in_graph: bool = False) -> Block | None:
     """The innermost block entered for this pool, in this thread and task; in a backward, which
-    computes a layer again, the one that the layer's forward saw."""
+    computes a layer again, the one that the layer's forward saw.
+
+    Args:
+        handle: of the pool. in_graph: a compiled graph asks, whose backward has no grad mode.
+    """
     block = _block.get()
     task = torch._C._current_graph_task_id()
     if task >= 0:
-        return _of_forward(handle, task, block)
+        return _of_forward(handle, task, block, in_graph)
     if block is not past.here.last:
         past.note(block)
     while block is not None and block.handle != handle:
@@ -150,7 +154,7 @@ def current(handle: int) -> Block | None:
     return block
 
 
-def _of_forward(handle: int, task: int, block: Block | None) -> Block | None:
+def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> Block | None:
     inside = block is not None and block.task == task  # a block that this backward has entered
     if not inside:
         block = past.block_of_forward(task)
@@ -158,7 +162,7 @@ def _of_forward(handle: int, task: int, block: Block | None) -> Block | None:
         block = block.outer
     if block is None or inside:
         return block
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not in_graph:
         raise RuntimeError(
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
             "has no node in the forward's graph; give use_reentrant=False"

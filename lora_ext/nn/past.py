@@ -18,7 +18,7 @@ import torch
 
 Block = TypeVar("Block")
 
-_MOST = 128  # changes remembered per thread: with gradients accumulated over 64 blocks
+_MOST = 128  # changes remembered per thread: of so many forwards the gradients may be added up
 
 
 class _Timeline(Generic[Block]):
@@ -44,7 +44,8 @@ class _Timeline(Generic[Block]):
         if found < 0:
             raise RuntimeError(
                 "adapters: a layer is computed again in the backward, and its block was left so "
-                f"long ago ({_MOST // 2} blocks) that it is forgotten; call backward() earlier"
+                f"long ago that it is forgotten, {_MOST} changes of the block since; call "
+                "backward() earlier"
             )
         return self.blocks[found]
 

@@ -167,7 +167,7 @@ def _active_dora_factors(
     tokens_first: bool,
 ) -> Tensor:
     c = torch.ones(math.prod(leading), features, dtype=dtype, device=device)
-    block, factors = current(handle), _by_number[layer]
+    block, factors = current(handle, in_graph=True), _by_number[layer]
     if block is not None:
         dora, shape = factors.slab.dora.keys(), torch.Size(leading)
         slots, rows, which = block.rows_of_slots(dora, shape, device, tokens_first)

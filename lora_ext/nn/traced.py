@@ -67,7 +67,7 @@ def _active_adapter_ids(
     tokens_first: bool,
     of_tokens: bool,
 ) -> Tensor:
-    block = context.current(handle)
+    block = context.current(handle, in_graph=True)
     if block is None:
         return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
     ids = block.rows(torch.Size(leading), device, tokens_first, of_tokens).ids
@@ -81,7 +81,7 @@ def _layer_adapter_ids(
     device: torch.device,
     of_tokens: bool,
 ) -> Tensor:
-    block = context.current(layer_names.handle)
+    block = context.current(layer_names.handle, in_graph=True)
     if block is None:
         return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
     rows = block.rows_among(tuple(names), torch.Size(leading), device, of_tokens)

@@ -10,7 +10,11 @@ The one-pass scan is ours (docs/circuits.md).
 import torch
 from torch import Tensor
 
+from lora_ext.ops._checks import require_dim, require_dtype, require_shape
+from lora_ext.ops._circuit_checks import FLOATS, check_circuit
+from lora_ext.ops._registration import fake
 from lora_ext.reference.circuit import CircuitScan
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -60,6 +64,62 @@ def circuit_scan(
     return CircuitScan(*_c.circuit_scan.default(kind, e, prior, trans)[:3])
 
 
+@fake("circuit_leaf")
+def _fake_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    require_dim("circuit_leaf", "leaf", leaf, "(B, K, C, V)")
+    require_dtype("circuit_leaf", "leaf", leaf, *FLOATS)
+    require_shape("circuit_leaf", "x", x, "(B, K)", leaf.shape[:2])
+    require_dtype("circuit_leaf", "x", x, torch.int64)
+    e = leaf.new_empty(leaf.shape[:3], dtype=accumulator(leaf.dtype))
+    return e, e.new_empty(2, *e.shape)
+
+
+@fake("circuit_leaf_backward")
+def _fake_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    return leaf.new_empty(leaf.shape)
+
+
+@fake("circuit_scan")
+def _fake_scan(
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None = None,
+    trans: Tensor | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_dtype("circuit_scan", "e", e, torch.float32, torch.float64)
+    require_dim("circuit_scan", "e", e, "(B, K, C)")
+    check_circuit("circuit_scan", kind, e, "e", prior, trans)
+    rows, n_token, components = e.shape
+    tree = kind == "btree" and n_token > 2
+    slots = 3 * (n_token - 2) if tree else n_token
+    return (
+        e.new_empty(rows, n_token),
+        e.new_empty(rows, n_token),
+        e.new_empty(e.shape),
+        e.new_empty((rows, slots, components) if save else (0,)),
+    )
+
+
+@fake("circuit_scan_backward")
+def _fake_scan_backward(
+    dprefix: Tensor | None,
+    dconditional: Tensor | None,
+    kind: str,
+    e: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    states: Tensor,
+    need_prior: bool,
+    need_trans: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dprior, dtrans = (
+        t.new_empty(t.shape) if need and t is not None else e.new_empty(0)
+        for t, need in ((prior, need_prior), (trans, need_trans))
+    )
+    return e.new_empty(e.shape), dprior, dtrans
+
+
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     """Log-probabilities of the observed tokens under a linear head, without its logits in memory.
 
@@ -87,3 +147,25 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     Source: arXiv 2511.11346, the full-rank linear head.
     """
     return _c.emission_gather.default(h, emit, x)
+
+
+@fake("emission_gather")
+def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    require_dim("emission_gather", "h", h, "(B, D)")
+    require_dtype("emission_gather", "h", h, *FLOATS)
+    require_dim("emission_gather", "emit", emit, "(K, C, V, D)")
+    require_dtype("emission_gather", "emit", emit, h.dtype)
+    require_shape("emission_gather", "h", h, "(B, D)", (h.shape[0], emit.shape[3]))
+    require_shape("emission_gather", "x", x, "(B, K)", (h.shape[0], emit.shape[0]))
+    require_dtype("emission_gather", "x", x, torch.int64)
+    return h.new_empty(h.shape[0], *emit.shape[:2], dtype=accumulator(h.dtype))
+
+
+@fake("emission_gather_backward")
+def _fake_emission_gather_backward(
+    de: Tensor, h: Tensor, emit: Tensor, x: Tensor, need_h: bool, need_emit: bool
+) -> tuple[Tensor, Tensor]:
+    dh, demit = (
+        t.new_empty(t.shape if need else 0) for t, need in ((h, need_h), (emit, need_emit))
+    )
+    return dh, demit

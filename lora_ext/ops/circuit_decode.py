@@ -16,7 +16,11 @@ Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et 
 import torch
 from torch import Tensor
 
+from lora_ext.ops._checks import require, require_dim, require_dtype, require_shape
+from lora_ext.ops._circuit_checks import FLOATS, check_circuit
+from lora_ext.ops._registration import fake
 from lora_ext.reference.circuit import CircuitSample
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -44,6 +48,35 @@ def circuit_conditional_dist(
             range-checked on the CPU, elsewhere in debug mode only.
     """
     return _c.circuit_conditional_dist(kind, leaf, prior, trans, x, k)
+
+
+def _check(
+    op: str, kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, **tokens: Tensor
+) -> None:
+    """What the ops over logits have in common; ``tokens`` are ``(B, K)`` int64."""
+    require_dim(op, "leaf", leaf, "(B, K, C, V)")
+    check_circuit(op, kind, leaf, "leaf", prior, trans)
+    for name, t in tokens.items():
+        require_shape(op, name, t, "(B, K)", leaf.shape[:2])
+        require_dtype(op, name, t, torch.int64)
+
+
+def _check_uniforms(
+    op: str, uniforms: Tensor, letters: str, shape: tuple[int, ...], logits: Tensor
+) -> None:
+    require_shape(op, "uniforms", uniforms, letters, shape)
+    require_dtype(op, "uniforms", uniforms, torch.float32, accumulator(logits.dtype))
+
+
+@fake("circuit_conditional_dist")
+def _fake_conditional_dist(
+    kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
+) -> Tensor:
+    op = "circuit_conditional_dist"
+    _check(op, kind, leaf, prior, trans, x=x)
+    require_shape(op, "k", k, "(B,)", leaf.shape[:1])
+    require_dtype(op, "k", k, torch.int64)
+    return leaf.new_empty(leaf.shape[0], leaf.shape[3], dtype=accumulator(leaf.dtype))
 
 
 def circuit_sample(
@@ -75,6 +108,23 @@ def circuit_sample(
     return CircuitSample(*_c.circuit_sample(kind, leaf, prior, trans, uniforms, evidence))
 
 
+@fake("circuit_sample")
+def _fake_sample(
+    kind: str,
+    leaf: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    uniforms: Tensor,
+    evidence: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = {} if evidence is None else {"evidence": evidence}
+    _check("circuit_sample", kind, leaf, prior, trans, **given)
+    shape, dtype = leaf.shape, accumulator(leaf.dtype)
+    _check_uniforms("circuit_sample", uniforms, "(B, K, 2)", (*shape[:2], 2), leaf)
+    tokens = leaf.new_empty(shape[:2], dtype=torch.long)
+    return tokens, leaf.new_empty(shape[:2], dtype=dtype), leaf.new_empty(shape[:3], dtype=dtype)
+
+
 def circuit_argmax(
     kind: str,
     leaf: Tensor,
@@ -97,6 +147,20 @@ def circuit_argmax(
         ValueError: as :func:`circuit_sample`.
     """
     return _c.circuit_argmax(kind, leaf, prior, trans, evidence)
+
+
+@fake("circuit_argmax")
+def _fake_argmax(
+    kind: str,
+    leaf: Tensor,
+    prior: Tensor | None,
+    trans: Tensor | None,
+    evidence: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    given = {} if evidence is None else {"evidence": evidence}
+    _check("circuit_argmax", kind, leaf, prior, trans, **given)
+    value = leaf.new_empty(leaf.shape[0], dtype=accumulator(leaf.dtype))
+    return leaf.new_empty(leaf.shape[:2], dtype=torch.long), value
 
 
 def spec_verify(
@@ -136,3 +200,36 @@ def spec_verify(
     return _c.spec_verify(
         target, tokens, conditional, posterior, leaf, uniforms, num_evidence, temperature
     )
+
+
+@fake("spec_verify")
+def _fake_verify(
+    target: Tensor,
+    tokens: Tensor,
+    conditional: Tensor,
+    posterior: Tensor,
+    leaf: Tensor,
+    uniforms: Tensor,
+    num_evidence: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    op = "spec_verify"
+    require_dim(op, "leaf", leaf, "(B, K, C, V)")
+    require_dtype(op, "leaf", leaf, *FLOATS)
+    rows, n_token, components, vocab = leaf.shape
+    wide, double = accumulator(leaf.dtype), torch.float64
+    require_shape(op, "target", target, "(B, K + 1, V)", (rows, n_token + 1, vocab))
+    require_dtype(op, "target", target, *((double,) if wide == double else FLOATS[:3]))
+    require_shape(op, "tokens", tokens, "(B, K)", (rows, n_token))
+    require_dtype(op, "tokens", tokens, torch.int64)
+    require_shape(op, "conditional", conditional, "(B, K)", (rows, n_token))
+    require_dtype(op, "conditional", conditional, wide)
+    require_shape(op, "posterior", posterior, "(B, K, C)", (rows, n_token, components))
+    require_dtype(op, "posterior", posterior, wide)
+    _check_uniforms(op, uniforms, "(B, K + 1)", (rows, n_token + 1), leaf)
+    if num_evidence is not None:
+        require_shape(op, "num_evidence", num_evidence, "(B,)", (rows,))
+        require_dtype(op, "num_evidence", num_evidence, torch.int64)
+    finite = 0 <= temperature < float("inf")
+    require(finite, op, "temperature", "a finite number of at least 0", temperature)
+    return tokens.new_empty(rows), tokens.new_empty(rows)

@@ -5,13 +5,17 @@ Letters: ``B`` rows, ``I`` terms, ``O`` sums, ``G`` groups.
 Sources: expected flows as gradients, Darwiche 2003; log-einsum-exp, Peharz et al. 2020.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from lora_ext import reference
+from lora_ext.ops._checks import require
 from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext.ops._registration import backward, fake
 from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -40,6 +44,12 @@ def log_einsum_weights(w: Tensor, norm: str = "logits") -> ScaledWeights:
         ValueError: if shape, dtype or norm is wrong, naming the argument.
     """
     return ScaledWeights(*_c.log_einsum_weights.default(w, norm))
+
+
+@fake("log_einsum_weights")
+def _fake_weights(w: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    weight = w.new_empty(w.shape, dtype=accumulator(w.dtype))
+    return weight, weight.new_empty(w.shape[:-1])
 
 
 @overload
@@ -105,18 +115,17 @@ def log_einsum_exp(
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
     """
-    if norm not in NORMS:
-        raise ValueError(f"log_einsum_exp: norm must be one of {NORMS}, got {norm!r}")
-    if semiring not in ("sum", "max"):
-        raise ValueError(f"log_einsum_exp: semiring must be 'sum' or 'max', got {semiring!r}")
+    require(norm in NORMS, "log_einsum_exp", "norm", f"one of {NORMS}", repr(norm))
+    semirings = ("sum", "max")
+    require(
+        semiring in semirings, "log_einsum_exp", "semiring", f"one of {semirings}", repr(semiring)
+    )
     refuse_tangents("log_einsum_exp", w, values)
     leaf = w.requires_grad and w.is_leaf  # whose gradient belongs to each row
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
-        if len(w) != len(values):
-            raise ValueError(
-                f"log_einsum_exp: w and values must have as many rows, got shapes "
-                f"{tuple(w.shape)} and {tuple(values.shape)}"
-            )
+        found = f"{tuple(w.shape)} and {tuple(values.shape)}"
+        same = len(w) == len(values)
+        require(same, "log_einsum_exp", "w and values", "as many rows in both", found)
         w = w[0]
     if semiring == "sum":
         return _c.log_einsum_exp.default(w, values, norm, precision, *(scaled or (None, None)))
@@ -126,6 +135,32 @@ def log_einsum_exp(
     if torch.is_grad_enabled() and (w.requires_grad or values.requires_grad):
         best = _attained(w, values, norm, best, indices)
     return LogMax(best, indices)
+
+
+@fake("log_einsum_exp")
+def _fake_exp(
+    w: Tensor, values: Tensor, norm: str, precision: str, *scaled: Tensor | None
+) -> Tensor:
+    return values.new_empty(*values.shape[:-1], w.shape[-2])
+
+
+def _save_exp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, values, ctx.norm, _, *scaled = inputs
+    ctx.save_for_backward(w, values, output, *scaled)
+
+
+@backward("log_einsum_exp", save=_save_exp)
+def _exp_backward(library: Any, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    w, values, out, *scaled = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grads = library.log_einsum_exp_backward(dout, w, values, out, ctx.norm, *needs, *scaled)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4
+
+
+@fake("log_einsum_max")
+def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    out = values.new_empty(*values.shape[:-1], w.shape[-2])
+    return out, out.new_empty(out.shape, dtype=torch.int32)
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
@@ -165,6 +200,58 @@ def log_einsum_exp_backward(
     )
 
 
+@fake("log_einsum_exp_backward")
+def _fake_exp_backward(
+    dout: Tensor,
+    w: Tensor,
+    values: Tensor,
+    out: Tensor,
+    norm: str,
+    need_dw: bool,
+    need_dvalues: bool,
+    *scaled: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dw = w.new_empty(w.shape if need_dw else 0)
+    return dw, values.new_empty(values.shape if need_dvalues else 0)
+
+
+def _save_exp_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    dout, w, values, _, ctx.norm, *_ = inputs
+    ctx.save_for_backward(dout, w, values)
+    ctx.set_materialize_grads(False)
+
+
+@backward("log_einsum_exp_backward", save=_save_exp_backward)
+def _exp_double_backward(
+    library: Any, ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """By the formula itself, which torch can differentiate: all terms at once, and rarely."""
+    again = torch.is_grad_enabled()  # a third derivative is wanted
+    with torch.enable_grad():
+        # Views: what dout is a function of does not count here.
+        leaves = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
+        dout, w, values = leaves
+        out = reference.log_einsum_exp(w, values, ctx.norm)
+        first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
+        pairs = [
+            (g, d)
+            for g, d in zip(first, (ddw, ddvalues), strict=True)
+            if d is not None and d.numel()
+        ]
+        grads = torch.autograd.grad(
+            [g for g, _ in pairs],
+            leaves,
+            [d for _, d in pairs],
+            create_graph=again,
+            allow_unused=True,
+        )
+    # `out` is a function of w and values, and its share is in theirs.
+    return *grads, *(None,) * 6
+
+
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
     """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
 
@@ -180,16 +267,12 @@ def log_bmm(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: if a shape, dtype or device disagrees, naming the argument.
     """
-    for name, t in (("a", a), ("b", b)):
-        if t.dim() != 3 or t.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"log_bmm: {name} must have three dimensions and be float32 or float64, got "
-                f"{t.dtype} of shape {tuple(t.shape)}"
-            )
-    if a.dtype != b.dtype or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
-        raise ValueError(
-            f"log_bmm: a and b must have shapes (B, M, K) and (B, K, N) and one dtype, got "
-            f"{a.dtype} of shape {tuple(a.shape)} and {b.dtype} of shape {tuple(b.shape)}"
-        )
+    found = [f"{t.dtype} of shape {tuple(t.shape)}" for t in (a, b)]
+    for name, t, what in (("a", a, found[0]), ("b", b, found[1])):
+        fits = t.dim() == 3 and t.dtype in (torch.float32, torch.float64)
+        require(fits, "log_bmm", name, "three dimensions of float32 or float64", what)
+    fits = a.dtype == b.dtype and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
+    wanted = "shapes (B, M, K) and (B, K, N) of one dtype"
+    require(fits, "log_bmm", "a and b", wanted, " and ".join(found))
     refuse_tangents("log_bmm", a, b)
     return _c.log_einsum_exp.default(b.transpose(1, 2), a, "none", "fp32")

@@ -12,10 +12,14 @@ Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-L
 2023).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext.ops._registration import backward, fake
+from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -41,6 +45,15 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
     return _c.lora_plan.default(adapter_ids, num_adapters, num_valid)
 
 
+@fake("lora_plan")
+def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None) -> Tensor:
+    """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic number of rows is guarded."""
+    rows = adapter_ids.shape[0]
+    chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
+    chunks = rows // chunk + min(rows, num_adapters)
+    return adapter_ids.new_empty(8 + 4 * chunks + rows + num_adapters + 2, dtype=torch.int32)
+
+
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
     """Adapter id of each row, from contiguous segments.
 
@@ -61,6 +74,11 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
     Source: Punica, section 4 (segment indices of SGMV).
     """
     return _c.lora_segment_ids.default(seg_indptr, seg_adapter, num_tokens)
+
+
+@fake("lora_segment_ids")
+def _fake_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
+    return seg_adapter.new_empty(num_tokens)
 
 
 def lora_shrink(
@@ -99,6 +117,20 @@ def lora_shrink(
     return _c.lora_shrink.default(x, a, adapter_ids, scale, ranks, page_table, plan)
 
 
+@fake("lora_shrink")
+def _fake_shrink(
+    x: Tensor,
+    a: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    page_table: Tensor | None = None,
+    plan: Tensor | None = None,
+) -> Tensor:
+    rank = a.shape[1] if page_table is None else 8 * page_table.shape[1]
+    return x.new_empty(x.shape[0], rank, dtype=accumulator(x.dtype))
+
+
 def lora_expand_(
     y: Tensor,
     v: Tensor,
@@ -113,7 +145,8 @@ def lora_expand_(
     ``y[t] = round(y[t] + b[s] @ v[t])``: one rounding; rows with id -1 keep every bit.
 
     Args:
-        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
+        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It shares
+            no memory with another argument, as in :func:`lora_apply_`.
         v: ``(T, R)`` float32 (float64 for float64), from :func:`lora_shrink`.
         b: bank ``(A, O, R)``, or pages ``(P, O, 8)`` with ``page_table``; dtype and device of
             ``y``.
@@ -126,13 +159,19 @@ def lora_expand_(
         ``y``.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        ValueError: if a shape, dtype or device disagrees, or ``y`` overlaps another argument,
+            naming the argument.
         RuntimeError: if an argument requires gradients: this op has no backward.
 
     Source: Punica, section 4 (the expand half of SGMV).
     """
     _c.lora_expand_.default(y, v, b, adapter_ids, ranks, page_table, plan)
     return y
+
+
+@fake("lora_expand_")
+def _fake_expand_(y: Tensor, *args: Tensor | None) -> None:
+    pass
 
 
 def lora_apply(
@@ -175,6 +214,44 @@ def lora_apply(
     return _c.lora_apply.default(x, a, b, adapter_ids, scale, ranks, page_table, plan)
 
 
+@fake("lora_apply")
+def _fake_apply(x: Tensor, a: Tensor, b: Tensor, *args: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[1])
+
+
+def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+@backward("lora_apply", save=_save_apply)
+def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of ``lora_linear`` without a base; pages hand back dx alone.
+
+    For pages ``dx = a^T dv`` is the op itself with the factors exchanged.
+    """
+    x, a, b, adapter_ids, scale, ranks, page_table, plan = ctx.saved_tensors
+    need_dx, need_da, need_db = ctx.needs_input_grad[:3]
+    if any(ctx.needs_input_grad[3:]):
+        raise NotImplementedError("lora_apply: scale receives no gradient")
+    if page_table is not None:
+        if need_da or need_db:
+            raise NotImplementedError("lora_apply: pages receive no gradient; train a bank instead")
+        a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
+        dx = library.lora_apply(dy, b_t, a_t, adapter_ids, scale, ranks, page_table, plan)
+        return dx, *(None,) * 7
+    if plan is None:
+        plan = library.lora_plan(adapter_ids, a.shape[0])
+    if need_db:
+        v = library.lora_shrink(x, a, adapter_ids, scale, ranks, None, plan)
+    else:
+        v = x.new_empty(x.shape[0], a.shape[1], dtype=accumulator(x.dtype))
+    grads = library.lora_linear_backward(
+        dy, x, v, None, a, b, adapter_ids, scale, ranks, plan, 0.0, None, need_dx, need_da, need_db
+    )
+    needs = (need_dx, need_da, need_db)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
+
+
 def lora_apply_(
     y: Tensor,
     x: Tensor,
@@ -192,7 +269,8 @@ def lora_apply_(
     rows whose adapter has rank 0, keep every bit.
 
     Args:
-        y: ``(T, O)``, dtype and device of ``x``; any row stride; must not overlap ``x``.
+        y: ``(T, O)``, dtype and device of ``x``; any row stride. It shares no memory with another
+            argument, though it may lie between their rows, as the columns of one buffer do.
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
             ``x``.
@@ -207,13 +285,19 @@ def lora_apply_(
         ``y``.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        ValueError: if a shape, dtype or device disagrees, or ``y`` overlaps another argument,
+            naming the argument.
         RuntimeError: if an argument requires gradients: use :func:`lora_apply`.
 
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.
     """
     _c.lora_apply_.default(y, x, a, b, adapter_ids, scale, ranks, page_table, plan)
     return y
+
+
+@fake("lora_apply_")
+def _fake_apply_(y: Tensor, *args: Tensor | None) -> None:
+    pass
 
 
 def bgmv_(

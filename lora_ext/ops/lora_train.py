@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lora_ext.ops._registration import fake
+from lora_ext.reference.lora import accumulator
+
 _c = torch.ops.lora_ext
 
 
@@ -78,6 +81,30 @@ def lora_linear(
     )[0]
 
 
+@fake("lora_linear_forward")
+def _fake_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, *args: object
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], b.shape[1])
+    return y, x.new_empty(x.shape[0], a.shape[1], dtype=accumulator(x.dtype))
+
+
+@fake("lora_linear_backward")
+def _fake_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, da, db = (
+        t.new_empty(t.shape if need else 0) for t, need in zip((x, a, b), args[-3:], strict=True)
+    )
+    return dx, da, db
+
+
 def lora_linear_apart(
     x: Tensor,
     weight: Tensor | None,
@@ -114,8 +141,8 @@ def lora_linear_apart(
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
         raise ValueError(
-            "lora_linear_apart: ranks is required where ranks differ, got None for "
-            f"{[f.shape[0] for f in a]}"
+            "lora_linear_apart: ranks: expected the rank of each adapter where they differ, found "
+            f"None for {[f.shape[0] for f in a]}"
         )
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1:
@@ -235,3 +262,8 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     Source: Philox (Salmon et al. 2011), counter ``(row, column / 4, 0, 0)``.
     """
     return _c.lora_dropout.default(x, p, seed)
+
+
+@fake("lora_dropout")
+def _fake_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape)

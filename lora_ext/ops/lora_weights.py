@@ -8,31 +8,24 @@ Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lora_ext.ops._autocast import exactly
-
-
-def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+from lora_ext.ops._checks import require, require_shape
+from lora_ext.reference.lora import accumulator
 
 
 def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise ValueError(
-            f"{op}: a must have shape (r, I) and b shape (O, r), got {tuple(a.shape)} "
-            f"and {tuple(b.shape)}"
-        )
-    if weight is not None and weight.shape != (b.shape[0], a.shape[1]):
-        raise ValueError(
-            f"{op}: weight must have shape (O, I) = ({b.shape[0]}, {a.shape[1]}), "
-            f"got {tuple(weight.shape)}"
-        )
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
+    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    require(fits, op, "a and b", "shapes (r, I) and (O, r)", shapes)
+    if weight is not None:
+        require_shape(op, "weight", weight, "(O, I)", (b.shape[0], a.shape[1]))
     for name, t in (("a", a), ("b", b), ("weight", a if weight is None else weight)):
-        if not t.is_floating_point():
-            raise ValueError(f"{op}: {name} must be floating, got {t.dtype}")
+        require(t.is_floating_point(), op, name, "a floating dtype", t.dtype)
 
 
 def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -57,7 +50,7 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     Source: LoRA (Hu et al. 2021), section 4.1.
     """
     _check("lora_delta", a, b)
-    return _product(a, b, scale, _accumulator(a)).to(a.dtype)
+    return _product(a, b, scale, accumulator(a.dtype)).to(a.dtype)
 
 
 @torch.no_grad()
@@ -83,9 +76,8 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
     Source: LoRA (Hu et al. 2021), section 4.1.
     """
     _check("lora_merge_", a, b, weight)
-    if sign not in (1, -1):
-        raise ValueError(f"lora_merge_: sign must be 1 or -1, got {sign}")
-    dtype = _accumulator(weight)
+    require(sign in (1, -1), "lora_merge_", "sign", "1 or -1", sign)
+    dtype = accumulator(weight.dtype)
     return weight.copy_(_product(a, b, sign * scale, dtype).add_(weight.to(dtype)))
 
 
@@ -106,13 +98,12 @@ def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], l
     Raises:
         ValueError: if lengths or shapes disagree.
     """
-    if len(a) != len(b):
-        raise ValueError(f"lora_gram: b must have as many entries as a, {len(a)}, got {len(b)}")
+    require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     grams: tuple[list[Tensor], list[Tensor]] = ([], [])
     for a_s, b_s in zip(a, b, strict=True):
         _check("lora_gram", a_s, b_s)
         with exactly(a_s.device):
-            wide_a, wide_b = a_s.to(_accumulator(a_s)), b_s.to(_accumulator(b_s))
+            wide_a, wide_b = a_s.to(accumulator(a_s.dtype)), b_s.to(accumulator(b_s.dtype))
             grams[0].append(wide_a @ wide_a.T)
             grams[1].append(wide_b.T @ wide_b)
     return grams
@@ -143,10 +134,12 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
     Source: DoRA (Liu et al. 2024), eq. 5.
     """
     _check("lora_dora_norm", a, b, weight)
-    dtype = _accumulator(weight)
+    dtype = accumulator(weight.dtype)
     with exactly(weight.device):
         wide, wide_a, wide_b = weight.to(dtype), a.to(dtype), b.to(dtype)
-        square = torch.linalg.vector_norm(wide, dim=1).square_()  # whose root gives it back
+        # torch annotates vector_norm not at all.
+        norm = cast(Tensor, torch.linalg.vector_norm(wide, dim=1))  # pyright: ignore[reportUnknownMemberType]
+        square = norm.square_()  # whose root gives the norm back
         square += 2 * scale * ((wide @ wide_a.T) * wide_b).sum(1)
         square += scale**2 * ((wide_b @ (wide_a @ wide_a.T)) * wide_b).sum(1)
         return square.clamp_(min=0).sqrt_()

@@ -26,6 +26,21 @@ def page_count(rank: int) -> int:
     return -(-rank // PAGE)
 
 
+def page_bytes(spec: LinearSpec) -> int:
+    """Bytes of one page of a module, ``8 * (I + O) * itemsize``."""
+    return PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
+
+
+def in_words(nbytes: int) -> str:
+    """``20.0 GiB`` and the like."""
+    size, unit = float(nbytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 @dataclass(frozen=True)
 class PackedModule:
     """One module of one adapter in host memory, in page format."""
@@ -181,8 +196,8 @@ class Slab:
                 free=list(range(pages - 1, -1, -1)),
             )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            need = pages * PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
             raise MemoryError(
-                f"AdapterPool: no memory for {pages} pages of {spec.name!r} ({need} bytes): "
-                f"{error}; pass a smaller pages="
+                f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} "
+                f"({in_words(pages * page_bytes(spec))}), found none ({error}); "
+                "pass a smaller pages="
             ) from error

@@ -13,16 +13,19 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from lora_ext.adapter import LoraAdapter
+from lora_ext.adapter.live import live_adapter
 from lora_ext.adapter.model_index import MAX_RANK, ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
 from lora_ext.nn.attachment import UnknownAdapterError
 
 from .packing import PackedAdapter, read_packed
-from .pages import page_count
+from .pages import in_words, page_bytes, page_count
 from .store import PageStore, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
+Source = AdapterSource | LoraAdapter | nn.Module
 
 
 class Lease(list[int]):
@@ -54,12 +57,13 @@ class AdapterPool:
     """LoRA adapters of one base model, addressed by slot, stored in pages of eight ranks.
 
     Args:
-        model: its ``nn.Linear`` and transformers ``Conv1D`` modules are found by name; not kept.
+        model: its linear and embedding layers are found by name; a weak reference is kept.
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
         pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, the worst case.
-            A server of r16 adapters wants ``2 * max_slots``.
-        dtype, device: of the pages; default is each module's base weight's.
+            A server of r16 adapters wants ``2 * max_slots``: at the default settings the worst
+            case of an 8B model is above 20 GiB (``reserved_bytes``, and ``print(pool)``).
+        dtype, device: of the pages; default is each module's own, on the device where it computes.
         targets: modules that adapters may touch (names, suffixes, or a regex); default all.
         host_cache_bytes: evicted adapters are kept in host memory up to this size.
 
@@ -121,13 +125,17 @@ class AdapterPool:
         with self._lock:
             return name in self._by_name or name in self._cache
 
-    def load(self, name: str, source: AdapterSource, strict: bool = True) -> tuple[str, ...]:
+    def load(
+        self, name: str, source: Source, strict: bool = True, *, adapter_name: str | None = None
+    ) -> tuple[str, ...]:
         """Read an adapter and put it into a free slot, evicting the least recently used if need be.
 
         Args:
             name: new to the pool.
-            source: PEFT's directory, or ``(config, state_dict)``.
+            source: PEFT's directory; ``(config, state_dict)``; a :class:`LoraAdapter`; or a PEFT
+                model, or one with layers of :mod:`lora_ext.nn`, as if it had been saved.
             strict: False skips keys and fields that nothing uses.
+            adapter_name: which adapter of a model; default is the one that is active.
 
         Returns:
             What was skipped; empty when strict.
@@ -138,9 +146,7 @@ class AdapterPool:
             PoolFullError: every adapter that could make way is pinned.
         """
         self._check_new(name)
-        packed = read_packed(
-            source, self.index, self.max_rank, strict
-        )  # slow, so not under the lock
+        packed = self._read("load", source, strict, adapter_name)  # slow, so not under the lock
         with self._lock:
             self._check_new(name)
             self._install(name, packed)
@@ -148,7 +154,12 @@ class AdapterPool:
         return packed.leftover
 
     def update(
-        self, name: str, source: AdapterSource | Mapping[str, Tensor], strict: bool = True
+        self,
+        name: str,
+        source: Source | Mapping[str, Tensor],
+        strict: bool = True,
+        *,
+        adapter_name: str | None = None,
     ) -> tuple[str, ...]:
         """Replace an adapter's weights: built in a new slot, then the name is moved there.
 
@@ -157,14 +168,14 @@ class AdapterPool:
         Args:
             name: in the pool.
             source: as for :meth:`load`, or a state dict alone, which keeps the config.
-            strict: as for :meth:`load`.
+            strict, adapter_name: as for :meth:`load`.
         """
         with self._lock:
             self._check_known([name])
             held = self._by_name.get(name) or self._cache[name]
         if isinstance(source, Mapping):
             source = (held.config, source)
-        packed = read_packed(source, self.index, self.max_rank, strict)
+        packed = self._read("update", source, strict, adapter_name)
         with self._lock:
             self._check_known([name])
             self._install(name, packed)
@@ -182,7 +193,7 @@ class AdapterPool:
 
     def prefetch(
         self,
-        sources: Mapping[str, AdapterSource] | Iterable[str | os.PathLike[str]],
+        sources: Mapping[str, Source] | Iterable[str | os.PathLike[str]],
         strict: bool = True,
     ) -> list[str]:
         """Read adapters into the host cache: their first :meth:`acquire` then copies, no more.
@@ -194,7 +205,7 @@ class AdapterPool:
         Returns:
             The names. All of them are known afterwards, or none if one fails.
         """
-        named: dict[str, AdapterSource]
+        named: dict[str, Source]
         if isinstance(sources, Mapping):
             named = {str(name): source for name, source in sources.items()}
         else:
@@ -202,7 +213,7 @@ class AdapterPool:
         packed: dict[str, PackedAdapter] = {}
         for name, source in named.items():
             self._check_new(name)
-            packed[name] = read_packed(source, self.index, self.max_rank, strict)
+            packed[name] = self._read("prefetch", source, strict)
         size = sum(p.nbytes for p in packed.values())
         with self._lock:
             for name in packed:
@@ -215,6 +226,22 @@ class AdapterPool:
             for name, adapter in packed.items():
                 self._cache_put(name, adapter)
         return list(packed)
+
+    def _read(
+        self, caller: str, source: Source, strict: bool, adapter_name: str | None = None
+    ) -> PackedAdapter:
+        where = f"AdapterPool.{caller}: source"
+        if isinstance(source, nn.Module):
+            source = live_adapter(source, adapter_name, where)
+        elif adapter_name is not None:
+            raise ValueError(
+                f"AdapterPool.{caller}: adapter_name: expected None beside a "
+                f"{'LoraAdapter' if isinstance(source, LoraAdapter) else 'directory or state dict'}"
+                f", found {adapter_name!r}"
+            )
+        elif isinstance(source, LoraAdapter):
+            source = source.config, source.state_dict()
+        return read_packed(source, self.index, self.max_rank, strict)
 
     # ---------------------------------------------------------------------------------------------
     # Pins
@@ -300,8 +327,26 @@ class AdapterPool:
     # ---------------------------------------------------------------------------------------------
     # Numbers
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of pages once adapters have touched every module: what to leave free for the pool.
+
+        Memory is taken module by module, when the first adapter touches it: :meth:`nbytes`.
+        """
+        return sum(self.pages * page_bytes(spec) for spec in self.index.modules.values())
+
+    def __repr__(self) -> str:
+        """Settings, and the memory that they mean."""
+        count = len(self.names)
+        return (
+            f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "
+            f"pages={self.pages}; {len(self.modules)} modules: up to "
+            f"{in_words(self.reserved_bytes)} of pages, {in_words(self.nbytes())} so far; "
+            f"{count} adapter{'s' * (count != 1)})"
+        )
+
     def nbytes(self) -> int:
-        """Bytes of all page slabs: per targeted module, ``pages * 8 * (I + O) * itemsize``."""
+        """Bytes of the pages so far: per touched module, ``pages * 8 * (I + O) * itemsize``."""
         with self._lock:
             return sum(slab.a.nbytes + slab.b.nbytes for slab in self._store.slabs.values())
 

@@ -61,7 +61,7 @@ def log_einsum_exp(
         ``(B, O)``, or ``(G, B, O)``.
     """
     if norm not in NORMS:
-        raise ValueError(f"log_einsum_exp: norm must be one of {NORMS}, got {norm!r}")
+        raise ValueError(f"log_einsum_exp: norm: expected one of {NORMS}, found {norm!r}")
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:  # (..., 1, O, I)
         log_w = log_w[..., None, :, :]

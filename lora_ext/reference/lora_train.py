@@ -51,18 +51,13 @@ def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tenso
     return words.flatten(1)[:, :columns] >= round(p * 2**32)
 
 
-def inverse_keep(p: float) -> float:
-    """``1 / (1 - p)``, rounded to float32 as every telling of the ops holds it."""
-    return torch.tensor(1 / (1 - p), dtype=torch.float32).item()
-
-
 def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
     """``y[t, i] = x[t, i] / (1 - p)`` where kept, else 0; rounded once."""
     if p == 0:
         return x.clone()
     assert seed is not None
     keep = dropout_keep(x.shape[0], x.shape[1], p, seed).to(x.device)
-    scaled = (x.to(accumulator(x.dtype)) * inverse_keep(p)).to(x.dtype)
+    scaled = (x.to(accumulator(x.dtype)) * (1 / (1 - p))).to(x.dtype)
     return torch.where(keep, scaled, 0)
 
 
@@ -74,7 +69,7 @@ def _masked(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
 
 
 def _factor(scale: Tensor | None, s: int, p: float, dtype: torch.dtype) -> float | Tensor:
-    return inverse_keep(p) * (1 if scale is None else scale[s].to(dtype))
+    return 1 / (1 - p) * (1 if scale is None else scale[s].to(dtype))
 
 
 def lora_linear(

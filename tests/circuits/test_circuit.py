@@ -317,6 +317,20 @@ def test_data_come_in_any_precision():
         circuit.log_prob(torch.tensor([[1e300, 2, 3]], dtype=torch.float64))
 
 
+def test_numbers_far_outside_have_gradient_zero_and_no_nan():
+    """Their densities underflow to 0; numbers whose squares overflow are refused."""
+    circuit = circuit_of(mixed()).float()
+    with torch.no_grad():
+        circuit.leaves[0]["log_std"].fill_(-5)
+    log_prob = circuit.log_prob(torch.tensor([[1.5e19, 2, 3], [-1.5e19, 0, 1]]))
+    log_prob.sum().backward()
+    assert (log_prob == -torch.inf).all()
+    for p in circuit.parameters():
+        assert p.grad.isfinite().all()
+    with pytest.raises(ValueError, match=r"variable 0: expected finite numbers, whose squares"):
+        circuit.log_prob(torch.tensor([[1e30, 2, 3]]))
+
+
 def test_no_rows_give_no_conditionals():
     assert circuit_of(GRAPHS["hmm"]()).conditionals(torch.zeros(0, 4)).shape == (0, 4)
 

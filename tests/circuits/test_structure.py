@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,6 +260,21 @@ def test_a_family_that_no_reader_knows_is_not_written():
 
     with pytest.raises(ValueError, match="family: expected one of"):
         RegionGraph.cp(2, 2, Categorical()).to_json()
+
+
+def test_no_two_modules_of_the_room_import_each_other():
+    """Imports for type checkers count: a circle of names is a circle."""
+    room = Path(checks.__file__).parent
+    graph: dict[str, set[str]] = {}
+    for path in room.glob("*.py"):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[path.stem] = {n.removeprefix("lora_ext.circuits.") for n in names}
+    modules = graph.keys() - {"__init__"}
+    order = TopologicalSorter({m: graph[m] & modules for m in modules}).static_order()
+    assert set(order) == modules  # and no CycleError on the way
 
 
 def test_pictures(tmp_path):

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "lora_ext/isa.h"
 #include "lora_ext/lora.h"
 #include "twin_test.h"
 
@@ -16,13 +17,18 @@ using namespace lora_ext;
 
 void check_plans();  // lora_plan_test.cpp
 
+namespace lora_ext {
+namespace scalar {
+extern const LoraCpu lora_table;
+}
 #ifdef LX_WIDE_TABLE
 // The 64-byte-wide source, compiled for 32-byte vectors: what avx512 computes, on machines without
 // it.
-namespace lora_ext::avx2_wide {
-extern const LoraCpu table;
+namespace avx2_wide {
+extern const LoraCpu lora_table;
 }
 #endif
+}  // namespace lora_ext
 
 namespace {
 
@@ -369,12 +375,21 @@ int main() {
     check_plans();
 
     std::vector<const LoraCpu*> tables;
-    for (const char* isa : {"scalar", "avx2", "avx512", "avx512bf16"})
-        if (const LoraCpu* table = lora_cpu(isa)) tables.push_back(table);
-    EXPECT(lora_cpu("none") == nullptr, "an unknown instruction set has a table");
-    EXPECT(&lora_cpu() == tables.back(), "lora_cpu() is not the best table");
+#ifdef LX_ALL_TWINS
+    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+        EXPECT(isa_named(isa_name(isa)) == isa, "%s is not found by its name", isa_name(isa));
+        if (!isa_runs(isa)) continue;
+        tables.push_back(&twins<LoraCpu>(isa));
+        EXPECT(!std::strcmp(tables.back()->isa, isa_name(isa)), "%s has the table of %s",
+               isa_name(isa), tables.back()->isa);
+    }
+    EXPECT(!isa_named("none"), "an unknown instruction set has a name");
+    EXPECT(&twins<LoraCpu>(best_isa()) == tables.back(), "the best table is not the last");
+#else
+    tables.push_back(&scalar::lora_table);
+#endif
 #ifdef LX_WIDE_TABLE
-    if (lora_cpu("avx2")) tables.push_back(&avx2_wide::table);
+    if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2_wide::lora_table);
 #endif
     for (const LoraCpu* table : tables) {
         check_isa(*table);

@@ -35,7 +35,7 @@ def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path, family: str) -> 
     isa, has_wide = ROOT / f"csrc/cpu/{family}_isa.cpp", platform.machine() == "x86_64"
     tests = [f"tests/cpu/{family}_twin_test.cpp"]
     if family == "lora":
-        tests += ["csrc/cpu/lora.cpp", "tests/cpu/lora_plan_test.cpp"]
+        tests += ["csrc/cpu/lora_plan.cpp", "tests/cpu/lora_plan_test.cpp"]
     units = [(isa, ["-DLX_ISA=scalar"])]
     units += [(ROOT / test, ["-DLX_WIDE_TABLE"] if has_wide else []) for test in tests]
     if has_wide:

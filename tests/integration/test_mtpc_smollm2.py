@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ def base() -> tuple[Any, Any]:
     return smollm2.load_smollm2()
 
 
-def test_an_adapter_head_learns_and_decodes_as_the_model_does(base: tuple[Any, Any]):
+def test_an_adapter_head_learns_and_decodes_as_the_model_does(
+    base: tuple[Any, Any], tmp_path: Path
+):
     model, tokenizer = base
     config = mtpc.MtpcConfig(n_token=4, rank=2, kind="hmm", emission="adapter", adapter_rank=8)
     draft = mtpc.retrofit(model, config)
@@ -52,3 +55,17 @@ def test_an_adapter_head_learns_and_decodes_as_the_model_does(base: tuple[Any, A
     assert found.emitted_per_call > 1.1
     sampled = draft.decoder(temperature=0.7, top_p=0.9).generate(**batch, max_new_tokens=24)
     assert sampled.sequences.shape[1] > batch["input_ids"].shape[1]
+
+    length = batch["input_ids"].shape[1]
+    # Of either answer what stands in its tokens 8 to 10, without the first and the last letter.
+    pieces = [tokenizer.decode(row[length + 8 : length + 11])[1:-1] for row in expected]
+    stop: dict[str, Any] = {"stop_strings": pieces, "tokenizer": tokenizer}
+    expected = model.generate(**batch, do_sample=False, max_new_tokens=24, **stop)
+    found = draft.decoder(mode="greedy").generate(**batch, max_new_tokens=24, **stop)
+    assert torch.equal(found.sequences, expected)
+    assert found.sequences.shape[1] <= length + 11
+
+    draft.save(tmp_path)
+    assert (tmp_path / "mtpc.safetensors").stat().st_size < 1 << 20  # without the unembedding
+    again = mtpc.Draft.load(model, tmp_path)
+    assert torch.equal(again.loss(ids)[0], draft.loss(ids)[0])

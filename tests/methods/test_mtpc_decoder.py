@@ -419,8 +419,9 @@ def test_a_row_can_be_drawn_again_by_the_seed_that_it_had():
 def test_seeds_that_are_no_integers_or_of_another_number_are_refused():
     with pytest.raises(ValueError, match="seed: expected None, one or 3, found 2"):
         sampled([1, 2])
-    with pytest.raises(TypeError):
-        sampled([1.5, 2, 3])
+    for wrong in ([1.5, 2, 3], 1.5, "abc"):
+        with pytest.raises(TypeError, match="seed: expected None, an integer or 3 of them, found"):
+            sampled(wrong)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_the_loss_compiles_in_one_piece(emission: str, shortlist: list[int] | No
     ):
         assert torch.allclose(mine, eager, rtol=1e-10, atol=1e-12)
     for wrong in (labels + V, labels.clamp(max=-7)):
-        with pytest.raises(ValueError, match=r"emission_gather: x\[.* must be in"):
+        with pytest.raises(ValueError, match=r"emission_gather: x\[.*: expected"):
             compiled(h, wrong)
 
 

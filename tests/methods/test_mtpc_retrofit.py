@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from methods.toy import FAMILIES, make_draft, make_model, prompts, train
 from lora_ext.methods import mtpc
 from lora_ext.methods.mtpc.trunk import run_trunk
 from lora_ext.nn import CircuitHead
+from lora_ext.nn.emission import EMISSIONS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,6 +175,45 @@ def test_a_failed_retrofit_leaves_the_model_as_it_was():
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="output embeddings"):
         mtpc.retrofit(model.base_model)
+
+
+def test_a_second_draft_tail_is_refused_until_the_first_is_removed():
+    model, (ids, _) = make_model("llama"), prompts(1)
+    first = make_draft(model, draft_layers=2)
+    expected = first.loss(ids)[0]
+    with pytest.raises(ValueError, match=r"without a draft tail, found one at .*remove\(\)"):
+        make_draft(model, draft_layers=1)
+    assert torch.equal(first.loss(ids)[0], expected)
+    first.remove()
+    make_draft(model, draft_layers=1)
+
+
+def test_a_configuration_is_checked_where_it_is_made():
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (r"kind: expected one of .*, found 'pcfg'", {"kind": "pcfg"}),
+        ("emission: expected one of .*, found 'mlp'", {"emission": "mlp"}),
+        ("rank: expected 1 for 'ff', found 32", {"kind": "ff"}),
+        ("n_token: expected at least 2 for 'btree', found 1", {"n_token": 1}),
+        (r"gamma: expected a number in \(0, 1\], found 0", {"gamma": 0}),
+        (r"beta: expected a number in \[0, 1\], found 2.0", {"beta": 2.0}),
+        ("draft_layers: expected at least 0, found -1", {"draft_layers": -1}),
+        ("draft_rank: expected at least 1, found 0", {"draft_rank": 0}),
+        ("draft_alpha: expected a number above 0, found 0", {"draft_alpha": 0}),
+    ]
+    for message, fields in cases:
+        with pytest.raises(ValueError, match=f"MtpcConfig: {message}"):
+            mtpc.MtpcConfig(**fields)
+
+
+def test_string_arguments_have_their_values_in_their_types():
+    hints = get_type_hints(mtpc.Draft.decoder)
+    assert get_args(hints["mode"]) == ("sample", "greedy")
+    assert get_args(hints["window"]) == ("condition", "restart")
+    assert hints.items() >= {"temperature": float, "top_p": float}.items()
+    for function in (CircuitHead.__init__, mtpc.MtpcConfig):
+        hints = get_type_hints(function)
+        assert get_args(hints["kind"]) == ("ff", "cp", "hmm", "btree")
+        assert get_args(hints["emission"]) == tuple(EMISSIONS)
 
 
 def test_a_draft_tail_refuses_alibi_by_name():

@@ -334,6 +334,7 @@ def test_the_leaves_parameters_have_their_own_names_in_head_and_state_dict(
 ):
     head = make("hmm", emission)
     assert all(getattr(head, name) is getattr(head.leaves, name) for name in names)
+    assert head.trans is head.sums.trans and not hasattr(head, "other")
     saved = {
         *names,
         "prior",

@@ -56,6 +56,16 @@ def test_a_state_dict_brings_its_shortlist_or_is_refused():
     assert torch.equal(head.log_prob(h, x), listed.log_prob(h, x))
 
 
+@pytest.mark.parametrize("emission", EMISSIONS)
+def test_after_to_empty_a_state_dict_brings_list_and_parameters(emission: str):
+    head = make("hmm", emission, shortlist=[2, 0])
+    with torch.device("meta"):
+        other = CircuitHead(D, V, K, 3, "hmm", emission, 2, dtype=DOUBLE, shortlist=[0, 1])
+    other.to_empty(device="cpu").load_state_dict(head.state_dict())
+    h, x = hidden(3), torch.tensor([[0, 2, 1, 0]] * 3)
+    assert torch.equal(other.log_prob(h, x), head.log_prob(h, x))
+
+
 def test_a_shortlist_takes_its_rows_of_the_lm_head():
     weight, h, listed = torch.randn(5, D, dtype=DOUBLE), hidden(3), torch.tensor([0, 3, 4])
     for emission in EMISSIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,29 +58,32 @@ def is_(**named: Any) -> Change:
 
 
 CIRCUIT: list[tuple[str, Change]] = [
-    (r"kind must be 'ff', 'cp', 'hmm' or 'btree', got 'HMM'", is_(kind="HMM")),
-    (r"kind 'ff' has one component, got 2", is_(kind="ff")),
-    (r"leaf must have shape \(B, K, C, V\), got \[4, 2, 5\]", lambda i: {"leaf": i["leaf"][0]}),
-    (r"leaf must be float32, float16, bfloat16 or float64", lambda i: {"leaf": i["leaf"].int()}),
+    (r"kind: expected 'ff', 'cp', 'hmm' or 'btree', found 'HMM'", is_(kind="HMM")),
+    (r"leaf: expected one component for kind 'ff', found 2", is_(kind="ff")),
+    (r"leaf: expected shape \(B, K, C, V\), found \[4, 2, 5\]", lambda i: {"leaf": i["leaf"][0]}),
+    (r"leaf: expected float32, float16, bfloat16 or float64", lambda i: {"leaf": i["leaf"].int()}),
     (
-        r"leaf must have at least one position, component and token, got shape \[3, 4, 2, 0\]",
+        r"leaf: expected at least one position, component and token, found \[3, 4, 2, 0\]",
         lambda i: {"leaf": i["leaf"][..., :0]},
     ),
     (
-        r"prior must have shape \(B, C\) = \[3, 2\], got \[2, 2\]",
+        r"prior: expected shape \(B, C\) = \[3, 2\], found \[2, 2\]",
         lambda i: {"prior": i["prior"][1:]},
     ),
-    (r"trans is required for kind 'hmm' over 4 positions, got None", is_(trans=None)),
     (
-        r"trans must have shape \(B, M, C, C\) = \[3, 3, 2, 2\], got \[3, 2, 2, 2\]",
+        r"trans: expected the transitions of kind 'hmm' over 4 positions, found None",
+        is_(trans=None),
+    ),
+    (
+        r"trans: expected shape \(B, M, C, C\) = \[3, 3, 2, 2\], found \[3, 2, 2, 2\]",
         lambda i: {"trans": i["trans"][:, 1:]},
     ),
     (
-        r"trans must have the dtype of prior, Float, got Half",
+        r"trans: expected the dtype of prior, Float, found Half",
         lambda i: {"trans": i["trans"].half()},
     ),
     (
-        r"prior must be float32, float16, .* got Long",
+        r"prior: expected float32, float16, .* found Long",
         lambda i: {
             "prior": i["prior"].nan_to_num(0).long(),
             "trans": i["trans"].nan_to_num(0).long(),
@@ -88,87 +92,107 @@ CIRCUIT: list[tuple[str, Change]] = [
 ]
 EVIDENCE: list[tuple[str, Change]] = [
     (
-        r"evidence must have shape \(B, K\) = \[3, 4\], got \[3, 3\]",
+        r"evidence: expected shape \(B, K\) = \[3, 4\], found \[3, 3\]",
         lambda i: {"evidence": i["evidence"][:, 1:]},
     ),
-    (r"evidence must be Long, got Int", lambda i: {"evidence": i["evidence"].int()}),
-    (r"evidence\[1, 0\] must be in \[-1, 5\), got 5", of_evidence(1, 0, 5)),
-    (r"evidence\[2, 3\] must be in \[-1, 5\), got -2", of_evidence(2, 3, -2)),
+    (r"evidence: expected Long, found Int", lambda i: {"evidence": i["evidence"].int()}),
+    (r"evidence\[1, 0\]: expected .* in \[-1, 5\), found 5", of_evidence(1, 0, 5)),
+    (r"evidence\[2, 3\]: expected .* in \[-1, 5\), found -2", of_evidence(2, 3, -2)),
     (
-        r"evidence must come first in its row, got token 4 at \[1, 2\] behind a -1",
+        r"evidence\[1, 2\]: expected -1 behind a -1: evidence comes first in its row, found 4",
         of_evidence(1, 2, 4),
     ),
 ]
 OWN: list[tuple[Callable[[Inputs], None], str, Change]] = [
     (
         conditional_dist,
-        r"x must have shape \(B, K\) = \[3, 4\], got \[2, 4\]",
+        r"x: expected shape \(B, K\) = \[3, 4\], found \[2, 4\]",
         lambda i: {"x": i["x"][1:]},
     ),
-    (conditional_dist, r"x must be Long, got Int", lambda i: {"x": i["x"].int()}),
+    (conditional_dist, r"x: expected Long, found Int", lambda i: {"x": i["x"].int()}),
     (
         conditional_dist,
-        r"x\[0, 1\] must be in \[-1, 5\), got 7",
+        r"x\[0, 1\]: expected .* in \[-1, 5\), found 7",
         lambda i: {"x": torch.tensor([[0, 7, 0, 0]] * 3)},
     ),
-    (conditional_dist, r"k must have shape \(B,\) = \[3\], got \[2\]", lambda i: {"k": i["k"][1:]}),
-    (conditional_dist, r"k\[2\] must be in \[0, 4\), got 4", is_(k=torch.tensor([0, 3, 4]))),
+    (
+        conditional_dist,
+        r"k: expected shape \(B,\) = \[3\], found \[2\]",
+        lambda i: {"k": i["k"][1:]},
+    ),
+    (conditional_dist, r"k\[2\]: expected .* in \[0, 4\), found 4", is_(k=torch.tensor([0, 3, 4]))),
     (
         sample,
-        r"uniforms must have shape \(B, K, 2\) = \[3, 4, 2\], got \[3, 4\]",
+        r"uniforms: expected shape \(B, K, 2\) = \[3, 4, 2\], found \[3, 4\]",
         lambda i: {"uniforms": i["uniforms"][..., 0]},
     ),
-    (sample, r"uniforms must be Float, got Double", lambda i: {"uniforms": i["uniforms"].double()}),
     (
         sample,
-        r"uniforms must be in \[0, 1\], got nan",
+        r"uniforms: expected Float, found Double",
+        lambda i: {"uniforms": i["uniforms"].double()},
+    ),
+    (
+        sample,
+        r"uniforms: expected .* in \[0, 1\], found nan",
         lambda i: {"uniforms": i["uniforms"] * math.nan},
     ),
     (
         verify,
-        r"leaf must have shape \(B, K, C, V\), got \[3, 4, 2\]",
+        r"leaf: expected shape \(B, K, C, V\), found \[3, 4, 2\]",
         with_draft(4, lambda t: t[..., 0]),
     ),
     (
         verify,
-        r"target must have shape \(B, K \+ 1, V\) = \[3, 5, 5\], got \[3, 4, 5\]",
+        r"target: expected shape \(B, K \+ 1, V\) = \[3, 5, 5\], found \[3, 4, 5\]",
         with_draft(0, lambda t: t[:, 1:]),
     ),
     (
         verify,
-        r"target must be float64 where leaf is, and only there, got Double",
+        r"target: expected float64 where leaf is, and only there, found Double",
         with_draft(0, lambda t: t.double()),
     ),
     (
         verify,
-        r"tokens must have shape \(B, K\) = \[3, 4\], got \[3, 3\]",
+        r"tokens: expected shape \(B, K\) = \[3, 4\], found \[3, 3\]",
         with_draft(1, lambda t: t[:, 1:]),
     ),
-    (verify, r"tokens\[0, 0\] must be in \[0, 5\), got -1", with_draft(1, lambda t: t * 0 - 1)),
-    (verify, r"conditional must be Float, got Double", with_draft(2, lambda t: t.double())),
     (
         verify,
-        r"posterior must have shape \(B, K, C\) = \[3, 4, 2\], got \[3, 4, 1\]",
+        r"tokens\[0, 0\]: expected .* in \[0, 5\), found -1",
+        with_draft(1, lambda t: t * 0 - 1),
+    ),
+    (verify, r"conditional: expected Float, found Double", with_draft(2, lambda t: t.double())),
+    (
+        verify,
+        r"posterior: expected shape \(B, K, C\) = \[3, 4, 2\], found \[3, 4, 1\]",
         with_draft(3, lambda t: t[..., :1]),
     ),
-    (verify, r"posterior must be Float, got Half", with_draft(3, lambda t: t.half())),
+    (verify, r"posterior: expected Float, found Half", with_draft(3, lambda t: t.half())),
     (
         verify,
-        r"uniforms must have shape \(B, K \+ 1\) = \[3, 5\], got \[3, 4\]",
+        r"uniforms: expected shape \(B, K \+ 1\) = \[3, 5\], found \[3, 4\]",
         with_draft(5, lambda t: t[:, 1:]),
     ),
     (
         verify,
-        r"num_evidence must have shape \(B,\) = \[3\], got \[1\]",
+        r"num_evidence: expected shape \(B,\) = \[3\], found \[1\]",
         is_(num_evidence=torch.tensor([1])),
     ),
     (
         verify,
-        r"num_evidence\[1\] must be in \[0, 5\), got 5",
+        r"num_evidence\[1\]: expected .* in \[0, 5\), found 5",
         is_(num_evidence=torch.tensor([1, 5, 0])),
     ),
-    (verify, r"temperature must be at least 0 and finite, got -1", is_(temperature=-1.0)),
-    (verify, r"temperature must be at least 0 and finite, got nan", is_(temperature=float("nan"))),
+    (
+        verify,
+        r"temperature: expected a finite number of at least 0, found -1",
+        is_(temperature=-1.0),
+    ),
+    (
+        verify,
+        r"temperature: expected a finite number of at least 0, found nan",
+        is_(temperature=float("nan")),
+    ),
 ]
 NAMES = {
     conditional_dist: "circuit_conditional_dist",
@@ -206,6 +230,47 @@ def test_tensors_on_two_devices_are_refused() -> None:
             op({**i, name: i[name].to("meta")})
 
 
+SHAPES_AND_DTYPES = [
+    (op, m, c) for op, m, c in ALL if not re.search(r"\\\]:|in \\\[0|-1 behind|at least one", m)
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "message", "change"),
+    SHAPES_AND_DTYPES,
+    ids=[f"{NAMES[o]}-{m}" for o, m, _ in SHAPES_AND_DTYPES],
+)
+def test_meta_tensors_are_checked_as_real_ones_are(
+    op: Callable[[Inputs], None], message: str, change: Change
+) -> None:
+    def on_meta(i: Inputs) -> Inputs:
+        of_list = [t.to("meta") for t in i["draft"]]
+        moved = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in i.items()}
+        return {**moved, "draft": of_list}
+
+    i = inputs()
+    op(on_meta(i))
+    with pytest.raises(ValueError, match=f"{NAMES[op]}: {message.split(':')[0]}: expected"):
+        op(on_meta({**i, **change(i)}))
+
+
+def test_nan_among_the_uniforms_is_refused_and_nan_logits_give_some_token() -> None:
+    i = inputs()
+    u = i["draft"][5].clone()
+    u[1, 2] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"spec_verify: uniforms: expected .* in \[0, 1\], found nan"
+    ):
+        verify({**i, "draft": [*i["draft"][:5], u]})
+    target = i["draft"][0].clone()
+    target[1] = torch.nan
+    clean = ops.spec_verify(*i["draft"])
+    accepted, token = ops.spec_verify(target, *i["draft"][1:])
+    assert (0 <= token).all() and (token < 5).all() and 0 <= accepted[1] <= 4
+    for row in (0, 2):  # the other rows do not notice
+        assert accepted[row] == clean[0][row] and token[row] == clean[1][row]
+
+
 def test_kernels_check_values_in_debug_mode_alone() -> None:
     """Without it a token out of range is impossible, and touches no memory."""
     from lora_ext import _loader
@@ -225,7 +290,9 @@ def test_kernels_check_values_in_debug_mode_alone() -> None:
     assert (dist[0] == -torch.inf).all()
     module.set_debug(True)
     try:
-        with pytest.raises(ValueError, match=r"evidence\[0, 0\] must be in \[-1, 5\), got 99"):
+        with pytest.raises(
+            ValueError, match=r"evidence\[0, 0\]: expected .* in \[-1, 5\), found 99"
+        ):
             ops_of.circuit_sample(*circuit(i), i["uniforms"], bad)
     finally:
         module.set_debug(False)
@@ -239,5 +306,7 @@ def test_a_window_too_large_for_a_block_is_named() -> None:
     except ImportError:
         pytest.skip("lora_ext._emu_check is not built (LORA_EXT_EMU=1)")
     leaf = torch.zeros(1, 9, 2048, 1)
-    with pytest.raises(ValueError, match="circuit_argmax: leaf may have 2048 components and 16384"):
+    with pytest.raises(
+        ValueError, match="circuit_argmax: leaf: expected at most 2048 components and 16384"
+    ):
         torch.ops.lora_ext_emu_check.circuit_argmax("cp", leaf, None, None)

@@ -26,41 +26,44 @@ def with_token(i: Inputs, token: int) -> dict[str, Any]:
 
 
 WRONG: list[tuple[str, Change]] = [
-    (r"kind must be 'ff', 'cp', 'hmm' or 'btree', got 'tree'", lambda i: {"kind": "tree"}),
-    (r"kind 'ff' has one component, got 3", lambda i: {"kind": "ff"}),
+    (r"kind: expected 'ff', 'cp', 'hmm' or 'btree', found 'tree'", lambda i: {"kind": "tree"}),
+    (r".*: expected one component for kind 'ff', found 3", lambda i: {"kind": "ff"}),
     (
-        r"leaf must have shape \(B, K, C, V\), got \[2, 4, 3\]",
+        r"leaf: expected shape \(B, K, C, V\), found \[2, 4, 3\]",
         lambda i: {"leaf": i["leaf"][..., 0]},
     ),
-    (r"leaf must be float32, float16, bfloat16 or float64", lambda i: {"leaf": i["leaf"].int()}),
-    (r"leaf must have at least one position", lambda i: {"leaf": i["leaf"][..., :0]}),
-    (r"leaf must have at least one position", lambda i: {"leaf": i["leaf"][:, :0]}),
-    (r"x must be int64, got Int", lambda i: {"x": i["x"].int()}),
-    (r"x must have shape \(B, K\) = \(2, 4\), got \[2, 3\]", lambda i: {"x": i["x"][:, 1:]}),
-    (r"x\[1, 2\] must be in \[-1, 5\), got 5", lambda i: with_token(i, 5)),
-    (r"x\[1, 2\] must be in \[-1, 5\), got -2", lambda i: with_token(i, -2)),
+    (r"leaf: expected float32, float16, bfloat16 or float64", lambda i: {"leaf": i["leaf"].int()}),
+    (r"leaf: expected at least one position", lambda i: {"leaf": i["leaf"][..., :0]}),
+    (r"leaf: expected at least one position", lambda i: {"leaf": i["leaf"][:, :0]}),
+    (r"x: expected Long, found Int", lambda i: {"x": i["x"].int()}),
+    (r"x: expected shape \(B, K\) = \[2, 4\], found \[2, 3\]", lambda i: {"x": i["x"][:, 1:]}),
+    (r"x\[1, 2\]: expected .* in \[-1, 5\), found 5", lambda i: with_token(i, 5)),
+    (r"x\[1, 2\]: expected .* in \[-1, 5\), found -2", lambda i: with_token(i, -2)),
     (
-        r"prior must have shape \(B, C\) = \[2, 3\], got \[2, 2\]",
+        r"prior: expected shape \(B, C\) = \[2, 3\], found \[2, 2\]",
         lambda i: {"prior": i["prior"][:, 1:]},
     ),
     (
-        r"trans must have the dtype of prior, Float, got Half",
+        r"trans: expected the dtype of prior, Float, found Half",
         lambda i: {"trans": i["trans"].half()},
     ),
     (
-        r"prior must be float32, float16, bfloat16 or float64",
+        r"prior: expected float32, float16, bfloat16 or float64",
         lambda i: {"prior": i["prior"].int(), "trans": i["trans"].int()},
     ),
-    (r"trans is required for kind 'hmm' over 4 positions, got None", lambda i: {"trans": None}),
     (
-        r"trans must have shape \(B, M, C, C\) = \[2, 3, 3, 3\], got \[2, 2, 3, 3\]",
+        r"trans: expected the transitions of kind 'hmm' over 4 positions, found None",
+        lambda i: {"trans": None},
+    ),
+    (
+        r"trans: expected shape \(B, M, C, C\) = \[2, 3, 3, 3\], found \[2, 2, 3, 3\]",
         lambda i: {"trans": i["trans"][:, 1:]},
     ),
     (
-        r"trans must have shape \(B, M, C, C\) = \[2, 0, 3, 3\], got \[2, 3, 3, 3\]",
+        r"trans: expected shape \(B, M, C, C\) = \[2, 0, 3, 3\], found \[2, 3, 3, 3\]",
         lambda i: {"kind": "cp"},
     ),
-    (r"e must have shape \(B, K, C\), got \[2, 4, 3, 5\]", lambda i: {"x": None}),
+    (r"e: expected shape \(B, K, C\), found \[2, 4, 3, 5\]", lambda i: {"x": None}),
 ]
 
 
@@ -80,17 +83,17 @@ def test_wrong_gradients_are_named() -> None:
     e, norm = torch.ops.lora_ext.circuit_leaf(i["leaf"], i["x"])
     leaf_backward = torch.ops.lora_ext.circuit_leaf_backward
     for de, n, message in [
-        (e[1:], norm, r"de must have shape \(B, K, C\) = \[2, 4, 3\] and be Float on cpu"),
-        (e.double(), norm, r"de must have .*, got Double of shape \[2, 4, 3\]"),
-        (e, norm[0], r"norm must have shape \(2, B, K, C\) = \[2, 2, 4, 3\]"),
+        (e[1:], norm, r"de: expected shape \(B, K, C\) = \[2, 4, 3\], found \[1, 4, 3\]"),
+        (e.double(), norm, r"de: expected Float, found Double"),
+        (e, norm[0], r"norm: expected shape \(2, B, K, C\) = \[2, 2, 4, 3\]"),
     ]:
         with pytest.raises(ValueError, match=f"circuit_leaf_backward: {message}"):
             leaf_backward(de, i["leaf"], i["x"], n)
     prefix, _, _, states = torch.ops.lora_ext.circuit_scan("hmm", e, i["prior"], i["trans"], True)
     for dprefix, s, message in [
-        (prefix[1:], states, r"dprefix must have shape \(B, K\) = \(2, 4\), got \[1, 4\]"),
-        (prefix.double(), states, "dprefix must have the dtype of e, Float, got Double"),
-        (prefix, states[:, 1:], r"states must be those of circuit_scan\(save=True\)"),
+        (prefix[1:], states, r"dprefix: expected shape \(B, K\) = \[2, 4\], found \[1, 4\]"),
+        (prefix.double(), states, "dprefix: expected the dtype of e, Float, found Double"),
+        (prefix, states[:, 1:], r"states: expected shape of circuit_scan\(save=True\)"),
     ]:
         with pytest.raises(ValueError, match=f"circuit_scan_backward: {message}"):
             torch.ops.lora_ext.circuit_scan_backward(
@@ -101,13 +104,13 @@ def test_wrong_gradients_are_named() -> None:
 def test_emission_gather_names_its_arguments() -> None:
     h, emit, x = torch.ones(2, 6), torch.ones(4, 3, 5, 6), torch.zeros(2, 4, dtype=torch.long)
     for args, message in [
-        ((h[0], emit, x), r"h must have shape \(B, D\), got \[6\]"),
-        ((h, emit[0], x), r"emit must have shape \(K, C, V, D\), got \[3, 5, 6\]"),
-        ((h, emit.half(), x), "emit must have the dtype of h, Float, got Half"),
-        ((h[:, 1:], emit, x), r"h\.shape\[1\] must equal emit\.shape\[3\] = 6, got 5"),
-        ((h, emit[:, :, :0], x), "emit must have at least one position"),
-        ((h, emit, x[:, 1:]), r"x must have shape \(B, K\) = \(2, 4\), got \[2, 3\]"),
-        ((h, emit, x + 5), r"x\[0, 0\] must be in \[-1, 5\), got 5"),
+        ((h[0], emit, x), r"h: expected shape \(B, D\), found \[6\]"),
+        ((h, emit[0], x), r"emit: expected shape \(K, C, V, D\), found \[3, 5, 6\]"),
+        ((h, emit.half(), x), "emit: expected the dtype of h, Float, found Half"),
+        ((h[:, 1:], emit, x), r"h\.shape\[1\]: expected emit\.shape\[3\] = 6, found 5"),
+        ((h, emit[:, :, :0], x), "emit: expected at least one position"),
+        ((h, emit, x[:, 1:]), r"x: expected shape \(B, K\) = \[2, 4\], found \[2, 3\]"),
+        ((h, emit, x + 5), r"x\[0, 0\]: expected .* in \[-1, 5\), found 5"),
     ]:
         with pytest.raises(ValueError, match=f"emission_gather: {message}"):
             ops.emission_gather(*args)
@@ -119,6 +122,33 @@ def test_tensors_on_two_devices_are_refused() -> None:
         scan({**i, "prior": i["prior"].to("meta")})
     with pytest.raises(ValueError, match="circuit_leaf: expected all tensors on one device"):
         scan({**i, "x": i["x"].to("meta")})
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("kind", lambda i: {"kind": "tree"}),
+        ("(e|leaf)", lambda i: {"leaf": i["leaf"][0]}),
+        ("(e|leaf)", lambda i: {"leaf": i["leaf"].int()}),
+        ("x", lambda i: {"x": i["x"][:, 1:]}),
+        ("x", lambda i: {"x": i["x"].int()}),
+        ("prior", lambda i: {"prior": i["prior"][:, 1:]}),
+        ("trans", lambda i: {"trans": i["trans"][:, 1:]}),
+        ("trans", lambda i: {"trans": i["trans"].half()}),
+        ("trans", lambda i: {"trans": None}),
+        ("(e|leaf)", lambda i: {"kind": "ff"}),
+    ],
+)
+def test_meta_tensors_are_checked_as_real_ones_are(argument: str, change: Change) -> None:
+    i = circuit_inputs(HMM, torch.float32, seed=3)
+    messages = []
+    for device in ("cpu", "meta"):
+        on = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in i.items()}
+        scan(on)
+        with pytest.raises(ValueError, match=rf"circuit_(leaf|scan): {argument}: expected") as e:
+            scan({**on, **change(on)})
+        messages.append(str(e.value).split(":")[:2])
+    assert messages[0] == messages[1]
 
 
 def test_ff_needs_neither_prior_nor_transitions() -> None:

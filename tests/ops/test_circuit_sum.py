@@ -365,7 +365,7 @@ def test_scaled_weights_may_be_given(backend: Backend, regime: str, norm: str) -
     assert torch.equal(a, b)
     da, db = (torch.autograd.grad(t.clamp(min=-99).sum(), w)[0] for t in (a, b))
     assert torch.equal(da, db)
-    with pytest.raises(ValueError, match="must have the shape of w"):
+    with pytest.raises(ValueError, match="expected shape of w"):
         ops.log_einsum_exp(w[..., :4, :], values, norm, scaled=scaled)
 
 
@@ -384,18 +384,18 @@ def test_opcheck(regime: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w": torch.zeros(4)}, "w and values must have shapes"),
+        ({"w": torch.zeros(4)}, "w and values: expected shapes"),
         ({"w": torch.zeros(4, 6)}, "as many terms as w, I = 6"),
         ({"w": torch.zeros(2, 4, 5)}, "as many rows"),
-        ({"w": torch.zeros(4, 5, dtype=torch.int32)}, "w must be float32"),
+        ({"w": torch.zeros(4, 5, dtype=torch.int32)}, "w: expected float32"),
         ({"w": torch.zeros(4, 0), "values": torch.zeros(3, 0)}, "at least one term"),
-        ({"values": torch.zeros(3, 5).half()}, "values must be Float"),
-        ({"values": torch.zeros(3, 5).double()}, "values must be Float"),
-        ({"values": torch.zeros(2, 3, 5)}, "w and values must have shapes"),
+        ({"values": torch.zeros(3, 5).half()}, "values: expected Float"),
+        ({"values": torch.zeros(3, 5).double()}, "values: expected Float"),
+        ({"values": torch.zeros(2, 3, 5)}, "w and values: expected shapes"),
         ({"w": torch.zeros(3, 4, 5), "values": torch.zeros(2, 3, 5)}, "as many groups"),
-        ({"norm": "softmax"}, "norm must be one of"),
-        ({"semiring": "min"}, "semiring must be 'sum' or 'max'"),
-        ({"precision": "fp8"}, "precision must be"),
+        ({"norm": "softmax"}, "norm: expected one of"),
+        ({"semiring": "min"}, "semiring: expected one of"),
+        ({"precision": "fp8"}, "precision: expected 'fp32', 'high' or 'fp16s'"),
     ],
 )
 def test_wrong_input_is_refused(change: dict, message: str) -> None:

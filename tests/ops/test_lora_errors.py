@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Inputs, Shape, make_inputs
 
-from lora_ext import ops
+from lora_ext import ops, reference
 
 SHAPE = Shape(4, 16, 24, (8, 3))
 Change = Callable[[Inputs], dict[str, Any]]
@@ -25,68 +25,74 @@ def strided_columns(*shape: int) -> torch.Tensor:
 
 
 BANK: list[tuple[str, Change]] = [
-    (r"x must have shape \(T, I\), got \[4\]", lambda i: {"x": i["x"][:, 0]}),
-    (r"x must be float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
-    (r"y must have the dtype of x, Float, got Half", lambda i: {"y": i["y"].half()}),
-    (r"y must have shape \(T, O\), got \[24\]", lambda i: {"y": i["y"][0]}),
-    (r"y\.shape\[0\] must equal x\.shape\[0\] = 4, got 3", lambda i: {"y": i["y"][:3]}),
-    (r"y must be contiguous in its last dim", lambda i: {"y": strided_columns(4, 24)}),
-    (r"a must have the dtype of x, Float, got Double", lambda i: {"a": i["a"].double()}),
-    (r"a must have shape \(A, R, I\), got \[8, 16\]", lambda i: {"a": i["a"][0]}),
-    (r"a\.shape\[2\] must equal x\.shape\[1\] = 16, got 15", lambda i: {"a": i["a"][:, :, 1:]}),
-    (r"b must have the dtype of x, Float, got BFloat16", lambda i: {"b": i["b"].bfloat16()}),
-    (r"b\.shape\[0\] must equal a\.shape\[0\] = 2, got 1", lambda i: {"b": i["b"][:1]}),
-    (r"b\.shape\[2\] must equal a\.shape\[1\] = 8, got 7", lambda i: {"b": i["b"][:, :, 1:]}),
-    (r"b\.shape\[1\] must equal y\.shape\[1\] = 24, got 20", lambda i: {"b": i["b"][:, 4:]}),
+    (r"x: expected shape \(T, I\), found \[4\]", lambda i: {"x": i["x"][:, 0]}),
+    (r"x: expected float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
+    (r"y: expected the dtype of x, Float, found Half", lambda i: {"y": i["y"].half()}),
+    (r"y: expected shape \(T, O\), found \[24\]", lambda i: {"y": i["y"][0]}),
+    (r"y\.shape\[0\]: expected x\.shape\[0\] = 4, found 3", lambda i: {"y": i["y"][:3]}),
+    (r"y: expected contiguous rows, found strides", lambda i: {"y": strided_columns(4, 24)}),
+    (r"a: expected the dtype of x, Float, found Double", lambda i: {"a": i["a"].double()}),
+    (r"a: expected shape \(A, R, I\), found \[8, 16\]", lambda i: {"a": i["a"][0]}),
+    (r"a\.shape\[2\]: expected x\.shape\[1\] = 16, found 15", lambda i: {"a": i["a"][:, :, 1:]}),
+    (r"b: expected the dtype of x, Float, found BFloat16", lambda i: {"b": i["b"].bfloat16()}),
+    (r"b\.shape\[0\]: expected a\.shape\[0\] = 2, found 1", lambda i: {"b": i["b"][:1]}),
+    (r"b\.shape\[2\]: expected a\.shape\[1\] = 8, found 7", lambda i: {"b": i["b"][:, :, 1:]}),
+    (r"b\.shape\[1\]: expected y\.shape\[1\] = 24, found 20", lambda i: {"b": i["b"][:, 4:]}),
     (
-        r"the rank of a must be at most 256, got 257",
+        r"a\.shape\[1\]: expected a rank of at most 256, found 257",
         lambda i: {"a": torch.zeros(2, 257, 16), "b": torch.zeros(2, 24, 257)},
     ),
-    (r"adapter_ids must be int64 or int32, got Float", lambda i: {"adapter_ids": torch.zeros(4)}),
     (
-        r"adapter_ids must have shape \(4,\), one id per row, got \[3\]",
+        r"adapter_ids: expected int64 or int32, found Float",
+        lambda i: {"adapter_ids": torch.zeros(4)},
+    ),
+    (
+        r"adapter_ids: expected shape \(4,\), one id per row, found \[3\]",
         lambda i: {"adapter_ids": i["adapter_ids"][:3]},
     ),
     (
-        r"adapter_ids\[2\] must be in \[-1, 2\), got 2",
+        r"adapter_ids\[2\]: expected .* in \[-1, 2\), found 2",
         lambda i: {"adapter_ids": torch.tensor([0, 1, 2, -2])},
     ),
     (
-        r"adapter_ids\[0\] must be in \[-1, 2\), got -2",
+        r"adapter_ids\[0\]: expected .* in \[-1, 2\), found -2",
         lambda i: {"adapter_ids": torch.tensor([-2, 1, 0, 0])},
     ),
-    (r"scale must be Float, got Double", lambda i: {"scale": i["scale"].double()}),
-    (r"scale must have shape \(2,\), got \[1\]", lambda i: {"scale": i["scale"][:1]}),
-    (r"ranks must be Int, got Long", lambda i: {"ranks": i["ranks"].long()}),
+    (r"scale: expected Float, found Double", lambda i: {"scale": i["scale"].double()}),
+    (r"scale: expected shape \(2,\), found \[1\]", lambda i: {"scale": i["scale"][:1]}),
+    (r"ranks: expected Int, found Long", lambda i: {"ranks": i["ranks"].long()}),
     (
-        r"ranks\[1\] must be in \[0, 8\], got 9",
+        r"ranks\[1\]: expected .* in \[0, 8\], found 9",
         lambda i: {"ranks": torch.tensor([8, 9], dtype=torch.int32)},
     ),
     (
-        r"ranks\[0\] must be in \[0, 8\], got -1",
+        r"ranks\[0\]: expected .* in \[0, 8\], found -1",
         lambda i: {"ranks": torch.tensor([-1, 8], dtype=torch.int32)},
     ),
     (
-        r"plan must be lora_plan\(\) of 4 rows and 2 adapters",
+        r"plan: expected lora_plan\(\) of 4 rows and 2 adapters",
         lambda i: {"plan": ops.lora_plan(torch.zeros(5, dtype=torch.long), 2)},
     ),
 ]
 PAGED: list[tuple[str, Change]] = [
-    (r"page_table must be int32, got Long", lambda i: {"page_table": i["page_table"].long()}),
-    (r"page_table must have shape \(A, R / 8\)", lambda i: {"page_table": i["page_table"][0]}),
-    (r"ranks is required with a page_table", lambda i: {"ranks": None}),
-    (r"a\.shape\[1\] must be 8 \(ranks of a page\), got 7", lambda i: {"a": i["a"][:, 1:]}),
-    (r"b\.shape\[2\] must be 8 \(ranks of a page\), got 7", lambda i: {"b": i["b"][:, :, 1:]}),
+    (r"page_table: expected Int, found Long", lambda i: {"page_table": i["page_table"].long()}),
+    (r"page_table: expected shape \(A, R / 8\)", lambda i: {"page_table": i["page_table"][0]}),
     (
-        r"pages of b must be contiguous in their last dimension",
+        r"ranks: expected the rank of each slot of the page_table, found None",
+        lambda i: {"ranks": None},
+    ),
+    (r"a\.shape\[1\]: expected 8, the ranks of a page, found 7", lambda i: {"a": i["a"][:, 1:]}),
+    (r"b\.shape\[2\]: expected 8, the ranks of a page, found 7", lambda i: {"b": i["b"][:, :, 1:]}),
+    (
+        r"b: expected pages that are contiguous in their last dimension",
         lambda i: {"b": i["b"].transpose(1, 2).contiguous().transpose(1, 2)},
     ),
     (
-        r"page_table\[0, 0\] must be in \[0, 3\), got 3: adapter 0 has rank 8",
+        r"page_table\[0, 0\]: expected a page in \[0, 3\), as adapter 0 has rank 8, found 3",
         lambda i: {"page_table": torch.tensor([[3], [0]], dtype=torch.int32)},
     ),
     (
-        r"page_table\[1, 0\] must be in \[0, 3\), got -1: adapter 1 has rank 3",
+        r"page_table\[1, 0\]: expected a page in \[0, 3\), as adapter 1 has rank 3, found -1",
         lambda i: {"page_table": torch.tensor([[2], [-1]], dtype=torch.int32)},
     ),
 ]
@@ -109,23 +115,126 @@ def test_wrong_input_is_named_and_nothing_is_touched(
     assert torch.equal(changed["y"], before)
 
 
-def test_output_must_not_overlap() -> None:
+def test_rows_of_the_output_must_not_overlap() -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     for y in (inputs["y"][:1].expand(4, -1), torch.zeros(40).as_strided((4, 24), (4, 1))):
-        with pytest.raises(ValueError, match="lora_apply_: rows of y must not overlap"):
+        with pytest.raises(ValueError, match="lora_apply_: y: expected rows that do not overlap"):
             apply_({**inputs, "y": y})
-    flat = torch.zeros(114)
-    with pytest.raises(RuntimeError, match="single memory location"):
-        apply_({**inputs, "x": flat[50:].view(4, 16), "y": flat[:96].view(4, 24)})
+
+
+def square_inputs(paged: bool) -> Inputs:
+    """Inputs for which every float32 argument could lie where y lies, and every int32 one too."""
+    inputs = make_inputs(Shape(16, 16, 16, (8, 8)), torch.float32, seed=1, paged=paged)
+    names = ("y", "x", "a", "b", "scale")
+    inputs |= {name: inputs[name].nan_to_num() for name in names}
+    ids = inputs["adapter_ids"].clamp(min=0).int()
+    return {**inputs, "adapter_ids": ids, "plan": ops.lora_plan(ids, 2)}
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    "name", ["x", "a", "b", "scale", "adapter_ids", "ranks", "page_table", "plan"]
+)
+def test_an_output_in_the_memory_of_another_argument_is_refused(name: str, paged: bool) -> None:
+    inputs = square_inputs(paged)
+    if inputs[name] is None:
+        pytest.skip("a bank has no page table")
+    size = inputs[name].numel()
+    for start in (0, 7, 256 - size // 2 - 1, 255):  # from inside y to its last element alone
+        memory = torch.zeros(256 + size)
+        memory[:256] = inputs["y"].flatten()
+        within = memory[start:][:size].view(inputs[name].dtype).view(inputs[name].shape)
+        within.copy_(inputs[name])
+        before = memory.clone()
+        message = f"lora_apply_: y: expected memory apart from that of {name}, found an overlap"
+        with pytest.raises(ValueError, match=message):
+            apply_({**inputs, "y": memory[:256].view(16, 16), name: within})
+        assert torch.equal(memory, before)
+
+
+def test_every_op_in_place_refuses_an_overlap() -> None:
+    i = square_inputs(paged=False)
+    y, x, ids = i["y"], i["x"], i["adapter_ids"]
+    v = torch.zeros(16, 8)
+    segments = torch.tensor([0, 16], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for name, call in [
+        ("v", lambda m: ops.lora_expand_(m(y), m(v), i["b"], ids)),
+        ("b", lambda m: ops.lora_expand_(m(y), v, m(i["b"]), ids)),
+        ("x", lambda m: ops.bgmv_(m(y), m(x), i["a"], i["b"], ids)),
+        ("a", lambda m: ops.bgmv_(m(y), x, m(i["a"]), i["b"], ids)),
+        ("b", lambda m: ops.sgmv_(m(y), x, i["a"], m(i["b"]), *segments)),
+        ("scale", lambda m: ops.sgmv_(m(y), x, i["a"], i["b"], *segments, m(i["scale"]))),
+    ]:
+        memory = torch.zeros(512)
+        with pytest.raises(ValueError, match=f"y: expected memory apart from that of {name}"):
+            call(lambda t, to=memory: to[: t.numel()].view(t.shape))
+
+
+def digits(*shape: int) -> torch.Tensor:
+    """Small whole numbers, of which sums of products are exact."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).float()
+
+
+def packed(rows: int, *widths: int) -> list[torch.Tensor]:
+    """Columns of one buffer, side by side, as q, k and v of one projection are."""
+    return list(digits(rows, sum(widths)).split(widths, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_an_output_between_the_rows_of_others_is_written(rows: int) -> None:
+    a, b, ids = digits(1, 8, 16), digits(1, 24, 8), torch.zeros(rows, dtype=torch.long)
+    columns, reverse = packed(rows, 24, 3, 16), packed(rows, 16, 24)
+    pairs = [
+        (columns[0], columns[2]),
+        (reverse[1], reverse[0]),
+        *((t[::2], t[1::2, 8:]) for t in [digits(2 * rows, 24)]),
+        *((t[1::2], t[::2, :16]) for t in [digits(2 * rows, 24)]),
+        *((t[:rows], t[rows:, :16]) for t in [digits(2 * rows, 24)]),
+        *((t[rows:], t[:rows, 8:]) for t in [digits(2 * rows, 24)]),
+    ]
+    for y, x in pairs:
+        want = reference.lora_apply_(y.clone(), x.clone(), a, b, ids)
+        kept = x.clone()
+        assert torch.equal(ops.lora_apply_(y, x, a, b, ids), want)
+        assert torch.equal(x, kept)
+    # Adapters in the gaps of the rows of y, at the pitch of the rows.
+    if rows > 1:
+        buffer = digits(8 * rows, 24 + 16)
+        y, held = buffer[::8, :24], buffer[:8, 24:]
+        want = reference.lora_apply_(y.clone(), torch.ones(rows, 16), held[None], b, ids)
+        assert torch.equal(ops.lora_apply_(y, torch.ones(rows, 16), held[None], b, ids), want)
+
+
+def test_overlaps_of_matrices_of_one_pitch_are_found_exactly() -> None:
+    """Every pair of small windows of one buffer: refused where they share an element, else not."""
+    a, b = torch.zeros(1, 8, 2), torch.zeros(1, 2, 8)
+    buffer = torch.zeros(6, 5)
+    where = torch.arange(30).view(6, 5)
+    windows = [(slice(r, r + 2), slice(c, c + 2)) for r in range(5) for c in range(4)]
+    windows += [(slice(r, r + 3, 2), slice(c, c + 2)) for r in range(4) for c in range(4)]
+    ids = torch.zeros(2, dtype=torch.long)
+    refused = 0
+    for one in windows:
+        for other in windows:
+            shared = not set(where[one].flatten().tolist()).isdisjoint(
+                where[other].flatten().tolist()
+            )
+            try:
+                ops.lora_apply_(buffer[one], buffer[other], a, b, ids)
+                assert not shared, (one, other)
+            except ValueError:
+                assert shared, (one, other)
+                refused += 1
+    assert 0 < refused < len(windows) ** 2
 
 
 def test_expand_checks_v() -> None:
     i = make_inputs(SHAPE, torch.bfloat16)
     for message, v in [
-        ("v must be Float, got BFloat16", torch.zeros(4, 8, dtype=torch.bfloat16)),
-        (r"v\.shape\[0\] must equal y\.shape\[0\] = 4, got 3", torch.zeros(3, 8)),
-        (r"v\.shape\[1\] must equal the rank of b, 8, got 9", torch.zeros(4, 9)),
-        (r"v must have shape \(T, R\), got \[8\]", torch.zeros(8)),
+        ("v: expected Float, found BFloat16", torch.zeros(4, 8, dtype=torch.bfloat16)),
+        (r"v\.shape\[0\]: expected y\.shape\[0\] = 4, found 3", torch.zeros(3, 8)),
+        (r"v\.shape\[1\]: expected the rank of b, 8, found 9", torch.zeros(4, 9)),
+        (r"v: expected shape \(T, R\), found \[8\]", torch.zeros(8)),
     ]:
         with pytest.raises(ValueError, match=f"lora_expand_: {message}"):
             ops.lora_expand_(i["y"], v, i["b"], i["adapter_ids"])
@@ -136,11 +245,14 @@ def test_segments_are_checked() -> None:
         return torch.tensor(values, dtype=torch.int32)
 
     for message, args in [
-        (r"seg_indptr must have shape \(3,\), got \[2\]", (ints(0, 4), ints(0, 1), 4)),
-        (r"must not decrease .* got seg_indptr\[2\] = 1", (ints(0, 2, 1), ints(0, 1), 4)),
-        (r"must stay in \[0, 4\], got seg_indptr\[1\] = 5", (ints(0, 5), ints(0), 4)),
-        (r"seg_adapter must be Int, got Long", (ints(0, 4), torch.zeros(1).long(), 4)),
-        (r"num_tokens must not be negative, got -1", (ints(0), ints(), -1)),
+        (r"seg_indptr: expected shape \(3,\), found \[2\]", (ints(0, 4), ints(0, 1), 4)),
+        (
+            r"seg_indptr\[2\]: expected .* does not decrease .*, found 1",
+            (ints(0, 2, 1), ints(0, 1), 4),
+        ),
+        (r"seg_indptr\[1\]: expected .* stays in \[0, 4\], found 5", (ints(0, 5), ints(0), 4)),
+        (r"seg_adapter: expected Int, found Long", (ints(0, 4), torch.zeros(1).long(), 4)),
+        (r"num_tokens: expected a number of at least 0, found -1", (ints(0), ints(), -1)),
     ]:
         with pytest.raises(ValueError, match=f"lora_segment_ids: .*{message}"):
             ops.lora_segment_ids(*args)
@@ -187,7 +299,7 @@ def test_a_plan_that_points_outside_is_refused(field: str, value: int) -> None:
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
     plan = ops.lora_plan(inputs["adapter_ids"], 2)
     plan[{"chunks": 0, "slot": 8, "start": 9, "row": 8 + 4 * 2}[field]] = value
-    with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+    with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
         apply_({**inputs, "plan": plan})
 
 
@@ -196,34 +308,34 @@ def test_a_plan_of_other_ids_is_refused(ids_dtype: torch.dtype) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0], dtype=ids_dtype)
     plan = ops.lora_plan(inputs["adapter_ids"].flip(0), 2)
-    with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+    with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
         apply_({**inputs, "plan": plan})
 
 
 def test_a_plan_that_nobody_made_is_refused() -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     empty = torch.zeros_like(ops.lora_plan(inputs["adapter_ids"], 2))
-    with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+    with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
         apply_({**inputs, "plan": empty})
 
 
 def test_pages_above_the_largest_rank_are_refused() -> None:
     inputs = make_inputs(SHAPE, torch.float32, paged=True)
     table = torch.zeros(2, 2048, dtype=torch.int32)  # rank 16384
-    with pytest.raises(ValueError, match=r"page_table\.shape\[1\] must be at most 32"):
+    with pytest.raises(ValueError, match=r"page_table\.shape\[1\]: expected at most 32"):
         apply_({**inputs, "page_table": table})
 
 
 def test_both_factors_have_as_many_pages() -> None:
     inputs = make_inputs(SHAPE, torch.float32, paged=True)
-    with pytest.raises(ValueError, match=r"b\.shape\[0\] must equal a\.shape\[0\] = \d+ pages"):
+    with pytest.raises(ValueError, match=r"b\.shape\[0\]: expected a\.shape\[0\] = \d+ pages"):
         apply_({**inputs, "b": inputs["b"][:1]})
 
 
 @pytest.mark.parametrize("adapters", [2**31, 2**32 + 1])
 def test_more_adapters_than_an_int32_counts_are_refused(adapters: int) -> None:
     a, b = torch.zeros(1, 8, 4).expand(adapters, 8, 4), torch.zeros(1, 5, 8).expand(adapters, 5, 8)
-    with pytest.raises(ValueError, match=r"number of adapters must be below 2\^24"):
+    with pytest.raises(ValueError, match=r"a: expected fewer than 2\^24 adapters"):
         ops.lora_apply(torch.zeros(1, 4), a, b, torch.zeros(1, dtype=torch.long))
 
 

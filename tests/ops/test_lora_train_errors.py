@@ -22,49 +22,52 @@ def linear(i: Inputs) -> torch.Tensor:
 
 
 WRONG: list[tuple[str, Change]] = [
-    (r"x must have shape \(T, I\), got \[4\]", lambda i: {"x": i["x"][:, 0]}),
-    (r"x must be float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
-    (r"weight must have shape \(O, I\) = \(24, 16\)", lambda i: {"weight": i["weight"].T}),
-    (r"weight must have the dtype of x, Float, got Half", lambda i: {"weight": i["weight"].half()}),
-    (r"bias must have shape \(O,\) = \(24,\), got \[23\]", lambda i: {"bias": i["bias"][1:]}),
-    (r"bias must have the dtype of x, Float, got Double", lambda i: {"bias": i["bias"].double()}),
-    (r"bias must be None where weight is None", lambda i: {"weight": None}),
-    (r"a must have the dtype of x, Float, got Double", lambda i: {"a": i["a"].double()}),
-    (r"a\.shape\[2\] must equal x\.shape\[1\] = 16, got 15", lambda i: {"a": i["a"][:, :, 1:]}),
-    (r"b must have shape \(A, O, R\), got \[24, 8\]", lambda i: {"b": i["b"][0]}),
-    (r"b\.shape\[2\] must equal a\.shape\[1\] = 8, got 7", lambda i: {"b": i["b"][:, :, 1:]}),
-    (r"scale must be Float, got Double", lambda i: {"scale": i["scale"].double()}),
-    (r"ranks must have shape \(2,\), got \[1\]", lambda i: {"ranks": i["ranks"][:1]}),
+    (r"x: expected shape \(T, I\), found \[4\]", lambda i: {"x": i["x"][:, 0]}),
+    (r"x: expected float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
+    (r"weight: expected shape \(O, I\) = \[24, 16\]", lambda i: {"weight": i["weight"].T}),
     (
-        r"ranks\[1\] must be in \[0, 8\], got 9",
+        r"weight: expected the dtype of x, Float, found Half",
+        lambda i: {"weight": i["weight"].half()},
+    ),
+    (r"bias: expected shape \(O,\) = \[24\], found \[23\]", lambda i: {"bias": i["bias"][1:]}),
+    (r"bias: expected the dtype of x, Float, found Double", lambda i: {"bias": i["bias"].double()}),
+    (r"bias: expected None where weight is None", lambda i: {"weight": None}),
+    (r"a: expected the dtype of x, Float, found Double", lambda i: {"a": i["a"].double()}),
+    (r"a\.shape\[2\]: expected x\.shape\[1\] = 16, found 15", lambda i: {"a": i["a"][:, :, 1:]}),
+    (r"b: expected shape \(A, O, R\), found \[24, 8\]", lambda i: {"b": i["b"][0]}),
+    (r"b\.shape\[2\]: expected a\.shape\[1\] = 8, found 7", lambda i: {"b": i["b"][:, :, 1:]}),
+    (r"scale: expected Float, found Double", lambda i: {"scale": i["scale"].double()}),
+    (r"ranks: expected shape \(2,\), found \[1\]", lambda i: {"ranks": i["ranks"][:1]}),
+    (
+        r"ranks\[1\]: expected .* in \[0, 8\], found 9",
         lambda i: {"ranks": torch.tensor([8, 9], dtype=torch.int32)},
     ),
     (
-        r"adapter_ids must have shape \(4,\), one id per row, got \[3\]",
+        r"adapter_ids: expected shape \(4,\), one id per row, found \[3\]",
         lambda i: {"adapter_ids": i["adapter_ids"][:3]},
     ),
     (
-        r"adapter_ids\[2\] must be in \[-1, 2\), got 2",
+        r"adapter_ids\[2\]: expected .* in \[-1, 2\), found 2",
         lambda i: {"adapter_ids": torch.tensor([0, 1, 2, -2])},
     ),
     (
-        r"plan must be lora_plan\(\) of 4 rows and 2 adapters",
+        r"plan: expected lora_plan\(\) of 4 rows and 2 adapters",
         lambda i: {"plan": ops.lora_plan(torch.zeros(5, dtype=torch.long), 2)},
     ),
     (
-        r"plan must be lora_plan\(\) of these adapter_ids",
+        r"plan: expected lora_plan\(\) of these adapter_ids",
         lambda i: {"plan": ops.lora_plan(1 - i["adapter_ids"].abs(), 2)},
     ),
-    (r"dropout_p must be in \[0, 1\), got 1", lambda i: {"dropout_p": 1.0}),
-    (r"dropout_p must be in \[0, 1\), got -0\.1", lambda i: {"dropout_p": -0.1}),
-    (r"dropout_p must be in \[0, 1\), got nan", lambda i: {"dropout_p": float("nan")}),
-    (r"seed is required with dropout_p > 0, got None", lambda i: {"seed": None}),
+    (r"dropout_p: expected .* in \[0, 1\), found 1", lambda i: {"dropout_p": 1.0}),
+    (r"dropout_p: expected .* in \[0, 1\), found -0\.1", lambda i: {"dropout_p": -0.1}),
+    (r"dropout_p: expected .* in \[0, 1\), found nan", lambda i: {"dropout_p": float("nan")}),
+    (r"seed: expected one Long with dropout_p > 0, found None", lambda i: {"seed": None}),
     (
-        r"seed must be one int64 on cpu, got Int of shape \[1\]",
+        r"seed: expected one Long on cpu, found Int of shape \[1\]",
         lambda i: {"seed": i["seed"].int()},
     ),
     (
-        r"seed must be one int64 on cpu, got Long of shape \[2\]",
+        r"seed: expected one Long on cpu, found Long of shape \[2\]",
         lambda i: {"seed": torch.zeros(2, dtype=torch.long)},
     ),
 ]
@@ -88,10 +91,10 @@ def test_a_wrong_gradient_is_named() -> None:
     head = (i["x"], torch.ones(4, 8), i["weight"], i["a"], i["b"], i["adapter_ids"], i["scale"])
     tail = (None, None, 0.0, None, True, True, True)
     for dy, v, message in [
-        (i["dy"][:3], head[1], r"dy must have shape \(T, O\) = \(4, 24\), got \[3, 24\]"),
-        (i["dy"].double(), head[1], "dy must have the dtype of x, Float, got Double"),
-        (i["dy"], torch.ones(4, 7), r"v must have shape \(T, R\) = \(4, 8\) and be Float on cpu"),
-        (i["dy"], torch.ones(4, 8).double(), r"v must have shape .* got Double of shape \[4, 8\]"),
+        (i["dy"][:3], head[1], r"dy: expected shape \(T, O\) = \[4, 24\], found \[3, 24\]"),
+        (i["dy"].double(), head[1], "dy: expected the dtype of x, Float, found Double"),
+        (i["dy"], torch.ones(4, 7), r"v: expected shape \(T, R\) = \[4, 8\], found \[4, 7\]"),
+        (i["dy"], torch.ones(4, 8).double(), r"v: expected Float, found Double"),
     ]:
         with pytest.raises(ValueError, match=f"lora_linear_backward: {message}"):
             backward(dy, i["x"], v, *head[2:], *tail)
@@ -100,11 +103,11 @@ def test_a_wrong_gradient_is_named() -> None:
 def test_dropout_names_its_arguments() -> None:
     x = torch.ones(2, 3)
     for args, message in [
-        ((x[0], 0.5), r"x must have shape \(T, I\), got \[3\]"),
-        ((x, 1.0), r"p must be in \[0, 1\), got 1"),
-        ((x, 0.5), "seed is required with p > 0, got None"),
-        ((x, 0.5, torch.tensor(1.0)), "seed must be one int64 on cpu, got Float"),
-        ((x.int(), 0.0), "x must be float32, float16, bfloat16 or float64"),
+        ((x[0], 0.5), r"x: expected shape \(T, I\), found \[3\]"),
+        ((x, 1.0), r"p: expected .* in \[0, 1\), found 1"),
+        ((x, 0.5), "seed: expected one Long with p > 0, found None"),
+        ((x, 0.5, torch.tensor(1.0)), "seed: expected one Long on cpu, found Float"),
+        ((x.int(), 0.0), "x: expected float32, float16, bfloat16 or float64"),
     ]:
         with pytest.raises(ValueError, match=f"lora_dropout: {message}"):
             ops.lora_dropout(*args)
@@ -138,7 +141,7 @@ def test_a_plan_whose_segments_were_changed_is_refused() -> None:
         i["plan"][-3] = value  # where the segment of the last adapter begins
         if torch.equal(i["plan"], plan):
             continue
-        with pytest.raises(ValueError, match=r"plan must be lora_plan\(\) of these adapter_ids"):
+        with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
             linear(i)
 
 

@@ -101,13 +101,16 @@ def test_autocast_leaves_them_alone_and_the_delta_alone_has_a_gradient() -> None
 def test_wrong_input_is_named() -> None:
     weight, a, b = factors((5, 7, 3), torch.float32)
     for call, message in [
-        (lambda: ops.lora_delta(a, b[:, 1:]), r"lora_delta: a must have shape \(r, I\)"),
-        (lambda: ops.lora_delta(a[0], b), r"lora_delta: .* got \(7,\) and \(5, 3\)"),
-        (lambda: ops.lora_merge_(weight.T, a, b), r"lora_merge_: weight must have .*\(5, 7\)"),
-        (lambda: ops.lora_merge_(weight, a, b, 1.0, 2), "lora_merge_: sign must be 1 or -1, got 2"),
-        (lambda: ops.lora_merge_(weight.int(), a, b), "lora_merge_: weight must be floating"),
-        (lambda: ops.lora_gram([a], []), "lora_gram: b must have as many entries as a, 1, got 0"),
-        (lambda: ops.lora_dora_norm(weight[1:], a, b), "lora_dora_norm: weight must have shape"),
+        (lambda: ops.lora_delta(a, b[:, 1:]), r"lora_delta: a and b: expected shapes \(r, I\)"),
+        (lambda: ops.lora_delta(a[0], b), r"lora_delta: .* found \(7,\) and \(5, 3\)"),
+        (lambda: ops.lora_merge_(weight.T, a, b), r"lora_merge_: weight: expected .*\[5, 7\]"),
+        (
+            lambda: ops.lora_merge_(weight, a, b, 1.0, 2),
+            "lora_merge_: sign: expected 1 or -1, found 2",
+        ),
+        (lambda: ops.lora_merge_(weight.int(), a, b), "lora_merge_: weight: expected a floating"),
+        (lambda: ops.lora_gram([a], []), "lora_gram: b: expected as many tensors as a, 1, found 0"),
+        (lambda: ops.lora_dora_norm(weight[1:], a, b), "lora_dora_norm: weight: expected shape"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

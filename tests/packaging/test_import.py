@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +60,9 @@ def test_a_build_for_another_torch_is_explained(monkeypatch):
 
 def test_a_missing_build_is_explained(monkeypatch):
     monkeypatch.setattr(_loader, "build_info", dict)
-    assert "lora_ext is not built: run `pip install" in _loader.explain(ImportError("no module"))
+    monkeypatch.setattr(_loader, "hidden", lambda: None)
+    words = _loader.explain(ImportError("no module"))
+    assert f"lora_ext in {PACKAGE} is not built: run `pip install" in words
 
 
 def test_a_broken_build_keeps_the_reason(monkeypatch):
@@ -69,6 +74,63 @@ def test_the_stubs_name_what_the_module_has():
     tree = ast.parse((PACKAGE / "_C.pyi").read_text())
     stubs = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert stubs == {name for name in dir(lora_ext._C) if not name.startswith("_")}
+
+
+def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedProcess[str]:
+    """``python -m lora_ext.doctor`` in a copy of this package, which PYTHONPATH has installed."""
+    outputs = ("_C*.so", "_emu*.so", "_build_info.py", "__pycache__")
+    shutil.copytree(PACKAGE, folder / "lora_ext", ignore=shutil.ignore_patterns(*outputs))
+    if built:
+        for path in (*PACKAGE.glob("_C*.so"), PACKAGE / "_build_info.py"):
+            (folder / "lora_ext" / path.name).symlink_to(path)
+    run = (
+        "import runpy, sys\n"
+        # An editable install would lend its compiled module to the checkout.
+        "names = [getattr(finder, '__name__', '') for finder in sys.meta_path]\n"
+        "sys.meta_path[:] = [f for f, n in zip(sys.meta_path, names) if 'Editable' not in n]\n"
+        "runpy.run_module('lora_ext.doctor', run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", run],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_checkout_that_hides_an_installed_package_is_named(tmp_path):
+    run = doctor_in_a_checkout(tmp_path, built=False)
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1] == (
+        f"ImportError: lora_ext in {tmp_path}/lora_ext is not built, and hides the one in "
+        f"{PACKAGE}: start Python outside of {tmp_path}, or run `pip install --no-build-isolation "
+        "-e .` there."
+    )
+
+
+def test_doctor_says_where_it_looks(tmp_path):
+    run = doctor_in_a_checkout(tmp_path, built=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(rf"imported from\s+{tmp_path}/lora_ext\n", run.stdout)
+    assert re.search(rf"kernels from\s+{tmp_path}/lora_ext/_C", run.stdout)
+    assert f"it hides another in {PACKAGE}; start Python outside of {tmp_path}" in run.stdout
+
+
+def test_a_package_on_no_path_is_found_too(monkeypatch, tmp_path):
+    """As an editable install is, by a finder of its own."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path, target=None):
+            return importlib.util.spec_from_file_location(name, tmp_path / name / "__init__.py")
+
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [Finder])
+    assert _loader.hidden() is None, "nothing is there"
+    (tmp_path / "lora_ext").mkdir()
+    (tmp_path / "lora_ext" / "__init__.py").touch()
+    assert _loader.hidden() == tmp_path / "lora_ext"
 
 
 def test_doctor_reports_and_passes():

@@ -77,6 +77,14 @@ def test_torch_too_old(monkeypatch):
     assert "torch 2.9.1 is too old" in sentence(build.find_torch)
 
 
+def test_beside_a_cpu_torch_kernels_are_compiled_only_when_asked_for(toolkit, monkeypatch):
+    home = toolkit()
+    assert build.find_toolkit(torch_for(None), "g++") is None
+    assert build.find_toolkit(torch_for("13.0"), "g++").home == home
+    monkeypatch.setenv("LORA_EXT_CUDA", "1")
+    assert build.find_toolkit(torch_for(None), "g++").home == home
+
+
 def test_nvcc_missing_is_an_error_only_when_cuda_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert build.find_toolkit(torch_for(None), "g++") is None
@@ -101,11 +109,12 @@ def test_a_switch_that_is_neither_0_nor_1(monkeypatch):
 
 def test_cuda_home_without_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for(None), "g++")
+    assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
 
 
-def test_a_good_toolkit_is_taken_with_either_torch(toolkit):
+def test_a_good_toolkit_is_taken_with_either_torch(toolkit, monkeypatch):
     home = toolkit("13.0")
+    monkeypatch.setenv("LORA_EXT_CUDA", "1")
     for cuda in (None, "13.0", "13.2"):
         found = build.find_toolkit(torch_for(cuda), "g++")
         assert found.home == home and found.version == (13, 0)
@@ -119,22 +128,22 @@ def test_torch_of_another_cuda_major(toolkit):
 
 def test_nvcc_too_old(toolkit):
     toolkit("12.4")
-    assert "nvcc 12.4 is too old" in sentence(build.find_toolkit, torch_for(None), "g++")
+    assert "nvcc 12.4 is too old" in sentence(build.find_toolkit, torch_for("12.8"), "g++")
 
 
 def test_gcc_too_new_for_nvcc(toolkit, tmp_path, monkeypatch):
     toolkit("13.0", gcc=15)
     new = script(tmp_path / "g++-16", "echo 16")
-    text = sentence(build.find_toolkit, torch_for(None), new)
+    text = sentence(build.find_toolkit, torch_for("13.0"), new)
     assert "nvcc 13.0 accepts gcc up to 15" in text and "CUDAHOSTCXX=g++-15" in text
     monkeypatch.setenv("CUDAHOSTCXX", script(tmp_path / "g++-15", "echo 15"))
-    assert build.find_toolkit(torch_for(None), new)
+    assert build.find_toolkit(torch_for("13.0"), new)
 
 
 @pytest.mark.parametrize("header", ["cuda_runtime.h", "crt/host_config.h"])
 def test_a_cuda_header_is_missing(toolkit, header):
     (toolkit() / "include" / header).unlink()
-    assert f"{header} is not in" in sentence(build.find_toolkit, torch_for(None), "g++")
+    assert f"{header} is not in" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
 
 
 def test_python_h_is_missing(tmp_path, monkeypatch):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from backends import OP_MODULES
 
 import lora_ext
+from lora_ext import reference
+from lora_ext.ops import _registration
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -54,12 +59,25 @@ def test_kernel_files_reach_the_hardware_through_the_device_header_alone():
     assert not wrong
 
 
+def test_no_comment_goes_beyond_a_hundred_columns():
+    """clang-format breaks code, but leaves comments, which hold tables, to whoever writes them."""
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in SOURCES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100 and "//" in line
+    ]
+    assert not long
+
+
 # Bottom to top; an import only goes down, or stays in its own room.
 FLOORS = [
     ["reference"],
     ["ops"],
     ["nn"],
-    ["adapters", "circuits"],
+    ["adapter"],
+    ["pool", "circuits"],
+    ["federated"],
     ["methods"],
     ["interop"],
     ["cli"],
@@ -108,10 +126,137 @@ def test_a_method_never_imports_another_method():
 
 def test_ops_of_the_compiled_module_are_called_by_ops_alone():
     """Another room may call an op that it defines itself, in Python (``torch.library``)."""
-    compiled = {name for name in dir(lora_ext._C) if name.startswith("lora_")}
     callers = {
         path.relative_to(ROOT / "lora_ext").parts[0]
         for path in (ROOT / "lora_ext").rglob("*.py")
-        if compiled & set(re.findall(r"torch\.ops\.lora_ext\.(\w+)", path.read_text()))
+        if OPS & set(re.findall(r"torch\.ops\.lora_ext\.(\w+)", path.read_text()))
     }
     assert callers <= {"ops"}
+
+
+def test_ops_call_the_library_through_the_name_that_tests_exchange():
+    """A module with another way to it would test the twins under the name of every backend."""
+    calls = {
+        path.stem: re.findall(r".*torch\.ops\b.*", path.read_text())
+        for path in (ROOT / "lora_ext/ops").glob("*.py")
+        if path.stem not in ("__init__", "_registration")
+    }
+    assert all(set(lines) <= {"_c = torch.ops.lora_ext"} for lines in calls.values())
+    assert {m.__name__.split(".")[-1] for m in OP_MODULES} == {n for n, c in calls.items() if c}
+
+
+# --- one row of csrc/ops/table.h per op, and what belongs to it -----------------------------------
+OPS = set(
+    re.findall(
+        r"^ {4}(?:Op|Differentiable|NoGradient|InPlace)<&(\w+)",
+        (CSRC / "ops/table.h").read_text(),
+        re.M,
+    )
+)
+
+
+class Tellings(NamedTuple):
+    """The same op as a formula (a name of ``lora_ext.reference``), as a loop, as a kernel."""
+
+    reference: str
+    twin: str
+    launcher: str
+
+
+LEAF = Tellings("circuit_scan", "CircuitCpu.leaf", "launch_circuit_leaf")
+LEAF_BACKWARD = Tellings("circuit_scan", "CircuitCpu.leaf_backward", "launch_circuit_leaf_backward")
+TELLINGS = {
+    "lora_plan": Tellings("lora_plan", "lora_plan_cpu", "launch_lora_plan"),
+    "lora_segment_ids": Tellings(
+        "lora_segment_ids", "lora_segment_ids_cpu", "launch_lora_segment_ids"
+    ),
+    "lora_shrink": Tellings("lora_shrink", "LoraCpu.shrink", "launch_lora_shrink"),
+    "lora_expand_": Tellings("lora_expand_", "LoraCpu.expand", "launch_lora_expand"),
+    "lora_apply": Tellings("lora_apply", "LoraCpu.apply", "launch_lora_apply"),
+    "lora_apply_": Tellings("lora_apply_", "LoraCpu.apply", "launch_lora_apply"),
+    "lora_linear_forward": Tellings(
+        "lora_linear", "LoraTrainCpu.shrink", "launch_lora_train_shrink"
+    ),
+    "lora_linear_backward": Tellings(
+        "lora_linear_backward", "LoraTrainCpu.da_dx", "launch_lora_train_backward"
+    ),
+    "lora_dropout": Tellings("lora_dropout", "LoraTrainCpu.dropout", "launch_lora_dropout"),
+    "circuit_leaf": LEAF,
+    "circuit_leaf_backward": LEAF_BACKWARD,
+    "emission_gather": LEAF._replace(reference="emission_gather"),
+    "emission_gather_backward": LEAF_BACKWARD._replace(reference="emission_gather"),
+    "circuit_scan": Tellings("circuit_scan", "CircuitCpu.scan", "launch_circuit_scan"),
+    "circuit_scan_backward": Tellings(
+        "circuit_scan", "CircuitCpu.scan_backward", "launch_circuit_scan_backward"
+    ),
+    "circuit_conditional_dist": Tellings(
+        "circuit_conditional_dist",
+        "CircuitDecodeCpu.conditional_dist",
+        "launch_circuit_conditional_dist",
+    ),
+    "circuit_sample": Tellings(
+        "circuit_sample", "CircuitDecodeCpu.sample", "launch_circuit_sample"
+    ),
+    "circuit_argmax": Tellings(
+        "circuit_argmax", "CircuitDecodeCpu.argmax", "launch_circuit_argmax"
+    ),
+    "spec_verify": Tellings("spec_verify", "CircuitDecodeCpu.verify", "launch_spec_verify"),
+    "log_einsum_weights": Tellings("log_einsum_exp", "LogSumCpu.weights", "launch_log_sum_weights"),
+    "log_einsum_exp": Tellings("log_einsum_exp", "LogSumCpu.forward", "launch_log_sum_finish"),
+    "log_einsum_exp_backward": Tellings(
+        "log_einsum_exp", "LogSumCpu.dvalues", "launch_log_sum_dvalues"
+    ),
+    "log_einsum_max": Tellings("log_einsum_exp", "LogSumCpu.max", "launch_log_max"),
+}
+
+
+def test_the_table_of_ops_is_what_both_doors_hold():
+    settings = {"cpu_isa", "set_cpu_isa", "has_kernels", "set_debug"}
+    assert {n for n in dir(lora_ext._C) if not n.startswith("_")} - settings == OPS
+    registered = {
+        schema.name.removeprefix("lora_ext::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("lora_ext::")
+    }
+    assert registered >= OPS  # Python defines others
+
+
+def test_every_op_is_told_as_formula_loop_and_kernel():
+    assert set(TELLINGS) == OPS
+    headers = "\n".join(p.read_text() for p in (CSRC / "include").rglob("*.h"))
+    kernels = "\n".join(p.read_text() for p in (CSRC / "cuda").rglob("*.cu"))
+    refusals = (CSRC / "ops/no_kernels.cpp").read_text()
+    for op, (formula, twin, launcher) in TELLINGS.items():
+        assert hasattr(reference, formula), f"{op}: no reference.{formula}"
+        family, _, step = twin.rpartition(".")
+        declared = rf"struct {family} {{[^}}]*\(\*{step}\)" if family else rf"void {twin}\("
+        assert re.search(declared, headers), f"{op}: no twin {twin}"
+        for text in (headers, kernels, refusals):
+            assert re.search(rf"\b{launcher}\(", text) or f"LX_NO_KERNEL({launcher}," in text, op
+
+
+def test_every_op_is_driven_through_the_laws():
+    laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
+    laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
+    text = "\n".join(path.read_text() for path in laws)
+    driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
+    assert {t.reference for t in TELLINGS.values()} <= driven
+
+
+def test_every_op_has_a_fake_kernel():
+    assert _registration._fakes.keys() == OPS
+    assert _registration._backwards.keys() <= OPS
+
+
+def test_every_op_has_a_stub_with_the_arguments_of_its_schema():
+    tree = ast.parse((ROOT / "lora_ext/_C.pyi").read_text())
+    stubs = {
+        f.name: [a.arg for a in f.args.posonlyargs]
+        for f in tree.body
+        if isinstance(f, ast.FunctionDef)
+    }
+    schemas = {
+        op: [a.name for a in getattr(torch.ops.lora_ext, op).default._schema.arguments]
+        for op in OPS
+    }
+    assert {op: stubs.get(op) for op in OPS} == schemas

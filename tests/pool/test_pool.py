@@ -10,6 +10,7 @@ import torch
 from support import Base, assert_same, assert_slot_holds, config, read_slot, snapshot, state
 
 from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, transfer
+from lora_ext.pool.pages import in_words
 
 
 def make(**arguments):
@@ -32,6 +33,37 @@ def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
     assert pool.nbytes() == sum(t.nbytes for t in held)
     load(pool, "y", 1, rank=16)
     assert pool.nbytes() == 5 * 8 * 64 * 4, "more adapters take pages, not memory"
+
+
+def test_a_pool_says_what_it_will_take_before_it_takes_it():
+    pool = make(pages=5, targets=["up", "down"])
+    expected = 5 * 8 * ((12 + 20) + (20 + 12)) * 4
+    assert pool.reserved_bytes == expected and pool.nbytes() == 0
+    assert repr(pool) == (
+        "AdapterPool(max_slots=3, max_rank=16, pages=5; 2 modules: up to 10.0 KiB of pages, "
+        "0 bytes so far; 0 adapters)"
+    )
+    load(pool, "x", 0, targets=("up",))
+    assert pool.nbytes() == expected // 2 and "5.0 KiB so far; 1 adapter)" in repr(pool)
+    load(pool, "y", 0)
+    assert pool.nbytes() == pool.reserved_bytes == expected
+    half = make(pages=5, targets=["up", "down"], dtype=torch.float16)
+    assert half.reserved_bytes == expected // 2
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1.5 * 2**20, "1.5 MiB"),
+        (20 * 2**30, "20.0 GiB"),
+        (3000 * 2**30, "2.9 TiB"),
+    ],
+)
+def test_sizes_are_told_in_a_unit_that_reads(count, words):
+    assert in_words(int(count)) == words
 
 
 def test_addresses_stay_and_base_rows_get_no_slot():
@@ -360,7 +392,7 @@ def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(MemoryError, match=r"pages of 'head' \(\d+ bytes\).*smaller pages="):
+    with pytest.raises(MemoryError, match=r"3 pages of 'head' \([\d.]+ KiB\).*smaller pages="):
         load(pool, "new", 2, targets=("head",))
     monkeypatch.undo()
     assert_same(before, snapshot(pool))

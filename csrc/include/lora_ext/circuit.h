@@ -1,10 +1,10 @@
 // Probabilistic circuits whose parameters a network emits per row: kinds, structure, layouts.
 //
-//   ff     p(x) = prod_k leaf_k(x_k)                               C = 1, no transitions
-//   cp     p(x) = sum_z prior_z prod_k leaf_{k,z}(x_k)             one latent for the whole window
-//   hmm    a chain of latents; trans[k] leads from position k to k + 1         M = K - 1
-//   btree  a balanced binary tree of latents, one per inner node, seen by both its children;
-//          trans[m] leads from a parent into inner node m, pre-order without the root    M = K - 2
+//   ff     p(x) = prod_k leaf_k(x_k); C = 1 and M = 0.
+//   cp     p(x) = sum_z prior_z prod_k leaf_{k,z}(x_k): one latent for the whole window; M = 0.
+//   hmm    A chain of latents; trans[k] leads from position k to k + 1; M = K - 1.
+//   btree  A balanced binary tree of latents, one per inner node, seen by both its children;
+//          trans[m] leads from a parent into inner node m, pre-order without the root; M = K - 2.
 //
 // Letters: B rows, K positions, C components (states), V vocabulary, M transition matrices.
 // Layouts, row-major: leaf (B, K, C, V); prior (B, C); trans (B, M, C, C), row = parent state,
@@ -12,9 +12,11 @@
 // a batch may be 0: one set of parameters for all rows. x (B, K) int64, -1 = marginalised.
 //
 // Everything is one walk from left to right that keeps cur[z] = log p(state at k = z, x_<k):
-//   observe position k: L_k = logsumexp(cur + e_k), then cur += e_k
-//   step of a chain: cur'[z'] = logsumexp_z(cur[z] + A[z, z'])
-//   tree node: go down with the same step, come back with u[z] = logsumexp_z'(A[z, z'] + up[z'])
+//
+//   observe position k    L_k = logsumexp(cur + e_k), then cur += e_k
+//   step of a chain       cur'[z'] = logsumexp_z(cur[z] + A[z, z'])
+//   node of a tree        go down with the same step, come back with
+//                         u[z] = logsumexp_z'(A[z, z'] + up[z'])
 //
 // Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (2511.11346).
 #pragma once
@@ -119,8 +121,9 @@ LX_HOST_DEVICE constexpr int64_t circuit_num_states(CircuitKind kind, int64_t n_
     return kind == CircuitKind::kBTree ? 3 * (n_token - 2) : n_token;
 }
 
-// CPU twins. ops splits [0, items) over threads: positions (b, k) of the leaves, rows of the scan;
-// no bit depends on how. `scratch` belongs to one thread.
+// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads, where
+// items are positions (b, k) of the leaves and rows of the scan; no bit depends on how. `scratch`
+// belongs to one thread.
 struct CircuitCpu {
     const char* isa;
     void (*leaf)(const CircuitLeafArgs&, int64_t begin, int64_t end);
@@ -129,7 +132,6 @@ struct CircuitCpu {
     void (*scan)(const CircuitScanArgs&, int64_t begin, int64_t end, void* scratch);
     void (*scan_backward)(const CircuitScanArgs&, int64_t begin, int64_t end, void* scratch);
 };
-const CircuitCpu* circuit_cpu(const char* isa);  // as lora_cpu(isa)
 
 // CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation, no float64.
 LaunchStatus launch_circuit_leaf(const CircuitLeafArgs& args, void* stream);

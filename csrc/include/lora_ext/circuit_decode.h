@@ -92,7 +92,8 @@ LX_HOST_DEVICE constexpr CircuitLatent circuit_latent(CircuitKind kind, int64_t 
             {left.is_leaf() ? -1 : left.matrix, right.is_leaf() ? -1 : right.matrix}};
 }
 
-// CPU twins: items are rows of the batch; `scratch` has so many bytes, on 64.
+// CPU twins: one table per instruction set, from isa.h. Items are rows of the batch; `scratch` is
+// aligned to 64 bytes.
 struct CircuitDecodeCpu {
     const char* isa;
     int64_t (*sample_scratch)(const CircuitLogits&);  // of conditional_dist as well
@@ -104,7 +105,6 @@ struct CircuitDecodeCpu {
     int64_t (*verify_scratch)(const SpecVerifyArgs&);
     void (*verify)(const SpecVerifyArgs&, int64_t begin, int64_t end, void* scratch);
 };
-const CircuitDecodeCpu* circuit_decode_cpu(const char* isa);
 
 // CUDA launchers: asynchronous, no allocation. One kernel each; where the leaves of a row are many
 // bytes, a first one takes their norms with all multiprocessors.

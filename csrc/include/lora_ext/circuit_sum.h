@@ -54,12 +54,13 @@ struct LogSumArgs {
     // Backward.
     const void* dout = nullptr;  // (G, B, O) float
     void* dvalues = nullptr;     // (G, B, I) float; shared kernels: ratio weight before
-    void* flow = nullptr;        // (G, O, I) float, shared kernels: ratio^T value; overwritten;
-                                 // of shared twins it may be dw
-    void* dw = nullptr;          // as w, contiguous, dtype of w
+    // (G, O, I) float, overwritten. Shared kernels find ratio^T value in it; twins may get dw.
+    void* flow = nullptr;
+    void* dw = nullptr;  // as w, contiguous, dtype of w
 };
 
-// CPU twins. ops splits [0, items) over threads; no bit depends on how.
+// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads;
+// no bit depends on how.
 struct LogSumCpu {
     const char* isa;
     // Shared regime. Items: (g, o) of weights and dweights, (g, b) of the others but forward.
@@ -71,15 +72,14 @@ struct LogSumCpu {
     void (*ratios)(const LogSumArgs&, int64_t begin, int64_t end);  // dout, out -> ratio
     void (*dvalues)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*dweights)(const LogSumArgs&, int64_t begin, int64_t end);
-    // One matrix per row; items are (g, b). Scratch: `value`, backward also `weight`, (G, B, I)
-    // each.
+    // One matrix per row; items are (g, b). Both use `value` as scratch, the backward `weight` too,
+    // (G, B, I) each.
     void (*per_row)(const LogSumArgs&, int64_t begin, int64_t end);
     void (*per_row_backward)(const LogSumArgs&, int64_t begin, int64_t end);
     // max_i (log W + l) into `out` and the lowest i that attains it, 0 where it is -inf. Items are
     // (g, o) of shared weights, else (g, b).
     void (*max)(const LogSumArgs&, int64_t begin, int64_t end);
 };
-const LogSumCpu* log_sum_cpu(const char* isa);  // as lora_cpu(isa)
 
 // CUDA launchers of the same steps: asynchronous, on `stream`, no allocation, no float64.
 LaunchStatus launch_log_sum_weights(const LogSumArgs& args, void* stream);

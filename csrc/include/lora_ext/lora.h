@@ -1,7 +1,8 @@
 // Batched multi-adapter LoRA: what csrc/ops may call, and the layouts that both sides agree on.
 //
-//   v[t, :] = scale[s] * a[s] x[t, :]          s = adapter_ids[t] >= 0;  (rank of s), float32
-//   (float64 for float64) y[t, :] = round(y[t, :] + b[s] v[t, :])    one rounding to the dtype of y
+//   s       = adapter_ids[t]
+//   v[t, :] = scale[s] * a[s] x[t, :]             rank-of-s entries, float32 (float64 for float64)
+//   y[t, :] = round(y[t, :] + b[s] v[t, :])       rounded once, to the dtype of y
 //
 // Rows with id -1, and rows whose adapter has rank 0, keep every bit of y, and their row of v is
 // not touched.
@@ -17,14 +18,20 @@ namespace lora_ext {
 // Adapters: pages of eight ranks
 //
 // Page p of adapter s holds the ranks 8p .. 8p+7 of both factors:
-//   A page: 8 rows of I elements.  Row j (rank 8p+j) starts at a_page + j * a_row_stride; I
-//   contiguous. B page: O rows of 8 elements.  Row o starts at b_page + o * b_row_stride; the 8
-//   ranks contiguous.
+//
+//   an A page has 8 rows of I contiguous elements; row j (rank 8p+j) starts at
+//       a_page + j * a_row_stride;
+//   a B page has O rows of 8 contiguous elements, one per rank; row o starts at
+//       b_page + o * b_row_stride.
+//
 // Plain tensors a (A, R, I), b (A, O, R) are such pages already, and so is the pool, a (P, 8, I), b
 // (P, O, 8): only the way to a page's first element differs. That is all the address functors know.
 //
-//   bank: a_page = a + s * a_slot_stride + p * a_page_stride           (page_table == nullptr)
-//   pool: a_page = a + page_table[s * pages_per_slot + p] * a_page_stride
+//   bank (page_table == nullptr):
+//       a_page = a + s * a_slot_stride + p * a_page_stride
+//   pool:
+//       a_page = a + page_table[s * pages_per_slot + p] * a_page_stride
+//
 // and the same for b. Strides count elements.
 //
 // Ranks at or beyond an adapter's rank are not read, with one exception: a whole 8-wide row of a B
@@ -34,8 +41,8 @@ struct LoraBank {
     const void* a = nullptr;
     const void* b = nullptr;
     const int32_t* page_table = nullptr;  // (A, pages_per_slot) or nullptr for plain tensors
-    const int32_t* ranks = nullptr;       // (A,) each in [0, max_rank], or nullptr: all max_rank
-    const float* scale = nullptr;         // (A,) or nullptr: all 1
+    const int32_t* ranks = nullptr;       // (A,) each in [0, max_rank]; nullptr: all are max_rank
+    const float* scale = nullptr;         // (A,); nullptr: all are 1
     int64_t a_slot_stride = 0, a_page_stride = 0, a_row_stride = 0;
     int64_t b_slot_stride = 0, b_page_stride = 0, b_row_stride = 0;
     int32_t num_adapters = 0;
@@ -44,19 +51,21 @@ struct LoraBank {
     int32_t num_pages = 0;  // of the pool; entries of the table outside [0, num_pages) are absent
     int32_t in_features = 0;
     int32_t out_features = 0;
-    bool full_pages =
-        false;  // every page has all 8 ranks in memory: the pool, or max_rank % 8 == 0
+    // Every page has all 8 ranks in memory: those of a pool, or where max_rank % 8 == 0.
+    bool full_pages = false;
 };
 
 // ------------------------------------------------------------------------------------------------
 // Plan: rows grouped by adapter
 //
 // One int32 tensor, so that a model's layers can share it. Its size depends on (T, A) alone.
-//   header[kPlanHeader]      see PlanField
-//   chunks[max_chunks][4]    {slot, start, len, 0}: rows perm[start .. start+len) all use this
-//   slot, len <= chunk rows perm[T]                  row numbers sorted by slot, stable; inactive
-//   rows last slot_begin[A + 2]        slot s owns perm[slot_begin[s] .. slot_begin[s+1]); [A] =
-//   active rows, [A+1] = T
+//   header[kPlanHeader]        the numbers of PlanField
+//   chunks[max_chunks][4]      {slot, start, len, 0}: the rows perm[start .. start+len) all use
+//                              this slot, and len is at most chunk_rows()
+//   perm[T]                    the row numbers sorted by slot, stably; inactive rows come last
+//   slot_begin[A + 2]          slot s owns perm[slot_begin[s] .. slot_begin[s+1]);
+//                              slot_begin[A] = active rows, slot_begin[A+1] = T
+//
 // Chunks are in order of (slot, start). Chunks at or beyond num_chunks are undefined.
 enum PlanField : int32_t {
     kPlanNumChunks = 0,
@@ -88,8 +97,8 @@ struct LoraPlanLayout {
 struct LoraPlanArgs {
     const void* adapter_ids = nullptr;  // (T,) int64 or int32
     bool ids_are_int64 = true;
-    const int32_t* num_valid =
-        nullptr;  // optional scalar beside the ids: rows at or beyond it count as -1
+    // One number beside the ids, or nullptr: rows at or beyond it count as -1.
+    const int32_t* num_valid = nullptr;
     int64_t num_tokens = 0;
     int32_t num_adapters = 0;
     int32_t* plan = nullptr;  // LoraPlanLayout::size() entries, all written where defined
@@ -101,36 +110,32 @@ struct LoraArgs {
     DType dtype = DType::kFloat32;  // of x, y, a, b
     LoraBank bank;
     int64_t num_tokens = 0;
-    const void* x =
-        nullptr;  // (T, I), rows x_row_stride elements apart, I contiguous, any alignment
+    // (T, I) and (T, O): rows so many elements apart, each contiguous, of any alignment.
+    const void* x = nullptr;
     int64_t x_row_stride = 0;
-    void* y = nullptr;  // (T, O), rows y_row_stride elements apart, O contiguous, any alignment
+    void* y = nullptr;
     int64_t y_row_stride = 0;
-    void* v = nullptr;  // (T, >= max_rank) float32 (float64); exactly `rank` entries of an active
-                        // row are used
+    // (T, >= max_rank) float32 (float64): exactly `rank` entries of an active row are used.
+    void* v = nullptr;
     int64_t v_row_stride = 0;
-    const int32_t* plan =
-        nullptr;       // nullptr: planless decode, adapter_ids are grouped inside the kernel (CUDA)
-    LoraPlanArgs ids;  // for planless decode
+    // nullptr: decoding without a plan; the kernel itself groups `ids` (CUDA).
+    const int32_t* plan = nullptr;
+    LoraPlanArgs ids;
     void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
 };
 
-// CPU twins. One table per instruction set; ops splits [0, items) over threads, and the result does
-// not depend on how it is split. Items of shrink are chunks; items of expand are (chunk, block of
-// outputs).
+// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads, and the
+// result does not depend on how it is split. Items of shrink are chunks; items of expand are
+// (chunk, block of outputs).
 struct LoraCpu {
     const char* isa;  // "scalar", "avx2", "avx512", "avx512bf16"
     int64_t (*shrink_items)(const LoraArgs&);
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of whole chunks, [begin, end) of shrink_items: one parallel region instead
-    // of two.
+    // Shrink and expand of whole chunks, [begin, end) of shrink_items, in one parallel region.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
-const LoraCpu& lora_cpu();  // the best this machine can run, chosen once
-const LoraCpu* lora_cpu(
-    const char* isa);  // by name; nullptr if not built, or if this machine cannot run it
 
 void lora_plan_cpu(const LoraPlanArgs& args);
 // ids[i] = seg_adapter[s] for seg_indptr[s] <= i < seg_indptr[s+1], else -1.
@@ -142,9 +147,10 @@ LaunchStatus launch_lora_plan(const LoraPlanArgs& args, void* stream);
 LaunchStatus launch_lora_segment_ids(const int32_t* seg_indptr, const int32_t* seg_adapter,
                                      int32_t num_segments, int32_t* ids, int64_t num_tokens,
                                      void* stream);
-constexpr int64_t kPlanlessTokens = 32;  // up to so many rows, plan may be nullptr
-int64_t lora_workspace_bytes(
-    const LoraArgs& args);  // reads sizes only, never pointers; 16-byte aligned memory
+// Up to so many rows, plan may be nullptr.
+constexpr int64_t kPlanlessTokens = 32;
+// Reads sizes only, never pointers. The memory is to be aligned to 16 bytes.
+int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
 // x -> y +=; v stays inside the workspace, args.v is not used.

@@ -1,13 +1,17 @@
 // Training of batched multi-adapter LoRA: what csrc/ops may call beyond lora.h.
 //
 // Forward, with s = adapter_ids[t], m the dropout mask of (t, i) in {0, 1}, c = scale[s] / (1 - p):
-//   v[t, :] = c * a[s] (m[t, :] * x[t, :])                                   float32 (float64)
+//
+//   v[t, :] = c * a[s] (m[t, :] * x[t, :])             float32 (float64)
 //   y[t, :] = x[t, :] W^T + bias + b[s] v[t, :]
+//
 // Backward, from dy (T, O); every sum over tokens runs over the rows of one adapter alone:
-//   dv[t, :] = c * dy[t, :] b[s]                                             float32 (float64)
+//
+//   dv[t, :] = c * dy[t, :] b[s]                       float32 (float64)
 //   db[s]    = sum_t dy[t, :]^T v[t, :]
 //   da[s]    = sum_t dv[t, :]^T (m[t, :] * x[t, :])
 //   dx[t, :] = dy[t, :] W + m[t, :] * (dv[t, :] a[s])
+//
 // The products with W are a library's GEMM, called by csrc/ops; all else is here. 1 / (1 - p) sits
 // in c, so the mask multiplies by 0 or 1 and no element of x is ever rounded.
 //
@@ -31,6 +35,7 @@ struct LoraDropout {
     const int64_t* seed = nullptr;  // one number beside x: a captured graph may change it
     uint32_t threshold = 0;         // round(p * 2^32); 0: keep everything, the seed is not read
     float inverse_keep = 1.0f;      // 1 / (1 - p)
+    double inverse_keep_f64 = 1.0;  // the same, for float64
 };
 
 struct LoraTrainArgs {
@@ -48,8 +53,8 @@ struct LoraTrainArgs {
     void* workspace = nullptr;  // of the launcher's own size, below; CUDA only
 };
 
-// CPU twins: one table per instruction set. ops splits [0, items) over threads; no bit depends on
-// how. Order of the calls: dv first, then db and da_dx in any order.
+// CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads; no bit
+// depends on how. dv is called first, then db and da_dx in any order.
 struct LoraTrainCpu {
     const char* isa;
     // x -> v with dropout. Items are chunks of the plan, as in LoraCpu::shrink.
@@ -69,14 +74,14 @@ struct LoraTrainCpu {
     // rows of x and y, bank.in_features wide.
     void (*dropout)(const LoraTrainArgs&, int64_t begin, int64_t end);
 };
-const LoraTrainCpu& lora_train_cpu();
-const LoraTrainCpu* lora_train_cpu(const char* isa);
 
 // CUDA launchers: asynchronous, on `stream`, no allocation, no synchronisation.
-int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);  // reads sizes only
+// The sizes of workspaces follow from sizes alone, never from what pointers point at.
+int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args);
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args);
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream);    // x -> v
 LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream);  // dy -> the rest
-LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream);  // y contiguous
+// x -> y, which is contiguous.
+LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* stream);
 
 }  // namespace lora_ext

@@ -26,6 +26,7 @@ from torch import Tensor
 from lora_ext import ops
 from lora_ext.nn import CircuitHead
 from lora_ext.nn.circuit_head import Circuit
+from lora_ext.nn.generation import generation_scope
 from lora_ext.reference.lora import accumulator
 
 from .request import read_request
@@ -147,6 +148,7 @@ class SpeculativeDecoder:
                     f"SpeculativeDecoder: {name}: expected {expected}, found {found!r}"
                 )
 
+    @generation_scope()
     @torch.no_grad()
     def generate(
         self,
@@ -178,7 +180,8 @@ class SpeculativeDecoder:
                 and neighbouring seeds share none. Or one seed per row, which may come from
                 :attr:`Generation.seeds`. A row depends on its seed alone, not on the batch around.
             generation_config: transformers' GenerationConfig. Its ``do_sample``, ``temperature``
-                and ``top_p`` replace the decoder's own for this call.
+                and ``top_p`` replace the decoder's own for this call. Those of the model's own
+                configuration are not read.
             stop_strings, tokenizer: a row ends with the token that completes one of the strings.
             streamer: gets the prompt and then every token, as transformers' streamers do; for one
                 prompt.

@@ -1,15 +1,16 @@
 """What one call of the decoder asks for, in the words of transformers' ``generate``.
 
-Arguments of the call win over its ``generation_config``; where neither names the ends or the
-padding, the model's own configuration does. The decoder's output follows the model's law, so a
-setting that would change that law, or that asks for something the decoder does not do, is refused
-by its name instead of being left out silently.
+Arguments of the call win over its ``generation_config``. Where neither names the ends or the
+padding, the model's own configuration does; the sampling settings in there are not read, for the
+decoder has its own. The decoder's output follows the model's law, so a setting that would change
+that law, or that asks for something the decoder does not do, is refused by its name instead of
+being left out silently.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,16 +154,20 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         ValueError: another number of seeds than of rows. TypeError: seeds that are no integers.
     """
     try:
-        one = None if seed is None else operator.index(seed)  # pyright: ignore[reportArgumentType]
+        if isinstance(seed, Iterable):
+            seeds = [operator.index(s) for s in seed]
+        else:
+            generator = None
+            if seed is not None:
+                generator = torch.Generator().manual_seed(operator.index(seed))
+            seeds = torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
     except TypeError:
-        seeds = [operator.index(s) for s in seed]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
-        if len(seeds) != batch:
-            raise ValueError(
-                f"{_WHERE}: seed: expected None, one or {batch}, found {len(seeds)}"
-            ) from None
-        return seeds
-    generator = None if one is None else torch.Generator().manual_seed(one)
-    return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
+        raise TypeError(
+            f"{_WHERE}: seed: expected None, an integer or {batch} of them, found {seed!r:.80}"
+        ) from None
+    if len(seeds) != batch:
+        raise ValueError(f"{_WHERE}: seed: expected None, one or {batch}, found {len(seeds)}")
+    return seeds
 
 
 def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

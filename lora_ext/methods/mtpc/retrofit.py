@@ -154,10 +154,10 @@ def retrofit(
     Args:
         model: logits are its output embeddings applied to the last hidden state.
         config: default is :class:`MtpcConfig` as it stands.
-        shortlist: ``(L,)`` int64, the tokens that are drafted, :func:`frequent_tokens` of texts
-            like those to come; default is the whole vocabulary. Of a large vocabulary a few
-            thousand tokens make the head as many times cheaper, to train and to draft with; the
-            model's law stays exact.
+        shortlist: ``(L,)`` int64, the tokens that are drafted: :func:`frequent_tokens` of texts
+            like those to come. Default is the whole vocabulary. A list of a few thousand tokens of
+            a large vocabulary makes the head cheaper in that proportion, to train and to draft
+            with; the model's law stays exact.
 
     Raises:
         ValueError: a model without output embeddings, or what :class:`CircuitHead` and

@@ -27,7 +27,7 @@ class DraftTail(nn.Module):
         model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
 
     Raises:
-        ValueError: num_layers that the model has not.
+        ValueError: num_layers that the model has not, or layers that have a draft tail already.
 
     Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
     """
@@ -48,6 +48,11 @@ class DraftTail(nn.Module):
         replacements: dict[str, nn.Module] = {}
         factors: list[Any] = []
         for name, base in model.named_modules():
+            if id(base) in inside and isinstance(base, LoraLinear) and NAME in base.lora_A:
+                raise ValueError(
+                    f"DraftTail: model: expected layers without a draft tail, found one at {name} "
+                    "(its remove() takes it away)"
+                )
             if linear_size(base) is not None and id(base) in inside:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
                 lora.set_adapter([])  # rows without a name are rows of the verifier

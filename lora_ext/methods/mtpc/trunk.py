@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.generation import select_rows
+
 from .tail import DraftTail
 
 
@@ -108,6 +110,7 @@ class Trunk:
         for layer in self.cache.layers:
             both = len(layer.keys) == 2 * batch  # rows of the verifier, then those of the tail
             layer.batch_select_indices(torch.cat([rows, rows + batch]) if both else rows)
+        select_rows(rows, batch)  # the adapters of those rows
         self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
 
     def _run(self, ids: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Tensor]:

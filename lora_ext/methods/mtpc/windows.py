@@ -57,7 +57,7 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int)
     """Documents one after the other, each closed by ``eos_id``, in rows of ``length``.
 
     Returns:
-        ``(rows, length)`` int64; what does not fill a last row is left out.
+        ``(rows, length)`` int64; tokens that do not fill a last row are left out.
 
     Raises:
         ValueError: length below 1.
@@ -77,8 +77,8 @@ def frequent_tokens(ids: Tensor, size: int) -> Tensor:
         size: how many, at least 1.
 
     Returns:
-        ``(L,)`` int64 ascending, ``L <= size``; less where the text has fewer. Of equally
-        frequent tokens those of smaller ids.
+        ``(L,)`` int64, ascending; ``L`` is ``size``, or less where the text has fewer tokens.
+        Among equally frequent tokens the smaller ids are taken.
 
     Raises:
         ValueError: size below 1. TypeError: another dtype.

@@ -1,49 +1,11 @@
-// Batched LoRA on the CPU: the choice of instruction set, and the segment plan (a stable counting
-// sort by slot).
+// The plan of a batch on the CPU, which is a stable counting sort of its rows by slot; ids from
+// segments.
 #include "lora_ext/lora.h"
 
 #include <algorithm>
 #include <cstring>
 
 namespace lora_ext {
-
-// One per compilation of lora_isa.cpp.
-namespace scalar {
-extern const LoraCpu table;
-}
-namespace avx2 {
-extern const LoraCpu table;
-}
-namespace avx512 {
-extern const LoraCpu table;
-}
-namespace avx512bf16 {
-extern const LoraCpu table;
-}
-
-const LoraCpu* lora_cpu(const char* isa) {
-#ifdef LX_X86_TABLES
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c");
-    const bool has_avx512 =
-        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (!std::strcmp(isa, "avx2")) return has_avx2 ? &avx2::table : nullptr;
-    if (!std::strcmp(isa, "avx512")) return has_avx512 ? &avx512::table : nullptr;
-    if (!std::strcmp(isa, "avx512bf16"))
-        return has_avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512bf16::table : nullptr;
-#endif
-    return !std::strcmp(isa, "scalar") ? &scalar::table : nullptr;
-}
-
-const LoraCpu& lora_cpu() {
-    static const LoraCpu& best = []() -> const LoraCpu& {
-        for (const char* isa : {"avx512bf16", "avx512", "avx2"})
-            if (const LoraCpu* table = lora_cpu(isa)) return *table;
-        return scalar::table;
-    }();
-    return best;
-}
 
 namespace {
 

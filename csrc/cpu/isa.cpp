@@ -1,0 +1,93 @@
+// The choice of instruction set, for the twins of every family.
+#include "lora_ext/isa.h"
+
+#include "lora_ext/circuit.h"
+#include "lora_ext/circuit_decode.h"
+#include "lora_ext/circuit_sum.h"
+#include "lora_ext/lora.h"
+#include "lora_ext/lora_train.h"
+
+namespace lora_ext {
+
+// What the *_isa.cpp leave in the namespace of an instruction set.
+#define LX_DECLARE_TABLES(isa)                  \
+    namespace isa {                             \
+    extern const LoraCpu lora_table;            \
+    extern const LoraTrainCpu train_table;      \
+    extern const CircuitCpu circuit_table;      \
+    extern const CircuitDecodeCpu decode_table; \
+    extern const LogSumCpu log_sum_table;       \
+    }
+
+// In the order of Isa.
+#ifdef LX_X86_TABLES
+LX_DECLARE_TABLES(scalar)
+LX_DECLARE_TABLES(avx2)
+LX_DECLARE_TABLES(avx512)
+LX_DECLARE_TABLES(avx512bf16)
+#define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table
+constexpr int kBuilt = 4;
+#else
+LX_DECLARE_TABLES(scalar)
+#define LX_EACH_ISA(table) &scalar::table
+constexpr int kBuilt = 1;
+#endif
+
+#define LX_TWINS(Family, table)                                         \
+    template <>                                                         \
+    const Family& twins<Family>(Isa isa) {                              \
+        static constexpr const Family* tables[] = {LX_EACH_ISA(table)}; \
+        return *tables[static_cast<int>(isa)];                          \
+    }
+LX_TWINS(LoraCpu, lora_table)
+LX_TWINS(LoraTrainCpu, train_table)
+LX_TWINS(CircuitCpu, circuit_table)
+LX_TWINS(CircuitDecodeCpu, decode_table)
+LX_TWINS(LogSumCpu, log_sum_table)
+
+namespace {
+
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+
+bool machine_has([[maybe_unused]] Isa isa) {
+#ifdef LX_X86_TABLES
+    if (isa >= Isa::kAvx2 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("f16c")))
+        return false;
+    if (isa >= Isa::kAvx512 &&
+        !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+        return false;
+    if (isa >= Isa::kAvx512Bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
+#endif
+    return true;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    return kNames[static_cast<int>(isa)];
+}
+
+std::optional<Isa> isa_named(std::string_view name) {
+    for (const Isa isa : kAll)
+        if (name == isa_name(isa)) return isa;
+    return std::nullopt;
+}
+
+bool isa_runs(Isa isa) {
+    return static_cast<int>(isa) < kBuilt && machine_has(isa);
+}
+
+Isa best_isa() {
+    static const Isa best = [] {
+        Isa found = Isa::kScalar;
+        for (const Isa isa : kAll)
+            if (isa_runs(isa)) found = isa;
+        return found;
+    }();
+    return best;
+}
+
+}  // namespace lora_ext

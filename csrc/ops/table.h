@@ -1,0 +1,158 @@
+// Every op of the library, one row each: its name, its schema, its function, and what stands above
+// the function in the dispatcher. bindings.cpp makes both doors from this table; nothing else lists
+// the ops. Included by bindings.cpp alone.
+#pragma once
+
+#include <tuple>
+
+#include "ops/autograd.h"
+#include "ops/circuit.h"
+#include "ops/circuit_autograd.h"
+#include "ops/circuit_decode.h"
+#include "ops/circuit_sum.h"
+#include "ops/lora.h"
+#include "ops/lora_train.h"
+#include "ops/lora_train_autograd.h"
+
+namespace lora_ext::table {
+
+// An op with nothing above it: it handles integers alone, or Python registers its backward.
+template <auto kOp>
+struct Op {
+    static constexpr auto kernel = kOp;
+    const char* name;
+    const char* schema;
+};
+
+// An op whose backward is in C++: Formula::call stands above the kernel, Formula::autocast<device>,
+// where there is one, above that.
+template <auto kOp, class Formula_>
+struct Differentiable : Op<kOp> {
+    using Formula = Formula_;
+    static constexpr auto above = &Formula::call;
+};
+
+// An op that refuses gradients and tangents; kRemedy says what to do instead.
+template <auto kOp, const char* kRemedy>
+struct NoGradient : Op<kOp> {
+    static constexpr auto above = &autograd::Refusal<kOp, kRemedy>::call;
+};
+
+// One that also changes its first argument.
+template <auto kOp, const char* kRemedy>
+struct InPlace : NoGradient<kOp, kRemedy> {
+    static constexpr auto in_place = &autograd::Refusal<kOp, kRemedy>::in_place;
+};
+
+#define LX_NO_GRAD "call it under torch.no_grad()"
+inline constexpr char kApply[] = LX_NO_GRAD ", or use lora_apply, which is differentiable";
+inline constexpr char kScan[] = LX_NO_GRAD "; circuit_scan is differentiable";
+inline constexpr char kSum[] = LX_NO_GRAD "; log_einsum_exp is differentiable";
+#define LX_ONCE(op) "the gradient of " op " is not itself differentiable"
+inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
+inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
+inline constexpr char kEmissionOnce[] = LX_ONCE("emission_gather");
+inline constexpr char kScanOnce[] = LX_ONCE("circuit_scan");
+
+// The ends and beginnings that signatures share.
+#define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
+#define LX_CIRCUIT "str kind, Tensor leaf, Tensor? prior, Tensor? trans"
+
+// clang-format off
+inline constexpr std::tuple kOps{
+    // --- lora ---
+    Op<&lora_plan>{
+        "lora_plan", "(Tensor adapter_ids, int num_adapters, Tensor? num_valid=None) -> Tensor"},
+    Op<&lora_segment_ids>{
+        "lora_segment_ids", "(Tensor seg_indptr, Tensor seg_adapter, int num_tokens) -> Tensor"},
+    NoGradient<&lora_shrink, kApply>{
+        "lora_shrink",
+        "(Tensor x, Tensor a, Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ") -> Tensor"},
+    InPlace<&lora_expand_, kApply>{
+        "lora_expand_",
+        "(Tensor(a!) y, Tensor v, Tensor b, Tensor adapter_ids, " LX_ADAPTERS ") -> ()"},
+    Op<&lora_apply>{
+        "lora_apply",
+        "(Tensor x, Tensor a, Tensor b, Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ")"
+        " -> Tensor"},
+    InPlace<&lora_apply_, kApply>{
+        "lora_apply_",
+        "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor adapter_ids, Tensor? scale=None, "
+        LX_ADAPTERS ") -> ()"},
+
+    // --- lora_train ---
+    Differentiable<&lora_linear_forward, autograd::Linear>{
+        "lora_linear_forward",
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor adapter_ids, "
+        "Tensor? scale=None, Tensor? ranks=None, float dropout_p=0.0, Tensor? seed=None, "
+        "Tensor? plan=None) -> (Tensor y, Tensor v)"},
+    NoGradient<&lora_linear_backward, kLinearOnce>{
+        "lora_linear_backward",
+        "(Tensor dy, Tensor x, Tensor v, Tensor? weight, Tensor a, Tensor b, Tensor adapter_ids, "
+        "Tensor? scale, Tensor? ranks, Tensor? plan, float dropout_p, Tensor? seed, bool need_dx, "
+        "bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)"},
+    Differentiable<&lora_dropout, autograd::Dropout>{
+        "lora_dropout", "(Tensor x, float p, Tensor? seed=None) -> Tensor"},
+
+    // --- circuit ---
+    Differentiable<&circuit_leaf, autograd::CircuitLeaf>{
+        "circuit_leaf", "(Tensor leaf, Tensor x) -> (Tensor e, Tensor norm)"},
+    NoGradient<&circuit_leaf_backward, kLeafOnce>{
+        "circuit_leaf_backward", "(Tensor de, Tensor leaf, Tensor x, Tensor norm) -> Tensor"},
+    Differentiable<&emission_gather, autograd::EmissionGather>{
+        "emission_gather", "(Tensor h, Tensor emit, Tensor x) -> Tensor"},
+    NoGradient<&emission_gather_backward, kEmissionOnce>{
+        "emission_gather_backward",
+        "(Tensor de, Tensor h, Tensor emit, Tensor x, bool need_h, bool need_emit)"
+        " -> (Tensor dh, Tensor demit)"},
+    Differentiable<&circuit_scan, autograd::CircuitScan>{
+        "circuit_scan",
+        "(str kind, Tensor e, Tensor? prior=None, Tensor? trans=None, bool save=False)"
+        " -> (Tensor prefix, Tensor conditional, Tensor posterior, Tensor states)"},
+    NoGradient<&circuit_scan_backward, kScanOnce>{
+        "circuit_scan_backward",
+        "(Tensor? dprefix, Tensor? dconditional, str kind, Tensor e, Tensor? prior, Tensor? trans, "
+        "Tensor states, bool need_prior, bool need_trans)"
+        " -> (Tensor de, Tensor dprior, Tensor dtrans)"},
+
+    // --- circuit_decode ---
+    NoGradient<&circuit_conditional_dist, kScan>{
+        "circuit_conditional_dist", "(" LX_CIRCUIT ", Tensor x, Tensor k) -> Tensor"},
+    NoGradient<&circuit_sample, kScan>{
+        "circuit_sample",
+        "(" LX_CIRCUIT ", Tensor uniforms, Tensor? evidence=None)"
+        " -> (Tensor tokens, Tensor conditional, Tensor posterior)"},
+    NoGradient<&circuit_argmax, kScan>{
+        "circuit_argmax",
+        "(" LX_CIRCUIT ", Tensor? evidence=None) -> (Tensor tokens, Tensor value)"},
+    NoGradient<&spec_verify, kScan>{
+        "spec_verify",
+        "(Tensor target, Tensor tokens, Tensor conditional, Tensor posterior, Tensor leaf, "
+        "Tensor uniforms, Tensor? num_evidence=None, float temperature=1.0)"
+        " -> (Tensor accepted, Tensor next_token)"},
+
+    // --- circuit_sum ---
+    NoGradient<&log_einsum_weights, kSum>{
+        "log_einsum_weights", "(Tensor w, str norm) -> (Tensor weight, Tensor shift)"},
+    Op<&log_einsum_exp>{
+        "log_einsum_exp",
+        "(Tensor w, Tensor values, str norm, str precision, Tensor? weight=None, "
+        "Tensor? shift=None) -> Tensor"},
+    Op<&log_einsum_exp_backward>{
+        "log_einsum_exp_backward",
+        "(Tensor dout, Tensor w, Tensor values, Tensor out, str norm, bool need_dw, "
+        "bool need_dvalues, Tensor? weight=None, Tensor? shift=None)"
+        " -> (Tensor dw, Tensor dvalues)"},
+    NoGradient<&log_einsum_max, kSum>{
+        "log_einsum_max",
+        "(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor indices)"},
+};
+// clang-format on
+
+// Calls f(row) for every op.
+template <class F>
+void for_each_op(F&& f) {
+    std::apply([&](const auto&... op) { (f(op), ...); }, kOps);
+}
+
+}  // namespace lora_ext::table

@@ -1,0 +1,144 @@
+"""An adapter out of a model in memory: PEFT's, or one with layers of :mod:`lora_ext.nn`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext.nn.lora_config import matches_suffix
+from lora_ext.nn.lora_layer import LoraLayer
+
+from .peft_keys import PREFIX, parse_key
+
+# Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
+_SAVED_WHOLE = ("embed_tokens", "lm_head")
+
+
+def live_adapter(
+    model: nn.Module, adapter: str | None, where: str
+) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and state dict that saving the adapter would write.
+
+    Args:
+        model: PEFT's, or one with layers of :mod:`lora_ext.nn`.
+        adapter: its name; None is the one that is active.
+        where: opens the message of an error: caller and argument.
+
+    Returns:
+        a ``peft.LoraConfig`` or a dict of its fields, and tensors that share the model's memory.
+
+    Raises:
+        ValueError: the model has no such adapter, or several are active; settings that layers of
+            ours have and PEFT's configuration cannot say.
+    """
+    configs = getattr(model, "peft_config", None)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if isinstance(configs, Mapping):
+        active: Any = getattr(model, "active_adapters", [])
+        if callable(active):  # a method of transformers, a property of PEFT
+            active = active()
+        adapter = _chosen(adapter, configs, active, where)
+        return configs[adapter], _state(model, adapter)
+    if not layers:
+        raise ValueError(
+            f"{where}: expected a PEFT model, or one with layers of lora_ext.nn, found none in a "
+            f"{type(model).__name__}"
+        )
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
+    active = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
+    adapter = _chosen(adapter, known, active, where)
+    layers = {name: layer for name, layer in layers.items() if adapter in layer.adapter_names}
+    names = [name for name, _ in model.named_modules()]
+    return _describe(layers, adapter, names, where), _state(model, adapter)
+
+
+def _chosen(adapter: str | None, known: Iterable[str], active: Iterable[str], where: str) -> str:
+    if adapter is None:
+        active = list(active)
+        if len(active) != 1:
+            raise ValueError(
+                f"{where}: adapter_name: expected a name, where not one adapter is active but "
+                f"{active}, found None"
+            )
+        return active[0]
+    if adapter not in known:
+        raise ValueError(f"{where}: adapter: expected one of {list(known)}, found {adapter!r}")
+    return adapter
+
+
+def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    tensors = model.state_dict()
+    keys = {name: parse_key(name) for name in tensors}
+    found = {n: k for n, k in keys.items() if k is not None and k.adapter == adapter}
+    whole = tuple(
+        f"{k.module}.base_layer."
+        for k in found.values()
+        if k.module.rpartition(".")[2] in _SAVED_WHOLE and hasattr(model, "peft_config")
+    )
+    beside = [name for name in tensors if name.removeprefix(PREFIX).startswith(whole)]
+    return {name: tensors[name] for name in (*found, *beside)}
+
+
+def _describe(
+    layers: dict[str, LoraLayer], adapter: str, names: Iterable[str], where: str
+) -> dict[str, Any]:
+    """PEFT's configuration of an adapter in these layers, each named in full."""
+
+    def everywhere(field: str) -> bool:
+        values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
+        others = [name for name, value in values.items() if not value]
+        if others and len(others) < len(values):
+            raise ValueError(
+                f"{where}: {field}: expected the same in every layer, which is all that PEFT's "
+                f"configuration can say, found it off in {', '.join(others[:4])} alone"
+            )
+        return not others
+
+    rslora = all(layer.use_rslora[adapter] for layer in layers.values())
+    root = math.sqrt if rslora else float
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    alphas: dict[str, float] = {}
+    for name, layer in layers.items():
+        alpha, scaling = layer.lora_alpha[adapter], layer.scaling[adapter]
+        # The scale may have been set by hand.
+        alphas[name] = (
+            alpha if alpha / root(ranks[name]) == scaling else scaling * root(ranks[name])
+        )
+    rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
+    r, rank_pattern = _patterns(ranks)
+    lora_alpha, alpha_pattern = _patterns(alphas)
+    others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": rslora,
+        "use_dora": everywhere("use_dora"),
+        "lora_bias": everywhere("lora_bias"),
+        "lora_dropout": max(rates),  # PEFT has one rate for all layers
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "bias": "none",
+        "init_lora_weights": True,
+        "target_modules": sorted(layers),
+        # A name in full is also the end of longer ones.
+        "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
+    }
+
+
+def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and PEFT's pattern for each name that has another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+
+    def pattern(name: str) -> str:
+        # PEFT matches a pattern with the end of a name.
+        ends = any(other.endswith(f".{name}") for other in values)
+        return f"^{re.escape(name)}" if ends else name
+
+    return common, {pattern(name): v for name, v in values.items() if v != common}

@@ -1,0 +1,105 @@
+"""Methods of a transformers model that :func:`lora_ext.attach` overrides: a block's rows stay those
+of the batch, and what cannot be served is refused. They find their model through ``self``, in a
+copy of it too."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from lora_ext.nn.assignment import Names
+from lora_ext.nn.attachment import pool_handle
+from lora_ext.nn.context import adapters
+from lora_ext.nn.generation import generation_scope, repeat_rows, select_rows
+from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.pool import AdapterPool
+
+
+def hooks(pool: AdapterPool) -> dict[str, Any]:
+    """What stands in for the methods of these names, where a model has them."""
+    return {
+        **_generate(pool),
+        **_whisper(pool),
+        **{name: _refused(name) for name in _CONTINUOUS_BATCHING},
+        "resize_token_embeddings": _resize_token_embeddings,
+    }
+
+
+def _generate(pool: AdapterPool) -> dict[str, Any]:
+    handle = pool_handle(pool)
+
+    def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(adapters(adapter_names, pool=pool))
+            stack.enter_context(generation_scope())
+            return type(self).generate(self, *args, **kwargs)
+
+    def _prepare_encoder_decoder_kwargs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The encoder runs once per input. Whisper generates several times in one call.
+        repeat_rows(handle, 1)
+        return type(self)._prepare_encoder_decoder_kwargs_for_generation(self, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self: Any, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> Any:
+        expanded = type(self)._expand_inputs_for_generation(self, expand_size, *args, **kwargs)
+        repeat_rows(handle, expand_size)
+        return expanded
+
+    found = generate, _prepare_encoder_decoder_kwargs_for_generation, _expand_inputs_for_generation
+    return {hook.__name__: hook for hook in found}
+
+
+def _whisper(pool: AdapterPool) -> dict[str, Any]:
+    """Whisper repeats its inputs for returned sequences before the encoder, and drops the
+    recordings that have ended."""
+    handle = pool_handle(pool)
+
+    def _expand_variables_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = kwargs["batch_size"]
+        expanded = type(self)._expand_variables_for_generation(self, *args, **kwargs)
+        rows = expanded[1]
+        select_rows([row * batch // rows for row in range(rows)], batch)
+        return expanded
+
+    def _maybe_reduce_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = kwargs["batch_idx_map"]
+        reduced = type(self)._maybe_reduce_batch(*args, **kwargs)
+        repeat_rows(handle, 1)
+        if len(reduced[2]) < len(before):
+            select_rows([before.index(row) for row in reduced[2]], len(before))
+        return reduced
+
+    found = _expand_variables_for_generation, _maybe_reduce_batch
+    return {hook.__name__: hook for hook in found}
+
+
+_CONTINUOUS_BATCHING = (
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+)
+
+
+def _refused(name: str) -> Any:
+    def refuse(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: expected a model that is not attached, found an attached one: continuous "
+            "batching packs requests into one row, so that no row has a known adapter; call "
+            "generate, or detach the model first"
+        )
+
+    return refuse
+
+
+def _resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(self.get_input_embeddings(), PoolLayer) or isinstance(
+        self.get_output_embeddings(), PoolLayer
+    ):
+        raise RuntimeError(
+            "resize_token_embeddings: expected embeddings that are not attached, found those of "
+            "an attached model, which its pool knows by their sizes; detach the model, resize it, "
+            "and make a new pool"
+        )
+    return type(self).resize_token_embeddings(self, *args, **kwargs)

@@ -1,0 +1,72 @@
+"""SpeculativeDecoder inside ``adapters``: the block follows the rows that are left."""
+
+from typing import Any
+
+import pytest
+import torch
+from methods.toy import make_draft, make_model, prompts
+from torch import nn
+
+import lora_ext
+from lora_ext.nn import LoraLinear, layer_names
+
+NAMES = ["red", None, "blue"]
+NEW = 24
+
+
+def with_pool() -> tuple[Any, Any]:
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8, targets=["q_proj", "down_proj"])
+    for name in ("red", "blue"):
+        state = {}
+        for module, spec in pool.index.linear.items():
+            stem = f"base_model.model.{module}"
+            a = torch.randn(2, spec.in_features, generator=generator, dtype=torch.double)
+            state[f"{stem}.lora_A.weight"] = a
+            b = torch.randn(spec.out_features, 2, generator=generator, dtype=torch.double)
+            state[f"{stem}.lora_B.weight"] = 3 * b
+        targets = ["q_proj", "down_proj"]
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
+        pool.load(name, (config, state))
+    return lora_ext.attach(model, pool), pool
+
+
+def with_layers() -> tuple[Any, Any]:
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    for layer in model.model.layers:
+        own = LoraLinear(layer.mlp.down_proj, "red", r=2)
+        own.add_adapter("blue", r=2)
+        for name in ("red", "blue"):
+            for factors in (own.lora_A, own.lora_B):
+                nn.init.normal_(factors[name].weight, generator=generator, std=2.0)
+        own.set_adapter([])
+        layer.mlp.down_proj = own
+    return model, layer_names
+
+
+@pytest.mark.parametrize("window", ["condition", "restart"])
+@pytest.mark.parametrize("kind", [with_pool, with_layers])
+def test_rows_that_go_on_keep_their_adapters(kind: Any, window: str) -> None:
+    model, pool = kind()
+    ids, mask = prompts(3)
+    decoder = make_draft(model).decoder(mode="greedy", window=window)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": 3}
+    with lora_ext.adapters(NAMES, pool=pool):
+        found = decoder.generate(ids, mask, **how)
+        with torch.no_grad():
+            model(ids)  # the block means its three rows again
+    answers = []
+    for row, name in enumerate(NAMES):
+        with lora_ext.adapters(name, pool=pool):
+            prompt = ids[row, mask[row].bool()][None]
+            seen = torch.ones_like(prompt)
+            alone = model.generate(prompt, attention_mask=seen, do_sample=False, **how)
+        alone = alone[0, prompt.shape[1] :]
+        mine = found.sequences[row, ids.shape[1] :]
+        assert torch.equal(mine[: len(alone)], alone)
+        answers.append(len(alone))
+    assert len(set(answers)) == 3  # each row ends by itself, so the batch shrinks twice
+    base = model.generate(ids, attention_mask=mask, do_sample=False, **how)
+    assert not torch.equal(base, found.sequences)
