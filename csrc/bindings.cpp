@@ -77,6 +77,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("set_debug", &lora_ext::set_debug);
 #ifdef LX_EMULATE
     m.def("set_seed", &lx::emu::set_seed);
+    m.def("set_shared_memory", &lx::emu::set_shared_memory);
     m.def("launches", [] { return lx::emu::counters().launches; });
 #endif
 }

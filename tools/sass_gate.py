@@ -7,7 +7,8 @@ kernel and architecture: no stack, no local memory, the rules of `kernels.toml`,
 recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
 
 It cannot see bank conflicts, stalls or speed, and an instruction that exists may still not be on
-the hot path: the `_loop` rules look only between a backward branch and its target.
+the hot path: the `_loop` rules look only between a backward branch and its target. What a loop has
+under way in memory at once, `min_inflight` and `min_overlap`, is read by `sass_loops.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+
+import sass_loops
+from sass_loops import Instruction
 
 try:
     import tomllib
@@ -32,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RULES, LOCK = ROOT / "kernels.toml", ROOT / "kernels.lock"
 RULE_KEYS = {
     "match", "arch", "max_registers", "threads", "dynamic_shared", "min_blocks",
-    "require", "forbid", "require_loop", "forbid_loop",
+    "require", "forbid", "require_loop", "forbid_loop", "min_inflight", "min_overlap",
 }  # fmt: skip
 # The columns of the table: label, and the opcodes that it counts.
 COUNTED = {
@@ -50,6 +55,10 @@ COUNTED = {
 }
 
 
+# Address, predicate, opcode, operands.
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?(\S+)\s*([^;]*);")
+
+
 @dataclass
 class Kernel:
     arch: str
@@ -59,20 +68,24 @@ class Kernel:
     stack: int = 0
     local: int = 0
     shared: int = 0
-    code: list[tuple[int, str, str]] = field(default_factory=list)  # address, opcode, operands
+    code: list[Instruction] = field(default_factory=list)
 
     @property
     def opcodes(self) -> list[str]:
-        return [opcode for _, opcode, _ in self.code]
+        return [one.opcode for one in self.code]
 
     def loop_opcodes(self) -> list[str]:
         """Opcodes between each backward branch and its target."""
         inside: set[int] = set()
-        for address, opcode, operands in self.code:
-            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-            if opcode.startswith("BRA") and target and int(target[1], 16) < address:
-                inside.update(range(int(target[1], 16), address + 1))
-        return [opcode for address, opcode, _ in self.code if address in inside]
+        for one in self.code:
+            if one.target is not None and one.target < one.address:
+                inside.update(range(one.target, one.address + 1))
+        return [one.opcode for one in self.code if one.address in inside]
+
+    @cached_property
+    def flights(self) -> list[sass_loops.Flight]:
+        """What each main loop has under way in memory."""
+        return sass_loops.flights(self.code)
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
@@ -122,8 +135,14 @@ def parse(res_usage: str, sass: str) -> list[Kernel]:
             arch = found[1]
         elif found := re.match(r"\s*Function : (\S+)", line):
             name = found[1]
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(\S+)\s*([^;]*);", line):
-            kernels[arch, name].code.append((int(found[1], 16), found[2], found[3].strip()))
+        elif found := INSTRUCTION.match(line):
+            address, predicate, opcode, operands = found.groups(default="")
+            kernels[arch, name].code.append(
+                Instruction(int(address, 16), opcode, operands.strip(), predicate)
+            )
+        elif found := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/$", line):  # the upper 64 bits
+            code = kernels[arch, name].code
+            code[-1] = replace(code[-1], high=int(found[1], 16))
     return list(kernels.values())
 
 
@@ -180,6 +199,19 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
             blocks = blocks_per_multiprocessor(kernel.registers, rule["threads"], shared)
             if blocks < rule["min_blocks"]:
                 wrong.append(f"{blocks} blocks per multiprocessor, least {rule['min_blocks']}")
+        for key in ("inflight", "overlap"):
+            if (least := rule.get(f"min_{key}")) is None:
+                continue
+            found = [getattr(one, key) for one in kernel.flights]
+            if key == "overlap":
+                found = [
+                    most for most, one in zip(found, kernel.flights, strict=True) if one.tensor
+                ]
+            if not found:
+                wrong.append(f"no main loop to measure min_{key} in")
+            elif min(found) < least:
+                meant = "on their way" if key == "inflight" else "on their way beside a product"
+                wrong.append(f"{min(found)} bytes per thread {meant} in a main loop, least {least}")
         for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
             place = " in a loop" if suffix else ""
             for pattern in rule.get("require" + suffix, []):
@@ -206,7 +238,14 @@ def load_rules(path: Path) -> list[dict]:
 def row(kernel: Kernel) -> str:
     numbers = [kernel.registers, kernel.shared, len(kernel.code)]
     numbers += [kernel.count(pattern) for pattern in COUNTED.values()]
-    return f"{kernel.arch:8}" + "".join(f"{n:7}" for n in numbers) + f"  {kernel.name}"
+    flights = ["/".join(str(n) for n in found) or "-" for found in (
+        [one.inflight for one in kernel.flights],
+        [one.overlap for one in kernel.flights if one.tensor],
+    )]  # fmt: skip
+    return (
+        f"{kernel.arch:8}" + "".join(f"{n:7}" for n in numbers) + f"  {kernel.name}"
+        f"  inflight {flights[0]}" + (f"  overlap {flights[1]}" if flights[1] != "-" else "")
+    )
 
 
 def table(kernels: list[Kernel]) -> list[str]:

@@ -68,7 +68,8 @@ class Instruction:
 @dataclass(frozen=True)
 class Flight:
     inflight: int  # bytes per thread on their way, averaged over the trips waited for
-    overlap: int  # of which so many are on their way while a tensor core multiplies
+    overlap: int  # so many of them while a tensor core multiplies
+    tensor: bool  # whether one does
 
 
 # --- loops ----------------------------------------------------------------------------------------
@@ -76,6 +77,11 @@ def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[
     found = [] if code[i].ends or i + 1 == len(code) else [i + 1]
     target = code[i].target
     return found if target not in at else [*found, at[target]]
+
+
+def flights(code: Sequence[Instruction]) -> list[Flight]:
+    """One entry for each main loop of a kernel, in the order of their heads."""
+    return [flight(turn) for turn in main_loops(code)]
 
 
 def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
@@ -213,4 +219,5 @@ def flight(turn: Sequence[Instruction]) -> Flight:
                 overlap = max(overlap, sum(size for _, size in flying))
     size = sum(one.load_bytes for one in turn)
     trips = clock - began
-    return Flight(size * MEASURED // trips if trips else size * MEASURED, overlap)
+    tensor = any(re.match(TENSOR, one.opcode) for one in turn)
+    return Flight(size * MEASURED // trips if trips else size * MEASURED, overlap, tensor)

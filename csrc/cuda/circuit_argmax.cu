@@ -126,6 +126,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+int64_t circuit_argmax_bytes(const CircuitLogits& logits) {
+    return shared_bytes(logits.circuit);
+}
+
 LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream) {
     const CircuitLogits& logits = args.logits;
     const CircuitParams& c = logits.circuit;

@@ -10,6 +10,9 @@ namespace lora_ext {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kBatch = 2;  // loads of a lane that are in flight together
+// All the warps that a multiprocessor holds; fewer on the way back, which keeps more at hand.
+constexpr int kMinBlocks = 8, kMinBlocksBackward = 5;
 
 // Which row of V logits a warp has, and which token stands there.
 struct LeafRow {
@@ -30,7 +33,7 @@ LX_DEVICE bool find_row(const CircuitLeafArgs& args, LeafRow& row) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kMinBlocks)
     circuit_leaf_kernel(const __grid_constant__ CircuitLeafArgs args, bool aligned) {
     LeafRow row;
     if (!find_row(args, row)) return;
@@ -38,8 +41,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (row.token >= 0) {
         const T* logits = static_cast<const T*>(args.logits) + row.logits;
         OnlineSum mine;
-        for_pieces(logits, static_cast<int>(args.vocab), aligned, lx::lane_id(), lx::kWarpSize,
-                   [&](int, const auto& v) { mine.add(v); });
+        for_pieces<kBatch>(logits, static_cast<int>(args.vocab), aligned, lx::lane_id(),
+                           lx::kWarpSize, [&](int, const auto& v) { mine.add(v); });
         const WarpTeam warp(nullptr);
         shift = shift_of(warp.reduce(mine.top, larger));
         const float sum = warp.reduce(mine.sum * lx::exp_approx(mine.top - shift), add);
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kMinBlocksBackward)
     circuit_leaf_backward_kernel(const __grid_constant__ CircuitLeafArgs args, bool aligned) {
     LeafRow row;
     if (!find_row(args, row)) return;
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     const float log_sum = static_cast<const float*>(args.log_sum)[row.at];
     const int token = static_cast<int>(row.token);
     const T* logits = static_cast<const T*>(args.logits) + row.logits;
-    for_pieces(logits, vocab, aligned, lane, lx::kWarpSize, [&](int i, const auto& v) {
+    for_pieces<kBatch>(logits, vocab, aligned, lane, lx::kWarpSize, [&](int i, const auto& v) {
         float d[kPiece<T>];
 #pragma unroll
         for (int j = 0; j < kPiece<T>; ++j)

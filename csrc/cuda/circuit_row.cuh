@@ -11,9 +11,6 @@ namespace lora_ext {
 
 constexpr int kMaxWarpTokens = 4096;  // beyond it one warp would read a row for too long
 
-inline bool walks_by_warp(const CircuitLogits& logits) {
-    return logits.circuit.components <= kWarpStates && logits.vocabulary <= kMaxWarpTokens;
-}
 template <class Team>
 constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
@@ -28,6 +25,12 @@ LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
 template <class Team>
 int64_t shared_bytes(const CircuitParams& c) {
     return 4 * (own_floats<Team>(c) + circuit_walk_floats(c, Team::kScratch));
+}
+// A warp walks few states, if the norms of all positions have room in shared memory.
+inline bool walks_by_warp(const CircuitLogits& logits) {
+    const CircuitParams& c = logits.circuit;
+    return c.components <= kWarpStates && logits.vocabulary <= kMaxWarpTokens &&
+           shared_bytes<WarpTeam>(c) <= most_dynamic_bytes();
 }
 
 // What a block holds in shared memory, and how it gets its norms.

@@ -54,6 +54,14 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
 
 }  // namespace
 
+int64_t circuit_block_bytes() {
+    return most_dynamic_bytes();
+}
+int64_t circuit_row_bytes(const CircuitLogits& logits) {
+    const CircuitParams& c = logits.circuit;
+    return walks_by_warp(logits) ? shared_bytes<WarpTeam>(c) : shared_bytes<BlockTeam>(c);
+}
+
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream) {
     const CircuitParams& c = args.logits.circuit;
     if (c.rows == 0) return 0;

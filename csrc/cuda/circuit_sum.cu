@@ -16,6 +16,9 @@ LX_DEVICE int64_t warp_item() {
 dim3 grid_of(int64_t items) {
     return dim3(static_cast<unsigned>(ceil_div(items, kWarps)));
 }
+bool fits_grid(int64_t items) {
+    return ceil_div(items, kWarps) <= kMaxGridX;
+}
 
 // w -> weight and its shift; values are log-weights of their own.
 template <class T>
@@ -225,6 +228,7 @@ void declare_results(const LogSumArgs& args) {
 }  // namespace
 
 LaunchStatus launch_log_sum_weights(const LogSumArgs& args, void* stream) {
+    if (!fits_grid(weight_items(args))) return kInvalidValue;
     declare_weights(args);
     declare_floats(args.weight, weight_items(args) * args.terms, lx::Access::kWrite);
     declare_floats(args.weight_shift, weight_items(args), lx::Access::kWrite);
@@ -250,6 +254,7 @@ LaunchStatus launch_log_sum_values(const LogSumArgs& args, void* stream) {
 }
 
 LaunchStatus launch_log_sum_finish(const LogSumArgs& args, void* stream) {
+    if (!fits_grid(value_items(args))) return kInvalidValue;
     declare_shifts(args);
     declare_floats(args.out, value_items(args) * args.sums, lx::Access::kReadWrite);
     return with_dtype(args.dtype, [&]<class T>() {
@@ -259,15 +264,17 @@ LaunchStatus launch_log_sum_finish(const LogSumArgs& args, void* stream) {
 }
 
 LaunchStatus launch_log_sum_ratios(const LogSumArgs& args, void* stream) {
+    const int64_t count = value_items(args) * args.sums;
+    if (ceil_div(count, kThreads) > kMaxGridX) return kInvalidValue;
     declare_shifts(args);
     declare_results(args);
-    const int64_t count = value_items(args) * args.sums;
     declare_floats(args.ratio, count, lx::Access::kWrite);
     return LX_LAUNCH(log_sum_ratios_kernel, static_cast<unsigned>(ceil_div(count, kThreads)),
                      kThreads, 0, stream, args);
 }
 
 LaunchStatus launch_log_sum_dvalues(const LogSumArgs& args, void* stream) {
+    if (!fits_grid(value_items(args))) return kInvalidValue;
     declare_shifts(args);
     declare_results(args);
     const int64_t count = value_items(args) * args.terms;
@@ -280,6 +287,7 @@ LaunchStatus launch_log_sum_dvalues(const LogSumArgs& args, void* stream) {
 }
 
 LaunchStatus launch_log_sum_dweights(const LogSumArgs& args, void* stream) {
+    if (!fits_grid(weight_items(args))) return kInvalidValue;
     declare_shifts(args);
     declare_results(args);
     const int64_t count = weight_items(args) * args.terms;
@@ -293,9 +301,10 @@ LaunchStatus launch_log_sum_dweights(const LogSumArgs& args, void* stream) {
 }
 
 LaunchStatus launch_log_max(const LogSumArgs& args, void* stream) {
+    const int64_t count = value_items(args) * args.sums;
+    if (!fits_grid(count)) return kInvalidValue;
     declare_weights(args);
     declare_values(args);
-    const int64_t count = value_items(args) * args.sums;
     declare_floats(args.out, count, lx::Access::kWrite);
     declare_floats(args.indices, count, lx::Access::kWrite);
     return with_dtype(args.dtype, [&]<class T>() {

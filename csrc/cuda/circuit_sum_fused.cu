@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 bool log_sum_fused_fits(const LogSumArgs& args) {
-    return args.sums <= 256 && args.terms <= 256 && args.groups <= kMaxGridY;
+    return args.sums <= 256 && args.terms <= 256 && args.groups <= kMaxGridY &&
+           ceil_div(args.rows, kRows) <= kMaxGridX;
 }
 
 LaunchStatus launch_log_sum_fused(const LogSumArgs& args, bool high, void* stream) {

@@ -15,7 +15,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBand = 64;  // sums of a forward block
-constexpr int kMostShared = 200 * 1024;
 
 // exp(l - shift) into shared memory; returns the maximum, which the whole block knows.
 LX_DEVICE float scale_values(const float* l, int n, float* value, float* partial) {
@@ -158,13 +157,14 @@ int64_t backward_bytes(int64_t terms, int64_t warps) {
 }  // namespace
 
 LaunchStatus launch_log_sum_per_row(const LogSumArgs& args, void* stream) {
+    const dim3 grid(static_cast<unsigned>(args.rows),
+                    static_cast<unsigned>(ceil_div(args.sums, kBand)));
+    if (args.terms * int64_t{sizeof(float)} > most_dynamic_bytes() || grid.y > kMaxGridY ||
+        args.rows > kMaxGridX)
+        return kInvalidValue;
     declare_weights(args);
     declare_values(args);
     declare_floats(args.out, args.rows * args.sums, lx::Access::kWrite);
-    const dim3 grid(static_cast<unsigned>(args.rows),
-                    static_cast<unsigned>(ceil_div(args.sums, kBand)));
-    if (args.terms * int64_t{sizeof(float)} > kMostShared || grid.y > kMaxGridY)
-        return kInvalidValue;
     return with_dtype(args.dtype, [&]<class T>() {
         return LX_LAUNCH(log_sum_rows_kernel<T>, grid, kThreads, args.terms * sizeof(float), stream,
                          args, weights_aligned(args));
@@ -172,6 +172,10 @@ LaunchStatus launch_log_sum_per_row(const LogSumArgs& args, void* stream) {
 }
 
 LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs& args, void* stream) {
+    int64_t warps = kWarps;
+    while (warps > 1 && backward_bytes(args.terms, warps) > most_dynamic_bytes()) warps /= 2;
+    if (backward_bytes(args.terms, warps) > most_dynamic_bytes() || args.rows > kMaxGridX)
+        return kInvalidValue;
     declare_weights(args);
     declare_values(args);
     declare_floats(args.out, args.rows * args.sums, lx::Access::kConstant);
@@ -179,9 +183,6 @@ LaunchStatus launch_log_sum_per_row_backward(const LogSumArgs& args, void* strea
     declare_floats(args.dvalues, args.rows * args.terms, lx::Access::kWrite);
     LX_BUF(args.dw, args.rows * args.sums * args.terms * element_size(args.dtype),
            lx::Access::kWrite);
-    int64_t warps = kWarps;
-    while (warps > 1 && backward_bytes(args.terms, warps) > kMostShared) warps /= 2;
-    if (backward_bytes(args.terms, warps) > kMostShared) return kInvalidValue;
     return with_dtype(args.dtype, [&]<class T>() {
         return LX_LAUNCH(log_sum_rows_backward_kernel<T>, static_cast<unsigned>(args.rows),
                          static_cast<unsigned>(warps * lx::kWarpSize),

@@ -10,6 +10,14 @@ namespace lora_ext {
 
 constexpr LaunchStatus kInvalidValue = 1;  // cudaErrorInvalidValue
 
+constexpr int64_t kMaxGridX = INT32_MAX;
+
+// Dynamic shared memory that a block may have on this device beside its static arrays, which take
+// less than 2 KiB in every kernel that asks (the plan: 4.2).
+inline int64_t most_dynamic_bytes(int64_t static_bytes = 2048) {
+    return lx::shared_memory_per_block() - static_bytes;
+}
+
 inline int64_t element_size(DType dtype) {
     return dtype == DType::kFloat32 ? 4 : 2;
 }

@@ -17,7 +17,8 @@ constexpr int kDecodeTokens = 256;
 int num_splits(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     if (args.num_tokens <= kDecodeTokens)
-        return static_cast<int>(lx::max<int64_t>(1, lx::min<int64_t>(kMaxSplits, ceil_div(in, 512))));
+        return static_cast<int>(
+            lx::max<int64_t>(1, lx::min<int64_t>(kMaxSplits, ceil_div(in, 512))));
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
     int splits = 1;
     while (splits < 8 && tiles * splits < 198 && in >= int64_t{1024} * splits) splits *= 2;
@@ -93,8 +94,8 @@ LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream) {
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream) {
     if (const LaunchStatus status = check(args)) return status;
     if (empty(args) || args.bank.out_features == 0) return 0;
-    const Partials v{static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0,
-                     args.bank.max_rank,             true};
+    const Partials v{
+        static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0, args.bank.max_rank, true};
     return run_expand(args, v, false, stream);
 }
 

@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = g + 8 * h;
-        x[h] = static_cast<const T*>(args.x) +
-               row_of[row < tile.rows ? row : 0] * args.x_row_stride;
+        x[h] =
+            static_cast<const T*>(args.x) + row_of[row < tile.rows ? row : 0] * args.x_row_stride;
     }
     const T* const stand_in = static_cast<const T*>(args.x) + row_of[0] * args.x_row_stride;
     const T* a[kGroupPages];
@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
+    lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kTileRows);
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     if (tile.rank == 0) {

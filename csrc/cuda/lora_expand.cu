@@ -184,7 +184,10 @@ struct Outputs {
 
 // Blocks on a multiprocessor: what hides the latency of decode.
 template <class T, bool kAligned, int kWarpsM>
-constexpr int kMinBlocks = kWarpsM > 1 ? 2 : !kAligned ? 3 : sizeof(T) == 2 ? 5 : 4;
+constexpr int kMinBlocks = kWarpsM > 1      ? 2
+                           : !kAligned      ? 3
+                           : sizeof(T) == 2 ? 5
+                                            : 4;
 
 template <class T, bool kAligned, int kWarpsM, int kWarpsN>
 __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned, kWarpsM>)
@@ -339,7 +342,10 @@ LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent,
     declare_common(args);
     declare_b(args);
     declare_v(args, v, lx::Access::kRead);
-    // The previous kernel is a shrink, which does not write y: it may be read before the wait.
+    // y is read before the wait. That is legal because the chain of early starters begins with a
+    // shrink that starts in order, when whatever wrote y has ended; shrink and reduce do not write
+    // it. If shrink started early too, y might still be in the making: the emulator would report it
+    // where two calls in a row add to one y.
     if (dependent)
         LX_BUF_ROWS(args.y, args.num_tokens, bank.out_features * size, args.y_row_stride * size,
                     lx::Access::kConstant);
@@ -350,7 +356,10 @@ LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent,
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
         if (!aligned) return launch_expand<T, false, 1, 4>(args, v, 256, dependent, stream);
         if (chunk_rows == 16) return launch_expand<T, true, 1, 4>(args, v, 256, dependent, stream);
-        if (chunk_rows == 64) return launch_expand<T, true, 4, 2>(args, v, 512, dependent, stream);
+        // 128 rows of a large rank are more than some devices have for a block.
+        const bool small = chunk_rows == 64 ||
+                           fragment_bytes<T, 8 * kTileRows>(bank.max_rank) > most_dynamic_bytes();
+        if (small) return launch_expand<T, true, 4, 2>(args, v, 512, dependent, stream);
         return launch_expand<T, true, 8, 1>(args, v, 512, dependent, stream);
     });
 }

@@ -1,6 +1,6 @@
 // Plan: the rows of a batch grouped by adapter, stable; and adapter ids from contiguous segments.
 //
-// One block of 1024 threads. Rows are sorted in shared memory, up to 8192 at a time, by a radix
+// One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer where shared memory is small), by a radix
 // sort with digits of five bits: 32 digits x 32 warps are 1024 counters, one per thread to scan. A
 // warp owns a contiguous range of rows and places them in order, so the sort is stable and no
 // result depends on timing. Slot boundaries are then found by bisection of the sorted ids. More
@@ -14,8 +14,9 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDigitBits = 5;
-constexpr int kTile = 8192;
+constexpr int kMaxTile = 8192;
 constexpr int kRowBytes = 2 * (sizeof(uint32_t) + sizeof(uint16_t));  // shared memory per row
+constexpr int kStaticBytes = (kThreads + kWarps) * 4;
 
 // Sum of `x` over the threads before this one; `total` over all. Every thread calls it.
 LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
@@ -110,7 +111,7 @@ LX_DEVICE int lower_bound(const uint32_t* keys, int n, uint32_t key) {
 
 struct PlanOffsets {
     int64_t perm, slot_begin;
-    int chunk_rows, passes;
+    int chunk_rows, tile_rows, passes;
 };
 
 __global__ void __launch_bounds__(kThreads)
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     const int thread = lx::thread_rank(), lane = lx::lane_id();
     const int64_t num_rows = args.num_tokens, num_valid = valid_rows(args);
     const int slots = args.num_adapters;
-    const int capacity = static_cast<int>(lx::min<int64_t>(num_rows, kTile));
+    const int capacity = static_cast<int>(lx::min<int64_t>(num_rows, at.tile_rows));
     int32_t* perm = args.plan + at.perm;
     int32_t* slot_begin = args.plan + at.slot_begin;
     Sorted tile;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     };
     // Keys of the rows from `first` on, sorted; returns how many.
     auto load_tile = [&](int64_t first) {
-        const int n = static_cast<int>(lx::min<int64_t>(num_rows - first, kTile));
+        const int n = static_cast<int>(lx::min<int64_t>(num_rows - first, at.tile_rows));
         for (int i = thread; i < n; i += kThreads) {
             tile.keys[i] = key_of(first + i);
             tile.rows[i] = static_cast<uint16_t>(i);
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     };
 
     bool identity = true;
-    if (num_rows <= kTile) {
+    if (num_rows <= at.tile_rows) {
         const int n = load_tile(0);
         for (int s = thread; s <= slots; s += kThreads)
             slot_begin[s] = lower_bound(tile.keys, n, static_cast<uint32_t>(s));
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         lx::syncthreads();
         const int bad_once = bad_ids;
-        for (int64_t first = 0; first < num_rows; first += kTile) {
+        for (int64_t first = 0; first < num_rows; first += at.tile_rows) {
             const int n = load_tile(first);
             for (int i = thread; i < n; i += kThreads) {
                 const uint32_t key = tile.keys[i];
@@ -255,9 +256,12 @@ __global__ void __launch_bounds__(256)
 
 LaunchStatus launch_lora_plan(const LoraPlanArgs& args, void* stream) {
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
-    PlanOffsets at{layout.perm(), layout.slot_begin(), layout.chunk_rows(), 0};
+    const int64_t most = most_dynamic_bytes(kStaticBytes) / kRowBytes / kThreads * kThreads;
+    PlanOffsets at{layout.perm(), layout.slot_begin(), layout.chunk_rows(),
+                   static_cast<int>(lx::min<int64_t>(most, kMaxTile)), 0};
     for (int64_t keys = 1; keys <= args.num_adapters; keys <<= kDigitBits) ++at.passes;
-    const size_t bytes = static_cast<size_t>(lx::min<int64_t>(args.num_tokens, kTile)) * kRowBytes;
+    const size_t bytes =
+        static_cast<size_t>(lx::min<int64_t>(args.num_tokens, at.tile_rows)) * kRowBytes;
     LX_BUF(args.adapter_ids, args.num_tokens * (args.ids_are_int64 ? 8 : 4), lx::Access::kConstant);
     if (args.num_valid) LX_BUF(args.num_valid, 4, lx::Access::kConstant);
     LX_BUF(args.plan, layout.size() * 4, lx::Access::kReadWrite);

@@ -141,6 +141,10 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+int ring_bytes(int rows, int ranks) {
+    return kStages * (rows + ranks) * kStageRow;
+}
+
 }  // namespace
 
 LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* stream) {
@@ -154,11 +158,11 @@ LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* s
                             static_cast<unsigned>(ceil_div(args.bank.max_rank, kGroupRanks)));
             const int ranks = stage_ranks(args.bank.max_rank);
             return LX_LAUNCH((lora_shrink_prefill_kernel<T, kRows>), grid, kThreads,
-                             kStages * (kRows + ranks) * kStageRow, stream, args,
-                             tiling(args, kRows), v, ranks);
+                             ring_bytes(kRows, ranks), stream, args, tiling(args, kRows), v, ranks);
         };
-        return lora_chunk_rows(args.num_tokens) == 64 ? launch.template operator()<64>()
-                                                      : launch.template operator()<128>();
+        const bool wide = lora_chunk_rows(args.num_tokens) == 128 &&
+                          ring_bytes(128, stage_ranks(args.bank.max_rank)) <= most_dynamic_bytes();
+        return wide ? launch.template operator()<128>() : launch.template operator()<64>();
     });
 }
 

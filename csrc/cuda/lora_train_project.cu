@@ -239,6 +239,10 @@ Slices slices_of(const LoraArgs& args, bool side_b) {
     return s;
 }
 
+int ring_bytes(int rows, int ranks) {
+    return kStages * (rows + ranks) * kStageRow;
+}
+
 template <class T, bool kSideB, int kRows>
 LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) {
     const LoraArgs& lora = args.lora;
@@ -249,8 +253,7 @@ LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) 
                     static_cast<unsigned>(slices.count / slices.per_block),
                     static_cast<unsigned>(ceil_div(lora.bank.max_rank, kGroupRanks)));
     return LX_LAUNCH((lora_train_project_kernel<T, kSideB, kRows>), grid, kRows * 2,
-                     kStages * (kRows + slices.ranks_per_stage) * kStageRow, stream, args, tiling,
-                     slices);
+                     ring_bytes(kRows, slices.ranks_per_stage), stream, args, tiling, slices);
 }
 
 }  // namespace
@@ -296,7 +299,9 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
     }
     declare_out(lx::Access::kWrite);
     const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {
-        const bool wide = lora_chunk_rows(lora.num_tokens) == 128;
+        // 128 rows of a large rank are more than some devices have for a block.
+        const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
+                          ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
         if (side_b)
             return wide ? launch<T, true, 128>(step, slices, stream)
                         : launch<T, true, 64>(step, slices, stream);

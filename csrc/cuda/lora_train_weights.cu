@@ -69,7 +69,7 @@ template <class T>
 LX_DEVICE Block find_block(const Gradient& args, const Shape& shape, bool split) {
     unsigned index = blockIdx.x;
     Block block{};
-    block.first_rank = static_cast<int>(index % shape.groups) * kGroupRanks;
+    block.first_rank = static_cast<int>(index % shape.groups) * shape.pages * kPageRanks;
     index /= shape.groups;
     block.column = static_cast<int>(index % shape.bands) * kBandColumns<T>;
     block.slot = static_cast<int>(index / shape.bands);
@@ -86,7 +86,7 @@ LX_DEVICE Block find_block(const Gradient& args, const Shape& shape, bool split)
     }
     const int rank =
         args.ranks ? lx::min(lx::max(args.ranks[block.slot], 0), args.max_rank) : args.max_rank;
-    block.ranks = lx::min(lx::max(rank - block.first_rank, 0), kGroupRanks);
+    block.ranks = lx::min(lx::max(rank - block.first_rank, 0), shape.pages * kPageRanks);
     return block;
 }
 
@@ -103,7 +103,7 @@ LX_DEVICE int page_of(int j) {
 
 // Through shared memory, so that neighbouring threads write neighbouring elements.
 template <class T>
-LX_DEVICE void store(const Gradient& args, const Block& block, const Sums<T>& total,
+LX_DEVICE void store(const Gradient& args, const Block& block, int pages, const Sums<T>& total,
                      float* columns) {
     constexpr int kRow = kGroupRanks + 1;
     const int lane = lx::lane_id();
@@ -117,7 +117,7 @@ LX_DEVICE void store(const Gradient& args, const Block& block, const Sums<T>& to
         }
     }
     lx::syncthreads();
-    const int ranks = lx::min(args.max_rank - block.first_rank, kGroupRanks);
+    const int ranks = lx::min(args.max_rank - block.first_rank, pages * kPageRanks);
     T* out = static_cast<T*>(args.out) + int64_t{block.slot} * args.max_rank * args.width;
     for (int i = lx::thread_rank(); i < ranks * kBandColumns<T>; i += kThreads) {
         const int column = args.rank_major ? i % kBandColumns<T> : i / ranks;
@@ -302,13 +302,13 @@ __global__ void __launch_bounds__(kThreads, 2)
                 out[j * kThreads] = {total[j][0], total[j][1], total[j][2], total[j][3]};
     } else {
         lx::syncthreads();  // the ring has been read
-        store<T>(args, block, total, reinterpret_cast<float*>(ring));
+        store<T>(args, block, shape.pages, total, reinterpret_cast<float*>(ring));
     }
 }
 
 // What the blocks of ranges have left: adapters of several ranges, and those without rows or ranks.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     lora_train_weights_reduce_kernel(const __grid_constant__ Gradient args,
                                      const __grid_constant__ Shape shape) {
     LX_DYN_SHARED(columns);
@@ -327,26 +327,35 @@ __global__ void __launch_bounds__(kThreads)
             int64_t{blockIdx.x % static_cast<unsigned>(tiles)} * shape.pages * kThreads +
             lx::thread_rank();
         for (int range = 0; range < ranges; ++range, from += stride) {
+            float4 part[kWarpPages<T>];  // where a page is not there, the last one stands in
+#pragma unroll
+            for (int j = 0; j < kWarpPages<T>; ++j)
+                part[j] = from[lx::min(j, shape.pages - 1) * kThreads];
+            lx::syncwarp();  // the compiler moves no load beyond this
 #pragma unroll
             for (int j = 0; j < kWarpPages<T>; ++j) {
                 if (page_of<T>(j) >= pages) continue;
-                const float4 part = from[j * kThreads];
-                total[j][0] += part.x;
-                total[j][1] += part.y;
-                total[j][2] += part.z;
-                total[j][3] += part.w;
+                total[j][0] += part[j].x;
+                total[j][1] += part[j].y;
+                total[j][2] += part[j].z;
+                total[j][3] += part[j].w;
             }
         }
     }
-    store<T>(args, block, total, reinterpret_cast<float*>(columns));
+    store<T>(args, block, shape.pages, total, reinterpret_cast<float*>(columns));
+}
+
+int ring_bytes(int pages) {
+    return kStages * kTrainRows * (kBandRow + v_row_bytes(pages));
 }
 
 Shape shape_of(const Gradient& args) {
     Shape shape{};
     const int64_t columns = kBandBytes / element_size(args.dtype);
     shape.bands = static_cast<int>(ceil_div(args.width, columns));
-    shape.groups = static_cast<int>(ceil_div(args.max_rank, kGroupRanks));
     shape.pages = static_cast<int>(ceil_div(lx::min(args.max_rank, kGroupRanks), kPageRanks));
+    while (shape.pages > 1 && ring_bytes(shape.pages) > most_dynamic_bytes()) --shape.pages;
+    shape.groups = static_cast<int>(ceil_div(args.max_rank, shape.pages * kPageRanks));
     shape.range_rows = args.max_rank <= 16 ? 1024 : 2048;
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
     shape.perm = layout.perm();
@@ -398,8 +407,7 @@ LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream) {
     if (split) LX_BUF(workspace, gradient_workspace(args), lx::Access::kWrite);
     declare_out();
     return with_dtype(args.dtype, [&]<class T>() {
-        const int bytes =
-            lx::max(kStages * kTrainRows * (kBandRow + v_row_bytes(shape.pages)), kStoreBytes<T>);
+        const int bytes = lx::max(ring_bytes(shape.pages), kStoreBytes<T>);
         if (!split)
             return LX_LAUNCH((lora_train_weights_kernel<T, false>), static_cast<unsigned>(blocks),
                              kThreads, bytes, stream, args, shape);

@@ -18,11 +18,17 @@ struct Options {
     bool races = true;                    // of the check flavour: races and initialisation
     int max_reports = 20;                 // per launch
     int multiprocessors = 132;            // what lx::multiprocessors() answers
+    int shared_memory = 227 * 1024;       // bytes that a block may have; at most so many
 };
 
 // For the launches that follow. State is per process; a launch holds a lock.
 void set_options(const Options& options);
 Options options();
+inline void set_shared_memory(int bytes) {
+    Options changed = options();
+    changed.shared_memory = bytes;
+    set_options(changed);
+}
 inline void set_seed(uint64_t seed) {
     Options changed = options();
     changed.seed = seed;

@@ -113,6 +113,10 @@ int multiprocessors() {
     return emu::machine.options.multiprocessors;
 }
 
+int shared_memory_per_block() {
+    return emu::machine.options.shared_memory;
+}
+
 int fill_bytes(void* pointer, int value, size_t bytes, void*) {
     memset(pointer, value, bytes);
     return 0;

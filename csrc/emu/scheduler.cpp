@@ -178,10 +178,11 @@ int configuration_error(const Launch& l) {
                    std::to_string(l.grid.z) + " blocks");
         return kInvalidConfiguration;
     }
-    if (l.dynamic_bytes > kArenaBytes) {
+    const auto most = static_cast<size_t>(machine.options.shared_memory);
+    if (l.dynamic_bytes > most) {
         report("resources", Place(),
                std::to_string(l.dynamic_bytes) + " bytes of dynamic shared memory, the limit is " +
-                   std::to_string(kArenaBytes));
+                   std::to_string(most));
         return kInvalidValue;
     }
     return 0;
@@ -218,12 +219,42 @@ void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t 
     m.last_error.clear();
 }
 
+// A dependent launch may run beside those before it, back to the last ordinary one, which began
+// when everything before it had ended. What one of them writes is no constant of this launch.
+struct Written {
+    std::string by;
+    uintptr_t begin, end;
+};
+std::vector<Written> written_in_chain;
+
+bool covers(const Buffer& b, uintptr_t begin, uintptr_t end) {
+    return b.begin < end && begin < b.end;
+}
+void check_chain(const Launch& launch) {
+    if (!launch.dependent) written_in_chain.clear();
+    for (const Buffer& b : machine.buffers) {
+        if (b.access != Access::kConstant) continue;
+        for (const Written& w : written_in_chain) {
+            if (!covers(b, w.begin, w.end)) continue;
+            report("dependency", Place(),
+                   std::string("a dependent launch may read ") + b.name +
+                       " before grid_dependency_wait(), and " + w.by +
+                       ", beside which it may run, writes there");
+            break;
+        }
+    }
+    for (const Buffer& b : machine.buffers)
+        if (b.access == Access::kWrite || b.access == Access::kReadWrite)
+            written_in_chain.push_back({launch.kernel, b.begin, b.end});
+}
+
 }  // namespace
 
 int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argument_bytes) {
     std::lock_guard<std::mutex> guard(launch_lock);
     Machine& m = machine;
     prepare(launch, body, arguments, argument_bytes);
+    check_chain(launch);
     if (const int error = configuration_error(launch)) {
         finish_reports();
         return error;

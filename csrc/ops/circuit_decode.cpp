@@ -20,9 +20,6 @@ namespace {
 
 thread_local Scratch row_scratch;
 
-// A block of a kernel keeps a few numbers per state of each position in shared memory.
-constexpr int64_t kMaxBlockStates = 1 << 14, kMaxBlockComponents = 1 << 11;
-
 // The circuit of one op, checked, and the tensors that keep it alive.
 struct Circuit {
     const char* op;
@@ -30,8 +27,10 @@ struct Circuit {
     CircuitWeights weights;
     Tensor leaf, workspace;
 
+    // block_bytes: of shared memory that a kernel's block needs for one row.
     Circuit(const char* op, std::string_view kind, const Tensor& leaf_in,
-            const OptionalTensor& prior, const OptionalTensor& trans)
+            const OptionalTensor& prior, const OptionalTensor& trans,
+            int64_t (*block_bytes)(const CircuitLogits&) = circuit_row_bytes)
         : op(op) {
         check_dim(op, "leaf", leaf_in, 4, "(B, K, C, V)");
         weights = circuit_weights(op, kind, leaf_in, "leaf", prior, trans);
@@ -44,12 +43,13 @@ struct Circuit {
         require(logits.vocabulary > 0 && logits.vocabulary <= kMaxSize, op, "leaf",
                 expected("1 to ", kMaxSize, " tokens"), found(leaf.sizes()));
         if (!launches_kernels(leaf)) return;
-        const int64_t states = weights.params.n_token * weights.params.components;
-        require(states <= kMaxBlockStates && weights.params.components <= kMaxBlockComponents, op,
-                "leaf",
-                expected("at most ", kMaxBlockComponents, " components and ", kMaxBlockStates,
-                         " positions times components on this device"),
-                found(leaf.sizes()));
+        const c10::DeviceGuard guard(leaf.device());
+        require(weights.params.n_token * weights.params.components <= kMaxSize &&
+                    block_bytes(logits) <= circuit_block_bytes(),
+                op, "leaf",
+                expected("positions and components for which a block has room in ",
+                         circuit_block_bytes(), " bytes of shared memory"),
+                found("shape ", leaf.sizes(), ", which needs ", block_bytes(logits)));
         if (const int64_t bytes = circuit_workspace_bytes(logits)) {
             workspace = at::empty({bytes}, leaf.options().dtype(at::kByte));
             logits.workspace = workspace.mutable_data_ptr();
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> circuit_argmax(std::string_view kind, const Tensor& l
                                           const OptionalTensor& prior, const OptionalTensor& trans,
                                           const OptionalTensor& evidence_in) {
     constexpr auto op = "circuit_argmax";
-    const Circuit circuit(op, kind, leaf, prior, trans);
+    const Circuit circuit(op, kind, leaf, prior, trans, circuit_argmax_bytes);
     const int64_t rows = circuit.logits.circuit.rows;
     const Tensor evidence = circuit.checked_evidence(evidence_in);
     Tensor tokens = circuit.tokens(), value = circuit.values({rows});

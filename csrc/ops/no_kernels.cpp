@@ -39,6 +39,15 @@ LX_NO_KERNEL(launch_lora_dropout, const LoraTrainArgs&, void*, void*)
 int64_t circuit_workspace_bytes(const CircuitLogits&) {
     return 0;
 }
+int64_t circuit_block_bytes() {
+    return 0;
+}
+int64_t circuit_row_bytes(const CircuitLogits&) {
+    return 0;
+}
+int64_t circuit_argmax_bytes(const CircuitLogits&) {
+    return 0;
+}
 LX_NO_KERNEL(launch_circuit_sample, const CircuitSampleArgs&, void*)
 LX_NO_KERNEL(launch_circuit_conditional_dist, const CircuitConditionalArgs&, void*)
 LX_NO_KERNEL(launch_circuit_argmax, const CircuitArgmaxArgs&, void*)

@@ -60,7 +60,25 @@ struct Kernels {
 
 }  // namespace
 
+// More blocks than a grid may have are refused before anything is declared or touched.
+void refuses_grids_beyond_the_limit() {
+    constexpr LaunchStatus kInvalidValue = 1;
+    LogSumArgs a;
+    a.groups = 1;
+    a.rows = int64_t{1} << 40;
+    a.sums = a.terms = 1;
+    for (const LaunchStatus status :
+         {launch_log_sum_finish(a, nullptr), launch_log_sum_ratios(a, nullptr),
+          launch_log_sum_dvalues(a, nullptr), launch_log_max(a, nullptr),
+          launch_log_sum_per_row(a, nullptr), launch_log_sum_per_row_backward(a, nullptr)}) {
+        if (status == kInvalidValue) continue;
+        std::printf("a grid for 2^40 rows was not refused: %d\n", status);
+        std::exit(2);
+    }
+}
+
 int main() {
+    refuses_grids_beyond_the_limit();
     check_log_sums(Kernels{});
     std::puts("exact");
     return 0;

@@ -276,6 +276,20 @@ int run(Kernel kernel, const float* in, float* out, const Shape& s) {
 
 }  // namespace
 
+// A kernel that may start early, behind one that writes what it reads: legal after the wait alone.
+extern "C" __attribute__((visibility("default"))) int guard_constant_of_a_neighbour(int64_t broken,
+                                                                                    const float* in,
+                                                                                    float* out) {
+    LX_BUF(in, kCount * sizeof(float), lx::Access::kRead);
+    LX_BUF(out, kCount * sizeof(float), lx::Access::kReadWrite);
+    if (const int status = LX_LAUNCH(read_before_wait_kernel<false>, 1, 32, 0, nullptr, in, out))
+        return status;
+    LX_BUF(out, kCount * sizeof(float), broken ? lx::Access::kConstant : lx::Access::kRead);
+    LX_BUF(const_cast<float*>(in), kCount * sizeof(float), lx::Access::kReadWrite);
+    return LX_LAUNCH_PDL(read_before_wait_kernel<false>, 1, 32, 0, nullptr, out,
+                         const_cast<float*>(in));
+}
+
 #define GUARD(name, good, bad, ...)                                                                \
     extern "C" __attribute__((visibility("default"))) int guard_##name(                            \
         int64_t broken, const float* in, float* out) {                                             \

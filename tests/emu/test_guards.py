@@ -26,6 +26,7 @@ GUARDS = {
     "named_barrier_refill": "race",
     "read_before_wait": "dependency",
     "never_waits": "dependency",
+    "constant_of_a_neighbour": "dependency",
     "last_block": "race",
     "too_much_shared": "resources",
     "struct_copy": "bounds",

@@ -113,3 +113,47 @@ def test_splits_summed_before_expand_give_the_bits_of_the_halves(
     got = ops.lora_apply_(x.new_ones(rows, out), x, a, b, ids, scale)
     v = ops.lora_shrink(x, a, ids, scale)
     assert_same_bits(got, ops.lora_expand_(x.new_ones(rows, out), v, b, ids))
+
+
+def test_two_calls_in_a_row_may_add_to_one_y(backend: Backend) -> None:
+    """Expand reads y before it waits for the shrink in front of it, which must start in order.
+
+    A shrink that started early, as expand does, would let the second expand read what the first
+    is writing; the emulator reports that.
+    """
+    g = torch.Generator().manual_seed(0)
+    x, a = torch.randn(3, 64, generator=g), torch.randn(1, 8, 64, generator=g)
+    b, ids = torch.randn(1, 16, 8, generator=g), torch.zeros(3, dtype=torch.long)
+    y = torch.zeros(3, 16, device=backend.device)
+    once = ops.lora_apply(*(t.to(backend.device) for t in (x, a, b, ids)))
+    for _ in range(2):
+        ops.lora_apply_(y, *(t.to(backend.device) for t in (x, a, b, ids)))
+    torch.testing.assert_close(y, 2 * once, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [64, 72, 1096], ids=str)
+def test_what_stands_in_for_rows_and_ranks_that_are_not_there_reaches_nobody(
+    backend: Backend, dtype: torch.dtype, features: int
+) -> None:
+    """Loads read a row that exists for one that does not.
+
+    Here an adapter's first row of x is NaN, and so are a and b behind its rank.
+    """
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, features, generator=g).to(dtype)
+    a = torch.randn(2, 24, features, generator=g).to(dtype)
+    b = torch.randn(2, 40, 24, generator=g).to(dtype)
+    ranks, ids = torch.tensor([5, 19], dtype=torch.int32), torch.tensor([0, 0, 1, 1, 1])
+
+    def run(garbage: float) -> torch.Tensor:
+        rows, left, right = x.clone(), a.clone(), b.clone()
+        rows[0], rows[2] = garbage, garbage
+        for slot, rank in enumerate(ranks.tolist()):
+            left[slot, rank:], right[slot, :, rank:] = garbage, garbage
+        arguments = (t.to(backend.device) for t in (rows, left, right, ids))
+        return ops.lora_apply(*arguments, ranks=ranks.to(backend.device)).cpu()
+
+    clean, dirty = run(0.0), run(float("nan"))
+    assert dirty[[0, 2]].isnan().all()
+    assert_same_bits(dirty[[1, 3, 4]], clean[[1, 3, 4]])

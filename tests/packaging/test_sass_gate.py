@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("sass_gate", ROOT / "tools/sass_gate.py")
-assert spec and spec.loader
-gate = importlib.util.module_from_spec(spec)
-sys.modules["sass_gate"] = gate
-spec.loader.exec_module(gate)
+
+
+def tool(name: str):
+    """A module of the folder `tools`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+loops = tool("sass_loops")  # first: the gate imports it by this name
+gate = tool("sass_gate")
 
 SOURCE = """
 namespace lora_ext { namespace {
@@ -34,10 +43,34 @@ __global__ void spill_kernel(float* y, int n) {
     for (int k = 0; k < n; ++k) a[(k * 37 + n) & 255] += a[k & 255];
     for (int i = 0; i < 256; ++i) y[i] = a[i];
 }
+// Four loads whose addresses are known at once, and four of which each awaits the one before.
+__global__ void together_kernel(const float4* x, float* y, int n) {
+    float sum = 0;
+    #pragma unroll 1
+    for (int i = 0; i < n; i += 4) {
+        float4 v[4];
+        for (int k = 0; k < 4; ++k) v[k] = x[(i + k) * 32 + threadIdx.x];
+        for (int k = 0; k < 4; ++k) sum += v[k].x + v[k].y + v[k].z + v[k].w;
+    }
+    y[threadIdx.x] = sum;
+}
+__global__ void apart_kernel(const float4* x, float* y, int n) {
+    float sum = 0;
+    #pragma unroll 1
+    for (int i = 0; i < n; i += 4) {
+        for (int k = 0; k < 4; ++k) {
+            const float4 v = x[(i + k) * 32 + threadIdx.x + (sum < 0)];
+            sum += v.x + v.y + v.z + v.w;
+        }
+    }
+    y[threadIdx.x] = sum;
+}
 }
 void launch(float4* x, float* y) {
     good_kernel<float4, 1><<<1, 128>>>(x, x, 3);
     spill_kernel<<<1, 32>>>(y, 3);
+    together_kernel<<<1, 32>>>(x, y, 4);
+    apart_kernel<<<1, 32>>>(x, y, 4);
 }}
 """
 
@@ -58,7 +91,7 @@ ARCHS = ("sm_80", "sm_90a")
 
 
 def test_every_kernel_is_found_under_its_plain_name(kernels):
-    names = ("good_kernel<float4, 1>", "spill_kernel")
+    names = ("good_kernel<float4, 1>", "spill_kernel", "together_kernel", "apart_kernel")
     assert set(kernels) == {(name, arch) for name in names for arch in ARCHS}
     assert all(len(kernel.code) > 10 and kernel.registers > 0 for kernel in kernels.values())
 
@@ -83,9 +116,78 @@ def test_a_good_kernel_passes_rules_that_hold(kernels, arch):
     assert gate.judge(kernels["good_kernel<float4, 1>", arch], [rule]) == []
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_loads_that_await_each_other_are_told_from_loads_that_fly_together(kernels, arch):
+    rule = {"match": "*_kernel", "min_inflight": 60}
+    assert [one.inflight for one in kernels["together_kernel", arch].flights] == [64]
+    assert [one.inflight for one in kernels["apart_kernel", arch].flights] == [16]
+    assert gate.judge(kernels["together_kernel", arch], [rule]) == []
+    (reason,) = gate.judge(kernels["apart_kernel", arch], [rule])
+    assert reason == "16 bytes per thread on their way in a main loop, least 60"
+
+
+def instruction(text: str, sets: int = 7, waits: int = 0, at: int = 0) -> loops.Instruction:
+    opcode, _, operands = text.partition(" ")
+    return loops.Instruction(at, opcode, operands, "", sets << 46 | waits << 52)
+
+
+LOAD = "LDG.E.128 R4, desc[UR4][R2.64]"
+
+
+@pytest.mark.parametrize(
+    ("turn", "inflight", "overlap"),
+    [
+        # one load, used at once
+        ([(LOAD, 0, 0), ("FADD R0, R0, R4", 7, 1)], 16, 0),
+        # two loads on two barriers, both out before the first is used
+        ([(LOAD, 0, 0), (LOAD, 1, 0), ("FADD R0", 7, 1), ("FADD R0", 7, 2)], 32, 0),
+        # the second is asked for after the first has come
+        ([(LOAD, 0, 0), ("FADD R0", 7, 1), (LOAD, 1, 0), ("FADD R0", 7, 2)], 16, 0),
+        # a barrier shared with a load that is needed first makes both wait
+        ([(LOAD, 0, 0), ("HMMA.16816.F32 R8", 7, 1)], 16, 0),
+        # what the last turn asked for is used in this one: on its way during the product
+        ([("MOV R8, R4", 7, 1), (LOAD, 0, 0), ("HMMA.16816.F32 R8", 7, 0)], 16, 16),
+        # a ring of three stages: two are on their way while one is used
+        (
+            [
+                ("DEPBAR.LE SB0, 0x1", 7, 0),
+                ("HMMA.16816.F32 R8", 7, 0),
+                ("LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64]", 7, 0),
+                ("LDGDEPBAR", 0, 0),
+            ],
+            32,
+            16,
+        ),
+    ],
+)
+def test_bytes_in_flight_follow_from_the_barriers(turn, inflight, overlap):
+    found = loops.flight([instruction(text, sets, waits) for text, sets, waits in turn])
+    assert (found.inflight, found.overlap) == (inflight, overlap)
+
+
+def test_the_way_through_a_loop_is_the_one_that_loads_most():
+    lines = [
+        ("MOV R0, RZ", 7, 0),
+        (LOAD, 0, 0),  # 0x10, the head
+        ("BRA P1, 0x50", 7, 0),
+        (LOAD.replace(".128", ""), 1, 0),
+        ("BRA 0x60", 7, 0),
+        (LOAD, 1, 0),  # 0x50
+        ("FADD R0", 7, 3),  # 0x60
+        ("BRA P0, 0x10", 7, 0),
+        ("EXIT ", 7, 0),
+    ]
+    code = [instruction(line, sets, waits, 16 * i) for i, (line, sets, waits) in enumerate(lines)]
+    (turn,) = loops.main_loops(code)
+    assert [one.address for one in turn] == [0x10, 0x20, 0x50, 0x60, 0x70]
+    assert loops.flight(turn).inflight == 32
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
+        ({"min_inflight": 17}, "16 bytes per thread on their way in a main loop, least 17"),
+        ({"min_overlap": 1}, "no main loop to measure min_overlap in"),
         ({"max_registers": 4}, "registers, budget 4"),
         ({"require": [r"HMMA\b"]}, r"no HMMA\b"),
         ({"require_loop": [r"EXIT\b"]}, r"no EXIT\b in a loop"),

@@ -88,6 +88,7 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Sit
 // Host side
 const char* status_string(int status);
 int multiprocessors();
+int shared_memory_per_block();
 int fill_bytes(void* pointer, int value, size_t bytes, void* stream);
 
 template <class... Params, class... Args>

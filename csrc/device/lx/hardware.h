@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <utility>
 
 #define LX_SHARED(type, name, count) __shared__ __align__(16) type name[count]
@@ -34,26 +36,63 @@ inline int multiprocessors() {
     return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
+namespace detail {
+// value(), asked once for each key.
+template <class Key, class F>
+auto kept(const Key& key, F&& value) {
+    static std::mutex lock;
+    static std::map<Key, decltype(value())> known;
+    const std::lock_guard<std::mutex> guard(lock);
+    const auto found = known.find(key);
+    return found != known.end() ? found->second : known.emplace(key, value()).first->second;
+}
+inline int current_device() {
+    int device = 0;
+    return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+}  // namespace detail
+
+// Bytes of shared memory that a block of the current device may have at most, static arrays
+// included: 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
+inline int shared_memory_per_block() {
+    return detail::kept(detail::current_device(),
+                        [] { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); });
+}
+
 inline int fill_bytes(void* pointer, int value, size_t bytes, void* stream) {
     return cudaMemsetAsync(pointer, value, bytes, static_cast<cudaStream_t>(stream));
 }
 
+namespace detail {
+struct KernelFacts {
+    cudaError_t error;
+    bool can_wait;  // its code was built for sm_90 or later
+};
+// Of a kernel on the current device, asked for once. Above 48 KiB of shared memory, static arrays
+// included, a kernel must ask. It asks here, for all that it may ever have: the limit belongs to
+// the function, and another thread may be launching it with another size.
+inline KernelFacts kernel_facts(const void* kernel) {
+    return kept(std::pair(kernel, current_device()), [&] {
+        cudaFuncAttributes built{};
+        cudaError_t error = cudaFuncGetAttributes(&built, kernel);
+        const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+                         static_cast<int>(built.sharedSizeBytes);
+        if (error == cudaSuccess && built.maxDynamicSharedSizeBytes < most)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        // The code decides, not the card: PTX of an older architecture has no wait in it, whatever
+        // it is compiled for at load time.
+        return KernelFacts{error, built.ptxVersion >= 90};
+    });
+}
+}  // namespace detail
+
 template <class... Params, class... Args>
 int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block,
            size_t dynamic_bytes, void* stream, Args&&... args) {
-    cudaError_t error = cudaSuccess;
-    cudaFuncAttributes built{};
-    const bool large = dynamic_bytes > 32 * 1024;
-    if (dependent || large) error = cudaFuncGetAttributes(&built, kernel);
-    // Above 48 KiB, static arrays included, a kernel must ask. It asks once for all it may ever
-    // have: the limit belongs to the function, and another thread may be launching it with another
-    // size.
-    if (error == cudaSuccess && large) {
-        const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-                         static_cast<int>(built.sharedSizeBytes);
-        if (built.maxDynamicSharedSizeBytes < most)
-            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    }
+    detail::KernelFacts facts{};
+    if (dependent || dynamic_bytes > 32 * 1024)
+        facts = detail::kernel_facts(reinterpret_cast<const void*>(kernel));
+    cudaError_t error = facts.error;
     if (error == cudaSuccess) {
         cudaLaunchAttribute attribute{};
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -64,9 +103,7 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.dynamicSmemBytes = dynamic_bytes;
         config.stream = static_cast<cudaStream_t>(stream);
         config.attrs = &attribute;
-        // The code decides, not the card: PTX of an older architecture has no wait in it, whatever
-        // it is compiled for at load time.
-        config.numAttrs = dependent && built.ptxVersion >= 90 ? 1 : 0;
+        config.numAttrs = dependent && facts.can_wait ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
     // The caller gets the code; left in place it would surface in somebody else's next check.
@@ -255,8 +292,8 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores with cache hints. T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Of global memory, where the compiler cannot see that a pointer leads there: one that has passed
-// through shared memory, or been chosen among several.
+// Of global memory, even where the compiler cannot see that a pointer leads there: one that has
+// passed through shared memory, or been chosen among several.
 template <class T>
 LX_INLINE T load_global(const T* p) {
     __builtin_assume(__isGlobal(p));

@@ -109,6 +109,11 @@ struct CircuitDecodeCpu {
 // CUDA launchers: asynchronous, no allocation. One kernel each; where the leaves of a row are many
 // bytes, a first one takes their norms with all multiprocessors.
 int64_t circuit_workspace_bytes(const CircuitLogits& logits);  // reads sizes only
+// Shared memory that a block may have on the current device, and that it needs for a row: to sample
+// or for a conditional distribution, and for the most probable tokens.
+int64_t circuit_block_bytes();
+int64_t circuit_row_bytes(const CircuitLogits& logits);
+int64_t circuit_argmax_bytes(const CircuitLogits& logits);
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream);
 LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream);
 LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream);
