@@ -9,11 +9,12 @@ _C = _loader.load()
 from lora_ext import adapter, circuits, methods, nn, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.interop.transformers import attach, detach  # noqa: E402
-from lora_ext.nn import adapters  # noqa: E402
+from lora_ext.nn import LoraConfig, adapters  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 
 __all__ = [
     "AdapterPool",
+    "LoraConfig",
     "adapter",
     "adapters",
     "attach",

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 
-from .model_index import matches_suffix
 from .peft_keys import PREFIX, parse_key
 
 # Where PEFT's target_modules name one of these, it saves the base weight beside the factors.

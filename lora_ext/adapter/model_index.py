@@ -11,6 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.base_modules import READS_WEIGHTS, head_names, linear_size
+from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.pool_layer import PoolLayer
 
@@ -21,10 +23,6 @@ PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # PEFT has LoRA layers for these too; an adapter that targets one is refused by name, not skipped.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-
-# These read the weights of their linear children without calling them: an adapter on such a child
-# would be ignored, always or on torch's fast path for evaluation.
-_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 # A routed expert sees rows in an order of its own, so that no row of it has a known adapter.
 ROUTED = "routed experts"
@@ -90,13 +88,13 @@ class ModelIndex:
         modules = dict(model.named_modules())
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
-            if isinstance(module, nn.Linear) and isinstance(parent, _READS_WEIGHTS):
+            if isinstance(module, nn.Linear) and isinstance(parent, READS_WEIGHTS):
                 unsupported[name] = f"{type(module).__name__} of {type(parent).__name__}"
                 continue
             if isinstance(module, nn.Linear) and in_routed_experts(name):
                 unsupported[name] = f"{type(module).__name__} of {ROUTED}"
                 continue
-            found, size = linear, _linear_size(module)
+            found, size = linear, linear_size(module)
             if type(module) is nn.Embedding and module.max_norm is None:
                 found, size = embedding, (module.num_embeddings, module.embedding_dim)
             if size is None:
@@ -116,14 +114,7 @@ class ModelIndex:
                 "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
                 f"matching targets={targets!r}, found none"
             )
-        return cls(linear, embedding, unsupported, *_heads(model), BaseWeights(model))
-
-
-def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
-    """PEFT's rule for lists: the whole name, or everything after one of its dots."""
-    patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
-    parts = name.split(".")
-    return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
+        return cls(linear, embedding, unsupported, *head_names(model), BaseWeights(model))
 
 
 def in_routed_experts(name: str) -> bool:
@@ -178,25 +169,3 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
             "pass device=, or load the model's weights first"
         )
     return weight.device
-
-
-def _linear_size(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    # By name, so that transformers is not imported: Conv1D stores its weight as (in, out).
-    for base in type(module).__mro__:
-        if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
-            rows, columns = cast(Tensor, module.weight).shape
-            return rows, columns
-    return None
-
-
-def _heads(model: nn.Module) -> tuple[str | None, str | None]:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    classifier = next(
-        (getattr(model, n) for n in ("score", "classifier") if getattr(model, n, None) is not None),
-        None,
-    )
-    names = {id(m): n for n, m in model.named_modules()}
-    return names.get(id(head)), names.get(id(classifier))

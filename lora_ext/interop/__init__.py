@@ -15,9 +15,10 @@ def from_peft(model: Model) -> Model:
     Works in place, and may be called again after more modules were adapted. Parameters,
     ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
     ``adapter_names=`` stay what they are; ``adapter_names=`` now also works in training, one name
-    per sequence, under gradient checkpointing too. What it cannot take over, embeddings for one,
-    stays PEFT's own: :func:`lora_ext.interop.peft.report` lists it, and
-    :func:`lora_ext.interop.peft.to_peft` undoes the whole.
+    per sequence, under gradient checkpointing too; a frozen adapter among them is warned of. PEFT
+    still runs what lora_ext cannot, such as embeddings and quantised layers:
+    :func:`lora_ext.interop.peft.report` lists them, and a model without any other layer is warned
+    of. :func:`lora_ext.interop.peft.to_peft` undoes the whole.
 
     Args:
         model: a ``PeftModel`` with LoRA adapters, or any model whose layers PEFT has adapted.

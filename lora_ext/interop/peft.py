@@ -3,7 +3,8 @@
 Nothing is copied and nothing is replaced: the layers keep their parameters, buffers and names, and
 only their class changes, to a subclass whose ``forward`` is ours. All that PEFT does with a layer
 (checkpoints, ``set_adapter``, merging, deleting) is PEFT's own code, on PEFT's own objects. A call
-that our kernels do not cover, an adapter of a rarer variant for one, goes to PEFT's ``forward``.
+that our kernels do not cover goes to PEFT's ``forward``: one with an adapter of a rarer variant or
+with a learned scaling, for example, or one that PEFT refuses.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ _LISTED = 8  # names of layers in a warning
 class Report:
     """Names of modules with LoRA adapters."""
 
-    taken: tuple[str, ...]  # run by lora_ext
-    left: dict[str, str] = field(default_factory=dict)  # still PEFT's own, and why
+    taken: tuple[str, ...]  # lora_ext runs these
+    left: dict[str, str] = field(default_factory=dict)  # PEFT runs these, for the reason given
 
 
 def take_over(model: Model) -> Model:
     """:func:`lora_ext.from_peft`, where peft is known to be there."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"from_peft: model: expected a torch.nn.Module, found {type(model)}")
+        raise TypeError(
+            f"from_peft: model: expected a torch.nn.Module, found a {type(model).__name__}"
+        )
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     _swap(model, {PeftLinear: FusedLinear, LoraModel: FusedLoraModel})
@@ -182,13 +185,18 @@ class FusedLinear(PeftLinear):
     asks_what_is_off = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's; ``adapter_names``, one per sequence, may also be given in training.
+        """As PEFT's; ``adapter_names``, one per sequence, may also be given in training, and may
+        name DoRA adapters.
 
         Args:
             x: ``(..., I)``.
 
         Returns:
             ``(..., O)``.
+
+        Raises:
+            ValueError: PEFT's own: names of another number than sequences, or merged adapters.
+            RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.get("adapter_names")
         rows = self._rows_of(names)
@@ -208,7 +216,7 @@ class FusedLinear(PeftLinear):
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         dense = dense_parameters(self.base_layer)
-        assert dense is not None  # by _uncovered
+        assert dense is not None  # _uncovered lets no other base pass
         magnitudes = [self._magnitude(name) for name in present]
         norms = [
             None if m is None else self._norm(name, dense[0], f)
@@ -230,9 +238,9 @@ class FusedLinear(PeftLinear):
         if rows is None and self in _named:
             if torch._C._current_graph_task_id() != -1:  # inside a backward
                 raise RuntimeError(
-                    "from_peft: a checkpoint recomputes a layer whose forward had adapter_names, "
-                    "and has lost them: expected transformers' own gradient checkpointing, found "
-                    "another; pass no names, or do not checkpoint these layers"
+                    "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
+                    "found another, which recomputes a layer whose forward had adapter_names and "
+                    "has lost them; pass no names, or do not checkpoint these layers"
                 )
             _named.discard(self)
         return rows
@@ -286,7 +294,7 @@ class FusedLoraModel(LoraModel):
         finally:
             if token is not None:
                 _current.reset(token)
-            # Never with the exception: PEFT would then leave its hooks on the layers.
+            # PEFT's context does not see an exception: it would leave its hooks on the layers.
             hooks.__exit__(None, None, None)
 
 

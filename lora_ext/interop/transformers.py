@@ -128,12 +128,13 @@ def detach(model: Model) -> Model:
         ``model``.
 
     Raises:
-        RuntimeError: the model is not attached, or a layer was replaced since. The model is
-            unchanged then.
+        RuntimeError: the model is not attached, or a layer was replaced or offloaded since. The
+            model is unchanged then.
     """
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
+    _check_offloading(model, attachment)
     attachment.swap.restore(model, "detach")
     for name, method in attachment.hooked:
         module = find_module(model, name)
@@ -144,6 +145,19 @@ def detach(model: Model) -> Model:
     del model.__dict__[_KEY]
     attachments.discard(attachment)
     return model
+
+
+def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
+    """Refuse to take away what accelerate has put hooks on: weights would stay on meta."""
+    for name, module in model.named_modules():
+        old = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+        on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
+        if on_layer or getattr(old, "of_attach", False):
+            raise RuntimeError(
+                f"detach: {name or 'model'}: expected modules as attach left them, found "
+                "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
+                "first, or offload the model before attach"
+            )
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -166,6 +180,7 @@ def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
         with adapters(adapter_names, pool=pool):
             return _noted(run, args, kwargs)
 
+    forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward
 
 

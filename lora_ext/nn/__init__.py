@@ -8,6 +8,7 @@ from .context import adapters
 from .init import init_lora_
 from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
+from .lora_config import LoraConfig
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
 from .lora_forward import LoraFactors, lora_forward, lora_update
@@ -17,11 +18,13 @@ from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 from .swap import Swap
 from .switches import LayerGroups, is_active, set_active
+from .wrapping import unwrap, wrap
 
 __all__ = [
     "IGNORE",
     "CircuitHead",
     "LayerGroups",
+    "LoraConfig",
     "LoraConv",
     "LoraEmbedding",
     "LoraFactors",
@@ -45,4 +48,6 @@ __all__ = [
     "lora_update",
     "set_active",
     "shift_labels",
+    "unwrap",
+    "wrap",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .assignment import Names
+from .base_weight import ConvWeight
 from .dora import dora_forward
 from .lora_forward import DenseParameters, LoraFactors, is_plain, lora_forward
 from .lora_layer import LoraLayer
@@ -51,8 +52,7 @@ class LoraConv(LoraLayer):
             )
         _check_patches(base_layer)
         self.kernel_size: tuple[int, ...] = tuple(base_layer.kernel_size)
-        weight = base_layer.weight
-        super().__init__(base_layer, weight[0].numel(), weight.shape[0], fan_in_fan_out=False)
+        super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.add_adapter(adapter_name, r, **options)
@@ -80,7 +80,7 @@ class LoraConv(LoraLayer):
         factors = [self._factors_of(name) for name in names]
         if any(self.use_dora[name] for name in names):
             magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
-            dense = self._matrix(), self.bias
+            dense = self.base_weight.matrix(), self.bias
             y = dora_forward(patches, base, dense, factors, magnitudes, rows)
         else:
             y = lora_forward(patches, base, factors, rows)
@@ -92,42 +92,10 @@ class LoraConv(LoraLayer):
         p = self._dropout_of(name)
         return LoraFactors(a.flatten(1), b.flatten(1), self.scaling[name], p, bias)
 
-    # Of LoraLayer
-
-    def _shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        ones = (1,) * len(self.kernel_size)
-        return (r, *self.weight.shape[1:]), (self.out_features, r, *ones)
-
-    def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        kind: Any = type(self.base_layer)
-        # On meta first, so that the values torch would draw are not drawn.
-        lora_a = kind(
-            a.shape[1], a.shape[0], self.kernel_size, self.kernel_size, bias=False, device="meta"
-        )
-        lora_b = kind(b.shape[1], b.shape[0], 1, bias=bias is not None, device="meta")
-        lora_a.weight, lora_b.weight = nn.Parameter(a), nn.Parameter(b)
-        if bias is not None:
-            lora_b.bias = nn.Parameter(bias)
-        self.lora_A[name], self.lora_B[name] = lora_a, lora_b
-
-    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        lora_b = self.lora_B[name]
-        return self.lora_A[name].weight, lora_b.weight, lora_b.bias  # pyright: ignore[reportReturnType]
-
-    def _stores(self) -> list[Any]:
-        return [self.lora_A, self.lora_B]
-
-    def _matrix(self) -> Tensor:
-        return self.weight.flatten(1)
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        return matrix.view(self.weight.shape)
-
-    def _magnitude_shape(self, norm: Tensor) -> Tensor:
-        return norm.view(1, -1, *(1,) * len(self.kernel_size))
+    @property
+    def base_weight(self) -> ConvWeight:
+        """The weight of the base layer, as a matrix on patches."""
+        return ConvWeight(self.base_layer)
 
 
 class _OnPatches:

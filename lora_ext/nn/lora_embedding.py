@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 
 from .assignment import Names
+from .base_weight import EmbeddingWeight
 from .lora_layer import LoraLayer
 
 
@@ -50,8 +51,7 @@ class LoraEmbedding(LoraLayer):
                 f"LoraEmbedding: base_layer: expected nn.Embedding, "
                 f"found {type(base_layer).__name__}"
             )
-        sizes = base_layer.num_embeddings, base_layer.embedding_dim
-        super().__init__(base_layer, *sizes, fan_in_fan_out=True)
+        super().__init__(base_layer, fan_in_fan_out=True)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         self.add_adapter(adapter_name, r, **options)
@@ -92,7 +92,7 @@ class LoraEmbedding(LoraLayer):
             update = update * scale
         if not self.use_dora[name]:
             return y + update
-        norm = ops.lora_dora_norm(self._matrix(), a, b, self.scaling[name])
+        norm = ops.lora_dora_norm(self.base_weight.matrix(), a, b, self.scaling[name])
         magnitude = self._magnitude(name)
         return magnitude / norm.to(magnitude.dtype) * (y + update)
 
@@ -121,27 +121,9 @@ class LoraEmbedding(LoraLayer):
 
     # Of LoraLayer
 
-    _takes_bias = False
     _of_tokens = True
 
-    def _default_scheme(self, scheme: bool | str) -> bool | str:
-        return "init_b_unit" if scheme is True else scheme
-
-    def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        self.lora_embedding_A[name] = nn.Parameter(a)
-        self.lora_embedding_B[name] = nn.Parameter(b)
-
-    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.lora_embedding_A[name], self.lora_embedding_B[name], None
-
-    def _stores(self) -> list[Any]:
-        return [self.lora_embedding_A, self.lora_embedding_B]
-
-    def _matrix(self) -> Tensor:
-        return self.weight.t()
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        return matrix.t()
+    @property
+    def base_weight(self) -> EmbeddingWeight:
+        """The weight of the base layer, as a matrix on one-hot rows."""
+        return EmbeddingWeight(self.base_layer)

@@ -24,21 +24,17 @@ from .traced import layer_rows
 class LoraLayer(Merging):
     """A base layer and named adapters beside it, with PEFT's names for parameters and settings.
 
-    Not for use by itself. A subclass says how factors are stored and what forward does:
-    ``_make_factors``, ``_factors_of``, ``get_delta_weight`` are stated for a matrix ``(O, I)``, and
-    ``_matrix`` gives the base weight as one.
+    Not for use by itself. A subclass says what forward does and of which kind its
+    :attr:`base_weight` is, which knows how weights and factors are stored.
     """
 
     base_layer: nn.Module
 
-    def __init__(
-        self, base_layer: nn.Module, in_features: int, out_features: int, fan_in_fan_out: bool
-    ):
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):
         super().__init__()
         self.base_layer = base_layer
-        self.in_features = in_features
-        self.out_features = out_features
         self.fan_in_fan_out = fan_in_fan_out
+        self.in_features, self.out_features = self.base_weight.features
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -125,11 +121,12 @@ class LoraLayer(Merging):
         """
         self._check_name(adapter_name)
         scaling = _check_settings(r, lora_alpha, lora_dropout, use_rslora)
-        if lora_bias and (use_dora or not self._takes_bias):
-            where = "a DoRA adapter" if self._takes_bias else f"a {type(self).__name__}"
+        base = self.base_weight
+        if lora_bias and (use_dora or not base.takes_bias):
+            where = "a DoRA adapter" if base.takes_bias else f"a {type(self).__name__}"
             raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
         scheme = self._check_scheme(init_lora_weights, preserve_base_output)
-        device, dtype = _place(self.base_layer)
+        device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
         a, b = self._new_factors(r, scaling, scheme, generator, device)
         a, b = a.to(device, dtype), b.to(device, dtype)
@@ -137,17 +134,17 @@ class LoraLayer(Merging):
         flat_a, flat_b = a.flatten(1), b.flatten(1)
         changed = magnitude = None
         if device.type != "meta" and (scheme not in FREE or preserve_base_output):
-            self._check_writable(f"init_lora_weights={init_lora_weights!r}")
-            changed = self._matrix().detach().clone()
+            base.check_writable(f"init_lora_weights={init_lora_weights!r}")
+            changed = base.matrix().detach().clone()
             ops.lora_merge_(changed, flat_a, flat_b, scaling, sign=-1)
         if use_dora:
-            weight = self._matrix() if changed is None else changed
+            weight = base.matrix() if changed is None else changed
             norm = ops.lora_dora_norm(weight, flat_a, flat_b, scaling)
-            magnitude = Magnitude(self._magnitude_shape(norm.to(dtype)))
+            magnitude = Magnitude(base.magnitude(norm.to(dtype)))
         # From here on nothing raises.
         if changed is not None:
-            self._before_init = (adapter_name, self.weight.detach().clone())
-            self._write(self._from_matrix(changed), None)
+            self._before_init = (adapter_name, base.weight.detach().clone())
+            base.write(base.as_stored(changed), None)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = scaling
@@ -157,7 +154,8 @@ class LoraLayer(Merging):
         self.adapter_active[adapter_name] = True
         dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        self._store_factors(adapter_name, a, b, bias)
+        for store, factor in zip(self._stores(), base.factors(a, b, bias), strict=True):
+            store[adapter_name] = factor
         if magnitude is not None:
             self.lora_magnitude_vector[adapter_name] = magnitude
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
@@ -235,7 +233,8 @@ class LoraLayer(Merging):
         """
         self._check_known([adapter_name])
         a, b, bias = self._raw_factors(adapter_name)
-        init_lora_(a, b, self._default_scheme(init_lora_weights), generator=generator)
+        scheme = self.base_weight.default_scheme if init_lora_weights is True else init_lora_weights
+        init_lora_(a, b, scheme, generator=generator)
         if bias is not None:
             nn.init.zeros_(bias)
 
@@ -252,8 +251,8 @@ class LoraLayer(Merging):
             raise ValueError(
                 f"restore_base_weight: {self.merged_adapters} are merged; unmerge them first"
             )
-        self._check_writable("restore_base_weight")
-        self._write(self._before_init[1], None)
+        self.base_weight.check_writable("restore_base_weight")
+        self.base_weight.write(self._before_init[1], None)
         self._before_init = None
 
     # ---------------------------------------------------------------------------------------------
@@ -356,19 +355,17 @@ class LoraLayer(Merging):
     ) -> tuple[Tensor, Tensor]:
         """In float32, drawn on the CPU as PEFT does: one seed, one adapter, whatever the device."""
         memory = "meta" if device.type == "meta" else "cpu"
-        a, b = (torch.zeros(shape, device=memory) for shape in self._shapes(r))
+        base = self.base_weight
+        a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
         if memory != "meta" and scheme in FREE:
             init_lora_(a, b, scheme, generator=generator)
         elif memory != "meta":
-            parts = decompose(self._matrix(), r, scaling, scheme)
+            parts = decompose(base.matrix(), r, scaling, scheme)
             a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
         return a, b
 
-    def _default_scheme(self, scheme: bool | str) -> bool | str:
-        return scheme
-
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
-        name = known_scheme(self._default_scheme(scheme))
+        name = known_scheme(self.base_weight.default_scheme if scheme is True else scheme)
         if preserve_base_output and name not in FREE:
             raise ValueError(
                 f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
@@ -392,27 +389,18 @@ class LoraLayer(Merging):
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
     # ---------------------------------------------------------------------------------------------
-    # Of the subclass
-
-    #: Whether ``lora_bias`` is offered.
-    _takes_bias = True
+    # Of one adapter
 
     #: Whether the rows are tokens, which all sequences may share: positions.
     _of_tokens = False
 
-    def _shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and of B."""
-        return (r, self.in_features), (self.out_features, r)
-
-    def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        raise NotImplementedError
-
     def _stores(self) -> list[Any]:
-        """Dictionaries by adapter that hold the factors."""
-        raise NotImplementedError
+        """The dictionaries by adapter that hold A and B."""
+        return [getattr(self, name) for name in self.base_weight.stores]
 
-    def _magnitude_shape(self, norm: Tensor) -> Tensor:
-        return norm
+    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        a, b = (store[name] for store in self._stores())
+        return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
 
     def _parameters_of(self, name: str) -> list[Tensor]:
         found = [p for p in self._raw_factors(name) if p is not None]
@@ -435,15 +423,3 @@ def _check_settings(r: int, lora_alpha: float, lora_dropout: float, use_rslora: 
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability in [0, 1), found {lora_dropout}")
     return _scaling(r, lora_alpha, use_rslora)
-
-
-def _place(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the adapters of a base layer belong, and in which dtype."""
-    for tensor in [
-        *base.parameters(recurse=False),
-        *base.buffers(recurse=False),
-        *base.parameters(),
-    ]:
-        floating = tensor.is_floating_point() and tensor.element_size() > 1
-        return tensor.device, tensor.dtype if floating else torch.float32
-    return torch.device("cpu"), torch.float32

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .assignment import Names
+from .base_weight import LinearWeight
 from .dora import dora_forward
-from .lora_forward import LoraFactors, lora_forward, readable_weight
+from .lora_forward import LoraFactors, lora_forward
 from .lora_layer import LoraLayer
 
 
@@ -18,7 +19,9 @@ class LoraLinear(LoraLayer):
     Parameters have PEFT's names, so a state dict of the one loads into the other:
     ``base_layer.*``, ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``,
     ``lora_B.<name>.bias``, ``lora_magnitude_vector.<name>.weight (O,)``. The base layer is never
-    changed, but by :meth:`merge` and by the schemes that say so.
+    changed, but by :meth:`merge` and by the schemes that say so. It is left trainable, as PEFT's
+    layer leaves it: freeze it with ``layer.base_layer.requires_grad_(False)``, or adapt the model
+    with :func:`lora_ext.nn.wrap`, which freezes all but the adapters.
 
     Rows take the active adapters (:meth:`set_adapter`; several are summed), or the one that
     :func:`lora_ext.adapters` or ``adapter_ids`` names for them. An adapter whose ``adapter_active``
@@ -55,8 +58,7 @@ class LoraLinear(LoraLayer):
             raise ValueError(
                 "LoraLinear: fan_in_fan_out: expected False for nn.Linear, whose weight is (O, I)"
             )
-        in_features, out_features, transposed = _features(base_layer, fan_in_fan_out)
-        super().__init__(base_layer, in_features, out_features, transposed)
+        super().__init__(base_layer, LinearWeight(base_layer, fan_in_fan_out).fan_in_fan_out)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.add_adapter(adapter_name, r, **options)
@@ -80,7 +82,7 @@ class LoraLinear(LoraLayer):
         factors = [self.factors(name) for name in names]
         if any(self.use_dora[name] for name in names):
             magnitudes = [self._magnitude(n) if self.use_dora[n] else None for n in names]
-            dense = readable_weight(self.base_layer, "LoraLinear: DoRA", self.fan_in_fan_out)
+            dense = self.base_weight.matrix(), self.bias
             return dora_forward(x, self.base_layer, dense, factors, magnitudes, rows)
         return lora_forward(x, self.base_layer, factors, rows)
 
@@ -90,48 +92,12 @@ class LoraLinear(LoraLayer):
         p = self._dropout_of(adapter_name)
         return LoraFactors(a, b, self.scaling[adapter_name], p, bias)
 
-    # Of LoraLayer
-
-    def _store_factors(self, name: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        for store, weight, extra in ((self.lora_A, a, None), (self.lora_B, b, bias)):
-            # On meta first, so that the values torch would draw are not drawn.
-            linear = nn.Linear(weight.shape[1], weight.shape[0], extra is not None, device="meta")
-            linear.weight = nn.Parameter(weight)
-            if extra is not None:
-                linear.bias = nn.Parameter(extra)
-            store[name] = linear
+    @property
+    def base_weight(self) -> LinearWeight:
+        """The weight of the base layer, as a matrix."""
+        return LinearWeight(self.base_layer, self.fan_in_fan_out)
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Of every forward: without asking the base weight where the factors are.
         lora_b = self.lora_B[name]
         return self.lora_A[name].weight, lora_b.weight, lora_b.bias  # pyright: ignore[reportReturnType]
-
-    def _stores(self) -> list[Any]:
-        return [self.lora_A, self.lora_B]
-
-    def _matrix(self) -> Tensor:
-        return readable_weight(self.base_layer, "LoraLinear", self.fan_in_fan_out)[0]
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        return matrix.t() if self.fan_in_fan_out else matrix
-
-
-def _features(base: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
-    """In and out features, and whether the weight is ``(I, O)``."""
-    for inner, outer, transposed in (
-        ("in_features", "out_features", fan_in_fan_out),
-        ("nx", "nf", True),
-    ):
-        sizes = getattr(base, inner, None), getattr(base, outer, None)
-        if all(isinstance(size, int) for size in sizes):
-            return *sizes, transposed  # pyright: ignore[reportReturnType]
-    weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2:
-        out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
-        return in_features, out_features, fan_in_fan_out
-    raise ValueError(
-        "LoraLinear: base_layer: expected in_features and out_features, nx and nf, or a matrix "
-        f"for a weight, found {type(base).__name__}"
-    )

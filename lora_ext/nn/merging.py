@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
+from .base_weight import BaseWeight
+
 
 class _Merged(NamedTuple):
     """What was done to the base weight, so that it can be undone."""
@@ -48,12 +50,12 @@ class Merging(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Of the base layer."""
-        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+        return self.base_weight.weight
 
     @property
     def bias(self) -> Tensor | None:
         """Of the base layer."""
-        return getattr(self.base_layer, "bias", None)
+        return self.base_weight.bias
 
     def merge(
         self,
@@ -84,8 +86,9 @@ class Merging(nn.Module):
                 f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
                 "kept; unmerge them first"
             )
-        self._check_writable("merge")
-        weight, bias = self._matrix().detach(), self.bias
+        base = self.base_weight
+        base.check_writable("merge")
+        weight, bias = base.matrix().detach(), base.bias
         new, new_bias = _widened(weight), None if bias is None else _widened(bias)
         records: list[_Merged] = []
         for name in names:
@@ -113,10 +116,10 @@ class Merging(nn.Module):
             )
         if keep_copy and self._copy is None:
             self._copy = (
-                self.weight.detach().clone(),
+                base.weight.detach().clone(),
                 None if bias is None else bias.detach().clone(),
             )
-        self._write(self._from_matrix(new), new_bias)
+        base.write(base.as_stored(new), new_bias)
         self._merged += records
 
     def unmerge(self) -> None:
@@ -130,9 +133,10 @@ class Merging(nn.Module):
         if not self._merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
             return
-        self._check_writable("unmerge")
+        base = self.base_weight
+        base.check_writable("unmerge")
         if self._copy is not None:
-            self._write(*self._copy)
+            base.write(*self._copy)
         else:
             warnings.warn(
                 "unmerge: no copy of the base weight was kept, so it returns up to rounding only; "
@@ -140,7 +144,7 @@ class Merging(nn.Module):
                 stacklevel=2,
             )
             weight, bias = self._unmerged()
-            self._write(self._from_matrix(weight), bias)
+            base.write(base.as_stored(weight), bias)
         self._merged, self._copy = [], None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -153,7 +157,8 @@ class Merging(nn.Module):
         """
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
-        return self._from_matrix(ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter]))
+        delta = ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter])
+        return self.base_weight.as_stored(delta)
 
     # ---------------------------------------------------------------------------------------------
 
@@ -181,8 +186,9 @@ class Merging(nn.Module):
         """The base weight ``(O, I)`` and bias without what is merged, in wide precision."""
         if self._copy is not None:
             weight, bias = self._copy
-            return self._as_matrix(weight), bias
-        weight, bias = _widened(self._matrix()), None if self.bias is None else _widened(self.bias)
+            return self.base_weight.as_matrix(weight), bias
+        weight, bias = _widened(self.base_weight.matrix()), self.bias
+        bias = None if bias is None else _widened(bias)
         for m in reversed(self._merged):
             if m.factor is not None:
                 weight = weight / m.factor[:, None]
@@ -190,24 +196,6 @@ class Merging(nn.Module):
             if bias is not None and self.lora_bias[m.name]:
                 bias = bias - self._bias_delta(m.name, m.scaling)
         return weight, bias
-
-    def _check_writable(self, purpose: str) -> None:
-        """What is written into a computed weight would be gone with the next forward."""
-        kept = {id(t) for t in (*self.base_layer.parameters(), *self.base_layer.buffers())}
-        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
-            if tensor is not None and id(tensor) not in kept:
-                raise ValueError(
-                    f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
-                    f"found one that {type(self.base_layer).__name__} computes from others; remove "
-                    "its parametrization (weight_norm, spectral_norm, ...) first"
-                )
-
-    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
-        # In place: whoever shares or has captured this memory keeps seeing the layer's weight.
-        with torch.no_grad():
-            self.weight.copy_(weight)
-            if bias is not None and self.bias is not None:
-                self.bias.copy_(bias)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -218,23 +206,16 @@ class Merging(nn.Module):
 
     # Of the subclass
 
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight of the base layer, as a matrix."""
+        raise NotImplementedError
+
     def _check_known(self, names: Sequence[str | None]) -> None:
         raise NotImplementedError
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
-        raise NotImplementedError
-
-    def _matrix(self) -> Tensor:
-        """The base weight as ``(O, I)``; ValueError where it cannot be read."""
-        raise NotImplementedError
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor in the layout of the base weight, as ``(O, I)``."""
-        raise NotImplementedError
-
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        """``(O, I)`` in the layout of the base weight."""
         raise NotImplementedError
 
 

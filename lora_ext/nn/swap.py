@@ -33,17 +33,30 @@ class Swap:
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, nn.Module], by: str):
         self.by = by
-        self.placed = dict(replacements)
         self.originals: dict[str, nn.Module] = {}
-        for name in self.placed:
+        self.placed: dict[str, nn.Module] = {}
+        self.add(model, replacements)
+
+    def add(self, model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+        """Replace further modules of the same model, under names that are not replaced yet.
+
+        Raises:
+            ValueError: as where the swap was made.
+        """
+        originals: dict[str, nn.Module] = {}
+        for name in replacements:
             original = find_module(model, name) if name else None
-            if original is None:
+            if original is None or name in self.placed:
+                found = "one that is replaced already" if name in self.placed else "none"
                 raise ValueError(
-                    f"{by}: {name!r}: expected the name of a module inside the model, found none"
+                    f"{self.by}: {name!r}: expected the name of a module inside the model, "
+                    f"found {found}"
                 )
-            self.originals[name] = original
-        for name, module in self.placed.items():
+            originals[name] = original
+        for name, module in replacements.items():
             _put(model, name, module)
+        self.originals |= originals
+        self.placed |= replacements
 
     def restore(self, model: nn.Module, by: str) -> None:
         """Put every original back.

@@ -160,9 +160,12 @@ class TableBlock:
         self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
     ) -> list[tuple[Tensor, Tensor]]:
         """Copies (destination, source) that make ``slot`` say what ``modules`` says."""
-        table = torch.full((len(self.names), self.page_table.shape[2]), -1, dtype=torch.int32)
-        ranks = torch.zeros(len(self.names), dtype=torch.int32)
-        scale = torch.zeros(len(self.names), dtype=torch.float32)
+        m, pin = len(self.names), self.ranks.is_cuda
+        table = torch.full(
+            (m, self.page_table.shape[2]), -1, dtype=torch.int32, device="cpu", pin_memory=pin
+        )
+        ranks = torch.zeros(m, dtype=torch.int32, device="cpu", pin_memory=pin)
+        scale = torch.zeros(m, dtype=torch.float32, device="cpu", pin_memory=pin)
         for i, name in enumerate(self.names):
             packed = modules.get(name)
             if packed is not None:

@@ -254,11 +254,13 @@ class AdapterPool:
         Raises:
             UnknownAdapterError: naming the name and its close matches.
             PoolFullError: an evicted adapter finds no room.
+            RuntimeError: the current stream is capturing a graph.
         """
         if isinstance(names, str):
             raise TypeError(
                 f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
             )
+        self._store.check_outside_capture()
         lease = Lease(self)
         with self._lock:
             by_name = self._by_name
@@ -270,6 +272,8 @@ class AdapterPool:
                     lease.append(NO_SLOT)
                     continue
                 resident = by_name[name]
+                if resident.written:
+                    self._store.before_reading(resident)
                 resident.pins += 1
                 by_name.move_to_end(name)
                 lease.append(resident.slot)
@@ -428,13 +432,13 @@ class AdapterPool:
         plan = self._store.plan(name, packed, order)
         saved = [self._store.download(victim) for victim in plan.victims]
         try:
-            self._store.upload(plan.slot, plan.pages, packed.modules, plan)
+            written = self._store.upload(plan.slot, plan.pages, packed.modules, plan)
         except BaseException:
             for victim, adapter in zip(plan.victims, saved, strict=True):
                 self._repair(victim, adapter)
             raise
         # Python assignments only from here on: nothing fails half-way.
-        resident = Resident(name, plan.slot, packed.config, plan.pages)
+        resident = Resident(name, plan.slot, packed.config, plan.pages, written)
         self._store.commit(plan, resident)
         for victim in plan.victims:
             del self._by_name[victim.name]
@@ -452,7 +456,7 @@ class AdapterPool:
     def _repair(self, victim: Resident, saved: PackedAdapter) -> None:
         """After a failed copy: put a victim's bytes back, or keep them if the device refuses."""
         try:
-            self._store.upload(victim.slot, victim.pages, saved.modules)
+            victim.written = self._store.upload(victim.slot, victim.pages, saved.modules)
         except BaseException:
             del self._by_name[victim.name]
             self._store.vacate(victim)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from lora_ext.adapter.model_index import ModelIndex
 
 from .packing import PackedAdapter
 from .pages import ModuleSlab, PackedModule, Slab, TableBlock, magnitude_dtype, page_count
-from .transfer import Transfer
+from .transfer import StreamTransfer, Transfer, to_host, transfer_to
+
+Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
 
 class PoolFullError(RuntimeError):
@@ -26,12 +30,13 @@ class PoolFullError(RuntimeError):
 
 @dataclass
 class Resident:
-    """An adapter in a slot. Once published, only the pins and the fate of the name change."""
+    """An adapter in a slot. Once published, only pins, copies and the fate of the name change."""
 
     name: str
     slot: int
     config: AdapterConfig
     pages: dict[str, list[int]]
+    written: Written = field(default_factory=list)  # empty once every stream may read it
     pins: int = 0
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
 
@@ -48,6 +53,13 @@ class Plan:
     blocks: list[TableBlock]
     biases: dict[str, Tensor] = field(default_factory=dict)  # as are these
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What was allocated for this plan."""
+        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
+        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
+        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
 
 
 class PageStore:
@@ -67,13 +79,27 @@ class PageStore:
         self._max_pages = page_count(max_rank)
         self._free_slots = list(range(max_slots - 1, -1, -1))
         devices = {spec.device for spec in index.modules.values()}
-        self._transfers = {device: Transfer(device) for device in devices}
-        self._cuda = [t for device, t in self._transfers.items() if device.type == "cuda"]
+        self.transfers = {device: transfer_to(device) for device in devices}
 
     def mark_use(self) -> None:
         """Steps queued so far may read pages that are about to become free (CUDA only)."""
-        for transfer in self._cuda:
+        for transfer in self._on_streams:
             transfer.mark_use()
+
+    def check_outside_capture(self) -> None:
+        """Refuse to pin inside the capture of a graph (CUDA only)."""
+        for transfer in self._on_streams:
+            transfer.check_outside_capture()
+
+    def before_reading(self, resident: Resident) -> None:
+        """Let the current stream read a resident whose bytes may still be on their way."""
+        done = [transfer.before_reading(written) for transfer, written in resident.written]
+        if all(done):
+            resident.written = []
+
+    @cached_property
+    def _on_streams(self) -> list[StreamTransfer]:
+        return [t for t in self.transfers.values() if isinstance(t, StreamTransfer)]
 
     # ---------------------------------------------------------------------------------------------
     # Finding room
@@ -167,11 +193,16 @@ class PageStore:
         pages: dict[str, list[int]],
         modules: dict[str, PackedModule],
         plan: Plan | None = None,
-    ) -> None:
-        """Write pages, and the slot's rows of every table: no row of an earlier owner survives."""
+    ) -> Written:
+        """Write pages, and the slot's rows of every table: no row of an earlier owner survives.
+
+        Returns:
+            the copies, which may still be queued; :attr:`Resident.written`. They are done where the
+            plan brings new memory: whoever has pinned another slot reads it without waiting.
+        """
         slabs = self.slabs | plan.slabs if plan else self.slabs
         blocks = self.blocks + plan.blocks if plan else self.blocks
-        jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self._transfers}
+        jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
         for module, part in modules.items():
             slab = slabs[module]
             for i, page in enumerate(pages[module]):
@@ -185,27 +216,32 @@ class PageStore:
                 (magnitude, part.magnitude if part else None),
             ):
                 if table is not None:
-                    row = own if own is not None else torch.zeros(())
-                    jobs[table.device].append((table[slot], row))
+                    jobs[table.device].append((table[slot], _row(table[slot], own)))
         for block in blocks:
             jobs[block.ranks.device] += block.rows(slot, pages, modules)
-        for device, transfer in self._transfers.items():
-            transfer.run(jobs[device])
+        new = plan.memory if plan else []
+        written: Written = []
+        for device, transfer in self.transfers.items():
+            written.append((transfer, transfer.run(jobs[device], wait=bool(new))))
+            transfer.keep(tensor for tensor in new if tensor.device == device)
+        return written
 
     def download(self, resident: Resident) -> PackedAdapter:
         """Copy a resident's pages to host memory."""
+        for transfer, written in resident.written:
+            transfer.finish(written)
         modules = {}
         for module, pages in resident.pages.items():
             slab, view = self.slabs[module], self.modules[module]
             assert view.ranks is not None and view.scale is not None  # the module has a slab
             index = torch.tensor(pages, device=slab.a.device)
             modules[module] = PackedModule(
-                slab.a[index].cpu(),
-                slab.b[index].cpu(),
-                None if slab.bias is None else slab.bias[resident.slot].to("cpu", copy=True),
+                to_host(slab.a[index]),
+                to_host(slab.b[index]),
+                None if slab.bias is None else to_host(slab.bias[resident.slot]),
                 int(view.ranks[resident.slot]),
                 float(view.scale[resident.slot]),
-                slab.magnitude[resident.slot].to("cpu", copy=True)
+                to_host(slab.magnitude[resident.slot])
                 if resident.config.use_dora and slab.magnitude is not None
                 else None,
             )
@@ -253,3 +289,10 @@ class PageStore:
         self._free_slots.append(resident.slot)
         for module, pages in resident.pages.items():
             self.slabs[module].free.extend(pages)
+
+
+def _row(row: Tensor, own: Tensor | None) -> Tensor:
+    """An adapter's row of a table, zeros where it has none."""
+    if own is not None:
+        return own
+    return torch.zeros(row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -10,9 +10,10 @@ import zipfile
 
 import pytest
 import torch
-from support import Base, assert_same, assert_slot_holds, config, snapshot, state
+from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
 
-from lora_ext.adapter import patterns, save_adapter
+from lora_ext.adapter import save_adapter
+from lora_ext.nn import patterns
 from lora_ext.pool import AdapterPool
 
 

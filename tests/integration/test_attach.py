@@ -5,10 +5,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from safetensors.torch import load_file
 from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
 from torch import Tensor, nn
@@ -118,6 +119,21 @@ def test_a_forward_of_the_instances_own_takes_names_and_comes_back(tmp_path: Pat
             assert torch.equal(attached(ids, adapter_names=["red", None]).logits, expected)
             assert not torch.equal(attached(ids).logits, expected)
     assert lora_ext.detach(model).__dict__["forward"] is own
+
+
+def test_a_model_that_was_offloaded_after_attach_is_detached_without_hooks(tmp_path: Path) -> None:
+    model, ids = make_pair("llama", tmp_path)[0], tokens(2, 4)
+    with torch.no_grad(), lora_ext.adapters(["red", None]):
+        expected = model(ids).logits
+        base = model(ids, adapter_names=None)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert torch.equal(model(ids).logits, expected)
+        with pytest.raises(RuntimeError, match="remove_hook_from_submodules"):
+            lora_ext.detach(model)
+        assert torch.equal(model(ids).logits, expected)
+    remove_hook_from_submodules(model)
+    with torch.no_grad():
+        assert torch.equal(lora_ext.detach(model)(ids).logits[1], base.logits[1])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""from_peft under other people's training loops: Trainer, resumed runs, DDP and FSDP2."""
+"""from_peft under other people's training loops: Trainer, accelerate, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -85,6 +86,34 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit_dropout_included(tmp_path
     run_trainer(resumed, tmp_path / "b", 4, resume=True)
     expected = weights_of(unbroken)
     assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
+
+
+# --- accelerate -----------------------------------------------------------------------------------
+def test_accelerate_learns_what_it_learns_with_peft() -> None:
+    theirs = tiny_peft()
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    start, losses = weights_of(ours), {}
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        loader = torch.utils.data.DataLoader(Sequences(), batch_size=2)
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        losses[name] = []
+        for batch in loader:
+            with accelerator.accumulate(prepared):
+                loss = prepared(**batch).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[name].append(loss.item())
+        assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
+    close = 1e-5  # some tens of roundings of float32
+    torch.testing.assert_close(losses["ours"], losses["theirs"], rtol=close, atol=0)
+    expected = weights_of(theirs)
+    for key, weight in weights_of(ours).items():
+        change, wanted = weight - start[key], expected[key] - start[key]
+        assert wanted.any()
+        assert (change - wanted).norm() <= 4 * close * wanted.norm(), key
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn import LoraLinear, Swap, adapters, decoder_layers
+from lora_ext.nn.base_modules import linear_size
 
 NAME = "draft"
 
@@ -47,13 +48,12 @@ class DraftTail(nn.Module):
         replacements: dict[str, nn.Module] = {}
         factors: list[Any] = []
         for name, base in model.named_modules():
-            linear = isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
             if id(base) in inside and isinstance(base, LoraLinear) and NAME in base.lora_A:
                 raise ValueError(
                     f"DraftTail: model: expected layers without a draft tail, found one at {name} "
                     "(its remove() takes it away)"
                 )
-            if linear and id(base) in inside:
+            if linear_size(base) is not None and id(base) in inside:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
                 lora.set_adapter([])  # rows without a name are rows of the verifier
                 replacements[name] = lora

@@ -1,0 +1,166 @@
+"""The order of copies and steps on a device, on streams that run as late as they are allowed to."""
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from pool_support import Base, config, state
+
+from lora_ext.pool import AdapterPool, transfer
+from lora_ext.pool.transfer import StreamTransfer
+
+SEEDS = range(40)
+
+
+@pytest.fixture
+def cuda(request, monkeypatch):
+    """A fake device, and every copy of the pool queued on it."""
+    world = FakeCuda(getattr(request, "param", 0))
+
+    def copy_(destination, source):
+        def work():
+            destination.copy_(source)
+
+        world.launch(work)
+
+    monkeypatch.setattr(transfer, "copy_", copy_)
+    return world
+
+
+@pytest.fixture
+def pool(cuda):
+    pool = AdapterPool(Base(), max_slots=2, max_rank=8)
+    device = torch.device("cpu")
+    pool._store.transfers[device] = StreamTransfer(device, cuda)
+    for name, seed in (("a", 1), ("b", 2)):
+        load(pool, name, seed)
+    cuda.run()
+    return pool
+
+
+def load(pool, name, seed):
+    pool.load(name, (config(), state(seed)))
+
+
+def step(cuda, pool, slot, seen):
+    """Queue a step that reads a slot of the pool through its tables, as a kernel does."""
+    slab = pool.modules["up"]
+
+    def work():
+        page = int(slab.page_table[slot, 0])
+        seen.append(slab.a_pages[page, :4].clone())
+
+    cuda.launch(work)
+
+
+def factor(seed):
+    return state(seed)["base_model.model.up.lora_A.weight"]
+
+
+@pytest.mark.parametrize("cuda", SEEDS, indirect=True)
+def test_a_step_sees_the_adapter_that_it_was_queued_with(cuda, pool):
+    """Its slot goes to another adapter as soon as the lease is released, and the step runs late."""
+    before, after = [], []
+    with pool.acquire(["a"]) as slots:
+        step(cuda, pool, slots[0], before)
+    pool.unload("a")
+    load(pool, "c", 3)
+    with pool.acquire(["c"]) as slots:
+        step(cuda, pool, slots[0], after)
+    cuda.run()
+    assert torch.equal(before[0], factor(1))
+    assert torch.equal(after[0], factor(3))
+
+
+@pytest.mark.parametrize("cuda", SEEDS, indirect=True)
+def test_steps_on_other_streams_are_ordered_too(cuda, pool):
+    before, after = [], []
+    with cuda.stream(cuda.Stream()), pool.acquire(["b"]) as slots:
+        step(cuda, pool, slots[0], before)
+    pool.unload("b")
+    with cuda.stream(cuda.Stream()):
+        load(pool, "c", 3)
+    with cuda.stream(cuda.Stream()), pool.acquire(["c"]) as slots:
+        step(cuda, pool, slots[0], after)
+    cuda.run()
+    assert torch.equal(before[0], factor(2))
+    assert torch.equal(after[0], factor(3))
+
+
+@pytest.mark.parametrize("cuda", SEEDS, indirect=True)
+def test_an_adapter_that_makes_way_at_once_is_read_back_whole(cuda, pool):
+    """It goes to the host before anybody has waited for it to come to the device."""
+    pool.unload("a")
+    load(pool, "c", 3)
+    load(pool, "d", 4)  # b makes way
+    load(pool, "e", 5)  # c makes way
+    assert "c" in pool._cache
+    seen = []
+    with pool.acquire(["c"]) as slots:
+        step(cuda, pool, slots[0], seen)
+    cuda.run()
+    assert torch.equal(seen[0], factor(3))
+
+
+def test_the_host_waits_for_the_first_adapter_of_a_module_and_for_no_other(cuda, pool):
+    cuda.waits = 0
+    pool.unload("a")
+    load(pool, "c", 3)
+    assert cuda.waits == 0 and cuda.streams, "the copies are queued, and load has returned"
+    assert any(stream.queue for stream in cuda.streams)
+    pool.unload("b")
+    # Tables of a new module are read by whoever has a lease already: they must be there at once.
+    pool.load("h", (config(targets=("head",)), state(4, targets=("head",))))
+    assert cuda.waits == 1
+    pool.unload("c")
+    pool.load("bias", (config(lora_bias=True), state(5, bias=True)))
+    assert cuda.waits == 2, "and those of the first bias"
+
+
+def test_a_pin_inside_a_capture_is_refused(cuda, pool):
+    cuda.capturing = True
+    with pytest.raises(RuntimeError, match=r"AdapterPool\.acquire: .* around the capture"):
+        pool.acquire(["b"])
+    cuda.capturing = False
+    assert pool.stats()["pins"] == 0
+
+
+def test_a_copy_that_fails_leaves_nothing_queued(cuda, pool, monkeypatch):
+    """The memory that was allocated for the adapter is given back, and must not be written then."""
+    queued, real = [], transfer.copy_
+
+    def copy_(destination, source):
+        if len(queued) == 5:
+            raise RuntimeError("the copy failed")
+        queued.append(destination)
+        real(destination, source)
+
+    pool.unload("a")
+    monkeypatch.setattr(transfer, "copy_", copy_)
+    with pytest.raises(RuntimeError, match="the copy failed"):
+        pool.load("h", (config(targets=("head",)), state(4, targets=("head",))))
+    assert len(queued) == 5 and not any(stream.queue for stream in cuda.streams)
+
+
+@pytest.mark.parametrize("cuda", SEEDS, indirect=True)
+def test_a_graph_reads_its_adapter_for_as_long_as_its_lease_is_open(cuda, pool):
+    """A replay is invisible to the pool: it neither pins nor releases. Its lease does."""
+    lease = pool.acquire(["a"])
+    seen = []
+
+    def replay():
+        step(cuda, pool, lease[0], seen)
+
+    replay()
+    for seed in range(10, 16):  # names come and go, the graph's included
+        load(pool, f"x{seed}", seed)
+        replay()
+        if seed == 12:
+            pool.unload("a")
+        if seed == 14:
+            load(pool, "a", 14)
+            replay()
+    pool.release(lease)  # on the stream of the replays: they are part of its last use
+    load(pool, "y", 20)
+    load(pool, "z", 21)
+    cuda.run()
+    assert len(seen) == 8 and all(torch.equal(each, factor(1)) for each in seen)
