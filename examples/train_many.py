@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
-# Before torch: threads that wait spin for microseconds, not for milliseconds. On a machine that does
-# other work besides, spinning threads keep the working ones from the cores.
+# Before torch: threads that wait spin for microseconds, not for milliseconds. Where a machine does
+# other work besides, they would keep the working ones from the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import matplotlib
