@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from support import Base, assert_same, assert_slot_holds, config, snapshot, state
+from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
 
 from lora_ext.adapter import save_adapter
 from lora_ext.nn import patterns

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from support import Base, config
+from pool_support import Base, config
 from torch import nn
 
 import lora_ext

@@ -1,7 +1,7 @@
 """Where an adapter comes from: what is no folder of PEFT's is refused in a sentence that helps."""
 
 import pytest
-from support import Base, config, state
+from pool_support import Base, config, state
 
 from lora_ext.adapter import save_adapter
 from lora_ext.pool import AdapterPool

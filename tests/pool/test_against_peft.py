@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from support import assert_slot_holds, config, state
+from pool_support import assert_slot_holds, config, state
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_ext.adapter import save_adapter
@@ -152,7 +152,7 @@ def test_peft_loads_what_save_adapter_wrote(dtype, tmp_path):
 
 
 def test_a_bin_file_of_tensors_loads(tmp_path):
-    from support import Base
+    from pool_support import Base
 
     save_adapter(tmp_path, config(), state(3))
     (tmp_path / "adapter_model.safetensors").unlink()

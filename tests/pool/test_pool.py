@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from support import Base, assert_same, assert_slot_holds, config, read_slot, snapshot, state
+from pool_support import Base, assert_same, assert_slot_holds, config, read_slot, snapshot, state
 
 from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, transfer
 from lora_ext.pool.pages import in_words

@@ -3,7 +3,7 @@
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from support import Base, assert_slot_holds, config, state
+from pool_support import Base, assert_slot_holds, config, state
 
 from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError
 

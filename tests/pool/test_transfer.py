@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from support import Base, config, state
+from pool_support import Base, config, state
 
 from lora_ext.pool import AdapterPool, transfer
 from lora_ext.pool.transfer import StreamTransfer
