@@ -143,7 +143,8 @@ struct Outputs {
                 T e[kVec<T>];
 #pragma unroll
                 for (int j = 0; j < kVec<T>; ++j)
-                    e[j] = i * kVec<T> + j < n ? p[i * kVec<T> + j] : lx::from_float<T>(0);
+                    e[j] = i * kVec<T> + j < n ? lx::load_global(p + i * kVec<T> + j)
+                                               : lx::from_float<T>(0);
                 words[i] = words_of(e);
             }
         }
@@ -165,7 +166,8 @@ struct Outputs {
                 }
             }
             if constexpr (kAligned) {
-                reinterpret_cast<uint4*>(p)[i] = {out[0], out[1], out[2], out[3]};
+                lx::store_global(reinterpret_cast<uint4*>(p) + i,
+                                 uint4{out[0], out[1], out[2], out[3]});
             } else {
 #pragma unroll
                 for (int j = 0; j < kVec<T>; ++j) {

@@ -35,7 +35,8 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
-template <class T>
+// kStaged: a stage does not hold all ranks.
+template <class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_train_input_kernel(const __grid_constant__ LoraTrainArgs args,
                             const __grid_constant__ Tiling tiling,
@@ -50,9 +51,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     lx::syncthreads();  // row_of
 
     const int all_pages = (tile.rank + 15) / 16 * 2;
-    const int stages = (all_pages + width.pages - 1) / width.pages;
+    const int stages = kStaged ? (all_pages + width.pages - 1) / width.pages : 1;
     const auto pages_of = [&](int stage) {
-        return lx::min(all_pages - stage * width.pages, width.pages);
+        return kStaged ? lx::min(all_pages - stage * width.pages, width.pages) : all_pages;
     };
     const VTile<T> dv(shared, width.pages);
     unsigned char* const a_band = shared + kTrainRows * dv.row_bytes;
@@ -98,6 +99,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     fill_dv(0);
     fill_a(begin, 0);
+    if constexpr (!kStaged) {
+        lx::cp_async_wait_all();
+        split_dv(0);
+    }
     const Philox philox = philox_of(args.dropout);
     const int warp_row = warp / kWarpsN * kTileRows;
     const bool has_rows = warp_row < tile.rows;
@@ -126,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 fill_a(column0, stage);
             }
             lx::cp_async_wait_all();
-            if (column0 == begin || stages > 1) split_dv(stage);
+            if constexpr (kStaged) split_dv(stage);
             lx::syncthreads();  // dv and this band of A are here; delta has been read by all
             const int pages = has_rows ? pages_of(stage) : 0;
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         lx::syncthreads();  // delta is complete, A has been read
         if (column0 + kBandColumns<T> < end) {
-            if (stages > 1) fill_dv(0);
+            if constexpr (kStaged) fill_dv(0);
             fill_a(column0 + kBandColumns<T>, 0);
         }
         lx::cp_async_commit();
@@ -271,8 +276,12 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
     return with_dtype(lora.dtype, [&]<class T>() {
         while (width.pages > 2 && shared_bytes<T>(width.pages) > most_dynamic_bytes())
             width.pages -= 2;
-        return LX_LAUNCH(lora_train_input_kernel<T>, grid, kThreads, shared_bytes<T>(width.pages),
-                         stream, args, tiling, width);
+        const int bytes = shared_bytes<T>(width.pages);
+        return width.pages * kPageRanks < bank.max_rank
+                   ? LX_LAUNCH((lora_train_input_kernel<T, true>), grid, kThreads, bytes, stream,
+                               args, tiling, width)
+                   : LX_LAUNCH((lora_train_input_kernel<T, false>), grid, kThreads, bytes, stream,
+                               args, tiling, width);
     });
 }
 

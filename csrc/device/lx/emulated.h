@@ -275,6 +275,10 @@ inline T load_global(const T* p) {
     return *p;
 }
 template <class T>
+inline void store_global(T* p, const T& x) {
+    *p = x;
+}
+template <class T>
 inline T load_nc(const T* p) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
     return *p;

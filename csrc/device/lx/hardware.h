@@ -306,6 +306,11 @@ LX_INLINE T load_global(const T* p) {
     __builtin_assume(__isGlobal(p));
     return *p;
 }
+template <class T>
+LX_INLINE void store_global(T* p, const T& x) {
+    __builtin_assume(__isGlobal(p));
+    *p = x;
+}
 // Through the read-only path: nobody may write these bytes while the kernel runs.
 template <class T>
 LX_INLINE T load_nc(const T* p) {
