@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before torch: threads that wait sleep instead of spinning, so that tests that run side by side, or
+# beside other work, do not take the cores from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from backends import BACKENDS, OP_MODULES, Backend, closed

@@ -106,7 +106,7 @@ LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream) {
     Partials v = partials(args);
     if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
     if (sums_splits_first(args, v)) {
-        LoraArgs sum = args;  // in place: a thread writes what it alone has read
+        LoraArgs sum = args;  // in place: a warp writes what it alone has read
         sum.v = v.data;
         sum.v_row_stride = v.row_stride;
         if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;

@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     }
 }
 
-// v[t, j] = scale[s] * sum of the splits, which v may lie in: a thread reads an element's splits
-// and then writes it. For callers that want v itself, and before many blocks of expand.
+// v[t, j] = scale[s] * sum of the splits, which v may lie in: a warp reads the splits of its elements
+// and then writes them. For callers that want v itself, and before many blocks of expand.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(128)
     const float scale = args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
     lx::grid_dependency_wait();
     const int count = tile.rows * tile.rank;
-    for (int first = 0; first < count; first += 128) {
-        const int at = first + lx::thread_rank(), i = lx::min(at, count - 1);
+    for (int first = lx::warp_id() * lx::kWarpSize; first < count; first += 128) {
+        const int at = first + lx::lane_id(), i = lx::min(at, count - 1);
         const int64_t row = row_of[i / tile.rank];
         const int rank = i % tile.rank;
         const float* p = v.data + row * v.row_stride + rank;

@@ -1,11 +1,12 @@
 // Plan: the rows of a batch grouped by adapter, stable; and adapter ids from contiguous segments.
 //
-// One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer where shared memory is small), by a radix
-// sort with digits of five bits: 32 digits x 32 warps are 1024 counters, one per thread to scan. A
-// warp owns a contiguous range of rows and places them in order, so the sort is stable and no
-// result depends on timing. Slot boundaries are then found by bisection of the sorted ids. More
-// rows than fit go through the same sort tile by tile, with the slots' running ends in the plan
-// itself; only there are atomics used, to count integers. Bound: latency, not bytes.
+// One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer
+// where shared memory is small), by a radix sort with digits of five bits: 32 digits x 32 warps
+// are 1024 counters, one per thread to scan. A warp owns a contiguous range of rows and places
+// them in order, so the sort is stable and no result depends on timing. Slot boundaries are then
+// found by bisection of the sorted ids. More rows than fit go through the same sort tile by tile,
+// with the slots' running ends in the plan itself; only there are atomics used, to count integers.
+// Bound: latency, not bytes.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {

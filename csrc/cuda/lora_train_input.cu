@@ -2,7 +2,8 @@
 //
 // Block (64 rows of one adapter, range of columns), eight warps: four part the rows, two the
 // columns of a band of 256 bytes. The rows of dv stay in shared memory; per band the ranks of A
-// come by cp.async while the previous band is written. The product goes through shared memory as
+// come by cp.async while the previous band is written. Where a block has no room for all ranks, they
+// and dv come in stages, in their order, so that no bit depends on the room. The product goes through shared memory as
 // floats, so that a thread ends up with 16 bytes of dx in a row: one load, issued before the
 // product, two Philox calls for its mask, one rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
@@ -24,7 +25,7 @@ constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; a warp's float2 store
 
 struct Width {
     int range;  // columns of a block
-    int pages;  // of the largest rank, even
+    int pages;  // of a stage, even: those of the largest rank, or as many as have room
     bool dv_aligned, a_aligned, dx_aligned;
 };
 
@@ -34,7 +35,8 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
-template <class T>
+// kStaged: a stage does not hold all ranks.
+template <class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_train_input_kernel(const __grid_constant__ LoraTrainArgs args,
                             const __grid_constant__ Tiling tiling,
@@ -48,7 +50,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (tile.rank == 0) return;
     lx::syncthreads();  // row_of
 
-    const int pages = (tile.rank + 15) / 16 * 2;
+    const int all_pages = (tile.rank + 15) / 16 * 2;
+    const int stages = kStaged ? (all_pages + width.pages - 1) / width.pages : 1;
+    const auto pages_of = [&](int stage) {
+        return kStaged ? lx::min(all_pages - stage * width.pages, width.pages) : all_pages;
+    };
     const VTile<T> dv(shared, width.pages);
     unsigned char* const a_band = shared + kTrainRows * dv.row_bytes;
     float* const delta = reinterpret_cast<float*>(a_band + width.pages * kPageRanks * kBandRow);
@@ -60,11 +66,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int begin = static_cast<int>(blockIdx.y) * width.range;
     const int end =
         static_cast<int>(lx::min<int64_t>(int64_t{begin} + width.range, bank.in_features));
-    auto fill_a = [&](int column0) {
+    auto fill_a = [&](int column0, int stage) {
         const int column = column0 + piece * kVec<T>;
-        for (int rank = first_row; rank < pages * kPageRanks; rank += kRowStep) {
+        for (int own = first_row; own < pages_of(stage) * kPageRanks; own += kRowStep) {
+            const int rank = stage * width.pages * kPageRanks + own;
             const int n = rank < tile.rank ? end - column : 0;
-            copy_piece<T>(a_band + rank * kBandRow + piece * kPieceBytes,
+            copy_piece<T>(a_band + own * kBandRow + piece * kPieceBytes,
                           n > 0 ? a + rank / kPageRanks * bank.a_page_stride +
                                       rank % kPageRanks * bank.a_row_stride + column
                                 : static_cast<const T*>(bank.a),
@@ -73,16 +80,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     const float* dv_rows = static_cast<const float*>(args.dv);
     const int padded_rows = (tile.rows + 15) / 16 * 16;
-    for (int i = thread; i < padded_rows * pages; i += kThreads) {
-        const int row = i / pages, rank = i % pages * kPageRanks;
-        const int n = row < tile.rows ? tile.rank - rank : 0;
-        dv.copy(row, i % pages, n > 0 ? dv_rows + row_of[row] * args.dv_row_stride + rank : dv_rows,
-                n, width.dv_aligned);
-    }
-    fill_a(begin);
-    lx::cp_async_wait_all();
-    if constexpr (std::is_same_v<T, lx::bf16>) {
-        for (int i = thread; i < padded_rows * pages; i += kThreads) dv.split(i / pages, i % pages);
+    auto fill_dv = [&](int stage) {
+        const int pages = pages_of(stage);
+        for (int i = thread; i < padded_rows * pages; i += kThreads) {
+            const int row = i / pages, rank = (stage * width.pages + i % pages) * kPageRanks;
+            const int n = row < tile.rows ? tile.rank - rank : 0;
+            dv.copy(row, i % pages,
+                    n > 0 ? dv_rows + row_of[row] * args.dv_row_stride + rank : dv_rows, n,
+                    width.dv_aligned);
+        }
+    };
+    auto split_dv = [&](int stage) {
+        const int pages = pages_of(stage);
+        if constexpr (std::is_same_v<T, lx::bf16>) {
+            for (int i = thread; i < padded_rows * pages; i += kThreads)
+                dv.split(i / pages, i % pages);
+        }
+    };
+    fill_dv(0);
+    fill_a(begin, 0);
+    if constexpr (!kStaged) {
+        lx::cp_async_wait_all();
+        split_dv(0);
     }
     const Philox philox = philox_of(args.dropout);
     const int warp_row = warp / kWarpsN * kTileRows;
@@ -91,9 +110,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     constexpr int kTiles = kWarpColumns<T> / 8;
 
     for (int column0 = begin; column0 < end; column0 += kBandColumns<T>) {
-        lx::cp_async_wait_all();
-        lx::syncthreads();  // dv and this band of A are here; delta has been read by all
-
         const int column = column0 + piece * kVec<T>;
         const int n = end - column;
         uint4 words[kRowsPerThread] = {};
@@ -106,8 +122,18 @@ __global__ void __launch_bounds__(kThreads, 2)
                     width.dx_aligned);
         }
 
-        if (has_rows) {
-            float acc[kTiles][4] = {};
+        float acc[kTiles][4] = {};
+#pragma unroll 1
+        for (int stage = 0; stage < stages; ++stage) {
+            if (stage > 0) {
+                lx::syncthreads();  // the stage before has been read
+                fill_dv(stage);
+                fill_a(column0, stage);
+            }
+            lx::cp_async_wait_all();
+            if constexpr (kStaged) split_dv(stage);
+            lx::syncthreads();  // dv and this band of A are here; delta has been read by all
+            const int pages = has_rows ? pages_of(stage) : 0;
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
                 if constexpr (std::is_same_v<T, lx::bf16>) {
                     // Matrices: rows 0-7 and 8-15 of one page, then of the next.
@@ -162,6 +188,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                     }
                 }
             }
+        }
+        if (has_rows) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
                 float* p = delta + (warp_row + lane / 4) * kDeltaRow<T> + warp_column + 8 * j +
@@ -171,7 +199,10 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
         }
         lx::syncthreads();  // delta is complete, A has been read
-        if (column0 + kBandColumns<T> < end) fill_a(column0 + kBandColumns<T>);
+        if (column0 + kBandColumns<T> < end) {
+            if constexpr (kStaged) fill_dv(0);
+            fill_a(column0 + kBandColumns<T>, 0);
+        }
         lx::cp_async_commit();
 
 #pragma unroll
@@ -243,8 +274,14 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
                 lx::Access::kReadWrite);
     if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
     return with_dtype(lora.dtype, [&]<class T>() {
-        return LX_LAUNCH(lora_train_input_kernel<T>, grid, kThreads, shared_bytes<T>(width.pages),
-                         stream, args, tiling, width);
+        while (width.pages > 2 && shared_bytes<T>(width.pages) > most_dynamic_bytes())
+            width.pages -= 2;
+        const int bytes = shared_bytes<T>(width.pages);
+        return width.pages * kPageRanks < bank.max_rank
+                   ? LX_LAUNCH((lora_train_input_kernel<T, true>), grid, kThreads, bytes, stream,
+                               args, tiling, width)
+                   : LX_LAUNCH((lora_train_input_kernel<T, false>), grid, kThreads, bytes, stream,
+                               args, tiling, width);
     });
 }
 

@@ -26,7 +26,7 @@ void set_options(const Options& options);
 Options options();
 inline void set_shared_memory(int bytes) {
     Options changed = options();
-    changed.shared_memory = bytes;
+    changed.shared_memory = bytes < 227 * 1024 ? bytes : 227 * 1024;  // there is no more
     set_options(changed);
 }
 inline void set_seed(uint64_t seed) {

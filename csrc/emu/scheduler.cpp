@@ -313,10 +313,11 @@ void* shared_array(const void* key, const char* name, size_t bytes) {
         fatal("resources", Place(),
               std::string("static shared memory exceeds 48 KiB with array ") + name);
     }
-    if (m.static_bytes + m.launch.dynamic_bytes > kArenaBytes ||
+    const auto most = static_cast<size_t>(m.options.shared_memory);
+    if (m.static_bytes + m.launch.dynamic_bytes > most ||
         begin + bytes > kArenaBytes + kArenaSlack) {
         fatal("resources", Place(),
-              std::string("shared memory exceeds 227 KiB with array ") + name);
+              "shared memory exceeds " + std::to_string(most) + " bytes with array " + name);
     }
     m.shared_arrays.push_back({key, name, begin, bytes});
     memset(m.arena + m.shared_used, 0xff, begin + bytes - m.shared_used);

@@ -84,9 +84,15 @@ def attach(model: Model, pool: AdapterPool) -> Model:
         ``model``.
 
     Raises:
-        RuntimeError: the model, or a part of it, is attached or carries PEFT's layers. ValueError:
-            a module of the pool is missing or has another size. The model is unchanged then.
+        TypeError: no module, or no pool. RuntimeError: the model, or a part of it, is attached or
+            carries PEFT's layers. ValueError: a module of the pool is missing or has another size.
+            The model is unchanged then.
     """
+    _check_module("attach", model)
+    if not isinstance(pool, AdapterPool):
+        raise TypeError(
+            f"attach: pool: expected an AdapterPool of the model, found {type(pool).__name__}"
+        )
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
@@ -128,9 +134,10 @@ def detach(model: Model) -> Model:
         ``model``.
 
     Raises:
-        RuntimeError: the model is not attached, or a layer was replaced or offloaded since. The
-            model is unchanged then.
+        TypeError: no module. RuntimeError: the model is not attached, or a layer was replaced or
+            offloaded since. The model is unchanged then.
     """
+    _check_module("detach", model)
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
@@ -145,6 +152,11 @@ def detach(model: Model) -> Model:
     del model.__dict__[_KEY]
     attachments.discard(attachment)
     return model
+
+
+def _check_module(where: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model: expected a torch.nn.Module, found {type(model).__name__}")
 
 
 def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:

@@ -166,6 +166,13 @@ class Assignment:
         Raises:
             ValueError: activations that the entries do not fit.
         """
+        if tokens_first and len(self.shape) == 2:
+            # Entries are (B, L) whatever the layer's layout: its rows are theirs, turned.
+            rows, length = self.shape
+            if leading != (length, rows):
+                raise self._misfit(leading)
+            upright = self.per_row(table, torch.Size(self.shape), device)
+            return upright.view(rows, length).T.flatten()
         copies, turns = self._spread(leading, tokens_first, batch)
         table = [*table, -1]  # -1 finds the last
         if isinstance(self.places, Tensor):

@@ -58,7 +58,7 @@ def only_pool() -> Pool:
     if not pools:
         raise RuntimeError(
             "adapters: expected an attached model, found none; call lora_ext.attach(model, pool), "
-            "or give pool="
+            "or give pool=; a model of from_peft takes adapter_names= instead of a block"
         )
     if len(pools) > 1:
         raise ValueError(

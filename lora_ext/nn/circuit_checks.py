@@ -31,6 +31,8 @@ def check_structure(
     """Raise ValueError where no head has this structure; ``where`` starts the message."""
     _require(kind in KINDS, where, "kind", f"one of {KINDS}", kind)
     _require(emission in EMISSIONS, where, "emission", f"one of {tuple(EMISSIONS)}", emission)
+    for name, size in (("n_token", n_token), ("rank", rank), ("adapter_rank", adapter_rank)):
+        _require(isinstance(size, int), where, name, "an int", size)
     least = 2 if kind in ("hmm", "btree") else 1
     _require(n_token >= least, where, "n_token", f"at least {least} for {kind!r}", n_token)
     _require(rank >= least, where, "rank", f"at least {least} for {kind!r}", rank)

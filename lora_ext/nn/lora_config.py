@@ -94,10 +94,10 @@ class LoraConfig:
         if self.use_dora and self.lora_bias:
             raise check.error("lora_bias", "false beside use_dora, as PEFT does", True)
         layers, pattern = self.layers_to_transform, self.layers_pattern
-        if isinstance(self.target_modules, str) and (layers is not None or pattern):
-            raise check.error(
-                "layers_to_transform", "none of it beside a target_modules string", layers
-            )
+        if isinstance(self.target_modules, str):
+            for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+                if value not in (None, "", ()):
+                    raise check.error(name, "none of it beside a target_modules string", value)
         if pattern and layers is None:
             raise check.error("layers_pattern", "layers_to_transform beside it", None)
 

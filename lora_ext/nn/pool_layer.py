@@ -94,7 +94,9 @@ class PoolLayer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of ``base`` that shares the pool."""
-        return type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
+        layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
+        layer.tokens_first = self.tokens_first
+        return layer
 
     # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -132,6 +132,8 @@ class LayerGroups:
                     _switch(layer, self.adapter_name, on)
 
     def _checked(self, mask: Mask) -> list[bool]:
+        if not isinstance(mask, Tensor | Sequence):
+            raise ValueError(f"LayerGroups: mask: expected bools, found {mask!r}")
         values = mask.tolist() if isinstance(mask, Tensor) else list(mask)
         if not isinstance(values, list) or not all(isinstance(v, bool) for v in values):
             kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)

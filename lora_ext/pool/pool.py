@@ -81,15 +81,18 @@ class AdapterPool:
         targets: str | Iterable[str] | None = None,
         host_cache_bytes: int = 1 << 30,
     ):
-        for argument, value in (("max_slots", max_slots), ("max_rank", max_rank)):
+        given = {"max_slots": max_slots, "max_rank": max_rank, "pages": pages}
+        for argument, value in given.items():
+            if argument == "pages" and value is None:
+                continue
+            if not isinstance(value, int):
+                raise TypeError(f"AdapterPool: {argument}: expected an integer, found {value!r}")
             if value < 1:
                 raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
         if max_rank > MAX_RANK:
             raise ValueError(
                 f"AdapterPool: max_rank: expected at most {MAX_RANK}, found {max_rank}"
             )
-        if pages is not None and pages < 1:
-            raise ValueError(f"AdapterPool: pages: expected at least 1, found {pages}")
         self.max_slots = max_slots
         self.max_rank = max_rank
         self.pages = pages if pages is not None else max_slots * page_count(max_rank)

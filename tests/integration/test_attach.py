@@ -271,3 +271,14 @@ def test_importing_lora_ext_imports_neither_transformers_nor_peft() -> None:
     code = "import sys, lora_ext; print({'transformers', 'peft', 'safetensors'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("model, pool", [(None, None), (nn.Linear(2, 2), None)])
+def test_attach_names_the_argument_of_another_kind(model: Any, pool: Any) -> None:
+    with pytest.raises(
+        TypeError,
+        match=r"attach: (model: expected a torch.nn.Module|pool: expected an AdapterPool)",
+    ):
+        lora_ext.attach(model, pool)
+    with pytest.raises((TypeError, RuntimeError), match="detach: "):
+        lora_ext.detach(model)

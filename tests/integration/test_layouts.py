@@ -1,5 +1,6 @@
 """Models whose layers do not see (sequences, tokens): tokens first, or one row for all."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -138,3 +139,29 @@ def test_fsmt_generates_with_each_row_its_own() -> None:
             alone = model.generate(ids, **how)[row]
         length = min(len(alone), mixed.shape[1])  # each batch is padded to its own longest
         assert torch.equal(alone[:length], mixed[row, :length])
+
+
+@pytest.mark.parametrize("family", TOKENS_FIRST)
+@pytest.mark.parametrize("length", [4, 8])
+def test_tokens_first_with_an_adapter_for_each_token(family: str, length: int) -> None:
+    """Entries are (B, L) in every layer: those that see (L, B) turn them, squares included."""
+    model = attached(TOKENS_FIRST[family])
+    ids = tokens(len(NAMES), length)
+    known = ["red", "blue", "green"]
+    rows = torch.tensor([known.index(name) if name else -1 for name in NAMES])
+    with torch.no_grad():
+        with lora_ext.adapters(NAMES):
+            by_sequence = model(ids).logits
+        with lora_ext.adapters(known, token_ids=rows[:, None].expand(-1, length)):
+            assert torch.equal(model(ids).logits, by_sequence)
+        with lora_ext.adapters([[name] * length for name in NAMES]):
+            assert torch.equal(model(ids).logits, by_sequence)
+
+
+@pytest.mark.parametrize("family", TOKENS_FIRST)
+def test_a_copy_of_an_attached_model_knows_its_layout(family: str) -> None:
+    model = attached(TOKENS_FIRST[family])
+    ids = tokens(len(NAMES), 4)
+    copied = copy.deepcopy(model)
+    with torch.no_grad(), lora_ext.adapters(NAMES):
+        assert torch.equal(copied(ids).logits, model(ids).logits)

@@ -86,6 +86,29 @@ def test_training_takes_fewer_rows_and_ranks(backend: Backend, dtype: torch.dtyp
     assert_equal(*under_both_limits(backend, run))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [114, 256])
+def test_the_gradient_of_the_input_takes_the_ranks_in_stages(
+    backend: Backend, rank: int, dtype: torch.dtype
+) -> None:
+    """Bands of 256 bytes: three of them, the last one short."""
+    g = torch.Generator().manual_seed(0)
+    tokens, width = 70, 600 // dtype.itemsize
+    x = torch.randn(tokens, width, generator=g).to(dtype).requires_grad_()
+    dy = torch.randn(tokens, 8, generator=g).to(dtype)
+    a = torch.randn(2, rank, width, generator=g).to(dtype)
+    b = torch.randn(2, 8, rank, generator=g).to(dtype)
+    ids = torch.arange(tokens) % 3 - 1
+    ranks = torch.tensor([rank, 9], dtype=torch.int32)
+    seed = torch.tensor([5])
+
+    def run() -> dict[str, torch.Tensor]:
+        y = ops.lora_linear(x, None, None, a, b, ids, None, ranks, 0.25, seed)
+        return {"dx": torch.autograd.grad(y, x, dy)[0]}
+
+    assert_equal(*under_both_limits(backend, run))
+
+
 def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Backend) -> None:
     """32 states at 400 positions: 100 KiB of norms where a warp walks."""
     g = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lora_ext.methods import mtpc
+from lora_ext.methods.mtpc.request import row_seeds
 
 NEW = 40
 WORDS = ["ab", "c", "bc", "a", "ca"]
@@ -239,3 +240,15 @@ def test_a_streamer_beside_several_prompts_is_refused():
     _, decoder, ids, mask = make(2)
     with pytest.raises(ValueError, match="streamer: expected one prompt, found 2"):
         decoder.generate(ids, mask, max_new_tokens=2, streamer=Recorder())
+
+
+@pytest.mark.parametrize("seed", [2**64, -1, [0, -7]])
+def test_a_seed_out_of_range_is_named(seed: int | list[int]) -> None:
+    with pytest.raises(ValueError, match=r"seed: expected 0 to 2\^64 - 1, found"):
+        row_seeds(seed, 2)
+
+
+@pytest.mark.parametrize("field", ["n_token", "rank", "adapter_rank"])
+def test_a_size_that_is_no_integer_is_named(field: str) -> None:
+    with pytest.raises(ValueError, match=f"MtpcConfig: {field}: expected an int, found 2.5"):
+        mtpc.MtpcConfig(**{field: 2.5})

@@ -63,7 +63,7 @@ def test_an_adapter_that_changed_since_is_named(change: str) -> None:
     with pytest.raises(RuntimeError, match="adapter 'red' was unloaded, updated or evicted after"):
         run.sum().backward()
     assert pins(model) == 0
-    lora_ext.detach(model)  # torch keeps a model alive whose recomputation raises
+    lora_ext.detach(model)  # it may outlive the test: why, after this error, is not known
 
 
 def test_a_block_entered_in_the_recomputation_counts() -> None:

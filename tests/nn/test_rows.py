@@ -53,8 +53,8 @@ def test_the_oldest_goes_first() -> None:
     assert len(kept) == 2
 
 
-def test_ids_of_a_tensor_and_rows_of_a_block_are_kept_by_stream(streams: SimpleNamespace) -> None:
-    """On CPU tensors that say they are on a device: only the keys are looked at."""
+def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNamespace) -> None:
+    """``Kept`` adds the stream: test_what_one_stream_makes_another_does_not_find."""
     keys: list[Any] = []
 
     class Spy(Kept):

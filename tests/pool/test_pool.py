@@ -499,3 +499,11 @@ def test_layers_whose_weights_are_read_past_their_forward_are_refused(layer, tar
     }
     with pytest.raises(NotImplementedError, match=target):
         AdapterPool(model, max_slots=2, max_rank=8).load("a", (raw, tensors))
+
+
+@pytest.mark.parametrize("sizes", [{"max_slots": 2.0}, {"max_rank": "8"}, {"pages": 1.5}])
+def test_sizes_that_are_no_integers_are_refused_by_name(sizes):
+    name, value = next(iter(sizes.items()))
+    message = f"AdapterPool: {name}: expected an integer, found {value!r}"
+    with pytest.raises(TypeError, match=message):
+        make(**{"max_slots": 2, "max_rank": 8, **sizes})

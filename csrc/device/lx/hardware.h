@@ -37,14 +37,17 @@ inline int multiprocessors() {
 }
 
 namespace detail {
-// value(), asked once for each key.
-template <class Key, class F>
-auto kept(const Key& key, F&& value) {
+// value(), asked once for each key. One that has failed is asked again: memory may be short while a
+// kernel is loaded, and plenty later.
+template <class Key, class F, class Failed>
+auto kept(const Key& key, F&& value, Failed&& failed) {
     static std::mutex lock;
     static std::map<Key, decltype(value())> known;
     const std::lock_guard<std::mutex> guard(lock);
-    const auto found = known.find(key);
-    return found != known.end() ? found->second : known.emplace(key, value()).first->second;
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+    const auto fresh = value();
+    if (!failed(fresh)) known.emplace(key, fresh);
+    return fresh;
 }
 inline int current_device() {
     int device = 0;
@@ -55,8 +58,10 @@ inline int current_device() {
 // Bytes of shared memory that a block of the current device may have at most, static arrays
 // included: 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
 inline int shared_memory_per_block() {
-    return detail::kept(detail::current_device(),
-                        [] { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); });
+    return detail::kept(
+        detail::current_device(),
+        [] { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); },
+        [](int bytes) { return bytes == 0; });
 }
 
 inline int fill_bytes(void* pointer, int value, size_t bytes, void* stream) {
@@ -72,7 +77,7 @@ struct KernelFacts {
 // included, a kernel must ask. It asks here, for all that it may ever have: the limit belongs to
 // the function, and another thread may be launching it with another size.
 inline KernelFacts kernel_facts(const void* kernel) {
-    return kept(std::pair(kernel, current_device()), [&] {
+    const auto ask = [&] {
         cudaFuncAttributes built{};
         cudaError_t error = cudaFuncGetAttributes(&built, kernel);
         const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
@@ -82,7 +87,9 @@ inline KernelFacts kernel_facts(const void* kernel) {
         // The code decides, not the card: PTX of an older architecture has no wait in it, whatever
         // it is compiled for at load time.
         return KernelFacts{error, built.ptxVersion >= 90};
-    });
+    };
+    return kept(std::pair(kernel, current_device()), ask,
+                [](const KernelFacts& facts) { return facts.error != cudaSuccess; });
 }
 }  // namespace detail
 

@@ -151,20 +151,23 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     row; None takes them from torch's.
 
     Raises:
-        ValueError: another number of seeds than of rows. TypeError: seeds that are no integers.
+        ValueError: another number of seeds than of rows, or one out of range. TypeError: seeds that
+            are no integers.
     """
+    one = not isinstance(seed, Iterable)
+    if seed is None:
+        return torch.randint(2**63 - 1, (batch,)).tolist()
     try:
-        if isinstance(seed, Iterable):
-            seeds = [operator.index(s) for s in seed]
-        else:
-            generator = None
-            if seed is not None:
-                generator = torch.Generator().manual_seed(operator.index(seed))
-            seeds = torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
+        seeds = [operator.index(s) for s in ([seed] if one else seed)]
     except TypeError:
         raise TypeError(
             f"{_WHERE}: seed: expected None, an integer or {batch} of them, found {seed!r:.80}"
         ) from None
+    if wrong := [s for s in seeds if not 0 <= s < 2**64]:
+        raise ValueError(f"{_WHERE}: seed: expected 0 to 2^64 - 1, found {wrong[0]}")
+    if one:
+        generator = torch.Generator().manual_seed(seeds[0])
+        return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
     if len(seeds) != batch:
         raise ValueError(f"{_WHERE}: seed: expected None, one or {batch}, found {len(seeds)}")
     return seeds
