@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     }
 }
 
-// v[t, j] = scale[s] * sum of the splits, which v may lie in: a warp reads the splits of its elements
-// and then writes them. For callers that want v itself, and before many blocks of expand.
+// v[t, j] = scale[s] * sum of the splits, which v may lie in: a warp reads the splits of its
+// elements and then writes them. For callers that want v itself, and before many blocks of expand.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {

@@ -2,10 +2,10 @@
 //
 // Block (64 rows of one adapter, range of columns), eight warps: four part the rows, two the
 // columns of a band of 256 bytes. The rows of dv stay in shared memory; per band the ranks of A
-// come by cp.async while the previous band is written. Where a block has no room for all ranks, they
-// and dv come in stages, in their order, so that no bit depends on the room. The product goes through shared memory as
-// floats, so that a thread ends up with 16 bytes of dx in a row: one load, issued before the
-// product, two Philox calls for its mask, one rounding, one store.
+// come by cp.async while the previous band is written. Where a block has no room for all ranks,
+// they and dv come in stages, in their order, so that no bit depends on the room. The product goes
+// through shared memory as floats, so that a thread ends up with 16 bytes of dx in a row: one load,
+// issued before the product, two Philox calls for its mask, one rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
 //   float16    A as floats, exact in tf32; dv = high + low in tf32
 //   float32    three tf32 products of parts
