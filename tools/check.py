@@ -17,14 +17,14 @@ def main() -> int:
     os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
     legs = [
         Leg("lint", ["pre-commit", "run", "--all-files", "--show-diff-on-failure"], 300),
-        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1200, env={"LORA_EXT_EMU": "1"}),
+        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
         Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
     ]
     if cuda == "1":
-        legs.append(Leg("machine code", [PY, "tools/sass_gate.py"], 300, after="build"))
+        legs.append(Leg("machine code", [PY, "tools/sass_gate.py"], 600, after="build"))
     tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
     tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
-    legs.append(Leg("tests", tests, 2400, after="build"))
+    legs.append(Leg("tests", tests, 3600, after="build"))
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
         legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 2400, after="build"))
     return 1 if run(legs, ROOT / "out" / "check", show=True) else 0
