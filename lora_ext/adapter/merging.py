@@ -55,8 +55,8 @@ def merge_adapters(
         ValueError: no adapter; weights of another number, or not finite; modules of other shapes;
             with "factors", other modules or ranks, naming the first that differs; values that are
             not finite; different weights of the base model beside the factors.
-        NotImplementedError: DoRA, whose magnitude is not summed; whole modules (modules_to_save);
-            grouped convolutions.
+        NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
+            model (modules_to_save, trained biases); grouped convolutions.
 
     Source: CopRA (arXiv 2410.22911), "factors" and "delta".
     """
@@ -246,10 +246,10 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
     """Refuse what has no sum: magnitudes, whole modules, values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
     for label, adapter in adapters.items():
-        for key in adapter.saved_modules:
+        for key in adapter.replacements:
             raise NotImplementedError(
-                f"{where}: {label}: {key}: expected factors alone, found a module that replaces "
-                "one of the base model (modules_to_save), of which there is no sum"
+                f"{where}: {label}: {key}: expected factors alone, found a weight in the place of "
+                "the base model's (modules_to_save, or a trained bias), of which there is no sum"
             )
         for name, factors in adapter.modules.items():
             at = f"{where}: {label}: {name}"
