@@ -10,16 +10,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from lora_ext.nn.init import FREE
 from lora_ext.nn.lora_config import LoraConfig, checked_names
 
 from .model_index import ModelIndex
+
+#: Schemes of this package that PEFT does not know.
+OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
+# Where a file keeps one of them. PEFT refuses an unknown init_lora_weights before it loads what was
+# trained; of an unknown field it says that it is ignored.
+_INIT_FIELD = "lora_ext_init"
 
 # Read by nobody here: training only, or a record of where the adapter came from.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
     "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
     "peft_type peft_version qalora_group_size revision runtime_config "
-    "velora_config".split()
+    f"velora_config {_INIT_FIELD}".split()
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
@@ -95,6 +102,8 @@ class AdapterConfig(LoraConfig):
                 "adapter with PEFT's path_initial_model_for_weight_conversion to make it an "
                 "ordinary one"
             )
+        if isinstance(init, str) and init.lower() in OWN_INITS:
+            raw = {**raw, "init_lora_weights": True, _INIT_FIELD: init.lower()}
         known = _READ | _IGNORED | _REFUSED.keys() | {"init_lora_weights"}
         unknown = tuple(str(key) for key in raw if key not in known and raw[key])
         read = {key: raw[key] for key in _READ & raw.keys()}

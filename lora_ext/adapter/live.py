@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 
-from .config import alpha_of, patterns
+from .config import OWN_INITS, alpha_of, patterns
 from .peft_keys import PREFIX, parse_key
 
 # Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
@@ -116,6 +116,15 @@ def _describe(
             )
         return not others
 
+    for name, layer in layers.items():
+        if layer.base_changed_by == adapter:
+            raise NotImplementedError(
+                f"{where}: {name}: expected an adapter of the base weight, found one whose "
+                f"initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
+            )
+    inits = {layer.init_lora_weights[adapter] for layer in layers.values()}
+    inits = {init.lower() if isinstance(init, str) else init for init in inits}
+    init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
     rslora = all(layer.use_rslora[adapter] for layer in layers.values())
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
     # Not lora_alpha: the scale may have been set by hand.
@@ -136,7 +145,7 @@ def _describe(
         "lora_dropout": max(rates),  # PEFT has one rate for all layers
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
-        "init_lora_weights": True,
+        "init_lora_weights": init,
         "target_modules": sorted(layers),
         # A name in full is also the end of longer ones.
         "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
