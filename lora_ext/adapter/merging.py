@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +25,7 @@ def merge_adapters(
     weights: Sequence[float],
     mode: Mode = "delta",
     rank: int | None = None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
     """One adapter out of several of the same base model.
 
@@ -47,6 +48,7 @@ def merge_adapters(
         weights: one a piece. One adapter of weight 1 comes back as it is.
         mode: see above.
         rank: with "delta_svd" alone.
+        progress: is given the names of the modules, and iterated over.
 
     Returns:
         the merged adapter; its configuration is the first one's, and names the modules in full.
@@ -79,7 +81,7 @@ def merge_adapters(
         raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ValueError(f"{where}: rank: expected a positive integer, found {rank!r}")
-    return _merged(where, values, weights, mode, rank)
+    return _merged(where, values, weights, mode, rank, progress)
 
 
 @torch.no_grad()
@@ -123,6 +125,7 @@ def _merged(
     weights: list[float],
     mode: Mode,
     rank: int | None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
     values = list(adapters.values())
     first = values[0]
@@ -134,7 +137,7 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
-    for name in names:
+    for name in progress(names):
         parts = [
             (w, value.modules[name])
             for w, value in zip(weights, values, strict=True)
