@@ -290,7 +290,7 @@ def write_adapter(
 
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
-    AdapterConfig.parse(raw, CONFIG)  # what we cannot read we do not write
+    raw = AdapterConfig.parse(raw, CONFIG).raw  # what we cannot read we do not write
     # Each with memory of its own: a tied head and embedding would be refused.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)

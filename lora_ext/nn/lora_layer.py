@@ -41,6 +41,8 @@ class LoraLayer(Merging):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        #: What the values of each adapter started from, as its caller said it.
+        self.init_lora_weights: dict[str, bool | str] = {}
         #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
         self.adapter_active: dict[str, bool] = {}
         self.disable_adapters = False
@@ -76,6 +78,11 @@ class LoraLayer(Merging):
     def active_adapters(self) -> list[str]:
         """Adapters that serve rows without a name; several are summed."""
         return list(self._active)
+
+    @property
+    def base_changed_by(self) -> str | None:
+        """The adapter whose initialisation took its part off the base weight, or None."""
+        return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:
         """The layer that was wrapped, as PEFT's layers give it."""
@@ -151,6 +158,7 @@ class LoraLayer(Merging):
         self.use_rslora[adapter_name] = use_rslora
         self.use_dora[adapter_name] = use_dora
         self.lora_bias[adapter_name] = lora_bias
+        self.init_lora_weights[adapter_name] = init_lora_weights
         self.adapter_active[adapter_name] = True
         dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
@@ -178,7 +186,8 @@ class LoraLayer(Merging):
             self.restore_base_weight()
         stores: list[Any] = [
             self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
-            self.adapter_active, self.lora_dropout, self.lora_magnitude_vector, *self._stores(),
+            self.init_lora_weights, self.adapter_active, self.lora_dropout,
+            self.lora_magnitude_vector, *self._stores(),
         ]  # fmt: skip
         for store in stores:
             if adapter_name in store:
@@ -237,6 +246,7 @@ class LoraLayer(Merging):
         init_lora_(a, b, scheme, generator=generator)
         if bias is not None:
             nn.init.zeros_(bias)
+        self.init_lora_weights[adapter_name] = init_lora_weights
 
     def restore_base_weight(self) -> None:
         """Put back, bit for bit, the base weight that "pissa", "olora" or

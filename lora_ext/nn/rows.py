@@ -37,7 +37,7 @@ def subset(rows: Rows, slots: Sequence[int]) -> Rows:
     place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
     ids = constant([*place, -1], torch.int32, rows.ids.device)[
         rows.ids.long()
-    ]  # id -1 reads the last: -1
+    ]  # id -1 reads the last
     return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
 
 
@@ -169,7 +169,7 @@ def rows_of(
             place = [i if on else -1 for i, on in enumerate(enabled)]
             ids = constant([*place, -1], torch.int32, ids.device)[
                 ids.long()
-            ]  # id -1 reads the last: -1
+            ]  # id -1 reads the last
         if torch.compiler.is_compiling():
             ids = ids.int()
             return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
