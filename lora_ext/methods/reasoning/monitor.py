@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext import ops
 from lora_ext.adapter.ranks import gram_figures
 from lora_ext.nn import adapted_layers, adapter_factors, adapters_of
 from lora_ext.nn.probe import recomputing
-from lora_ext.ops import lora_gram
 from lora_ext.ops._checks import require
 
 
@@ -82,19 +82,17 @@ class RankMonitor:
 
     @torch.no_grad()
     def _record(self) -> None:
-        names = list(self._layers)
         pairs = [adapter_factors(layer, self.adapter) for layer in self._layers.values()]
-        grams = zip(*lora_gram([a for a, _ in pairs], [b for _, b in pairs]), strict=True)
-        groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
-        for name, (gram_a, gram_b) in zip(names, grams, strict=True):
-            key = gram_a.shape, gram_a.device, gram_a.dtype
-            groups.setdefault(key, []).append((name, gram_a, gram_b))
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        for group in groups.values():  # layers of one rank together
-            members, of_a, of_b = zip(*group, strict=True)
-            fro, rank = gram_figures(torch.stack(of_a), torch.stack(of_b))
-            for name, *figures in zip(members, fro, rank, strict=True):
-                found[name] = figures[0], figures[1]
+        # The norm of a product whose factors all but cancel is lost in sums of float32.
+        found = ops.lora_gram([a for a, _ in pairs], [b for _, b in pairs], dtype=torch.float64)
+        grams = dict(zip(self._layers, zip(*found, strict=True), strict=True))
+        alike: dict[Any, list[str]] = {}  # layers of one rank, measured together
+        for name, (gram, _) in grams.items():
+            alike.setdefault((gram.shape, gram.device), []).append(name)
+        figures: dict[str, tuple[Tensor, Tensor]] = {}
+        for names in alike.values():
+            of_a, of_b = (torch.stack([grams[name][i] for name in names]) for i in (0, 1))
+            figures.update(zip(names, zip(*gram_figures(of_a, of_b), strict=True), strict=True))
         for name, layer in self._layers.items():
-            (fro, rank), scale = found[name], abs(layer.scaling[self.adapter])
+            (fro, rank), scale = figures[name], abs(layer.scaling[self.adapter])
             self._records.append((self._step, name, fro * scale, rank * bool(scale)))
