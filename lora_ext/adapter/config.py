@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_ext.nn.init import FREE
 from lora_ext.nn.lora_config import LoraConfig
@@ -39,6 +42,9 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight and adds a diagonal between the factors",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
+# What every PEFT knows, and what needs no data and no base weight to begin with.
+_PLAIN_INITS = (True, False, "gaussian")
+_INIT_SETTINGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 # Initialisations that subtract something from the base weight, which every other adapter shares.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # The fields that decide which modules have which rank and scale.
@@ -46,6 +52,8 @@ _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern task_type".split()
 )
+
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +101,46 @@ class AdapterConfig(LoraConfig):
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's fields: those that are parsed, and the others as they were read."""
+        """PEFT's fields: those that are parsed, and the others as they were read.
+
+        How the factors began no longer matters: an initialisation that not every PEFT knows, or
+        that wants data, becomes True.
+        """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
-        return {**self.raw, "peft_type": "LORA", **parsed}
+        raw = dict(self.raw)
+        if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
+            raw = {key: value for key, value in raw.items() if key not in _INIT_SETTINGS}
+            raw["init_lora_weights"] = True
+        return {**raw, "peft_type": "LORA", **parsed}
+
+    def fitted(
+        self,
+        ranks: Mapping[str, int],
+        scalings: Mapping[str, float],
+        others: Iterable[str] = (),
+        **changes: Any,
+    ) -> AdapterConfig:
+        """This configuration for other modules, each named in full, with these ranks and scales.
+
+        Args:
+            ranks: by name; all the modules that are to be adapted.
+            scalings: likewise. :meth:`ranks_and_scales` gives them back, save for the last bit of
+                one that no alpha gives exactly.
+            others: modules of the model, as far as they are known, that must not be adapted though
+                their names may end like those of ``ranks``.
+            changes: of other fields. ``use_rslora`` is obeyed.
+        """
+        names = tuple(sorted(ranks))
+        rslora = changes.setdefault("use_rslora", self.use_rslora)
+        alphas = {name: alpha_of(scalings[name], ranks[name], rslora) for name in names}
+        if names:
+            changes["r"], changes["rank_pattern"] = patterns(ranks)
+            changes["lora_alpha"], changes["alpha_pattern"] = patterns(alphas)
+        changes |= {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
+        config = dataclasses.replace(self, **changes)
+        if config.targeted({*names, *others}, ()) != set(names):
+            config = dataclasses.replace(config, exclude_modules=_longer_than(names))
+        return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
         """The modules that PEFT would adapt, or None: the config leaves it to the tensors."""
@@ -121,3 +166,33 @@ class AdapterConfig(LoraConfig):
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
+
+
+def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
+    """The ``lora_alpha`` whose scale is ``scaling``, or its neighbour where none has it exactly."""
+    root = math.sqrt(rank) if rslora else rank
+    alpha = scaling * root
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    alpha = next((each for each in near if each / root == scaling), alpha)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+    """The most frequent value, and PEFT's pattern for each name that has another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+
+    def pattern(name: str) -> str:
+        # PEFT matches a pattern with the end of a name.
+        ends = any(other.endswith(f".{name}") for other in values)
+        return f"^{re.escape(name)}" if ends else name
+
+    return common, {pattern(name): v for name, v in values.items() if v != common}
+
+
+def _longer_than(names: Iterable[str]) -> str:
+    """A regular expression for every longer name that ends with one of ``names`` and is none."""
+    names = sorted(names)
+    first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
+    longer = rf".+\.(?:{first})(?:\..*)?"
+    own = "|".join(re.escape(name) for name in names if re.fullmatch(longer, name))
+    return rf"(?!(?:{own})$){longer}" if own else longer

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 
-from .config import OWN_INITS
+from .config import OWN_INITS, alpha_of, patterns
 from .peft_keys import PREFIX, parse_key
 
 # Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
@@ -110,18 +108,12 @@ def _describe(
     inits = {init.lower() if isinstance(init, str) else init for init in inits}
     init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
     rslora = all(layer.use_rslora[adapter] for layer in layers.values())
-    root = math.sqrt if rslora else float
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    alphas: dict[str, float] = {}
-    for name, layer in layers.items():
-        alpha, scaling = layer.lora_alpha[adapter], layer.scaling[adapter]
-        # The scale may have been set by hand.
-        alphas[name] = (
-            alpha if alpha / root(ranks[name]) == scaling else scaling * root(ranks[name])
-        )
+    # Not lora_alpha: the scale may have been set by hand.
+    alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
-    r, rank_pattern = _patterns(ranks)
-    lora_alpha, alpha_pattern = _patterns(alphas)
+    r, rank_pattern = patterns(ranks)
+    lora_alpha, alpha_pattern = patterns(alphas)
     others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
     return {
         "peft_type": "LORA",
@@ -140,15 +132,3 @@ def _describe(
         # A name in full is also the end of longer ones.
         "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
     }
-
-
-def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and PEFT's pattern for each name that has another."""
-    common = Counter(values.values()).most_common(1)[0][0]
-
-    def pattern(name: str) -> str:
-        # PEFT matches a pattern with the end of a name.
-        ends = any(other.endswith(f".{name}") for other in values)
-        return f"^{re.escape(name)}" if ends else name
-
-    return common, {pattern(name): v for name, v in values.items() if v != common}

@@ -24,7 +24,7 @@ from .peft_files import (
     read_factors,
     write_adapter,
 )
-from .peft_keys import MAGNITUDE, Key, factor_roles, parse_key
+from .peft_keys import MAGNITUDE, PREFIX, Key, factor_roles, parse_key
 from .tensor_files import TensorSource
 
 
@@ -38,6 +38,7 @@ class LoraAdapter:
             PEFT's rules, and ``bias``, ``magnitude`` where PEFT keeps them.
         base_weights: weights of the base model that PEFT saves beside an adapted embedding or head,
             under their names in the file. They share the memory of what they were read from.
+        saved_modules: what replaces parts of the base model (``modules_to_save``), likewise.
 
     Two adapters are equal that change a model in the same way: names, factors, scaling, bias and
     magnitude count, compared by value, and neither dtype nor device nor configuration.
@@ -46,10 +47,11 @@ class LoraAdapter:
     config: AdapterConfig
     modules: Mapping[str, Factors]
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    saved_modules: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
-        object.__setattr__(self, "base_weights", MappingProxyType(dict(self.base_weights)))
+        for each in ("modules", "base_weights", "saved_modules"):
+            object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
 
     @classmethod
     def load(cls, source: AdapterSource, strict: bool = True) -> LoraAdapter:
@@ -77,6 +79,42 @@ class LoraAdapter:
             NotImplementedError: what is legal in PEFT and not here, convolutions for one.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
+
+    @classmethod
+    def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
+        """A value as it is, and anything else as :meth:`load` reads it."""
+        return source if isinstance(source, LoraAdapter) else cls.load(source)
+
+    def with_modules(
+        self,
+        modules: Mapping[str, Factors],
+        base_weights: Mapping[str, Tensor] | None = None,
+        **changes: Any,
+    ) -> LoraAdapter:
+        """This adapter with other factors, and a configuration that names their modules in full.
+
+        Args:
+            modules: by the module's name. A scale that PEFT's configuration cannot say moves by
+                one unit in the last place of float64.
+            base_weights: default is those of this adapter that lie beside ``modules``.
+            changes: of fields of the configuration.
+        """
+        if base_weights is None:
+            gone = tuple(f"{name}.base_layer." for name in self.modules if name not in modules)
+            base_weights = {
+                key: weight
+                for key, weight in self.base_weights.items()
+                if not key.removeprefix(PREFIX).startswith(gone)
+            }
+        ranks = {name: factors.a.shape[0] for name, factors in modules.items()}
+        scalings = {name: factors.scaling for name, factors in modules.items()}
+        config = self.config.fitted(ranks, scalings, self.modules, **changes)
+        meant, _ = config.ranks_and_scales(ranks)
+        modules = {
+            name: f if f.scaling == meant[name][1] else f._replace(scaling=meant[name][1])
+            for name, f in modules.items()
+        }
+        return LoraAdapter(config, modules, base_weights, self.saved_modules)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that PEFT loads, with no missing and no unexpected key.
@@ -116,7 +154,7 @@ class LoraAdapter:
             for role, value in parts.items():
                 if value is not None:
                     tensors[Key(name, role, None).in_file] = value
-        return {**tensors, **self.base_weights}
+        return {**tensors, **self.base_weights, **self.saved_modules}
 
     @classmethod
     def _read(
@@ -143,7 +181,8 @@ class LoraAdapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made of plain dicts: a read-only view cannot be pickled."""
-        return LoraAdapter, (self.config, dict(self.modules), dict(self.base_weights))
+        parts = (self.modules, self.base_weights, self.saved_modules)
+        return LoraAdapter, (self.config, *map(dict, parts))
 
 
 def _same(first: Factors, second: Factors) -> bool:

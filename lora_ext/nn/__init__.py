@@ -1,6 +1,6 @@
 """Modules over the ops."""
 
-from .adapted import adapted_layers, adapter_parameters, adapters_of
+from .adapted import adapted_layers, adapter_factors, adapter_parameters, adapters_of
 from .attachment import UnknownAdapterError
 from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
@@ -35,6 +35,7 @@ __all__ = [
     "Swap",
     "UnknownAdapterError",
     "adapted_layers",
+    "adapter_factors",
     "adapter_parameters",
     "adapters",
     "adapters_of",

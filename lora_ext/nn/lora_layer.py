@@ -353,7 +353,10 @@ class LoraLayer(Merging):
                 f"nn.ModuleDict, found {name!r}"
             )
         if name in self.r:
-            raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already")
+            raise ValueError(
+                f"{type(self).__name__}: adapter {name!r} exists already; give the new one another "
+                "adapter_name, or delete or unwrap the old one"
+            )
 
     def _new_factors(
         self,

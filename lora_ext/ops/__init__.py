@@ -27,8 +27,9 @@ from lora_ext.ops.lora import (
     lora_shrink,
     sgmv_,
 )
+from lora_ext.ops.lora_gram import lora_gram, lora_pair_stats
 from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
-from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_gram, lora_merge_
+from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
 
 __all__ = [
     "CircuitSample",
@@ -55,6 +56,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_apart",
     "lora_merge_",
+    "lora_pair_stats",
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",

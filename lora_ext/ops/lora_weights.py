@@ -7,7 +7,6 @@ no part in autograd. Autocast leaves them alone.
 Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -79,34 +78,6 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
     require(sign in (1, -1), "lora_merge_", "sign", "1 or -1", sign)
     dtype = accumulator(weight.dtype)
     return weight.copy_(_product(a, b, sign * scale, dtype).add_(weight.to(dtype)))
-
-
-@torch.no_grad()
-def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ``a @ a^T`` and ``b^T @ b`` of every adapter, one torch GEMM each.
-
-    Inner products of adapters need no more than these: ``<b1 a1, b2 a2>`` and norms of ``b a`` cost
-    ``r^2`` once they are known.
-
-    Args:
-        a: ``(r, I)`` each; ranks and widths may differ.
-        b: ``(O, r)`` each, as many as ``a``.
-
-    Returns:
-        Two lists of ``(r, r)`` float32 (float64 for float64).
-
-    Raises:
-        ValueError: if lengths or shapes disagree.
-    """
-    require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
-    grams: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for a_s, b_s in zip(a, b, strict=True):
-        _check("lora_gram", a_s, b_s)
-        with exactly(a_s.device):
-            wide_a, wide_b = a_s.to(accumulator(a_s.dtype)), b_s.to(accumulator(b_s.dtype))
-            grams[0].append(wide_a @ wide_a.T)
-            grams[1].append(wide_b.T @ wide_b)
-    return grams
 
 
 @torch.no_grad()

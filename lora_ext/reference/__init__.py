@@ -20,6 +20,7 @@ from lora_ext.reference.lora import (
     lora_shrink,
     lora_update,
 )
+from lora_ext.reference.lora_gram import lora_gram, lora_pair_stats
 from lora_ext.reference.lora_train import (
     dropout_keep,
     lora_dropout,
@@ -29,7 +30,6 @@ from lora_ext.reference.lora_train import (
 from lora_ext.reference.lora_weights import (
     lora_delta,
     lora_dora_norm,
-    lora_gram,
     lora_merge_,
 )
 
@@ -55,6 +55,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_backward",
     "lora_merge_",
+    "lora_pair_stats",
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",

@@ -1,7 +1,5 @@
 """What an adapter is to a weight: its product, merged and measured; one formula per function."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from lora_ext.reference.lora import accumulator
@@ -17,14 +15,6 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
     """``weight += sign * scale * b @ a`` in place, rounded once."""
     dtype = accumulator(weight.dtype)
     return weight.copy_(weight.to(dtype) + sign * scale * (b.to(dtype) @ a.to(dtype)))
-
-
-def lora_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each, not rounded."""
-    return (
-        [t.to(accumulator(t.dtype)) @ t.to(accumulator(t.dtype)).T for t in a],
-        [t.to(accumulator(t.dtype)).T @ t.to(accumulator(t.dtype)) for t in b],
-    )
 
 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

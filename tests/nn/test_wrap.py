@@ -181,7 +181,10 @@ def test_a_second_adapter_waits_until_it_is_chosen():
         mixed = run(model)
     torch.testing.assert_close(mixed[1], base[1], **CLOSE)
     assert (mixed[0] - base[0]).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"wrap: model.*q_proj: .* 'german' exists already"):
+    with pytest.raises(
+        ValueError,
+        match=r"wrap: model.*q_proj: .* 'german' exists already; .* another adapter_name",
+    ):
         wrap(model, LoraConfig(target_modules=["q_proj"]), "german")
     unwrap(model)
     assert adapted_layers(model) == {}

@@ -1,4 +1,4 @@
-"""Adapters as weights: products, merging, Gram matrices, DoRA's norms, against their formulas."""
+"""Adapters as weights: products, merging, DoRA's norms, against their formulas."""
 
 from __future__ import annotations
 
@@ -37,14 +37,6 @@ def test_small_integers_come_out_exactly(shape: tuple[int, int, int], dtype: tor
         assert torch.equal(
             mine.double(), reference.lora_merge_(wide[0].clone(), *wide[1:], 2.0, sign)
         )
-    for mine, formula in zip(
-        ops.lora_gram([a, a], [b, b]),
-        reference.lora_gram([wide[1]] * 2, [wide[2]] * 2),
-        strict=True,
-    ):
-        for got, expected in zip(mine, formula, strict=True):
-            assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert torch.equal(got.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +101,6 @@ def test_wrong_input_is_named() -> None:
             "lora_merge_: sign: expected 1 or -1, found 2",
         ),
         (lambda: ops.lora_merge_(weight.int(), a, b), "lora_merge_: weight: expected a floating"),
-        (lambda: ops.lora_gram([a], []), "lora_gram: b: expected as many tensors as a, 1, found 0"),
         (lambda: ops.lora_dora_norm(weight[1:], a, b), "lora_dora_norm: weight: expected shape"),
     ]:
         with pytest.raises(ValueError, match=message):
