@@ -26,26 +26,26 @@ CLAIM = Claim(
     claim="A model accepts more of a draft whose tokens share latent variables (cp, hmm, btree) "
     "than of one whose tokens are independent (ff); of the circuits, hmm and btree go beyond the "
     "mixture cp.",
-    setup="A byte-level Llama (3 layers, width 128) on the source of Python's standard library; "
+    setup="A byte-level Llama (2 layers, width 96) on the source of Python's standard library; "
     "heads of n = 8, r = 8, trained alike on the frozen model; sampled decoding of 32 held-out "
     "prompts.",
 )
 LATENT = ("cp", "hmm", "btree")
 SMALL = Sizes(
-    width=128,
-    layers=3,
-    length=128,
+    width=96,
+    layers=2,
+    length=64,
     batch=16,
-    base_steps=600,
-    head_batch=8,
-    head_steps=250,
+    base_steps=500,
+    head_batch=4,
+    head_steps=200,
     n_token=8,
     rank=8,
     adapter_rank=32,
     held_out=64,
     new_tokens=64,
 )
-PROMPTS, BATCH, PROMPT = 32, 8, 32
+PROMPTS, BATCH, PROMPT = 32, 8, 16
 
 
 def measure(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
