@@ -1,0 +1,1 @@
+"""A package, so that its name does not mean ``benchmarks/methods.py``."""
