@@ -1,5 +1,5 @@
 """Published methods, each a small policy over the layers and the ops."""
 
-from lora_ext.methods import lora_init, mtpc
+from lora_ext.methods import lora_init, mtpc, splora
 
-__all__ = ["lora_init", "mtpc"]
+__all__ = ["lora_init", "mtpc", "splora"]
