@@ -86,7 +86,7 @@ class BaseWeights:
             if base_name(full) == name:
                 if not tensor.is_meta:
                     return tensor
-                offloaded = _offloaded(model, full)
+                offloaded = offloaded_values(model, full)
                 if offloaded is not None:
                     return offloaded
         raise ValueError(
@@ -104,7 +104,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     )
 
 
-def _offloaded(model: nn.Module, name: str) -> Tensor | None:
+def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
     """The values that accelerate keeps elsewhere while a module does not run."""
     owner, _, parameter = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)

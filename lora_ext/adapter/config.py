@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from lora_ext.nn.lora_config import LoraConfig
+from lora_ext.nn.init import FREE
+from lora_ext.nn.lora_config import LoraConfig, checked_names
 
 from .model_index import ModelIndex
+
+#: Schemes of this package that PEFT does not know.
+OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
+# Where a file keeps one of them. PEFT refuses an unknown init_lora_weights before it loads what was
+# trained; of an unknown field it says that it is ignored.
+_INIT_FIELD = "lora_ext_init"
 
 # Read by nobody here: training only, or a record of where the adapter came from.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
     "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
     "peft_type peft_version qalora_group_size revision runtime_config "
-    "velora_config".split()
+    f"velora_config {_INIT_FIELD}".split()
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
-    "modules_to_save": "it replaces whole modules of the base model",
     "trainable_token_indices": "it replaces rows of the embedding",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "target_parameters": "it adapts bare parameters, not Linear modules",
@@ -32,13 +41,20 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight and adds a diagonal between the factors",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
+# What every PEFT knows, and what needs no data and no base weight to begin with.
+_PLAIN_INITS = (True, False, "gaussian")
+_INIT_SETTINGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 # Initialisations that subtract something from the base weight, which every other adapter shares.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # The fields that decide which modules have which rank and scale.
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
-    "target_modules exclude_modules layers_to_transform layers_pattern task_type".split()
+    "target_modules exclude_modules layers_to_transform layers_pattern task_type "
+    "modules_to_save".split()
 )
+_TRAINED_BIASES = ("all", "lora_only")
+
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +62,16 @@ class AdapterConfig(LoraConfig):
     """The parsed config. ``where`` names the file in errors."""
 
     target_modules: str | Iterable[str] | None = None
+    modules_to_save: str | Iterable[str] | None = None  # whole modules, in place of the base's
+    base_bias: str = "none"  # which biases of the base model were trained: "all", "lora_only"
     unknown: tuple[str, ...] = ()  # fields we have never heard of that are switched on
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = checked_names(self.where, "modules_to_save", self.modules_to_save)
+        names = (names,) if isinstance(names, str) else names
+        object.__setattr__(self, "modules_to_save", names or None)
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -59,7 +83,7 @@ class AdapterConfig(LoraConfig):
 
         Raises:
             ValueError: a field is missing or malformed.
-            NotImplementedError: the adapter needs something that the pool cannot apply.
+            NotImplementedError: the adapter needs something that is not supported.
         """
         if hasattr(raw, "to_dict"):
             raw = raw.to_dict()
@@ -78,15 +102,75 @@ class AdapterConfig(LoraConfig):
                 "adapter with PEFT's path_initial_model_for_weight_conversion to make it an "
                 "ordinary one"
             )
+        if isinstance(init, str) and init.lower() in OWN_INITS:
+            raw = {**raw, "init_lora_weights": True, _INIT_FIELD: init.lower()}
         known = _READ | _IGNORED | _REFUSED.keys() | {"init_lora_weights"}
         unknown = tuple(str(key) for key in raw if key not in known and raw[key])
         read = {key: raw[key] for key in _READ & raw.keys()}
+        if read.get("bias") in _TRAINED_BIASES:
+            read["base_bias"] = read.pop("bias")
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
 
+    def check_shared(self) -> None:
+        """Refuse what changes the base model, which many adapters share.
+
+        Raises:
+            NotImplementedError: modules_to_save. ValueError: biases of the base model.
+        """
+        if self.modules_to_save:
+            raise NotImplementedError(
+                f"{self.where}: modules_to_save is not supported: it replaces whole modules of the "
+                "base model"
+            )
+        if self.base_bias != "none":
+            raise ValueError(
+                f"{self.where}: bias: expected 'none' (the base model's biases are shared), found "
+                f"{self.base_bias!r}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's fields: those that are parsed, and the others as they were read."""
+        """PEFT's fields: those that are parsed, and the others as they were read.
+
+        How the factors began no longer matters: an initialisation that not every PEFT knows, or
+        that wants data, becomes True.
+        """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
-        return {**self.raw, "peft_type": "LORA", **parsed}
+        saved = self.modules_to_save
+        parsed |= {"bias": self.base_bias, "modules_to_save": saved and list(saved)}
+        raw = dict(self.raw)
+        if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
+            raw = {key: value for key, value in raw.items() if key not in _INIT_SETTINGS}
+            raw["init_lora_weights"] = True
+        return {**raw, "peft_type": "LORA", **parsed}
+
+    def fitted(
+        self,
+        ranks: Mapping[str, int],
+        scalings: Mapping[str, float],
+        others: Iterable[str] = (),
+        **changes: Any,
+    ) -> AdapterConfig:
+        """This configuration for other modules, each named in full, with these ranks and scales.
+
+        Args:
+            ranks: by name; all the modules that are to be adapted.
+            scalings: likewise. :meth:`ranks_and_scales` gives them back, save for the last bit of
+                one that no alpha gives exactly.
+            others: modules of the model, as far as they are known, that must not be adapted though
+                their names may end like those of ``ranks``.
+            changes: of other fields. ``use_rslora`` is obeyed.
+        """
+        names = tuple(sorted(ranks))
+        rslora = changes.setdefault("use_rslora", self.use_rslora)
+        alphas = {name: alpha_of(scalings[name], ranks[name], rslora) for name in names}
+        if names:
+            changes["r"], changes["rank_pattern"] = patterns(ranks)
+            changes["lora_alpha"], changes["alpha_pattern"] = patterns(alphas)
+        changes |= {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
+        config = dataclasses.replace(self, **changes)
+        if config.targeted({*names, *others}, ()) != set(names):
+            config = dataclasses.replace(config, exclude_modules=longer_than(names))
+        return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
         """The modules that PEFT would adapt, or None: the config leaves it to the tensors."""
@@ -112,3 +196,33 @@ class AdapterConfig(LoraConfig):
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
+
+
+def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
+    """The ``lora_alpha`` whose scale is ``scaling``, or its neighbour where none has it exactly."""
+    root = math.sqrt(rank) if rslora else rank
+    alpha = scaling * root
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    alpha = next((each for each in near if each / root == scaling), alpha)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+    """The most frequent value, and PEFT's pattern for each name that has another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+
+    def pattern(name: str) -> str:
+        # PEFT matches a pattern with the end of a name.
+        ends = any(other.endswith(f".{name}") for other in values)
+        return f"^{re.escape(name)}" if ends else name
+
+    return common, {pattern(name): v for name, v in values.items() if v != common}
+
+
+def longer_than(names: Iterable[str]) -> str:
+    """A regular expression for every longer name that ends with one of ``names`` and is none."""
+    names = sorted(names)
+    first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
+    longer = rf".+\.(?:{first})(?:\..*)?"
+    own = "|".join(re.escape(name) for name in names if re.fullmatch(longer, name))
+    return rf"(?!(?:{own})$){longer}" if own else longer

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 
+from .config import OWN_INITS, alpha_of, patterns
 from .peft_keys import PREFIX, parse_key
 
 # Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
@@ -81,7 +80,25 @@ def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         if k.module.rpartition(".")[2] in _SAVED_WHOLE and hasattr(model, "peft_config")
     )
     beside = [name for name in tensors if name.removeprefix(PREFIX).startswith(whole)]
-    return {name: tensors[name] for name in (*found, *beside)}
+    state = {name: tensors[name] for name in (*found, *beside)}
+    return state | _replacements(model, adapter, tensors)
+
+
+def _replacements(
+    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PEFT trains in the place of the base model's own, under the names of a file."""
+    own = f".modules_to_save.{adapter}."
+    found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
+    configs: Any = getattr(model, "peft_config", {})
+    bias = getattr(configs.get(adapter), "bias", "none")
+    if bias != "none":
+        only = ".base_layer.bias" if bias == "lora_only" else ".bias"
+        for name, value in tensors.items():
+            wrapped = ".modules_to_save." in name or ".original_module." in name
+            if name.endswith(only) and parse_key(name) is None and not wrapped:
+                found[name] = value
+    return found
 
 
 def _describe(
@@ -99,19 +116,22 @@ def _describe(
             )
         return not others
 
-    rslora = all(layer.use_rslora[adapter] for layer in layers.values())
-    root = math.sqrt if rslora else float
-    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    alphas: dict[str, float] = {}
     for name, layer in layers.items():
-        alpha, scaling = layer.lora_alpha[adapter], layer.scaling[adapter]
-        # The scale may have been set by hand.
-        alphas[name] = (
-            alpha if alpha / root(ranks[name]) == scaling else scaling * root(ranks[name])
-        )
+        if layer.base_changed_by == adapter:
+            raise NotImplementedError(
+                f"{where}: {name}: expected an adapter of the base weight, found one whose "
+                f"initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
+            )
+    inits = {layer.init_lora_weights[adapter] for layer in layers.values()}
+    inits = {init.lower() if isinstance(init, str) else init for init in inits}
+    init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
+    rslora = all(layer.use_rslora[adapter] for layer in layers.values())
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    # Not lora_alpha: the scale may have been set by hand.
+    alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
-    r, rank_pattern = _patterns(ranks)
-    lora_alpha, alpha_pattern = _patterns(alphas)
+    r, rank_pattern = patterns(ranks)
+    lora_alpha, alpha_pattern = patterns(alphas)
     others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
     return {
         "peft_type": "LORA",
@@ -125,20 +145,8 @@ def _describe(
         "lora_dropout": max(rates),  # PEFT has one rate for all layers
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
-        "init_lora_weights": True,
+        "init_lora_weights": init,
         "target_modules": sorted(layers),
         # A name in full is also the end of longer ones.
         "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
     }
-
-
-def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and PEFT's pattern for each name that has another."""
-    common = Counter(values.values()).most_common(1)[0][0]
-
-    def pattern(name: str) -> str:
-        # PEFT matches a pattern with the end of a name.
-        ends = any(other.endswith(f".{name}") for other in values)
-        return f"^{re.escape(name)}" if ends else name
-
-    return common, {pattern(name): v for name, v in values.items() if v != common}

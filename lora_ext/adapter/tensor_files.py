@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json
 
-MAX_CONFIG_BYTES = 4 << 20
+MAX_JSON_BYTES = 4 << 20
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -51,18 +51,9 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     expected = "expected a directory with adapter_config.json"
     try:
-        names = set(os.listdir(path))
+        names = directory_names(path, expected)
     except NotADirectoryError:
         raise ValueError(f"{path}: {expected}, found a file; name its directory") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        remedy = ""
-        if isinstance(source, str) and _HUB_NAME.fullmatch(source):
-            remedy = (
-                "; nothing is downloaded here: "
-                f"huggingface_hub.snapshot_download({source!r}) returns a directory"
-            )
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
     if "adapter_config.json" not in names:
         inner = sorted(n for n in names if os.path.lexists(path / n / "adapter_config.json"))
         found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without"
@@ -70,14 +61,41 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
     return path
 
 
+def directory_names(path: Path, expected: str) -> set[str]:
+    """What a directory holds. ``expected`` opens what an error says of the path.
+
+    Raises:
+        ValueError: it cannot be opened, or looks like a name on the Hub: nothing is downloaded.
+        NotADirectoryError: a file.
+    """
+    try:
+        return set(os.listdir(path))
+    except NotADirectoryError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        remedy = ""
+        if _HUB_NAME.fullmatch(str(path)):
+            remedy = (
+                "; nothing is downloaded here: "
+                f"huggingface_hub.snapshot_download({str(path)!r}) returns a directory"
+            )
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file of at most ``limit`` bytes."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes, found more")
+    return parse_json(data, str(path))
+
+
 def read_config(directory: Path) -> tuple[Any, str]:
     """The parsed ``adapter_config.json`` and its path."""
     path = directory / "adapter_config.json"
-    with open_regular(path) as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected at most {MAX_CONFIG_BYTES} bytes, found more")
-    return parse_json(data, str(path)), str(path)
+    return read_json(path), str(path)
 
 
 def open_tensors(directory: Path) -> TensorSource:

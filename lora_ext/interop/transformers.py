@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
 from lora_ext.nn.assignment import Batch, Names
 from lora_ext.nn.attachment import attachments
@@ -85,8 +86,8 @@ def attach(model: Model, pool: AdapterPool) -> Model:
 
     Raises:
         TypeError: no module, or no pool. RuntimeError: the model, or a part of it, is attached or
-            carries PEFT's layers. ValueError: a module of the pool is missing or has another size.
-            The model is unchanged then.
+            carries PEFT's layers. ValueError: a module of the pool is missing or has another
+            size, or the model has one that the pool lacks. The model is unchanged then.
     """
     _check_module("attach", model)
     if not isinstance(pool, AdapterPool):
@@ -110,6 +111,7 @@ def attach(model: Model, pool: AdapterPool) -> Model:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].tokens_first = bool(re.search(tokens_first, name))
+    _check_same_modules(model, pool)
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
         for method, hook in hooks(pool).items():
@@ -170,6 +172,17 @@ def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
                 "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
                 "first, or offload the model before attach"
             )
+
+
+def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
+    """Refuse a larger model than the pool's: the layers beyond would serve the base in silence."""
+    index = ModelIndex.build(model, pool.targets, device="cpu")
+    more = [name for name in index.modules if name not in pool.index.modules]
+    if more:
+        raise ValueError(
+            f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "
+            f"modules of the model, {more[0]!r} first; make the pool of this model"
+        )
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

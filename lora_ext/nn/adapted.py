@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .lora_layer import LoraLayer
 
@@ -72,3 +72,24 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
             entry = store[adapter_name]
             found += [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
     return found
+
+
+def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """The factors of one adapter of one layer as matrices: A ``(r, n)`` and B ``(m, r)``.
+
+    They share the memory of the parameters. An embedding's n are its tokens, a convolution's the
+    numbers in one of its windows.
+
+    Args:
+        layer: one of :func:`adapted_layers`. adapter_name: one of :func:`adapters_of` it.
+    """
+    found: list[Tensor] = []
+    for role in "AB":
+        for prefix in ("lora_", "lora_embedding_"):
+            store: Any = getattr(layer, prefix + role, {})
+            if adapter_name in store:
+                entry = store[adapter_name]
+                weight: Tensor = entry if isinstance(entry, Tensor) else entry.weight
+                found.append(weight.detach().flatten(1))
+    a, b = found
+    return a, b

@@ -263,6 +263,15 @@ class Assignment:
             )
 
 
+class NamedRows(list[str]):
+    """The names of an assignment as PEFT's ``adapter_names`` has them, and the assignment itself:
+    whoever knows it need not make it again from the names."""
+
+    def __init__(self, assignment: Assignment):
+        super().__init__(assignment.spelled())
+        self.assignment = assignment
+
+
 def _activations(leading: torch.Size) -> str:
     return f"({', '.join(map(str, (*leading, 'features')))})"
 
@@ -272,7 +281,10 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
     if names is None or isinstance(names, str):
         return [names], ()
     if not isinstance(names, Sequence) or not names:
-        raise ValueError(f"adapters: names: expected a name or a list of names, found {names!r}")
+        raise ValueError(
+            f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
+            "list(names) makes one of an array or a generator"
+        )
     # pyright does not narrow a sequence by all(...) over its elements.
     if all(name is None or isinstance(name, str) for name in names):
         return list(names), (len(names),)  # pyright: ignore[reportReturnType]

@@ -72,7 +72,7 @@ def init_lora_(
     Sources: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics";
     "gaussian", "orthogonal" and False: PEFT.
     """
-    name = known_scheme(scheme)
+    name = known_scheme(scheme, "init_lora_: scheme")
     if name not in FREE:
         raise ValueError(
             f"init_lora_: scheme: {scheme!r} splits the base weight, which a layer has; expected "
@@ -107,8 +107,11 @@ def init_lora_(
         b.copy_(new_b)
 
 
-def known_scheme(scheme: bool | str) -> str:
+def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     """The scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it is.
+
+    Args:
+        scheme: as a caller gives it. where: opens the message of an error.
 
     Raises:
         ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
@@ -119,18 +122,18 @@ def known_scheme(scheme: bool | str) -> str:
     if scheme is False:
         return "init_ab"
     if not isinstance(scheme, str):
-        raise TypeError(f"init_lora_weights: expected a bool or a str, found {scheme!r}")
+        raise TypeError(f"{where}: expected a bool or a str, found {scheme!r}")
     name = scheme.lower()
     niter = name.removeprefix("pissa_niter_")
     if name in FREE or name in ("pissa", "olora") or (niter != name and niter.isdecimal()):
         return name
     if name in _ELSEWHERE or name.startswith("corda"):
         raise NotImplementedError(
-            f"init_lora_weights: {scheme!r} is not offered here; let PEFT initialise the adapter, "
+            f"{where}: {scheme!r} is not offered here; let PEFT initialise the adapter, "
             "and load what it saves"
         )
     raise ValueError(
-        f"init_lora_weights: expected True, False or one of "
+        f"{where}: expected True, False or one of "
         f"{', '.join(map(repr, FREE + DECOMPOSING))}, found {scheme!r}"
     )
 

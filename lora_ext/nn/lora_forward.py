@@ -272,7 +272,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
-    """All adapters on all rows: one call where they can stand one below the other in the rank."""
+    """All adapters on all rows, in one call where their factors can be stacked along the rank."""
     ids, plan = all_rows(x.shape[0], x.device)
     first = adapters[0]
     together = len(adapters) == 1 or (

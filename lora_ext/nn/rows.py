@@ -35,7 +35,9 @@ def subset(rows: Rows, slots: Sequence[int]) -> Rows:
     """The rows of some of the used adapters, given by their places among these; the rows of the
     others are rows of the base."""
     place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
-    ids = constant([*place, -1], torch.int32, rows.ids.device)[rows.ids.long()]  # -1 finds the last
+    ids = constant([*place, -1], torch.int32, rows.ids.device)[
+        rows.ids.long()
+    ]  # id -1 reads the last
     return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
 
 
@@ -165,7 +167,9 @@ def rows_of(
         ids = _one_per_row(adapter_ids, leading)
         if enabled is not None and not all(enabled):
             place = [i if on else -1 for i, on in enumerate(enabled)]
-            ids = constant([*place, -1], torch.int32, ids.device)[ids.long()]  # -1 finds the last
+            ids = constant([*place, -1], torch.int32, ids.device)[
+                ids.long()
+            ]  # id -1 reads the last
         if torch.compiler.is_compiling():
             ids = ids.int()
             return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))

@@ -76,6 +76,8 @@ def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
             are not int64.
     """
     where = "CircuitHead: shortlist: expected"
+    if not isinstance(ids, Tensor | Sequence) or isinstance(ids, str):
+        raise TypeError(f"{where} ids of tokens, found {ids!r:.100}")
     ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(f"{where} shape (L,) with L >= 2, found {tuple(ids.shape)}")

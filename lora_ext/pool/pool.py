@@ -93,11 +93,19 @@ class AdapterPool:
             raise ValueError(
                 f"AdapterPool: max_rank: expected at most {MAX_RANK}, found {max_rank}"
             )
+        if not isinstance(host_cache_bytes, int) or host_cache_bytes < 0:
+            raise ValueError(
+                "AdapterPool: host_cache_bytes: expected a number of bytes, 0 or more, "
+                f"found {host_cache_bytes!r}"
+            )
+        if device is not None:
+            device = torch.empty(0, device=device).device  # a device that is not there says so now
         self.max_slots = max_slots
         self.max_rank = max_rank
+        self.targets = targets if isinstance(targets, str | None) else tuple(targets)
         self.pages = pages if pages is not None else max_slots * page_count(max_rank)
         self.host_cache_bytes = host_cache_bytes
-        self.index = ModelIndex.build(model, targets, dtype, device)
+        self.index = ModelIndex.build(model, self.targets, dtype, device)
         self._store = PageStore(self.index, max_slots, max_rank, self.pages)
         self.modules = self._store.modules
         self._lock = threading.RLock()

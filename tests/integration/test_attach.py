@@ -224,6 +224,19 @@ def test_attach_refuses_and_changes_nothing() -> None:
         lora_ext.attach(nn.Sequential(model), pool)
 
 
+def test_attach_refuses_a_model_with_more_layers_than_the_pools() -> None:
+    pool = lora_ext.AdapterPool(make_model("llama"), max_slots=2, max_rank=8)
+    larger = make_model("llama")
+    larger.model.layers.append(copy.deepcopy(larger.model.layers[0]))
+    before = snapshot(larger)
+    message = r"attach: pool: .* 7 modules of the model, 'model.layers.2.self_attn.q_proj' first"
+    with pytest.raises(ValueError, match=message):
+        lora_ext.attach(larger, pool)
+    assert snapshot(larger) == before
+    some = lora_ext.AdapterPool(make_model("llama"), targets=r".*layers\.[01]\..*_proj")
+    lora_ext.attach(larger, some)  # whoever names the layers means them
+
+
 def test_attach_refuses_a_bare_linear() -> None:
     bare = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="expected a module inside the model, found the model"):

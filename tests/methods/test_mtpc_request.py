@@ -123,6 +123,12 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any):
         decoder.generate(ids, mask, generation_config=config)
 
 
+def test_prompts_that_are_no_integers_are_named():
+    _, decoder, ids, mask = make()
+    with pytest.raises(ValueError, match=r"input_ids: expected integers of shape \(B, S\), found"):
+        decoder.generate(ids.float(), mask, max_new_tokens=2)
+
+
 def test_settings_that_ask_for_nothing_else_pass():
     _, decoder, ids, mask = make()
     config = GenerationConfig(num_beams=1, repetition_penalty=1.0, top_k=0, use_cache=True)

@@ -175,6 +175,8 @@ def test_a_failed_retrofit_leaves_the_model_as_it_was():
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="output embeddings"):
         mtpc.retrofit(model.base_model)
+    with pytest.raises(TypeError, match="shortlist: expected ids of tokens, found 'abc'"):
+        mtpc.retrofit(model, shortlist="abc")
 
 
 def test_a_second_draft_tail_is_refused_until_the_first_is_removed():

@@ -15,6 +15,7 @@ from lora_ext.nn import (
     LoraEmbedding,
     LoraLinear,
     adapted_layers,
+    adapter_factors,
     adapter_parameters,
     adapters_of,
 )
@@ -101,3 +102,15 @@ assert list(adapted_layers(model, "default")) == ["0"]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_matrices_in_the_memory_of_the_parameters(kind: str):
+    for layer in adapted_layers(adapted(kind)).values():
+        a, b = adapter_factors(layer, "default")
+        assert a.data_ptr() == layer.lora_A["default"].weight.data_ptr()
+        assert a.shape == (4, layer.in_features) and b.shape == (layer.out_features, 4)
+    embedding = LoraEmbedding(nn.Embedding(5, 4), r=2)
+    assert [tuple(t.shape) for t in adapter_factors(embedding, "default")] == [(2, 5), (4, 2)]
+    conv = LoraConv(nn.Conv2d(3, 4, 2, stride=2), r=2)
+    assert [tuple(t.shape) for t in adapter_factors(conv, "default")] == [(2, 12), (4, 2)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -168,6 +169,36 @@ def test_preserve_base_output_takes_the_first_update_off_the_weight():
     torch.testing.assert_close(ours(x), expected, **CLOSE)
     ours.restore_base_weight()
     assert torch.equal(base.weight, weight) and not torch.allclose(ours(x), expected)
+
+
+@pytest.mark.parametrize("scheme", [True, False, *FREE, *DECOMPOSING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_and_back_is_within_a_rounding(scheme, dtype):
+    ours = adapter(nn.Linear(24, 17, dtype=dtype), scheme, lora_alpha=6, use_rslora=True)
+    with torch.no_grad():
+        for factor in (ours.lora_A["default"].weight, ours.lora_B["default"].weight):
+            factor += torch.randn(factor.shape)
+    weight = ours.base_layer.weight.detach().clone()
+    ours.merge()
+    merged = ours.base_layer.weight.detach().clone()
+    assert not torch.equal(merged, weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what subtracting may round away
+        ours.unmerge()
+    # One rounding of the merged weight, and one of what is left of it.
+    rounding = torch.finfo(dtype).eps * (merged.abs() + weight.abs())
+    assert ((ours.base_layer.weight - weight).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("scheme", ["init_a", "init_b_normal", "gaussian", "orthogonal"])
+def test_adapters_of_one_seed_agree_beside_weights_of_any_dtype(scheme):
+    wide, narrow = (
+        adapter(nn.Linear(24, 17, dtype=d), scheme, generator=generator())
+        for d in (torch.float32, torch.bfloat16)
+    )
+    for name in ("lora_A", "lora_B"):
+        expected = getattr(wide, name)["default"].weight.bfloat16()
+        assert torch.equal(getattr(narrow, name)["default"].weight, expected)
 
 
 def test_reset_draws_anew_with_a_generator():

@@ -40,7 +40,7 @@ def rms(z):
     return z.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("r", [1, 4, 40])
+@pytest.mark.parametrize("r", [1, 4, 64])  # the last above the width
 def test_values_are_those_of_plain_torch(r):
     model = Model(r).eval()
     x = torch.randn(2, 5, 24)
@@ -65,7 +65,6 @@ def test_values_are_those_of_plain_torch(r):
 
 
 def test_the_norm_of_a_product_that_vanishes():
-    a, b = torch.zeros(8, 64), torch.zeros(48, 8)
     layer = LoraLinear(nn.Linear(64, 48), r=8, init_lora_weights="orthogonal")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     product = (gram(a) * gram(b.T)).sum().clamp(min=0).sqrt()

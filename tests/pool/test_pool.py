@@ -469,6 +469,13 @@ def test_a_pool_refuses_ranks_that_the_ops_lack():
         AdapterPool(Base(), max_rank=257)
 
 
+def test_a_pool_refuses_a_cache_of_less_than_nothing_and_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found -1"):
+        AdapterPool(Base(), host_cache_bytes=-1)
+    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)device|cuda"):
+        AdapterPool(Base(), device="cuda:77")
+
+
 def test_a_pool_says_that_it_is_not_copied():
     with pytest.raises(TypeError, match="AdapterPool: expected not to be copied or pickled"):
         copy.deepcopy(AdapterPool(Base()))

@@ -125,9 +125,10 @@ class Trunk:
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
+    if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
         raise ValueError(
-            f"SpeculativeDecoder: input_ids: expected shape (B, S), found {tuple(input_ids.shape)}"
+            "SpeculativeDecoder: input_ids: expected integers of shape (B, S), "
+            f"found {tuple(input_ids.shape)} {input_ids.dtype}"
         )
     if attention_mask.shape != input_ids.shape:
         raise ValueError(

@@ -1,0 +1,128 @@
+"""The factors of whatever holds an adapter, as two matrices a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lora_ext.nn.adapted import adapted_layers, adapter_factors
+from lora_ext.ops._checks import require
+
+from .peft_files import AdapterSource, open_adapter
+from .peft_keys import PREFIX, factor_roles, parse_key
+from .value import LoraAdapter
+
+#: An adapter, a model, a state dict, a folder, or (config, state dict).
+Source = LoraAdapter | nn.Module | Mapping[str, Tensor] | AdapterSource
+LAYOUTS = ("r_in", "in_r")
+
+
+class FactorMatrices(NamedTuple):
+    """One module's update, ``scaling * b @ a``."""
+
+    a: Tensor  # (r, n)
+    b: Tensor  # (m, r)
+    scaling: float
+
+
+# The published code has bare parameters, in a module of their own beside the base layer.
+_PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
+
+
+def factor_matrices(
+    where: str, source: Source, adapter_name: str, layout: str
+) -> dict[str, FactorMatrices]:
+    """The factors of an adapter by the names of its modules in the base model.
+
+    Args:
+        where: opens the message of an error.
+        source: see :func:`lora_ext.adapter.rank_report`.
+        adapter_name: of a model's adapter, or of one in a state dict that names them.
+        layout: how a state dict has the factors, one of :data:`LAYOUTS`.
+
+    Raises:
+        KeyError: a factor without the other. ValueError: no adapter, or not this one.
+        TypeError: factors that are not floating tensors.
+    """
+    allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
+    require(layout in allowed, where, "layout", f"one of {allowed}", repr(layout))
+    if isinstance(source, Mapping):
+        return _bare(where, source, adapter_name, layout)
+    if isinstance(source, nn.Module):
+        return {
+            name.removeprefix(PREFIX): FactorMatrices(
+                *adapter_factors(layer, adapter_name),
+                layer.scaling[adapter_name],  # pyright: ignore[reportIndexIssue, reportArgumentType]
+            )
+            for name, layer in adapted_layers(source, adapter_name).items()
+        }
+    if not isinstance(source, LoraAdapter):
+        with open_adapter(source) as (_, tensors):
+            _pairs(where, tensors.infos, None)
+        source = LoraAdapter.load(source)
+    return {
+        name: FactorMatrices(f.a.flatten(1), f.b.flatten(1), f.scaling)
+        for name, f in source.modules.items()
+    }
+
+
+def _bare(
+    where: str, state: Mapping[str, Tensor], adapter_name: str, layout: str
+) -> dict[str, FactorMatrices]:
+    found: dict[str, FactorMatrices] = {}
+    for name, keys in _pairs(where, state, adapter_name).items():
+        factors: list[Tensor] = []
+        for key in keys:
+            t = state[key]
+            check_floating(f"{where}: {key}", "tensor", t)
+            t = t.flatten(1) if t.dim() > 2 else t  # of a convolution
+            factors.append(t.T if layout == "in_r" and t.dim() == 2 else t)
+        found[name] = FactorMatrices(*factors, scaling=1.0)
+    require(bool(found), where, "source", f"factors of an adapter {adapter_name!r}", "none")
+    return found
+
+
+def _pairs(where: str, keys: Iterable[str], adapter_name: str | None) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each module; those of other adapters, where named, are left out."""
+    halves: dict[str, dict[str, str]] = {}
+    for key in keys:
+        read = _read_key(key)
+        if read is not None and (adapter_name is None or read.adapter in (None, adapter_name)):
+            halves.setdefault(read.module, {})[read.factor] = key
+    for module, half in halves.items():
+        if len(half) < 2:
+            ((factor, key),) = half.items()
+            missing = "B" if factor == "A" else "A"
+            raise KeyError(
+                f"{where}: {module}: expected lora_A and lora_B, found {key} without its "
+                f"lora_{missing}"
+            )
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+
+
+class _FactorKey(NamedTuple):
+    module: str
+    factor: str  # A or B
+    adapter: str | None
+
+
+def _read_key(key: str) -> _FactorKey | None:
+    """What the name of a factor says; None: it names something else."""
+    parsed = parse_key(key)
+    if parsed is not None:
+        roles = (*factor_roles(embedding=False), *factor_roles(embedding=True))
+        if parsed.role not in roles:
+            return None
+        return _FactorKey(parsed.module, "AB"[roles.index(parsed.role) % 2], parsed.adapter)
+    match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
+    return None if match is None else _FactorKey(match["module"], match["factor"], None)
+
+
+def check_floating(where: str, name: str, t: Any) -> None:
+    """Refuse with a TypeError what is no floating tensor."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{where}: {name}: expected a floating tensor, found {found}")

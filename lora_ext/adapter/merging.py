@@ -1,0 +1,284 @@
+"""Several adapters made into one: a sum of their updates, or of their factors."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .config import longer_than
+from .low_rank import check_matrices, rounded, truncated, wide, widest
+from .peft_files import AdapterSource, Factors
+from .value import LoraAdapter
+
+Mode = Literal["delta", "factors", "delta_svd"]
+Space = Literal["factors", "delta"]
+Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
+
+
+@torch.no_grad()
+def merge_adapters(
+    adapters: Sequence[LoraAdapter | AdapterSource],
+    weights: Sequence[float],
+    mode: Mode = "delta",
+    rank: int | None = None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
+) -> LoraAdapter:
+    """One adapter out of several of the same base model.
+
+    ============= ======================================= ======================================
+    mode          the update of a module                  its rank
+    ============= ======================================= ======================================
+    "delta"       ``sum_i w_i s_i B_i A_i``, exactly:     the sum of the ranks
+                  the A stacked, the B side by side
+    "delta_svd"   the nearest to it of a rank             ``rank``, or the largest of the ranks
+    "factors"     ``s (sum_i w_i B_i) (sum_i w_i A_i)``,  the common one
+                  with ``s_i`` in ``B_i`` and s = 1
+                  where the scales differ
+    ============= ======================================= ======================================
+
+    Sums are float64 on the CPU and are rounded once, to the widest dtype of the adapters. With
+    "delta" and "delta_svd" a module counts that any of them has. A bias is summed like its update.
+
+    Args:
+        adapters: values, folders, or (config, state dict). None of them changes.
+        weights: one a piece. One adapter of weight 1 comes back as it is.
+        mode: see above.
+        rank: with "delta_svd" alone.
+        progress: is given the names of the modules, and iterated over.
+
+    Returns:
+        the merged adapter; its configuration is the first one's, and names the modules in full.
+
+    Raises:
+        ValueError: no adapter; weights of another number, or not finite; modules of other shapes;
+            with "factors", other modules or ranks, naming the first that differs; values that are
+            not finite; different weights of the base model beside the factors.
+        NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
+            model (modules_to_save, trained biases); grouped convolutions.
+
+    Source: CopRA (arXiv 2410.22911), "factors" and "delta".
+    """
+    where = "merge_adapters"
+    if isinstance(adapters, str | os.PathLike | Mapping):
+        raise TypeError(f"{where}: adapters: expected a list of adapters, found {adapters!r:.200}")
+    values = {f"adapters[{i}]": LoraAdapter.of(each) for i, each in enumerate(adapters)}
+    if not values:
+        raise ValueError(f"{where}: adapters: expected at least one, found none")
+    weights = list(weights)
+    if len(weights) != len(values):
+        raise ValueError(
+            f"{where}: weights: expected one for each of {len(values)} adapters, found "
+            f"{len(weights)}"
+        )
+    if mode not in get_args(Mode):
+        raise ValueError(f"{where}: mode: expected one of {get_args(Mode)}, found {mode!r}")
+    weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
+    if rank is not None and mode != "delta_svd":
+        raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ValueError(f"{where}: rank: expected a positive integer, found {rank!r}")
+    return _merged(where, values, weights, mode, rank, progress)
+
+
+@torch.no_grad()
+def interpolate_adapters(
+    first: LoraAdapter | AdapterSource,
+    second: LoraAdapter | AdapterSource,
+    lam: float,
+    space: Space = "factors",
+) -> LoraAdapter:
+    """The point ``(1 - lam) first + lam second`` of the line through two adapters.
+
+    In the space of "factors" each of ``B`` and ``A`` goes along a line, and the update has the
+    cross terms ``B_1 A_2`` and ``B_2 A_1``; in that of "delta" the update itself does. See
+    :func:`merge_adapters`.
+
+    Args:
+        first, second: values, folders, or (config, state dict). With "factors" they have equal
+            modules and ranks.
+        lam: any finite number; 0 gives the first as it is, 1 the second.
+        space: of what the line is.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`merge_adapters`.
+
+    Source: CopRA (arXiv 2410.22911), linear mode connectivity.
+    """
+    where = "interpolate_adapters"
+    if space not in get_args(Space):
+        raise ValueError(f"{where}: space: expected one of {get_args(Space)}, found {space!r}")
+    lam = _finite(lam, f"{where}: lam")
+    values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
+    if lam in (0.0, 1.0):
+        _check_shapes(where, values, equal=space == "factors")
+        return values["second" if lam else "first"]
+    return _merged(where, values, [1 - lam, lam], space, None)
+
+
+def _merged(
+    where: str,
+    adapters: Mapping[str, LoraAdapter],
+    weights: list[float],
+    mode: Mode,
+    rank: int | None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
+) -> LoraAdapter:
+    values = list(adapters.values())
+    first = values[0]
+    if weights == [1.0] and all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values()):
+        return first
+    _check_shapes(where, adapters, equal=mode == "factors")
+    _check_sums(where, adapters)
+    names = list(dict.fromkeys(name for value in values for name in value.modules))
+    dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
+    has_bias = any(f.bias is not None for v in values for f in v.modules.values())
+    modules: dict[str, Factors] = {}
+    changes: dict[str, Any] = {}
+    for name in progress(names):
+        parts = [
+            (w, value.modules[name])
+            for w, value in zip(weights, values, strict=True)
+            if name in value.modules
+        ]
+        a, b, bias, scaling = _summed(parts) if mode == "factors" else _stacked(parts)
+        if mode == "delta_svd":
+            a, b, _ = truncated(a, b, rank or max(f.a.shape[0] for _, f in parts))
+        like = parts[0][1]
+        modules[name] = Factors(
+            rounded(a, like.a, dtype, f"{where}: {name}: a").unflatten(1, like.a.shape[1:]),
+            rounded(b, like.b, dtype, f"{where}: {name}: b").reshape(
+                len(b), len(a), *like.b.shape[2:]
+            ),
+            scaling,
+            rounded(bias, like.b, dtype, f"{where}: {name}: bias") if has_bias else None,
+            embedding=like.embedding,
+        )
+    excluded = {value.config.exclude_modules for value in values}
+    if excluded != {first.config.exclude_modules}:  # what one excludes, none of them may adapt
+        changes["exclude_modules"] = longer_than(modules)
+    return first.with_modules(
+        modules,
+        base_weights={key: t for value in values for key, t in value.base_weights.items()},
+        use_rslora=all(value.config.use_rslora for value in values),
+        lora_bias=has_bias,
+        fan_in_fan_out=any(value.config.fan_in_fan_out for value in values),
+        **changes,
+    )
+
+
+def _scaled(parts: Parts) -> tuple[list[float], float]:
+    """What each B is multiplied by, and the scale that is left: the common one, or 1."""
+    common = parts[0][1].scaling
+    if all(f.scaling == common for _, f in parts):
+        return [w for w, _ in parts], common
+    return [w * f.scaling for w, f in parts], 1.0
+
+
+def _stacked(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
+    factors, scaling = _scaled(parts)
+    a = torch.cat([wide(f.a) for _, f in parts])  # (sum of r, I)
+    b = torch.cat([c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)], 1)
+    return a, b, _bias(factors, parts), scaling
+
+
+def _summed(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
+    factors, scaling = _scaled(parts)
+    a = sum((w * wide(f.a) for w, f in parts), torch.zeros((), dtype=torch.float64))
+    b = sum(
+        (c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)),
+        torch.zeros((), dtype=torch.float64),
+    )
+    return a, b, _bias(factors, parts), scaling
+
+
+def _bias(factors: list[float], parts: Parts) -> Tensor:
+    total = torch.zeros(parts[0][1].b.shape[0], dtype=torch.float64)
+    for factor, (_, module) in zip(factors, parts, strict=True):
+        if module.bias is not None:
+            total += factor * module.bias.detach().to("cpu", torch.float64)
+    return total
+
+
+# -------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def _finite(number: Any, where: str) -> float:
+    try:
+        found = math.nan if isinstance(number, bool | str) else float(number)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{where}: expected a finite number, found {number!r:.100}")
+    return found
+
+
+def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:
+    """Modules of one name are of one shape; with ``equal`` of one rank, and the same in all."""
+    (first, reference), *others = adapters.items()
+    seen = {name: (first, factors) for name, factors in reference.modules.items()}
+    for label, adapter in others:
+        if equal:
+            for name in (*reference.modules, *adapter.modules):
+                if name not in adapter.modules or name not in reference.modules:
+                    owner = first if name in reference.modules else label
+                    raise ValueError(
+                        f"{where}: {label}: expected the modules of {first}, found {name} in "
+                        f"{owner} alone"
+                    )
+        for name, factors in adapter.modules.items():
+            origin, expected = seen.setdefault(name, (label, factors))
+            if _size(factors) != _size(expected):
+                raise ValueError(
+                    f"{where}: {label}: {name}: expected {_size(expected)} as in {origin}, "
+                    f"found {_size(factors)}"
+                )
+            if equal and factors.a.shape[0] != expected.a.shape[0]:
+                raise ValueError(
+                    f"{where}: {label}: {name}: rank: expected {expected.a.shape[0]} as in "
+                    f"{origin}, found {factors.a.shape[0]} (only updates of different ranks can "
+                    "be summed: 'delta')"
+                )
+
+
+def _size(factors: Factors) -> str:
+    kind = "an embedding" if factors.embedding else "a layer"
+    return f"{kind} of in {tuple(factors.a.shape[1:])} and out {factors.b.shape[0]}"
+
+
+def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Refuse what has no sum: magnitudes, whole modules, values that are not finite."""
+    base: dict[str, tuple[str, Tensor]] = {}
+    for label, adapter in adapters.items():
+        for key in adapter.replacements:
+            raise NotImplementedError(
+                f"{where}: {label}: {key}: expected factors alone, found a weight in the place of "
+                "the base model's (modules_to_save, or a trained bias), of which there is no sum"
+            )
+        for name, factors in adapter.modules.items():
+            at = f"{where}: {label}: {name}"
+            if factors.magnitude is not None:
+                raise NotImplementedError(
+                    f"{at}: expected no DoRA, found a magnitude: what it multiplies depends on the "
+                    "base weight; merge the adapters into that one after the other"
+                )
+            check_matrices(factors, at)
+            if factors.embedding and any(
+                f.bias is not None for a in adapters.values() for f in a.modules.values()
+            ):
+                raise NotImplementedError(
+                    f"{at}: expected no lora_bias beside an adapted embedding, as PEFT does, "
+                    "found one in another module"
+                )
+        for key, weight in adapter.base_weights.items():
+            other, expected = base.setdefault(key, (label, weight))
+            if expected.shape != weight.shape or not bool((expected == weight).all()):
+                raise ValueError(
+                    f"{where}: {label}: {key}: expected the base model's weight as in {other}, "
+                    "found other values: the adapters were trained beside different ones"
+                )

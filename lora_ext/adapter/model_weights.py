@@ -1,0 +1,307 @@
+"""The weights of a whole model by module name, each read when it is asked for and not before.
+
+Whoever compares two models layer by layer needs two weights at a time, not two models. Files are
+untrusted: shapes and dtypes of all shards are known, and checked, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo
+from lora_ext.nn.adapted import is_adapted
+
+from .base_weights import offloaded_values
+from .model_index import PAGE_DTYPES
+from .peft_keys import PREFIX, base_name
+from .tensor_files import StateDict, TensorSource, directory_names, read_json
+
+#: A folder of safetensors shards or one such file, weights by name, or a live model.
+ModelSource = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+# What stands before a module's name where a model was saved with another class, or wrapped.
+_PREFIXES = (
+    *(PREFIX, "module."),
+    *("model.", "transformer.", "language_model.", "gpt_neox.", "backbone."),
+)
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+# Beside a module's name in files of quantised models, where its weight should be.
+_PACKED = ("qweight", "weight_packed")
+
+
+class ModelWeights:
+    """Weights by the names of their modules. Close it, or use it in a ``with`` block.
+
+    Names are compared, never the order: ``model.layers.0.mlp.up_proj`` is the module of exactly
+    that name, or else the one that differs by nothing but prefixes that classes of models, PEFT,
+    ``torch.compile`` and the wrappers of ``torch.distributed`` put there (``base_model.model.``,
+    ``model.``, ``module.``, ``_orig_mod.``, ``.base_layer`` ...).
+
+    Args:
+        source: a folder of safetensors shards, with ``model.safetensors.index.json`` or without;
+            one safetensors file; tensors by name, ``<module>.weight``; or a model, with PEFT's
+            layers or ours or without.
+        where: opens the message of an error: caller and argument.
+
+    Raises:
+        TypeError: another kind of source. ValueError: no such folder, or none with safetensors; a
+            damaged file or index, naming file, expected and found.
+    """
+
+    def __init__(self, source: ModelSource, where: str):
+        self.where = where
+        self._tensors = _open(source, where)
+        self._by_plain_name: dict[str, list[str]] = {}
+        for key in self._tensors.infos:
+            if key.endswith(".weight"):
+                name = _plain(key.removesuffix(".weight"))
+                self._by_plain_name.setdefault(name, []).append(key)
+
+    def __enter__(self) -> ModelWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, if there are any."""
+        self._tensors.close()
+
+    def keys(self, modules: Iterable[str]) -> dict[str, str]:
+        """For each module the key of its weight, for :meth:`shape` and :meth:`read`.
+
+        Raises:
+            KeyError: modules without a weight; the message lists up to five.
+            ValueError: a module that two weights may belong to.
+            TypeError: a weight that is quantised.
+        """
+        found: dict[str, str] = {}
+        missing: list[str] = []
+        for module in modules:
+            exact = f"{module}.weight"
+            if exact in self._tensors.infos:
+                found[module] = exact
+                continue
+            keys = self._by_plain_name.get(_plain(module), [])
+            if len(keys) > 1:
+                raise ValueError(
+                    f"{self.where}: {module}: expected one weight of that name, found "
+                    f"{', '.join(keys[:4])}"
+                )
+            if keys:
+                found[module] = keys[0]
+            else:
+                missing.append(module)
+        if missing:
+            self._refuse_packed(missing)
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            folder = "" if self._tensors.where == self.where else f" in {self._tensors.where}"
+            raise KeyError(
+                f"{self.where}: expected a weight for each adapted module, found none{folder} for "
+                f"{', '.join(missing[:5])}{more}"
+            )
+        for key in found.values():
+            self._check_dtype(key)
+        return found
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a weight, without reading it."""
+        return self._tensors.infos[key].shape
+
+    def read(self, key: str) -> Tensor:
+        """The weight, without a graph, where it lies or on the CPU: of a model or a mapping the
+        very memory, of a file a new tensor."""
+        return self._tensors.read(key)
+
+    def _check_dtype(self, key: str) -> None:
+        dtype = self._tensors.infos[key].dtype
+        if dtype not in PAGE_DTYPES:
+            raise TypeError(
+                f"{self.where}: {key}: expected a weight in float16, bfloat16, float32 or float64, "
+                f"found {dtype}; dequantise the model first (transformers: model.dequantize())"
+            )
+
+    def _refuse_packed(self, modules: Iterable[str]) -> None:
+        """Refuse a quantised layer that has no ``weight`` at all, instead of calling it absent."""
+        packed = {
+            _plain(key.removesuffix(f".{end}")): key
+            for key in self._tensors.infos
+            for end in _PACKED
+            if key.endswith(f".{end}")
+        }
+        for module in modules:
+            key = packed.get(_plain(module))
+            if key is not None:
+                raise TypeError(
+                    f"{self.where}: {module}: expected a floating weight, found {key} of a "
+                    "quantised model; dequantise the model first (transformers: "
+                    "model.dequantize())"
+                )
+
+
+def _plain(name: str) -> str:
+    """A module's name without what wrappers and classes of models add to it."""
+    name = base_name(f"{name}.").removesuffix(".")  # the dot shows a base_layer at the end
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    before = None
+    while name != before:
+        before = name
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+    return name
+
+
+def _open(source: Any, where: str) -> TensorSource:
+    if isinstance(source, nn.Module):
+        return _Live(source, where)
+    if isinstance(source, Mapping):
+        return StateDict(source, where)
+    if isinstance(source, str | os.PathLike):
+        return _Shards(Path(source))
+    raise TypeError(
+        f"{where}: expected a folder of safetensors, weights by name or a model, "
+        f"found {type(source).__name__}"
+    )
+
+
+class _Live:
+    """The weights of a model in memory, also those that accelerate keeps elsewhere."""
+
+    def __init__(self, model: nn.Module, where: str):
+        self.where = where
+        self._model = model
+        self.infos: dict[str, TensorInfo] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if is_adapted(module):  # its weight is its base layer's, which has a name of its own
+                continue
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor):
+                dtype = "a quantised dtype" if weight.is_quantized else weight.dtype
+                self.infos[f"{name}.weight"] = TensorInfo(tuple(weight.shape), dtype)
+            elif callable(weight) or any(hasattr(module, packed) for packed in _PACKED):
+                self.infos[f"{name}.weight"] = TensorInfo((), type(module).__name__)
+
+    def read(self, key: str) -> Tensor:
+        name = key.removesuffix(".weight")
+        module: Any = self._model.get_submodule(name)
+        self._refuse_merged(name)
+        weight: Tensor | None = module.weight.detach()
+        if weight.is_meta:
+            weight = offloaded_values(self._model, key)
+        if weight is None:
+            raise ValueError(
+                f"{self.where}: {key}: expected values, found a weight on meta; load the model's "
+                "weights first"
+            )
+        return weight
+
+    def _refuse_merged(self, name: str) -> None:
+        if not name.endswith(".base_layer"):
+            return
+        layer: Any = self._model.get_submodule(name.removesuffix(".base_layer"))
+        merged = list(getattr(layer, "merged_adapters", ()))
+        if merged:
+            raise ValueError(
+                f"{self.where}: {name}: expected a weight without adapters, found {merged} merged "
+                "into it; unmerge them first"
+            )
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class _Shards:
+    """Safetensors files of one model, all headers read and no tensor."""
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        files, placed = _listed(path)
+        self._files: list[SafetensorsFile] = []
+        self._owner: dict[str, SafetensorsFile] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        try:
+            for file in files:
+                self._add(file, placed)
+            lost = [key for key in placed or () if key not in self.infos]
+            if lost:
+                raise ValueError(
+                    f"{path / _INDEX}: expected {lost[0]!r:.200} in {placed[lost[0]]}, "  # pyright: ignore[reportOptionalSubscript]
+                    "as the index says, found no such tensor"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path, placed: Mapping[str, str] | None) -> None:
+        shard = SafetensorsFile(path)
+        self._files.append(shard)
+        for key, info in shard.infos.items():
+            if placed is not None and placed.get(key) != path.name:
+                continue
+            if key in self.infos:
+                raise ValueError(
+                    f"{self.where}: {key:.200}: expected in one file, found in "
+                    f"{Path(self._owner[key].where).name} and {path.name}"
+                )
+            self.infos[key], self._owner[key] = info, shard
+
+    def read(self, key: str) -> Tensor:
+        return self._owner[key].read(key)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _listed(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of a model, and in which of them its index places each tensor.
+
+    transformers' order: the single file, the index, and our choice last, all files there are.
+    """
+    expected = "expected a folder of safetensors files"
+    try:
+        names = directory_names(path, expected)
+    except NotADirectoryError:
+        return [path], None
+    if _SINGLE in names:
+        return [path / _SINGLE], None
+    if _INDEX in names:
+        placed = _read_index(path / _INDEX)
+        return [path / name for name in sorted(set(placed.values()))], placed
+    shards = sorted(
+        name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")
+    )
+    if shards:
+        return [path / name for name in shards], None
+    found = "none"
+    if any(name.startswith("adapter_model.") for name in names):
+        found = "an adapter; name the folder of the model that it was trained on"
+    elif any(name.endswith(".bin") for name in names):
+        found = "a .bin file; save the model with save_pretrained, which writes safetensors"
+    raise ValueError(f"{path}: {expected}, found {found}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which file has which tensor; files lie beside the index, and nowhere else."""
+    raw = read_json(path, MAX_HEADER_BYTES)
+    placed = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise ValueError(f"{path}: weight_map: expected files by tensor, found {placed!r:.100}")
+    for key, name in placed.items():
+        plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
+        if not plain or Path(name).name != name or "\\" in name:
+            raise ValueError(
+                f"{path}: weight_map: {key:.200}: expected the name of a safetensors file beside "
+                f"it, found {name!r:.200}"
+            )
+    return placed

@@ -1,0 +1,86 @@
+"""An adapter with other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from .low_rank import check_matrices, grown, rounded, truncated, wide
+from .peft_files import AdapterSource, Factors
+from .value import LoraAdapter
+
+
+@torch.no_grad()
+def resize_adapter(
+    adapter: LoraAdapter | AdapterSource,
+    rank: int | Mapping[str, int],
+    generator: torch.Generator | None = None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
+) -> tuple[LoraAdapter, dict[str, float]]:
+    """The same adapter with other ranks: its update exactly, or the nearest that the rank allows.
+
+    A smaller rank keeps the largest singular values of ``B A``, with their roots in either factor.
+    A larger one keeps every bit, and adds rows to ``A`` and zeros to ``B``. The scale stays, so
+    alpha changes. Rank 0 takes the module out. A bias and DoRA's magnitude stay as they are.
+
+    Args:
+        adapter: a value, a folder, or (config, state dict). It does not change.
+        rank: for all modules, or by the full names of some; the others keep theirs.
+        generator: of new rows of ``A``, on the CPU; default is one of seed 0.
+        progress: is given the names of the modules, and iterated over.
+
+    Returns:
+        the adapter, in the dtypes that it had, and by module the error: the Frobenius norm of the
+        change of ``scaling * B A`` (before rounding, and before DoRA's normalisation), 0 where the
+        rank did not fall.
+
+    Raises:
+        ValueError: a rank that is no integer from 0; a module that the adapter lacks; values that
+            are not finite. NotImplementedError: grouped convolutions.
+
+    Source: LEGEND, re-ranking between rounds; Eckart and Young, 1936.
+    """
+    adapter = LoraAdapter.of(adapter)
+    ranks = _ranks(adapter, rank)
+    generator = generator or torch.Generator().manual_seed(0)
+    modules: dict[str, Factors] = {}
+    errors: dict[str, float] = {}
+    for name in progress(list(adapter.modules)):
+        found = factors = adapter.modules[name]
+        errors[name] = 0.0
+        if ranks[name] != factors.a.shape[0]:
+            found, errors[name] = _resized(name, factors, ranks[name], generator)
+        if ranks[name]:
+            modules[name] = found
+    return adapter.with_modules(modules), errors
+
+
+def _resized(
+    name: str, factors: Factors, rank: int, generator: torch.Generator
+) -> tuple[Factors, float]:
+    where = f"resize_adapter: {name}"
+    check_matrices(factors, where)
+    a, b, error = factors.a.flatten(1), factors.b.flatten(1), 0.0
+    if rank < a.shape[0]:
+        near_a, near_b, dropped = truncated(wide(a), wide(b), rank)
+        error = abs(factors.scaling) * dropped
+        a = rounded(near_a, a, a.dtype, f"{where}: a")
+        b = rounded(near_b, b, b.dtype, f"{where}: b")
+    a, b = grown(a, b, rank, generator)  # also what is narrower than its new rank
+    a = a.unflatten(1, factors.a.shape[1:])
+    return factors._replace(a=a, b=b.reshape(len(b), rank, *factors.b.shape[2:])), error
+
+
+def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int]:
+    where = "resize_adapter: rank"
+    given = rank if isinstance(rank, Mapping) else dict.fromkeys(adapter.modules, rank)
+    for name, value in given.items():
+        if name not in adapter.modules:
+            raise ValueError(
+                f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
+            )
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{where}: {name}: expected an integer from 0, found {value!r:.100}")
+    own = {name: factors.a.shape[0] for name, factors in adapter.modules.items()}
+    return {**own, **given}

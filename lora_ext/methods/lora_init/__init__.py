@@ -1,0 +1,19 @@
+"""LoRA initialisation: schemes, learning rates that follow the width, and the theory as code.
+
+Sources: "The Impact of Initialization on LoRA Finetuning Dynamics" (Hayou, Ghosh, Yu 2024, arXiv
+2406.08447); "LoRA+: Efficient Low Rank Adaptation of Large Models" (the same, arXiv 2402.12354).
+"""
+
+from lora_ext.nn import LoraProbe, init_lora_
+
+from .exponents import gamma_exponents
+from .groups import loraplus_param_groups
+from .rates import suggest_lr
+
+__all__ = [
+    "LoraProbe",
+    "gamma_exponents",
+    "init_lora_",
+    "loraplus_param_groups",
+    "suggest_lr",
+]

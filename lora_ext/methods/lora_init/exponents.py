@@ -1,0 +1,85 @@
+"""gamma_exponents: how features grow with the width n, each as the exponent g of n^g."""
+
+from __future__ import annotations
+
+import math
+
+from lora_ext.nn.init import known_scheme
+
+_ZERO = -math.inf  # gamma[0]
+#: gamma of Z_A = A x and of B before the first step.
+_STARTS = {
+    "init_a": (0.0, _ZERO),
+    "init_a_normal": (0.0, _ZERO),
+    "gaussian": (0.5, _ZERO),  # Var(A_ij) does not fall with n
+    "init_b": (_ZERO, 0.0),
+    "init_b_normal": (_ZERO, 0.0),
+    "init_b_unit": (_ZERO, 0.0),
+    "init_ab": (0.0, 0.0),
+}
+_SLACK = 1e-9  # sums of exponents such as 2/3 - 2/3 are rounded
+
+
+def gamma_exponents(
+    scheme: bool | str, eta_A_exp: float, eta_B_exp: float, steps: int = 2
+) -> dict[str, float | bool]:
+    """The exponents in the width of what an adapter computes after some steps of Adam.
+
+    With updates of entries of order one, and ``gamma[g_A x] = 1`` because the signs of the gradient
+    of A go with x,
+
+        gamma[Z_A^t] = max(gamma[Z_A^(t-1)], gamma[eta_A] + 1)
+        gamma[B_t]   = max(gamma[B_(t-1)],   gamma[eta_B])
+        gamma[Z_B^t] = gamma[B_t] + gamma[Z_A^t]
+        gamma[d1]    = gamma[B_(t-1)] + gamma[eta_A] + 1        d1 = B_(t-1) (A_t - A_(t-1)) x
+        gamma[d2]    = gamma[eta_B] + gamma[Z_A^(t-1)]          d2 = (B_t - B_(t-1)) A_(t-1) x
+
+    Args:
+        scheme: a scheme of :func:`lora_ext.nn.init_lora_` whose factors are independent.
+        eta_A_exp: gamma of the learning rate of A: -0.5 where it falls as ``n ** -0.5``; minus
+            infinity where A is not trained.
+        eta_B_exp: that of B.
+        steps: t, at least 1. From 2 on nothing changes.
+
+    Returns:
+        ``Z_A``, ``B``, ``Z_B``, ``d1``, ``d2``: exponents, minus infinity for what is zero;
+        ``stable``: Z_B stays of order one or below; ``internally_stable``: so does Z_A;
+        ``efficient``: stable, and d1 and d2 are both of order one.
+
+    Raises:
+        ValueError: an unknown scheme, or one without known exponents ("orthogonal", and those that
+        split the base weight); an exponent that is NaN or plus infinity; steps below 1.
+
+    Source: Hayou et al. 2024, sections 3 and 4.
+    """
+    name = known_scheme(scheme, "gamma_exponents: scheme")
+    if name not in _STARTS:
+        raise ValueError(
+            f"gamma_exponents: scheme: expected True, False or one of "
+            f"{', '.join(map(repr, _STARTS))}, found {scheme!r}"
+        )
+    for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
+        if math.isnan(value) or value == math.inf:
+            raise ValueError(
+                f"gamma_exponents: {argument}: expected a number or minus infinity, found {value}"
+            )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"gamma_exponents: steps: expected an integer of at least 1, found {steps!r}"
+        )
+    z_a, b = _STARTS[name]
+    d1 = d2 = _ZERO
+    for _ in range(steps):
+        d1, d2 = b + eta_A_exp + 1, eta_B_exp + z_a
+        z_a, b = max(z_a, eta_A_exp + 1), max(b, eta_B_exp)
+    stable = b + z_a <= _SLACK
+    return {
+        "Z_A": z_a,
+        "B": b,
+        "Z_B": b + z_a,
+        "d1": d1,
+        "d2": d2,
+        "stable": stable,
+        "internally_stable": z_a <= _SLACK,
+        "efficient": stable and abs(d1) <= _SLACK and abs(d2) <= _SLACK,
+    }

@@ -1,0 +1,102 @@
+"""suggest_lr: a learning rate that was tuned at one width, carried over to another."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Real
+
+from lora_ext.nn.init import known_scheme
+
+#: The largest stable rate goes like n to this power.
+_POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}
+_RANK_RULES = ("none", "inverse")
+
+
+def suggest_lr(
+    base_lr: float,
+    base_width: float,
+    width: float,
+    scheme: bool | str,
+    *,
+    loraplus_ratio: float | None = None,
+    rank: int | None = None,
+    base_rank: int | None = None,
+    rank_rule: str = "none",
+) -> float | tuple[float, float]:
+    """The rate for width n, of one that was found at width n0.
+
+    With one rate for both factors, ``base_lr (n0 / n) ** 0.5`` where A starts random, and
+    ``base_lr n0 / n`` where B does. With LoRA+ the rate of A falls as ``n0 / n`` and that of B does
+    not depend on the width, whichever starts random.
+
+    Args:
+        base_lr: the rate at ``base_width``; with LoRA+ that of A.
+        base_width: n0, inputs of the adapted layers where ``base_lr`` was found.
+        width: n, inputs of the adapted layers now.
+        scheme: True, "init_a", "init_a_normal"; "init_b", "init_b_normal".
+        loraplus_ratio: eta_B over eta_A at ``base_width``, for two rates.
+        rank: now. base_rank: where ``base_lr`` was found. Used by ``rank_rule`` alone.
+        rank_rule: "none": the rank does not matter; "inverse": times ``base_rank / rank``. Which of
+            the two holds depends on scheme and scaling.
+
+    Returns:
+        The rate; or, with ``loraplus_ratio``, of A and B, ``(base_lr n0 / n, base_lr ratio)``.
+
+    Raises:
+        ValueError: an unknown scheme, or one for which no rule is known; a number that is not
+        positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
+
+    Warns:
+        UserWarning: a ratio below 1; LoRA+ is for B learning faster.
+
+    Sources: Hayou et al. 2024 (2406.08447); LoRA+ (2402.12354).
+    """
+    where = "suggest_lr"
+    for name, value in (("base_lr", base_lr), ("base_width", base_width), ("width", width)):
+        check_positive(where, name, value)
+    power = _POWERS.get(known_scheme(scheme, f"{where}: scheme"))
+    if power is None:
+        raise ValueError(
+            f"{where}: scheme: expected True or one of {', '.join(map(repr, _POWERS))}, "
+            f"found {scheme!r}, for which no rule is known"
+        )
+    if rank_rule not in _RANK_RULES:
+        raise ValueError(f"{where}: rank_rule: expected one of {_RANK_RULES}, found {rank_rule!r}")
+    of_rank = 1.0
+    if rank_rule == "inverse":
+        for name, value in (("rank", rank), ("base_rank", base_rank)):
+            if value is None:
+                raise ValueError(
+                    f"{where}: {name}: expected a rank beside rank_rule='inverse', found None"
+                )
+            check_positive(where, name, value)
+        of_rank = base_rank / rank  # pyright: ignore[reportOperatorIssue]
+    narrower = base_width / width
+    if loraplus_ratio is None:
+        return base_lr * narrower**power * of_rank
+    check_ratio(where, "loraplus_ratio", loraplus_ratio)
+    return base_lr * narrower * of_rank, base_lr * loraplus_ratio * of_rank
+
+
+def check_positive(where: str, name: str, value: float) -> None:
+    """Raise where a number is not positive and finite.
+
+    Raises:
+        TypeError: no number. ValueError: zero, negative, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name}: expected a positive number, found {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{where}: {name}: expected a positive finite number, found {value!r}")
+
+
+def check_ratio(where: str, name: str, value: float) -> None:
+    """The same, and warn below 1."""
+    check_positive(where, name, value)
+    if value < 1:
+        warnings.warn(
+            f"{where}: {name}: expected at least 1, so that B learns as fast as A or faster, "
+            f"found {value!r}",
+            stacklevel=3,
+        )

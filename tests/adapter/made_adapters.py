@@ -1,0 +1,57 @@
+"""Adapters made by hand, and what they do to a weight."""
+
+import torch
+
+from lora_ext.adapter import LoraAdapter
+from lora_ext.adapter.config import AdapterConfig
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+SHAPES = {Q: (24, 20), V: (12, 20)}  # (O, I)
+
+
+def adapter(seed=0, ranks=4, shapes=SHAPES, dtype=torch.float32, scale=2.0, **fields):
+    """Random factors; ``ranks`` is one for all or by name."""
+    g = torch.Generator().manual_seed(seed)
+    ranks = ranks if isinstance(ranks, dict) else dict.fromkeys(shapes, ranks)
+
+    def draw(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    common = max(ranks.values())
+    raw = {
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": scale * common,
+        "rank_pattern": {n: r for n, r in ranks.items() if r != common},
+        "alpha_pattern": {n: scale * r for n, r in ranks.items() if r != common},
+        "target_modules": sorted(shapes),
+        **fields,
+    }
+    state = {}
+    for name, (out, inputs) in shapes.items():
+        state[f"{name}.lora_A.weight"] = draw(ranks[name], inputs)
+        state[f"{name}.lora_B.weight"] = draw(out, ranks[name])
+        if fields.get("lora_bias"):
+            state[f"{name}.lora_B.bias"] = draw(out)
+        if fields.get("use_dora"):
+            state[f"{name}.lora_magnitude_vector"] = draw(out).abs()
+    return LoraAdapter.load((raw, state))
+
+
+def rescaled(value, scaling):
+    """The same factors with another scale."""
+    modules = {n: f._replace(scaling=scaling) for n, f in value.modules.items()}
+    return value.with_modules(modules)
+
+
+def delta(value, name):
+    """``scaling * b @ a`` in float64, 0 where the adapter lacks the module."""
+    factors = value.modules.get(name)
+    if factors is None:
+        return 0.0
+    return factors.scaling * (factors.b.double().flatten(1) @ factors.a.double().flatten(1))
+
+
+def parse(**fields):
+    """A configuration of PEFT's."""
+    return AdapterConfig.parse({"peft_type": "LORA", **fields}, "config")

@@ -1,0 +1,123 @@
+"""``prune_adapter``: fewer modules, the others as the very tensors."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from made_adapters import Q, V, adapter
+from test_value import CASES, assert_peft_finds_every_key, peft_model
+from torch import nn
+
+from lora_ext.adapter import LoraAdapter, prune_adapter
+from lora_ext.pool import AdapterPool
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("mode", ["remove", "zero"])
+@pytest.mark.parametrize("keep", [[Q], {Q}, lambda name: "q_proj" in name, iter([Q])])
+def test_what_is_kept_is_kept_as_the_very_tensors(mode, keep):
+    value = adapter(lora_bias=True)
+    before = copy.deepcopy(value)
+    if not callable(keep) and not isinstance(keep, list | set):
+        keep = iter([Q])  # one iterator serves once
+    found = prune_adapter(value, keep, mode)
+    assert found.modules[Q] is value.modules[Q]
+    assert value == before
+    if mode == "remove":
+        assert found.modules.keys() == {Q} and set(found.config.target_modules) == {Q}
+    else:
+        a, b, scaling, bias, _, _ = found.modules[V]
+        assert a is value.modules[V].a and scaling == value.modules[V].scaling
+        assert not b.any() and b.shape == (12, 4) and b.dtype == value.modules[V].b.dtype
+        assert bias is not None and not bias.any()
+
+
+def test_keeping_all_or_nothing():
+    value = adapter()
+    assert prune_adapter(value, [Q, V]) == value
+    assert prune_adapter(value, lambda _: True, "zero") == value
+    nothing = prune_adapter(value, [])
+    assert not nothing.modules and nothing.config.target_modules == ()
+
+
+def test_an_adapter_of_no_module_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="expected adapted modules, found none"):
+        prune_adapter(adapter(), []).save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["remove", "zero"])
+@pytest.mark.parametrize("case", CASES)
+def test_peft_and_the_pool_load_what_is_left(case, mode, tmp_path):
+    base = CASES[case][0]()
+    peft_model(case).save_pretrained(tmp_path / "old")
+    names = sorted(LoraAdapter.load(tmp_path / "old").modules)
+    if case == "dora" and mode == "zero":
+        with pytest.raises(
+            NotImplementedError, match=rf"'remove' for {names[1]}, .*DoRA magnitude"
+        ):
+            prune_adapter(tmp_path / "old", names[:1], mode)
+        return
+    found = prune_adapter(tmp_path / "old", names[:1], mode)
+    found.save(tmp_path / "new")
+    theirs = assert_peft_finds_every_key(base, tmp_path / "new")
+    adapted = [n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "base_layer")]
+    assert adapted == names[:1] or mode == "zero"
+    AdapterPool(base, max_slots=1, max_rank=8).load("new", tmp_path / "new")
+    assert LoraAdapter.load(tmp_path / "new") == found
+
+
+def test_survivors_whose_names_end_others_do_not_bring_these_back(tmp_path):
+    shapes = {"up": (6, 5), "block.up": (6, 5), "block.down": (5, 6), "c.block.up": (6, 5)}
+    base = nn.ModuleDict(
+        {
+            "up": nn.Linear(5, 6),
+            "block": nn.ModuleDict({"up": nn.Linear(5, 6), "down": nn.Linear(6, 5)}),
+            "c": nn.ModuleDict({"block": nn.ModuleDict({"up": nn.Linear(5, 6)})}),
+        }
+    )
+    value = adapter(shapes=shapes)
+    for keep in (["up"], ["up", "c.block.up"], ["block.up"], ["block.up", "block.down"]):
+        found = prune_adapter(value, keep)
+        found.save(tmp_path)
+        theirs = assert_peft_finds_every_key(base, tmp_path)
+        adapted = {
+            n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "base_layer")
+        }
+        assert adapted == set(keep)
+        AdapterPool(base, max_slots=1, max_rank=8).load("a", tmp_path)
+
+
+def test_peft_says_nothing_when_it_loads_an_ordinary_one(tmp_path):
+    peft_model("plain").save_pretrained(tmp_path / "old")
+    found = prune_adapter(tmp_path / "old", lambda name: ".0." in name)
+    assert found.config.exclude_modules is None
+    found.save(tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(exclude|missing|ignored|Unexpected)")
+        peft.PeftModel.from_pretrained(CASES["plain"][0](), tmp_path / "new")
+
+
+def test_the_weight_of_a_module_that_is_gone_goes_too():
+    value = LoraAdapter.from_model(peft_model("embedding-and-head"))
+    head = next(name for name in value.modules if name.endswith("lm_head"))
+    found = prune_adapter(value, [head])
+    assert found.base_weights.keys() == {f"base_model.model.{head}.base_layer.weight"}
+    assert len(value.base_weights) == 2
+
+
+def test_bad_arguments_are_named():
+    value = adapter()
+    with pytest.raises(
+        ValueError, match=r"prune_adapter: keep: expected modules .* found 'q_proj'"
+    ):
+        prune_adapter(value, [Q, "q_proj"])
+    with pytest.raises(ValueError, match=r"prune_adapter: mode: .* found 'drop'"):
+        prune_adapter(value, [Q], "drop")
+    for keep in (Q, 3, None):
+        with pytest.raises(TypeError, match="prune_adapter: keep: expected full names"):
+            prune_adapter(value, keep)
+    assert torch.equal(value.modules[Q].a, adapter().modules[Q].a)
