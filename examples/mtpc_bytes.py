@@ -110,7 +110,7 @@ def read_text(sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 def batches(rows: Tensor, steps: int, batch: int, name: str) -> Any:
     """Random rows, with a progress bar."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(torch.initial_seed() + 1)
     for _ in (bar := tqdm(range(steps), desc=name, unit="step")):
         index = torch.randint(len(rows), (batch,), generator=generator)
         yield bar, rows[index]

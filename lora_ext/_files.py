@@ -1,4 +1,5 @@
-"""Files from disk, none of them trusted: regular files, JSON, safetensors.
+"""Files from disk, none of them trusted: regular files, JSON, safetensors; and files that are
+written whole or not at all.
 
 Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
 allocating for it. A safetensors file is read through one descriptor and never mapped: a file that
@@ -7,12 +8,16 @@ shrinks meanwhile gives a short read, an exception, where a mapping would give S
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
+import shutil
 import stat
 import struct
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +31,12 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -173,3 +184,81 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Write files into a folder so that all of them appear, or none.
+
+    Each is written under another name, and forced to the disk, before the first is renamed. A
+    folder that is not there yet is itself made under another name. So what was there stays whole
+    whatever happens meanwhile: a full disk, a signal.
+
+    Args:
+        folder: made if it is not there; other files in it are left alone.
+        files: contents by name, in the order in which they appear.
+
+    Raises:
+        OSError: what the system says; nothing has changed then.
+    """
+    path, mark = Path(folder), f".{uuid.uuid4().hex[:12]}.partial"
+    if path.is_dir():
+        _replace_files(path, files, mark)
+        return
+    parents = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}{mark}")
+    try:
+        beside.mkdir()
+        for name, data in files.items():
+            _write(beside / name, data)
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        for parent in parents:  # the nearest first; one that others use by now is not empty
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
+    paths = {folder / name: folder / f".{name}{mark}" for name in files}
+    before: dict[Path, Path | None] = {}
+    try:
+        for (path, new), data in zip(paths.items(), files.values(), strict=True):
+            _write(new, data)
+            before[path] = _second_name(path, new.with_name(f"{new.name}.old"))
+        for path, new in paths.items():
+            os.replace(new, path)
+    except BaseException:
+        for path, old in before.items():
+            if old is not None:
+                os.replace(old, path)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+    finally:
+        for new in paths.values():
+            new.unlink(missing_ok=True)
+            new.with_name(f"{new.name}.old").unlink(missing_ok=True)
+
+
+def _second_name(path: Path, name: Path) -> Path | None:
+    """Another name for a file: it costs no room, and gives the file back. None: there is none."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        os.link(path, name, follow_symlinks=False)
+    except OSError:  # a file system without such names
+        shutil.copy2(path, name, follow_symlinks=False)
+    return name
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

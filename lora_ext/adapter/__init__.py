@@ -1,5 +1,6 @@
 """An adapter as a value, PEFT's files, and how many directions an adapter uses."""
 
+from .comparing import ModuleDifference, compare_adapters
 from .merging import interpolate_adapters, merge_adapters
 from .peft_files import Factors, save_adapter
 from .pruning import prune_adapter
@@ -10,7 +11,9 @@ from .value import LoraAdapter
 __all__ = [
     "Factors",
     "LoraAdapter",
+    "ModuleDifference",
     "RankReport",
+    "compare_adapters",
     "effective_rank",
     "interpolate_adapters",
     "lora_singular_values",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lora_ext.nn.init import FREE
-from lora_ext.nn.lora_config import LoraConfig
+from lora_ext.nn.lora_config import LoraConfig, checked_names
 
 from .model_index import ModelIndex
 
@@ -30,7 +30,6 @@ _IGNORED = frozenset(
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
-    "modules_to_save": "it replaces whole modules of the base model",
     "trainable_token_indices": "it replaces rows of the embedding",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "target_parameters": "it adapts bare parameters, not Linear modules",
@@ -50,8 +49,10 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # The fields that decide which modules have which rank and scale.
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
-    "target_modules exclude_modules layers_to_transform layers_pattern task_type".split()
+    "target_modules exclude_modules layers_to_transform layers_pattern task_type "
+    "modules_to_save".split()
 )
+_TRAINED_BIASES = ("all", "lora_only")
 
 Value = TypeVar("Value", int, float)
 
@@ -61,8 +62,16 @@ class AdapterConfig(LoraConfig):
     """The parsed config. ``where`` names the file in errors."""
 
     target_modules: str | Iterable[str] | None = None
+    modules_to_save: str | Iterable[str] | None = None  # whole modules, in place of the base's
+    base_bias: str = "none"  # which biases of the base model were trained: "all", "lora_only"
     unknown: tuple[str, ...] = ()  # fields we have never heard of that are switched on
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = checked_names(self.where, "modules_to_save", self.modules_to_save)
+        names = (names,) if isinstance(names, str) else names
+        object.__setattr__(self, "modules_to_save", names or None)
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -74,7 +83,7 @@ class AdapterConfig(LoraConfig):
 
         Raises:
             ValueError: a field is missing or malformed.
-            NotImplementedError: the adapter needs something that the pool cannot apply.
+            NotImplementedError: the adapter needs something that is not supported.
         """
         if hasattr(raw, "to_dict"):
             raw = raw.to_dict()
@@ -98,7 +107,26 @@ class AdapterConfig(LoraConfig):
         known = _READ | _IGNORED | _REFUSED.keys() | {"init_lora_weights"}
         unknown = tuple(str(key) for key in raw if key not in known and raw[key])
         read = {key: raw[key] for key in _READ & raw.keys()}
+        if read.get("bias") in _TRAINED_BIASES:
+            read["base_bias"] = read.pop("bias")
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
+
+    def check_shared(self) -> None:
+        """Refuse what changes the base model, which many adapters share.
+
+        Raises:
+            NotImplementedError: modules_to_save. ValueError: biases of the base model.
+        """
+        if self.modules_to_save:
+            raise NotImplementedError(
+                f"{self.where}: modules_to_save is not supported: it replaces whole modules of the "
+                "base model"
+            )
+        if self.base_bias != "none":
+            raise ValueError(
+                f"{self.where}: bias: expected 'none' (the base model's biases are shared), found "
+                f"{self.base_bias!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's fields: those that are parsed, and the others as they were read.
@@ -107,6 +135,8 @@ class AdapterConfig(LoraConfig):
         that wants data, becomes True.
         """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
+        saved = self.modules_to_save
+        parsed |= {"bias": self.base_bias, "modules_to_save": saved and list(saved)}
         raw = dict(self.raw)
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
             raw = {key: value for key, value in raw.items() if key not in _INIT_SETTINGS}
@@ -139,7 +169,7 @@ class AdapterConfig(LoraConfig):
         changes |= {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
         config = dataclasses.replace(self, **changes)
         if config.targeted({*names, *others}, ()) != set(names):
-            config = dataclasses.replace(config, exclude_modules=_longer_than(names))
+            config = dataclasses.replace(config, exclude_modules=longer_than(names))
         return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
@@ -189,7 +219,7 @@ def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
     return common, {pattern(name): v for name, v in values.items() if v != common}
 
 
-def _longer_than(names: Iterable[str]) -> str:
+def longer_than(names: Iterable[str]) -> str:
     """A regular expression for every longer name that ends with one of ``names`` and is none."""
     names = sorted(names)
     first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))

@@ -80,7 +80,25 @@ def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         if k.module.rpartition(".")[2] in _SAVED_WHOLE and hasattr(model, "peft_config")
     )
     beside = [name for name in tensors if name.removeprefix(PREFIX).startswith(whole)]
-    return {name: tensors[name] for name in (*found, *beside)}
+    state = {name: tensors[name] for name in (*found, *beside)}
+    return state | _replacements(model, adapter, tensors)
+
+
+def _replacements(
+    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PEFT trains in the place of the base model's own, under the names of a file."""
+    own = f".modules_to_save.{adapter}."
+    found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
+    configs: Any = getattr(model, "peft_config", {})
+    bias = getattr(configs.get(adapter), "bias", "none")
+    if bias != "none":
+        only = ".base_layer.bias" if bias == "lora_only" else ".bias"
+        for name, value in tensors.items():
+            wrapped = ".modules_to_save." in name or ".original_module." in name
+            if name.endswith(only) and parse_key(name) is None and not wrapped:
+                found[name] = value
+    return found
 
 
 def _describe(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .config import longer_than
 from .low_rank import check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
@@ -25,6 +26,7 @@ def merge_adapters(
     weights: Sequence[float],
     mode: Mode = "delta",
     rank: int | None = None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
     """One adapter out of several of the same base model.
 
@@ -47,6 +49,7 @@ def merge_adapters(
         weights: one a piece. One adapter of weight 1 comes back as it is.
         mode: see above.
         rank: with "delta_svd" alone.
+        progress: is given the names of the modules, and iterated over.
 
     Returns:
         the merged adapter; its configuration is the first one's, and names the modules in full.
@@ -55,8 +58,8 @@ def merge_adapters(
         ValueError: no adapter; weights of another number, or not finite; modules of other shapes;
             with "factors", other modules or ranks, naming the first that differs; values that are
             not finite; different weights of the base model beside the factors.
-        NotImplementedError: DoRA, whose magnitude is not summed; whole modules (modules_to_save);
-            grouped convolutions.
+        NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
+            model (modules_to_save, trained biases); grouped convolutions.
 
     Source: CopRA (arXiv 2410.22911), "factors" and "delta".
     """
@@ -79,7 +82,7 @@ def merge_adapters(
         raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ValueError(f"{where}: rank: expected a positive integer, found {rank!r}")
-    return _merged(where, values, weights, mode, rank)
+    return _merged(where, values, weights, mode, rank, progress)
 
 
 @torch.no_grad()
@@ -123,6 +126,7 @@ def _merged(
     weights: list[float],
     mode: Mode,
     rank: int | None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
     values = list(adapters.values())
     first = values[0]
@@ -134,7 +138,8 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
-    for name in names:
+    changes: dict[str, Any] = {}
+    for name in progress(names):
         parts = [
             (w, value.modules[name])
             for w, value in zip(weights, values, strict=True)
@@ -153,12 +158,16 @@ def _merged(
             rounded(bias, like.b, dtype, f"{where}: {name}: bias") if has_bias else None,
             embedding=like.embedding,
         )
+    excluded = {value.config.exclude_modules for value in values}
+    if excluded != {first.config.exclude_modules}:  # what one excludes, none of them may adapt
+        changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,
         base_weights={key: t for value in values for key, t in value.base_weights.items()},
         use_rslora=all(value.config.use_rslora for value in values),
         lora_bias=has_bias,
         fan_in_fan_out=any(value.config.fan_in_fan_out for value in values),
+        **changes,
     )
 
 
@@ -246,10 +255,10 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
     """Refuse what has no sum: magnitudes, whole modules, values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
     for label, adapter in adapters.items():
-        for key in adapter.saved_modules:
+        for key in adapter.replacements:
             raise NotImplementedError(
-                f"{where}: {label}: {key}: expected factors alone, found a module that replaces "
-                "one of the base model (modules_to_save), of which there is no sum"
+                f"{where}: {label}: {key}: expected factors alone, found a weight in the place of "
+                "the base model's (modules_to_save, or a trained bias), of which there is no sum"
             )
         for name, factors in adapter.modules.items():
             at = f"{where}: {label}: {name}"

@@ -37,6 +37,8 @@ class LinearSpec:
     out_features: int
     dtype: torch.dtype
     device: torch.device
+    kernel: tuple[int, ...] = ()  # of a convolution, whose factors are kernels
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ModelIndex:
     output_head: str | None  # PEFT's "all-linear" leaves it out
     classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
     weights: BaseWeights
+    shared: bool = True  # by many adapters: what changes the model itself is refused
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:

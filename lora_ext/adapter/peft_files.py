@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from lora_ext._files import write_files
 
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
@@ -29,7 +30,11 @@ Converted = TypeVar("Converted")
 
 
 class Factors(NamedTuple):
-    """One module's share of an adapter. It adds ``scaling * (b @ a @ x + bias)``."""
+    """One module's share of an adapter. It adds ``scaling * (b @ a @ x + bias)``.
+
+    Of a convolution the factors are kernels, ``a (r, I, *k)`` and ``b (O, r, 1, ...)``, and the
+    magnitude is ``(1, O, 1, ...)``; with groups b has r / groups columns.
+    """
 
     a: Tensor  # (r, I); of an embedding, I is how many tokens it knows
     b: Tensor  # (O, r)
@@ -107,6 +112,8 @@ def read_factors(
     convert: Callable[[LinearSpec, Factors], Converted],
 ) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
     """:func:`read_adapter` of what :func:`open_adapter` opened."""
+    if index.shared:
+        config.check_shared()
     grouped, base, leftover = _group_keys(tensors, index)
     targets = config.targets(index)
     if targets is not None:
@@ -214,11 +221,12 @@ def _check_headers(
 ) -> None:
     spec = index.modules[module]
     factor_a, factor_b = factor_roles(module in index.embedding)
+    ones = (1,) * len(spec.kernel)
     expected: dict[str, tuple[int, ...]] = {
-        factor_a: (rank, spec.in_features),
-        factor_b: (spec.out_features, rank),
+        factor_a: (rank, spec.in_features, *spec.kernel),
+        factor_b: (spec.out_features, rank // spec.groups, *ones),
     }
-    if module in index.embedding and config.use_dora:
+    if module in index.embedding and config.use_dora and index.shared:
         raise NotImplementedError(
             f"{config.where}: use_dora is not supported on {module}: DoRA of an embedding"
         )
@@ -230,7 +238,7 @@ def _check_headers(
     if config.lora_bias:
         expected["B.bias"] = (spec.out_features,)
     if config.use_dora:
-        expected[MAGNITUDE] = (spec.out_features,)
+        expected[MAGNITUDE] = (1, spec.out_features, *ones) if ones else (spec.out_features,)
     if keys.keys() != expected.keys():
         raise ValueError(
             f"{tensors.where}: {module}: expected lora_{{{', '.join(expected)}}}, "
@@ -262,7 +270,7 @@ def save_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
 
     Args:
-        directory: made if it is not there. Each file appears whole or not at all.
+        directory: made if it is not there. Both files appear, or neither does.
         config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
         state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
             adapter's name; they are written with the former and without the latter.
@@ -296,21 +304,16 @@ def write_adapter(
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
     # The tensors last: a reader that finds them finds the config.
-    _replace(path / "adapter_config.json", text.encode())
-    _replace(path / "adapter_model.safetensors", save(whole, metadata={"format": "pt"}))
+    files = {
+        "adapter_config.json": text.encode(),
+        "adapter_model.safetensors": save(whole, metadata={"format": "pt"}),
+    }
+    write_files(directory, files)
 
 
 def _json_value(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return getattr(value, "value", str(value))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -43,7 +43,7 @@ def prune_adapter(
     if mode == "remove":
         return adapter.with_modules({n: f for n, f in adapter.modules.items() if n in kept})
     modules = {n: f if n in kept else _zero(n, f) for n, f in adapter.modules.items()}
-    return LoraAdapter(adapter.config, modules, adapter.base_weights, adapter.saved_modules)
+    return LoraAdapter(adapter.config, modules, adapter.base_weights, adapter.replacements)
 
 
 def _zero(name: str, factors: Factors) -> Factors:

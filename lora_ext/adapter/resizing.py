@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -16,6 +16,7 @@ def resize_adapter(
     adapter: LoraAdapter | AdapterSource,
     rank: int | Mapping[str, int],
     generator: torch.Generator | None = None,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> tuple[LoraAdapter, dict[str, float]]:
     """The same adapter with other ranks: its update exactly, or the nearest that the rank allows.
 
@@ -27,6 +28,7 @@ def resize_adapter(
         adapter: a value, a folder, or (config, state dict). It does not change.
         rank: for all modules, or by the full names of some; the others keep theirs.
         generator: of new rows of ``A``, on the CPU; default is one of seed 0.
+        progress: is given the names of the modules, and iterated over.
 
     Returns:
         the adapter, in the dtypes that it had, and by module the error: the Frobenius norm of the
@@ -44,9 +46,9 @@ def resize_adapter(
     generator = generator or torch.Generator().manual_seed(0)
     modules: dict[str, Factors] = {}
     errors: dict[str, float] = {}
-    for name, factors in adapter.modules.items():
+    for name in progress(list(adapter.modules)):
+        found = factors = adapter.modules[name]
         errors[name] = 0.0
-        found = factors
         if ranks[name] != factors.a.shape[0]:
             found, errors[name] = _resized(name, factors, ranks[name], generator)
         if ranks[name]:

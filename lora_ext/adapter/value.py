@@ -24,8 +24,10 @@ from .peft_files import (
     read_factors,
     write_adapter,
 )
-from .peft_keys import MAGNITUDE, PREFIX, Key, factor_roles, parse_key
+from .peft_keys import MAGNITUDE, PREFIX, Key, base_name, factor_roles, parse_key
 from .tensor_files import TensorSource
+
+_FACTORS = (*factor_roles(embedding=False), *factor_roles(embedding=True))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,19 +40,21 @@ class LoraAdapter:
             PEFT's rules, and ``bias``, ``magnitude`` where PEFT keeps them.
         base_weights: weights of the base model that PEFT saves beside an adapted embedding or head,
             under their names in the file. They share the memory of what they were read from.
-        saved_modules: what replaces parts of the base model (``modules_to_save``), likewise.
+        replacements: what PEFT puts in the place of the base model's weights, likewise: whole
+            modules (``modules_to_save``) and trained biases (``bias="all"``, ``"lora_only"``).
 
-    Two adapters are equal that change a model in the same way: names, factors, scaling, bias and
-    magnitude count, compared by value, and neither dtype nor device nor configuration.
+    Two adapters are equal that change a model in the same way: names, factors, scaling, bias,
+    magnitude and replacements count, compared by value, and neither dtype nor device nor
+    configuration.
     """
 
     config: AdapterConfig
     modules: Mapping[str, Factors]
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    saved_modules: Mapping[str, Tensor] = field(default_factory=dict)
+    replacements: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for each in ("modules", "base_weights", "saved_modules"):
+        for each in ("modules", "base_weights", "replacements"):
             object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
 
     @classmethod
@@ -64,7 +68,8 @@ class LoraAdapter:
 
         Raises:
             ValueError: naming file, key, expected and found.
-            NotImplementedError: what is legal in PEFT and not here, convolutions for one.
+            NotImplementedError: what is legal in PEFT and not here: rows of embeddings, bare
+                parameters, initialisations that change the base weight.
         """
         with open_adapter(source) as (config, tensors):
             return cls._read(config, tensors, strict, copy=isinstance(source, tuple))
@@ -76,7 +81,7 @@ class LoraAdapter:
         Raises:
             ValueError: the model has no such adapter; its layers differ in what PEFT's
                 configuration has but once (``use_dora``, ``lora_bias``).
-            NotImplementedError: what is legal in PEFT and not here, convolutions for one.
+            NotImplementedError: as :meth:`load`.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
 
@@ -114,16 +119,17 @@ class LoraAdapter:
             name: f if f.scaling == meant[name][1] else f._replace(scaling=meant[name][1])
             for name, f in modules.items()
         }
-        return LoraAdapter(config, modules, base_weights, self.saved_modules)
+        return LoraAdapter(config, modules, base_weights, self.replacements)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that PEFT loads, with no missing and no unexpected key.
 
         Args:
-            folder: made if it is not there. Each of its two files appears whole or not at all.
+            folder: made if it is not there. Both of its files appear, or neither does.
 
         Raises:
             ValueError: the configuration means other modules, ranks or scales than ``modules`` has.
+            OSError: it cannot be written; what was there is whole.
         """
         config = self.config
         if config.target_modules is None:  # PEFT would choose by the kind of model
@@ -154,24 +160,35 @@ class LoraAdapter:
             for role, value in parts.items():
                 if value is not None:
                     tensors[Key(name, role, None).in_file] = value
-        return {**tensors, **self.base_weights, **self.saved_modules}
+        return {**tensors, **self.base_weights, **self.replacements}
 
     @classmethod
     def _read(
         cls, config: AdapterConfig, tensors: TensorSource, strict: bool, copy: bool
     ) -> LoraAdapter:
-        index = _implied_index(tensors)
+        index = _implied_index(config, tensors)
         convert = _copied if copy else _as_read
         config, modules, _ = read_factors(config, tensors, index, sys.maxsize, strict, convert)
-        beside = {key: tensors.read(key) for key in tensors.infos if _is_base_weight(key)}
-        return cls(config, modules, beside)
+        beside: dict[str, Tensor] = {}
+        replacements: dict[str, Tensor] = {}
+        for key in tensors.infos:
+            name = base_name(key)
+            if parse_key(key) is None and name in index.weights:
+                (replacements if _replaces(config, name) else beside)[key] = tensors.read(key)
+        if copy:
+            replacements = {key: value.clone() for key, value in replacements.items()}
+        return cls(config, modules, beside, replacements)
 
     def __eq__(self, other: object) -> bool:
         """Whether both change a model in the same way."""
         if not isinstance(other, LoraAdapter):
             return NotImplemented
-        return self.modules.keys() == other.modules.keys() and all(
-            _same(factors, other.modules[name]) for name, factors in self.modules.items()
+        if self.modules.keys() != other.modules.keys():
+            return False
+        if self.replacements.keys() != other.replacements.keys():
+            return False
+        return all(_same(f, other.modules[name]) for name, f in self.modules.items()) and all(
+            _equal(value, other.replacements[key]) for key, value in self.replacements.items()
         )
 
     def __repr__(self) -> str:
@@ -181,7 +198,7 @@ class LoraAdapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made of plain dicts: a read-only view cannot be pickled."""
-        parts = (self.modules, self.base_weights, self.saved_modules)
+        parts = (self.modules, self.base_weights, self.replacements)
         return LoraAdapter, (self.config, *map(dict, parts))
 
 
@@ -189,9 +206,7 @@ def _same(first: Factors, second: Factors) -> bool:
     if (first.scaling, first.embedding) != (second.scaling, second.embedding):
         return False
     return all(
-        left is right
-        if left is None or right is None
-        else left.shape == right.shape and bool((left == right.to(left.device)).all())
+        left is right if left is None or right is None else _equal(left, right)
         for left, right in (
             (first.a, second.a),
             (first.b, second.b),
@@ -199,6 +214,10 @@ def _same(first: Factors, second: Factors) -> bool:
             (first.magnitude, second.magnitude),
         )
     )
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and bool((left == right.to(left.device)).all())
 
 
 def _as_read(_: LinearSpec, factors: Factors) -> Factors:
@@ -222,57 +241,60 @@ def _copied(_: LinearSpec, factors: Factors) -> Factors:
 class _Unknown(BaseWeights):
     """The weights of a base model that nobody has named: whatever a file holds may be one."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(nn.Module())
+        self._config = config
 
     def __contains__(self, name: str) -> bool:
-        return _is_base_weight(name)
+        return name.endswith((".weight", ".bias")) or _replaces(self._config, name)
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
-        pass
+        if isinstance(tensors.infos[key].dtype, str):
+            raise ValueError(
+                f"{tensors.where}: {key}: dtype: expected one that torch has, found "
+                f"{tensors.infos[key].dtype}"
+            )
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
         pass
 
 
-def _is_base_weight(key: str) -> bool:
-    return parse_key(key) is None and key.endswith((".weight", ".bias"))
+def _replaces(config: AdapterConfig, name: str) -> bool:
+    """Whether PEFT puts this tensor in the place of the base model's of that name."""
+    if config.base_bias != "none" and name.endswith("bias"):
+        return True
+    parts = name.split(".")
+    owners = [".".join(parts[:i]) for i in range(1, len(parts))]
+    # PEFT's rule: the end of a module's name, whether or not a dot comes before it.
+    return any(owner.endswith(end) for owner in owners for end in config.modules_to_save or ())
 
 
-def _implied_index(tensors: TensorSource) -> ModelIndex:
+def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
     """The modules of a model that the factors fit: as many inputs as A has, outputs as B has."""
-    sizes: dict[str, dict[str, int]] = {}
-    embeddings: set[str] = set()
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in tensors.infos.items():
         parsed = parse_key(key)
-        if parsed is None:
-            continue
-        size = sizes.setdefault(parsed.module, {})
-        for is_embedding in (False, True):
-            role_a, role_b = factor_roles(is_embedding)
-            if parsed.role not in (role_a, role_b):
-                continue
-            if len(info.shape) > 2:
-                raise NotImplementedError(
-                    f"{tensors.where}: {key}: expected a matrix, found shape {info.shape}: "
-                    "adapters on convolutions are not supported"
-                )
-            if len(info.shape) < 2:
+        if parsed is not None:
+            if parsed.role in _FACTORS and len(info.shape) < 2:
                 raise ValueError(f"{tensors.where}: {key}: expected a matrix, found {info.shape}")
-            if is_embedding:
-                embeddings.add(parsed.module)
-            size["in" if parsed.role == role_a else "out"] = info.shape[parsed.role == role_a]
-    specs = {
-        name: LinearSpec(
-            name, size.get("in", 0), size.get("out", 0), torch.float32, torch.device("cpu")
+            shapes.setdefault(parsed.module, {})[parsed.role] = info.shape
+    linear: dict[str, LinearSpec] = {}
+    embedding: dict[str, LinearSpec] = {}
+    for name, found in shapes.items():
+        is_embedding = not found.keys().isdisjoint(factor_roles(embedding=True))
+        role_a, role_b = factor_roles(is_embedding)
+        rank, inputs, *kernel = found.get(role_a, (0, 0))
+        out, columns, *_ = found.get(role_b, (0, 0))
+        groups = rank // columns if kernel and columns and rank % columns == 0 else 1
+        (embedding if is_embedding else linear)[name] = LinearSpec(
+            name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
         )
-        for name, size in sizes.items()
-    }
     return ModelIndex(
-        linear={n: spec for n, spec in specs.items() if n not in embeddings},
-        embedding={n: spec for n, spec in specs.items() if n in embeddings},
+        linear=linear,
+        embedding=embedding,
         unsupported={},
         output_head=None,
         classifier=None,
-        weights=_Unknown(),
+        weights=_Unknown(config),
+        shared=False,
     )

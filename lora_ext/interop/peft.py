@@ -25,7 +25,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.nn.assignment import Assignment
+from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.switches import forward_of_the_rest, switched_off
@@ -172,6 +172,8 @@ _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _names(names: Sequence[str]) -> Assignment:
+    if isinstance(names, NamedRows):
+        return names.assignment
     given, last = tuple(names), _last.get()
     if last is None or last[0] != given:
         last = given, Assignment.of_entries(given, (len(given),))

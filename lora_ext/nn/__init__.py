@@ -4,6 +4,7 @@ from .adapted import adapted_layers, adapter_factors, adapter_parameters, adapte
 from .attachment import UnknownAdapterError
 from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
+from .coalitions import RowwiseError, coalitions
 from .context import adapters
 from .init import init_lora_
 from .labels import IGNORE, shift_labels
@@ -32,6 +33,7 @@ __all__ = [
     "LoraProbe",
     "MultiLoraEmbedding",
     "MultiLoraLinear",
+    "RowwiseError",
     "Swap",
     "UnknownAdapterError",
     "adapted_layers",
@@ -41,6 +43,7 @@ __all__ = [
     "adapters_of",
     "block_index",
     "block_name",
+    "coalitions",
     "decoder_layers",
     "init_lora_",
     "is_active",

@@ -263,6 +263,15 @@ class Assignment:
             )
 
 
+class NamedRows(list[str]):
+    """The names of an assignment as PEFT's ``adapter_names`` has them, and the assignment itself:
+    whoever knows it need not make it again from the names."""
+
+    def __init__(self, assignment: Assignment):
+        super().__init__(assignment.spelled())
+        self.assignment = assignment
+
+
 def _activations(leading: torch.Size) -> str:
     return f"({', '.join(map(str, (*leading, 'features')))})"
 

@@ -209,6 +209,15 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
 
 
+def checked_names(where: str, field: str, value: Any) -> str | tuple[str, ...] | None:
+    """A field that holds a string, a list of strings or nothing.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    return _Checks(where).names(field, value)
+
+
 class _Checks:
     """The types of fields, which may come from an untrusted file."""
 

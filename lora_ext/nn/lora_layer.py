@@ -45,6 +45,8 @@ class LoraLayer(Merging):
         self.init_lora_weights: dict[str, bool | str] = {}
         #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
         self.adapter_active: dict[str, bool] = {}
+        #: Adapters that take no part while the layer is in training mode, and do otherwise.
+        self.off_in_training: frozenset[str] = frozenset()
         self.disable_adapters = False
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
@@ -192,6 +194,7 @@ class LoraLayer(Merging):
         for store in stores:
             if adapter_name in store:
                 del store[adapter_name]
+        self.off_in_training -= {adapter_name}
         if adapter_name in self._active:
             self._active.remove(adapter_name)
 
@@ -269,7 +272,7 @@ class LoraLayer(Merging):
     # Who takes part
 
     def _participants(
-        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> tuple[list[str], Rows | None]:
         """Adapters of this call, and which rows they have; no adapters: the base alone."""
         if self.disable_adapters:
@@ -283,7 +286,7 @@ class LoraLayer(Merging):
                     f"adapter_ids: {self.merged_adapters} are merged into the base weight and "
                     "serve every row; unmerge them first"
                 )
-            off = [m.name for m in self._merged if not self.adapter_active[m.name]]
+            off = [m.name for m in self._merged if not self._is_on(m.name)]
             if off:
                 raise ValueError(
                     f"adapter_active: {off} are merged into the base weight and cannot be switched "
@@ -291,11 +294,15 @@ class LoraLayer(Merging):
                 )
             return [], None
         if rows is None:
-            return [n for n in self._active if self.adapter_active[n]], None
+            return [n for n in self._active if self._is_on(n)], None
         return (list(self.adapter_names) if rows.used else []), rows
 
+    def _is_on(self, name: str) -> bool:
+        """Whether an adapter takes part in the mode that the layer is in."""
+        return self.adapter_active[name] and not (self.training and name in self.off_in_training)
+
     def _rows(
-        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> Rows | None:
         block = None
         if adapter_ids is None and not torch.compiler.is_compiling():
@@ -304,11 +311,12 @@ class LoraLayer(Merging):
                 return None
         names = self.adapter_names
         if isinstance(adapter_ids, Tensor):
-            enabled = tuple(self.adapter_active[name] for name in names)
+            enabled = tuple(self._is_on(name) for name in names)
             return rows_of(adapter_ids, len(names), leading, enabled)
-        reachable = tuple(n if self.adapter_active[n] else "" for n in names)  # "" is no name
+        reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" is no name
         if adapter_ids is not None:
-            assignment = Assignment.of(adapter_ids)
+            made = isinstance(adapter_ids, Assignment)
+            assignment = adapter_ids if made else Assignment.of(adapter_ids)
             self._check_known(assignment.names)
             return assignment.among(reachable, leading, device)
         if block is not None:
@@ -319,7 +327,7 @@ class LoraLayer(Merging):
         return layer_rows(reachable, default, leading, device, self._of_tokens)
 
     def _default_position(self) -> int:
-        active = [n for n in self._active if self.adapter_active[n]]
+        active = [n for n in self._active if self._is_on(n)]
         if len(active) > 1:
             raise NotImplementedError(
                 f"{type(self).__name__}: a compiled graph that follows adapters blocks takes one "

@@ -137,12 +137,12 @@ class LoraProbe:
         return {name: factor for name, factor in growth.items() if factor > threshold}
 
     def _count(self, *_: object) -> None:
-        if not _recomputing():
+        if not recomputing():
             self._step += 1
 
     def _hook(self, name: str) -> Any:
         def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not _recomputing() and self._step % self.every == 0:
+            if not recomputing() and self._step % self.every == 0:
                 self._record(name, layer, inputs[0])
 
         return record
@@ -191,7 +191,7 @@ def _rms(z: Tensor) -> Tensor:
     return z.square().mean().sqrt() if z.numel() else z.new_zeros(())
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a checkpointed layer runs again inside a backward."""
     return torch._C._current_graph_task_id() >= 0
 

@@ -2,13 +2,16 @@
 
 A layer whose adapter is off computes its base layer and nothing more. Nothing else changes: not the
 parameters and their ``requires_grad``, not ``state_dict``, not which adapters were chosen.
+
+An adapter may also be off in training alone. Then the layer's own ``training`` decides at each
+forward, so that an evaluation in between sees it on, whoever calls which part of the model.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +25,19 @@ Mask = Tensor | Sequence[bool]
 
 
 def is_active(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether an adapter of a layer is switched on; it is, until :func:`set_active` switches it
-    off.
+    """Whether an adapter of a layer is switched on in the mode that the layer is in, training or
+    evaluation; it is, until :func:`set_active` switches it off.
 
     That says nothing about whether the adapter is among the active ones of the layer, which
     ``set_adapter`` chooses.
     """
-    if isinstance(layer, LoraLayer):
-        return layer.adapter_active[adapter_name]
-    return adapter_name not in switched_off(layer)
+    state = _state(layer, adapter_name)
+    return state.in_training if layer.training else state.in_evaluation
 
 
-def set_active(layer: nn.Module, adapter_name: str, active: bool) -> None:
+def set_active(
+    layer: nn.Module, adapter_name: str, active: bool, training_only: bool = False
+) -> None:
     """Switch an adapter of one layer on or off.
 
     Off, it takes no part, whether it is among the layer's active adapters or named for rows: no
@@ -43,14 +47,22 @@ def set_active(layer: nn.Module, adapter_name: str, active: bool) -> None:
         layer: one of :func:`lora_ext.nn.adapted_layers`.
         adapter_name: an adapter of it.
         active: whether it takes part from now on.
+        training_only: whether an adapter that is off is on while the layer is in evaluation mode.
 
     Raises:
         ValueError: an adapter that the layer lacks; or it is to be switched off and is merged into
             the base weight, or the layer's forward was replaced by somebody (accelerate's
             offloading, say).
     """
-    _check(layer, adapter_name, active)
-    _switch(layer, adapter_name, active)
+    _check(layer, adapter_name, active, "set_active")
+    _switch(layer, adapter_name, _State(active or training_only, active))
+
+
+class _State(NamedTuple):
+    """In which modes of a layer an adapter is on; where it is on in training, it is in both."""
+
+    in_evaluation: bool
+    in_training: bool
 
 
 class LayerGroups:
@@ -93,45 +105,45 @@ class LayerGroups:
 
     @property
     def mask(self) -> Tensor:
-        """``(n,)`` bool: the groups of which every layer is on."""
+        """``(n,)`` bool: the groups of which every layer is on, in the mode that it is in."""
         on = [all(is_active(m, self.adapter_name) for m in group) for group in self.layers]
         return torch.tensor(on, dtype=torch.bool)
 
-    def set_mask(self, mask: Mask) -> None:
+    def set_mask(self, mask: Mask, training_only: bool = False) -> None:
         """Switch every group on or off, until the next call.
 
         Args:
             mask: ``(n,)`` bool, True for the groups that take part.
+            training_only: whether the groups that are off are on in evaluation.
 
         Raises:
             ValueError: a mask of another length or kind, or a layer that is to be switched off and
-                is merged; all layers are then as they were.
+                is merged, which it names; all layers are then as they were.
         """
-        switches = [
-            (layer, on)
-            for group, on in zip(self.layers, self._checked(mask), strict=True)
-            for layer in group
-        ]
-        for layer, on in switches:
-            _check(layer, self.adapter_name, on)
-        for layer, on in switches:
-            _switch(layer, self.adapter_name, on)
+        for group, on in zip(self.layers, self.checked(mask), strict=True):
+            for layer in group:
+                _switch(layer, self.adapter_name, _State(on or training_only, on))
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
         """A block in which :meth:`set_mask` holds; after it every layer is as it was before."""
         before = [
-            (layer, is_active(layer, self.adapter_name)) for group in self.layers for layer in group
+            (layer, _state(layer, self.adapter_name)) for group in self.layers for layer in group
         ]
         self.set_mask(mask)
         try:
             yield
         finally:
-            for layer, on in before:
+            for layer, state in before:
                 if self.adapter_name in adapters_of(layer):
-                    _switch(layer, self.adapter_name, on)
+                    _switch(layer, self.adapter_name, state)
 
-    def _checked(self, mask: Mask) -> list[bool]:
+    def checked(self, mask: Mask) -> list[bool]:
+        """A mask that can be set, as a list.
+
+        Raises:
+            ValueError: as :meth:`set_mask`, which calls this.
+        """
         if not isinstance(mask, Tensor | Sequence):
             raise ValueError(f"LayerGroups: mask: expected bools, found {mask!r}")
         values = mask.tolist() if isinstance(mask, Tensor) else list(mask)
@@ -143,6 +155,9 @@ class LayerGroups:
                 f"LayerGroups: mask: expected one value for each of the {len(self)} groups, "
                 f"found {len(values)}"
             )
+        for names, group, on in zip(self.names, self.layers, values, strict=True):
+            for name, layer in zip(names, group, strict=True):
+                _check(layer, self.adapter_name, on, f"LayerGroups: mask: {name}")
         return values
 
 
@@ -160,32 +175,47 @@ def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> 
     )
 
 
-def _check(layer: Any, adapter_name: str, active: bool) -> None:
+def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
     if adapter_name not in adapters_of(layer):
         raise ValueError(
-            f"set_active: adapter_name: expected an adapter of {list(adapters_of(layer))}, "
+            f"{where}: adapter_name: expected an adapter of {list(adapters_of(layer))}, "
             f"found {adapter_name!r}"
         )
     if active:
         return
     if adapter_name in layer.merged_adapters:
         raise ValueError(
-            f"set_active: {adapter_name!r}: expected an adapter apart from the base weight, found "
+            f"{where}: {adapter_name!r}: expected an adapter apart from the base weight, found "
             "one that is merged into it; unmerge it first"
         )
     forward = layer.__dict__.get("forward")
     if not isinstance(layer, LoraLayer) and not isinstance(forward, _Switch | None):
         raise ValueError(
-            f"set_active: layer: expected a {type(layer).__name__} with the forward of its class, "
+            f"{where}: layer: expected a {type(layer).__name__} with the forward of its class, "
             "found one with a forward of its own, as accelerate's offloading leaves it"
         )
 
 
-def _switch(layer: Any, adapter_name: str, active: bool) -> None:
+def _state(layer: nn.Module, adapter_name: str) -> _State:
     if isinstance(layer, LoraLayer):
-        layer.adapter_active[adapter_name] = active
+        on = layer.adapter_active[adapter_name]
+        return _State(on, on and adapter_name not in layer.off_in_training)
+    switch = layer.__dict__.get("forward")
+    if not isinstance(switch, _Switch):
+        return _State(True, True)
+    on = adapter_name not in switch.off
+    return _State(on, on and adapter_name not in switch.off_in_training)
+
+
+def _switch(layer: Any, adapter_name: str, state: _State) -> None:
+    if isinstance(layer, LoraLayer):
+        layer.adapter_active[adapter_name] = state.in_evaluation
+        rests = layer.off_in_training - {adapter_name}
+        if state.in_evaluation and not state.in_training:
+            rests |= {adapter_name}
+        layer.off_in_training = rests
     else:
-        _switch_peft(layer, adapter_name, active)
+        _switch_peft(layer, adapter_name, state)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -199,9 +229,10 @@ class _Switch:
     not touched otherwise, so that choosing, training, disabling and saving adapters stay PEFT's.
     """
 
-    def __init__(self, layer: Any, off: frozenset[str]):
+    def __init__(self, layer: Any, off: frozenset[str], off_in_training: frozenset[str]):
         self.layer = layer
         self.off = off
+        self.off_in_training = off_in_training
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self.layer)
@@ -211,9 +242,14 @@ class _Switch:
 
 
 def switched_off(layer: nn.Module) -> frozenset[str]:
-    """The adapters of a layer of PEFT's that are off."""
+    """The adapters of a layer of PEFT's that are off in the mode that it is in."""
     switch = layer.__dict__.get("forward")
-    return switch.off if isinstance(switch, _Switch) else frozenset()
+    if not isinstance(switch, _Switch):
+        return _NONE
+    return switch.off | switch.off_in_training if layer.training else switch.off
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
@@ -258,10 +294,15 @@ def _with_active(layer: Any, active: list[str]) -> Any:
     return view
 
 
-def _switch_peft(layer: Any, adapter_name: str, active: bool) -> None:
-    before = switched_off(layer)
-    off = before - {adapter_name} if active else before | {adapter_name}
-    if off:
-        layer.forward = _Switch(layer, off)
-    elif before:
+def _switch_peft(layer: Any, adapter_name: str, state: _State) -> None:
+    before = layer.__dict__.get("forward")
+    sets = (before.off, before.off_in_training) if isinstance(before, _Switch) else (_NONE, _NONE)
+    off, off_in_training = (names - {adapter_name} for names in sets)
+    if not state.in_evaluation:
+        off |= {adapter_name}
+    elif not state.in_training:
+        off_in_training |= {adapter_name}
+    if off or off_in_training:
+        layer.forward = _Switch(layer, off, off_in_training)
+    elif isinstance(before, _Switch):
         del layer.forward

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext.adapter import Factors, LoraAdapter
-from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear
+from lora_ext.nn import LoraEmbedding, LoraLinear
 from lora_ext.pool import AdapterPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -252,9 +252,6 @@ def test_what_is_no_adapter_is_refused():
         LoraAdapter.from_model(peft_model("plain", "red"), "blue")
     with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], found 'blue'"):
         LoraAdapter.from_model(wrapped()[0], "blue")
-    conv = nn.Sequential(LoraConv(nn.Conv1d(3, 4, 2, stride=2), r=2))
-    with pytest.raises(NotImplementedError, match=r"0\.lora_A\.default\.weight: .*convolution"):
-        LoraAdapter.from_model(conv)
     model, _ = wrapped()
     model.blocks[2] = LoraLinear(model.blocks[2], r=2, use_dora=True)
     with pytest.raises(ValueError, match=r"use_dora: expected .* every layer.* blocks\.0"):

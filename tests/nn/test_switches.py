@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -336,3 +337,59 @@ def test_a_mask_that_does_not_fit_is_refused(mask, message: str):
 def test_a_grouping_that_is_none_is_refused(group_by):
     with pytest.raises(ValueError, match=r"LayerGroups: group_by: expected 'block', 'module' or"):
         LayerGroups(adapted("ours"), group_by=group_by)
+
+
+# -------------------------------------------------------------------------------------------------
+# Off in training alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_off_in_training_is_on_in_evaluation(kind: str):
+    layer = some_layer(adapted(kind, "first", "second"))
+    x = torch.randn(6, 24)
+    on = layer(x)
+    set_active(layer, "first", False, training_only=True)
+    assert is_active(layer, "first") and torch.equal(layer(x), on)
+    layer.train()
+    assert not is_active(layer, "first") and torch.equal(layer(x), layer.base_layer(x))
+    key = "adapter_ids" if kind == "ours" else "adapter_names"
+    assert torch.equal(layer(x, **{key: ["first"] * 6}), layer.base_layer(x))
+    set_active(layer, "second", False)
+    assert not is_active(layer, "first")
+    set_active(layer, "first", False)
+    assert torch.equal(layer.eval()(x), layer.base_layer(x))
+    set_active(layer, "first", True)
+    assert torch.equal(layer(x), on) and torch.equal(layer.train()(x), on)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_restores_what_is_off_in_training_alone(kind: str):
+    model = adapted(kind)
+    groups = LayerGroups(model)
+    groups.set_mask([True, False, True], training_only=True)
+    assert groups.mask.all()
+    with groups.masked([False, True, True]):
+        assert groups.mask.tolist() == [False, True, True]
+        model.train()
+        assert groups.mask.tolist() == [False, True, True]
+    assert groups.mask.tolist() == [True, False, True]
+    assert model.eval() is model and groups.mask.all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:unmerge")
+def test_a_mask_names_the_layer_that_is_merged(kind: str):
+    groups = LayerGroups(adapted(kind))
+    groups.layers[1][0].merge()
+    message = f"LayerGroups: mask: {groups.names[1][0]}: 'default': expected an adapter apart"
+    for training_only in (False, True):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            groups.set_mask([True, False, True], training_only)
+
+
+def test_a_deleted_adapters_name_starts_anew():
+    layer = some_layer(adapted("ours", "first", "second"))
+    set_active(layer, "first", False, training_only=True)
+    layer.delete_adapter("first")
+    layer.add_adapter("first", r=2)
+    assert is_active(layer.train(), "first")

@@ -1,0 +1,128 @@
+"""Two adapters compared, module by module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .low_rank import check_matrices, norm_of, wide
+from .peft_files import AdapterSource, Factors
+from .value import LoraAdapter
+
+# A direction counts from here on: what float32 factors leave of one that is not there.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """How far the updates ``D = scaling * B A`` of one module are apart.
+
+    Attributes:
+        module: its name in the base model.
+        ranks: of the two; 0 where an adapter lacks the module.
+        norms: Frobenius, of the two updates.
+        distance: ``||D_1 - D_2||``, Frobenius.
+        cosine: ``<D_1, D_2> / (||D_1|| ||D_2||)``; None where an update is zero.
+        angles: the principal angles between the column spaces of the two updates, in radians, the
+            smallest first: 0 is a direction that both write, pi / 2 one that the other does not. As
+            many as the narrower space has dimensions.
+    """
+
+    module: str
+    ranks: tuple[int, int]
+    norms: tuple[float, float]
+    distance: float
+    cosine: float | None
+    angles: tuple[float, ...]
+
+
+@torch.no_grad()
+def compare_adapters(
+    first: LoraAdapter | AdapterSource,
+    second: LoraAdapter | AdapterSource,
+    progress: Callable[[list[str]], Iterable[str]] = iter,
+) -> list[ModuleDifference]:
+    """The distance of two adapters of the same base model, by module.
+
+    Everything comes from the thin factors, in float64 on the CPU. Biases and magnitudes take no
+    part.
+
+    Args:
+        first, second: values, folders, or (config, state dict).
+        progress: is given the names of the modules, and iterated over.
+
+    Returns:
+        modules of either, those of the first in its order and then the others.
+
+    Raises:
+        ValueError: a module that has another shape in the second; values that are not finite.
+        NotImplementedError: grouped convolutions.
+
+    Source: Bjorck and Golub, "Numerical methods for computing angles between linear subspaces",
+    1973.
+    """
+    values = LoraAdapter.of(first), LoraAdapter.of(second)
+    names = list(dict.fromkeys(name for value in values for name in value.modules))
+    found = []
+    for name in progress(names):
+        pair = [value.modules.get(name) for value in values]
+        for label, factors in zip(("first", "second"), pair, strict=True):
+            if factors is not None:
+                check_matrices(factors, f"compare_adapters: {label}: {name}")
+        found.append(_compared(name, *pair))
+    return found
+
+
+def _compared(name: str, first: Factors | None, second: Factors | None) -> ModuleDifference:
+    known = first or second
+    assert known is not None  # the name is one of theirs
+    (a, b), (other_a, other_b) = (_matrices(f, known) for f in (first, second))
+    if a.shape[1] != other_a.shape[1] or b.shape[0] != other_b.shape[0]:
+        raise ValueError(
+            f"compare_adapters: second: {name}: expected in {a.shape[1]} and out {b.shape[0]} as "
+            f"in first, found {other_a.shape[1]} and {other_b.shape[0]}"
+        )
+    norms = norm_of(a, b), norm_of(other_a, other_b)
+    same = torch.equal(a, other_a) and torch.equal(b, other_b)
+    both = norms[0] * norms[1]
+    inner = float(((b.T @ other_b) * (a @ other_a.T)).sum())
+    return ModuleDifference(
+        name,
+        (a.shape[0], other_a.shape[0]),
+        norms,
+        0.0 if same else norm_of(torch.cat([a, other_a]), torch.cat([b, -other_b], 1)),
+        max(-1.0, min(1.0, inner / both)) if both else None,
+        _angles(_columns(a, b), _columns(other_a, other_b)),
+    )
+
+
+def _matrices(factors: Factors | None, like: Factors) -> tuple[Tensor, Tensor]:
+    """``a`` and ``scaling * b``; of rank 0 where there are none."""
+    if factors is None:
+        return wide(like.a)[:0], wide(like.b)[:, :0]
+    return wide(factors.a), factors.scaling * wide(factors.b)
+
+
+def _columns(a: Tensor, b: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of ``b @ a``."""
+    q, r_b = torch.linalg.qr(b)
+    r_a = torch.linalg.qr(a.T, mode="r").R
+    u, s, _ = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    counts = s > _TOLERANCE * s.max() if len(s) and float(s.max()) > 0 else s > 0
+    return q @ u[:, counts]
+
+
+def _angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
+    if first.shape[1] < second.shape[1]:
+        first, second = second, first
+    if second.shape[1] == 0:
+        return ()
+    across = first.T @ second
+    cosines = torch.linalg.svdvals(across)
+    sines = torch.linalg.svdvals(second - first @ across).flip(0)  # exact where cosines are near 1
+    angles = torch.atan2(sines, cosines).clamp(max=math.pi / 2)
+    return tuple(angles.tolist())

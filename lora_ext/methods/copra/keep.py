@@ -1,0 +1,132 @@
+"""Which modules of an adapter to keep: names for :func:`lora_ext.adapter.prune_adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_ext.adapter import LoraAdapter
+from lora_ext.adapter.peft_keys import PREFIX
+from lora_ext.nn import block_name
+
+from .controller import CopraController
+from .shapley import Shapley
+
+#: What names come from: a controller or its groups; an adapter or a list of names, which are then
+#: grouped by block.
+Source = CopraController | LoraAdapter | Sequence[str] | Sequence[Sequence[str]]
+
+
+def every_other(source: Source, first: int = 0) -> list[str]:
+    """The modules of every second group.
+
+    Args:
+        source: see :data:`Source`. first: 0 for the even groups, 1 for the odd ones.
+
+    Returns:
+        Names as in the base model.
+
+    Raises:
+        ValueError: another ``first``, or a source without modules.
+    """
+    if first not in (0, 1):
+        raise ValueError(f"every_other: first: expected 0 or 1, found {first!r}")
+    return _names(_groups(source, "every_other")[first::2])
+
+
+def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
+    """The modules of a third of the groups: of the first, the middle or the last ones.
+
+    Raises:
+        ValueError: another part, or a source without modules.
+    """
+    parts = ("low", "middle", "high")
+    if part not in parts:
+        raise ValueError(f"thirds: part: expected one of {parts}, found {part!r}")
+    groups = _groups(source, "thirds")
+    start, end = (len(groups) * (parts.index(part) + i) // 3 for i in (0, 1))
+    return _names(groups[start:end])
+
+
+def by_suffix(source: Source, *suffixes: str) -> list[str]:
+    """The modules whose names end so: ``by_suffix(adapter, "q_proj", "mlp.up_proj")``.
+
+    Raises:
+        ValueError: a suffix that no module has, or a source without modules.
+    """
+    names = _names(_groups(source, "by_suffix"))
+    kept: list[str] = []
+    for suffix in suffixes:
+        found = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
+        if not found:
+            raise ValueError(
+                f"by_suffix: suffixes: expected the end of a module's name, found {suffix!r}"
+            )
+        kept += found
+    return [name for name in names if name in kept]
+
+
+def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k: int) -> list[str]:
+    """The modules of the k groups that are worth most.
+
+    Args:
+        source: see :data:`Source`.
+        values: one for each group. k: groups to keep.
+
+    Raises:
+        ValueError: another number of values, k out of range, or a source without modules.
+    """
+    groups = _groups(source, "top_by_shapley")
+    worth = torch.as_tensor(values.values if isinstance(values, Shapley) else values).tolist()
+    if len(worth) != len(groups):
+        raise ValueError(
+            f"top_by_shapley: values: expected one for each of {len(groups)} groups, "
+            f"found {len(worth)}"
+        )
+    _check_count("top_by_shapley", k, len(groups))
+    best = sorted(range(len(groups)), key=worth.__getitem__, reverse=True)[:k]
+    return _names([groups[i] for i in sorted(best)])
+
+
+def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
+    """The modules of k groups, drawn evenly.
+
+    Raises:
+        ValueError: k out of range, or a source without modules.
+    """
+    groups = _groups(source, "at_random")
+    _check_count("at_random", k, len(groups))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(groups), generator=generator)[:k].tolist()
+    return _names([groups[i] for i in sorted(chosen)])
+
+
+def _groups(source: Source, where: str) -> list[list[str]]:
+    if isinstance(source, CopraController):
+        source = source.groups
+    names: list[str] = []
+    groups: list[list[str]] = []
+    for entry in source.modules if isinstance(source, LoraAdapter) else source:
+        if isinstance(entry, str):
+            names.append(entry.removeprefix(PREFIX))
+        else:
+            groups.append([name.removeprefix(PREFIX) for name in entry])
+    by_block: dict[str, list[str]] = {}
+    for name in names:
+        by_block.setdefault(block_name(name) or name, []).append(name)
+    groups += by_block.values()
+    if not groups:
+        raise ValueError(f"{where}: source: expected modules, found none")
+    return groups
+
+
+def _names(groups: Sequence[Sequence[str]]) -> list[str]:
+    return [name for group in groups for name in group]
+
+
+def _check_count(where: str, k: int, groups: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= groups:
+        raise ValueError(f"{where}: k: expected an int from 0 to {groups}, found {k!r}")

@@ -1,0 +1,258 @@
+"""Shapley values: what each layer is worth in the game of all of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.nn import RowwiseError, coalitions
+
+from .controller import CopraController
+from .estimators import Estimator, exact, owen, permutation
+from .evaluation import evaluating
+
+Method = Literal["exact", "permutation", "owen"]
+
+_MOST_EXACT = 20  # players: a million coalitions
+_MOST_EXACT_LAYERS = 12  # by default, where a coalition is a forward of a model
+_ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # samples by default
+
+#: Values of coalitions, each of which is a number whose bits are its players.
+Values = Callable[[Sequence[int]], list[float]]
+
+
+class Shapley(NamedTuple):
+    """What each player is worth.
+
+    The values add up to v(all) - v(none), to rounding, with the methods "exact" and "permutation".
+    """
+
+    values: Tensor  # (n,) float64
+    standard_error: Tensor  # (n,) float64: 0 if exact, NaN if a single sample says nothing of it
+    evaluations: int  # coalitions whose value was asked for
+
+
+def shapley_values(
+    value_fn: Callable[[Tensor], float],
+    n: int,
+    method: Method = "exact",
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    cache: bool = True,
+    antithetic: bool = False,
+    levels: int = _LEVELS,
+) -> Shapley:
+    """Shapley values of a game of n players.
+
+    ``phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S))``.
+
+    Args:
+        value_fn: v, a finite number for each bool tensor ``(n,)``, True for who takes part.
+        n: players.
+        method: "exact" asks for all 2^n coalitions. "permutation" lets the players join in random
+            orders, n + 1 coalitions each. "owen" draws players with probability q at ``levels``
+            midpoints q of [0, 1], and asks for each player with and without: n + 1 coalitions
+            each. The midpoints leave an error of the order of 1 / levels^2.
+        samples: orders (default 32), or drawn coalitions a level (default 4).
+        generator: of the samples; default is torch's, on the CPU.
+        cache: ask for each coalition once. Without, every time: for a v that is noisy.
+        antithetic: take each order reversed too, so that ``samples`` orders become twice as many.
+        levels: of "owen".
+
+    Returns:
+        :class:`Shapley`.
+
+    Raises:
+        ValueError: n, samples or levels below 1, another method, "exact" for more than 20 players,
+            or a value that is not finite, with its coalition.
+
+    Source: Shapley 1953; Castro et al. 2009 for orders; Owen 1972, Okhrati and Lipani 2021 for
+    levels; arXiv 2410.22911 for layers as players.
+    """
+    estimator = _estimator(n, method, samples, generator, antithetic, levels)
+
+    def values(coalitions: Sequence[int]) -> list[float]:
+        return [float(value_fn(_mask(coalition, n))) for coalition in coalitions]
+
+    return _run(estimator, n, values, cache, len(estimator.coalitions))
+
+
+def layer_shapley(
+    model: nn.Module,
+    controller: CopraController,
+    eval_fn: Callable[..., Any],
+    method: Method | None = None,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    batch: dict[str, Any] | None = None,
+    batched_coalitions: int = 1,
+    cache: bool = True,
+    antithetic: bool = False,
+    levels: int = _LEVELS,
+) -> Shapley:
+    """Shapley values of the groups of a controller: what each adds to a utility of the model.
+
+    The model computes in evaluation mode and without gradients; modes and masks are afterwards as
+    they were.
+
+    Args:
+        model: the controller's.
+        controller: its groups are the players.
+        eval_fn: ``eval_fn(model)`` is the utility, a number: accuracy, or a loss with its sign
+            turned. Given a batch, ``eval_fn(output, batch)`` is the utility of each row of
+            what the model makes of it, ``(rows,)``; v(S) is their mean.
+        method: default is "exact" up to 12 groups, else "permutation".
+        samples, generator, cache, antithetic, levels: as :func:`shapley_values`.
+        batch: keyword arguments of the model. Tensors with as many rows as the first are repeated
+            for each coalition, everything else is handed on.
+        batched_coalitions: K, coalitions in one forward, each of which has its own copy of the
+            batch's rows. The weights are read once for all of them.
+
+    Returns:
+        :class:`Shapley`.
+
+    Raises:
+        ValueError: what :func:`shapley_values` refuses; ``batched_coalitions`` below 1, or above it
+            without a batch; a batch without tensors; an ``eval_fn`` that returns something else
+            than a number a row.
+
+    Warns:
+        UserWarning: a layer cannot be switched row by row, naming it. Coalitions are then evaluated
+            one by one.
+    """
+    n = len(controller.layers)
+    if method is None:
+        method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
+    estimator = _estimator(n, method, samples, generator, antithetic, levels)
+    if batched_coalitions < 1 or (batched_coalitions > 1 and batch is None):
+        raise ValueError(
+            "layer_shapley: batched_coalitions: expected at least 1, and 1 without a batch, found "
+            f"{batched_coalitions}"
+        )
+
+    def one_by_one(asked: Sequence[int]) -> list[float]:
+        found: list[float] = []
+        for coalition in asked:
+            with controller.coalition(_mask(coalition, n)):
+                found.append(float(eval_fn(model)))
+        return found
+
+    values = one_by_one if batch is None else _Batched(model, controller, eval_fn, batch)
+    with evaluating(model):
+        return _run(estimator, n, values, cache, batched_coalitions)
+
+
+class _Batched:
+    """Values of coalitions on one batch, all that are asked for at once in one forward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        controller: CopraController,
+        eval_fn: Callable[..., Any],
+        batch: dict[str, Any],
+    ):
+        self.model = model
+        self.controller = controller
+        self.eval_fn = eval_fn
+        self.batch = batch
+        tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+        if not tensors:
+            raise ValueError(
+                f"layer_shapley: batch: expected tensors with rows, found {sorted(batch)}"
+            )
+        self.rows = tensors[0].shape[0]
+        self.row_by_row = True
+
+    def __call__(self, asked: Sequence[int]) -> list[float]:
+        masks = [_mask(coalition, len(self.controller.layers)) for coalition in asked]
+        if len(masks) > 1 and self.row_by_row:
+            try:
+                with coalitions(self.controller.layers, torch.stack(masks), self.rows):
+                    return self._utilities(len(masks))
+            except RowwiseError as error:
+                self.row_by_row = False
+                warnings.warn(
+                    f"layer_shapley: {error}; coalitions are evaluated one by one", stacklevel=6
+                )
+        found: list[float] = []
+        for mask in masks:
+            with self.controller.coalition(mask):
+                found += self._utilities(1)
+        return found
+
+    def _utilities(self, times: int) -> list[float]:
+        batch = {name: self._repeated(value, times) for name, value in self.batch.items()}
+        found = self.eval_fn(self.model(**batch), batch)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else found
+        if shape != (times * self.rows,):
+            raise ValueError(
+                "layer_shapley: eval_fn: expected the utility of each row, of shape "
+                f"{(times * self.rows,)}, found {shape}"
+            )
+        return found.double().view(times, self.rows).mean(1).tolist()
+
+    def _repeated(self, value: Any, times: int) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        return value
+
+
+def _estimator(
+    n: int,
+    method: Method,
+    samples: int | None,
+    generator: torch.Generator | None,
+    antithetic: bool,
+    levels: int,
+) -> Estimator:
+    where = "shapley_values"
+    for name, value in (("n", n), ("samples", samples), ("levels", levels)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{where}: {name}: expected at least 1, found {value}")
+    if method == "permutation":
+        return permutation(n, samples or _ORDERS, antithetic, generator)
+    if method == "owen":
+        return owen(n, samples or _DRAWS, levels, generator)
+    if method != "exact":
+        raise ValueError(
+            f"{where}: method: expected 'exact', 'permutation' or 'owen', found {method!r}"
+        )
+    if n > _MOST_EXACT:
+        raise ValueError(
+            f"{where}: n: expected at most {_MOST_EXACT} players for method 'exact', found {n}; "
+            "'permutation' and 'owen' take samples"
+        )
+    return exact(n)
+
+
+def _run(estimator: Estimator, n: int, values: Values, cache: bool, at_once: int) -> Shapley:
+    asked = list(dict.fromkeys(estimator.coalitions)) if cache else list(estimator.coalitions)
+    found: list[float] = []
+    for start in range(0, len(asked), at_once):
+        part = asked[start : start + at_once]
+        for coalition, value in zip(part, values(part), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"shapley_values: value_fn: expected a finite number, found {value} for the "
+                    f"coalition {_mask(coalition, n).nonzero().flatten().tolist()} of {n} players"
+                )
+            found.append(value)
+    if cache:
+        known = dict(zip(asked, found, strict=True))
+        of_each = [known[coalition] for coalition in estimator.coalitions]
+    else:
+        of_each = found
+    phi, error = estimator.combine(torch.tensor(of_each, dtype=torch.float64))
+    return Shapley(phi, error, len(asked))
+
+
+def _mask(coalition: int, n: int) -> Tensor:
+    return torch.tensor([coalition >> i & 1 for i in range(n)], dtype=torch.bool)

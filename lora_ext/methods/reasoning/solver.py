@@ -1,0 +1,64 @@
+"""The answer to a prompt, from its text alone."""
+
+from __future__ import annotations
+
+import re
+
+from .tasks import HashInstance
+
+_PROMPT = re.compile(
+    r"Map:\n(?P<edges>(?:\w+=>\w+\n)+)Start: (?P<start>\w+)\n"
+    r"(?:Hops: (?P<hops>\d+)|Task: shortest path)\nTarget:"
+)
+
+
+def solve(instance: HashInstance | str) -> str:
+    """Answer a prompt, of which nothing but the text is read.
+
+    A hop task is walked; of a chain task the nearest end is searched breadth-first.
+
+    Args:
+        instance: whose prompt it is; or the prompt.
+
+    Raises:
+        ValueError: the text is no prompt of either task, or has no single answer.
+    """
+    prompt = instance if isinstance(instance, str) else instance.prompt
+    match = _PROMPT.match(prompt)
+    if match is None:
+        raise ValueError(
+            "solve: prompt: expected lines 'Map:', '<key>=><value>', 'Start: <hash>', 'Hops: <k>' "
+            f"or 'Task: shortest path', and 'Target:', found {prompt!r:.200}"
+        )
+    successors: dict[str, list[str]] = {}
+    for line in match["edges"].splitlines():
+        key, value = line.split("=>")
+        successors.setdefault(key, []).append(value)
+    if match["hops"] is not None:
+        return _walk(successors, match["start"], int(match["hops"]))
+    return _nearest_end(successors, match["start"])
+
+
+def _walk(successors: dict[str, list[str]], place: str, hops: int) -> str:
+    for _ in range(hops):
+        following = successors.get(place, [])
+        if len(following) > 1:
+            raise ValueError(f"solve: prompt: expected one way on from {place}, found {following}")
+        if not following:
+            break  # the end of the chain stays the answer
+        (place,) = following
+    return place
+
+
+def _nearest_end(successors: dict[str, list[str]], start: str) -> str:
+    level, seen = [start], {start}
+    while level:
+        ends = [place for place in level if place not in successors]
+        if len(ends) == 1:
+            return ends[0]
+        if ends:
+            raise ValueError(f"solve: prompt: expected one nearest end, found {ends}")
+        level = [following for place in level for following in successors[place]]
+        level = [place for place in dict.fromkeys(level) if place not in seen]
+        seen.update(level)
+    raise ValueError(f"solve: prompt: expected a chain that ends, found none from {start}")

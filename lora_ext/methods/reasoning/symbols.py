@@ -1,0 +1,139 @@
+"""Both tasks without text, one id a hash: for a model that learns them on a CPU in a minute."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext.nn import IGNORE
+from lora_ext.ops._checks import require
+
+from .tasks import HashInstance
+
+
+def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
+    """Give each hash of an instance an id of its own, drawn from ``0 .. vocab - 1``.
+
+    The draw is a function of the prompt, so that an instance is the same wherever it is encoded.
+
+    Args:
+        instance: of either task.
+        vocab: how many ids there are.
+
+    Returns:
+        ``keys`` and ``values``, ``(E,)`` int64, in the order of the edges; and numbers ``start``,
+        ``target`` and ``aux``, which is the number of hops, 0 for the chain task.
+
+    Raises:
+        ValueError: more hashes than ids, with both numbers.
+    """
+    hashes = list(dict.fromkeys(name for edge in instance.edges for name in edge))
+    expected = f"at least the {len(hashes)} hashes of the instance"
+    require(len(hashes) <= vocab, "encode_symbols", "vocab", expected, vocab)
+    drawn = random.Random(instance.prompt).sample(range(vocab), len(hashes))
+    ids = dict(zip(hashes, drawn, strict=True))
+    return {
+        "keys": torch.tensor([ids[key] for key, _ in instance.edges]),
+        "values": torch.tensor([ids[value] for _, value in instance.edges]),
+        "start": ids[instance.start],
+        "aux": instance.hops or 0,
+        "target": ids[instance.target],
+    }
+
+
+def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, Tensor]:
+    """Encode a batch for :class:`SymbolModel`.
+
+    Returns:
+        ``keys`` and ``values`` ``(B, E)``, ``IGNORE`` behind the edges of a row; ``start``, ``aux``
+        and ``target`` ``(B,)``; all int64.
+    """
+    rows = [encode_symbols(instance, vocab) for instance in instances]
+    batch = {
+        name: nn.utils.rnn.pad_sequence([row[name] for row in rows], True, IGNORE)
+        for name in ("keys", "values")
+    }
+    numbers = {n: torch.tensor([row[n] for row in rows]) for n in ("start", "aux", "target")}
+    return batch | numbers
+
+
+class SymbolModel(nn.Module):
+    """A small transformer over the edges of a map, each of which is one position.
+
+    An edge is the sum of the embeddings of its key and its value; the question, at the last
+    position, that of the start as a key, of no value, and of ``aux``. Positions have no numbers,
+    since the order of the edges means nothing, and see each other. The answer is read off the last.
+
+    Args:
+        vocab: ids of hashes.
+        max_aux: the largest ``aux``.
+        width, layers, heads: of the transformer; its MLPs are four times as wide.
+    """
+
+    def __init__(
+        self, vocab: int = 32, max_aux: int = 15, width: int = 64, layers: int = 4, heads: int = 4
+    ):
+        super().__init__()
+        self.vocab = vocab
+        self.keys = nn.Embedding(vocab, width)
+        self.values = nn.Embedding(vocab + 1, width)  # the last one is that of a question
+        self.aux = nn.Embedding(max_aux + 1, width)
+        self.h = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+
+    def forward(
+        self, keys: Tensor, values: Tensor, start: Tensor, aux: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """Logits ``(B, vocab)`` of a batch of :func:`collate_symbols`; ``target`` is not read."""
+        real = F.pad(keys != IGNORE, (0, 1), value=True)  # (B, E + 1)
+        edges = self.keys(keys.clamp(min=0)) + self.values(values.clamp(min=0))  # (B, E, D)
+        question = self.keys(start) + self.values.weight[-1] + self.aux(aux)  # (B, D)
+        x = torch.cat([edges, question[:, None]], dim=1)  # (B, E + 1, D)
+        for block in self.h:
+            x = block(x, real[:, None, None])
+        return self.head(self.ln_f(x[:, -1]))
+
+
+class _Block(nn.Module):
+    """Pre-norm, with the names that GPT-2 gives its parts."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = _Attention(width, heads)
+        self.mlp = _Mlp(width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        split = self.c_attn(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, heads, E + 1, D / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))

@@ -1,0 +1,236 @@
+"""The two tasks: HashHop, which plans along one chain, and HashChain, which compares several."""
+
+from __future__ import annotations
+
+import random
+import string
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch.utils.data import Dataset
+
+from lora_ext.ops._checks import require
+
+ALPHABET = string.ascii_lowercase + string.digits
+
+
+@dataclass(frozen=True)
+class HashInstance:
+    """One question and its answer.
+
+    Attributes:
+        prompt: ends after ``Target:``.
+        target: the answer.
+        edges: key and value of each line of the map, in the prompt's order.
+        start: the hash that all paths leave.
+        hops: k of the hop task; None of the chain task.
+        chain_lengths: how many hashes each chain has, the start included; the shortest first.
+    """
+
+    prompt: str
+    target: str
+    edges: tuple[tuple[str, str], ...]
+    start: str
+    hops: int | None
+    chain_lengths: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """What a model is trained on: prompt, a space, target."""
+        return f"{self.prompt} {self.target}"
+
+
+class _Task(Dataset[HashInstance]):
+    """``num_samples`` instances, each a pure function of the seed and its index."""
+
+    def __init__(self, num_samples: int, hash_length: int, seed: int, needed: int):
+        name = type(self).__name__
+        require(num_samples >= 0, name, "num_samples", "at least 0", num_samples)
+        require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
+        possible = len(ALPHABET) ** hash_length
+        # Up to here distinct hashes are soon drawn, and say little about each other.
+        require(
+            2 * needed <= possible,
+            name,
+            "hash_length",
+            f"one with at least twice the {needed} hashes that an instance needs",
+            f"{hash_length}, with {possible}",
+        )
+        self.num_samples = num_samples
+        self.hash_length = hash_length
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> HashInstance:
+        """The instance; an index below 0 counts from the end."""
+        place = index + self.num_samples if index < 0 else index
+        if not 0 <= place < self.num_samples:
+            raise IndexError(
+                f"{type(self).__name__}: index: expected one of {self.num_samples} instances, "
+                f"found {index}"
+            )
+        return self._make(random.Random(f"{type(self).__name__} {self.seed} {place}"))
+
+    def text(self, index: int) -> str:
+        """What a model is trained on: prompt, a space, target."""
+        return self[index].text
+
+    def _make(self, rng: random.Random) -> HashInstance:
+        raise NotImplementedError
+
+    def _hashes(self, rng: random.Random, count: int) -> list[str]:
+        """Distinct ones."""
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found["".join(rng.choices(ALPHABET, k=self.hash_length))] = None
+        return list(found)
+
+
+class HashHop(_Task):
+    """The planning task: where is one after k hops along a single chain?
+
+    ``k`` is uniform in ``1 .. max_hops``. Beyond the end of the chain the answer is its last hash.
+
+    Args:
+        num_samples: how many instances there are.
+        chain_length: C, hashes of the chain, which has C - 1 edges.
+        max_hops: the largest k.
+        vary_hops: False makes every k the largest.
+        hash_length: characters of a hash, out of a-z and 0-9.
+        seed: of the instances.
+
+    Raises:
+        ValueError: a number that is too small; more than half of all hashes would be needed.
+
+    Warns:
+        UserWarning: ``max_hops`` reaches the end of the chain, whose last hash is the only one
+        without a successor and can be found without following the chain.
+
+    Sources: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
+    2412.00029), its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        chain_length: int = 20,
+        max_hops: int = 10,
+        vary_hops: bool = True,
+        hash_length: int = 4,
+        seed: int = 0,
+    ):
+        require(chain_length >= 2, "HashHop", "chain_length", "at least 2", chain_length)
+        require(max_hops >= 1, "HashHop", "max_hops", "at least 1", max_hops)
+        super().__init__(num_samples, hash_length, seed, chain_length)
+        if max_hops >= chain_length:
+            warnings.warn(
+                f"HashHop: max_hops: expected less than chain_length={chain_length}, found "
+                f"{max_hops}: the last hash answers every question that goes further, and is the "
+                "only one without a successor",
+                stacklevel=2,
+            )
+        self.chain_length = chain_length
+        self.max_hops = max_hops
+        self.vary_hops = vary_hops
+
+    def _make(self, rng: random.Random) -> HashInstance:
+        chain = self._hashes(rng, self.chain_length)
+        hops = rng.randint(1, self.max_hops) if self.vary_hops else self.max_hops
+        edges = list(pairwise(chain))
+        rng.shuffle(edges)
+        prompt = _prompt(edges, chain[0], f"Hops: {hops}")
+        target = chain[min(hops, self.chain_length - 1)]
+        return HashInstance(prompt, target, tuple(edges), chain[0], hops, (self.chain_length,))
+
+
+class HashChain(_Task):
+    """The reasoning task: where does the shortest of several chains end that leave one start?
+
+    With ``vary_hash`` the shortest length is uniform among the allowed ones without the largest,
+    and the others are drawn from those above it, no length twice where there are enough. So one
+    chain is the shortest.
+
+    Args:
+        num_samples: how many instances there are.
+        chains: allowed lengths, in hashes, the start included: a chain of length c has c - 1 edges.
+            Without ``vary_hash`` the first ``num_chains`` of them are the lengths.
+        num_chains: chains of an instance.
+        vary_hash: draw the lengths.
+        hash_length: characters of a hash, out of a-z and 0-9.
+        seed: of the instances.
+
+    Raises:
+        ValueError: a number that is too small; too few lengths; lengths of which two are the
+            shortest; more than half of all hashes would be needed.
+
+    Sources: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
+    2412.00029), its code (neelr/lora-reasoning-experiments).
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        chains: Sequence[int] = (2, 3, 4, 5, 6),
+        num_chains: int = 4,
+        vary_hash: bool = True,
+        hash_length: int = 4,
+        seed: int = 0,
+    ):
+        chains = tuple(chains)
+        require(num_chains >= 2, "HashChain", "num_chains", "at least 2", num_chains)
+        require(all(c >= 2 for c in chains), "HashChain", "chains", "lengths of at least 2", chains)
+        self.chains = chains
+        self.num_chains = num_chains
+        self.vary_hash = vary_hash
+        lengths = sorted(set(chains))
+        if vary_hash:
+            require(len(lengths) >= 2, "HashChain", "chains", "two distinct lengths", chains)
+            largest = max(self._longest(lengths, shortest) for shortest in lengths[:-1])
+        else:
+            enough = num_chains <= len(chains)
+            require(enough, "HashChain", "num_chains", f"at most {len(chains)} lengths", num_chains)
+            used = chains[:num_chains]
+            unique = used.count(min(used)) == 1
+            require(unique, "HashChain", "chains", "one shortest among those used", used)
+            largest = sum(used)
+        super().__init__(num_samples, hash_length, seed, 1 + largest - num_chains)
+
+    def _longest(self, lengths: Sequence[int], shortest: int) -> int:
+        """Hashes of an instance with this shortest length, at most, each start counted."""
+        above = [c for c in lengths if c > shortest]
+        count = self.num_chains - 1
+        return shortest + (sum(above[-count:]) if count <= len(above) else count * above[-1])
+
+    def _lengths(self, rng: random.Random) -> tuple[int, ...]:
+        """The shortest one first."""
+        if not self.vary_hash:
+            return tuple(sorted(self.chains[: self.num_chains]))
+        lengths = sorted(set(self.chains))
+        shortest = rng.choice(lengths[:-1])
+        above = [c for c in lengths if c > shortest]
+        count = self.num_chains - 1
+        others = rng.sample(above, count) if count <= len(above) else rng.choices(above, k=count)
+        return (shortest, *sorted(others))
+
+    def _make(self, rng: random.Random) -> HashInstance:
+        lengths = self._lengths(rng)
+        assert lengths[0] < lengths[1], f"HashChain: lengths {lengths} have no single shortest"
+        start, *rest = self._hashes(rng, 1 + sum(lengths) - self.num_chains)
+        edges: list[tuple[str, str]] = []
+        ends: list[str] = []
+        for length in lengths:
+            nodes, rest = rest[: length - 1], rest[length - 1 :]
+            edges += pairwise([start, *nodes])
+            ends.append(nodes[-1])
+        rng.shuffle(edges)
+        prompt = _prompt(edges, start, "Task: shortest path")
+        return HashInstance(prompt, ends[0], tuple(edges), start, None, lengths)
+
+
+def _prompt(edges: Sequence[tuple[str, str]], start: str, question: str) -> str:
+    lines = "".join(f"{key}=>{value}\n" for key, value in edges)
+    return f"Map:\n{lines}Start: {start}\n{question}\nTarget:"

@@ -1,0 +1,227 @@
+"""Both tasks as text: what a language model is trained on, and how its answers are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.nn import IGNORE
+from lora_ext.ops._checks import require
+
+from .tasks import HashInstance
+
+#: Whether an answer hits its target.
+SCORES: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda answer, target: answer.split()[:1] == [target],
+    "prefix3": lambda answer, target: answer.strip()[:3].lower() == target[:3].lower(),
+}
+_BREAKDOWNS: dict[str, Callable[[HashInstance], int | None]] = {
+    "hops": lambda instance: instance.hops,
+    "length": lambda instance: min(instance.chain_lengths),
+}
+
+
+def collate(
+    tokenizer: Any, instances: Iterable[HashInstance], mask_prompt: bool = True
+) -> dict[str, Tensor]:
+    """Tokenise a batch to train on: prompt, answer, end of text, and padding on the right.
+
+    Nothing is cut; :func:`evaluate` compares lengths with the model's context.
+
+    Args:
+        tokenizer: of transformers, with an end of text.
+        instances: of either task.
+        mask_prompt: learn the answer and the end of text alone, not the prompt.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, ``(B, T)`` int64, for a causal model of
+        transformers. Labels of padding are ``IGNORE`` even where it is the end of text as well.
+
+    Raises:
+        ValueError: no instances, or a tokenizer without an end of text.
+    """
+    instances = list(instances)
+    require(bool(instances), "collate", "instances", "at least one", 0)
+    end = tokenizer.eos_token_id
+    require(end is not None, "collate", "tokenizer", "one with an end of text", "none (eos_token)")
+    prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
+    answers = [[*_answer_ids(tokenizer, instance), end] for instance in instances]
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    labels = [
+        ([IGNORE] * len(prompt) if mask_prompt else prompt) + answer
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return {
+        "input_ids": _padded(rows, _pad_id(tokenizer)),
+        "attention_mask": _padded([[1] * len(row) for row in rows], 0),
+        "labels": _padded(labels, IGNORE),
+    }
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    instances: Iterable[HashInstance],
+    score: str = "exact",
+    batch_size: int = 32,
+    breakdown: str | None = None,
+) -> dict[str, Any]:
+    """Let a model answer, greedily, and count.
+
+    The published code samples, and forbids the answer to repeat a pair of tokens of the prompt, in
+    which the answer stands; here neither is done.
+
+    Args:
+        model: has ``generate`` as models of transformers have it. It runs in evaluation mode, and
+            is left in the mode that it was in.
+        tokenizer: of transformers.
+        instances: of either task.
+        score: "exact": the first word of the answer is the target; "prefix3": the first three
+            characters are, in lower case, as the published code counts the chain task.
+        batch_size: prompts of one ``generate``, padded on the left.
+        breakdown: "hops", or "length" for the length of the shortest chain.
+
+    Returns:
+        ``accuracy``; and with a breakdown ``by_hops`` or ``by_length``: from each value, in order,
+        to (accuracy, count).
+
+    Raises:
+        ValueError: an unknown ``score`` or ``breakdown``; no instances; "hops" of an instance that
+            has none; a prompt that leaves the model's context no room for the answer.
+    """
+    where = "evaluate"
+    instances = list(instances)
+    _one_of(where, "score", score, SCORES)
+    require(bool(instances), where, "instances", "at least one", 0)
+    require(batch_size >= 1, where, "batch_size", "at least 1", batch_size)
+    groups: list[int | None] = [None] * len(instances)
+    if breakdown is not None:
+        _one_of(where, "breakdown", breakdown, _BREAKDOWNS)
+        groups = [_BREAKDOWNS[breakdown](instance) for instance in instances]
+        hops = None not in groups
+        require(hops, where, "breakdown", "instances of the hop task for 'hops'", "others")
+    prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
+    new_tokens = _room(where, model, tokenizer, instances, prompts)
+    answers: list[str] = []
+    training = [m for m in _modules(model) if m.training]
+    try:
+        for module in training:
+            module.training = False
+        for first in range(0, len(prompts), batch_size):
+            chosen = prompts[first : first + batch_size]
+            answers += _answers(model, tokenizer, chosen, new_tokens)
+    finally:
+        for module in training:
+            module.training = True
+    hits = [
+        SCORES[score](answer, instance.target)
+        for answer, instance in zip(answers, instances, strict=True)
+    ]
+    result: dict[str, Any] = {"accuracy": sum(hits) / len(hits)}
+    if breakdown is not None:
+        parts: dict[Any, list[bool]] = {}
+        for group, hit in zip(groups, hits, strict=True):
+            parts.setdefault(group, []).append(hit)
+        result[f"by_{breakdown}"] = {
+            group: (sum(part) / len(part), len(part)) for group, part in sorted(parts.items())
+        }
+    return result
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int
+) -> list[str]:
+    pad = _pad_id(tokenizer)
+    ids = _padded(prompts, pad, left=True)
+    mask = _padded([[1] * len(row) for row in prompts], 0, left=True)
+    device = getattr(model, "device", ids.device)
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            no_repeat_ngram_size=0,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
+        )
+    tails = found[:, ids.shape[1] :].tolist()
+    end = tokenizer.eos_token_id
+    tails = [tail[: tail.index(end)] if end in tail else tail for tail in tails]
+    return [tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+
+
+def _room(
+    where: str,
+    model: Any,
+    tokenizer: Any,
+    instances: Sequence[HashInstance],
+    prompts: Sequence[list[int]],
+) -> int:
+    """How many tokens an answer may have: one a character, a space and an end, if they fit."""
+    wanted = max(len(instance.target) for instance in instances) + 2
+    context = _context(model)
+    if context is None:
+        return wanted
+    needed = max(len(_answer_ids(tokenizer, instance)) for instance in instances)
+    longest = max(map(len, prompts))
+    require(
+        longest + needed <= context,
+        where,
+        "instances",
+        f"prompts of at most {context - needed} tokens, which leave the model's context of "
+        f"{context} room for an answer of {needed}",
+        f"one of {longest}",
+    )
+    return min(wanted, context - longest)
+
+
+def _context(model: Any) -> int | None:
+    """How many tokens a model takes at once, where its configuration says so."""
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    if callable(text_config):
+        config = text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _modules(model: Any) -> list[torch.nn.Module]:
+    return list(model.modules()) if isinstance(model, torch.nn.Module) else []
+
+
+def _prompt_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
+    ids = list(tokenizer(instance.prompt).input_ids)
+    end = tokenizer.eos_token_id
+    return ids[:-1] if ids and ids[-1] == end else ids  # some tokenizers end every text
+
+
+def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
+    return list(tokenizer(f" {instance.target}", add_special_tokens=False).input_ids)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Padding is masked, so any id does for a tokenizer that has none."""
+    for name in ("pad_token_id", "eos_token_id"):
+        found = getattr(tokenizer, name, None)
+        if found is not None:
+            return found
+    return 0
+
+
+def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor(
+        [
+            [value] * (length - len(row)) + row if left else row + [value] * (length - len(row))
+            for row in rows
+        ]
+    )
+
+
+def _one_of(where: str, argument: str, value: object, known: Iterable[str]) -> None:
+    known = tuple(known)
+    require(value in known, where, argument, f"one of {known}", repr(value))

@@ -1,0 +1,173 @@
+"""Shapley values of layers: one by one and many coalitions in one forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from adapted_models import KINDS, adapted
+from torch import Tensor, nn
+
+from lora_ext.methods.copra import CopraConfig, CopraController, layer_shapley
+from lora_ext.nn import adapted_layers
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+BATCH = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def controller_of(model: nn.Module, **fields) -> CopraController:
+    return CopraController(model, CopraConfig(**fields), 10)
+
+
+def of_rows(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probability of the row's tokens."""
+    found = output.logits[:, :-1].log_softmax(-1)
+    return found.gather(2, batch["labels"][:, 1:, None]).sum((1, 2))
+
+
+def of_model(model: nn.Module) -> float:
+    return of_rows(model(**BATCH), BATCH).double().mean().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sync", ["seed", "touch", "tensor"])
+@pytest.mark.parametrize("method", ["exact", "permutation", "owen"])
+def test_batched_coalitions_are_worth_what_they_are_one_by_one(kind: str, sync: str, method: str):
+    model = adapted(kind)
+    controller = controller_of(model, sync=sync)
+    settings = {"method": method, "samples": 3}
+    expected = layer_shapley(
+        model, controller, of_model, generator=torch.Generator().manual_seed(0), **settings
+    )
+    for at_once in (1, 3, 100):
+        found = layer_shapley(
+            model,
+            controller,
+            of_rows,
+            generator=torch.Generator().manual_seed(0),
+            batch=BATCH,
+            batched_coalitions=at_once,
+            **settings,
+        )
+        assert found.evaluations == expected.evaluations
+        torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_add_up_and_the_model_is_as_it_was(kind: str):
+    model = adapted(kind, lora_dropout=0.5).train()
+    model.get_submodule("model.model" if kind != "ours" else "model").eval()  # modes are mixed
+    controller = controller_of(model)
+    controller.step(0)
+    modes, mask = [m.training for m in model.modules()], controller.mask
+    found = layer_shapley(model, controller, of_rows, batch=BATCH, batched_coalitions=8)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(controller.mask, mask) and torch.is_grad_enabled()
+    with controller.coalition([True] * 3):
+        model.eval()
+        full = of_model(model)
+    with controller.coalition([False] * 3):
+        none = of_model(model)
+    assert found.values.sum().item() == pytest.approx(full - none, abs=1e-5)  # float32 forwards
+    assert found.evaluations == 8
+
+
+def test_a_utility_that_fails_leaves_model_and_masks_as_they_were():
+    model = adapted("fused").train()
+    controller = controller_of(model)
+    mask = controller.step(0)
+
+    def fail(*_: object) -> float:
+        raise KeyError
+
+    for settings in ({}, {"batch": BATCH, "batched_coalitions": 4}):
+        with pytest.raises(KeyError):
+            layer_shapley(model, controller, fail, **settings)
+        assert model.training and torch.equal(controller.mask, mask)
+        assert not any(m._forward_pre_hooks for m in adapted_layers(model).values())
+
+
+def test_other_entries_of_a_batch_are_handed_on():
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = adapted("ours")
+
+        def forward(self, x: Tensor, scale: Tensor, table: Tensor, name: str) -> Tensor:
+            seen.append((tuple(x.shape), tuple(scale.shape), tuple(table.shape), name))
+            return self.inner(input_ids=x).logits
+
+    model = Model()
+    batch = {"x": IDS, "scale": torch.tensor(2.0), "table": torch.zeros(5, 3), "name": "a"}
+    layer_shapley(
+        model, controller_of(model), lambda y, b: y.sum((1, 2)), batch=batch, batched_coalitions=8
+    )
+    assert seen == [((16, 4), (), (5, 3), "a")]
+
+
+def test_more_than_twelve_groups_are_sampled_by_default():
+    model = nn.Sequential(*[adapted("ours") for _ in range(5)])
+    controller = controller_of(model, group_by="module")
+    found = layer_shapley(model, controller, lambda m: float(controller.mask.sum()), samples=2)
+    assert len(controller.groups) == 30 and found.evaluations < 64
+    torch.testing.assert_close(found.values, torch.ones(30, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_without_rows_are_named_and_evaluated_one_by_one(kind: str):
+    model = adapted(kind, "default", "second")
+    for layer in adapted_layers(model).values():
+        layer.set_adapter(["default", "second"])
+    controller = controller_of(model)
+    expected = layer_shapley(model, controller, of_model)
+    with pytest.warns(UserWarning, match=r"q_proj: expected 'default' as its one .* one by one"):
+        found = layer_shapley(model, controller, of_rows, batch=BATCH, batched_coalitions=8)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_the_model_flattens_are_evaluated_one_by_one():
+    class Flat(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+    torch.manual_seed(0)
+    from lora_ext.nn import LoraLinear
+
+    model = Flat(LoraLinear(nn.Linear(3, 4), r=2, init_lora_weights=False))
+    batch = {"x": torch.randn(2, 5, 3)}
+    controller = controller_of(model)
+    with pytest.warns(UserWarning, match=r"inner: expected activations of 4 sequences first"):
+        found = layer_shapley(
+            model, controller, lambda y, _: y.sum((1, 2)), batch=batch, batched_coalitions=2
+        )
+    expected = layer_shapley(model, controller, lambda m: m(batch["x"]).sum((1, 2)).mean())
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batched_coalitions": 4}, r"batched_coalitions: expected at least 1, and 1 without a"),
+        ({"batch": BATCH, "batched_coalitions": 0}, r"batched_coalitions: .* found 0"),
+        ({"batch": {"name": "a"}}, r"batch: expected tensors with rows, found \['name'\]"),
+        ({"batch": BATCH, "samples": 0}, r"samples: expected at least 1, found 0"),
+    ],
+)
+def test_bad_arguments_are_refused(settings: dict, message: str):
+    model = adapted("ours")
+    with pytest.raises(ValueError, match=message):
+        layer_shapley(model, controller_of(model), of_rows, **settings)
+
+
+@pytest.mark.parametrize("result", [1.0, torch.zeros(3), torch.zeros(2, 4)])
+def test_a_utility_of_another_shape_is_refused(result):
+    model = adapted("ours")
+    with pytest.raises(ValueError, match=r"eval_fn: expected the utility of each row, of shape"):
+        layer_shapley(model, controller_of(model), lambda y, b: result, batch=BATCH)

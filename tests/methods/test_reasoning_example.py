@@ -1,0 +1,48 @@
+"""examples/reasoning.py with its smallest sizes; and the pictures that it and the study draw."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_ext.adapter import RankReport
+
+MISSING = [n for n in ("matplotlib", "tqdm") if importlib.util.find_spec(n) is None]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+
+
+def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("reasoning_example", EXAMPLES / "reasoning.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "reasoning_example", example)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(sys, "argv", ["reasoning.py", "--quick", "--out", str(tmp_path)])
+    example.main()
+    assert (tmp_path / "reasoning.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for task in ("planning", "reasoning"):
+        assert f"{task}: accuracy " in printed
+
+
+def test_a_map_has_a_field_for_each_block_and_module():
+    from matplotlib import pyplot
+
+    from lora_ext.methods.reasoning.pictures import draw_report
+
+    names = ("h.0.mlp.up", "h.0.mlp.down", "h.2.mlp.down", "head")
+    report = RankReport(
+        tuple({"module": name, "entropy": 1.5 + i, "fro": 0.0} for i, name in enumerate(names))
+    )
+    axes = draw_report(report)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "2"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["mlp.up", "mlp.down"]
+    assert sorted(t.get_text() for t in axes.texts) == ["1.5", "2.5", "3.5"]
+    assert (axes.get_xlabel(), axes.get_title()) == ("block", "entropy")
+    (image,) = axes.get_images()
+    assert image.get_clim() == (0, 3.5)
+    zeros = draw_report(report, "fro").get_images()[0]
+    assert zeros.get_clim() == (0, 1)  # all zero: any scale but an empty one
+    pyplot.close("all")
