@@ -106,6 +106,7 @@ class Layer(NamedTuple):
     factors: Factors
     base_key: str
     aligned_key: str
+    transposed: bool  # the weights are stored as (n, m)
 
 
 #: What shows progress: takes the layers, gives them back one by one (``tqdm.tqdm``).
@@ -145,23 +146,28 @@ def project_layers(
     found: list[Layer] = []
     projected: list[Tensor] = []
     identities: list[str] = []
-    transposed = adapter.config.fan_in_fan_out
+    said = adapter.config.fan_in_fan_out
     with (
         ModelWeights(base, f"{where}: base") as base_weights,
         ModelWeights(aligned, f"{where}: aligned") as aligned_weights,
     ):
         wanted = sorted(adapter.modules if names is None else names, key=natural_order)
-        keys = base_weights.keys(wanted), aligned_weights.keys(wanted)
-        layers = [Layer(n, adapter.modules[n], keys[0][n], keys[1][n]) for n in wanted]
-        for layer in layers:
-            shapes = base_weights.shape(layer.base_key), aligned_weights.shape(layer.aligned_key)
-            _check(f"{where}: {layer.name}", layer.factors, *shapes, transposed)
+        keys, aligned_keys = base_weights.keys(wanted), aligned_weights.keys(wanted)
+        layers: list[Layer] = []
+        for name, key, aligned_key in zip(
+            wanted, keys.values(), aligned_keys.values(), strict=True
+        ):
+            known = base_weights.is_transposed(key) or aligned_weights.is_transposed(aligned_key)
+            layers.append(Layer(name, adapter.modules[name], key, aligned_key, said or known))
+            shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
+            _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
-            pair = base_weights.read(layer.base_key), aligned_weights.read(layer.aligned_key)
-            stored = (t.T for t in pair) if transposed else pair
+            w0, wa = base_weights.read(layer.base_key), aligned_weights.read(layer.aligned_key)
+            if layer.transposed:
+                w0, wa = w0.T, wa.T
             try:
                 wide, is_identity = project_wide(
-                    f"{where}: {layer.name}", columns(layer.factors), *stored, config
+                    f"{where}: {layer.name}", columns(layer.factors), w0, wa, config
                 )
             except ZeroAlignmentError:
                 if config.on_zero_alignment == "raise":
@@ -176,15 +182,9 @@ def project_layers(
     return found, projected
 
 
-def _check(
-    where: str,
-    factors: Factors,
-    base: tuple[int, ...],
-    aligned: tuple[int, ...],
-    transposed: bool,
-) -> None:
-    a, b = factors.a, factors.b
-    stored = (base[::-1], aligned[::-1]) if transposed else (base, aligned)
+def _check(where: str, layer: Layer, base: tuple[int, ...], aligned: tuple[int, ...]) -> None:
+    a, b = layer.factors.a, layer.factors.b
+    stored = (base[::-1], aligned[::-1]) if layer.transposed else (base, aligned)
     check_shapes(where, b.shape, *stored, a.shape)
     for name, t in (("lora_A.weight", a), ("lora_B.weight", b)):
         check_floating(where, name, t)
