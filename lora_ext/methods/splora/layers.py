@@ -162,12 +162,9 @@ def project_layers(
             shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
             _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
-            w0, wa = base_weights.read(layer.base_key), aligned_weights.read(layer.aligned_key)
-            if layer.transposed:
-                w0, wa = w0.T, wa.T
             try:
-                wide, is_identity = project_wide(
-                    f"{where}: {layer.name}", columns(layer.factors), w0, wa, config
+                wide, is_identity = _project(
+                    where, layer, base_weights, aligned_weights, columns(layer.factors), config
                 )
             except ZeroAlignmentError:
                 if config.on_zero_alignment == "raise":
@@ -182,13 +179,30 @@ def project_layers(
     return found, projected
 
 
+def _project(
+    where: str,
+    layer: Layer,
+    base: ModelWeights,
+    aligned: ModelWeights,
+    columns: Tensor,
+    config: SploraConfig,
+) -> tuple[Tensor, bool]:
+    """:func:`project_wide` of one layer; its two weights go before the next ones are read."""
+    w0, wa = base.read(layer.base_key), aligned.read(layer.aligned_key)
+    if layer.transposed:
+        w0, wa = w0.T, wa.T
+    return project_wide(f"{where}: {layer.name}", columns, w0, wa, config)
+
+
 def _check(where: str, layer: Layer, base: tuple[int, ...], aligned: tuple[int, ...]) -> None:
     a, b = layer.factors.a, layer.factors.b
     stored = (base[::-1], aligned[::-1]) if layer.transposed else (base, aligned)
     check_shapes(where, b.shape, *stored, a.shape)
-    for name, t in (("lora_A.weight", a), ("lora_B.weight", b)):
-        check_floating(where, name, t)
-        check_finite(where, name, t)
+    named = {"lora_A.weight": a, "lora_B.weight": b, "lora_B.bias": layer.factors.bias}
+    for name, t in named.items():
+        if t is not None:
+            check_floating(where, name, t)
+            check_finite(where, name, t)
 
 
 def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
