@@ -266,21 +266,18 @@ def show(rows: Rows) -> None:
 
 def draw(rows: Rows, path: Path) -> None:
     """Accuracy by rank; maps of effective rank and of norm over rank and block."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     from lora_ext.methods.reasoning.pictures import draw_map
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     blocks = range(4)
     values = {
         (task, name): [[lora(rows, task, r, f"{name}_{i}") for i in blocks] for r in RANKS]
         for task in TASKS
         for name in ("entropy", "fro")
     }
-    for line, task in zip(axes, TASKS, strict=True):
+    for line, task in zip(figure.subplots(2, 3), TASKS, strict=True):
         base = study.mean(rows, "accuracy", part="base", task=task)
         line[0].axhline(base, color="0.5", linestyle="--", label="frozen base")
         for seed in sorted({row["seed"] for row in rows}):
@@ -300,7 +297,6 @@ def draw(rows: Rows, path: Path) -> None:
             draw_map(axis, values[task, name], [f"r = {r}" for r in RANKS], list(blocks), top)
             axis.set(xlabel="block", title=f"{title}, {task}")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

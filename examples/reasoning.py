@@ -13,24 +13,22 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib import pyplot
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lora_ext import nn
 from lora_ext.methods import reasoning
-from lora_ext.methods.reasoning import HashChain, HashHop
 from lora_ext.methods.reasoning.pictures import draw_report
 
-matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "reasoning"
 VOCAB, BATCH = 32, 128
-SHORT = [HashHop(1 << 20, 6, 2, seed=1), HashChain(1 << 20, (2, 3), 2, seed=2)]
+SHORT = [reasoning.HashHop(1 << 20, 6, 2, seed=1), reasoning.HashChain(1 << 20, (2, 3), 2, seed=2)]
 TASKS = {
-    "planning": HashHop(1 << 20, 6, 3, seed=3),
-    "reasoning": HashChain(1 << 20, (2, 3, 4), 2, seed=4),
+    "planning": reasoning.HashHop(1 << 20, 6, 3, seed=3),
+    "reasoning": reasoning.HashChain(1 << 20, (2, 3, 4), 2, seed=4),
 }
 
 
@@ -54,18 +52,20 @@ def accuracy(model: Any, task: Any) -> float:
 
 
 def draw(reports: dict[str, Any], histories: dict[str, Any], path: Path) -> None:
-    figure, axes = pyplot.subplots(len(reports), 3, figsize=(12, 6), layout="constrained")
-    for line, (name, report) in zip(axes, reports.items(), strict=True):
-        for axis, column in zip(line, ("entropy", "fro"), strict=False):
-            title = {"entropy": "entropy rank", "fro": "norm of the update"}[column]
-            draw_report(report, column, axis).set_title(f"{title}, {name}")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for line, (name, report) in zip(figure.subplots(len(reports), 3), reports.items(), strict=True):
+        titles = {"entropy": "entropy rank", "fro": "norm of the update"}
+        for axis, (column, title) in zip(line, titles.items(), strict=False):
+            top = max(row[column] for each in reports.values() for row in each)  # the same scale
+            draw_report(report, column, axis, top).set_title(f"{title}, {name}")
         rows = histories[name]
         for i, module in enumerate(dict.fromkeys(row["module"] for row in rows)):
             own = [(r["step"], r["participation"]) for r in rows if r["module"] == module]
-            line[2].plot(*zip(*own, strict=True), color=pyplot.cm.cividis(i / 16), linewidth=1)
-        line[2].set(xlabel="step", title=f"participation rank of each module, {name}", ylim=0)
+            line[2].plot(*zip(*own, strict=True), color=colormaps["cividis"](i / 16), linewidth=1)
+        line[2].set(
+            xlabel="step", ylabel="participation rank", title=f"each module, {name}", ylim=0
+        )
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def main() -> None:

@@ -28,8 +28,6 @@ def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, cap
 
 
 def test_a_map_has_a_field_for_each_block_and_module():
-    from matplotlib import pyplot
-
     from lora_ext.methods.reasoning.pictures import draw_report
 
     names = ("h.0.mlp.up", "h.0.mlp.down", "h.2.mlp.down", "head")
@@ -43,6 +41,7 @@ def test_a_map_has_a_field_for_each_block_and_module():
     assert (axes.get_xlabel(), axes.get_title()) == ("block", "entropy")
     (image,) = axes.get_images()
     assert image.get_clim() == (0, 3.5)
+    (image,) = draw_report(report, top=7).get_images()
+    assert image.get_clim() == (0, 7)
     zeros = draw_report(report, "fro").get_images()[0]
     assert zeros.get_clim() == (0, 1)  # all zero: any scale but an empty one
-    pyplot.close("all")

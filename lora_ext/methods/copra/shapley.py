@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from lora_ext.nn import RowwiseError, coalitions
 
 from .controller import CopraController
 from .estimators import Estimator, exact, owen, permutation
+from .evaluation import evaluating
 
 Method = Literal["exact", "permutation", "owen"]
 
@@ -145,7 +145,7 @@ def layer_shapley(
         return found
 
     values = one_by_one if batch is None else _Batched(model, controller, eval_fn, batch)
-    with _evaluating(model):
+    with evaluating(model):
         return _run(estimator, n, values, cache, batched_coalitions)
 
 
@@ -203,19 +203,6 @@ class _Batched:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
             return value.repeat(times, *[1] * (value.dim() - 1))
         return value
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _estimator(

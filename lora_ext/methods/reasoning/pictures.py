@@ -42,12 +42,15 @@ def draw_map(
     return axes
 
 
-def draw_report(report: RankReport, figure: str = "entropy", axes: Any = None) -> Any:
+def draw_report(
+    report: RankReport, figure: str = "entropy", axes: Any = None, top: float | None = None
+) -> Any:
     """Draw one figure of a report over blocks and modules.
 
     Args:
         report: of :func:`lora_ext.adapter.rank_report`. figure: a column of it, ``"fro"`` say.
         axes: matplotlib axes, or None for new ones.
+        top: the number of the darkest colour, for reports that are compared.
 
     Returns:
         The axes; ``axes.figure.savefig(path)`` writes a file. Modules outside all blocks are not
@@ -61,11 +64,11 @@ def draw_report(report: RankReport, figure: str = "entropy", axes: Any = None) -
     modules = list(dict.fromkeys(module for module, _ in places))
     blocks = sorted({index for _, index in places})
     if axes is None:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
 
         size = 2 + 0.5 * len(blocks), 1 + 0.4 * len(modules)
-        axes = pyplot.subplots(figsize=size, layout="constrained")[1]
+        axes = Figure(figsize=size, layout="constrained").subplots()
     values = [[places.get((module, block), float("nan")) for block in blocks] for module in modules]
-    draw_map(axes, values, modules, blocks)
+    draw_map(axes, values, modules, blocks, top)
     axes.set(xlabel="block", title=figure)
     return axes
