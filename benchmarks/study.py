@@ -150,9 +150,9 @@ def criteria_table(criteria: Sequence[Criterion]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, its columns aligned so that it reads in a terminal too."""
+    """A table, its columns aligned up to sixty characters so that it reads in a terminal too."""
     cells = [[str(cell) for cell in line] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [min(60, max(map(len, column))) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
         for line in cells

@@ -8,6 +8,7 @@ shrinks meanwhile gives a short read, an exception, where a mapping would give S
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -207,6 +208,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
     if path.is_dir():
         _replace_files(path, files, mark)
         return
+    parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}{mark}")
     try:
@@ -216,6 +218,9 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
         beside.rename(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in parents:  # the nearest first; one that others use by now is not empty
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
 
 

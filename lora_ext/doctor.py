@@ -1,11 +1,13 @@
-"""``python -m lora_ext.doctor``: what is installed, how it was built, whether each device works.
+"""``lora-ext doctor``: what is installed, how it was built, whether each device works.
 
+Also ``python -m lora_ext.doctor``, where the command is not on the path.
 The output is meant to be pasted into a bug report as it is. The exit status is 1 if an op failed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -82,40 +84,52 @@ def _try_op(device: torch.device) -> tuple[bool, str]:
     return fine, f"lora_apply, largest error {error.max():.1e}"
 
 
-def main() -> int:
+def main(as_json: bool = False) -> int:
     """Print the report; 0 if every device computes what the formula says."""
-    _section("versions", {name: _version(name) for name in PACKAGES})
-    _section(
-        "machine",
-        {
+    info = _loader.build_info()
+    devices, cards = _devices(info)
+    sections = _sections(info, cards)
+    if not as_json:  # before any op runs: it may take the process with it
+        for title, rows in sections.items():
+            _section(title, rows)
+        print("ops", flush=True)
+    ops: dict[str, dict[str, object]] = {}
+    for device in devices:
+        fine, words = _try_op(device)
+        ops[str(device)] = {"ok": fine, "found": words}
+        if not as_json:
+            print(f"  {device!s:<14} {'ok  ' if fine else 'FAIL'} {words}")
+    failed = sum(not op["ok"] for op in ops.values())
+    if as_json:
+        print(json.dumps({**sections, "ops": ops}, indent=2, default=str))
+    else:
+        print("all good" if not failed else f"{failed} of {len(devices)} devices failed")
+    return 1 if failed else 0
+
+
+def _sections(info: dict[str, object], cards: dict[str, object]) -> dict[str, dict[str, object]]:
+    here, other = Path(__file__).resolve().parent, _loader.hidden()
+    module = _loader.load()
+    package: dict[str, object] = {"imported from": str(here), "kernels from": module.__file__}
+    if other is not None:
+        package["note"] = (
+            f"it hides another in {other}; start Python outside of {here.parent} to use that one"
+        )
+    build = dict(info)
+    if info and info["torch"] != torch.__version__:
+        build["note"] = f"built for torch {info['torch']}, found {torch.__version__}"
+    return {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "machine": {
             "python": f"{platform.python_version()} ({sys.executable})",
             "system": platform.platform(),
             "processor": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process",
             "threads": torch.get_num_threads(),
         },
-    )
-    here, other = Path(__file__).resolve().parent, _loader.hidden()
-    module = _loader.load()
-    _section("package", {"imported from": here, "kernels from": module.__file__})
-    if other is not None:
-        print(
-            f"  note           it hides another in {other}; start Python outside of {here.parent} "
-            "to use that one"
-        )
-    info = _loader.build_info()
-    _section("build", info)
-    if info and info["torch"] != torch.__version__:
-        print(f"  note           built for torch {info['torch']}, found {torch.__version__}")
-    devices, cards = _devices(info)
-    _section("devices", {"cpu kernels": module.cpu_isa(), **cards})
-    failed = 0
-    print("ops")
-    for device in devices:
-        fine, words = _try_op(device)
-        failed += not fine
-        print(f"  {device!s:<14} {'ok  ' if fine else 'FAIL'} {words}")
-    print("all good" if not failed else f"{failed} of {len(devices)} devices failed")
-    return 1 if failed else 0
+        "package": package,
+        "build": build,
+        "devices": {"cpu kernels": module.cpu_isa(), **cards},
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .low_rank import check_matrices, wide
+from .low_rank import check_matrices, norm_of, wide
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
 
@@ -86,7 +86,7 @@ def _compared(name: str, first: Factors | None, second: Factors | None) -> Modul
             f"compare_adapters: second: {name}: expected in {a.shape[1]} and out {b.shape[0]} as "
             f"in first, found {other_a.shape[1]} and {other_b.shape[0]}"
         )
-    norms = _norm(a, b), _norm(other_a, other_b)
+    norms = norm_of(a, b), norm_of(other_a, other_b)
     same = torch.equal(a, other_a) and torch.equal(b, other_b)
     both = norms[0] * norms[1]
     inner = float(((b.T @ other_b) * (a @ other_a.T)).sum())
@@ -94,7 +94,7 @@ def _compared(name: str, first: Factors | None, second: Factors | None) -> Modul
         name,
         (a.shape[0], other_a.shape[0]),
         norms,
-        0.0 if same else _norm(torch.cat([a, other_a]), torch.cat([b, -other_b], 1)),
+        0.0 if same else norm_of(torch.cat([a, other_a]), torch.cat([b, -other_b], 1)),
         max(-1.0, min(1.0, inner / both)) if both else None,
         _angles(_columns(a, b), _columns(other_a, other_b)),
     )
@@ -105,11 +105,6 @@ def _matrices(factors: Factors | None, like: Factors) -> tuple[Tensor, Tensor]:
     if factors is None:
         return wide(like.a)[:0], wide(like.b)[:, :0]
     return wide(factors.a), factors.scaling * wide(factors.b)
-
-
-def _norm(a: Tensor, b: Tensor) -> float:
-    r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
-    return float((r_b @ r_a.T).norm())
 
 
 def _columns(a: Tensor, b: Tensor) -> Tensor:

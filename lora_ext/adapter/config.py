@@ -169,7 +169,7 @@ class AdapterConfig(LoraConfig):
         changes |= {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
         config = dataclasses.replace(self, **changes)
         if config.targeted({*names, *others}, ()) != set(names):
-            config = dataclasses.replace(config, exclude_modules=_longer_than(names))
+            config = dataclasses.replace(config, exclude_modules=longer_than(names))
         return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
@@ -219,7 +219,7 @@ def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
     return common, {pattern(name): v for name, v in values.items() if v != common}
 
 
-def _longer_than(names: Iterable[str]) -> str:
+def longer_than(names: Iterable[str]) -> str:
     """A regular expression for every longer name that ends with one of ``names`` and is none."""
     names = sorted(names)
     first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))

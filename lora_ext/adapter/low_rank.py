@@ -15,6 +15,19 @@ def wide(factor: Tensor) -> Tensor:
     return factor.detach().flatten(1).to("cpu", torch.float64)
 
 
+def norm_of(a: Tensor, b: Tensor) -> float:
+    """The Frobenius norm of ``b @ a``; both are float64 matrices."""
+    r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
+    return float((r_b @ r_a.T).norm())
+
+
+def product_norm(factors: Factors) -> float | None:
+    """The Frobenius norm of ``scaling * b @ a``; None: a grouped convolution is no such product."""
+    if factors.a.shape[0] != factors.b.shape[1]:
+        return None
+    return abs(factors.scaling) * norm_of(wide(factors.a), wide(factors.b))
+
+
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The nearest product of a rank.
 

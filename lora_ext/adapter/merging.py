@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .config import longer_than
 from .low_rank import check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
@@ -137,6 +138,7 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
+    changes: dict[str, Any] = {}
     for name in progress(names):
         parts = [
             (w, value.modules[name])
@@ -156,12 +158,16 @@ def _merged(
             rounded(bias, like.b, dtype, f"{where}: {name}: bias") if has_bias else None,
             embedding=like.embedding,
         )
+    excluded = {value.config.exclude_modules for value in values}
+    if excluded != {first.config.exclude_modules}:  # what one excludes, none of them may adapt
+        changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,
         base_weights={key: t for value in values for key, t in value.base_weights.items()},
         use_rslora=all(value.config.use_rslora for value in values),
         lora_bias=has_bias,
         fan_in_fan_out=any(value.config.fan_in_fan_out for value in values),
+        **changes,
     )
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from lora_ext.interop.copra import CopraCallback
+
+__all__ = ["CopraCallback", "from_peft"]
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def __getattr__(name: str) -> Any:
+    """What needs another package is imported when it is asked for."""
+    if name == "CopraCallback":
+        from lora_ext.interop.copra import CopraCallback
+
+        return CopraCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def from_peft(model: Model) -> Model:

@@ -14,6 +14,8 @@ from .init import known_scheme
 from .patterns import match_names
 
 ALL_LINEAR = "all-linear"
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+_NOT_IN_FILES = ("where", "preserve_base_output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class LoraConfig:
         use_dora: train a magnitude per output as well.
         lora_bias: a bias beside B.
         init_lora_weights: see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
+        preserve_base_output: of that method too; it changes the base weight, so no file has it.
         fan_in_fan_out: accepted and without effect: a layer is known to store ``(I, O)`` or not to.
         bias: "none": the base model's biases stay frozen.
         task_type: what PEFT calls the task, "CAUSAL_LM" say; goes into files.
@@ -68,6 +71,7 @@ class LoraConfig:
     fan_in_fan_out: bool = False
     bias: str = "none"
     task_type: str | None = None
+    preserve_base_output: bool = False
     where: str = field(default="LoraConfig", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +88,7 @@ class LoraConfig:
             "alpha_pattern": check.table("alpha_pattern", self.alpha_pattern, check.number),
             "task_type": getattr(self.task_type, "value", self.task_type),
         }
-        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        for name in (*_FLAGS, "preserve_base_output"):
             checked[name] = check.flag(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -106,7 +110,7 @@ class LoraConfig:
         found: dict[str, Any] = {"peft_type": "LORA"}
         for each in fields(LoraConfig):
             value = getattr(self, each.name)
-            if each.name != "where":
+            if each.name not in _NOT_IN_FILES:
                 found[each.name] = list(value) if isinstance(value, tuple) else value
         return found
 

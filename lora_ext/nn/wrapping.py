@@ -198,6 +198,7 @@ def _settings(
         "lora_alpha": alpha,
         "lora_dropout": config.lora_dropout,
         "init_lora_weights": config.init_lora_weights,
+        "preserve_base_output": config.preserve_base_output,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,

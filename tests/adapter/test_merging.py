@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_adapters import SHAPES, Q, V, adapter, delta, rescaled
 from test_value import CASES, assert_peft_finds_every_key, peft_model
+from torch import nn
 
 from lora_ext.adapter import LoraAdapter, interpolate_adapters, merge_adapters
 from lora_ext.pool import AdapterPool
@@ -234,6 +235,24 @@ def test_an_embedding_and_its_base_weight_are_merged(tmp_path):
     other = LoraAdapter(other.config, other.modules, moved)
     with pytest.raises(ValueError, match=rf"adapters\[1\]: {key}: expected the base model's"):
         merge_adapters([tmp_path / "one", other], [0.5, 0.5])
+
+
+def test_what_one_adapter_excludes_the_merged_one_does_not_adapt(tmp_path):
+    base = nn.ModuleDict(
+        {
+            "up": nn.Linear(5, 6),
+            "down": nn.Linear(5, 6),
+            "block": nn.ModuleDict({"up": nn.Linear(5, 6), "down": nn.Linear(5, 6)}),
+        }
+    )
+    up = adapter(1, shapes={"up": (6, 5)}, exclude_modules=["block.up"])
+    down = adapter(2, shapes={"down": (6, 5)}, exclude_modules="block.down|up")
+    for first, second in ((up, down), (down, up), (adapter(3, shapes={"down": (6, 5)}), up)):
+        merge_adapters([first, second], [1, 1]).save(tmp_path)
+        theirs = assert_peft_finds_every_key(base, tmp_path)
+        layers = theirs.base_model.model.named_modules()
+        assert {n for n, m in layers if hasattr(m, "base_layer")} == {"up", "down"}
+        AdapterPool(base, max_slots=1, max_rank=8).load("a", tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------

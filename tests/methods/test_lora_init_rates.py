@@ -10,6 +10,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import lora_ext
+from lora_ext.methods import lora_init
 from lora_ext.methods.lora_init import loraplus_param_groups, suggest_lr
 
 
@@ -187,3 +188,9 @@ def test_groups_that_make_no_sense_are_refused(changed, text):
     arguments = {"model": adapted("ours"), "lr": 1e-3, "loraplus_lr_ratio": 4, **changed}
     with pytest.raises(ValueError, match=f"loraplus_param_groups: {text}"):
         loraplus_param_groups(**arguments)
+
+
+def test_what_the_page_mentions_is_in_one_room():
+    assert lora_init.init_lora_ is lora_ext.nn.init_lora_
+    assert lora_init.LoraProbe is lora_ext.nn.LoraProbe
+    assert lora_ext.methods.lora_init is lora_init

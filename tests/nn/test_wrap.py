@@ -169,6 +169,19 @@ def test_unwrapping_gives_back_every_object_flag_and_bit():
     unwrap(model)
 
 
+def test_two_random_factors_may_start_at_the_base_model():
+    base = run(llama())
+    settings = {"init_lora_weights": "init_ab", "target_modules": ["q_proj", "down_proj"]}
+    assert (run(wrap(llama(), LoraConfig(**settings))) - base).abs().max() > 1e-3
+    config = LoraConfig(**settings, preserve_base_output=True)
+    assert "preserve_base_output" not in config.to_dict()
+    model = wrap(llama(), config)
+    torch.testing.assert_close(run(model), base, **CLOSE)
+    assert torch.equal(run(unwrap(model)), base)
+    with pytest.raises(ValueError, match="preserve_base_output: expected true or false, found 1"):
+        LoraConfig(preserve_base_output=1)
+
+
 def test_a_second_adapter_waits_until_it_is_chosen():
     model = wrap(llama(), LoraConfig(target_modules=["q_proj"]), "french")
     wrap(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False), "german")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from lora_ext.nn import RowwiseError, coalitions
 
 from .controller import CopraController
 from .estimators import Estimator, exact, owen, permutation
+from .evaluation import evaluating
 
 Method = Literal["exact", "permutation", "owen"]
 
@@ -119,7 +119,8 @@ def layer_shapley(
         :class:`Shapley`.
 
     Raises:
-        ValueError: what :func:`shapley_values` refuses; ``batched_coalitions`` below 1, or above it
+        ValueError: another model than the controller's; what :func:`shapley_values` refuses;
+            ``batched_coalitions`` below 1, or above it
             without a batch; a batch without tensors; an ``eval_fn`` that returns something else
             than a number a row.
 
@@ -127,7 +128,12 @@ def layer_shapley(
         UserWarning: a layer cannot be switched row by row, naming it. Coalitions are then evaluated
             one by one.
     """
-    n = len(controller.layers)
+    n, modules = len(controller.layers), set(model.modules())
+    if not all(layer in modules for group in controller.layers.layers for layer in group):
+        raise ValueError(
+            "layer_shapley: model: expected the controller's, found a "
+            f"{type(model).__name__} without its layers"
+        )
     if method is None:
         method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
@@ -145,7 +151,7 @@ def layer_shapley(
         return found
 
     values = one_by_one if batch is None else _Batched(model, controller, eval_fn, batch)
-    with _evaluating(model):
+    with evaluating(model):
         return _run(estimator, n, values, cache, batched_coalitions)
 
 
@@ -203,19 +209,6 @@ class _Batched:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
             return value.repeat(times, *[1] * (value.dim() - 1))
         return value
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _estimator(

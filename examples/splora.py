@@ -1,0 +1,97 @@
+"""An adapter that taught a model to comply is pruned until the model refuses again.
+
+A toy language model learns to refuse; then an adapter with a new task and some compliance takes
+that away (benchmarks/splora_toy.py). They lie in folders as people have them: base model, aligned
+model, PEFT adapter. SPLoRA scores the adapter's layers from the folders, prunes it on the disk, and
+switches layers of the live model off. No data, no training, no GPU; two minutes on two cores:
+`python examples/splora.py`, or `--quick` for seconds that show only that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from rich.console import Console
+from rich.table import Table
+from splora_toy import QUICK, Figures, Sizes, Toy, figures, train_toy
+from tqdm import tqdm
+
+from lora_ext.adapter import LoraAdapter
+from lora_ext.methods import splora
+from lora_ext.methods.splora import SploraConfig, SploraResult
+
+OUT = Path(__file__).resolve().parents[1] / "out" / "splora"
+LINES = (
+    ("refusal", "#0072B2", "refuses the harmful task"),
+    ("utility", "#D55E00", "new task right"),
+    ("benign", "#009E73", "benign task right"),
+)
+console = Console()
+
+
+def main() -> None:
+    """Train, save, prune, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else Sizes()
+    with tqdm(total=sizes.steps, desc="train base, aligned, adapter", unit="step") as bar:
+        toy = train_toy(0, sizes, bar.update)
+    folders = [args.out / name for name in ("adapter", "base", "aligned")]
+    LoraAdapter.from_model(toy.adapted).save(folders[0])
+    toy.base.save_pretrained(folders[1])
+    toy.aligned.save_pretrained(folders[2])
+
+    result = splora.apply(*folders, SploraConfig(num=4), progress=tqdm)
+    result.adapter.save(args.out / "pruned")
+    console.print(str(result))
+    show(result)
+    curve = by_count(toy, folders, len(result.stats), sizes)
+    console.print(f"picture: {draw(result, curve, args.out / 'splora.png')}", soft_wrap=True)
+
+
+def show(result: SploraResult) -> None:
+    """A row for each layer."""
+    table = Table("layer", "distance", "norm", "cosine", "score", "", title="the adapter's layers")
+    for layer in result.stats:
+        numbers = (f"{x:.3f}" for x in (layer.dist, layer.norm, layer.cos, layer.score))
+        table.add_row(layer.name, *numbers, "pruned" if layer.name in result.pruned else "")
+    console.print(table)
+
+
+def by_count(toy: Toy, folders: list[Path], count: int, sizes: Sizes) -> list[Figures]:
+    """What the live model does with 0, 1, ... layers switched off."""
+    found = []
+    for k in tqdm(range(count + 1), desc="prune the live model", unit="K"):
+        splora.apply_to(toy.adapted, folders[1], folders[2], SploraConfig(num=k))
+        found.append(figures(toy.adapted, sizes))
+        splora.remove(toy.adapted)
+    return found
+
+
+def draw(result: SploraResult, curve: list[Figures], path: Path) -> Path:
+    """Scores over block and module; refusals and accuracies against K."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    splora.draw_scores(result, left)
+    for name, colour, label in LINES:
+        right.plot([getattr(f, name) for f in curve], "o-", ms=3, color=colour, label=label)
+    right.set(xlabel="layers pruned, K", ylabel="share of answer tokens", ylim=(-0.03, 1.05))
+    right.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    main()

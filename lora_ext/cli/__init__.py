@@ -1,0 +1,45 @@
+"""``lora-ext``: what people do to adapters without writing code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .arguments import make_parser
+from .output import printable
+
+__all__ = ["main"]
+
+# What bad input raises. Anything else is a defect of this package, and keeps its traceback.
+_BAD_INPUT = (ValueError, NotImplementedError, OSError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: default are those of the process.
+
+    Returns:
+        the exit status: 0; 1 where doctor finds a fault; 2 on bad input, after one sentence on
+        standard error; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: after ``--help`` (0), ``--version`` (0) and arguments that are none (2).
+    """
+    parsed = make_parser().parse_args(arguments)
+    name = f"lora-ext {parsed.command}"
+    try:
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except _BAD_INPUT as error:
+        print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2

@@ -1,0 +1,262 @@
+"""The commands and their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn, get_args
+
+import lora_ext
+from lora_ext.adapter.merging import Mode
+from lora_ext.adapter.ranks import KINDS
+
+from . import changes, reports
+
+_DESCRIPTION = """\
+Look at LoRA adapters, merge them, resize them, prune them and compare them.
+
+An adapter is a folder as PEFT saves it, with adapter_config.json and
+adapter_model.safetensors (or .bin). Nothing is downloaded, and only `prune`
+needs a model."""
+
+_EPILOG = """\
+examples:
+  lora-ext inspect pirate
+  lora-ext merge pirate haiku --weights 0.7 0.3 --out both
+  lora-ext resize both --rank 16 --out both-16
+  lora-ext diff both both-16 --json | jq .distance
+
+`lora-ext COMMAND --help` explains a command. What a command writes is there
+whole, or not at all. The exit status is 0; 1 if doctor finds a fault; 2 on bad
+input, with one sentence on standard error."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Commands below their title, without a line for their placeholder."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        if isinstance(action, argparse._SubParsersAction):
+            text = textwrap.indent(textwrap.dedent(text.partition("\n")[2]), "  ")
+        return text
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments end in one sentence, not in the usage of a whole screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; what it returns has ``command`` and ``run``, which takes it."""
+    parser = _Parser(
+        prog="lora-ext",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"lora_ext {lora_ext.__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
+    _add_doctor(commands)
+    _add_inspect(commands)
+    _add_merge(commands)
+    _add_resize(commands)
+    _add_prune(commands)
+    _add_diff(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, summary: str, more: str, run: Callable[[Any], int]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{more}",
+        formatter_class=_Help,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        "say what is installed, and whether each device works",
+        "The output is meant to be pasted into a bug report. The exit status is 1 if an\n"
+        "op failed.",
+        reports.doctor,
+    )
+    _add_json(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "show the modules of an adapter: ranks, norms, bad values",
+        "  norm  Frobenius norm of the update, scaling * B A\n"
+        "  bad   how many values are NaN or infinite; nothing else is measured then\n\n"
+        "The other columns are effective ranks: how many directions the update uses.",
+        reports.inspect,
+    )
+    _add_adapter(parser, "adapter", "ADAPTER")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=["entropy", "stable", "threshold"],
+        metavar="KIND",
+        help=f"effective ranks to show, out of {', '.join(KINDS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tau",
+        type=float,
+        default=1e-2,
+        metavar="T",
+        help="threshold of the kinds that count singular values (default: %(default)s)",
+    )
+    _add_json(parser)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "make one adapter out of several of one base model",
+        "The modes, with weights w and updates s B A:\n"
+        "  delta      sum of w s B A, exactly; the ranks add up\n"
+        "  delta_svd  the nearest to that of a smaller rank\n"
+        "  factors    A and B summed each by itself; wants equal modules and ranks",
+        changes.merge,
+    )
+    _add_adapter(parser, "adapters", "ADAPTER", nargs="+")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=_numbers,
+        metavar="W",
+        help="one for each adapter (default: equal ones that sum to 1)",
+    )
+    parser.add_argument(
+        "--mode", choices=get_args(Mode), default="delta", help="see above (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="N",
+        help="rank of delta_svd (default: the largest of the adapters')",
+    )
+    _add_out(parser)
+    _add_json(parser)
+
+
+def _add_resize(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "resize",
+        "give an adapter another rank, and say what that loses",
+        "A smaller rank keeps the largest singular values of each update, the nearest\n"
+        "that there is; `error` is the Frobenius norm of the change. A larger rank\n"
+        "changes nothing.",
+        changes.resize,
+    )
+    _add_adapter(parser, "adapter", "ADAPTER")
+    parser.add_argument("--rank", type=int, required=True, metavar="N", help="of every module")
+    _add_out(parser)
+    _add_json(parser)
+
+
+def _add_prune(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "prune",
+        "take an adapter out of the layers that undo safety",
+        "SPLoRA. Layers are scored by how far their update is from what alignment has\n"
+        "changed: the difference between the weights of the aligned model, on which the\n"
+        "adapter was trained, and those of its base. No data is needed, and one layer of\n"
+        "the models is in memory at a time. With --project, Safe LoRA.",
+        changes.prune,
+    )
+    _add_adapter(parser, "adapter", "ADAPTER")
+    for name, text in (
+        ("base", "folder of the base model, before alignment (safetensors)"),
+        ("aligned", "folder of the aligned model"),
+    ):
+        parser.add_argument(f"--{name}", required=True, metavar="DIR", help=text)
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--num", type=int, metavar="K", help="prune K layers")
+    amount.add_argument(
+        "--threshold", type=float, metavar="T", help="prune by score: up to T, or from T on"
+    )
+    parser.add_argument(
+        "--direction",
+        choices=("smallest", "largest"),
+        default="smallest",
+        help="which scores are pruned (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=("module", "block"),
+        default="module",
+        help="what a layer is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--projection",
+        choices=("frobenius", "orthogonal"),
+        default="frobenius",
+        help="map onto the aligned directions (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--project",
+        action="store_true",
+        help="project these layers onto the aligned directions instead (Safe LoRA)",
+    )
+    _add_out(parser)
+    _add_json(parser)
+
+
+def _add_diff(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "diff",
+        "say how far two adapters of one base model are apart",
+        "  distance  Frobenius norm of the difference of the updates\n"
+        "  cosine    of the updates: 1 the same direction, 0 nothing in common\n"
+        "  angles    principal angles between their column spaces, in degrees: the\n"
+        "            smallest and the largest, and with --json all of them",
+        reports.diff,
+    )
+    _add_adapter(parser, "first", "A")
+    _add_adapter(parser, "second", "B")
+    _add_json(parser)
+
+
+def _add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str, **more: Any) -> None:
+    parser.add_argument(name, metavar=metavar, help="folder of an adapter", **more)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder to write; an adapter that is there is replaced",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers with commas between them, or one."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers, found {text!r}") from None

@@ -1,0 +1,104 @@
+"""The commands that write an adapter: merge, resize, prune."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from lora_ext.adapter import LoraAdapter, merge_adapters, resize_adapter
+from lora_ext.adapter.low_rank import product_norm
+
+from .output import progress, show
+from .reports import describe
+
+
+def merge(arguments: Namespace) -> int:
+    """``lora-ext merge``."""
+    adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
+    weights = [w for group in arguments.weights or () for w in group]
+    if arguments.weights is None:
+        weights = [1 / len(adapters)] * len(adapters)
+    merged = merge_adapters(adapters, weights, arguments.mode, arguments.rank, progress)
+    _save(merged, arguments.out)
+    rows = [
+        {
+            "module": name,
+            "ranks": [v.modules[name].a.shape[0] if name in v.modules else 0 for v in adapters],
+            "r": factors.a.shape[0],
+            "norm": product_norm(factors),
+        }
+        for name, factors in merged.modules.items()
+    ]
+    used = {"mode": arguments.mode, "weights": weights}
+    show({"out": arguments.out, **used, **describe(merged)}, rows, arguments.json)
+    return 0
+
+
+def resize(arguments: Namespace) -> int:
+    """``lora-ext resize``."""
+    if arguments.rank < 1:
+        raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
+    adapter = LoraAdapter.load(arguments.adapter)
+    resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
+    _save(resized, arguments.out)
+    rows: list[dict[str, Any]] = []
+    for name, factors in adapter.modules.items():
+        norm = product_norm(factors)
+        rows.append(
+            {
+                "module": name,
+                "r before": factors.a.shape[0],
+                "r": resized.modules[name].a.shape[0],
+                "norm": norm,
+                "error": errors[name],
+                "relative": errors[name] / norm if norm else None,
+            }
+        )
+    show({"out": arguments.out, **describe(resized)}, rows, arguments.json)
+    return 0
+
+
+def prune(arguments: Namespace) -> int:
+    """``lora-ext prune``: SPLoRA, or with ``--project`` Safe LoRA."""
+    from lora_ext.methods import splora
+
+    adapter = LoraAdapter.load(arguments.adapter)
+    config = splora.SploraConfig(
+        num=arguments.num,
+        threshold=arguments.threshold,
+        direction=arguments.direction,
+        granularity=arguments.granularity,
+        projection=arguments.projection,
+    )
+    if arguments.project:
+        stats = splora.ediem_scores(adapter, arguments.base, arguments.aligned, config)
+        chosen = splora.select_layers(stats, config)
+        found = splora.project(adapter, arguments.base, arguments.aligned, chosen, config)
+    else:
+        result = splora.apply(adapter, arguments.base, arguments.aligned, config)
+        stats, chosen, found = result.stats, result.pruned, result.adapter
+    _save(found, arguments.out)
+    what = "projected" if arguments.project else "pruned"
+    rows = [
+        {
+            "module": each.name,
+            "score": each.score,
+            "distance": each.dist,
+            "norm": each.norm,
+            "cosine": each.cos,
+            "verdict": what if each.name in chosen else "kept",
+        }
+        for each in stats
+    ]
+    used = {"direction": arguments.direction, what: len(chosen)}
+    show({"out": arguments.out, **used, **describe(found)}, rows, arguments.json)
+    return 0
+
+
+def _save(adapter: LoraAdapter, out: str) -> None:
+    if not adapter.modules:
+        raise ValueError(f"{out}: expected an adapter with modules, found none left to write")
+    try:
+        adapter.save(out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from error

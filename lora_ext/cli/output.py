@@ -1,0 +1,76 @@
+"""What the commands print: tables for people, JSON for programs, progress for the impatient."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_DASH = "-"
+
+
+def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print a summary, and below it a table of ``modules``; or one JSON object of both.
+
+    Args:
+        summary: a value for each title. A value that is None is left out of what people read.
+        rows: all with the same keys, which become headings.
+        as_json: print JSON. Spaces in keys become underscores.
+    """
+    if as_json:
+        modules = [_keyed(row) for row in rows]
+        print(json.dumps({**_keyed(summary), "modules": modules}, indent=2, allow_nan=False))
+        return
+    width = max(map(len, summary), default=0)
+    for key, value in summary.items():
+        if value is not None:
+            print(f"{key.ljust(width)}  {cell(value)}")
+    if rows:
+        print()
+        print(table(rows))
+
+
+def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace(" ", "_"): value for key, value in row.items()}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Aligned columns below their headings; the first one to the left, the others to the right."""
+    names = list(rows[0])
+    lines = [names, *([cell(row[name]) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: names come from files that nobody vouches for."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(value: Any) -> str:
+    """A value as people read it."""
+    if value is None:
+        return _DASH
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(cell, value)) or _DASH
+    return printable(str(value))
+
+
+def progress(items: list[Any]) -> Iterable[Any]:
+    """The items, with a bar on standard error once they take more than a second, in a terminal."""
+    if not sys.stderr.isatty():
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, file=sys.stderr, delay=1.0, leave=False, unit="module")

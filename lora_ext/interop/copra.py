@@ -1,0 +1,46 @@
+"""CopRA under transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "CopraCallback: transformers is not installed; run `pip install transformers`"
+    ) from error
+
+from lora_ext.methods.copra import CopraController
+
+
+class CopraCallback(TrainerCallback):
+    """Sets the mask of every step: ``Trainer(..., callbacks=[CopraCallback(controller)])``.
+
+    The mask is that of ``state.global_step``, so the micro-batches of an accumulated step share
+    it, a resumed run has the masks of an unbroken one, and all processes have the same. After the
+    training all layers are on.
+
+    Args:
+        controller: made with the number of optimizer steps that the Trainer will take.
+
+    Raises:
+        TypeError: something else than a :class:`CopraController`.
+
+    Source: arXiv 2410.22911.
+    """
+
+    def __init__(self, controller: CopraController):
+        if not isinstance(controller, CopraController):
+            raise TypeError(
+                f"CopraCallback: controller: expected a CopraController, found {controller!r}"
+            )
+        self.controller = controller
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before the first micro-batch of an optimizer step."""
+        self.controller.step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the last step."""
+        self.controller.activate_all()

@@ -1,0 +1,162 @@
+"""Linear mode connectivity: the loss along the line between two adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.adapter import LoraAdapter, interpolate_adapters
+from lora_ext.adapter.peft_files import AdapterSource, Factors
+from lora_ext.adapter.peft_keys import PREFIX
+from lora_ext.nn import adapted_layers
+
+from .evaluation import evaluating
+
+
+class Barrier(NamedTuple):
+    """How much higher than the line between the ends the loss rises between two adapters."""
+
+    barrier: float
+    lambdas: tuple[float, ...]
+    losses: tuple[float, ...]  # at each of lambdas
+
+
+def lmc_barrier(
+    model: nn.Module,
+    first: LoraAdapter | AdapterSource,
+    second: LoraAdapter | AdapterSource,
+    eval_fn: Callable[[nn.Module], float],
+    lambdas: int | Sequence[float] = 11,
+    space: Literal["factors", "delta"] = "factors",
+    *,
+    adapter: str = "default",
+) -> Barrier:
+    """The barrier ``max over l of loss(l) - ((1 - l) loss(0) + l loss(1))``.
+
+    ``loss(l)`` is that of the model with :func:`lora_ext.adapter.interpolate_adapters` of the two
+    in the place of one of its own adapters. The model computes in evaluation mode and without
+    gradients; parameters and modes are afterwards the very ones that they were.
+
+    Args:
+        model: layers of :mod:`lora_ext.nn` or PEFT's, with adapters on the modules that the two
+            have.
+        first, second: values, folders, or (config, state dict).
+        eval_fn: the loss of the model; for the barrier of an accuracy, that with its sign turned.
+        lambdas: so many from 0 to 1, or which ones; the ends are evaluated in any case.
+        space: "factors" or "delta", see :func:`lora_ext.adapter.interpolate_adapters`.
+        adapter: which of the model's adapters gives its place.
+
+    Returns:
+        :class:`Barrier`.
+
+    Raises:
+        ValueError: lambdas outside [0, 1], or fewer than 2; an adapter that the model lacks, that
+            is not active or is merged; modules of the adapters that are not the model's; a loss
+            that is not finite; what ``interpolate_adapters`` refuses.
+
+    Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
+    """
+    grid = _grid(lambdas)
+    ends = LoraAdapter.of(first), LoraAdapter.of(second)
+    layers = _layers(model, adapter)
+    losses: dict[float, float] = {}
+    with evaluating(model):
+        for lam in dict.fromkeys((0.0, 1.0, *grid)):
+            value = interpolate_adapters(*ends, lam, space)
+            with _in_place(layers, adapter, value):
+                losses[lam] = float(eval_fn(model))
+            if not math.isfinite(losses[lam]):
+                raise ValueError(
+                    f"lmc_barrier: eval_fn: expected a finite loss, found {losses[lam]} at "
+                    f"lambda = {lam}"
+                )
+    rises = [losses[lam] - ((1 - lam) * losses[0.0] + lam * losses[1.0]) for lam in grid]
+    return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
+
+
+def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(lambdas, int):
+        if isinstance(lambdas, bool) or lambdas < 2:
+            raise ValueError(f"lmc_barrier: lambdas: expected at least 2, found {lambdas}")
+        return tuple(i / (lambdas - 1) for i in range(lambdas))
+    grid = tuple(float(lam) for lam in lambdas)
+    outside = [lam for lam in grid if not 0 <= lam <= 1]
+    if outside or not grid:
+        raise ValueError(
+            f"lmc_barrier: lambdas: expected numbers in [0, 1], found {outside or 'none'}"
+        )
+    return grid
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """The layers with the adapter, by their names in the base model."""
+    layers: dict[str, Any] = adapted_layers(model, adapter)
+    for name, layer in layers.items():
+        if adapter in layer.merged_adapters:
+            raise ValueError(
+                f"lmc_barrier: {name}: expected an adapter apart from the base weight, found "
+                f"{adapter!r} merged into it; unmerge it first"
+            )
+        if adapter not in layer.active_adapters or layer.disable_adapters:
+            raise ValueError(
+                f"lmc_barrier: {name}: expected {adapter!r} to be active, found "
+                f"{'disabled adapters' if layer.disable_adapters else layer.active_adapters}"
+            )
+    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+@contextlib.contextmanager
+def _in_place(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> Iterator[None]:
+    """A block in which the layers have the value's factors and scales, of whatever rank.
+
+    Other parameters take the place of the layers' own, which so keep every bit.
+    """
+    for name in (*layers, *value.modules):
+        if name not in layers or name not in value.modules:
+            raise ValueError(
+                f"lmc_barrier: {name}: expected the same modules in model and adapters, found it "
+                f"in {'the model' if name in layers else 'the adapters'} alone"
+            )
+    undo: list[Callable[[], None]] = []
+    try:
+        for name, layer in layers.items():
+            _put(layer, adapter, value.modules[name], undo, name)
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+def _put(
+    layer: Any, adapter: str, factors: Factors, undo: list[Callable[[], None]], name: str
+) -> None:
+    if factors.embedding:
+        places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
+    else:
+        lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
+        places = {"a": (lora_a, "weight"), "b": (lora_b, "weight"), "bias": (lora_b, "bias")}
+    for field, (owner, key) in places.items():
+        own, new = getattr(owner, key), getattr(factors, field)
+        if own is None and new is None:
+            continue
+        if own is None:
+            raise ValueError(
+                f"lmc_barrier: {name}: expected a layer with a bias beside B, as the adapters have "
+                "it, found one without"
+            )
+        parameter = nn.Parameter(_like(new, own), requires_grad=own.requires_grad)
+        undo.append(lambda owner=owner, key=key, own=own: setattr(owner, key, own))
+        setattr(owner, key, parameter)
+    scale = layer.scaling[adapter]
+    undo.append(lambda: layer.scaling.__setitem__(adapter, scale))
+    layer.scaling[adapter] = factors.scaling
+
+
+def _like(new: Tensor | None, own: Tensor) -> Tensor:
+    """In the other's dtype and on its device; zeros, where an adapter has no bias."""
+    return torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)

@@ -1,0 +1,32 @@
+"""SPLoRA: layers of an adapter pruned by their distance from the directions of the alignment.
+
+Source: "Safe Pruning LoRA: Robust Distance-Guided Pruning for Safety Alignment in Adaptation of
+LLMs" (arXiv 2506.18931); E-DIEM after arXiv 2407.08623; the projection of Safe LoRA, 2405.16833.
+"""
+
+from .config import SploraConfig
+from .ediem import DegenerateReferenceError, diem
+from .live import apply_to, remove
+from .pictures import draw_scores
+from .projection import ZeroAlignmentError, project_factor
+from .pruning import SploraResult, apply, project
+from .scores import LayerStats, ediem_scores, pair_stats
+from .selection import select_layers
+
+__all__ = [
+    "DegenerateReferenceError",
+    "LayerStats",
+    "SploraConfig",
+    "SploraResult",
+    "ZeroAlignmentError",
+    "apply",
+    "apply_to",
+    "diem",
+    "draw_scores",
+    "ediem_scores",
+    "pair_stats",
+    "project",
+    "project_factor",
+    "remove",
+    "select_layers",
+]

@@ -1,0 +1,118 @@
+"""DIEM and its empirical form E-DIEM: distances made comparable between sizes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import SploraConfig
+
+EPS = 1e-12
+EPS_PAIRS = 1e-6  # of the authors' code
+_UNIFORM_VARIANCE = 7 / 120  # of the distance of two random vectors with entries in [0, 1]
+
+
+class DegenerateReferenceError(ValueError):
+    """Raised where a reference sample has no spread by which distances could be judged."""
+
+
+@torch.no_grad()
+def diem(
+    a: Tensor,
+    b: Tensor,
+    *,
+    v_min: float,
+    v_max: float,
+    expected: float | None = None,
+    var: float | None = None,
+) -> float:
+    """Return the Dimension Insensitive Euclidean Metric of two vectors.
+
+    ``(v_max - v_min) / var * (|a - b| - expected)``: 0 on average for random pairs, with a variance
+    that does not depend on the length from about 7 entries on.
+
+    Args:
+        a, b: ``(N,)`` floating, or other shapes of N entries.
+        v_min, v_max: the range of entries.
+        expected, var: mean and variance of the distance of two random vectors. Default is those of
+            entries uniform in the range: ``sqrt(N / 6) (1 - 7 / (40 N))`` times its width, and
+            7/120 times its square. Our choice: the paper's ``sqrt(N / 6)`` with its next term.
+
+    Raises:
+        ValueError: shapes that differ, no entries, NaN or infinity, a range or variance not above
+            0.
+
+    Source: "Surpassing Cosine Similarity for Multidimensional Comparisons" (arXiv 2407.08623).
+    """
+    if a.shape != b.shape or a.numel() == 0:
+        raise ValueError(
+            f"diem: b: expected as many entries as in a {tuple(a.shape)}, at least 1, found "
+            f"{tuple(b.shape)}"
+        )
+    for name, t in (("a", a), ("b", b)):
+        if not bool(torch.isfinite(t).all()):
+            raise ValueError(f"diem: {name}: expected finite values, found NaN or infinity")
+    width, n = v_max - v_min, a.numel()
+    if not 0 < width < math.inf:
+        raise ValueError(f"diem: v_max: expected a number above v_min={v_min}, found {v_max}")
+    if expected is None:
+        expected = width * math.sqrt(n / 6) * (1 - 7 / (40 * n))
+    if var is None:
+        var = width**2 * _UNIFORM_VARIANCE
+    if not 0 < var < math.inf:
+        raise ValueError(f"diem: var: expected a number above 0, found {var}")
+    distance = torch.linalg.vector_norm(a.double() - b.double()).item()
+    return width / var * (distance - expected)
+
+
+def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) -> Tensor:
+    """``(x - c(S)) / (t(S) + eps)``.
+
+    Args:
+        where: opens the message of an error. x: ``(k,)`` float64. sample: ``(N,)`` float64, S.
+
+    Raises:
+        DegenerateReferenceError: S has no spread.
+    """
+    centre = sample.mean() if config.center == "mean" else _median(sample)
+    spread = _iqr(sample) if config.stat == "iqr" else sample.std(correction=1)
+    if spread.item() < 1e-12 * max(1.0, abs(centre.item())):
+        if config.allow_degenerate:
+            return torch.zeros_like(x)
+        raise DegenerateReferenceError(
+            f"{where}: reference={config.reference!r}: expected distances that differ, found "
+            f"{len(sample)} with a spread of {spread.item():.3g} about {centre.item():.3g} "
+            "(SploraConfig(allow_degenerate=True) makes all scores 0)"
+        )
+    return (x - centre) / (spread + EPS)
+
+
+def released_score(distance: float, sample: Tensor, projected: Tensor, update: Tensor) -> float:
+    """The score of the authors' code, which also compares the lower quartiles of the entries.
+
+    Args:
+        distance: of the layer. sample: ``(N,)`` float64, the distances of the caller's pairs.
+        projected, update: ``P D`` and D, dense.
+    """
+    score = (distance + EPS_PAIRS - sample.mean()) / (_iqr(sample) + EPS_PAIRS)
+    return (score - (lower_quartile(projected) - lower_quartile(update))).item()
+
+
+def lower_quartile(t: Tensor) -> Tensor:
+    """Of all entries, with linear interpolation. ``torch.quantile`` takes no more than 2^24, and
+    ``kthvalue`` takes minutes where they come in falling order."""
+    values = t.flatten().sort().values
+    place = (values.numel() - 1) / 4
+    below = int(place)
+    return values[below].lerp(values[min(below + 1, values.numel() - 1)], place - below)
+
+
+def _iqr(sample: Tensor) -> Tensor:
+    quartiles = torch.quantile(sample, torch.tensor([0.25, 0.75], dtype=sample.dtype))
+    return quartiles[1] - quartiles[0]
+
+
+def _median(sample: Tensor) -> Tensor:
+    return torch.quantile(sample, 0.5)  # of an even number, the mean of the middle two

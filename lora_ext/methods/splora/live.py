@@ -1,0 +1,94 @@
+"""SPLoRA on a live model: layers switched off in place, and on again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from lora_ext.adapter import LoraAdapter
+from lora_ext.adapter.model_weights import ModelSource
+from lora_ext.adapter.peft_keys import base_name
+from lora_ext.nn import LayerGroups, adapted_layers, adapters_of, set_active
+
+from .config import SploraConfig
+from .layers import Progress
+from .pruning import SploraResult, apply
+from .scores import Pairs
+
+_KEY = "_lora_ext_splora"
+
+
+class _Applied(NamedTuple):
+    """Kept on the model, by names, so that a copy of the model can be given back as well."""
+
+    adapter: str
+    switched: tuple[str, ...]  # layers that were on and are off now
+
+
+def apply_to(
+    model: nn.Module,
+    base: ModelSource,
+    aligned: ModelSource,
+    config: SploraConfig,
+    adapter: str = "default",
+    *,
+    pairs: Pairs | None = None,
+    progress: Progress = iter,
+) -> SploraResult:
+    """Score the layers of a model's adapter, and switch off those that are singled out.
+
+    A layer that is off costs the operators of its base layer and no more, and its outputs are the
+    base layer's to the bit. Parameters, and which of them train, do not change.
+
+    Args:
+        model: with layers of :class:`lora_ext.nn.LoraLinear` or of PEFT's ``lora.Linear``, before
+            or after :func:`lora_ext.from_peft`.
+        base, aligned, pairs, progress: as for :func:`ediem_scores`; ``model`` itself may be the
+            aligned one, since the weights below the adapters are compared.
+        config: with num or threshold; ``mode`` has no part here.
+        adapter: the name of the adapter.
+
+    Returns:
+        what :func:`apply` returns; its names are those in the base model. ``result.adapter`` is a
+        copy, pruned, for saving.
+
+    Raises:
+        RuntimeError: the model was pruned already: :func:`remove` first.
+        ValueError: no such adapter, or one that is merged; and what :func:`apply` raises. The model
+            is then as it was.
+    """
+    where = "apply_to"
+    if _KEY in model.__dict__:
+        raise RuntimeError(
+            f"{where}: model: expected a model that SPLoRA has not pruned, found one that it has; "
+            "call splora.remove(model) first"
+        )
+    value = LoraAdapter.from_model(model, adapter)
+    result = apply(value, base, aligned, config, pairs=pairs, progress=progress)
+    groups = LayerGroups(model, adapter, "module")
+    before, pruned = groups.mask, set(result.pruned)
+    names = [name for (name,) in groups.names]
+    off = [
+        was and base_name(name) in pruned for name, was in zip(names, before.tolist(), strict=True)
+    ]
+    groups.set_mask([was and not goes for was, goes in zip(before.tolist(), off, strict=True)])
+    switched = tuple(name for name, goes in zip(names, off, strict=True) if goes)
+    model.__dict__[_KEY] = _Applied(adapter, switched)
+    return result
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`apply_to`: every layer that it switched off is on again.
+
+    Raises:
+        RuntimeError: a model that is not pruned.
+    """
+    applied: _Applied | None = model.__dict__.pop(_KEY, None)
+    if applied is None:
+        raise RuntimeError("remove: model: expected a model of splora.apply_to, found another")
+    layers = adapted_layers(model)
+    for name in applied.switched:
+        layer = layers.get(name)
+        if layer is not None and applied.adapter in adapters_of(layer):
+            set_active(layer, applied.adapter, True)

@@ -1,0 +1,244 @@
+"""The alignment map P of a layer, applied to the factor B. Neither P nor V = Wa - W0 is formed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .config import Projection, SploraConfig
+
+
+class ZeroAlignmentError(ValueError):
+    """Raised where base and aligned model are equal in a layer: no direction is the safe one."""
+
+
+@torch.no_grad()
+def project_factor(
+    B: Tensor,
+    base_w: Tensor,
+    aligned_w: Tensor,
+    *,
+    projection: Projection = "frobenius",
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Tensor:
+    """Return ``P B``, the factor B mapped onto the directions in which the weight was aligned.
+
+    With ``V = aligned_w - base_w``: "frobenius" is ``P = V V^T / |V|_F``, and "orthogonal"
+    ``P = U_q U_q^T``, where ``U_q`` are the left singular vectors of V whose singular values exceed
+    ``max(m, n) eps(float32)`` of the largest, cut by ``rank`` and ``energy``. "frobenius" holds no
+    more than an eighth of a weight besides the weights.
+
+    Args:
+        B: ``(m, r)`` floating.
+        base_w: ``(m, n)`` floating, W0.
+        aligned_w: ``(m, n)``, Wa.
+        projection, rank, energy: as in :class:`SploraConfig`.
+
+    Returns:
+        ``(m, r)`` on the device of B, in the widest dtype of the three; computed in float64 and
+        rounded once.
+
+    Raises:
+        ZeroAlignmentError: the two weights are equal.
+        ValueError: shapes that do not fit, r = 0, NaN or infinity, an argument out of range.
+        TypeError: a tensor that is not floating: dequantise it first.
+
+    Warns:
+        UserWarning: "orthogonal" kept every direction, so that P is the identity.
+
+    Source: arXiv 2506.18931; "orthogonal" is the ideal form of Safe LoRA (arXiv 2405.16833).
+    """
+    config = SploraConfig(projection=projection, rank=rank, energy=energy)
+    where = "project_factor"
+    for name, t in (("B", B), ("base_w", base_w), ("aligned_w", aligned_w)):
+        check_floating(where, name, t)
+    check_shapes(where, B.shape, base_w.shape, aligned_w.shape)
+    check_finite(where, "B", B)
+    projected, is_identity = project_wide(where, B, base_w, aligned_w, config)
+    if is_identity:
+        warn_of_identity(where, ["this layer"])
+    dtype = torch.promote_types(torch.promote_types(B.dtype, base_w.dtype), aligned_w.dtype)
+    return projected.to(B.device, dtype)
+
+
+def project_wide(
+    where: str, b: Tensor, base: Tensor, aligned: Tensor, config: SploraConfig
+) -> tuple[Tensor, bool]:
+    """:func:`project_factor` of arguments that were checked, but not for NaN in the weights.
+
+    Returns:
+        ``(m, r)`` float64 where it was computed; and whether P is the identity.
+    """
+    device = base.device if config.device is None else torch.device(config.device)
+    pair = WeightPair(where, base, aligned, device)
+    wide = b.to(device, torch.float64)
+    if config.projection == "frobenius":
+        return _frobenius(pair, wide), False
+    return _orthogonal(pair, wide, config)
+
+
+def warn_of_identity(where: str, layers: list[str]) -> None:
+    """Say that the orthogonal projection changed nothing."""
+    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+    warnings.warn(
+        f"{where}: projection: the alignment of {', '.join(layers[:4])}{more} has full row rank: "
+        "'orthogonal' is the identity there, and every distance 0; set rank or energy",
+        stacklevel=3,
+    )
+
+
+class WeightPair:
+    """``V = Wa - W0`` a few rows at a time: a block has at most an eighth of a weight's bytes.
+
+    Args:
+        where: opens the message of an error.
+        base, aligned: ``(m, n)`` floating, any strides.
+        device: where the blocks go, in float64.
+    """
+
+    def __init__(self, where: str, base: Tensor, aligned: Tensor, device: torch.device):
+        self.where, self.base, self.aligned, self.device = where, base, aligned, device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """M and n."""
+        return self.base.shape[0], self.base.shape[1]
+
+    def blocks(self, transposed: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of V, or of its transpose, and where they lie."""
+        pair = (self.aligned, self.base)
+        aligned, base = (t.T for t in pair) if transposed else pair
+        rows, width = aligned.shape
+        nbytes = min(aligned.nbytes, base.nbytes)
+        step = max(1, nbytes // (8 * width * torch.float64.itemsize))
+        for begin in range(0, rows, step):
+            part = slice(begin, begin + step)
+            wide = (t[part].to(self.device, torch.float64) for t in (aligned, base))
+            yield part, torch.sub(*wide)
+
+    def inner(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """``V^T b``, ``(n, r)``, and ``|V|_F``.
+
+        Raises:
+            ZeroAlignmentError: V is zero. ValueError: NaN or infinity in a weight.
+        """
+        product = b.new_zeros(self.shape[1], b.shape[1])
+        square = b.new_zeros(())
+        for part, v in self.blocks():
+            product.addmm_(v.T, b[part])
+            square += torch.linalg.vector_norm(v).square()
+        norm = square.sqrt().item()
+        if norm == 0:
+            raise ZeroAlignmentError(
+                f"{self.where}: expected an aligned weight that differs from the base model's, "
+                "found equal ones: no direction is the safe one "
+                "(SploraConfig(on_zero_alignment='skip') leaves such layers alone)"
+            )
+        if norm != norm or norm == float("inf"):
+            check_finite(self.where, "base weight", self.base)
+            check_finite(self.where, "aligned weight", self.aligned)
+        return product, square.sqrt()
+
+    def times(self, factor: Tensor) -> Tensor:
+        """``V factor``, ``(m, k)``, of ``(n, k)``."""
+        return torch.cat([v @ factor for _, v in self.blocks()])
+
+    def gram(self) -> tuple[Tensor, bool]:
+        """The smaller of ``V^T V`` and ``V V^T``, and whether it is the former."""
+        m, n = self.shape
+        narrow = n < m
+        gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=self.device)
+        for _, v in self.blocks(transposed=not narrow):
+            gram.addmm_(v.T, v)
+        return gram, narrow
+
+
+def _frobenius(pair: WeightPair, b: Tensor) -> Tensor:
+    inner, norm = pair.inner(b)
+    return pair.times(inner / norm)
+
+
+def _orthogonal(pair: WeightPair, b: Tensor, config: SploraConfig) -> tuple[Tensor, bool]:
+    """By the eigenvectors of a Gram matrix. It squares the condition number, which float64 bears:
+    what lies below the square of the cut, 1e-14 of the largest eigenvalue at least, is not used."""
+    inner, _ = pair.inner(b)  # also refuses what is zero or not finite
+    gram, narrow = pair.gram()
+    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # largest first
+    m, n = pair.shape
+    cut = max(m, n) * torch.finfo(torch.float32).eps
+    count = int((squares.sqrt() > cut * squares[0].sqrt()).sum())
+    full = count == m
+    if config.energy is not None:
+        share = squares.cumsum(0) / squares.sum()
+        count = min(count, 1 + int((share < config.energy).sum()))
+    if config.rank is not None:
+        count = min(count, config.rank)
+    vectors = vectors[:, :count]
+    if not narrow:  # they are U_q
+        return vectors @ (vectors.T @ b), full and count == m
+    # They are the right singular vectors: U_q = V W / sigma, and U_q^T b = W^T V^T b / sigma.
+    return pair.times(vectors @ ((vectors.T @ inner) / squares[:count, None])), False
+
+
+# -------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_floating(where: str, name: str, t: Tensor) -> None:
+    """Refuse a quantised tensor.
+
+    Raises:
+        TypeError: naming it.
+    """
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.element_size() < 2:
+        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(
+            f"{where}: {name}: expected a tensor in float16, bfloat16, float32 or float64, "
+            f"found {found}; dequantise it first"
+        )
+
+
+def check_shapes(
+    where: str,
+    b: tuple[int, ...],
+    base: tuple[int, ...],
+    aligned: tuple[int, ...],
+    a: tuple[int, ...] | None = None,
+) -> None:
+    """Refuse factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` that do not fit one another.
+
+    Raises:
+        ValueError: naming expected and found, and the shapes on both sides.
+    """
+    factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
+    a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
+    if len(b) != 2 or a is None or len(a) != 2 or a[0] != b[1]:
+        raise ValueError(f"{where}: expected B (m, r) and A (r, n) of one rank, found {factors}")
+    if b[1] == 0:
+        raise ValueError(f"{where}: expected a rank of at least 1, found 0: {factors}")
+    if tuple(base) != tuple(aligned):
+        raise ValueError(
+            f"{where}: expected an aligned weight of the base weight's shape {tuple(base)}, "
+            f"found {tuple(aligned)}"
+        )
+    if tuple(base) != (b[0], a[1]):
+        raise ValueError(
+            f"{where}: expected weights of shape {(b[0], a[1])}, as {factors} have, found "
+            f"{tuple(base)}"
+        )
+
+
+def check_finite(where: str, name: str, t: Tensor) -> None:
+    """Refuse NaN and infinity, a few rows at a time.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for part in t.split(max(1, len(t) // 8)):
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(f"{where}: {name}: expected finite values, found NaN or infinity")

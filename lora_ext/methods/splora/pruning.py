@@ -1,0 +1,153 @@
+"""SPLoRA on an adapter as a value: layers pruned, or, as Safe LoRA does, projected."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext.adapter import Factors, LoraAdapter, prune_adapter
+from lora_ext.adapter.model_weights import ModelSource
+
+from .config import Direction, SploraConfig
+from .layers import Progress, Source, natural_order, project_layers, read_adapter
+from .scores import LayerStats, Pairs, ediem_scores
+from .selection import select_layers
+
+log = logging.getLogger(__name__)
+
+
+class SploraResult(NamedTuple):
+    """What was measured, what was pruned, and what is left.
+
+    ``str()`` is one line, ``[row._asdict() for row in result.stats]`` the table.
+    """
+
+    stats: list[LayerStats]  # of the layers that were scored, in the order of the model
+    pruned: list[str]
+    kept: list[str]
+    adapter: LoraAdapter
+    config: SploraConfig
+
+    @property
+    def direction(self) -> Direction:
+        """Which end of the scores was pruned."""
+        return self.config.direction
+
+    @property
+    def unscored(self) -> list[str]:
+        """Layers in which both models are equal, kept by ``on_zero_alignment="skip"``."""
+        scored = {layer.name for layer in self.stats}
+        return [name for name in self.kept if name not in scored]
+
+    def __str__(self) -> str:
+        """Both numbers, the direction and the rule."""
+        config, total = self.config, len(self.pruned) + len(self.kept)
+        rule = f"threshold={config.threshold}" if config.num is None else f"num={config.num}"
+        unscored = f", {len(self.unscored)} not scored" if self.unscored else ""
+        return (
+            f"SPLoRA pruned {len(self.pruned)} of {total} layers, those with the "
+            f"{self.direction} scores (direction={self.direction!r}, {rule}, "
+            f"granularity={config.granularity!r}, projection={config.projection!r}, "
+            f"reference={config.reference!r}){unscored}"
+        )
+
+
+@torch.no_grad()
+def apply(
+    adapter: Source,
+    base: ModelSource,
+    aligned: ModelSource,
+    config: SploraConfig,
+    *,
+    pairs: Pairs | None = None,
+    progress: Progress = iter,
+) -> SploraResult:
+    """Score an adapter's layers, and prune those that the configuration singles out.
+
+    Args:
+        adapter, base, aligned, pairs, progress: as for :func:`ediem_scores`. Nothing is changed.
+        config: with num or threshold.
+
+    Returns:
+        the result; ``result.adapter`` has the tensors of the layers that were kept, the very
+        objects, and a configuration that names them in full.
+
+    Raises:
+        ValueError: neither num nor threshold, or num above the number of units; and what
+            :func:`ediem_scores` raises.
+
+    Source: arXiv 2506.18931, with its code for the direction.
+    """
+    value = read_adapter("apply: adapter", adapter)
+    stats = ediem_scores(value, base, aligned, config, pairs=pairs, progress=progress)
+    pruned = select_layers(stats, config)
+    kept = [name for name in sorted(value.modules, key=natural_order) if name not in set(pruned)]
+    left = prune_adapter(value, kept, config.mode)
+    result = SploraResult(stats, pruned, kept, left, config)
+    log.info("%s", result)
+    return result
+
+
+@torch.no_grad()
+def project(
+    adapter: Source,
+    base: ModelSource,
+    aligned: ModelSource,
+    names: Iterable[str],
+    config: SploraConfig | None = None,
+    *,
+    progress: Progress = iter,
+) -> LoraAdapter:
+    """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep the others as they are.
+
+    Args:
+        adapter, base, aligned, progress: as for :func:`ediem_scores`. Nothing is changed.
+        names: full names of the layers; those that :func:`select_layers` returns, say.
+        config: projection, rank, energy, device and on_zero_alignment count; a layer that is
+            skipped keeps its B.
+
+    Returns:
+        the adapter. The new B has the dtype and device of the old one, rounded once. Our choice: a
+        bias beside B (``lora_bias``), which the update adds to the same outputs, is mapped too.
+
+    Raises:
+        ValueError: a name that the adapter lacks; and what :func:`ediem_scores` raises of layers.
+
+    Source: Safe LoRA (arXiv 2405.16833), eq. 2 and its code.
+    """
+    where = "project"
+    config = SploraConfig() if config is None else config
+    value = read_adapter(f"{where}: adapter", adapter)
+    chosen = [names] if isinstance(names, str) else list(names)
+    for name in chosen:
+        if name not in value.modules:
+            raise ValueError(
+                f"{where}: names: expected modules of the adapter, found {name!r:.200}, which it "
+                "lacks"
+            )
+    layers, projected = project_layers(
+        where, value, base, aligned, config, progress, set(chosen), _columns
+    )
+    modules = dict(value.modules)
+    for layer, wide in zip(layers, projected, strict=True):
+        modules[layer.name] = _replaced(value.modules[layer.name], wide)
+    return dataclasses.replace(value, modules=modules)
+
+
+def _columns(factors: Factors) -> Tensor:
+    """What P is applied to, ``(m, r)``: B, and the bias as one more column where there is one."""
+    if factors.bias is None:
+        return factors.b
+    return torch.cat([factors.b, factors.bias.to(factors.b)[:, None]], dim=1)
+
+
+def _replaced(factors: Factors, columns: Tensor) -> Factors:
+    """These factors with projected columns, of the dtype and on the device of the old ones."""
+    b = columns[:, : factors.b.shape[1]].to(factors.b)
+    bias = None if factors.bias is None else columns[:, -1].to(factors.bias)
+    return factors._replace(b=b, bias=bias)

@@ -1,0 +1,190 @@
+"""How far each layer of an adapter is from the aligned directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+from lora_ext.adapter.model_weights import ModelSource
+
+from .config import SploraConfig
+from .ediem import released_score, standardised
+from .layers import Progress, Source, project_layers, read_adapter
+from .projection import check_finite, check_floating, check_shapes
+
+#: Dense matrices X and Y of one shape.
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+class LayerStats(NamedTuple):
+    """One layer, with ``D = s B A``."""
+
+    name: str
+    n_entries: int  # m n
+    dist: float  # |P D - D|
+    norm: float  # |D|
+    norm_proj: float  # |P D|
+    cos: float  # between P D and D; 0 where one of them is 0
+    score: float  # E-DIEM
+
+
+def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) -> Tensor:
+    """Return ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)`` of one layer, ``D = scaling * b @ a``.
+
+    :func:`lora_ext.ops.lora_pair_stats`, which takes many layers too, of checked values.
+
+    Args:
+        a: ``(r, n)`` floating.
+        b: ``(m, r)``.
+        projected_b: ``(m, r)``, ``P b``.
+        scaling: s.
+
+    Returns:
+        ``(4,)`` float64.
+
+    Raises:
+        ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: no floating tensor.
+    """
+    where = "pair_stats"
+    named = (("a", a), ("b", b), ("projected_b", projected_b))
+    for name, t in named:
+        check_floating(where, name, t)
+    sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
+    check_shapes(where, b.shape, sizes, sizes, a.shape)
+    for name, t in named:
+        check_finite(where, name, t)
+    return ops.lora_pair_stats(a, b, projected_b, scaling)
+
+
+@torch.no_grad()
+def ediem_scores(
+    adapter: Source,
+    base: ModelSource,
+    aligned: ModelSource,
+    config: SploraConfig | None = None,
+    *,
+    pairs: Pairs | None = None,
+    progress: Progress = iter,
+) -> list[LayerStats]:
+    """Return the distance of every adapted layer from its projection, and its E-DIEM score.
+
+    Two weights are read at a time, those of one layer. Layers are paired by name; their order is
+    that of the model, whatever order the sources have.
+
+    Args:
+        adapter: a :class:`lora_ext.adapter.LoraAdapter`, PEFT's folder, ``(config, state dict)``,
+            or a state dict alone, whose scaling is taken to be 1.
+        base: W0, the model before it was aligned: a folder of safetensors, tensors by name, or a
+            model; see :class:`lora_ext.adapter.model_weights.ModelWeights`.
+        aligned: Wa, the model on which the adapter was trained; likewise.
+        config: how to score; default is :class:`SploraConfig` as it stands.
+        pairs: for ``reference="pairs"``, and only there.
+        progress: wraps the layers as they are read, ``tqdm.tqdm`` say.
+
+    Returns:
+        One row for each layer that was scored.
+
+    Raises:
+        ValueError: shapes that do not fit, naming the layer and both; NaN or infinity, naming the
+            tensor; fewer than 4 layers with ``reference="population"``.
+        ZeroAlignmentError: a layer in which both models are equal.
+        DegenerateReferenceError: a reference without spread.
+        KeyError: layers that a model lacks; a factor without the other.
+        TypeError: quantised weights. NotImplementedError: DoRA, embeddings, convolutions.
+
+    Sources: arXiv 2506.18931, arXiv 2407.08623; docs/splora.md has the formulas.
+    """
+    config = SploraConfig() if config is None else config
+    where = "ediem_scores"
+    samples = _distances_of(where, pairs, config)
+    value = read_adapter(f"{where}: adapter", adapter)
+    layers, projected = project_layers(where, value, base, aligned, config, progress)
+    factors = [layer.factors for layer in layers]
+    scalings = [f.scaling if config.include_scaling else 1.0 for f in factors]
+    device = [p.device for p in projected]
+    a = [f.a.to(d) for f, d in zip(factors, device, strict=True)]
+    b = [f.b.to(d) for f, d in zip(factors, device, strict=True)]
+    stats = ops.lora_pair_stats(a, b, projected, scalings).cpu().clamp(min=0)  # (L, 4)
+    distances = stats[:, 3].sqrt()
+    sizes = torch.tensor([f.b.shape[0] * f.a.shape[1] for f in factors], dtype=torch.float64)
+    if config.reference == "population":
+        if len(layers) < 4:
+            raise ValueError(
+                f"{where}: reference='population': expected at least 4 layers, which are compared "
+                f"with one another, found {len(layers)}; 'permutation' scores a layer by itself"
+            )
+        x = distances / sizes.sqrt()
+        scores = standardised(where, x, x, config).tolist()
+    else:
+        scores = []
+        for i, layer in enumerate(layers):
+            parts = (a[i].double(), b[i].double(), projected[i])
+            if config.reference == "permutation":
+                sample = _permuted(*parts, scalings[i], config)
+                name = f"{where}: {layer.name}"
+                score = standardised(name, distances[i : i + 1], sample, config).item()
+            else:
+                dense = (scalings[i] * (factor @ parts[0]) for factor in (parts[2], parts[1]))
+                score = released_score(distances[i].item(), samples, *dense)
+            scores.append(score)
+    return [
+        LayerStats(layer.name, int(n), d, *_figures(row), score)
+        for layer, n, d, row, score in zip(
+            layers, sizes.tolist(), distances.tolist(), stats.tolist(), scores, strict=True
+        )
+    ]
+
+
+def _figures(row: Sequence[float]) -> tuple[float, float, float]:
+    """|D|, |P D| and their cosine."""
+    norm, norm_proj, inner = math.sqrt(row[0]), math.sqrt(row[1]), row[2]
+    product = norm * norm_proj
+    return norm, norm_proj, inner / product if product > 0 else 0.0
+
+
+def _permuted(
+    a: Tensor, b: Tensor, projected: Tensor, scaling: float, config: SploraConfig
+) -> Tensor:
+    """``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
+
+    Every layer has a generator of its own, so that no score depends on which others there are.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    found = []
+    for _ in range(config.n_samples):
+        rows = torch.randperm(len(b), generator=generator).to(b.device)
+        found.append(ops.lora_pair_stats(a, b[rows], projected, scaling)[3])
+    return torch.stack(found).cpu().clamp(min=0).sqrt()
+
+
+def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor:
+    """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; empty for other references."""
+    if config.reference != "pairs":
+        if pairs is not None:
+            raise ValueError(
+                f"{where}: pairs: expected None with reference={config.reference!r}, found "
+                f"{len(pairs)} pairs"
+            )
+        return torch.empty(0, dtype=torch.float64)
+    if not pairs:
+        raise ValueError(
+            f"{where}: pairs: expected pairs of matrices with reference='pairs', found {pairs!r}"
+        )
+    distances = []
+    for i, (x, y) in enumerate(pairs):
+        name = f"pairs[{i}]"
+        for t in (x, y):
+            check_floating(where, name, t)
+            check_finite(where, name, t)
+        if x.shape != y.shape:
+            raise ValueError(
+                f"{where}: {name}: expected matrices of one shape, found {tuple(x.shape)} and "
+                f"{tuple(y.shape)}"
+            )
+        distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
+    return torch.stack(distances)

@@ -1,0 +1,47 @@
+"""Adapters and pairs of models for SPLoRA, made by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_ext.adapter import LoraAdapter
+
+Weights = dict[str, Tensor]
+
+
+def name_of(layer: int, module: str = "q_proj") -> str:
+    return f"model.layers.{layer}.self_attn.{module}"
+
+
+def made(
+    shapes: dict[str, tuple[int, int]], r: int = 3, dtype: torch.dtype = torch.float64, **fields
+) -> tuple[LoraAdapter, Weights, Weights]:
+    """An adapter, base and aligned weights, all random; ``shapes`` are (m, n) by module."""
+    g = torch.Generator().manual_seed(1)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    state, base, aligned = {}, {}, {}
+    for name, (m, n) in shapes.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = draw(r, n)
+        state[f"base_model.model.{name}.lora_B.weight"] = draw(m, r)
+        if fields.get("lora_bias"):
+            state[f"base_model.model.{name}.lora_B.bias"] = draw(m)
+        stored = (n, m) if fields.get("fan_in_fan_out") else (m, n)
+        base[f"{name}.weight"] = draw(*stored)
+        aligned[f"{name}.weight"] = base[f"{name}.weight"] + 0.1 * draw(*stored)
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": [*shapes]}
+    return LoraAdapter.load(({**config, **fields}, state)), base, aligned
+
+
+def blocks(count: int = 4, size: tuple[int, int] = (12, 10)) -> dict[str, tuple[int, int]]:
+    """Shapes of two modules in each of some blocks."""
+    return {name_of(i, m): size for i in range(count) for m in ("q_proj", "v_proj")}
+
+
+def scaled(adapter: LoraAdapter, by: dict[str, float]) -> LoraAdapter:
+    """The adapter with some B multiplied."""
+    modules = {n: f._replace(b=f.b * by.get(n, 1.0)) for n, f in adapter.modules.items()}
+    return LoraAdapter(adapter.config, modules)

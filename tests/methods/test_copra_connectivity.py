@@ -1,0 +1,274 @@
+"""Linear mode connectivity, the modules to keep, and merging as CopRA uses it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from adapted_models import KINDS, adapted
+from torch import Tensor, nn
+
+from lora_ext.adapter import LoraAdapter
+from lora_ext.methods.copra import (
+    CopraConfig,
+    CopraController,
+    Shapley,
+    at_random,
+    by_suffix,
+    every_other,
+    interpolate_adapters,
+    lmc_barrier,
+    merge_adapters,
+    prune_adapter,
+    thirds,
+    top_by_shapley,
+)
+from lora_ext.nn import adapted_layers, adapter_parameters
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def loss(model: nn.Module) -> float:
+    assert not model.training and not torch.is_grad_enabled()
+    return logits(model).double().square().mean().item()
+
+
+def other(value: LoraAdapter, seed: int) -> LoraAdapter:
+    """Other factors on the same modules."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(t: Tensor) -> Tensor:
+        return t + 0.3 * torch.randn(t.shape, generator=generator)
+
+    modules = {n: f._replace(a=drawn(f.a), b=drawn(f.b)) for n, f in value.modules.items()}
+    return LoraAdapter(value.config, modules)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_the_barrier_is_the_formula_and_the_model_is_as_it_was(kind: str, space: str):
+    model = adapted(kind).train()
+    model.get_submodule("model.model" if kind != "ours" else "model").eval()
+    first = LoraAdapter.from_model(model)
+    second = other(first, 1)
+    parameters = dict(model.named_parameters())
+    bits = {n: p.detach().clone() for n, p in parameters.items()}
+    flags = {n: p.requires_grad for n, p in parameters.items()}
+    scales = [dict(m.scaling) for m in adapted_layers(model).values()]
+    modes, before = [m.training for m in model.modules()], logits(model.eval())
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+
+    found = lmc_barrier(model, first, second, loss, 5, space)
+
+    assert [m.training for m in model.modules()] == modes
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    for name, p in after.items():
+        assert p is parameters[name] and p.requires_grad == flags[name]
+        assert torch.equal(p, bits[name])
+    assert [dict(m.scaling) for m in adapted_layers(model).values()] == scales
+    assert torch.equal(logits(model.eval()), before)
+
+    assert found.lambdas == (0, 0.25, 0.5, 0.75, 1)
+    with torch.no_grad():
+        for lam, value in zip(found.lambdas, found.losses, strict=True):
+            expected = with_deltas(kind, [first, second], [1 - lam, lam], space)
+            assert value == pytest.approx(loss(expected), rel=1e-5)
+    a, b = found.losses[0], found.losses[-1]
+    rises = [v - ((1 - x) * a + x * b) for x, v in zip(found.lambdas, found.losses, strict=True)]
+    assert found.barrier == max(rises) >= 0
+    assert len({round(v, 6) for v in found.losses}) == 5
+
+
+def with_deltas(
+    kind: str, values: list[LoraAdapter], weights: list[float], space: str
+) -> nn.Module:
+    """The model with updates that are written out, in float64, into its base weights."""
+    model = adapted(kind)
+    for name, layer in adapted_layers(model).items():
+        factors = [v.modules[name.removeprefix("base_model.model.")] for v in values]
+        if space == "delta":
+            deltas = (
+                w * f.scaling * f.b.double() @ f.a.double()
+                for w, f in zip(weights, factors, strict=True)
+            )
+            update = sum(deltas)
+        else:
+            a = sum(w * f.a.double() for w, f in zip(weights, factors, strict=True))
+            b = sum(w * f.b.double() for w, f in zip(weights, factors, strict=True))
+            update = factors[0].scaling * b @ a
+        layer.base_layer.weight += update.float()
+        layer.enable_adapters(False)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_an_adapter_and_itself_have_no_barrier_and_the_ends_may_change_places(
+    kind: str, space: str
+):
+    model = adapted(kind)
+    first = LoraAdapter.from_model(model)
+    second = other(first, 2)
+    assert abs(lmc_barrier(model, first, first, loss, space=space).barrier) < 1e-6
+    there = lmc_barrier(model, first, second, loss, 6, space)
+    back = lmc_barrier(model, second, first, loss, 6, space)
+    assert there.barrier == pytest.approx(back.barrier, abs=1e-6)
+    assert there.losses == pytest.approx(back.losses[::-1], rel=1e-5)
+
+
+def test_folders_and_chosen_points_are_taken(tmp_path):
+    model = adapted("peft")
+    first = LoraAdapter.from_model(model)
+    second = other(first, 3)
+    first.save(tmp_path / "first")
+    asked = []
+
+    def counting(m: nn.Module) -> float:
+        asked.append(0)
+        return loss(m)
+
+    found = lmc_barrier(model, tmp_path / "first", second, counting, [0.5, 0.1])
+    assert found.lambdas == (0.5, 0.1) and len(asked) == 4 and len(found.losses) == 2
+    whole = lmc_barrier(model, first, second, loss, [0, 0.1, 0.5, 1])
+    assert found.losses == (whole.losses[2], whole.losses[1])
+
+
+def test_an_exception_in_the_loss_leaves_the_model_alone():
+    model = adapted("fused")
+    first, before = LoraAdapter.from_model(model), dict(model.named_parameters())
+
+    def fail(_: nn.Module) -> float:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        lmc_barrier(model, other(first, 1), first, fail, space="delta")
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:unmerge")
+def test_what_cannot_be_compared_is_refused_by_name():
+    model = adapted("peft", "default", "second")
+    first = LoraAdapter.from_model(model)
+    less = LoraAdapter(first.config, dict(list(first.modules.items())[1:]))
+    name = next(iter(first.modules))
+
+    def refused(message: str, *values, **settings) -> None:
+        with pytest.raises(ValueError, match=message):
+            lmc_barrier(model, *values, **{"eval_fn": loss, **settings})
+
+    refused(rf"{name}", first, less)
+    refused(rf"lmc_barrier: {name}: expected the same modules .* the model alone", less, less)
+    refused(r"lambdas: expected at least 2, found 1", first, first, lambdas=1)
+    refused(r"lambdas: expected numbers in \[0, 1\], found \[1.5\]", first, first, lambdas=[0, 1.5])
+    refused(r"space: .* found 'weights'", first, first, space="weights")
+    refused(
+        r"expected a finite loss, found nan at lambda = 0", first, first, eval_fn=lambda m: math.nan
+    )
+    refused(r"q_proj: expected 'second' to be active", first, first, adapter="second")
+    refused(r"adapter_name: .* found 'third'", first, first, adapter="third")
+    next(iter(adapted_layers(model).values())).merge()
+    refused(r"q_proj: expected an adapter apart .* unmerge it first", first, first)
+
+
+# -------------------------------------------------------------------------------------------------
+# Which modules to keep
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_to_keep_are_names_that_pruning_takes(kind: str):
+    model = adapted(kind)
+    controller = CopraController(model, CopraConfig(), 10)
+    value = LoraAdapter.from_model(model)
+    names = list(value.modules)
+    q, down = names[0::2], names[1::2]
+    assert [n.rpartition(".")[2] for n in names] == ["q_proj", "down_proj"] * 3
+    worth = Shapley(torch.tensor([0.1, -1.0, 0.4]), torch.zeros(3), 8)
+    for source in (controller, controller.groups, value, names):
+        for kept, expected in (
+            (every_other(source), [*names[:2], *names[4:]]),
+            (every_other(source, 1), names[2:4]),
+            (thirds(source, "low"), names[:2]),
+            (thirds(source, "middle"), names[2:4]),
+            (thirds(source, "high"), names[4:]),
+            (by_suffix(source, "q_proj"), q),
+            (by_suffix(source, "mlp.down_proj", "q_proj"), names),
+            (top_by_shapley(source, worth, 2), [*names[:2], *names[4:]]),
+            (top_by_shapley(source, [3.0, 2.0, 1.0], 1), names[:2]),
+            (at_random(source, 0), []),
+            (at_random(source, 3), names),
+        ):
+            assert kept == expected
+        assert list(prune_adapter(value, by_suffix(source, "down_proj")).modules) == down
+        drawn = {tuple(at_random(source, 1, seed)) for seed in range(20)}
+        assert drawn == {tuple(names[i : i + 2]) for i in (0, 2, 4)}
+        assert at_random(source, 2, 5) == at_random(source, 2, 5)
+
+
+def test_thirds_of_any_number_of_groups_are_a_partition():
+    for n in (1, 2, 3, 4, 7, 30):
+        groups = [[f"layers.{i}.q"] for i in range(n)]
+        parts = [thirds(groups, part) for part in ("low", "middle", "high")]
+        assert sum(parts, []) == [name for group in groups for name in group]  # noqa: RUF017
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        (lambda g: every_other(g, 2), r"every_other: first: expected 0 or 1, found 2"),
+        (lambda g: thirds(g, "upper"), r"thirds: part: expected one of .* found 'upper'"),
+        (lambda g: by_suffix(g, "proj"), r"by_suffix: suffixes: .* found 'proj'"),
+        (
+            lambda g: top_by_shapley(g, [1.0], 1),
+            r"values: expected one for each of 3 groups, found 1",
+        ),
+        (lambda g: top_by_shapley(g, [1.0] * 3, 4), r"top_by_shapley: k: .* from 0 to 3, found 4"),
+        (lambda g: at_random(g, -1), r"at_random: k: expected an int from 0 to 3, found -1"),
+        (lambda g: every_other([]), r"every_other: source: expected modules, found none"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(pick, message: str):
+    with pytest.raises(ValueError, match=message):
+        pick([[f"layers.{i}.q_proj"] for i in range(3)])
+
+
+# -------------------------------------------------------------------------------------------------
+# The merging rules that CopRA's measure rests on
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 5}], ids=str)
+def test_one_adapter_of_weight_one_is_that_adapter(settings: dict):
+    value = LoraAdapter.from_model(adapted("ours", **settings))
+    for mode in ("delta", "factors", "delta_svd"):
+        assert merge_adapters([value], [1.0], mode=mode) == value
+
+
+def test_half_way_in_factors_has_the_cross_terms():
+    first = LoraAdapter.from_model(adapted("ours"))
+    second = other(first, 4)
+    half = interpolate_adapters(first, second, 0.5, "factors")
+    for name, f in half.modules.items():
+        one, two = first.modules[name], second.modules[name]
+        expected = one.scaling / 4 * (one.b + two.b) @ (one.a + two.a)
+        torch.testing.assert_close(f.scaling * f.b @ f.a, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pruned_adapter_is_the_coalition_of_what_is_kept(kind: str):
+    model = adapted(kind)
+    controller = CopraController(model, CopraConfig(), 10)
+    kept = prune_adapter(LoraAdapter.from_model(model), every_other(controller))
+    with controller.coalition([True, False, True]):
+        expected = logits(model)
+    for name, layer in adapted_layers(model).items():
+        if name.removeprefix("base_model.model.") not in kept.modules:
+            for p in adapter_parameters(layer, "default"):
+                nn.init.zeros_(p)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,327 @@
+"""SPLoRA: every error of the specification, by its message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapted_models import adapted
+from methods.splora_support import blocks, made, name_of
+from methods.test_splora_pruning import models
+from torch import Tensor
+
+from lora_ext.adapter import LoraAdapter, save_adapter
+from lora_ext.methods import splora
+from lora_ext.methods.splora import (
+    DegenerateReferenceError,
+    SploraConfig,
+    ZeroAlignmentError,
+    diem,
+    ediem_scores,
+    pair_stats,
+    project_factor,
+    select_layers,
+)
+
+Q = name_of(0)
+KEY = f"{Q}.weight"
+
+
+def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapter:
+    """The adapter with other factors in one module."""
+    changed = adapter.modules[name]._replace(**changes)
+    return LoraAdapter(adapter.config, {**adapter.modules, name: changed})
+
+
+# -------------------------------------------------------------------------------------------------
+# Configuration and selection
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num": 1, "threshold": 0.5}, "num and threshold: expected one of them, found both, 1"),
+        ({"num": -1}, "num: expected an integer of at least 0, found -1"),
+        ({"num": 2.0}, "num: expected an integer of at least 0, found 2.0"),
+        ({"num": True}, "num: expected an integer of at least 0, found True"),
+        ({"threshold": float("nan")}, "threshold: expected a number, found nan"),
+        ({"direction": "up"}, r"direction: expected one of \('smallest', 'largest'\), found 'up'"),
+        ({"granularity": "row"}, r"granularity: expected one of \('module', 'block'\)"),
+        ({"projection": "svd"}, r"projection: expected one of \('frobenius', 'orthogonal'\)"),
+        ({"reference": "none"}, r"reference: expected one of \('population', 'permutation'"),
+        ({"stat": "mad"}, r"stat: expected one of \('iqr', 'std'\), found 'mad'"),
+        ({"mode": "drop"}, r"mode: expected one of \('remove', 'zero'\), found 'drop'"),
+        ({"center": "mode"}, r"center: expected one of \('mean', 'median'\)"),
+        ({"on_zero_alignment": "keep"}, r"on_zero_alignment: expected one of \('raise', 'skip'\)"),
+        ({"rank": 0}, "rank: expected an integer of at least 1, found 0"),
+        ({"energy": 0.0}, r"energy: expected a share in \(0, 1\], found 0.0"),
+        ({"energy": 1.1}, r"energy: expected a share in \(0, 1\], found 1.1"),
+        ({"n_samples": 1}, "n_samples: expected an integer of at least 2, found 1"),
+        ({"device": "abacus"}, "device: expected None, a torch.device or its name, found 'abacus'"),
+        ({"seed": -1}, "seed: expected an integer of at least 0, found -1"),
+        ({"include_scaling": 1}, "include_scaling: expected True or False, found 1"),
+        ({"allow_degenerate": None}, "allow_degenerate: expected True or False, found None"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_named(fields: dict, message: str):
+    with pytest.raises(ValueError, match=f"^SploraConfig: {message}"):
+        SploraConfig(**fields)
+
+
+def test_a_selection_needs_num_or_threshold_and_no_more_units_than_there_are():
+    adapter, base, aligned = made(blocks())
+    stats = ediem_scores(adapter, base, aligned)  # scoring needs neither
+    with pytest.raises(ValueError, match="select_layers: config: expected one of num and threshol"):
+        select_layers(stats, SploraConfig())
+    with pytest.raises(ValueError, match=r"select_layers: num: expected at most 8, .*found 9"):
+        splora.apply(adapter, base, aligned, SploraConfig(num=9))
+    with pytest.raises(ValueError, match="expected one of num and threshold"):
+        splora.apply(adapter, base, aligned, SploraConfig())
+
+
+# -------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def test_weights_of_two_shapes_are_refused():
+    adapter, base, aligned = made(blocks())
+    aligned[KEY] = torch.ones(10, 12)
+    message = rf"ediem_scores: {Q}: .*base weight's shape \(12, 10\), found \(10, 12\)"
+    with pytest.raises(ValueError, match=message):
+        ediem_scores(adapter, base, aligned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes"),
+    [
+        (
+            {"b": torch.ones(11, 3)},
+            r"\(11, 10\), as B \(11, 3\) and A \(3, 10\) have, found \(12, 10\)",
+        ),
+        (
+            {"a": torch.ones(3, 9)},
+            r"\(12, 9\), as B \(12, 3\) and A \(3, 9\) have, found \(12, 10\)",
+        ),
+        ({"a": torch.ones(4, 10)}, r"one rank, found B \(12, 3\) and A \(4, 10\)"),
+        (
+            {"a": torch.ones(0, 10), "b": torch.ones(12, 0)},
+            r"rank of at least 1, found 0: B \(12, 0\) and A \(0, 10\)",
+        ),
+    ],
+)
+def test_factors_that_do_not_fit_name_the_layer_and_both_shapes(changes: dict, shapes: str):
+    adapter, base, aligned = made(blocks())
+    with pytest.raises(ValueError, match=rf"ediem_scores: {Q}: expected .*{shapes}"):
+        ediem_scores(factors(adapter, **changes), base, aligned)
+
+
+def test_a_state_dict_whose_ranks_differ_or_are_zero_is_refused():
+    adapter, base, aligned = made(blocks())
+    state = adapter.state_dict()
+    key = f"base_model.model.{Q}.lora_B.weight"
+    with pytest.raises(
+        ValueError, match=rf"{Q}.lora_B.weight: .*rank of A, which is 3, found \(12, 4"
+    ):
+        ediem_scores({**state, key: torch.ones(12, 4)}, base, aligned)
+    empty = {f"{Q}.lora_A.weight": torch.ones(0, 10), f"{Q}.lora_B.weight": torch.ones(12, 0)}
+    with pytest.raises(ValueError, match=rf"{Q}.lora_A.weight: expected a rank of at least 1, fo"):
+        ediem_scores(empty, base, aligned)
+
+
+def test_a_transposed_weight_is_refused_without_fan_in_fan_out():
+    adapter, base, aligned = made(blocks())
+    turned = [{k: t.T for k, t in model.items()} for model in (base, aligned)]
+    with pytest.raises(ValueError, match=r"expected weights of shape \(12, 10\).*found \(10, 12\)"):
+        ediem_scores(adapter, *turned)
+
+
+# -------------------------------------------------------------------------------------------------
+# Values
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_their_tensor(bad: float):
+    adapter, base, aligned = made(blocks())
+    for role in ("a", "b"):
+        broken = getattr(adapter.modules[Q], role).clone()
+        broken[1, 2] = bad
+        with pytest.raises(ValueError, match=rf"{Q}: lora_{role.upper()}.weight: expected finite"):
+            ediem_scores(factors(adapter, **{role: broken}), base, aligned)
+    for which, name in ((0, "base weight"), (1, "aligned weight")):
+        pair = [dict(base), dict(aligned)]
+        pair[which][KEY] = pair[which][KEY].clone()
+        pair[which][KEY][-1, -1] = bad
+        with pytest.raises(ValueError, match=rf"ediem_scores: {Q}: {name}: expected finite values"):
+            ediem_scores(adapter, *pair)
+        with pytest.raises(ValueError, match=rf"project: {Q}: {name}: expected finite values"):
+            splora.project(adapter, *pair, [Q])
+
+
+def test_equal_weights_are_a_zero_alignment():
+    adapter, base, aligned = made(blocks())
+    aligned[KEY] = base[KEY].clone()
+    for projection in ("frobenius", "orthogonal"):
+        config = SploraConfig(projection=projection, rank=2)
+        with pytest.raises(ZeroAlignmentError, match=rf"{Q}: expected .*differs.*equal ones"):
+            ediem_scores(adapter, base, aligned, config)
+    assert issubclass(ZeroAlignmentError, ValueError)
+    with pytest.raises(ZeroAlignmentError, match="project_factor: expected an aligned weight"):
+        project_factor(torch.ones(3, 1), torch.ones(3, 4), torch.ones(3, 4))
+
+
+def test_fewer_than_four_layers_are_no_population():
+    adapter, base, aligned = made({name_of(i): (4, 4) for i in range(3)})
+    with pytest.raises(
+        ValueError, match=r"reference='population': expected at least 4 layers.*d 3"
+    ):
+        ediem_scores(adapter, base, aligned)
+    assert len(ediem_scores(adapter, base, aligned, SploraConfig(reference="permutation"))) == 3
+
+
+def test_a_reference_without_spread_is_degenerate():
+    adapter, base, aligned = made({name_of(i): (4, 4) for i in range(4)})
+    one = adapter.modules[Q]
+    same = LoraAdapter(adapter.config, dict.fromkeys(adapter.modules, one))
+    alike = [{f"{n}.weight": m[KEY] for n in same.modules} for m in (base, aligned)]
+    with pytest.raises(
+        DegenerateReferenceError, match="reference='population': expected distances"
+    ):
+        ediem_scores(same, *alike)
+    found = ediem_scores(same, *alike, SploraConfig(allow_degenerate=True))
+    assert [row.score for row in found] == [0.0] * 4
+    assert issubclass(DegenerateReferenceError, ValueError)
+    single, base, aligned = made({Q: (1, 4)})  # one row has one order
+    config = SploraConfig(reference="permutation")
+    with pytest.raises(DegenerateReferenceError, match=rf"ediem_scores: {Q}: reference='permut"):
+        ediem_scores(single, base, aligned, config)
+
+
+def test_the_identity_as_a_projection_is_a_warning():
+    adapter, base, aligned = made({name_of(i): (4, 6) for i in range(5)})
+    config = SploraConfig(projection="orthogonal", allow_degenerate=True)
+    with pytest.warns(
+        UserWarning, match=r"full row rank: .*and 1 more|and 1 more has full row rank"
+    ):
+        found = ediem_scores(adapter, base, aligned, config)
+    assert max(row.dist for row in found) < 1e-12
+    with pytest.warns(UserWarning, match="set rank or energy"):
+        project_factor(torch.ones(4, 1), base[KEY], aligned[KEY], projection="orthogonal")
+
+
+# -------------------------------------------------------------------------------------------------
+# Names and kinds
+
+
+def test_absent_layers_are_a_key_error_that_lists_five():
+    adapter, base, aligned = made(blocks())
+    with pytest.raises(KeyError, match=r"ediem_scores: aligned: .*none for .*and 3 more"):
+        ediem_scores(adapter, base, {"model.norm.weight": torch.ones(3)})
+    del base[KEY]
+    with pytest.raises(KeyError, match=rf"ediem_scores: base: .*none for {Q}'$"):
+        ediem_scores(adapter, base, aligned)
+
+
+def test_an_a_without_its_b_is_a_key_error(tmp_path: Path):
+    adapter, base, aligned = made(blocks())
+    state = adapter.state_dict()
+    del state[f"base_model.model.{Q}.lora_B.weight"]
+    save_adapter(tmp_path, adapter.config, state)
+    for source in (state, (adapter.config, state), tmp_path):
+        with pytest.raises(
+            KeyError, match=rf"adapter: {Q}: expected lora_A and lora_B, found .*lora"
+        ):
+            ediem_scores(source, base, aligned)
+
+
+def test_a_state_dict_without_factors_is_refused():
+    with pytest.raises(ValueError, match=r"adapter: expected names as <module>.lora_A.weight, f"):
+        ediem_scores({"up.weight": torch.ones(2, 2)}, {}, {})
+
+
+def test_quantised_weights_are_a_type_error_with_advice():
+    adapter, base, aligned = made(blocks())
+    packed = {**base, KEY: torch.zeros(12, 10, dtype=torch.int8)}
+    with pytest.raises(TypeError, match=rf"ediem_scores: base: {KEY}: .*int8; dequantise"):
+        ediem_scores(adapter, packed, aligned)
+    with pytest.raises(TypeError, match=r"project_factor: aligned_w: .*int8; dequantise"):
+        project_factor(torch.ones(12, 2), base[KEY], packed[KEY])
+
+
+@pytest.mark.parametrize(
+    ("fields", "targets", "message"),
+    [
+        ({"use_dora": True}, ("q_proj",), "found a DoRA magnitude at model.layers.0"),
+        ({}, ("embed_tokens", "q_proj"), "found an embedding at model.embed_tokens"),
+    ],
+)
+def test_other_kinds_of_adapters_are_not_implemented(fields: dict, targets, message: str):
+    adapter = LoraAdapter.from_model(adapted("peft", targets=targets, **fields))
+    with pytest.raises(NotImplementedError, match=f"ediem_scores: adapter: .*{message}"):
+        ediem_scores(adapter, *models())
+
+
+def test_convolutions_are_not_implemented():
+    state = {
+        "conv.lora_A.weight": torch.ones(2, 3, 3, 3),
+        "conv.lora_B.weight": torch.ones(4, 2, 1, 1),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["conv"]}
+    for source in (state, (config, state)):
+        with pytest.raises(NotImplementedError, match="conv"):
+            ediem_scores(source, {}, {})
+
+
+def test_projecting_a_module_that_the_adapter_lacks_names_it():
+    adapter, base, aligned = made(blocks())
+    with pytest.raises(ValueError, match=r"project: names: .*found 'model.gone', which it lacks"):
+        splora.project(adapter, base, aligned, [Q, "model.gone"])
+
+
+# -------------------------------------------------------------------------------------------------
+# The parts by themselves
+
+
+def test_pair_stats_checks_its_factors():
+    a, b = torch.ones(2, 5), torch.ones(4, 2)
+    assert pair_stats(a, b, b).tolist() == [80, 80, 80, 0]
+    with pytest.raises(ValueError, match="pair_stats: expected a rank of at least 1, found 0"):
+        pair_stats(a[:0], b[:, :0], b[:, :0])
+    with pytest.raises(ValueError, match=r"one rank, found B \(4, 2\) and A \(3, 5\)"):
+        pair_stats(torch.ones(3, 5), b, b)
+    with pytest.raises(ValueError, match="projected_b: expected shape"):
+        pair_stats(a, b, b[:3])
+    with pytest.raises(ValueError, match="pair_stats: a: expected finite values"):
+        pair_stats(a * float("nan"), b, b)
+    with pytest.raises(TypeError, match=r"pair_stats: b: .*found torch.int64; dequantise"):
+        pair_stats(a, b.long(), b)
+
+
+def test_diem_checks_its_vectors():
+    x = torch.rand(4)
+    with pytest.raises(ValueError, match=r"diem: b: expected as many entries as in a \(4,\)"):
+        diem(x, x[:3], v_min=0, v_max=1)
+    with pytest.raises(ValueError, match="diem: a: expected finite"):
+        diem(x * float("nan"), x, v_min=0, v_max=1)
+    with pytest.raises(ValueError, match="diem: v_max: expected a number above v_min=1, found 1"):
+        diem(x, x, v_min=1, v_max=1)
+    with pytest.raises(ValueError, match="diem: var: expected a number above 0, found 0"):
+        diem(x, x, v_min=0, v_max=1, var=0)
+
+
+def test_pairs_belong_to_their_reference():
+    adapter, base, aligned = made(blocks())
+    pairs = [(torch.ones(2, 2), torch.zeros(2, 2))]
+    with pytest.raises(
+        ValueError, match="pairs: expected None with reference='population', found 1"
+    ):
+        ediem_scores(adapter, base, aligned, pairs=pairs)
+    config = SploraConfig(reference="pairs")
+    with pytest.raises(ValueError, match=r"pairs: expected pairs of matrices .*found None"):
+        ediem_scores(adapter, base, aligned, config)
+    bad = [(torch.ones(2, 2), torch.ones(2, 3))]
+    with pytest.raises(
+        ValueError, match=r"pairs\[0\]: expected matrices of one shape, found \(2, 2"
+    ):
+        ediem_scores(adapter, base, aligned, config, pairs=bad)
