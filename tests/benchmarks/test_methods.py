@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study
 
-# Under another name: `methods` is a folder of tests.
+# Under another name: `methods` is the folder tests/methods.
 path = Path(study.__file__).with_name("methods.py")
 spec = importlib.util.spec_from_file_location("reproductions", path)
 assert spec is not None and spec.loader is not None

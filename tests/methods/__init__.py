@@ -1,1 +1,0 @@
-"""A package, so that its name does not mean ``benchmarks/methods.py``."""
