@@ -218,8 +218,9 @@ def expected_report(model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_report_of_a_model(kind):
-    model = adapted(kind, targets=("q_proj", "down_proj"))
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_report_of_a_model(kind, settings):
+    model = adapted(kind, targets=("q_proj", "down_proj"), **settings)
     rows = rank_report(model, kinds=("entropy", "threshold"), taus=(0.1, 1e-5)).rows
     expected = expected_report(model, kind)
     assert [row["module"] for row in rows] == list(expected)
