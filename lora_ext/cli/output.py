@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 _DASH = "-"
 
 
@@ -65,7 +66,7 @@ def cell(value: Any) -> str:
     return printable(str(value))
 
 
-def progress(items: list[Any]) -> Iterable[Any]:
+def progress(items: Iterable[Item]) -> Iterable[Item]:
     """The items, with a bar on standard error once they take more than a second, in a terminal."""
     if not sys.stderr.isatty():
         return items
