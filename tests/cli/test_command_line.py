@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import peft
@@ -223,10 +224,11 @@ def test_prune_takes_out_what_splora_singles_out(run, run_json, models, tmp_path
     assert LoraAdapter.load(out) == wanted.adapter and 0 < len(wanted.pruned) < 8
 
 
-@pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(run, models, tmp_path):
     out = ("--num", 1, "--projection", "orthogonal", "--out", tmp_path / "out")
-    status, text, err = run("prune", *of(models), *out)  # all directions: no distance is left
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, text, err = run("prune", *of(models), *out)  # all directions: no distance is left
     assert status == 2 and text == ""
     assert [line.startswith("lora-ext prune: ") for line in err.splitlines()] == [True, True]
     assert "warning: " in err.splitlines()[0] and "spread" in err.splitlines()[1]
