@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from lora_ext.adapter.peft_keys import natural_order
+
 Item = TypeVar("Item")
 _DASH = "-"
 
@@ -16,9 +18,10 @@ def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json:
 
     Args:
         summary: a value for each title. A value that is None is left out of what people read.
-        rows: all with the same keys, which become headings.
+        rows: all with the same keys, which become headings; in the order of their modules' names.
         as_json: print JSON. Spaces in keys become underscores.
     """
+    rows = sorted(rows, key=lambda row: natural_order(row["module"]))
     if as_json:
         modules = [_keyed(row) for row in rows]
         print(json.dumps({**_keyed(summary), "modules": modules}, indent=2, allow_nan=False))

@@ -1,11 +1,16 @@
 """``lora-ext``, run on adapters that PEFT saved, on hostile folders and on a full disk."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +26,7 @@ from test_value import CASES, assert_peft_finds_every_key, llama, peft_model
 import lora_ext
 from lora_ext import cli
 from lora_ext.adapter import LoraAdapter, compare_adapters, merge_adapters, resize_adapter
+from lora_ext.adapter.peft_keys import natural_order
 from lora_ext.cli import output
 from lora_ext.methods import splora
 from lora_ext.pool import AdapterPool
@@ -92,7 +98,7 @@ def test_inspect_shows_every_module(case, run, run_json, tmp_path):
     status, out, err = run("inspect", tmp_path)
     assert (status, err) == (0, "")
     found = run_json("inspect", tmp_path)
-    assert [row["module"] for row in found["modules"]] == list(value.modules)
+    assert [row["module"] for row in found["modules"]] == sorted(value.modules, key=natural_order)
     for row in found["modules"]:
         assert re.search(rf"^{re.escape(row['module'])}\s+{row['r']}\s", out, re.M)
         spectrum = torch.linalg.svdvals(delta(value, row["module"]))
@@ -481,6 +487,36 @@ def test_progress_is_for_terminals_alone(monkeypatch, capsys):
     assert capsys.readouterr().err == "", "nothing in the first second"
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert output.progress(items) is items, "where there is no tqdm"
+
+
+def test_a_bar_appears_after_a_second_and_goes():
+    """On standard error, where that is a terminal; standard output has the table alone."""
+    code = (
+        "import time\n"
+        "from lora_ext.cli.output import progress\n"
+        "for _ in progress(['a', 'b', 'c', 'd']):\n"
+        "    time.sleep(0.5)\n"
+        "print('table')\n"
+    )
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=slave
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while data := os.read(master, 4096):
+            shown += data
+    os.close(master)
+    assert process.communicate(timeout=60)[0] == b"table\n" and process.returncode == 0
+    assert b"3/4" in shown and shown.endswith(b"\r")
+
+
+def test_modules_are_shown_as_they_follow_one_another(run_json, tmp_path):
+    names = [f"layers.{i}.up" for i in range(12)]
+    adapter(shapes=dict.fromkeys(names, (6, 5))).save(tmp_path)
+    assert [row["module"] for row in run_json("inspect", tmp_path)["modules"]] == names
 
 
 def test_cells_and_tables():
