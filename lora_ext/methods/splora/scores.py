@@ -56,6 +56,11 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         check_floating(where, name, t)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
+    if projected_b.shape != b.shape:
+        raise ValueError(
+            f"{where}: projected_b: expected the shape of b {tuple(b.shape)}, found "
+            f"{tuple(projected_b.shape)}"
+        )
     for name, t in named:
         check_finite(where, name, t)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
@@ -106,9 +111,9 @@ def ediem_scores(
     layers, projected = project_layers(where, value, base, aligned, config, progress)
     factors = [layer.factors for layer in layers]
     scalings = [f.scaling if config.include_scaling else 1.0 for f in factors]
-    device = [p.device for p in projected]
-    a = [f.a.to(d) for f, d in zip(factors, device, strict=True)]
-    b = [f.b.to(d) for f, d in zip(factors, device, strict=True)]
+    device = projected[0].device if projected else torch.device("cpu")
+    a, b = [f.a.to(device) for f in factors], [f.b.to(device) for f in factors]
+    projected = [p.to(device) for p in projected]
     stats = ops.lora_pair_stats(a, b, projected, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([f.b.shape[0] * f.a.shape[1] for f in factors], dtype=torch.float64)
