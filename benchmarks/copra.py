@@ -287,9 +287,11 @@ def coalitions(quick: bool) -> Iterator[Row]:
 
         @torch.no_grad()
         def losses(ids: Tensor) -> Tensor:  # (rows,)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            each = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            return each.view(len(ids), -1).mean(1)
+            logits = model(input_ids=ids, use_cache=False).logits
+            # Row by row: a copy of all logits would be new memory, and cost as much as a block.
+            return torch.stack(
+                [cross_entropy(y[:-1], t[1:]) for y, t in zip(logits, ids, strict=True)]
+            )
 
         def one_by_one(ids: Tensor = ids, losses: Any = losses) -> Tensor:
             found = []

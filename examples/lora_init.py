@@ -1,8 +1,8 @@
 """Which factor starts random? Three adapters on SmolLM2-135M, watched from inside while they train.
 
-Init[A] and Init[B] with one learning rate, and LoRA+ from Init[A], learn the same answers. The
-picture shows the loss, how large A x grows, and what of each step comes from A and what from B. No
-GPU, no network, two minutes on two cores: `python examples/lora_init.py`; `--quick` for two steps.
+Init[A] and Init[B] with one learning rate, and LoRA+ from Init[A], read the same 128 answers once.
+The picture shows the loss, how large A x grows, and what of each step comes from A and what from B.
+No GPU, no network, two minutes on two cores: `python examples/lora_init.py`; `--quick`: two steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 from tqdm import tqdm
-from training import ATTENTION, MLP, collate, read_examples
+from training import ATTENTION, MLP, TEXTS, collate, read_examples
 
 from lora_ext import LoraConfig, nn
 from lora_ext.interop.smollm2 import load_smollm2
@@ -28,7 +28,7 @@ from lora_ext.methods.lora_init import LoraProbe, loraplus_param_groups
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "lora_init"
-TEXT, STEPS, BATCH = "pirate", 32, 4
+STEPS = 32
 #: Scheme, rate, ratio of LoRA+, colour.
 RUNS = {
     "Init[A]": ("init_a_normal", 3e-3, 1, "#0072B2"),
@@ -46,7 +46,7 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     found = {name: train(model, tokenizer, name, 2 if args.quick else STEPS) for name in RUNS}
     for name, (losses, series) in found.items():
-        print(f"{name}: loss {losses[-1]:.2f}, rms of A x {series['rms_Z_A'][-1]:.2f}")
+        print(f"{name}: loss {sum(losses[-8:]) / 8:.2f}, rms of A x {series['rms_Z_A'][-1]:.2f}")
     print(f"picture: {draw(found, args.out / 'lora_init.png')}")
 
 
@@ -58,11 +58,11 @@ def train(model: Any, tokenizer: Any, name: str, steps: int) -> tuple[list[float
     settings: Any = {"target_modules": [*ATTENTION, *MLP], "layers_to_transform": last}
     nn.wrap(model, LoraConfig(r=8, init_lora_weights=scheme, **settings))
     optimizer = torch.optim.AdamW(loraplus_param_groups(model, lr, ratio))
-    examples, losses = read_examples(tokenizer, TEXT), []
+    texts = sorted(path.stem for path in TEXTS.glob("*.jsonl"))  # eight ways to answer
+    examples, losses = [e for text in texts for e in read_examples(tokenizer, text)], []
     with LoraProbe(model, track_decomposition=True) as probe:
         for step in (bar := tqdm(range(steps), desc=name, unit="step")):
-            chosen = [examples[(BATCH * step + i) % len(examples)] for i in range(BATCH)]
-            loss = model(**collate(chosen, tokenizer.pad_token_id)).loss
+            loss = model(**collate(examples[step::STEPS], tokenizer.pad_token_id)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

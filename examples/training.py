@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+
+from lora_ext.methods.copra import CopraController
 
 TEXTS = Path(__file__).with_name("texts")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -129,3 +132,38 @@ def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
         labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
         mask[row, : len(tokens)] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def answer_losses(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean loss of each row's answer, ``(rows,)``: the questions are masked out of the labels."""
+    logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+    each = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (rows, tokens)
+    return each.sum(1) / (labels != -100).sum(1)
+
+
+def take_steps(
+    model: Any,
+    tokenizer: Any,
+    examples: list[tuple[list[int], int]],
+    steps: int,
+    learning_rate: float,
+    label: str,
+    controller: CopraController,
+    batch: int = 4,
+) -> None:
+    """Train what is not frozen on random batches, with the controller's masks."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    order = torch.Generator().manual_seed(0)
+    model.train()
+    for step in (bar := tqdm(range(steps), desc=label, unit="step", dynamic_ncols=True)):
+        active = int(controller.step(step).sum())
+        chosen = torch.randperm(len(examples), generator=order)[:batch].tolist()
+        loss = model(**collate([examples[i] for i in chosen], tokenizer.pad_token_id)).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.2f}", layers=active)
+    model.eval()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import make_parser
+from .output import printable
 
 __all__ = ["main"]
 
@@ -40,5 +41,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _BAD_INPUT as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2

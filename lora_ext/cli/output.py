@@ -49,6 +49,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: names come from files that nobody vouches for."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def cell(value: Any) -> str:
     """A value as people read it."""
     if value is None:
@@ -57,7 +62,7 @@ def cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, tuple | list):
         return ", ".join(map(cell, value)) or _DASH
-    return str(value)
+    return printable(str(value))
 
 
 def progress(items: list[Any]) -> Iterable[Any]:

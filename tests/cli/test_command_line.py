@@ -225,6 +225,20 @@ HOW = [
 ]  # fmt: skip
 
 
+def test_names_from_a_file_do_not_command_the_terminal(run, tmp_path):
+    name = "up\x1b[2J\n\u202e\ud800"
+    value = adapter(shapes={"up": (6, 5)})
+    value = value.with_modules({name.replace("\ud800", ""): value.modules["up"]})
+    value.save(tmp_path)
+    status, out, _ = run("inspect", tmp_path)
+    assert status == 0 and "up\\x1b[2J\\n\\u202e" in out and out.isascii() and "\x1b" not in out
+    config = tmp_path / "adapter_config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, "target_modules": [name]}))
+    status, out, err = run("inspect", tmp_path)
+    assert status == 2 and "\\x1b" in err and "\x1b" not in err
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_a_hostile_folder_is_one_sentence(how, run, folders, tmp_path):
     good, bad = folders

@@ -166,6 +166,11 @@ def test_bad_arguments_are_refused(settings: dict, message: str):
         layer_shapley(model, controller_of(model), of_rows, **settings)
 
 
+def test_another_model_than_the_controllers_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected the controller's, found a Llama"):
+        layer_shapley(adapted("ours"), controller_of(adapted("ours")), of_model)
+
+
 @pytest.mark.parametrize("result", [1.0, torch.zeros(3), torch.zeros(2, 4)])
 def test_a_utility_of_another_shape_is_refused(result):
     model = adapted("ours")

