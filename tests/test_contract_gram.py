@@ -205,6 +205,19 @@ def test_a_list_may_mix_dtypes_and_be_longer_than_one_launch_holds(backend: Back
     assert_same_bits(stats[-1], ops.lora_pair_stats(a[-1], b[-1], p[-1]))
 
 
+def test_a_list_may_be_spread_over_devices() -> None:
+    shapes = [(6, 5, 3), (4, 7, 2), (9, 4, 2)]
+    a, b, p = adapters(shapes, torch.float32, Backend("cpu"))
+    spread = [[kept[0], kept[1].to("meta"), kept[2]] for kept in (a, b, p)]
+    for got, expected in zip(ops.lora_gram(*spread[:2]), ops.lora_gram(a, b), strict=True):
+        assert [t.device.type for t in got] == ["cpu", "meta", "cpu"]
+        assert got[1].shape == (2, 2)
+        assert_same_bits(got[0], expected[0])
+        assert_same_bits(got[2], expected[2])
+    with pytest.raises(ValueError, match=r"lora_pair_stats: a\[1\]: expected a tensor on meta"):
+        ops.lora_pair_stats(*(kept[1:] + kept[:1] for kept in spread))
+
+
 def test_factors_of_two_dtypes_count_in_the_wider_one(backend: Backend) -> None:
     (a,), (b,), (p,) = adapters([(6, 5, 3)], torch.bfloat16, backend)
     (gram,), _ = ops.lora_gram([a], [b.double()])
