@@ -59,7 +59,7 @@ def bench_gram(device: str, rounds: int) -> Iterator[Row]:
             for name, one in times.items():
                 yield Row(
                     "gram",
-                    case=f"SmolLM2's shape, 210 adapters: {case}",
+                    case=f"SmolLM2's shape, {7 * BLOCKS} adapters: {case}",
                     provider=name,
                     dtype=str(dtype).removeprefix("torch."),
                     adapters=len(a),

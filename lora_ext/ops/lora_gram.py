@@ -30,7 +30,8 @@ def lora_gram(
     ``r^2`` once they are known. Gram matrices square the condition number: small singular values
     need float64, and the smallest a QR of the factors.
 
-    On a GPU this is one launch for up to 500 adapters of one dtype. A factor is read once up to 64
+    On a GPU this is one launch for up to 500 adapters of one dtype; of a model that is spread over
+    devices each does its own. A factor is read once up to 64
     ranks; no row is copied unless its elements lie apart.
 
     Args:
@@ -46,10 +47,15 @@ def lora_gram(
     Raises:
         ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
     """
-    a, b = list(a), list(b)
-    if not a and not b:  # the dispatcher would find no device in them
-        return [], []
-    return _c.lora_gram.default(a, b, dtype)
+    require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
+    gram_a: dict[int, Tensor] = {}
+    gram_b: dict[int, Tensor] = {}
+    for device in dict.fromkeys(t.device for t in a):
+        here = [i for i, t in enumerate(a) if t.device == device]
+        found = _c.lora_gram.default([a[i] for i in here], [b[i] for i in here], dtype)
+        gram_a.update(zip(here, found[0], strict=True))
+        gram_b.update(zip(here, found[1], strict=True))
+    return [gram_a[i] for i in range(len(a))], [gram_b[i] for i in range(len(a))]
 
 
 @torch.no_grad()
@@ -66,7 +72,8 @@ def lora_pair_stats(
     ``projected_b - b`` itself and does not cancel.
 
     Args:
-        a: ``(r, I)``, or one such tensor for each of L adapters, as for :func:`lora_gram`.
+        a: ``(r, I)``, or one such tensor for each of L adapters, as for :func:`lora_gram`, all on
+            one device.
         b: ``(O, r)``, likewise.
         projected_b: the image of ``b`` under the projection, its shape; likewise.
         scaling: the adapter's scale, or one number for each of L adapters.
