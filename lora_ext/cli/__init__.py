@@ -50,3 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _BAD_INPUT as error:
         complain(error)
         return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # of torch's, which has no kind of its own for it
+            raise
+        complain("expected an adapter that fits into memory, found a larger one")
+        return 2

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -363,6 +364,8 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
         "rank: expected 4": ("merge", one, tmp_path / "other", "--mode", "factors", *out),
         "rank: expected None": ("merge", one, two, "--rank", 3, *out),
         "--rank: expected at least 1, found 0": ("resize", one, "--rank", 0, *out),
+        "expected an integer from 0 to 2147483647": ("resize", one, "--rank", 10**30, *out),
+        "--out: expected a folder, found ''": ("merge", one, two, "--out", ""),
         "expected finite": ("resize", tmp_path / "bad", "--rank", 2, *out),
         "tau": ("inspect", one, "--tau", 2),
     }.items():
@@ -392,6 +395,18 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
 )
 def test_arguments_that_are_none_are_one_sentence(arguments, run):
     assert_refused(run(*arguments), "--help)")
+
+
+def test_more_than_memory_holds_is_one_sentence(run, folders, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
+    try:
+        found = run("resize", folders[0], "--rank", 10**8, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert_refused(found, "lora-ext resize: ", "memory")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000])
