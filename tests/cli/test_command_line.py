@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -492,6 +493,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(folders):
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert found.stderr == "" and found.stdout.strip() in ("0", "141")
+
+
+def test_a_closed_output_and_one_of_few_letters_are_no_errors(tmp_path, monkeypatch):
+    folder = tmp_path / "für"
+    adapter().save(folder)
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert cli.main(["resize", str(folder), "--rank", "2", "--out", str(tmp_path / "a")]) == 0
+    letters = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", letters)
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert rb"f\xfcr" in letters.buffer.getvalue()
+    assert letters.errors == "strict", "as it was"
 
 
 def test_progress_is_for_terminals_alone(monkeypatch, capsys):
