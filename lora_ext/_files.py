@@ -215,7 +215,13 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
         beside.mkdir()
         for name, data in files.items():
             _write(beside / name, data)
-        beside.rename(path)
+        try:
+            beside.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            _replace_files(path, files, mark)  # somebody else has made it meanwhile
+            shutil.rmtree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         for parent in parents:  # the nearest first; one that others use by now is not empty

@@ -119,3 +119,17 @@ def test_what_was_skipped_on_loading_does_not_stop_saving(tmp_path):
     loaded = LoraAdapter.load((config, value.state_dict()), strict=False)
     loaded.save(tmp_path)
     assert LoraAdapter.load(tmp_path, strict=False) == value
+
+
+def test_a_folder_that_somebody_else_makes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    rename, theirs = Path.rename, adapter(1)
+
+    def late(self, target):
+        monkeypatch.undo()
+        theirs.save(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    adapter().save(tmp_path / "new")
+    assert LoraAdapter.load(tmp_path / "new") == adapter()
+    assert os.listdir(tmp_path) == ["new"] and len(os.listdir(tmp_path / "new")) == 2
