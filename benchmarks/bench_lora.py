@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT, append_rows
+from lora_gram import bench_gram
 from lora_ops import (
     DECODE,
     PREFILL,
@@ -24,7 +25,7 @@ from lora_ops import (
 from lora_train import TRAIN, TRAIN_CPU, bench_train
 from row import Row
 
-MATRICES = ("ops", "decode", "prefill", "train", "model", "swap", "layers")
+MATRICES = ("ops", "decode", "prefill", "train", "gram", "model", "swap", "layers")
 
 
 def main() -> None:
@@ -62,6 +63,8 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
         if "train" in wanted:
             shapes = TRAIN_CPU if device == "cpu" else TRAIN
             yield from bench_train(shapes, device, dtype, max(3, rounds // 2))
+        if "gram" in wanted:
+            yield from bench_gram(device, rounds)
         if "ops" in wanted:
             yield from bench_mixed_ranks(device, dtype, rounds)
             if device == "cpu":

@@ -28,9 +28,12 @@ PAGE = ROOT / "docs" / "reproduction.md"
 INTRODUCTION = """# What the papers claim, and what came out here
 
 Each method's central claim, tried small enough for two cores. Criteria were written down before the
-runs, and neither seeds nor thresholds follow what came out. *Reproduced*: every criterion is met.
-*Direction only*: the effect is there and points the way the paper says, but a criterion on its size
-or extent is missed. A small reproduction neither proves nor refutes a paper.
+runs, and neither seeds nor thresholds follow what came out. *Reproduced*: the claim came out, and
+every criterion is met. *Direction only*: the effect is there and points the way the paper says, but
+its size or extent is not. *Not reproduced*: it is not there. Criteria are what the exit status of a
+benchmark asserts; a claim may be judged by figures beyond them, and fail where all are met. A small
+reproduction neither proves nor refutes a paper. A + after a revision: the tree had changes beyond
+it.
 
 `python benchmarks/methods.py` runs all of them and writes this page; with `--from-results` it
 writes the page from the rows of the last runs.

@@ -159,7 +159,7 @@ def verdict(rows: Rows) -> Verdict:
         f"largest scores {_refusal(rows, 'largest'):.2f}, unpruned "
         f"{study.mean(rows, 'refusal', rule='lora'):.2f}). The utility is "
         f"{'kept' if useful else 'not kept'}: {utility:.2f} of the new task is right, {before:.2f} "
-        "before; the aligned model does not know that task at all.",
+        "before; the aligned model does not know that task at all",
         word,
     )
 

@@ -5,6 +5,7 @@
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_sum.h"
 #include "lora_ext/lora.h"
+#include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
 
 namespace lora_ext {
@@ -14,6 +15,7 @@ namespace lora_ext {
     namespace isa {                             \
     extern const LoraCpu lora_table;            \
     extern const LoraTrainCpu train_table;      \
+    extern const GramCpu gram_table;            \
     extern const CircuitCpu circuit_table;      \
     extern const CircuitDecodeCpu decode_table; \
     extern const LogSumCpu log_sum_table;       \
@@ -41,6 +43,7 @@ constexpr int kBuilt = 1;
     }
 LX_TWINS(LoraCpu, lora_table)
 LX_TWINS(LoraTrainCpu, train_table)
+LX_TWINS(GramCpu, gram_table)
 LX_TWINS(CircuitCpu, circuit_table)
 LX_TWINS(CircuitDecodeCpu, decode_table)
 LX_TWINS(LogSumCpu, log_sum_table)

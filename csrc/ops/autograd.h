@@ -9,10 +9,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "ops/call.h"
 
@@ -58,6 +60,10 @@ inline bool wants_grad(const Tensor& t) {
 inline bool wants_grad(const OptionalTensor& t) {
     return t && t->requires_grad();
 }
+inline bool wants_grad(const std::vector<Tensor>& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(),
+                       [](const Tensor& t) { return t.requires_grad(); });
+}
 template <class T>
 bool has_tangent(const T&) {
     return false;
@@ -67,6 +73,10 @@ inline bool has_tangent(const Tensor& t) {
 }
 inline bool has_tangent(const OptionalTensor& t) {
     return t && has_tangent(*t);
+}
+inline bool has_tangent(const std::vector<Tensor>& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(),
+                       [](const Tensor& t) { return has_tangent(t); });
 }
 
 // Refuses a tangent instead of dropping it. torch.func wraps tensors, and no kernel sees what its

@@ -4,6 +4,7 @@
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_sum.h"
+#include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
 
 namespace lora_ext {
@@ -36,6 +37,8 @@ int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs&) {
 LX_NO_KERNEL(launch_lora_train_shrink, const LoraTrainArgs&, void*)
 LX_NO_KERNEL(launch_lora_train_backward, const LoraTrainArgs&, void*)
 LX_NO_KERNEL(launch_lora_dropout, const LoraTrainArgs&, void*, void*)
+LX_NO_KERNEL(launch_lora_gram, const GramArgs&, void*)
+LX_NO_KERNEL(launch_lora_pair_stats, const GramArgs&, void*)
 int64_t circuit_workspace_bytes(const CircuitLogits&) {
     return 0;
 }

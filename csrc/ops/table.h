@@ -11,6 +11,7 @@
 #include "ops/circuit_decode.h"
 #include "ops/circuit_sum.h"
 #include "ops/lora.h"
+#include "ops/lora_gram.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
 
@@ -48,6 +49,7 @@ struct InPlace : NoGradient<kOp, kRemedy> {
 inline constexpr char kApply[] = LX_NO_GRAD ", or use lora_apply, which is differentiable";
 inline constexpr char kScan[] = LX_NO_GRAD "; circuit_scan is differentiable";
 inline constexpr char kSum[] = LX_NO_GRAD "; log_einsum_exp is differentiable";
+inline constexpr char kGram[] = LX_NO_GRAD;
 #define LX_ONCE(op) "the gradient of " op " is not itself differentiable"
 inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
@@ -93,6 +95,13 @@ inline constexpr std::tuple kOps{
         "bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)"},
     Differentiable<&lora_dropout, autograd::Dropout>{
         "lora_dropout", "(Tensor x, float p, Tensor? seed=None) -> Tensor"},
+
+    // --- lora_gram ---
+    NoGradient<&lora_gram, kGram>{
+        "lora_gram",
+        "(Tensor[] a, Tensor[] b, ScalarType? dtype=None) -> (Tensor[] gram_a, Tensor[] gram_b)"},
+    NoGradient<&lora_pair_stats, kGram>{
+        "lora_pair_stats", "(Tensor[] a, Tensor[] b, Tensor[] projected_b) -> Tensor"},
 
     // --- circuit ---
     Differentiable<&circuit_leaf, autograd::CircuitLeaf>{

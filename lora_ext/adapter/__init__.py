@@ -2,6 +2,7 @@
 
 from .comparing import ModuleDifference, compare_adapters
 from .merging import interpolate_adapters, merge_adapters
+from .model_weights import ModelWeights
 from .peft_files import Factors, save_adapter
 from .pruning import prune_adapter
 from .ranks import RankReport, effective_rank, lora_singular_values, rank_report
@@ -11,6 +12,7 @@ from .value import LoraAdapter
 __all__ = [
     "Factors",
     "LoraAdapter",
+    "ModelWeights",
     "ModuleDifference",
     "RankReport",
     "compare_adapters",

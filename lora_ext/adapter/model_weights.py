@@ -117,6 +117,11 @@ class ModelWeights:
         """Of a weight, without reading it."""
         return self._tensors.infos[key].shape
 
+    def is_transposed(self, key: str) -> bool:
+        """Whether a weight is known to be stored as ``(I, O)``: that of transformers' ``Conv1D`` in
+        a model. Files and mappings do not say."""
+        return key in getattr(self._tensors, "transposed", ())
+
     def read(self, key: str) -> Tensor:
         """The weight, without a graph, where it lies or on the CPU: of a model or a mapping the
         very memory, of a file a new tensor."""
@@ -181,6 +186,7 @@ class _Live:
         self.where = where
         self._model = model
         self.infos: dict[str, TensorInfo] = {}
+        self.transposed: set[str] = set()
         for name, module in model.named_modules(remove_duplicate=False):
             if is_adapted(module):  # its weight is its base layer's, which has a name of its own
                 continue
@@ -188,6 +194,8 @@ class _Live:
             if isinstance(weight, Tensor):
                 dtype = "a quantised dtype" if weight.is_quantized else weight.dtype
                 self.infos[f"{name}.weight"] = TensorInfo(tuple(weight.shape), dtype)
+                if isinstance(getattr(module, "nf", None), int):  # Conv1D
+                    self.transposed.add(f"{name}.weight")
             elif callable(weight) or any(hasattr(module, packed) for packed in _PACKED):
                 self.infos[f"{name}.weight"] = TensorInfo((), type(module).__name__)
 
@@ -195,15 +203,14 @@ class _Live:
         name = key.removesuffix(".weight")
         module: Any = self._model.get_submodule(name)
         self._refuse_merged(name)
-        weight: Tensor | None = module.weight.detach()
-        if weight.is_meta:
-            weight = offloaded_values(self._model, key)
-        if weight is None:
+        weight: Tensor = module.weight
+        values = offloaded_values(self._model, key) if weight.is_meta else weight
+        if values is None:
             raise ValueError(
                 f"{self.where}: {key}: expected values, found a weight on meta; load the model's "
                 "weights first"
             )
-        return weight
+        return values.detach()
 
     def _refuse_merged(self, name: str) -> None:
         if not name.endswith(".base_layer"):

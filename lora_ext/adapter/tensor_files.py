@@ -129,7 +129,8 @@ class StateDict:
 
     def read(self, key: str) -> Tensor:
         """The tensor without its graph."""
-        return self._tensors[key].detach()
+        tensor: Tensor = self._tensors[key]
+        return tensor.detach() if tensor.requires_grad else tensor
 
     def close(self) -> None:
         """Nothing to close."""

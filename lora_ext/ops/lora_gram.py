@@ -1,6 +1,8 @@
 """Inner products of adapters: Gram matrices of their factors, and what follows from them.
 
-The product ``b a`` of an adapter is never formed. Nothing here takes part in autograd.
+The product ``b a`` of an adapter is never formed. Nothing here takes part in autograd, and autocast
+leaves it alone. Results repeat bit for bit, whatever the number of threads and whatever other
+adapters are in the call.
 
 Letters: ``I`` in, ``O`` out, ``r`` the adapter's rank, ``L`` adapters.
 """
@@ -10,34 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext.ops._autocast import exactly
 from lora_ext.ops._checks import require, require_shape
+from lora_ext.ops._circuit_checks import FLOATS
+from lora_ext.ops._registration import fake
 from lora_ext.reference.lora import accumulator
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _named(argument: str, index: int | None) -> str:
-    return argument if index is None else f"{argument}[{index}]"
-
-
-def _check_lengths(op: str, count: int, **others: Sequence[object]) -> None:
-    for name, values in others.items():
-        require(len(values) == count, op, name, f"as many tensors as a, {count}", len(values))
-
-
-def _check_factors(op: str, index: int | None, a: Tensor, **factors: Tensor) -> None:
-    """Refuse what is no adapter: a ``(r, I)``, the others ``(O, r)``, on one device."""
-    name = _named("a", index)
-    require(a.dim() == 2, op, name, "shape (r, I)", list(a.shape))
-    for other, t in factors.items():
-        named = _named(other, index)
-        fits = t.dim() == 2 and t.shape[1] == a.shape[0]
-        require(fits, op, named, f"shape (O, r) with r = {a.shape[0]}", list(t.shape))
-        require(t.device == a.device, op, named, f"a tensor on {a.device}", t.device)
-    for named, t in ((name, a), *((_named(n, index), t) for n, t in factors.items())):
-        known = " or ".join(map(str, FLOATS))
-        require(t.dtype in FLOATS, op, named, known, t.dtype)
+_c = torch.ops.lora_ext
 
 
 @torch.no_grad()
@@ -50,30 +30,32 @@ def lora_gram(
     ``r^2`` once they are known. Gram matrices square the condition number: small singular values
     need float64, and the smallest a QR of the factors.
 
+    On a GPU this is one launch for up to 500 adapters of one dtype; of a model that is spread over
+    devices each does its own. A factor is read once up to 64
+    ranks; no row is copied unless its elements lie apart.
+
     Args:
-        a: ``(r, I)`` each; ranks and widths may differ.
+        a: ``(r, I)`` each, float32, float16, bfloat16 or float64; shapes and dtypes may differ from
+            adapter to adapter. Factors of one adapter in two dtypes count in the wider one.
         b: ``(O, r)`` each, as many as ``a``.
         dtype: in which to add and return, float32 or float64; by default float32, and float64 for
-            factors in float64.
+            factors in float64, whose sums are in float64 whatever is returned.
 
     Returns:
-        Two lists of ``(r, r)``.
+        Two lists of ``(r, r)``, symmetric to the bit.
 
     Raises:
         ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
     """
-    known = dtype is None or dtype in (torch.float32, torch.float64)
-    require(known, "lora_gram", "dtype", "None, torch.float32 or torch.float64", dtype)
-    _check_lengths("lora_gram", len(a), b=b)
-    grams: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for index, (a_s, b_s) in enumerate(zip(a, b, strict=True)):
-        _check_factors("lora_gram", index, a_s, b=b_s)
-        with exactly(a_s.device):
-            wide = dtype or accumulator(torch.promote_types(a_s.dtype, b_s.dtype))
-            wide_a, wide_b = a_s.to(wide), b_s.to(wide)
-            grams[0].append(wide_a @ wide_a.T)
-            grams[1].append(wide_b.T @ wide_b)
-    return grams
+    require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
+    gram_a: dict[int, Tensor] = {}
+    gram_b: dict[int, Tensor] = {}
+    for device in dict.fromkeys(t.device for t in a):
+        here = [i for i, t in enumerate(a) if t.device == device]
+        found = _c.lora_gram.default([a[i] for i in here], [b[i] for i in here], dtype)
+        gram_a.update(zip(here, found[0], strict=True))
+        gram_b.update(zip(here, found[1], strict=True))
+    return [gram_a[i] for i in range(len(a))], [gram_b[i] for i in range(len(a))]
 
 
 @torch.no_grad()
@@ -90,7 +72,8 @@ def lora_pair_stats(
     ``projected_b - b`` itself and does not cancel.
 
     Args:
-        a: ``(r, I)``, or one such tensor for each of L adapters; ranks and widths may differ.
+        a: ``(r, I)``, or one such tensor for each of L adapters, as for :func:`lora_gram`, all on
+            one device.
         b: ``(O, r)``, likewise.
         projected_b: the image of ``b`` under the projection, its shape; likewise.
         scaling: the adapter's scale, or one number for each of L adapters.
@@ -101,34 +84,57 @@ def lora_pair_stats(
     Raises:
         ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
 
-    Source: docs/lora.md, "Inner products of adapters".
+    Source: SPLoRA (TACL 2025), the distance of an update to its projection, by the identity
+    ``<b1 a1, b2 a2> = <b2^T b1, a2 a1^T>``.
     """
-    op = "lora_pair_stats"
     single = isinstance(a, Tensor)
     lists = [[t] if isinstance(t, Tensor) else list(t) for t in (a, b, projected_b)]
-    count = len(lists[0])
-    _check_lengths(op, count, b=lists[1], projected_b=lists[2])
-    scales = _scales(op, scaling, count)
-    rows: list[Tensor] = []
-    for index, (a_s, b_s, p_s) in enumerate(zip(*lists, strict=True)):
-        named = None if single else index
-        _check_factors(op, named, a_s, b=b_s, projected_b=p_s)
-        require_shape(op, _named("projected_b", named), p_s, "(O, r)", b_s.shape)
-        with exactly(a_s.device):
-            wide_a, wide_b, wide_p = a_s.double(), b_s.double(), p_s.double()
-            gram, moved = wide_a @ wide_a.T, wide_p - wide_b
-            pairs = ((wide_b, wide_b), (wide_p, wide_p), (wide_p, wide_b), (moved, moved))
-            rows.append(torch.stack([((x.T @ y) * gram).sum() for x, y in pairs]))
-    if not rows:
+    scales = torch.as_tensor(scaling, dtype=torch.float64)
+    if scales.dim():
+        require_shape("lora_pair_stats", "scaling", scales, "(L,)", (len(lists[0]),))
+    if not any(lists):
         return scales.new_zeros(0, 4)
-    stats = torch.stack(rows) * scales.to(rows[0].device).square()[:, None]  # (L, 4)
+    stats: Tensor = _c.lora_pair_stats.default(*lists)  # (L, 4)
+    # A number stays on the host; one per adapter goes to where they are.
+    stats *= scales.to(stats.device)[:, None].square() if scales.dim() else scales.square()
     return stats[0] if single else stats
 
 
-def _scales(op: str, scaling: float | Sequence[float] | Tensor, count: int) -> Tensor:
-    """One float64 number per adapter."""
-    scales = torch.as_tensor(scaling, dtype=torch.float64)
-    if scales.dim() == 0:
-        return scales.expand(count)
-    require_shape(op, "scaling", scales, "(L,)", (count,))
-    return scales
+@fake("lora_gram")
+def _fake_lora_gram(
+    a: list[Tensor], b: list[Tensor], dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    known = dtype is None or dtype in (torch.float32, torch.float64)
+    require(known, "lora_gram", "dtype", "None, torch.float32 or torch.float64", dtype)
+    _check_adapters("lora_gram", a, b=b)
+    grams: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for a_s, b_s in zip(a, b, strict=True):
+        sums = dtype or accumulator(torch.promote_types(a_s.dtype, b_s.dtype))
+        for kept in grams:
+            kept.append(a_s.new_empty((a_s.shape[0], a_s.shape[0]), dtype=sums))
+    return grams
+
+
+@fake("lora_pair_stats")
+def _fake_lora_pair_stats(a: list[Tensor], b: list[Tensor], projected_b: list[Tensor]) -> Tensor:
+    _check_adapters("lora_pair_stats", a, b=b, projected_b=projected_b)
+    for i, (b_s, p_s) in enumerate(zip(b, projected_b, strict=True)):
+        require_shape("lora_pair_stats", f"projected_b[{i}]", p_s, "(O, r)", b_s.shape)
+    return a[0].new_empty((len(a), 4), dtype=torch.float64)
+
+
+def _check_adapters(op: str, a: list[Tensor], **sides: list[Tensor]) -> None:
+    """Refuse lists of unequal lengths and factors that make no adapter, as the C++ op does."""
+    for name, factors in sides.items():
+        require(len(factors) == len(a), op, name, f"as many tensors as a, {len(a)}", len(factors))
+    for i, a_s in enumerate(a):
+        require(a_s.dim() == 2, op, f"a[{i}]", "shape (r, I)", list(a_s.shape))
+        for name, factors in (("a", a), *sides.items()):
+            t, argument = factors[i], f"{name}[{i}]"
+            if name != "a":
+                fits = t.dim() == 2 and t.shape[1] == a_s.shape[0]
+                letters = f"shape (O, r) with r = {a_s.shape[0]}"
+                require(fits, op, argument, letters, list(t.shape))
+            require(t.device == a[0].device, op, argument, f"a tensor on {a[0].device}", t.device)
+            known = "float32, float16, bfloat16 or float64"
+            require(t.dtype in FLOATS, op, argument, known, t.dtype)

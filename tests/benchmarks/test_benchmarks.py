@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import common
+import lora_gram
 import lora_layers
 import lora_model
 import lora_ops
@@ -70,6 +71,23 @@ def test_the_training_benchmark_checks_what_it_times(monkeypatch):
     monkeypatch.setattr(lora_train, "backward", lambda p: (dx, da * (1 + 1e-4), db))
     with pytest.raises(SystemExit, match="small: result is off"):
         lora_train.check(p)
+
+
+def test_the_gram_benchmark_checks_what_it_times(monkeypatch):
+    monkeypatch.setattr(lora_gram, "BLOCKS", 1)
+    rows = list(lora_gram.bench_gram("cpu", rounds=1))
+    assert [(r.dtype, r.provider) for r in rows] == [
+        (dtype, name)
+        for dtype in ("float32", "float32", "bfloat16", "bfloat16")
+        for name in ("lora_ext", "loop")
+    ]
+    a, b, p = lora_gram.factors("cpu", torch.float32)
+    for case, found in (
+        ("gram", [t * (1 + 1e-3) for t in lora_gram.loop(a, b)]),
+        ("pair stats", lora_gram.loop_of_stats(a, b, p) * (1 + 1e-9)),
+    ):
+        with pytest.raises(SystemExit, match=f"{case}: result is off"):
+            lora_gram.error_of(found, case, a, b, p)
 
 
 def test_calls_are_timed_in_rounds_that_alternate():

@@ -58,6 +58,7 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
         ({"energy": 0.0}, r"energy: expected a share in \(0, 1\], found 0.0"),
         ({"energy": 1.1}, r"energy: expected a share in \(0, 1\], found 1.1"),
         ({"n_samples": 1}, "n_samples: expected an integer of at least 2, found 1"),
+        ({"device": "abacus"}, "device: expected None, a torch.device or its name, found 'abacus'"),
         ({"seed": -1}, "seed: expected an integer of at least 0, found -1"),
         ({"include_scaling": 1}, "include_scaling: expected True or False, found 1"),
         ({"allow_degenerate": None}, "allow_degenerate: expected True or False, found None"),
@@ -289,7 +290,9 @@ def test_pair_stats_checks_its_factors():
         pair_stats(a[:0], b[:, :0], b[:, :0])
     with pytest.raises(ValueError, match=r"one rank, found B \(4, 2\) and A \(3, 5\)"):
         pair_stats(torch.ones(3, 5), b, b)
-    with pytest.raises(ValueError, match="projected_b: expected shape"):
+    with pytest.raises(
+        ValueError, match=r"projected_b: expected the shape of b \(4, 2\), found \(3, 2"
+    ):
         pair_stats(a, b, b[:3])
     with pytest.raises(ValueError, match="pair_stats: a: expected finite values"):
         pair_stats(a * float("nan"), b, b)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods.splora_support import blocks, made, name_of, scaled
@@ -161,6 +162,21 @@ def test_a_transposed_weight_is_turned_where_the_configuration_says_so():
         ediem_scores(adapter, base, aligned), ediem_scores(plain, *turned), strict=True
     ):
         assert found[1:] == pytest.approx(expected[1:], rel=1e-12)
+
+
+def test_square_weights_of_gpt2_are_turned_in_a_live_model_whatever_the_configuration_says():
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=7, n_embd=8, n_layer=4, n_head=2, n_positions=8)
+    )
+    name = "transformer.h.{}.attn.c_proj"
+    adapter, *_ = made({name.format(i): (8, 8) for i in range(4)})
+    base = {k: torch.zeros_like(t) for k, t in model.state_dict().items()}
+    for row in ediem_scores(adapter, base, model):
+        a, b, s, *_ = adapter.modules[row.name]
+        update = s * b @ a
+        v = model.get_submodule(row.name).weight.double().T
+        mapped = v @ v.T / v.norm() @ update
+        assert row.dist == pytest.approx((mapped - update).norm().item())
 
 
 # -------------------------------------------------------------------------------------------------

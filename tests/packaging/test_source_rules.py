@@ -181,6 +181,8 @@ TELLINGS = {
         "lora_linear_backward", "LoraTrainCpu.da_dx", "launch_lora_train_backward"
     ),
     "lora_dropout": Tellings("lora_dropout", "LoraTrainCpu.dropout", "launch_lora_dropout"),
+    "lora_gram": Tellings("lora_gram", "GramCpu.gram", "launch_lora_gram"),
+    "lora_pair_stats": Tellings("lora_pair_stats", "GramCpu.pair_stats", "launch_lora_pair_stats"),
     "circuit_leaf": LEAF,
     "circuit_leaf_backward": LEAF_BACKWARD,
     "emission_gather": LEAF._replace(reference="emission_gather"),

@@ -22,6 +22,7 @@ Isa best_isa();
 
 struct LoraCpu;           // lora.h
 struct LoraTrainCpu;      // lora_train.h
+struct GramCpu;           // lora_gram.h
 struct CircuitCpu;        // circuit.h
 struct CircuitDecodeCpu;  // circuit_decode.h
 struct LogSumCpu;         // circuit_sum.h
@@ -35,6 +36,8 @@ template <>
 const LoraCpu& twins<LoraCpu>(Isa isa);
 template <>
 const LoraTrainCpu& twins<LoraTrainCpu>(Isa isa);
+template <>
+const GramCpu& twins<GramCpu>(Isa isa);
 template <>
 const CircuitCpu& twins<CircuitCpu>(Isa isa);
 template <>

@@ -99,6 +99,7 @@ class SploraConfig:
         self._check("threshold", threshold is None or _is_number(threshold), "a number")
         in_range = energy is None or (_is_number(energy) and 0 < energy <= 1)
         self._check("energy", in_range, "a share in (0, 1]")
+        self._check("device", _is_device(self.device), "None, a torch.device or its name")
         for name in ("include_scaling", "allow_degenerate"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
@@ -111,3 +112,10 @@ class SploraConfig:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not math.isnan(value)
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return value is None or bool(torch.device(value))
+    except (RuntimeError, TypeError):
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from lora_ext.adapter import Factors, LoraAdapter
 from lora_ext.adapter.config import patterns
 from lora_ext.adapter.model_weights import ModelSource, ModelWeights
 from lora_ext.adapter.peft_files import AdapterSource, open_adapter
-from lora_ext.adapter.peft_keys import factor_roles, parse_key
+from lora_ext.adapter.peft_keys import factor_roles, natural_order, parse_key
 
 from .config import SploraConfig
 from .projection import (
@@ -106,6 +105,7 @@ class Layer(NamedTuple):
     factors: Factors
     base_key: str
     aligned_key: str
+    transposed: bool  # the weights are stored as (n, m)
 
 
 #: What shows progress: takes the layers, gives them back one by one (``tqdm.tqdm``).
@@ -145,23 +145,25 @@ def project_layers(
     found: list[Layer] = []
     projected: list[Tensor] = []
     identities: list[str] = []
-    transposed = adapter.config.fan_in_fan_out
+    said = adapter.config.fan_in_fan_out
     with (
         ModelWeights(base, f"{where}: base") as base_weights,
         ModelWeights(aligned, f"{where}: aligned") as aligned_weights,
     ):
         wanted = sorted(adapter.modules if names is None else names, key=natural_order)
-        keys = base_weights.keys(wanted), aligned_weights.keys(wanted)
-        layers = [Layer(n, adapter.modules[n], keys[0][n], keys[1][n]) for n in wanted]
-        for layer in layers:
-            shapes = base_weights.shape(layer.base_key), aligned_weights.shape(layer.aligned_key)
-            _check(f"{where}: {layer.name}", layer.factors, *shapes, transposed)
+        keys, aligned_keys = base_weights.keys(wanted), aligned_weights.keys(wanted)
+        layers: list[Layer] = []
+        for name, key, aligned_key in zip(
+            wanted, keys.values(), aligned_keys.values(), strict=True
+        ):
+            known = base_weights.is_transposed(key) or aligned_weights.is_transposed(aligned_key)
+            layers.append(Layer(name, adapter.modules[name], key, aligned_key, said or known))
+            shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
+            _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
-            pair = base_weights.read(layer.base_key), aligned_weights.read(layer.aligned_key)
-            stored = (t.T for t in pair) if transposed else pair
             try:
-                wide, is_identity = project_wide(
-                    f"{where}: {layer.name}", columns(layer.factors), *stored, config
+                wide, is_identity = _project(
+                    where, layer, base_weights, aligned_weights, columns(layer.factors), config
                 )
             except ZeroAlignmentError:
                 if config.on_zero_alignment == "raise":
@@ -176,19 +178,30 @@ def project_layers(
     return found, projected
 
 
-def _check(
+def _project(
     where: str,
-    factors: Factors,
-    base: tuple[int, ...],
-    aligned: tuple[int, ...],
-    transposed: bool,
-) -> None:
-    a, b = factors.a, factors.b
-    stored = (base[::-1], aligned[::-1]) if transposed else (base, aligned)
+    layer: Layer,
+    base: ModelWeights,
+    aligned: ModelWeights,
+    columns: Tensor,
+    config: SploraConfig,
+) -> tuple[Tensor, bool]:
+    """:func:`project_wide` of one layer; its two weights go before the next ones are read."""
+    w0, wa = base.read(layer.base_key), aligned.read(layer.aligned_key)
+    if layer.transposed:
+        w0, wa = w0.T, wa.T
+    return project_wide(f"{where}: {layer.name}", columns, w0, wa, config)
+
+
+def _check(where: str, layer: Layer, base: tuple[int, ...], aligned: tuple[int, ...]) -> None:
+    a, b = layer.factors.a, layer.factors.b
+    stored = (base[::-1], aligned[::-1]) if layer.transposed else (base, aligned)
     check_shapes(where, b.shape, *stored, a.shape)
-    for name, t in (("lora_A.weight", a), ("lora_B.weight", b)):
-        check_floating(where, name, t)
-        check_finite(where, name, t)
+    named = {"lora_A.weight": a, "lora_B.weight": b, "lora_B.bias": layer.factors.bias}
+    for name, t in named.items():
+        if t is not None:
+            check_floating(where, name, t)
+            check_finite(where, name, t)
 
 
 def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
@@ -203,8 +216,3 @@ def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
                 f"{where}: adapter: expected plain LoRA on linear layers, found {kind} at "
                 f"{', '.join(names[:4])}"
             )
-
-
-def natural_order(name: str) -> list[str | int]:
-    """Sorts names of modules as they follow one another: layers.2 before layers.10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

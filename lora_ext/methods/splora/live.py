@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from lora_ext.adapter import LoraAdapter
 from lora_ext.adapter.model_weights import ModelSource
 from lora_ext.adapter.peft_keys import base_name
-from lora_ext.nn import LayerGroups, adapted_layers, set_active
+from lora_ext.nn import LayerGroups, adapted_layers, adapters_of, set_active
 
 from .config import SploraConfig
 from .layers import Progress
@@ -18,7 +17,6 @@ from .pruning import SploraResult, apply
 from .scores import Pairs
 
 _KEY = "_lora_ext_splora"
-log = logging.getLogger(__name__)
 
 
 class _Applied(NamedTuple):
@@ -92,5 +90,5 @@ def remove(model: nn.Module) -> None:
     layers = adapted_layers(model)
     for name in applied.switched:
         layer = layers.get(name)
-        if layer is not None and applied.adapter in layer.r:
+        if layer is not None and applied.adapter in adapters_of(layer):
             set_active(layer, applied.adapter, True)

@@ -1,0 +1,239 @@
+// Gram matrices of adapters on the CPU, compiled once per instruction set.
+//
+// A tile of 64 x 64 ranks is an item. The long axis is walked in spans of 256: those of both sides
+// are packed into rows per rank, in the type of sums (a that has it already is read where it
+// lies), and each element of the tile gets the span's sum of products, lanes along the span. One
+// side serves for both where they are the same, and then the lower half alone is computed.
+//
+// Order of every sum: lanes within a span ascending, lanes in a fixed tree, spans ascending.
+#include "lora_ext/lora_gram.h"
+
+#include "tiles.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+constexpr int64_t kSpan = 256;
+
+// Rows of one tile's ranks along a span, in the type S of sums.
+template <typename S>
+struct Panel {
+    const S* data;
+    int64_t row;
+};
+
+template <typename S, typename V>
+LX_INLINE void put(S* to, V v) {
+    constexpr int kCount = sizeof(V) / sizeof(v[0]);
+    const auto wide = __builtin_convertvector(v, VecN<S, kCount>);
+    __builtin_memcpy(to, &wide, sizeof(wide));
+}
+
+// The ranks of a tile of a, which is (r, I): rows of the long axis.
+template <typename T, typename S>
+struct SideA {
+    const T* data;
+    int64_t stride, length, ranks;
+
+    SideA(const GramAdapter& adapter, int64_t first)
+        : data(static_cast<const T*>(adapter.a) + first * int64_t{adapter.a_stride}),
+          stride(adapter.a_stride),
+          length(adapter.in_features),
+          ranks(min(kGramTile, adapter.rank - first)) {}
+
+    Panel<S> at(int64_t k, int64_t n, S* buffer) const {
+        if constexpr (sizeof(T) == sizeof(S)) {
+            return {data + k, stride};
+        } else {
+            constexpr int L = kLanes<T>;
+            for (int64_t c = 0; c < ranks; ++c) {
+                const T* from = data + c * stride + k;
+                for (int64_t i = 0; i < n; i += L)
+                    put(buffer + c * kSpan + i,
+                        i + L <= n ? load(from + i) : load_n(from + i, n - i));
+            }
+            return {buffer, kSpan};
+        }
+    }
+};
+
+// The ranks of a tile of b or p, which are (O, r): columns of the long axis, turned.
+template <typename T, typename S>
+struct SideB {
+    const T* data;
+    int64_t stride, length, ranks;
+
+    SideB(const GramAdapter& adapter, const void* factor, int64_t stride, int64_t first)
+        : data(static_cast<const T*>(factor) + first),
+          stride(stride),
+          length(adapter.out_features),
+          ranks(min(kGramTile, adapter.rank - first)) {}
+
+    Panel<S> at(int64_t k, int64_t n, S* buffer) const {
+        constexpr int L = kLanes<T>;
+        for (int64_t c = 0; c < ranks; c += 8) {
+            const int count = static_cast<int>(min(8, ranks - c));
+            for (int64_t i = 0; i < n; i += L) {
+                const T* from = data + (k + i) * stride + c;
+                Vec<T> turned[8];
+                if (count == 8 && i + L <= n)
+                    load_transposed(from, stride, turned);
+                else
+                    load_transposed_part(from, stride, min(L, n - i), count, turned);
+                for (int j = 0; j < count; ++j) put(buffer + (c + j) * kSpan + i, turned[j]);
+            }
+        }
+        return {buffer, kSpan};
+    }
+};
+
+// p - b, in float64.
+template <typename T>
+struct Moved {
+    SideB<T, double> p, b;
+    int64_t length = p.length, ranks = p.ranks;
+
+    Panel<double> at(int64_t k, int64_t n, double* buffer) const {
+        alignas(64) double other[kGramTile * kSpan];
+        p.at(k, n, buffer);
+        b.at(k, n, other);
+        for (int64_t c = 0; c < ranks; ++c)
+            for (int64_t i = 0; i < n; ++i) buffer[c * kSpan + i] -= other[c * kSpan + i];
+        return {buffer, kSpan};
+    }
+};
+
+// A tile of results.
+template <typename S>
+struct Tile {
+    alignas(64) S at[kGramTile][kGramTile];
+};
+
+// tile += x y^T over n elements; kLower: y is x, and so is the upper half, which is left out.
+template <typename S, bool kLower>
+void add_span(const Panel<S>& x, int64_t rows, const Panel<S>& y, int64_t columns, int64_t n,
+              Tile<S>& tile) {
+    for (int64_t i = 0, tiles = blocks_of(rows, kDotRows), count; i < rows; i += count) {
+        count = blocks_of(rows - i, tiles--);
+        with_constant<kDotRows>(count, [&](auto kRows) {
+            const S* row[kRows.value];
+            for (int a = 0; a < kRows.value; ++a) row[a] = x.data + (i + a) * x.row;
+            const int64_t last = kLower ? i + kRows.value : columns;
+            for (int64_t j = 0; j < last; j += kDotRanks)
+                with_constant<kDotRanks>(min(kDotRanks, last - j), [&](auto kColumns) {
+                    Vec<S> sums[kRows.value][kColumns.value] = {};
+                    dot_tile<S>(row, y.data + j * y.row, y.row, 0, n, sums);
+                    for_sums<S>(sums, [&](int a, int b, S sum) { tile.at[i + a][j + b] += sum; });
+                });
+        });
+    }
+}
+
+// tile = x y^T. y is not looked at where kLower says that it is x.
+template <typename S, bool kLower = false, typename X, typename Y>
+void multiply(const X& x, const Y& y, Tile<S>& tile) {
+    alignas(64) S left[kGramTile * kSpan], right[kLower ? 1 : kGramTile * kSpan];
+    for (int64_t i = 0; i < x.ranks; ++i)
+        for (int64_t j = 0; j < y.ranks; ++j) tile.at[i][j] = 0;
+    for (int64_t k = 0; k < x.length; k += kSpan) {
+        const int64_t n = min(kSpan, x.length - k);
+        const Panel<S> rows = x.at(k, n, left);
+        if constexpr (kLower)
+            add_span<S, true>(rows, x.ranks, rows, x.ranks, n, tile);
+        else
+            add_span<S, false>(rows, x.ranks, y.at(k, n, right), y.ranks, n, tile);
+    }
+}
+
+template <typename T, typename S>
+void gram(const GramArgs& args, int64_t begin, int64_t end) {
+    Tile<S> tile;
+    for (int64_t item = begin; item < end; ++item) {
+        const GramAdapter& adapter = args.adapters[item / args.items];
+        if (item % args.items >= gram_items(adapter.rank)) continue;
+        const auto [of_b, row, column] = gram_tile(item % args.items, adapter.rank);
+        const auto product = [&](const auto& x, const auto& y) {
+            if (row == column)
+                multiply<S, true>(x, y, tile);
+            else
+                multiply<S>(x, y, tile);
+        };
+        if (of_b)
+            product(SideB<T, S>(adapter, adapter.b, adapter.b_stride, row),
+                    SideB<T, S>(adapter, adapter.b, adapter.b_stride, column));
+        else
+            product(SideA<T, S>(adapter, row), SideA<T, S>(adapter, column));
+        const int64_t rank = adapter.rank;
+        S* const out = static_cast<S*>(of_b ? adapter.gram_b : adapter.gram_a);
+        for (int64_t i = row; i < min(row + kGramTile, rank); ++i)
+            for (int64_t j = column; j < min(column + kGramTile, i + 1); ++j)
+                out[i * rank + j] = out[j * rank + i] = tile.at[i - row][j - column];
+    }
+}
+
+template <typename T>
+void pair_stats(const GramArgs& args, int64_t begin, int64_t end) {
+    Tile<double> gram_a, tile;
+    for (int64_t item = begin; item < end; ++item) {
+        const GramAdapter& adapter = args.adapters[item / args.items];
+        const int64_t place = item % args.items, tiles = gram_tiles(adapter.rank);
+        if (place >= tiles * tiles) continue;
+        const int64_t row = place / tiles * kGramTile, column = place % tiles * kGramTile;
+        double* stats = static_cast<double*>(adapter.gram_a) + 4 * place;
+        multiply(SideA<T, double>(adapter, row), SideA<T, double>(adapter, column), gram_a);
+        const auto b = [&](int64_t first) {
+            return SideB<T, double>(adapter, adapter.b, adapter.b_stride, first);
+        };
+        const auto p = [&](int64_t first) {
+            return SideB<T, double>(adapter, adapter.p, adapter.p_stride, first);
+        };
+        const auto moved = [&](int64_t first) { return Moved<T>{p(first), b(first)}; };
+        const auto sum_products = [&](const auto& x, const auto& y) {
+            multiply(x, y, tile);
+            double sum = 0;
+            for (int64_t i = 0; i < x.ranks; ++i)
+                for (int64_t j = 0; j < y.ranks; ++j) sum += tile.at[i][j] * gram_a.at[i][j];
+            *stats++ = sum;
+        };
+        sum_products(b(row), b(column));
+        sum_products(p(row), p(column));
+        sum_products(p(row), b(column));
+        sum_products(moved(row), moved(column));
+    }
+}
+
+void gram_any(const GramArgs& args, int64_t begin, int64_t end) {
+    switch (args.dtype) {
+        case DType::kFloat32:
+            return args.float64 ? gram<float, double>(args, begin, end)
+                                : gram<float, float>(args, begin, end);
+        case DType::kFloat16:
+            return args.float64 ? gram<Half, double>(args, begin, end)
+                                : gram<Half, float>(args, begin, end);
+        case DType::kBFloat16:
+            return args.float64 ? gram<BFloat, double>(args, begin, end)
+                                : gram<BFloat, float>(args, begin, end);
+        case DType::kFloat64:
+            return gram<double, double>(args, begin, end);
+    }
+}
+
+void pair_stats_any(const GramArgs& args, int64_t begin, int64_t end) {
+    switch (args.dtype) {
+        case DType::kFloat32:
+            return pair_stats<float>(args, begin, end);
+        case DType::kFloat16:
+            return pair_stats<Half>(args, begin, end);
+        case DType::kBFloat16:
+            return pair_stats<BFloat>(args, begin, end);
+        case DType::kFloat64:
+            return pair_stats<double>(args, begin, end);
+    }
+}
+
+}  // namespace
+
+extern const GramCpu gram_table;
+const GramCpu gram_table = {gram_any, pair_stats_any};
+
+}  // namespace lora_ext::LX_ISA

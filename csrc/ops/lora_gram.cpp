@@ -1,0 +1,193 @@
+// Inner products of adapters: tensors in, checks, allocation, choice of twin or kernel.
+//
+// The adapters of a call may differ in dtype. Those of one dtype go together, in their order.
+#include "ops/lora_gram.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+
+#include "lora_ext/lora_gram.h"
+#include "ops/checks.h"
+#include "ops/settings.h"
+#include "ops/stream.h"
+
+namespace lora_ext {
+namespace {
+
+// Below so many multiplications a parallel region costs more than a second thread saves.
+constexpr int64_t kSerialWork = 1 << 17;
+
+DType dtype_of_factor(const char* op, const char* name, int64_t i, const Tensor& t) {
+    switch (t.scalar_type()) {
+        case at::kFloat:
+            return DType::kFloat32;
+        case at::kHalf:
+            return DType::kFloat16;
+        case at::kBFloat16:
+            return DType::kBFloat16;
+        case at::kDouble:
+            return DType::kFloat64;
+        default:
+            refuse(op, words(name, "[", i, "]"), expected("float32, float16, bfloat16 or float64"),
+                   found(t.scalar_type()));
+    }
+}
+
+// One call under way: its adapters, and copies that keep their factors alive.
+class Call {
+  public:
+    Call(const char* op, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+         const std::vector<Tensor>* p)
+        : op_(op) {
+        check_count("b", a, b);
+        if (p) check_count("projected_b", a, *p);
+        adapters_.resize(a.size());
+        dtypes_.resize(a.size());
+        for (size_t i = 0; i < a.size(); ++i) {
+            require(a[i].dim() == 2, op, words("a[", i, "]"), expected("shape (r, I)"),
+                    found(a[i].sizes()));
+            require(a[i].device() == a[0].device(), op, words("a[", i, "]"),
+                    expected("a tensor on ", a[0].device()), found(a[i].device()));
+            check_b("b", i, a[i], b[i]);
+            if (p) {
+                check_b("projected_b", i, a[i], (*p)[i]);
+                require((*p)[i].sizes() == b[i].sizes(), op, words("projected_b[", i, "]"),
+                        expected("shape (O, r) = ", b[i].sizes()), found((*p)[i].sizes()));
+            }
+        }
+        for (size_t i = 0; i < a.size(); ++i) {
+            at::ScalarType common = c10::promoteTypes(a[i].scalar_type(), b[i].scalar_type());
+            if (p) common = c10::promoteTypes(common, (*p)[i].scalar_type());
+            dtypes_[i] = common;
+            GramAdapter& adapter = adapters_[i];
+            adapter.rank = size_of("a", i, a[i], 0);
+            adapter.in_features = size_of("a", i, a[i], 1);
+            adapter.out_features = size_of("b", i, b[i], 0);
+            adapter.a = rows_of(a[i], common, adapter.a_stride);
+            adapter.b = rows_of(b[i], common, adapter.b_stride);
+            if (p) adapter.p = rows_of((*p)[i], common, adapter.p_stride);
+        }
+    }
+
+    size_t size() const { return adapters_.size(); }
+    GramAdapter& operator[](size_t i) { return adapters_[i]; }
+    at::ScalarType dtype(size_t i) const { return dtypes_[i]; }
+
+    // Runs the adapters of each dtype that there is: items_of(rank) is how many items one has.
+    template <class Launch>
+    void run(const Tensor& like, bool float64, int64_t (*items_of)(int64_t),
+             void (*GramCpu::*twin)(const GramArgs&, int64_t, int64_t), Launch&& launch) const {
+        const c10::DeviceGuard guard(like.device());
+        constexpr std::array kDTypes = {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble};
+        for (const at::ScalarType dtype : kDTypes) {
+            std::vector<GramAdapter> chosen;
+            GramArgs args;
+            int64_t work = 0;
+            for (size_t i = 0; i < adapters_.size(); ++i) {
+                const GramAdapter& adapter = adapters_[i];
+                if (dtypes_[i] != dtype || adapter.rank == 0) continue;
+                chosen.push_back(adapter);
+                args.items = std::max(args.items, items_of(adapter.rank));
+                work += (int64_t{adapter.in_features} + adapter.out_features) * adapter.rank *
+                        adapter.rank / 2;
+            }
+            if (chosen.empty()) continue;
+            args.dtype = dtype_of_factor(op_, "a", 0, at::empty({0}, dtype));
+            args.float64 = float64 || dtype == at::kDouble;
+            args.adapters = chosen.data();
+            args.num_adapters = static_cast<int64_t>(chosen.size());
+            if (launches_kernels(like)) {
+                check_launch(op_, launch(args, current_stream(like)));
+            } else {
+                const GramCpu& cpu = chosen_twins<GramCpu>();
+                const int64_t items = args.num_adapters * args.items;
+                for_items(items, work / items, kSerialWork,
+                          [&](int64_t begin, int64_t end) { (cpu.*twin)(args, begin, end); });
+            }
+        }
+    }
+
+  private:
+    const char* op_;
+    std::vector<GramAdapter> adapters_;
+    std::vector<at::ScalarType> dtypes_;
+    std::vector<Tensor> kept_;
+
+    void check_count(const char* name, const std::vector<Tensor>& a,
+                     const std::vector<Tensor>& others) const {
+        require(a.size() == others.size(), op_, name, expected("as many tensors as a, ", a.size()),
+                found(others.size()));
+    }
+    void check_b(const char* name, size_t i, const Tensor& a, const Tensor& t) const {
+        const auto argument = words(name, "[", i, "]");
+        require(t.dim() == 2 && t.size(1) == a.size(0), op_, argument,
+                expected("shape (O, r) with r = ", a.size(0)), found(t.sizes()));
+        require(t.device() == a.device(), op_, argument, expected("a tensor on ", a.device()),
+                found(t.device()));
+        dtype_of_factor(op_, "a", static_cast<int64_t>(i), a);
+        dtype_of_factor(op_, name, static_cast<int64_t>(i), t);
+    }
+    int32_t size_of(const char* name, size_t i, const Tensor& t, int64_t dim) const {
+        require(t.size(dim) <= kMaxSize, op_, words(name, "[", i, "]"),
+                expected("at most ", kMaxSize, " rows and columns"), found(t.sizes()));
+        return static_cast<int32_t>(t.size(dim));
+    }
+    // The rows of t in that dtype, no further apart than an int32 tells.
+    const void* rows_of(const Tensor& t, at::ScalarType dtype, int32_t& stride) {
+        Tensor rows = rows_contiguous(t.scalar_type() == dtype ? t : t.to(dtype));
+        if (rows.stride(0) > kMaxSize) rows = rows.contiguous();
+        if (!rows.is_same(t)) kept_.push_back(rows);
+        stride = static_cast<int32_t>(rows.stride(0));
+        return rows.const_data_ptr();
+    }
+};
+
+}  // namespace
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_gram(
+    const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+    const std::optional<at::ScalarType>& dtype) {
+    constexpr const char* op = "lora_gram";
+    require(!dtype || *dtype == at::kFloat || *dtype == at::kDouble, op, "dtype",
+            expected("None, float32 or float64"), found(dtype.value_or(at::kFloat)));
+    Call call(op, a, b, nullptr);
+    std::vector<Tensor> gram_a(a.size()), gram_b(a.size());
+    for (size_t i = 0; i < a.size(); ++i) {
+        GramAdapter& adapter = call[i];
+        const bool float64 = call.dtype(i) == at::kDouble || dtype == at::kDouble;
+        const auto options = a[i].options().dtype(float64 ? at::kDouble : at::kFloat);
+        gram_a[i] = at::empty({adapter.rank, adapter.rank}, options);
+        gram_b[i] = at::empty({adapter.rank, adapter.rank}, options);
+        adapter.gram_a = gram_a[i].mutable_data_ptr();
+        adapter.gram_b = gram_b[i].mutable_data_ptr();
+    }
+    if (a.empty()) return {gram_a, gram_b};
+    call.run(a[0], dtype == at::kDouble, gram_items, &GramCpu::gram, launch_lora_gram);
+    if (dtype == at::kFloat)  // of float64 factors the sums are in float64, rounded once
+        for (auto* grams : {&gram_a, &gram_b})
+            for (Tensor& gram : *grams) gram = gram.to(at::kFloat);
+    return {gram_a, gram_b};
+}
+
+Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                       const std::vector<Tensor>& projected_b) {
+    constexpr const char* op = "lora_pair_stats";
+    Call call(op, a, b, &projected_b);
+    if (a.empty()) return at::zeros({0, 4}, at::kDouble);
+    int64_t tiles = 1;
+    for (size_t i = 0; i < call.size(); ++i) tiles = std::max(tiles, pair_items(call[i].rank));
+    const auto count = static_cast<int64_t>(call.size());
+    const Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
+    for (int64_t i = 0; i < count; ++i)
+        call[i].gram_a = parts.mutable_data_ptr<double>() + i * tiles * 4;
+    call.run(a[0], true, pair_items, &GramCpu::pair_stats, launch_lora_pair_stats);
+    Tensor stats = parts.select(1, 0).contiguous();
+    // One after the other: an order that does not depend on the other adapters.
+    for (int64_t tile = 1; tile < tiles; ++tile) stats.add_(parts.select(1, tile));
+    return stats;
+}
+
+}  // namespace lora_ext
