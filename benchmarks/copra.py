@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import lora_ext
 from lora_ext.adapter import LoraAdapter
+from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.methods.copra import CopraConfig, CopraController, layer_shapley, lmc_barrier
 
 CLAIM = Claim(
@@ -324,7 +325,7 @@ def coalitions(quick: bool) -> Iterator[Row]:
 def language_model(quick: bool) -> Any:
     """SmolLM2-135M, or one that is as large as a test needs."""
     if not quick:
-        return lora_ext.interop.smollm2.load_smollm2()[0]
+        return load_smollm2()[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ class Care:
     """A model, its texts, and what was found out about the adapters."""
 
     def __init__(self, quick: bool):
-        self.steps = 2 if quick else 36
+        self.steps = 2 if quick else 30
         self.new_tokens = 4 if quick else 28
         self.model, self.tokenizer = load_smollm2()
         if quick:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    steps, orders = (2, 1) if args.quick else (45, 2)
+    steps, orders = (2, 1) if args.quick else (32, 2)
     model, tokenizer = load_smollm2()
     if args.quick:
         del model.model.layers[4:]

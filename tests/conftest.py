@@ -9,6 +9,8 @@ from collections.abc import Iterator
 # beside other work, do not take the cores from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# The folder of tests, before a test of the benchmarks can give its name to benchmarks/methods.py.
+import methods  # noqa: F401
 import pytest
 import torch
 from backends import BACKENDS, OP_MODULES, Backend, closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -68,11 +69,9 @@ def grown(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple[
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """The dtype that holds the values of all of them."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    """The dtype that holds the values of all of them; float32 where there is none."""
+    dtypes = [tensor.dtype for tensor in tensors] or [torch.float32]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import longer_than
 from .low_rank import check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
-from .value import LoraAdapter
+from .value import LoraAdapter, same_values
 
 Mode = Literal["delta", "factors", "delta_svd"]
 Space = Literal["factors", "delta"]
@@ -138,7 +138,6 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
-    changes: dict[str, Any] = {}
     for name in progress(names):
         parts = [
             (w, value.modules[name])
@@ -158,6 +157,7 @@ def _merged(
             rounded(bias, like.b, dtype, f"{where}: {name}: bias") if has_bias else None,
             embedding=like.embedding,
         )
+    changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
     if excluded != {first.config.exclude_modules}:  # what one excludes, none of them may adapt
         changes["exclude_modules"] = longer_than(modules)
@@ -188,11 +188,8 @@ def _stacked(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
 
 def _summed(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
     factors, scaling = _scaled(parts)
-    a = sum((w * wide(f.a) for w, f in parts), torch.zeros((), dtype=torch.float64))
-    b = sum(
-        (c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)),
-        torch.zeros((), dtype=torch.float64),
-    )
+    a = torch.stack([w * wide(f.a) for w, f in parts]).sum(0)  # (r, I)
+    b = torch.stack([c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]).sum(0)
     return a, b, _bias(factors, parts), scaling
 
 
@@ -277,7 +274,7 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
                 )
         for key, weight in adapter.base_weights.items():
             other, expected = base.setdefault(key, (label, weight))
-            if expected.shape != weight.shape or not bool((expected == weight).all()):
+            if not same_values(expected, weight):
                 raise ValueError(
                     f"{where}: {label}: {key}: expected the base model's weight as in {other}, "
                     "found other values: the adapters were trained beside different ones"

@@ -48,6 +48,11 @@ def base_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
+def natural_order(name: str) -> list[str | int]:
+    """Sorts names of modules as they follow one another: layers.2 before layers.10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 def factor_roles(embedding: bool) -> tuple[str, str]:
     """The roles of A (r, I) and B (O, r)."""
     return ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")

@@ -177,7 +177,7 @@ class RankReport(Sequence[Mapping[str, Any]]):
 
     def to_table(self) -> str:
         """A line for each module below a line of headings, in aligned columns."""
-        names = list(self.rows[0])
+        names = list(self.rows[0]) if self.rows else ["module"]
         cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(

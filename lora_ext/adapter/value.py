@@ -188,7 +188,7 @@ class LoraAdapter:
         if self.replacements.keys() != other.replacements.keys():
             return False
         return all(_same(f, other.modules[name]) for name, f in self.modules.items()) and all(
-            _equal(value, other.replacements[key]) for key, value in self.replacements.items()
+            same_values(value, other.replacements[key]) for key, value in self.replacements.items()
         )
 
     def __repr__(self) -> str:
@@ -206,7 +206,7 @@ def _same(first: Factors, second: Factors) -> bool:
     if (first.scaling, first.embedding) != (second.scaling, second.embedding):
         return False
     return all(
-        left is right if left is None or right is None else _equal(left, right)
+        left is right if left is None or right is None else same_values(left, right)
         for left, right in (
             (first.a, second.a),
             (first.b, second.b),
@@ -216,7 +216,8 @@ def _same(first: Factors, second: Factors) -> bool:
     )
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have one shape and equal values, wherever they lie."""
     return left.shape == right.shape and bool((left == right.to(left.device)).all())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .arguments import make_parser
@@ -30,16 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parsed = make_parser().parse_args(arguments)
     name = f"lora-ext {parsed.command}"
+
+    def complain(words: object) -> None:
+        print(f"{name}: {printable(' '.join(str(words).split()))}", file=sys.stderr)
+
     try:
-        status = parsed.run(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
+            status = parsed.run(parsed)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except BrokenPipeError:  # the reader has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _BAD_INPUT as error:
-        print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        complain(error)
         return 2

@@ -213,6 +213,15 @@ def _add_prune(commands: Any) -> None:
         help="map onto the aligned directions (default: %(default)s)",
     )
     parser.add_argument(
+        "--rank", type=int, metavar="Q", help="at most so many directions (orthogonal)"
+    )
+    parser.add_argument(
+        "--energy",
+        type=float,
+        metavar="E",
+        help="only the directions with this share of the change (orthogonal)",
+    )
+    parser.add_argument(
         "--project",
         action="store_true",
         help="project these layers onto the aligned directions instead (Safe LoRA)",

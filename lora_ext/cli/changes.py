@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from lora_ext.adapter import LoraAdapter, merge_adapters, resize_adapter
+from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, resize_adapter
 from lora_ext.adapter.low_rank import product_norm
 
 from .output import progress, show
@@ -69,14 +69,19 @@ def prune(arguments: Namespace) -> int:
         direction=arguments.direction,
         granularity=arguments.granularity,
         projection=arguments.projection,
+        rank=arguments.rank,
+        energy=arguments.energy,
     )
-    if arguments.project:
-        stats = splora.ediem_scores(adapter, arguments.base, arguments.aligned, config)
+    models = arguments.base, arguments.aligned
+    try:
+        stats = splora.ediem_scores(adapter, *models, config, progress=progress)
         chosen = splora.select_layers(stats, config)
-        found = splora.project(adapter, arguments.base, arguments.aligned, chosen, config)
-    else:
-        result = splora.apply(adapter, arguments.base, arguments.aligned, config)
-        stats, chosen, found = result.stats, result.pruned, result.adapter
+        if arguments.project:
+            found = splora.project(adapter, *models, chosen, config, progress=progress)
+        else:
+            found = prune_adapter(adapter, lambda name: name not in chosen)
+    except (TypeError, KeyError) as error:  # quantised weights; layers that a model lacks
+        raise ValueError(error.args[0]) from error
     _save(found, arguments.out)
     what = "projected" if arguments.project else "pruned"
     rows = [

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from lora_ext.adapter.peft_keys import natural_order
+
+Item = TypeVar("Item")
 _DASH = "-"
 
 
@@ -15,9 +18,10 @@ def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json:
 
     Args:
         summary: a value for each title. A value that is None is left out of what people read.
-        rows: all with the same keys, which become headings.
+        rows: all with the same keys, which become headings; in the order of their modules' names.
         as_json: print JSON. Spaces in keys become underscores.
     """
+    rows = sorted(rows, key=lambda row: natural_order(row["module"]))
     if as_json:
         modules = [_keyed(row) for row in rows]
         print(json.dumps({**_keyed(summary), "modules": modules}, indent=2, allow_nan=False))
@@ -65,7 +69,7 @@ def cell(value: Any) -> str:
     return printable(str(value))
 
 
-def progress(items: list[Any]) -> Iterable[Any]:
+def progress(items: Iterable[Item]) -> Iterable[Item]:
     """The items, with a bar on standard error once they take more than a second, in a terminal."""
     if not sys.stderr.isatty():
         return items

@@ -11,7 +11,7 @@ from made_adapters import SHAPES, Q, V, adapter, delta, rescaled
 from test_value import CASES, assert_peft_finds_every_key, peft_model
 from torch import nn
 
-from lora_ext.adapter import LoraAdapter, interpolate_adapters, merge_adapters
+from lora_ext.adapter import LoraAdapter, interpolate_adapters, merge_adapters, prune_adapter
 from lora_ext.pool import AdapterPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,6 +49,13 @@ def test_delta_of_other_modules_is_their_union():
     assert_delta(merged, Q, 0.5 * delta(first, Q))
     assert_delta(merged, V, 2 * delta(second, V))
     assert set(merged.config.target_modules) == {Q, V}
+
+
+def test_an_adapter_of_no_module_adds_nothing():
+    value = adapter()
+    nothing = prune_adapter(value, [])
+    assert merge_adapters([value, nothing], [1.0, 5.0]) == value
+    assert not merge_adapters([nothing, nothing], [1.0, 5.0], "delta_svd").modules
 
 
 def test_powers_of_two_cost_no_bit():

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_ext import ops
-from lora_ext.adapter import LoraAdapter, effective_rank, lora_singular_values, rank_report
+from lora_ext.adapter import (
+    LoraAdapter,
+    RankReport,
+    effective_rank,
+    lora_singular_values,
+    rank_report,
+)
 from lora_ext.adapter.ranks import KINDS as RANKS
 from lora_ext.adapter.ranks import gram_figures
 from lora_ext.nn import LoraLinear
@@ -212,8 +218,9 @@ def expected_report(model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_report_of_a_model(kind):
-    model = adapted(kind, targets=("q_proj", "down_proj"))
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_report_of_a_model(kind, settings):
+    model = adapted(kind, targets=("q_proj", "down_proj"), **settings)
     rows = rank_report(model, kinds=("entropy", "threshold"), taus=(0.1, 1e-5)).rows
     expected = expected_report(model, kind)
     assert [row["module"] for row in rows] == list(expected)
@@ -276,13 +283,16 @@ def test_factors_of_the_published_code():
     assert row["shape"] == (24, 17) and row["entropy"] == effective_rank(a, b)
 
 
-def test_embeddings_and_convolutions_are_matrices():
+def test_embeddings_and_convolutions_are_matrices(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 6), nn.Conv2d(3, 5, 2, stride=2))
     config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = rank_report(peft.get_peft_model(model, config)).rows
+        model = peft.get_peft_model(model, config)
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+    rows = rank_report(model).rows
+    assert rank_report(tmp_path).rows == rows
     assert [row["shape"] for row in rows] == [(6, 11), (5, 12)]
     assert all(1 <= row["entropy"] <= 2 for row in rows)
 
@@ -294,6 +304,10 @@ def test_a_table_has_a_line_for_each_module():
     assert lines[0].split()[:4] == ["module", "r", "shape", "fro"]
     for line, row in zip(lines[1:], report, strict=True):
         assert line.startswith(row["module"]) and f"{row['entropy']:.4g}" in line.split()
+
+
+def test_a_table_of_nothing_has_its_heading():
+    assert RankReport(()).to_table() == "module"
 
 
 # -------------------------------------------------------------------------------------------------

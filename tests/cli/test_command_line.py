@@ -1,12 +1,18 @@
 """``lora-ext``, run on adapters that PEFT saved, on hostile folders and on a full disk."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+import warnings
 from pathlib import Path
 
 import peft
@@ -15,12 +21,14 @@ import torch
 from made_adapters import Q, adapter, delta
 from safetensors.torch import load_file, save_file
 from test_saving import contents, full_disk
-from test_value import CASES, assert_peft_finds_every_key, peft_model
+from test_value import CASES, assert_peft_finds_every_key, llama, peft_model
 
 import lora_ext
 from lora_ext import cli
 from lora_ext.adapter import LoraAdapter, compare_adapters, merge_adapters, resize_adapter
+from lora_ext.adapter.peft_keys import natural_order
 from lora_ext.cli import output
+from lora_ext.methods import splora
 from lora_ext.pool import AdapterPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,7 +98,7 @@ def test_inspect_shows_every_module(case, run, run_json, tmp_path):
     status, out, err = run("inspect", tmp_path)
     assert (status, err) == (0, "")
     found = run_json("inspect", tmp_path)
-    assert [row["module"] for row in found["modules"]] == list(value.modules)
+    assert [row["module"] for row in found["modules"]] == sorted(value.modules, key=natural_order)
     for row in found["modules"]:
         assert re.search(rf"^{re.escape(row['module'])}\s+{row['r']}\s", out, re.M)
         spectrum = torch.linalg.svdvals(delta(value, row["module"]))
@@ -176,6 +184,91 @@ def test_diff_says_what_it_does_not_compare(run, run_json, tmp_path):
     adapter(use_dora=True).save(tmp_path / "dora")
     assert run_json("diff", tmp_path / "dora", tmp_path / "dora")["not_compared"] == ["magnitude"]
     assert "not compared  magnitude" in run("diff", tmp_path / "dora", tmp_path / "dora")[1]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """An adapter of PEFT's in eight modules, and the two models that SPLoRA compares."""
+    folder = tmp_path_factory.mktemp("models")
+    base, aligned = llama(), llama()
+    with torch.no_grad():
+        for parameter in aligned.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    base.save_pretrained(folder / "base")
+    aligned.save_pretrained(folder / "aligned", max_shard_size="20KB")
+    config = peft.LoraConfig(
+        r=4, init_lora_weights=False, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    peft.get_peft_model(aligned, config).save_pretrained(folder / "adapter")
+    return folder
+
+
+def of(models):
+    return models / "adapter", "--base", models / "base", "--aligned", models / "aligned"
+
+
+def test_prune_takes_out_what_splora_singles_out(run, run_json, models, tmp_path):
+    out = tmp_path / "out"
+    found = run_json("prune", *of(models), "--num", 3, "--out", out)
+    config = splora.SploraConfig(num=3)
+    value = LoraAdapter.load(models / "adapter")
+    wanted = splora.apply(value, models / "base", models / "aligned", config)
+    assert LoraAdapter.load(out) == wanted.adapter and len(wanted.adapter.modules) == 5
+    verdicts = {row["module"]: row["verdict"] for row in found["modules"]}
+    assert {name for name, what in verdicts.items() if what == "pruned"} == set(wanted.pruned)
+    scores = {row["module"]: row["score"] for row in found["modules"]}
+    assert scores == pytest.approx({each.name: each.score for each in wanted.stats})
+    assert found["pruned"] == 3 and found["direction"] == "smallest"
+    assert_peft_finds_every_key(llama(), out)
+    more = ("--threshold", 0.2, "--direction", "largest", "--projection", "orthogonal")
+    status, text, err = run("prune", *of(models), *more, "--energy", 0.5, "--out", out)
+    assert (status, err) == (0, "") and re.search(r"^direction +largest$", text, re.M)
+    config = splora.SploraConfig(
+        threshold=0.2, direction="largest", projection="orthogonal", energy=0.5
+    )
+    wanted = splora.apply(value, models / "base", models / "aligned", config)
+    assert LoraAdapter.load(out) == wanted.adapter and 0 < len(wanted.pruned) < 8
+
+
+def test_a_warning_is_one_line(run, models, tmp_path):
+    out = ("--num", 1, "--projection", "orthogonal", "--out", tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, text, err = run("prune", *of(models), *out)  # all directions: no distance is left
+    assert status == 2 and text == ""
+    assert [line.startswith("lora-ext prune: ") for line in err.splitlines()] == [True, True]
+    assert "warning: " in err.splitlines()[0] and "spread" in err.splitlines()[1]
+
+
+def test_prune_can_project_instead(run_json, models, tmp_path):
+    found = run_json("prune", *of(models), "--num", 2, "--project", "--out", tmp_path / "out")
+    chosen = [row["module"] for row in found["modules"] if row["verdict"] == "projected"]
+    folders = models / "adapter", models / "base", models / "aligned"
+    wanted = splora.project(*folders, chosen)
+    assert len(chosen) == 2 and LoraAdapter.load(tmp_path / "out") == wanted
+    assert len(wanted.modules) == 8
+
+
+def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
+    out = ("--out", tmp_path / "out")
+    other = adapter()
+    other.save(tmp_path / "other")
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    base = ("--base", models / "base", "--aligned", models / "aligned", "--num", 1)
+    same = ("--base", models / "base", "--aligned", models / "base", "--num", 1)
+    empty = ("--base", models / "base", "--aligned", tmp_path, "--num", 1)
+    nowhere = ("--base", models / "base", "--aligned", tmp_path / "nowhere", "--num", 1)
+    for words, arguments in {
+        Q: (tmp_path / "other", *base),
+        "found 9": (models / "adapter", *base[:-1], 9),
+        "q_proj": (models / "adapter", *empty),
+        "nowhere": (models / "adapter", *nowhere),
+        "self_attn": (models / "adapter", *same),
+        "no modules": (models / "adapter", *base[:-1], 8),
+    }.items():
+        words = "expected an adapter with modules" if words == "no modules" else words
+        assert_refused(run("prune", *arguments, *out), "lora-ext prune: ", words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_as_json_and_as_text(run, run_json):
@@ -394,6 +487,36 @@ def test_progress_is_for_terminals_alone(monkeypatch, capsys):
     assert capsys.readouterr().err == "", "nothing in the first second"
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert output.progress(items) is items, "where there is no tqdm"
+
+
+def test_a_bar_appears_after_a_second_and_goes():
+    """On standard error, where that is a terminal; standard output has the table alone."""
+    code = (
+        "import time\n"
+        "from lora_ext.cli.output import progress\n"
+        "for _ in progress(['a', 'b', 'c', 'd']):\n"
+        "    time.sleep(0.5)\n"
+        "print('table')\n"
+    )
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=slave
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while data := os.read(master, 4096):
+            shown += data
+    os.close(master)
+    assert process.communicate(timeout=60)[0] == b"table\n" and process.returncode == 0
+    assert b"3/4" in shown and shown.endswith(b"\r")
+
+
+def test_modules_are_shown_as_they_follow_one_another(run_json, tmp_path):
+    names = [f"layers.{i}.up" for i in range(12)]
+    adapter(shapes=dict.fromkeys(names, (6, 5))).save(tmp_path)
+    assert [row["module"] for row in run_json("inspect", tmp_path)["modules"]] == names
 
 
 def test_cells_and_tables():

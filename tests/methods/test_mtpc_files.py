@@ -176,7 +176,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path):
         refused(tmp_path, left_out)
     integers = {k: t.long() if k.startswith("head") else t for k, t in state.items()}
     save_file(integers, tmp_path / TENSORS)
-    refused(tmp_path, "head: expected one floating dtype, found {'I64'}")
+    refused(tmp_path, "head: expected one floating dtype, found {torch.int64}")
 
 
 def test_a_draft_of_another_model_is_refused(tmp_path: Path):

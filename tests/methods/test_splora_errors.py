@@ -290,7 +290,9 @@ def test_pair_stats_checks_its_factors():
         pair_stats(a[:0], b[:, :0], b[:, :0])
     with pytest.raises(ValueError, match=r"one rank, found B \(4, 2\) and A \(3, 5\)"):
         pair_stats(torch.ones(3, 5), b, b)
-    with pytest.raises(ValueError, match="projected_b: expected shape"):
+    with pytest.raises(
+        ValueError, match=r"projected_b: expected the shape of b \(4, 2\), found \(3, 2"
+    ):
         pair_stats(a, b, b[:3])
     with pytest.raises(ValueError, match="pair_stats: a: expected finite values"):
         pair_stats(a * float("nan"), b, b)

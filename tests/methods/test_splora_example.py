@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from methods.splora_support import blocks, made
 
 from lora_ext.adapter import LoraAdapter
+from lora_ext.methods import splora
 
 MISSING = [n for n in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(n) is None]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -28,3 +30,19 @@ def test_an_adapter_in_a_folder_is_pruned_and_drawn(
     assert "SPLoRA pruned 4 of 8 layers" in printed
     assert printed.count("│ pruned │") == 4
     assert len(LoraAdapter.load(tmp_path / "pruned").modules) == 4
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+def test_a_map_has_a_field_for_each_block_and_module_and_crosses_what_was_pruned() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    adapter, base, aligned = made({**blocks(3), "model.score": (12, 10)})
+    result = splora.apply(adapter, base, aligned, splora.SploraConfig(num=2))
+    axes = splora.draw_scores(result)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["q_proj", "v_proj"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1", "2"]
+    crosses = {(int(line.get_xdata()[0]), int(line.get_ydata()[0])) for line in axes.lines}
+    inside = [name for name in result.pruned if name != "model.score"]
+    assert crosses == {(int("v_proj" in name), int(name.split(".")[2])) for name in inside}
+    assert "smallest scores pruned" in axes.get_title()

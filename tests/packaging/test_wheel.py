@@ -65,6 +65,10 @@ def test_wheel_imports_and_computes_outside_the_checkout(archives, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()).is_relative_to(site)
-    doctor = [python, "-m", "lora_ext.doctor"]
-    run = subprocess.run(doctor, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and "all good" in run.stdout, run.stdout + run.stderr
+    for doctor in (
+        [python, "-m", "lora_ext.doctor"],
+        [python, "-m", "lora_ext", "doctor"],
+        [python.with_name("lora-ext"), "doctor"],
+    ):
+        run = subprocess.run(doctor, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0 and "all good" in run.stdout, run.stdout + run.stderr

@@ -156,11 +156,13 @@ class DraftFile:
             raise
 
     def _dtype(self, part: str, found: set[torch.dtype | str]) -> torch.dtype:
-        if len(found) != 1 or not isinstance(dtype := next(iter(found)), torch.dtype):
-            raise ValueError(
-                f"{self._file.where}: {part}: expected one floating dtype, found {found!r:.200}"
-            )
-        return dtype
+        if len(found) == 1:
+            (dtype,) = found
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                return dtype
+        raise ValueError(
+            f"{self._file.where}: {part}: expected one floating dtype, found {found!r:.200}"
+        )
 
     def _head_shapes(
         self, config: MtpcConfig, shortlist: list[int] | None, vocab_size: int, hidden_size: int

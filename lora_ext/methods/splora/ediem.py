@@ -71,7 +71,9 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
     """``(x - c(S)) / (t(S) + eps)``.
 
     Args:
-        where: opens the message of an error. x: ``(k,)`` float64. sample: ``(N,)`` float64, S.
+        where: opens the message of an error.
+        x: float64 of any shape.
+        sample: ``(N,)`` float64, S.
 
     Raises:
         DegenerateReferenceError: S has no spread.
@@ -89,15 +91,16 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
     return (x - centre) / (spread + EPS)
 
 
-def released_score(distance: float, sample: Tensor, projected: Tensor, update: Tensor) -> float:
+def released_score(distance: Tensor, sample: Tensor, projected: Tensor, update: Tensor) -> float:
     """The score of the authors' code, which also compares the lower quartiles of the entries.
 
     Args:
-        distance: of the layer. sample: ``(N,)`` float64, the distances of the caller's pairs.
+        distance: of the layer, float64.
+        sample: ``(N,)`` float64, the distances of the caller's pairs.
         projected, update: ``P D`` and D, dense.
     """
     score = (distance + EPS_PAIRS - sample.mean()) / (_iqr(sample) + EPS_PAIRS)
-    return (score - (lower_quartile(projected) - lower_quartile(update))).item()
+    return score.item() - (lower_quartile(projected) - lower_quartile(update)).item()
 
 
 def lower_quartile(t: Tensor) -> Tensor:

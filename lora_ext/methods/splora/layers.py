@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from lora_ext.adapter import Factors, LoraAdapter
 from lora_ext.adapter.config import patterns
 from lora_ext.adapter.model_weights import ModelSource, ModelWeights
 from lora_ext.adapter.peft_files import AdapterSource, open_adapter
-from lora_ext.adapter.peft_keys import factor_roles, parse_key
+from lora_ext.adapter.peft_keys import factor_roles, natural_order, parse_key
 
 from .config import SploraConfig
 from .projection import (
@@ -217,8 +216,3 @@ def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
                 f"{where}: adapter: expected plain LoRA on linear layers, found {kind} at "
                 f"{', '.join(names[:4])}"
             )
-
-
-def natural_order(name: str) -> list[str | int]:
-    """Sorts names of modules as they follow one another: layers.2 before layers.10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

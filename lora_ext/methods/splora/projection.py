@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -105,7 +106,7 @@ class WeightPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """M and n."""
+        """Sizes m and n."""
         return self.base.shape[0], self.base.shape[1]
 
     def blocks(self, transposed: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -138,7 +139,7 @@ class WeightPair:
                 "found equal ones: no direction is the safe one "
                 "(SploraConfig(on_zero_alignment='skip') leaves such layers alone)"
             )
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             check_finite(self.where, "base weight", self.base)
             check_finite(self.where, "aligned weight", self.aligned)
         return product, square.sqrt()
@@ -172,7 +173,6 @@ def _orthogonal(pair: WeightPair, b: Tensor, config: SploraConfig) -> tuple[Tens
     m, n = pair.shape
     cut = max(m, n) * torch.finfo(torch.float32).eps
     count = int((squares.sqrt() > cut * squares[0].sqrt()).sum())
-    full = count == m
     if config.energy is not None:
         share = squares.cumsum(0) / squares.sum()
         count = min(count, 1 + int((share < config.energy).sum()))
@@ -180,7 +180,7 @@ def _orthogonal(pair: WeightPair, b: Tensor, config: SploraConfig) -> tuple[Tens
         count = min(count, config.rank)
     vectors = vectors[:, :count]
     if not narrow:  # they are U_q
-        return vectors @ (vectors.T @ b), full and count == m
+        return vectors @ (vectors.T @ b), count == m
     # They are the right singular vectors: U_q = V W / sigma, and U_q^T b = W^T V^T b / sigma.
     return pair.times(vectors @ ((vectors.T @ inner) / squares[:count, None])), False
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lora_ext.adapter import Factors, LoraAdapter, prune_adapter
 from lora_ext.adapter.model_weights import ModelSource
+from lora_ext.adapter.peft_keys import natural_order
 
 from .config import Direction, SploraConfig
-from .layers import Progress, Source, natural_order, project_layers, read_adapter
+from .layers import Progress, Source, project_layers, read_adapter
 from .scores import LayerStats, Pairs, ediem_scores
 from .selection import select_layers
 

@@ -56,6 +56,11 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         check_floating(where, name, t)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
+    if projected_b.shape != b.shape:
+        raise ValueError(
+            f"{where}: projected_b: expected the shape of b {tuple(b.shape)}, found "
+            f"{tuple(projected_b.shape)}"
+        )
     for name, t in named:
         check_finite(where, name, t)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
@@ -106,9 +111,10 @@ def ediem_scores(
     layers, projected = project_layers(where, value, base, aligned, config, progress)
     factors = [layer.factors for layer in layers]
     scalings = [f.scaling if config.include_scaling else 1.0 for f in factors]
-    device = [p.device for p in projected]
-    a = [f.a.to(d) for f, d in zip(factors, device, strict=True)]
-    b = [f.b.to(d) for f, d in zip(factors, device, strict=True)]
+    device = projected[0].device if projected else torch.device("cpu")
+    a, b = [f.a.to(device) for f in factors], [f.b.to(device) for f in factors]
+    projected = [p.to(device) for p in projected]
+    # None is below 0 but by rounding: <P D, D> is not either, since P is positive semi-definite.
     stats = ops.lora_pair_stats(a, b, projected, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([f.b.shape[0] * f.a.shape[1] for f in factors], dtype=torch.float64)
@@ -121,17 +127,10 @@ def ediem_scores(
         x = distances / sizes.sqrt()
         scores = standardised(where, x, x, config).tolist()
     else:
-        scores = []
-        for i, layer in enumerate(layers):
-            parts = (a[i].double(), b[i].double(), projected[i])
-            if config.reference == "permutation":
-                sample = _permuted(*parts, scalings[i], config)
-                name = f"{where}: {layer.name}"
-                score = standardised(name, distances[i : i + 1], sample, config).item()
-            else:
-                dense = (scalings[i] * (factor @ parts[0]) for factor in (parts[2], parts[1]))
-                score = released_score(distances[i].item(), samples, *dense)
-            scores.append(score)
+        scores = [
+            _score_alone(f"{where}: {layer.name}", d, *parts, samples, config)
+            for layer, d, *parts in zip(layers, distances, a, b, projected, scalings, strict=True)
+        ]
     return [
         LayerStats(layer.name, int(n), d, *_figures(row), score)
         for layer, n, d, row, score in zip(
@@ -147,6 +146,24 @@ def _figures(row: Sequence[float]) -> tuple[float, float, float]:
     return norm, norm_proj, inner / product if product > 0 else 0.0
 
 
+def _score_alone(
+    where: str,
+    distance: Tensor,
+    a: Tensor,
+    b: Tensor,
+    projected: Tensor,
+    scaling: float,
+    samples: Tensor,
+    config: SploraConfig,
+) -> float:
+    """The score of a layer that is not compared with others."""
+    a, b = a.double(), b.double()
+    if config.reference == "permutation":
+        sample = _permuted(a, b, projected, scaling, config)
+        return standardised(where, distance, sample, config).item()
+    return released_score(distance, samples, scaling * projected @ a, scaling * b @ a)
+
+
 def _permuted(
     a: Tensor, b: Tensor, projected: Tensor, scaling: float, config: SploraConfig
 ) -> Tensor:
@@ -155,10 +172,10 @@ def _permuted(
     Every layer has a generator of its own, so that no score depends on which others there are.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    found = []
-    for _ in range(config.n_samples):
-        rows = torch.randperm(len(b), generator=generator).to(b.device)
-        found.append(ops.lora_pair_stats(a, b[rows], projected, scaling)[3])
+    orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
+    found = [
+        ops.lora_pair_stats(a, b[order.to(b.device)], projected, scaling)[3] for order in orders
+    ]
     return torch.stack(found).cpu().clamp(min=0).sqrt()
 
 
