@@ -60,7 +60,11 @@ def show(result: SploraResult) -> None:
     table = Table("layer", "distance", "norm", "cosine", "score", "", title="the adapter's layers")
     for layer in result.stats:
         numbers = (f"{x:.3f}" for x in (layer.dist, layer.norm, layer.cos, layer.score))
-        table.add_row(layer.name, *numbers, "pruned" if layer.name in result.pruned else "")
+        table.add_row(
+            layer.name.removeprefix("model.layers."),
+            *numbers,
+            "pruned" if layer.name in result.pruned else "",
+        )
     console.print(table)
 
 
@@ -86,6 +90,7 @@ def draw(result: SploraResult, curve: list[Figures], path: Path) -> Path:
     for name, colour, label in LINES:
         right.plot([getattr(f, name) for f in curve], "o-", ms=3, color=colour, label=label)
     right.set(xlabel="layers pruned, K", ylabel="share of answer tokens", ylim=(-0.03, 1.05))
+    right.set_xticks(range(0, len(curve), 2))
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
