@@ -10,11 +10,11 @@
 // and a captured graph needs no memory of the host.
 //
 // A block walks the long axis in steps of 4096 elements (16-bit types with float sums: 8192,
-// doubles: 2048). All threads fetch the next step, in pieces of 16 bytes, while the sums of this one
-// are taken from shared memory, where elements have the type of sums. A thread has 4 x 4 sums; on
-// the diagonal only pairs with i >= j are there. A tile of few ranks leaves threads over, so they
-// form groups, between which the elements are dealt out four by four: 25 groups at 16 ranks, 7 at
-// 32, one at 64.
+// doubles: 2048). All threads fetch the next step, in pieces of 16 bytes, while the sums of this
+// one are taken from shared memory, where elements have the type of sums. A thread has 4 x 4 sums;
+// on the diagonal only pairs with i >= j are there. A tile of few ranks leaves threads over, so
+// they form groups, between which the elements are dealt out four by four: 25 groups at 16 ranks,
+// 7 at 32, one at 64.
 //
 // Every sum: four by four within a step, steps in their order, groups in a tree. It depends on the
 // rank and the length alone. Bound: bytes of the factors, each read once up to 64 ranks; above,
