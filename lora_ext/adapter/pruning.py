@@ -26,7 +26,8 @@ def prune_adapter(
         keep: full names of modules, or what is true of the names of those to keep. What is kept is
             kept as the very tensors.
         mode: "remove" leaves the others out, factors, bias and base weights of theirs, so that
-            they cost nothing; "zero" keeps their place and sets ``B`` and bias to 0.
+            they cost nothing; "zero" keeps their place and sets ``B`` and bias to 0. A trained bias
+            of the base layer goes with "remove" and PEFT's ``bias="lora_only"``, else it stays.
 
     Returns:
         the adapter; with "remove" its configuration names the survivors in full.

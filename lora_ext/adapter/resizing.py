@@ -10,6 +10,8 @@ from .low_rank import check_matrices, grown, rounded, truncated, wide
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
 
+_MOST = 2**31 - 1  # what a side of a tensor surely holds
+
 
 @torch.no_grad()
 def resize_adapter(
@@ -80,7 +82,9 @@ def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int
             raise ValueError(
                 f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
             )
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{where}: {name}: expected an integer from 0, found {value!r:.100}")
+        if type(value) is not int or not 0 <= value <= _MOST:
+            raise ValueError(
+                f"{where}: {name}: expected an integer from 0 to {_MOST}, found {value!r:.100}"
+            )
     own = {name: factors.a.shape[0] for name, factors in adapter.modules.items()}
     return {**own, **given}

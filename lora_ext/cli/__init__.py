@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
             status = parsed.run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         complain("interrupted")
@@ -49,4 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except _BAD_INPUT as error:
         complain(error)
+        return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # of torch's, which has no kind of its own for it
+            raise
+        complain("expected an adapter that fits into memory, found a larger one")
         return 2

@@ -103,6 +103,8 @@ def prune(arguments: Namespace) -> int:
 def _save(adapter: LoraAdapter, out: str) -> None:
     if not adapter.modules:
         raise ValueError(f"{out}: expected an adapter with modules, found none left to write")
+    if not out:  # which would be the current folder
+        raise ValueError("--out: expected a folder, found ''")
     try:
         adapter.save(out)
     except OSError as error:

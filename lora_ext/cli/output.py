@@ -24,15 +24,21 @@ def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json:
     rows = sorted(rows, key=lambda row: natural_order(row["module"]))
     if as_json:
         modules = [_keyed(row) for row in rows]
-        print(json.dumps({**_keyed(summary), "modules": modules}, indent=2, allow_nan=False))
+        say(json.dumps({**_keyed(summary), "modules": modules}, indent=2, allow_nan=False))
         return
     width = max(map(len, summary), default=0)
     for key, value in summary.items():
         if value is not None:
-            print(f"{key.ljust(width)}  {cell(value)}")
+            say(f"{key.ljust(width)}  {cell(value)}")
     if rows:
-        print()
-        print(table(rows))
+        say(f"\n{table(rows)}")
+
+
+def say(text: str) -> None:
+    """Print a text, with escapes for what standard output cannot write; nothing if it is closed."""
+    if sys.stdout is not None:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def cell(value: Any) -> str:
 
 def progress(items: Iterable[Item]) -> Iterable[Item]:
     """The items, with a bar on standard error once they take more than a second, in a terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return items
     try:
         from tqdm import tqdm

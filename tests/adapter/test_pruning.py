@@ -109,6 +109,24 @@ def test_the_weight_of_a_module_that_is_gone_goes_too():
     assert len(value.base_weights) == 2
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_the_trained_bias_of_a_base_layer_has_the_name_that_peft_gives_it_then(bias, tmp_path):
+    base = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], bias=bias, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    own, other = (torch.nn.init.normal_(model.base_model.model[i].base_layer.bias) for i in (0, 1))
+    found = prune_adapter(LoraAdapter.from_model(model), ["0"])
+    found.save(tmp_path)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig.from_pretrained(tmp_path))
+    state = peft.load_peft_weights(tmp_path)
+    assert peft.set_peft_model_state_dict(theirs, state).unexpected_keys == []
+    assert peft.get_peft_model_state_dict(theirs).keys() == state.keys()
+    kept, gone = theirs.base_model.model
+    assert torch.equal(kept.base_layer.bias, own)
+    assert torch.equal(gone.bias, base[1].bias if bias == "lora_only" else other)
+    assert LoraAdapter.load(tmp_path) == found == LoraAdapter.from_model(theirs)
+
+
 def test_bad_arguments_are_named():
     value = adapter()
     with pytest.raises(

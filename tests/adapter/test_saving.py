@@ -110,3 +110,12 @@ def test_the_current_folder_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter(1).save(Path("."))
     assert torch.is_tensor(next(iter(LoraAdapter.load(".").modules.values())).a)
+
+
+def test_what_was_skipped_on_loading_does_not_stop_saving(tmp_path):
+    value = adapter()
+    fields = {"from_another_peft": True, "rank_pattern": {"no_such_module": 3}}
+    config = {**value.config.to_dict(), **fields}
+    loaded = LoraAdapter.load((config, value.state_dict()), strict=False)
+    loaded.save(tmp_path)
+    assert LoraAdapter.load(tmp_path, strict=False) == value

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -363,6 +365,8 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
         "rank: expected 4": ("merge", one, tmp_path / "other", "--mode", "factors", *out),
         "rank: expected None": ("merge", one, two, "--rank", 3, *out),
         "--rank: expected at least 1, found 0": ("resize", one, "--rank", 0, *out),
+        "expected an integer from 0 to 2147483647": ("resize", one, "--rank", 10**30, *out),
+        "--out: expected a folder, found ''": ("merge", one, two, "--out", ""),
         "expected finite": ("resize", tmp_path / "bad", "--rank", 2, *out),
         "tau": ("inspect", one, "--tau", 2),
     }.items():
@@ -392,6 +396,18 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
 )
 def test_arguments_that_are_none_are_one_sentence(arguments, run):
     assert_refused(run(*arguments), "--help)")
+
+
+def test_more_than_memory_holds_is_one_sentence(run, folders, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
+    try:
+        found = run("resize", folders[0], "--rank", 10**8, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert_refused(found, "lora-ext resize: ", "memory")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000])
@@ -480,6 +496,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(folders):
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert found.stderr == "" and found.stdout.strip() in ("0", "141")
+
+
+def test_a_closed_output_and_one_of_few_letters_are_no_errors(tmp_path, monkeypatch):
+    folder = tmp_path / "für"
+    adapter().save(folder)
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert cli.main(["resize", str(folder), "--rank", "2", "--out", str(tmp_path / "a")]) == 0
+    letters = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", letters)
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert rb"f\xfcr" in letters.buffer.getvalue()
+    assert letters.errors == "strict", "as it was"
 
 
 def test_progress_is_for_terminals_alone(monkeypatch, capsys):

@@ -182,6 +182,28 @@ def test_what_cannot_be_compared_is_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_another_shape_and_dora_are_refused_before_the_first_loss(kind: str):
+    model, dora = adapted(kind), adapted(kind, use_dora=True)
+    value = LoraAdapter.from_model(model)
+    name, factors = list(value.modules.items())[-1]
+    a, b = torch.cat([factors.a, factors.a], 1), torch.cat([factors.b, factors.b])
+    wider, taller = (
+        LoraAdapter(value.config, {**value.modules, name: factors._replace(**part)})
+        for part in ({"a": a}, {"b": b})
+    )
+
+    def never(_: nn.Module) -> float:
+        raise AssertionError
+
+    for found, part in ((wider, "in"), (taller, "out")):
+        with pytest.raises(ValueError, match=rf"lmc_barrier: {name}: expected .*{part}"):
+            lmc_barrier(model, found, found, never)
+    for ends in (value, LoraAdapter.from_model(dora)):
+        with pytest.raises(NotImplementedError, match=r"expected no DoRA, found a magnitude"):
+            lmc_barrier(dora, ends, ends, never, lambdas=[0.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_modules_to_keep_are_names_that_pruning_takes(kind: str):
     model = adapted(kind)
     controller = CopraController(model, CopraConfig(), 10)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_ext.adapter import LoraAdapter, interpolate_adapters
 from lora_ext.adapter.peft_files import AdapterSource, Factors
 from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import adapted_layers
+from lora_ext.nn import adapted_layers, adapter_factors
 
 from .evaluation import evaluating
 
@@ -57,13 +57,15 @@ def lmc_barrier(
     Raises:
         ValueError: lambdas outside [0, 1], or fewer than 2; an adapter that the model lacks, that
             is not active or is merged; modules of the adapters that are not the model's; a loss
-            that is not finite; what ``interpolate_adapters`` refuses.
+            that is not finite; what ``interpolate_adapters`` refuses. NotImplementedError: DoRA,
+            in the model too; what else ``interpolate_adapters`` refuses so.
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
     grid = _grid(lambdas)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
     layers = _layers(model, adapter)
+    _check(layers, adapter, interpolate_adapters(*ends, 0.5, space))  # refuses what has no line
     losses: dict[float, float] = {}
     with evaluating(model):
         for lam in dict.fromkeys((0.0, 1.0, *grid)):
@@ -110,18 +112,35 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
 
 
-@contextlib.contextmanager
-def _in_place(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> Iterator[None]:
-    """A block in which the layers have the value's factors and scales, of whatever rank.
-
-    Other parameters take the place of the layers' own, which so keep every bit.
-    """
+def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
+    """Refuse a value that is not one of these layers."""
     for name in (*layers, *value.modules):
         if name not in layers or name not in value.modules:
             raise ValueError(
                 f"lmc_barrier: {name}: expected the same modules in model and adapters, found it "
                 f"in {'the model' if name in layers else 'the adapters'} alone"
             )
+        if layers[name].use_dora[adapter]:
+            raise NotImplementedError(
+                f"lmc_barrier: {name}: expected no DoRA, found a magnitude in the model's layer"
+            )
+        own, new = adapter_factors(layers[name], adapter), value.modules[name]
+        expected, found = (
+            f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in (own, new[:2])
+        )
+        if expected != found:
+            raise ValueError(
+                f"lmc_barrier: {name}: expected {expected} as in the model, found {found} in the "
+                "adapters"
+            )
+
+
+@contextlib.contextmanager
+def _in_place(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> Iterator[None]:
+    """A block in which the layers have the value's factors and scales, of whatever rank.
+
+    Other parameters take the place of the layers' own, which so keep every bit.
+    """
     undo: list[Callable[[], None]] = []
     try:
         for name, layer in layers.items():
