@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 #include <utility>
 
@@ -168,17 +169,19 @@ Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& 
     constexpr const char* op = "lora_pair_stats";
     Call call(op, a, b, &projected_b);
     if (a.empty()) return at::zeros({0, 4}, at::kDouble);
-    int64_t tiles = 1;
-    for (size_t i = 0; i < call.size(); ++i) tiles = std::max(tiles, pair_items(call[i].rank));
+    int64_t most = 1;
+    for (size_t i = 0; i < call.size(); ++i) most = std::max(most, pair_items(call[i].rank));
+    auto tiles = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most)));
     const auto count = static_cast<int64_t>(call.size());
-    const Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
+    Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
     for (int64_t i = 0; i < count; ++i)
         call[i].gram_a = parts.mutable_data_ptr<double>() + i * tiles * 4;
     call.run(a[0], true, pair_items, &GramCpu::pair_stats, launch_lora_pair_stats);
-    Tensor stats = parts.select(1, 0).contiguous();
-    // One after the other: an order that does not depend on the other adapters.
-    for (int64_t tile = 1; tile < tiles; ++tile) stats.add_(parts.select(1, tile));
-    return stats;
+    // Neighbours are added up, then the neighbours among their sums. The order does not depend on
+    // the other adapters: the tiles that an adapter does not have are zero.
+    for (; tiles > 1; tiles /= 2)
+        parts = parts.slice(1, 0, tiles, 2).add(parts.slice(1, 1, tiles, 2));
+    return parts.select(1, 0).contiguous();
 }
 
 }  // namespace lora_ext
