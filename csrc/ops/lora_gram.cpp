@@ -104,9 +104,20 @@ class Call {
                 check_launch(op_, launch(args, current_stream(like)));
             } else {
                 const GramCpu& cpu = chosen_twins<GramCpu>();
-                const int64_t items = args.num_adapters * args.items;
-                for_items(items, work / items, kSerialWork,
-                          [&](int64_t begin, int64_t end) { (cpu.*twin)(args, begin, end); });
+                std::vector<int64_t> items;  // those that there are, like beside like
+                for (int64_t item = 0; item < args.items; ++item)
+                    for (size_t i = 0; i < chosen.size(); ++i)
+                        if (item < items_of(chosen[i].rank))
+                            items.push_back(static_cast<int64_t>(i) * args.items + item);
+                // They are dealt out like cards, so that each hand, which is a thread's, has its
+                // share of a large adapter.
+                const auto count = static_cast<int64_t>(items.size());
+                const int64_t hands = std::min<int64_t>(at::get_num_threads(), count);
+                for_items(hands, work / hands, kSerialWork, [&](int64_t begin, int64_t end) {
+                    for (int64_t hand = begin; hand < end; ++hand)
+                        for (int64_t k = hand; k < count; k += hands)
+                            (cpu.*twin)(args, items[k], items[k] + 1);
+                });
             }
         }
     }
