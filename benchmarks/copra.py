@@ -321,7 +321,6 @@ def coalitions(quick: bool) -> Iterator[Row]:
             "part": "coalitions",
             "sequences": sequences,
             "tokens": tokens,
-            "at_once": at_once,
             "one_by_one_ms": 1e3 * times["one_by_one"].median,
             "together_ms": 1e3 * times["together"].median,
             "speedup": times["one_by_one"].over(times["together"]),
@@ -439,7 +438,7 @@ def show(rows: Rows) -> None:
     print(study.markdown(("Shapley value", *map(str, range(BLOCKS))), phi) + "\n")
     timed = [
         (
-            f"{row['sequences']} x {row['tokens']}, {row['at_once']} in a forward",
+            f"{row['sequences']} x {row['tokens']}",
             f"{row['one_by_one_ms']:.0f}",
             f"{row['together_ms']:.0f}",
             f"{row['speedup']:.2f}",
