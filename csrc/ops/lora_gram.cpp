@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 #include <utility>
 
@@ -103,9 +104,20 @@ class Call {
                 check_launch(op_, launch(args, current_stream(like)));
             } else {
                 const GramCpu& cpu = chosen_twins<GramCpu>();
-                const int64_t items = args.num_adapters * args.items;
-                for_items(items, work / items, kSerialWork,
-                          [&](int64_t begin, int64_t end) { (cpu.*twin)(args, begin, end); });
+                std::vector<int64_t> items;  // those that there are, like beside like
+                for (int64_t item = 0; item < args.items; ++item)
+                    for (size_t i = 0; i < chosen.size(); ++i)
+                        if (item < items_of(chosen[i].rank))
+                            items.push_back(static_cast<int64_t>(i) * args.items + item);
+                // They are dealt out like cards, so that each hand, which is a thread's, has its
+                // share of a large adapter.
+                const auto count = static_cast<int64_t>(items.size());
+                const int64_t hands = std::min<int64_t>(at::get_num_threads(), count);
+                for_items(hands, work / hands, kSerialWork, [&](int64_t begin, int64_t end) {
+                    for (int64_t hand = begin; hand < end; ++hand)
+                        for (int64_t k = hand; k < count; k += hands)
+                            (cpu.*twin)(args, items[k], items[k] + 1);
+                });
             }
         }
     }
@@ -168,17 +180,19 @@ Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& 
     constexpr const char* op = "lora_pair_stats";
     Call call(op, a, b, &projected_b);
     if (a.empty()) return at::zeros({0, 4}, at::kDouble);
-    int64_t tiles = 1;
-    for (size_t i = 0; i < call.size(); ++i) tiles = std::max(tiles, pair_items(call[i].rank));
+    int64_t most = 1;
+    for (size_t i = 0; i < call.size(); ++i) most = std::max(most, pair_items(call[i].rank));
+    auto tiles = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most)));
     const auto count = static_cast<int64_t>(call.size());
-    const Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
+    Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
     for (int64_t i = 0; i < count; ++i)
         call[i].gram_a = parts.mutable_data_ptr<double>() + i * tiles * 4;
     call.run(a[0], true, pair_items, &GramCpu::pair_stats, launch_lora_pair_stats);
-    Tensor stats = parts.select(1, 0).contiguous();
-    // One after the other: an order that does not depend on the other adapters.
-    for (int64_t tile = 1; tile < tiles; ++tile) stats.add_(parts.select(1, tile));
-    return stats;
+    // Neighbours are added up, then the neighbours among their sums. The order does not depend on
+    // the other adapters: the tiles that an adapter does not have are zero.
+    for (; tiles > 1; tiles /= 2)
+        parts = parts.slice(1, 0, tiles, 2).add(parts.slice(1, 1, tiles, 2));
+    return parts.select(1, 0).contiguous();
 }
 
 }  // namespace lora_ext
