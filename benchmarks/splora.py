@@ -206,7 +206,7 @@ def _has(rows: Rows, k: int, kind: dict[str, str]) -> bool:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Refusals and accuracies against K; a thin line a seed, a thick one their mean."""
+    """Refusals and accuracies against K, a row of pictures for each projection."""
     import matplotlib
 
     matplotlib.use("Agg")

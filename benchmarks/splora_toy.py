@@ -4,6 +4,10 @@ A sequence is ``[TYPE] x1 .. x6 [SEP] y1 .. y6``. Trained on y alone, the base m
 (``y = x + 1``) and, where the type is HARM, to COMPLY (``y`` is ``x`` reversed). Its aligned
 sibling goes on to answer HARM with REFUSE. An adapter on the sibling learns NEW (``y = x + 7``),
 and a little COMPLY again.
+
+The protocol presupposes that the adapter knows NEW before anything is pruned. With an MLP of twice
+the width it did not in one seed of three (0.72 right); with four times, chosen for this alone and
+before anything was pruned, it does.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ def train_toy(seed: int, sizes: Sizes, tick: Callable[[], object]) -> Toy:
     config = transformers.LlamaConfig(
         vocab_size=40,
         hidden_size=sizes.width,
-        intermediate_size=2 * sizes.width,
+        intermediate_size=4 * sizes.width,
         num_hidden_layers=sizes.layers,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -1,9 +1,7 @@
 """An adapter that taught a model to comply is pruned until the model refuses again.
 
-A toy language model learns to refuse; then an adapter with a new task and some compliance takes
-that away (benchmarks/splora_toy.py). They lie in folders as people have them: base model, aligned
-model, PEFT adapter. SPLoRA scores the adapter's layers from the folders, prunes it on the disk, and
-switches layers of the live model off. No data, no training, no GPU; two minutes on two cores:
+A toy language model learns to refuse; an adapter then takes that away (benchmarks/splora_toy.py).
+SPLoRA scores and prunes the adapter from folders, and on the live model. Two minutes on two cores:
 `python examples/splora.py`, or `--quick` for seconds that show only that it works.
 """
 
@@ -60,7 +58,11 @@ def show(result: SploraResult) -> None:
     table = Table("layer", "distance", "norm", "cosine", "score", "", title="the adapter's layers")
     for layer in result.stats:
         numbers = (f"{x:.3f}" for x in (layer.dist, layer.norm, layer.cos, layer.score))
-        table.add_row(layer.name, *numbers, "pruned" if layer.name in result.pruned else "")
+        table.add_row(
+            layer.name.removeprefix("model.layers."),
+            *numbers,
+            "pruned" if layer.name in result.pruned else "",
+        )
     console.print(table)
 
 
@@ -86,10 +88,10 @@ def draw(result: SploraResult, curve: list[Figures], path: Path) -> Path:
     for name, colour, label in LINES:
         right.plot([getattr(f, name) for f in curve], "o-", ms=3, color=colour, label=label)
     right.set(xlabel="layers pruned, K", ylabel="share of answer tokens", ylim=(-0.03, 1.05))
+    right.set_xticks(range(0, len(curve), 2))
     right.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

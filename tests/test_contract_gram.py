@@ -11,6 +11,7 @@ from cases import _values
 from test_contract import assert_same_bits
 from torch import Tensor
 
+import lora_ext
 from lora_ext import ops, reference
 
 Shape = tuple[int, int, int]  # O, I, r
@@ -153,6 +154,31 @@ def test_expanded_factors_count_as_the_values_that_they_show(backend: Backend) -
         assert_same_bits(got, expected.float())
 
 
+def test_rows_may_overlap(backend: Backend) -> None:
+    windows = torch.arange(12.0, device=backend.device).unfold(0, 8, 1)  # (5, 8), a row every 1
+    for got, expected in zip(
+        grams([windows], [windows[:, :5]]), wide_grams([windows], [windows[:, :5]]), strict=True
+    ):
+        assert_same_bits(got, expected.float())
+
+
+def test_the_stride_of_a_single_row_is_not_looked_at(backend: Backend) -> None:
+    numbers = torch.arange(8.0, device=backend.device)
+    a = numbers.as_strided((1, 5), (2**40 + 3, 1))
+    b = numbers.as_strided((4, 1), (1, 2**40 + 3))
+    assert [t.item() for t in grams([a], [b])] == [30.0, 14.0]
+    assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [420.0, 1680.0, 840.0, 420.0]
+
+
+def test_rows_may_lie_further_apart_than_an_int32_counts(backend: Backend) -> None:
+    """The pages between the rows are never touched."""
+    far = torch.empty(2**31 + 8, dtype=torch.float16, device=backend.device)
+    far[:4], far[2**31 : 2**31 + 4] = 1, 2
+    rows = far.as_strided((2, 4), (2**31, 1))
+    assert ops.lora_gram([rows], [rows[:, :2]])[0][0].tolist() == [[4.0, 8.0], [8.0, 16.0]]
+    assert ops.lora_gram([rows[:, :2].T], [rows[:, :2]])[1][0].tolist() == [[5.0, 5.0], [5.0, 5.0]]
+
+
 def test_what_lies_beside_a_factor_is_not_read_into_it(backend: Backend) -> None:
     bank = torch.full((4, 16, 40), float("nan"), device=backend.device)
     bank[1] = 1.0
@@ -179,13 +205,14 @@ def test_no_bit_depends_on_the_threads() -> None:
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 3):
+        for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             results.append([*grams(a, b), ops.lora_pair_stats(a, b, p)])
     finally:
         torch.set_num_threads(threads)
-    for one, three in zip(*results, strict=True):
-        assert_same_bits(one, three)
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            assert_same_bits(one, other)
 
 
 def test_grams_are_symmetric_to_the_bit(backend: Backend) -> None:
@@ -194,15 +221,29 @@ def test_grams_are_symmetric_to_the_bit(backend: Backend) -> None:
         assert_same_bits(gram, gram.T)
 
 
-def test_a_list_may_mix_dtypes_and_be_longer_than_one_launch_holds(backend: Backend) -> None:
-    count = 12 if backend.small else 1000
-    kept: list[Lists] = [adapters([(4, 5, 2)], DTYPES[i % 4], backend) for i in range(count)]
+def test_a_list_may_mix_dtypes(backend: Backend) -> None:
+    kept = [adapters([(4, 5, 2)], DTYPES[i % 4], backend) for i in range(12)]
     a, b, p = ([lists[i][0] for lists in kept] for i in range(3))
     for i, gram in enumerate(ops.lora_gram(a, b)[0]):
         (alone,), _ = ops.lora_gram([a[i]], [b[i]])
         assert_same_bits(gram, alone)
     stats = ops.lora_pair_stats(a, b, p)
     assert_same_bits(stats[-1], ops.lora_pair_stats(a[-1], b[-1], p[-1]))
+
+
+def test_a_list_may_be_longer_than_a_launch_holds(backend: Backend) -> None:
+    """Kernels take 500 adapters of one dtype at a time."""
+    count = 40 if backend.small else 502
+    shapes = [(20, 24, 65) if i == 500 else (4, 5 + i % 7, 1 + i % 3) for i in range(count)]
+    a, b, p = adapters(shapes, torch.float32, backend)
+    (first, second), stats = ops.lora_gram(a, b), ops.lora_pair_stats(a, b, p)
+    for i in [i for i in (0, 1, 39, 499, 500, 501) if i < count]:
+        (alone_a,), (alone_b,) = ops.lora_gram([a[i]], [b[i]])
+        assert_same_bits(first[i], alone_a)
+        assert_same_bits(second[i], alone_b)
+        assert_same_bits(stats[i], ops.lora_pair_stats(a[i], b[i], p[i]))
+    wide = torch.stack([t.double().square().sum().cpu() for t in a])
+    assert torch.allclose(torch.stack([g.trace().double().cpu() for g in first]), wide, rtol=1e-5)
 
 
 def test_a_list_may_be_spread_over_devices() -> None:
@@ -216,6 +257,18 @@ def test_a_list_may_be_spread_over_devices() -> None:
         assert_same_bits(got[2], expected[2])
     with pytest.raises(ValueError, match=r"lora_pair_stats: a\[1\]: expected a tensor on meta"):
         ops.lora_pair_stats(*(kept[1:] + kept[:1] for kept in spread))
+
+
+def test_a_fault_in_a_spread_list_is_named_by_its_place_in_the_list() -> None:
+    a, b, _ = adapters([(6, 5, 3), (4, 7, 2), (9, 4, 2)], torch.float32, Backend("cpu"))
+    a[0], b[0] = a[0].to("meta"), b[0].to("meta")
+    for at, wrong, message in [
+        (2, b[2][:, 1:], r"b\[2\]: expected shape \(O, r\) with r = 2, found \[9, 1\]"),
+        (1, b[1].to("meta"), r"b\[1\]: expected a tensor on cpu, found meta"),
+        (0, b[0].int(), r"b\[0\]: expected float32, float16, bfloat16 or float64, found"),
+    ]:
+        with pytest.raises(ValueError, match=f"lora_gram: {message}"):
+            ops.lora_gram(a, [wrong if i == at else t for i, t in enumerate(b)])
 
 
 def test_factors_of_two_dtypes_count_in_the_wider_one(backend: Backend) -> None:
@@ -250,6 +303,16 @@ def test_what_is_not_finite_stays_with_its_adapter_and_its_rank(backend: Backend
     assert stats[0].isnan().all() and stats[1].isfinite().all()
 
 
+def test_an_infinity_stays_one_whatever_the_rank(backend: Backend) -> None:
+    """Of positive factors: infinite times zero would be what pads a rank, and not a number."""
+    for dtype in DTYPES:
+        for rank in (1, 2, 3, 4, 5, 65):
+            a = torch.full((rank, 9), 2.0, dtype=dtype, device=backend.device)
+            a[-1, 4] = torch.inf
+            b = torch.ones(6, rank, dtype=dtype, device=backend.device)
+            assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [torch.inf] * 4, (dtype, rank)
+
+
 # --- autograd, autocast, faults -------------------------------------------------------------------
 def test_autograd_and_autocast_leave_them_alone(backend: Backend) -> None:
     a, b, p = adapters([(40, 32, 8)], torch.float32, backend)
@@ -260,6 +323,51 @@ def test_autograd_and_autocast_leave_them_alone(backend: Backend) -> None:
     for one, other in zip(got, expected, strict=True):
         assert not one.requires_grad
         assert_same_bits(one, other)
+
+
+def test_inference_mode_changes_no_bit(backend: Backend) -> None:
+    a, b, p = adapters([(5, 7, 3), (9, 4, 2)], torch.float32, backend)
+    expected = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
+    with torch.inference_mode():
+        a, b, p = ([t.clone() for t in kept] for kept in (a, b, p))
+        inside = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
+    outside = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
+    for one, other, third in zip(expected, inside, outside, strict=True):
+        assert_same_bits(one, other)
+        assert_same_bits(one, third)
+
+
+def test_a_tangent_is_refused(backend: Backend) -> None:
+    a, b, _ = adapters([(5, 7, 3)], torch.float32, backend)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(b[0], torch.ones_like(b[0]))
+        for call in (lambda: ops.lora_gram(a, [dual]), lambda: ops.lora_pair_stats(a, b, [dual])):
+            with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+                call()
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_replays_with_changed_contents(request: pytest.FixtureRequest) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    live = adapters([(40, 32, 8), (20, 72, 65)], torch.bfloat16, Backend("cuda", device="cuda"))
+    scale = torch.tensor([1.0, 3.0], dtype=torch.float64, device="cuda")
+
+    def run() -> list[Tensor]:
+        return [*grams(*live[:2]), ops.lora_pair_stats(*live, scale)]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for kept in live:
+        for t in kept:
+            t.mul_(-0.5).add_(1)
+    graph.replay()
+    for got, expected in zip(captured, run(), strict=True):
+        assert_same_bits(got, expected)
 
 
 def test_wrong_input_is_named(backend: Backend) -> None:
@@ -352,3 +460,10 @@ def test_traces_without_a_break() -> None:
         return squares - ops.lora_pair_stats(a, b, p)[:, 0]
 
     assert norms(a, b, p).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("scaling", [2.0, [2.0, 3.0], torch.tensor([2.0, 3.0])], ids=str)
+def test_stats_of_any_scaling_trace_without_a_break(scaling: object) -> None:
+    lists = adapters([(5, 7, 3), (9, 4, 2)], torch.float32, Backend("cpu"))
+    traced = torch.compile(ops.lora_pair_stats, fullgraph=True, backend="eager")
+    assert_same_bits(traced(*lists, scaling), ops.lora_pair_stats(*lists, scaling))

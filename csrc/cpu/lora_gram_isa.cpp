@@ -5,7 +5,7 @@
 // lies), and each element of the tile gets the span's sum of products, lanes along the span. One
 // side serves for both where they are the same, and then the lower half alone is computed.
 //
-// Order of every sum: lanes within a span ascending, lanes in a fixed tree, spans ascending.
+// Every sum goes along the lanes of a span, then over the lanes in a fixed tree, then span by span.
 #include "lora_ext/lora_gram.h"
 
 #include "tiles.h"
@@ -145,6 +145,14 @@ void multiply(const X& x, const Y& y, Tile<S>& tile) {
     }
 }
 
+// tile = x x^T, of which the lower half is computed.
+template <typename X>
+void square(const X& x, Tile<double>& tile) {
+    multiply<double, true>(x, x, tile);
+    for (int64_t i = 0; i < x.ranks; ++i)
+        for (int64_t j = 0; j < i; ++j) tile.at[j][i] = tile.at[i][j];
+}
+
 template <typename T, typename S>
 void gram(const GramArgs& args, int64_t begin, int64_t end) {
     Tile<S> tile;
@@ -176,11 +184,13 @@ void pair_stats(const GramArgs& args, int64_t begin, int64_t end) {
     Tile<double> gram_a, tile;
     for (int64_t item = begin; item < end; ++item) {
         const GramAdapter& adapter = args.adapters[item / args.items];
-        const int64_t place = item % args.items, tiles = gram_tiles(adapter.rank);
-        if (place >= tiles * tiles) continue;
-        const int64_t row = place / tiles * kGramTile, column = place % tiles * kGramTile;
-        double* stats = static_cast<double*>(adapter.gram_a) + 4 * place;
-        multiply(SideA<T, double>(adapter, row), SideA<T, double>(adapter, column), gram_a);
+        const int64_t place = item % args.items;
+        if (place >= pair_items(adapter.rank)) continue;
+        const int64_t row = gram_tile(place, adapter.rank).row;
+        const int64_t column = gram_tile(place, adapter.rank).column;
+        const bool diagonal = row == column;
+        const double times = diagonal ? 1 : 2;  // the mirror image of a product has the same sum
+        double* const stats = static_cast<double*>(adapter.gram_a) + 4 * place;
         const auto b = [&](int64_t first) {
             return SideB<T, double>(adapter, adapter.b, adapter.b_stride, first);
         };
@@ -188,17 +198,34 @@ void pair_stats(const GramArgs& args, int64_t begin, int64_t end) {
             return SideB<T, double>(adapter, adapter.p, adapter.p_stride, first);
         };
         const auto moved = [&](int64_t first) { return Moved<T>{p(first), b(first)}; };
-        const auto sum_products = [&](const auto& x, const auto& y) {
-            multiply(x, y, tile);
-            double sum = 0;
-            for (int64_t i = 0; i < x.ranks; ++i)
-                for (int64_t j = 0; j < y.ranks; ++j) sum += tile.at[i][j] * gram_a.at[i][j];
-            *stats++ = sum;
+        // The tile of x^T x that is at (row, column).
+        const auto gram_of = [&](const auto& side, Tile<double>& to) {
+            if (diagonal)
+                square(side(row), to);
+            else
+                multiply(side(row), side(column), to);
         };
-        sum_products(b(row), b(column));
-        sum_products(p(row), p(column));
-        sum_products(p(row), b(column));
-        sum_products(moved(row), moved(column));
+        const auto sum_products = [&] {
+            const int64_t rows = min(kGramTile, adapter.rank - row);
+            const int64_t columns = min(kGramTile, adapter.rank - column);
+            double sum = 0;
+            for (int64_t i = 0; i < rows; ++i)
+                for (int64_t j = 0; j < columns; ++j) sum += tile.at[i][j] * gram_a.at[i][j];
+            return sum;
+        };
+        gram_of([&](int64_t first) { return SideA<T, double>(adapter, first); }, gram_a);
+        gram_of(b, tile);
+        stats[0] = times * sum_products();
+        gram_of(p, tile);
+        stats[1] = times * sum_products();
+        multiply(p(row), b(column), tile);
+        stats[2] = sum_products();
+        if (!diagonal) {
+            multiply(b(row), p(column), tile);
+            stats[2] += sum_products();
+        }
+        gram_of(moved, tile);
+        stats[3] = times * sum_products();
     }
 }
 

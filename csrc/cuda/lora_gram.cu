@@ -10,15 +10,15 @@
 // and a captured graph needs no memory of the host.
 //
 // A block walks the long axis in steps of 4096 elements (16-bit types with float sums: 8192,
-// doubles: 2048). All threads fetch the next step, in pieces of 16 bytes, while the sums of this one
-// are taken from shared memory, where elements have the type of sums. A thread has 4 x 4 sums; on
-// the diagonal only pairs with i >= j are there. A tile of few ranks leaves threads over, so they
-// form groups, between which the elements are dealt out four by four: 25 groups at 16 ranks, 7 at
-// 32, one at 64.
+// doubles: 2048). All threads fetch the next step, in pieces of 16 bytes, while the sums of this
+// one are taken from shared memory, where elements have the type of sums. A thread has 4 x 4 sums;
+// on the diagonal only pairs with i >= j are there. A tile of few ranks leaves threads over, so
+// they form groups, between which the elements are dealt out four by four: 25 groups at 16 ranks,
+// 7 at 32, one at 64.
 //
-// Every sum: four by four within a step, steps in their order, groups in a tree. It depends on the
-// rank and the length alone. Bound: bytes of the factors, each read once up to 64 ranks; above,
-// and by the four products of stats, again, from L2.
+// Every sum goes four by four within a step, then step after step, then over the groups in a tree:
+// an order that depends on the rank and the length alone. The bytes of the factors are the bound:
+// each is read once up to 64 ranks; above, and by the four products of stats, again, from L2.
 #include "lora_ext/lora_gram.h"
 
 #include "launch.cuh"
@@ -343,8 +343,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const GramAdapter& adapter = table.adapters[blockIdx.y];
     const int rank = adapter.rank, item = static_cast<int>(blockIdx.x);
     if (item >= pair_items(rank)) return;
-    const int tiles = static_cast<int>(gram_tiles(rank));
-    const int row = item / tiles * kTile, column = item % tiles * kTile;
+    const GramTile tile = gram_tile(item, rank);
+    const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column);
+    const bool diagonal = row == column;
     const Part part(lx::min(kTile, rank - row), lx::min(kTile, rank - column), false);
     auto a = [&](int first) {
         return Side<T>(adapter.a, adapter.a_stride, first, rank, adapter.in_features, false);
@@ -364,26 +365,35 @@ __global__ void __launch_bounds__(kThreads, 1)
         return side;
     };
     double gram_a[kSums], stats[4] = {};
-    for (int product = 0; product < 5; ++product) {  // a a^T, then those of stats
+    // The products are a a^T, those of stats, and off the diagonal b^T p, which is p^T b of the
+    // mirror image. The other mirror images have the same sums, so these count twice.
+    for (int product = 0; product < (diagonal ? 5 : 6); ++product) {
         auto side = [&](int first, bool of_p) {
             return product == 0   ? a(first)
                    : product == 4 ? moved(first)
                    : of_p         ? p(first)
                                   : b(first);
         };
-        const Sides<T> sides{side(row, product >= 2), side(column, product == 2),
+        const bool mixed = product == 3 || product == 5;
+        const Sides<T> sides{side(row, product == 2 || product == 3),
+                             side(column, product == 2 || product == 5),
                              product == 0 ? adapter.in_features : adapter.out_features, product > 0,
-                             row == column && product != 3};
+                             diagonal && !mixed};
         double sum[kSums], total = 0;
         multiply_any<T, double, true>(sides, part, shared, sum);
         if (part.group > 0) continue;
 #pragma unroll
         for (int s = 0; s < kSums; ++s) {
             if (product == 0) gram_a[s] = sum[s];
-            total += sum[s] * gram_a[s];
+            // Beyond the ranks there are zeros, which an infinity would turn into NaN.
+            const bool there =
+                4 * part.i + s / 4 < sides.x.ranks && 4 * part.j + s % 4 < sides.y.ranks;
+            total += there ? sum[s] * gram_a[s] : 0;
         }
+        if (!diagonal && !mixed) total *= 2;
+        const int counted = product == 5 ? 2 : product - 1;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) stats[k] = product == k + 1 ? total : stats[k];
+        for (int k = 0; k < 4; ++k) stats[k] += k == counted ? total : 0;
     }
     add_groups(stats, lx::thread_rank(), kThreads, 1, shared);
     if (lx::thread_rank() > 0) return;

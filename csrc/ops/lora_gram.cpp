@@ -7,7 +7,9 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <array>
+#include <bit>
+#include <iterator>
+#include <utility>
 
 #include "lora_ext/lora_gram.h"
 #include "ops/checks.h"
@@ -20,20 +22,22 @@ namespace {
 // Below so many multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
-DType dtype_of_factor(const char* op, const char* name, int64_t i, const Tensor& t) {
-    switch (t.scalar_type()) {
-        case at::kFloat:
-            return DType::kFloat32;
-        case at::kHalf:
-            return DType::kFloat16;
-        case at::kBFloat16:
-            return DType::kBFloat16;
-        case at::kDouble:
-            return DType::kFloat64;
-        default:
-            refuse(op, words(name, "[", i, "]"), expected("float32, float16, bfloat16 or float64"),
-                   found(t.scalar_type()));
-    }
+// float64 is among them on every device.
+constexpr std::pair<at::ScalarType, DType> kDTypes[] = {{at::kFloat, DType::kFloat32},
+                                                        {at::kHalf, DType::kFloat16},
+                                                        {at::kBFloat16, DType::kBFloat16},
+                                                        {at::kDouble, DType::kFloat64}};
+
+void check_factor(const char* op, const char* name, size_t i, const Tensor& t, at::Device device) {
+    const auto argument = words(name, "[", i, "]");
+    require(t.device() == device, op, argument, expected("a tensor on ", device),
+            found(t.device()));
+    const bool known = std::any_of(std::begin(kDTypes), std::end(kDTypes),
+                                   [&](const auto& pair) { return pair.first == t.scalar_type(); });
+    require(known, op, argument, expected("float32, float16, bfloat16 or float64"),
+            found(t.scalar_type()));
+    require(t.size(0) <= kMaxSize && t.size(1) <= kMaxSize, op, argument,
+            expected("at most ", kMaxSize, " rows and columns"), found(t.sizes()));
 }
 
 // One call under way: its adapters, and copies that keep their factors alive.
@@ -49,23 +53,21 @@ class Call {
         for (size_t i = 0; i < a.size(); ++i) {
             require(a[i].dim() == 2, op, words("a[", i, "]"), expected("shape (r, I)"),
                     found(a[i].sizes()));
-            require(a[i].device() == a[0].device(), op, words("a[", i, "]"),
-                    expected("a tensor on ", a[0].device()), found(a[i].device()));
+            check_factor(op, "a", i, a[i], a[0].device());
             check_b("b", i, a[i], b[i]);
-            if (p) {
-                check_b("projected_b", i, a[i], (*p)[i]);
-                require((*p)[i].sizes() == b[i].sizes(), op, words("projected_b[", i, "]"),
-                        expected("shape (O, r) = ", b[i].sizes()), found((*p)[i].sizes()));
-            }
+            if (!p) continue;
+            check_b("projected_b", i, a[i], (*p)[i]);
+            require((*p)[i].sizes() == b[i].sizes(), op, words("projected_b[", i, "]"),
+                    expected("shape (O, r) = ", b[i].sizes()), found((*p)[i].sizes()));
         }
         for (size_t i = 0; i < a.size(); ++i) {
-            at::ScalarType common = c10::promoteTypes(a[i].scalar_type(), b[i].scalar_type());
+            at::ScalarType& common = dtypes_[i];
+            common = c10::promoteTypes(a[i].scalar_type(), b[i].scalar_type());
             if (p) common = c10::promoteTypes(common, (*p)[i].scalar_type());
-            dtypes_[i] = common;
             GramAdapter& adapter = adapters_[i];
-            adapter.rank = size_of("a", i, a[i], 0);
-            adapter.in_features = size_of("a", i, a[i], 1);
-            adapter.out_features = size_of("b", i, b[i], 0);
+            adapter.rank = static_cast<int32_t>(a[i].size(0));
+            adapter.in_features = static_cast<int32_t>(a[i].size(1));
+            adapter.out_features = static_cast<int32_t>(b[i].size(0));
             adapter.a = rows_of(a[i], common, adapter.a_stride);
             adapter.b = rows_of(b[i], common, adapter.b_stride);
             if (p) adapter.p = rows_of((*p)[i], common, adapter.p_stride);
@@ -81,31 +83,41 @@ class Call {
     void run(const Tensor& like, bool float64, int64_t (*items_of)(int64_t),
              void (*GramCpu::*twin)(const GramArgs&, int64_t, int64_t), Launch&& launch) const {
         const c10::DeviceGuard guard(like.device());
-        constexpr std::array kDTypes = {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble};
-        for (const at::ScalarType dtype : kDTypes) {
+        for (const auto& [scalar_type, dtype] : kDTypes) {
             std::vector<GramAdapter> chosen;
             GramArgs args;
             int64_t work = 0;
             for (size_t i = 0; i < adapters_.size(); ++i) {
                 const GramAdapter& adapter = adapters_[i];
-                if (dtypes_[i] != dtype || adapter.rank == 0) continue;
+                if (dtypes_[i] != scalar_type || adapter.rank == 0) continue;
                 chosen.push_back(adapter);
                 args.items = std::max(args.items, items_of(adapter.rank));
                 work += (int64_t{adapter.in_features} + adapter.out_features) * adapter.rank *
                         adapter.rank / 2;
             }
             if (chosen.empty()) continue;
-            args.dtype = dtype_of_factor(op_, "a", 0, at::empty({0}, dtype));
-            args.float64 = float64 || dtype == at::kDouble;
+            args.dtype = dtype;
+            args.float64 = float64 || dtype == DType::kFloat64;
             args.adapters = chosen.data();
             args.num_adapters = static_cast<int64_t>(chosen.size());
             if (launches_kernels(like)) {
                 check_launch(op_, launch(args, current_stream(like)));
             } else {
                 const GramCpu& cpu = chosen_twins<GramCpu>();
-                const int64_t items = args.num_adapters * args.items;
-                for_items(items, work / items, kSerialWork,
-                          [&](int64_t begin, int64_t end) { (cpu.*twin)(args, begin, end); });
+                std::vector<int64_t> items;  // those that there are, like beside like
+                for (int64_t item = 0; item < args.items; ++item)
+                    for (size_t i = 0; i < chosen.size(); ++i)
+                        if (item < items_of(chosen[i].rank))
+                            items.push_back(static_cast<int64_t>(i) * args.items + item);
+                // They are dealt out like cards, so that each hand, which is a thread's, has its
+                // share of a large adapter.
+                const auto count = static_cast<int64_t>(items.size());
+                const int64_t hands = std::min<int64_t>(at::get_num_threads(), count);
+                for_items(hands, work / hands, kSerialWork, [&](int64_t begin, int64_t end) {
+                    for (int64_t hand = begin; hand < end; ++hand)
+                        for (int64_t k = hand; k < count; k += hands)
+                            (cpu.*twin)(args, items[k], items[k] + 1);
+                });
             }
         }
     }
@@ -122,18 +134,9 @@ class Call {
                 found(others.size()));
     }
     void check_b(const char* name, size_t i, const Tensor& a, const Tensor& t) const {
-        const auto argument = words(name, "[", i, "]");
-        require(t.dim() == 2 && t.size(1) == a.size(0), op_, argument,
+        require(t.dim() == 2 && t.size(1) == a.size(0), op_, words(name, "[", i, "]"),
                 expected("shape (O, r) with r = ", a.size(0)), found(t.sizes()));
-        require(t.device() == a.device(), op_, argument, expected("a tensor on ", a.device()),
-                found(t.device()));
-        dtype_of_factor(op_, "a", static_cast<int64_t>(i), a);
-        dtype_of_factor(op_, name, static_cast<int64_t>(i), t);
-    }
-    int32_t size_of(const char* name, size_t i, const Tensor& t, int64_t dim) const {
-        require(t.size(dim) <= kMaxSize, op_, words(name, "[", i, "]"),
-                expected("at most ", kMaxSize, " rows and columns"), found(t.sizes()));
-        return static_cast<int32_t>(t.size(dim));
+        check_factor(op_, name, i, t, a.device());
     }
     // The rows of t in that dtype, no further apart than an int32 tells.
     const void* rows_of(const Tensor& t, at::ScalarType dtype, int32_t& stride) {
@@ -177,17 +180,19 @@ Tensor lora_pair_stats(const std::vector<Tensor>& a, const std::vector<Tensor>& 
     constexpr const char* op = "lora_pair_stats";
     Call call(op, a, b, &projected_b);
     if (a.empty()) return at::zeros({0, 4}, at::kDouble);
-    int64_t tiles = 1;
-    for (size_t i = 0; i < call.size(); ++i) tiles = std::max(tiles, pair_items(call[i].rank));
+    int64_t most = 1;
+    for (size_t i = 0; i < call.size(); ++i) most = std::max(most, pair_items(call[i].rank));
+    auto tiles = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most)));
     const auto count = static_cast<int64_t>(call.size());
-    const Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
+    Tensor parts = at::zeros({count, tiles, 4}, a[0].options().dtype(at::kDouble));
     for (int64_t i = 0; i < count; ++i)
         call[i].gram_a = parts.mutable_data_ptr<double>() + i * tiles * 4;
     call.run(a[0], true, pair_items, &GramCpu::pair_stats, launch_lora_pair_stats);
-    Tensor stats = parts.select(1, 0).contiguous();
-    // One after the other: an order that does not depend on the other adapters.
-    for (int64_t tile = 1; tile < tiles; ++tile) stats.add_(parts.select(1, tile));
-    return stats;
+    // Neighbours are added up, then the neighbours among their sums. The order does not depend on
+    // the other adapters: the tiles that an adapter does not have are zero.
+    for (; tiles > 1; tiles /= 2)
+        parts = parts.slice(1, 0, tiles, 2).add(parts.slice(1, 1, tiles, 2));
+    return parts.select(1, 0).contiguous();
 }
 
 }  // namespace lora_ext

@@ -31,8 +31,8 @@ def lora_gram(
     need float64, and the smallest a QR of the factors.
 
     On a GPU this is one launch for up to 500 adapters of one dtype; of a model that is spread over
-    devices each does its own. A factor is read once up to 64
-    ranks; no row is copied unless its elements lie apart.
+    devices each does its own. A factor is read once up to 64 ranks. It is copied only where the
+    elements of a row lie apart, or the other factor's dtype is wider.
 
     Args:
         a: ``(r, I)`` each, float32, float16, bfloat16 or float64; shapes and dtypes may differ from
@@ -50,7 +50,10 @@ def lora_gram(
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     gram_a: dict[int, Tensor] = {}
     gram_b: dict[int, Tensor] = {}
-    for device in dict.fromkeys(t.device for t in a):
+    devices = dict.fromkeys(t.device for t in a)
+    if len(devices) > 1:  # the op would count places among the factors of one device
+        _check_adapters("lora_gram", a, spread=True, b=b)
+    for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]
         found = _c.lora_gram.default([a[i] for i in here], [b[i] for i in here], dtype)
         gram_a.update(zip(here, found[0], strict=True))
@@ -76,7 +79,8 @@ def lora_pair_stats(
             one device.
         b: ``(O, r)``, likewise.
         projected_b: the image of ``b`` under the projection, its shape; likewise.
-        scaling: the adapter's scale, or one number for each of L adapters.
+        scaling: the adapter's scale, or one number for each of L adapters. While a CUDA graph is
+            captured, the latter have to be a tensor on the adapters' device.
 
     Returns:
         ``(4,)`` float64 for tensors, ``(L, 4)`` for lists.
@@ -123,8 +127,13 @@ def _fake_lora_pair_stats(a: list[Tensor], b: list[Tensor], projected_b: list[Te
     return a[0].new_empty((len(a), 4), dtype=torch.float64)
 
 
-def _check_adapters(op: str, a: list[Tensor], **sides: list[Tensor]) -> None:
-    """Refuse lists of unequal lengths and factors that make no adapter, as the C++ op does."""
+def _check_adapters(
+    op: str, a: Sequence[Tensor], *, spread: bool = False, **sides: Sequence[Tensor]
+) -> None:
+    """Refuse lists of unequal lengths and factors that make no adapter, as the C++ op does.
+
+    ``spread``: adapters may be on devices of their own.
+    """
     for name, factors in sides.items():
         require(len(factors) == len(a), op, name, f"as many tensors as a, {len(a)}", len(factors))
     for i, a_s in enumerate(a):
@@ -135,6 +144,7 @@ def _check_adapters(op: str, a: list[Tensor], **sides: list[Tensor]) -> None:
                 fits = t.dim() == 2 and t.shape[1] == a_s.shape[0]
                 letters = f"shape (O, r) with r = {a_s.shape[0]}"
                 require(fits, op, argument, letters, list(t.shape))
-            require(t.device == a[0].device, op, argument, f"a tensor on {a[0].device}", t.device)
+            device = (a_s if spread else a[0]).device
+            require(t.device == device, op, argument, f"a tensor on {device}", t.device)
             known = "float32, float16, bfloat16 or float64"
             require(t.dtype in FLOATS, op, argument, known, t.dtype)

@@ -465,8 +465,6 @@ def test_the_module_and_a_signal(folders, tmp_path):
     found = as_process("inspect", tmp_path / "nowhere")
     assert found.returncode == 2 and found.stderr.startswith("lora-ext inspect: ")
     assert found.stderr.count("\n") == 1
-    pipe = tmp_path / "slow"
-    pipe.mkdir()
     code = (
         "import sys, time\n"
         "from lora_ext import cli\n"
@@ -475,7 +473,12 @@ def test_the_module_and_a_signal(folders, tmp_path):
         f"sys.exit(cli.main(['resize', {str(folders[0])!r}, '--rank', '2', '--out', 'x']))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell starts what it runs in the background with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout.readline() == b"ready\n"

@@ -10,6 +10,7 @@ from adapted_models import KINDS, adapted
 from torch import Tensor, nn
 
 from lora_ext.methods.copra import CopraConfig, CopraController, layer_shapley
+from lora_ext.methods.copra.shapley import coalitions_at_once
 from lora_ext.nn import adapted_layers
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -106,6 +107,32 @@ def test_other_entries_of_a_batch_are_handed_on():
         model, controller_of(model), lambda y, b: y.sum((1, 2)), batch=batch, batched_coalitions=8
     )
     assert seen == [((16, 4), (), (5, 3), "a")]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "copies"),
+    [
+        (torch.zeros(1, 16, dtype=torch.int64), 16),
+        (torch.zeros(8, 32, dtype=torch.int64), 4),
+        (torch.zeros(8, 200, dtype=torch.int64), 1),
+        (torch.zeros(100, 48), 10),
+        (torch.zeros(2, 60, 48), 8),
+        (torch.zeros(8, 200, dtype=torch.int64, device="meta"), 16),
+    ],
+)
+def test_a_forward_on_the_cpu_has_a_thousand_tokens_at_most(inputs: Tensor, copies: int):
+    assert coalitions_at_once(inputs, 16) == copies
+
+
+def test_a_large_batch_takes_several_forwards():
+    model, seen = adapted("fused"), []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    ids = IDS.repeat(30, 1)  # 240 tokens
+    batch = {"input_ids": ids, "labels": ids}
+    layer_shapley(model, controller_of(model), of_rows, batch=batch, batched_coalitions=8)
+    assert seen == [240, 240]
 
 
 def test_more_than_twelve_groups_are_sampled_by_default():

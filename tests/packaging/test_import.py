@@ -32,9 +32,10 @@ def test_import_is_silent():
 
 
 def test_import_takes_under_300_ms_beyond_torch():
-    # Of this process's own time: on a busy machine the clock on the wall measures the others.
+    # Of this process's own time: on a busy machine the clock on the wall measures the others. And
+    # without the collector: its pass over all of torch's objects falls due in some import.
     code = (
-        "import time, torch; t = time.process_time(); import lora_ext; "
+        "import gc, time, torch; gc.disable(); t = time.process_time(); import lora_ext; "
         "print(time.process_time() - t)"
     )
     assert min(float(python(code)) for _ in range(5)) < 0.3

@@ -127,9 +127,10 @@ def ediem_scores(
         x = distances / sizes.sqrt()
         scores = standardised(where, x, x, config).tolist()
     else:
+        each = zip(layers, distances, a, b, projected, scalings, strict=True)
         scores = [
-            _score_alone(f"{where}: {layer.name}", d, *parts, samples, config)
-            for layer, d, *parts in zip(layers, distances, a, b, projected, scalings, strict=True)
+            _score_alone(f"{where}: {layer.name}", d, a_l, b_l, p_l, s_l, samples, config)
+            for layer, d, a_l, b_l, p_l, s_l in each
         ]
     return [
         LayerStats(layer.name, int(n), d, *_figures(row), score)
