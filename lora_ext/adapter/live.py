@@ -38,9 +38,11 @@ def live_adapter(
     configs = getattr(model, "peft_config", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
-        active: Any = getattr(model, "active_adapters", [])
-        if callable(active):  # a method of transformers, a property of PEFT
-            active = active()
+        active: Any = []
+        if adapter is None:  # transformers refuses the question where PEFT alone put the layers in
+            active = getattr(model, "active_adapters", [])
+            if callable(active):  # a method of transformers, a property of PEFT
+                active = active()
         adapter = _chosen(adapter, configs, active, where)
         return configs[adapter], _state(model, adapter)
     if not layers:

@@ -185,7 +185,8 @@ class LoraAdapter:
         for key in tensors.infos:
             name = base_name(key)
             if parse_key(key) is None and name in index.weights:
-                (replacements if _replaces(config, name) else beside)[key] = tensors.read(key)
+                in_file = PREFIX + key.removeprefix(PREFIX)
+                (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
         if copy:
             replacements = {key: value.clone() for key, value in replacements.items()}
         return cls(config, modules, beside, replacements)

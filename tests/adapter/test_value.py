@@ -348,3 +348,25 @@ def test_a_peft_model_with_a_trained_head_is_refused_as_its_folder_is(strict):
 
 def test_factors_are_public():
     assert Factors(torch.ones(1, 2), torch.ones(3, 1), 1.0).bias is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"modules_to_save": ["1"]}], ids=str)
+def test_layers_that_peft_put_into_a_model_without_wrapping_it(fields, tmp_path):
+    base = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **fields)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config)
+    inside = copy.deepcopy(wrapped.base_model.model)
+    inside.peft_config = wrapped.peft_config
+    value = LoraAdapter.from_model(inside)
+    assert value == LoraAdapter.from_model(wrapped)
+    value.save(tmp_path)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == theirs.keys()
+
+
+def test_a_model_of_transformers_that_peft_put_layers_into():
+    model = llama()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    assert {name.rpartition(".")[2] for name in LoraAdapter.from_model(model).modules} == {"q_proj"}
