@@ -38,7 +38,7 @@ def test_the_ramp_ends_at_the_first_whole_step(ratio: float, total: int, steps: 
         (lambda fraction: fraction**3, 0.125),
         (lambda fraction: 5 * fraction, 1.0),  # beyond p1 there is nothing
     ],
-    ids=str,
+    ids=["linear", "sine", "exponential", "constant", "cubic", "beyond p1"],
 )
 def test_ramps_at_half_way(ramp, expected: float):
     one = schedule(ramp=ramp, p0=0.2, p1=0.6, ramp_ratio=1.0)
