@@ -41,7 +41,8 @@ def set_active(
     """Switch an adapter of one layer on or off.
 
     Off, it takes no part, whether it is among the layer's active adapters or named for rows: no
-    operator runs, no graph node is made, and no gradient comes.
+    operator runs, no graph node is made, and no gradient comes. A layer of PEFT's knows the adapter
+    by its name alone: deleted while it is off and added anew, it is off still.
 
     Args:
         layer: one of :func:`lora_ext.nn.adapted_layers`.
