@@ -160,8 +160,15 @@ def test_thirty_players_take_samples():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused_with_its_coalition(value: float):
     message = rf"value_fn: expected a finite number, found {value} for the coalition \[0, 2\] of 3"
+    asked = []
+
+    def v(mask):
+        asked.append(mask.tolist())
+        return value if mask.tolist() == [True, False, True] else 0.0
+
     with pytest.raises(ValueError, match=message):
-        shapley_values(lambda m: value if m.tolist() == [True, False, True] else 0.0, 3)
+        shapley_values(v, 3)
+    assert asked[-1] == [True, False, True], "nothing is evaluated after it"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def shapley_values(
     def values(coalitions: Sequence[int]) -> list[float]:
         return [float(value_fn(_mask(coalition, n))) for coalition in coalitions]
 
-    return _run(estimator, n, values, cache, len(estimator.coalitions))
+    return _run(estimator, n, values, cache, 1)
 
 
 def layer_shapley(
