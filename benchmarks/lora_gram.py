@@ -89,7 +89,8 @@ def error_of(found: object, case: str, a: list[Tensor], b: list[Tensor], p: list
         bound = 1e-12 * formula[:, :2].sum(1, keepdim=True)
         worst = ((found - formula).abs() / bound).max().item()
     else:
-        lists = [found] if isinstance(found, list) else list(found)  # type: ignore[call-overload]
+        assert isinstance(found, list | tuple)
+        lists = [found] if isinstance(found, list) else found
         mine = [t for kept in lists for t in kept]
         exact = [t for kept in reference.lora_gram(a, b, torch.float64) for t in kept]
         sizes = [[t.abs() for t in kept] for kept in (a, b)]

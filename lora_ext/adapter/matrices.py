@@ -61,7 +61,7 @@ def factor_matrices(
         }
     if not isinstance(source, LoraAdapter):
         with open_adapter(source) as (_, tensors):
-            _pairs(where, tensors.infos, None)
+            factor_keys(where, tensors.infos)
         source = LoraAdapter.load(source)
     return {
         name: FactorMatrices(f.a.flatten(1), f.b.flatten(1), f.scaling)
@@ -73,7 +73,7 @@ def _bare(
     where: str, state: Mapping[str, Tensor], adapter_name: str, layout: str
 ) -> dict[str, FactorMatrices]:
     found: dict[str, FactorMatrices] = {}
-    for name, keys in _pairs(where, state, adapter_name).items():
+    for name, keys in factor_keys(where, state, adapter_name).items():
         factors: list[Tensor] = []
         for key in keys:
             t = state[key]
@@ -85,8 +85,14 @@ def _bare(
     return found
 
 
-def _pairs(where: str, keys: Iterable[str], adapter_name: str | None) -> dict[str, tuple[str, str]]:
-    """The keys of A and B of each module; those of other adapters, where named, are left out."""
+def factor_keys(
+    where: str, keys: Iterable[str], adapter_name: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each module; those of other adapters, where named, are left out.
+
+    Raises:
+        KeyError: a factor without the other.
+    """
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)

@@ -66,9 +66,5 @@ def _names(adapter: LoraAdapter, keep: Iterable[str] | Callable[[str], bool]) ->
             f"{where}: expected full names of modules or a function of a name, found {keep!r:.200}"
         )
     names = list(keep)
-    for name in names:
-        if name not in adapter.modules:
-            raise ValueError(
-                f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
-            )
+    adapter.check_names(where, names)
     return set(names)

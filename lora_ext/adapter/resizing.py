@@ -77,11 +77,8 @@ def _resized(
 def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int]:
     where = "resize_adapter: rank"
     given = rank if isinstance(rank, Mapping) else dict.fromkeys(adapter.modules, rank)
+    adapter.check_names(where, given)
     for name, value in given.items():
-        if name not in adapter.modules:
-            raise ValueError(
-                f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
-            )
         if type(value) is not int or not 0 <= value <= _MOST:
             raise ValueError(
                 f"{where}: {name}: expected an integer from 0 to {_MOST}, found {value!r:.100}"

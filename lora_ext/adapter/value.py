@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -89,6 +89,18 @@ class LoraAdapter:
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
         """A value as it is, and anything else as :meth:`load` reads it."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
+
+    def check_names(self, where: str, names: Iterable[str]) -> None:
+        """Refuse names that are no modules of the adapter.
+
+        Raises:
+            ValueError: naming the first. ``where`` opens the message: caller and argument.
+        """
+        for name in names:
+            if name not in self.modules:
+                raise ValueError(
+                    f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
+                )
 
     def with_modules(
         self,

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: What every op that computes takes, if not all in every place.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def require(holds: bool, op: str, argument: str, expected: object, found: object) -> None:
     """Raise ValueError unless ``holds``."""

@@ -1,12 +1,9 @@
 """Checks of a circuit's parameters for fake kernels, those of ``csrc/ops/circuit_args.cpp``."""
 
-import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require, require_dtype, require_shape
+from lora_ext.ops._checks import FLOATS, require, require_dtype, require_shape
 from lora_ext.reference.circuit import KINDS, num_transitions
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_circuit(

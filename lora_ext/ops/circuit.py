@@ -10,8 +10,8 @@ The one-pass scan is ours (docs/circuits.md).
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require_dim, require_dtype, require_shape
-from lora_ext.ops._circuit_checks import FLOATS, check_circuit
+from lora_ext.ops._checks import FLOATS, require_dim, require_dtype, require_shape
+from lora_ext.ops._circuit_checks import check_circuit
 from lora_ext.ops._registration import fake
 from lora_ext.reference.circuit import CircuitScan
 from lora_ext.reference.lora import accumulator

@@ -16,8 +16,8 @@ Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et 
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require, require_dim, require_dtype, require_shape
-from lora_ext.ops._circuit_checks import FLOATS, check_circuit
+from lora_ext.ops._checks import FLOATS, require, require_dim, require_dtype, require_shape
+from lora_ext.ops._circuit_checks import check_circuit
 from lora_ext.ops._registration import fake
 from lora_ext.reference.circuit import CircuitSample
 from lora_ext.reference.lora import accumulator

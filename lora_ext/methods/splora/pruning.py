@@ -125,12 +125,7 @@ def project(
     config = SploraConfig() if config is None else config
     value = read_adapter(f"{where}: adapter", adapter)
     chosen = [names] if isinstance(names, str) else list(names)
-    for name in chosen:
-        if name not in value.modules:
-            raise ValueError(
-                f"{where}: names: expected modules of the adapter, found {name!r:.200}, which it "
-                "lacks"
-            )
+    value.check_names(f"{where}: names", chosen)
     layers, projected = project_layers(
         where, value, base, aligned, config, progress, set(chosen), _columns
     )

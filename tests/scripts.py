@@ -1,0 +1,38 @@
+"""Scripts of this repository, loaded and run as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def missing(*names: str) -> list[str]:
+    """The packages of these that are not installed."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> ModuleType:
+    """``folder/name.py`` as a module of a name that nothing else has; its folder is on the path,
+    as it is when the script runs. Both end with the test."""
+    path = ROOT / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, f"{folder}_{name}", module)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / folder)])
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_quickly(monkeypatch: pytest.MonkeyPatch, name: str, out: Path) -> ModuleType:
+    """An example, run with ``--quick --out``."""
+    example = load_script(monkeypatch, "examples", name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(out)])
+    example.main()
+    return example
