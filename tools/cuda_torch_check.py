@@ -53,8 +53,8 @@ def main() -> int:
             str(ROOT),
         )
         sdist = str(next(Path(folder).glob("lora_ext-*.tar.gz")))
-        # Kernels do not see torch. A compiler cache has them as the ordinary build made them; without
-        # one, a single architecture is enough here.
+        # Kernels do not see torch. A compiler cache has them as the ordinary build made them;
+        # without one, a single architecture is enough here.
         archs = {} if shutil.which("ccache") else {"TORCH_CUDA_ARCH_LIST": "9.0a"}
         build = ["--no-build-isolation", "--no-deps", sdist]
         step(*pip, *build, LORA_EXT_CUDA="1", **archs)
