@@ -15,6 +15,16 @@ LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* s
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
 
+// The same for banks of a large rank: grouped products of matrices, lora_gemm.cuh. What they touch
+// has been declared.
+constexpr int kGemmColumns = 128;  // of a block
+LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
+LaunchStatus run_gemm_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
+
+inline bool large_rank(const LoraBank& bank) {
+    return bank.max_rank > kFusedRank;
+}
+
 inline Tiling tiling(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return {args.plan ? layout.chunk_rows() / rows : 1, layout.perm()};

@@ -26,15 +26,6 @@ constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
 constexpr int kGroupRanks = kGroupPages * kPageRanks;
 
-struct Slices {
-    int width, count;
-    int per_block;         // all of them, or one
-    int64_t split_stride;  // of partial sums
-    bool finished;         // no partial sums: the block applies c
-    bool x_aligned, w_aligned;
-    int ranks_per_stage;
-};
-
 template <class T>
 LX_DEVICE float factor_of(const Projection& args, int slot) {
     return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
@@ -299,6 +290,7 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
     }
     declare_out(lx::Access::kWrite);
     const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {
+        if (takes_gemm(lora)) return run_gemm_projection(step, side_b, slices, stream);
         // 128 rows of a large rank are more than some devices have for a block.
         const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
                           ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
