@@ -1,4 +1,5 @@
-// The projections onto large ranks, x -> v and dy -> dv: lora_gemm.cuh.
+// The projections onto large ranks, x -> v and dy -> dv (lora_gemm.cuh), and the sum over their
+// splits.
 #include "lora_gemm.cuh"
 
 namespace lora_ext {
@@ -15,7 +16,58 @@ LaunchStatus launch(const Gemm& args, int64_t splits, void* stream) {
     });
 }
 
+// v[t, j] = c * sum of the splits, which v may lie in: a warp reads the splits of its elements and
+// then writes them. Block: 16 rows of one adapter, 128 ranks; the splits are on their way together.
+__global__ void __launch_bounds__(kGemmThreads)
+    lora_gemm_reduce_kernel(const __grid_constant__ LoraArgs args,
+                            const __grid_constant__ Tiling tiling,
+                            const __grid_constant__ Partials v, float inverse_keep, bool aligned) {
+    lx::grid_dependency_launch();
+    LX_SHARED(int32_t, row_of, kTileRows);
+    const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
+    const int first = static_cast<int>(blockIdx.y) * kGemmColumns;
+    if (tile.rank <= first) {
+        lx::grid_dependency_wait();  // the end of this grid must not come before that of its
+                                     // producer
+        return;
+    }
+    lx::syncthreads();  // row_of
+    const float factor = inverse_keep * (args.bank.scale ? args.bank.scale[tile.slot] : 1.0f);
+    // Four ranks a lane. Where there are none, the block's first ones stand in.
+    const int rank = first + lx::lane_id() * 4, n = tile.rank - rank;
+    lx::grid_dependency_wait();
+    for (int i = lx::warp_id(); i < tile.rows; i += kGemmThreads / lx::kWarpSize) {
+        const int64_t row = row_of[i];
+        const float* const p = v.data + row * v.row_stride + (n > 0 ? rank : first);
+        float sum[4] = {};
+        add_splits(v.splits, sum, [&](int split, float (&part)[4]) {
+            const float4 four = *reinterpret_cast<const float4*>(p + split * v.split_stride);
+            part[0] = four.x, part[1] = four.y, part[2] = four.z, part[3] = four.w;
+        });
+        float* const out = static_cast<float*>(args.v) + row * args.v_row_stride + rank;
+        if (aligned && n >= 4) {
+            *reinterpret_cast<float4*>(out) = {factor * sum[0], factor * sum[1], factor * sum[2],
+                                               factor * sum[3]};
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (j < n) out[j] = factor * sum[j];
+        }
+    }
+}
+
 }  // namespace
+
+LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inverse_keep,
+                             bool dependent, void* stream) {
+    const dim3 grid(num_tiles(args, kTileRows),
+                    static_cast<unsigned>(ceil_div(args.bank.max_rank, kGemmColumns)));
+    const bool aligned = aligned_16(args.v, {args.v_row_stride}, 4);
+    return dependent ? LX_LAUNCH_PDL(lora_gemm_reduce_kernel, grid, kGemmThreads, 0, stream, args,
+                                     tiling(args, kTileRows), v, inverse_keep, aligned)
+                     : LX_LAUNCH(lora_gemm_reduce_kernel, grid, kGemmThreads, 0, stream, args,
+                                 tiling(args, kTileRows), v, inverse_keep, aligned);
+}
 
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream) {
     const LoraBank& bank = args.bank;

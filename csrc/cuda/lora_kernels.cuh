@@ -19,6 +19,9 @@ LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent,
 // has been declared.
 constexpr int kGemmColumns = 128;  // of a block
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
+// inverse_keep: 1 / (1 - p) of training. The rows of v lie on 16 bytes and have whole pages.
+LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inverse_keep,
+                             bool dependent, void* stream);
 LaunchStatus run_gemm_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
 
 inline bool large_rank(const LoraBank& bank) {

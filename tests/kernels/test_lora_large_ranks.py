@@ -1,4 +1,4 @@
-"""Ranks above 256, whose kernels are products of matrices: tiles, splits, slices, and their bits."""
+"""Ranks above 256, whose kernels are products of matrices: every tile, and its bits."""
 
 from __future__ import annotations
 
