@@ -58,11 +58,23 @@ LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream);
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
 
-// The same products with large ranks and enough rows, by the kernel of lora_gemm.cuh: same bits.
-// What it touches has been declared.
+// The same with large ranks, where there are enough rows or tiles: lora_gemm.cuh and
+// lora_gemm_weights.cu. What it touches has been declared.
 LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
                                  void* stream);
 LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
+
+LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
+
+// Columns of a block of that kernel, which gives its adapter's rows to no second block. So it needs
+// as many blocks for one adapter as half of an H100's multiprocessors: an estimate.
+constexpr int gradient_columns(bool tf32) {
+    return tf32 ? 64 : 128;
+}
+inline bool gradient_takes_gemm(const Gradient& args) {
+    const int64_t bands = ceil_div(args.width, gradient_columns(args.dtype != DType::kBFloat16));
+    return args.max_rank > kFusedRank && bands * ceil_div(args.max_rank, kGemmColumns) >= 64;
+}
 
 inline bool takes_gemm(const LoraArgs& args) {
     return large_rank(args.bank) && lora_chunk_rows(args.num_tokens) >= kTrainRows;

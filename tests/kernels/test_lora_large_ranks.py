@@ -134,3 +134,25 @@ def test_float16_v_may_be_far_from_one(backend: Backend, size: float) -> None:
     exact = v @ b[0].double().T
     allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("wide_input", [True, False], ids=["da", "db"])
+def test_gradients_of_many_tiles_stay_within_the_bound(
+    backend: Backend, wide_input: bool, dtype: torch.dtype
+) -> None:
+    """From 64 tiles on a gradient is a grouped product as well: of da aligned, of db not."""
+    skip_unless_kernels(backend)
+    if backend.small and not wide_input:
+        pytest.skip("the checker runs one of the two")
+    width = 904 if dtype == torch.bfloat16 else 456  # 8 tiles of 128 columns, of 64
+    if wide_input:
+        shape = Shape(40, width, 8, (1032, 8), "skewed")
+    else:  # more rows than the ring has stages of 32
+        shape = Shape(150, 5, width - 3, (8, 1030), "skewed", bank_rank=1030)
+    inputs = train_inputs(shape, dtype, dropout_p=0.25, base=False)
+    exact = formula(inputs)
+    got = run({k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in inputs.items()})
+    for name, allowed in bounds(inputs, exact).items():
+        error = (got[name].cpu().double() - exact[name]).abs()
+        assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.2f} times the bound"
