@@ -204,7 +204,8 @@ class VoraLinear(LoraLinear):
         """Take the adapter out of the base weight, every bit of which comes back."""
         super().unmerge()
         if self._lent_bias:
-            self.base_layer.bias = None
+            base: Any = self.base_layer
+            base.bias = None
             self._lent_bias = False
 
     def set_extra_bias(self, bias: Tensor | None) -> None:
@@ -218,7 +219,8 @@ class VoraLinear(LoraLinear):
             _, b, _ = self._raw_factors(name)
             unscaled = bias.to(b) / self.scale  # the layer scales what an adapter adds
             value = nn.Parameter(unscaled, requires_grad=b.requires_grad)
-        self.lora_B[name].bias = value
+        lora_b: Any = self.lora_B[name]
+        lora_b.bias = value
         self.lora_bias[name] = bias is not None
 
     @property
