@@ -85,8 +85,7 @@ def block_distill_loss(
     tokens = [len(hidden) for hidden in hiddens]
     if len(set(tokens)) != 1:
         raise ValueError(
-            "block_distill_loss: hiddens: expected as many tokens in every block, found "
-            f"{tokens}"
+            f"block_distill_loss: hiddens: expected as many tokens in every block, found {tokens}"
         )
     predictions = list(hiddens) if heads is None else heads(hiddens)
     predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
