@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.nn import decoder_layers
 
-Pairing = Literal["output", "released"]
-PAIRINGS: tuple[Pairing, ...] = ("output", "released")
+from .config import PAIRINGS, Pairing
+from .states import block_states
 
 
 class TeacherStates(NamedTuple):
@@ -90,24 +90,9 @@ def _run(
     teacher: nn.Module, blocks: Sequence[nn.Module], pixels: Tensor, pairing: Pairing
 ) -> list[Tensor]:
     """What each block returns, or is given: ``(B, T, d_v)``."""
-    found: list[Tensor] = []
-
-    def keep(_module: nn.Module, given: Any, returned: Any = None) -> None:
-        value = given if pairing == "released" else returned
-        found.append(value[0] if isinstance(value, tuple) else value)
-
-    hooks = [
-        block.register_forward_hook(keep)
-        if pairing == "output"
-        else block.register_forward_pre_hook(keep)
-        for block in blocks
-    ]
     options: dict[str, Any] = {}
     if "interpolate_pos_encoding" in inspect.signature(teacher.forward).parameters:
         options["interpolate_pos_encoding"] = True
-    try:
+    with block_states(blocks, pairing) as found:
         teacher(pixels, **options)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
