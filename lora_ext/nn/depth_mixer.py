@@ -27,7 +27,7 @@ class MixerSettings(Protocol):
 
     @property
     def router(self) -> str:
-        """"token", "static" or "fixed"."""
+        """What the weights follow from: "token", "static" or "fixed"."""
         ...
 
     @property
@@ -50,8 +50,8 @@ class DepthMixer(nn.Module):
     """A norm for each of k hidden states, a router that weighs them, and their sum.
 
     ``u[t] = sum_e w[t, e] norm_e(h_e[t])``, with ``w[t] = softmax(R norm_k(h_k[t]) + c)`` of the
-    router "token", ``softmax(c)`` of "static", and given weights of "fixed". At first ``R = 0``, and
-    ``c`` gives the last hidden state the weight ``final_mass``, and the others the same each.
+    router "token", ``softmax(c)`` of "static", and given weights of "fixed". At first ``R = 0``,
+    and ``c`` gives the last hidden state the weight ``final_mass``, the others equal parts.
 
     With ``k = 1`` the norm itself runs, and the weight is 1.
 
@@ -123,33 +123,49 @@ class DepthMixer(nn.Module):
                 shapes, dtypes or devices.
         """
         self._check(hiddens)
-        last = hiddens[-1]
-        wide = torch.promote_types(last.dtype, torch.float32)
-        shape = (*last.shape[:-1], self.config.k)
         if self.config.k == 1:
-            return self.final_norm(last), torch.ones(shape, dtype=wide, device=last.device)
-        norms = [*self.norms[: self.config.k - 1], self.final_norm]
-        gammas = [self.form.gamma(norm) for norm in norms]
-        betas: Any = [getattr(norm, "bias", None) for norm in norms]
-        rest = (self.form.eps, None if betas[-1] is None else betas, self.form.kind)
+            return self.final_norm(hiddens[0]), self.weights(hiddens)
+        gammas, betas = self._affine()
+        rest = (self.form.eps, betas, self.form.kind)
         if self.router is not None and self.bias is not None and len(hiddens) <= _MOST:
             return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, *rest)
-        weights = self._weights(last, wide).expand(shape)
+        weights = self.weights(hiddens)
         return _mix(hiddens, gammas, weights, *rest), weights
 
-    def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """Each hidden state through its norm: what the head makes a layer's own logits of."""
+    def weights(self, hiddens: Sequence[Tensor]) -> Tensor:
+        """The weights alone; arguments, result and errors as in :meth:`forward`."""
         self._check(hiddens)
+        last = hiddens[-1]
+        wide = torch.promote_types(last.dtype, torch.float32)
+        return self._weights(last, wide).expand(*last.shape[:-1], self.config.k)
+
+    def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
+        """Each hidden state through its norm, as it is in the mix: what the head makes a layer's own
+        logits of. Arguments and errors as in :meth:`forward`."""
+        self._check(hiddens)
+        return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
+
+    def _normed(self, hidden: Tensor, place: int) -> Tensor:
+        gammas, betas = self._affine()
+        shift = None if betas is None else [betas[place]]
+        one = hidden.new_ones(1).expand(*hidden.shape[:-1], 1)
+        return ops.depth_mix([hidden], [gammas[place]], one, self.form.eps, shift, self.form.kind)
+
+    def _affine(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Gammas, and betas where the norms have them."""
         norms = [*self.norms[: self.config.k - 1], self.final_norm]
-        return [norm(h) for norm, h in zip(norms, hiddens, strict=True)]
+        betas: list[Any] = [getattr(norm, "bias", None) for norm in norms]
+        return [self.form.gamma(norm) for norm in norms], None if betas[-1] is None else betas
 
     def _weights(self, last: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.config.k == 1:
+            return torch.ones(1, dtype=dtype, device=last.device)
         if self.bias is None:
             return constant(tuple(self.config.fixed_weights or ()), dtype, last.device)
         logits = self.bias.to(dtype)
         if self.router is not None:
             with torch.autocast(last.device.type, enabled=False):
-                logits = self.final_norm(last).to(dtype) @ self.router.to(dtype).T + logits
+                logits = self._normed(last, -1).to(dtype) @ self.router.to(dtype).T + logits
         return logits.softmax(-1)
 
     def _check(self, hiddens: Sequence[Tensor]) -> None:
