@@ -140,8 +140,8 @@ class DepthMixer(nn.Module):
         return self._weights(last, wide).expand(*last.shape[:-1], self.config.k)
 
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """Each hidden state through its norm, as it is in the mix: what the head makes a layer's own
-        logits of. Arguments and errors as in :meth:`forward`."""
+        """Each hidden state through its norm, as it is in the mix: what the head makes a layer's
+        own logits of. Arguments and errors as in :meth:`forward`."""
         self._check(hiddens)
         return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
 

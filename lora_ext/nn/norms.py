@@ -66,11 +66,13 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
 
 def _forms(norm: Any) -> Iterator[NormForm]:
     eps = next((getattr(norm, n) for n in _EPS_NAMES if hasattr(norm, n)), None)
-    # torch's RMSNorm without eps takes that of the dtype.
-    value = torch.finfo(norm.weight.dtype).eps if eps is None else float(eps)
-    for kind in ("rms", "layer"):
-        for offset in (0, 1):
-            yield NormForm(kind, value, offset)
+    # torch's RMSNorm without eps takes that of a dtype: the weight's, or the one it computes in.
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    unknown = (torch.finfo(norm.weight.dtype).eps, torch.finfo(wide).eps)
+    for value in unknown if eps is None else (float(eps),):
+        for kind in ("rms", "layer"):
+            for offset in (0, 1):
+                yield NormForm(kind, value, offset)
 
 
 def _refusal(norm: nn.Module, where: str, found: str) -> TypeError:
