@@ -73,8 +73,10 @@ def test_the_loss_is_the_sum_of_its_terms_and_these_are_the_dense_ones(family: s
     if not training:
         torch.testing.assert_close(out.layer_losses, losses, rtol=1e-5, atol=1e-6)
 
-    found = torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)
-    wanted = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    found, wanted = (
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        for loss in (out.loss, total)
+    )
     for name, a, b in zip(dict(model.named_parameters()), found, wanted, strict=True):
         assert (a is None) == (b is None), name
         if a is not None and b is not None:

@@ -161,6 +161,7 @@ def causal_lm(model: Any, where: str) -> Any:
         ValueError: there is none. NotImplementedError: one with an encoder beside its decoder.
     """
     found = type(model).__name__
+    module: Any
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if not hasattr(type(module), "get_output_embeddings"):
             continue

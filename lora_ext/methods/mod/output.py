@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 try:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "ModOutput: transformers is not installed; run `pip install transformers`"
