@@ -131,9 +131,8 @@ class VisionPatchEmbed(nn.Module):
         if not parts:
             return []
         patches = [self._patches(p, *grid) for p, grid in zip(parts, grids, strict=True)]
-        positions = [
-            self.positions(*grid).repeat(len(p), 1) for p, grid in zip(parts, grids, strict=True)
-        ]
+        table = {grid: self.positions(*grid) for grid in dict.fromkeys(grids)}
+        positions = [table[grid].repeat(len(p), 1) for p, grid in zip(parts, grids, strict=True)]
         proj, norm = self.patchifier["proj"], self.patchifier["norm"]
         assert isinstance(proj, nn.Conv2d)
         tokens = norm(F.linear(torch.cat(patches), proj.weight.flatten(1), proj.bias))
