@@ -140,7 +140,7 @@ def aggregate(
             round_.add(pair, scales[pair.module])
         for key in shared:
             round_.add_shared(key)
-    except (_TooLarge, torch.linalg.LinAlgError) as error:
+    except _TooLarge as error:
         return _skipped(result, str(error))
     return dataclasses.replace(
         result,
@@ -227,10 +227,13 @@ class _Round:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
         a, b = stack_of(self._moved(normalised(parts), start_a, start_b))
+        size = norm_of(a, b)
+        if not math.isfinite(size):
+            raise _TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
         near_a, near_b, dropped = nearest(a, b, start_a.shape[0])
         self._write(pair.a, near_a.reshape(start_a.shape), moved=True)
         self._write(pair.b, near_b.reshape(start_b.shape), moved=True)
-        return dropped, norm_of(a, b)
+        return dropped, size
 
     def _add_stack(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
         """The sum of the products as it is, for the base weight."""

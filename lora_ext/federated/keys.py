@@ -75,6 +75,4 @@ def _check_pair(where: str, module: str, a: Tensor, b: Tensor) -> None:
         holds = isinstance(factor, Tensor) and factor.is_floating_point() and factor.dim() > 1
         found = (factor.dtype, list(factor.shape)) if isinstance(factor, Tensor) else type(factor)
         require(holds, where, f"{module}.{name}", "a floating matrix", found)
-    require(
-        a.shape[0] == b.shape[1], where, module, f"lora_B of rank {a.shape[0]}", list(b.shape)
-    )
+    require(a.shape[0] == b.shape[1], where, module, f"lora_B of rank {a.shape[0]}", list(b.shape))

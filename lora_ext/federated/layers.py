@@ -117,9 +117,7 @@ class LoraLayerManager:
             apart = self.adapter not in layer.merged_adapters
             require(apart, where, "model", "an adapter apart from the base weight", "it merged")
             active = index not in trained or self.adapter in layer.active_adapters
-            require(
-                active, where, "model", f"{self.adapter!r} to be active", layer.active_adapters
-            )
+            require(active, where, "model", f"{self.adapter!r} to be active", layer.active_adapters)
         self._groups.set_mask(
             [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
         )
@@ -290,8 +288,6 @@ def _check_fits(
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{where}: {key}: expected a floating tensor, found {found}")
     fits = value.dim() == len(expected) and 0 < value.shape[axis] <= expected[axis]
-    fits = fits and all(
-        value.shape[i] == size for i, size in enumerate(expected) if i != axis
-    )
+    fits = fits and all(value.shape[i] == size for i, size in enumerate(expected) if i != axis)
     expected = f"shape {list(expected)} or one of a smaller rank"
     require(fits, where, key, expected, list(value.shape))

@@ -168,9 +168,7 @@ def _accepted(update: Update, rules: Rules) -> Reply:
     tensors = _finite(tensors, rules)
     _need(bool(tensors), "tensors", "at least one that can be averaged", "none")
     factor = _clip_factor(tensors, rules)
-    reply = Reply(
-        update.client, weight if rules.weighted_by is not None else 1.0, tensors, factor
-    )
+    reply = Reply(update.client, weight if rules.weighted_by is not None else 1.0, tensors, factor)
     for key in tensors:
         dtype = rules.state[key].dtype
         holds = bool(reply.value(key, rules).to(dtype).isfinite().all())
@@ -188,8 +186,10 @@ def _check_plan(plan: Any, rules: Rules) -> None:
 def _weight(examples: Any) -> float:
     expected = f"a number above 0, up to {_MOST_EXAMPLES}"
     real = isinstance(examples, numbers.Real) and not isinstance(examples, bool | np.bool_)
-    _need(real and 0 < examples <= _MOST_EXAMPLES, "num-examples", expected, repr(examples))
-    return float(examples)
+    _need(real, "num-examples", expected, type(examples).__name__)
+    found = float(min(max(examples, -1e300), 1e300))
+    _need(0 < found <= _MOST_EXAMPLES, "num-examples", expected, found)
+    return found
 
 
 def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ def test_an_error_below_the_boundary_leaves_gradients_on():
     model = Stack()
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((11,)))
-    with manager.boundary(), pytest.raises(ValueError, match="lora_linear: a.shape"):
+    with manager.boundary(), pytest.raises(ValueError, match=r"lora_linear: a.shape"):
         model(torch.randn(3, 5))
     assert torch.is_grad_enabled()
 
@@ -254,7 +254,7 @@ def test_what_has_no_layers_is_refused():
     with pytest.raises(LayerNotFound, match=r"0 to 3 without a gap, found \[0, 2, 3\]"):
         LoraLayerManager(gaps)
     two = nn.ModuleDict({"encoder": Stack(2), "decoder": Stack(2)})
-    with pytest.raises(LayerNotFound, match="one block of index 0, found .'decoder.layers.0'"):
+    with pytest.raises(LayerNotFound, match=r"one block of index 0, found .'decoder.layers.0'"):
         LoraLayerManager(two)
     assert LoraLayerManager(two, r"decoder\.layers\.(\d+)\.").num_layers == 2
 
@@ -300,7 +300,7 @@ def test_bad_calls_are_refused_and_change_nothing(call, message: str):
 
 def test_a_merged_adapter_and_one_that_is_not_active_are_refused():
     model = adapted("ours", "default", "other")
-    with pytest.raises(ValueError, match="expected 'other' to be active, found .'default'"):
+    with pytest.raises(ValueError, match=r"expected 'other' to be active, found .'default'"):
         LoraLayerManager(model, adapter="other").apply(LayerPlan((1,)))
     next(iter(adapted_layers(model).values())).merge()
     with pytest.raises(ValueError, match="an adapter apart from the base weight, found it merged"):

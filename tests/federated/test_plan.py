@@ -56,5 +56,5 @@ def test_what_is_no_plan_is_refused(arguments: tuple, error: type[Exception], me
 
 
 def test_a_message_without_a_plan_is_refused():
-    with pytest.raises(ValueError, match="config: expected layers, found .'ranks'"):
+    with pytest.raises(ValueError, match=r"config: expected layers, found .'ranks'"):
         LayerPlan.from_config({"ranks": [1]})
