@@ -53,11 +53,13 @@ def make_update(
     return Update(client, examples, tensors, plan)
 
 
+def bits(value: Tensor) -> Tensor:
+    return value.clone().reshape(-1).view(torch.uint8) if value.numel() else torch.empty(0)
+
+
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(
-        first[k].dtype == second[k].dtype
-        and torch.equal(
-            first[k].reshape(-1).view(torch.uint8), second[k].reshape(-1).view(torch.uint8)
-        )
+        (first[k].dtype, first[k].shape) == (second[k].dtype, second[k].shape)
+        and torch.equal(bits(first[k]), bits(second[k]))
         for k in first
     )

@@ -3,14 +3,28 @@
 from .aggregation import Aggregate, aggregate
 from .keys import LayerNotFound
 from .layers import LoraLayerManager
+from .logs import CommLog, CommRow, RoundLog
+from .masked import aggregate_masked, masked_payload
+from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
 from .plan import LayerPlan
 from .update import Update
 
 __all__ = [
     "Aggregate",
+    "CommLog",
+    "CommRow",
     "LayerNotFound",
     "LayerPlan",
     "LoraLayerManager",
+    "Payload",
+    "RoundLog",
     "Update",
     "aggregate",
+    "aggregate_masked",
+    "masked_payload",
+    "pack_tensors",
+    "plan_bytes",
+    "plan_shapes",
+    "read_npy",
+    "unpack_tensors",
 ]

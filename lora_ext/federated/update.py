@@ -265,5 +265,7 @@ def _equal(first: Any, second: Any) -> bool:
         return False
     if any(t.layout != torch.strided or t.is_meta for t in (first, second)):
         return False
+    if not first.numel():
+        return True
     bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)]
     return torch.equal(*bits)  # a NaN equals itself

@@ -234,6 +234,8 @@ def test_equal_replies_of_one_client_count_once_and_others_not_at_all():
     values = make_update(7)
     values.tensors[A0] = values.tensors[A0] + 1e-9
     assert 7 in aggregate(state, [make_update(7), values]).rejected
+    empty = [with_tensor(A0, torch.ones(0, 5))] * 2
+    assert "expected shape" in aggregate(state, empty).rejected[7]
     lost = [FAULTS["nan"][0]] * 2  # equal, although no NaN equals itself
     assert aggregate(state, lost, nan_policy="drop_tensor").accepted == (7,)
 
