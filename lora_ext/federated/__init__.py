@@ -1,6 +1,7 @@
 """Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower."""
 
 from .aggregation import Aggregate, aggregate
+from .batched import BatchedClients, ClientSpec, UnsupportedModule
 from .keys import LayerNotFound
 from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog
@@ -11,6 +12,8 @@ from .update import Update
 
 __all__ = [
     "Aggregate",
+    "BatchedClients",
+    "ClientSpec",
     "CommLog",
     "CommRow",
     "LayerNotFound",
@@ -18,6 +21,7 @@ __all__ = [
     "LoraLayerManager",
     "Payload",
     "RoundLog",
+    "UnsupportedModule",
     "Update",
     "aggregate",
     "aggregate_masked",
