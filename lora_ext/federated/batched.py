@@ -200,14 +200,18 @@ class BatchedClients:
             replacements[name] = _ClientsLayer(base, factors, scaling, batch, len(states))
         swap = Swap(self.model, replacements, WHERE)
         try:
-            for state in states:
-                state.start()
+            optimizer = _adamw(states)
             while active := [(i, s) for i, s in enumerate(states) if s.has_batch]:
-                self._step(active, batch)
+                self._step(active, batch, optimizer)
         finally:
             swap.restore(self.model, WHERE)
 
-    def _step(self, active: list[tuple[int, _ClientState]], batch: _Rows) -> None:
+    def _step(
+        self,
+        active: list[tuple[int, _ClientState]],
+        batch: _Rows,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
         inputs, segments = merged([state.batch for _, state in active], WHERE)
         places = [i for i, _ in active]
         batch.set([i for i, s in zip(places, segments, strict=True) for _ in range(s.rows)])
@@ -223,8 +227,13 @@ class BatchedClients:
         trained = [t for _, state in active if not state.failed for t in state.tensors.values()]
         if going and trained:
             torch.stack(going).sum().backward(inputs=trained)
+        for _, state in active:
+            state.clip()
+        if optimizer is not None:
+            optimizer.step()  # of whoever has a gradient
+            optimizer.zero_grad()
         for (_, state), value in zip(active, values, strict=True):
-            state.step(value)
+            state.advance(value)
 
     def _loss(self, state: _ClientState, output: Tensor) -> Tensor:
         loss = self.loss_fn(output, state.batch)
@@ -261,9 +270,9 @@ class BatchedClients:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 alone = not module.training and module.running_mean is not None
                 _supported(alone, name, "rows that do not see each other", "batch normalisation")
-            elif isinstance(module, nn.modules.dropout._DropoutNd):
-                off = not module.training or module.p == 0
-                _supported(off, name, "no dropout in training", f"p = {module.p}")
+            for setting, p in _dropouts(module):
+                off = not module.training or p == 0
+                _supported(off, name, "no dropout in training", f"{setting} = {p}")
         for name, layer in adapted_layers(self.model, self.adapter).items():
             if block_index(f"{name}.lora_A.weight", self.pattern) is None:
                 continue
@@ -276,6 +285,14 @@ class BatchedClients:
             _supported(not checked.lora_bias[self.adapter], name, "lora_A and lora_B", "a bias")
             merged_in = list(checked.merged_adapters)
             _supported(not merged_in, name, "adapters apart from the weight", merged_in)
+
+
+def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
+    """What a module may drop with, as a module of its own or in a function of its forward."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return [("p", module.p)]
+    own = module.__dict__.items()  # attention_dropout of transformers, dropout of torch's attention
+    return [(name, p) for name, p in own if "dropout" in name and isinstance(p, float)]
 
 
 def _supported(holds: bool, name: str, expected: object, found: object) -> None:
@@ -302,24 +319,11 @@ class _ClientState:
         for key, shape in plan_shapes(global_lora, plan, owner.pattern).items():
             start = global_lora[key].detach()[tuple(map(slice, shape))]
             self.tensors[key] = start.to(owner.dtype or start.dtype, copy=True)
-        self._optimizer: torch.optim.Optimizer | None = None
 
     def to(self, pair: Pair, device: torch.device) -> None:
         """Move the factors of one module to where its layer is."""
         for key in (pair.a, pair.b):
             self.tensors[key] = self.tensors[key].to(device).requires_grad_(True)
-
-    def start(self) -> None:
-        """Make the optimizer, once the factors are where they stay."""
-        if self.tensors:
-            spec = self.spec
-            self._optimizer = torch.optim.AdamW(
-                list(self.tensors.values()),
-                lr=spec.lr,
-                betas=spec.betas,
-                eps=spec.eps,
-                weight_decay=spec.weight_decay,
-            )
 
     @property
     def has_batch(self) -> bool:
@@ -331,14 +335,13 @@ class _ClientState:
         """The batch of the step that it is at."""
         return self.spec.batches[len(self.losses)]
 
-    def step(self, loss: float) -> None:
-        """Clip and step, with the loss of the batch, and go on to the next."""
-        if not self.failed and self._optimizer is not None:
-            if self.spec.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.tensors.values(), self.spec.max_grad_norm)
-            self._optimizer.step()
-        for tensor in self.tensors.values():
-            tensor.grad = None
+    def clip(self) -> None:
+        """Scale the gradient down to its bound; one that failed has none."""
+        if self.spec.max_grad_norm is not None and not self.failed:
+            nn.utils.clip_grad_norm_(self.tensors.values(), self.spec.max_grad_norm)
+
+    def advance(self, loss: float) -> None:
+        """Go on to the next batch, after the step whose loss this is."""
         self.examples += rows_in(self.batch, WHERE)
         self.losses.append(loss)
 
@@ -353,6 +356,22 @@ class _ClientState:
         loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
         sent = {} if failed else changes
         return Update(self.spec.client, self.examples, sent, self.plan, loss, failed)
+
+
+def _adamw(states: list[_ClientState]) -> torch.optim.Optimizer | None:
+    """One optimizer for all: it works tensor by tensor, each with its own count of steps, and
+    leaves those alone that have no gradient."""
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for state in states:
+        spec = state.spec
+        key = spec.lr, spec.betas, spec.eps, spec.weight_decay
+        groups.setdefault(key, []).extend(state.tensors.values())
+    rates = [
+        {"params": tensors, "lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
+        for (lr, betas, eps, decay), tensors in groups.items()
+        if tensors
+    ]
+    return torch.optim.AdamW(rates, foreach=True) if rates else None
 
 
 class _Rows:

@@ -252,6 +252,13 @@ def test_dropout_is_refused_in_training_and_silent_in_evaluation(kind: str):
         batched.run_round([LayerPlan((0,))], state)
 
 
+def test_dropout_inside_a_forward_is_refused_too():
+    model = adapted("ours").train()
+    model.model.layers[1].self_attn.attention_dropout = 0.2
+    with pytest.raises(UnsupportedModule, match=r"self_attn: .*, found attention_dropout = 0.2"):
+        BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
