@@ -10,6 +10,8 @@
 #include "ops/circuit_autograd.h"
 #include "ops/circuit_decode.h"
 #include "ops/circuit_sum.h"
+#include "ops/depth_mix.h"
+#include "ops/depth_mix_autograd.h"
 #include "ops/lora.h"
 #include "ops/lora_gram.h"
 #include "ops/lora_train.h"
@@ -55,6 +57,7 @@ inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
 inline constexpr char kEmissionOnce[] = LX_ONCE("emission_gather");
 inline constexpr char kScanOnce[] = LX_ONCE("circuit_scan");
+inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
 
 // The ends and beginnings that signatures share.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
@@ -155,6 +158,18 @@ inline constexpr std::tuple kOps{
     NoGradient<&log_einsum_max, kSum>{
         "log_einsum_max",
         "(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor indices)"},
+
+    // --- depth_mix ---
+    Differentiable<&depth_mix_forward, autograd::DepthMix>{
+        "depth_mix_forward",
+        "(Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, Tensor? weights, Tensor? router, "
+        "Tensor? bias, float eps, str norm)"
+        " -> (Tensor mixed, Tensor chosen, Tensor rinv, Tensor mean)"},
+    NoGradient<&depth_mix_backward, kMixOnce>{
+        "depth_mix_backward",
+        "(Tensor dmixed, Tensor? dweights, Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, "
+        "Tensor weights, Tensor? router, Tensor rinv, Tensor mean, bool need_hiddens)"
+        " -> (Tensor[] dhiddens, Tensor sums, Tensor dweights_out)"},
 };
 // clang-format on
 

@@ -14,11 +14,13 @@ from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
 from .lora_forward import LoraFactors, lora_forward, lora_update
 from .lora_linear import LoraLinear
+from .modalities import modality
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 from .swap import Swap
 from .switches import LayerGroups, is_active, set_active
+from .vora_linear import UnmergeableRouteError, VoraLinear
 from .wrapping import unwrap, wrap
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "RowwiseError",
     "Swap",
     "UnknownAdapterError",
+    "UnmergeableRouteError",
+    "VoraLinear",
     "adapted_layers",
     "adapter_factors",
     "adapter_parameters",
@@ -50,6 +54,7 @@ __all__ = [
     "layer_names",
     "lora_forward",
     "lora_update",
+    "modality",
     "set_active",
     "shift_labels",
     "unwrap",
