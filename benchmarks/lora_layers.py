@@ -138,6 +138,73 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
         )
 
 
+def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterator[Row]:
+    """A layer that sees, on a batch of images, of text under an adapter and of text of the base
+    model: one call, against a call for each sample.
+
+    Of every three samples the first is half image, under the vision adapter of rank 64, and half
+    text under an adapter of rank 16; the second is such text; the third is the base model's.
+    """
+    wide, out, rank = 576, 1536, 64
+    torch.manual_seed(0)
+    base = nn.Linear(wide, out, bias=False).requires_grad_(False)
+    layer = lora_ext.nn.VoraLinear.from_linear(base, rank, "vision")
+    layer.add_adapter("text", RANK, RANK, init_lora_weights=False)
+    layer.set_adapter(["default", "text"])
+    nn.init.normal_(layer.B, std=0.1)
+    mask = torch.zeros(samples, length, dtype=torch.bool)
+    mask[::3, : length // 2] = True
+    names = [None if i % 3 == 2 else "text" for i in range(samples)]
+    ids = torch.tensor([-1 if name is None else 1 for name in names])[:, None]
+    ids = torch.where(mask, 0, ids)  # the same, said to each sample's call
+    each = [(slice(i, i + 1), ids[i].clone()) for i in range(samples)]
+    x = torch.randn(samples, length, wide)
+    dy = torch.randn(samples, length, out)
+
+    def together() -> Tensor:
+        return layer(x)
+
+    def alone() -> Tensor:
+        return torch.cat([layer(x[i], adapter_ids=own) for i, own in each])
+
+    def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            layer.zero_grad()
+            forward().backward(dy)
+
+        return run
+
+    with lora_ext.adapters(names), lora_ext.nn.modality(mask):
+        grads: list[list[Tensor]] = []
+        for forward in (alone, together):
+            step(forward)()
+            own = [p.grad for p in _factors(layer)]
+            grads.append([torch.zeros(()) if g is None else g.clone() for g in own])
+        error = max(_same(b, a, "modalities") for a, b in zip(*grads, strict=True))
+        with torch.no_grad():
+            error = max(error, _same(together(), alone(), "modalities"))
+        for way, calls in (
+            ("forward", {"per sample": alone, "lora_ext": together}),
+            ("forward and backward", {"per sample": step(alone), "lora_ext": step(together)}),
+        ):
+            with torch.set_grad_enabled(way != "forward"):
+                times = interleaved(calls, rounds, min_seconds=0.05)
+            for name, time in times.items():
+                yield Row(
+                    "layers",
+                    f"mixed modalities, {samples} samples x {length} tokens, {way}",
+                    name,
+                    tokens=samples * length,
+                    adapters=2,
+                    in_features=wide,
+                    out_features=out,
+                    rank=rank,
+                    **timing_columns(time, "ms"),
+                    over_base=time.over(times["per sample"]),
+                    worst_error=error if name == "lora_ext" else "",
+                )
+
+
 def _peft_layer(base: nn.Linear, rank: int, p: float, adapters: int = 1) -> Any:
     """PEFT's layer around ``base``, with random factors, all of them trainable."""
     config = LoraConfig(

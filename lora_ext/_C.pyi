@@ -166,6 +166,30 @@ def log_einsum_exp_backward(
     /,
 ) -> tuple[Tensor, Tensor]: ...
 def log_einsum_max(w: Tensor, values: Tensor, norm: str, /) -> tuple[Tensor, Tensor]: ...
+def depth_mix_forward(
+    hiddens: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    weights: Tensor | None,
+    router: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def depth_mix_backward(
+    dmixed: Tensor,
+    dweights: Tensor | None,
+    hiddens: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    weights: Tensor,
+    router: Tensor | None,
+    rinv: Tensor,
+    mean: Tensor,
+    need_hiddens: bool,
+    /,
+) -> tuple[list[Tensor], Tensor, Tensor]: ...
 def vocab_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

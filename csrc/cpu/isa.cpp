@@ -4,6 +4,7 @@
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_sum.h"
+#include "lora_ext/depth_mix.h"
 #include "lora_ext/lora.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
@@ -20,6 +21,7 @@ namespace lora_ext {
     extern const CircuitCpu circuit_table;      \
     extern const CircuitDecodeCpu decode_table; \
     extern const LogSumCpu log_sum_table;       \
+    extern const DepthMixCpu depth_mix_table;   \
     extern const VocabCpu vocab_table;          \
     }
 
@@ -49,6 +51,7 @@ LX_TWINS(GramCpu, gram_table)
 LX_TWINS(CircuitCpu, circuit_table)
 LX_TWINS(CircuitDecodeCpu, decode_table)
 LX_TWINS(LogSumCpu, log_sum_table)
+LX_TWINS(DepthMixCpu, depth_mix_table)
 LX_TWINS(VocabCpu, vocab_table)
 
 namespace {

@@ -4,6 +4,7 @@
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_sum.h"
+#include "lora_ext/depth_mix.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
 #include "lora_ext/vocab.h"
@@ -79,6 +80,8 @@ bool log_sum_fused_fits(const LogSumArgs&) {
 }
 LX_NO_KERNEL(launch_log_sum_fused, const LogSumArgs&, bool, void*)
 LX_NO_KERNEL(launch_log_max, const LogSumArgs&, void*)
+LX_NO_KERNEL(launch_depth_mix, const DepthMixArgs&, void*)
+LX_NO_KERNEL(launch_depth_mix_backward, const DepthMixArgs&, void*)
 
 }  // namespace lora_ext
 

@@ -10,6 +10,8 @@
 #include "ops/circuit_autograd.h"
 #include "ops/circuit_decode.h"
 #include "ops/circuit_sum.h"
+#include "ops/depth_mix.h"
+#include "ops/depth_mix_autograd.h"
 #include "ops/lora.h"
 #include "ops/lora_gram.h"
 #include "ops/lora_train.h"
@@ -56,6 +58,7 @@ inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
 inline constexpr char kEmissionOnce[] = LX_ONCE("emission_gather");
 inline constexpr char kScanOnce[] = LX_ONCE("circuit_scan");
+inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
 inline constexpr char kCrossEntropyOnce[] = LX_ONCE("chunked_cross_entropy");
 inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
 
@@ -159,6 +162,17 @@ inline constexpr std::tuple kOps{
         "log_einsum_max",
         "(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor indices)"},
 
+    // --- depth_mix ---
+    Differentiable<&depth_mix_forward, autograd::DepthMix>{
+        "depth_mix_forward",
+        "(Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, Tensor? weights, Tensor? router, "
+        "Tensor? bias, float eps, str norm)"
+        " -> (Tensor mixed, Tensor chosen, Tensor rinv, Tensor mean)"},
+    NoGradient<&depth_mix_backward, kMixOnce>{
+        "depth_mix_backward",
+        "(Tensor dmixed, Tensor? dweights, Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, "
+        "Tensor weights, Tensor? router, Tensor rinv, Tensor mean, bool need_hiddens)"
+        " -> (Tensor[] dhiddens, Tensor sums, Tensor dweights_out)"},
     // --- vocab ---
     Op<&vocab_cross_entropy>{
         "vocab_cross_entropy",

@@ -17,6 +17,7 @@ from lora_ext.ops.circuit_sum import (
     log_einsum_exp_backward,
     log_einsum_weights,
 )
+from lora_ext.ops.depth_mix import depth_mix, depth_mix_routed
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -44,6 +45,8 @@ __all__ = [
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "depth_mix",
+    "depth_mix_routed",
     "emission_gather",
     "log_bmm",
     "log_einsum_exp",

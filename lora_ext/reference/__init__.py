@@ -11,6 +11,7 @@ from lora_ext.reference.circuit import (
     spec_verify,
 )
 from lora_ext.reference.circuit_sum import LogMax, log_bmm, log_einsum_exp
+from lora_ext.reference.depth_mix import depth_mix, depth_mix_routed, depth_norm
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
@@ -44,6 +45,9 @@ __all__ = [
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "depth_mix",
+    "depth_mix_routed",
+    "depth_norm",
     "dropout_keep",
     "emission_gather",
     "log_bmm",

@@ -209,6 +209,10 @@ TELLINGS = {
         "log_einsum_exp", "LogSumCpu.dvalues", "launch_log_sum_dvalues"
     ),
     "log_einsum_max": Tellings("log_einsum_exp", "LogSumCpu.max", "launch_log_max"),
+    "depth_mix_forward": Tellings("depth_mix", "DepthMixCpu.forward", "launch_depth_mix"),
+    "depth_mix_backward": Tellings(
+        "depth_mix", "DepthMixCpu.backward", "launch_depth_mix_backward"
+    ),
     "vocab_cross_entropy": Tellings(
         "chunked_cross_entropy", "VocabCpu.cross_entropy_update", "launch_cross_entropy_update"
     ),
