@@ -22,7 +22,7 @@ from lora_ext.methods import vora
 from lora_ext.methods.vora.shapes import Picture, draw_picture
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "vora"
-SIZES = (48, 48), (32, 48), (48, 32)
+SIZES = (32, 32), (32, 48), (48, 32)
 BEFORE, PLACEHOLDER, BATCH = " A picture of a", -200, 8
 PROMPTS = ("The capital of France is", "Red and blue make", "Once upon a time there was")
 PROCESSOR = vora.VoraImageProcessor(patch=16, min_pixels=256)
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    steps, count = (1, 4) if args.quick else (150, 96)
+    steps, count = (1, 4) if args.quick else (120, 96)
     model, tokenizer = load_smollm2()
     if args.quick:
         del model.model.layers[7:]
     before = read(model, tokenizer)
     torch.manual_seed(0)
-    config = vora.VoraConfig(6, 64, route="vision", image_size=48, patch=16, embed_dim=192)
+    config = vora.VoraConfig(6, 64, route="vision", image_size=32, patch=16, embed_dim=192)
     seer = vora.VoraForCausalLM(model, config)
     with torch.no_grad():  # tokens of images start as large as those of text
         seer.vision.out_proj.weight *= 3**0.5 * model.get_input_embeddings().weight.std()
