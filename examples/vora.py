@@ -37,10 +37,8 @@ def encode(pictures: list[Picture], tokenizer: Any) -> tuple[dict[str, Any], dic
     start = torch.tensor([[PLACEHOLDER, *tokenizer(BEFORE).input_ids]] * len(pictures))
     words = [f" {p.caption}." for p in pictures]
     end = tokenizer(words, padding=True, padding_side="right", return_tensors="pt")
-    labels = [
-        torch.full_like(start, -100),
-        end.input_ids.masked_fill(~end.attention_mask.bool(), -100),
-    ]
+    predicted = end.input_ids.masked_fill(end.attention_mask == 0, -100)
+    labels = torch.cat([torch.full_like(start, -100), predicted], 1)
     ids = torch.cat([start, end.input_ids], 1)  # padding comes last, where nobody sees it
     return {"input_ids": start, **both}, {"input_ids": ids, "labels": labels, **both}
 
