@@ -58,6 +58,14 @@ MEDIUM = [
     Shape(300, 130, 514, (12, 24, 40), "uniform", bank_rank=42),
     Shape(1000, 200, 136, (8,) * 5 + (128,), "contiguous"),
 ]
+# Ranks of several tiles, mixed with ranks of one and of none; small enough for emulators.
+DEEP = [
+    Shape(5, 24, 17, (257,), bank_rank=257),
+    Shape(18, 40, 24, (300, 8, 0), "interleaved", bank_rank=300),
+    Shape(9, 16, 33, (512, 40)),
+    Shape(20, 33, 16, (1024, 0, 8, 40), "uniform"),
+    Shape(3, 8, 8, (1032,), "identical"),
+]
 LARGE = [
     Shape(64, 3424, 2368, (8, 16, 32, 64), "uniform"),
     Shape(4100, 256, 96, (16, 8), "contiguous"),
@@ -263,6 +271,7 @@ CASES = [
 
 __all__ = [
     "CASES",
+    "DEEP",
     "LARGE",
     "MEDIUM",
     "SMALL",

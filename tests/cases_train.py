@@ -27,6 +27,12 @@ MEDIUM = [
     Shape(257, 200, 136, (16, 64), "contiguous"),
     Shape(300, 130, 301, (12, 24, 40), "uniform", bank_rank=42),
 ]
+DEEP = [
+    Shape(5, 24, 17, (257,), bank_rank=257),
+    Shape(18, 40, 24, (300, 8, 0), "interleaved", bank_rank=300),
+    Shape(66, 16, 33, (512, 40)),
+    Shape(20, 33, 16, (1024, 0, 8, 40), "uniform"),
+]
 LARGE = [
     Shape(40, 2100, 1200, (8, 16), "uniform"),
     Shape(4100, 72, 40, (16, 8), "contiguous"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
-from cases import CASES, LARGE, MEDIUM, SMALL, Inputs, OpCase, Shape, make_inputs, wider
+from cases import CASES, DEEP, LARGE, MEDIUM, SMALL, Inputs, OpCase, Shape, make_inputs, wider
 from torch import Tensor
 
 import lora_ext
@@ -22,7 +22,7 @@ def shapes(*groups: list[Shape]) -> Any:
 
 
 def skip_large(backend: Backend, shape: Shape) -> None:
-    if backend.small and shape not in SMALL:
+    if backend.small and shape not in [*SMALL, *DEEP]:
         pytest.skip("this backend runs the small shapes")
 
 
@@ -36,7 +36,7 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
 
 # --- the formula --------------------------------------------------------------------------------
 @every_op
-@shapes(SMALL, MEDIUM, LARGE)
+@shapes(SMALL, DEEP, MEDIUM, LARGE)
 @pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
 def test_equals_the_formula_bit_for_bit_on_small_integers(
     backend: Backend, case: OpCase, shape: Shape, paged: bool
@@ -49,7 +49,7 @@ def test_equals_the_formula_bit_for_bit_on_small_integers(
 
 
 @every_op
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_stays_within_the_bound_on_random_values(
     backend: Backend, case: OpCase, shape: Shape
 ) -> None:
@@ -65,7 +65,7 @@ def test_stays_within_the_bound_on_random_values(
 
 
 # --- rows without an adapter --------------------------------------------------------------------
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 def test_rows_without_adapter_or_rank_keep_every_bit(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         inputs = make_inputs(shape, dtype, seed=3, device=backend.device)
@@ -82,7 +82,7 @@ def test_rows_without_adapter_or_rank_keep_every_bit(backend: Backend, shape: Sh
 
 # --- same input, same bits ----------------------------------------------------------------------
 @every_op
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_repeats_its_bits(backend: Backend, case: OpCase, shape: Shape) -> None:
     skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=4, device=backend.device)
@@ -92,7 +92,7 @@ def test_repeats_its_bits(backend: Backend, case: OpCase, shape: Shape) -> None:
 
 
 @every_op
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_a_plan_changes_no_bit(backend: Backend, case: OpCase, shape: Shape) -> None:
     skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=5, device=backend.device)
@@ -101,7 +101,7 @@ def test_a_plan_changes_no_bit(backend: Backend, case: OpCase, shape: Shape) -> 
 
 
 @every_op
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 def test_pages_give_the_bits_of_a_bank(backend: Backend, case: OpCase, shape: Shape) -> None:
     for dtype in backend.dtypes():
         bank = make_inputs(shape, dtype, seed=6, device=backend.device)
@@ -110,7 +110,7 @@ def test_pages_give_the_bits_of_a_bank(backend: Backend, case: OpCase, shape: Sh
         assert_same_bits(got[:, : expected.shape[1]], expected)  # a bank may be narrower than pages
 
 
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_int32_ids_are_int64_ids(backend: Backend, shape: Shape) -> None:
     skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=7, device=backend.device)
@@ -127,7 +127,7 @@ def off_grid(t: Tensor, gap: int = 3) -> Tensor:
     return view.copy_(t)
 
 
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         inputs = make_inputs(shape, dtype, seed=8, exact=True, device=backend.device)
@@ -157,7 +157,7 @@ def test_a_bank_may_be_a_view(backend: Backend) -> None:
 
 
 # --- invariances --------------------------------------------------------------------------------
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_permuted_tokens_give_permuted_rows(backend: Backend, shape: Shape) -> None:
     skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=11, exact=True, device=backend.device)
@@ -167,7 +167,7 @@ def test_permuted_tokens_give_permuted_rows(backend: Backend, shape: Shape) -> N
     assert_same_bits(APPLY_.call(permuted), APPLY_.call(inputs)[order])
 
 
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_threads_change_no_bit(shape: Shape) -> None:
     threads = torch.get_num_threads()
     inputs = make_inputs(shape, torch.float32, seed=12)
@@ -180,7 +180,7 @@ def test_threads_change_no_bit(shape: Shape) -> None:
         torch.set_num_threads(threads)
 
 
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 def test_a_row_does_not_depend_on_its_batch_on_the_cpu(shape: Shape) -> None:
     inputs = make_inputs(shape, torch.float32, seed=13)
     together = APPLY_.call(inputs)
@@ -279,7 +279,7 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
 
 
 @pytest.mark.cuda
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_a_captured_graph_replays_with_changed_contents(shape: Shape, request: Any) -> None:
     if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
         if request.config.getoption("--require-gpu"):

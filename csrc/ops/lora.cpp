@@ -43,7 +43,8 @@ void run_twin(LoraArgs& args, Step step, int64_t element_size) {
     };
     auto shrink = [&](int64_t begin, int64_t end) { cpu.shrink(args, begin, end); };
     auto expand = [&](int64_t begin, int64_t end) { cpu.expand(args, begin, end); };
-    if (step == Step::kApply && (threads == 1 || chunks >= 4 * threads)) {
+    if (step == Step::kApply && args.bank.max_rank <= 256 &&
+        (threads == 1 || chunks >= 4 * threads)) {
         split(cpu.shrink_items(args),
               [&](int64_t begin, int64_t end) { cpu.apply(args, begin, end); });
         return;

@@ -23,15 +23,14 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
         check_dim(op, "page_table", table, 2, "(A, R / 8)");
         check_dtype(op, "page_table", table, at::kInt);
         check_device(op, "page_table", table, x.device());
+        slots = table.size(0);
+        rank = 8 * table.size(1);
+        require(rank <= kMaxSize, op, "page_table.shape[1]",
+                expected("at most ", kMaxSize / 8, " pages"), found(table.size(1)));
         require(table.is_contiguous(), op, "page_table", expected("a contiguous tensor"),
                 found("strides ", table.strides()));
         require(ranks.has_value(), op, "ranks", expected("the rank of each slot of the page_table"),
                 found("None"));
-        slots = table.size(0);
-        rank = 8 * table.size(1);
-        require(rank <= kMaxRank, op, "page_table.shape[1]",
-                expected("at most ", kMaxRank / 8, " pages (rank ", kMaxRank, ")"),
-                found(table.size(1)));
         w.page_table = table.const_data_ptr<int32_t>();
     }
     const auto factor = [&](const Tensor& t, const char* name, const char* shape, int rank_dim,
@@ -54,7 +53,7 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
         check_size(rank_dim, rank < 0 || t.size(rank_dim) == rank, "a.shape[1] = ", rank);
         slots = t.size(0);
         rank = t.size(rank_dim);
-        check_size(rank_dim, rank <= kMaxRank, "a rank of at most ", kMaxRank);
+        check_size(rank_dim, rank <= kMaxSize, "a rank of at most ", kMaxSize);
         return rows_contiguous(t);
     };
     if (a) {

@@ -8,7 +8,6 @@
 
 namespace lora_ext {
 
-constexpr int64_t kMaxRank = 256;
 constexpr int64_t kMaxAdapters = 1 << 24;
 
 // The adapters of one op, and the tensors that keep their memory alive.

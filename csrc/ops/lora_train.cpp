@@ -62,6 +62,8 @@ struct Call {
         require(x.size(0) <= kMaxSize, op, "x", expected("at most ", kMaxSize, " rows"),
                 found(x.size(0)));
         bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), b.size(1));
+        require(launches_kernels(x) || bank.view.max_rank <= 256, op, "a.shape[1]",
+                expected("a rank of at most 256 on the CPU"), found(bank.view.max_rank));
         args.lora.bank = bank.view;
         args.lora.num_tokens = x.size(0);
         args.lora.x = x.const_data_ptr();

@@ -39,8 +39,11 @@ BANK: list[tuple[str, Change]] = [
     (r"b\.shape\[2\]: expected a\.shape\[1\] = 8, found 7", lambda i: {"b": i["b"][:, :, 1:]}),
     (r"b\.shape\[1\]: expected y\.shape\[1\] = 24, found 20", lambda i: {"b": i["b"][:, 4:]}),
     (
-        r"a\.shape\[1\]: expected a rank of at most 256, found 257",
-        lambda i: {"a": torch.zeros(2, 257, 16), "b": torch.zeros(2, 24, 257)},
+        r"a\.shape\[1\]: expected a rank of at most 2147418112, found 2147483647",
+        lambda i: {
+            "a": torch.zeros(1, 1, 16).expand(2, 2**31 - 1, 16),
+            "b": torch.zeros(1, 24, 1).expand(2, 24, 2**31 - 1),
+        },
     ),
     (
         r"adapter_ids: expected int64 or int32, found Float",
@@ -319,10 +322,10 @@ def test_a_plan_that_nobody_made_is_refused() -> None:
         apply_({**inputs, "plan": empty})
 
 
-def test_pages_above_the_largest_rank_are_refused() -> None:
+def test_more_ranks_than_an_int32_counts_are_refused() -> None:
     inputs = make_inputs(SHAPE, torch.float32, paged=True)
-    table = torch.zeros(2, 2048, dtype=torch.int32)  # rank 16384
-    with pytest.raises(ValueError, match=r"page_table\.shape\[1\]: expected at most 32"):
+    table = torch.zeros(2, 1, dtype=torch.int32).expand(2, 2**28)
+    with pytest.raises(ValueError, match=r"page_table\.shape\[1\]: expected at most 268427264"):
         apply_({**inputs, "page_table": table})
 
 
