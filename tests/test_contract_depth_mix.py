@@ -312,8 +312,8 @@ def near_formula(mix: Mix, what: object) -> None:
 def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
-            if norm == "layer" and shape[1] <= 3:
-                continue  # all but singular: a row of one is its own mean
+            if shape[1] <= (3 if norm == "layer" else 1):
+                continue  # a norm of so few numbers is all but constant: nothing but cancellation
             near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
 
 
