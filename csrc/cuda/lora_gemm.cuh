@@ -80,7 +80,8 @@ struct GemmShape {
                                       : kTf32       ? 3
                                                     : 4;
 
-    static constexpr int kUnroll = kTf32 ? 1 : 4;
+    // Mma steps of a stage in one piece of code: what the registers allow.
+    static constexpr int kUnroll = kTf32 || (kUpdate && kRows == 128) ? 1 : kRows == 128 ? 2 : 4;
     using Sums = float[kTilesM][kTilesN][4];
 
     // Where piece `piece` of a row lies. Left that is parted is read as float2, 32 bytes of each of
