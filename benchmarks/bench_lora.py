@@ -80,6 +80,7 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
 
         yield from lora_layers.bench_layers(rounds)
         yield from lora_layers.bench_many(rounds)
+        yield from lora_layers.bench_modalities(rounds)
         yield from lora_layers.bench_models(max(3, rounds // 2))
         yield from lora_layers.bench_memory()
 

@@ -25,9 +25,11 @@ from methods.vora_support import (
 )
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.methods import vora
+from lora_ext.methods.vora.states import block_states
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 
@@ -210,8 +212,8 @@ def test_only_what_is_new_is_trained(route: str) -> None:
     model(**given, teacher_states=states).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad is (id(parameter) not in base), name
-        grads = parameter.grad
-        assert (grads is not None and grads.abs().sum() > 0) is parameter.requires_grad, name
+        moves = parameter.grad is not None and bool(parameter.grad.any())
+        assert moves is parameter.requires_grad, name
     assert all(state.grad is None for state in states)
 
 
@@ -255,11 +257,9 @@ def test_checkpointing_changes_no_gradient(route: str, family: str) -> None:
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     expected = grads()
-    model.gradient_checkpointing_enable()
-    torch.testing.assert_close(grads(), expected, rtol=1e-5, atol=1e-6)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="expected use_reentrant=False"):
-        model(**given, teacher_states=states)
+    for reentrant in (False, True):
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        torch.testing.assert_close(grads(), expected, rtol=1e-5, atol=1e-6)
     model.gradient_checkpointing_disable()
     torch.testing.assert_close(grads(), expected, rtol=0, atol=0)
 
@@ -268,7 +268,9 @@ def test_hooks_are_gone_after_a_forward() -> None:
     model, given = seeing("vision", teacher=7), batch()
     for _ in range(2):
         model(**given, teacher_states=teacher_states(tokens(given)))
-        model.generate(given["input_ids"], given["images"], given["attention_mask"], max_length=2)
+        model.generate(
+            given["input_ids"], given["images"], given["attention_mask"], max_new_tokens=2
+        )
     with pytest.raises(ValueError, match="expected one for each of 2 blocks"):
         model(**given, teacher_states=[])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -342,9 +344,9 @@ def test_two_threads_generate_side_by_side() -> None:
 def test_an_image_is_not_cut_by_the_prefill() -> None:
     model, given = seeing("vision"), batch()
     arguments = given["input_ids"], given["images"], given["attention_mask"]
-    with pytest.raises(ValueError, match=r"expected a prefill of all 11 tokens.*must not be cut"):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size: expected None.*found 4"):
         model.generate(*arguments, max_new_tokens=2, prefill_chunk_size=4)
-    with pytest.raises(ValueError, match="position_ids: expected none"):
+    with pytest.raises(ValueError, match="position_ids: expected None"):
         model.generate(*arguments, position_ids=torch.zeros(3, 6))
 
 
@@ -444,3 +446,13 @@ def test_trainer_trains_it_as_it_is(tied: bool, tmp_path: Path) -> None:
 
     other.load_state_dict(load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
     assert torch.equal(run(other.eval(), **given).logits, expected)
+
+
+def test_nothing_is_distilled_inside_a_reentrant_checkpoint() -> None:
+    """Older versions of transformers run the hooks of a block inside its checkpoint."""
+    block, x = torch.nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+    with block_states([block], "output") as states:
+        checkpoint(block, x, use_reentrant=False)
+        assert states[0].requires_grad
+        with pytest.raises(ValueError, match="expected use_reentrant=False, found a reentrant"):
+            checkpoint(block, x, use_reentrant=True)

@@ -49,7 +49,7 @@ def language(family: str = "llama", layers: int = 3, **fields: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.mul_(50 if "embed" in name else 10)
+                parameter.mul_({"embed_tokens": 50, "wpe": 100}.get(name.split(".")[-2], 15))
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
     model.generation_config.pad_token_id = 0

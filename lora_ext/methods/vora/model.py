@@ -87,10 +87,13 @@ class VoraForCausalLM(nn.Module):
         """Of the language model."""
         return self.model.device
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Compute the blocks again in the backward; ``use_reentrant`` is False unless said."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.model.gradient_checkpointing_enable(options)
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Compute the language model's blocks again in the backward; arguments are its own."""
+        self.model.activation_checkpointing_enable(*args, **options)
+
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """The same under transformers' older name, with its arguments."""
+        self.model.gradient_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what the blocks computed, as usual."""
@@ -184,14 +187,21 @@ class VoraForCausalLM(nn.Module):
             ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError: as the call; options that cut the prefill, or bring tokens of their own.
+            ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
             if options.get(name) is not None:
                 raise ValueError(
-                    f"VoraForCausalLM.generate: {name}: expected none, as it follows from "
-                    "input_ids and images, found one"
+                    f"VoraForCausalLM.generate: {name}: expected None, as it follows from "
+                    "input_ids and images, found a value"
                 )
+        given: Any = options.get("generation_config") or self.model.generation_config
+        chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
+        if chunk is not None:
+            raise ValueError(
+                "VoraForCausalLM.generate: prefill_chunk_size: expected None, as an image must lie "
+                f"whole in one call, found {chunk}"
+            )
         flat = _flat(images)
         batch = self._spliced(input_ids, images, attention_mask, None, "left")
         mask = self._mask(batch, flat, attention_mask)

@@ -77,9 +77,6 @@ def prefill(model: nn.Module, mask: Tensor | None, vision_mask: Tensor | None) -
         model: the language model.
         mask: ``(B, 1, T, T)`` additive; None leaves the model's own.
         vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
-
-    Raises:
-        ValueError: from a prefill that is cut into chunks.
     """
     thread, inside = threading.get_ident(), contextlib.ExitStack()
 
@@ -87,13 +84,7 @@ def prefill(model: nn.Module, mask: Tensor | None, vision_mask: Tensor | None) -
         embeds = kwargs.get("inputs_embeds")
         if embeds is None or threading.get_ident() != thread:
             return None
-        rows, length = embeds.shape[:2]
-        for each in (mask, vision_mask):
-            if each is not None and each.shape[-1] != length:
-                raise ValueError(
-                    f"VoraForCausalLM.generate: expected a prefill of all {each.shape[-1]} tokens "
-                    f"in one call, found {length} of them: an image must not be cut"
-                )
+        rows = len(embeds)
         if vision_mask is not None:
             given = vision_mask.repeat_interleave(rows // len(vision_mask), 0)
             inside.enter_context(modality(given))
