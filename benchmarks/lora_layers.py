@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import torch
-from common import interleaved
+from common import interleaved, peak_bytes
 from peft import LoraConfig, get_peft_model
 from row import Row, timing_columns
 from torch import Tensor, nn
@@ -331,7 +330,7 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
 
             for _ in range(2):
                 step()  # the optimizer has its state, and layers share what they share
-            found[name] = _peak_bytes(step), _saved_bytes(step)
+            found[name] = peak_bytes(step), _saved_bytes(step)
         for what, index in (("peak", 0), ("kept for backward", 1)):
             for name, nbytes in found.items():
                 yield Row(
@@ -345,18 +344,6 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
                     median=nbytes[index] / found["peft"][index],
                     mbytes=nbytes[index] / 1e6,
                 )
-
-
-def _peak_bytes(step: Callable[[], None]) -> int:
-    """The most bytes that torch's allocator held at a time, beyond those before the step."""
-    gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held)
 
 
 def _base_model(layers: int) -> LlamaForCausalLM:

@@ -190,6 +190,64 @@ def depth_mix_backward(
     need_hiddens: bool,
     /,
 ) -> tuple[list[Tensor], Tensor, Tensor]: ...
+def vocab_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk: int,
+    ignore_index: int,
+    softcap: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def vocab_cross_entropy_backward(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    dhidden: Tensor,
+    chunk: int,
+    ignore_index: int,
+    softcap: float,
+    dtype: torch.dtype,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def vocab_kl(
+    hiddens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    tau: float,
+    chunk: int,
+    softcap: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def vocab_kl_backward(
+    dloss: Tensor,
+    hiddens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    dhiddens: Tensor,
+    tau: float,
+    chunk: int,
+    softcap: float,
+    dtype: torch.dtype,
+    need_dhiddens: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(isa: str, /) -> None: ...
 def has_kernels() -> bool: ...

@@ -8,6 +8,7 @@
 #include "lora_ext/lora.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/vocab.h"
 
 namespace lora_ext {
 
@@ -21,6 +22,7 @@ namespace lora_ext {
     extern const CircuitDecodeCpu decode_table; \
     extern const LogSumCpu log_sum_table;       \
     extern const DepthMixCpu depth_mix_table;   \
+    extern const VocabCpu vocab_table;          \
     }
 
 // In the order of Isa.
@@ -50,6 +52,7 @@ LX_TWINS(CircuitCpu, circuit_table)
 LX_TWINS(CircuitDecodeCpu, decode_table)
 LX_TWINS(LogSumCpu, log_sum_table)
 LX_TWINS(DepthMixCpu, depth_mix_table)
+LX_TWINS(VocabCpu, vocab_table)
 
 namespace {
 

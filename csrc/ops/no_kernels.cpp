@@ -7,6 +7,7 @@
 #include "lora_ext/depth_mix.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/vocab.h"
 
 namespace lora_ext {
 
@@ -40,6 +41,12 @@ LX_NO_KERNEL(launch_lora_train_backward, const LoraTrainArgs&, void*)
 LX_NO_KERNEL(launch_lora_dropout, const LoraTrainArgs&, void*, void*)
 LX_NO_KERNEL(launch_lora_gram, const GramArgs&, void*)
 LX_NO_KERNEL(launch_lora_pair_stats, const GramArgs&, void*)
+LX_NO_KERNEL(launch_cross_entropy_update, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_cross_entropy_finish, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_cross_entropy_gradient, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_kl_update, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_kl_finish, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_kl_gradient, const VocabArgs&, void*)
 int64_t circuit_workspace_bytes(const CircuitLogits&) {
     return 0;
 }

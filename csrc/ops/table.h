@@ -16,6 +16,7 @@
 #include "ops/lora_gram.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
+#include "ops/vocab.h"
 
 namespace lora_ext::table {
 
@@ -58,6 +59,8 @@ inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
 inline constexpr char kEmissionOnce[] = LX_ONCE("emission_gather");
 inline constexpr char kScanOnce[] = LX_ONCE("circuit_scan");
 inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
+inline constexpr char kCrossEntropyOnce[] = LX_ONCE("chunked_cross_entropy");
+inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
 
 // The ends and beginnings that signatures share.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
@@ -170,6 +173,29 @@ inline constexpr std::tuple kOps{
         "(Tensor dmixed, Tensor? dweights, Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, "
         "Tensor weights, Tensor? router, Tensor rinv, Tensor mean, bool need_hiddens)"
         " -> (Tensor[] dhiddens, Tensor sums, Tensor dweights_out)"},
+    // --- vocab ---
+    Op<&vocab_cross_entropy>{
+        "vocab_cross_entropy",
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int chunk, int ignore_index, "
+        "float softcap, ScalarType dtype, bool with_gradient)"
+        " -> (Tensor loss, Tensor lse, Tensor dhidden)"},
+    NoGradient<&vocab_cross_entropy_backward, kCrossEntropyOnce>{
+        "vocab_cross_entropy_backward",
+        "(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, "
+        "Tensor dhidden, int chunk, int ignore_index, float softcap, ScalarType dtype, "
+        "bool need_dhidden, bool need_dweight, bool need_dbias)"
+        " -> (Tensor dhidden_out, Tensor dweight, Tensor dbias)"},
+    Op<&vocab_kl>{
+        "vocab_kl",
+        "(Tensor hiddens, Tensor weight, Tensor? bias, Tensor? mask, float tau, int chunk, "
+        "float softcap, ScalarType dtype, bool with_gradient)"
+        " -> (Tensor loss, Tensor lse, Tensor dhiddens)"},
+    NoGradient<&vocab_kl_backward, kDivergenceOnce>{
+        "vocab_kl_backward",
+        "(Tensor dloss, Tensor hiddens, Tensor weight, Tensor? bias, Tensor? mask, Tensor lse, "
+        "Tensor dhiddens, float tau, int chunk, float softcap, ScalarType dtype, "
+        "bool need_dhiddens, bool need_dweight, bool need_dbias)"
+        " -> (Tensor dhiddens_out, Tensor dweight, Tensor dbias)"},
 };
 // clang-format on
 

@@ -6,6 +6,7 @@ from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
 from .coalitions import RowwiseError, coalitions
 from .context import adapters
+from .depth_mixer import DepthMixer
 from .init import init_lora_
 from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
@@ -26,6 +27,7 @@ from .wrapping import unwrap, wrap
 __all__ = [
     "IGNORE",
     "CircuitHead",
+    "DepthMixer",
     "LayerGroups",
     "LoraConfig",
     "LoraConv",

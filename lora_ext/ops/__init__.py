@@ -31,6 +31,7 @@ from lora_ext.ops.lora import (
 from lora_ext.ops.lora_gram import lora_gram, lora_pair_stats
 from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
+from lora_ext.ops.vocab import chunked_cross_entropy, chunked_kl
 
 __all__ = [
     "CircuitSample",
@@ -38,6 +39,8 @@ __all__ = [
     "LogMax",
     "ScaledWeights",
     "bgmv_",
+    "chunked_cross_entropy",
+    "chunked_kl",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",

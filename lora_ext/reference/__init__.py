@@ -33,11 +33,14 @@ from lora_ext.reference.lora_weights import (
     lora_dora_norm,
     lora_merge_,
 )
+from lora_ext.reference.vocab import chunked_cross_entropy, chunked_kl, vocab_logits
 
 __all__ = [
     "CircuitSample",
     "CircuitScan",
     "LogMax",
+    "chunked_cross_entropy",
+    "chunked_kl",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
@@ -65,4 +68,5 @@ __all__ = [
     "lora_shrink",
     "lora_update",
     "spec_verify",
+    "vocab_logits",
 ]

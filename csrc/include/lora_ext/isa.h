@@ -27,6 +27,7 @@ struct CircuitCpu;        // circuit.h
 struct CircuitDecodeCpu;  // circuit_decode.h
 struct LogSumCpu;         // circuit_sum.h
 struct DepthMixCpu;       // depth_mix.h
+struct VocabCpu;          // vocab.h
 
 // The table of one family of twins, as in twins<LoraCpu>(best_isa()), for an instruction set that
 // runs here.
@@ -47,5 +48,7 @@ template <>
 const LogSumCpu& twins<LogSumCpu>(Isa isa);
 template <>
 const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
+template <>
+const VocabCpu& twins<VocabCpu>(Isa isa);
 
 }  // namespace lora_ext

@@ -53,7 +53,7 @@ def draw_picture(size: tuple[int, int], generator: torch.Generator) -> Picture:
     image = torch.randint(0, 60, (3, height, width), generator=generator, dtype=torch.uint8)
 
     half = min(size) / 2  # the side of the square that the shape lies in
-    radius = half * (0.36 + 0.12 * numbers[3])
+    radius = half * (0.42 + 0.06 * numbers[3])
     down, right = ((half / 2 - radius) * (2 * number - 1) for number in numbers[4:])
     middle_y = height * (1 + 2 * (place // 2)) / 4 + down
     middle_x = width * (1 + 2 * (place % 2)) / 4 + right
