@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from common import ROOT, append_rows
 from lora_gram import bench_gram
+from lora_large_rank import bench_large_rank
 from lora_ops import (
     DECODE,
     PREFILL,
@@ -25,7 +26,7 @@ from lora_ops import (
 from lora_train import TRAIN, TRAIN_CPU, bench_train
 from row import Row
 
-MATRICES = ("ops", "decode", "prefill", "train", "gram", "model", "swap", "layers")
+MATRICES = ("ops", "decode", "prefill", "train", "gram", "large_rank", "model", "swap", "layers")
 
 
 def main() -> None:
@@ -65,6 +66,8 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
             yield from bench_train(shapes, device, dtype, max(3, rounds // 2))
         if "gram" in wanted:
             yield from bench_gram(device, rounds)
+        if "large_rank" in wanted:
+            yield from bench_large_rank(device, dtype, rounds)
         if "ops" in wanted:
             yield from bench_mixed_ranks(device, dtype, rounds)
             if device == "cpu":

@@ -15,6 +15,7 @@ import pytest
 import torch
 from backends import BACKENDS, OP_MODULES, Backend, closed
 from cases import DEEP
+from cases_train import DEEP as DEEP_TRAIN
 from hypothesis import settings
 
 import lora_ext
@@ -62,7 +63,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.fail(f"{required}: {reason}")
         pytest.skip(reason)
     shape = request.node.callspec.params.get("shape")
-    if shape in DEEP and not chosen.is_twin:
+    if shape in [*DEEP, *DEEP_TRAIN] and not chosen.is_twin:
         pytest.skip("the kernels have no rank above 256 yet")
     if chosen.library not in _registered:
         _registration.register(chosen.library)
