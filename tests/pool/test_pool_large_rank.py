@@ -46,16 +46,16 @@ def formula(model: Model, x: Tensor, names: list[str | None], tensors: dict) -> 
 
 @torch.no_grad()
 def test_adapters_of_any_rank_share_a_batch() -> None:
-    model, _, tensors = loaded()
+    model, pool, tensors = loaded()
     x = torch.randn(7, 12)
     names = ["vision", None, "text", "odd", "vision", "text", None]
-    with lora_ext.adapters(names):
+    with lora_ext.adapters(names, pool=pool):
         y = model(x)
     # Two layers, of products up to 1024 terms near one each, in float32.
     torch.testing.assert_close(y.double(), formula(model, x, names, tensors), rtol=1e-5, atol=2e-4)
-    with lora_ext.adapters(["text", "odd", None, None, "vision", None, "vision"]):
+    with lora_ext.adapters(["text", "odd", None, None, "vision", None, "vision"], pool=pool):
         assert torch.equal(model(x)[4], y[4])  # whatever the other rows have
-    with lora_ext.adapters([None] * 7):
+    with lora_ext.adapters([None] * 7, pool=pool):
         assert torch.equal(model(x)[1], y[1])
 
 
@@ -70,12 +70,12 @@ def test_a_swap_between_small_and_large_leaves_nothing_behind(order: tuple[int, 
         pool.update("a", (config(rank), tensors))
         with pool.acquire(["a"]) as slots:
             assert_slot_holds(pool, slots[0], tensors, 8 / rank)
-        with lora_ext.adapters(names):
+        with lora_ext.adapters(names, pool=pool):
             y = model(x)
         fresh, fresh_pool, _ = loaded({"other": 300})  # the same seed as above, other data
         fresh_pool.load("a", (config(rank), tensors))
         fresh_pool.update("other", (config(300), state(1, 300)))
-        with lora_ext.adapters(names):
+        with lora_ext.adapters(names, pool=fresh_pool):
             assert torch.equal(fresh(x), y)
         assert others is None or torch.equal(y[[1, 4, 5]], others)
         others = y[[1, 4, 5]]
