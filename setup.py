@@ -283,8 +283,10 @@ class CMakeBuild(build_ext):
         build = [cmake, "--build", str(folder), "-j", str(jobs())] + (
             ["-v"] if self.verbose > 1 else []
         )
+        # Where ccache compiles, a build in another folder finds what this one has made.
+        env = {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ}
         for command in (configure, build):
-            if subprocess.run(command).returncode:
+            if subprocess.run(command, env=env).returncode:
                 fail(
                     f"`{' '.join(command[:3])} ...` failed; its output above names the file "
                     "and the line."

@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
+import gc
+import itertools
 import platform
 import statistics
 import subprocess
@@ -81,6 +83,18 @@ def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
+
+
+def peak_bytes(call: Call) -> int:
+    """The most bytes that torch's allocator held at a time on the CPU, beyond those before."""
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held)
 
 
 @functools.cache

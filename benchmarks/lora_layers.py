@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import torch
-from common import interleaved
+from common import interleaved, peak_bytes
 from peft import LoraConfig, get_peft_model
 from row import Row, timing_columns
 from torch import Tensor, nn
@@ -137,6 +136,73 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
             **timing_columns(time, "ms"),
             over_peft=times["peft"].over(time),
         )
+
+
+def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterator[Row]:
+    """A layer that sees, on a batch of images, of text under an adapter and of text of the base
+    model: one call, against a call for each sample.
+
+    Of every three samples the first is half image, under the vision adapter of rank 64, and half
+    text under an adapter of rank 16; the second is such text; the third is the base model's.
+    """
+    wide, out, rank = 576, 1536, 64
+    torch.manual_seed(0)
+    base = nn.Linear(wide, out, bias=False).requires_grad_(False)
+    layer = lora_ext.nn.VoraLinear.from_linear(base, rank, "vision")
+    layer.add_adapter("text", RANK, RANK, init_lora_weights=False)
+    layer.set_adapter(["default", "text"])
+    nn.init.normal_(layer.B, std=0.1)
+    mask = torch.zeros(samples, length, dtype=torch.bool)
+    mask[::3, : length // 2] = True
+    names = [None if i % 3 == 2 else "text" for i in range(samples)]
+    ids = torch.tensor([-1 if name is None else 1 for name in names])[:, None]
+    ids = torch.where(mask, 0, ids)  # the same, said to each sample's call
+    each = [(slice(i, i + 1), ids[i].clone()) for i in range(samples)]
+    x = torch.randn(samples, length, wide)
+    dy = torch.randn(samples, length, out)
+
+    def together() -> Tensor:
+        return layer(x)
+
+    def alone() -> Tensor:
+        return torch.cat([layer(x[i], adapter_ids=own) for i, own in each])
+
+    def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            layer.zero_grad()
+            forward().backward(dy)
+
+        return run
+
+    with lora_ext.adapters(names), lora_ext.nn.modality(mask):
+        grads: list[list[Tensor]] = []
+        for forward in (alone, together):
+            step(forward)()
+            own = [p.grad for p in _factors(layer)]
+            grads.append([torch.zeros(()) if g is None else g.clone() for g in own])
+        error = max(_same(b, a, "modalities") for a, b in zip(*grads, strict=True))
+        with torch.no_grad():
+            error = max(error, _same(together(), alone(), "modalities"))
+        for way, calls in (
+            ("forward", {"per sample": alone, "lora_ext": together}),
+            ("forward and backward", {"per sample": step(alone), "lora_ext": step(together)}),
+        ):
+            with torch.set_grad_enabled(way != "forward"):
+                times = interleaved(calls, rounds, min_seconds=0.05)
+            for name, time in times.items():
+                yield Row(
+                    "layers",
+                    f"mixed modalities, {samples} samples x {length} tokens, {way}",
+                    name,
+                    tokens=samples * length,
+                    adapters=2,
+                    in_features=wide,
+                    out_features=out,
+                    rank=rank,
+                    **timing_columns(time, "ms"),
+                    over_base=time.over(times["per sample"]),
+                    worst_error=error if name == "lora_ext" else "",
+                )
 
 
 def _peft_layer(base: nn.Linear, rank: int, p: float, adapters: int = 1) -> Any:
@@ -264,7 +330,7 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
 
             for _ in range(2):
                 step()  # the optimizer has its state, and layers share what they share
-            found[name] = _peak_bytes(step), _saved_bytes(step)
+            found[name] = peak_bytes(step), _saved_bytes(step)
         for what, index in (("peak", 0), ("kept for backward", 1)):
             for name, nbytes in found.items():
                 yield Row(
@@ -278,18 +344,6 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
                     median=nbytes[index] / found["peft"][index],
                     mbytes=nbytes[index] / 1e6,
                 )
-
-
-def _peak_bytes(step: Callable[[], None]) -> int:
-    """The most bytes that torch's allocator held at a time, beyond those before the step."""
-    gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held)
 
 
 def _base_model(layers: int) -> LlamaForCausalLM:

@@ -148,22 +148,22 @@ def take_steps(
     steps: int,
     learning_rate: float,
     label: str,
-    controller: CopraController,
+    controller: CopraController | None = None,
     batch: int = 4,
 ) -> None:
-    """Train what is not frozen on random batches, with the controller's masks."""
+    """Train what is not frozen on random batches, with a controller's masks if there is one."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     order = torch.Generator().manual_seed(0)
     model.train()
     for step in (bar := tqdm(range(steps), desc=label, unit="step", dynamic_ncols=True)):
-        active = int(controller.step(step).sum())
+        found = {} if controller is None else {"layers": int(controller.step(step).sum())}
         chosen = torch.randperm(len(examples), generator=order)[:batch].tolist()
         loss = model(**collate([examples[i] for i in chosen], tokenizer.pad_token_id)).loss
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.2f}", layers=active)
+        bar.set_postfix(loss=f"{loss.item():.2f}", **found)
     model.eval()

@@ -166,6 +166,88 @@ def log_einsum_exp_backward(
     /,
 ) -> tuple[Tensor, Tensor]: ...
 def log_einsum_max(w: Tensor, values: Tensor, norm: str, /) -> tuple[Tensor, Tensor]: ...
+def depth_mix_forward(
+    hiddens: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    weights: Tensor | None,
+    router: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def depth_mix_backward(
+    dmixed: Tensor,
+    dweights: Tensor | None,
+    hiddens: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    weights: Tensor,
+    router: Tensor | None,
+    rinv: Tensor,
+    mean: Tensor,
+    need_hiddens: bool,
+    /,
+) -> tuple[list[Tensor], Tensor, Tensor]: ...
+def vocab_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk: int,
+    ignore_index: int,
+    softcap: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def vocab_cross_entropy_backward(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    dhidden: Tensor,
+    chunk: int,
+    ignore_index: int,
+    softcap: float,
+    dtype: torch.dtype,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def vocab_kl(
+    hiddens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    tau: float,
+    chunk: int,
+    softcap: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def vocab_kl_backward(
+    dloss: Tensor,
+    hiddens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    dhiddens: Tensor,
+    tau: float,
+    chunk: int,
+    softcap: float,
+    dtype: torch.dtype,
+    need_dhiddens: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(isa: str, /) -> None: ...
 def has_kernels() -> bool: ...

@@ -6,7 +6,7 @@ _C = _loader.load()
 
 # E402: the ops exist once the compiled module is in the process, and all that follows stands on
 # them.
-from lora_ext import adapter, circuits, methods, nn, ops, pool  # noqa: E402
+from lora_ext import adapter, circuits, federated, methods, nn, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.interop.transformers import attach, detach  # noqa: E402
 from lora_ext.nn import LoraConfig, adapters  # noqa: E402
@@ -20,6 +20,7 @@ __all__ = [
     "attach",
     "circuits",
     "detach",
+    "federated",
     "from_peft",
     "methods",
     "nn",

@@ -14,8 +14,6 @@ import methods  # noqa: F401
 import pytest
 import torch
 from backends import BACKENDS, OP_MODULES, Backend, closed
-from cases import DEEP
-from cases_train import DEEP as DEEP_TRAIN
 from hypothesis import settings
 
 import lora_ext
@@ -62,9 +60,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if request.config.getoption(required):
             pytest.fail(f"{required}: {reason}")
         pytest.skip(reason)
-    shape = request.node.callspec.params.get("shape")
-    if shape in [*DEEP, *DEEP_TRAIN] and not chosen.is_twin:
-        pytest.skip("the kernels have no rank above 256 yet")
     if chosen.library not in _registered:
         _registration.register(chosen.library)
         _registered.add(chosen.library)

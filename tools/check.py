@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ BIN = str(Path(PY).parent)  # not resolved: the virtual environment's own tools 
 def main() -> int:
     cuda = os.environ.get("LORA_EXT_CUDA", "1")
     os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
+    share_compilations()
     legs = [
         Leg("lint", ["pre-commit", "run", "--all-files", "--show-diff-on-failure"], 300),
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
@@ -28,6 +30,15 @@ def main() -> int:
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
         legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 2400, after="build"))
     return 1 if run(legs, ROOT / "out" / "check", show=True) else 0
+
+
+def share_compilations() -> None:
+    """Let the builds of the wheel and beside a CUDA torch take objects from the first build: twins
+    and kernels do not see torch. Without ccache each build compiles all it needs."""
+    if shutil.which("ccache"):
+        os.environ.setdefault("CCACHE_DIR", str(ROOT / "out/check/ccache"))
+        for language in ("CXX", "CUDA"):
+            os.environ.setdefault(f"CMAKE_{language}_COMPILER_LAUNCHER", "ccache")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_sum.h"
+#include "lora_ext/depth_mix.h"
 #include "lora_ext/lora.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/vocab.h"
 
 namespace lora_ext {
 
@@ -19,6 +21,8 @@ namespace lora_ext {
     extern const CircuitCpu circuit_table;      \
     extern const CircuitDecodeCpu decode_table; \
     extern const LogSumCpu log_sum_table;       \
+    extern const DepthMixCpu depth_mix_table;   \
+    extern const VocabCpu vocab_table;          \
     }
 
 // In the order of Isa.
@@ -47,6 +51,8 @@ LX_TWINS(GramCpu, gram_table)
 LX_TWINS(CircuitCpu, circuit_table)
 LX_TWINS(CircuitDecodeCpu, decode_table)
 LX_TWINS(LogSumCpu, log_sum_table)
+LX_TWINS(DepthMixCpu, depth_mix_table)
+LX_TWINS(VocabCpu, vocab_table)
 
 namespace {
 

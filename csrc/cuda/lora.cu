@@ -19,7 +19,8 @@ int num_splits(const LoraArgs& args) {
     if (args.num_tokens <= kDecodeTokens)
         return static_cast<int>(
             lx::max<int64_t>(1, lx::min<int64_t>(kMaxSplits, ceil_div(in, 512))));
-    const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
+    int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
+    if (large_rank(args.bank)) tiles *= ceil_div(args.bank.max_rank, kGemmColumns);
     int splits = 1;
     while (splits < 8 && tiles * splits < 198 && in >= int64_t{1024} * splits) splits *= 2;
     return splits;
@@ -45,6 +46,7 @@ Partials partials(const LoraArgs& args) {
 // once: an estimate of what a launch is worth, not a measurement. No bit depends on it.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
+    if (large_rank(args.bank)) return v.splits > 1;
     return args.num_tokens > kDecodeTokens &&
            (v.splits - 1) * v.split_stride * int64_t{sizeof(float)} * again >= 16 << 20;
 }
@@ -54,7 +56,7 @@ bool shrink_is_direct(const LoraArgs& args) {
 }
 
 LaunchStatus check(const LoraArgs& args) {
-    if (args.bank.max_rank > kMaxRank || args.bank.max_rank < 0) return kInvalidValue;
+    if (args.bank.max_rank < 0) return kInvalidValue;
     if (!args.plan && args.num_tokens > kPlanlessTokens) return kInvalidValue;
     return 0;
 }
@@ -104,6 +106,7 @@ LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream) {
     // Without in-features the delta is zero.
     if (empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0) return 0;
     Partials v = partials(args);
+    v.scaled = large_rank(args.bank) && v.splits == 1;  // a GEMM takes v as it is
     if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
     if (sums_splits_first(args, v)) {
         LoraArgs sum = args;  // in place: a warp writes what it alone has read

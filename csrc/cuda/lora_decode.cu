@@ -188,6 +188,7 @@ LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream) {
     LX_BUF_ROWS(args.v, args.num_tokens, args.bank.max_rank * 4, args.v_row_stride * 4,
                 args.v == v.data ? lx::Access::kReadWrite : lx::Access::kWrite);
     declare_v(args, v, lx::Access::kRead);
+    if (large_rank(args.bank)) return run_gemm_reduce(args, v, 1.0f, true, stream);
     return LX_LAUNCH_PDL(lora_reduce_kernel, num_tiles(args, kTileRows), 128, 0, stream, args,
                          tiling(args, kTileRows), v);
 }

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     constexpr int kRows = kTileRows * kWarpsM;
     constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const T*, page_of, kMaxPages);
+    LX_SHARED(const T*, page_of, kFusedPages);
     LX_SHARED(unsigned, row_max, kRows);
     LX_SHARED(float, unscale, kRows);
     LX_DYN_SHARED(fragments);
@@ -353,6 +353,7 @@ LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent,
                     lx::Access::kConstant);
     LX_BUF_ROWS(args.y, args.num_tokens, bank.out_features * size, args.y_row_stride * size,
                 lx::Access::kReadWrite);
+    if (large_rank(bank)) return run_gemm_expand(args, v, dependent, stream);
     return with_dtype(args.dtype, [&]<class T>() {
         // Decode: enough blocks to fill the machine. Prefill: enough outputs to earn the fragments.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);

@@ -15,6 +15,19 @@ LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* s
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
 
+// The same for banks of a large rank: grouped products of matrices, lora_gemm.cuh. What they touch
+// has been declared.
+constexpr int kGemmColumns = 128;  // of a block
+LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
+// inverse_keep: 1 / (1 - p) of training. The rows of v lie on 16 bytes and have whole pages.
+LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inverse_keep,
+                             bool dependent, void* stream);
+LaunchStatus run_gemm_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
+
+inline bool large_rank(const LoraBank& bank) {
+    return bank.max_rank > kFusedRank;
+}
+
 inline Tiling tiling(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
     return {args.plan ? layout.chunk_rows() / rows : 1, layout.perm()};

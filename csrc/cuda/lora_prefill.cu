@@ -148,10 +148,12 @@ int ring_bytes(int rows, int ranks) {
 }  // namespace
 
 LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* stream) {
-    if (!shrink_aligned(args)) return run_shrink_decode(args, v, stream);
+    const bool gemm = large_rank(args.bank);
+    if (!gemm && !shrink_aligned(args)) return run_shrink_decode(args, v, stream);
     declare_common(args);
     declare_a(args);
     declare_v(args, v, lx::Access::kWrite);
+    if (gemm) return run_gemm_shrink(args, v, stream);
     return with_dtype(args.dtype, [&]<class T>() {
         auto launch = [&]<int kRows>() {
             const dim3 grid(num_tiles(args, kRows), static_cast<unsigned>(v.splits),

@@ -15,8 +15,9 @@ namespace lora_ext {
 
 constexpr int kTileRows = 16;  // rows of an mma
 constexpr int kPageRanks = 8;
-constexpr int kMaxRank = 256;
-constexpr int kMaxPages = kMaxRank / kPageRanks;
+// Banks of a larger rank take the kernels of lora_gemm.cuh, which know no limit.
+constexpr int kFusedRank = 256;
+constexpr int kFusedPages = kFusedRank / kPageRanks;
 
 template <class T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte load
@@ -210,6 +211,23 @@ LX_DEVICE uint4 load_words(const T* p, int n) {
         for (int i = 0; i < kVec<T>; ++i) e[i] = i < n ? lx::load_nc(p + i) : lx::from_float<T>(0);
         return words_of(e);
     }
+}
+
+// 16 bytes of y, each element rounded once from its float and d.
+template <class T>
+LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+            const float2 y = lx::unpack_floats<T>(w[i]);
+            out[i] = lx::pack_floats<T>(y.x + d[2 * i], y.y + d[2 * i + 1]);
+        } else {
+            out[i] = lx::bit_cast<uint32_t>(lx::bit_cast<float>(w[i]) + d[i]);
+        }
+    }
+    return {out[0], out[1], out[2], out[3]};
 }
 
 // ------------------------------------------------------------------------------------------------

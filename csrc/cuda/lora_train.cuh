@@ -24,6 +24,15 @@ struct Projection {
     float* out;
     int64_t out_row_stride;
 };
+// The sum over the features, by slices of fixed width.
+struct Slices {
+    int width, count;
+    int per_block;         // all of them, or one
+    int64_t split_stride;  // of partial sums
+    bool finished;         // no partial sums: the block applies c
+    bool x_aligned, w_aligned;
+    int ranks_per_stage;
+};
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
 
@@ -48,6 +57,28 @@ LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream);
 
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
+
+// The same with large ranks, where there are enough rows or tiles: lora_gemm.cuh and
+// lora_gemm_weights.cu. What it touches has been declared.
+LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
+                                 void* stream);
+LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
+
+LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
+
+// Columns of a block of that kernel, which gives its adapter's rows to no second block. So it needs
+// as many blocks for one adapter as half of an H100's multiprocessors: an estimate.
+constexpr int gradient_columns(bool tf32) {
+    return tf32 ? 64 : 128;
+}
+inline bool gradient_takes_gemm(const Gradient& args) {
+    const int64_t bands = ceil_div(args.width, gradient_columns(args.dtype != DType::kBFloat16));
+    return args.max_rank > kFusedRank && bands * ceil_div(args.max_rank, kGemmColumns) >= 64;
+}
+
+inline bool takes_gemm(const LoraArgs& args) {
+    return large_rank(args.bank) && lora_chunk_rows(args.num_tokens) >= kTrainRows;
+}
 
 // ------------------------------------------------------------------------------------------------
 // Dropout

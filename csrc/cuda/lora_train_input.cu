@@ -251,7 +251,7 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
     const LoraBank& bank = lora.bank;
     const int64_t size = element_size(lora.dtype);
     Width width{};
-    width.pages = static_cast<int>(ceil_div(bank.max_rank, 16)) * 2;
+    width.pages = static_cast<int>(ceil_div(lx::min(bank.max_rank, kFusedRank), 16)) * 2;
     width.dv_aligned = aligned_16(args.dv, {args.dv_row_stride}, 4);
     width.a_aligned =
         aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
@@ -273,6 +273,7 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
     LX_BUF_ROWS(args.dx, lora.num_tokens, bank.in_features * size, args.dx_row_stride * size,
                 lx::Access::kReadWrite);
     if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    if (takes_gemm(lora)) return run_gemm_input_gradient(args, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
         while (width.pages > 2 && shared_bytes<T>(width.pages) > most_dynamic_bytes())
             width.pages -= 2;

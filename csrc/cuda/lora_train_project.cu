@@ -26,15 +26,6 @@ constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
 constexpr int kGroupRanks = kGroupPages * kPageRanks;
 
-struct Slices {
-    int width, count;
-    int per_block;         // all of them, or one
-    int64_t split_stride;  // of partial sums
-    bool finished;         // no partial sums: the block applies c
-    bool x_aligned, w_aligned;
-    int ranks_per_stage;
-};
-
 template <class T>
 LX_DEVICE float factor_of(const Projection& args, int slot) {
     return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
@@ -230,9 +221,10 @@ Slices slices_of(const LoraArgs& args, bool side_b) {
     Slices s{};
     s.width = static_cast<int>(lx::max<int64_t>(1024, ceil_div(ceil_div(features, 16), 64) * 64));
     s.count = static_cast<int>(lx::max<int64_t>(1, ceil_div(features, s.width)));
-    // Two blocks for each of the 132 multiprocessors of an H100 come from the rows alone?
-    const bool walk =
-        s.count == 1 || ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) >= 264;
+    int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
+    if (takes_gemm(args)) tiles *= ceil_div(args.bank.max_rank, kGemmColumns);
+    // Two blocks for each of the 132 multiprocessors of an H100 come from them alone?
+    const bool walk = s.count == 1 || tiles >= 264;
     s.per_block = walk ? s.count : 1;
     s.finished = walk;
     s.split_stride = walk ? 0 : args.num_tokens * kPageRanks * args.bank.pages_per_slot;
@@ -284,8 +276,11 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
         step.out_row_stride = int64_t{kPageRanks} * bank.pages_per_slot;
     }
     auto declare_out = [&]([[maybe_unused]] lx::Access access) {
+        // Partial sums are read by whole pages.
+        [[maybe_unused]] const int64_t ranks =
+            access == lx::Access::kRead ? step.out_row_stride : bank.max_rank;
         for (int s = 0; s < slices.count / slices.per_block; ++s)
-            LX_BUF_ROWS(step.out + s * slices.split_stride, lora.num_tokens, bank.max_rank * 4,
+            LX_BUF_ROWS(step.out + s * slices.split_stride, lora.num_tokens, ranks * 4,
                         step.out_row_stride * 4, access);
     };
     declare_common(lora);
@@ -299,6 +294,7 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
     }
     declare_out(lx::Access::kWrite);
     const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {
+        if (takes_gemm(lora)) return run_gemm_projection(step, side_b, slices, stream);
         // 128 rows of a large rank are more than some devices have for a block.
         const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
                           ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
@@ -314,6 +310,15 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
     declare_out(lx::Access::kRead);
     LX_BUF_ROWS(args.out, lora.num_tokens, bank.max_rank * 4, args.out_row_stride * 4,
                 lx::Access::kWrite);
+    if (large_rank(bank)) {
+        LoraArgs sum = lora;
+        sum.v = args.out;
+        sum.v_row_stride = args.out_row_stride;
+        const Partials partials{step.out,     step.out_row_stride, slices.split_stride,
+                                slices.count, slices.width,        bank.max_rank,
+                                false};
+        return run_gemm_reduce(sum, partials, args.dropout.inverse_keep, false, stream);
+    }
     return LX_LAUNCH(lora_train_project_reduce_kernel, num_tiles(lora, kTileRows), 128, 0, stream,
                      args, tiling(lora, kTileRows), step.out, step.out_row_stride,
                      slices.split_stride, slices.count);

@@ -371,6 +371,7 @@ Shape shape_of(const Gradient& args) {
 }  // namespace
 
 int64_t gradient_workspace(const Gradient& args) {
+    if (gradient_takes_gemm(args)) return 0;
     const Shape shape = shape_of(args);
     return int64_t{shape.ranges} * shape.bands * shape.groups * shape.pages * kThreads *
            int64_t{sizeof(float4)};
@@ -382,7 +383,7 @@ LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream) {
     shape.x_aligned = aligned_16(args.x, {args.x_row_stride}, size);
     shape.v_aligned = aligned_16(args.v, {args.v_row_stride}, 4);
     shape.partials = static_cast<float4*>(workspace);
-    const bool split = shape.ranges > 0;
+    const bool gemm = gradient_takes_gemm(args), split = !gemm && shape.ranges > 0;
     const int64_t tiles = int64_t{shape.bands} * shape.groups;
     const int64_t blocks = tiles * args.num_adapters, range_blocks = tiles * shape.ranges;
     if (blocks == 0) return 0;
@@ -406,6 +407,7 @@ LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream) {
     if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
     if (split) LX_BUF(workspace, gradient_workspace(args), lx::Access::kWrite);
     declare_out();
+    if (gemm) return run_gemm_gradient(args, stream);
     return with_dtype(args.dtype, [&]<class T>() {
         const int bytes = lx::max(ring_bytes(shape.pages), kStoreBytes<T>);
         if (!split)

@@ -4,8 +4,10 @@
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_sum.h"
+#include "lora_ext/depth_mix.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/vocab.h"
 
 namespace lora_ext {
 
@@ -39,6 +41,12 @@ LX_NO_KERNEL(launch_lora_train_backward, const LoraTrainArgs&, void*)
 LX_NO_KERNEL(launch_lora_dropout, const LoraTrainArgs&, void*, void*)
 LX_NO_KERNEL(launch_lora_gram, const GramArgs&, void*)
 LX_NO_KERNEL(launch_lora_pair_stats, const GramArgs&, void*)
+LX_NO_KERNEL(launch_cross_entropy_update, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_cross_entropy_finish, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_cross_entropy_gradient, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_kl_update, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_kl_finish, const VocabArgs&, void*)
+LX_NO_KERNEL(launch_kl_gradient, const VocabArgs&, void*)
 int64_t circuit_workspace_bytes(const CircuitLogits&) {
     return 0;
 }
@@ -72,6 +80,8 @@ bool log_sum_fused_fits(const LogSumArgs&) {
 }
 LX_NO_KERNEL(launch_log_sum_fused, const LogSumArgs&, bool, void*)
 LX_NO_KERNEL(launch_log_max, const LogSumArgs&, void*)
+LX_NO_KERNEL(launch_depth_mix, const DepthMixArgs&, void*)
+LX_NO_KERNEL(launch_depth_mix_backward, const DepthMixArgs&, void*)
 
 }  // namespace lora_ext
 

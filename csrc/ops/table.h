@@ -10,10 +10,13 @@
 #include "ops/circuit_autograd.h"
 #include "ops/circuit_decode.h"
 #include "ops/circuit_sum.h"
+#include "ops/depth_mix.h"
+#include "ops/depth_mix_autograd.h"
 #include "ops/lora.h"
 #include "ops/lora_gram.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
+#include "ops/vocab.h"
 
 namespace lora_ext::table {
 
@@ -55,6 +58,9 @@ inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
 inline constexpr char kEmissionOnce[] = LX_ONCE("emission_gather");
 inline constexpr char kScanOnce[] = LX_ONCE("circuit_scan");
+inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
+inline constexpr char kCrossEntropyOnce[] = LX_ONCE("chunked_cross_entropy");
+inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
 
 // The ends and beginnings that signatures share.
 #define LX_ADAPTERS "Tensor? ranks=None, Tensor? page_table=None, Tensor? plan=None"
@@ -155,6 +161,41 @@ inline constexpr std::tuple kOps{
     NoGradient<&log_einsum_max, kSum>{
         "log_einsum_max",
         "(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor indices)"},
+
+    // --- depth_mix ---
+    Differentiable<&depth_mix_forward, autograd::DepthMix>{
+        "depth_mix_forward",
+        "(Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, Tensor? weights, Tensor? router, "
+        "Tensor? bias, float eps, str norm)"
+        " -> (Tensor mixed, Tensor chosen, Tensor rinv, Tensor mean)"},
+    NoGradient<&depth_mix_backward, kMixOnce>{
+        "depth_mix_backward",
+        "(Tensor dmixed, Tensor? dweights, Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, "
+        "Tensor weights, Tensor? router, Tensor rinv, Tensor mean, bool need_hiddens)"
+        " -> (Tensor[] dhiddens, Tensor sums, Tensor dweights_out)"},
+    // --- vocab ---
+    Op<&vocab_cross_entropy>{
+        "vocab_cross_entropy",
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int chunk, int ignore_index, "
+        "float softcap, ScalarType dtype, bool with_gradient)"
+        " -> (Tensor loss, Tensor lse, Tensor dhidden)"},
+    NoGradient<&vocab_cross_entropy_backward, kCrossEntropyOnce>{
+        "vocab_cross_entropy_backward",
+        "(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, "
+        "Tensor dhidden, int chunk, int ignore_index, float softcap, ScalarType dtype, "
+        "bool need_dhidden, bool need_dweight, bool need_dbias)"
+        " -> (Tensor dhidden_out, Tensor dweight, Tensor dbias)"},
+    Op<&vocab_kl>{
+        "vocab_kl",
+        "(Tensor hiddens, Tensor weight, Tensor? bias, Tensor? mask, float tau, int chunk, "
+        "float softcap, ScalarType dtype, bool with_gradient)"
+        " -> (Tensor loss, Tensor lse, Tensor dhiddens)"},
+    NoGradient<&vocab_kl_backward, kDivergenceOnce>{
+        "vocab_kl_backward",
+        "(Tensor dloss, Tensor hiddens, Tensor weight, Tensor? bias, Tensor? mask, Tensor lse, "
+        "Tensor dhiddens, float tau, int chunk, float softcap, ScalarType dtype, "
+        "bool need_dhiddens, bool need_dweight, bool need_dbias)"
+        " -> (Tensor dhiddens_out, Tensor dweight, Tensor dbias)"},
 };
 // clang-format on
 

@@ -6,6 +6,7 @@ from .blocks import block_index, block_name, decoder_layers
 from .circuit_head import CircuitHead
 from .coalitions import RowwiseError, coalitions
 from .context import adapters
+from .depth_mixer import DepthMixer
 from .init import init_lora_
 from .labels import IGNORE, shift_labels
 from .layer_names import layer_names
@@ -14,16 +15,19 @@ from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
 from .lora_forward import LoraFactors, lora_forward, lora_update
 from .lora_linear import LoraLinear
+from .modalities import modality
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
 from .probe import LoraProbe
 from .swap import Swap
 from .switches import LayerGroups, is_active, set_active
+from .vora_linear import UnmergeableRouteError, VoraLinear
 from .wrapping import unwrap, wrap
 
 __all__ = [
     "IGNORE",
     "CircuitHead",
+    "DepthMixer",
     "LayerGroups",
     "LoraConfig",
     "LoraConv",
@@ -36,6 +40,8 @@ __all__ = [
     "RowwiseError",
     "Swap",
     "UnknownAdapterError",
+    "UnmergeableRouteError",
+    "VoraLinear",
     "adapted_layers",
     "adapter_factors",
     "adapter_parameters",
@@ -50,6 +56,7 @@ __all__ = [
     "layer_names",
     "lora_forward",
     "lora_update",
+    "modality",
     "set_active",
     "shift_labels",
     "unwrap",

@@ -15,6 +15,6 @@ def rows_per_chunk(elements_per_row: int) -> int:
     return max(1, _ELEMENTS // elements_per_row)
 
 
-def recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     """``function(*args)``, whose intermediate tensors the backward computes again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]

@@ -11,12 +11,12 @@ from . import attachment
 from .attachment import UnknownAdapterError
 
 
-class _Places(list[int]):
+class Places(list[int]):
     """A place for each name of one block; nothing to pin, nothing to release."""
 
     released = False
 
-    def __enter__(self) -> _Places:
+    def __enter__(self) -> Places:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +42,7 @@ class LayerNames:
         self._layers.add(layer)
         attachment.attachments.add(layer)
 
-    def acquire(self, names: Sequence[str | None]) -> _Places:
+    def acquire(self, names: Sequence[str | None]) -> Places:
         """Places for the names.
 
         Raises:
@@ -54,7 +54,7 @@ class LayerNames:
                 close = difflib.get_close_matches(name, known)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UnknownAdapterError(f"adapters: no layer has an adapter named {name!r}{hint}")
-        return _Places(range(len(names)))
+        return Places(range(len(names)))
 
 
 layer_names = LayerNames()

@@ -68,6 +68,12 @@ class Swap:
             RuntimeError: something else stands in the place of a replacement; the model is then as
                 it was.
         """
+        self.check(model, by)
+        for name, original in self.originals.items():
+            _put(model, name, original)
+
+    def check(self, model: nn.Module, by: str) -> None:
+        """Raise what :meth:`restore` would, and change nothing."""
         for name, module in self.placed.items():
             found = find_module(model, name)
             if found is not module:
@@ -77,8 +83,6 @@ class Swap:
                     f"{by}: {name}: expected the layer that {self.by} put there, "
                     f"found {other}{kind}"
                 )
-        for name, original in self.originals.items():
-            _put(model, name, original)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:

@@ -17,6 +17,7 @@ from lora_ext.ops.circuit_sum import (
     log_einsum_exp_backward,
     log_einsum_weights,
 )
+from lora_ext.ops.depth_mix import depth_mix, depth_mix_routed
 from lora_ext.ops.lora import (
     bgmv_,
     lora_apply,
@@ -30,6 +31,7 @@ from lora_ext.ops.lora import (
 from lora_ext.ops.lora_gram import lora_gram, lora_pair_stats
 from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
+from lora_ext.ops.vocab import chunked_cross_entropy, chunked_kl
 
 __all__ = [
     "CircuitSample",
@@ -37,10 +39,14 @@ __all__ = [
     "LogMax",
     "ScaledWeights",
     "bgmv_",
+    "chunked_cross_entropy",
+    "chunked_kl",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "depth_mix",
+    "depth_mix_routed",
     "emission_gather",
     "log_bmm",
     "log_einsum_exp",

@@ -11,6 +11,7 @@ from lora_ext.reference.circuit import (
     spec_verify,
 )
 from lora_ext.reference.circuit_sum import LogMax, log_bmm, log_einsum_exp
+from lora_ext.reference.depth_mix import depth_mix, depth_mix_routed, depth_norm
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
@@ -32,15 +33,21 @@ from lora_ext.reference.lora_weights import (
     lora_dora_norm,
     lora_merge_,
 )
+from lora_ext.reference.vocab import chunked_cross_entropy, chunked_kl, vocab_logits
 
 __all__ = [
     "CircuitSample",
     "CircuitScan",
     "LogMax",
+    "chunked_cross_entropy",
+    "chunked_kl",
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_sample",
     "circuit_scan",
+    "depth_mix",
+    "depth_mix_routed",
+    "depth_norm",
     "dropout_keep",
     "emission_gather",
     "log_bmm",
@@ -61,4 +68,5 @@ __all__ = [
     "lora_shrink",
     "lora_update",
     "spec_verify",
+    "vocab_logits",
 ]

@@ -18,6 +18,8 @@ import lora_train
 import report
 from row import Row
 
+from lora_ext.nn import LoraLinear, VoraLinear
+
 SMALL = lora_ops.Shape("small", tokens=12, adapters=4, in_features=40, out_features=24, rank=16)
 
 
@@ -88,6 +90,18 @@ def test_the_gram_benchmark_checks_what_it_times(monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f"{case}: result is off"):
             lora_gram.error_of(found, case, a, b, p)
+
+
+def test_a_batch_of_mixed_modalities_is_checked_before_it_is_timed(monkeypatch):
+    rows = list(lora_layers.bench_modalities(rounds=1, samples=3, length=4))
+    case = "mixed modalities, 3 samples x 4 tokens, forward"
+    ways = [case, case, f"{case} and backward", f"{case} and backward"]
+    assert [(r.case, r.provider) for r in rows] == [
+        *zip(ways, ["per sample", "lora_ext"] * 2, strict=True)
+    ]
+    monkeypatch.setattr(VoraLinear, "_rows", LoraLinear._rows)  # which sees no images
+    with pytest.raises(SystemExit, match=r"modalities: found .* times the bound"):
+        list(lora_layers.bench_modalities(rounds=1, samples=3, length=4))
 
 
 def test_calls_are_timed_in_rounds_that_alternate():

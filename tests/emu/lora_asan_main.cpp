@@ -220,6 +220,10 @@ int main(int count, char** words) {
         {257, 65, 65, {1, 8}, 8, false, true, 3, 1},
         {4100, 64, 40, {8, 7}, 8, true, true, 0, 0},
         {300, 1032, 72, {96, 16}, 96, false, true, 8, 0},
+        // large ranks: planless with several splits, unaligned, chunks of 64 rows in pages
+        {6, 520, 136, {264, 8}, 264, true, false, 0, 0},
+        {17, 33, 35, {257, 0, 9}, 257, false, true, 3, 1},
+        {260, 48, 136, {8, 264}, 264, true, true, 0, 0},
     };
     for (uint64_t seed = 0; seed < 2; ++seed) {
         lx::emu::set_seed(seed);

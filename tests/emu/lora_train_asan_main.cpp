@@ -154,9 +154,11 @@ int main(int count, char** words) {
         {1, 1, 1, {1}, 1, 0, 0},
         {33, 65, 37, {0, 7, 3}, 7, 3, 1},
         {40, 136, 72, {8, 72}, 72, 8, 0},
-        {66, 24, 1032, {16, 5}, 16, 0, 0},  // slices of the outputs
-        {1100, 24, 40, {8}, 8, 0, 0},       // ranges of the rows
-        {4100, 8, 8, {2}, 2, 0, 0},         // tiles of 128 rows
+        {66, 24, 1032, {16, 5}, 16, 0, 0},    // slices of the outputs
+        {1100, 24, 40, {8}, 8, 0, 0},         // ranges of the rows
+        {4100, 8, 8, {2}, 2, 0, 0},           // tiles of 128 rows
+        {260, 24, 136, {264, 8}, 264, 0, 0},  // large ranks, and unaligned ones
+        {258, 33, 20, {5, 257}, 257, 3, 1},
     };
     for (uint64_t seed = 0; seed < 2; ++seed) {
         lx::emu::set_seed(seed);

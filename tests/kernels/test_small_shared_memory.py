@@ -109,6 +109,29 @@ def test_the_gradient_of_the_input_takes_the_ranks_in_stages(
     assert_equal(*under_both_limits(backend, run))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [20, 270, 4100])
+def test_large_ranks_need_no_smaller_tiles(
+    backend: Backend, tokens: int, dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    rank, width = 300, 24
+    x, dy = (torch.randn(tokens, width, generator=g).to(dtype) for _ in range(2))
+    a = torch.randn(2, rank, width, generator=g).to(dtype)
+    b = torch.randn(2, width, rank, generator=g).to(dtype)
+    ids = torch.full((tokens,), -1)
+    ids[-20:] = torch.arange(20) % 2
+
+    def run() -> dict[str, torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+        y = ops.lora_linear(leaves[0], None, None, *leaves[1:], ids)
+        dx, da, db = torch.autograd.grad(y, leaves, dy)
+        applied = ops.lora_apply(x, a, b, ids)
+        return {"apply": applied, "y": y.detach(), "dx": dx, "da": da, "db": db}
+
+    assert_equal(*under_both_limits(backend, run))
+
+
 def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Backend) -> None:
     """32 states at 400 positions: 100 KiB of norms where a warp walks."""
     g = torch.Generator().manual_seed(0)

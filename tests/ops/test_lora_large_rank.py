@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,6 @@ from lora_ext import ops
 
 RANKS = (300, 0, 8, 40, 1024)
 ROWS = (1, 3, 17, 256, 257, 1000)
-
-
-@pytest.fixture(autouse=True)
-def _kernels_wait(request: Any) -> None:
-    if "backend" in request.fixturenames and not request.getfixturevalue("backend").is_twin:
-        pytest.skip("the kernels have no rank above 256 yet")
 
 
 @pytest.fixture

@@ -209,6 +209,18 @@ TELLINGS = {
         "log_einsum_exp", "LogSumCpu.dvalues", "launch_log_sum_dvalues"
     ),
     "log_einsum_max": Tellings("log_einsum_exp", "LogSumCpu.max", "launch_log_max"),
+    "depth_mix_forward": Tellings("depth_mix", "DepthMixCpu.forward", "launch_depth_mix"),
+    "depth_mix_backward": Tellings(
+        "depth_mix", "DepthMixCpu.backward", "launch_depth_mix_backward"
+    ),
+    "vocab_cross_entropy": Tellings(
+        "chunked_cross_entropy", "VocabCpu.cross_entropy_update", "launch_cross_entropy_update"
+    ),
+    "vocab_cross_entropy_backward": Tellings(
+        "chunked_cross_entropy", "VocabCpu.cross_entropy_gradient", "launch_cross_entropy_gradient"
+    ),
+    "vocab_kl": Tellings("chunked_kl", "VocabCpu.kl_update", "launch_kl_update"),
+    "vocab_kl_backward": Tellings("chunked_kl", "VocabCpu.kl_gradient", "launch_kl_gradient"),
 }
 
 

@@ -26,6 +26,8 @@ struct GramCpu;           // lora_gram.h
 struct CircuitCpu;        // circuit.h
 struct CircuitDecodeCpu;  // circuit_decode.h
 struct LogSumCpu;         // circuit_sum.h
+struct DepthMixCpu;       // depth_mix.h
+struct VocabCpu;          // vocab.h
 
 // The table of one family of twins, as in twins<LoraCpu>(best_isa()), for an instruction set that
 // runs here.
@@ -44,5 +46,9 @@ template <>
 const CircuitDecodeCpu& twins<CircuitDecodeCpu>(Isa isa);
 template <>
 const LogSumCpu& twins<LogSumCpu>(Isa isa);
+template <>
+const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
+template <>
+const VocabCpu& twins<VocabCpu>(Isa isa);
 
 }  // namespace lora_ext

@@ -131,15 +131,16 @@ constexpr int64_t rank_spans(int64_t max_rank) {
 }
 
 // CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads, and the
-// result does not depend on how it is split. Items of shrink are (chunk, span of ranks); items of
-// expand are (chunk, block of outputs).
+// result does not depend on how it is split. Items of shrink are (span of ranks, chunk); items of
+// expand are (block of outputs, chunk).
 struct LoraCpu {
     const char* isa;  // "scalar", "avx2", "avx512", "avx512bf16"
     int64_t (*shrink_items)(const LoraArgs&);
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of whole chunks, [begin, end) of the plan's, in one parallel region.
+    // Shrink and expand of whole chunks, [begin, end) of the plan's, in one parallel region: where
+    // ranks are of one span, and v stays in cache.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 

@@ -1,0 +1,153 @@
+"""Losses over a vocabulary in chunks: `python benchmarks/chunked_loss.py --check`.
+
+Forward and backward of cross entropy and of the divergence of two students from a teacher, at
+SmolLM2's output layer, with that layer frozen and trained. The peers hold all logits: torch's own
+expressions, and the same under torch.compile. Rows are appended to OUT/vocab_<device>.csv. Every
+loss and gradient is checked before it is timed. `--check`: most memory at a time, beyond arguments
+and gradients, at most a fifth of the dense expression's; time at most 1.15 of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from common import ROOT, append_rows, peak_bytes
+from lora_ops import timer
+from row import Row, timing_columns
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext import ops
+
+ROWS, WIDE, VOCAB, HIDDENS, CHUNK = 1024, 576, 49152, 3, 8192
+MOST_MEMORY, MOST_TIME = 1 / 5, 1.15
+
+Loss = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
+
+
+def dense_cross_entropy(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
+    """The peer, as everybody writes it."""
+    return F.cross_entropy(hiddens[0] @ weight.T, labels)
+
+
+def dense_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
+    """Likewise; the teacher's side without a graph."""
+    *students, teacher = hiddens
+    with torch.no_grad():
+        log_p = (teacher @ weight.T).log_softmax(-1)
+    parts = [
+        F.kl_div((h @ weight.T).log_softmax(-1), log_p, reduction="batchmean", log_target=True)
+        for h in students
+    ]
+    return torch.stack(parts).mean()
+
+
+def chunked_cross_entropy(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours."""
+    return ops.chunked_cross_entropy(hiddens[0], weight, None, labels, CHUNK)
+
+
+def chunked_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours."""
+    return ops.chunked_kl(hiddens, weight, None, chunk=CHUNK)
+
+
+def measure(device: str, rounds: int, compiled: bool, rows: int = ROWS) -> Iterator[Row]:
+    """Rows of time and of memory, the dense expression's as 1."""
+    g = torch.Generator(device).manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    hiddens = [
+        torch.randn(rows, WIDE, generator=g, device=device).to(dtype) for _ in range(HIDDENS)
+    ]
+    weight = torch.randn(VOCAB, WIDE, generator=g, device=device).div(WIDE**0.5).to(dtype)
+    labels = torch.randint(VOCAB, (rows,), generator=g, device=device)
+    for name, ours, dense in (
+        ("cross entropy", chunked_cross_entropy, dense_cross_entropy),
+        ("KL, k = 3", chunked_kl, dense_kl),
+    ):
+        losses = {"lora_ext": ours, "dense": dense}
+        if compiled:
+            losses["compiled"] = torch.compile(dense)
+        for trained in (False, True):
+            case = f"{name}, output layer {'trained' if trained else 'frozen'}"
+            leaves = [
+                h.requires_grad_() for h in hiddens[: 1 if ours is chunked_cross_entropy else 2]
+            ]
+            weight.requires_grad_(trained)
+            leaves += [weight] * trained
+
+            def step(loss: Loss, leaves: list[Tensor] = leaves) -> tuple[Tensor, ...]:
+                value = loss(hiddens, weight, labels)
+                return value.detach(), *torch.autograd.grad(value, leaves)
+
+            error = check(step(ours), step(dense), case)
+            calls = {n: lambda loss=loss, step=step: step(loss) for n, loss in losses.items()}
+            own = sum(t.nbytes for t in leaves)
+            peaks = (
+                {n: peak_bytes(call) - own for n, call in calls.items()} if device == "cpu" else {}
+            )
+            times = timer(device)(calls, rounds)
+            for n, time in times.items():
+                shape = {"tokens": rows, "in_features": WIDE, "out_features": VOCAB}
+                shape |= {"dtype": str(dtype).removeprefix("torch.")}
+                yield Row(
+                    "vocab", case, n, **shape, **timing_columns(time, "ms"),
+                    over_base=time.over(times["dense"]), worst_error=error,
+                )  # fmt: skip
+                if n in peaks:
+                    yield Row(
+                        "vocab", f"{case}: memory", n, **shape, unit="x",
+                        median=peaks[n] / peaks["dense"], mbytes=peaks[n] / 1e6,
+                    )  # fmt: skip
+
+
+def check(found: Sequence[Tensor], expected: Sequence[Tensor], case: str) -> float:
+    """Largest difference over the largest number, over its bound, of loss and each gradient."""
+    bound = 1e-5 if found[1].dtype == torch.float32 else 4e-2
+    worst = max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item() / bound
+        for a, b in zip(found, expected, strict=True)
+    )
+    if not worst <= 1:
+        raise SystemExit(f"chunked_loss: {case}: result is off by {worst:.3g} times its bound")
+    return worst
+
+
+def main() -> None:
+    """Measure, append, and with --check judge."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=ROWS)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is missed")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = args.out / f"vocab_{args.device}.csv"
+    missed = False
+    for row in measure(args.device, args.rounds, not args.no_compile, args.tokens):
+        append_rows(path, [row.columns(args.device)])
+        memory = row.unit == "x"
+        ratio = row.median if memory else row.over_base
+        assert isinstance(ratio, float)
+        late = row.provider == "lora_ext" and ratio > (MOST_MEMORY if memory else MOST_TIME)
+        missed = missed or late
+        size = f"{row.mbytes:9.1f} MB" if memory else f"{row.median:9.1f} ms"
+        note = "  MISSED" if late else ""
+        print(f"{row.case:44} {row.provider:9} {size}  {ratio:6.3f} of dense{note}", flush=True)
+    print(f"\n{path}")
+    if args.check:
+        sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+// What the kernels of mixes share: which elements of a row a thread holds, sums over a block, and
+// what a launch may touch.
+#pragma once
+
+#include "circuit_kernels.cuh"  // pieces of 16 bytes
+#include "lora_ext/depth_mix.h"
+
+namespace lora_ext {
+
+constexpr int kMixThreads = 512;  // of the largest block
+constexpr int kHeld = 2;          // pieces of 16 bytes of a row that a thread holds
+constexpr int kMixWarps = kMixThreads / lx::kWarpSize;
+
+// Sums over a block, in a fixed order; every thread gets them. Two buffers take turns, so one
+// barrier a call is enough: who writes the first again has passed the barrier of the second.
+template <int kMost>
+class BlockSums {
+  public:
+    static constexpr int kScratch = 2 * kMost * kMixWarps;
+    LX_DEVICE explicit BlockSums(float* scratch) : scratch_(scratch) {}
+
+    template <int kCount>
+    LX_DEVICE void add_up(float (&v)[kCount]) {
+        static_assert(kCount <= kMost);
+        float* const mine = scratch_ + turn_ * kMost * kMixWarps;
+        turn_ ^= 1;
+        const int warps = static_cast<int>(blockDim.x) / lx::kWarpSize;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            v[i] = WarpTeam(nullptr).reduce(v[i], add);
+            if (lx::lane_id() == 0) mine[i * kMixWarps + lx::warp_id()] = v[i];
+        }
+        lx::syncthreads();
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            v[i] = mine[i * kMixWarps];
+            for (int w = 1; w < warps; ++w) v[i] += mine[i * kMixWarps + w];
+        }
+    }
+    LX_DEVICE float add_up(float v) {
+        float one[1] = {v};
+        add_up(one);
+        return one[0];
+    }
+
+  private:
+    float* scratch_;
+    int turn_ = 0;
+};
+
+// The elements of a row that this thread holds: pieces `rank`, `rank + threads`. Beyond the row it
+// reads the last piece, and what it reads there counts as zero.
+template <class T>
+struct Columns {
+    int width;
+
+    LX_DEVICE int at(int i) const {
+        return (lx::thread_rank() + i * static_cast<int>(blockDim.x)) * kPiece<T>;
+    }
+    LX_DEVICE bool has(int i) const { return at(i) < width; }
+    LX_DEVICE int reading(int i) const { return lx::min(at(i), width - kPiece<T>); }
+};
+
+// A row's pieces as they lie in memory.
+template <class T>
+struct Pieces {
+    uint4 words[kHeld];
+
+    LX_DEVICE void load(const T* row, const Columns<T>& columns) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+            words[i] = lx::load_global(reinterpret_cast<const uint4*>(row + columns.reading(i)));
+    }
+    LX_DEVICE void unpack(int i, const Columns<T>& columns, float (&v)[kPiece<T>]) const {
+        unpack_piece<T>(words[i], v);
+#pragma unroll
+        for (int j = 0; j < kPiece<T>; ++j) v[j] = columns.has(i) ? v[j] : 0.0f;
+    }
+};
+
+// Factors of the same columns: G is T, or float beside 16-bit values.
+template <class T, class G>
+struct Scales {
+    static constexpr int kWords = kPiece<T> / kPiece<G>;
+    uint4 words[kHeld][kWords];
+
+    LX_DEVICE void load(const void* vector, const Columns<T>& columns) {
+        const G* const from = static_cast<const G*>(vector);
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+#pragma unroll
+            for (int w = 0; w < kWords; ++w)
+                words[i][w] = lx::load_global(
+                    reinterpret_cast<const uint4*>(from + columns.reading(i) + w * kPiece<G>));
+    }
+    LX_DEVICE void unpack(int i, float (&v)[kPiece<T>]) const {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            float part[kPiece<G>];
+            unpack_piece<G>(words[i][w], part);
+#pragma unroll
+            for (int j = 0; j < kPiece<G>; ++j) v[w * kPiece<G> + j] = part[j];
+        }
+    }
+};
+
+template <class T>
+LX_DEVICE const T* hidden_row(const DepthMixArgs& args, int e, int64_t row) {
+    return static_cast<const T*>(args.hidden[e]) + row * args.hidden_stride[e];
+}
+template <class T>
+LX_DEVICE const T* dmixed_row(const DepthMixArgs& args, int64_t row) {
+    return static_cast<const T*>(args.dmixed) + row * args.width;
+}
+// Numbers (N, k).
+LX_DEVICE float& number_of(const DepthMixArgs& args, const void* numbers, int64_t row, int e) {
+    return static_cast<float*>(const_cast<void*>(numbers))[row * args.depths + e];
+}
+LX_DEVICE float mean_of(const DepthMixArgs& args, int64_t row, int e) {
+    return args.layer ? number_of(args, args.mean, row, e) : 0.0f;
+}
+LX_DEVICE const float* router_row(const DepthMixArgs& args, int e) {
+    return static_cast<const float*>(args.router) + e * args.width;
+}
+// Its numbers for the piece of T from `column` on.
+template <class T>
+LX_DEVICE void load_router(const DepthMixArgs& args, int e, int column, float (&v)[kPiece<T>]) {
+    const auto* const from = reinterpret_cast<const uint4*>(router_row(args, e) + column);
+#pragma unroll
+    for (int w = 0; w < kPiece<T> / 4; ++w) {
+        const uint4 words = lx::load_global(from + w);
+        v[4 * w] = lx::bit_cast<float>(words.x);
+        v[4 * w + 1] = lx::bit_cast<float>(words.y);
+        v[4 * w + 2] = lx::bit_cast<float>(words.z);
+        v[4 * w + 3] = lx::bit_cast<float>(words.w);
+    }
+}
+
+// Calls f(T, G) for the types of values, and of gammas and betas.
+template <class F>
+LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
+    return with_dtype(args.dtype, [&]<class T>() {
+        if (args.wide_scales) return f.template operator()<T, float>();
+        return f.template operator()<T, T>();
+    });
+}
+
+// Whether a block holds its row in registers: rows of whole pieces, not too many.
+inline bool row_is_held(const DepthMixArgs& args) {
+    const int64_t size = element_size(args.dtype), piece = 16 / size;
+    bool held = args.width % piece == 0 && args.width <= kMixThreads * kHeld * piece &&
+                aligned_16(args.mixed, {}, 1) && aligned_16(args.dmixed, {}, 1) &&
+                aligned_16(args.router, {}, 1);
+    for (int e = 0; e < args.depths; ++e)
+        held = held && aligned_16(args.hidden[e], {args.hidden_stride[e]}, size) &&
+               aligned_16(args.gamma[e], {}, 1) && aligned_16(args.beta[e], {}, 1) &&
+               aligned_16(args.dhidden[e], {}, 1);
+    return held;
+}
+// Threads of a block that holds its row.
+inline unsigned mix_threads(const DepthMixArgs& args) {
+    const int64_t held = kHeld * 16 / element_size(args.dtype);
+    return static_cast<unsigned>(ceil_div(ceil_div(args.width, held), lx::kWarpSize) *
+                                 lx::kWarpSize);
+}
+
+// What all of them read.
+inline void declare_mix(const DepthMixArgs& args) {
+    const int64_t size = element_size(args.dtype);
+    [[maybe_unused]] const int64_t scale = args.wide_scales ? 4 : size;
+    for (int e = 0; e < args.depths; ++e) {
+        declare_batch(args.hidden[e], args.rows, args.width * size, args.hidden_stride[e] * size,
+                      lx::Access::kRead);
+        LX_BUF(args.gamma[e], args.width * scale, lx::Access::kRead);
+        if (args.beta[e]) LX_BUF(args.beta[e], args.width * scale, lx::Access::kRead);
+    }
+    if (args.router) LX_BUF(args.router, args.depths * args.width * 4, lx::Access::kRead);
+}
+inline void declare_numbers(const DepthMixArgs& args, const void* numbers, lx::Access access) {
+    if (numbers) LX_BUF(numbers, args.rows * args.depths * 4, access);
+}
+
+}  // namespace lora_ext

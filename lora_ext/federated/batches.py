@@ -1,0 +1,98 @@
+"""The batches of several clients put together for one forward, and its output taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_ext.ops._checks import require
+
+_MASK, _IDS = "attention_mask", "input_ids"
+
+
+class Segment(NamedTuple):
+    """Where one client's rows are in the batch."""
+
+    start: int
+    rows: int
+    length: int | None  # of its sequences, where others' are longer
+
+
+def rows_in(batch: Any, where: str) -> int:
+    """How many rows a client's batch has."""
+    first = next(iter(_inputs(batch, where).values()))
+    return first.shape[0]
+
+
+def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tensor, list[Segment]]:
+    """One batch out of those of several clients, their rows one after another.
+
+    Sequences of a mapping may differ in length between clients: shorter ones are padded on the
+    right with zeros, under an ``attention_mask`` that hides them.
+
+    Returns:
+        what the model is called with, as keywords or as x; and each client's segment.
+
+    Raises:
+        ValueError: batches of other kinds, names or shapes.
+    """
+    kinds = {isinstance(batch, Mapping) for batch in batches}
+    require(len(kinds) == 1, where, "batches", "mappings, or none of them", "both")
+    inputs = [_inputs(batch, where) for batch in batches]
+    names = [*inputs[0]]
+    rows: list[int] = []
+    for each in inputs:
+        require([*each] == names, where, "batches", f"tensors {names}", [*each])
+        counts = {t.shape[0] for t in each.values()}
+        require(len(counts) == 1, where, "batches", "as many rows in each tensor", counts)
+        rows.append(counts.pop())
+    lengths = [each[_IDS].shape[1] for each in inputs] if _IDS in names else [None] * len(inputs)
+    padded = len(set(lengths)) > 1
+    if padded and _MASK not in names:
+        for each in inputs:
+            each[_MASK] = torch.ones_like(each[_IDS])
+    whole: dict[str, Tensor] = {}
+    for name in inputs[0]:
+        parts = [each[name] for each in inputs]
+        if padded:
+            longest = max(length for length in lengths if length is not None)
+            parts = [_padded(t, length, longest) for t, length in zip(parts, lengths, strict=True)]
+        shapes = {(tuple(t.shape[1:]), t.dtype, t.device) for t in parts}
+        require(len(shapes) == 1, where, f"batches: {name}", "rows of one shape and dtype", shapes)
+        whole[name] = torch.cat(parts)
+    segments: list[Segment] = []
+    for count, length in zip(rows, lengths, strict=True):
+        start = segments[-1].start + segments[-1].rows if segments else 0
+        segments.append(Segment(start, count, length if padded else None))
+    return (whole if kinds.pop() else whole["x"]), segments
+
+
+def own_output(output: Any, segment: Segment, where: str) -> Tensor:
+    """One client's rows of the model's output, cut to the length of its sequences."""
+    logits = getattr(output, "logits", output)
+    require(isinstance(logits, Tensor), where, "model", "a tensor or logits", type(output).__name__)
+    own = logits[segment.start : segment.start + segment.rows]
+    return own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
+
+
+def _inputs(batch: Any, where: str) -> dict[str, Tensor]:
+    """What the model gets, by name; ``x`` where it has none."""
+    if isinstance(batch, Mapping):
+        found = {name: value for name, value in batch.items() if name != "labels"}
+    else:
+        found = {"x": batch[0] if isinstance(batch, tuple | list) else batch}
+    for name, value in found.items():
+        rows = isinstance(value, Tensor) and value.dim() > 0
+        require(rows, where, f"batches: {name}", "a tensor of rows", type(value).__name__)
+    require(bool(found), where, "batches", "at least one tensor", "none")
+    return found
+
+
+def _padded(t: Tensor, length: int | None, longest: int) -> Tensor:
+    if length is None or t.dim() < 2 or t.shape[1] != length:
+        return t
+    return F.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - length])

@@ -1,0 +1,40 @@
+"""Mixture-of-depths ensembles: the last layers of a language model predict together.
+
+Source: "Tuning Language Models by Mixture-of-Depths Ensemble" (arXiv 2410.13077); not the
+mixture of depths that lets tokens skip layers (arXiv 2404.02258).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lora_ext.nn import DepthMixer
+
+from .config import InexactMixError, ModConfig
+from .files import load, load_state_dict, save, state_dict
+from .model import apply, remove
+from .report import trainable_report
+
+if TYPE_CHECKING:
+    from .output import ModOutput
+
+__all__ = [
+    "DepthMixer",
+    "InexactMixError",
+    "ModConfig",
+    "ModOutput",
+    "apply",
+    "load",
+    "load_state_dict",
+    "remove",
+    "save",
+    "state_dict",
+    "trainable_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """``ModOutput`` is a class of transformers, which is imported when it is asked for."""
+    if name == "ModOutput":
+        from .output import ModOutput
+
+        return ModOutput
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

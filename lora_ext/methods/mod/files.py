@@ -1,0 +1,138 @@
+"""What MoD has learned: as a state dict, and in a folder.
+
+A folder has ``mod_config.json`` and ``mod.safetensors``. It is not trusted: names, shapes and
+dtypes are compared with what the configuration asks for before memory is taken for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._files import SafetensorsFile, open_regular, parse_json, write_files
+
+from .config import ModConfig
+from .model import NAME, applied, apply, remove
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CONFIG, TENSORS = "mod_config.json", "mod.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_VERSION = 1
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that MoD has in a model, by name; they share its memory.
+
+    Returns:
+        ``mod.norms.<e>.*`` of the late layers, ``mod.router`` and ``mod.bias``; and
+        ``mod.final_norm.*``, where the model's own final norm is trained.
+
+    Raises:
+        RuntimeError: a model without MoD.
+    """
+    return {name: p.detach() for name, p in mod_parameters(model, "state_dict").items()}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put values of :func:`state_dict` into a model with MoD of the same configuration.
+
+    Raises:
+        RuntimeError: a model without MoD. ValueError: a key that is missing or too many, or a
+            tensor of another shape, naming the key; the model is as it was then.
+    """
+    own = mod_parameters(model, "load_state_dict")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _compare("load_state_dict: state", own, shapes)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write what MoD has learned, and its configuration, into a folder, for :func:`load`.
+
+    Raises:
+        RuntimeError: a model without MoD. OSError: what the system says; then nothing has changed.
+    """
+    from safetensors.torch import save as as_bytes  # not with lora_ext: only this needs it
+
+    _, ensemble = applied(model, "save")
+    data = {"version": _VERSION, "config": dataclasses.asdict(ensemble.config)}
+    tensors = {name: t.cpu().contiguous() for name, t in state_dict(model).items()}
+    files = {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()}
+    write_files(folder, files)
+
+
+def load(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """Apply MoD to a model as :func:`save` found it on another of the same shape.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, NotImplementedError: what :func:`apply` raises; and
+            ValueError for anything in the folder that is not such a mixture, naming file and key.
+            The model is as it was then.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    file = SafetensorsFile(folder / TENSORS)
+    try:
+        apply(model, config)
+        try:
+            own = mod_parameters(model, "load")
+            _compare(file.where, own, {name: info.shape for name, info in file.infos.items()})
+            load_state_dict(model, {name: file.read(name) for name in own})
+        except BaseException:
+            remove(model)
+            raise
+    finally:
+        file.close()
+    return model
+
+
+def mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
+    """The parameters of :func:`state_dict` themselves. ``where`` opens what an error says."""
+    _, ensemble = applied(model, where)
+    mixer, config = ensemble.mixer, ensemble.config
+    found = {f"{NAME}.{name}": p for name, p in mixer.named_parameters()}
+    if config.share_final_norm and config.train_final_norm:
+        own = mixer.final_norm.named_parameters()
+        found |= {f"{NAME}.final_norm.{name}": p for name, p in own}
+    return found
+
+
+def _compare(where: str, own: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(own.keys() | found.keys()):
+        wanted = tuple(own[name].shape) if name in own else "no such key"
+        if wanted != found.get(name):
+            raise ValueError(
+                f"{where}: {name:.200}: expected {wanted}, found {found.get(name, 'none')}"
+            )
+
+
+def _read_config(path: Path) -> ModConfig:
+    with open_regular(path) as file:
+        raw = file.read(_MAX_CONFIG_BYTES + 1)
+    if len(raw) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found more")
+    data: Any = parse_json(raw, str(path))
+    if not isinstance(data, dict) or data.keys() != {"version", "config"}:
+        raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
+    if data["version"] != _VERSION:
+        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
+    config, known = data["config"], {field.name for field in dataclasses.fields(ModConfig)}
+    if not isinstance(config, dict) or not config.keys() <= known:
+        raise ValueError(f"{path}: config: expected some of {sorted(known)}, found {config!r:.200}")
+    try:
+        return ModConfig(**config)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: {error!s:.300}") from None

@@ -1,0 +1,162 @@
+"""The output layer of a model: what makes logits of a normed hidden state, and mixes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext.nn.chunks import recomputed
+
+#: What models call the number that their logits are multiplied by or divided by.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+@dataclass(frozen=True)
+class Head:
+    """``z = c tanh(s (W n + b) / c)``, or ``s (W n + b)`` without a cap.
+
+    Attributes:
+        softcap: c, or None.
+        scale: s, for the models that scale their logits (Cohere, Granite).
+    """
+
+    softcap: float | None
+    scale: float = 1.0
+
+    def parameters(self, lm: Any) -> tuple[Tensor, Tensor | None]:
+        """W ``(V, d)`` and b ``(V,)`` or None, as the model has them now, with their graph.
+
+        Of a head that is no plain linear layer, one with adapters say, W is what the head makes of
+        the unit vectors.
+        """
+        layer: Any = lm.get_output_embeddings()
+        if type(layer) is nn.Linear:
+            weight, bias = layer.weight, layer.bias
+        else:
+            width, like = _width(layer), next(layer.parameters())
+            units = torch.eye(width, dtype=like.dtype, device=like.device)
+            columns = layer(torch.cat([units, units.new_zeros(1, width)]))  # (d + 1, V)
+            weight, bias = (columns[:-1] - columns[-1:]).T, columns[-1]
+        if self.scale == 1:
+            return weight, bias
+        return self.scale * weight, None if bias is None else self.scale * bias
+
+    def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Z ``(..., V)``, or a chunk of it, of the rows of W that are given."""
+        z = F.linear(normed, weight, bias)
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class Layers(NamedTuple):
+    """The head's parameters, and each layer's normed hidden states ``(..., d)``, the last layer's
+    last, in the dtype of W."""
+
+    head: Head
+    weight: Tensor
+    bias: Tensor | None
+    normed: Sequence[Tensor]
+
+    def flat(self) -> Layers:
+        """All positions in one dimension, ``(N, d)``."""
+        return self._replace(normed=[n.flatten(0, -2) for n in self.normed])
+
+    def late(self) -> Layers:
+        """Without the last layer."""
+        return self._replace(normed=self.normed[:-1])
+
+
+def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: bool) -> Tensor:
+    """The mix of the layers' own logits, or the logarithm of that of their probabilities.
+
+    ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, a chunk of the vocabulary at a time: only
+    one tensor of ``(..., V)`` stands in memory. The backward computes each chunk again.
+
+    Args:
+        layers: k of them. weights: ``(..., k)``. chunk: columns. probabilities: mix these.
+
+    Returns:
+        ``(..., V)`` in the dtype of the head.
+    """
+    head, weight, bias, normed = layers
+    chunks = [
+        (weight[start : start + chunk], None if bias is None else bias[start : start + chunk])
+        for start in range(0, len(weight), chunk)
+    ]
+
+    def mix(columns: Tensor, bias: Tensor | None, w: Tensor, *hiddens: Tensor) -> Tensor:
+        parts = [w[..., e, None] * head.logits(n, columns, bias) for e, n in enumerate(hiddens)]
+        return torch.stack(parts).sum(0).to(columns.dtype)
+
+    def normaliser(columns: Tensor, bias: Tensor | None, *hiddens: Tensor) -> Tensor:
+        logits = (head.logits(n, columns, bias).to(weights.dtype) for n in hiddens)
+        return torch.stack([z.logsumexp(-1) for z in logits], -1)
+
+    def log_mix(columns: Tensor, bias: Tensor | None, shift: Tensor, *hiddens: Tensor) -> Tensor:
+        logits = (head.logits(n, columns, bias).to(weights.dtype) for n in hiddens)
+        parts = [shift[..., e, None] + z for e, z in enumerate(logits)]
+        return torch.stack(parts).logsumexp(0).to(columns.dtype)
+
+    if not probabilities:
+        return torch.cat([recomputed(mix, *c, weights, *normed) for c in chunks], -1)
+    lse = torch.stack([recomputed(normaliser, *c, *normed) for c in chunks]).logsumexp(0)
+    least = torch.finfo(weights.dtype).tiny
+    log_w = weights.clamp(min=least).log().where(weights > 0, -torch.inf)
+    shift = log_w - lse  # (..., k)
+    return torch.cat([recomputed(log_mix, *c, shift, *normed) for c in chunks], -1)
+
+
+def measured_head(lm: Any, softcap: float | None, normed: Tensor, logits: Tensor) -> Head:
+    """The head of a model whose logits of one position are known.
+
+    Args:
+        lm: the causal LM. softcap: what its configuration says.
+        normed: ``(d,)``, what entered the head. logits: ``(V,)``, what came out.
+
+    Raises:
+        NotImplementedError: the logits are no such function of ``W n + b``.
+    """
+    plain = Head(None)
+    with torch.no_grad():
+        weight, bias = plain.parameters(lm)
+        z = plain.logits(normed.to(weight.dtype), weight, bias).float()
+        wanted = logits.float()
+        # Half precision, or autocast in the head alone, is the coarsest that is to be told apart.
+        bound = 0.02 * wanted.abs().max() + 1e-5
+        for scale in _scales(lm):
+            found = z * scale
+            if softcap is not None:
+                found = softcap * torch.tanh(found / softcap)
+            if bool(((found - wanted).abs() <= bound).all()):
+                return Head(softcap, scale)
+    raise NotImplementedError(
+        f"mod: model: expected logits that are the head's product with the hidden state, scaled or "
+        f"soft-capped, found others in {type(lm).__name__}"
+    )
+
+
+def softcap_of(lm: Any) -> float | None:
+    """The bound of the model's logits, or None."""
+    for holder in (lm, lm.config.get_text_config(decoder=True), lm.config):
+        found = getattr(holder, "final_logit_softcapping", None)
+        if found is not None:
+            return float(found)
+    return None
+
+
+def _scales(lm: Any) -> Iterator[float]:
+    yield 1.0
+    holders = (lm, lm.config.get_text_config(decoder=True), lm.config)
+    for value in (getattr(holder, name, None) for holder in holders for name in _SCALES):
+        if isinstance(value, int | float) and value:
+            yield from (float(value), 1 / value)
+
+
+def _width(layer: Any) -> int:
+    base = getattr(layer, "get_base_layer", lambda: layer)()
+    base = getattr(base, "original_module", base)
+    return base.weight.shape[1]

@@ -1,0 +1,68 @@
+"""What a model with MoD returns: all that it returned before, and the terms of the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from torch import Tensor
+
+try:
+    from transformers.utils.generic import ModelOutput
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "ModOutput: transformers is not installed; run `pip install transformers`"
+    ) from error
+
+
+@dataclasses.dataclass
+class ModOutput(ModelOutput):
+    """The model's own output, of the mixture, and what MoD adds.
+
+    What a model returns is of a class that comes from this one and from the model's own output
+    class, and has all fields of both, the model's own first.
+
+    Attributes:
+        loss: ``ce_loss + distill_weight * distill_loss + layer_ce * layer_ce_loss``.
+        logits: ``(B, T, V)``, of the mixture; log-probabilities where these are mixed.
+        ce_loss: what the model's own loss function makes of them; 0 where all labels are ignored.
+        distill_loss: divergence of the late layers from the last; None where its weight is 0.
+        layer_ce_loss: mean cross entropy of the late layers; None where its weight is 0.
+        routing_weights: ``(B, T, k)``, float32 (float64 for float64).
+        layer_losses: ``(k,)``, cross entropy of each layer by itself, in evaluation with labels.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    ce_loss: Tensor | None = None
+    distill_loss: Tensor | None = None
+    layer_ce_loss: Tensor | None = None
+    routing_weights: Tensor | None = None
+    layer_losses: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _remade, (getattr(type(self), "own_class", None), values)
+
+
+#: Fields that no model has.
+ADDED = tuple(f.name for f in dataclasses.fields(ModOutput) if f.name not in ("loss", "logits"))
+
+
+@functools.cache
+def output_class(own: type) -> type[ModOutput]:
+    """A :class:`ModOutput` with the fields of a model's own output class."""
+    name = ModOutput.__name__
+    made = type(name, (ModOutput, own), {"own_class": own, "__module__": __name__})
+    return dataclasses.dataclass(made)
+
+
+def mod_output(own: Any, **values: Any) -> ModOutput:
+    """The output of a model, with these values in the place of its own or beside them."""
+    kept = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+    return output_class(type(own))(**(kept | values))
+
+
+def _remade(own: type | None, values: dict[str, Any]) -> ModOutput:
+    return (ModOutput if own is None else output_class(own))(**values)

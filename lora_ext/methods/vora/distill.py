@@ -1,0 +1,155 @@
+"""Block-wise distillation: each block of the language model learns what the teacher's block sees.
+
+With ``h_i`` the outputs of block i on the vision tokens and ``u_i`` those of the teacher's block:
+
+    head_i = RMSNorm(d) -> linear to d_v, no bias
+    l_i = mean over the vision tokens of the batch (1 - cos(head_i(h_i), u_i))
+    loss = mean over the blocks of l_i
+
+Source: arXiv 2503.20680; heads and the mean over tokens as in the repository Hon-Wong/VoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .embed import RMSNorm, resample_grid
+
+Grid = tuple[int, int]
+
+
+class DistillHeads(nn.ModuleList):
+    """For each block a norm and a projection to the teacher's width; thrown away after training.
+
+    Args:
+        n_blocks: heads. hidden_size: d. teacher_width: d_v. eps: of the norms.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, n_blocks: int, hidden_size: int, teacher_width: int, eps: float = 1e-5):
+        sizes = {"n_blocks": n_blocks, "hidden_size": hidden_size, "teacher_width": teacher_width}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"DistillHeads: {name}: expected at least 1, found {size}")
+        super().__init__(
+            nn.Sequential(
+                RMSNorm(hidden_size, eps), nn.Linear(hidden_size, teacher_width, bias=False)
+            )
+            for _ in range(n_blocks)
+        )
+
+    def forward(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
+        """``n_blocks`` tensors ``(M, d)`` to as many ``(M, d_v)``.
+
+        Raises:
+            ValueError: another number of tensors.
+        """
+        _check_count("DistillHeads", "hiddens", hiddens, len(self))
+        return [head(hidden) for head, hidden in zip(self, hiddens, strict=True)]
+
+
+def block_distill_loss(
+    heads: DistillHeads | None,
+    hiddens: Sequence[Tensor],
+    teachers: Sequence[Tensor] | None,
+    student_grids: Sequence[Grid] | None = None,
+    teacher_grids: Sequence[Grid] | None = None,
+) -> Tensor:
+    """``1 - cos`` of the projected hiddens and the teacher's states, over all tokens and blocks.
+
+    Args:
+        heads: None where the hiddens have the teacher's width already.
+        hiddens: for each block ``(M, d)``, its outputs on the M vision tokens of the batch, in the
+            order of samples and images.
+        teachers: for each block the teacher's ``(M', d_v)``, without a class token; they get no
+            gradient. None for a batch without images.
+        student_grids, teacher_grids: ``(h, w)`` of each image. Where an image's differ, the
+            teacher's states are interpolated as an image to the student's grid. Without them M' is
+            M.
+
+    Returns:
+        A scalar in float32 (float64 stays). Without images it is 0, and every head and every hidden
+        gets a gradient of zeros, as data parallel training wants it.
+
+    Raises:
+        ValueError: another number of blocks in the teacher, of tokens, of channels or of grids.
+    """
+    blocks = max(1, len(hiddens)) if heads is None else len(heads)
+    _check_count("block_distill_loss", "hiddens", hiddens, blocks)
+    tokens = [len(hidden) for hidden in hiddens]
+    if len(set(tokens)) != 1:
+        raise ValueError(
+            f"block_distill_loss: hiddens: expected as many tokens in every block, found {tokens}"
+        )
+    predictions = list(hiddens) if heads is None else heads(hiddens)
+    predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
+    if teachers is None and tokens[0] == 0:
+        teachers = predictions
+    _check_count("block_distill_loss", "teachers", teachers or (), blocks)
+    pairs = [
+        (p, _aligned(u, p, student_grids, teacher_grids))
+        for p, u in zip(predictions, teachers or (), strict=True)
+    ]
+    if tokens[0] == 0:  # a mean over nothing is not a number
+        return torch.stack([p.sum() for p in predictions]).sum()
+    cosines = [F.cosine_similarity(p, u, dim=-1, eps=1e-8) for p, u in pairs]  # (M,) each
+    return (1 - torch.stack(cosines)).mean()
+
+
+def _aligned(
+    teacher: Tensor,
+    prediction: Tensor,
+    student_grids: Sequence[Grid] | None,
+    teacher_grids: Sequence[Grid] | None,
+) -> Tensor:
+    """States of one block of the teacher, one for each token of the student."""
+    if teacher.dim() != 2 or teacher.shape[1] != prediction.shape[1]:
+        raise ValueError(
+            f"block_distill_loss: teachers: expected shape (M, {prediction.shape[1]}), found "
+            f"{tuple(teacher.shape)}"
+        )
+    teacher = teacher.detach().to(prediction)
+    if student_grids is None or teacher_grids is None:
+        if len(teacher) != len(prediction):
+            raise ValueError(
+                f"block_distill_loss: teachers: expected the student's {len(prediction)} tokens "
+                f"where student_grids and teacher_grids are not both given, found {len(teacher)}"
+            )
+        return teacher
+    if len(student_grids) != len(teacher_grids):
+        raise ValueError(
+            "block_distill_loss: teacher_grids: expected one for each of the student's "
+            f"{len(student_grids)} images, found {len(teacher_grids)}"
+        )
+    for name, grids, states in (
+        ("student_grids", student_grids, prediction),
+        ("teacher_grids", teacher_grids, teacher),
+    ):
+        if sum(h * w for h, w in grids) != len(states):
+            raise ValueError(
+                f"block_distill_loss: {name}: expected grids of {len(states)} tokens in all, found "
+                f"{list(grids)}"
+            )
+    if student_grids == teacher_grids:
+        return teacher
+    images = teacher.split([h * w for h, w in teacher_grids])
+    resampled = [
+        resample_grid(image, (rows, columns), (to_rows, to_columns))
+        for image, (rows, columns), (to_rows, to_columns) in zip(
+            images, teacher_grids, student_grids, strict=True
+        )
+    ]
+    return torch.cat([prediction.new_empty(0, prediction.shape[1]), *resampled])
+
+
+def _check_count(where: str, name: str, tensors: Sequence[Tensor], blocks: int) -> None:
+    if len(tensors) != blocks:
+        raise ValueError(
+            f"{where}: {name}: expected one for each of {blocks} blocks, found {len(tensors)}"
+        )

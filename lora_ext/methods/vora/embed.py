@@ -1,0 +1,194 @@
+"""The vision embedding: an image becomes one token for each of its patches.
+
+With ``C`` the width of the embedding, ``p`` the side of a patch and ``N = (H / p) (W / p)``:
+
+    patches (N, 3 p p), row by row -> linear to C -> RMSNorm -> + position -> linear to d, no bias
+
+Source: arXiv 2503.20680; parameter names and the position rule "released" after the repository
+Hon-Wong/VoRA, whose embedding is that of AIMv2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PosMode = Literal["interp", "released"]
+POS_MODES: tuple[PosMode, ...] = ("interp", "released")
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / rms(x)``: the quotient in float32 (float64 stays), rounded to the dtype of
+    ``x``, then multiplied by the weight.
+
+    Args:
+        width: of the last dimension. eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., width)`` to the same shape."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x.dtype) * self.weight
+
+    def extra_repr(self) -> str:
+        """Width and eps."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class VisionPatchEmbed(nn.Module):
+    """Images to tokens, of any size whose sides are multiples of a patch.
+
+    Images of different sizes go through as one matrix of patches, without padding.
+
+    Args:
+        hidden_size: d, the width of the language model.
+        embed_dim: C, the width of the embedding.
+        patch: p, the side of a patch.
+        image_size: the side of the square image that the table of positions is made for.
+        pos_mode: positions of another grid than that square's. "interp": the table, interpolated
+            (bilinear, ``align_corners=False``). "released": its first N rows, or the interpolation
+            where it has fewer; these are wrong rows for a grid of another width, but those that the
+            released checkpoints were trained with.
+        eps: of the norm.
+
+    Attributes:
+        patchifier: ``proj``, the convolution whose weight ``(C, 3, p, p)`` multiplies the patches;
+            ``norm``.
+        pos_embed: ``(1, (image_size / p) ** 2, C)``, zero at first.
+        out_proj: the linear layer to d.
+
+    Raises:
+        ValueError: a size below 1, an image size that is no multiple of the patch, another
+            ``pos_mode``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        embed_dim: int = 1536,
+        patch: int = 14,
+        image_size: int = 448,
+        pos_mode: PosMode = "interp",
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "embed_dim": embed_dim, "patch": patch}
+        for name, size in (*sizes.items(), ("image_size", image_size)):
+            if size < 1:
+                raise ValueError(f"VisionPatchEmbed: {name}: expected at least 1, found {size}")
+        if image_size % patch:
+            raise ValueError(
+                f"VisionPatchEmbed: image_size: expected a multiple of the patch {patch}, found "
+                f"{image_size}"
+            )
+        if pos_mode not in POS_MODES:
+            raise ValueError(
+                f"VisionPatchEmbed: pos_mode: expected one of {POS_MODES}, found {pos_mode!r}"
+            )
+        self.patch, self.side, self.pos_mode = patch, image_size // patch, pos_mode
+        self.patchifier = nn.ModuleDict(
+            {"proj": nn.Conv2d(3, embed_dim, patch, patch), "norm": RMSNorm(embed_dim, eps)}
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.side**2, embed_dim))
+        self.out_proj = nn.Linear(embed_dim, hidden_size, bias=False)
+
+    @overload
+    def forward(self, images: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, images: Sequence[Tensor]) -> list[Tensor]: ...
+    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Tokens of the images, patches row by row.
+
+        Args:
+            images: ``(B, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes; floating.
+
+        Returns:
+            ``(B, N, d)``, or a list of ``(N_i, d)``; the dtype of the parameters.
+
+        Raises:
+            ValueError: another shape, sides that are no multiples of the patch. TypeError: images
+                of integers, which are not normalised.
+        """
+        expected = 4 if isinstance(images, Tensor) else 3
+        for given in [images] if isinstance(images, Tensor) else images:
+            if given.dim() != expected:
+                raise ValueError(
+                    "VisionPatchEmbed: images: expected shape (B, 3, H, W), or a list of "
+                    f"(3, H, W), found {tuple(given.shape)}"
+                )
+        parts = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        grids = [self.grid(part) for part in parts]
+        if not parts:
+            return []
+        patches = [self._patches(p, *grid) for p, grid in zip(parts, grids, strict=True)]
+        table = {grid: self.positions(*grid) for grid in dict.fromkeys(grids)}
+        positions = [table[grid].repeat(len(p), 1) for p, grid in zip(parts, grids, strict=True)]
+        proj, norm = self.patchifier["proj"], self.patchifier["norm"]
+        assert isinstance(proj, nn.Conv2d)
+        tokens = norm(F.linear(torch.cat(patches), proj.weight.flatten(1), proj.bias))
+        tokens = self.out_proj(tokens + torch.cat(positions))  # (sum of N, d)
+        if isinstance(images, Tensor):
+            rows, columns = grids[0]
+            return tokens.view(len(images), rows * columns, tokens.shape[-1])
+        return list(tokens.split([rows * columns for rows, columns in grids]))
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""
+        if image.dim() < 3 or image.shape[-3] != 3:
+            raise ValueError(
+                "VisionPatchEmbed: images: expected three channels, (3, H, W), found "
+                f"{tuple(image.shape)}"
+            )
+        if not image.is_floating_point():
+            raise TypeError(
+                f"VisionPatchEmbed: images: expected floating numbers, found {image.dtype}"
+            )
+        height, width = image.shape[-2:]
+        if height % self.patch or width % self.patch or not height * width:
+            raise ValueError(
+                f"VisionPatchEmbed: images: expected sides that are multiples of the patch "
+                f"{self.patch}, found {height} x {width}"
+            )
+        return height // self.patch, width // self.patch
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """Positions of a grid: ``(rows * columns, C)``."""
+        table, count = self.pos_embed[0], rows * columns
+        if (rows, columns) == (self.side, self.side):
+            return table
+        if self.pos_mode == "released" and count <= len(table):
+            return table[:count]
+        return resample_grid(table, (self.side, self.side), (rows, columns))
+
+    def _patches(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B * rows * columns, 3 p p)``."""
+        cut = images.reshape(len(images), 3, rows, self.patch, columns, self.patch)
+        cut = cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * self.patch**2)
+        return cut.to(self.pos_embed.dtype)
+
+
+def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Tokens of one grid, interpolated as an image to another; bilinear, ``align_corners=False``.
+
+    Args:
+        tokens: ``(h * w, C)``, row by row. grid: ``(h, w)``. target: ``(h', w')``.
+
+    Returns:
+        ``(h' * w', C)``, the dtype of ``tokens``; ``tokens`` themselves where the grids are equal.
+    """
+    if grid == target:
+        return tokens
+    image = tokens.T.reshape(1, -1, *grid)
+    image = image.to(torch.promote_types(tokens.dtype, torch.float32))
+    resampled = F.interpolate(image, size=target, mode="bilinear", align_corners=False)
+    return resampled[0].flatten(1).T.to(tokens.dtype)

@@ -1,0 +1,327 @@
+"""What is trained, as tensors under names: our own, the authors', PEFT's."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.adapter import Factors, LoraAdapter
+from lora_ext.adapter.config import AdapterConfig, alpha_of
+from lora_ext.adapter.peft_keys import base_name, parse_key
+from lora_ext.nn import UnmergeableRouteError, VoraLinear, block_index
+
+from .config import VoraConfig
+from .layers import KEY, Applied, applied, apply, language_model, remove
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Names in the authors' checkpoints, and ours.
+_RELEASED = (
+    (re.compile(r"^llm\."), ""),
+    (re.compile(r"^vision_embedding\."), "vision."),
+    (re.compile(r"^aux_vision\.aux_layer_(\d+)\."), r"heads.\1."),
+)
+_TEACHER = "aux_vision.aux_model."  # which they save as well, though it is frozen
+
+
+class Loaded(NamedTuple):
+    """Keys that ``strict=False`` let pass."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained: the factors, and of a :class:`VoraForCausalLM` the embedding and the heads.
+
+    Args:
+        model: what was given to :func:`apply`, or the :class:`VoraForCausalLM` around it.
+
+    Returns:
+        ``<module>.lora_A.weight``, ``<module>.lora_B.weight`` by the module's name in the language
+        model, ``<module>.bias`` where :func:`load_state_dict` honoured an extra one, ``vision.*``
+        and ``heads.*``. They share the memory of the model.
+
+    Raises:
+        RuntimeError: a model without VoRA's layers, or where they are merged.
+    """
+    layers = applied("state_dict", model).layers
+    found = {key: tensor.detach() for key, tensor in _expected(model, layers).items()}
+    for name, layer in layers.items():
+        if layer.extra_bias is not None:
+            found[f"{name}.bias"] = layer.extra_bias
+    return found
+
+
+def load_state_dict(
+    model: nn.Module,
+    sd: Mapping[str, Tensor],
+    strict: bool = True,
+    allow_extra_bias: bool = False,
+    load_base: bool = False,
+) -> Loaded:
+    """Read what :func:`state_dict` gave, or a checkpoint of the authors'.
+
+    Theirs has the prefix ``llm.``, the weights of the language model beside the factors, those of
+    the teacher, and biases on layers that have none in the language model.
+
+    Args:
+        model: as for :func:`state_dict`.
+        sd: the tensors; they are copied, in the dtype and to the device of the model's.
+        strict: False lets missing and unexpected keys pass, and returns them.
+        allow_extra_bias: give layers a bias whose base layer has none, where ``sd`` has one. It is
+            added to every token that the adapter serves.
+        load_base: load the weights of the language model too. They are ignored otherwise.
+
+    Returns:
+        The keys that were let pass.
+
+    Raises:
+        ValueError: a key that is missing or unexpected, an extra bias that is not allowed, a
+            tensor of another shape, naming the key. RuntimeError: as :func:`state_dict`, or layers
+            that are merged by hand. The model is then as it was.
+
+    Source: the names of the repository Hon-Wong/VoRA.
+    """
+    layers = applied("load_state_dict", model).layers
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(
+                f"vora.load_state_dict: {name}: expected an adapter apart from the base weight, "
+                f"found {layer.merged_adapters} merged into it; unmerge it first"
+            )
+    wanted, base = _expected(model, layers), _base_tensors(language_model(model))
+    copies: dict[str, tuple[Tensor, Tensor]] = {}  # from, to
+    biases: dict[str, tuple[VoraLinear, Tensor]] = {}
+    unexpected: list[str] = []
+    for key, value in sd.items():
+        name = _ours(key)
+        owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if name in wanted:
+            copies[name] = _fitting(key, value, wanted[name].shape), wanted[name]
+        elif name in base:
+            if load_base:
+                copies[name] = _fitting(key, value, base[name].shape), base[name]
+        elif key.startswith(_TEACHER):
+            continue
+        elif owner is not None and allow_extra_bias:
+            biases[name] = owner, _fitting(key, value, torch.Size([owner.out_features]))
+        elif owner is not None and strict:
+            raise ValueError(
+                f"vora.load_state_dict: {key}: expected no bias, as the layer of the language "
+                "model has none, found one; allow_extra_bias=True honours it, strict=False leaves "
+                "it out"
+            )
+        else:
+            unexpected.append(key)
+    missing = [key for key in wanted if key not in copies]
+    if strict and missing:
+        raise ValueError(
+            f"vora.load_state_dict: {missing[0]}: expected a tensor, found none"
+            f"{_and_more(missing)} (strict=False lets that pass)"
+        )
+    if strict and unexpected:
+        raise ValueError(
+            f"vora.load_state_dict: {unexpected[0]}: expected only tensors that the model has a "
+            f"place for, found this one{_and_more(unexpected)} (strict=False lets that pass)"
+        )
+    with torch.no_grad():
+        for value, place in copies.values():
+            place.copy_(value)
+        for layer, value in biases.values():
+            layer.set_extra_bias(value)
+    return Loaded(missing, unexpected)
+
+
+def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, Tensor]:
+    """The parameters that are trained, by our names."""
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        found |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
+    wrapper: Any = model
+    if language_model(model) is not model:
+        for part in ("vision", "heads"):
+            module = getattr(wrapper, part)
+            if module is not None:
+                found |= {f"{part}.{name}": p for name, p in module.named_parameters()}
+    return found
+
+
+def _base_tensors(language: nn.Module) -> dict[str, Tensor]:
+    """The language model's own, by their names before :func:`apply`."""
+    tensors = [
+        *language.named_parameters(remove_duplicate=False),
+        *language.named_buffers(remove_duplicate=False),
+    ]
+    return {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
+
+
+def _ours(key: str) -> str:
+    for pattern, replacement in _RELEASED:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def _fitting(key: str, value: Any, shape: torch.Size) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"vora.load_state_dict: {key}: expected a tensor of shape {tuple(shape)}, found {found}"
+        )
+    return value
+
+
+def _and_more(keys: list[str]) -> str:
+    return f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+# -------------------------------------------------------------------------------------------------
+# PEFT's files
+
+
+def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters as a LoRA adapter that PEFT loads onto the language model.
+
+    ``lora_alpha`` is ``rank * scale``, ``layers_to_transform`` the first ``n_blocks`` blocks. Extra
+    biases become PEFT's ``lora_bias``. Embedding and heads are not PEFT's: :func:`state_dict`.
+
+    Args:
+        model: as for :func:`state_dict`. folder: made if it is not there.
+
+    Raises:
+        UnmergeableRouteError: route "vision", which PEFT's layers do not have. RuntimeError: as
+            :func:`state_dict`. OSError: it cannot be written.
+    """
+    state = applied("to_peft", model)
+    _check_route("to_peft", state.config)
+    biased = any(layer.extra_bias is not None for layer in state.layers.values())
+    factors: dict[str, Factors] = {}
+    for name, layer in state.layers.items():
+        bias = layer.extra_bias
+        if biased:  # PEFT has one everywhere or nowhere, and scales it
+            zeros = torch.zeros(layer.out_features, dtype=layer.B.dtype, device=layer.B.device)
+            bias = zeros if bias is None else bias / layer.scale
+        factors[name] = Factors(layer.A.detach(), layer.B.detach(), layer.scale, bias)
+    config = state.config
+    where = "vora.to_peft"
+    transposed = all(layer.fan_in_fan_out for layer in state.layers.values())
+    peft = AdapterConfig(
+        where=where,
+        r=config.rank,
+        lora_alpha=alpha_of(config.scale, config.rank, rslora=False),
+        target_modules=config.target_modules,
+        layers_to_transform=tuple(range(config.n_blocks)),
+        lora_bias=biased,
+        fan_in_fan_out=transposed,
+    )
+    names = [name for name, _ in language_model(model).named_modules()]
+    if peft.targeted(names, ()) != set(factors):  # by the ends of names PEFT would find others
+        ranks = dict.fromkeys(factors, config.rank)
+        scales = dict.fromkeys(factors, config.scale)
+        peft = peft.fitted(ranks, scales, names)
+    LoraAdapter(peft, factors).save(folder)
+
+
+def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """Read a LoRA adapter of PEFT's, as :func:`to_peft` writes it, into VoRA's layers.
+
+    Args:
+        model: as for :func:`state_dict`; or a language model without such layers, which gets them
+            as the adapter has them (other fields of its configuration are defaults).
+        folder: of ``adapter_config.json`` and ``adapter_model.safetensors``; not trusted.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no such adapter; modules, ranks or scales that are not VoRA's, or not those of
+            the model, naming them. UnmergeableRouteError: a model of route "vision".
+            RuntimeError: merged already. The model is then as it was.
+    """
+    adapter = LoraAdapter.load(folder)
+    language = language_model(model)
+    state: Applied | None = language.__dict__.get(KEY)
+    new = state is None
+    if new:
+        apply(language, _config_of(adapter))
+    try:
+        state = applied("from_peft", model)
+        _check_route("from_peft", state.config)
+        _check_modules(adapter, state)
+    except BaseException:
+        if new:
+            remove(language)
+        raise
+    with torch.no_grad():
+        for name, layer in state.layers.items():
+            factors = adapter.modules[name]
+            layer.A.copy_(factors.a)
+            layer.B.copy_(factors.b)
+            bias = factors.bias
+            keeps = bias is not None and bool(bias.any())
+            layer.set_extra_bias(bias * factors.scaling if bias is not None and keeps else None)
+    return model
+
+
+def _check_route(where: str, config: VoraConfig) -> None:
+    if config.route == "vision":
+        raise UnmergeableRouteError(
+            f"vora.{where}: route: expected 'all', found 'vision': PEFT's layers serve every token"
+        )
+
+
+def _config_of(adapter: LoraAdapter) -> VoraConfig:
+    """What :func:`apply` needs to give a model the modules of an adapter."""
+    blocks = {block_index(name) for name in adapter.modules} - {None}
+    names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
+    first = next(iter(adapter.modules.values()))
+    if not blocks:
+        raise ValueError(
+            "vora.from_peft: folder: expected an adapter of modules in blocks, found "
+            f"{list(adapter.modules)[:4]}"
+        )
+    return VoraConfig(
+        n_blocks=max(i for i in blocks if i is not None) + 1,
+        rank=first.a.shape[0],
+        scale=float(first.scaling),
+        target_modules=tuple(names),
+    )
+
+
+def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
+    where = "vora.from_peft"
+    for name in adapter.modules:
+        if name not in state.layers:
+            raise ValueError(
+                f"{where}: {name}: expected modules in the first {state.config.n_blocks} blocks "
+                f"that match {state.config.target_modules}, found another"
+            )
+    for name, layer in state.layers.items():
+        if layer.merged:
+            raise RuntimeError(
+                f"{where}: {name}: expected an adapter apart from the base weight, found it merged "
+                "into it; unmerge it first"
+            )
+        factors = adapter.modules.get(name)
+        if factors is None:
+            raise ValueError(f"{where}: {name}: expected factors, found none in the folder")
+        if factors.magnitude is not None:
+            raise ValueError(f"{where}: {name}: expected plain LoRA, found the magnitude of DoRA")
+        for factor, found, expected in (
+            ("lora_A", factors.a.shape, layer.A.shape),
+            ("lora_B", factors.b.shape, layer.B.shape),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"{where}: {name}: {factor}: expected shape {tuple(expected)}, found "
+                    f"{tuple(found)}"
+                )
+        if factors.scaling != layer.scale:
+            raise ValueError(
+                f"{where}: {name}: scale: expected {layer.scale}, found {factors.scaling}"
+            )

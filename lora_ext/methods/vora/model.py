@@ -1,0 +1,318 @@
+"""``VoraForCausalLM``: a language model that reads images among its text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext.nn import IGNORE, decoder_layers, shift_labels
+from lora_ext.nn.modalities import modality
+
+from .config import VoraConfig
+from .distill import DistillHeads, Grid, block_distill_loss
+from .embed import VisionPatchEmbed
+from .layers import KEY, Applied, apply
+from .mask import build_vision_mask
+from .splice import Side, Spliced, splice_images
+from .states import block_states, prefill
+
+#: For each sample its images ``(3, H, W)``, in the order of their placeholders.
+Images = Sequence[Sequence[Tensor] | None]
+
+
+class VoraForCausalLM(nn.Module):
+    """A causal LM of transformers, a vision embedding, and heads for the distillation.
+
+    Trained are the factors of the :class:`lora_ext.nn.VoraLinear` layers, the embedding and the
+    heads; all else is frozen. It goes into transformers' Trainer as it is: a batch has
+    ``input_ids``, ``labels``, ``attention_mask`` and ``images``.
+
+    Args:
+        model: a causal LM; :func:`apply` is called where it was not. It is changed in place.
+        config: which layers see, and how.
+        teacher_width: d_v, the width of the teacher whose blocks are distilled; None for no heads.
+
+    Attributes:
+        model: the language model. vision: the :class:`VisionPatchEmbed`.
+        heads: the :class:`DistillHeads`, or None.
+        vora_config: ``config``; ``config`` itself is the language model's, as Trainer expects.
+
+    Raises:
+        ValueError: a model to which another configuration was applied; what :func:`apply` refuses.
+
+    Source: arXiv 2503.20680.
+    """
+
+    is_vora_wrapper = True
+
+    model: Any
+    heads: DistillHeads | None
+
+    def __init__(self, model: Any, config: VoraConfig, teacher_width: int | None = None):
+        super().__init__()
+        state: Applied | None = model.__dict__.get(KEY)
+        if state is None or state.merged:
+            apply(model, config)
+        elif state.config != config:
+            raise ValueError(
+                f"VoraForCausalLM: config: expected the one that was applied to the model, "
+                f"{state.config}, found {config}"
+            )
+        weight = model.get_input_embeddings().weight
+        width, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+        self.model = model
+        self.vora_config = config
+        self.vision = VisionPatchEmbed(
+            width, config.embed_dim, config.patch, config.image_size, config.pos_mode
+        )
+        self.heads = None
+        if teacher_width is not None:
+            self.heads = DistillHeads(config.n_blocks, width, teacher_width)
+            self.heads.to(weight.device, dtype)
+        self.vision.to(weight.device, dtype)
+        self.register_state_dict_post_hook(_apart)
+
+    @property
+    def config(self) -> Any:
+        """Of the language model."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Of the language model."""
+        return self.model.device
+
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Compute the language model's blocks again in the backward; arguments are its own."""
+        self.model.activation_checkpointing_enable(*args, **options)
+
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """The same under transformers' older name, with its arguments."""
+        self.model.gradient_checkpointing_enable(*args, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the blocks computed, as usual."""
+        self.model.gradient_checkpointing_disable()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Images | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        teacher_states: Sequence[Tensor] | None = None,
+        teacher_grids: Sequence[Grid] | None = None,
+    ) -> Any:
+        """Logits and losses of a batch, of which any sample may have images or none.
+
+        Args:
+            input_ids: ``(B, S)``, with the placeholder once for each image.
+            images: for each sample a list of ``(3, H, W)``, of any sizes that are multiples of the
+                patch; None or an empty list where it has none.
+            labels: ``(B, S)`` under their inputs, -100 where nothing is to be predicted.
+            attention_mask: ``(B, S)``; 0 is padding, on either side.
+            teacher_states: for each of the ``n_blocks`` blocks ``(M', d_v)``, what the teacher's
+                block computes of all images of the batch in order, without a class token.
+            teacher_grids: ``(h, w)`` of each image in the teacher; default is the student's.
+
+        Returns:
+            :class:`VoraOutput`. A batch without images has a distillation loss of 0, and gives
+            every parameter that is trained a gradient, of zeros where it took no part.
+
+        Raises:
+            ValueError: another number of images than placeholders; images, labels, masks, states or
+                grids of a wrong shape; an attention implementation that cannot be told which tokens
+                see each other; distillation through reentrant checkpoints.
+        """
+        from .output import VoraOutput
+
+        flat = _flat(images)
+        batch = self._spliced(input_ids, images, attention_mask, labels, "right")
+        config, states = self.vora_config, None
+        with contextlib.ExitStack() as inside:
+            if flat and config.route == "vision":
+                inside.enter_context(modality(batch.vision_mask))
+            if flat and teacher_states is not None:
+                blocks = list(decoder_layers(self.model))[: config.n_blocks]
+                states = inside.enter_context(block_states(blocks, config.pairing))
+            logits = self.model(
+                inputs_embeds=batch.inputs_embeds,
+                attention_mask=self._mask(batch, flat, attention_mask),
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).logits
+        distill = None
+        if not flat:
+            distill = zero_loss([p for p in self.parameters() if p.requires_grad], logits)
+        elif states is not None:
+            hiddens = [state[batch.vision_mask] for state in states]  # (M, d) each
+            grids = None if teacher_grids is None else [self.vision.grid(one) for one in flat]
+            distill = block_distill_loss(self.heads, hiddens, teacher_states, grids, teacher_grids)
+        lm = None if batch.labels is None else next_token_loss(logits, batch.labels)
+        terms = [] if lm is None else [lm]
+        if distill is not None and (lm is not None or teacher_states is not None):
+            terms.append(config.distill_weight * distill)
+        loss = torch.stack([term.to(logits.device) for term in terms]).sum() if terms else None
+        return VoraOutput(
+            loss=loss,
+            logits=logits,
+            lm_loss=lm,
+            distill_loss=distill,
+            vision_mask=batch.vision_mask,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        images: Images | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue the samples of a batch; arguments are those of the call.
+
+        Images are read in one prefill, and decode steps see the cache: what is generated is text.
+
+        Args:
+            options: of the language model's ``generate``: ``max_new_tokens``, ``do_sample``,
+                ``num_beams`` and so on.
+
+        Returns:
+            The new tokens ``(B, n)``, or what ``generate`` returns for
+            ``return_dict_in_generate=True``.
+
+        Raises:
+            ValueError: as the call; options that cut the prefill, or bring inputs of their own.
+        """
+        for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"VoraForCausalLM.generate: {name}: expected None, as it follows from "
+                    "input_ids and images, found a value"
+                )
+        given: Any = options.get("generation_config") or self.model.generation_config
+        chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
+        if chunk is not None:
+            raise ValueError(
+                "VoraForCausalLM.generate: prefill_chunk_size: expected None, as an image must lie "
+                f"whole in one call, found {chunk}"
+            )
+        flat = _flat(images)
+        batch = self._spliced(input_ids, images, attention_mask, None, "left")
+        mask = self._mask(batch, flat, attention_mask)
+        sees = batch.vision_mask if flat and self.vora_config.route == "vision" else None
+        with prefill(self.model, mask if mask is not None and mask.dim() == 4 else None, sees):
+            return self.model.generate(
+                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **options
+            )
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _spliced(
+        self,
+        input_ids: Tensor,
+        images: Images | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        padding_side: Side,
+    ) -> Spliced:
+        tokens: list[list[Tensor]] | None = None
+        if images is not None:
+            device = self.vision.pos_embed.device
+            each = iter(self.vision([image.to(device) for image in _flat(images)]))
+            tokens = [[next(each) for _ in _of(sample)] for sample in images]
+        return splice_images(
+            input_ids,
+            self.model.get_input_embeddings(),
+            tokens,
+            attention_mask,
+            labels,
+            self.vora_config.placeholder,
+            padding_side,
+        )
+
+    def _mask(
+        self, batch: Spliced, flat: list[Tensor], attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """What the language model is given: its own kind of mask where the order of the sequence is
+        all that counts, so that text is computed as ever, bit for bit."""
+        if not flat or not self.vora_config.bidirectional:
+            return batch.attention_mask if flat or attention_mask is not None else None
+        implementation = str(getattr(self.config, "_attn_implementation", "eager"))
+        if "flash" in implementation or "flex" in implementation:
+            raise ValueError(
+                "VoraForCausalLM: attn_implementation: expected 'eager' or 'sdpa', which take a "
+                f"mask for each pair of tokens, found {implementation!r} (bidirectional=False does "
+                "without)"
+            )
+        # Additive: eager attention adds bools as 0 and 1, and masks nothing.
+        dtype = batch.inputs_embeds.dtype
+        return build_vision_mask(batch.attention_mask, batch.image_ids, dtype=dtype)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the next tokens, in float32 (float64 stays); 0 where none counts.
+
+    Args:
+        logits: ``(B, T, V)``. labels: ``(B, T)`` under their inputs, -100 for none.
+    """
+    targets = shift_labels(labels).flatten().to(logits.device)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def zero_loss(parameters: Sequence[Tensor], like: Tensor) -> Tensor:
+    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them.
+
+    Data parallel training waits for a gradient of every parameter.
+
+    Args:
+        parameters: those that are trained. like: says device, and dtype where it is float64.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return _Zero.apply(torch.zeros((), dtype=dtype, device=like.device), *parameters)  # pyright: ignore[reportReturnType]
+
+
+class _Zero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, zero: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return zero.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, *(
+            torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like
+        )
+
+
+def _of(sample: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    return () if sample is None else sample
+
+
+def _flat(images: Images | None) -> list[Tensor]:
+    """All images of a batch in order."""
+    for number, sample in enumerate(images or ()):
+        if isinstance(sample, Tensor) and sample.dim() < 4:
+            raise ValueError(
+                f"VoraForCausalLM: images: sample {number}: expected a list of (3, H, W) tensors, "
+                f"found a tensor of shape {tuple(sample.shape)}"
+            )
+    return [image for sample in images or () for image in _of(sample)]
+
+
+def _apart(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Tensors that share memory (a tied head and embedding) each get their own: safetensors, which
+    Trainer saves with, refuses them else."""
+    seen: set[int] = set()
+    for key, tensor in state.items():
+        if not isinstance(tensor, nn.Parameter) and tensor.numel():
+            if tensor.data_ptr() in seen:
+                state[key] = tensor.clone()
+            seen.add(tensor.data_ptr())

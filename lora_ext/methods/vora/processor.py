@@ -1,0 +1,245 @@
+"""Images as they come to images as :class:`VisionPatchEmbed` takes them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .resolution import MAX_PIXELS, MIN_PIXELS, smart_resize
+
+EXTRA = "run `pip install lora_ext[vision]`"
+try:
+    from transformers.image_processing_base import BatchFeature
+    from transformers.image_processing_utils import BaseImageProcessor
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"VoraImageProcessor: transformers is not installed; {EXTRA}"
+    ) from error
+try:
+    from PIL import Image as pillow
+except ModuleNotFoundError:  # arrays and tensors need none
+    pillow = None
+
+#: Of CLIP, whose normalisation AIMv2 has, the paper's teacher.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+FIELDS = (
+    "patch",
+    "do_resize",
+    "min_pixels",
+    "max_pixels",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+#: What transformers writes into the file of any processor.
+SERVICE = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map")
+
+
+class VoraImageProcessor(BaseImageProcessor):
+    """Resizes, rescales and normalises images, each to a size of its own.
+
+    With transformers' habits: ``from_pretrained``, ``save_pretrained``, keywords of a call that
+    override the settings, ``return_tensors``. No image is padded or cropped.
+
+    Args:
+        patch: p; sides become multiples of it.
+        do_resize: to the size of :func:`smart_resize`; else sides must be such multiples.
+        min_pixels, max_pixels: bounds of the area.
+        resample: Pillow's number: 0 nearest, 2 bilinear, 3 bicubic; smoothed where the image
+            shrinks.
+        do_rescale, rescale_factor: whether values are multiplied, and by what.
+        do_normalize, image_mean, image_std: ``(x - mean) / std``, a number for each channel.
+
+    Raises:
+        ValueError: a setting out of range. TypeError: an unknown one.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers declares it)
+
+    def __init__(
+        self,
+        patch: int = 14,
+        do_resize: bool = True,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        resample: int = 3,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: Sequence[float] = MEAN,
+        image_std: Sequence[float] = STD,
+        **service: Any,
+    ):
+        unknown = [name for name in service if name not in SERVICE]
+        if unknown:
+            raise TypeError(
+                f"VoraImageProcessor: {unknown[0]}: expected one of {FIELDS}, found another name"
+            )
+        super().__init__()
+        self.patch, self.do_resize = patch, do_resize
+        self.min_pixels, self.max_pixels, self.resample = min_pixels, max_pixels, int(resample)
+        self.do_rescale, self.rescale_factor = do_rescale, rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        for ok, name, expected in (
+            (patch >= 1, "patch", "at least 1"),
+            (0 < min_pixels <= max_pixels, "min_pixels", f"1 to max_pixels = {max_pixels}"),
+            (self.resample in FILTERS, "resample", f"one of {FILTERS}"),
+            (len(self.image_mean) == 3, "image_mean", "a number for each of 3 channels"),
+            (len(self.image_std) == 3 and all(self.image_std), "image_std", "3 numbers, none 0"),
+        ):
+            if not ok:
+                raise ValueError(
+                    f"VoraImageProcessor: {name}: expected {expected}, found {getattr(self, name)}"
+                )
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A processor with these settings; keywords override them, and are checked as they are."""
+        wants_rest = kwargs.pop("return_unused_kwargs", False)
+        ours = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        processor = cls(**{**image_processor_dict, **ours})
+        return (processor, kwargs) if wants_rest else processor
+
+    def preprocess(
+        self, images: Any, *args: Any, return_tensors: str | None = None, **overrides: Any
+    ) -> BatchFeature:
+        """Images for the model.
+
+        Args:
+            images: an image, a list of images, or for each sample its list of images. An image is a
+                Pillow image, a path to one, or a numpy array or tensor ``(3, H, W)``,
+                ``(H, W, 3)``, with 4 channels (the last, opacity, is dropped) or 1, or ``(H, W)``;
+                a batch of such is a list of images. Where both ends could be channels, the first
+                are.
+            return_tensors: "pt" or "np": one array of all images, which then have one size.
+            overrides: settings of this call.
+
+        Returns:
+            ``pixel_values``: a list of tensors ``(3, H, W)`` in float32, or for each sample its
+            list, as they were given: what :class:`VoraForCausalLM` takes. ``image_grids``: ``(h,
+            w)`` patches of each image, one list for all.
+
+        Raises:
+            ValueError: no image; a size that cannot be; sizes that differ where one array is asked
+                for. TypeError: something else than an image, images of bools, an unknown setting.
+            ModuleNotFoundError: a path, without Pillow.
+        """
+        if args:
+            raise TypeError(f"VoraImageProcessor: images: expected alone, found {len(args)} more")
+        if overrides:
+            settings = {name: getattr(self, name) for name in FIELDS} | overrides
+            return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(
+                "VoraImageProcessor: return_tensors: expected None, 'pt' or 'np', found "
+                f"{return_tensors!r}"
+            )
+        nested = isinstance(images, list | tuple) and any(
+            one is None or isinstance(one, list | tuple) for one in images
+        )
+        samples = [_as_list(one) for one in images] if nested else [_as_list(images)]
+        found = [[self._prepare(one) for one in sample] for sample in samples]
+        flat = [image for sample in found for image in sample]
+        grids = [(i.shape[1] // self.patch, i.shape[2] // self.patch) for i in flat]
+        if return_tensors is None:
+            values = found if nested else flat
+            return BatchFeature({"pixel_values": values, "image_grids": grids})
+        if len({image.shape for image in flat}) != 1:
+            sizes = [tuple(image.shape[1:]) for image in flat]
+            raise ValueError(
+                "VoraImageProcessor: images: expected images that become one size where "
+                f"return_tensors is {return_tensors!r}, found {sizes}"
+            )
+        stacked = torch.stack(flat), torch.tensor(grids)
+        values, places = stacked if return_tensors == "pt" else (t.numpy() for t in stacked)
+        return BatchFeature({"pixel_values": values, "image_grids": places})
+
+    def _prepare(self, image: Any) -> Tensor:
+        """One image: ``(3, H, W)`` in float32."""
+        pixels = _to_tensor(image)
+        is_integer = not pixels.is_floating_point()
+        pixels = pixels.float()
+        height, width = pixels.shape[1:]
+        target = height, width
+        if self.do_resize:
+            target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
+        elif height % self.patch or width % self.patch:
+            raise ValueError(
+                "VoraImageProcessor: images: expected sides that are multiples of the patch "
+                f"{self.patch} where do_resize is False, found {height} x {width}"
+            )
+        if target != (height, width):
+            mode = FILTERS[self.resample]
+            smooth = self.resample != 0
+            pixels = F.interpolate(pixels[None], target, mode=mode, antialias=smooth)[0]
+            if is_integer:
+                pixels = pixels.clamp(0, 255)  # a cubic overshoots
+        if self.do_rescale:
+            if not is_integer and pixels.min() >= 0 and 0 < pixels.max() <= 1:
+                warnings.warn(
+                    "VoraImageProcessor: images: expected values of 0 to 255 where do_rescale is "
+                    "True, found none above 1; pass do_rescale=False",
+                    stacklevel=2,
+                )
+            pixels = pixels * self.rescale_factor
+        if self.do_normalize:
+            mean, std = (
+                pixels.new_tensor(v)[:, None, None] for v in (self.image_mean, self.image_std)
+            )
+            pixels = (pixels - mean) / std
+        return pixels
+
+
+def _as_list(images: Any) -> list[Any]:
+    """The images of a sample."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return list(images)
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def _to_tensor(image: Any) -> Tensor:
+    """``(3, H, W)``, values as they are."""
+    if isinstance(image, str | os.PathLike):
+        if pillow is None:
+            raise ModuleNotFoundError(
+                f"VoraImageProcessor: reading {os.fspath(image)} needs Pillow; {EXTRA}"
+            )
+        with pillow.open(image) as file:
+            image = file.convert("RGB")
+    if pillow is not None and isinstance(image, pillow.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.ascontiguousarray(image).copy())
+    if not isinstance(image, Tensor) or image.dtype == torch.bool:
+        found = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(
+            "VoraImageProcessor: images: expected Pillow images, paths, or arrays or tensors of "
+            f"numbers, found {found}"
+        )
+    if image.dim() == 2:
+        image = image[None]
+    if image.dim() != 3 or not {image.shape[0], image.shape[2]} & {1, 3, 4}:
+        raise ValueError(
+            "VoraImageProcessor: images: expected shape (3, H, W), (H, W, 3) or (H, W), found "
+            f"{tuple(image.shape)}"
+        )
+    if image.shape[0] not in (1, 3, 4):
+        image = image.movedim(2, 0)
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]

@@ -1,0 +1,183 @@
+"""Images among text: each placeholder in the token ids gives way to the tokens of its image."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext.nn.labels import IGNORE
+
+PLACEHOLDER = -200
+TEXT = -1  # in image_ids
+
+Side = Literal["left", "right"]
+SIDES: tuple[Side, ...] = ("left", "right")
+
+
+class Spliced(NamedTuple):
+    """A batch of text and images, as a decoder takes it; ``T`` is the longest sample's length."""
+
+    inputs_embeds: Tensor  # (B, T, d), zero on padding
+    vision_mask: Tensor  # (B, T) bool: the tokens of images
+    image_ids: Tensor  # (B, T) int32: which image of its sample a token is of, -1 for none
+    attention_mask: Tensor  # (B, T) int64: 1 on text and images, 0 on padding
+    labels: Tensor | None  # (B, T): -100 on images and padding; None where none were given
+    position_ids: Tensor  # (B, T) int64: cumsum(attention_mask) - 1, and 0 on padding before it
+
+
+def splice_images(
+    input_ids: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    image_tokens: Sequence[Sequence[Tensor] | None] | None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    placeholder: int = PLACEHOLDER,
+    padding_side: Side = "right",
+) -> Spliced:
+    """Put the tokens of images where the placeholders stand.
+
+    Padding of the input is dropped and laid anew, since samples grow by different lengths.
+
+    Args:
+        input_ids: ``(B, S)`` integers, with a placeholder for each image.
+        embed: ids ``(n,)`` to ``(n, d)``, such as ``model.get_input_embeddings()``; called once,
+            for all text of the batch, and never with a placeholder.
+        image_tokens: for each sample its images' tokens ``(N, d)`` in order, an empty list or None
+            where it has none; None for a batch of text.
+        attention_mask: ``(B, S)``, bool or 0 and 1; 0 is padding. Default: no padding.
+        labels: ``(B, S)``. placeholder: its id. padding_side: where the new padding is.
+
+    Returns:
+        :class:`Spliced`; embeddings have the dtype and device of ``embed``'s.
+
+    Raises:
+        ValueError: another number of images than of placeholders in a sample, which is named with
+            both; another number of samples; tokens of another width; shapes that disagree; another
+            ``padding_side``. TypeError: ids that are no integers.
+    """
+    if padding_side not in SIDES:
+        raise ValueError(
+            f"splice_images: padding_side: expected one of {SIDES}, found {padding_side!r}"
+        )
+    if input_ids.dim() != 2 or not len(input_ids):
+        raise ValueError(
+            "splice_images: input_ids: expected shape (B, S), B at least 1, found "
+            f"{tuple(input_ids.shape)}"
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"splice_images: input_ids: expected integers, found {input_ids.dtype}")
+    for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(
+                f"splice_images: {name}: expected the shape of input_ids "
+                f"{tuple(input_ids.shape)}, found {tuple(given.shape)}"
+            )
+    valid = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        valid = as_bool("splice_images", "attention_mask", attention_mask)
+    images = _images(input_ids, valid, image_tokens, placeholder)
+    is_text = valid & (input_ids != placeholder)
+    text = embed(input_ids[is_text])  # (all text, d)
+    for sample, tokens in enumerate(images):
+        for number, one in enumerate(tokens):
+            if one.dim() != 2 or one.shape[1] != text.shape[1] or not len(one):
+                raise ValueError(
+                    f"splice_images: image_tokens: sample {sample}, image {number}: expected "
+                    f"shape (N, {text.shape[1]}), found {tuple(one.shape)}"
+                )
+
+    rows: list[tuple[Tensor, ...]] = []
+    texts = text.split(is_text.sum(1).tolist())
+    for sample, tokens in enumerate(images):
+        ids = input_ids[sample][valid[sample]]
+        marks = None if labels is None else labels[sample][valid[sample]]
+        rows.append(_row(ids == placeholder, texts[sample], tokens, marks))
+    length = max(len(row[0]) for row in rows)
+
+    def laid(column: int, fill: int) -> Tensor:
+        """One field of all samples, with padding."""
+        parts: list[Tensor] = []
+        for row in rows:
+            missing = length - len(row[column])
+            beside = (missing, 0) if padding_side == "left" else (0, missing)
+            around = (0, 0, *beside) if row[column].dim() == 2 else beside
+            parts.append(F.pad(row[column], around, value=fill))
+        return torch.stack(parts)
+
+    image_ids, mask = laid(1, TEXT), laid(2, 0)
+    return Spliced(
+        inputs_embeds=laid(0, 0),
+        vision_mask=image_ids != TEXT,
+        image_ids=image_ids,
+        attention_mask=mask,
+        labels=None if labels is None else laid(3, IGNORE),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+    )
+
+
+def as_bool(where: str, name: str, mask: Tensor) -> Tensor:
+    """A mask of bools, or of numbers that are all 0 or 1, as bools.
+
+    Raises:
+        ValueError: other numbers.
+    """
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        other = mask[(mask != 0) & (mask != 1)][0].item()
+        raise ValueError(f"{where}: {name}: expected bools, or 0 and 1, found {other}")
+    return mask.bool()
+
+
+def _images(
+    input_ids: Tensor,
+    valid: Tensor,
+    image_tokens: Sequence[Sequence[Tensor] | None] | None,
+    placeholder: int,
+) -> list[list[Tensor]]:
+    """The images of each sample, as many as it has placeholders."""
+    batch = len(input_ids)
+    given = [None] * batch if image_tokens is None else list(image_tokens)
+    if len(given) != batch:
+        raise ValueError(
+            f"splice_images: image_tokens: expected a list for each of {batch} samples, found "
+            f"{len(given)}"
+        )
+    images = [[] if tokens is None else list(tokens) for tokens in given]
+    places = ((input_ids == placeholder) & valid).sum(1).tolist()
+    for sample, (expected, tokens) in enumerate(zip(places, images, strict=True)):
+        if expected != len(tokens):
+            raise ValueError(
+                f"splice_images: image_tokens: sample {sample}: expected as many images as "
+                f"placeholders, {expected}, found {len(tokens)}"
+            )
+    return images
+
+
+def _row(
+    is_image: Tensor, text: Tensor, images: list[Tensor], labels: Tensor | None
+) -> tuple[Tensor, ...]:
+    """A sample without padding: embeddings, image ids, attention mask and, where given, labels.
+
+    Args:
+        is_image: ``(n,)``, where the placeholders stand. text: embeddings of the others.
+        images: the tokens for each placeholder. labels: ``(n,)``.
+    """
+    sizes = torch.ones_like(is_image, dtype=torch.int64)
+    sizes[is_image] = sizes.new_tensor([len(one) for one in images])
+    number = torch.where(is_image, is_image.cumsum(0) - 1, TEXT)
+    image_ids = number.repeat_interleave(sizes).to(torch.int32)  # (T,)
+
+    # Runs of text between the images, one more than there are images.
+    places = [-1, *is_image.nonzero()[:, 0].tolist(), len(is_image)]
+    runs = text.split([after - before - 1 for before, after in itertools.pairwise(places)])
+    pieces = [runs[0]]
+    for one, run in zip(images, runs[1:], strict=True):
+        pieces += [one.to(text), run]
+    row = torch.cat(pieces), image_ids, torch.ones_like(image_ids, dtype=torch.int64)
+    if labels is None:
+        return row
+    return *row, labels.masked_fill(is_image, IGNORE).repeat_interleave(sizes)

@@ -1,0 +1,108 @@
+"""Hooks on a language model: what its blocks compute, and what its prefill is given."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.nn.modalities import modality
+
+from .config import Pairing
+
+
+@contextlib.contextmanager
+def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list[Any]]:
+    """The hidden states that are distilled, of the forward inside the block.
+
+    They are taken raw: the last of transformers' ``hidden_states`` is after the final norm. A
+    forward of another thread leaves no trace.
+
+    Args:
+        blocks: the decoder layers. pairing: "output" or "released", their inputs.
+
+    Yields:
+        A list with ``(B, T, d)`` for each block, once the forward has run.
+
+    Raises:
+        ValueError: from the forward, where a reentrant checkpoint runs a block without gradients.
+    """
+    states: list[Any] = [None] * len(blocks)
+    thread, trains = threading.get_ident(), torch.is_grad_enabled()
+
+    def keep(index: int, hidden: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        if trains and not torch.is_grad_enabled():
+            raise ValueError(
+                "VoraForCausalLM: gradient_checkpointing_kwargs: expected use_reentrant=False, "
+                "found a reentrant checkpoint, inside which nothing can be distilled"
+            )
+        states[index] = hidden[0] if isinstance(hidden, tuple) else hidden
+
+    def hook(index: int) -> Any:
+        def of_output(_: nn.Module, __: Any, output: Any) -> None:
+            keep(index, output)
+
+        def of_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(index, args[0] if args else kwargs["hidden_states"])
+
+        return of_output if pairing == "output" else of_input
+
+    handles: list[Any] = []
+    try:
+        for index, block in enumerate(blocks):
+            if pairing == "output":
+                handles.append(block.register_forward_hook(hook(index)))
+            else:
+                handles.append(block.register_forward_pre_hook(hook(index), with_kwargs=True))
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def prefill(model: nn.Module, mask: Tensor | None, vision_mask: Tensor | None) -> Iterator[None]:
+    """Give the prefill of ``model.generate`` its attention mask and its vision tokens.
+
+    The prefill is the forward that gets embeddings; decode steps get tokens, all of them text.
+    Beams and returned sequences come as so many rows of each sample in a row.
+
+    Args:
+        model: the language model.
+        mask: ``(B, 1, T, T)`` additive; None leaves the model's own.
+        vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
+    """
+    thread, inside = threading.get_ident(), contextlib.ExitStack()
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or threading.get_ident() != thread:
+            return None
+        rows = len(embeds)
+        if vision_mask is not None:
+            given = vision_mask.repeat_interleave(rows // len(vision_mask), 0)
+            inside.enter_context(modality(given))
+        if mask is not None:
+            kwargs = {**kwargs, "attention_mask": mask.repeat_interleave(rows // len(mask), 0)}
+        return args, kwargs
+
+    def leave(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            inside.close()
+
+    handles = (
+        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        inside.close()
+        for handle in handles:
+            handle.remove()

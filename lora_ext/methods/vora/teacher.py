@@ -1,0 +1,98 @@
+"""What a vision transformer makes of images, block by block: the teacher of the distillation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.nn import decoder_layers
+
+from .config import PAIRINGS, Pairing
+from .states import block_states
+
+
+class TeacherStates(NamedTuple):
+    """Of the images of a batch, in their order."""
+
+    states: list[Tensor]  # for each block (M, d_v), without class token and registers
+    grids: list[tuple[int, int]]  # rows and columns of patches of each image
+
+
+@torch.no_grad()
+def teacher_states(
+    teacher: nn.Module,
+    images: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+    n_blocks: int,
+    pairing: Pairing = "output",
+) -> TeacherStates:
+    """The states of the first blocks of a vision transformer, for :func:`block_distill_loss`.
+
+    Images of different sizes are passed in groups of one size. Hooks take the states, since a
+    transformers model's last ``hidden_states`` are after its final norm.
+
+    Args:
+        teacher: a vision model of transformers (ViT, CLIP's, AIMv2 ...), in evaluation mode.
+        images: ``(3, H, W)`` tensors as the teacher wants them, or for each sample its list.
+        n_blocks: so many blocks.
+        pairing: "output" takes what a block returns; "released" what it is given, as the released
+            code does.
+
+    Returns:
+        :class:`TeacherStates`.
+
+    Raises:
+        ValueError: a teacher of fewer blocks, or in training mode; images whose sides are no
+            multiples of its patches; another pairing.
+    """
+    if pairing not in PAIRINGS:
+        raise ValueError(f"teacher_states: pairing: expected one of {PAIRINGS}, found {pairing!r}")
+    if teacher.training:
+        raise ValueError(
+            "teacher_states: teacher: expected one in evaluation mode, found it in training mode; "
+            "call teacher.eval()"
+        )
+    blocks = list(decoder_layers(teacher))
+    if len(blocks) < n_blocks:
+        raise ValueError(
+            f"teacher_states: teacher: expected at least n_blocks = {n_blocks} blocks, found "
+            f"{len(blocks)}"
+        )
+    flat: list[Tensor] = []
+    for one in images:
+        flat += [one] if isinstance(one, Tensor) else one
+    config: Any = teacher.config
+    patch = int(getattr(config, "vision_config", config).patch_size)
+    for image in flat:
+        if image.dim() != 3 or image.shape[1] % patch or image.shape[2] % patch:
+            raise ValueError(
+                "teacher_states: images: expected shape (3, H, W) with multiples of the patch "
+                f"{patch}, found {tuple(image.shape)}"
+            )
+    grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in flat]
+    states: list[list[Tensor]] = [[torch.empty(0)] * len(flat) for _ in range(n_blocks)]
+    for grid in dict.fromkeys(grids):
+        own = [i for i, other in enumerate(grids) if other == grid]
+        found = _run(teacher, blocks[:n_blocks], torch.stack([flat[i] for i in own]), pairing)
+        for of_block, hidden in zip(states, found, strict=True):
+            first = hidden.shape[1] - grid[0] * grid[1]  # patches come last
+            for i, tokens in zip(own, hidden[:, first:], strict=True):
+                of_block[i] = tokens
+    if not flat:
+        return TeacherStates([torch.empty(0, int(config.hidden_size))] * n_blocks, [])
+    return TeacherStates([torch.cat(of_block) for of_block in states], grids)
+
+
+def _run(
+    teacher: nn.Module, blocks: Sequence[nn.Module], pixels: Tensor, pairing: Pairing
+) -> list[Tensor]:
+    """What each block returns, or is given: ``(B, T, d_v)``."""
+    options: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in inspect.signature(teacher.forward).parameters:
+        options["interpolate_pos_encoding"] = True
+    with block_states(blocks, pairing) as found:
+        teacher(pixels, **options)
+    return found

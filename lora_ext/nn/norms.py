@@ -1,0 +1,82 @@
+"""Norms of language models, told apart by what they compute instead of by their class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import reference
+
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+
+
+class NormForm(NamedTuple):
+    """``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; "layer" first takes the mean from
+    ``h``."""
+
+    kind: str  # "rms" or "layer"
+    eps: float
+    offset: int  # 1 in Gemma's norms, whose weight is the distance from 1
+
+    def gamma(self, norm: nn.Module) -> Tensor:
+        """What the normed state is multiplied by, ``(d,)``; exact in float32 for 16-bit weights."""
+        weight: Any = norm.weight
+        if not self.offset:
+            return weight
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
+
+
+def norm_form(norm: nn.Module, where: str) -> NormForm:
+    """The form of a norm: of RMSNorm's kind, with a weight or with one plus it, or LayerNorm's.
+
+    The norm is asked for a few rows, and its answer is compared with each formula.
+
+    Args:
+        norm: any module. where: function and argument, for the message.
+
+    Raises:
+        TypeError: a module without a weight ``(d,)``, or one that computes something else.
+    """
+    weight: Any = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not weight.is_floating_point():
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        raise _refusal(norm, where, f"a weight of shape {shape}")
+    bias: Any = getattr(norm, "bias", None)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    # Rows whose mean is not zero, the last of them so small that eps counts.
+    steps = torch.arange(3 * weight.numel(), device=weight.device, dtype=wide).view(3, -1)
+    rows = (steps * 0.7548776662).frac() - 0.3
+    rows[2] *= 1e-3
+    rows = rows.to(weight.dtype)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        try:
+            found = norm(rows).to(wide)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise _refusal(norm, where, f"one that cannot norm (3, d): {error!s:.200}") from None
+        bound = 4 * torch.finfo(weight.dtype).eps * found.abs().max() + 1e-5
+        for form in _forms(norm):
+            wanted = reference.depth_norm(rows, form.gamma(norm), form.eps, bias, form.kind)
+            if found.shape == wanted.shape and bool(((found - wanted).abs() <= bound).all()):
+                return form
+    raise _refusal(norm, where, "another function")
+
+
+def _forms(norm: Any) -> Iterator[NormForm]:
+    eps = next((getattr(norm, n) for n in _EPS_NAMES if hasattr(norm, n)), None)
+    # torch's RMSNorm without eps takes that of a dtype: the weight's, or the one it computes in.
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    unknown = (torch.finfo(norm.weight.dtype).eps, torch.finfo(wide).eps)
+    for value in unknown if eps is None else (float(eps),):
+        for kind in ("rms", "layer"):
+            for offset in (0, 1):
+                yield NormForm(kind, value, offset)
+
+
+def _refusal(norm: nn.Module, where: str, found: str) -> TypeError:
+    return TypeError(
+        f"{where}: expected a norm like RMSNorm or LayerNorm, with a weight of the width of the "
+        f"hidden states, found {type(norm).__name__}: {found}"
+    )

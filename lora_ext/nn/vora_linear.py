@@ -1,0 +1,321 @@
+"""VoraLinear: a linear layer whose adapter makes a language model see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+
+from . import context
+from .assignment import Assignment, Names
+from .base_modules import linear_size
+from .layer_names import layer_names
+from .lora_layer import LoraLayer
+from .lora_linear import LoraLinear
+from .modalities import modality, traced_vision_rows, vision_block, vision_rows
+from .rows import Rows, all_rows, constant, group, rows_of
+
+#: Which tokens the adapter serves.
+Route = Literal["all", "vision"]
+ROUTES: tuple[Route, ...] = get_args(Route)
+
+
+class UnmergeableRouteError(RuntimeError):
+    """An adapter that serves vision tokens alone is no change of a weight, which serves all."""
+
+
+class VoraLinear(LoraLinear):
+    """``y = base(x) + scale * m * (x A^T) B^T``, the layer of Vision as LoRA.
+
+    A :class:`LoraLinear` whose own adapter serves all tokens (route "all", m = 1), or those alone
+    that a :func:`modality` block calls vision tokens (route "vision"). Outside such a block a layer
+    of route "vision" takes all tokens for text: it is the base layer, bit for bit.
+
+    Everything of :class:`LoraLinear` works here. Text may have adapters too: with route "vision", a
+    second adapter that is active as well serves the tokens that are not vision; an
+    :func:`lora_ext.adapters` block names adapters for them, sequence by sequence. Image, text and
+    base rows of a batch then share one launch.
+
+    Args:
+        base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised layer with
+            ``in_features`` and ``out_features``. It stays the very object, and so does its bias: a
+            layer without one gets none.
+        rank: of the adapter: A is ``(rank, I)``, Kaiming-uniform, and B ``(O, rank)``, zero.
+        route: "all" or "vision".
+        scale: of the update; LoRA's alpha is ``rank * scale``.
+        adapter_name: without dots.
+        adapter_dtype: default is that of the base weight, float32 where that is quantised.
+        generator: of the initial values.
+
+    Raises:
+        ValueError: a rank below 1, another route. TypeError: a layer of another kind.
+
+    Sources: "Vision as LoRA" (arXiv 2503.20680), route "all"; InternLM-XComposer2's Partial LoRA,
+    route "vision". The authors' layer gives layers without a bias a random one, which this does
+    not.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        route: Route = "all",
+        scale: float = 1.0,
+        adapter_name: str = "default",
+        **options: Any,
+    ):
+        _check(base_layer, rank, route)
+        super().__init__(base_layer, adapter_name, rank, lora_alpha=rank * scale, **options)
+        self.scaling[adapter_name] = scale  # rank * scale / rank is that up to rounding
+        self.adapter_name = adapter_name
+        self.route: Route = route
+        self._lent_bias = False  # to the base layer, while the adapter's bias is merged
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        route: Route = "all",
+        scale: float = 1.0,
+        adapter_name: str = "default",
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VoraLinear:
+        """The layer around a linear layer; arguments and errors are the class's."""
+        options = {"adapter_dtype": adapter_dtype, "generator": generator}
+        return cls(linear, rank, route, scale, adapter_name, **options)
+
+    @property
+    def A(self) -> Tensor:
+        """``(rank, I)``."""
+        return self._raw_factors(self.adapter_name)[0]
+
+    @property
+    def B(self) -> Tensor:
+        """``(O, rank)``."""
+        return self._raw_factors(self.adapter_name)[1]
+
+    @property
+    def scale(self) -> float:
+        """Of the update."""
+        return self.scaling[self.adapter_name]
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        adapter_ids: Tensor | Names = None,
+    ) -> Tensor:
+        """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
+
+        Args:
+            x: floating.
+            token_mask: ``x.shape[:-1]``, which tokens are vision tokens, in the place of the
+                surrounding :func:`modality` block's mask; as there. Route "all" ignores it.
+            adapter_ids: an adapter for each row, as :class:`LoraLinear` takes them, in the place of
+                all of that.
+
+        Raises:
+            ValueError: a mask that is none or does not fit, or one beside ``adapter_ids``; ids or
+                names that do not fit.
+        """
+        if token_mask is None or self.route == "all":
+            return super().forward(x, adapter_ids)
+        if adapter_ids is not None:
+            raise ValueError(
+                "VoraLinear: token_mask: expected None beside adapter_ids, which say the adapter "
+                "of every row, found a mask"
+            )
+        with modality(token_mask):
+            return super().forward(x)
+
+    # ---------------------------------------------------------------------------------------------
+    # Merging
+
+    def merge(  # pyright: ignore[reportIncompatibleMethodOverride]  (force comes first here)
+        self,
+        force: bool = False,
+        *,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        keep_copy: bool = True,
+    ) -> nn.Module:
+        """Fold the adapter into the base layer's weight: ``round(W + scale B A)``, rounded once.
+
+        Args:
+            force: merge route "vision" too, which changes what text tokens compute.
+            safe_merge, keep_copy: as :meth:`LoraLinear.merge` has them; the weight as it was is
+                kept, so that :meth:`unmerge` brings every bit back.
+            adapter_names: default is the layer's own adapter.
+
+        Returns:
+            ``base_layer``. An extra bias goes there too, where it has none as well.
+
+        Raises:
+            UnmergeableRouteError: route "vision" without ``force``. RuntimeError: the adapter is
+                merged already. NotImplementedError: a quantised base weight. ValueError: as
+                :meth:`LoraLinear.merge`. The layer is then as it was.
+        """
+        names = [self.adapter_name] if adapter_names is None else list(adapter_names)
+        self.check_merge(force, names)
+        base: Any = self.base_layer
+        lends = base.bias is None and any(self.lora_bias[name] for name in names)
+        if lends:
+            weight = base.weight
+            zeros = torch.zeros(self.out_features, dtype=weight.dtype, device=weight.device)
+            base.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+        try:
+            super().merge(safe_merge, names, keep_copy=keep_copy)
+        except BaseException:
+            if lends:
+                base.bias = None
+            raise
+        self._lent_bias = self._lent_bias or lends
+        return self.base_layer
+
+    def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Refuse what :meth:`merge` refuses, before anything is changed."""
+        names = [self.adapter_name] if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        if self.route == "vision" and not force:
+            raise UnmergeableRouteError(
+                "merge: route: expected 'all', found 'vision': one weight cannot serve vision "
+                "tokens with the adapter and text tokens without; force=True merges it for all "
+                "tokens, which changes what text computes"
+            )
+        if self.adapter_name in self.merged_adapters and self.adapter_name in names:
+            raise RuntimeError(
+                f"merge: expected an adapter apart from the base weight, found "
+                f"{self.adapter_name!r} merged already"
+            )
+        if is_quantised(self.base_layer):
+            raise NotImplementedError(
+                "merge: base_layer: expected a weight of floating numbers to add to, found the "
+                f"quantised one of {type(self.base_layer).__name__}"
+            )
+
+    def unmerge(self) -> None:
+        """Take the adapter out of the base weight, every bit of which comes back."""
+        super().unmerge()
+        if self._lent_bias:
+            base: Any = self.base_layer
+            base.bias = None
+            self._lent_bias = False
+
+    def set_extra_bias(self, bias: Tensor | None) -> None:
+        """Give the adapter a bias ``(O,)`` that is added as it is, or take it away.
+
+        Checkpoints of the authors' have one on layers whose base has none.
+        """
+        name = self.adapter_name
+        value = None
+        if bias is not None:
+            _, b, _ = self._raw_factors(name)
+            unscaled = bias.to(b) / self.scale  # the layer scales what an adapter adds
+            value = nn.Parameter(unscaled, requires_grad=b.requires_grad)
+        lora_b: Any = self.lora_B[name]
+        lora_b.bias = value
+        self.lora_bias[name] = bias is not None
+
+    @property
+    def extra_bias(self) -> Tensor | None:
+        """What :meth:`set_extra_bias` was given."""
+        bias = self._raw_factors(self.adapter_name)[2]
+        return None if bias is None else bias.detach() * self.scale
+
+    # ---------------------------------------------------------------------------------------------
+    # Who takes part
+
+    def _rows(
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
+    ) -> Rows | None:
+        named = super()._rows(leading, device, adapter_ids)
+        if self.route == "all" or self.merged or adapter_ids is not None:
+            return named
+        own = self.adapter_names.index(self.adapter_name)
+        sees = self.adapter_name in self._active and self._is_on(self.adapter_name)
+        block = None
+        if torch.compiler.is_compiling():
+            vision = traced_vision_rows(leading, device) if sees else None
+        else:
+            block = vision_block() if sees else None
+            vision = None if block is None else vision_rows(block, leading, device)
+        text = self._default_position() if named is None else None
+        if text == -1:
+            return _NOBODY if vision is None else vision._replace(used=vision.used and (own,))
+        if text is not None:
+            named = _everywhere(text, leading, device)
+        assert named is not None
+        if vision is None:
+            return named
+        if block is None:
+            return _overlaid(vision, named, own, len(self.r))
+        # Made once for all layers, for each block of names around.
+        names = context.current(layer_names.handle)
+        key = (self.adapter_names, own, named.used, leading, names and names.assignment)
+        kept = block.assignment.kept
+        return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
+
+    def _default_position(self) -> int:
+        """Of the adapter that serves rows which nobody names: with route "vision", text rows."""
+        if self.route == "all":
+            return super()._default_position()
+        active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
+        if len(active) > 1:
+            raise NotImplementedError(
+                "VoraLinear: set_adapter: expected one active adapter for text, beside the layer's "
+                f"own, found {active}"
+            )
+        return self.adapter_names.index(active[0]) if active else -1
+
+    def extra_repr(self) -> str:
+        """Adapters with their ranks, and the route."""
+        return f"{super().extra_repr()}, route={self.route}"
+
+
+_NOBODY = Rows((), torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32))
+
+
+def _everywhere(position: int, leading: torch.Size, device: torch.device) -> Rows:
+    """Rows that all have the adapter at this position."""
+    ids, plan = all_rows(leading.numel(), device)
+    return Rows((position,), ids, ops.lora_plan(ids, 1) if plan is None else plan)
+
+
+def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
+    """The adapter at position ``own`` on vision rows, and on all others what ``text`` says."""
+    table = constant([*text.used, -1], torch.int32, text.ids.device)
+    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # -1 reads the last
+    traced = torch.compiler.is_compiling()
+    return rows_of(ids, num_adapters) if traced else group(ids, num_adapters)
+
+
+def is_quantised(base_layer: nn.Module) -> bool:
+    """Whether a linear layer has no plain weight of floating numbers to which one could add."""
+    weight = getattr(base_layer, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
+        return True
+    return not weight.is_floating_point() or weight.element_size() < 2
+
+
+def _check(base_layer: nn.Module, rank: int, route: str) -> None:
+    sizes = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
+    linear = isinstance(base_layer, nn.Module) and (
+        linear_size(base_layer) is not None
+        or (all(isinstance(size, int) for size in sizes) and is_quantised(base_layer))
+    )
+    if not linear or isinstance(base_layer, LoraLayer):
+        raise TypeError(
+            "VoraLinear: base_layer: expected nn.Linear, Conv1D or a quantised linear layer, found "
+            f"{type(base_layer).__name__}"
+        )
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"VoraLinear: rank: expected an int, at least 1, found {rank!r}")
+    if route not in ROUTES:
+        raise ValueError(f"VoraLinear: route: expected one of {ROUTES}, found {route!r}")

@@ -1,0 +1,185 @@
+"""Hidden states of several depths, each normed, mixed to one in a single pass.
+
+The hidden states come as tensors of their own and are never stacked. Statistics and sums are in
+float32 (float64 stays float64), and every result is rounded once. Results and gradients repeat bit
+for bit, whatever the number of threads; autocast leaves the ops alone, since their sums are in
+float32 anyway.
+
+Letters: ``k`` hidden states, 1 to 8; ``d`` their width; ``...`` the positions, of any shape.
+
+Source: mixture-of-depths ensembles (arXiv 2410.13077). A head that is linear makes a mix of hidden
+states and a mix of logits the same, if the weights sum to 1 or the head has no bias.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_ext.ops._checks import FLOATS, require, require_dtype, require_shape
+from lora_ext.ops._registration import fake
+from lora_ext.reference.lora import accumulator
+
+_c = torch.ops.lora_ext
+
+MAX_DEPTHS = 8
+
+
+def depth_mix(
+    hiddens: Sequence[Tensor],
+    gammas: Tensor | Sequence[Tensor],
+    weights: Tensor,
+    eps: float,
+    betas: Tensor | Sequence[Tensor] | None = None,
+    norm: str = "rms",
+) -> Tensor:
+    """Norm each of k hidden states and add them up by weights.
+
+    ``u = sum_e weights[..., e] * n_e`` with ``n_e = gammas[e] * h_e / sqrt(mean(h_e^2) + eps) +
+    betas[e]``; ``norm="layer"`` takes the mean of each ``h_e`` from it first. No ``n_e`` is rounded
+    on the way, as a norm that is called by itself would round it.
+
+    Differentiable once in ``hiddens``, ``gammas``, ``betas`` and ``weights``; each gradient has the
+    dtype of its argument. A weight of zero is a factor like others: it does not keep out what is
+    not a number. A row of zeros gives ``betas``, with finite gradients where ``eps > 0``.
+
+    Args:
+        hiddens: k tensors ``(..., d)`` float16, bfloat16, float32, or float64 on the CPU, of one
+            shape, dtype and device; any strides, copied only where the elements of a row lie apart
+            or the rows do not follow one stride.
+        gammas: ``(k, d)``, or k tensors ``(d,)``. They may have the dtype of the hiddens or any
+            that float32 holds exactly (float64 for float64 hiddens), so float32 norms fit to 16-bit
+            hiddens; two dtypes among gammas and betas cost a copy in float32.
+        weights: ``(..., k)``, its dtype by the same rule.
+        eps: what is added to the mean square, at least 0.
+        betas: as ``gammas``, or None for 0.
+        norm: "rms" or "layer".
+
+    Returns:
+        ``(..., d)`` in the dtype of the hiddens.
+
+    Raises:
+        ValueError: if k is not in 1 to 8, or if a shape, dtype or device disagrees, naming the
+            argument.
+        RuntimeError: on double backward.
+
+    Source: arXiv 2410.13077, the ensemble of late layers, mixed before the head.
+    """
+    scales = _rows(gammas), _rows(betas)
+    return _c.depth_mix_forward.default(hiddens, *scales, weights, None, None, eps, norm)[0]
+
+
+def depth_mix_routed(
+    hiddens: Sequence[Tensor],
+    gammas: Tensor | Sequence[Tensor],
+    router: Tensor,
+    bias: Tensor,
+    eps: float,
+    betas: Tensor | Sequence[Tensor] | None = None,
+    norm: str = "rms",
+) -> tuple[Tensor, Tensor]:
+    """:func:`depth_mix` by weights that the last hidden state chooses.
+
+    ``weights = softmax(router @ n_k + bias)`` of each position, where ``n_k`` is the last hidden,
+    normed and not rounded. Differentiable once in all tensors; the router's gradient flows into
+    ``n_k`` too, and both results may have one.
+
+    Args:
+        hiddens, gammas, eps, betas, norm: as there.
+        router: ``(k, d)``, its dtype by the rule for ``gammas``.
+        bias: ``(k,)``, likewise.
+
+    Returns:
+        The mix ``(..., d)`` in the dtype of the hiddens, and the weights ``(..., k)`` in float32
+        (float64 for float64).
+
+    Raises:
+        ValueError, RuntimeError: as there.
+    """
+    scales = _rows(gammas), _rows(betas)
+    return _c.depth_mix_forward.default(hiddens, *scales, None, router, bias, eps, norm)[:2]
+
+
+def _rows(vectors: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
+    if vectors is None:
+        return []
+    if isinstance(vectors, Tensor):
+        return vectors.unbind(0) if vectors.dim() else [vectors]
+    return vectors
+
+
+@fake("depth_mix_forward")
+def _fake_mix(
+    hiddens: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    weights: Tensor | None,
+    router: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "depth_mix" if router is None else "depth_mix_routed"
+    count = len(hiddens)
+    require(1 <= count <= MAX_DEPTHS, op, "hiddens", f"1 to {MAX_DEPTHS} tensors", count)
+    h = hiddens[0]
+    fits = h.dim() >= 1 and h.shape[-1] >= 1
+    require(fits, op, "hiddens[0]", "shape (..., d) with d >= 1", list(h.shape))
+    require_dtype(op, "hiddens[0]", h, *FLOATS)
+    for e, other in enumerate(hiddens[1:], 1):
+        require_shape(op, f"hiddens[{e}]", other, "of hiddens[0]", h.shape)
+        known = f"the dtype of hiddens[0], {h.dtype}"
+        require(other.dtype == h.dtype, op, f"hiddens[{e}]", known, other.dtype)
+    width, sums = h.shape[-1:], accumulator(h.dtype)
+    for name, scales in (("gammas", gammas), ("betas", betas)):
+        if name == "gammas" or scales:
+            require(len(scales) == count, op, name, f"as many as hiddens, {count}", len(scales))
+        for e, t in enumerate(scales):
+            _require_like(op, f"{name}[{e}]", t, "(d,)", width, sums)
+    require(eps >= 0, op, "eps", "at least 0", eps)
+    require(norm in ("rms", "layer"), op, "norm", "'rms' or 'layer'", repr(norm))
+    each = (*h.shape[:-1], count)
+    one = (weights is None) != (router is None) and (router is None) == (bias is None)
+    require(one, op, "weights", "weights, or a router and its bias", "neither or both")
+    if weights is not None:
+        _require_like(op, "weights", weights, "(..., k)", each, sums)
+    if router is not None and bias is not None:
+        _require_like(op, "router", router, "(k, d)", (count, *width), sums)
+        _require_like(op, "bias", bias, "(k,)", (count,), sums)
+    rows = math.prod(h.shape[:-1])
+    return (
+        h.new_empty(h.shape),
+        h.new_empty(0 if router is None else each, dtype=sums),
+        h.new_empty((rows, count), dtype=sums),
+        h.new_empty((rows, count) if norm == "layer" else 0, dtype=sums),
+    )
+
+
+def _require_like(
+    op: str, name: str, t: Tensor, letters: str, shape: Sequence[int], sums: torch.dtype
+) -> None:
+    require_shape(op, name, t, letters, shape)
+    exact = t.dtype.is_floating_point and torch.promote_types(t.dtype, sums) == sums
+    require(exact, op, name, f"a dtype that {sums} holds exactly", t.dtype)
+
+
+@fake("depth_mix_backward")
+def _fake_mix_backward(
+    dmixed: Tensor,
+    dweights: Tensor | None,
+    hiddens: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    weights: Tensor,
+    router: Tensor | None,
+    rinv: Tensor,
+    mean: Tensor,
+    need_hiddens: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    h, count = hiddens[0], len(hiddens)
+    vectors = count + len(betas) + (0 if router is None else count)
+    size = vectors * h.shape[-1] + (0 if router is None else count)
+    dhiddens = [t.new_empty(t.shape) for t in hiddens] if need_hiddens else []
+    sums = rinv.new_empty(size)
+    return dhiddens, sums, rinv.new_empty((*h.shape[:-1], count))

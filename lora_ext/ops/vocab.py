@@ -1,0 +1,271 @@
+"""Losses over a vocabulary whose logits never stand in memory together.
+
+A chunk of columns of the logits is computed, taken up into running maxima and sums, and forgotten.
+What becomes of it afterwards depends on what is wanted: with a frozen output layer its weighted
+rows join the gradient of the hidden states at once, as values do in FlashAttention, so that two
+products do for cross entropy; an output layer that is trained has its logits computed once more in
+the backward. docs/chunked_loss.md has the formulas and the figures.
+
+Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.ops._autocast import AUTOCASTS
+from lora_ext.ops._checks import FLOATS, require, require_dim, require_dtype, require_shape
+from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext.ops._registration import backward, fake
+from lora_ext.reference.lora import accumulator
+
+_c = torch.ops.lora_ext
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk: int = 8192,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> Tensor:
+    """Mean cross entropy of an output layer, ``chunk`` columns of its logits at a time.
+
+    ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``, and
+    ``softcap * tanh(z / softcap)`` in its place where softcap is given. The mean is over the rows
+    that are not ignored, and 0, with gradients of zero, where all of them are.
+
+    No tensor of ``N x V`` numbers is made, forward or backward, as long as ``chunk < V``. Beside
+    arguments and gradients there are ``N * chunk`` logits and a few ``N * d`` sums. Differentiable
+    once in hidden, weight and bias. Our own code gives the same bits for any number of threads; the
+    products with the weight and the last mean are torch's.
+
+    Args:
+        hidden: ``(N, d)``, float32, float16, bfloat16, or float64 on the CPU.
+        weight: ``(V, d)``, likewise. Products are taken in the wider of the two dtypes, or in
+            autocast's; float16 is multiplied as float32 on the CPU.
+        bias: ``(V,)`` or None.
+        labels: ``(N,)`` int64, each ``ignore_index`` or in ``[0, V)``; on a GPU, where they are not
+            looked at in advance, another makes the loss NaN.
+        chunk: columns of logits that are in memory at a time.
+        ignore_index: label of the rows that do not count.
+        softcap: bound of the logits, or None.
+
+    Returns:
+        a scalar, float32, or float64 where an argument is.
+
+    Raises:
+        ValueError: if a shape, dtype, device or number is wrong, naming the argument.
+        NotImplementedError: if an argument has a tangent of forward mode.
+
+    Source: online softmax, Milakov and Gimelshein 2018; the gradient on the way, FlashAttention,
+    Dao et al. 2022, with the output layer as keys and values.
+    """
+    _check_output_layer("chunked_cross_entropy", "hidden", hidden, weight, bias, chunk, softcap)
+    require_shape("chunked_cross_entropy", "labels", labels, "(N,)", hidden.shape[:1])
+    require_dtype("chunked_cross_entropy", "labels", labels, torch.int64)
+    refuse_tangents("chunked_cross_entropy", hidden, weight, bias)
+    rows: Tensor = _c.vocab_cross_entropy.default(
+        hidden,
+        weight,
+        bias,
+        labels,
+        chunk,
+        ignore_index,
+        softcap or 0.0,
+        _product_dtype(hidden, weight),
+        _gradient_on_the_way(hidden, weight, bias),
+    )[0]
+    return rows.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def chunked_kl(
+    hiddens: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    tau: float = 1.0,
+    chunk: int = 8192,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Mean divergence of students from a teacher that share an output layer, in chunks.
+
+    ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with ``z_e =
+    hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The mean is
+    over the rows of the mask, and 0, with gradients of zero, where there is no such row or no
+    student. The teacher is held: its gradient is zero, and the output layer learns from the
+    students alone.
+
+    Memory, derivatives, dtypes and bits as in :func:`chunked_cross_entropy`, with ``k N`` in the
+    place of ``N``. Equal logits give exactly 0.
+
+    Args:
+        hiddens: ``k`` tensors ``(N, d)`` of one dtype, normalised, the teacher last.
+        weight: ``(V, d)``.
+        bias: ``(V,)`` or None.
+        tau: temperature.
+        chunk: columns of logits that are in memory at a time.
+        mask: ``(N,)`` bool, the rows that count; None: all.
+        softcap: bound of the logits, or None.
+
+    Returns:
+        a scalar, float32, or float64 where an argument is.
+
+    Raises:
+        ValueError: if a shape, dtype, device or number is wrong, naming the argument.
+        NotImplementedError: if an argument has a tangent of forward mode.
+    """
+    op = "chunked_kl"
+    require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
+    require(tau > 0, op, "tau", "a number above 0", tau)
+    first = hiddens[0]
+    _check_output_layer(op, "hiddens[0]", first, weight, bias, chunk, softcap)
+    for e, h in enumerate(hiddens):
+        require_shape(op, f"hiddens[{e}]", h, "(N, d)", first.shape)
+        require_dtype(op, f"hiddens[{e}]", h, first.dtype)
+    if mask is not None:
+        require_shape(op, "mask", mask, "(N,)", first.shape[:1])
+        require_dtype(op, "mask", mask, torch.bool)
+    refuse_tangents(op, *hiddens, weight, bias)
+    together = torch.stack(list(hiddens))  # (k, N, d)
+    rows: Tensor = _c.vocab_kl.default(
+        together,
+        weight,
+        bias,
+        mask,
+        tau,
+        chunk,
+        softcap or 0.0,
+        _product_dtype(together, weight),
+        softcap is None and _gradient_on_the_way(together, weight, bias),
+    )[0]
+    count = rows.numel() if mask is None else mask.sum()
+    return rows.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    kind, common = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if kind in AUTOCASTS and torch.is_autocast_enabled(kind) and common != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return common
+
+
+def _gradient_on_the_way(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and frozen
+
+
+def _check_output_layer(
+    op: str,
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk: int,
+    softcap: float | None,
+) -> None:
+    require_dim(op, name, hidden, "(N, d)")
+    require_dtype(op, name, hidden, *FLOATS)
+    require_dim(op, "weight", weight, "(V, d)")
+    require_shape(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]))
+    require_dtype(op, "weight", weight, *FLOATS)
+    if bias is not None:
+        require_shape(op, "bias", bias, "(V,)", weight.shape[:1])
+        require_dtype(op, "bias", bias, *FLOATS)
+    require(chunk > 0, op, "chunk", "at least 1", chunk)
+    require(softcap is None or softcap > 0, op, "softcap", "None or a number above 0", softcap)
+
+
+@fake("vocab_cross_entropy")
+def _fake_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunk: int,
+    ignore_index: int,
+    softcap: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty(hidden.shape[:1], dtype=accumulator(dtype))
+    dhidden = hidden.new_empty(hidden.shape if with_gradient else 0)
+    return loss, torch.empty_like(loss), dhidden
+
+
+@fake("vocab_kl")
+def _fake_kl(
+    hiddens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    tau: float,
+    chunk: int,
+    softcap: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, n, d = hiddens.shape
+    loss = hiddens.new_empty(n, dtype=accumulator(dtype))
+    return loss, loss.new_empty(k, n), hiddens.new_empty((k - 1, n, d) if with_gradient else 0)
+
+
+def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, *ctx.settings, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@backward("vocab_cross_entropy", save=_save_cross_entropy)
+def _cross_entropy_backward(
+    library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads = library.vocab_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
+
+
+def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hiddens, weight, bias, mask, *ctx.settings, _ = inputs
+    ctx.save_for_backward(hiddens, weight, bias, mask, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@backward("vocab_kl", save=_save_kl)
+def _kl_backward(
+    library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads = library.vocab_kl_backward(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
+
+
+@fake("vocab_cross_entropy_backward")
+def _fake_cross_entropy_backward(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, weight, bias, *rest[-3:])
+
+
+@fake("vocab_kl_backward")
+def _fake_kl_backward(
+    dloss: Tensor, hiddens: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hiddens, weight, bias, *rest[-3:])
+
+
+def _empty_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = weight.new_empty(0) if bias is None or not need_dbias else torch.empty_like(bias)
+    dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
+    return dhidden, weight.new_empty(weight.shape if need_dweight else 0), dbias

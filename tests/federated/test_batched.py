@@ -1,0 +1,321 @@
+"""Clients in one batch: each gets what it would get alone, and the model comes back as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from adapted_models import KINDS, adapted
+from federated_rounds import same_bits
+from torch import Tensor, nn
+
+from lora_ext.federated import (
+    BatchedClients,
+    ClientSpec,
+    LayerPlan,
+    LoraLayerManager,
+    UnsupportedModule,
+    Update,
+    aggregate,
+)
+from lora_ext.nn import LoraLinear
+
+WIDTH = 6
+PLANS = {
+    1: LayerPlan((0, 2)),
+    "b": LayerPlan((2,)),
+    3: LayerPlan((1, 2), (1, 2)),
+    4: LayerPlan((0, 1, 2)),
+}
+
+
+class Classifier(nn.Module):
+    def __init__(self, layers: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        linears = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(layers)]
+        settings = {"r": 3, "init_lora_weights": False, "lora_alpha": 2}
+        self.layers = nn.ModuleList(LoraLinear(linear, **settings) for linear in linears)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def vectors(rows: list[int], seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(n, WIDTH, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (n,), generator=generator),
+        )
+        for n in rows
+    ]
+
+
+def specs() -> list[ClientSpec]:
+    """Ragged batches, other numbers of steps, rates and bounds."""
+    return [
+        ClientSpec(1, vectors([3, 5, 2], 1), lr=0.05, weight_decay=0.1),
+        ClientSpec("b", vectors([4], 2), lr=0.1),
+        ClientSpec(3, vectors([1, 7], 3), lr=0.02, betas=(0.8, 0.9), max_grad_norm=0.05),
+        ClientSpec(4, vectors([2, 2, 6, 1], 4), lr=0.05, eps=1e-6, max_grad_norm=10.0),
+    ]
+
+
+def cross_entropy(model: nn.Module, batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def loop(model, manager, state, spec, plan, others="frozen", loss_of=cross_entropy) -> Update:
+    """One client by itself."""
+    manager.load_slice(state)
+    start = manager.state_slice(plan.layers, plan.ranks)
+    if plan.ranks is not None:
+        manager.load_slice(start)
+    manager.apply(plan, others=others)
+    parameters = [p for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n]
+    optimizer = torch.optim.AdamW(
+        parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
+    )
+    losses = []
+    for batch in spec.batches:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        if spec.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    end = manager.state_slice(plan.layers, plan.ranks)
+    changes = {k: end[k] - start[k] for k in end}
+    return Update(spec.client, 0, changes, plan, sum(losses) / len(losses))
+
+
+def assert_close(found: Update, wanted: Update, atol: float) -> None:
+    assert found.client == wanted.client
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for k, value in wanted.tensors.items():
+        assert found.tensors[k].shape == value.shape
+        assert (found.tensors[k] - value).abs().max() <= atol
+    assert found.loss == pytest.approx(wanted.loss, abs=max(atol, 1e-12))
+
+
+@pytest.mark.parametrize("slots", [None, 3, 1])
+@pytest.mark.parametrize("others", ["frozen", "disabled"])
+def test_a_batch_of_clients_equals_the_loop(slots: int | None, others: str):
+    model = Classifier().double()
+    manager = LoraLayerManager(model)
+    state = manager.state_slice()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    batched = BatchedClients(model, specs(), slots=slots, others=others)
+    found = batched.run_round(PLANS, state)
+    assert same_bits(dict(model.state_dict()), before)
+    assert dict(model.named_modules()) == modules
+    assert all(p.grad is None for p in model.parameters())
+    assert [u.client for u in found] == [1, "b", 3, 4]
+    assert [u.num_examples for u in found] == [10, 4, 8, 11]
+    for update, spec in zip(found, specs(), strict=True):
+        wanted = loop(model, manager, state, spec, PLANS[spec.client], others)
+        assert_close(update, wanted, 1e-10)
+        assert any(bool(t.any()) for t in update.tensors.values())
+    assert aggregate(state, found).accepted == (1, 3, 4, "b")
+
+
+def test_float32_equals_the_loop_to_its_rounding():
+    model = Classifier()
+    manager = LoraLayerManager(model)
+    state = manager.state_slice()
+    clients = [
+        dataclasses.replace(s, batches=[(x.float(), y) for x, y in s.batches]) for s in specs()
+    ]
+    for update, spec in zip(
+        BatchedClients(model, clients).run_round(PLANS, state), clients, strict=True
+    ):
+        assert_close(update, loop(model, manager, state, spec, PLANS[spec.client]), 1e-5)
+
+
+def tokens(lengths: list[int], seed: int, rows: int = 2) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(0, 11, (rows, length), generator=generator)
+        labels = ids.clone()
+        labels[0, 0:2] = -100
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """transformers' own loss, but for its rounding to float32."""
+    logits = model(**batch).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_language_model_with_sequences_of_other_lengths_equals_the_loop(kind: str):
+    model = adapted(kind).double()
+    manager = LoraLayerManager(model)
+    state = manager.state_slice()
+    clients = [
+        ClientSpec(1, tokens([4, 6], 1), lr=0.05),
+        ClientSpec(2, tokens([7], 2, rows=3), lr=0.05),
+        ClientSpec(3, tokens([3, 3, 5], 3, rows=1), lr=0.05, max_grad_norm=0.1),
+    ]
+    plans = [LayerPlan((2,)), LayerPlan((0, 1, 2), (4, 1, 2)), LayerPlan((1,))]
+    found = BatchedClients(model, clients).run_round(plans, state)
+    for update, spec, plan in zip(found, clients, plans, strict=True):
+        wanted = loop(model, manager, state, spec, plan, loss_of=next_token)
+        assert_close(update, wanted, 1e-10)
+
+
+def test_a_client_that_fails_in_its_last_step_changes_no_bit_of_the_others():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    clients = specs()
+    good = BatchedClients(model, clients).run_round(PLANS, state)
+    x, y = clients[1].batches[0]  # its one step
+    clients[1] = dataclasses.replace(clients[1], batches=[(x * math.nan, y)])
+    found = BatchedClients(model, clients).run_round(PLANS, state)
+    assert [u.failed for u in found] == [False, True, False, False]
+    assert not found[1].tensors
+    for i in (0, 2, 3):
+        assert same_bits(dict(found[i].tensors), dict(good[i].tensors))
+    result = aggregate(state, found)
+    assert result.accepted == (1, 3, 4)
+    assert "found one that says it failed" in result.rejected["b"]
+
+
+def test_a_client_that_fails_early_leaves_the_others_what_they_are():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    clients = specs()
+    good = BatchedClients(model, clients).run_round(PLANS, state)
+    batches = [(x * math.inf, y) for x, y in clients[0].batches[:1]] + clients[0].batches[1:]
+    clients[0] = dataclasses.replace(clients[0], batches=batches)
+    found = BatchedClients(model, clients).run_round(PLANS, state)
+    assert [u.failed for u in found] == [True, False, False, False]
+    for update, wanted in zip(found[1:], good[1:], strict=True):
+        assert_close(update, wanted, 1e-10)
+
+
+def test_factors_that_are_not_finite_at_the_end_are_a_failure():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    client = ClientSpec(1, vectors([3], 1), lr=1e308, weight_decay=1e10)
+    (found,) = BatchedClients(model, [client]).run_round([LayerPlan((0,))], state)
+    assert found.failed
+
+
+def test_a_client_without_data_or_without_a_plan():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(1, [], lr=0.1), *specs()[1:]]
+    found = BatchedClients(model, clients).run_round({1: LayerPlan((0,)), "b": PLANS["b"]}, state)
+    assert [u.client for u in found] == [1, "b"]
+    assert found[0].num_examples == 0
+    assert not any(bool(t.any()) for t in found[0].tensors.values())
+    assert math.isnan(found[0].loss)
+    assert "num-examples" in aggregate(state, found).rejected[1]
+
+
+def test_a_loss_of_ones_own_and_factors_of_another_dtype():
+    model = Classifier()
+    state = LoraLayerManager(model).state_slice()
+    seen: list[tuple[int, ...]] = []
+
+    def loss_fn(output: Tensor, batch: Tensor) -> Tensor:
+        seen.append(tuple(output.shape))
+        return output.square().mean()
+
+    clients = [ClientSpec(i, [torch.randn(i, WIDTH)], lr=0.1) for i in (1, 2)]
+    batched = BatchedClients(model, clients, loss_fn=loss_fn, dtype=torch.float64)
+    found = batched.run_round([LayerPlan((0,))] * 2, state)
+    assert seen == [(1, 4), (2, 4)]
+    assert {t.dtype for u in found for t in u.tensors.values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_refused_in_training_and_silent_in_evaluation(kind: str):
+    model = adapted(kind, lora_dropout=0.1).double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(1, tokens([4], 1), lr=0.1)]
+    batched = BatchedClients(model, clients)
+    batched.run_round([LayerPlan((0,))], state)
+    model.train()
+    with pytest.raises(UnsupportedModule, match=r"dropout.*: expected no dropout .*found p = 0.1"):
+        batched.run_round([LayerPlan((0,))], state)
+
+
+def test_dropout_inside_a_forward_is_refused_too():
+    model = adapted("ours").train()
+    model.model.layers[1].self_attn.attention_dropout = 0.2
+    with pytest.raises(UnsupportedModule, match=r"self_attn: .*, found attention_dropout = 0.2"):
+        BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.add_module("norm", nn.BatchNorm1d(4)), "norm: expected rows that do not see"),
+        (lambda m: m.layers[1].merge(), "layers.1: expected adapters apart from the weight"),
+        (
+            lambda m: m.layers.__setitem__(0, LoraLinear(nn.Linear(6, 6), use_dora=True)),
+            "layers.0: expected LoRA, found DoRA",
+        ),
+        (
+            lambda m: m.layers.__setitem__(0, LoraLinear(nn.Linear(6, 6), lora_bias=True)),
+            "layers.0: expected lora_A and lora_B, found a bias",
+        ),
+    ],
+)
+def test_modules_under_which_rows_meet_are_refused(change, message: str):
+    model = Classifier()
+    change(model)
+    with pytest.raises(UnsupportedModule, match=f"^BatchedClients: {message}"):
+        BatchedClients(model, specs())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer: expected 'adamw', found 'sgd'"),
+        ({"slots": 0}, "slots: expected a number above 0, or None, found 0"),
+        ({"others": "off"}, "others: expected .*, found 'off'"),
+        ({"clients": []}, "clients: expected at least one, found none"),
+        ({"clients": [specs()[0]] * 2}, "clients: expected each name once"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=f"^BatchedClients: {message}"):
+        BatchedClients(Classifier(), **{"clients": specs(), **options})
+    with pytest.raises(ValueError, match="ClientSpec: lr: expected a finite number from 0"):
+        ClientSpec(1, [], lr=-1.0)
+
+
+def test_rounds_that_do_not_fit_are_refused_and_the_model_is_whole():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    modules = dict(model.named_modules())
+    batched = BatchedClients(model, specs())
+    short = {k: v for k, v in state.items() if "layers.1." not in k}
+    odd = {k: v[..., :4] if "layers.0.lora_A" in k else v for k, v in state.items()}
+    for plans, lora, message in (
+        ({9: LayerPlan((0,))}, state, "plans: expected known clients, found 9"),
+        ([LayerPlan((0,))], state, "plans: expected 4, found 1"),
+        ({1: LayerPlan((7,))}, state, "plan.layers: expected layers of .* found 7"),
+        ({1: LayerPlan((0,), (9,))}, state, "plan.ranks: layers.0: expected at most 3, found 9"),
+        (PLANS, short, "global_lora: expected factors of layers.1, found none"),
+        (PLANS, odd, r"layers.0.lora_A.weight: expected shape\[1\] = 6, found \[3, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batched.run_round(plans, lora)
+    bad = [ClientSpec(1, [torch.ones(2, WIDTH)], lr=0.1), ClientSpec(2, [torch.ones(2, 5)], lr=0.1)]
+    with pytest.raises(ValueError, match="batches: x: expected rows of one shape and dtype"):
+        BatchedClients(model, bad).run_round([LayerPlan((0,))] * 2, state)
+    assert dict(model.named_modules()) == modules

@@ -1,0 +1,127 @@
+"""transformers' Trainer on a model with MoD, as on any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from adapted_models import adapted, llama
+from torch import Tensor
+
+from lora_ext.methods import mod
+
+ROWS = torch.randint(1, 11, (10, 6), generator=torch.Generator().manual_seed(0))
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The rows, each its own label but for its first tokens."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = ROWS[index].clone()
+        labels[: index % 4] = -100
+        return {"input_ids": ROWS[index], "labels": labels}
+
+
+def trainer_of(model: Any, folder: Path, **settings: Any) -> transformers.Trainer:
+    metrics = settings.pop("compute_metrics", None)
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "save_strategy": "no",
+    }
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**(arguments | settings)),
+        train_dataset=Sequences(),
+        eval_dataset=Sequences(),
+        compute_metrics=metrics,
+    )
+
+
+@pytest.mark.parametrize("kind", ["ours", "peft", "fused", "whole"])
+def test_it_trains_evaluates_and_predicts_what_it_did_before(kind: str, tmp_path: Path):
+    base = llama() if kind == "whole" else adapted(kind)
+    expected = trainer_of(base, tmp_path).predict(Sequences())
+    model = mod.apply(llama() if kind == "whole" else adapted(kind))
+    seen: list[Any] = []
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        compute_metrics=lambda p: {"shape": seen.append(p.predictions.shape) or 1.0},
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "mod." in n}
+    trainer.train()
+    assert all((p != before[n]).any() for n, p in model.named_parameters() if n in before)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    found = trainer.predict(Sequences())
+    assert isinstance(found.predictions, np.ndarray)
+    assert found.predictions.shape == expected.predictions.shape == seen[0]
+    everything = trainer.predict(Sequences(), ignore_keys=["cache"])
+    assert len(everything.predictions) == 5  # logits, terms, weights, losses of the layers
+    assert everything.predictions[3].shape == (10, 6, 3)
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {"bf16": True}])
+def test_label_smoothing_and_mixed_precision(settings: dict, tmp_path: Path):
+    model = mod.apply(adapted("peft"))
+    trainer = trainer_of(model, tmp_path, **settings)
+    assert np.isfinite(trainer.train().training_loss)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    assert isinstance(trainer.predict(Sequences()).predictions, np.ndarray)
+    out = model(input_ids=ROWS, labels=ROWS)
+    assert out.routing_weights.shape == (10, 6, 3)
+    mod.remove(model)
+    assert not isinstance(model(input_ids=ROWS), mod.ModOutput)
+
+
+def test_accumulated_steps_are_those_of_one_batch(tmp_path: Path):
+    found = []
+    for rows, steps in ((4, 1), (1, 4)):
+        model = mod.apply(adapted("fused"), mod.ModConfig(distill_weight=1.0))
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+        )
+        loss = trainer.train().training_loss
+        found.append([torch.tensor(loss), *(p.detach() for p in model.parameters())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_resumed_run_is_the_unbroken_one(checkpointing: bool, tmp_path: Path):
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_checkpointing": checkpointing,
+    }
+    weights = []
+    for folder, parts in (("whole", [4]), ("parts", [2, 4])):
+        for steps in parts:
+            model = mod.apply(llama()).train()
+            trainer = trainer_of(model, tmp_path / folder, **(settings | {"max_steps": steps}))
+            trainer.train(resume_from_checkpoint=steps == 4 and folder == "parts")
+        weights.append({n: p.detach() for n, p in model.named_parameters()})
+    changed = [n for n, w in weights[0].items() if not torch.equal(w, weights[1][n])]
+    # The rate of the first part falls to zero by itself: it is another run then.
+    assert "mod.router" in weights[0] and (not changed or settings["max_steps"] == 4)

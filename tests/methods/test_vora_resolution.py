@@ -1,0 +1,64 @@
+"""smart_resize: known sizes, and what holds for all."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lora_ext.methods.vora import smart_resize
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 200), (98, 196)),
+        ((3000, 2000), (1078, 714)),
+        ((14, 14), (56, 56)),
+        ((56, 56), (56, 56)),
+        ((63, 77), (56, 84)),  # halves go to the even multiple
+    ],
+)
+def test_known_sizes(size, expected):
+    assert smart_resize(*size) == expected
+
+
+@given(
+    height=st.integers(1, 6000),
+    width=st.integers(1, 6000),
+    factor=st.integers(1, 32),
+)
+def test_sides_are_multiples_and_the_area_is_in_bounds(height: int, width: int, factor: int):
+    assume(min(height, width) >= factor and max(height, width) <= 200 * min(height, width))
+    found = smart_resize(height, width, factor)
+    assert all(side % factor == 0 and side > 0 for side in found)
+    assert 3136 <= found[0] * found[1]
+    # Upwards to whole patches an image at the lower bound may grow beyond it, never to the upper.
+    assert found[0] * found[1] <= 784000
+    assert smart_resize(*found, factor) == found
+
+
+@given(height=st.integers(14, 4000), width=st.integers(14, 4000))
+def test_a_transposed_image_has_the_transposed_size(height: int, width: int):
+    assume(max(height, width) <= 200 * min(height, width))
+    assert smart_resize(width, height) == smart_resize(height, width)[::-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((13, 100), r"height: expected at least 14, found 13"),
+        ((100, 13), r"width: expected at least 14, found 13"),
+        ((14, 2801), r"height, width: expected a ratio of at most 200, found 14 x 2801"),
+        ((100, 100, 0), r"factor: expected at least 1, found 0"),
+        ((100, 100, 14, 100, 99), r"min_pixels: expected .* max_pixels = 99, found 100"),
+        ((100, 20000, 14, 1, 3136), r"max_pixels: expected enough for patches of side 14"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(arguments, message: str):
+    with pytest.raises(ValueError, match=f"smart_resize: {message}"):
+        smart_resize(*arguments)
+
+
+def test_a_ratio_of_200_is_taken():
+    assert smart_resize(14, 2800) == (14, 2800)

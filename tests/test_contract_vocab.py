@@ -1,0 +1,502 @@
+"""Losses over a vocabulary in chunks: every law, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from test_contract import assert_same_bits
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext import ops, reference
+
+# How far from the formula: products of d numbers of order one in float32; 16-bit logits are rounded
+# to 2^-12 (2^-9) of themselves, and so are weights and gradients.
+BOUNDS = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 6e-3,
+    torch.bfloat16: 4e-2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of either loss."""
+
+    rows: int
+    wide: int
+    vocab: int
+    chunk: int
+    hiddens: int = 3
+    bias: bool = False
+    softcap: float | None = None
+    tau: float = 1.0
+    some: bool = True  # some rows do not count
+    frozen: bool = False
+
+    def __str__(self) -> str:
+        notes = [name for name in ("bias", "some", "frozen") if getattr(self, name)]
+        notes += [f"cap{self.softcap}"] * (self.softcap is not None)
+        sizes = f"N{self.rows}-d{self.wide}-V{self.vocab}-chunk{self.chunk}-k{self.hiddens}"
+        return "-".join([sizes, f"tau{self.tau}", *notes])
+
+
+SMALL = [
+    Case(0, 4, 5, 3),
+    Case(1, 1, 1, 1, hiddens=2, some=False),
+    Case(3, 8, 17, 1, frozen=True),
+    Case(5, 16, 40, 7, bias=True, tau=2.0),
+    Case(5, 16, 40, 40, bias=True, tau=0.5, frozen=True),
+    Case(4, 9, 33, 38, hiddens=1),
+    Case(4, 16, 24, 8, softcap=1.5, frozen=True),
+    Case(4, 16, 24, 16, hiddens=4, softcap=1.5, bias=True, tau=3.0, some=False),
+]
+LARGE = [
+    Case(40, 64, 1000, 256, hiddens=2, bias=True, frozen=True),
+    Case(33, 72, 4099, 1031, tau=2.0),
+    Case(17, 40, 9000, 8192, softcap=2.0, frozen=True),
+    Case(200, 48, 2500, 1250, hiddens=2, bias=True),
+]
+
+
+def cases(backend: Backend) -> list[Case]:
+    return SMALL if backend.small else SMALL + LARGE
+
+
+class Layer:
+    """Arguments of a case, hiddens as leaves of their own."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str, exact: bool = False) -> None:
+        g = torch.Generator().manual_seed(case.rows + 7 * case.vocab + case.chunk)
+
+        def numbers(*size: int) -> Tensor:
+            values = torch.randn(*size, generator=g)
+            values = (2 * values).round().clamp(-3, 3) if exact else values
+            return values.to(dtype).to(device)
+
+        self.case = case
+        self.hiddens = [numbers(case.rows, case.wide) for _ in range(case.hiddens)]
+        self.weight = numbers(case.vocab, case.wide) / (1 if exact else case.wide**0.5)
+        self.bias = numbers(case.vocab) if case.bias else None
+        self.labels = torch.randint(case.vocab, (case.rows,), generator=g)
+        self.mask = torch.rand(case.rows, generator=g) > 0.3
+        if case.some:
+            self.labels[~self.mask] = -100
+        self.labels, self.mask = self.labels.to(device), self.mask.to(device)
+        for h in self.hiddens:
+            h.requires_grad_()
+        if not case.frozen:
+            for t in (self.weight, self.bias):
+                if t is not None:
+                    t.requires_grad_()
+
+    def wide(self) -> Layer:
+        """The same numbers in float64."""
+        other = object.__new__(Layer)
+        other.case = self.case
+        other.hiddens = [_wide(h) for h in self.hiddens]
+        other.weight, other.labels, other.mask = _wide(self.weight), self.labels.cpu(), self.mask
+        other.bias = None if self.bias is None else _wide(self.bias)
+        other.mask = self.mask.cpu()
+        return other
+
+    def leaves(self) -> list[Tensor]:
+        found = [*self.hiddens, self.weight, *([] if self.bias is None else [self.bias])]
+        return [t for t in found if t.requires_grad]
+
+    def cross_entropy(self, how: Any, **chunk: int) -> Tensor:
+        return how(self.hiddens[0], self.weight, self.bias, self.labels, **chunk,
+                   softcap=self.case.softcap)  # fmt: skip
+
+    def kl(self, how: Any, **chunk: int) -> Tensor:
+        return how(self.hiddens, self.weight, self.bias, tau=self.case.tau, **chunk,
+                   mask=self.mask if self.case.some else None,
+                   softcap=self.case.softcap)  # fmt: skip
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().cpu().double().requires_grad_(t.requires_grad)
+
+
+def both(layer: Layer, loss: str, ours: bool) -> Tensor:
+    names = {"cross_entropy": "chunked_cross_entropy", "kl": "chunked_kl"}
+    how = getattr(ops if ours else reference, names[loss])
+    chunk = {"chunk": layer.case.chunk} if ours else {}
+    return getattr(layer, loss)(how, **chunk)
+
+
+def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(3 * loss, leaves, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+
+
+def close(got: Tensor, expected: Tensor, bound: float, what: str) -> None:
+    gap = (got.detach().cpu().double() - expected.detach()).abs().max().item() if got.numel() else 0
+    size = max(1.0, expected.abs().max().item()) if got.numel() else 1
+    assert gap <= bound * size, f"{what}: {gap:.3g} of {size:.3g}"
+
+
+both_losses = pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+
+
+# --- the formula --------------------------------------------------------------------------------
+@both_losses
+def test_loss_and_gradients_equal_the_formula(backend: Backend, loss: str) -> None:
+    for dtype in backend.dtypes():
+        for case in cases(backend):
+            layer = Layer(case, dtype, backend.device)
+            wide = layer.wide()
+            got, expected = both(layer, loss, True), both(wide, loss, False)
+            sums = torch.float64 if dtype == torch.float64 else torch.float32
+            assert got.dtype == sums and got.shape == () and got.device == layer.weight.device
+            close(got, expected, BOUNDS[dtype], f"{case} {dtype}")
+            if loss == "cross_entropy":
+                layer.hiddens, wide.hiddens = layer.hiddens[:1], wide.hiddens[:1]
+            if not expected.requires_grad:  # one hidden state, the teacher's
+                continue
+            for g, e, leaf in zip(
+                gradients(got, layer.leaves()),
+                gradients(expected, wide.leaves()),
+                layer.leaves(),
+                strict=True,
+            ):
+                assert g.dtype == leaf.dtype and g.shape == leaf.shape
+                close(g, e, BOUNDS[dtype], f"gradient {case} {dtype} {tuple(g.shape)}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@both_losses
+def test_the_chunk_does_not_matter(dtype: torch.dtype, frozen: bool, loss: str) -> None:
+    case = Case(6, 20, 50, 50, bias=True, tau=1.5, frozen=frozen)
+    wide = Layer(case, dtype, "cpu").wide()
+    wide.hiddens = wide.hiddens[: 1 if loss == "cross_entropy" else 3]
+    expected = both(wide, loss, False)
+    formula = gradients(expected, wide.leaves())
+    for chunk in (1, 7, 50, 55):
+        layer = Layer(case, dtype, "cpu")
+        layer.hiddens = layer.hiddens[: len(wide.hiddens)]
+        layer.case = replace(case, chunk=chunk)
+        got = both(layer, loss, True)
+        close(got, expected, BOUNDS[dtype], f"chunk {chunk}")
+        for g, e in zip(gradients(got, layer.leaves()), formula, strict=True):
+            close(g, e, BOUNDS[dtype], f"chunk {chunk}")
+
+
+def test_known_answers(backend: Backend) -> None:
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    eye = torch.eye(3, device=backend.device)
+    teacher, student = p.log().to(backend.device), q.log().to(backend.device)
+    for chunk in (1, 2, 3):
+        got = ops.chunked_kl([student, teacher], eye, None, chunk=chunk)
+        assert abs(got.item() - 0.1732868) < 1e-6
+        label = torch.tensor([1], device=backend.device)
+        got = ops.chunked_cross_entropy(teacher, eye, None, label, chunk=chunk)
+        assert abs(got.item() - 1.3862944) < 1e-6
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_extreme_logits_stay_finite(backend: Backend, frozen: bool) -> None:
+    eye = torch.eye(4, device=backend.device, requires_grad=not frozen)
+    hidden = torch.tensor([[1e4, -1e4, 0, 0], [-1e4, -1e4, -1e4, -1e4]], device=backend.device)
+    other = hidden.flip(1)
+    for t in (hidden, other):
+        t.requires_grad_()
+    for chunk in (1, 4):
+        labels = torch.tensor([1, 2], device=backend.device)
+        loss = ops.chunked_cross_entropy(hidden, eye, None, labels, chunk=chunk)
+        assert abs(loss.item() - (2e4 + 1.3862944) / 2) < 1e-2
+        loss = loss + ops.chunked_kl([other, hidden], eye, None, chunk=chunk)
+        loss.backward()
+        assert loss.isfinite()
+        for t in (hidden, other):
+            assert t.grad is not None and t.grad.isfinite().all()
+            t.grad = None
+
+
+def test_closed_tokens_of_the_bias_have_no_share(backend: Backend) -> None:
+    """A bias of -inf, as tokens are closed by it: both distributions give them nothing."""
+    layer = Layer(Case(4, 8, 20, 6, bias=True, frozen=True), torch.float32, backend.device)
+    assert layer.bias is not None
+    layer.bias[:8] = -torch.inf
+    layer.labels = layer.labels % 10 + 9
+    for loss in ("cross_entropy", "kl"):
+        got, expected = both(layer, loss, True), both(layer.wide(), loss, False)
+        close(got, expected, 1e-5, loss)
+        assert all(g.isfinite().all() for g in gradients(got, layer.leaves()))
+
+
+def test_a_sure_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -> None:
+    """exp(-20) is below the last bit of 1: the formula in float32 would give 0."""
+    hidden = torch.tensor([[20.0, 0.0]], device=backend.device, requires_grad=True)
+    eye = torch.eye(2, device=backend.device)
+    loss = ops.chunked_cross_entropy(
+        hidden, eye, None, torch.tensor([0], device=backend.device), chunk=1
+    )
+    (grad,) = torch.autograd.grad(loss, hidden)
+    small = torch.tensor(-20.0, dtype=torch.float64).exp().item()
+    assert abs(loss.item() - small) < 1e-5 * small
+    assert torch.allclose(grad.cpu().double(), small * torch.tensor([[-1.0, 1.0]]).double())
+
+
+# --- rows that do not count, the teacher ----------------------------------------------------------
+@pytest.mark.parametrize("frozen", [False, True])
+@both_losses
+def test_without_a_row_that_counts_loss_and_gradients_are_zero(
+    backend: Backend, frozen: bool, loss: str
+) -> None:
+    for softcap in (None, 2.0):
+        case = Case(4, 8, 12, 5, bias=True, frozen=frozen, softcap=softcap)
+        layer = Layer(case, torch.float32, backend.device)
+        layer.labels.fill_(-100)
+        layer.mask.fill_(False)
+        got = both(layer, loss, True)
+        assert got.item() == 0
+        assert all(not g.any() for g in gradients(got, layer.leaves()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_teacher_agrees_with_itself_and_learns_nothing(backend: Backend, frozen: bool) -> None:
+    """Equal logits give exactly 0. A library may round equal rows of a product unequally, so those
+    of integers are equal, and others nearly so."""
+    for dtype in backend.dtypes():
+        for exact in (True, False):
+            case = Case(5, 16, 40, 16, some=False, frozen=frozen)
+            layer = Layer(case, dtype, backend.device, exact)
+            teacher = layer.hiddens[-1]
+            same = teacher.detach().clone().requires_grad_()
+            loss = ops.chunked_kl([same, teacher], layer.weight, None, chunk=16)
+            found = [loss, *torch.autograd.grad(loss, [same, teacher])]
+            for t in found:
+                assert t.abs().max() <= (0 if exact and t is loss else 1e-6), (dtype, exact)
+            assert not found[2].any()
+            loss = ops.chunked_kl(layer.hiddens, layer.weight, None, chunk=16)
+            *students, of_teacher = torch.autograd.grad(loss, layer.hiddens)
+            assert all(g.any() for g in students) and not of_teacher.any()
+
+
+def test_another_label_than_minus_100_can_be_ignored(backend: Backend) -> None:
+    layer = Layer(Case(6, 8, 12, 5, some=False), torch.float32, backend.device)
+    layer.labels[::2] = 3
+    args = layer.hiddens[0], layer.weight, None, layer.labels
+    got = ops.chunked_cross_entropy(*args, chunk=5, ignore_index=3)
+    expected = F.cross_entropy(args[0] @ args[1].T, layer.labels, ignore_index=3)
+    assert torch.allclose(got, expected, rtol=1e-5)
+
+
+def test_a_label_out_of_range_is_refused_or_makes_the_loss_nan(backend: Backend) -> None:
+    layer = Layer(Case(3, 4, 6, 4, some=False), torch.float32, backend.device)
+    for bad in (-1, 6):
+        layer.labels[1] = bad
+        if backend.is_twin:
+            expected = rf"chunked_cross_entropy: labels: expected -100 or .* \[0, 6\), found {bad}"
+            with pytest.raises(ValueError, match=expected):
+                both(layer, "cross_entropy", True)
+        else:
+            assert both(layer, "cross_entropy", True).isnan()
+
+
+# --- layouts, dtypes, bits -----------------------------------------------------------------------
+def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
+    """Integers multiply exactly, so that the library's order of additions does not show."""
+
+    def strided(t: Tensor) -> Tensor:
+        room = t.detach().new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 3)
+        room[..., 1 : 2 * t.shape[-1] + 1 : 2] = t.detach()
+        return room[..., 1 : 2 * t.shape[-1] + 1 : 2].requires_grad_(t.requires_grad)
+
+    for dtype in backend.dtypes():
+        case = Case(5, 16, 40, 16, bias=True)
+        layer, other = (Layer(case, dtype, backend.device, exact=True) for _ in range(2))
+        other.hiddens = [strided(h) for h in other.hiddens]
+        assert layer.bias is not None and other.bias is not None
+        other.weight, other.bias = strided(other.weight), strided(other.bias)
+        for loss in ("cross_entropy", "kl"):
+            first, again, apart = (both(x, loss, True) for x in (layer, layer, other))
+            assert_same_bits(again, first)
+            assert_same_bits(apart, first)
+            for g, e in zip(
+                gradients(apart, other.leaves()), gradients(first, layer.leaves()), strict=True
+            ):
+                assert g.shape == e.shape and torch.allclose(g, e, rtol=1e-2, atol=1e-3)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """Of losses and of the gradient by the label: their products are exact."""
+    case = Case(70, 16, 3000, 1000, hiddens=2)
+    layer, threads = Layer(case, torch.float32, "cpu", exact=True), torch.get_num_threads()
+    found: list[list[Tensor]] = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append([both(layer, loss, True) for loss in ("cross_entropy", "kl")])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_dtypes_meet_in_the_wider(backend: Backend, frozen: bool) -> None:
+    for low in (torch.bfloat16, torch.float16):
+        for first, second in ((low, torch.float32), (torch.float32, low)):
+            case = Case(5, 16, 40, 16, bias=True, frozen=frozen)
+            layer = Layer(case, torch.float32, backend.device)
+            for t in layer.hiddens:
+                t.data = t.data.to(first)
+            assert layer.bias is not None
+            layer.weight.data, layer.bias.data = layer.weight.to(second), layer.bias.to(second)
+            for loss in ("cross_entropy", "kl"):
+                wide = layer.wide()
+                got, expected = both(layer, loss, True), both(wide, loss, False)
+                assert got.dtype == torch.float32
+                close(got, expected, 1e-5, loss)
+                leaves = layer.leaves() if loss == "kl" else layer.leaves()[:1]
+                others = wide.leaves() if loss == "kl" else wide.leaves()[:1]
+                pairs = zip(
+                    gradients(got, leaves), gradients(expected, others), leaves, strict=True
+                )
+                for g, e, leaf in pairs:
+                    assert g.dtype == leaf.dtype
+                    close(g, e, 1e-5 if leaf.dtype == torch.float32 else 1e-2, loss)
+
+
+def test_autocast_decides_the_dtype_of_the_products(backend: Backend) -> None:
+    layer = Layer(Case(5, 16, 40, 16), torch.float32, backend.device)
+    hidden, weight = layer.hiddens[0], layer.weight
+    with torch.autocast(backend.device, torch.bfloat16):
+        got = ops.chunked_cross_entropy(hidden, weight, None, layer.labels, chunk=16)
+        (dhidden, dweight) = torch.autograd.grad(got, (hidden, weight))
+    low = [t.detach().bfloat16() for t in (hidden, weight)]
+    assert_same_bits(got, ops.chunked_cross_entropy(*low, None, layer.labels, chunk=16))
+    assert got.dtype == dhidden.dtype == dweight.dtype == torch.float32
+
+
+# --- autograd and the compiler -------------------------------------------------------------------
+@both_losses
+def test_gradcheck_in_float64(loss: str) -> None:
+    for case in (SMALL[3], SMALL[4], SMALL[6], SMALL[7]):
+        # The teacher is held on purpose, and with it the layer: differences would move it.
+        kl = loss == "kl"
+        layer = Layer(replace(case, frozen=case.frozen or kl), torch.float64, "cpu")
+        layer.hiddens = layer.hiddens if kl else layer.hiddens[:1]
+        layer.hiddens[-1].requires_grad_(not kl)
+        leaves = layer.leaves()
+
+        def f(*leaves: Tensor, layer: Layer = layer) -> Tensor:
+            given = list(leaves)
+            layer.hiddens = [given.pop(0) if h.requires_grad else h for h in layer.hiddens]
+            if given:
+                layer.weight = given.pop(0)
+            if given:
+                layer.bias = given.pop(0)
+            return both(layer, loss, True)
+
+        assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_opcheck(with_gradient: bool) -> None:
+    layer = Layer(Case(5, 16, 40, 16, bias=True, frozen=with_gradient), torch.float32, "cpu")
+    library = torch.ops.lora_ext
+    tail = (torch.float32, with_gradient)
+    head = (layer.weight, layer.bias)
+    torch.library.opcheck(
+        library.vocab_cross_entropy.default,
+        (layer.hiddens[0], *head, layer.labels, 16, -100, 0.0, *tail),
+    )
+    together = torch.stack([h.detach() for h in layer.hiddens]).requires_grad_()
+    torch.library.opcheck(
+        library.vocab_kl.default, (together, *head, layer.mask, 2.0, 16, 0.0, *tail)
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_compiler_changes_nothing(frozen: bool) -> None:
+    layer = Layer(Case(5, 16, 40, 16, bias=True, frozen=frozen), torch.float32, "cpu")
+
+    def f(hiddens: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        loss = ops.chunked_cross_entropy(hiddens[0], weight, bias, layer.labels, chunk=16)
+        return loss + ops.chunked_kl(hiddens, weight, bias, chunk=16, mask=layer.mask)
+
+    assert layer.bias is not None
+    expected = f(layer.hiddens, layer.weight, layer.bias)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    got = compiled(layer.hiddens, layer.weight, layer.bias)
+    assert torch.allclose(got, expected, rtol=1e-6)
+    for g, e in zip(
+        gradients(got, layer.leaves()), gradients(expected, layer.leaves()), strict=True
+    ):
+        assert torch.allclose(g, e, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_derivative_is_refused(frozen: bool) -> None:
+    layer = Layer(Case(3, 4, 6, 4, frozen=frozen), torch.float32, "cpu")
+    for loss in ("cross_entropy", "kl"):
+        with pytest.raises(RuntimeError, match="is not itself differentiable"):
+            torch.autograd.grad(both(layer, loss, True), layer.hiddens[0], create_graph=True)
+
+
+def test_a_second_backward_of_a_kept_graph_gives_the_same(backend: Backend) -> None:
+    for frozen in (False, True):
+        layer = Layer(Case(3, 4, 6, 4, frozen=frozen), torch.float32, backend.device)
+        loss = both(layer, "kl", True)
+        first = torch.autograd.grad(loss, layer.hiddens[0], retain_graph=True)[0].clone()
+        assert_same_bits(torch.autograd.grad(loss, layer.hiddens[0])[0], first)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+def _refusals() -> list[tuple[str, Callable[[], object]]]:
+    h, w, b = torch.zeros(3, 4), torch.zeros(6, 4), torch.zeros(6)
+    y, kl, ce = torch.zeros(3, dtype=torch.int64), ops.chunked_kl, ops.chunked_cross_entropy
+    wide = torch.zeros(3, 5)
+    return [
+        (r"hidden: expected shape \(N, d\), found \[3\]", lambda: ce(h[:, 0], w, b, y)),
+        (r"hidden: expected torch.float32 or .*, found torch.int64", lambda: ce(h.long(), w, b, y)),
+        (r"weight: expected shape \(V, d\) = \[6, 5\], found \[6, 4\]", lambda: ce(wide, w, b, y)),
+        (r"weight: expected at least one row", lambda: ce(h, w[:0], None, y)),
+        (r"bias: expected shape \(V,\) = \[6\], found \[5\]", lambda: ce(h, w, b[:5], y)),
+        (r"labels: expected shape \(N,\) = \[3\], found \[2\]", lambda: ce(h, w, b, y[:2])),
+        (r"labels: expected torch.int64, found torch.int32", lambda: ce(h, w, b, y.int())),
+        (r"chunk: expected at least 1, found 0", lambda: ce(h, w, b, y, chunk=0)),
+        (r"softcap: expected None or .*, found 0", lambda: ce(h, w, b, y, softcap=0.0)),
+        (r"hiddens: expected at least the teacher", lambda: kl([], w, b)),
+        (r"hiddens\[1\]: expected shape \(N, d\) = \[3, 4\]", lambda: kl([h, wide], w, b)),
+        (r"hiddens\[1\]: expected torch.float32, found", lambda: kl([h, h.double()], w, b)),
+        (r"tau: expected a number above 0, found -1", lambda: kl([h, h], w, b, tau=-1.0)),
+        (r"chunk: expected at least 1, found -2", lambda: kl([h, h], w, b, chunk=-2)),
+        (r"mask: expected shape \(N,\) = \[3\], found \[3, 4\]", lambda: kl([h], w, b, mask=h > 0)),
+        (r"mask: expected torch.bool, found torch.int64", lambda: kl([h], w, b, mask=y)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "call"), _refusals(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_refusals_name_the_argument(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=rf"chunked_(cross_entropy|kl): {message}"):
+        call()
+
+
+def test_two_devices_are_refused() -> None:
+    meta = torch.zeros(6, 4, device="meta")
+    with pytest.raises(ValueError, match=r"weight|expected all tensors on one device"):
+        ops.chunked_cross_entropy(torch.zeros(3, 4), meta, None, torch.zeros(3, dtype=torch.int64))
+
+
+def test_forward_mode_is_refused() -> None:
+    layer = Layer(Case(3, 4, 6, 4), torch.float32, "cpu")
+
+    def loss(h: Tensor) -> Tensor:
+        return ops.chunked_cross_entropy(h, layer.weight, None, layer.labels)
+
+    hidden = layer.hiddens[0].detach()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (hidden,), (hidden,))
