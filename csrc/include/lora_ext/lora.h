@@ -139,8 +139,7 @@ struct LoraCpu {
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of whole chunks, [begin, end) of the plan's, in one parallel region: where
-    // ranks are of one span, and v stays in cache.
+    // Shrink and expand of [begin, end) of the plan's chunks in one region: banks of one span only.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 
