@@ -516,6 +516,17 @@ def test_twice_gives_the_same_bits(backend: Backend) -> None:
         assert_same_bits(one, other)
 
 
+def test_a_mix_too_large_for_caches_has_the_same_bits() -> None:
+    """From 4 MiB on, twins write it past them."""
+    for dtype, width in [(torch.float32, 2048), (torch.float32, 2052), (torch.float64, 1040)]:
+        mix = make(((520,), width, 2), dtype)
+        (together,) = mix.run()
+        for start in range(0, 520, 130):
+            rows = slice(start, start + 130)
+            part = replace(mix, hiddens=[h[rows] for h in mix.hiddens], weights=mix.weights[rows])
+            assert_same_bits(part.run()[0], together[rows])
+
+
 # --- nothing, and not a number --------------------------------------------------------------------
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
 def test_no_rows(backend: Backend, routed: bool) -> None:
