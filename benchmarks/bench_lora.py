@@ -15,6 +15,7 @@ import torch
 from common import ROOT, append_rows
 from depth_mix import bench_mix
 from lora_gram import bench_gram
+from lora_large_rank import bench_large_rank
 from lora_ops import (
     DECODE,
     PREFILL,
@@ -26,7 +27,9 @@ from lora_ops import (
 from lora_train import TRAIN, TRAIN_CPU, bench_train
 from row import Row
 
-MATRICES = ("ops", "decode", "prefill", "train", "gram", "mix", "model", "swap", "layers")
+MATRICES = (
+    "ops", "decode", "prefill", "train", "gram", "large_rank", "mix", "model", "swap", "layers"
+)  # fmt: skip
 
 
 def main() -> None:
@@ -66,6 +69,8 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
             yield from bench_train(shapes, device, dtype, max(3, rounds // 2))
         if "gram" in wanted:
             yield from bench_gram(device, rounds)
+        if "large_rank" in wanted:
+            yield from bench_large_rank(device, dtype, rounds)
         if "mix" in wanted:
             yield from bench_mix(device, rounds)
         if "ops" in wanted:

@@ -202,7 +202,7 @@ def gradients(inputs: Inputs, names: str, function: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("paged", "names"), [(False, "xab"), (True, "x")], ids=["bank", "paged"])
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 def test_gradients_are_those_of_the_formula(
     backend: Backend, shape: Shape, paged: bool, names: str
 ) -> None:

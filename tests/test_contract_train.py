@@ -8,7 +8,18 @@ import pytest
 import torch
 from backends import Backend
 from cases import Inputs, Shape
-from cases_train import LARGE, LEAVES, MEDIUM, SMALL, Outputs, bounds, formula, run, train_inputs
+from cases_train import (
+    DEEP,
+    LARGE,
+    LEAVES,
+    MEDIUM,
+    SMALL,
+    Outputs,
+    bounds,
+    formula,
+    run,
+    train_inputs,
+)
 from test_contract import assert_same_bits, off_grid, shapes
 from torch import Tensor
 
@@ -17,7 +28,7 @@ from lora_ext import ops, reference
 
 
 def skip_large(backend: Backend, shape: Shape) -> None:
-    if shape not in SMALL and (backend.small or (not backend.is_twin and shape in LARGE)):
+    if shape not in [*SMALL, *DEEP] and (backend.small or (not backend.is_twin and shape in LARGE)):
         pytest.skip("this backend runs the small shapes")
 
 
@@ -31,7 +42,7 @@ dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 
 
 # --- the formula --------------------------------------------------------------------------------
-@shapes(SMALL, MEDIUM, LARGE)
+@shapes(SMALL, DEEP, MEDIUM, LARGE)
 @dropouts
 @pytest.mark.parametrize("base", [True, False], ids=["base", "update"])
 def test_equals_the_formula_bit_for_bit_on_small_integers(
@@ -45,7 +56,7 @@ def test_equals_the_formula_bit_for_bit_on_small_integers(
         same(run(i), formula(i), dtype)
 
 
-@shapes(SMALL, MEDIUM, LARGE)
+@shapes(SMALL, DEEP, MEDIUM, LARGE)
 def test_stays_within_the_bound_on_random_values(backend: Backend, shape: Shape) -> None:
     skip_large(backend, shape)
     for dtype in backend.dtypes():
@@ -58,7 +69,7 @@ def test_stays_within_the_bound_on_random_values(backend: Backend, shape: Shape)
             assert (worst <= 1).all(), f"{dtype} {name}: {worst.max():.2f} times the bound"
 
 
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
     i = train_inputs(shape, torch.float64, seed=3, dropout_p=0.25)
     leaves = {k: i[k].nan_to_num(0.5).requires_grad_() for k in LEAVES}
@@ -158,7 +169,7 @@ def test_dropped_elements_do_not_count_even_if_nan(backend: Backend) -> None:
 
 
 # --- rows without an adapter, adapters without a row ----------------------------------------------
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 @dropouts
 def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
     backend: Backend, shape: Shape, p: float
@@ -229,7 +240,7 @@ def test_no_gradient_reaches_what_lies_beyond_a_rank(backend: Backend) -> None:
 
 
 # --- same input, same bits ------------------------------------------------------------------------
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 @dropouts
 def test_repeats_its_bits(backend: Backend, shape: Shape, p: float) -> None:
     skip_large(backend, shape)
@@ -242,7 +253,7 @@ def test_repeats_its_bits(backend: Backend, shape: Shape, p: float) -> None:
     same(run({**i, "adapter_ids": i["adapter_ids"].int()}), first)
 
 
-@shapes(SMALL, MEDIUM, LARGE)
+@shapes(SMALL, DEEP, MEDIUM, LARGE)
 @dropouts
 def test_threads_change_no_bit(shape: Shape, p: float) -> None:
     threads = torch.get_num_threads()
@@ -256,7 +267,7 @@ def test_threads_change_no_bit(shape: Shape, p: float) -> None:
         torch.set_num_threads(threads)
 
 
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
     backend: Backend, shape: Shape
 ) -> None:
@@ -288,7 +299,7 @@ def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> N
 
 
 @pytest.mark.cuda
-@shapes(SMALL, MEDIUM)
+@shapes(SMALL, DEEP, MEDIUM)
 def test_a_captured_step_replays_with_changed_contents(shape: Shape, request: Any) -> None:
     if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
         if request.config.getoption("--require-gpu"):
@@ -310,7 +321,7 @@ def test_a_captured_step_replays_with_changed_contents(shape: Shape, request: An
 
 
 # --- strides --------------------------------------------------------------------------------------
-@shapes(SMALL)
+@shapes(SMALL, DEEP)
 @dropouts
 def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape, p: float) -> None:
     for dtype in backend.dtypes():

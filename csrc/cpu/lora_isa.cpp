@@ -5,15 +5,16 @@
 //   y[t, :] = y[t, :] + B v[t, :]     expand: vector lanes run over outputs
 //
 // Order of every sum, so that a row's bits depend neither on threads nor on the rows beside it:
-//   v[t, r]: one vector accumulator, lane l takes k = l, l + L, l + 2L ... ascending (where the
-//   hardware multiplies pairs: 2l, 2l + 1, then 2L further); then the tree of sum_lanes(). delta of
-//   y[t, o]: one accumulator, ranks ascending; then y + delta, rounded once.
+//   v[t, r]: up to kRankSpan ranks one vector accumulator, lane l takes k = l, l + L, l + 2L ...
+//   ascending (where the hardware multiplies pairs: 2l, 2l + 1, then 2L further); then the tree of
+//   sum_lanes(). Above, one accumulator, k ascending. delta of y[t, o]: one accumulator, ranks
+//   ascending; then y + delta, rounded once.
 //
 // Bound by bytes while a chunk has few rows: A and B stream through the core once, x, v and y stay
 // in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
 // registers, expand transposes a block of B into a stack buffer and holds kTileRows rows x 2
-// vectors of y.
-#include "lora_rows.h"
+// vectors of y. Ranks above kRankSpan are large GEMMs, of packed blocks (lora_product.h).
+#include "lora_product.h"
 #include "tiles.h"
 
 namespace lora_ext::LX_ISA {
@@ -24,7 +25,6 @@ constexpr int kGroupRanks = 32;    // between two blocks of I
 constexpr int kDotBlock = 1024;    // of I; 4 ranks of float are half of a 32 KiB L1
 constexpr int kDirectRows = 3;     // expand: up to so many rows, B is transposed in registers
 constexpr int kWideTileRank = 16;  // and up to this rank pages are read several vectors at a time
-constexpr int kTileRows = 6;       // 12 accumulators
 constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply
@@ -87,8 +87,14 @@ void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int
     }
 }
 
+// One span of the ranks.
 template <typename T>
-void shrink_rows(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, const Rows<Acc<T>>& v) {
+void shrink_rows(const Slot<T>& slot, int64_t span, const Rows<const T>& x, int64_t rows,
+                 const Rows<Acc<T>>& v) {
+    if (slot.rank > kRankSpan)
+        return project<T>(x, rows, slot.in, nullptr, span_of(slot, span), slot.scale, v,
+                          [&](auto... block) { pack_a<T>(slot, block...); });
+    if (span > 0) return;
     if (rows <= kDotRows)
         return with_constant<kDotRows>(rows, [&](auto n) { shrink_few<T, n.value>(slot, x, v); });
     for (int64_t row = 0; row < rows; row += kGroupRows)
@@ -170,25 +176,6 @@ LX_INLINE void packed_tile(const Acc<T>* bt, int64_t columns, int64_t rank, cons
         for (int c = 0; c < kVecs; ++c) add_to<T, kPart>(y[i] + o + c * L, acc[i][c], n);
 }
 
-// bt[r][o] = B[o][r] for the outputs [o, o + width); columns is width rounded up to whole vectors.
-template <typename T>
-void pack(const Slot<T>& slot, int64_t o, int64_t width, Acc<T>* bt, int64_t columns) {
-    constexpr int L = kLanes<T>;
-    for (int64_t p = 0; 8 * p < slot.rank; ++p) {
-        const int ranks = static_cast<int>(min(8, slot.rank - 8 * p));
-        const T* b = slot.b_page(p) + o * slot.b_row;
-        for (int64_t c = 0; c < width; c += L) {
-            Vec<T> t[8];
-            if (c + L <= width && (ranks == 8 || slot.full_pages))
-                load_transposed(b + c * slot.b_row, slot.b_row, t);
-            else
-                load_transposed_part(b + c * slot.b_row, slot.b_row, min(L, width - c), ranks, t);
-            for (int j = 0; j < ranks; ++j)
-                __builtin_memcpy(bt + (8 * p + j) * columns + c, &t[j], sizeof(t[j]));
-        }
-    }
-}
-
 template <typename T>
 void expand_packed(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
                    int64_t o_begin, int64_t o_end) {
@@ -198,7 +185,7 @@ void expand_packed(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y,
     const int64_t block = min(fitting, kPackColumns);
     for (int64_t o = o_begin; o < o_end; o += block) {
         const int64_t width = min(block, o_end - o), columns = blocks_of(width, L) * L;
-        pack<T>(slot, o, width, bt, columns);
+        pack_b_turned<T>(slot, 0, slot.rank, o, width, bt, columns);
         for (int64_t row = 0, tiles = blocks_of(rows, kTileRows), n; row < rows; row += n) {
             n = blocks_of(rows - row, tiles--);
             with_constant<kTileRows>(n, [&](auto count) {
@@ -219,11 +206,26 @@ void expand_packed(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y,
 }
 
 template <typename T>
+void expand_spans(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
+                  int64_t o_begin, int64_t o_end) {
+    for (int64_t row = 0; row < rows; row += kSumRows)
+        for (int64_t o = o_begin; o < o_end; o += kRankSpan)
+            add_update<T>(
+                v.from(row), min(kSumRows, rows - row), slot.rank, y.from(row), o,
+                min(kRankSpan, o_end - o),
+                [&](int64_t r, int64_t n, int64_t c, int64_t count, Acc<T>* to, int64_t to_row) {
+                    pack_b_turned<T>(slot, r, n, o + c, count, to, to_row);
+                },
+                [](int64_t, int64_t, Vec<T> sum) __attribute__((always_inline)) { return sum; });
+}
+
+template <typename T>
 void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
                  int64_t o, int64_t o_end) {
     if (slot.rank == 0) return;
-    if (rows > kDirectRows && slot.rank * 2 * kLanes<T> <= kPackSize)
-        return expand_packed<T>(slot, v, y, rows, o, o_end);
+    if (rows > kDirectRows)
+        return slot.rank > kRankSpan ? expand_spans<T>(slot, v, y, rows, o, o_end)
+                                     : expand_packed<T>(slot, v, y, rows, o, o_end);
     for (int64_t row = 0; row < rows; row += kDirectRows)
         with_constant<kDirectRows>(min(rows - row, kDirectRows), [&](auto n) {
             if (slot.table && slot.rank <= kWideTileRank)
@@ -240,27 +242,33 @@ template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};
 }
+// Rows that an item may have in common with the items after it: with several spans, what is packed
+// serves many.
+int64_t most_rows(const LoraArgs& args) {
+    return rank_spans(args.bank.max_rank) > 1 ? kSumRows : 0;
+}
+
 template <typename T>
 void shrink(const LoraArgs& args, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-        const Chunk chunk = chunk_at(args, c);
-        shrink_rows<T>({args.bank, chunk.slot}, x_rows<T>(args, chunk), chunk.len,
+    for_chunks(args, begin, end, most_rows(args), [&](const Chunk& chunk, int64_t span) {
+        shrink_rows<T>({args.bank, chunk.slot}, span, x_rows<T>(args, chunk), chunk.len,
                        v_rows<T>(args, chunk));
-    }
+    });
 }
 
+int64_t out_block(const LoraArgs& args) {
+    return rank_spans(args.bank.max_rank) > 1 ? kRankSpan : kOutBlock;
+}
 template <typename T>
 void expand(const LoraArgs& args, int64_t begin, int64_t end) {
-    const int64_t out = args.bank.out_features, blocks = blocks_of(out, kOutBlock);
-    for (int64_t item = begin; item < end; ++item) {
-        const Chunk chunk = chunk_at(args, item / blocks);
-        const int64_t o = item % blocks * kOutBlock;
+    const int64_t out = args.bank.out_features, width = out_block(args);
+    for_chunks(args, begin, end, most_rows(args), [&](const Chunk& chunk, int64_t block) {
         expand_rows<T>({args.bank, chunk.slot}, v_rows<T>(args, chunk), y_rows<T>(args, chunk),
-                       chunk.len, o, min(o + kOutBlock, out));
-    }
+                       chunk.len, block * width, min((block + 1) * width, out));
+    });
 }
 
-// v stays on the stack; args.v is not used.
+// v stays on the stack; args.v is not used. Ranks of one span only.
 template <typename T>
 void apply(const LoraArgs& args, int64_t begin, int64_t end) {
     alignas(64) Acc<T> buffer[kVSize];
@@ -272,17 +280,17 @@ void apply(const LoraArgs& args, int64_t begin, int64_t end) {
         for (int64_t row = 0; row < chunk.len; row += step) {
             const int64_t rows = min(step, chunk.len - row);
             const Rows<Acc<T>> v{buffer, slot.rank, nullptr};
-            shrink_rows<T>(slot, x_rows<T>(args, chunk).from(row), rows, v);
+            shrink_rows<T>(slot, 0, x_rows<T>(args, chunk).from(row), rows, v);
             expand_rows<T>(slot, v, y_rows<T>(args, chunk).from(row), rows, 0, slot.out);
         }
     }
 }
 
 int64_t shrink_items(const LoraArgs& args) {
-    return args.plan[kPlanNumChunks];
+    return args.plan[kPlanNumChunks] * rank_spans(args.bank.max_rank);
 }
 int64_t expand_items(const LoraArgs& args) {
-    return args.plan[kPlanNumChunks] * blocks_of(args.bank.out_features, kOutBlock);
+    return args.plan[kPlanNumChunks] * blocks_of(args.bank.out_features, out_block(args));
 }
 
 }  // namespace

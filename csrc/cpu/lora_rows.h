@@ -60,6 +60,23 @@ Chunk chunk_at(const LoraArgs& args, int64_t c) {
     return {chunk[0], chunk[2], args.plan + layout.perm() + chunk[1]};
 }
 
+// f(chunk, part) for the items [begin, end) of parts that have all chunks each: item is part times
+// the number of chunks, plus the chunk. Adjacent chunks of one slot come as one, up to `most` rows.
+template <typename F>
+void for_chunks(const LoraArgs& args, int64_t begin, int64_t end, int64_t most, F&& f) {
+    const int64_t chunks = args.plan[kPlanNumChunks];
+    while (begin < end) {
+        Chunk chunk = chunk_at(args, begin % chunks);
+        const int64_t part = begin / chunks, last = min(end, (part + 1) * chunks);
+        for (++begin; begin < last; ++begin) {
+            const Chunk next = chunk_at(args, begin % chunks);
+            if (next.slot != chunk.slot || chunk.len + next.len > most) break;
+            chunk.len += next.len;
+        }
+        f(chunk, part);
+    }
+}
+
 // Rows of a matrix, picked by an index or in order.
 template <typename E>
 struct Rows {

@@ -10,137 +10,17 @@
 // accumulator each, features ascending in v and dv (then times c), the adapter's rows ascending in
 // dA and dB, ranks ascending in dx (then dx + sum, rounded once).
 //
-// All five are products of two blocks, packed into stack buffers (widened, masked, transposed so
-// that lanes run along a row, and laid out densely: rows whole powers of two apart would share one
-// set of the L1 cache) while kTileRows x 2 vectors of the result sit in registers.
-#include "dropout.h"
-#include "lora_rows.h"
+// All five are products of packed blocks (lora_product.h). Ranks go in spans of kRankSpan, so that
+// no buffer grows with them.
+#include "lora_product.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
 
-constexpr int kTileRows = 6;              // x 2 vectors: 12 accumulators
-constexpr int64_t kRowBlock = 64;         // rows packed at a time
-constexpr int64_t kDepth = 128;           // v, dv: features packed at a time
-constexpr int64_t kRankBlock = 64;        // v, dv: ranks packed at a time
-constexpr int64_t kColumns = 64;          // dA, dB, dx: features packed at a time, and of an item
-constexpr int64_t kAccumulators = 16384;  // dA, dB: of one band
-constexpr int64_t kMaxRank = 256;
-static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
+constexpr int64_t kAccumulators = kRankSpan * kColumns;  // dA, dB: of one band
 
 // ------------------------------------------------------------------------------------------------
-// Products of packed blocks
-
-// Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover rows x columns; columns is a
-// whole number of vectors.
-template <typename T, typename F>
-LX_INLINE void for_tiles(int64_t rows, int64_t columns, F&& f) {
-    constexpr int L = kLanes<T>;
-    for (int64_t c = 0; c < columns; c += 2 * L)
-        for (int64_t row = 0, tiles = blocks_of(rows, kTileRows), n; row < rows; row += n) {
-            n = blocks_of(rows - row, tiles--);
-            with_constant<kTileRows>(n, [&](auto count) {
-                if (columns - c > L)
-                    f(count, Int<2>{}, row, c);
-                else
-                    f(count, Int<1>{}, row, c);
-            });
-        }
-}
-
-// sum[i][c] += left[i * left_row + k * left_step] * right[k * right_row + c], k ascending.
-template <typename T, int kRows, int kVecs>
-LX_INLINE void multiply_add(const Acc<T>* left, int64_t left_row, int64_t left_step,
-                            const Acc<T>* right, int64_t right_row, int64_t depth,
-                            Vec<T> (&sum)[kRows][kVecs]) {
-    for (int64_t k = 0; k < depth; ++k, left += left_step, right += right_row) {
-        Vec<T> r[kVecs];
-        for (int c = 0; c < kVecs; ++c) r[c] = load_bits<Vec<T>>(right + c * kLanes<T>);
-        for (int i = 0; i < kRows; ++i) {
-            const Vec<T> l = broadcast<T>(left[i * left_row]);
-            for (int c = 0; c < kVecs; ++c) sum[i][c] = fma(r[c], l, sum[i][c]);
-        }
-    }
-}
-
-// acc += left * right, of rows x columns; the sums go on from what acc holds.
-template <typename T>
-void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const Acc<T>* right,
-                 int64_t right_row, int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows,
-                 int64_t columns) {
-    for_tiles<T>(rows, columns, [&](auto count, auto vecs, int64_t row, int64_t c) {
-        constexpr int L = kLanes<T>;
-        Vec<T> sum[count.value][vecs.value];
-        Acc<T>* a = acc + row * acc_row + c;
-        for (int i = 0; i < count.value; ++i)
-            for (int j = 0; j < vecs.value; ++j)
-                sum[i][j] = load_bits<Vec<T>>(a + i * acc_row + j * L);
-        multiply_add<T>(left + row * left_row, left_row, left_step, right + c, right_row, depth,
-                        sum);
-        for (int i = 0; i < count.value; ++i)
-            for (int j = 0; j < vecs.value; ++j)
-                __builtin_memcpy(a + i * acc_row + j * L, &sum[i][j], sizeof(Vec<T>));
-    });
-}
-
-// ------------------------------------------------------------------------------------------------
-// Packing
-
-template <typename T>
-LX_INLINE void put(Acc<T>* to, Vec<T> v) {
-    __builtin_memcpy(to, &v, sizeof(v));
-}
-
-// The masks of rows x columns: word(i, c) is that of the 64 columns from c on.
-template <int64_t kWidth>
-struct Masks {
-    uint64_t words[kRowBlock][kWidth / kMaskColumns];
-
-    void fill(const DropoutKey& key, const int32_t* rows, int64_t num_rows, int64_t begin,
-              int64_t width) {
-        for (int64_t i = 0; i < num_rows; ++i)
-            for (int64_t c = 0; c < width; c += kMaskColumns)
-                words[i][c / kMaskColumns] =
-                    keep_bits(key, static_cast<uint32_t>(rows[i]), begin + c);
-    }
-    // From column c on.
-    LX_INLINE uint64_t bits(int64_t i, int64_t c) const {
-        return words[i][c / kMaskColumns] >> c % kMaskColumns;
-    }
-};
-
-// to[i][c] = from[i][begin + c], widened, zero where a mask says so; zero up to a whole vector.
-template <typename T, typename E, int64_t kWidth = kColumns>
-void pack_rows(const Rows<E>& from, int64_t rows, int64_t begin, int64_t width, Acc<T>* to,
-               int64_t to_row, const Masks<kWidth>* masks = nullptr) {
-    constexpr int L = kLanes<T>;
-    for (int64_t i = 0; i < rows; ++i) {
-        const auto* p = from[i] + begin;
-        Acc<T>* q = to + i * to_row;
-        for (int64_t c = 0; c < width; c += L) {
-            const auto v = c + L <= width ? load(p + c) : load_n(p + c, width - c);
-            put<T>(q + c, masks ? keep_lanes<T>(v, masks->bits(i, c)) : v);
-        }
-    }
-}
-
-// to[k][r] = A[first + r][begin + k], zero up to a whole vector.
-template <typename T>
-void pack_a(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, int64_t ranks,
-            Acc<T>* to, int64_t to_row) {
-    constexpr int L = kLanes<T>;
-    for (int64_t r = 0; r < ranks; r += L)
-        for (int64_t k = 0; k < depth; k += 8) {
-            const T* a = slot.a + (first + r) * slot.a_row + begin + k;
-            Vec<T> columns[8];
-            const int count = static_cast<int>(min(8, depth - k));
-            if (r + L <= ranks && count == 8)
-                load_transposed(a, slot.a_row, columns);
-            else
-                load_transposed_part(a, slot.a_row, min(L, ranks - r), count, columns);
-            for (int j = 0; j < count; ++j) put<T>(to + (k + j) * to_row + r, columns[j]);
-        }
-}
+// v and dv: items are (span of ranks, chunk).
 
 // to[o][r] = B[begin + o][first + r], zero up to a whole vector.
 template <typename T>
@@ -148,33 +28,6 @@ void pack_b(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, in
             Acc<T>* to, int64_t to_row) {
     const Rows<const T> rows{slot.b + begin * slot.b_row, slot.b_row, nullptr};
     pack_rows<T>(rows, depth, first, ranks, to, to_row);
-}
-
-// ------------------------------------------------------------------------------------------------
-// v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r], where pack_right packs a block of
-// right.
-template <typename T, typename Pack>
-void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
-             const Slot<T>& slot, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {
-    alignas(64) Acc<T> block[kRowBlock * kDepth], right[kDepth * kRankBlock],
-        sums[kRowBlock * kMaxRank];
-    Masks<kDepth> masks;
-    const int64_t wide = whole_vectors<T>(slot.rank);
-    for (int64_t i = 0; i < rows * wide; ++i) sums[i] = 0;
-    for (int64_t k = 0; k < features; k += kDepth) {
-        const int64_t depth = min(kDepth, features - k);
-        if (key) masks.fill(*key, left.index, rows, k, depth);
-        pack_rows<T>(left, rows, k, depth, block, kDepth, key ? &masks : nullptr);
-        for (int64_t first = 0; first < slot.rank; first += kRankBlock) {
-            const int64_t ranks = min(kRankBlock, slot.rank - first);
-            const int64_t columns = whole_vectors<T>(ranks);
-            pack_right(slot, k, depth, first, ranks, right, columns);
-            add_product<T>(block, kDepth, 1, right, columns, depth, sums + first, wide, rows,
-                           columns);
-        }
-    }
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t r = 0; r < slot.rank; ++r) out[i][r] = factor * sums[i * wide + r];
 }
 
 template <typename T>
@@ -186,49 +39,57 @@ Rows<Acc<T>> dv_rows(const LoraTrainArgs& args, const int32_t* rows) {
     return {static_cast<Acc<T>*>(args.dv), args.dv_row_stride, rows};
 }
 
+// f(chunk, slot, span) for the items [begin, end), where the span has ranks.
+template <typename T, typename F>
+void for_spans(const LoraArgs& args, int64_t begin, int64_t end, F&& f) {
+    for_chunks(args, begin, end, kSumRows, [&](const Chunk& chunk, int64_t index) {
+        const Slot<T> slot(args.bank, chunk.slot);
+        const Span span = span_of(slot, index);
+        if (span.ranks > 0) f(chunk, slot, span);
+    });
+}
+
 template <typename T>
 void shrink(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     const DropoutKey key(args.dropout);
-    for (int64_t c = begin; c < end; ++c) {
-        const Chunk chunk = chunk_at(args.lora, c);
-        const Slot<T> slot(args.lora.bank, chunk.slot);
-        const Acc<T> factor = slot.scale * inverse_keep<T>(args.dropout);
-        for (int64_t row = 0; row < chunk.len && slot.rank > 0; row += kRowBlock)
-            project<T>(x_rows<T>(args.lora, chunk).from(row), min(kRowBlock, chunk.len - row),
-                       slot.in, key.drops() ? &key : nullptr, slot, factor,
-                       v_rows<T>(args.lora, chunk).from(row), pack_a<T>);
-    }
+    for_spans<T>(args.lora, begin, end, [&](const Chunk& chunk, const Slot<T>& slot, Span span) {
+        project<T>(x_rows<T>(args.lora, chunk), chunk.len, slot.in, key.drops() ? &key : nullptr,
+                   span, slot.scale * inverse_keep<T>(args.dropout), v_rows<T>(args.lora, chunk),
+                   [&](auto... block) { pack_a<T>(slot, block...); });
+    });
 }
 
 template <typename T>
 void dv(const LoraTrainArgs& args, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-        const Chunk chunk = chunk_at(args.lora, c);
-        const Slot<T> slot(args.lora.bank, chunk.slot);
-        const Acc<T> factor = slot.scale * inverse_keep<T>(args.dropout);
-        for (int64_t row = 0; row < chunk.len && slot.rank > 0; row += kRowBlock)
-            project<T>(dy_rows<T>(args, chunk.rows + row), min(kRowBlock, chunk.len - row),
-                       slot.out, nullptr, slot, factor, dv_rows<T>(args, chunk.rows + row),
-                       pack_b<T>);
-    }
+    for_spans<T>(args.lora, begin, end, [&](const Chunk& chunk, const Slot<T>& slot, Span span) {
+        project<T>(dy_rows<T>(args, chunk.rows), chunk.len, slot.out, nullptr, span,
+                   slot.scale * inverse_keep<T>(args.dropout), dv_rows<T>(args, chunk.rows),
+                   [&](auto... block) { pack_b<T>(slot, block...); });
+    });
 }
 
 // ------------------------------------------------------------------------------------------------
-// dA, dB, dx: items are kColumns features of one adapter; adjacent items of a thread are walked as
-// one band, as wide as the accumulators allow.
+// dA, dB, dx: items are kColumns features of one span of one adapter; adjacent items of a thread
+// are walked as one band, as wide as the accumulators allow.
 struct Band {
     int32_t slot;
+    int64_t span;
     int64_t begin, width;  // features
     int64_t items;
 };
 Band band_at(const LoraTrainArgs& args, int64_t item, int64_t last, int64_t features) {
+    const int64_t spans = rank_spans(args.lora.bank.max_rank);
     const int64_t bands = blocks_of(features, kColumns), first = item % bands;
-    const int64_t fitting =
-        kAccumulators / (blocks_of(args.lora.bank.max_rank, 16) * 16 * kColumns);
+    const int64_t ranks = min(args.lora.bank.max_rank, kRankSpan);
+    const int64_t fitting = kAccumulators / (blocks_of(ranks, 16) * 16 * kColumns);
     const int64_t items = min(min(bands - first, last - item), fitting);
     const int64_t begin = first * kColumns;
-    return {static_cast<int32_t>(item / bands), begin, min(items * kColumns, features - begin),
-            items};
+    return {static_cast<int32_t>(item / bands / spans), item / bands % spans, begin,
+            min(items * kColumns, features - begin), items};
+}
+int64_t band_items(const LoraTrainArgs& args, int64_t features) {
+    const LoraBank& bank = args.lora.bank;
+    return bank.num_adapters * rank_spans(bank.max_rank) * blocks_of(features, kColumns);
 }
 
 struct Segment {
@@ -241,14 +102,20 @@ Segment segment_of(const LoraArgs& args, int32_t slot) {
     return {args.plan + layout.perm() + begin[0], begin[1] - begin[0]};
 }
 
+// A span's last ranks of a row of dA or dB, beyond the adapter's, are zero.
+int64_t span_width(const LoraBank& bank, const Span& span) {
+    return min(kRankSpan, bank.max_rank - span.first);
+}
+
 template <typename T>
 void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
-    alignas(64) Acc<T> sums[kAccumulators], left[kRowBlock * kColumns], right[kRowBlock * kMaxRank];
+    alignas(64) Acc<T> sums[kAccumulators], left[kRowBlock * kColumns],
+        right[kRowBlock * kRankSpan];
     const LoraBank& bank = args.lora.bank;
     for (Band band; begin < end; begin += band.items) {
         band = band_at(args, begin, end, bank.out_features);
-        const Slot<T> slot(bank, band.slot);
-        const int64_t wide = whole_vectors<T>(slot.rank);
+        const Span span = span_of(Slot<T>(bank, band.slot), band.span);
+        const int64_t wide = whole_vectors<T>(span.ranks);
         const Segment segment = segment_of(args.lora, band.slot);
         for (int64_t i = 0; i < band.width * wide; ++i) sums[i] = 0;
         for (int64_t row = 0; wide > 0 && row < segment.len; row += kRowBlock) {
@@ -256,7 +123,7 @@ void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
             const Rows<const Acc<T>> v{static_cast<const Acc<T>*>(args.lora.v),
                                        args.lora.v_row_stride, segment.rows + row};
             const Rows<const T> dy = dy_rows<T>(args, segment.rows + row);
-            pack_rows<T>(v, rows, 0, slot.rank, right, wide);
+            pack_rows<T>(v, rows, span.first, span.ranks, right, wide);
             for (int64_t o = 0; o < band.width; o += kColumns) {
                 const int64_t outs = min(kColumns, band.width - o);
                 pack_rows<T>(dy, rows, band.begin + o, outs, left, kColumns);
@@ -265,12 +132,17 @@ void db(const LoraTrainArgs& args, int64_t begin, int64_t end) {
             }
         }
         T* out = static_cast<T*>(args.db) +
-                 (band.slot * int64_t{bank.out_features} + band.begin) * bank.max_rank;
+                 (band.slot * int64_t{bank.out_features} + band.begin) * bank.max_rank + span.first;
         for (int64_t o = 0; o < band.width; ++o, out += bank.max_rank) {
-            store_rounded<T>(out, sums + o * wide, slot.rank);
-            for (int64_t r = slot.rank; r < bank.max_rank; ++r) out[r] = T{};
+            store_rounded<T>(out, sums + o * wide, span.ranks);
+            for (int64_t r = span.ranks; r < span_width(bank, span); ++r) out[r] = T{};
         }
     }
+}
+
+template <typename T>
+Rows<T> dx_rows(const LoraTrainArgs& args, const int32_t* rows) {
+    return {static_cast<T*>(args.dx), args.dx_row_stride, rows};
 }
 
 // dx[i][begin + c] += sum over ranks of left[i][r] * right[r][c], where kept; rounded once.
@@ -295,11 +167,12 @@ void add_to_dx(const Rows<T>& dx, int64_t rows, int64_t begin, int64_t width, co
     });
 }
 
-// Blocks of kColumns features, each dense: the accumulators of dA, and A itself.
+// Blocks of kColumns features, each dense: the accumulators of dA, and A itself. dx is added to
+// where one span has all ranks.
 template <typename T>
-void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
+void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t end) {
     alignas(64) Acc<T> sums[kAccumulators], a[kAccumulators], xs[kRowBlock * kColumns],
-        left[kRowBlock * kMaxRank];
+        left[kRowBlock * kRankSpan];
     Masks<kColumns> masks;
     const LoraBank& bank = args.lora.bank;
     const DropoutKey key(args.dropout);
@@ -307,48 +180,85 @@ void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     for (Band band; begin < end; begin += band.items) {
         band = band_at(args, begin, end, bank.in_features);
         const Slot<T> slot(bank, band.slot);
-        const int64_t rank = slot.rank, left_row = whole_vectors<T>(rank);
+        const Span span = span_of(slot, band.span);
+        const int64_t ranks = span.ranks, left_row = whole_vectors<T>(ranks);
         const Segment segment = segment_of(args.lora, band.slot);
         const auto for_blocks = [&](auto&& f) {
             for (int64_t c = 0; c < band.width; c += kColumns)
-                f(c * rank, band.begin + c, min(kColumns, band.width - c));
+                f(c * ranks, band.begin + c, min(kColumns, band.width - c));
         };
-        for (int64_t i = 0; i < band.items * kColumns * rank; ++i) sums[i] = 0;
-        if (args.dx && segment.len > 0)
+        for (int64_t i = 0; i < band.items * kColumns * ranks; ++i) sums[i] = 0;
+        if (with_dx && segment.len > 0)
             for_blocks([&](int64_t block, int64_t column, int64_t width) {
-                const Rows<const T> ranks{slot.a, slot.a_row, nullptr};
-                pack_rows<T>(ranks, rank, column, width, a + block, kColumns);
+                const Rows<const T> rows{slot.a, slot.a_row, nullptr};
+                pack_rows<T>(rows, ranks, column, width, a + block, kColumns);
             });
-        for (int64_t row = 0; rank > 0 && row < segment.len; row += kRowBlock) {
+        for (int64_t row = 0; ranks > 0 && row < segment.len; row += kRowBlock) {
             const int64_t rows = min(kRowBlock, segment.len - row);
             const int32_t* index = segment.rows + row;
-            pack_rows<T>(dv_rows<T>(args, index), rows, 0, rank, left, left_row);
+            pack_rows<T>(dv_rows<T>(args, index), rows, span.first, ranks, left, left_row);
             const Rows<const T> x{static_cast<const T*>(args.lora.x), args.lora.x_row_stride,
                                   index};
-            const Rows<T> dx{static_cast<T*>(args.dx), args.dx_row_stride, index};
             for_blocks([&](int64_t block, int64_t column, int64_t width) {
                 if (kept) masks.fill(key, index, rows, column, width);
                 if (args.da) {
                     pack_rows<T>(x, rows, column, width, xs, kColumns, kept);
                     add_product<T>(left, 1, left_row, xs, kColumns, rows, sums + block, kColumns,
-                                   rank, whole_vectors<T>(width));
+                                   ranks, whole_vectors<T>(width));
                 }
-                if (args.dx)
-                    add_to_dx<T>(dx, rows, column, width, left, left_row, a + block, rank, kept);
+                if (with_dx)
+                    add_to_dx<T>(dx_rows<T>(args, index), rows, column, width, left, left_row,
+                                 a + block, ranks, kept);
             });
         }
         if (!args.da) continue;
-        T* out = static_cast<T*>(args.da) + band.slot * int64_t{bank.max_rank} * bank.in_features;
+        T* out = static_cast<T*>(args.da) +
+                 (band.slot * int64_t{bank.max_rank} + span.first) * bank.in_features;
         for_blocks([&](int64_t block, int64_t column, int64_t width) {
-            for (int64_t r = 0; r < bank.max_rank; ++r) {
+            for (int64_t r = 0; r < span_width(bank, span); ++r) {
                 T* to = out + r * bank.in_features + column;
-                if (r < rank)
+                if (r < ranks)
                     store_rounded<T>(to, sums + block + r * kColumns, width);
                 else
                     for (int64_t i = 0; i < width; ++i) to[i] = T{};
             }
         });
     }
+}
+
+// dx of ranks that have several spans: items are (kRankSpan features, chunk).
+int64_t dx_items(const LoraTrainArgs& args) {
+    return args.lora.plan[kPlanNumChunks] * blocks_of(args.lora.bank.in_features, kRankSpan);
+}
+template <typename T>
+void dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
+    const DropoutKey key(args.dropout);
+    Masks<kRankSpan, kSumRows> masks;
+    for_chunks(args.lora, begin, end, kSumRows, [&](const Chunk& chunk, int64_t block) {
+        const Slot<T> slot(args.lora.bank, chunk.slot);
+        if (slot.rank == 0) return;
+        const int64_t column = block * kRankSpan, width = min(kRankSpan, slot.in - column);
+        const Rows<const T> a{slot.a, slot.a_row, nullptr};
+        if (key.drops()) masks.fill(key, chunk.rows, chunk.len, column, width);
+        add_update<T>(
+            dv_rows<T>(args, chunk.rows), chunk.len, slot.rank, dx_rows<T>(args, chunk.rows),
+            column, width,
+            [&](int64_t r, int64_t n, int64_t c, int64_t count, Acc<T>* to, int64_t to_row) {
+                pack_rows<T>(a.from(r), n, column + c, count, to, to_row);
+            },
+            [&](int64_t i, int64_t c, Vec<T> sum) __attribute__((always_inline)) {
+                return key.drops() ? keep_lanes<T>(sum, masks.bits(i, c)) : sum;
+            });
+    });
+}
+
+// Items of dA's bands, which take dx along where one span has all ranks; then those of dx.
+template <typename T>
+void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
+    const bool together = rank_spans(args.lora.bank.max_rank) == 1;
+    const int64_t bands = args.da || together ? band_items(args, args.lora.bank.in_features) : 0;
+    if (begin < bands) da_bands<T>(args, args.dx && together, begin, min(end, bands));
+    if (end > bands) dx<T>(args, begin < bands ? 0 : begin - bands, end - bands);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -378,21 +288,23 @@ void dropout(const LoraTrainArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 // The table
-int64_t chunk_items(const LoraTrainArgs& args) {
-    return args.lora.plan[kPlanNumChunks];
+int64_t span_items(const LoraTrainArgs& args) {
+    return args.lora.plan[kPlanNumChunks] * rank_spans(args.lora.bank.max_rank);
 }
 int64_t db_items(const LoraTrainArgs& args) {
-    return args.lora.bank.num_adapters * blocks_of(args.lora.bank.out_features, kColumns);
+    return band_items(args, args.lora.bank.out_features);
 }
 int64_t da_dx_items(const LoraTrainArgs& args) {
-    return args.lora.bank.num_adapters * blocks_of(args.lora.bank.in_features, kColumns);
+    const int64_t bands = band_items(args, args.lora.bank.in_features);
+    if (rank_spans(args.lora.bank.max_rank) == 1) return bands;
+    return (args.da ? bands : 0) + (args.dx ? dx_items(args) : 0);
 }
 
 }  // namespace
 
 extern const LoraTrainCpu train_table;
 const LoraTrainCpu train_table = {
-    LX_ISA_NAME, chunk_items,     LX_BY_DTYPE(shrink), chunk_items,        LX_BY_DTYPE(dv),
+    LX_ISA_NAME, span_items,      LX_BY_DTYPE(shrink), span_items,         LX_BY_DTYPE(dv),
     db_items,    LX_BY_DTYPE(db), da_dx_items,         LX_BY_DTYPE(da_dx), LX_BY_DTYPE(dropout)};
 
 }  // namespace lora_ext::LX_ISA

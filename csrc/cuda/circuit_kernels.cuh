@@ -20,11 +20,11 @@ LX_DEVICE void store_values(T* p, int n, bool aligned, const float (&v)[kPiece<T
                 w[i] = lx::bit_cast<uint32_t>(v[i]);
             }
         }
-        lx::store_global(reinterpret_cast<uint4*>(p), uint4{w[0], w[1], w[2], w[3]});
+        *reinterpret_cast<uint4*>(p) = {w[0], w[1], w[2], w[3]};
     } else {
 #pragma unroll
         for (int j = 0; j < kPiece<T>; ++j)
-            if (j < n) lx::store_global(p + j, lx::from_float<T>(v[j]));
+            if (j < n) p[j] = lx::from_float<T>(v[j]);
     }
 }
 

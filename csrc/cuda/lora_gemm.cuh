@@ -25,13 +25,9 @@
 // slices in order: no bit depends on the tile, nor on who shares the batch.
 #pragma once
 
-#include "lora_train.cuh"
+#include "lora_gemm_tile.cuh"
 
 namespace lora_ext {
-
-enum class Product { kShrink, kProject, kExpand, kInput };
-
-constexpr int kGemmThreads = 128;
 
 struct Gemm {
     LoraArgs lora;        // the bank and the rows
@@ -50,154 +46,14 @@ struct Gemm {
 };
 
 template <class T, Product kProduct, int kRows>
-struct GemmShape {
-    static constexpr bool kUpdate = kProduct == Product::kExpand || kProduct == Product::kInput;
-    static constexpr bool kTurned = kProduct == Product::kProject || kProduct == Product::kInput;
-    static constexpr bool kParted = kUpdate && sizeof(T) == 2;  // floats beside a 16-bit right
-    using Left = std::conditional_t<kUpdate, float, T>;
-
-    static constexpr int kLeftPieces = 8;
-    static constexpr int kLeftRow = kLeftPieces * kPieceBytes;
-    static constexpr int kStep = kLeftRow / static_cast<int>(sizeof(Left));  // k of a stage
-    static constexpr int kMmaK = sizeof(T) == 2 ? 16 : 8;
-    static constexpr int kRightRows = kTurned ? kStep : kGemmColumns;
-    static constexpr int kRightPieces = (kTurned ? kGemmColumns : kStep) / kVec<T>;
-    static constexpr int kRightRow = kRightPieces * kPieceBytes;
-    static constexpr int kStageBytes = kRows * kLeftRow + kRightRows * kRightRow;
-    static constexpr int kStages = lx::min(4, 98304 / kStageBytes);
-    static constexpr int kRingBytes = kStages * kStageBytes;
-    // An update goes through the ring's memory as floats; a warp's float2 stores meet no bank twice.
-    static constexpr int kDeltaRow = kGemmColumns + 8;
-    static_assert(!kUpdate || kRows * kDeltaRow * 4 <= kRingBytes);
-
-    static constexpr int kWarpsM = kRows == 16 ? 1 : 2, kWarpsN = 4 / kWarpsM;
-    static constexpr int kTilesM = kRows / kTileRows / kWarpsM;
-    static constexpr int kTilesN = kGemmColumns / 8 / kWarpsN;
-    static constexpr int kWarpRows = kTilesM * kTileRows, kWarpColumns = kTilesN * 8;
-    static constexpr bool kTf32 = sizeof(T) == 4 || (kParted && std::is_same_v<T, lx::f16>);
-    static constexpr int kMinBlocks = kRows == 128  ? 2
-                                      : kRows == 64 ? (kParted && !kTf32 ? 3 : 2)
-                                      : kTf32       ? 3
-                                                    : 4;
-
-    static constexpr int kUnroll = kTf32 ? 1 : 4;
-    using Sums = float[kTilesM][kTilesN][4];
-
-    // Where piece `piece` of a row lies. Left that is parted is read as float2, 32 bytes of each of
-    // four rows at once; right of floats that is turned as floats, 32 bytes of each of four rows.
-    __host__ __device__ static constexpr int left_piece(int row, int piece) {
-        return piece ^ (kParted ? 2 * row : row) % 8;
-    }
-    __host__ __device__ static constexpr int right_piece(int row, int piece) {
-        if (kTurned) return piece ^ (sizeof(T) == 2 ? row % 8 : 2 * (row % 4));
-        return piece ^ (kRightPieces == 8 ? row % 8 : row / 2 % 4);
-    }
-};
-
-// Operand B of the warp's column tiles for kMmaK of a stage.
-template <class G, class T>
-LX_DEVICE void load_right(uint32_t (&w)[G::kTilesN][2], const unsigned char* right, int column,
-                          int k) {
-    const int lane = lx::lane_id();
-#pragma unroll
-    for (int j = 0; j < G::kTilesN; j += 2) {
-        if constexpr (G::kTurned && sizeof(T) == 4) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = k + i % 2 * 4 + lane % 4;
-                const int at = column + 8 * (j + i / 2) + lane / 4;
-                w[j + i / 2][i % 2] = reinterpret_cast<const uint32_t*>(
-                    right + row * G::kRightRow + G::right_piece(row, at / 4) * kPieceBytes)[at % 4];
-            }
-        } else {
-            // Matrices: both halves of k of one column tile, then of the next.
-            uint32_t four[4];
-            if constexpr (G::kTurned) {
-                const int row = k + lane % 16, piece = column / 8 + j + lane / 16;
-                lx::ldmatrix_x4_trans(
-                    four, right + row * G::kRightRow + G::right_piece(row, piece) * kPieceBytes);
-            } else {
-                const int row = column + 8 * (j + lane / 16) + lane % 8;
-                const int piece = k / kVec<T> + lane / 8 % 2;
-                lx::ldmatrix_x4(
-                    four, right + row * G::kRightRow + G::right_piece(row, piece) * kPieceBytes);
-            }
-            w[j][0] = four[0], w[j][1] = four[1];
-            w[j + 1][0] = four[2], w[j + 1][1] = four[3];
-        }
-    }
-}
-
-// sums += left right over one stage, for the warp's rows and columns.
-template <class G, class T>
-LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
-                        const unsigned char* right, int warp_row, int warp_column) {
-    const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
-#pragma unroll(G::kUnroll)
-    for (int k = 0; k < G::kStep; k += G::kMmaK) {
-        uint32_t w[G::kTilesN][2];
-        load_right<G, T>(w, right, warp_column, k);
-#pragma unroll
-        for (int m = 0; m < G::kTilesM; ++m) {
-            const int first = warp_row + m * kTileRows;
-            if constexpr (!G::kParted) {
-                // Matrices: rows 0-7 and 8-15 of the first half of k, then of the second.
-                uint32_t xf[4];
-                const int row = first + lane % 16, piece = k / kVec<T> + lane / 16;
-                lx::ldmatrix_x4(xf,
-                                left + row * G::kLeftRow + G::left_piece(row, piece) * kPieceBytes);
-#pragma unroll
-                for (int j = 0; j < G::kTilesN; ++j) mma_step<T>(sums[m][j], xf, w[j]);
-            } else {
-                // Rows g and g + 8, of the first half of k and then of the second: k 2t and 2t + 1.
-                float2 v[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = first + g + i % 2 * 8, at = k + i / 2 * 8 + 2 * t;
-                    v[i] = *reinterpret_cast<const float2*>(
-                        left + row * G::kLeftRow + G::left_piece(row, at / 4) * kPieceBytes +
-                        at % 4 * 4);
-                }
-                if constexpr (std::is_same_v<T, lx::bf16>) {
-                    uint32_t high[4], low[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        high[i] = lx::pack_floats<T>(v[i].x, v[i].y);
-                        const float2 h = lx::unpack_floats<T>(high[i]);
-                        low[i] = lx::pack_floats<T>(v[i].x - h.x, v[i].y - h.y);
-                    }
-#pragma unroll
-                    for (int j = 0; j < G::kTilesN; ++j) lx::mma_m16n8k16<T>(sums[m][j], low, w[j]);
-#pragma unroll
-                    for (int j = 0; j < G::kTilesN; ++j)
-                        lx::mma_m16n8k16<T>(sums[m][j], high, w[j]);
-                } else {
-                    // Slots k and k + 4 of an mma are k 2t and 2t + 1 of eight.
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const float2 upper = v[2 * half], lower = v[2 * half + 1];
-                        const float a[4] = {upper.x, lower.x, upper.y, lower.y};
-#pragma unroll
-                        for (int j = 0; j < G::kTilesN; ++j) {
-                            const float2 pair = lx::unpack_floats<T>(w[j][half]);
-                            mma_floats<false, true>(sums[m][j], a, {pair.x, pair.y});
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-template <class T, Product kProduct, int kRows>
 __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::kMinBlocks))
     lora_gemm_kernel(const __grid_constant__ Gemm args, const __grid_constant__ Tiling tiling) {
     using G = GemmShape<T, kProduct, kRows>;
     using Left = typename G::Left;
-    constexpr int kPages = kGemmColumns / kPageRanks;
     if constexpr (kProduct == Product::kShrink) lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const T*, page_of, kPages);  // kShrink: of the block's ranks
+    LX_SHARED(const Left*, left_of, kRows);      // rows of left; the first where there is none
+    LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, nullptr where there is none
     LX_DYN_SHARED(ring);
     const LoraBank& bank = args.lora.bank;
     const int thread = lx::thread_rank(), lane = lx::lane_id(), warp = lx::warp_id();
@@ -210,11 +66,18 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
+    lx::syncthreads();  // row_of
+    for (int row = thread; row < kRows; row += kGemmThreads)
+        left_of[row] = static_cast<const Left*>(args.left) +
+                       row_of[row < tile.rows ? row : 0] * args.left_row_stride;
     if constexpr (kProduct == Product::kShrink) {
-        if (thread < kPages && thread * kPageRanks < columns)
-            page_of[thread] = a_page<T>(bank, tile.slot, first_column / kPageRanks + thread);
+        const T* const page = thread < columns
+                                  ? a_page<T>(bank, tile.slot, (first_column + thread) / kPageRanks)
+                                  : nullptr;
+        rank_of[thread] = page ? page + thread % kPageRanks * bank.a_row_stride : nullptr;
     }
-    lx::syncthreads();  // row_of, page_of
+    // left_of, rank_of
+    const bool all_ranks = lx::syncthreads_and(kProduct != Product::kShrink || rank_of[thread]);
 
     // k of this block.
     int begin = 0, end = tile.rank;
@@ -225,72 +88,75 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     }
     const int steps = lx::max(1, (end - begin + G::kStep - 1) / G::kStep);
 
-    // What the warps that take part read: whole warp tiles, with zeros where nothing is.
-    const int fill_rows = (tile.rows + G::kWarpRows - 1) / G::kWarpRows * G::kWarpRows;
-    const int fill_columns = (columns + G::kWarpColumns - 1) / G::kWarpColumns * G::kWarpColumns;
     const int warp_row = warp % G::kWarpsM * G::kWarpRows;
     const int warp_column = warp / G::kWarpsM * G::kWarpColumns;
     const bool active = warp_row < tile.rows && warp_column < columns;
 
-    const Left* const left = static_cast<const Left*>(args.left);
+    // Each thread copies one piece of every so manieth row. The rows' addresses have been made once:
+    // what a stage adds is k. Where left has no row, the tile's first one stands in: nobody stores
+    // what comes of it.
     const int left_piece = thread % G::kLeftPieces, left_row = thread / G::kLeftPieces;
     constexpr int kLeftRowStep = kGemmThreads / G::kLeftPieces;
+    static_assert(kLeftRowStep % 8 == 0);  // all rows of a thread permute alike
     const auto stage_of = [&](int step) { return ring + step % G::kStages * G::kStageBytes; };
     const auto left_at = [&](int step, int row) {
         return stage_of(step) + row * G::kLeftRow + G::left_piece(row, left_piece) * kPieceBytes;
     };
     const auto fill_left = [&](int step) {
-        const int k = begin + step * G::kStep + left_piece * kVec<Left>;
-        for (int row = left_row; row < fill_rows; row += kLeftRowStep) {
-            const int n = row < tile.rows ? end - k : 0;
-            copy_piece<Left>(left_at(step, row),
-                             n > 0 ? left + row_of[row] * args.left_row_stride + k : left, n,
-                             args.left_aligned);
-        }
+        const int at = begin + step * G::kStep + left_piece * kVec<Left>;
+        const int n = end - at, k = n > 0 ? at : 0;
+        unsigned char* const to = left_at(step, left_row);
+        copy_pieces<Left, kRows / kLeftRowStep>(
+            n >= kVec<Left>, args.left_aligned,
+            [&](int i) { return to + i * kLeftRowStep * G::kLeftRow; },
+            [&](int i) { return Piece<Left>{left_of[left_row + i * kLeftRowStep] + k, n}; });
     };
     const auto fill_right = [&](int step) {
-        unsigned char* const stage = stage_of(step) + kRows * G::kLeftRow;
-        const int k0 = begin + step * G::kStep;
         const int piece = thread % G::kRightPieces, element = piece * kVec<T>;
         const int first_row = thread / G::kRightPieces;
         constexpr int kRowStep = kGemmThreads / G::kRightPieces;
+        constexpr int kCopies = G::kRightRows / kRowStep;
+        const int k0 = begin + step * G::kStep;
+        unsigned char* const stage = stage_of(step) + kRows * G::kLeftRow;
+        unsigned char* const to =
+            stage + first_row * G::kRightRow + G::right_piece(first_row, piece) * kPieceBytes;
+        const auto at = [&](int i) {
+            if constexpr (kRowStep % 8 == 0) return to + i * kRowStep * G::kRightRow;
+            const int row = first_row + i * kRowStep;
+            return stage + row * G::kRightRow + G::right_piece(row, piece) * kPieceBytes;
+        };
+        const auto copy = [&](bool whole, auto&& piece_of) {
+            copy_pieces<T, kCopies>(whole, args.right_aligned, at, piece_of);
+        };
         const T* const a = static_cast<const T*>(bank.a);
         const T* const b = static_cast<const T*>(bank.b);
-        const auto copy = [&](int row, const T* from, int n) {
-            copy_piece<T>(stage + row * G::kRightRow + G::right_piece(row, piece) * kPieceBytes,
-                          from, n, args.right_aligned);
-        };
         if constexpr (kProduct == Product::kShrink) {
-            const int k = k0 + element;
-            for (int row = first_row; row < fill_columns; row += kRowStep) {
-                const T* const page = row < columns ? page_of[row / kPageRanks] : nullptr;
-                const int n = page ? end - k : 0;
-                copy(row, n > 0 ? page + row % kPageRanks * bank.a_row_stride + k : a, n);
-            }
+            const int n = end - k0 - element, k = n > 0 ? k0 + element : 0;
+            copy(all_ranks && n >= kVec<T>, [&](int i) {
+                const T* const rank = rank_of[first_row + i * kRowStep];
+                return Piece<T>{(rank ? rank : a) + k, rank ? n : 0};
+            });
         } else if constexpr (kProduct == Product::kExpand) {
             const int k = k0 + element;
             const T* const page = k < end ? b_page<T>(bank, tile.slot, k / kPageRanks) : nullptr;
-            for (int row = first_row; row < fill_columns; row += kRowStep) {
-                const int n = page && row < columns ? end - k : 0;
-                copy(row,
-                     n > 0 ? page + (first_column + row) * bank.b_row_stride + k % kPageRanks : b,
-                     n);
-            }
-        } else if (element < fill_columns) {
-            const int column = first_column + element;
-            const T* const page = kProduct == Product::kProject
-                                      ? b + tile.slot * bank.b_slot_stride +
-                                            column / kPageRanks * bank.b_page_stride +
-                                            column % kPageRanks
-                                      : a + tile.slot * bank.a_slot_stride + column;
-            for (int row = first_row; row < G::kStep; row += kRowStep) {
-                const int k = k0 + row, n = k < end ? columns - element : 0;
-                const int64_t at =
-                    kProduct == Product::kProject
-                        ? k * bank.b_row_stride
-                        : k / kPageRanks * bank.a_page_stride + k % kPageRanks * bank.a_row_stride;
-                copy(row, n > 0 ? page + at : a, n);
-            }
+            const int n = page ? end - k : 0;
+            const T* const from =
+                (page ? page + k % kPageRanks : b) + (first_column + first_row) * bank.b_row_stride;
+            copy(columns == kGemmColumns && n >= kVec<T>, [&](int i) {
+                const int row = first_row + i * kRowStep;
+                return Piece<T>{from + i * kRowStep * bank.b_row_stride, row < columns ? n : 0};
+            });
+        } else {
+            // Plain tensors: the ranks of a and the outputs of b lie at a constant distance.
+            constexpr bool kOfB = kProduct == Product::kProject;
+            const int n = columns - element, k = k0 + first_row;
+            const int64_t stride = kOfB ? bank.b_row_stride : bank.a_row_stride;
+            const T* const from =
+                (kOfB ? b + tile.slot * bank.b_slot_stride : a + tile.slot * bank.a_slot_stride) +
+                first_column + element + k * stride;
+            copy(k0 + G::kStep <= end && n >= kVec<T>, [&](int i) {
+                return Piece<T>{from + i * kRowStep * stride, k + i * kRowStep < end ? n : 0};
+            });
         }
     };
     // Elements of x by the thread that copied them.
@@ -315,25 +181,28 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     }
 
     typename G::Sums sums = {};
-    int slice_start = 0;  // the step with which the slice begins
-    for (int step = 0; step < steps; ++step) {
-        lx::cp_async_wait_group<G::kStages - 2>();
-        drop(step);
-        lx::syncthreads();  // this stage is complete, and the previous one has been read by all
-        if (const int next = step + G::kStages - 1; next < steps) {
-            fill_right(next);
-            fill_left(next);
+    for (int slice = 0, step = 0; step < steps; ++slice) {
+        lx::syncwarp();  // for the compiler, which else makes one loop of the two
+        const int slice_end =
+            G::kUpdate ? steps : lx::min(steps, step + args.slice_width / G::kStep);
+        for (; step < slice_end; ++step) {
+            lx::cp_async_wait_group<G::kStages - 2>();
+            drop(step);
+            lx::syncthreads();  // this stage is complete, and the previous one has been read by all
+            if (const int next = step + G::kStages - 1; next < steps) {
+                fill_right(next);
+                fill_left(next);
+            }
+            lx::cp_async_commit();
+            const unsigned char* const stage = stage_of(step);
+            if (active)
+                multiply<G, T>(sums, stage, stage + kRows * G::kLeftRow, warp_row, warp_column);
         }
-        lx::cp_async_commit();
-        if (!active) continue;
-        const unsigned char* const stage = stage_of(step);
-        multiply<G, T>(sums, stage, stage + kRows * G::kLeftRow, warp_row, warp_column);
         if constexpr (!G::kUpdate) {
-            const bool last = step + 1 == steps;
-            if (!last && (step + 1 - slice_start) * G::kStep < args.slice_width) continue;
+            if (!active) continue;
             // The sum of the slices so far lies where it belongs; only this lane reads it again.
             float factor = 1.0f;
-            if (last && args.finished)
+            if (step == steps && args.finished)
                 factor = args.dropout.inverse_keep * (bank.scale ? bank.scale[tile.slot] : 1.0f);
             const bool paired = ranks_paired(static_cast<float*>(args.out), args.out_row_stride);
 #pragma unroll
@@ -351,7 +220,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                         float part[2] = {sums[m][j][2 * h], sums[m][j][2 * h + 1]};
 #pragma unroll
                         for (int i = 0; i < 2; ++i) {
-                            if (slice_start > 0 && rank + i < columns) part[i] += out[rank + i];
+                            if (slice > 0 && rank + i < columns) part[i] += out[rank + i];
                             sums[m][j][2 * h + i] = 0;
                         }
                         store_ranks(out + rank, columns - rank, paired, factor * part[0],
@@ -359,7 +228,6 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                     }
                 }
             }
-            slice_start = step + 1;
         }
     }
     lx::cp_async_wait_all();

@@ -19,8 +19,9 @@ constexpr int kMinBlocksTwice =
     3;  // of the divergence, which has two rows at hand, or with softcap
 constexpr int kFinishThreads = 128;
 
-// Calls f(index, values of each row) for the pieces of kRows rows that this thread owns. Beyond n,
-// only where n is no multiple of a piece, values are -inf.
+// Calls f(index, values of each row, whole) for the pieces of kRows rows that this thread owns.
+// `whole`, a type: rows lie on 16 bytes and n is a multiple of a piece. Else values beyond n are
+// -inf.
 template <class T, int kRows, class F>
 LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned, F&& f) {
     constexpr int kSize = kPiece<T>, kStep = kThreads * kSize, kBatch = 4 / kRows;
@@ -40,7 +41,7 @@ LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned
                 float v[kRows][kSize];
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) unpack_piece<T>(words[k][r], v[r]);
-                if (i + k * kStep < n) f(i + k * kStep, v);
+                if (i + k * kStep < n) f(i + k * kStep, v, std::true_type());
             }
         }
     } else {
@@ -52,7 +53,7 @@ LX_DEVICE void for_own_pieces(const T* const (&rows)[kRows], int n, bool aligned
                 for (int j = 0; j < kSize; ++j)
                     v[r][j] =
                         i + j < n ? lx::to_float(lx::load_global(rows[r] + i + j)) : kImpossible;
-            f(i, v);
+            f(i, v, std::false_type());
         }
     }
 }
@@ -114,7 +115,7 @@ struct Row {
         const float before = start ? kImpossible : *top_at;
         float most = kImpossible;
         const T* const rows[1] = {logits};
-        for_own_pieces(rows, columns, aligned, [&](int, const auto& v) {
+        for_own_pieces(rows, columns, aligned, [&](int, const auto& v, auto) {
 #pragma unroll
             for (int j = 0; j < kPiece<T>; ++j) most = fmaxf(most, v[0][j]);
         });
@@ -123,8 +124,9 @@ struct Row {
         shift = shift_of(top);
         fade = lx::exp_approx(before - shift);
     }
-    LX_DEVICE void store(int i, const float (&v)[kPiece<T>]) const {
-        store_values(logits + i, columns - i, aligned, v);
+    template <class Whole>
+    LX_DEVICE void store(int i, const float (&v)[kPiece<T>], Whole) const {
+        store_values(logits + i, columns - i, Whole::value, v);
     }
     // The chunk's sum joins those before. Every thread has read what is written here.
     LX_DEVICE void keep(bool start, float sum) const {
@@ -166,17 +168,19 @@ __global__ void __launch_bounds__(kThreads, kCapped ? kMinBlocksTwice : kMinBloc
     lx::syncthreads();  // the label's logit has been read
     float sum = 0;
     const T* const rows[1] = {row.logits};
-    for_own_pieces(rows, row.columns, aligned, [&](int i, const auto& v) {
+    for_own_pieces(rows, row.columns, aligned, [&](int i, const auto& v, auto whole) {
         float e[kPiece<T>];
 #pragma unroll
         for (int j = 0; j < kPiece<T>; ++j) {
             float slope;
             const float z = logit.of(v[0][j], slope);
-            e[j] = i + j == y || i + j >= row.columns ? 0.0f : lx::exp_approx(z - row.shift);
+            e[j] = i + j == y || !(whole.value || i + j < row.columns)
+                       ? 0.0f
+                       : lx::exp_approx(z - row.shift);
             sum += e[j];
             e[j] *= slope;
         }
-        if (kept) row.store(i, e);
+        if (kept) row.store(i, e, whole);
     });
     row.keep(start, sum);
 }
@@ -220,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const Logit<kCapped> logit(args);
     const float lse = static_cast<const float*>(args.lse)[n];
     const T* const rows[1] = {row};
-    for_own_pieces(rows, columns, aligned, [&](int i, const auto& v) {
+    for_own_pieces(rows, columns, aligned, [&](int i, const auto& v, auto whole) {
         float d[kPiece<T>];
 #pragma unroll
         for (int j = 0; j < kPiece<T>; ++j) {
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
             const float q = lx::exp_approx(logit.of(v[0][j], slope) - lse);
             d[j] = counts ? (i + j == y ? q - 1 : q) * slope : 0.0f;
         }
-        store_values(row + i, columns - i, aligned, d);
+        store_values(row + i, columns - i, whole.value, d);
     });
 }
 
@@ -256,18 +260,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksTwice)
         const Row<T, kCapped> student(args, logit, team, e, aligned);
         float sum = 0, cross = 0;
         const T* const rows[2] = {teacher.logits, student.logits};
-        for_own_pieces(rows, student.columns, aligned, [&](int i, const auto& v) {
+        for_own_pieces(rows, student.columns, aligned, [&](int i, const auto& v, auto whole) {
             float q[kPiece<T>];
 #pragma unroll
             for (int j = 0; j < kPiece<T>; ++j) {
-                const bool here = i + j < student.columns;
+                const bool here = whole.value || i + j < student.columns;
                 const float k = logit.of(v[0][j]), z = logit.of(v[1][j]);
                 const float p = here ? lx::exp_approx(k - teacher.shift) : 0.0f;
                 q[j] = here ? lx::exp_approx(z - student.shift) : 0.0f;
                 sum += q[j];
                 cross += p == 0 ? 0.0f : p * (k - z);
             }
-            if (kept) student.store(i, q);
+            if (kept) student.store(i, q, whole);
         });
         student.keep(start, sum);
         cross = team.reduce(cross, add);
@@ -276,15 +280,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksTwice)
     }
     float sum = 0;
     const T* const rows[1] = {teacher.logits};
-    for_own_pieces(rows, teacher.columns, aligned, [&](int i, const auto& v) {
+    for_own_pieces(rows, teacher.columns, aligned, [&](int i, const auto& v, auto whole) {
         float p[kPiece<T>];
 #pragma unroll
         for (int j = 0; j < kPiece<T>; ++j) {
-            p[j] =
-                i + j < teacher.columns ? lx::exp_approx(logit.of(v[0][j]) - teacher.shift) : 0.0f;
+            p[j] = whole.value || i + j < teacher.columns
+                       ? lx::exp_approx(logit.of(v[0][j]) - teacher.shift)
+                       : 0.0f;
             sum += p[j];
         }
-        if (kept) teacher.store(i, p);
+        if (kept) teacher.store(i, p, whole);
     });
     teacher.keep(start, sum);
 }
@@ -335,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         T* const z_e = logits + e * args.rows * args.columns;
         const float lse_e = lse[e * args.rows];
         const T* const rows[2] = {logits + last * args.rows * args.columns, z_e};
-        for_own_pieces(rows, columns, aligned, [&](int i, const auto& v) {
+        for_own_pieces(rows, columns, aligned, [&](int i, const auto& v, auto whole) {
             float d[kPiece<T>];
 #pragma unroll
             for (int j = 0; j < kPiece<T>; ++j) {
@@ -344,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                 const float p = lx::exp_approx(logit.of(v[0][j]) - lse_k);
                 d[j] = valid ? (q - p) * slope * share : 0.0f;
             }
-            store_values(z_e + i, columns - i, aligned, d);
+            store_values(z_e + i, columns - i, whole.value, d);
         });
     }
 }
@@ -360,7 +365,8 @@ template <class Launch>
 LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     if (args.rows == 0) return 0;
     if (args.rows > kMaxGridX || args.columns > INT32_MAX - 16 * kThreads) return kInvalidValue;
-    const int64_t all = args.hiddens * args.rows, size = element_size(args.dtype);
+    const int64_t size = element_size(args.dtype);
+    [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     declare_rows(args);
     LX_BUF(args.logits, all * args.columns * size, lx::Access::kReadWrite);
     const bool aligned = aligned_16(args.logits, {args.columns}, size);
@@ -371,12 +377,12 @@ LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     });
 }
 void declare_update(const VocabArgs& args) {
-    const int64_t all = args.hiddens * args.rows;
+    [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     LX_BUF(args.state, 3 * all * 4, args.first == 0 ? lx::Access::kWrite : lx::Access::kReadWrite);
     if (args.products) LX_BUF(args.products, all * args.width * 4, lx::Access::kReadWrite);
 }
 bool declare_finish(const VocabArgs& args) {
-    const int64_t all = args.hiddens * args.rows;
+    [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     declare_rows(args);
     LX_BUF(args.state, 3 * all * 4, lx::Access::kRead);
     if (args.products) LX_BUF(args.products, all * args.width * 4, lx::Access::kReadWrite);

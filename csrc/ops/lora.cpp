@@ -10,6 +10,7 @@
 
 #include "ops/call.h"
 #include "ops/checks.h"
+#include "ops/deal.h"
 #include "ops/lora_args.h"
 #include "ops/scratch.h"
 #include "ops/settings.h"
@@ -37,16 +38,17 @@ void run_twin(LoraArgs& args, Step step, int64_t element_size) {
     auto split = [&](int64_t items, auto&& f) {
         if (threads == 1 || items <= 1) {
             if (items > 0) f(0, items);
+        } else if (rank_spans(args.bank.max_rank) > 1) {
+            deal_items(items, kChunksTogether, f);
         } else {
             at::parallel_for(0, items, 1, f);
         }
     };
     auto shrink = [&](int64_t begin, int64_t end) { cpu.shrink(args, begin, end); };
     auto expand = [&](int64_t begin, int64_t end) { cpu.expand(args, begin, end); };
-    if (step == Step::kApply && args.bank.max_rank <= 256 &&
-        (threads == 1 || chunks >= 4 * threads)) {
-        split(cpu.shrink_items(args),
-              [&](int64_t begin, int64_t end) { cpu.apply(args, begin, end); });
+    const bool one_span = rank_spans(args.bank.max_rank) == 1;
+    if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
+        split(chunks, [&](int64_t begin, int64_t end) { cpu.apply(args, begin, end); });
         return;
     }
     if (step != Step::kExpand) split(cpu.shrink_items(args), shrink);

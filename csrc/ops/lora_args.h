@@ -9,6 +9,8 @@
 namespace lora_ext {
 
 constexpr int64_t kMaxAdapters = 1 << 24;
+// Adjacent items of a twin, which are chunks of one adapter as a rule, share what is packed of it.
+constexpr int64_t kChunksTogether = 4;
 
 // The adapters of one op, and the tensors that keep their memory alive.
 struct Bank {

@@ -15,6 +15,7 @@
 #include "lora_ext/lora_train.h"
 #include "ops/call.h"
 #include "ops/checks.h"
+#include "ops/deal.h"
 #include "ops/gemm.h"
 #include "ops/lora_args.h"
 #include "ops/scratch.h"
@@ -62,8 +63,6 @@ struct Call {
         require(x.size(0) <= kMaxSize, op, "x", expected("at most ", kMaxSize, " rows"),
                 found(x.size(0)));
         bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), b.size(1));
-        require(launches_kernels(x) || bank.view.max_rank <= 256, op, "a.shape[1]",
-                expected("a rank of at most 256 on the CPU"), found(bank.view.max_rank));
         args.lora.bank = bank.view;
         args.lora.num_tokens = x.size(0);
         args.lora.x = x.const_data_ptr();
@@ -143,10 +142,13 @@ struct Call {
     void run(const Args& what, int64_t items, void (*f)(const Args&, int64_t, int64_t),
              int64_t width) const {
         const int64_t work = args.lora.num_tokens * args.lora.bank.max_rank * width;
+        const auto part = [&](int64_t begin, int64_t end) { f(what, begin, end); };
         if (items <= 1 || work < kSerialWork)
-            f(what, 0, items);
+            part(0, items);
+        else if (rank_spans(args.lora.bank.max_rank) > 1)
+            deal_items(items, kChunksTogether, part);
         else
-            at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { f(what, begin, end); });
+            at::parallel_for(0, items, 1, part);
     }
 };
 

@@ -18,7 +18,6 @@ from lora_ext.nn.pool_layer import PoolLayer
 
 from .base_weights import BaseWeights
 
-MAX_RANK = 256  # of the ops
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # PEFT has LoRA layers for these too; an adapter that targets one is refused by name, not skipped.

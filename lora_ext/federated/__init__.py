@@ -1,7 +1,8 @@
 """Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower."""
 
 from .aggregation import Aggregate, aggregate
-from .batched import BatchedClients, ClientSpec, UnsupportedModule
+from .batched import BatchedClients, UnsupportedModule
+from .clients import ClientSpec
 from .keys import LayerNotFound
 from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,10 +21,10 @@ from lora_ext.nn.blocks import block_index
 from lora_ext.nn.rows import rows_of
 from lora_ext.ops._checks import require
 
-from .batches import merged, own_output, rows_in
+from .batches import merged, own_outputs
+from .clients import ClientRound, ClientSpec, adamw
 from .keys import PATTERN, Pair, layer_pairs
 from .layers import Others
-from .payload import plan_shapes
 from .plan import LayerPlan
 from .update import Client, Update
 
@@ -33,45 +32,11 @@ from .update import Client, Update
 LossFn = Callable[[Tensor, Any], Tensor]
 
 WHERE = "BatchedClients"
-_GLOBAL, _OFF = -1, -2  # whose factors a row has in a layer, beside a client's own
+_GLOBAL = -1  # in the place of a client: the factors of rows whose client has a layer frozen
 
 
 class UnsupportedModule(ValueError):
     """A module under which a client's rows would not be what they are alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class ClientSpec:
-    """One client: its data in the order of its steps, and its optimizer.
-
-    Attributes:
-        client: its name, the client's alone.
-        batches: one optimizer step each. A mapping of tensors, of which all but ``labels`` go to
-            the model; ``(x, y)``; or x alone. Rows come first in every tensor.
-        lr, weight_decay, betas, eps: of AdamW.
-        max_grad_norm: its gradient is scaled down to this norm; None leaves it.
-        seed: of its dropout, which :class:`BatchedClients` refuses so far.
-
-    Raises:
-        ValueError: a rate or bound out of range.
-    """
-
-    client: Client
-    batches: Sequence[Any]
-    lr: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    max_grad_norm: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        bounds = {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps}
-        if self.max_grad_norm is not None:
-            bounds["max_grad_norm"] = self.max_grad_norm
-        for name, value in bounds.items():
-            holds = math.isfinite(value) and value >= 0
-            require(holds, "ClientSpec", name, "a finite number from 0", value)
 
 
 class BatchedClients:
@@ -166,8 +131,9 @@ class BatchedClients:
         self._check_model()
         pairs = layer_pairs(f"{WHERE}: global_lora", global_lora, self.pattern)
         layers = self._layers(pairs, global_lora)
+        pattern = self.pattern
         states = [
-            _ClientState(spec, plans[spec.client], global_lora, self)
+            ClientRound(spec, plans[spec.client], global_lora, pattern, self.dtype)
             for spec in self.clients.values()
             if spec.client in plans
         ]
@@ -177,7 +143,7 @@ class BatchedClients:
 
     def _train(
         self,
-        states: list[_ClientState],
+        states: list[ClientRound],
         pairs: list[Pair],
         layers: Mapping[str, tuple[str, Any]],
         global_lora: Mapping[str, Tensor],
@@ -200,7 +166,7 @@ class BatchedClients:
             replacements[name] = _ClientsLayer(base, factors, scaling, batch, len(states))
         swap = Swap(self.model, replacements, WHERE)
         try:
-            optimizer = _adamw(states)
+            optimizer = adamw(states)
             while active := [(i, s) for i, s in enumerate(states) if s.has_batch]:
                 self._step(active, batch, optimizer)
         finally:
@@ -208,7 +174,7 @@ class BatchedClients:
 
     def _step(
         self,
-        active: list[tuple[int, _ClientState]],
+        active: list[tuple[int, ClientRound]],
         batch: _Rows,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
@@ -217,8 +183,8 @@ class BatchedClients:
         batch.set([i for i, s in zip(places, segments, strict=True) for _ in range(s.rows)])
         output = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
         losses = [
-            self._loss(state, own_output(output, segment, WHERE))
-            for (_, state), segment in zip(active, segments, strict=True)
+            self._loss(state, own)
+            for (_, state), own in zip(active, own_outputs(output, segments, WHERE), strict=True)
         ]
         values = torch.stack([loss.detach().double() for loss in losses]).tolist()
         for (_, state), value in zip(active, values, strict=True):
@@ -235,7 +201,7 @@ class BatchedClients:
         for (_, state), value in zip(active, values, strict=True):
             state.advance(value)
 
-    def _loss(self, state: _ClientState, output: Tensor) -> Tensor:
+    def _loss(self, state: ClientRound, output: Tensor) -> Tensor:
         loss = self.loss_fn(output, state.batch)
         scalar = isinstance(loss, Tensor) and loss.dim() == 0
         found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -298,80 +264,6 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
 def _supported(holds: bool, name: str, expected: object, found: object) -> None:
     if not holds:
         raise UnsupportedModule(f"{WHERE}: {name}: expected {expected}, found {found}")
-
-
-class _ClientState:
-    """One client in one round: its factors, its optimizer, and where it is in its data."""
-
-    def __init__(
-        self,
-        spec: ClientSpec,
-        plan: LayerPlan,
-        global_lora: Mapping[str, Tensor],
-        owner: BatchedClients,
-    ):
-        self.spec = spec
-        self.plan = plan
-        self.failed = False
-        self.examples = 0
-        self.losses: list[float] = []
-        self.tensors: dict[str, Tensor] = {}
-        for key, shape in plan_shapes(global_lora, plan, owner.pattern).items():
-            start = global_lora[key].detach()[tuple(map(slice, shape))]
-            self.tensors[key] = start.to(owner.dtype or start.dtype, copy=True)
-
-    def to(self, pair: Pair, device: torch.device) -> None:
-        """Move the factors of one module to where its layer is."""
-        for key in (pair.a, pair.b):
-            self.tensors[key] = self.tensors[key].to(device).requires_grad_(True)
-
-    @property
-    def has_batch(self) -> bool:
-        """Whether it has a step to do."""
-        return not self.failed and len(self.losses) < len(self.spec.batches)
-
-    @property
-    def batch(self) -> Any:
-        """The batch of the step that it is at."""
-        return self.spec.batches[len(self.losses)]
-
-    def clip(self) -> None:
-        """Scale the gradient down to its bound; one that failed has none."""
-        if self.spec.max_grad_norm is not None and not self.failed:
-            nn.utils.clip_grad_norm_(self.tensors.values(), self.spec.max_grad_norm)
-
-    def advance(self, loss: float) -> None:
-        """Go on to the next batch, after the step whose loss this is."""
-        self.examples += rows_in(self.batch, WHERE)
-        self.losses.append(loss)
-
-    def update(self, global_lora: Mapping[str, Tensor]) -> Update:
-        """The reply of the client."""
-        changes: dict[str, Tensor] = {}
-        for key, value in self.tensors.items():
-            end = value.detach().cpu()
-            start = global_lora[key].detach().cpu()[tuple(map(slice, end.shape))].to(end.dtype)
-            changes[key] = end - start
-        failed = self.failed or not all(bool(t.isfinite().all()) for t in changes.values())
-        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
-        sent = {} if failed else changes
-        return Update(self.spec.client, self.examples, sent, self.plan, loss, failed)
-
-
-def _adamw(states: list[_ClientState]) -> torch.optim.Optimizer | None:
-    """One optimizer for all: it works tensor by tensor, each with its own count of steps, and
-    leaves those alone that have no gradient."""
-    groups: dict[tuple[Any, ...], list[Tensor]] = {}
-    for state in states:
-        spec = state.spec
-        key = spec.lr, spec.betas, spec.eps, spec.weight_decay
-        groups.setdefault(key, []).extend(state.tensors.values())
-    rates = [
-        {"params": tensors, "lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
-        for (lr, betas, eps, decay), tensors in groups.items()
-        if tensors
-    ]
-    return torch.optim.AdamW(rates, foreach=True) if rates else None
 
 
 class _Rows:

@@ -98,7 +98,7 @@ class CircuitHead(nn.Module):
         hidden_size: ``D``. vocab_size: ``V``, at least 2. n_token: ``K``. rank: ``C``.
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
         emission: see the table. ``full`` for small vocabularies, ``adapter`` for large ones.
-        adapter_rank: ``R`` of ``adapter``, 1 to 256.
+        adapter_rank: ``R`` of ``adapter``, at least 1.
         contextual: whether transitions depend on ``h``; otherwise they are free parameters.
         share_transitions: one transition matrix instead of ``M``.
         init_identity: transitions start by keeping the state with probability 0.99, so that an HMM

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
@@ -20,7 +19,9 @@ from lora_ext.ops._autocast import AUTOCASTS
 
 from .rows import Rows, all_rows, constant, rows_of, scales, subset
 
-_MAX_FUSED_RANK = 256  # of the kernels
+# A bank has room for its largest rank in every adapter: one that would be so many times as large as
+# its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
+_MOST_ROOM, _SMALL_RANK = 4, 256
 
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -78,9 +79,8 @@ def lora_forward(
     dense = dense_parameters(base)
     if adapter_ids is None and len(adapters) == 1 and dense is not None:
         factors = adapters[0]
-        rank = factors.a.shape[0]
         if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
-            if rank <= _MAX_FUSED_RANK and x.dtype != torch.float64 and autocast_dtype(x) is None:
+            if x.dtype != torch.float64 and autocast_dtype(x) is None:
                 return _one_adapter(x, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
@@ -155,8 +155,6 @@ def _forward(
     rows: Rows | None,
 ) -> Tensor:
     """``base`` is called where ``dense`` cannot take part; without either, the update alone."""
-    if any(f.a.shape[0] > _MAX_FUSED_RANK for f in adapters):
-        return _with_large_ranks(x, base, dense, adapters, rows)
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
     calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
@@ -177,45 +175,6 @@ def _forward(
     for call in calls:
         y = _add_bias(y, call)
     return y.to(dtype).view(*x.shape[:-1], y.shape[-1])
-
-
-def _with_large_ranks(
-    x: Tensor,
-    base: Callable[[Tensor], Tensor] | None,
-    dense: DenseParameters | None,
-    adapters: Sequence[LoraFactors],
-    rows: Rows | None,
-) -> Tensor:
-    """:func:`_forward` where ranks exceed the kernels': those are two ordinary products each."""
-    small = [i for i, f in enumerate(adapters) if f.a.shape[0] <= _MAX_FUSED_RANK]
-    y = None
-    if small:
-        kept = None if rows is None else subset(rows, small)
-        y = _forward(x, base, dense, [adapters[i] for i in small], kept)
-    elif base is not None:
-        y = base(x)
-    elif dense is not None:
-        y = F.linear(x, *dense)
-    dtype = None if y is None else y.dtype
-    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
-    y2d = None if y is None else y.reshape(-1, y.shape[-1])  # (T, O)
-    for i, f in enumerate(adapters):
-        if i in small:
-            continue
-        own = None if rows is None else (rows.ids == i).nonzero()[:, 0]
-        part = (x2d if own is None else x2d[own]).to(f.a.dtype)
-        if f.p:
-            part = ops.lora_dropout(part, f.p, draw_seed(x.device))
-        update = F.linear(F.linear(part, f.a), f.b, f.bias) * f.scaling
-        if y2d is None:
-            y2d = update.new_zeros(x2d.shape[0], update.shape[1])
-        if own is None:
-            y2d = y2d + update
-        else:
-            y2d = y2d.index_copy(0, own, (y2d[own] + update).to(y2d.dtype))
-    assert y2d is not None
-    y2d = y2d if dtype is None else y2d.to(dtype)
-    return y2d.view(*x.shape[:-1], y2d.shape[-1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -275,15 +234,12 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
     """All adapters on all rows, in one call where their factors can be stacked along the rank."""
     ids, plan = all_rows(x.shape[0], x.device)
     first = adapters[0]
-    together = len(adapters) == 1 or (
-        all(
-            f.p == 0
-            and not isinstance(f.scaling, Tensor)  # comparing would wait for the device
-            and f.scaling == first.scaling
-            and f.a.dtype == first.a.dtype
-            for f in adapters
-        )
-        and sum(f.a.shape[0] for f in adapters) <= _MAX_FUSED_RANK
+    together = len(adapters) == 1 or all(
+        f.p == 0
+        and not isinstance(f.scaling, Tensor)  # comparing would wait for the device
+        and f.scaling == first.scaling
+        and f.a.dtype == first.a.dtype
+        for f in adapters
     )
     calls: list[_Call] = []
     for group in [adapters] if together else [[f] for f in adapters]:
@@ -296,13 +252,16 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
-    """Every row its own adapter: one call for all adapters that have the same dropout."""
+    """Every row its own adapter: one call for all adapters that have the same dropout, and ranks
+    that fit into one bank."""
     calls: list[_Call] = []
-    by_p: dict[float, list[int]] = {}
-    for i, f in enumerate(adapters):
-        by_p.setdefault(f.p, []).append(i)
-    for p, members in by_p.items():
-        _, ids, plan = rows if len(by_p) == 1 else subset(rows, members)
+    all_ranks = [f.a.shape[0] for f in adapters]
+    in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
+    groups: dict[tuple[float, bool], list[int]] = {}
+    for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
+        groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
+    for (p, _), members in groups.items():
+        _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         a, b = [f.a for f in group], [f.b for f in group]
         scaling = tuple(f.scaling for f in group)

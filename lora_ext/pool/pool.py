@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_ext.adapter import LoraAdapter
 from lora_ext.adapter.live import live_adapter
-from lora_ext.adapter.model_index import MAX_RANK, ModelIndex
+from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
 from lora_ext.nn.attachment import UnknownAdapterError
 
@@ -89,10 +89,6 @@ class AdapterPool:
                 raise TypeError(f"AdapterPool: {argument}: expected an integer, found {value!r}")
             if value < 1:
                 raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
-        if max_rank > MAX_RANK:
-            raise ValueError(
-                f"AdapterPool: max_rank: expected at most {MAX_RANK}, found {max_rank}"
-            )
         if not isinstance(host_cache_bytes, int) or host_cache_bytes < 0:
             raise ValueError(
                 "AdapterPool: host_cache_bytes: expected a number of bytes, 0 or more, "

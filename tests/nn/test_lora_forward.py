@@ -39,7 +39,7 @@ SETTINGS = {
     "plain": [{}],
     "rslora": [{"use_rslora": True, "r": 3}],
     "bias": [{"lora_bias": True}],
-    "above the kernels' rank": [{"r": 300, "lora_alpha": 300, "lora_bias": True}, {"r": 2}],
+    "above one span of ranks": [{"r": 300, "lora_alpha": 300, "lora_bias": True}, {"r": 2}],
     "summed, one scaling": [{}, {"r": 8, "lora_alpha": 12}],
     "summed, two scalings and biases": [{"lora_bias": True}, {"r": 2, "lora_bias": True}, {}],
 }

@@ -464,11 +464,6 @@ def test_acquire_and_release_are_fast():
     assert best < 20e-6, "an acquire and a release of four names, 10 us each"
 
 
-def test_a_pool_refuses_ranks_that_the_ops_lack():
-    with pytest.raises(ValueError, match="max_rank: expected at most 256, found 257"):
-        AdapterPool(Base(), max_rank=257)
-
-
 def test_a_pool_refuses_a_cache_of_less_than_nothing_and_a_device_that_is_not_there():
     with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found -1"):
         AdapterPool(Base(), host_cache_bytes=-1)

@@ -124,16 +124,22 @@ struct LoraArgs {
     void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
 };
 
+// The twins take ranks in spans of so many: no buffer of theirs grows with a rank.
+constexpr int64_t kRankSpan = 256;
+constexpr int64_t rank_spans(int64_t max_rank) {
+    return max_rank <= kRankSpan ? 1 : (max_rank - 1) / kRankSpan + 1;
+}
+
 // CPU twins: one table per instruction set, from isa.h. ops splits [0, items) over threads, and the
-// result does not depend on how it is split. Items of shrink are chunks; items of expand are
-// (chunk, block of outputs).
+// result does not depend on how it is split. Items of shrink are (span of ranks, chunk); items of
+// expand are (block of outputs, chunk).
 struct LoraCpu {
     const char* isa;  // "scalar", "avx2", "avx512", "avx512bf16"
     int64_t (*shrink_items)(const LoraArgs&);
     void (*shrink)(const LoraArgs&, int64_t begin, int64_t end);
     int64_t (*expand_items)(const LoraArgs&);
     void (*expand)(const LoraArgs&, int64_t begin, int64_t end);
-    // Shrink and expand of whole chunks, [begin, end) of shrink_items, in one parallel region.
+    // Shrink and expand of [begin, end) of the plan's chunks in one region: banks of one span only.
     void (*apply)(const LoraArgs&, int64_t begin, int64_t end);
 };
 

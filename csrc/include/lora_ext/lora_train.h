@@ -57,17 +57,18 @@ struct LoraTrainArgs {
 // depends on how. dv is called first, then db and da_dx in any order.
 struct LoraTrainCpu {
     const char* isa;
-    // x -> v with dropout. Items are chunks of the plan, as in LoraCpu::shrink.
+    // x -> v with dropout. Items are (span of ranks, chunk), as in LoraCpu::shrink.
     int64_t (*shrink_items)(const LoraTrainArgs&);
     void (*shrink)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // dy -> dv. Items are chunks of the plan.
+    // dy -> dv. Items are (span, chunk).
     int64_t (*dv_items)(const LoraTrainArgs&);
     void (*dv)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // dy, v -> db. Items are (adapter, band of outputs).
+    // dy, v -> db. Items are (adapter, span, band of outputs).
     int64_t (*db_items)(const LoraTrainArgs&);
     void (*db)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // x, dv -> da and dx, whichever is wanted. Items are (adapter, band of inputs): each row of x
-    // and dx is visited once.
+    // x, dv -> da and dx, whichever is wanted. Up to kRankSpan ranks items are (adapter, band of
+    // inputs), and each row of x and dx is visited once. Above, they are those of da, (adapter,
+    // span, band), then those of dx, (block of inputs, chunk).
     int64_t (*da_dx_items)(const LoraTrainArgs&);
     void (*da_dx)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // y[t, i] = x[t, i] / (1 - p) where kept, else 0; in the dtype of x, rounded once. Items are

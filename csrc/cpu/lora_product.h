@@ -1,0 +1,248 @@
+// Products of packed blocks: what the twins of LoRA's training are made of, and those of inference
+// at ranks above kRankSpan.
+//
+// Both factors are packed into stack buffers, widened, masked, turned so that lanes run along a row
+// of the result, and laid out densely: rows whole powers of two apart would share one set of the L1
+// cache. kTileRows x 2 vectors of the result sit in registers; a block of kSumRows rows and
+// kRankSpan columns waits on the stack while the depth passes by, so many that the right factor,
+// which comes from memory in short pieces, is packed seldom.
+//
+// An element of the result has one accumulator, and takes up its products in ascending order: its
+// bits depend on nothing but its row, its column and the depth.
+#pragma once
+
+#include "dropout.h"
+#include "lora_rows.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+constexpr int kTileRows = 6;       // x 2 vectors: 12 accumulators
+constexpr int64_t kRowBlock = 64;  // rows packed at a time, along which sums run
+constexpr int64_t kSumRows = 256;  // rows of a block of sums
+constexpr int64_t kDepth = 128;    // of a sum, packed at a time
+constexpr int64_t kColumns = 64;   // of the right factor, packed at a time
+static_assert(kColumns == kMaskColumns && kDepth % kMaskColumns == 0);
+
+// Calls f(Int<rows>, Int<vectors>, row, column) for tiles that cover rows x columns; columns is a
+// whole number of vectors.
+template <typename T, typename F>
+LX_INLINE void for_tiles(int64_t rows, int64_t columns, F&& f) {
+    constexpr int L = kLanes<T>;
+    for (int64_t c = 0; c < columns; c += 2 * L)
+        for (int64_t row = 0, tiles = blocks_of(rows, kTileRows), n; row < rows; row += n) {
+            n = blocks_of(rows - row, tiles--);
+            with_constant<kTileRows>(n, [&](auto count) {
+                if (columns - c > L)
+                    f(count, Int<2>{}, row, c);
+                else
+                    f(count, Int<1>{}, row, c);
+            });
+        }
+}
+
+// sum[i][c] += left[i * left_row + k * left_step] * right[k * right_row + c], k ascending.
+template <typename T, int kRows, int kVecs>
+LX_INLINE void multiply_add(const Acc<T>* left, int64_t left_row, int64_t left_step,
+                            const Acc<T>* right, int64_t right_row, int64_t depth,
+                            Vec<T> (&sum)[kRows][kVecs]) {
+    for (int64_t k = 0; k < depth; ++k, left += left_step, right += right_row) {
+        Vec<T> r[kVecs];
+        for (int c = 0; c < kVecs; ++c) r[c] = load_bits<Vec<T>>(right + c * kLanes<T>);
+        for (int i = 0; i < kRows; ++i) {
+            const Vec<T> l = broadcast<T>(left[i * left_row]);
+            for (int c = 0; c < kVecs; ++c) sum[i][c] = fma(r[c], l, sum[i][c]);
+        }
+    }
+}
+
+// acc += left * right, of rows x columns; the sums go on from what acc holds.
+template <typename T>
+void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const Acc<T>* right,
+                 int64_t right_row, int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows,
+                 int64_t columns) {
+    for_tiles<T>(rows, columns, [&](auto count, auto vecs, int64_t row, int64_t c) {
+        constexpr int L = kLanes<T>;
+        Vec<T> sum[count.value][vecs.value];
+        Acc<T>* a = acc + row * acc_row + c;
+        for (int i = 0; i < count.value; ++i)
+            for (int j = 0; j < vecs.value; ++j)
+                sum[i][j] = load_bits<Vec<T>>(a + i * acc_row + j * L);
+        multiply_add<T>(left + row * left_row, left_row, left_step, right + c, right_row, depth,
+                        sum);
+        for (int i = 0; i < count.value; ++i)
+            for (int j = 0; j < vecs.value; ++j)
+                __builtin_memcpy(a + i * acc_row + j * L, &sum[i][j], sizeof(Vec<T>));
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Packing
+
+template <typename T>
+LX_INLINE void put(Acc<T>* to, Vec<T> v) {
+    __builtin_memcpy(to, &v, sizeof(v));
+}
+
+// The masks of rows x columns: word(i, c) is that of the 64 columns from c on.
+template <int64_t kWidth, int64_t kRows = kRowBlock>
+struct Masks {
+    uint64_t words[kRows][kWidth / kMaskColumns];
+
+    void fill(const DropoutKey& key, const int32_t* rows, int64_t num_rows, int64_t begin,
+              int64_t width) {
+        for (int64_t i = 0; i < num_rows; ++i)
+            for (int64_t c = 0; c < width; c += kMaskColumns)
+                words[i][c / kMaskColumns] =
+                    keep_bits(key, static_cast<uint32_t>(rows[i]), begin + c);
+    }
+    // From column c on.
+    LX_INLINE uint64_t bits(int64_t i, int64_t c) const {
+        return words[i][c / kMaskColumns] >> c % kMaskColumns;
+    }
+};
+
+// to[i][c] = from[i][begin + c], widened, zero where a mask says so; zero up to a whole vector.
+template <typename T, typename E, typename M = Masks<kColumns>>
+void pack_rows(const Rows<E>& from, int64_t rows, int64_t begin, int64_t width, Acc<T>* to,
+               int64_t to_row, const M* masks = nullptr) {
+    constexpr int L = kLanes<T>;
+    for (int64_t i = 0; i < rows; ++i) {
+        const auto* p = from[i] + begin;
+        Acc<T>* q = to + i * to_row;
+        for (int64_t c = 0; c < width; c += L) {
+            const auto v = c + L <= width ? load(p + c) : load_n(p + c, width - c);
+            put<T>(q + c, masks ? keep_lanes<T>(v, masks->bits(i, c)) : v);
+        }
+    }
+}
+
+// to[k][r] = A[first + r][begin + k], zero up to a whole vector. A vector's ranks are copied to the
+// stack first, row by row: from rows whole powers of two apart, a transposition would load lines
+// that push each other out of the cache.
+template <typename T>
+void pack_a(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, int64_t ranks,
+            Acc<T>* to, int64_t to_row) {
+    constexpr int L = kLanes<T>;
+    alignas(64) T rows[L * kDepth];
+    for (int64_t r = 0; r < ranks; r += L) {
+        for (int64_t i = 0; i < L; ++i) {
+            T* row = rows + i * kDepth;
+            if (r + i < ranks)
+                __builtin_memcpy(row, slot.a_at(first + r + i) + begin, depth * sizeof(T));
+            else
+                __builtin_memset(row, 0, depth * sizeof(T));
+        }
+        for (int64_t k = 0; k < depth; k += 8) {
+            Vec<T> columns[8];
+            load_transposed(rows + k, kDepth, columns);
+            const int64_t count = min(8, depth - k);
+            for (int64_t j = 0; j < count; ++j) put<T>(to + (k + j) * to_row + r, columns[j]);
+        }
+    }
+}
+
+// to[r][c] = B[o + c][first + r] of a slot's pages, first a multiple of eight; zero up to a whole
+// vector.
+template <typename T>
+void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o, int64_t width,
+                   Acc<T>* to, int64_t to_row) {
+    constexpr int L = kLanes<T>;
+    for (int64_t r = 0; r < ranks; r += 8) {
+        const int count = static_cast<int>(min(8, ranks - r));
+        const T* b = slot.b_page((first + r) / 8) + o * slot.b_row;
+        for (int64_t c = 0; c < width; c += L) {
+            Vec<T> t[8];
+            if (c + L <= width && (count == 8 || slot.full_pages))
+                load_transposed(b + c * slot.b_row, slot.b_row, t);
+            else
+                load_transposed_part(b + c * slot.b_row, slot.b_row, min(L, width - c), count, t);
+            for (int j = 0; j < count; ++j) put<T>(to + (r + j) * to_row + c, t[j]);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; sums has rows of
+// `wide`, the columns up to a whole vector. pack_left(k, n, to) packs left[:, k : k + n] into rows
+// of kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
+template <typename T, typename PackLeft, typename PackRight>
+void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, int64_t wide,
+                  PackLeft&& pack_left, PackRight&& pack_right) {
+    alignas(64) Acc<T> left[kSumRows * kDepth], right[kDepth * kColumns];
+    for (int64_t i = 0; i < rows * wide; ++i) sums[i] = 0;
+    for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t n = min(kDepth, depth - k);
+        pack_left(k, n, left);
+        for (int64_t first = 0; first < columns; first += kColumns) {
+            const int64_t count = min(kColumns, columns - first), row = whole_vectors<T>(count);
+            pack_right(k, n, first, count, right, row);
+            add_product<T>(left, kDepth, 1, right, row, n, sums + first, wide, rows, row);
+        }
+    }
+}
+
+// The ranks that an item of a twin takes up.
+struct Span {
+    int64_t first, ranks;
+};
+template <typename T>
+Span span_of(const Slot<T>& slot, int64_t index) {
+    const int64_t first = index * kRankSpan;
+    return {first, min(kRankSpan, slot.rank - first)};  // none at or below zero
+}
+
+// v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r] for the ranks of a span, where
+// pack_right(k, n, first, count, to, row) packs a block of right; masked where there is a key.
+template <typename T, typename Pack>
+void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
+             Span span, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {
+    alignas(64) Acc<T> sums[kSumRows * kRankSpan];
+    Masks<kDepth, kSumRows> masks;
+    const int64_t wide = whole_vectors<T>(span.ranks);
+    for (int64_t row = 0; row < rows; row += kSumRows) {
+        const int64_t count = min(kSumRows, rows - row);
+        const Rows<const T> block = left.from(row);
+        sum_products<T>(
+            count, features, span.ranks, sums, wide,
+            [&](int64_t k, int64_t n, Acc<T>* to) {
+                if (key) masks.fill(*key, block.index, count, k, n);
+                pack_rows<T>(block, count, k, n, to, kDepth, key ? &masks : nullptr);
+            },
+            [&](int64_t k, int64_t n, int64_t first, int64_t ranks, Acc<T>* to, int64_t to_row) {
+                pack_right(k, n, span.first + first, ranks, to, to_row);
+            });
+        for (int64_t i = 0; i < count; ++i) {
+            Acc<T>* to = out[row + i] + span.first;
+            for (int64_t r = 0; r < span.ranks; ++r) to[r] = factor * sums[i * wide + r];
+        }
+    }
+}
+
+// y[t][begin + c] += sum_r v[t][r] * right[r][c], rounded once, for `rank` ranks, up to kSumRows
+// rows and kRankSpan columns; keep(row, column, vector) masks a vector of the sum.
+template <typename T, typename Pack, typename Keep>
+void add_update(const Rows<Acc<T>>& v, int64_t rows, int64_t rank, const Rows<T>& y, int64_t begin,
+                int64_t width, Pack&& pack_right, Keep&& keep) {
+    constexpr int L = kLanes<T>;
+    alignas(64) Acc<T> sums[kSumRows * kRankSpan];
+    const int64_t wide = whole_vectors<T>(width);
+    sum_products<T>(
+        rows, rank, width, sums, wide,
+        [&](int64_t k, int64_t n, Acc<T>* to) { pack_rows<T>(v, rows, k, n, to, kDepth); },
+        pack_right);
+    for (int64_t i = 0; i < rows; ++i) {
+        T* to = y[i] + begin;
+        for (int64_t c = 0; c < width; c += L) {
+            const Vec<T> sum = keep(i, c, load_bits<Vec<T>>(sums + i * wide + c));
+            const int64_t n = width - c;
+            if (n >= L)
+                store(to + c, load(to + c) + sum);
+            else
+                store_n(to + c, load_n(to + c, n) + sum, n);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,25 @@
+// Work dealt out to torch's threads in hands, for items of very unlike cost.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace lora_ext {
+
+// Calls f(begin, end) for parts of [0, items): a thread that is done with its hand gets another. A
+// hand is a multiple of `together` items, which share work, where all threads get a few of those.
+template <typename F>
+void deal_items(int64_t items, int64_t together, const F& f) {
+    const int64_t threads = at::get_num_threads();
+    const int64_t fair = items / (4 * threads);
+    const int64_t hand = fair < together ? std::max<int64_t>(fair, 1) : fair - fair % together;
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        for (int64_t begin; (begin = next.fetch_add(hand, std::memory_order_relaxed)) < items;)
+            f(begin, std::min(begin + hand, items));
+    });
+}
+
+}  // namespace lora_ext
