@@ -20,7 +20,7 @@ from lora_ext.methods import vora
 from lora_ext.methods.vora.shapes import Picture, draw_picture
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "vora"
-BEFORE, PLACEHOLDER, BATCH = " A picture of a", -200, 8
+BEFORE, PLACEHOLDER, BATCH, RATE = "Picture:", -200, 8, 3e-3
 PROMPTS = ("The capital of France is", "Red and blue make", "Once upon a time there was")
 PROCESSOR = vora.VoraImageProcessor(patch=16, min_pixels=256)
 
@@ -32,9 +32,9 @@ def draw(count: int, seed: int) -> list[Picture]:
 
 
 def encode(pictures: list[Picture], tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """To generate: image and words before a caption. To train: caption too, alone predicted."""
+    """To generate: what comes before a caption. To train: caption too, alone predicted."""
     both = {"images": PROCESSOR([[p.image] for p in pictures])["pixel_values"]}
-    start = torch.tensor([[PLACEHOLDER, *tokenizer(BEFORE).input_ids]] * len(pictures))
+    start = torch.tensor([[*tokenizer(BEFORE).input_ids, PLACEHOLDER]] * len(pictures))
     words = [f" {p.caption}." for p in pictures]
     end = tokenizer(words, padding=True, padding_side="right", return_tensors="pt")
     predicted = end.input_ids.masked_fill(end.attention_mask == 0, -100)
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    steps, count = (1, 4) if args.quick else (120, 96)
+    steps, count = (1, 4) if args.quick else (150, 96)
     model, tokenizer = load_smollm2()
     if args.quick:
         model.model.layers, model.config.num_hidden_layers = model.model.layers[:7], 7
@@ -67,10 +67,10 @@ def main() -> None:
     seer = vora.VoraForCausalLM(model, config)
     # Tokens of images start as large as those of text.
     seer.vision.out_proj.weight.data *= 3**0.5 * model.get_input_embeddings().weight.std()
-    optimizer = torch.optim.AdamW([p for p in seer.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in seer.parameters() if p.requires_grad], lr=RATE)
     pictures = draw(steps * BATCH, seed=1)
     for step in (bar := tqdm(range(steps), unit="step")):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 10, 3 * (1 - step / steps))
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 10, 3 * (1 - step / steps))
         loss = seer(**encode(pictures[step * BATCH : (step + 1) * BATCH], tokenizer)[1]).loss
         optimizer.zero_grad()
         loss.backward()

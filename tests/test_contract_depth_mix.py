@@ -246,7 +246,11 @@ def test_a_router_mixes_as_its_weights_would(backend: Backend) -> None:
         mix = make(((7,), 48, 3), dtype, backend, scales=scales, routed=True)
         u, w = mix.run()
         (other,) = replace(mix, router=None, bias=None, weights=w).run()
-        assert_same_bits(u, other)
+        if backend.is_twin:
+            assert_same_bits(u, other)
+        else:  # a kernel with a router adds the last depth first
+            near = 2 * unit(dtype) * u.abs().max().item() + 1e-5
+            assert torch.allclose(u.float(), other.float(), rtol=0, atol=near)
 
 
 def test_depths_may_change_places(backend: Backend) -> None:
@@ -308,8 +312,8 @@ def near_formula(mix: Mix, what: object) -> None:
 def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
-            if norm == "layer" and shape[1] <= 3:
-                continue  # all but singular: a row of one is its own mean
+            if shape[1] <= (3 if norm == "layer" else 1):
+                continue  # a norm of so few numbers is all but constant: nothing but cancellation
             near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
 
 
@@ -770,7 +774,9 @@ def test_wrong_input_is_named(backend: Backend) -> None:
             wrong.run()
         with pytest.raises(ValueError, match=message):  # above autograd too
             wrong.map(lambda t: t.requires_grad_() if t.is_floating_point() else t).run()
-    with pytest.raises(ValueError, match=r"depth_mix: .*expected .*, found .*meta"):
+    with pytest.raises(
+        ValueError, match=r"depth_mix: hiddens\[1\]: expected a tensor on .*, found meta"
+    ):
         away.run()
 
 

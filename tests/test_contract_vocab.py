@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -450,53 +450,3 @@ def test_a_second_backward_of_a_kept_graph_gives_the_same(backend: Backend) -> N
         loss = both(layer, "kl", True)
         first = torch.autograd.grad(loss, layer.hiddens[0], retain_graph=True)[0].clone()
         assert_same_bits(torch.autograd.grad(loss, layer.hiddens[0])[0], first)
-
-
-# --- refusals ------------------------------------------------------------------------------------
-def _refusals() -> list[tuple[str, Callable[[], object]]]:
-    h, w, b = torch.zeros(3, 4), torch.zeros(6, 4), torch.zeros(6)
-    y, kl, ce = torch.zeros(3, dtype=torch.int64), ops.chunked_kl, ops.chunked_cross_entropy
-    wide = torch.zeros(3, 5)
-    return [
-        (r"hidden: expected shape \(N, d\), found \[3\]", lambda: ce(h[:, 0], w, b, y)),
-        (r"hidden: expected torch.float32 or .*, found torch.int64", lambda: ce(h.long(), w, b, y)),
-        (r"weight: expected shape \(V, d\) = \[6, 5\], found \[6, 4\]", lambda: ce(wide, w, b, y)),
-        (r"weight: expected at least one row", lambda: ce(h, w[:0], None, y)),
-        (r"bias: expected shape \(V,\) = \[6\], found \[5\]", lambda: ce(h, w, b[:5], y)),
-        (r"labels: expected shape \(N,\) = \[3\], found \[2\]", lambda: ce(h, w, b, y[:2])),
-        (r"labels: expected torch.int64, found torch.int32", lambda: ce(h, w, b, y.int())),
-        (r"chunk: expected at least 1, found 0", lambda: ce(h, w, b, y, chunk=0)),
-        (r"softcap: expected None or .*, found 0", lambda: ce(h, w, b, y, softcap=0.0)),
-        (r"hiddens: expected at least the teacher", lambda: kl([], w, b)),
-        (r"hiddens\[1\]: expected shape \(N, d\) = \[3, 4\]", lambda: kl([h, wide], w, b)),
-        (r"hiddens\[1\]: expected torch.float32, found", lambda: kl([h, h.double()], w, b)),
-        (r"tau: expected a number above 0, found -1", lambda: kl([h, h], w, b, tau=-1.0)),
-        (r"chunk: expected at least 1, found -2", lambda: kl([h, h], w, b, chunk=-2)),
-        (r"mask: expected shape \(N,\) = \[3\], found \[3, 4\]", lambda: kl([h], w, b, mask=h > 0)),
-        (r"mask: expected torch.bool, found torch.int64", lambda: kl([h], w, b, mask=y)),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("message", "call"), _refusals(), ids=lambda x: x if isinstance(x, str) else ""
-)
-def test_refusals_name_the_argument(message: str, call: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=rf"chunked_(cross_entropy|kl): {message}"):
-        call()
-
-
-def test_two_devices_are_refused() -> None:
-    meta = torch.zeros(6, 4, device="meta")
-    with pytest.raises(ValueError, match=r"weight|expected all tensors on one device"):
-        ops.chunked_cross_entropy(torch.zeros(3, 4), meta, None, torch.zeros(3, dtype=torch.int64))
-
-
-def test_forward_mode_is_refused() -> None:
-    layer = Layer(Case(3, 4, 6, 4), torch.float32, "cpu")
-
-    def loss(h: Tensor) -> Tensor:
-        return ops.chunked_cross_entropy(h, layer.weight, None, layer.labels)
-
-    hidden = layer.hiddens[0].detach()
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        torch.func.jvp(loss, (hidden,), (hidden,))

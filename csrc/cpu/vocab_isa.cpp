@@ -1,8 +1,8 @@
 // Losses over a vocabulary on the CPU, compiled once per instruction set: vocab.h has the formulas.
 //
-// An item is a row of the batch, with all its hidden states. Of a chunk, its largest logit is looked
-// for first, then the exponentials are taken: the second reading finds the row in the cache. Sums go
-// along lanes for a block of columns, then over blocks, then over lanes.
+// An item is a row of the batch, with all its hidden states. Of a chunk, its largest logit is
+// looked for first, then the exponentials are taken: the second reading finds the row in the cache.
+// Sums go along lanes for a block of columns, then over blocks, then over lanes.
 #include "lora_ext/vocab.h"
 
 #include "vec_math.h"

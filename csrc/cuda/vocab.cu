@@ -365,7 +365,8 @@ template <class Launch>
 LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     if (args.rows == 0) return 0;
     if (args.rows > kMaxGridX || args.columns > INT32_MAX - 16 * kThreads) return kInvalidValue;
-    const int64_t all = args.hiddens * args.rows, size = element_size(args.dtype);
+    const int64_t size = element_size(args.dtype);
+    [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     declare_rows(args);
     LX_BUF(args.logits, all * args.columns * size, lx::Access::kReadWrite);
     const bool aligned = aligned_16(args.logits, {args.columns}, size);
@@ -376,12 +377,12 @@ LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     });
 }
 void declare_update(const VocabArgs& args) {
-    const int64_t all = args.hiddens * args.rows;
+    [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     LX_BUF(args.state, 3 * all * 4, args.first == 0 ? lx::Access::kWrite : lx::Access::kReadWrite);
     if (args.products) LX_BUF(args.products, all * args.width * 4, lx::Access::kReadWrite);
 }
 bool declare_finish(const VocabArgs& args) {
-    const int64_t all = args.hiddens * args.rows;
+    [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     declare_rows(args);
     LX_BUF(args.state, 3 * all * 4, lx::Access::kRead);
     if (args.products) LX_BUF(args.products, all * args.width * 4, lx::Access::kReadWrite);

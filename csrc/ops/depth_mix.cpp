@@ -33,6 +33,7 @@ class Call {
         require(depths >= 1 && depths <= kMaxDepths, op, "hiddens",
                 expected("1 to ", kMaxDepths, " tensors"), found(depths));
         const Tensor& h = hiddens[0];
+        options_ = h.options();
         require(h.dim() >= 1 && h.size(-1) >= 1, op, "hiddens[0]",
                 expected("shape (..., d) with d >= 1"), found(h.sizes()));
         args.dtype = dtype_of(op, "hiddens[0]", h);
@@ -49,8 +50,6 @@ class Call {
                     expected("the dtype of hiddens[0], ", h.scalar_type()),
                     found(hiddens[e].scalar_type()));
         }
-        device_ = h.device();
-        options_ = h.options();
         check_scales("gammas", gammas);
         if (!betas.empty()) check_scales("betas", betas);
         const auto as_hidden = [&](const Tensor& t) { return t.scalar_type() == h.scalar_type(); };
@@ -89,9 +88,8 @@ class Call {
     void check(const Name& name, const Tensor& t, const char* letters, at::IntArrayRef sizes) {
         require(t.sizes() == sizes, op, name, expected("shape ", letters, " = ", sizes),
                 found(t.sizes()));
-        if (device_)
-            require(t.device() == *device_, op, name, expected("a tensor on ", *device_),
-                    found(t.device()));
+        require(t.device() == options_.device(), op, name,
+                expected("a tensor on ", options_.device()), found(t.device()));
     }
     // Its values are those of sums.
     template <class Name>
@@ -121,7 +119,6 @@ class Call {
     }
 
     at::ScalarType sums_;
-    std::optional<at::Device> device_;
     at::TensorOptions options_;
     std::vector<Tensor> kept_;
 };

@@ -17,7 +17,7 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
         std::vector<Tensor> hiddens, gammas, betas;
         OptionalTensor weights, router, bias;
 
-        Inputs(const variable_list& all, int64_t depths, bool has_betas) {
+        Inputs(at::TensorList all, int64_t depths, bool has_betas) {
             auto next = all.begin();
             for (auto* list : {&hiddens, &gammas, &betas}) {
                 if (list == &betas && !has_betas) continue;
@@ -33,13 +33,13 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
         }
     };
 
-    static variable_list forward(AutogradContext* ctx, const variable_list& all, int64_t depths,
+    static variable_list forward(AutogradContext* ctx, at::TensorList all, int64_t depths,
                                  bool has_betas, double eps, std::string_view norm) {
         const at::AutoDispatchBelowADInplaceOrView guard;
         const Inputs in(all, depths, has_betas);
         auto [mixed, chosen, rinv, mean] = Forward::get().call(
             in.hiddens, in.gammas, in.betas, in.weights, in.router, in.bias, eps, norm);
-        variable_list saved = all;
+        variable_list saved = all.vec();
         saved.insert(saved.end(), {chosen, rinv, mean});
         ctx->save_for_backward(std::move(saved));
         ctx->saved_data["depths"] = depths;
@@ -106,7 +106,8 @@ struct DepthMix : torch::autograd::Function<DepthMix> {
             for (const auto* t : {&weights, &router, &bias})
                 if (*t) all.push_back(**t);
             const variable_list out =
-                apply(all, static_cast<int64_t>(hiddens.size()), !betas.empty(), eps, norm);
+                apply(at::TensorList(all), static_cast<int64_t>(hiddens.size()), !betas.empty(),
+                      eps, norm);
             return {out[0], out[1], out[2], out[3]};
         }
         const at::AutoDispatchBelowAutograd guard;

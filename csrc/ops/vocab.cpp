@@ -1,5 +1,5 @@
-// Losses over a vocabulary: tensors in, checks, allocation, the sweep over chunks, choice of twin or
-// kernel. The products with the weight are a library's; all else is a twin or a kernel.
+// Losses over a vocabulary: tensors in, checks, allocation, the sweep over chunks, choice of twin
+// or kernel. The products with the weight are a library's; all else is a twin or a kernel.
 #include "ops/vocab.h"
 
 #include <ATen/ops/empty.h>

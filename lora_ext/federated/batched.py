@@ -21,7 +21,7 @@ from lora_ext.nn.blocks import block_index
 from lora_ext.nn.rows import rows_of
 from lora_ext.ops._checks import require
 
-from .batches import merged, own_output
+from .batches import merged, own_outputs
 from .clients import ClientRound, ClientSpec, adamw
 from .keys import PATTERN, Pair, layer_pairs
 from .layers import Others
@@ -183,8 +183,8 @@ class BatchedClients:
         batch.set([i for i, s in zip(places, segments, strict=True) for _ in range(s.rows)])
         output = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
         losses = [
-            self._loss(state, own_output(output, segment, WHERE))
-            for (_, state), segment in zip(active, segments, strict=True)
+            self._loss(state, own)
+            for (_, state), own in zip(active, own_outputs(output, segments, WHERE), strict=True)
         ]
         values = torch.stack([loss.detach().double() for loss in losses]).tolist()
         for (_, state), value in zip(active, values, strict=True):

@@ -15,9 +15,8 @@ _MASK, _IDS = "attention_mask", "input_ids"
 
 
 class Segment(NamedTuple):
-    """Where one client's rows are in the batch."""
+    """One client's part of the batch; the parts come one after another."""
 
-    start: int
     rows: int
     length: int | None  # of its sequences, where others' are longer
 
@@ -64,19 +63,28 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
         shapes = {(tuple(t.shape[1:]), t.dtype, t.device) for t in parts}
         require(len(shapes) == 1, where, f"batches: {name}", "rows of one shape and dtype", shapes)
         whole[name] = torch.cat(parts)
-    segments: list[Segment] = []
-    for count, length in zip(rows, lengths, strict=True):
-        start = segments[-1].start + segments[-1].rows if segments else 0
-        segments.append(Segment(start, count, length if padded else None))
+    segments = [
+        Segment(count, length if padded else None)
+        for count, length in zip(rows, lengths, strict=True)
+    ]
     return (whole if kinds.pop() else whole["x"]), segments
 
 
-def own_output(output: Any, segment: Segment, where: str) -> Tensor:
-    """One client's rows of the model's output, cut to the length of its sequences."""
+def own_outputs(output: Any, segments: Sequence[Segment], where: str) -> list[Tensor]:
+    """Each client's rows of the model's output, cut to the length of its sequences.
+
+    They are split at once: the gradient of the whole is then put together once, and not made as
+    often as there are clients.
+    """
     logits = getattr(output, "logits", output)
     require(isinstance(logits, Tensor), where, "model", "a tensor or logits", type(output).__name__)
-    own = logits[segment.start : segment.start + segment.rows]
-    return own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
+    rows = sum(segment.rows for segment in segments)
+    holds = logits.dim() > 0 and logits.shape[0] == rows
+    require(holds, where, "model", f"an output of {rows} rows", list(logits.shape))
+    return [
+        own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
+        for own, segment in zip(logits.split([s.rows for s in segments]), segments, strict=True)
+    ]
 
 
 def _inputs(batch: Any, where: str) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ def _fake_mix(
     require(fits, op, "hiddens[0]", "shape (..., d) with d >= 1", list(h.shape))
     require_dtype(op, "hiddens[0]", h, *FLOATS)
     for e, other in enumerate(hiddens[1:], 1):
-        require_shape(op, f"hiddens[{e}]", other, "of hiddens[0]", h.shape)
+        _require_place(op, f"hiddens[{e}]", other, "of hiddens[0]", h.shape, h.device)
         known = f"the dtype of hiddens[0], {h.dtype}"
         require(other.dtype == h.dtype, op, f"hiddens[{e}]", known, other.dtype)
     width, sums = h.shape[-1:], accumulator(h.dtype)
@@ -136,17 +136,17 @@ def _fake_mix(
         if name == "gammas" or scales:
             require(len(scales) == count, op, name, f"as many as hiddens, {count}", len(scales))
         for e, t in enumerate(scales):
-            _require_like(op, f"{name}[{e}]", t, "(d,)", width, sums)
+            _require_like(op, f"{name}[{e}]", t, "(d,)", width, sums, h.device)
     require(eps >= 0, op, "eps", "at least 0", eps)
     require(norm in ("rms", "layer"), op, "norm", "'rms' or 'layer'", repr(norm))
     each = (*h.shape[:-1], count)
     one = (weights is None) != (router is None) and (router is None) == (bias is None)
     require(one, op, "weights", "weights, or a router and its bias", "neither or both")
     if weights is not None:
-        _require_like(op, "weights", weights, "(..., k)", each, sums)
+        _require_like(op, "weights", weights, "(..., k)", each, sums, h.device)
     if router is not None and bias is not None:
-        _require_like(op, "router", router, "(k, d)", (count, *width), sums)
-        _require_like(op, "bias", bias, "(k,)", (count,), sums)
+        _require_like(op, "router", router, "(k, d)", (count, *width), sums, h.device)
+        _require_like(op, "bias", bias, "(k,)", (count,), sums, h.device)
     rows = math.prod(h.shape[:-1])
     return (
         h.new_empty(h.shape),
@@ -156,10 +156,23 @@ def _fake_mix(
     )
 
 
-def _require_like(
-    op: str, name: str, t: Tensor, letters: str, shape: Sequence[int], sums: torch.dtype
+def _require_place(
+    op: str, name: str, t: Tensor, letters: str, shape: Sequence[int], device: torch.device
 ) -> None:
     require_shape(op, name, t, letters, shape)
+    require(t.device == device, op, name, f"a tensor on {device}", t.device)
+
+
+def _require_like(
+    op: str,
+    name: str,
+    t: Tensor,
+    letters: str,
+    shape: Sequence[int],
+    sums: torch.dtype,
+    device: torch.device,
+) -> None:
+    _require_place(op, name, t, letters, shape, device)
     exact = t.dtype.is_floating_point and torch.promote_types(t.dtype, sums) == sums
     require(exact, op, name, f"a dtype that {sums} holds exactly", t.dtype)
 

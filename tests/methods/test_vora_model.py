@@ -217,6 +217,29 @@ def test_only_what_is_new_is_trained(route: str) -> None:
     assert all(state.grad is None for state in states)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sixteen_bits_are_near_to_thirty_two(attention: str) -> None:
+    """In bfloat16, whose factors are held in float32, and under autocast."""
+    model, given = seeing("vision", teacher=7, attn_implementation=attention), batch()
+    states = teacher_states(tokens(given))
+    expected = model(**given, teacher_states=states)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(**given, teacher_states=states)
+    half = vora.VoraForCausalLM(
+        language(attn_implementation=attention).bfloat16(), settings("vision"), 7
+    )
+    vora.load_state_dict(half, vora.state_dict(model))
+    narrow = half(**given, teacher_states=states)
+    assert narrow.logits.dtype == torch.bfloat16 and narrow.loss.dtype == torch.float32
+    for found in (cast, narrow):
+        for name in ("lm_loss", "distill_loss"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0.02, atol=0.02)
+        found.loss.backward()
+    for parameter in half.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+        assert (parameter.grad is not None) is parameter.requires_grad
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("route", ["all", "vision"])
 def test_a_batch_without_images_gives_every_parameter_a_gradient(
@@ -341,11 +364,13 @@ def test_two_threads_generate_side_by_side() -> None:
     assert all(torch.equal(found[i], expected[i]) for i in range(3))
 
 
-def test_an_image_is_not_cut_by_the_prefill() -> None:
+def test_what_cannot_hold_a_whole_image_is_refused() -> None:
     model, given = seeing("vision"), batch()
     arguments = given["input_ids"], given["images"], given["attention_mask"]
     with pytest.raises(ValueError, match=r"prefill_chunk_size: expected None.*found 4"):
         model.generate(*arguments, max_new_tokens=2, prefill_chunk_size=4)
+    with pytest.raises(ValueError, match=r"cache_implementation: expected .*found 'static'"):
+        model.generate(*arguments, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="position_ids: expected None"):
         model.generate(*arguments, position_ids=torch.zeros(3, 6))
 

@@ -81,6 +81,14 @@ def test_images_that_touch_have_numbers_of_their_own():
     assert torch.equal(found.inputs_embeds[0], torch.cat([image(2), image(1)]))
 
 
+def test_one_image_may_stand_without_a_list():
+    ids = torch.tensor([[4, P], [P, 5]])
+    tokens = [image(2), image(3)]
+    found = splice_images(ids, Embedding(), tokens)
+    assert found.image_ids.tolist() == [[-1, 0, 0, -1], [0, 0, 0, -1]]
+    assert torch.equal(found.inputs_embeds[1, :3], tokens[1])
+
+
 def test_a_placeholder_in_the_padding_is_none():
     ids = torch.tensor([[4, P, P]])
     found = splice_images(ids, Embedding(), [[image(2)]], torch.tensor([[1, 1, 0]]))

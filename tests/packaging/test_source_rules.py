@@ -124,6 +124,11 @@ def test_a_method_never_imports_another_method():
     assert not wrong
 
 
+def test_federated_needs_no_flower():
+    files = (ROOT / "lora_ext/federated").glob("*.py")
+    assert not [path.name for path in files if "flwr" in str(imported_modules(path))]
+
+
 def test_ops_of_the_compiled_module_are_called_by_ops_alone():
     """Another room may call an op that it defines itself, in Python (``torch.library``)."""
     callers = {

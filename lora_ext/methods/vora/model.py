@@ -197,10 +197,16 @@ class VoraForCausalLM(nn.Module):
                 )
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
+        cache = options.get("cache_implementation", given.cache_implementation)
         if chunk is not None:
             raise ValueError(
                 "VoraForCausalLM.generate: prefill_chunk_size: expected None, as an image must lie "
                 f"whole in one call, found {chunk}"
+            )
+        if "static" in str(cache):
+            raise ValueError(
+                "VoraForCausalLM.generate: cache_implementation: expected a cache that grows, as "
+                f"the mask of the images has a key for each token, found {cache!r}"
             )
         flat = _flat(images)
         batch = self._spliced(input_ids, images, attention_mask, None, "left")

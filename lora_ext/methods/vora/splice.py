@@ -47,8 +47,8 @@ def splice_images(
         input_ids: ``(B, S)`` integers, with a placeholder for each image.
         embed: ids ``(n,)`` to ``(n, d)``, such as ``model.get_input_embeddings()``; called once,
             for all text of the batch, and never with a placeholder.
-        image_tokens: for each sample its images' tokens ``(N, d)`` in order, an empty list or None
-            where it has none; None for a batch of text.
+        image_tokens: for each sample its images' tokens ``(N, d)`` in order, as a list or, of one
+            image, as they are; an empty list or None where it has none. None for a batch of text.
         attention_mask: ``(B, S)``, bool or 0 and 1; 0 is padding. Default: no padding.
         labels: ``(B, S)``. placeholder: its id. padding_side: where the new padding is.
 
@@ -146,7 +146,7 @@ def _images(
             f"splice_images: image_tokens: expected a list for each of {batch} samples, found "
             f"{len(given)}"
         )
-    images = [[] if tokens is None else list(tokens) for tokens in given]
+    images = [[] if t is None else [t] if _is_image(t) else list(t) for t in given]
     places = ((input_ids == placeholder) & valid).sum(1).tolist()
     for sample, (expected, tokens) in enumerate(zip(places, images, strict=True)):
         if expected != len(tokens):
@@ -155,6 +155,10 @@ def _images(
                 f"placeholders, {expected}, found {len(tokens)}"
             )
     return images
+
+
+def _is_image(tokens: object) -> bool:
+    return isinstance(tokens, Tensor) and tokens.dim() == 2
 
 
 def _row(
