@@ -60,7 +60,7 @@ def main() -> None:
     table.add_row("untuned", "0", f"{untuned:.3f}", "", "")
 
     routing: dict[str, Any] = {}
-    last = list(range(layers // 2, layers))
+    last = list(range(2 * layers // 3, layers))
     for arm, (with_lora, with_mod) in ARMS.items():
         torch.manual_seed(0)
         model.requires_grad_(False)
@@ -70,7 +70,7 @@ def main() -> None:
         if with_mod:
             mod.apply(model, CONFIG)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        take_steps(model, tokenizer, examples[4:], steps, 3e-3, f"{arm:>10}")
+        take_steps(model, tokenizer, examples[4:], steps, 3e-3, f"{arm:>10}", batch=2)
         loss, alone, weights = measure(model, held_out)
         cells = [" ".join(f"{x:.3f}" for x in alone)]
         if weights is not None:

@@ -1,4 +1,4 @@
-"""What MoD has learned, kept and read again; examples and reproduction with their smallest sizes."""
+"""What MoD has learned, kept and read again; example and reproduction with smallest sizes."""
 
 from __future__ import annotations
 

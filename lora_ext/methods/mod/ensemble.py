@@ -150,7 +150,7 @@ class Ensemble:
         loss = output.loss
         if self.explicit:
             config, layers = self.config, self._layers(lm, given, call)
-            weights = kept(call.weights, given.get("logits_to_keep", 0))
+            weights = kept(call.weights, given.get("logits_to_keep", 0)).to(layers.weight.device)
             logits = mixed_logits(layers, weights, config.vocab_chunk, config.mix == "prob")
             added["logits"] = logits
             if given.get("labels") is not None:
@@ -166,7 +166,7 @@ class Ensemble:
     def _terms(self, lm: Any, given: dict[str, Any], call: Call, loss: Tensor) -> dict[str, Any]:
         """The loss and what it is made of, under their names in the output."""
         config, zero = self.config, torch.zeros_like(loss)
-        targets = Targets.of(config, given, call.weights.shape[:-1])
+        targets = Targets.of(config, given, call.weights.shape[:-1], loss.device)
         ce = torch.where(targets.counted.any(), loss, zero)  # the mean of nothing is no number
         terms: dict[str, Any] = {"ce_loss": ce, "loss": ce}
         wanted = config.distill_weight or config.layer_ce or not lm.training
@@ -190,7 +190,7 @@ class Ensemble:
         head = self.head or Head(self.softcap)  # of an empty batch nothing is known
         weight, bias = head.parameters(lm)
         keep = given.get("logits_to_keep", 0)
-        normed = [kept(n, keep).to(weight.dtype) for n in self.mixer.normed(call.hiddens)]
+        normed = [kept(n, keep).to(weight) for n in self.mixer.normed(call.hiddens)]
         return Layers(head, weight, bias, normed)
 
 

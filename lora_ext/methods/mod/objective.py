@@ -53,28 +53,29 @@ class Targets:
     share: Tensor | float
 
     @classmethod
-    def of(cls, config: ModConfig, given: Mapping[str, Any], shape: torch.Size) -> Targets:
+    def of(
+        cls, config: ModConfig, given: Mapping[str, Any], shape: torch.Size, device: torch.device
+    ) -> Targets:
         """From the arguments of the model's forward.
 
         Args:
-            given: by name, labels among them. shape: ``(B, T)``, of the hidden states.
+            given: by name, labels among them. shape: ``(B, T)``, of the hidden states. device: of
+                the head, which need not be that of the labels.
         """
         shifted = given.get("shift_labels")
         labels: Tensor = shift_labels(given["labels"]) if shifted is None else shifted
         keep = given.get("logits_to_keep", 0)
-        labels = labels.flatten()
+        labels = labels.to(device).flatten()
         mask = counted = labels != IGNORE
         if config.distill_on == "all":
-            mask = torch.ones(shape, dtype=torch.bool, device=labels.device)
+            mask = torch.ones(shape, dtype=torch.bool, device=device)
             attention = given.get("attention_mask")
             if isinstance(attention, Tensor) and attention.dim() == 2:
-                mask = attention[:, -shape[1] :].to(labels.device) != 0
+                mask = attention[:, -shape[1] :].to(device) != 0
             mask = kept(mask, keep).flatten()
         count, share = given.get("num_items_in_batch"), 1.0
         if count is not None:
-            share = counted.sum() / (
-                count.to(labels.device) if isinstance(count, Tensor) else count
-            )
+            share = counted.sum() / (count.to(device) if isinstance(count, Tensor) else count)
         return cls(labels, counted, mask, share)
 
 
