@@ -1,7 +1,7 @@
 // Mixes of normed hidden states on the CPU, compiled once per instruction set.
 //
-// Vector lanes run along a row. Up to four rows go together: gamma, and what is summed over rows, is
-// then met once for four of them. Each hidden state comes from memory once, when its mean square
+// Vector lanes run along a row. Up to four rows go together: gamma, and what is summed over rows,
+// is then met once for four of them. Each hidden state comes from memory once, when its mean square
 // is taken; the second time it is in a cache.
 //
 // Order of every sum: over a row, one vector of sums, then its lanes in a fixed tree; over depths
