@@ -20,7 +20,7 @@ from lora_ext.methods import vora
 from lora_ext.methods.vora.shapes import Picture, draw_picture
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "vora"
-BEFORE, PLACEHOLDER, BATCH, RATE = "Picture:", -200, 8, 3e-3
+BEFORE, PLACEHOLDER, BATCH, RATE = " A picture of a", -200, 8, 1e-3
 PROMPTS = ("The capital of France is", "Red and blue make", "Once upon a time there was")
 PROCESSOR = vora.VoraImageProcessor(patch=16, min_pixels=256)
 
@@ -34,7 +34,7 @@ def draw(count: int, seed: int) -> list[Picture]:
 def encode(pictures: list[Picture], tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """To generate: what comes before a caption. To train: caption too, alone predicted."""
     both = {"images": PROCESSOR([[p.image] for p in pictures])["pixel_values"]}
-    start = torch.tensor([[*tokenizer(BEFORE).input_ids, PLACEHOLDER]] * len(pictures))
+    start = torch.tensor([[PLACEHOLDER, *tokenizer(BEFORE).input_ids]] * len(pictures))
     words = [f" {p.caption}." for p in pictures]
     end = tokenizer(words, padding=True, padding_side="right", return_tensors="pt")
     predicted = end.input_ids.masked_fill(end.attention_mask == 0, -100)
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    steps, count = (1, 4) if args.quick else (150, 96)
+    steps, count = (1, 4) if args.quick else (400, 96)
     model, tokenizer = load_smollm2()
     if args.quick:
         model.model.layers, model.config.num_hidden_layers = model.model.layers[:7], 7

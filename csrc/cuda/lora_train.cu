@@ -6,6 +6,7 @@
 //              dy, v -> db       gradient of the weights
 //              x, dv -> da       the same kernel, with the mask
 //              dv -> dx          in place, with the mask
+// Large ranks take the kernels of lora_gemm.cuh and lora_gemm_weights.cu.
 // The stages of the backward run one after another on one stream and share one workspace.
 #include "lora_train.cuh"
 

@@ -192,5 +192,5 @@ def test_the_peak_is_what_lives_at_a_time():
         torch.empty(1 << 19)
         del first
 
-    assert lora_layers._peak_bytes(one_after_the_other) == 2 << 20
-    assert lora_layers._peak_bytes(both) == 3 << 20
+    assert common.peak_bytes(one_after_the_other) == 2 << 20
+    assert common.peak_bytes(both) == 3 << 20

@@ -20,7 +20,14 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
 
 @pytest.mark.parametrize(
     "program",
-    ["lora_asan", "lora_train_asan", "circuit_asan", "circuit_decode_asan", "circuit_sum_asan"],
+    [
+        "lora_asan",
+        "lora_train_asan",
+        "circuit_asan",
+        "circuit_decode_asan",
+        "circuit_sum_asan",
+        "vocab_asan",
+    ],
 )
 def test_the_kernels_stay_inside_their_buffers(build_folder: Path, program: str):
     done = subprocess.run([build_folder / program], capture_output=True, text=True)

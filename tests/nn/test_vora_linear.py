@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -409,9 +410,16 @@ def test_an_unknown_route_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [nn.Embedding(3, 4), nn.Conv2d(3, 4, 1), nn.LayerNorm(3), LoraLinear(nn.Linear(2, 2))]
+    "make_module",
+    [
+        lambda: nn.Embedding(3, 4),
+        lambda: nn.Conv2d(3, 4, 1),
+        lambda: nn.LayerNorm(3),
+        lambda: LoraLinear(nn.Linear(2, 2)),
+    ],
 )
-def test_other_kinds_of_modules_are_refused(module: nn.Module) -> None:
+def test_other_kinds_of_modules_are_refused(make_module: Callable[[], nn.Module]) -> None:
+    module = make_module()
     with pytest.raises(TypeError, match=f"base_layer: expected .*found {type(module).__name__}"):
         VoraLinear.from_linear(module, 2)
 
