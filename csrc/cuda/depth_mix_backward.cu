@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     Scales<T, G> gamma;
     gamma.load(args.gamma[e], columns);
     float of_gamma[kHeld][P] = {}, of_beta[kHeld][P] = {};
-    // The next row is on its way while one is at hand; a router's numbers leave no registers for it.
+    // The next row is on its way while one is at hand; with a router no registers are left for it.
     Pieces<T> now_g, now_h, next_g, next_h;
     const auto load = [&](int64_t row, Pieces<T>& g, Pieces<T>& h) {
         g.load(dmixed_row<T>(args, row), columns);

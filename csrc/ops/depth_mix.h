@@ -16,9 +16,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_mix_forward(
     const std::vector<Tensor>& betas, const OptionalTensor& weights, const OptionalTensor& router,
     const OptionalTensor& bias, double eps, std::string_view norm);
 
-// Returns dhiddens (nothing where they are not needed), all sums over rows as DepthMixArgs::sums has
-// them, and dweights (..., k), with a router those of its logits. `weights` are those that mixed,
-// `dweights` what their other users add.
+// Returns dhiddens (nothing where they are not needed), all sums over rows, as DepthMixArgs::sums
+// has them, and dweights (..., k), with a router those of its logits. `weights` are those that
+// mixed, `dweights` what their other users add.
 std::tuple<std::vector<Tensor>, Tensor, Tensor> depth_mix_backward(
     const Tensor& dmixed, const OptionalTensor& dweights, const std::vector<Tensor>& hiddens,
     const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas, const Tensor& weights,

@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import common
+import depth_mix
 import lora_gram
 import lora_layers
 import lora_model
@@ -102,6 +103,18 @@ def test_a_batch_of_mixed_modalities_is_checked_before_it_is_timed(monkeypatch):
     monkeypatch.setattr(VoraLinear, "_rows", LoraLinear._rows)  # which sees no images
     with pytest.raises(SystemExit, match=r"modalities: found .* times the bound"):
         list(lora_layers.bench_modalities(rounds=1, samples=3, length=4))
+
+
+def test_the_mix_benchmark_checks_what_it_times(monkeypatch):
+    for name, value in (("WIDTH", 64), ("TOKENS", 16), ("COLD_BYTES", 1)):
+        monkeypatch.setattr(depth_mix, name, value)
+    rows = list(depth_mix.bench_mix("cpu", rounds=1))
+    assert [(r.case.rpartition(": ")[2], r.provider) for r in rows] == [
+        (way, name) for way in depth_mix.WAYS for name in depth_mix.PROVIDERS
+    ]
+    p = depth_mix.Problem.make("cpu", torch.float32)
+    with pytest.raises(SystemExit, match="off: result is off"):
+        depth_mix.check(p, lambda *args: 1.001 * depth_mix.lora_ext(*args), "off")
 
 
 def test_calls_are_timed_in_rounds_that_alternate():

@@ -1,0 +1,148 @@
+"""Arguments of mixes of normed hidden states, and what their laws share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from torch import Tensor
+
+from lora_ext import ops
+
+Shape = tuple[tuple[int, ...], int, int]  # (...), d, k
+
+SMALL: list[Shape] = [
+    ((1,), 1, 1), ((1,), 3, 2), ((5,), 8, 3), ((2, 3), 33, 4), ((19,), 24, 2), ((4,), 64, 8),
+    ((1,), 200, 3), ((0,), 16, 3), ((), 16, 2), ((33,), 40, 3),
+]  # fmt: skip
+LARGE: list[Shape] = [
+    ((40,), 257, 3), ((2, 17), 576, 3), ((5,), 4096, 3), ((3,), 8200, 2), ((3,), 16392, 1),
+    ((4200,), 8, 2), ((6,), 1024, 8),
+]  # fmt: skip
+POWERS: list[Shape] = [((1,), 1, 1), ((5,), 8, 3), ((2, 9), 64, 8), ((35,), 32, 2), ((3,), 1024, 4)]
+NORMS = ["rms", "layer"]
+norms = pytest.mark.parametrize("norm", NORMS)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The arguments of one call; ``router`` and ``bias`` stand where ``weights`` would."""
+
+    hiddens: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor] | None
+    weights: Tensor
+    router: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
+    norm: str = "rms"
+
+    def run(self, library: Any = ops) -> tuple[Tensor, ...]:
+        rest = (self.eps, self.betas, self.norm)
+        if self.router is None:
+            return (library.depth_mix(self.hiddens, self.gammas, self.weights, *rest),)
+        return library.depth_mix_routed(self.hiddens, self.gammas, self.router, self.bias, *rest)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Mix:
+        def of(value: Any) -> Any:
+            if isinstance(value, list):
+                return [change(t) for t in value]
+            return change(value) if isinstance(value, Tensor) else value
+
+        return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
+
+    def tensors(self) -> list[Tensor]:
+        """Whatever has a gradient, in the order of the arguments."""
+        last = [self.weights] if self.router is None else [self.router, self.bias]
+        return [*self.hiddens, *self.gammas, *(self.betas or []), *last]  # type: ignore[list-item]
+
+    def wide(self) -> Mix:
+        return self.map(lambda t: t.detach().cpu().double())
+
+
+def make(
+    shape: Shape,
+    dtype: torch.dtype,
+    backend: Backend | None = None,
+    *,
+    norm: str = "rms",
+    scales: torch.dtype | None = None,
+    betas: bool = True,
+    routed: bool = False,
+    exact: bool = False,
+) -> Mix:
+    """Random values; ``exact``: rows of plus and minus a power of two, whose norms are exact."""
+    lead, width, depths = shape
+    g = torch.Generator().manual_seed(width + 31 * depths + 7 * len(lead))
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def numbers(*size: int, dtype: torch.dtype | None = None, spread: float = 1.0) -> Tensor:
+        if exact:
+            return torch.randint(-2, 3, size, generator=g).to(dtype or scales or sums)
+        values = torch.randn(size, generator=g, dtype=torch.float64) * spread
+        return values.to(dtype or scales or sums)
+
+    hiddens = []
+    for e in range(depths):
+        if exact:  # as many plus as minus, so the mean is zero too
+            signs = torch.rand((*lead, width), generator=g).argsort(-1) * 2 < width
+            size = 2.0 ** torch.randint(-1, 2, (*lead, 1), generator=g)
+            hiddens.append(torch.where(signs, size, -size).to(dtype))
+        else:
+            hiddens.append((numbers(*lead, width, dtype=torch.float64) * (1 + e) + e).to(dtype))
+    weights = torch.randint(0, 3, (*lead, depths), generator=g).to(sums) / 2
+    mix = Mix(
+        hiddens,
+        [numbers(width) for _ in range(depths)],
+        [numbers(width) for _ in range(depths)] if betas else None,
+        weights if exact else torch.randn((*lead, depths), generator=g).to(sums),
+        eps=0.0 if exact else 1e-6,
+        norm=norm,
+    )
+    if routed:
+        spread = 0.0 if exact else width**-0.5
+        router = numbers(depths, width, spread=spread) * (0 if exact else 1)
+        mix = replace(mix, router=router, bias=numbers(depths) * (0 if exact else 1))
+    return mix.map(lambda t: t.to(backend.device)) if backend else mix
+
+
+def shapes_of(backend: Backend) -> list[Shape]:
+    return SMALL if backend.small else SMALL + LARGE
+
+
+def scale_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
+    """Those that gammas may have: the hiddens' and that of sums."""
+    return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
+
+
+def each(backend: Backend) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    for dtype in backend.dtypes():
+        for scales in scale_dtypes(dtype):
+            yield dtype, scales
+
+
+def gradients(mix: Mix, ups: Sequence[Tensor], library: Any = ops) -> list[Tensor]:
+    mix = mix.map(lambda t: t.detach().clone().requires_grad_())
+    out = mix.run(library)
+    return list(torch.autograd.grad(out, mix.tensors(), list(ups)))
+
+
+def upstream(mix: Mix, *, exact: bool = False) -> list[Tensor]:
+    g = torch.Generator().manual_seed(5)
+    found = []
+    for t in mix.run():
+        values = (
+            torch.randint(-2, 3, t.shape, generator=g)
+            if exact
+            else torch.randn(t.shape, generator=g, dtype=torch.float64)
+        )
+        found.append(values.to(t.dtype).to(t.device))
+    return found
+
+
+def unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
