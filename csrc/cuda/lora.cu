@@ -4,7 +4,7 @@
 //   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
 //   T >  256   chunks of 64 or 128   shrink_prefill, expand with a warp per 16 rows; shrink_decode
 //                                    takes its place where x or a is not aligned to 16 bytes
-//   rank > 256 of the bank: run_gemm_* (lora_gemm.cuh) in place of shrink_prefill, reduce and expand
+//   bank of rank > 256         run_gemm_* (lora_gemm.cuh) for shrink_prefill, reduce and expand
 #include "lora_kernels.cuh"
 
 namespace lora_ext {

@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int warp_column = warp / G::kWarpsM * G::kWarpColumns;
     const bool active = warp_row < tile.rows && warp_column < columns;
 
-    // Each thread copies one piece of every so manieth row. The rows' addresses have been made once:
-    // what a stage adds is k. Where left has no row, the tile's first one stands in: nobody stores
-    // what comes of it.
+    // A thread copies the same piece of every kLeftRowStep-th row. The rows' addresses are made
+    // once: what a stage adds is k. Where left has no row, the tile's first one stands in: nobody
+    // stores what comes of it.
     const int left_piece = thread % G::kLeftPieces, left_row = thread / G::kLeftPieces;
     constexpr int kLeftRowStep = kGemmThreads / G::kLeftPieces;
     static_assert(kLeftRowStep % 8 == 0);  // all rows of a thread permute alike

@@ -1,5 +1,5 @@
-// The tile of lora_gemm.cuh: its shape for each product, how pieces of it come to shared memory, and
-// what a warp makes of a stage.
+// The tile of lora_gemm.cuh: its shape for each product, how pieces of it come to shared memory,
+// and what a warp makes of a stage.
 #pragma once
 
 #include "lora_train.cuh"
@@ -27,7 +27,7 @@ struct GemmShape {
     static constexpr int kStageBytes = kRows * kLeftRow + kRightRows * kRightRow;
     static constexpr int kStages = lx::min(4, 98304 / kStageBytes);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    // An update goes through the ring's memory as floats; a warp's float2 stores meet no bank twice.
+    // An update goes through the ring's memory as floats; a warp's stores meet no bank twice.
     static constexpr int kDeltaRow = kGemmColumns + 8;
     static_assert(!kUpdate || kRows * kDeltaRow * 4 <= kRingBytes);
 

@@ -27,7 +27,7 @@ def draw_routing(weights: Tensor, tokens: Sequence[str], first_layer: int, axes:
         from matplotlib import pyplot
 
         axes = pyplot.subplots(figsize=(10, 2), layout="constrained")[1]
-    late = weights[:, :-1].detach().float().T.cpu()  # (k - 1, T)
+    late = weights[:, :-1].detach().float().T.cpu().numpy()  # (k - 1, T)
     scale = LogNorm(1e-4, 1, clip=True)
     shown = axes.imshow(late, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     axes.set_yticks(range(len(late)), [str(first_layer + e) for e in range(len(late))])
