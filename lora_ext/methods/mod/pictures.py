@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def draw_routing(weights: Tensor, tokens: Sequence[str], first_layer: int, axes: Any = None) -> Any:
-    """Draw the weights of the late layers over tokens as a map, the last layer's left out: they are
-    small beside its own, and sum to what it lacks.
+    """Draw the weights of the late layers over tokens as a map, its colours logarithmic. The last
+    layer's are left out: they are what the others lack.
 
     Args:
         weights: ``(T, k)``, ``routing_weights`` of one sequence.
@@ -21,12 +21,15 @@ def draw_routing(weights: Tensor, tokens: Sequence[str], first_layer: int, axes:
     Returns:
         The axes.
     """
+    from matplotlib.colors import LogNorm
+
     if axes is None:
         from matplotlib import pyplot
 
         axes = pyplot.subplots(figsize=(10, 2), layout="constrained")[1]
-    late = weights[:, :-1].detach().float().T.cpu()  # (k - 1, T)
-    shown = axes.imshow(late, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    late = weights[:, :-1].detach().float().T.cpu().numpy()  # (k - 1, T)
+    scale = LogNorm(1e-4, 1, clip=True)
+    shown = axes.imshow(late, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     axes.set_yticks(range(len(late)), [str(first_layer + e) for e in range(len(late))])
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
     axes.set(xlabel="token that is predicted", ylabel="layer")
