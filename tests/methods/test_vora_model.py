@@ -388,6 +388,10 @@ def test_placeholders_and_images_are_counted_by_sample() -> None:
         ValueError, match=r"images: sample 0: .*found a tensor of shape \(3, 4, 4\)"
     ):
         run(model, **{**given, "images": [image(2, 2)]})
+    with pytest.raises(ValueError, match=r"images: sample 0: .*found a tensor"):
+        run(model, **{**given, "images": torch.zeros(3, 3, 4, 4)})
+    with pytest.raises(TypeError, match=r"images: sample 1: expected \(3, H, W\) .*found ndarray"):
+        run(model, **{**given, "images": [[], [image(2, 2).numpy()], []]})
     given["images"] = [[image(2, 2), torch.zeros(3, 5, 4)], [], [image(2, 2)]]
     with pytest.raises(ValueError, match="multiples of the patch 2, found 5 x 4"):
         run(model, **given)

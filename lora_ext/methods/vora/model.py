@@ -304,13 +304,21 @@ def _of(sample: Sequence[Tensor] | None) -> Sequence[Tensor]:
 
 def _flat(images: Images | None) -> list[Tensor]:
     """All images of a batch in order."""
-    for number, sample in enumerate(images or ()):
+    flat: list[Tensor] = []
+    for number, sample in enumerate(() if images is None else images):
         if isinstance(sample, Tensor) and sample.dim() < 4:
             raise ValueError(
                 f"VoraForCausalLM: images: sample {number}: expected a list of (3, H, W) tensors, "
                 f"found a tensor of shape {tuple(sample.shape)}"
             )
-    return [image for sample in images or () for image in _of(sample)]
+        for image in _of(sample):
+            if not isinstance(image, Tensor):
+                raise TypeError(
+                    f"VoraForCausalLM: images: sample {number}: expected (3, H, W) tensors, as "
+                    f"VoraImageProcessor makes them, found {type(image).__name__}"
+                )
+            flat.append(image)
+    return flat
 
 
 def _apart(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
