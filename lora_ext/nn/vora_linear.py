@@ -224,6 +224,11 @@ class VoraLinear(LoraLinear):
         self.lora_bias[name] = bias is not None
 
     @property
+    def has_extra_bias(self) -> bool:
+        """Whether :meth:`set_extra_bias` gave one."""
+        return self.lora_bias[self.adapter_name]
+
+    @property
     def extra_bias(self) -> Tensor | None:
         """What :meth:`set_extra_bias` was given."""
         bias = self._raw_factors(self.adapter_name)[2]
