@@ -220,6 +220,7 @@ def test_any_scale_is_written_and_read(scale: float, rank: int, tmp_path: Path) 
     fields = {"scale": scale, "rank": rank}
     model = shake(vora.apply(language(), settings(**fields)))
     vora.to_peft(model, tmp_path)
+    assert LoraAdapter.load(tmp_path) == LoraAdapter.from_model(model)
     other = vora.from_peft(vora.apply(language(), settings(**fields)), tmp_path)
     assert torch.equal(logits(other), logits(model))
     torch.testing.assert_close(logits(vora.from_peft(language(), tmp_path)), logits(model))
