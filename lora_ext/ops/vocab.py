@@ -9,6 +9,7 @@ the backward. docs/chunked_loss.md has the formulas and the figures.
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ def chunked_kl(
     """
     op = "chunked_kl"
     require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
-    require(tau > 0, op, "tau", "a number above 0", tau)
+    require(0 < tau < math.inf, op, "tau", "a number above 0", tau)
     first = hiddens[0]
     _check_output_layer(op, "hiddens[0]", first, weight, bias, chunk, softcap)
     for e, h in enumerate(hiddens):
@@ -177,7 +178,8 @@ def _check_output_layer(
         require_shape(op, "bias", bias, "(V,)", weight.shape[:1])
         require_dtype(op, "bias", bias, *FLOATS)
     require(chunk > 0, op, "chunk", "at least 1", chunk)
-    require(softcap is None or softcap > 0, op, "softcap", "None or a number above 0", softcap)
+    fits = softcap is None or 0 < softcap < math.inf
+    require(fits, op, "softcap", "None or a number above 0", softcap)
 
 
 @fake("vocab_cross_entropy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -25,10 +26,12 @@ def _refusals() -> list[tuple[str, Callable[[], object]]]:
         (r"labels: expected torch.int64, found torch.int32", lambda: ce(h, w, b, y.int())),
         (r"chunk: expected at least 1, found 0", lambda: ce(h, w, b, y, chunk=0)),
         (r"softcap: expected None or .*, found 0", lambda: ce(h, w, b, y, softcap=0.0)),
+        (r"softcap: expected None or .*, found inf", lambda: ce(h, w, b, y, softcap=math.inf)),
         (r"hiddens: expected at least the teacher", lambda: kl([], w, b)),
         (r"hiddens\[1\]: expected shape \(N, d\) = \[3, 4\]", lambda: kl([h, wide], w, b)),
         (r"hiddens\[1\]: expected torch.float32, found", lambda: kl([h, h.double()], w, b)),
         (r"tau: expected a number above 0, found -1", lambda: kl([h, h], w, b, tau=-1.0)),
+        (r"tau: expected a number above 0, found inf", lambda: kl([h, h], w, b, tau=math.inf)),
         (r"chunk: expected at least 1, found -2", lambda: kl([h, h], w, b, chunk=-2)),
         (r"mask: expected shape \(N,\) = \[3\], found \[3, 4\]", lambda: kl([h], w, b, mask=h > 0)),
         (r"mask: expected torch.bool, found torch.int64", lambda: kl([h], w, b, mask=y)),
