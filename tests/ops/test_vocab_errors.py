@@ -32,6 +32,7 @@ def _refusals() -> list[tuple[str, Callable[[], object]]]:
         (r"hiddens\[1\]: expected shape \(N, d\) = \[3, 4\]", lambda: kl([h, wide], w, b)),
         (r"hiddens\[1\]: expected torch.float32, found", lambda: kl([h, h.double()], w, b)),
         (r"tau: expected a number above 0, found -1", lambda: kl([h, h], w, b, tau=-1.0)),
+        (r"tau: expected a number above 0, found inf", lambda: kl([h, h], w, b, tau=math.inf)),
         (r"chunk: expected at least 1, found -2", lambda: kl([h, h], w, b, chunk=-2)),
         (r"mask: expected shape \(N,\) = \[3\], found \[3, 4\]", lambda: kl([h], w, b, mask=h > 0)),
         (r"mask: expected torch.bool, found torch.int64", lambda: kl([h], w, b, mask=y)),
