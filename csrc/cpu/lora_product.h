@@ -188,8 +188,8 @@ struct Span {
 };
 template <typename T>
 Span span_of(const Slot<T>& slot, int64_t index) {
-    const int64_t first = index * kRankSpan;
-    return {first, min(kRankSpan, slot.rank - first)};  // none at or below zero
+    const int64_t first = index * kRankSpan, left = slot.rank - first;
+    return {first, left > 0 ? min(kRankSpan, left) : 0};
 }
 
 // v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r] for the ranks of a span, where
@@ -197,6 +197,7 @@ Span span_of(const Slot<T>& slot, int64_t index) {
 template <typename T, typename Pack>
 void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
              Span span, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {
+    if (span.ranks == 0) return;  // or left would be packed for nothing
     alignas(64) Acc<T> sums[kSumRows * kRankSpan];
     Masks<kDepth, kSumRows> masks;
     const int64_t wide = whole_vectors<T>(span.ranks);

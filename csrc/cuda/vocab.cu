@@ -364,7 +364,8 @@ void declare_rows(const VocabArgs& args) {
 template <class Launch>
 LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     if (args.rows == 0) return 0;
-    if (args.rows > kMaxGridX || args.columns > INT32_MAX - 16 * kThreads) return kInvalidValue;
+    // A thread's index goes beyond the end by a batch of pieces at most.
+    if (args.rows > kMaxGridX || args.columns > INT32_MAX - 32 * kThreads) return kInvalidValue;
     const int64_t size = element_size(args.dtype);
     [[maybe_unused]] const int64_t all = args.hiddens * args.rows;
     declare_rows(args);

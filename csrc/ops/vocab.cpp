@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "lora_ext/vocab.h"
 #include "ops/checks.h"
@@ -63,7 +64,8 @@ struct Call {
             check_shape(op, "bias", *bias, "(V,)", {vocab}, h.device());
         }
         require(chunk_in > 0, op, "chunk", expected("at least 1"), found(chunk_in));
-        require(softcap >= 0, op, "softcap", expected("None or a number above 0"), found(softcap));
+        require(softcap >= 0 && std::isfinite(softcap), op, "softcap",
+                expected("None or a number above 0"), found(softcap));
         // torch multiplies halves on the CPU an order of magnitude slower than floats.
         if (dtype == at::kHalf && !launches_kernels(h)) dtype = at::kFloat;
         hidden = rows_contiguous(h.to(dtype));
@@ -263,7 +265,7 @@ ThreeTensors vocab_kl(const Tensor& hiddens, const Tensor& weight, const Optiona
     check_dim(op, "hiddens", hiddens, 3, "(k, N, d)");
     const int64_t students = hiddens.size(0) - 1;
     require(students >= 0, op, "hiddens", expected("at least the teacher"), found("none"));
-    require(tau > 0, op, "tau", expected("a number above 0"), found(tau));
+    require(tau > 0 && std::isfinite(tau), op, "tau", expected("a number above 0"), found(tau));
     require(!with_gradient || softcap == 0, op, "with_gradient",
             expected("false with a softcap, which wants products of its own for each student"),
             found("true"));
@@ -291,7 +293,7 @@ ThreeTensors vocab_kl_backward(const Tensor& dloss, const Tensor& hiddens, const
     check_dim(op, "hiddens", hiddens, 3, "(k, N, d)");
     const int64_t students = hiddens.size(0) - 1;
     require(students >= 0, op, "hiddens", expected("at least the teacher"), found("none"));
-    require(tau > 0, op, "tau", expected("a number above 0"), found(tau));
+    require(tau > 0 && std::isfinite(tau), op, "tau", expected("a number above 0"), found(tau));
     Call call(op, "hiddens", hiddens, students + 1, weight, bias, chunk, softcap, dtype);
     call.args.tau = tau;
     call.set_mask(mask);

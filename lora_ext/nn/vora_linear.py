@@ -70,7 +70,7 @@ class VoraLinear(LoraLinear):
     ):
         _check(base_layer, rank, route)
         super().__init__(base_layer, adapter_name, rank, lora_alpha=rank * scale, **options)
-        self.scaling[adapter_name] = scale  # rank * scale / rank is that up to rounding
+        self.scaling[adapter_name] = float(scale)  # rank * scale / rank is that up to rounding
         self.adapter_name = adapter_name
         self.route: Route = route
         self._lent_bias = False  # to the base layer, while the adapter's bias is merged
@@ -222,6 +222,11 @@ class VoraLinear(LoraLinear):
         lora_b: Any = self.lora_B[name]
         lora_b.bias = value
         self.lora_bias[name] = bias is not None
+
+    @property
+    def has_extra_bias(self) -> bool:
+        """Whether :meth:`set_extra_bias` gave one."""
+        return self.lora_bias[self.adapter_name]
 
     @property
     def extra_bias(self) -> Tensor | None:

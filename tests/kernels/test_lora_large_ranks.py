@@ -108,6 +108,32 @@ def test_training_has_the_same_bits_in_every_tile(
 
 
 @every_dtype
+def test_a_block_that_walks_over_slices_adds_as_their_own_blocks_would(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    """With tiles enough for the machine, here by the rank of the bank, a block takes all slices."""
+    skip_unless_kernels(backend)
+    rank, tiles = 264, 264
+    shape = Shape(18, 1100, 8 if backend.small else 1030, (rank, 9), "interleaved")
+    inputs = among_idle_rows(
+        train_inputs(shape, dtype, dropout_p=0.0, base=False, device=backend.device), 270
+    )
+    inputs["x"], inputs["dy"] = inputs["x"].nan_to_num(), inputs["dy"].nan_to_num()
+
+    def step(bank_rank: int) -> dict[str, torch.Tensor]:
+        i, a, b = dict(inputs), inputs["a"], inputs["b"]
+        i["a"] = a.new_full((2, bank_rank, a.shape[2]), torch.nan)
+        i["b"] = b.new_full((2, b.shape[1], bank_rank), torch.nan)
+        i["a"][:, :rank], i["b"][:, :, :rank] = a, b
+        got = run(i)
+        return got | {"da": got["da"][:, :rank], "db": got["db"][:, :, :rank]}
+
+    apart, walked = step(rank), step(-(-tiles // 5) * 128)  # 270 rows are five chunks
+    for name, value in walked.items():
+        assert_same_bits(value, apart[name], f"{name}: ")
+
+
+@every_dtype
 def test_gradients_with_dropout_stay_within_the_bound(backend: Backend, dtype: torch.dtype) -> None:
     skip_unless_kernels(backend)
     shape = Shape(260, 40, 136, (300, 8, 0, 40), "uniform")

@@ -92,6 +92,11 @@ def test_missing_unexpected_and_misshapen_keys_are_named(wrapped: bool) -> None:
         ({**good, "nonsense": good[key]}, "nonsense: expected only tensors"),
         ({**good, key: good[key][:, :1]}, rf"{key}: .*shape \(16, 4\), found \(16, 1\)"),
         ({**good, key: 3.0}, f"{key}: .*found float"),
+        ({**good, key: good[key].cfloat()}, f"{key}: expected floating .*found torch.complex64"),
+        ({**good, key: good[key].long()}, f"{key}: expected floating .*found torch.int64"),
+        ({**good, key: good[key].to("meta")}, f"{key}: expected a dense .*without values"),
+        ({**good, key: good[key].to_sparse()}, f"{key}: expected a dense .*found torch.sparse"),
+        ({**good, f"llm.{key}": good[key]}, f"{key}: expected one tensor .*found a second"),
     ]
     for sd, message in cases:
         with pytest.raises(ValueError, match=f"vora.load_state_dict: .*{message}"):
@@ -153,6 +158,12 @@ def test_extra_biases_are_honoured_where_they_are_allowed_alone() -> None:
     update = layer.scale * (x @ layer.A.T @ layer.B.T)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + update + 0.25)
     assert layer.base_layer.bias is None and not torch.equal(biased, plain)
+    # What has one takes it again, and misses it.
+    vora.load_state_dict(model, vora.state_dict(model))
+    without = {name: t for name, t in vora.state_dict(model).items() if "_proj.bias" not in name}
+    with pytest.raises(ValueError, match=r"load_state_dict: .*o_proj\.bias: .*found none"):
+        vora.load_state_dict(model, without)
+    assert torch.equal(logits(model), biased)
     # Saved, read again, merged.
     saved = vora.state_dict(model)
     other = seeing()
@@ -160,6 +171,10 @@ def test_extra_biases_are_honoured_where_they_are_allowed_alone() -> None:
     assert torch.equal(logits(other), biased)
     vora.merge(other)
     torch.testing.assert_close(logits(other), biased, rtol=1e-4, atol=1e-3)
+    assert other.model.get_submodule("model.layers.0.self_attn.o_proj").bias.requires_grad
+    nothing = vora.apply(language(), settings(scale=0.0))
+    with pytest.raises(ValueError, match=r"o_proj\.bias: expected no bias where the scale is 0"):
+        vora.load_state_dict(nothing, sd, strict=False, allow_extra_bias=True)
     vora.remove(model)  # the base model never had one
     assert model.model.get_submodule("model.layers.0.self_attn.o_proj").bias is None
 
@@ -197,6 +212,18 @@ def test_peft_computes_the_same(family: str, biased: bool, tmp_path: Path) -> No
         assert torch.equal(logits(other), expected)
         with pytest.raises(RuntimeError, match=r"call vora\.remove"):
             vora.apply(other, settings(family=family))
+
+
+@pytest.mark.parametrize(("scale", "rank"), [(1, 4), (0.1, 3), (0.7, 3), (0.0, 2), (-1 / 3, 7)])
+def test_any_scale_is_written_and_read(scale: float, rank: int, tmp_path: Path) -> None:
+    """No alpha gives 0.1 at rank 3 to the last bit."""
+    fields = {"scale": scale, "rank": rank}
+    model = shake(vora.apply(language(), settings(**fields)))
+    vora.to_peft(model, tmp_path)
+    assert LoraAdapter.load(tmp_path) == LoraAdapter.from_model(model)
+    other = vora.from_peft(vora.apply(language(), settings(**fields)), tmp_path)
+    assert torch.equal(logits(other), logits(model))
+    torch.testing.assert_close(logits(vora.from_peft(language(), tmp_path)), logits(model))
 
 
 def test_a_wrapped_model_writes_the_language_models_names(tmp_path: Path) -> None:

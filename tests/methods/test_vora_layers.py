@@ -126,6 +126,17 @@ def test_what_cannot_be_merged_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model.model.layers[0].self_attn.q_proj.base_layer.weight, before)
 
 
+def test_a_weight_that_others_have_too_is_not_merged() -> None:
+    model = language()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.weight = attention.v_proj.weight
+    shake(vora.apply(model, settings()))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"vora\.merge: .*k_proj: expected a weight of its own"):
+        vora.merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_copy_and_a_pickle_are_models_of_their_own() -> None:
     model = shake(vora.apply(language(), settings()))
     expected = logits(model)

@@ -36,6 +36,18 @@ def test_without_both_directions_it_is_causal():
     assert torch.equal(found[0, 0], torch.ones(6, 6, dtype=torch.bool).tril())
 
 
+def test_a_window_cuts_what_came_before_and_no_image():
+    found = mask_of([[-1, 0, 0, 0, -1, -1]], window=2)[0, 0].int().tolist()
+    assert found == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
+
+
 def test_two_images_that_touch_are_apart():
     found = mask_of([[0, 0, 1, 1, -1]])
     assert torch.equal(found[0, 0], rows("11000", "11000", "11110", "11110", "11111"))
@@ -134,6 +146,7 @@ def test_an_image_cut_by_the_cache_is_refused_where_it_matters():
         (((3,), (3,)), {}, r"image_ids: expected shape \(B, T\)"),
         (((1, 3), (1, 3)), {"dtype": torch.int64}, r"dtype: expected a floating one or None, foun"),
         (((1, 3), (1, 3)), {"past_length": 4}, r"past_length: expected 0 to 3, found 4"),
+        (((1, 3), (1, 3)), {"window": 0}, r"window: expected at least 1 or None, found 0"),
         (((1, 3), (1, 3)), {"past_length": -1}, r"past_length: expected 0 to 3, found -1"),
     ],
 )

@@ -339,6 +339,25 @@ def test_greedy_with_the_cache_equals_without(route: str, family: str, attention
         assert torch.equal(beams[sample], one[0])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_layers_with_sliding_attention_keep_their_window(family: str, attention: str) -> None:
+    """Mistral's all slide; Qwen3's do from the second on, and take a mask of each kind."""
+    window: dict[str, Any] = {"sliding_window": 3, "attn_implementation": attention}
+    if family == "qwen3":
+        window |= {"use_sliding_window": True, "max_window_layers": 1}
+    model, given = seeing("vision", family, **window), batch()
+    p, ids = PLACEHOLDER, torch.tensor([[7, 8, 9, 1, 5, 6, 7]])
+    alone = run(language(family, **window), input_ids=ids).logits
+    mixed = torch.cat([ids, torch.tensor([[p, 2, 3, 4, 5, 6, 7]])])
+    beside = run(model, input_ids=mixed, images=[None, [image(2, 2)]]).logits
+    torch.testing.assert_close(beside[0, :7], alone[0], rtol=1e-5, atol=1e-5)
+    found = model.generate(
+        given["input_ids"], given["images"], given["attention_mask"], max_new_tokens=6
+    )
+    assert torch.equal(found, continued(model, given, 6))
+
+
 def test_text_alone_is_generated_as_ever_with_route_vision() -> None:
     model, given = seeing("vision"), text()
     expected = language().generate(given["input_ids"], max_new_tokens=5, do_sample=False)[:, 6:]
@@ -388,6 +407,10 @@ def test_placeholders_and_images_are_counted_by_sample() -> None:
         ValueError, match=r"images: sample 0: .*found a tensor of shape \(3, 4, 4\)"
     ):
         run(model, **{**given, "images": [image(2, 2)]})
+    with pytest.raises(ValueError, match=r"images: sample 0: .*found a tensor"):
+        run(model, **{**given, "images": torch.zeros(3, 3, 4, 4)})
+    with pytest.raises(TypeError, match=r"images: sample 1: expected \(3, H, W\) .*found ndarray"):
+        run(model, **{**given, "images": [[], [image(2, 2).numpy()], []]})
     given["images"] = [[image(2, 2), torch.zeros(3, 5, 4)], [], [image(2, 2)]]
     with pytest.raises(ValueError, match="multiples of the patch 2, found 5 x 4"):
         run(model, **given)
@@ -395,6 +418,9 @@ def test_placeholders_and_images_are_counted_by_sample() -> None:
 
 def test_attention_that_takes_no_mask_of_pairs_is_refused() -> None:
     model, given = seeing(), batch()
+    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"layer_types: expected .*found 'chunked_attention'"):
+        run(model, **given)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation: expected 'eager' or 'sdpa'"):
         run(model, **given)

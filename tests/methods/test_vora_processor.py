@@ -42,13 +42,14 @@ def test_all_forms_of_an_image_give_the_same(tmp_path):
         tensor.movedim(2, 0),
         tensor.float(),
         tensor.long(),
+        array.astype(">i4"),
     ]
     processor = VoraImageProcessor()
     first, *others = processor(forms)["pixel_values"]
     assert first.shape == (3, 98, 196) and first.dtype == torch.float32
     for other in others:
         torch.testing.assert_close(other, first, atol=0.05, rtol=0)  # floats are not clamped
-    for other in (*others[:8], others[9]):
+    for other in (*others[:8], *others[9:]):
         assert torch.equal(other, first)
 
 
@@ -96,6 +97,9 @@ def test_samples_keep_their_images_and_grids_are_one_list():
     assert [len(sample) for sample in found["pixel_values"]] == [2, 0, 0, 1]
     assert found["image_grids"] == [(4, 5), (6, 4), (6, 4)]
     assert [tuple(i.shape) for i in found["pixel_values"][0]] == [(3, 56, 70), (3, 84, 56)]
+    batches = [np.stack([small, small]), torch.from_numpy(large.copy())[None]]
+    found = VoraImageProcessor()(batches)  # of a sample each
+    assert [len(sample) for sample in found["pixel_values"]] == [2, 1]
 
 
 def test_one_array_is_made_where_it_is_asked_for():
@@ -120,7 +124,7 @@ def test_settings_survive_a_file_and_may_be_overridden(tmp_path):
     other = VoraImageProcessor.from_pretrained(tmp_path, patch=4)
     assert (other.patch, other.max_pixels) == (4, 4096)
     with pytest.raises(
-        ValueError, match=r"VoraImageProcessor: patch: expected at least 1, found 0"
+        ValueError, match=r"VoraImageProcessor: patch: expected an int, at least 1, found 0"
     ):
         VoraImageProcessor.from_pretrained(tmp_path, patch=0)
     image = pixels(50, 90)
@@ -152,7 +156,14 @@ def test_the_input_is_left_alone():
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"patch": 0}, ValueError, r"patch: expected at least 1, found 0"),
+        ({"patch": 0}, ValueError, r"patch: expected an int, at least 1, found 0"),
+        ({"patch": 2.5}, ValueError, r"patch: expected an int, at least 1, found 2.5"),
+        ({"max_pixels": float("inf")}, ValueError, r"max_pixels: expected an int, .* found inf"),
+        ({"resample": "bicubic"}, ValueError, r"resample: expected one of .*, found 'bicubic'"),
+        ({"image_mean": 3}, ValueError, r"image_mean: expected a number for each .* found 3"),
+        ({"image_std": (1, 1, float("nan"))}, ValueError, r"image_std: expected 3 numbers"),
+        ({"rescale_factor": None}, ValueError, r"rescale_factor: .* finite number, found None"),
+        ({"do_resize": "no"}, ValueError, r"do_resize: expected a bool, found 'no'"),
         ({"min_pixels": 0}, ValueError, r"min_pixels: expected 1 to max_pixels = 784000, found 0"),
         ({"resample": 1}, ValueError, r"resample: expected one of .*, found 1"),
         (
@@ -163,7 +174,7 @@ def test_the_input_is_left_alone():
         (
             {"image_std": (1, 0, 1)},
             ValueError,
-            r"image_std: expected 3 numbers, none 0, found \[1, 0",
+            r"image_std: expected 3 numbers, none 0, found \(1, 0",
         ),
         ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found another name"),
     ],
@@ -179,6 +190,9 @@ def test_bad_settings_are_refused_by_name(fields: dict, error, message: str):
     ("images", "fields", "error", "message"),
     [
         (object(), {}, TypeError, r"images: expected Pillow images, .* found object"),
+        (np.ones((20, 20), complex), {}, TypeError, r"images: .* of numbers, found complex128"),
+        (torch.ones(20, 20) * 1j, {}, TypeError, r"images: .* of numbers, found torch.complex64"),
+        (np.array([[None]]), {}, TypeError, r"images: expected .* of numbers, found object"),
         (np.ones((20, 20), bool), {}, TypeError, r"images: expected .* numbers, found torch.bool"),
         (np.ones((2, 20, 20), np.uint8), {}, ValueError, r"images: expected shape .* found \(2, 2"),
         (

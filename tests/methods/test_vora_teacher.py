@@ -92,3 +92,11 @@ def test_a_teacher_in_training_mode_is_refused():
         ValueError, match=r"teacher_states: teacher: expected one in evaluation mode"
     ):
         teacher_states(vit().train(), images((16, 16)), 2)
+
+
+def test_a_teacher_that_drops_patches_is_refused():
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    config = transformers.ViTMAEConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=4)
+    teacher = transformers.ViTMAEModel(config).eval()
+    with pytest.raises(ValueError, match=r"teacher: expected .* all 16 patches .*, found 5 tokens"):
+        teacher_states(teacher, images((16, 16)), 2)

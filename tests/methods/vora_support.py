@@ -11,6 +11,13 @@ from torch import Tensor
 from lora_ext.methods import vora
 
 PATCH, WIDTH, VOCAB, PLACEHOLDER = 2, 16, 37, -200
+LANGUAGE_FIELDS = (
+    "layers",
+    "attn_implementation",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+)
 
 
 def language(family: str = "llama", layers: int = 3, **fields: Any) -> Any:
@@ -32,6 +39,8 @@ def language(family: str = "llama", layers: int = 3, **fields: Any) -> Any:
         kinds: dict[str, Any] = {
             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
             "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+            "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         }
         kind, model_kind = kinds[family]
         config = kind(
@@ -76,7 +85,7 @@ def shake(model: Any) -> Any:
 
 def seeing(route: Any = "all", family: str = "llama", teacher: int | None = None, **fields: Any):
     """A :class:`VoraForCausalLM` that has been trained, as far as anyone can tell."""
-    lm = {key: fields.pop(key) for key in list(fields) if key in ("layers", "attn_implementation")}
+    lm = {key: fields.pop(key) for key in list(fields) if key in LANGUAGE_FIELDS}
     torch.manual_seed(1)
     config = settings(route, family=family, **fields)
     model = vora.VoraForCausalLM(language(family, **lm), config, teacher)

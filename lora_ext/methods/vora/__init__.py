@@ -23,29 +23,11 @@ if TYPE_CHECKING:
     from .processor import VoraImageProcessor
 
 __all__ = [
-    "DistillHeads",
-    "Spliced",
-    "TeacherStates",
-    "UnmergeableRouteError",
-    "VisionPatchEmbed",
-    "VoraConfig",
-    "VoraForCausalLM",
-    "VoraImageProcessor",
-    "VoraLinear",
-    "apply",
-    "block_distill_loss",
-    "build_vision_mask",
-    "from_peft",
-    "load_state_dict",
-    "merge",
-    "modality",
-    "remove",
-    "smart_resize",
-    "splice_images",
-    "state_dict",
-    "teacher_states",
-    "to_peft",
-]
+    "DistillHeads", "Spliced", "TeacherStates", "UnmergeableRouteError", "VisionPatchEmbed",
+    "VoraConfig", "VoraForCausalLM", "VoraImageProcessor", "VoraLinear", "apply",
+    "block_distill_loss", "build_vision_mask", "from_peft", "load_state_dict", "merge", "modality",
+    "remove", "smart_resize", "splice_images", "state_dict", "teacher_states", "to_peft",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -75,16 +76,17 @@ def load_state_dict(
         sd: the tensors; they are copied, in the dtype and to the device of the model's.
         strict: False lets missing and unexpected keys pass, and returns them.
         allow_extra_bias: give layers a bias whose base layer has none, where ``sd`` has one. It is
-            added to every token that the adapter serves.
+            added to every token that the adapter serves. A layer that has one already takes it.
         load_base: load the weights of the language model too. They are ignored otherwise.
 
     Returns:
         The keys that were let pass.
 
     Raises:
-        ValueError: a key that is missing or unexpected, an extra bias that is not allowed, a
-            tensor of another shape, naming the key. RuntimeError: as :func:`state_dict`, or layers
-            that are merged by hand. The model is then as it was.
+        ValueError: a key that is missing, unexpected or there twice, an extra bias that is not
+            allowed or that a scale of 0 would lose, a tensor of another shape, of no floating
+            numbers or without values, naming the key. RuntimeError: as :func:`state_dict`, or
+            layers that are merged by hand. The model is then as it was.
 
     Source: the names of the repository Hon-Wong/VoRA.
     """
@@ -98,19 +100,24 @@ def load_state_dict(
     wanted, base = _expected(model, layers), _base_tensors(language_model(model))
     copies: dict[str, tuple[Tensor, Tensor]] = {}  # from, to
     biases: dict[str, tuple[VoraLinear, Tensor]] = {}
+    has_bias = [f"{name}.bias" for name, layer in layers.items() if layer.has_extra_bias]
     unexpected: list[str] = []
     for key, value in sd.items():
         name = _ours(key)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if name in copies or name in biases:
+            raise ValueError(
+                f"vora.load_state_dict: {key}: expected one tensor for {name}, found a second"
+            )
         if name in wanted:
-            copies[name] = _fitting(key, value, wanted[name].shape), wanted[name]
+            copies[name] = _fitting(key, value, wanted[name]), wanted[name]
         elif name in base:
             if load_base:
-                copies[name] = _fitting(key, value, base[name].shape), base[name]
+                copies[name] = _fitting(key, value, base[name]), base[name]
         elif key.startswith(_TEACHER):
             continue
-        elif owner is not None and allow_extra_bias:
-            biases[name] = owner, _fitting(key, value, torch.Size([owner.out_features]))
+        elif owner is not None and (allow_extra_bias or name in has_bias):
+            biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         elif owner is not None and strict:
             raise ValueError(
                 f"vora.load_state_dict: {key}: expected no bias, as the layer of the language "
@@ -119,7 +126,12 @@ def load_state_dict(
             )
         else:
             unexpected.append(key)
-    missing = [key for key in wanted if key not in copies]
+    for name, (owner, _) in biases.items():
+        if owner.scale == 0:
+            raise ValueError(
+                f"vora.load_state_dict: {name}: expected no bias where the scale is 0, found one"
+            )
+    missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     if strict and missing:
         raise ValueError(
             f"vora.load_state_dict: {missing[0]}: expected a tensor, found none"
@@ -167,12 +179,18 @@ def _ours(key: str) -> str:
     return key
 
 
-def _fitting(key: str, value: Any, shape: torch.Size) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != shape:
+def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
+    """``value``, if it can be copied to ``place`` and be what it was, but for rounding."""
+    where = f"vora.load_state_dict: {key}"
+    if not isinstance(value, Tensor) or value.shape != place.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"vora.load_state_dict: {key}: expected a tensor of shape {tuple(shape)}, found {found}"
-        )
+        raise ValueError(f"{where}: expected a tensor of shape {tuple(place.shape)}, found {found}")
+    if value.is_floating_point() != place.is_floating_point() or value.is_complex():
+        kind = "floating numbers" if place.is_floating_point() else str(place.dtype)
+        raise ValueError(f"{where}: expected {kind}, found {value.dtype}")
+    if value.layout != torch.strided or value.is_meta:
+        found = "one without values" if value.is_meta else str(value.layout)
+        raise ValueError(f"{where}: expected a dense tensor, found {found}")
     return value
 
 
@@ -198,22 +216,24 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             :func:`state_dict`. OSError: it cannot be written.
     """
     state = applied("to_peft", model)
-    _check_route("to_peft", state.config)
+    config = state.config
+    _check_route("to_peft", config)
+    alpha = alpha_of(float(config.scale), config.rank, rslora=False)
+    scale = alpha / config.rank  # as PEFT computes it: no alpha gives 0.1 at rank 3 to the last bit
     biased = any(layer.extra_bias is not None for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
         bias = layer.extra_bias
         if biased:  # PEFT has one everywhere or nowhere, and scales it
             zeros = torch.zeros(layer.out_features, dtype=layer.B.dtype, device=layer.B.device)
-            bias = zeros if bias is None else bias / layer.scale
-        factors[name] = Factors(layer.A.detach(), layer.B.detach(), layer.scale, bias)
-    config = state.config
+            bias = zeros if bias is None else bias / scale
+        factors[name] = Factors(layer.A.detach(), layer.B.detach(), scale, bias)
     where = "vora.to_peft"
     transposed = all(layer.fan_in_fan_out for layer in state.layers.values())
     peft = AdapterConfig(
         where=where,
         r=config.rank,
-        lora_alpha=alpha_of(config.scale, config.rank, rslora=False),
+        lora_alpha=alpha,
         target_modules=config.target_modules,
         layers_to_transform=tuple(range(config.n_blocks)),
         lora_bias=biased,
@@ -222,7 +242,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     names = [name for name, _ in language_model(model).named_modules()]
     if peft.targeted(names, ()) != set(factors):  # by the ends of names PEFT would find others
         ranks = dict.fromkeys(factors, config.rank)
-        scales = dict.fromkeys(factors, config.scale)
+        scales = dict.fromkeys(factors, scale)
         peft = peft.fitted(ranks, scales, names)
     LoraAdapter(peft, factors).save(folder)
 
@@ -263,7 +283,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
             layer.A.copy_(factors.a)
             layer.B.copy_(factors.b)
             bias = factors.bias
-            keeps = bias is not None and bool(bias.any())
+            keeps = bias is not None and bool(bias.any()) and layer.scale != 0
             layer.set_extra_bias(bias * factors.scaling if bias is not None and keeps else None)
     return model
 
@@ -321,7 +341,7 @@ def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
                     f"{where}: {name}: {factor}: expected shape {tuple(expected)}, found "
                     f"{tuple(found)}"
                 )
-        if factors.scaling != layer.scale:
+        if not math.isclose(factors.scaling, layer.scale, rel_tol=1e-12):
             raise ValueError(
                 f"{where}: {name}: scale: expected {layer.scale}, found {factors.scaling}"
             )

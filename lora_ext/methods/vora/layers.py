@@ -127,8 +127,8 @@ def merge(model: Model, force: bool = False) -> Model:
     Raises:
         UnmergeableRouteError: route "vision" without ``force``. RuntimeError: nothing was applied,
             it is merged already, or layers of it are merged by hand. NotImplementedError: a
-            quantised base weight. ValueError: a weight that is computed from others. The model is
-            then as it was.
+            quantised base weight. ValueError: a weight that is computed from others, or that
+            other modules have too. The model is then as it was.
 
     Source: arXiv 2503.20680.
     """
@@ -147,10 +147,15 @@ def merge(model: Model, force: bool = False) -> Model:
         except (RuntimeError, ValueError) as error:
             raise type(error)(f"vora.merge: {name}: {error}") from error
     state.swap.check(language, "vora.merge")
+    _check_shared(language, layers)
     for layer in layers.values():
         layer.merge(force, keep_copy=False)
     state.swap.restore(language, "vora.merge")
     _restore_flags(language, state)
+    for layer in layers.values():
+        base: Any = layer.base_layer
+        if layer.has_extra_bias:  # it may be a new parameter of the model
+            base.bias.requires_grad_(base.weight.requires_grad)
     # What is gone is not kept alive; that it was merged is remembered.
     language.__dict__[KEY] = Applied(state.config, Swap(language, {}, "vora.apply"), {}, True)
     return model
@@ -207,6 +212,19 @@ def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
             f"of {type(model).__name__} to match {config.target_modules}, found none"
         )
     return targets
+
+
+def _check_shared(language: nn.Module, layers: dict[str, VoraLinear]) -> None:
+    """Refuse a weight that other modules have too: they would compute with its update as well."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in language.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        found = holders[id(layer.base_layer.weight)]
+        if len(found) > 1:
+            raise ValueError(
+                f"vora.merge: {name}: expected a weight of its own, found that it is all of {found}"
+            )
 
 
 def _restore_flags(language: nn.Module, state: Applied) -> None:

@@ -14,6 +14,7 @@ def build_vision_mask(
     bidirectional: bool = True,
     dtype: torch.dtype | None = None,
     past_length: int = 0,
+    window: int | None = None,
 ) -> Tensor:
     """The attention mask of a batch of text and images.
 
@@ -30,6 +31,8 @@ def build_vision_mask(
             None gives bools. Eager attention of transformers wants the additive form: it adds bools
             as 0 and 1, and masks nothing.
         past_length: so many of the T tokens lie in the cache: they are keys, and no queries.
+        window: of layers with sliding attention, which see so many tokens, ``j > i - window``; an
+            image is seen as a whole.
 
     Returns:
         ``(B, 1, T - past_length, T)``.
@@ -37,7 +40,7 @@ def build_vision_mask(
     Raises:
         ValueError: shapes that disagree, numbers other than 0 and 1 in the attention mask, an image
             whose tokens are apart, or cut by the end of the cache; a ``past_length`` outside
-            [0, T]; a dtype that is not floating.
+            [0, T]; a window below 1; a dtype that is not floating.
 
     Source: arXiv 2503.20680. The released code takes images that touch for one; here they are two.
     """
@@ -55,11 +58,15 @@ def build_vision_mask(
         raise ValueError(
             f"build_vision_mask: past_length: expected 0 to {length}, found {past_length}"
         )
+    if window is not None and window < 1:
+        raise ValueError(f"build_vision_mask: window: expected at least 1 or None, found {window}")
     valid = as_bool("build_vision_mask", "attention_mask", attention_mask)
     _check_images(image_ids, past_length if bidirectional else 0)
 
     place = torch.arange(length, device=valid.device)
     allow = place <= place[past_length:, None]  # (queries, T)
+    if window is not None:
+        allow &= place > place[past_length:, None] - window
     if bidirectional:
         query = image_ids[:, past_length:, None]
         allow = allow | ((query >= 0) & (query == image_ids[:, None]))  # (B, queries, T)

@@ -212,7 +212,8 @@ class VoraForCausalLM(nn.Module):
         batch = self._spliced(input_ids, images, attention_mask, None, "left")
         mask = self._mask(batch, flat, attention_mask)
         sees = batch.vision_mask if flat and self.vora_config.route == "vision" else None
-        with prefill(self.model, mask if mask is not None and mask.dim() == 4 else None, sees):
+        pairs = mask if isinstance(mask, dict) or (mask is not None and mask.dim() == 4) else None
+        with prefill(self.model, pairs, sees):
             return self.model.generate(
                 inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **options
             )
@@ -244,9 +245,10 @@ class VoraForCausalLM(nn.Module):
 
     def _mask(
         self, batch: Spliced, flat: list[Tensor], attention_mask: Tensor | None
-    ) -> Tensor | None:
+    ) -> Tensor | dict[str, Tensor] | None:
         """What the language model is given: its own kind of mask where the order of the sequence is
-        all that counts, so that text is computed as ever, bit for bit."""
+        all that counts, so that text is computed as ever, bit for bit. A model whose layers attend
+        in different ways takes a mask of each kind, by transformers' names."""
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
         implementation = str(getattr(self.config, "_attn_implementation", "eager"))
@@ -256,9 +258,26 @@ class VoraForCausalLM(nn.Module):
                 f"mask for each pair of tokens, found {implementation!r} (bidirectional=False does "
                 "without)"
             )
-        # Additive: eager attention adds bools as 0 and 1, and masks nothing.
-        dtype = batch.inputs_embeds.dtype
-        return build_vision_mask(batch.attention_mask, batch.image_ids, dtype=dtype)
+        text = self.config.get_text_config()
+        sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+        windows = {"full_attention": None, "sliding_attention": sliding}
+        other = sorted({*(kinds or ())} - {*windows})
+        if other:
+            raise ValueError(
+                f"VoraForCausalLM: layer_types: expected layers of {list(windows)}, found "
+                f"{other[0]!r} (bidirectional=False does without a mask for each pair of tokens)"
+            )
+
+        def mask(window: int | None) -> Tensor:
+            # Additive: eager attention adds bools as 0 and 1, and masks nothing.
+            dtype = batch.inputs_embeds.dtype
+            return build_vision_mask(
+                batch.attention_mask, batch.image_ids, dtype=dtype, window=window
+            )
+
+        if kinds is None or "sliding_attention" not in kinds:
+            return mask(sliding if kinds is None else None)
+        return {kind: mask(window) for kind, window in windows.items()}
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -304,13 +323,21 @@ def _of(sample: Sequence[Tensor] | None) -> Sequence[Tensor]:
 
 def _flat(images: Images | None) -> list[Tensor]:
     """All images of a batch in order."""
-    for number, sample in enumerate(images or ()):
+    flat: list[Tensor] = []
+    for number, sample in enumerate(() if images is None else images):
         if isinstance(sample, Tensor) and sample.dim() < 4:
             raise ValueError(
                 f"VoraForCausalLM: images: sample {number}: expected a list of (3, H, W) tensors, "
                 f"found a tensor of shape {tuple(sample.shape)}"
             )
-    return [image for sample in images or () for image in _of(sample)]
+        for image in _of(sample):
+            if not isinstance(image, Tensor):
+                raise TypeError(
+                    f"VoraForCausalLM: images: sample {number}: expected (3, H, W) tensors, as "
+                    f"VoraImageProcessor makes them, found {type(image).__name__}"
+                )
+            flat.append(image)
+    return flat
 
 
 def _apart(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 import warnings
 from collections.abc import Sequence
@@ -88,22 +90,44 @@ class VoraImageProcessor(BaseImageProcessor):
                 f"VoraImageProcessor: {unknown[0]}: expected one of {FIELDS}, found another name"
             )
         super().__init__()
+        given = {
+            "patch": patch,
+            "do_resize": do_resize,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "resample": resample,
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
+        for ok, name, expected in (
+            (_is_int(patch) and patch >= 1, "patch", "an int, at least 1"),
+            (_is_int(max_pixels) and max_pixels >= 1, "max_pixels", "an int, at least 1"),
+            (
+                _is_int(min_pixels) and 0 < min_pixels <= max_pixels,
+                "min_pixels",
+                f"1 to max_pixels = {max_pixels}",
+            ),
+            (_is_int(resample) and resample in FILTERS, "resample", f"one of {FILTERS}"),
+            (_are_numbers([rescale_factor], 1), "rescale_factor", "a finite number"),
+            (_are_numbers(image_mean, 3), "image_mean", "a number for each of 3 channels"),
+            (_are_numbers(image_std, 3) and all(image_std), "image_std", "3 numbers, none 0"),
+            *(
+                (isinstance(given[name], bool), name, "a bool")
+                for name in ("do_resize", "do_rescale", "do_normalize")
+            ),
+        ):
+            if not ok:
+                raise ValueError(
+                    f"VoraImageProcessor: {name}: expected {expected}, found {given[name]!r}"
+                )
         self.patch, self.do_resize = patch, do_resize
         self.min_pixels, self.max_pixels, self.resample = min_pixels, max_pixels, int(resample)
         self.do_rescale, self.rescale_factor = do_rescale, rescale_factor
         self.do_normalize = do_normalize
         self.image_mean, self.image_std = list(image_mean), list(image_std)
-        for ok, name, expected in (
-            (patch >= 1, "patch", "at least 1"),
-            (0 < min_pixels <= max_pixels, "min_pixels", f"1 to max_pixels = {max_pixels}"),
-            (self.resample in FILTERS, "resample", f"one of {FILTERS}"),
-            (len(self.image_mean) == 3, "image_mean", "a number for each of 3 channels"),
-            (len(self.image_std) == 3 and all(self.image_std), "image_std", "3 numbers, none 0"),
-        ):
-            if not ok:
-                raise ValueError(
-                    f"VoraImageProcessor: {name}: expected {expected}, found {getattr(self, name)}"
-                )
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -148,7 +172,7 @@ class VoraImageProcessor(BaseImageProcessor):
                 f"{return_tensors!r}"
             )
         nested = isinstance(images, list | tuple) and any(
-            one is None or isinstance(one, list | tuple) for one in images
+            one is None or isinstance(one, list | tuple) or _is_batch(one) for one in images
         )
         samples = [_as_list(one) for one in images] if nested else [_as_list(images)]
         found = [[self._prepare(one) for one in sample] for sample in samples]
@@ -203,15 +227,30 @@ class VoraImageProcessor(BaseImageProcessor):
         return pixels
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether it is a sequence of so many finite numbers."""
+    return (
+        isinstance(values, Sequence | np.ndarray)
+        and len(values) == count
+        and all(isinstance(v, numbers.Real) and math.isfinite(v) for v in values)
+    )
+
+
 def _as_list(images: Any) -> list[Any]:
     """The images of a sample."""
     if images is None:
         return []
     if isinstance(images, list | tuple):
         return list(images)
-    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
-        return list(images)
-    return [images]
+    return list(images) if _is_batch(images) else [images]
+
+
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, np.ndarray | Tensor) and images.ndim == 4
 
 
 def _to_tensor(image: Any) -> Tensor:
@@ -225,10 +264,11 @@ def _to_tensor(image: Any) -> Tensor:
             image = file.convert("RGB")
     if pillow is not None and isinstance(image, pillow.Image):
         image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image).copy())
-    if not isinstance(image, Tensor) or image.dtype == torch.bool:
-        found = image.dtype if isinstance(image, Tensor) else type(image).__name__
+    if isinstance(image, np.ndarray) and image.dtype.kind in "buif":
+        native = image.astype(image.dtype.newbyteorder("="))  # a copy
+        image = torch.from_numpy(np.ascontiguousarray(native))
+    if not isinstance(image, Tensor) or image.dtype == torch.bool or image.is_complex():
+        found = image.dtype if isinstance(image, Tensor | np.ndarray) else type(image).__name__
         raise TypeError(
             "VoraImageProcessor: images: expected Pillow images, paths, or arrays or tensors of "
             f"numbers, found {found}"

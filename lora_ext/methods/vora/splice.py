@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def _images(
     return images
 
 
-def _is_image(tokens: object) -> bool:
+def _is_image(tokens: object) -> TypeGuard[Tensor]:
     return isinstance(tokens, Tensor) and tokens.dim() == 2
 
 

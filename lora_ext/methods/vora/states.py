@@ -67,7 +67,9 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
 
 
 @contextlib.contextmanager
-def prefill(model: nn.Module, mask: Tensor | None, vision_mask: Tensor | None) -> Iterator[None]:
+def prefill(
+    model: nn.Module, mask: Tensor | dict[str, Tensor] | None, vision_mask: Tensor | None
+) -> Iterator[None]:
     """Give the prefill of ``model.generate`` its attention mask and its vision tokens.
 
     The prefill is the forward that gets embeddings; decode steps get tokens, all of them text.
@@ -75,7 +77,7 @@ def prefill(model: nn.Module, mask: Tensor | None, vision_mask: Tensor | None) -
 
     Args:
         model: the language model.
-        mask: ``(B, 1, T, T)`` additive; None leaves the model's own.
+        mask: ``(B, 1, T, T)`` additive, or one for each kind of layer; None leaves the model's own.
         vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
     """
     thread, inside = threading.get_ident(), contextlib.ExitStack()
@@ -84,12 +86,16 @@ def prefill(model: nn.Module, mask: Tensor | None, vision_mask: Tensor | None) -
         embeds = kwargs.get("inputs_embeds")
         if embeds is None or threading.get_ident() != thread:
             return None
-        rows = len(embeds)
+
+        def each(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(len(embeds) // len(tensor), 0)
+
         if vision_mask is not None:
-            given = vision_mask.repeat_interleave(rows // len(vision_mask), 0)
-            inside.enter_context(modality(given))
-        if mask is not None:
-            kwargs = {**kwargs, "attention_mask": mask.repeat_interleave(rows // len(mask), 0)}
+            inside.enter_context(modality(each(vision_mask)))
+        if isinstance(mask, dict):
+            kwargs = {**kwargs, "attention_mask": {kind: each(m) for kind, m in mask.items()}}
+        elif mask is not None:
+            kwargs = {**kwargs, "attention_mask": each(mask)}
         return args, kwargs
 
     def leave(*_: Any) -> None:

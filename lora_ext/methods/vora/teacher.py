@@ -45,8 +45,8 @@ def teacher_states(
         :class:`TeacherStates`.
 
     Raises:
-        ValueError: a teacher of fewer blocks, or in training mode; images whose sides are no
-            multiples of its patches; another pairing.
+        ValueError: a teacher of fewer blocks, in training mode, or that drops patches; images whose
+            sides are no multiples of its patches; another pairing.
     """
     if pairing not in PAIRINGS:
         raise ValueError(f"teacher_states: pairing: expected one of {PAIRINGS}, found {pairing!r}")
@@ -79,6 +79,11 @@ def teacher_states(
         found = _run(teacher, blocks[:n_blocks], torch.stack([flat[i] for i in own]), pairing)
         for of_block, hidden in zip(states, found, strict=True):
             first = hidden.shape[1] - grid[0] * grid[1]  # patches come last
+            if first < 0:
+                raise ValueError(
+                    f"teacher_states: teacher: expected blocks that keep all {grid[0] * grid[1]} "
+                    f"patches of an image, found {hidden.shape[1]} tokens"
+                )
             for i, tokens in zip(own, hidden[:, first:], strict=True):
                 of_block[i] = tokens
     if not flat:
