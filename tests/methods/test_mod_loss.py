@@ -230,7 +230,9 @@ def test_an_unshared_norm_is_a_copy_that_trains_in_place_of_the_models():
         ({"layer_ce": -1}, "layer_ce: expected at least 0, found -1"),
         ({"tau": 0}, "tau: expected a number above 0, found 0"),
         ({"tau": "1"}, "tau: expected a number, found '1'"),
-        ({"vocab_chunk": 0}, "vocab_chunk: expected an int above 0, found 0"),
+        ({"tau": 10**400}, "tau: expected a number, found 1000"),
+        ({"vocab_chunk": 0}, "vocab_chunk: expected an int in [1, 2^63), found 0"),
+        ({"vocab_chunk": 2**63}, "vocab_chunk: expected an int in [1, 2^63), found 9223372"),
         ({"share_final_norm": 1}, "share_final_norm: expected a bool, found 1"),
         ({"fixed_weights": (1.0,)}, "fixed_weights: expected None unless the router is 'fixed'"),
         ({"router": "fixed"}, "fixed_weights: expected k = 3 numbers of at least 0 that sum to 1"),
@@ -238,9 +240,12 @@ def test_an_unshared_norm_is_a_copy_that_trains_in_place_of_the_models():
             (
                 {"router": "fixed", "fixed_weights": weights},
                 f"fixed_weights: expected k = 3 numbers of at least 0 that sum to 1, "
-                f"found {weights}",
+                f"found {weights!r}",
             )
-            for weights in ((0.5, 0.5), (-0.5, 0.5, 1.0), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0))
+            for weights in (
+                *((0.5, 0.5), (-0.5, 0.5, 1.0), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0)),
+                *((0, 0, 10**400), "001", {0.0: "a", 0.25: "b", 0.75: "c"}),
+            )
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,12 +79,13 @@ class ModConfig:
             (_is_number(self.layer_ce), "layer_ce", "a number"),
         ):
             self._check(ok, name, expected)
+        chunk = self.vocab_chunk
         for ok, name, expected in (
             (self.k == 1 or 0 < self.final_mass < 1, "final_mass", "a number in (0, 1)"),
             (self.distill_weight >= 0, "distill_weight", "at least 0"),
             (self.tau > 0, "tau", "a number above 0"),
             (self.layer_ce >= 0, "layer_ce", "at least 0"),
-            (_is_int(self.vocab_chunk) and self.vocab_chunk >= 1, "vocab_chunk", "an int above 0"),
+            (_is_int(chunk) and 1 <= chunk < 1 << 63, "vocab_chunk", "an int in [1, 2^63)"),
             (isinstance(self.share_final_norm, bool), "share_final_norm", "a bool"),
             (isinstance(self.train_final_norm, bool), "train_final_norm", "a bool"),
         ):
@@ -103,8 +105,11 @@ class ModConfig:
             return
         expected = f"k = {self.k} numbers of at least 0 that sum to 1"
         try:
-            weights = tuple(float(w) for w in (() if given is None else given))
-        except (TypeError, ValueError):
+            # Neither of the two below is a row of numbers, though their elements may pass for it.
+            if given is None or isinstance(given, str | Mapping):
+                given = ()
+            weights = tuple(float(w) for w in given)
+        except (TypeError, ValueError, OverflowError):
             weights = ()
         ok = len(weights) == self.k and all(0 <= w < math.inf for w in weights)
         self._check(ok and abs(sum(weights) - 1) <= _SUM_TOLERANCE, "fixed_weights", expected)
@@ -121,4 +126,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that is no float
+        return False
