@@ -9,6 +9,7 @@ the backward. docs/chunked_loss.md has the formulas and the figures.
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def chunked_cross_entropy(
         softcap: bound of the logits, or None.
 
     Returns:
-        a scalar, float32, or float64 where an argument is.
+        a scalar, float32, or float64 where a hidden state or the weight is.
 
     Raises:
         ValueError: if a shape, dtype, device or number is wrong, naming the argument.
@@ -113,7 +114,7 @@ def chunked_kl(
         softcap: bound of the logits, or None.
 
     Returns:
-        a scalar, float32, or float64 where an argument is.
+        a scalar, float32, or float64 where a hidden state or the weight is.
 
     Raises:
         ValueError: if a shape, dtype, device or number is wrong, naming the argument.
@@ -121,12 +122,15 @@ def chunked_kl(
     """
     op = "chunked_kl"
     require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
-    require(tau > 0, op, "tau", "a number above 0", tau)
+    require(0 < tau < math.inf, op, "tau", "a number above 0", tau)
     first = hiddens[0]
     _check_output_layer(op, "hiddens[0]", first, weight, bias, chunk, softcap)
     for e, h in enumerate(hiddens):
         require_shape(op, f"hiddens[{e}]", h, "(N, d)", first.shape)
         require_dtype(op, f"hiddens[{e}]", h, first.dtype)
+        require(
+            h.device == first.device, op, f"hiddens[{e}]", f"a tensor on {first.device}", h.device
+        )
     if mask is not None:
         require_shape(op, "mask", mask, "(N,)", first.shape[:1])
         require_dtype(op, "mask", mask, torch.bool)
@@ -177,7 +181,8 @@ def _check_output_layer(
         require_shape(op, "bias", bias, "(V,)", weight.shape[:1])
         require_dtype(op, "bias", bias, *FLOATS)
     require(chunk > 0, op, "chunk", "at least 1", chunk)
-    require(softcap is None or softcap > 0, op, "softcap", "None or a number above 0", softcap)
+    capped = softcap is None or 0 < softcap < math.inf
+    require(capped, op, "softcap", "None or a number above 0", softcap)
 
 
 @fake("vocab_cross_entropy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -25,6 +26,8 @@ def _refusals() -> list[tuple[str, Callable[[], object]]]:
         (r"labels: expected torch.int64, found torch.int32", lambda: ce(h, w, b, y.int())),
         (r"chunk: expected at least 1, found 0", lambda: ce(h, w, b, y, chunk=0)),
         (r"softcap: expected None or .*, found 0", lambda: ce(h, w, b, y, softcap=0.0)),
+        (r"softcap: expected None or .*, found inf", lambda: ce(h, w, b, y, softcap=math.inf)),
+        (r"tau: expected a number above 0, found inf", lambda: kl([h, h], w, b, tau=math.inf)),
         (r"hiddens: expected at least the teacher", lambda: kl([], w, b)),
         (r"hiddens\[1\]: expected shape \(N, d\) = \[3, 4\]", lambda: kl([h, wide], w, b)),
         (r"hiddens\[1\]: expected torch.float32, found", lambda: kl([h, h.double()], w, b)),
@@ -47,6 +50,8 @@ def test_two_devices_are_refused() -> None:
     meta = torch.zeros(6, 4, device="meta")
     with pytest.raises(ValueError, match=r"weight|expected all tensors on one device"):
         ops.chunked_cross_entropy(torch.zeros(3, 4), meta, None, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"chunked_kl: hiddens\[1\]: expected a tensor on cpu, "):
+        ops.chunked_kl([torch.zeros(6, 4), meta], torch.zeros(5, 4), None)
 
 
 def test_forward_mode_is_refused() -> None:
