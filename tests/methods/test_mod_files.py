@@ -94,6 +94,10 @@ def test_a_whole_checkpoint_of_transformers_has_the_mixture_in_it(tmp_path: Path
             lambda s: s.update({"mod.norms.1.weight": torch.ones(17)}),
             r"state: mod\.norms\.1\.weight: expected \(16,\), found \(17,\)",
         ),
+        (
+            lambda s: s.update({"mod.bias": torch.ones(3, dtype=torch.int64)}),
+            r"state: mod\.bias: expected floating point numbers, found torch\.int64",
+        ),
     ],
 )
 def test_a_state_of_another_mixture_is_refused_by_key(change: Any, message: str, tmp_path: Path):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext._files import SafetensorsFile, open_regular, parse_json, write_files
+from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json, write_files
 
 from .config import ModConfig
 from .model import NAME, applied, apply, remove
@@ -46,11 +46,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises:
         RuntimeError: a model without MoD. ValueError: a key that is missing or too many, or a
-            tensor of another shape, naming the key; the model is as it was then.
+            tensor of another shape or not of floats, naming the key; the model is as it was then.
     """
     own = mod_parameters(model, "load_state_dict")
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _compare("load_state_dict: state", own, shapes)
+    _compare("load_state_dict: state", own, state)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
@@ -89,7 +88,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
         apply(model, config)
         try:
             own = mod_parameters(model, "load")
-            _compare(file.where, own, {name: info.shape for name, info in file.infos.items()})
+            _compare(file.where, own, file.infos)
             load_state_dict(model, {name: file.read(name) for name in own})
         except BaseException:
             remove(model)
@@ -110,12 +109,18 @@ def mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def _compare(where: str, own: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(
+    where: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor] | Mapping[str, TensorInfo]
+) -> None:
     for name in sorted(own.keys() | found.keys()):
         wanted = tuple(own[name].shape) if name in own else "no such key"
-        if wanted != found.get(name):
+        shape = tuple(found[name].shape) if name in found else "none"
+        if wanted != shape:
+            raise ValueError(f"{where}: {name:.200}: expected {wanted}, found {shape}")
+        dtype = found[name].dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(
-                f"{where}: {name:.200}: expected {wanted}, found {found.get(name, 'none')}"
+                f"{where}: {name:.200}: expected floating point numbers, found {dtype!s:.80}"
             )
 
 
