@@ -492,6 +492,17 @@ def test_a_head_that_is_trained_is_the_head_of_all_layers(where: str):
     assert trained and all(p.grad is not None and p.grad.any() for p in trained)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_dropout_in_the_head_does_not_hide_what_the_head_is(family: str):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model: Any = peft.get_peft_model(make(family, tie_word_embeddings=False), config)
+    mod.apply(model).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    parts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    assert parts and all(m.training for m in parts)
+
+
 # -------------------------------------------------------------------------------------------------
 # Errors
 

@@ -6,7 +6,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_ext.nn import DepthMixer
 
 from .config import ModConfig
-from .head import Head, Layers, measured_head, mixed_logits
+from .head import Head, Layers, measured_head, mixed_logits, still
 from .objective import Targets, distillation, kept, layer_losses
 
 
@@ -139,12 +139,15 @@ class Ensemble:
             own.pop("labels", None)
             own |= {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         call = Call(self.mixer, replace=self.config.k > 1 and not self.explicit)
-        with call.running():
-            output = forward(**own, return_dict=True)
-        if self.head is None and self.config.k > 1 and output.logits.numel():
-            entered = kept(call.last, own.get("logits_to_keep", 0))
-            last = [t.detach().flatten(0, -2)[-1] for t in (entered, output.logits)]
-            self.head = measured_head(lm, self.softcap, *last)
+        unknown = self.head is None and self.config.k > 1
+        # A head is told by what it makes of one state twice: dropout would make two things of it.
+        with still(lm.get_output_embeddings()) if unknown else nullcontext():
+            with call.running():
+                output = forward(**own, return_dict=True)
+            if unknown and output.logits.numel():
+                entered = kept(call.last, own.get("logits_to_keep", 0))
+                last = [t.detach().flatten(0, -2)[-1] for t in (entered, output.logits)]
+                self.head = measured_head(lm, self.softcap, *last)
 
         added: dict[str, Any] = {"routing_weights": call.weights}
         loss = output.loss

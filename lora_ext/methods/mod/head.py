@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +109,19 @@ def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: boo
     log_w = weights.clamp(min=least).log().where(weights > 0, -torch.inf)
     shift = log_w - lse  # (..., k)
     return torch.cat([recomputed(log_mix, *c, shift, *normed) for c in chunks], -1)
+
+
+@contextmanager
+def still(layer: nn.Module) -> Iterator[None]:
+    """A block in which an output layer draws no dropout, that of its adapters say."""
+    drawing = [] if type(layer) is nn.Linear else [m for m in layer.modules() if m.training]
+    for module in drawing:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in drawing:
+            module.training = True
 
 
 def measured_head(lm: Any, softcap: float | None, normed: Tensor, logits: Tensor) -> Head:
