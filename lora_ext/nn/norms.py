@@ -44,6 +44,8 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not weight.is_floating_point():
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise _refusal(norm, where, f"a weight of shape {shape}")
+    if weight.is_meta:
+        raise _refusal(norm, where, "a weight on the meta device, which has no values")
     bias: Any = getattr(norm, "bias", None)
     wide = torch.promote_types(weight.dtype, torch.float32)
     # Rows whose mean is not zero, the last of them so small that eps counts.

@@ -540,6 +540,8 @@ def test_what_is_no_causal_lm_is_refused_and_stays_as_it_was():
     )
     with pytest.raises(NotImplementedError, match=r"apply: model: expected a decoder alone"):
         mod.apply(transformers.T5ForConditionalGeneration(config))
+    with pytest.raises(TypeError, match=r"a weight on the meta device, which has no values"):
+        mod.apply(make().to("meta"))
     llama.mod = nn.Identity()
     with pytest.raises(ValueError, match=r"apply: model: expected no attribute 'mod'"):
         mod.apply(llama)
