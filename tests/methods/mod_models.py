@@ -31,6 +31,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", _SHAPE | _OPT),
     "gpt_neox": ("GPTNeoX", _SHAPE),
     "cohere": ("Cohere", _SHAPE | {"logit_scale": 0.25}),
+    "lfm2": ("Lfm2", _SHAPE | {"layer_types": ["conv", "full_attention"] * 2}),
     "granite": ("Granite", _SHAPE | {"logits_scaling": 4.0}),
 }
 FAMILIES = tuple(CONFIGS)

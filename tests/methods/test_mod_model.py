@@ -492,6 +492,18 @@ def test_a_head_that_is_trained_is_the_head_of_all_layers(where: str):
     assert trained and all(p.grad is not None and p.grad.any() for p in trained)
 
 
+def test_rows_may_have_adapters_of_their_own_on_the_head_as_long_as_no_loss_is_asked_for():
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    model: Any = peft.get_peft_model(make(), config, adapter_name="a")
+    model.add_adapter("b", config)
+    mod.apply(model.eval())
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["a", "b"]).logits
+    for row, name in enumerate(("a", "b")):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], logits(model)[row], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_dropout_in_the_head_does_not_hide_what_the_head_is(family: str):
     torch.manual_seed(0)

@@ -106,8 +106,9 @@ class ModConfig:
         expected = f"k = {self.k} numbers of at least 0 that sum to 1"
         try:
             # Neither of the two below is a row of numbers, though their elements may pass for it.
-            none = given is None or isinstance(given, str | Mapping)
-            weights = () if none else tuple(float(w) for w in given)
+            if given is None or isinstance(given, str | Mapping):
+                given = ()
+            weights = tuple(float(w) for w in given)
         except (TypeError, ValueError, OverflowError):
             weights = ()
         ok = len(weights) == self.k and all(0 <= w < math.inf for w in weights)

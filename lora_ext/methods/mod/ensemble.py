@@ -146,8 +146,7 @@ class Ensemble:
                 output = forward(**own, return_dict=True)
             if unknown and output.logits.numel():
                 entered = kept(call.last, own.get("logits_to_keep", 0))
-                last = [t.detach().flatten(0, -2)[-1] for t in (entered, output.logits)]
-                self.head = measured_head(lm, self.softcap, *last)
+                self.head = measured_head(lm, self.softcap, entered, output.logits)
 
         added: dict[str, Any] = {"routing_weights": call.weights}
         loss = output.loss

@@ -124,21 +124,24 @@ def still(layer: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def measured_head(lm: Any, softcap: float | None, normed: Tensor, logits: Tensor) -> Head:
-    """The head of a model whose logits of one position are known.
+def measured_head(lm: Any, softcap: float | None, entered: Tensor, logits: Tensor) -> Head:
+    """The head of a model whose logits are known; those of the last position are looked at.
 
     Args:
         lm: the causal LM. softcap: what its configuration says.
-        normed: ``(d,)``, what entered the head. logits: ``(V,)``, what came out.
+        entered: ``(..., d)``, what entered the head. logits: ``(..., V)``, what came out.
 
     Raises:
         NotImplementedError: the logits are no such function of ``W n + b``.
     """
-    plain = Head(None)
+    layer: Any = lm.get_output_embeddings()
     with torch.no_grad():
-        weight, bias = plain.parameters(lm)
-        z = plain.logits(normed.to(weight.dtype), weight, bias).float()
-        wanted = logits.float()
+        if type(layer) is nn.Linear:
+            last = entered.flatten(0, -2)[-1].to(layer.weight)
+            z = F.linear(last, layer.weight, layer.bias).float()
+        else:  # each row may have adapters of its own, so that one alone would be another's
+            z = layer(entered).flatten(0, -2)[-1].float()
+        wanted = logits.flatten(0, -2)[-1].float()
         # Half precision, or autocast in the head alone, is the coarsest that is to be told apart.
         bound = 0.02 * wanted.abs().max() + 1e-5
         for scale in _scales(lm):

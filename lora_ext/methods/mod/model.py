@@ -18,6 +18,7 @@ from .head import softcap_of
 Model = TypeVar("Model", bound=nn.Module)
 
 NAME = "mod"  # of the mixer, a child of the causal LM
+_LFM2 = "embedding_norm"  # its last norm all the same: the embeddings' lies elsewhere
 _IGNORED = "keys_to_ignore_at_inference"  # of a configuration: outputs that no Trainer gathers
 
 
@@ -193,8 +194,9 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
     found = None
     for name, child in decoder.named_children():
         weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (width,) and "emb" not in name:
-            found = child
+        if isinstance(weight, Tensor) and weight.shape == (width,):
+            of_embeddings = "emb" in name and name != _LFM2
+            found = found if of_embeddings else child
     if found is None:
         children = {name: type(child).__name__ for name, child in decoder.named_children()}
         raise TypeError(
