@@ -176,7 +176,7 @@ def test_other_peoples_adapters_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"vora\.apply: model: .*LoraLinear.*q_proj"):
         vora.apply(model, settings())
     with pytest.raises(TypeError, match=r"vora\.apply: config: expected a VoraConfig, found dict"):
-        vora.apply(language(), {})  # pyright: ignore[reportArgumentType]
+        vora.apply(language(), {})
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,7 @@ def test_other_peoples_adapters_are_refused() -> None:
         ("target_modules", (), "at least one name"),
         ("target_modules", "q_proj", "at least one name"),
         ("target_modules", None, "at least one name"),
+        ("target_modules", 3, "at least one name"),
         ("route", "text", r"one of \('all', 'vision'\)"),
         ("image_size", 449, "a multiple of the patch 14"),
         ("patch", 0, "an int, at least 1"),
@@ -205,6 +206,11 @@ def test_a_field_out_of_range_is_named(field: str, value: Any, expected: str) ->
     fields = {"n_blocks": 2, field: value}
     with pytest.raises(ValueError, match=f"VoraConfig: {field}: expected {expected}.*found"):
         vora.VoraConfig(**fields)
+
+
+def test_targets_may_be_any_iterable() -> None:
+    given: Any = (name for name in ("q_proj", "up_proj"))
+    assert vora.VoraConfig(2, target_modules=given).target_modules == ("q_proj", "up_proj")
 
 
 def test_the_defaults_are_the_papers() -> None:

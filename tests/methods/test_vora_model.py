@@ -388,8 +388,9 @@ def test_what_cannot_hold_a_whole_image_is_refused() -> None:
     arguments = given["input_ids"], given["images"], given["attention_mask"]
     with pytest.raises(ValueError, match=r"prefill_chunk_size: expected None.*found 4"):
         model.generate(*arguments, max_new_tokens=2, prefill_chunk_size=4)
-    with pytest.raises(ValueError, match=r"cache_implementation: expected .*found 'static'"):
-        model.generate(*arguments, max_new_tokens=2, cache_implementation="static")
+    for cache in ("static", "offloaded_static", "sliding_window", "hybrid_chunked"):
+        with pytest.raises(ValueError, match=rf"cache_implementation: expected .*found '{cache}'"):
+            model.generate(*arguments, max_new_tokens=2, cache_implementation=cache)
     with pytest.raises(ValueError, match="position_ids: expected None"):
         model.generate(*arguments, position_ids=torch.zeros(3, 6))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lora_ext.nn.vora_linear import ROUTES, Route
 
@@ -84,10 +85,11 @@ class VoraConfig:
             (_is_int(self.placeholder), "placeholder", "an int"),
         ):
             self._check(ok, name, expected)
-        names = self.target_modules
-        ok = not isinstance(names, str) and all(isinstance(n, str) and n for n in names or ())
-        self._check(ok and bool(names), "target_modules", "at least one name of linear layers")
-        object.__setattr__(self, "target_modules", tuple(names))  # a list may be given
+        given: Any = self.target_modules
+        names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+        ok = bool(names) and all(isinstance(name, str) and name for name in names)
+        self._check(ok, "target_modules", "at least one name of linear layers")
+        object.__setattr__(self, "target_modules", names)  # a list may be given
 
     def _check(self, ok: bool, name: str, expected: str) -> None:
         if not ok:

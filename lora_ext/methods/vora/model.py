@@ -21,6 +21,10 @@ from .mask import build_vision_mask
 from .splice import Side, Spliced, splice_images
 from .states import block_states, prefill
 
+#: Caches of transformers that have as many keys as there are tokens. "hybrid", which old generation
+#: configurations have, it passes over; all other names are of caches of a fixed length.
+_GROWING = (None, "dynamic", "offloaded", "quantized", "hybrid")
+
 #: For each sample its images ``(3, H, W)``, in the order of their placeholders.
 Images = Sequence[Sequence[Tensor] | None]
 
@@ -203,7 +207,7 @@ class VoraForCausalLM(nn.Module):
                 "VoraForCausalLM.generate: prefill_chunk_size: expected None, as an image must lie "
                 f"whole in one call, found {chunk}"
             )
-        if "static" in str(cache):
+        if cache not in _GROWING:
             raise ValueError(
                 "VoraForCausalLM.generate: cache_implementation: expected a cache that grows, as "
                 f"the mask of the images has a key for each token, found {cache!r}"
