@@ -232,6 +232,31 @@ def test_closed_tokens_of_the_bias_have_no_share(backend: Backend) -> None:
         assert all(g.isfinite().all() for g in gradients(got, layer.leaves()))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("label", [2, 17], ids=["another", "the label"])
+def test_a_logit_that_is_no_number_does_what_it_does_to_the_formula(
+    backend: Backend, label: int, value: float, softcap: float | None
+) -> None:
+    """In the last chunk, which is not a whole one; the row beside it does not count."""
+    bias = torch.linspace(-1, 1, 18)
+    bias[17] = value
+    weight = torch.randn(18, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([label, -100])
+
+    def losses(how: Any, t: torch.dtype, device: str, **chunk: int) -> list[Tensor]:
+        hidden = torch.zeros(2, 4, dtype=t, device=device, requires_grad=True)
+        args = (weight.to(device, t), bias.to(device, t), labels.to(device))
+        loss = how(hidden, *args, softcap=softcap, **chunk)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        return [loss.detach().cpu().double(), grad[0].cpu().double()]
+
+    got = losses(ops.chunked_cross_entropy, torch.float32, backend.device, chunk=7)
+    expected = losses(reference.chunked_cross_entropy, torch.float64, "cpu")
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_a_sure_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -> None:
     """exp(-20) is below the last bit of 1: the formula in float32 would give 0."""
     hidden = torch.tensor([[20.0, 0.0]], device=backend.device, requires_grad=True)
