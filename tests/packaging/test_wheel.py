@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -18,14 +19,18 @@ NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "ht
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("dist")
+    """The sdist, and the wheel from it: built once, for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dist"
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    run = subprocess.run(
-        command, env=ENV, capture_output=True, text=True
-    )  # the wheel from the sdist
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not any(folder.glob("*.whl")):
+            run = subprocess.run(command, env=ENV, capture_output=True, text=True)
+            assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
