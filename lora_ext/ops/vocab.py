@@ -219,34 +219,32 @@ def _fake_kl(
     return loss, loss.new_empty(k, n), hiddens.new_empty((k - 1, n, d) if with_gradient else 0)
 
 
-def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *ctx.settings, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of either loss: states, weight, bias, and labels or mask; then its settings."""
+    ctx.settings = inputs[4:-1]
+    ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-@backward("vocab_cross_entropy", save=_save_cross_entropy)
+def _gradients(op: Any, ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    """Of states, weight and bias, by the backward op of either loss; None for what else it took."""
+    needs = ctx.needs_input_grad[:3]
+    grads = op(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
+
+
+@backward("vocab_cross_entropy", save=_save)
 def _cross_entropy_backward(
     library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
-    grads = library.vocab_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
+    return _gradients(library.vocab_cross_entropy_backward, ctx, dloss)
 
 
-def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hiddens, weight, bias, mask, *ctx.settings, _ = inputs
-    ctx.save_for_backward(hiddens, weight, bias, mask, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-@backward("vocab_kl", save=_save_kl)
+@backward("vocab_kl", save=_save)
 def _kl_backward(
     library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
-    grads = library.vocab_kl_backward(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
+    return _gradients(library.vocab_kl_backward, ctx, dloss)
 
 
 @fake("vocab_cross_entropy_backward")
