@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from lora_ext.federated import LayerNotFound
 from lora_ext.federated.batches import merged, own_outputs
 from lora_ext.federated.keys import check_layers
-from lora_ext.nn import IGNORE, LoraLinear, adapted_layers, adapter_parameters, shift_labels
+from lora_ext.nn import (
+    IGNORE,
+    LoraLinear,
+    adapted_layers,
+    adapter_parameters,
+    is_active,
+    shift_labels,
+)
 from lora_ext.ops._checks import require
 
 from .config import Reduce, Score
@@ -97,7 +104,8 @@ class _Pair(NamedTuple):
     """The factors of one adapter in one linear layer."""
 
     name: str
-    layer: nn.Module
+    layer: Any
+    adapter: str
     a: nn.Parameter  # (r, I)
     b: nn.Parameter  # (O, r)
     scaling: float
@@ -114,13 +122,14 @@ def _scored(
     for name, module in adapted_layers(model).items():
         layer: Any = module
         for adapter in layer.active_adapters:
-            scored = [p for p in adapter_parameters(layer, adapter) if _asked(layer_of, names, p)]
+            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT names some twice
+            scored = [p for p in own if _asked(layer_of, names, p)]
             layers |= {p: whole(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
             require(apart, WHERE, name, "an adapter apart from the base weight", "it merged")
             if scored and _is_plain(layer, adapter):
                 a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                pairs.append(_Pair(name, layer, a, b, layer.scaling[adapter]))
+                pairs.append(_Pair(name, layer, adapter, a, b, layer.scaling[adapter]))
             else:
                 alone += scored
     if not layers:
@@ -177,6 +186,7 @@ def _add_pairs(
     chunk: int,
 ) -> int:
     """Add the squared gradients of a batch's samples; how many samples they are."""
+    pairs = [p for p in pairs if _takes_part(p)]
     calls: dict[int, list[tuple[Tensor, Tensor]]] = {id(pair.layer): [] for pair in pairs}
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -209,6 +219,10 @@ def _add_pairs(
             )
             _add_squares(pair, x, g, squares, chunk)
     return n
+
+
+def _takes_part(pair: _Pair) -> bool:
+    return is_active(pair.layer, pair.adapter) and not pair.layer.disable_adapters
 
 
 def _by_sample(pair: _Pair, t: Tensor, n: int) -> Tensor:
