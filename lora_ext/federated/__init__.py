@@ -1,7 +1,7 @@
 """Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower."""
 
 from .aggregation import Aggregate, aggregate
-from .batched import BatchedClients, UnsupportedModule
+from .batched import BatchedClients
 from .clients import ClientSpec
 from .keys import LayerNotFound
 from .layers import LoraLayerManager
@@ -9,6 +9,7 @@ from .logs import CommLog, CommRow, RoundLog
 from .masked import aggregate_masked, masked_payload
 from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
 from .plan import LayerPlan
+from .supported import UnsupportedModule
 from .update import Update
 
 __all__ = [
