@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from adapted_models import KINDS, adapted
-from federated_clients import (
+from client_models import (
     PLANS,
     WIDTH,
     Classifier,

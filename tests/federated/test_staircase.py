@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapted_models import KINDS, adapted
-from federated_clients import (
+from client_models import (
     PLANS,
     Classifier,
     assert_close,
