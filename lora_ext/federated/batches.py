@@ -21,6 +21,12 @@ class Segment(NamedTuple):
     length: int | None  # of its sequences, where others' are longer
 
 
+def rows_in(batch: Any, where: str) -> int:
+    """How many rows a client's batch has."""
+    first = next(iter(_inputs(batch, where).values()))
+    return first.shape[0]
+
+
 def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tensor, list[Segment]]:
     """One batch out of those of several clients, their rows one after another.
 
