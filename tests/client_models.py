@@ -19,11 +19,11 @@ PLANS = {
 
 
 class Classifier(nn.Module):
-    def __init__(self, layers: int = 3):
+    def __init__(self, layers: int = 3, **settings: float):
         super().__init__()
         torch.manual_seed(0)
         linears = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(layers)]
-        settings = {"r": 3, "init_lora_weights": False, "lora_alpha": 2}
+        settings = {"r": 3, "init_lora_weights": False, "lora_alpha": 2, **settings}
         self.layers = nn.ModuleList(LoraLinear(linear, **settings) for linear in linears)
         self.head = nn.Linear(WIDTH, 4)
 

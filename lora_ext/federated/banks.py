@@ -30,12 +30,13 @@ class Bank:
             have the most steps.
         start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
         shared: rows of clients that do not train the module have the global factors, and not none.
-        scaling: of the adapter, one for all.
+        scaling: of the adapter, one for all. p: its dropout.
 
     Attributes:
         a, b: ``(A, R, I)`` and ``(A, O, R)``, zero beyond a client's rank. members: the places of
-            the clients that train the module, rising. shared: how many of A are the global ones,
-            0 or 1. table: for each place its client's index in the bank, -1 for none.
+            the clients that train the module, rising. shared: how many of A are the global ones: 1,
+            or with dropout one for each client that needs them, whose masks are its own. table: for
+            each place its client's index in the bank, -1 for none. seeds: ``(A,)``, of the dropout.
     """
 
     def __init__(
@@ -45,16 +46,21 @@ class Bank:
         start: tuple[Tensor, Tensor],
         shared: bool,
         scaling: float,
+        p: float = 0.0,
     ):
         self.pair = pair
         self.start = start
         self.scaling = scaling
+        self.p = p
+        self.seeds: Tensor | None = None
         self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
-        self.shared = int(shared and len(self.members) < len(clients))
+        others = [p for p, c in enumerate(clients) if shared and pair.a not in c.shapes]
+        self._places = [*(others if p else others[:1]), *self.members]
+        self.shared = len(self._places) - len(self.members)
         self.ranks = [start[0].shape[0]] * self.shared
         self.ranks += [clients[place].shapes[pair.a][0] for place in self.members]
-        index = {place: self.shared + i for i, place in enumerate(self.members)}
-        self.table = tuple(index.get(p, self.shared - 1) for p in range(len(clients)))
+        index = {**dict.fromkeys(others, 0), **{p: i for i, p in enumerate(self._places)}}
+        self.table = tuple(index.get(place, -1) for place in range(len(clients)))
         largest = max(self.ranks, default=0)
         a, b = (t[..., :largest] if axis else t[:largest] for axis, t in enumerate(start))
         self.a, self.b = (t.expand(len(self.ranks), *t.shape).clone() for t in (a, b))
@@ -81,6 +87,10 @@ class Bank:
         self.call_ranks, self.call_scale = (
             None if t is None else t[: self.size] for t in (self._ranks, self._scale)
         )
+
+    def draw(self, seeds: Tensor) -> None:
+        """Take the seeds of a step's masks, one for each place."""
+        self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def changes(self) -> tuple[Tensor, Tensor, list[bool]]:
         """What training changed, on the CPU: ``(members, R, I)``, ``(members, O, R)``, and for each

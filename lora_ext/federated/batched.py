@@ -30,8 +30,9 @@ from .layers import Others
 from .losses import LossFn, cross_entropies, own_losses
 from .payload import shapes_of
 from .plan import LayerPlan
+from .seeds import step_seeds
 from .staircase import Staircase
-from .supported import check_model
+from .supported import check_model, dropout_of
 from .update import Client, Update
 
 
@@ -113,7 +114,7 @@ class BatchedClients:
         Args:
             plans: by client, or one for each in their order.
             global_lora: the whole global adapter, as ``LoraLayerManager.state_slice()`` gives it.
-            round: of the round's dropout, which is refused so far.
+            round: with a client's name and its seed, what the masks of its dropout follow from.
 
         Returns:
             the changes of the planned layers, in the order of the clients: num_examples counts the
@@ -134,7 +135,7 @@ class BatchedClients:
         layers = self._layers(pairs, global_lora)
         shapes = {plan: shapes_of(pairs, global_lora, plan) for plan in set(plans.values())}
         states = [
-            ClientRound(spec, plans[spec.client], shapes[plans[spec.client]])
+            ClientRound(spec, plans[spec.client], shapes[plans[spec.client]], round)
             for spec in self.clients.values()
             if spec.client in plans
         ]
@@ -159,7 +160,8 @@ class BatchedClients:
             device = layer.lora_A[self.adapter].weight.device
             a, b = (global_lora[k].detach().to(device, self.dtype) for k in (pair.a, pair.b))
             scaling = float(layer.scaling[self.adapter])
-            banks.append(Bank(pair, clients, (a, b), self.others == "frozen", scaling))
+            p = dropout_of(layer, self.adapter)
+            banks.append(Bank(pair, clients, (a, b), self.others == "frozen", scaling, p))
             replacements[name] = ClientsLayer(layer.get_base_layer(), banks[-1], rows)
         with contextlib.ExitStack() as stack:
             swap = Swap(self.model, replacements, WHERE)
@@ -188,7 +190,12 @@ class BatchedClients:
         batches = [client.batch for client in going]
         inputs, segments = merged(batches, WHERE)
         sizes = [segment.rows for segment in segments]
-        rows.set(active, sizes)
+        rows.set(active, segments)
+        if any(bank.p for bank in optimizer.banks):
+            step = len(going[0].losses)  # of all: they began together
+            seeds = step_seeds([c.seed for c in clients], step, len(optimizer.banks))
+            for module, bank in enumerate(optimizer.banks):
+                bank.draw(seeds[:, module])
         lowest = [c.lowest for c, size in zip(going, sizes, strict=True) for _ in range(size)]
         output, stairs = self._forward(inputs, stairs, lowest)
         logits = logits_of(output, segments, WHERE)
@@ -197,7 +204,9 @@ class BatchedClients:
         else:
             losses = own_losses(self.loss_fn, own_outputs(logits, segments), batches, WHERE)
         values = losses.values.tolist()
-        optimizer.step(losses.gradients(optimizer.leaves, [*map(math.isfinite, values)]))
+        with rows.backward():
+            gradients = losses.gradients(optimizer.leaves, [*map(math.isfinite, values)])
+        optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
             client.advance(size, value)
         return stairs

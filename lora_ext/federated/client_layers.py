@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lora_ext.nn.rows import Kept
 from lora_ext.ops._checks import require
 
 from .banks import Bank
+from .batches import Segment
 
 WHERE = "BatchedClients"
 _KEPT = 64
@@ -22,26 +23,29 @@ _KEPT = 64
 class BatchRows:
     """Which client has each sequence of the step; all layers look here.
 
-    A part of the batch may go through a block by itself: :meth:`only`.
+    A part of the batch may go through a block by itself: :meth:`only`. In the backward, a
+    checkpoint may run it again without saying so: it is always the first sequences, as the others
+    have no graph.
     """
 
     def __init__(self) -> None:
-        self._step: tuple[list[int], list[int]] = [], []
+        self._step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
+        self._backward = False
         self._kept = Kept(_KEPT)
 
-    def set(self, places: list[int], sizes: list[int]) -> None:
-        """Begin a step: the client at ``places[i]`` has the next ``sizes[i]`` sequences."""
-        self._part = slice(0, sum(sizes))
-        if (places, sizes) != self._step:
-            self._step, self._kept = (places, sizes), Kept(_KEPT)
+    def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
+        """Begin a step: the client at ``places[i]`` has ``segments[i]``."""
+        self._part = slice(0, sum(segment.rows for segment in segments))
+        if (places, segments) != self._step:
+            self._step, self._kept = (places, segments), Kept(_KEPT)
 
     def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many sequences each client has, and for each sequence which of them has it."""
         return self._kept.get("owners", device, self._owners, device)
 
     def _owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        sizes = torch.tensor(self._step[1])
+        sizes = torch.tensor([segment.rows for segment in self._step[1]])
         owners = torch.arange(len(sizes)).repeat_interleave(sizes)
         return sizes.to(device), owners.to(device)
 
@@ -54,24 +58,41 @@ class BatchRows:
         finally:
             self._part = before
 
-    def ids(
-        self, table: tuple[int, ...], adapters: int, leading: torch.Size, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """For rows of shape ``leading``, sequences first: the entry of ``table`` that the client of
-        each has, ``(rows,)``, and the op's plan of them."""
-        key = table, adapters, leading, self._part.start, self._part.stop
-        return self._kept.get(key, device, self._ids, table, adapters, leading, device)
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """A block around the backward."""
+        self._backward = True
+        try:
+            yield
+        finally:
+            self._backward = False
 
-    def _ids(
-        self, table: tuple[int, ...], adapters: int, leading: torch.Size, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        places, sizes = self._step
-        own = torch.tensor([table[place] for place in places], dtype=torch.int32)
-        own = own.repeat_interleave(torch.tensor(sizes))[self._part]
+    def ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For rows of shape ``leading``, sequences first: the index in the bank that the client of
+        each has, ``(rows,)``, and the op's plan of them.
+
+        With dropout, what is padding for the sake of other clients has no adapter: a mask counts
+        the rows of its adapter, and is to count those that the client has alone.
+        """
+        key = bank.table, bank.size, bank.p > 0, leading, self._part.start, self._part.stop
+        return self._kept.get(key, device, self._ids, bank, leading, device)
+
+    def _ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        places, segments = self._step
+        sizes = torch.tensor([segment.rows for segment in segments])
+        own = torch.tensor([bank.table[place] for place in places], dtype=torch.int32)
+        own = own.repeat_interleave(sizes)[self._part]
         found = leading[0] if leading else 0
+        if self._backward:
+            own = own[:found]
         require(found == len(own), WHERE, "model", f"{len(own)} sequences at a layer", found)
+        lengths = [segment.length for segment in segments if segment.length is not None]
+        if bank.p and lengths and leading[1:2] == (max(lengths),):
+            ends = torch.tensor(lengths).repeat_interleave(sizes)[self._part][: len(own)]
+            beyond = torch.arange(leading[1]) >= ends[:, None]
+            own = own[:, None].masked_fill(beyond, -1).flatten()  # (sequences * length,)
         ids = own.repeat_interleave(leading.numel() // len(own)).to(device)
-        return ids, ops.lora_plan(ids, adapters)
+        return ids, ops.lora_plan(ids, bank.size)
 
 
 class ClientsLayer(nn.Module):
@@ -89,7 +110,7 @@ class ClientsLayer(nn.Module):
         bank = self.bank
         if not bank.size:
             return self.base_layer(x)
-        ids, plan = self.rows.ids(bank.table, bank.size, x.shape[:-1], x.device)
+        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device)
         a, b = bank.leaves
         dense = dense_parameters(self.base_layer)
         compute = autocast_dtype(x)
@@ -108,7 +129,9 @@ class ClientsLayer(nn.Module):
             ids,
             scale,
             bank.call_ranks,
-            plan=plan,
+            bank.p,
+            bank.seeds,
+            plan,
         )  # (rows, O)
         y = y.view(*x.shape[:-1], y.shape[-1])
         if fused:

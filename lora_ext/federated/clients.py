@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_ext.ops._checks import require
 
 from .plan import LayerPlan
+from .seeds import client_seed
 from .update import Client, Update
 
 
@@ -25,7 +26,7 @@ class ClientSpec:
             the model; ``(x, y)``; or x alone. Rows come first in every tensor.
         lr, weight_decay, betas, eps: of AdamW.
         max_grad_norm: its gradient is scaled down to this norm; None leaves it.
-        seed: of its dropout, which :class:`BatchedClients` refuses so far.
+        seed: of its dropout, with the round and its name.
 
     Raises:
         ValueError: a rate or bound out of range.
@@ -65,10 +66,12 @@ class ClientRound:
         spec: ClientSpec,
         plan: LayerPlan,
         shapes: Mapping[str, tuple[int, ...]],
+        round: int,
     ):
         self.spec = spec
         self.plan = plan
         self.shapes = shapes
+        self.seed = client_seed(spec.seed, round, spec.client)
         self.lowest = plan.layers[0] if plan.layers else math.inf
         self.failed = False
         self.finite = True

@@ -179,14 +179,15 @@ def test_a_loss_of_ones_own_and_factors_of_another_dtype():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_refused_in_training_and_silent_in_evaluation(kind: str):
-    model = adapted(kind, lora_dropout=0.1).double()
+def test_dropout_of_the_base_is_refused_in_training_and_silent_in_evaluation(kind: str):
+    model = adapted(kind).double()
+    model.add_module("drop", nn.Dropout(0.1))
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(1, tokens([4], 1), lr=0.1)]
-    batched = BatchedClients(model, clients)
+    batched = BatchedClients(model.eval(), clients)
     batched.run_round([LayerPlan((0,))], state)
     model.train()
-    with pytest.raises(UnsupportedModule, match=r"dropout.*: expected no dropout .*found p = 0.1"):
+    with pytest.raises(UnsupportedModule, match=r"drop: expected no dropout .*, found p = 0.1"):
         batched.run_round([LayerPlan((0,))], state)
 
 

@@ -112,6 +112,19 @@ def test_what_is_saved_for_the_backward_falls_with_each_clients_depth():
     assert saved(3, 1, staircase=False) > 0.95 * whole
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames what it calls it
+def test_a_checkpoint_computes_the_same_parts_again():
+    model = adapted("ours").double().train()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, tokens([4 + i, 6], i), lr=0.05) for i in range(4)]
+    plans = [LayerPlan((2,)), LayerPlan((0, 2)), LayerPlan((1,)), LayerPlan(())]
+    wanted = trained(model, clients, plans, state)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert saved_bytes(model, lambda: trained(model, clients, plans, state)) > 0
+    for update, other in zip(trained(model, clients, plans, state), wanted, strict=True):
+        assert_close(update, other, 1e-12)
+
+
 class Block(nn.Module):
     """A layer that takes and returns whatever a model likes."""
 
