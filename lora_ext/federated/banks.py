@@ -29,7 +29,7 @@ class Bank:
         pair: names the module. clients: in the order of their places; those with the first places
             have the most steps.
         start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
-        shared: rows of clients that do not train the module have the global factors, and not none.
+        shared: rows of clients that do not train the module have the global factors, not none.
         scaling: of the adapter, one for all. p: its dropout.
 
     Attributes:
@@ -54,12 +54,12 @@ class Bank:
         self.p = p
         self.seeds: Tensor | None = None
         self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
-        others = [p for p, c in enumerate(clients) if shared and pair.a not in c.shapes]
+        others = [place for place, c in enumerate(clients) if shared and pair.a not in c.shapes]
         self._places = [*(others if p else others[:1]), *self.members]
         self.shared = len(self._places) - len(self.members)
         self.ranks = [start[0].shape[0]] * self.shared
         self.ranks += [clients[place].shapes[pair.a][0] for place in self.members]
-        index = {**dict.fromkeys(others, 0), **{p: i for i, p in enumerate(self._places)}}
+        index = dict.fromkeys(others, 0) | {own: i for i, own in enumerate(self._places)}
         self.table = tuple(index.get(place, -1) for place in range(len(clients)))
         largest = max(self.ranks, default=0)
         a, b = (t[..., :largest] if axis else t[:largest] for axis, t in enumerate(start))
