@@ -1,4 +1,11 @@
-"""Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower."""
+"""Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower.
+
+``LocalGrid``, ``LoraStrategy``, ``make_client_app`` and ``make_server_app`` do, and are found in
+:mod:`lora_ext.interop.flower` when they are asked for.
+"""
+
+import importlib
+from typing import Any
 
 from .aggregation import Aggregate, aggregate
 from .batched import BatchedClients, UnsupportedModule
@@ -36,3 +43,12 @@ __all__ = [
     "read_npy",
     "unpack_tensors",
 ]
+
+_FLOWER = ("LocalGrid", "LoraStrategy", "make_client_app", "make_server_app")
+
+
+def __getattr__(name: str) -> Any:
+    """What speaks Flower, from the floor above."""
+    if name in _FLOWER:
+        return getattr(importlib.import_module("lora_ext.interop.flower"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,151 @@
+"""One round between its messages and its replies, of which none is trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from torch import Tensor
+
+from lora_ext.federated import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
+from lora_ext.federated.update import Client
+from lora_ext.ops._checks import require
+
+from . import records
+
+
+@dataclasses.dataclass(frozen=True)
+class Sending:
+    """How the messages of a run are made: the strategy's arguments of these names."""
+
+    pattern: str
+    shared: tuple[str, ...]
+    upload: str
+    send_frozen: bool
+    pack: bool
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """What a client must know of it."""
+        found: dict[str, Any] = {
+            "protocol": records.PROTOCOL,
+            "seed": self.seed,
+            "upload": self.upload,
+            "others": "frozen" if self.send_frozen else "disabled",
+            "pack": self.pack,
+        }
+        return {**found, "shared": list(self.shared)} if self.shared else found
+
+
+@dataclasses.dataclass
+class Round:
+    """A round under way.
+
+    Attributes:
+        number: of the round. record, state: the global adapter, as Flower has it and decoded.
+        nodes: those that are asked, and the client that each is. plans: by client.
+        comm: takes the bytes of the messages.
+        sent: when, by the monotonic clock.
+    """
+
+    number: int
+    record: ArrayRecord
+    state: dict[str, Tensor]
+    nodes: dict[int, Client]
+    plans: dict[Client, LayerPlan]
+    sending: Sending
+    comm: CommLog
+    sent: float = dataclasses.field(default_factory=time.monotonic)
+
+    def messages(self, config: Mapping[str, Any]) -> list[Message]:
+        """One for each node that is asked.
+
+        Args:
+            config: further settings for the clients.
+
+        Raises:
+            ValueError: a plan that does not fit the global adapter.
+        """
+        messages = [self._message(node, client, config) for node, client in self.nodes.items()]
+        for message in messages:
+            self._count(message.metadata.dst_node_id, message, "down")
+        return messages
+
+    def read(self, reply: Message) -> Update:
+        """A reply as the aggregation takes it.
+
+        Raises:
+            ValueError: what only the wire shows is wrong, naming node, key, expected and found.
+        """
+        node = reply.metadata.src_node_id
+        where = f"node {node}"
+        require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
+        self._count(node, reply, "up")
+        if reply.has_error():
+            found = f"error {reply.error.code}: {reply.error.reason!s:.500}"
+            raise ValueError(f"{where}: reply: expected one without error, found {found}")
+        client, content = self.nodes[node], reply.content
+        for name, kind in (
+            (records.ECHO, content.config_records),
+            (records.LORA, content.array_records),
+            (records.METRICS, content.metric_records),
+        ):
+            require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
+        echo = content.config_records[records.ECHO]
+        self._check_echo(where, echo, self.plans[client])
+        tensors = self.unpack(where, client, content.array_records[records.LORA], echo)
+        examples = content.metric_records[records.METRICS].get("num-examples")
+        return Update(client, examples, tensors, self.plans[client])
+
+    def slice_bytes(self, client: Client) -> int:
+        """Bytes of the tensors of a client's plan, one way."""
+        return plan_bytes(self.state, self.plans[client], self.sending.pattern)
+
+    def node(self, client: Client) -> int:
+        """The node that a client is."""
+        return next(node for node, asked in self.nodes.items() if asked == client)
+
+    def _message(self, node: int, client: Client, config: Mapping[str, Any]) -> Message:
+        plan, sending = self.plans[client], self.sending
+        shapes = plan_shapes(self.state, plan, sending.pattern)
+        sent = {
+            key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
+            for key, value in self.state.items()
+            if key in shapes or key in sending.shared or sending.send_frozen
+        }
+        record, manifest = records.pack(sent, sending.pack)
+        own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
+        settings = ConfigRecord({**config, **sending.settings(), **own})
+        return Message(
+            RecordDict({records.LORA: record, records.CONFIG: settings}), node, MessageType.TRAIN
+        )
+
+    def _check_echo(self, where: str, echo: ConfigRecord, plan: LayerPlan) -> None:
+        round = echo.get("server-round")
+        require(round == self.number, where, "echo", f"round {self.number}", f"{round!r:.50}")
+        try:
+            said = records.plan_of(echo)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
+        require(said == plan, where, "echo", plan, f"{said!s:.200}")
+
+    def unpack(
+        self, where: str, client: Client, record: ArrayRecord, echo: ConfigRecord
+    ) -> dict[str, Tensor]:
+        """The tensors of a reply."""
+        shapes = plan_shapes(self.state, self.plans[client], self.sending.pattern)
+        shapes |= {key: tuple(self.state[key].shape) for key in self.sending.shared}
+        return records.unpack(record, echo, shapes, where)
+
+    def _count(self, node: int, message: Message, way: str) -> None:
+        """Add a message to the bytes of its client."""
+        if not message.has_content():
+            return
+        total, data = records.count_bytes(message.content), records.data_bytes(message.content)
+        arrays = records.count_bytes(message.content.array_records)
+        full = total - arrays + self.record.count_bytes()
+        client = self.nodes[node]
+        self.comm.record(self.number, client, frames=total - data, full=full, **{way: total})

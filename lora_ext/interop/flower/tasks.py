@@ -1,0 +1,187 @@
+"""What a client is asked for in one round, read from its message, and its reply."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import (
+    ConfigRecord,
+    ConfigRecordValues,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from lora_ext.federated import LayerPlan, plan_shapes
+from lora_ext.federated.layers import Others
+from lora_ext.ops._checks import require
+
+from . import records
+from .nodes import CAPABILITY, NODE, PARTITION
+
+Metrics = Mapping[str, Any]
+
+_PLAN = ("server-round", "layers", "ranks")  # what the echo repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a client trains, from the strategy's ``train_config``.
+
+    Attributes:
+        lr, weight_decay: of AdamW; the rate of Fed-HeLLo's authors unless it is said.
+        epochs: how often its batches are gone through.
+        seed: of the strategy.
+    """
+
+    lr: float
+    weight_decay: float
+    epochs: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Settings:
+        """Read them.
+
+        Raises:
+            ValueError: one that is no number, or out of range.
+        """
+        found: dict[str, float] = {}
+        for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
+            value = config.get(name, default)
+            real = isinstance(value, int | float) and not isinstance(value, bool)
+            holds = real and 0 <= value < float("inf")
+            require(holds, "message", name, "a finite number from 0", f"{value!r:.50}")
+            found[name] = value
+        epochs, seed = _integer({"epochs": found["epochs"]}, "epochs"), _integer(config, "seed")
+        return cls(found["lr"], found["weight-decay"], epochs, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training message, decoded and checked against the client's own model.
+
+    Attributes:
+        message: to reply to. config: its settings. plan, round, client: of them.
+        partition: whose data to train on.
+        tensors: what it carries, of the shapes that the model has or the plan cuts.
+        others: what the layers outside the plan are. shared: names beside the adapter's.
+        pattern: finds the index of a layer in a name.
+    """
+
+    message: Message
+    config: ConfigRecord
+    plan: LayerPlan
+    round: int
+    client: int
+    partition: int
+    tensors: dict[str, Tensor]
+    others: Others
+    shared: list[str]
+    pattern: str
+
+    @classmethod
+    def read(
+        cls, message: Message, context: Context, state: Mapping[str, Tensor], pattern: str
+    ) -> Task:
+        """Read a message.
+
+        Args:
+            state: the adapter of the client's model and the shared tensors, for names and shapes.
+
+        Raises:
+            ValueError, TypeError: a message that is not the strategy's, or not for this model.
+        """
+        config = records.read_config(message)
+        plan, shared = records.plan_of(config), shared_names(config)
+        shapes = plan_shapes(state, plan, pattern)
+        others = _one_of(config, "others", ("frozen", "disabled"))
+        for key, value in state.items():
+            if others == "frozen" or key in shared:
+                shapes.setdefault(key, tuple(value.shape))
+        arrays = message.content.array_records
+        require(records.LORA in arrays, "message", "records", f"{records.LORA!r}", sorted(arrays))
+        tensors = records.unpack(arrays[records.LORA], config, shapes, "message")
+        missing = [key for key in shapes if key not in tensors]
+        require(not missing, "message", "lora", f"{len(shapes)} tensors", f"none of {missing[:3]}")
+        return cls(
+            message=message,
+            config=config,
+            plan=plan,
+            round=_integer(config, "server-round"),
+            client=_integer(config, "client"),
+            partition=int(context.node_config.get(PARTITION, context.node_id)),
+            tensors=tensors,
+            others=cast(Others, others),
+            shared=shared,
+            pattern=pattern,
+        )
+
+    @property
+    def seed(self) -> int:
+        """Of whatever this client draws in this round: a function of seed, round and client."""
+        entropy = [_integer(self.config, "seed"), self.round, self.client]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    @property
+    def sends_values(self) -> bool:
+        """Whether the reply has new values, and not their differences from those that came."""
+        return _one_of(self.config, "upload", ("delta", "value")) == "value"
+
+    def reply(self, sent: Mapping[str, Tensor], metrics: Metrics) -> Message:
+        """The reply.
+
+        Args:
+            sent: the tensors of the plan, and the shared ones.
+            metrics: numbers, ``num-examples`` among them.
+        """
+        record, manifest = records.pack(sent, bool(self.config.get("pack")))
+        echo = {name: self.config[name] for name in _PLAN if name in self.config}
+        content = RecordDict(
+            {
+                records.LORA: record,
+                records.METRICS: MetricRecord(dict(metrics)),
+                records.ECHO: ConfigRecord({**echo, **manifest}),
+            }
+        )
+        return Message(content, reply_to=self.message)
+
+
+def shared_names(config: Mapping[str, Any]) -> list[str]:
+    """The parameters that a client trains beside the adapter."""
+    return list(config.get("shared", []))
+
+
+def who(message: Message, context: Context) -> Message:
+    """The answer to the query who a node is: the integers of its configuration that tell it."""
+    said: dict[str, ConfigRecordValues] = {
+        name: value
+        for name in (PARTITION, CAPABILITY)
+        if type(value := context.node_config.get(name)) is int
+    }
+    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
+
+
+def failed(message: Message, error: Exception) -> Message:
+    """The reply of a client that raised, as Flower makes it."""
+    reason = f"{type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _integer(config: Mapping[str, Any], name: str) -> int:
+    found = config.get(name)
+    require(type(found) is int, "message", name, "an integer", f"{found!r:.50}")
+    return cast(int, found)
+
+
+def _one_of(config: ConfigRecord, name: str, choices: tuple[str, ...]) -> str:
+    found = config.get(name)
+    require(found in choices, "message", name, f"one of {choices}", f"{found!r:.50}")
+    return cast(str, found)
