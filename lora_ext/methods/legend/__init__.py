@@ -5,6 +5,9 @@ Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Dev
 (arXiv 2412.20004).
 """
 
+import importlib
+from typing import Any
+
 from .allocator import LegendAllocator
 from .capacity import CapacityReport, CapacityTracker, Estimate
 from .config import LegendConfig
@@ -34,3 +37,10 @@ __all__ = [
     "resize_state",
     "waiting_time",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``Legend``, which needs Flower and is of the floor above."""
+    if name == "Legend":
+        return importlib.import_module("lora_ext.interop.flower.legend").Legend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.federated import LoraLayerManager
-from lora_ext.nn import Swap, adapted_layers, is_active
+from lora_ext.nn import Swap, adapted_layers, adapter_parameters, is_active
 from lora_ext.ops._checks import require
 
 WHERE = "PrefixCache"
@@ -32,7 +32,7 @@ class PrefixCache:
     batch: in another batch the base model's own products round differently.
 
     Args:
-        manager: of the model. It must have been applied to a plan.
+        manager: of the model; this one or another has been applied to a plan.
         dtype: in which activations are kept; None is their own, and exact. bfloat16 takes half the
             memory of float32.
         device: where they are kept; None is where they are made.
@@ -105,8 +105,16 @@ class PrefixCache:
 
     def _lowest(self) -> int:
         """How many blocks lie below the lowest that trains."""
-        lowest = self.manager.lowest_trainable
-        return self.manager.num_layers if lowest is None else lowest
+        manager = self.manager
+        layers = adapted_layers(manager.model, manager.adapter)
+        trained = tuple(
+            f"{name}."
+            for name, layer in layers.items()
+            if any(p.requires_grad for p in adapter_parameters(layer, manager.adapter))
+        )
+        blocks = enumerate(manager.blocks)
+        lowest = (i for i, block in blocks if any(n.startswith(f"{block}.") for n in trained))
+        return next(lowest, manager.num_layers)
 
     @contextlib.contextmanager
     def _skipping(self, rows: Tensor) -> Iterator[None]:

@@ -6,6 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
+from lora_ext.federated.payload import plan_bytes
 from lora_ext.federated.plan import LayerPlan
 from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
@@ -67,43 +71,54 @@ class RoundTime(NamedTuple):
 class SimulatedClock:
     """Rounds timed by speeds that are known, instead of by a clock.
 
-    ``T = f + d mu + beta U``: U are the bytes of the planned layers. d is how far the backward
-    goes down, from the output to the lowest planned layer, which for a suffix is its depth.
+    ``T = f + d mu + beta (down + up) / 2``: the bytes are those of the planned layers, and down
+    those of all layers where a device gets all. d is how far the backward goes down, from the
+    output to the lowest planned layer, which for a suffix is its depth.
 
     Args:
         speeds: by device its f, mu and beta.
-        bytes_per_layer: one way, at the ranks that are planned.
+        state: the global adapter, of which sizes count. pattern: finds the index of a layer.
+        send_frozen: whether devices get the layers that they do not train.
 
     Attributes:
         seconds: of all rounds so far.
 
     Raises:
-        ValueError: no layer.
+        ValueError: a state without layers.
     """
 
-    def __init__(self, speeds: Mapping[Client, Estimate], bytes_per_layer: Sequence[float]):
-        require(len(bytes_per_layer) > 0, "SimulatedClock", "bytes_per_layer", "a layer", "none")
+    def __init__(
+        self,
+        speeds: Mapping[Client, Estimate],
+        state: Mapping[str, Tensor],
+        pattern: str = PATTERN,
+        send_frozen: bool = False,
+    ):
+        layers = {pair.layer for pair in layer_pairs("SimulatedClock: state", state, pattern)}
+        self.L = check_layers("SimulatedClock", layers)
         self.speeds = dict(speeds)
-        self.bytes_per_layer = tuple(bytes_per_layer)
+        self.state = state
+        self.pattern = pattern
+        self.send_frozen = send_frozen
         self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
-        """What a device with such speeds reports of a round; half of its bytes' time is down."""
+        """What a device with such speeds reports of a round."""
         f, mu, beta = self.speeds[device][:3]
-        size = sum(self.bytes_per_layer[layer] for layer in plan.layers)
-        down = beta * size / 2
-        train = f + mu * self._reach(plan)
-        return CapacityReport(device, len(plan.layers), train, down, size, down)
+        up = plan_bytes(self.state, plan, self.pattern)
+        whole = LayerPlan(tuple(range(self.L)))
+        down = plan_bytes(self.state, whole, self.pattern) if self.send_frozen else up
+        reach = self.L - plan.layers[0] if plan.layers else 0
+        return CapacityReport(
+            device, len(plan.layers), f + reach * mu, beta * down / 2, up, beta * up / 2
+        )
 
     def advance(self, plans: Mapping[Client, LayerPlan]) -> RoundTime:
         """Let a round pass: the devices train in parallel, and the slowest ends it."""
         times: dict[Client, float] = {}
         for device, plan in plans.items():
             report = self.report(device, plan)
-            times[device] = report.train_time + 2 * report.down_time
+            times[device] = report.train_time + report.down_time + (report.up_time or 0.0)
         seconds = max(times.values(), default=0.0)
         self.seconds += seconds
         return RoundTime(times, seconds, waiting_time(times) if times else 0.0)
-
-    def _reach(self, plan: LayerPlan) -> int:
-        return len(self.bytes_per_layer) - plan.layers[0] if plan.layers else 0
