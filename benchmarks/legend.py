@@ -78,6 +78,8 @@ METHODS = {
     "legend, send_frozen": Method(settings=KNOWN, others="frozen"),
     "legend, balanced, k_min 3, send_frozen": Method(settings=FILLED, others="frozen"),
     "legend, speeds learned": Method(settings={}),
+    "legend, rank 4 in every layer": Method(ranks=(4,) * 6, settings=KNOWN),
+    "all layers, ranks 1 to 6": Method(),
     "legend, ranks reversed": Method(ranks=(6, 5, 4, 3, 2, 1), settings=KNOWN),
     "depth as count": Method(settings=RANDOM, others="frozen"),
     "depth as count, balanced, k_min 3": Method(settings={**FILLED, **RANDOM}, others="frozen"),

@@ -139,6 +139,13 @@ def test_depth_falls_with_time_and_rises_with_the_target(base, more, deadline: f
     assert depths[1] <= depths[0] <= later.depths[0]
 
 
+def test_times_that_rounding_tells_apart_are_the_same():
+    estimates = {0: Estimate(0.3, 0, 0), 1: Estimate(0.1 + 0.2, 0, 0)}
+    found = configurator().configure(estimates, (0, 1))
+    assert found.times[0] != found.times[1]
+    assert found.depths == {0: 12, 1: 12}
+
+
 def test_the_order_of_the_selected_changes_nothing():
     one = configurator(byte_budget=300, mode="balanced")
     order = list(range(12))

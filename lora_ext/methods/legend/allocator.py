@@ -95,7 +95,7 @@ class LegendAllocator:
             rank_caps=rank_caps,
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # of devices without a fault since
+        self._depths: dict[Client, int] = {}  # as chosen, of devices without a fault since
         self._probes: dict[Client, int] = {}
 
     @classmethod
@@ -148,10 +148,12 @@ class LegendAllocator:
         awake = {c: limit for c, limit in clients.items() if not self.tracker.rests(c, round)}
         probed = {c: self._probe(c, limit) for c, limit in awake.items() if self._is_new(c)}
         known = {c: limit for c, limit in awake.items() if c not in probed}
-        depths = {**probed, **(self._configured(round, known) if known else {})}
+        chosen = self._configured(round, known) if known else {}
         for client in probed:
             self._probes[client] = self._probes.get(client, 0) + 1
-        self._depths |= depths
+        self._depths |= chosen
+        explored = {c: self._explored(c, k, known[c]) for c, k in chosen.items()}
+        depths = {**probed, **explored}
         return {client: self._plan(round, client, depths[client]) for client in awake}
 
     def observe(
@@ -212,11 +214,10 @@ class LegendAllocator:
         estimates = {client: self.tracker.estimate(client) for client in limits}
         found = self.configurator.configure(estimates, limits, self._depths, round, limits)
         self.last = found
-        depths = {**found.depths, **kept}
-        return {client: self._explored(client, k, limits[client]) for client, k in depths.items()}
+        return {**found.depths, **kept}
 
     def _explored(self, client: Client, depth: int, limit: int) -> int:
-        """One layer more, of a device that has trained this depth alone for long."""
+        """One layer more, of a device that has trained this depth alone for long; for once."""
         bored = self.tracker.repeats(client, depth) >= self.config.explore_every
         free = self.config.byte_budget is None and self.tracker.trusted(client)
         return depth + int(bored and free and depth < self.configurator.deepest(client, limit))

@@ -18,6 +18,9 @@ from .times import DeviceTime, suffix_sums, waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
+#: Times that differ by less, relatively, are the same: equal devices have estimates that the
+#: rounding of their reports tells apart, and are to get equal depths.
+_SAME = 1e-9
 
 _log = logging.getLogger(__name__)
 
@@ -301,8 +304,8 @@ class LegendConfigurator:
     ) -> Client | None:
         """Let somebody train as many layers as anybody can: the fastest of those who can, and of
         those whose step is not too large for it where there are any."""
-        trusted = [d for d in devices if d.time.estimate.trusted] or devices
-        deepest = max(device.k_max for device in trusted)
+        trusted = [device for device in devices if device.time.estimate.trusted]
+        deepest = max((device.k_max for device in trusted), default=0)
         if max(depths) >= deepest:
             return None
         able = [device for device in trusted if device.k_max == deepest]
@@ -340,7 +343,8 @@ class LegendConfigurator:
         found.depths = dict(zip(names, depths, strict=True))
         found.times = dict(zip(names, times, strict=True))
         found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
-        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > target)
+        late = target * (1 + _SAME)
+        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
         found.uncovered = tuple(range(self.L - max(depths)))
         found.bytes = _bytes(devices, depths)
         if len(found.over_target) == len(devices):
@@ -367,7 +371,8 @@ class _Device(NamedTuple):
         if not self.time.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
-        return max(self.k_min, self.k_min - 1 + bisect.bisect_right(depths, target, key=self.time))
+        slack = target * (1 + _SAME)
+        return max(self.k_min, self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time))
 
 
 def _times(devices: Sequence[_Device], depths: Sequence[int]) -> list[float]:
