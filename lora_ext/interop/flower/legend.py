@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_ext.federated import LayerPlan
+from lora_ext.federated.keys import PATTERN
 from lora_ext.federated.update import Client
 from lora_ext.methods.legend import LegendAllocator, LegendConfig
 
@@ -45,13 +46,14 @@ class Legend(LoraStrategy):
     def __init__(self, config: LegendConfig | None = None, **settings: Any):
         self.config = LegendConfig() if config is None else config
         self._settings = {name: settings.pop(name) for name in _OF_ALLOCATOR if name in settings}
+        self._pattern: str = settings.get("pattern", PATTERN)
         self._restored: Mapping[str, Any] | None = None
         super().__init__(**{"send_frozen": self.config.send_frozen, **settings})
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
         """Make the allocator, which the ranks and bytes of the adapter belong to."""
         if self.allocator is None:
-            self.allocator = LegendAllocator.of(self.config, state, self.pattern, **self._settings)
+            self.allocator = LegendAllocator.of(self.config, state, self._pattern, **self._settings)
             if self._restored is not None:
                 self.allocator.load_state_dict(self._restored)
 
