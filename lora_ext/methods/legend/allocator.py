@@ -165,9 +165,11 @@ class LegendAllocator:
             metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s``
                 where it is known. Unchecked: what is missing or absurd is dropped and counted.
         """
-        seconds = (metrics.get(name, math.nan) for name in ("train-time-s", "down-time-s"))
-        size, up = metrics.get("bytes", math.nan), metrics.get("up-time-s")
-        self.tracker.update(CapacityReport(client, self._reach(plan), *seconds, size, up))
+        train, down, size = (
+            metrics.get(name, math.nan) for name in ("train-time-s", "down-time-s", "bytes")
+        )
+        report = CapacityReport(client, self._reach(plan), train, down, size)
+        self.tracker.update(report._replace(up_time=metrics.get("up-time-s")))
         if not self.tracker.trusted(client):
             self._depths.pop(client, None)
 

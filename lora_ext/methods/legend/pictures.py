@@ -45,8 +45,8 @@ def draw_depths(
 
 
 def draw_times(configuration: Configuration, axes: Any = None) -> Any:
-    """Draw the predicted time of each device of a round as a bar, what it waits on top, and the
-    target as a line.
+    """Draw the predicted time of each device of a round as a bar with its depth in it, what it
+    waits on top, and the target as a line.
 
     Args:
         configuration: of :meth:`LegendConfigurator.configure`.
@@ -59,13 +59,14 @@ def draw_times(configuration: Configuration, axes: Any = None) -> Any:
     times = list(configuration.times.values())
     places = range(len(times))
     waits = [configuration.seconds - value for value in times]
-    axes.bar(places, times, color="#0072B2", label="trains and sends")
+    bars = axes.bar(places, times, color="#0072B2", label="trains (so many layers) and sends")
+    depths = [str(depth) for depth in configuration.depths.values()]
+    axes.bar_label(bars, depths, label_type="center", color="white")
     axes.bar(places, waits, bottom=times, color="0.85", label="waits")
     axes.axhline(configuration.target, color="#D55E00", label="target")
-    labels = [f"{device}\nk = {depth}" for device, depth in configuration.depths.items()]
-    axes.set_xticks(places, labels)
-    axes.set(xlabel="device", ylabel="seconds")
-    axes.legend(frameon=False)
+    axes.set_xticks(places, [str(device) for device in configuration])
+    axes.set(xlabel="device", ylabel="seconds", ylim=(0, 1.35 * configuration.seconds))
+    axes.legend(frameon=False, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
