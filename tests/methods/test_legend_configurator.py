@@ -8,7 +8,7 @@ import random
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_ext.federated import LayerPlan
@@ -86,7 +86,9 @@ def test_every_depth_is_the_largest_within_the_target(found, L: int, data: st.Da
     best = None
     for depths in itertools.product(range(k_min, L + 1), repeat=len(found)):
         times = [time_of(e, k, ranks) for e, k in zip(found, depths, strict=True)]
-        late = [t > result.target and k > k_min for t, k in zip(times, depths, strict=True)]
+        late = [
+            t > result.target * (1 + 1e-9) and k > k_min for t, k in zip(times, depths, strict=True)
+        ]
         if not any(late) and (best is None or depths > best):
             best = depths if best is None else tuple(map(max, best, depths))
     assert tuple(result.depths.values()) == best
@@ -132,8 +134,8 @@ def test_depth_falls_with_time_and_rises_with_the_target(base, more, deadline: f
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         estimates = {0: Estimate(*base), 1: Estimate(*slower)}
-        if min(time_of(e, 12) for e in estimates.values()) < deadline:
-            return  # then it is not the deadline that counts
+        # Only then is it the deadline that counts.
+        assume(min(time_of(e, 12) for e in estimates.values()) >= deadline)
         depths = one.configure(estimates, (0, 1)).depths
         later = configurator(deadline=2 * deadline).configure({0: Estimate(*base), 2: fast}, (0,))
     assert depths[1] <= depths[0] <= later.depths[0]
