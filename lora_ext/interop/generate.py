@@ -9,26 +9,40 @@ from typing import Any
 
 from lora_ext.nn.assignment import Names
 from lora_ext.nn.attachment import pool_handle
-from lora_ext.nn.context import adapters
+from lora_ext.nn.context import adapters, current
 from lora_ext.nn.generation import generation_scope, repeat_rows, select_rows
-from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.nn.pool_layer import ERROR, PoolLayer, no_block
 from lora_ext.pool import AdapterPool
 
 
-def hooks(pool: AdapterPool) -> dict[str, Any]:
+def names_of_call(given: Names, pool: AdapterPool, default: str | None) -> Names:
+    """The names of a call: those that it gives, or the default of ``attach`` outside every block.
+
+    Raises:
+        RuntimeError: the default is "error".
+    """
+    if given is not None or default is None or current(pool_handle(pool)) is not None:
+        return given
+    if default == ERROR:
+        raise no_block()
+    return default
+
+
+def hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     """What stands in for the methods of these names, where a model has them."""
     return {
-        **_generate(pool),
+        **_generate(pool, default),
         **_whisper(pool),
         **{name: _refused(name) for name in _CONTINUOUS_BATCHING},
         "resize_token_embeddings": _resize_token_embeddings,
     }
 
 
-def _generate(pool: AdapterPool) -> dict[str, Any]:
+def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     handle = pool_handle(pool)
 
     def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        adapter_names = names_of_call(adapter_names, pool, default)
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(adapters(adapter_names, pool=pool))

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
-from lora_ext.nn.assignment import Batch, Names
-from lora_ext.nn.attachment import attachments
+from lora_ext.nn.assignment import BASE, Batch, Names
+from lora_ext.nn.attachment import UnknownAdapterError, attachments
 from lora_ext.nn.context import adapters, forward_of, innermost
-from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
 
-from .generate import hooks
+from .generate import hooks, names_of_call
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,7 +67,7 @@ class _Attachment:
         return _Attachment(self.pool, copy.deepcopy(self.swap, memo), list(self.hooked))
 
 
-def attach(model: Model, pool: AdapterPool) -> Model:
+def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model:
     """Put a :class:`MultiLoraLinear` or :class:`MultiLoraEmbedding` in the place of every module
     that the pool may adapt.
 
@@ -80,12 +80,15 @@ def attach(model: Model, pool: AdapterPool) -> Model:
     Args:
         model: the model that the pool was made for, or one of the same shape.
         pool: where the adapters are.
+        default: who serves a call outside every block and without ``adapter_names=``: None the
+            base model, an adapter by its name, or "error" nobody, which raises RuntimeError.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: no module, or no pool. RuntimeError: the model, or a part of it, is attached or
+        TypeError: no module, or no pool. UnknownAdapterError: a default that the pool lacks.
+        RuntimeError: the model, or a part of it, is attached or
             carries PEFT's layers. ValueError: a module of the pool is missing or has another
             size, or the model has one that the pool lacks. The model is unchanged then.
     """
@@ -94,6 +97,7 @@ def attach(model: Model, pool: AdapterPool) -> Model:
         raise TypeError(
             f"attach: pool: expected an AdapterPool of the model, found {type(pool).__name__}"
         )
+    default = _checked_default(default, pool)
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
@@ -111,19 +115,20 @@ def attach(model: Model, pool: AdapterPool) -> Model:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].tokens_first = bool(re.search(tokens_first, name))
+        layers[name].default = default
     _check_same_modules(model, pool)
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
-        for method, hook in hooks(pool).items():
+        for method, hook in hooks(pool, default).items():
             # An instance with a method of its own is left alone.
             if callable(getattr(type(module), method, None)) and method not in module.__dict__:
                 setattr(module, method, MethodType(hook, module))
                 attachment.hooked.append((name, method))
-        if hasattr(type(module), "get_input_embeddings"):
+        if hasattr(type(module), "get_input_embeddings") or (default is not None and not name):
             # A model of transformers swallows arguments that it does not know: names would be lost.
             if "forward" in module.__dict__:  # as accelerate's offloading leaves it
                 module.__dict__[_OWN_FORWARD] = module.__dict__["forward"]
-            module.forward = MethodType(_forward(type(module), pool), module)
+            module.forward = MethodType(_forward(type(module), pool, default), module)
             attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
     return model
@@ -161,6 +166,17 @@ def _check_module(where: str, model: object) -> None:
         raise TypeError(f"{where}: model: expected a torch.nn.Module, found {type(model).__name__}")
 
 
+def _checked_default(default: str | None, pool: AdapterPool) -> str | None:
+    if default in (None, ERROR, BASE):
+        return None if default == BASE else default
+    if default not in pool:
+        raise UnknownAdapterError(
+            f"attach: default: expected None, 'error' or one of the adapters {pool.names!r:.200}, "
+            f"found {default!r:.200}"
+        )
+    return default
+
+
 def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
     """Refuse to take away what accelerate has put hooks on: weights would stay on meta."""
     for name, module in model.named_modules():
@@ -196,10 +212,12 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
+def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
+        if not torch.compiler.is_compiling():
+            adapter_names = names_of_call(adapter_names, pool, default)
         if adapter_names is None:
             return _noted(run, args, kwargs)
         with adapters(adapter_names, pool=pool):

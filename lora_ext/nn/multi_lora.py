@@ -43,13 +43,15 @@ class MultiLoraLinear(PoolLayer):
         leading, rescale = x.shape[:-1], None
         if torch.compiler.is_compiling():
             slots = self.pool.max_slots
-            rows = pool_rows(self.handle, leading, x.device, slots, self.tokens_first)
+            rows = pool_rows(
+                self.handle, leading, x.device, slots, self.tokens_first, default=self.default
+            )
             if slab.magnitude is not None:
                 rescale = self.dora.traced_rescale(self, leading, x.device)
         else:
             block = current(self.handle)
             if block is None:
-                return y
+                return y if self.default is None else self.by_default(x)
             rows = self.rows_in(block, leading, x.device)
             if not rows.used:  # all rows belong to the base model
                 return y

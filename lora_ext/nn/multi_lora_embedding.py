@@ -33,11 +33,13 @@ class MultiLoraEmbedding(PoolLayer):
             return y
         if torch.compiler.is_compiling():
             slots = self.pool.max_slots
-            rows = pool_rows(self.handle, x.shape, x.device, slots, self.tokens_first, True)
+            rows = pool_rows(
+                self.handle, x.shape, x.device, slots, self.tokens_first, True, self.default
+            )
         else:
             block = current(self.handle)
             if block is None:
-                return y
+                return y if self.default is None else self.by_default(x)
             rows = self.rows_in(block, x.shape, x.device, of_tokens=True)
             if not rows.used:  # all rows belong to the base model
                 return y
