@@ -134,6 +134,11 @@ class PoolLayer(nn.Module):
         self.base._load_from_state_dict(*args, **kwargs)
 
 
+def pool_of(model: nn.Module) -> Pool | None:
+    """The pool that serves a model's layers, if there is one."""
+    return next((layer.pool for layer in model.modules() if isinstance(layer, PoolLayer)), None)
+
+
 def _features(base: nn.Module) -> tuple[int, int] | None:
     for inner, outer in _SIZES:
         if hasattr(base, inner) and hasattr(base, outer):
