@@ -9,23 +9,13 @@ from typing import Any
 
 from lora_ext.nn.assignment import Names
 from lora_ext.nn.attachment import pool_handle
-from lora_ext.nn.context import adapters, current
+from lora_ext.nn.context import adapters
 from lora_ext.nn.generation import generation_scope, repeat_rows, select_rows
-from lora_ext.nn.pool_layer import ERROR, PoolLayer, no_block
+from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.pool import AdapterPool
 
-
-def names_of_call(given: Names, pool: AdapterPool, default: str | None) -> Names:
-    """The names of a call: those that it gives, or the default of ``attach`` outside every block.
-
-    Raises:
-        RuntimeError: the default is "error".
-    """
-    if given is not None or default is None or current(pool_handle(pool)) is not None:
-        return given
-    if default == ERROR:
-        raise no_block()
-    return default
+from .continuous import continuous_hooks
+from .names import names_of_call
 
 
 def hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
@@ -33,7 +23,7 @@ def hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     return {
         **_generate(pool, default),
         **_whisper(pool),
-        **{name: _refused(name) for name in _CONTINUOUS_BATCHING},
+        **continuous_hooks(pool, default),
         "resize_token_embeddings": _resize_token_embeddings,
     }
 
@@ -87,24 +77,6 @@ def _whisper(pool: AdapterPool) -> dict[str, Any]:
 
     found = _expand_variables_for_generation, _maybe_reduce_batch
     return {hook.__name__: hook for hook in found}
-
-
-_CONTINUOUS_BATCHING = (
-    "generate_batch",
-    "init_continuous_batching",
-    "continuous_batching_context_manager",
-)
-
-
-def _refused(name: str) -> Any:
-    def refuse(self: Any, *_args: Any, **_kwargs: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: expected a model that is not attached, found an attached one: continuous "
-            "batching packs requests into one row, so that no row has a known adapter; call "
-            "generate, or detach the model first"
-        )
-
-    return refuse
 
 
 def _resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,9 @@ from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
 
-from .generate import hooks, names_of_call
+from .continuous import requests_of
+from .generate import hooks
+from .names import names_of_call
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,6 +118,7 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].tokens_first = bool(re.search(tokens_first, name))
         layers[name].default = default
+        layers[name].is_head = name == pool.index.output_head
     _check_same_modules(model, pool)
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
@@ -141,15 +144,22 @@ def detach(model: Model) -> Model:
         ``model``.
 
     Raises:
-        TypeError: no module. RuntimeError: the model is not attached, or a layer was replaced or
-            offloaded since. The model is unchanged then.
+        TypeError: no module. RuntimeError: the model is not attached, a layer was replaced or
+            offloaded since, or a manager of continuous batching runs. The model is unchanged then.
     """
     _check_module("detach", model)
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
     _check_offloading(model, attachment)
+    managers = requests_of(model)
+    if any(requests.manager.is_running() for requests in managers):
+        raise RuntimeError(
+            "detach: expected no manager of continuous batching that runs, found one; stop it first"
+        )
     attachment.swap.restore(model, "detach")
+    for requests in managers:
+        requests.remove()
     for name, method in attachment.hooked:
         module = find_module(model, name)
         if module is not None:
@@ -227,15 +237,21 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None) -> A
     return forward
 
 
+def _check_packed() -> None:
+    block = innermost()
+    if block is None or not block.packed:
+        raise NotImplementedError(
+            "attach: expected a batch with a row for each sequence, found transformers' continuous "
+            "batching, which packs requests into one row, by a manager that knows no adapters; "
+            "take the one of the attached model's init_continuous_batching or generate_batch"
+        )
+
+
 def _noted(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a model's forward; what it is given tells its layers' rows, where it turns or flattens
     the batch."""
     if any(name in kwargs for name in _PACKED):
-        raise NotImplementedError(
-            "attach: expected a batch with a row for each sequence, found transformers' continuous "
-            "batching, which packs requests into one row, so that no row has a known adapter; call "
-            "generate, or detach the model first"
-        )
+        _check_packed()
     if torch.compiler.is_compiling() or innermost() is None:
         return run(*args, **kwargs)
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]

@@ -74,6 +74,10 @@ class Block:
     outer: Block | None
     entry: Entry
     task: int = -1  # the backward inside which it was entered
+    #: Rows are tokens of many requests, packed by a server.
+    packed: bool = False
+    #: What the output head reads where the model gives it some of the tokens alone.
+    head: Block | None = None
 
     def rows(
         self,

@@ -52,6 +52,8 @@ class MultiLoraLinear(PoolLayer):
             block = current(self.handle)
             if block is None:
                 return y if self.default is None else self.by_default(x)
+            if block.head is not None and self.is_head:
+                block = block.head
             rows = self.rows_in(block, leading, x.device)
             if not rows.used:  # all rows belong to the base model
                 return y

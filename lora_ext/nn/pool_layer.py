@@ -56,6 +56,9 @@ class PoolLayer(nn.Module):
     #: "error" nobody.
     default: str | None = None
 
+    #: Whether a model may give this layer the last token of each sequence alone.
+    is_head = False
+
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__()
         if name not in pool.modules:
@@ -123,7 +126,8 @@ class PoolLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of ``base`` that shares the pool."""
         layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
-        layer.tokens_first, layer.default = self.tokens_first, self.default
+        for setting in ("tokens_first", "default", "is_head"):
+            setattr(layer, setting, getattr(self, setting))
         return layer
 
     # Subclasses of nn.Linear with a format of their own (quantised ones) override these.

@@ -6,6 +6,7 @@ last, and holds its lock around every method here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +40,8 @@ class Resident:
     written: Written = field(default_factory=list)  # empty once every stream may read it
     pins: int = 0
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
+    #: No other adapter of the process has it, nor a later version of this one.
+    serial: int = field(default_factory=itertools.count(1).__next__)
 
 
 @dataclass
