@@ -130,13 +130,29 @@ class Block:
     ) -> tuple[tuple[int, ...], Tensor, Tensor]:
         if capturing(device):
             raise RuntimeError(
-                "adapters: expected no DoRA adapter while a CUDA graph is captured, found one: its "
-                "rows and factors are chosen on the host"
+                "adapters: expected no DoRA adapter and no replaced module while a CUDA graph is "
+                "captured, found one: its rows and factors are chosen on the host"
             )
         table = [order.index(slot) if slot in order else -1 for slot in self.slots]
         each = self.assignment.per_row(table, leading, device, tokens_first, _batch.get())
         rows = (each >= 0).nonzero()[:, 0]
         return order, rows, each[rows].long()
+
+    def rows_of_each(
+        self, slots: Set[int], leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> tuple[tuple[int, Tensor], ...]:
+        """Those of ``slots`` that serve a row, each with its rows."""
+        order = tuple(sorted(slots & self._serving))
+        if not order:
+            return ()
+        key = ("each", order, leading, tokens_first)
+        return self.assignment.kept.get(
+            key, device, self._rows_of_each, order, leading, device, tokens_first
+        )
+
+    def _rows_of_each(self, order: tuple[int, ...], *where: Any) -> tuple[tuple[int, Tensor], ...]:
+        _, rows, which = self._rows_of_slots(order, *where)
+        return tuple((slot, rows[which == i]) for i, slot in enumerate(order))
 
     @property
     def _serving(self) -> frozenset[int]:

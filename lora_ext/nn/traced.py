@@ -63,6 +63,22 @@ def layer_rows(
     return rows_of(ids, len(names))
 
 
+def block_of_graph(handle: int, default: str | None) -> context.Block | None:
+    """The block that a compiled graph runs in.
+
+    Raises:
+        RuntimeError: there is none, and the base model is not to serve then.
+    """
+    block = context.current(handle, in_graph=True)
+    if block is None and default is not None:
+        raise RuntimeError(
+            f"attach: default={default!r}: expected a block around a compiled forward, found none: "
+            "torch.compile does not trace the one that default enters; enter "
+            "lora_ext.adapters(...) around the call"
+        )
+    return block
+
+
 def _active_adapter_ids(
     handle: int,
     leading: Sequence[int],
@@ -71,13 +87,7 @@ def _active_adapter_ids(
     of_tokens: bool,
     default: str | None,
 ) -> Tensor:
-    block = context.current(handle, in_graph=True)
-    if block is None and default is not None:
-        raise RuntimeError(
-            f"attach: default={default!r}: expected a block around a compiled forward, found none: "
-            "torch.compile does not trace the one that default enters; enter "
-            "lora_ext.adapters(...) around the call"
-        )
+    block = block_of_graph(handle, default)
     if block is None:
         return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
     ids = block.rows(torch.Size(leading), device, tokens_first, of_tokens).ids
