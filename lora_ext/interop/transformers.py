@@ -252,6 +252,12 @@ def _noted(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     the batch."""
     if any(name in kwargs for name in _PACKED):
         _check_packed()
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise NotImplementedError(
+            "attach: expected a model that is not recorded by torch.jit.trace, found a recording, "
+            "which would serve the rows of this block, or the base model, at every later call; "
+            "torch.export and torch.compile follow the blocks"
+        )
     if torch.compiler.is_compiling() or innermost() is None:
         return run(*args, **kwargs)
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
