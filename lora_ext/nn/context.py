@@ -379,8 +379,9 @@ def _look_for_a_lost_block(handle: int) -> None:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         other = names.get(elsewhere[-1].entry.thread)
         warnings.warn(
-            f"adapters: thread {thread.name!r} runs an attached model without a block, and serves "
-            f"the base model or attach's default, while thread {other!r} is inside "
+            f"adapters: thread {thread.name!r} runs a model without a block, and serves the base "
+            "model, attach's default or what its layers have active, while thread "
+            f"{other!r} is inside "
             f"adapters({list(elsewhere[-1].assignment.names)!r:.200}): a block does not reach "
             "other threads. Enter adapters(...) in the thread, or give adapter_names= to the "
             "call; adapters(None) says that the base model is meant",

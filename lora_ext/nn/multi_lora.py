@@ -14,7 +14,6 @@ from .context import current
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_layer import PoolLayer
 from .pool_replaced import traced_replaced, with_replaced
-from .rows import Rows
 from .traced import pool_rows
 
 
@@ -47,7 +46,7 @@ class MultiLoraLinear(PoolLayer):
         block = current(self.handle)
         if block is None:
             return y if self.default is None else self.by_default(x)
-        if block.head is not None and self.is_head:
+        if self.is_head and block.head is not None:
             block = block.head
         leading = x.shape[:-1]
         rows = self.rows_in(block, leading, x.device)
@@ -57,7 +56,10 @@ class MultiLoraLinear(PoolLayer):
             rescale = None
             if slab.dora:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
-            y = self._adapted(y, x, rows, rescale)
+            try:
+                y = _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+            except ValueError as error:
+                raise self._explained(error) from error
         if slab.replaced:
             y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
         return y
@@ -76,17 +78,14 @@ class MultiLoraLinear(PoolLayer):
             rescale = None
             if slab.magnitude is not None:
                 rescale = self.dora.traced_rescale(self, leading, x.device)
-            y = self._adapted(y, x, rows, rescale)
+            y = _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
         return traced_replaced(y, x, self) if slab.was_replaced else y
 
-    def _adapted(self, y: Tensor, x: Tensor, rows: Rows, rescale: Rescale | None) -> Tensor:
-        try:
-            return _add_adapters(y, x, self.slab, rows.ids, rows.plan, rescale)
-        except ValueError as error:
-            raise ValueError(
-                f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that "
-                "the model had when it was made)"
-            ) from error
+    def _explained(self, error: ValueError) -> ValueError:
+        return ValueError(
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
+            "model had when it was made)"
+        )
 
 
 def _add_adapters(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, tokens
+from tiny import CONFIGS, make_model, make_peft, tokens
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
@@ -290,6 +290,21 @@ def test_a_manager_that_knows_no_adapters_is_refused() -> None:
     manager.stop()
     assert "a manager that knows no adapters" in result.error
     assert result.generated_tokens == []
+
+
+def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
+    plain = make_model("llama")
+    model = lora_ext.from_peft(make_peft(plain, CONFIGS["llama"]))
+    given = prompts(2)
+    with pytest.raises(NotImplementedError, match="no adapter_names on a PEFT model"):
+        model.generate_batch(given, adapter_names=["red", "green"], **batching())
+    model.set_adapter("green")
+    found = generated(model.generate_batch(given, **batching()))
+    how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    for prompt, answer in zip(given, found, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        assert out[0, len(prompt) :].tolist() == answer
 
 
 def test_compiled_steps_are_refused_and_leave_the_model_as_it_was() -> None:
