@@ -263,7 +263,9 @@ class PageStore:
         written: Written = []
         for device, transfer in self.transfers.items():
             written.append((transfer, transfer.run(jobs[device], wait=bool(new))))
-            transfer.keep(tensor for tensor in new if tensor.device == device)
+            whole = [t for each in (plan.replaced.values() if plan else ()) for t in each]
+            own = [tensor for tensor in (*new, *whole) if tensor is not None]
+            transfer.keep(tensor for tensor in own if tensor.device == device)
         return written
 
     def download(self, resident: Resident) -> PackedAdapter:

@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext.adapter import LoraAdapter
+from lora_ext.pool import transfer
 
 BOUND = 1e-4
 
@@ -281,6 +282,30 @@ def test_what_does_not_fit_is_refused_and_the_pool_stays(saved: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"classifier.*modules_to_save.*targets="):
         narrow.load("bad", saved)
     pool.load("good", saved)
+
+
+def test_a_copy_that_fails_leaves_the_head_of_who_was_to_make_way(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("bert")
+    pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
+    pool.load("good", saved)
+    lora_ext.attach(model, pool)
+    ids, copied, copy_ = tokens(2, 5), [], transfer.copy_
+
+    def fails_at_the_head(destination: torch.Tensor, source: torch.Tensor) -> None:
+        if destination.shape == (5, 32) and not copied:
+            copied.append(destination)
+            raise MemoryError("the device is full")
+        copy_(destination, source)
+
+    with torch.no_grad():
+        expected = model(ids, adapter_names="good").logits
+        monkeypatch.setattr(transfer, "copy_", fails_at_the_head)
+        with pytest.raises(MemoryError, match="the device is full"):
+            pool.load("next", saved)
+        assert copied and pool.names == ["good"]
+        assert torch.equal(model(ids, adapter_names="good").logits, expected)
 
 
 @pytest.mark.parametrize("saved_whole", [["norm"], ["layers.0"]])
