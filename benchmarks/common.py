@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], object]
@@ -166,25 +165,3 @@ def _revision() -> str:
         [*git, "status", "--porcelain", "-uno", *elsewhere], capture_output=True
     )
     return commit.stdout.strip() + ("+" if changes.stdout else "")
-
-
-@torch.no_grad()
-def token_by_token(model: Any, ids: Tensor, new_tokens: int, sample: bool = False) -> Tensor:
-    """Prompts ``(B, S)`` and what a transformers model adds to them, greedy or sampled.
-
-    One token a pass with a cache and no ``generate`` around it: the harder peer of speculation.
-    """
-    from transformers import DynamicCache
-
-    from lora_ext.methods.mtpc.trunk import cache_argument
-
-    cache = {cache_argument(model): DynamicCache()}
-    token, out = ids, ids
-    for _ in range(new_tokens):
-        logits = model(token, use_cache=True, logits_to_keep=1, **cache).logits[:, -1]
-        if sample:
-            token = torch.multinomial(logits.softmax(-1), 1)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        out = torch.cat([out, token], 1)
-    return out

@@ -22,7 +22,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import torch
-from common import Timing, interleaved, token_by_token
+from common import Timing, interleaved
+from lean import LeanLlama, token_by_token
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -188,12 +189,13 @@ def decode(
     model: Any, drafts: dict[str, mtpc.Draft], rows: Tensor, sizes: Sizes, found: dict[str, Found]
 ) -> dict[tuple[str, str, int], Timing]:
     """Seconds for a batch of new tokens, by (engine, mode, batch), from held-out prompts: at batch
-    1 four of them, one after the other."""
+    1 four of them, one after the other. Plain and speculative decoding share a lean model."""
+    lean = LeanLlama(model)
     prompts = rows[:: max(1, len(rows) // max(BATCHES)), : sizes.length // 4][: max(BATCHES)]
     calls: dict[Any, Callable[[], object]] = {}
 
     def speculative(kind: str, mode: str, batch: int) -> None:
-        decoder = drafts[kind].decoder(mode=mode)
+        decoder = mtpc.SpeculativeDecoder(lean, drafts[kind].head, mode=mode)
         outs = [
             decoder.generate(ids, max_new_tokens=sizes.new_tokens, eos_token_id=[])
             for ids in prompts.split(batch)[:SINGLES]
@@ -204,7 +206,7 @@ def decode(
 
     def plain(mode: str, batch: int) -> None:
         for ids in prompts.split(batch)[:SINGLES]:
-            token_by_token(model, ids, sizes.new_tokens, sample=mode == "sample")
+            token_by_token(lean, ids, sizes.new_tokens, sample=mode == "sample")
 
     for mode in MODES:
         for batch in BATCHES:
