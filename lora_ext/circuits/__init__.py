@@ -15,6 +15,7 @@ from lora_ext.circuits.leaves import (
     Leaf,
 )
 from lora_ext.circuits.picture import draw_graph
+from lora_ext.circuits.queries import Marginals
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.regions import Input, Partition, Region
 from lora_ext.circuits.sampling import MapResult
@@ -32,6 +33,7 @@ __all__ = [
     "Layered",
     "Leaf",
     "MapResult",
+    "Marginals",
     "PCStructureError",
     "Partition",
     "Region",
