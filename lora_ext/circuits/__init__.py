@@ -19,12 +19,14 @@ from lora_ext.circuits.queries import Marginals
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.regions import Input, Partition, Region
 from lora_ext.circuits.sampling import MapResult
+from lora_ext.circuits.training import Epoch, pad_sequences, train_em, train_gradient
 
 __all__ = [
     "Bernoulli",
     "Binomial",
     "Categorical",
     "Circuit",
+    "Epoch",
     "External",
     "Flows",
     "Gaussian",
@@ -42,4 +44,7 @@ __all__ = [
     "chow_liu_parents",
     "compile_graph",
     "draw_graph",
+    "pad_sequences",
+    "train_em",
+    "train_gradient",
 ]

@@ -312,7 +312,8 @@ class Circuit(Parameters):
         does not show has probability zero afterwards, and held-out rows ``-inf``.
 
         Args:
-            x: ``(B, n)``; missing entries count for sums, not for leaves.
+            x: ``(B, n)``; a leaf learns from the rows that show it something, and so does a sum:
+                one whose whole scope is missing, such as the end of a short sequence, does not.
             step: in (0, 1].
             pseudocount: c, spread evenly over the terms of a sum and the values of a leaf.
                 Gaussians have none.
