@@ -1,5 +1,6 @@
 """Probabilistic circuits over any region graph: structure, checks, queries, sampling, EM."""
 
+from lora_ext.circuits.chain import KBest
 from lora_ext.circuits.chow_liu import chow_liu_parents
 from lora_ext.circuits.circuit import Circuit, Report
 from lora_ext.circuits.errors import PCStructureError
@@ -32,6 +33,7 @@ __all__ = [
     "Gaussian",
     "Indicator",
     "Input",
+    "KBest",
     "Layered",
     "Leaf",
     "MapResult",

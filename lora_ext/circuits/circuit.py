@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.circuits import checks, files, learning, queries, sampling
+from lora_ext.circuits import chain, checks, files, learning, queries, sampling
 from lora_ext.circuits._execution import Evaluate
+from lora_ext.circuits.chain import KBest
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import MAX_BLOCK
 from lora_ext.circuits.learning import Flows
@@ -270,6 +271,35 @@ class Circuit(Parameters):
                 leave ``root`` open.
         """
         return sampling.best(self, evidence, root)
+
+    @torch.no_grad()
+    def k_best(
+        self,
+        k: int,
+        evidence: Tensor | None = None,
+        lengths: Tensor | None = None,
+        root: int | Tensor | None = None,
+    ) -> KBest:
+        """The k likeliest pairs of values and states of a chain, such as ``RegionGraph.hmm``.
+
+        With complete evidence these are the k best paths of states. Ties go to the lowest indices.
+        Memory is ``B r^2 k`` for r states.
+
+        Args:
+            k: how many, at least 1.
+            evidence: ``(B, n)``, -1 or NaN where a value is sought; None: one row of nothing, or
+                one per entry of ``root``.
+            lengths: ``(B,)`` integers in ``1 .. n``: a shorter sequence ends there, and nothing is
+                sought behind its end.
+            root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
+
+        Raises:
+            ValueError: for a graph that is no chain, external leaves, continuous variables that are
+                sought with k above 1, or arguments out of range.
+
+        Source: list Viterbi decoding, Seshadri and Sundberg 1994.
+        """
+        return chain.k_best(self, k, evidence, lengths, root)
 
     # --- learning ---------------------------------------------------------------------------------
     @torch.no_grad()
