@@ -167,7 +167,7 @@ def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
         calls = {n: call(case, f, args) for n, f in providers(s, case, compiled).items()}
         worst = {name: error(s, case, each()) for name, each in calls.items()}
         found: dict[str, Timing] = interleaved({**calls, "copy": copy}, rounds, min_seconds=0.05)
-        for name in sorted(calls, key=lambda name: found[name].median):
+        for name in sorted(calls, key=lambda name: found[name].over(found["lora_ext"])):
             t = found[name]
             rate = moves * leaf_bytes / t.median / 1e9
             yield Row(

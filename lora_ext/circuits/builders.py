@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from lora_ext.circuits.errors import PCStructureError, require
 from lora_ext.circuits.leaves import Leaf
@@ -225,6 +226,22 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
             regions.append(Region(1 if whole else num_units, tuple(parts), name=name))
         known[top, bottom, left, right] = len(regions) - 1
     return tuple(regions)
+
+
+def join(graphs: Sequence[Regions]) -> Regions:
+    """All regions of all graphs; names and ties get the number of their graph in front."""
+    require(len(graphs) > 0, "join: graphs", "at least one", "none", PCStructureError)
+    joined: list[Region] = []
+    for number, regions in enumerate(graphs):
+        first = len(joined)
+        for region in regions:
+            partitions = tuple(
+                replace(p, children=tuple(first + c for c in p.children)) for p in region.partitions
+            )
+            tie = None if region.tie is None else f"{number}/{region.tie}"
+            name = region.name and f"{number}/{region.name}"
+            joined.append(replace(region, partitions=partitions, tie=tie, name=name))
+    return tuple(joined)
 
 
 def from_edges(

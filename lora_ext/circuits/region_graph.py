@@ -218,6 +218,14 @@ class RegionGraph:
         return RegionGraph(builders.poon_domingos(height, width, num_units, leaf, delta))
 
     @staticmethod
+    def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
+        """Several graphs over the same variables as one of several roots, such as one per class.
+
+        They share no parameters. Region ``name`` of graph i is ``i/name``.
+        """
+        return RegionGraph(builders.join([g.regions for g in graphs]), multi_root=True)
+
+    @staticmethod
     def from_edges(
         inputs: Mapping[str, Input],
         products: Iterable[tuple[str, Sequence[str]] | tuple[str, Sequence[str], Kind]],
