@@ -1,4 +1,5 @@
-"""A pass of a Llama with nothing around it, and plain decoding with such passes.
+"""A pass of a Llama with nothing around it, and plain decoding with such passes:
+`python benchmarks/lean.py` says how much they gain over transformers' own passes.
 
 The fair frame for speculation on a CPU: in a small model half of a pass is Python around the
 products, and whoever makes fewer passes saves that too. ``LeanLlama`` stands in for the model on
@@ -7,14 +8,17 @@ both sides, plain and speculative; its cache is the decoder's own, which has roo
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from common import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext.methods.mtpc.cache import roomy_cache
+from lora_ext.methods.mtpc.trunk import cache_argument
 
 
 class LeanLlama(nn.Module):
@@ -123,17 +127,53 @@ def joined(*layers: Any) -> Tensor:
 
 
 @torch.no_grad()
-def token_by_token(model: LeanLlama, ids: Tensor, new_tokens: int, sample: bool = False) -> Tensor:
+def token_by_token(
+    model: Any, ids: Tensor, new_tokens: int, sample: bool = False, cache: Any = None
+) -> Tensor:
     """Prompts ``(B, S)`` and what a model adds to them, greedy or sampled, one token a pass."""
     rows, start = ids.shape
-    cache = roomy_cache(start + new_tokens)
+    cache = roomy_cache(start + new_tokens) if cache is None else cache
     out = torch.empty(rows, start + new_tokens, dtype=ids.dtype)
     out[:, :start], token = ids, ids
     for place in range(start, start + new_tokens):
-        logits = model(token, cache, logits_to_keep=1).logits[:, -1]
+        logits = model(token, cache=cache, logits_to_keep=1).logits[:, -1]
         if sample:
             token = torch.multinomial(logits.softmax(-1), 1)
         else:
             token = logits.argmax(-1, keepdim=True)
         out[:, place : place + 1] = token
     return out
+
+
+def main() -> None:
+    """The byte-level model of `examples/mtpc_bytes.py`, untrained: 64 new tokens a row."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 256, "intermediate_size": 768}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+
+    def own(token: Tensor, cache: Any, logits_to_keep: int) -> Any:
+        options = {"use_cache": True, "logits_to_keep": logits_to_keep}
+        return model(token, **options, **{cache_argument(model): cache})
+
+    lean = LeanLlama(model)
+    for rows in (1, 8):
+        ids = torch.randint(257, (rows, 64))
+        assert torch.equal(
+            token_by_token(own, ids, 64, cache=DynamicCache()), token_by_token(lean, ids, 64)
+        )
+        found = interleaved(
+            {
+                "transformers": lambda x=ids: token_by_token(own, x, 64, cache=DynamicCache()),
+                "lean": functools.partial(token_by_token, lean, ids, 64),
+            }
+        )
+        for name, t in found.items():
+            ratio = found["transformers"].over(t)
+            print(f"{rows} rows, {name}: {rows * 64 / t.median:.0f} tokens/s, {ratio:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
