@@ -85,16 +85,19 @@ def _seen(
     There the posterior is the prior, ``units * W``: it would only hold the weights where they are,
     as the padding of a short sequence would the transitions of a chain.
     """
-    scopes = torch.zeros(missing.shape[1], len(circuit.graph.regions), dtype=units.dtype)
-    for i, scope in enumerate(circuit.graph.scopes):
+    graph = circuit.graph
+    scopes = torch.zeros(missing.shape[1], len(graph.regions), dtype=units.dtype)
+    for i, scope in enumerate(graph.scopes):
         scopes[variables(scope), i] = 1
     blind = (~missing).to(units.dtype) @ scopes.to(units.device) == 0  # (B, regions)
     unseen = torch.zeros_like(flows)
-    for stage in circuit._run().stages:
-        used = units[:, stage.span].unflatten(1, (stage.groups, stage.units))
-        used = torch.where(blind[:, stage.regions, None], used, 0)
-        weight = stage.weights.gather(log_weights).exp()
-        stage.weights.add(unseen, weight * last_sum(used.movedim(0, -1))[..., None])
+    for i in blind.any(0).nonzero()[:, 0].tolist():
+        region, first = graph.regions[i], circuit.layered.weight_off[i]
+        if region.leaf is None:
+            own = slice(first, first + region.units * graph.num_products(region))
+            used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
+            weight = log_weights[own].view(region.units, -1).exp()
+            unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
     # Both have rounded: what is left of their difference there is no count.
     seen = flows - unseen
     return torch.where(seen > 1e3 * torch.finfo(flows.dtype).eps * flows, seen, 0)
