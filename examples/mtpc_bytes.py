@@ -104,9 +104,7 @@ def trained(
         model: Any = LlamaForCausalLM.from_pretrained(folder / "model").eval()
         known = json.loads((folder / "found.json").read_text())
         found = {kind: Found(**values) for kind, values in known.items()}
-        return model, {
-            kind: mtpc.Draft.load(model, folder / kind).eval() for kind in found
-        }, found
+        return model, {kind: mtpc.Draft.load(model, folder / kind).eval() for kind in found}, found
     model = train_model(train, sizes)
     console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats a byte")
     found = {kind: Found() for kind in ("ff", "cp", "hmm", "btree")}

@@ -19,32 +19,33 @@ def roomy_cache(room: int) -> Any:
     from transformers.cache_utils import Cache, DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        _buffers: tuple[Tensor, Tensor] | None = None
+        buffers: tuple[Tensor, Tensor] | None = None
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
-            first = not self.is_initialized
-            start = 0 if first else self.get_seq_length()
-            end = start + key_states.shape[-2]
-            if first:
+            if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            if first or self._buffers is None or self._buffers[0].shape[-2] < end:
-                size = max(room, end if start == 0 else 2 * end)
-                grown = [
-                    t.new_empty(*t.shape[:-2], size, t.shape[-1])
-                    for t in (key_states, value_states)
-                ]
-                if start:
-                    grown[0][..., :start, :], grown[1][..., :start, :] = self.keys, self.values
-                self._buffers = grown[0], grown[1]
-            keys, values = self._buffers
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            if self.buffers is None or not self.fits(end):
+                past = self.keys, self.values
+                size = max(room, 2 * end if start else end)
+                states = key_states, value_states
+                keys, values = (t.new_empty(*t.shape[:-2], size, t.shape[-1]) for t in states)
+                for buffer, before in zip((keys, values), past, strict=True):
+                    if start and before is not None:
+                        buffer[..., :start, :] = before
+                self.buffers = keys, values
+            keys, values = self.buffers
             keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
             self.keys, self.values = keys[..., :end, :], values[..., :end, :]
             return self.keys, self.values
 
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._buffers = None  # they hold other rows
+        def fits(self, end: int) -> bool:
+            """Whether the buffers have room, and still are what the keys are a view of."""
+            assert self.buffers is not None
+            own = self.keys is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
+            return own and self.buffers[0].shape[-2] >= end
 
     return Cache(layer_class_to_replicate=RoomyLayer)
