@@ -41,8 +41,8 @@ class Circuit(Parameters):
     does. Impossible data has log-probability ``-inf``, gradient zero and no NaN.
 
     A circuit of several root units is several distributions over one body: ``log_prob`` gives all
-    of them, and every other query needs ``root``, the number of one of them, or a tensor of one
-    per row, such as the class of each row.
+    of them where ``root`` is open, and every other query needs it: the number of one of them, or a
+    tensor of one per row, such as the class of each row.
 
     Args:
         graph: the structure.
