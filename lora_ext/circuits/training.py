@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -124,11 +124,11 @@ def _train(
     whole = isinstance(epochs, int) and epochs >= 1
     require(whole, f"{name}: epochs", "a whole number, at least 1", repr(epochs))
     listed = [batches] if isinstance(batches, Tensor) else batches
-    again = iter(listed) is not listed
     where, found = f"{name}: batches", type(listed).__name__
+    again = not isinstance(listed, Iterator)
     require(again, where, "batches that can be read again every epoch", f"a {found}")
     history: list[Epoch] = []
-    single = isinstance(batches, Tensor)
+    single = isinstance(listed, Sized) and len(listed) == 1
     for epoch in range(epochs):
         total, rows = 0.0, 0
         bar: Any = listed if progress is None else progress(listed)
@@ -179,20 +179,20 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
         num_variables: columns of the result; default is the longest.
 
     Returns:
-        ``(B, num_variables)``, -1 behind the ends of integers, NaN behind those of numbers.
+        ``(B, num_variables)``, int64 with -1 behind the ends, or NaN behind those of numbers.
 
     Raises:
-        ValueError: for no sequences, other dimensions, or one that is too long.
+        ValueError: for no sequences, other dimensions, several dtypes, or one that is too long.
     """
     require(len(sequences) > 0, "pad_sequences: sequences", "at least one", "none")
-    for i, s in enumerate(sequences):
-        found = f"shape {tuple(s.shape)}"
-        require(s.dim() == 1, f"pad_sequences: sequences[{i}]", "one dimension", found)
+    dtype = sequences[0].dtype
     size = max(map(len, sequences)) if num_variables is None else num_variables
     for i, s in enumerate(sequences):
-        few = len(s) <= size
-        require(few, f"pad_sequences: sequences[{i}]", f"at most {size} values", len(s))
-    first = sequences[0]
+        where = f"pad_sequences: sequences[{i}]"
+        require(s.dim() == 1, where, "one dimension", f"shape {tuple(s.shape)}")
+        require(s.dtype == dtype, where, f"{dtype} as in sequences[0]", s.dtype)
+        require(len(s) <= size, where, f"at most {size} values", len(s))
+    first = sequences[0] if dtype.is_floating_point else sequences[0].long()
     x = first.new_full((len(sequences), size), torch.nan if first.is_floating_point() else -1)
     for row, s in zip(x, sequences, strict=True):
         row[: len(s)] = s

@@ -39,6 +39,9 @@ def test_a_tensor_is_one_batch_of_full_steps():
     for epoch in history:
         assert epoch.log_prob == other.em_step(data()).item()
     assert torch.equal(one.weights, other.weights)
+    train_em(one, loader(data(), batch_size=60), epochs=1)  # so is a loader with a single batch
+    other.em_step(data())
+    close(one.weights, other.weights)
 
 
 @pytest.mark.parametrize("train", [train_em, train_gradient])
@@ -125,6 +128,9 @@ def test_floating_sequences_are_padded_with_nan():
         pad_sequences([torch.tensor([1]), torch.tensor([1, 2])], 1)
     with pytest.raises(ValueError, match=r"pad_sequences: sequences\[0\]: expected one dimension"):
         pad_sequences([torch.zeros(2, 2)])
+    with pytest.raises(ValueError, match=r"pad_sequences: sequences\[1\]: expected torch.int64 as"):
+        pad_sequences([torch.tensor([1]), torch.tensor([0.5])])
+    assert pad_sequences([torch.tensor([1], dtype=torch.uint8)], 2).tolist() == [[1, -1]]
     with pytest.raises(ValueError, match="pad_sequences: sequences: expected at least one"):
         pad_sequences([])
 
