@@ -110,7 +110,8 @@ def _train(
     began = time.perf_counter()
     manager = model.manager
     shared = SharedTensors(manager.model, shared_names(read_config(message)))
-    task = Task.read(message, context, {**manager.state_slice(), **shared.state()}, model.pattern)
+    state = {**manager.state_slice(), **shared.state()}
+    task = Task.read(message, context, state, model.pattern)
     manager.load_slice({k: v for k, v in task.tensors.items() if k not in task.shared})
     shared.load(task.tensors)
     plan = task.plan
@@ -127,4 +128,4 @@ def _train(
     found = {"train-time-s": time.perf_counter() - loaded, "down-time-s": loaded - began, **found}
     after = {**manager.state_slice(plan.layers, plan.ranks), **shared.state()}
     changes = {key: value - before[key] for key, value in after.items()}
-    return task.reply(after if task.sends_values else changes, found)
+    return task.reply(changes, found, state)

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from torch import Tensor
 
 from lora_ext.federated import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
+from lora_ext.federated.masked import masked_shapes
 from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
@@ -27,6 +28,9 @@ class Sending:
     send_frozen: bool
     pack: bool
     seed: int
+    payload: str
+    weighted: bool
+    max_update_norm: float | None
 
     def settings(self) -> dict[str, Any]:
         """What a client must know of it."""
@@ -37,7 +41,13 @@ class Sending:
             "others": "frozen" if self.send_frozen else "disabled",
             "pack": self.pack,
         }
-        return {**found, "shared": list(self.shared)} if self.shared else found
+        if self.shared:
+            found["shared"] = list(self.shared)
+        if self.payload == "dense_masked":
+            found |= {"payload": self.payload, "weighted": self.weighted}
+            if self.max_update_norm is not None:
+                found["max-update-norm"] = self.max_update_norm
+        return found
 
 
 @dataclasses.dataclass
@@ -96,7 +106,8 @@ class Round:
             require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
         echo = content.config_records[records.ECHO]
         self._check_echo(where, echo, self.plans[client])
-        tensors = self.unpack(where, client, content.array_records[records.LORA], echo)
+        arrays = content.array_records[records.LORA]
+        tensors = records.unpack(arrays, echo, self._shapes(self.plans[client]), where)
         examples = content.metric_records[records.METRICS].get("num-examples")
         return Update(client, examples, tensors, self.plans[client])
 
@@ -132,13 +143,12 @@ class Round:
             raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
         require(said == plan, where, "echo", plan, f"{said!s:.200}")
 
-    def unpack(
-        self, where: str, client: Client, record: ArrayRecord, echo: ConfigRecord
-    ) -> dict[str, Tensor]:
-        """The tensors of a reply."""
-        shapes = plan_shapes(self.state, self.plans[client], self.sending.pattern)
-        shapes |= {key: tuple(self.state[key].shape) for key in self.sending.shared}
-        return records.unpack(record, echo, shapes, where)
+    def _shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
+        """What a reply to a plan may have."""
+        if self.sending.payload == "dense_masked":
+            return masked_shapes(self.state, self.sending.pattern)
+        shapes = plan_shapes(self.state, plan, self.sending.pattern)
+        return shapes | {key: tuple(self.state[key].shape) for key in self.sending.shared}
 
     def _count(self, node: int, message: Message, way: str) -> None:
         """Add a message to the bytes of its client."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
+import torch
 from flwr.app import (
     ConfigRecord,
     ConfigRecordValues,
@@ -19,7 +20,7 @@ from flwr.app import (
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from lora_ext.federated import LayerPlan, plan_shapes
+from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
 from lora_ext.federated.layers import Others
 from lora_ext.ops._checks import require
 
@@ -130,18 +131,30 @@ class Task:
         entropy = [_integer(self.config, "seed"), self.round, self.client]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    @property
-    def sends_values(self) -> bool:
-        """Whether the reply has new values, and not their differences from those that came."""
-        return _one_of(self.config, "upload", ("delta", "value")) == "value"
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The global adapter as far as the message has it, and zeros, shaped as ``state`` is."""
+        found: dict[str, Tensor] = {}
+        for key, own in state.items():
+            value = self.tensors.get(key, own[:0])
+            found[key] = torch.zeros(own.shape, dtype=value.dtype)
+            found[key][tuple(map(slice, value.shape))] = value
+        return found
 
-    def reply(self, sent: Mapping[str, Tensor], metrics: Metrics) -> Message:
+    def reply(
+        self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
+    ) -> Message:
         """The reply.
 
         Args:
-            sent: the tensors of the plan, and the shared ones.
+            changes: of the tensors of the plan and the shared ones, from those that came.
             metrics: numbers, ``num-examples`` among them.
+            state: the adapter of the client's model, for names and shapes.
         """
+        sent = dict(changes)
+        if _one_of(self.config, "upload", ("delta", "value")) == "value":
+            sent = {key: self.tensors[key] + change for key, change in changes.items()}
+        if self.config.get("payload") == "dense_masked":
+            sent = self._masked(changes, metrics["num-examples"], state)
         record, manifest = records.pack(sent, bool(self.config.get("pack")))
         echo = {name: self.config[name] for name in _PLAN if name in self.config}
         content = RecordDict(
@@ -152,6 +165,18 @@ class Task:
             }
         )
         return Message(content, reply_to=self.message)
+
+    def _masked(
+        self, changes: Mapping[str, Tensor], examples: Any, state: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """All layers, times the weight of this client; a server needs no more than their sum."""
+        return masked_payload(
+            self.whole(state),
+            Update(self.client, examples, changes, self.plan),
+            weighted_by="num-examples" if self.config.get("weighted") else None,
+            max_update_norm=cast(float | None, self.config.get("max-update-norm")),
+            pattern=self.pattern,
+        )
 
 
 def shared_names(config: Mapping[str, Any]) -> list[str]:
