@@ -331,7 +331,8 @@ def test_a_node_that_was_not_asked_is_told_so():
 
     run(strategy, Wire(make_client_app(Classifier, batches), 3, stranger), rounds=1)
     (log,) = strategy.history
-    assert log.rejected == {1: "node 1: reply: expected none, as it was not asked, found one"}
+    reason = "node 1: reply: expected none, as it was not asked, found one"
+    assert log.rejected == {"node 1": reason}
     assert log.accepted == (0, 2)
 
 

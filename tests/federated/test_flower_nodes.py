@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from federated_rounds import same_bits
 from flower_apps import Classifier, Meddled, Suffixes, batches, initial, run
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
 from lora_ext.interop.flower import from_arrays
@@ -128,3 +129,31 @@ def test_bfloat16_travels_as_its_bits_and_stays_bfloat16():
     assert {value.dtype for value in end.values()} == {torch.bfloat16}
     assert all(bool(value.isfinite().all()) for value in end.values())
     assert not same_bits(end, start)
+
+
+def test_where_the_server_answers_for_a_lost_node_that_node_is_named():
+    """Flower's server has the node id 1, which may well be a client's name."""
+
+    class Lossy(Random):
+        def send_and_receive(self, messages, *, timeout=None):
+            messages = list(messages)
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            if not messages or messages[0].metadata.message_type != "train":
+                return replies
+            lost = Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=messages[2])
+            lost.metadata.__dict__["_src_node_id"] = 1
+            return [*replies[:2], lost]
+
+    late: list[Any] = []
+
+    class Strategy(LoraStrategy):
+        def timed_out(self, round, client, plan, seconds):
+            late.append((round, client, seconds))
+
+    strategy = Strategy(Suffixes(), capability=CAPABILITY)
+    grid = Lossy(make_client_app(Classifier, batches), {BIG: 0, BIG + 1: 1, BIG + 2: 2})
+    run(strategy, grid, rounds=1, timeout=9.0)
+    (log,) = strategy.history
+    assert log.accepted == (0, 1) and late == [(1, 2, 9.0)]
+    reason = "reply: expected one without error, found error 5: gone"
+    assert log.rejected == {2: f"node {BIG + 2}: {reason}"}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, RecordDict
+from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lora_ext.federated import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
@@ -16,6 +17,32 @@ from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
 from . import records
+
+# What the server says of a message or a node that it has lost.
+_UNANSWERED = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+
+
+class _Unanswered(ValueError):
+    """A reply that only says that there is none."""
+
+
+class Collected(NamedTuple):
+    """The replies of a round, sorted.
+
+    Attributes:
+        updates: what can be aggregated. contents: by client what the updates came with.
+        reasons: by client why a reply cannot; of a stranger by its node.
+        silent: the clients that gave no answer.
+    """
+
+    updates: list[Update]
+    contents: dict[Client, RecordDict]
+    reasons: dict[Client, str]
+    silent: list[Client]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +96,7 @@ class Round:
     sending: Sending
     comm: CommLog
     sent: float = dataclasses.field(default_factory=time.monotonic)
+    _asked: list[Metadata] = dataclasses.field(default_factory=list)
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
         """One for each node that is asked.
@@ -81,8 +109,35 @@ class Round:
         """
         messages = [self._message(node, client, config) for node, client in self.nodes.items()]
         for message in messages:
+            self._asked.append(message.metadata)
             self._count(message.metadata.dst_node_id, message, "down")
         return messages
+
+    def collect(self, replies: Iterable[Message]) -> Collected:
+        """Sort replies, each by itself."""
+        found = Collected([], {}, {}, [])
+        answered: set[Client] = set()
+        for reply in replies:
+            node = self.sender(reply)
+            client = self.nodes.get(node, f"node {node}")
+            try:
+                found.updates.append(self.read(reply))
+                found.contents[client] = reply.content
+            except ValueError as error:
+                found.reasons[client] = str(error)
+                if isinstance(error, _Unanswered):
+                    continue
+            answered.add(client)
+        found.silent.extend(client for client in self.plans if client not in answered)
+        return found
+
+    def sender(self, reply: Message) -> int:
+        """The node that a reply is of: where the server answers for one that it has lost, that."""
+        if reply.has_error():
+            for asked in self._asked:  # the grid has given the messages their ids
+                if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:
+                    return asked.dst_node_id
+        return reply.metadata.src_node_id
 
     def read(self, reply: Message) -> Update:
         """A reply as the aggregation takes it.
@@ -90,13 +145,14 @@ class Round:
         Raises:
             ValueError: what only the wire shows is wrong, naming node, key, expected and found.
         """
-        node = reply.metadata.src_node_id
+        node = self.sender(reply)
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
         self._count(node, reply, "up")
         if reply.has_error():
             found = f"error {reply.error.code}: {reply.error.reason!s:.500}"
-            raise ValueError(f"{where}: reply: expected one without error, found {found}")
+            kind = _Unanswered if reply.error.code in _UNANSWERED else ValueError
+            raise kind(f"{where}: reply: expected one without error, found {found}")
         client, content = self.nodes[node], reply.content
         for name, kind in (
             (records.ECHO, content.config_records),

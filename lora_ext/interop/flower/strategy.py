@@ -206,7 +206,7 @@ class LoraStrategy(FedAvg):
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Called for each client that has not answered.
+        """Called for each client that has not answered, or whose node the server has lost.
 
         Args:
             seconds: how long it was waited for: the timeout where one is known.
@@ -278,32 +278,24 @@ class LoraStrategy(FedAvg):
         if current is None or current.number != number:
             under_way = "none" if current is None else current.number
             raise ValueError(f"{WHERE}: round: expected {under_way}, under way, found {number}")
-        contents: dict[Client, RecordDict] = {}
-        updates: list[Update] = []
-        reasons: dict[Client, str] = {}
-        silent = dict(current.plans)
+        replies = list(replies)
+        updates, contents, reasons, silent = current.collect(replies)
         for reply in replies:
-            node = reply.metadata.src_node_id
-            client = current.nodes.get(node, node)
-            silent.pop(client, None)
-            try:
-                updates.append(current.read(reply))
-                contents[client] = reply.content
-            except ValueError as error:
-                reasons[client] = str(error)
             self._learn(current, reply)
         result = self._aggregate(current.state, updates)
         waited = float(self._timeout or time.monotonic() - current.sent)
-        late = {client: f"no reply within {waited:g} s" for client in silent}
-        for client, reason in {**result.rejected, **late}.items():
+        for client in silent:
+            node = current.node(client)
+            reasons.setdefault(client, f"node {node}: no reply within {waited:g} s")
+        for client, reason in result.rejected.items():
             reasons[client] = f"node {current.node(client)}: {reason}"
         self._write(current, result, reasons)
         for client in result.accepted:
             reported = records.numbers(contents[client].metric_records[records.METRICS])
             metrics = {**reported, "bytes": float(current.slice_bytes(client))}
             self.observe(number, client, current.plans[client], metrics)
-        for client, plan in silent.items():
-            self.timed_out(number, client, plan, waited)
+        for client in silent:
+            self.timed_out(number, client, current.plans[client], waited)
         if result.skipped:
             return current.record, None
         means = self.train_metrics_aggr_fn(
