@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from federated_rounds import same_bits
 from flower_apps import Classifier, Meddled, Suffixes, batches, initial, run
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
@@ -157,3 +158,20 @@ def test_where_the_server_answers_for_a_lost_node_that_node_is_named():
     assert log.accepted == (0, 1) and late == [(1, 2, 9.0)]
     reason = "reply: expected one without error, found error 5: gone"
     assert log.rejected == {2: f"node {BIG + 2}: {reason}"}
+
+
+def test_an_app_of_ones_own_says_who_it_is_in_its_echo_and_takes_nobodys_name():
+    inner = make_client_app(Classifier, lambda partition: batches(partition % 7))
+    own = ClientApp()  # answers no query
+
+    @own.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = inner(message, context)
+        if context.node_id in (BIG + 1, BIG + 2):
+            reply.content["echo"]["partition-id"] = 5
+        return reply
+
+    strategy = LoraStrategy(Suffixes())
+    run(strategy, Random(own, {BIG: None, BIG + 1: None, BIG + 2: None}), rounds=2)
+    assert strategy.history[0].accepted == (BIG, BIG + 1, BIG + 2)
+    assert strategy.history[1].accepted == (5, BIG, BIG + 2)

@@ -64,23 +64,31 @@ class Nodes:
             return
         queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
         patience = min(_PATIENCE, _PATIENCE if timeout is None else timeout)
-        replies = sorted(
-            grid.send_and_receive(queries, timeout=patience), key=lambda m: m.metadata.src_node_id
-        )
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if node not in new:
+        replies = {
+            reply.metadata.src_node_id: reply
+            for reply in grid.send_and_receive(queries, timeout=patience)
+        }
+        for node in new:
+            if node not in replies:
                 continue
             self._asked.add(node)
-            if reply.has_content():
-                self.learn(node, reply.content.config_records.get(NODE, {}), connected)
-            self._comm.record(0, self.client(node), up=message_bytes(reply))
-        for query in queries:
-            client = self.client(query.metadata.dst_node_id)
-            self._comm.record(0, client, down=message_bytes(query))
+            if replies[node].has_content():
+                said = replies[node].content.config_records.get(NODE, {})
+                self.learn(node, said, connected)
+        for query in sorted(queries, key=lambda q: self.client(q.metadata.dst_node_id)):
+            node = query.metadata.dst_node_id
+            up = message_bytes(replies[node]) if node in replies else 0
+            self._comm.record(0, self.client(node), up=up, down=message_bytes(query))
 
-    def learn(self, node: int, said: Mapping[str, Any], connected: Iterable[int]) -> None:
-        """Take up what a node says of itself, unless it is known already."""
+    def learn(
+        self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
+    ) -> None:
+        """Take up what a node says of itself, unless it is known already.
+
+        Args:
+            connected: whose partitions are taken; None for all nodes that are known.
+        """
+        connected = [*self._asked, *self._clients] if connected is None else connected
         count, partition = said.get(CAPABILITY), said.get(PARTITION)
         if type(count) is int:
             self._says.setdefault(node, count)

@@ -372,7 +372,7 @@ class LoraStrategy(FedAvg):
         node = reply.metadata.src_node_id
         if node in current.nodes and reply.has_content():
             echo = reply.content.config_records.get(records.ECHO, {})
-            self._nodes.learn(node, echo, current.nodes)
+            self._nodes.learn(node, echo)
 
     def _write(self, current: Round, result: Aggregate, reasons: dict[Client, str]) -> None:
         """Write the round down."""
