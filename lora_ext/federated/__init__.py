@@ -14,6 +14,7 @@ from .keys import LayerNotFound
 from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog
 from .masked import aggregate_masked, masked_payload
+from .partition import partition_dirichlet, partition_pathological
 from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
 from .plan import LayerPlan
 from .update import Update
@@ -35,6 +36,8 @@ __all__ = [
     "aggregate_masked",
     "masked_payload",
     "pack_tensors",
+    "partition_dirichlet",
+    "partition_pathological",
     "plan_bytes",
     "plan_shapes",
     "read_npy",
