@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = Path(__file__).with_name("federated_app")
@@ -107,7 +108,7 @@ def started(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[s
             process.wait()
 
 
-def federate(out: Path, env: dict[str, str], rounds: int, timeout: int) -> dict[str, object]:
+def federate(out: Path, env: dict[str, str], rounds: int, timeout: int) -> dict[str, Any]:
     """Run the federation and kill client 1 in round 2; what the server reports."""
     link, *nodes = free_ports(3)
     config = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link}"\n'
@@ -149,12 +150,12 @@ def wait_for(port: int, seconds: float = 60.0) -> None:
 
 def watch(
     victim: subprocess.Popen, env: Mapping[str, str], rounds: int, timeout: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Start the run, show what it says, and kill a client when round 2 begins."""
     flwr = Path(sys.executable).with_name("flwr")
     settings = f"num-server-rounds={rounds} timeout={timeout}"
     command = [str(flwr), "run", str(APP), "--stream", "--run-config", settings]
-    report: dict[str, object] = {}
+    report: dict[str, Any] = {"outside": [], "rounds": []}
     with subprocess.Popen(
         command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:
@@ -192,7 +193,7 @@ def main() -> int:
     report |= {"seconds": round(time.monotonic() - begun), "left over": list(left.values())}
     (args.out / "report.json").write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))
-    done = len(report.get("rounds", [])) == args.rounds  # type: ignore[arg-type]
+    done = len(report["rounds"]) == args.rounds
     return 0 if done and not left and not report["outside"] else 1
 
 

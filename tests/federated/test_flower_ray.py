@@ -16,7 +16,6 @@ from flower_simulation import strategy
 
 from lora_ext.federated import LocalGrid, RoundLog, make_client_app
 
-pytest.importorskip("ray", reason="Flower's simulation needs `pip install flwr[simulation]`")
 ROOT = Path(__file__).parents[2]
 SECONDS = 240
 
@@ -30,6 +29,10 @@ def deployment():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="Flower's simulation needs `pip install flwr[simulation]`",
+)
 def test_four_nodes_with_ray_do_what_they_do_here_and_leave_nothing(tmp_path):
     tools = deployment()
     env = {

@@ -14,7 +14,7 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
-from .model import Model
+from .model import Model, check_scaling
 from .tasks import Settings, Task, failed, who
 
 State = Mapping[str, Tensor]
@@ -86,6 +86,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
     """The app of a model, whose clients are made for each round."""
 
     def prepare(task: Task) -> ClientSpec:
+        check_scaling(model.manager, task.config)
         settings = Settings.of(task.config)
         return ClientSpec(
             task.client,
@@ -116,6 +117,7 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
     manager = LoraLayerManager(batched.model, batched.pattern, batched.adapter)
 
     def prepare(task: Task) -> Any:
+        check_scaling(manager, task.config)
         found, expected = task.others, batched.others
         require(found == expected, "LocalGrid", "client_app", f"others {found!r}", repr(expected))
         return names[task.partition]
@@ -144,4 +146,4 @@ def _reply(task: Task, update: Update, seconds: Mapping[str, float], state: Stat
     if update.failed:
         return failed(task.message, ArithmeticError("the loss or the update is not finite"))
     metrics = {**seconds, "num-examples": update.num_examples, "train-loss": update.loss}
-    return task.reply(update.tensors, metrics, state)
+    return task.reply(task.cut(update.tensors), metrics, state)

@@ -12,6 +12,7 @@ record       direction   content
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -78,6 +79,17 @@ def unpack(
         for key in record:
             require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "none that it has")
     return unpack_tensors(_payload(record, settings, where), shapes, where)
+
+
+def said_shapes(
+    record: Mapping[str, Array], settings: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that a message says it has; :func:`unpack` compares them with the bytes."""
+    if "names" not in settings:
+        return {key: tuple(array.shape) for key, array in record.items()}
+    sizes = iter(settings.get("sizes", []))
+    dims = zip(settings["names"], settings.get("dims", []), strict=False)
+    return {name: tuple(itertools.islice(sizes, dim)) for name, dim in dims}
 
 
 def plan_of(settings: Mapping[str, Any]) -> LayerPlan:

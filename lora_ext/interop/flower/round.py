@@ -58,6 +58,7 @@ class Sending:
     payload: str
     weighted: bool
     max_update_norm: float | None
+    scaling: float | None
 
     def settings(self) -> dict[str, Any]:
         """What a client must know of it."""
@@ -70,6 +71,8 @@ class Sending:
         }
         if self.shared:
             found["shared"] = list(self.shared)
+        if self.scaling is not None:
+            found["scaling"] = float(self.scaling)
         if self.payload == "dense_masked":
             found |= {"payload": self.payload, "weighted": self.weighted}
             if self.max_update_norm is not None:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -27,6 +27,7 @@ from lora_ext.federated.update import Client, NanPolicy, Upload
 from lora_ext.ops._checks import require
 
 from . import records
+from .allocator import Allocator
 from .masked_replies import aggregate_replies
 from .nodes import Capability, Nodes, connected, drawn
 from .round import Round, Sending
@@ -35,14 +36,6 @@ WHERE = "LoraStrategy"
 Payload = Literal["sliced", "dense_masked"]
 
 _log = logging.getLogger("flwr")
-
-
-class Allocator(Protocol):
-    """Decides who trains what."""
-
-    def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """The plan of one client, of at most ``capability`` layers; without any it is not asked."""
-        ...
 
 
 class LoraStrategy(FedAvg):
@@ -62,8 +55,10 @@ class LoraStrategy(FedAvg):
             a :meth:`plan_round` of its own.
         capability: by client how many layers it can train: a mapping, a function, or None for what
             the nodes say of themselves, and all layers where they say nothing. 0: never asked.
-        weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr, scaling,
+        weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr,
             partial_ok, pattern, shared: as for :func:`lora_ext.federated.aggregate`.
+        scaling: s of ``s B A``, for all modules or by each one's name. One number is compared with
+            the client's model, which otherwise answers with an error; None is not compared.
         send_frozen: whether a client also gets the layers that it does not train, and applies them
             (Fed-HeLLo); without them it trains as if the adapter had its planned layers alone
             (LEGEND).
@@ -100,7 +95,7 @@ class LoraStrategy(FedAvg):
         nan_policy: NanPolicy = "drop_client",
         min_replies: int = 1,
         server_lr: float = 1.0,
-        scaling: float | Mapping[str, float] = 1.0,
+        scaling: float | Mapping[str, float] | None = None,
         partial_ok: bool = False,
         pattern: str = PATTERN,
         shared: Sequence[str] = (),
@@ -137,24 +132,24 @@ class LoraStrategy(FedAvg):
         self.on_reject = on_reject
         self.seed = seed
         self.shared = tuple(shared)
-        weighted = weighted_by is not None
         self._sending = Sending(
-            pattern,
-            self.shared,
-            upload,
-            send_frozen,
-            pack,
-            seed,
-            payload,
-            weighted,
-            max_update_norm,
+            pattern=pattern,
+            shared=self.shared,
+            upload=upload,
+            send_frozen=send_frozen,
+            pack=pack,
+            seed=seed,
+            payload=payload,
+            weighted=weighted_by is not None,
+            max_update_norm=max_update_norm,
+            scaling=scaling if isinstance(scaling, int | float) else None,
         )
         self._rules: dict[str, Any] = {
             "rank_agg": rank_agg,
             "upload": upload,
             "weighted_by": weighted_by,
             "server_lr": server_lr,
-            "scaling": scaling,
+            "scaling": 1.0 if scaling is None else scaling,
             "nan_policy": nan_policy,
             "max_update_norm": max_update_norm,
             "min_replies": min_replies,
@@ -172,8 +167,12 @@ class LoraStrategy(FedAvg):
 
     # --- hooks -------------------------------------------------------------------------------
 
-    def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Called with the global adapter before the plans of a round are made."""
+    def before_round(self, round: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """Called with the global adapter before the plans of a round are made.
+
+        Returns:
+            None, or the adapter to go on with, such as one of other ranks.
+        """
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
         """Those of the connected clients that are asked, out of all with a capability above 0.
@@ -245,9 +244,11 @@ class LoraStrategy(FedAvg):
         """
         number = self._before + server_round
         state = records.from_arrays(arrays, f"{WHERE}: arrays")
+        changed = self.before_round(number, state)
+        if changed is not None:
+            state, arrays = dict(changed), records.to_arrays(changed)
         pairs = layer_pairs(f"{WHERE}: arrays", state, self._sending.pattern)
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
-        self.before_round(number, state)
         first = server_round == 1
         nodes = connected(grid, self.min_available_nodes if first else 1, self._timeout)
         self._nodes.meet(grid, nodes, self._timeout)

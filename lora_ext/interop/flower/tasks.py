@@ -21,6 +21,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
+from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.layers import Others
 from lora_ext.ops._checks import require
 
@@ -72,7 +73,7 @@ class Task:
     Attributes:
         message: to reply to. config: its settings. plan, round, client: of them.
         partition: whose data to train on.
-        tensors: what it carries, of the shapes that the model has or the plan cuts.
+        tensors: what it carries, at the ranks of the plan, or at any that the model can hold.
         others: what the layers outside the plan are. shared: names beside the adapter's.
         pattern: finds the index of a layer in a name.
     """
@@ -102,14 +103,14 @@ class Task:
         """
         config = records.read_config(message)
         plan, shared = records.plan_of(config), shared_names(config)
-        shapes = plan_shapes(state, plan, pattern)
         others = _one_of(config, "others", ("frozen", "disabled"))
-        for key, value in state.items():
-            if others == "frozen" or key in shared:
-                shapes.setdefault(key, tuple(value.shape))
         arrays = message.content.array_records
         require(records.LORA in arrays, "message", "records", f"{records.LORA!r}", sorted(arrays))
-        tensors = records.unpack(arrays[records.LORA], config, shapes, "message")
+        record = arrays[records.LORA]
+        said = records.said_shapes(record, config)
+        shapes = _shapes(said, state, plan, others == "frozen", pattern)
+        shapes |= {key: tuple(state[key].shape) for key in shared}
+        tensors = records.unpack(record, config, shapes, "message")
         missing = [key for key in shapes if key not in tensors]
         require(not missing, "message", "lora", f"{len(shapes)} tensors", f"none of {missing[:3]}")
         return cls(
@@ -130,6 +131,12 @@ class Task:
         """Of whatever this client draws in this round: a function of seed, round and client."""
         entropy = [_integer(self.config, "seed"), self.round, self.client]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ranks that the message has, of tensors at the ranks of the model."""
+        return {
+            key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
+        }
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The global adapter as far as the message has it, and zeros, shaped as ``state`` is."""
@@ -177,6 +184,28 @@ class Task:
             max_update_norm=cast(float | None, self.config.get("max-update-norm")),
             pattern=self.pattern,
         )
+
+
+def _shapes(
+    said: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Tensor],
+    plan: LayerPlan,
+    frozen: bool,
+    pattern: str,
+) -> dict[str, tuple[int, ...]]:
+    """What a message must have: the plan's ranks, else those that it says, up to the model's."""
+    shapes = plan_shapes(state, plan, pattern)
+    for pair in layer_pairs("message: model", state, pattern):
+        planned = pair.layer in plan.layers
+        if not planned and not frozen:
+            continue
+        for axis, key in enumerate((pair.a, pair.b)):
+            sizes = list(shapes.get(key, state[key].shape))
+            found = said.get(key, ())
+            if (plan.ranks is None or not planned) and len(found) == len(sizes):
+                sizes[axis] = min(max(found[axis], 1), sizes[axis])
+            shapes[key] = tuple(sizes)
+    return shapes
 
 
 def shared_names(config: Mapping[str, Any]) -> list[str]:
