@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from lora_ext.federated import LayerPlan, LoraLayerManager
-from lora_ext.interop.flower import LoraStrategy, to_arrays
+from lora_ext.interop.flower import LocalGrid, LoraStrategy, to_arrays
 from lora_ext.nn import LoraLinear
 
 WIDTH, RANK, LAYERS, CLASSES = 6, 3, 3, 4
@@ -66,3 +68,41 @@ def run(
 ):
     """A whole run; Flower's result."""
     return strategy.start(grid, to_arrays(state or initial()), rounds, **settings)
+
+
+class Meddled(ClientApp):
+    """An app some of whose nodes send something else than it replies.
+
+    ``meddle`` has for a node a function of its reply, which changes it or returns another.
+    """
+
+    def __init__(self, app: ClientApp, meddle: Mapping[int, Callable[[Message], Any]]):
+        super().__init__()
+        self.app = app
+        self.meddle = meddle
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = self.app(message, context)
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type == "train" and node in self.meddle:
+            return self.meddle[node](reply) or reply
+        return reply
+
+
+class Wire(LocalGrid):
+    """A grid that adds up what passes, and hands replies to ``change`` before the strategy."""
+
+    def __init__(self, app: Any, nodes: int, change: Callable[[list[Message]], Any] | None = None):
+        super().__init__(app, nodes)
+        self.change = change or list
+        self.down = self.up = 0
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        self.down += sum(r.count_bytes() for m in messages for r in m.content.values())
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        if any(m.metadata.message_type == "train" for m in messages):
+            replies = list(self.change(replies))
+        answered = [reply for reply in replies if reply.has_content()]
+        self.up += sum(r.count_bytes() for m in answered for r in m.content.values())
+        return replies

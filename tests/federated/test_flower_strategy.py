@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from federated_rounds import same_bits
 from flower_apps import Classifier, Suffixes, batches, initial, run
 
@@ -74,6 +75,51 @@ def test_a_subclass_plans_for_all_at_once_and_sees_every_reply():
     ]
 
 
+class Shrinking(LoraStrategy):
+    """From round 2 on, the last layer has rank 1."""
+
+    def before_round(self, round, state):
+        if round == 2:
+            cut = {
+                key: value[:1] if "lora_A" in key else value[:, :1] for key, value in state.items()
+            }
+            return {k: cut[k] if ".layers.2." in k else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_ranks_may_change_between_rounds(pack):
+    """A client's model has the largest rank, and trains at the one that comes."""
+    ends = []
+    for backend in ("loop", "batched"):
+        strategy = Shrinking(Suffixes(), capability={0: 0, 1: 1, 2: 2}, pack=pack)
+        ends.append(from_arrays(run(strategy, local(backend=backend), rounds=3).arrays))
+        assert [log.accepted for log in strategy.history] == [(1, 2)] * 3
+    ranks = {k.split(".")[3]: v.shape[0] for k, v in ends[0].items() if "lora_A" in k}
+    assert ranks == {"0": 3, "1": 3, "2": 1}
+    for key, value in ends[0].items():
+        assert (value - ends[1][key]).abs().max() < 1e-5, key
+
+
+def test_a_global_adapter_that_the_model_cannot_hold_is_an_error_reply():
+    state = {
+        key: torch.cat([value, value], 0 if "lora_A" in key else 1)
+        for key, value in initial().items()
+    }
+    strategy = LoraStrategy(Suffixes())
+    run(strategy, local(1), rounds=1, state=state)
+    assert "expected shape [3, 6], found shape [6, 6]" in strategy.history[0].rejected[0]
+
+
 def test_one_without_an_allocator_says_so():
     with pytest.raises(ValueError, match="allocator: expected one, or an own plan_round"):
         run(LoraStrategy(), local())
+
+
+@pytest.mark.parametrize("trained_in", ["loop", "batched"])
+def test_a_client_with_another_scale_is_an_error_reply(trained_in):
+    for scaling, accepted in ((2 / 3, (0,)), (1.0, ())):  # alpha 2, rank 3
+        strategy = LoraStrategy(Suffixes(), scaling=scaling)
+        run(strategy, local(1, backend=trained_in), rounds=1)
+        assert strategy.history[0].accepted == accepted
+    reason = "message: scaling of layers.0: expected 1, found 0.666667"
+    assert reason in strategy.history[0].rejected[0]

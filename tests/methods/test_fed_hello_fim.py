@@ -14,8 +14,8 @@ from adapted_models import KINDS, adapted
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.federated import LayerPlan, LoraLayerManager
-from lora_ext.methods.fed_hello import EmptyProxySet, LayerNotFound, fim_scores
+from lora_ext.federated import LayerNotFound, LayerPlan, LoraLayerManager
+from lora_ext.methods.fed_hello import EmptyProxySet, fim_scores
 from lora_ext.nn import LoraLinear, block_index, shift_labels
 
 PATTERN = r"layers\.(\d+)\."

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
@@ -15,12 +14,13 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
-from .model import Model
+from .model import Model, check_scaling
 from .tasks import Settings, Task, failed, who
 
+State = Mapping[str, Tensor]
 #: Trains the clients of some tasks together, from the global adapter. With each task comes what
 #: ``prepare`` has made of it.
-TrainFn = Callable[[list[tuple[Task, Any]], Mapping[str, Tensor]], list[Update]]
+TrainFn = Callable[[list[tuple[Task, Any]], State], list[Update]]
 
 
 class BatchedApp(ClientApp):
@@ -37,7 +37,7 @@ class BatchedApp(ClientApp):
         self,
         prepare: Callable[[Task], Any],
         train: TrainFn,
-        state: Callable[[], Mapping[str, Tensor]],
+        state: Callable[[], State],
         pattern: str,
     ):
         super().__init__()
@@ -75,7 +75,7 @@ class BatchedApp(ClientApp):
             "down-time-s": (loaded - began) / share,
         }
         for (place, (task, _)), update in zip(tasks.items(), updates, strict=True):
-            replies[place] = _reply(task, update, seconds)
+            replies[place] = _reply(task, update, seconds, state)
         return [replies[place] for place in range(len(pairs))]
 
     def _alone(self, message: Message, context: Context) -> Message:
@@ -86,6 +86,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
     """The app of a model, whose clients are made for each round."""
 
     def prepare(task: Task) -> ClientSpec:
+        check_scaling(model.manager, task.config)
         settings = Settings.of(task.config)
         return ClientSpec(
             task.client,
@@ -95,7 +96,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
             seed=settings.seed,
         )
 
-    def train(tasks: list[tuple[Task, Any]], state: Mapping[str, Tensor]) -> list[Update]:
+    def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:
         first = tasks[0][0]
         batched = BatchedClients(
             model.manager.model,
@@ -116,11 +117,12 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
     manager = LoraLayerManager(batched.model, batched.pattern, batched.adapter)
 
     def prepare(task: Task) -> Any:
+        check_scaling(manager, task.config)
         found, expected = task.others, batched.others
         require(found == expected, "LocalGrid", "client_app", f"others {found!r}", repr(expected))
         return names[task.partition]
 
-    def train(tasks: list[tuple[Task, Any]], state: Mapping[str, Tensor]) -> list[Update]:
+    def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:
         plans = {name: task.plan for task, name in tasks}
         updates = {u.client: u for u in batched.run_round(plans, state, tasks[0][0].round)}
         return [updates[name] for _, name in tasks]
@@ -128,26 +130,20 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
     return BatchedApp(prepare, train, manager.state_slice, batched.pattern)
 
 
-def _union(tasks: Iterable[Task], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _union(tasks: Iterable[Task], state: State) -> dict[str, Tensor]:
     """The global adapter, as far as any of the messages has it; nobody uses the rest."""
-    widest: dict[str, Tensor] = {}
-    for task in tasks:
-        for key, value in task.tensors.items():
-            if key not in widest or value.numel() > widest[key].numel():
-                widest[key] = value
     found: dict[str, Tensor] = {}
-    for key, own in state.items():
-        value = widest.get(key, own[:0])
-        found[key] = torch.zeros(own.shape, dtype=value.dtype)
-        found[key][tuple(map(slice, value.shape))] = value
+    sizes: dict[str, int] = {}
+    for task in tasks:
+        for key, value in task.whole(state).items():
+            size = task.tensors[key].numel() if key in task.tensors else 0
+            if size >= sizes.get(key, 0):
+                found[key], sizes[key] = value, size
     return found
 
 
-def _reply(task: Task, update: Update, seconds: Mapping[str, float]) -> Message:
+def _reply(task: Task, update: Update, seconds: Mapping[str, float], state: State) -> Message:
     if update.failed:
         return failed(task.message, ArithmeticError("the loss or the update is not finite"))
-    sent = dict(update.tensors)
-    if task.sends_values:
-        sent = {key: task.tensors[key] + change for key, change in sent.items()}
     metrics = {**seconds, "num-examples": update.num_examples, "train-loss": update.loss}
-    return task.reply(sent, metrics)
+    return task.reply(task.cut(update.tensors), metrics, state)

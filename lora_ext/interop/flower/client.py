@@ -17,7 +17,7 @@ from lora_ext.federated.keys import PATTERN
 from lora_ext.ops._checks import require
 
 from .batched_app import in_one_batch
-from .model import Model, SharedTensors
+from .model import Model, SharedTensors, check_scaling
 from .records import read_config
 from .tasks import Metrics, Settings, Task, shared_names, who
 
@@ -110,12 +110,13 @@ def _train(
     began = time.perf_counter()
     manager = model.manager
     shared = SharedTensors(manager.model, shared_names(read_config(message)))
-    task = Task.read(message, context, {**manager.state_slice(), **shared.state()}, model.pattern)
+    state = {**manager.state_slice(), **shared.state()}
+    task = Task.read(message, context, state, model.pattern)
+    check_scaling(manager, task.config)
     manager.load_slice({k: v for k, v in task.tensors.items() if k not in task.shared})
     shared.load(task.tensors)
-    plan = task.plan
-    before = {**manager.state_slice(plan.layers, plan.ranks), **shared.state()}
-    manager.apply(plan, others=task.others)
+    before = task.cut({**manager.state_slice(task.plan.layers), **shared.state()})
+    manager.apply(task.plan, others=task.others)
     loaded = time.perf_counter()
     batches = data_fn(task.partition)
     found: dict[str, Any] = {"num-examples": 0}
@@ -125,6 +126,6 @@ def _train(
             found = dict(train_fn(manager.model, batches, task.config))
         found.setdefault("num-examples", sum(rows_in(batch, WHERE) for batch in batches))
     found = {"train-time-s": time.perf_counter() - loaded, "down-time-s": loaded - began, **found}
-    after = {**manager.state_slice(plan.layers, plan.ranks), **shared.state()}
+    after = task.cut({**manager.state_slice(task.plan.layers), **shared.state()})
     changes = {key: value - before[key] for key, value in after.items()}
-    return task.reply(after if task.sends_values else changes, found)
+    return task.reply(changes, found, state)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.federated import LoraLayerManager
+from lora_ext.nn import adapted_layers
 from lora_ext.ops._checks import require
 
 _kept: dict[str, LoraLayerManager] = {}
@@ -35,6 +38,20 @@ class Model:
             _kept.clear()
             _kept[self._token] = LoraLayerManager(self._model_fn(), self.pattern, self.adapter)
         return _kept[self._token]
+
+
+def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
+    """Compare the scale of the adapter with the server's, where that says one.
+
+    Raises:
+        ValueError: another one; averaged with the others, the adapter would be none of theirs.
+    """
+    if "scaling" not in config:
+        return
+    for name, layer in adapted_layers(manager.model, manager.adapter).items():
+        found: float = cast(Any, layer).scaling[manager.adapter]
+        same = math.isclose(found, config["scaling"], rel_tol=1e-6)
+        require(same, "message", f"scaling of {name}", f"{config['scaling']:g}", f"{found:g}")
 
 
 class SharedTensors:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from lora_ext.federated.logs import CommLog
+from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
 from .records import message_bytes
@@ -18,6 +22,8 @@ NODE = "node"  # the record of what a node says of itself
 PARTITION, CAPABILITY = "partition-id", "capability"
 
 Capability = Mapping[int, int] | Callable[[int], int] | None
+
+_PATIENCE = 60.0  # seconds for a query, within which a simulation with Ray has started
 
 _log = logging.getLogger("flwr")
 
@@ -49,25 +55,59 @@ class Nodes:
     def meet(self, grid: Grid, nodes: Iterable[int], timeout: float | None) -> None:
         """Ask the nodes that are new who they are.
 
-        One that gives no answer, or has no partition, goes by its node id.
+        One that has no partition goes by its node id; so does one that gives no answer, until it
+        is asked again in the next round.
         """
         connected = list(nodes)
         new = [node for node in connected if node not in self._asked]
         if not new:
             return
         queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
-        replies = sorted(
-            grid.send_and_receive(queries, timeout=timeout), key=lambda m: m.metadata.src_node_id
-        )
-        self._asked.update(new)
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if node in new and reply.has_content():
-                self._learn(node, reply.content, connected)
-            self._comm.record(0, self.client(node), up=message_bytes(reply))
-        for query in queries:
-            client = self.client(query.metadata.dst_node_id)
-            self._comm.record(0, client, down=message_bytes(query))
+        patience = min(_PATIENCE, _PATIENCE if timeout is None else timeout)
+        replies = {
+            reply.metadata.src_node_id: reply
+            for reply in grid.send_and_receive(queries, timeout=patience)
+        }
+        for node in new:
+            if node not in replies:
+                continue
+            self._asked.add(node)
+            if replies[node].has_content():
+                said = replies[node].content.config_records.get(NODE, {})
+                self.learn(node, said, connected)
+        for query in sorted(queries, key=lambda q: self.client(q.metadata.dst_node_id)):
+            node = query.metadata.dst_node_id
+            up = message_bytes(replies[node]) if node in replies else 0
+            self._comm.record(0, self.client(node), up=up, down=message_bytes(query))
+
+    def learn(
+        self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
+    ) -> None:
+        """Take up what a node says of itself, unless it is known already.
+
+        Args:
+            connected: whose partitions are taken; None for all nodes that are known.
+        """
+        connected = [*self._asked, *self._clients] if connected is None else connected
+        count, partition = said.get(CAPABILITY), said.get(PARTITION)
+        if type(count) is int:
+            self._says.setdefault(node, count)
+        if node in self._clients or type(partition) is not int or not 0 <= partition < 2**63:
+            return
+        holders = [n for n in connected if n != node and self.client(n) == partition]
+        if holders:
+            _log.warning(
+                "node %d: partition-id %d is that of node %d, which is connected: it goes by its "
+                "node id",
+                node,
+                partition,
+                holders[0],
+            )
+            return
+        for other in [n for n, client in self._clients.items() if client == partition]:
+            del self._clients[other]  # it has left; should it return, it is asked again
+            self._asked.discard(other)
+        self._clients[node] = partition
 
     def capability(self, node: int, num_layers: int) -> int:
         """How many layers a node can train.
@@ -91,10 +131,27 @@ class Nodes:
         require(0 <= found <= num_layers, where, name, f"0 to {num_layers} layers", found)
         return found
 
+    def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
+        """The nodes that can train, and how many layers.
+
+        Args:
+            strict: raises :meth:`capability`'s ValueError; else such a node is left out.
+        """
+        found: dict[int, int] = {}
+        for node in nodes:
+            try:
+                found[node] = self.capability(node, num_layers)
+            except ValueError as error:
+                if strict:
+                    raise
+                _log.warning("node %d is left out: %s", node, error)
+        return {node: count for node, count in found.items() if count > 0}
+
     def state_dict(self) -> dict[str, Any]:
         """Lists of numbers, for JSON."""
         return {
-            "clients": [[node, self.client(node)] for node in sorted(self._asked)],
+            "asked": sorted(self._asked),
+            "clients": [[node, client] for node, client in sorted(self._clients.items())],
             "says": [[node, count] for node, count in sorted(self._says.items())],
         }
 
@@ -102,26 +159,19 @@ class Nodes:
         """Take up what :meth:`state_dict` gave."""
         self._clients = {node: client for node, client in state["clients"]}
         self._says = {node: count for node, count in state["says"]}
-        self._asked = set(self._clients)
+        self._asked = set(state["asked"])
 
-    def _learn(self, node: int, content: RecordDict, connected: list[int]) -> None:
-        said = content.config_records.get(NODE, {})
-        count, partition = said.get(CAPABILITY), said.get(PARTITION)
-        if type(count) is int:
-            self._says[node] = count
-        if type(partition) is not int or not 0 <= partition < 2**63:
-            return
-        holders = [n for n in connected if n != node and self.client(n) == partition]
-        if holders:
-            _log.warning(
-                "node %d: partition-id %d is that of node %d, which is connected: it goes by its "
-                "node id",
-                node,
-                partition,
-                holders[0],
-            )
-            return
-        for other in [n for n, client in self._clients.items() if client == partition]:
-            del self._clients[other]  # it has left; should it return, it is asked again
-            self._asked.discard(other)
-        self._clients[node] = partition
+
+def connected(grid: Grid, least: int, timeout: float | None) -> list[int]:
+    """The nodes that are there, after a wait for so many of them."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < end:
+        _log.info("Waiting for nodes: %d connected, at least %d needed", len(nodes), least)
+        time.sleep(min(1.0, max(end - time.monotonic(), 0.0)))
+    return nodes
+
+
+def drawn(names: Iterable[Client], count: int, *key: int) -> list[Client]:
+    """So many of the names, by a lot for each that depends on the key and the name alone."""
+    lots = {name: np.random.default_rng([*key, int(name)]).random() for name in names}
+    return sorted(sorted(lots, key=lambda name: (lots[name], name))[:count])

@@ -12,10 +12,12 @@ record       direction   content
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from lora_ext.federated.payload import Payload, pack_tensors, read_npy, unpack_tensors
@@ -79,6 +81,17 @@ def unpack(
     return unpack_tensors(_payload(record, settings, where), shapes, where)
 
 
+def said_shapes(
+    record: Mapping[str, Array], settings: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that a message says it has; :func:`unpack` compares them with the bytes."""
+    if "names" not in settings:
+        return {key: tuple(array.shape) for key, array in record.items()}
+    sizes = iter(settings.get("sizes", []))
+    dims = zip(settings["names"], settings.get("dims", []), strict=False)
+    return {name: tuple(itertools.islice(sizes, dim)) for name, dim in dims}
+
+
 def plan_of(settings: Mapping[str, Any]) -> LayerPlan:
     """The plan that a ``config`` or an ``echo`` carries; errors are :class:`LayerPlan`'s."""
     return LayerPlan.from_config(settings)
@@ -135,6 +148,19 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
         for key, value in record.items()
         if type(value) is float or (type(value) is int and abs(value) < _MOST)
     }
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
+    """The weighted mean of each number over the clients that report a finite one."""
+    sums: dict[str, tuple[float, float]] = {}
+    for content in contents:
+        found = numbers(next(iter(content.metric_records.values()), {}))
+        weight = found.pop(weighted_by, 0.0)
+        for name, value in found.items():
+            if math.isfinite(value) and 0 < weight < math.inf:
+                total, weights = sums.get(name, (0.0, 0.0))
+                sums[name] = total + weight * value, weights + weight
+    return MetricRecord({name: total / weights for name, (total, weights) in sums.items()})
 
 
 def _record(payload: Payload) -> ArrayRecord:

@@ -35,7 +35,7 @@ def make_server_app(
     """The server of a federation, for any of Flower's engines and for ``LocalGrid``.
 
     The run configuration of the app may say otherwise than ``num_rounds`` and ``timeout``, as
-    ``num-server-rounds`` and ``timeout``; its other entries join ``train_config``.
+    ``num-server-rounds`` and ``timeout``; its other numbers join ``train_config``.
 
     Args:
         strategy_fn: the strategy, made when the app runs.
@@ -55,7 +55,8 @@ def make_server_app(
         strategy = strategy_fn()
         manager = Model(model_fn, pattern, adapter).manager
         shared = SharedTensors(manager.model, list(strategy.shared))
-        settings = {**(train_config or {}), **context.run_config}
+        said = {k: v for k, v in context.run_config.items() if isinstance(v, int | float)}
+        settings = {**(train_config or {}), **said}
 
         def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if eval_fn is None:

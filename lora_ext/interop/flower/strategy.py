@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast, get_args
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
@@ -23,26 +21,21 @@ from lora_ext.federated import (
     Update,
     aggregate,
 )
-from lora_ext.federated.aggregation import RankAgg
+from lora_ext.federated.aggregation import RankAgg, check_settings
 from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
 from lora_ext.federated.update import Client, NanPolicy, Upload
 from lora_ext.ops._checks import require
 
 from . import records
-from .nodes import Capability, Nodes
+from .allocator import Allocator
+from .masked_replies import aggregate_replies
+from .nodes import Capability, Nodes, connected, drawn
 from .round import Round, Sending
 
 WHERE = "LoraStrategy"
+Payload = Literal["sliced", "dense_masked"]
 
 _log = logging.getLogger("flwr")
-
-
-class Allocator(Protocol):
-    """Decides who trains what."""
-
-    def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """The plan of one client, of at most ``capability`` layers; without any it is not asked."""
-        ...
 
 
 class LoraStrategy(FedAvg):
@@ -62,12 +55,17 @@ class LoraStrategy(FedAvg):
             a :meth:`plan_round` of its own.
         capability: by client how many layers it can train: a mapping, a function, or None for what
             the nodes say of themselves, and all layers where they say nothing. 0: never asked.
-        weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr, scaling,
+        weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr,
             partial_ok, pattern, shared: as for :func:`lora_ext.federated.aggregate`.
+        scaling: s of ``s B A``, for all modules or by each one's name. One number is compared with
+            the client's model, which otherwise answers with an error; None is not compared.
         send_frozen: whether a client also gets the layers that it does not train, and applies them
             (Fed-HeLLo); without them it trains as if the adapter had its planned layers alone
             (LEGEND).
         pack: sends all tensors of a message as one array, which saves framing.
+        payload: "dense_masked" has every client send all layers, times its weight and zeros where
+            it trained nothing, of which the server needs the sums alone (``masked_payload``): the
+            "covered" mean at the price of all bytes, and the only one.
         seed: of the draw of clients and, on the clients, of dropout.
         on_reject: ``on_reject(round, client, reason)`` for each rejected reply.
         fedavg: further arguments of Flower's ``FedAvg``. By default clients do not evaluate, and a
@@ -97,12 +95,13 @@ class LoraStrategy(FedAvg):
         nan_policy: NanPolicy = "drop_client",
         min_replies: int = 1,
         server_lr: float = 1.0,
-        scaling: float | Mapping[str, float] = 1.0,
+        scaling: float | Mapping[str, float] | None = None,
         partial_ok: bool = False,
         pattern: str = PATTERN,
         shared: Sequence[str] = (),
         send_frozen: bool = True,
         pack: bool = False,
+        payload: Payload = "sliced",
         seed: int = 0,
         on_reject: Callable[[int, Client, str], None] | None = None,
         **fedavg: Any,
@@ -111,26 +110,46 @@ class LoraStrategy(FedAvg):
         least = {
             "min_train_nodes": 1,
             "min_available_nodes": 1,
-            "train_metrics_aggr_fn": mean_metrics,
-            "evaluate_metrics_aggr_fn": mean_metrics,
+            "train_metrics_aggr_fn": records.mean_metrics,
+            "evaluate_metrics_aggr_fn": records.mean_metrics,
         }
         super().__init__(**{**least, **fedavg, **own})
         if "fraction_evaluate" not in fedavg:
             self.fraction_evaluate, self.min_evaluate_nodes = 0.0, 0
         fraction = self.fraction_train
         require(0 < fraction <= 1, WHERE, "fraction_train", "above 0, up to 1", fraction)
+        whole = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+        require(whole, WHERE, "seed", "an integer from 0", repr(seed))
+        check_settings(
+            rank_agg, upload, weighted_by, server_lr, nan_policy, max_update_norm, min_replies
+        )
         require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
+        require(payload in get_args(Payload), WHERE, "payload", get_args(Payload), repr(payload))
+        if payload == "dense_masked":
+            require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
+            require(not shared, WHERE, "shared", "none where masked", [*shared])
         self.allocator = allocator
         self.on_reject = on_reject
         self.seed = seed
         self.shared = tuple(shared)
-        self._sending = Sending(pattern, self.shared, upload, send_frozen, pack, seed)
+        self._sending = Sending(
+            pattern=pattern,
+            shared=self.shared,
+            upload=upload,
+            send_frozen=send_frozen,
+            pack=pack,
+            seed=seed,
+            payload=payload,
+            weighted=weighted_by is not None,
+            max_update_norm=max_update_norm,
+            scaling=scaling if isinstance(scaling, int | float) else None,
+        )
         self._rules: dict[str, Any] = {
             "rank_agg": rank_agg,
             "upload": upload,
             "weighted_by": weighted_by,
             "server_lr": server_lr,
-            "scaling": scaling,
+            "scaling": 1.0 if scaling is None else scaling,
             "nan_policy": nan_policy,
             "max_update_norm": max_update_norm,
             "min_replies": min_replies,
@@ -148,8 +167,12 @@ class LoraStrategy(FedAvg):
 
     # --- hooks -------------------------------------------------------------------------------
 
-    def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Called with the global adapter before the plans of a round are made."""
+    def before_round(self, round: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """Called with the global adapter before the plans of a round are made.
+
+        Returns:
+            None, or the adapter to go on with, such as one of other ranks.
+        """
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
         """Those of the connected clients that are asked, out of all with a capability above 0.
@@ -158,8 +181,7 @@ class LoraStrategy(FedAvg):
         changes nothing for those who are drawn before it.
         """
         count = max(int(len(clients) * self.fraction_train), self.min_train_nodes)
-        lots = {c: np.random.default_rng([self.seed, round, int(c)]).random() for c in clients}
-        return sorted(sorted(clients, key=lambda c: (lots[c], c))[:count])
+        return drawn(clients, count, self.seed, round)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
         """The plans of a round, by client; one without a plan, or without a layer, is not asked.
@@ -183,7 +205,7 @@ class LoraStrategy(FedAvg):
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Called for each client that has not answered.
+        """Called for each client that has not answered, or whose node the server has lost.
 
         Args:
             seconds: how long it was waited for: the timeout where one is known.
@@ -222,18 +244,21 @@ class LoraStrategy(FedAvg):
         """
         number = self._before + server_round
         state = records.from_arrays(arrays, f"{WHERE}: arrays")
+        changed = self.before_round(number, state)
+        if changed is not None:
+            state, arrays = dict(changed), records.to_arrays(changed)
         pairs = layer_pairs(f"{WHERE}: arrays", state, self._sending.pattern)
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
-        self.before_round(number, state)
-        nodes = self._connected(grid, first=server_round == 1)
+        first = server_round == 1
+        nodes = connected(grid, self.min_available_nodes if first else 1, self._timeout)
         self._nodes.meet(grid, nodes, self._timeout)
-        capable = self._capable(nodes, num_layers, first=server_round == 1)
-        by_client = dict(sorted((self._nodes.client(node), node) for node in capable))
-        clients: dict[Client, int] = {c: capable[node] for c, node in by_client.items()}
-        chosen = self.select(number, clients) if clients else []
-        plans = self.plan_round(number, {client: clients[client] for client in chosen})
-        plans = {client: plan for client, plan in plans.items() if plan.layers}
-        asked = {by_client[cast(int, client)]: client for client in plans}
+        capable = self._nodes.capable(nodes, num_layers, strict=first)
+        by_client: dict[Client, int] = {self._nodes.client(node): node for node in capable}
+        clients = {client: capable[by_client[client]] for client in sorted(by_client, key=int)}
+        chosen = {c: clients[c] for c in self.select(number, clients)} if clients else {}
+        made = self.plan_round(number, chosen) if chosen else {}
+        plans = {client: plan for client, plan in made.items() if plan.layers}
+        asked = {by_client[client]: client for client in plans}
         self._current = Round(number, arrays, state, asked, plans, self._sending, self.comm)
         messages = self._current.messages(config)
         _log.info("configure_train: asked %d of %d nodes", len(messages), len(nodes))
@@ -251,42 +276,62 @@ class LoraStrategy(FedAvg):
         """
         current, self._current = self._current, None
         number = self._before + server_round
-        found = "none" if current is None else current.number
         if current is None or current.number != number:
-            raise ValueError(
-                f"{WHERE}: aggregate_train: expected the round under way, {found}, found {number}"
-            )
-        contents: dict[Client, RecordDict] = {}
-        updates: list[Update] = []
-        reasons: dict[Client, str] = {}
-        silent = dict(current.plans)
+            under_way = "none" if current is None else current.number
+            raise ValueError(f"{WHERE}: round: expected {under_way}, under way, found {number}")
+        replies = list(replies)
+        updates, contents, reasons, silent = current.collect(replies)
         for reply in replies:
-            node = reply.metadata.src_node_id
-            client = current.nodes.get(node, node)
-            silent.pop(client, None)
-            try:
-                updates.append(current.read(reply))
-                contents[client] = reply.content
-            except ValueError as error:
-                reasons[client] = str(error)
-        result = aggregate(current.state, updates, **self._rules)
+            self._learn(current, reply)
+        result = self._aggregate(current.state, updates)
         waited = float(self._timeout or time.monotonic() - current.sent)
-        late = {client: f"no reply within {waited:g} s" for client in silent}
-        for client, reason in {**result.rejected, **late}.items():
+        for client in silent:
+            node = current.node(client)
+            reasons.setdefault(client, f"node {node}: no reply within {waited:g} s")
+        for client, reason in result.rejected.items():
             reasons[client] = f"node {current.node(client)}: {reason}"
         self._write(current, result, reasons)
         for client in result.accepted:
             reported = records.numbers(contents[client].metric_records[records.METRICS])
             metrics = {**reported, "bytes": float(current.slice_bytes(client))}
             self.observe(number, client, current.plans[client], metrics)
-        for client, plan in silent.items():
-            self.timed_out(number, client, plan, waited)
+        for client in silent:
+            self.timed_out(number, client, current.plans[client], waited)
         if result.skipped:
             return current.record, None
         means = self.train_metrics_aggr_fn(
             [contents[client] for client in result.accepted], self.weighted_by_key
         )
         return records.same_arrays(current.record, current.state, result.state), means
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The whole global adapter for ``fraction_evaluate`` of the connected nodes, none unless
+        that is set: the app then needs an ``evaluate`` of its own."""
+        if not self.fraction_evaluate:
+            return []
+        number = self._before + server_round
+        nodes: dict[Client, int] = {self._nodes.client(n): n for n in grid.get_node_ids()}
+        count = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
+        chosen = drawn(nodes, count, self.seed, number, 1)
+        settings = ConfigRecord({**config, "server-round": number})
+        content = RecordDict({records.LORA: arrays, records.CONFIG: settings})
+        for client in chosen:
+            self.comm.record(number, client, down=records.count_bytes(content))
+        return [Message(content, nodes[client], MessageType.EVALUATE) for client in chosen]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The means of what the clients report; an odd report does not end the run."""
+        valid, _ = self._check_and_log_replies(replies, is_train=False, validate=False)
+        for reply in valid:
+            client = self._nodes.client(reply.metadata.src_node_id)
+            number = self._before + server_round
+            self.comm.record(number, client, up=records.message_bytes(reply))
+        contents = [reply.content for reply in valid]
+        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if valid else None
 
     # --- what a restarted server needs -------------------------------------------------------
 
@@ -317,27 +362,18 @@ class LoraStrategy(FedAvg):
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _connected(self, grid: Grid, first: bool) -> list[int]:
-        """The nodes that are there, after a wait for the least number of them."""
-        least = self.min_available_nodes if first else 1
-        end = time.monotonic() + (math.inf if self._timeout is None else self._timeout)
-        while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < end:
-            _log.info("Waiting for nodes: %d connected, at least %d needed", len(nodes), least)
-            time.sleep(min(1.0, max(end - time.monotonic(), 0)))
-        return nodes
+    def _aggregate(self, state: Mapping[str, Tensor], updates: list[Update]) -> Aggregate:
+        if self._sending.payload == "sliced":
+            return aggregate(state, updates, **self._rules)
+        names = ("weighted_by", "server_lr", "min_replies", "pattern")
+        return aggregate_replies(state, updates, **{name: self._rules[name] for name in names})
 
-    def _capable(self, nodes: list[int], num_layers: int, first: bool) -> dict[int, int]:
-        """The nodes that can train, and how many layers; a newcomer of whom nothing is known waits
-        outside."""
-        found: dict[int, int] = {}
-        for node in nodes:
-            try:
-                found[node] = self._nodes.capability(node, num_layers)
-            except ValueError as error:
-                if first:
-                    raise
-                _log.warning("node %d is left out: %s", node, error)
-        return {node: count for node, count in found.items() if count > 0}
+    def _learn(self, current: Round, reply: Message) -> None:
+        """Take up who a node is where its echo says it, for the rounds to come."""
+        node = reply.metadata.src_node_id
+        if node in current.nodes and reply.has_content():
+            echo = reply.content.config_records.get(records.ECHO, {})
+            self._nodes.learn(node, echo)
 
     def _write(self, current: Round, result: Aggregate, reasons: dict[Client, str]) -> None:
         """Write the round down."""
@@ -355,16 +391,3 @@ class LoraStrategy(FedAvg):
         rejected = {c: why for c, why in reasons.items() if c not in result.accepted}
         self.history.append(dataclasses.replace(entry, rejected=rejected))
         self.round = number
-
-
-def mean_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
-    """The weighted mean of each number over the clients that report a finite one."""
-    sums: dict[str, tuple[float, float]] = {}
-    for content in contents:
-        found = records.numbers(next(iter(content.metric_records.values()), {}))
-        weight = found.pop(weighted_by, 0.0)
-        for name, value in found.items():
-            if math.isfinite(value) and 0 < weight < math.inf:
-                total, weights = sums.get(name, (0.0, 0.0))
-                sums[name] = total + weight * value, weights + weight
-    return MetricRecord({name: total / weights for name, (total, weights) in sums.items()})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
+import torch
 from flwr.app import (
     ConfigRecord,
     ConfigRecordValues,
@@ -19,7 +20,8 @@ from flwr.app import (
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from lora_ext.federated import LayerPlan, plan_shapes
+from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
+from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.layers import Others
 from lora_ext.ops._checks import require
 
@@ -71,7 +73,7 @@ class Task:
     Attributes:
         message: to reply to. config: its settings. plan, round, client: of them.
         partition: whose data to train on.
-        tensors: what it carries, of the shapes that the model has or the plan cuts.
+        tensors: what it carries, at the ranks of the plan, or at any that the model can hold.
         others: what the layers outside the plan are. shared: names beside the adapter's.
         pattern: finds the index of a layer in a name.
     """
@@ -101,14 +103,14 @@ class Task:
         """
         config = records.read_config(message)
         plan, shared = records.plan_of(config), shared_names(config)
-        shapes = plan_shapes(state, plan, pattern)
         others = _one_of(config, "others", ("frozen", "disabled"))
-        for key, value in state.items():
-            if others == "frozen" or key in shared:
-                shapes.setdefault(key, tuple(value.shape))
         arrays = message.content.array_records
         require(records.LORA in arrays, "message", "records", f"{records.LORA!r}", sorted(arrays))
-        tensors = records.unpack(arrays[records.LORA], config, shapes, "message")
+        record = arrays[records.LORA]
+        said = records.said_shapes(record, config)
+        shapes = _shapes(said, state, plan, others == "frozen", pattern)
+        shapes |= {key: tuple(state[key].shape) for key in shared}
+        tensors = records.unpack(record, config, shapes, "message")
         missing = [key for key in shapes if key not in tensors]
         require(not missing, "message", "lora", f"{len(shapes)} tensors", f"none of {missing[:3]}")
         return cls(
@@ -130,18 +132,36 @@ class Task:
         entropy = [_integer(self.config, "seed"), self.round, self.client]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    @property
-    def sends_values(self) -> bool:
-        """Whether the reply has new values, and not their differences from those that came."""
-        return _one_of(self.config, "upload", ("delta", "value")) == "value"
+    def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ranks that the message has, of tensors at the ranks of the model."""
+        return {
+            key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
+        }
 
-    def reply(self, sent: Mapping[str, Tensor], metrics: Metrics) -> Message:
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The global adapter as far as the message has it, and zeros, shaped as ``state`` is."""
+        found: dict[str, Tensor] = {}
+        for key, own in state.items():
+            value = self.tensors.get(key, own[:0])
+            found[key] = torch.zeros(own.shape, dtype=value.dtype)
+            found[key][tuple(map(slice, value.shape))] = value
+        return found
+
+    def reply(
+        self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
+    ) -> Message:
         """The reply.
 
         Args:
-            sent: the tensors of the plan, and the shared ones.
+            changes: of the tensors of the plan and the shared ones, from those that came.
             metrics: numbers, ``num-examples`` among them.
+            state: the adapter of the client's model, for names and shapes.
         """
+        sent = dict(changes)
+        if _one_of(self.config, "upload", ("delta", "value")) == "value":
+            sent = {key: self.tensors[key] + change for key, change in changes.items()}
+        if self.config.get("payload") == "dense_masked":
+            sent = self._masked(changes, metrics["num-examples"], state)
         record, manifest = records.pack(sent, bool(self.config.get("pack")))
         echo = {name: self.config[name] for name in _PLAN if name in self.config}
         content = RecordDict(
@@ -152,6 +172,40 @@ class Task:
             }
         )
         return Message(content, reply_to=self.message)
+
+    def _masked(
+        self, changes: Mapping[str, Tensor], examples: Any, state: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """All layers, times the weight of this client; a server needs no more than their sum."""
+        return masked_payload(
+            self.whole(state),
+            Update(self.client, examples, changes, self.plan),
+            weighted_by="num-examples" if self.config.get("weighted") else None,
+            max_update_norm=cast(float | None, self.config.get("max-update-norm")),
+            pattern=self.pattern,
+        )
+
+
+def _shapes(
+    said: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Tensor],
+    plan: LayerPlan,
+    frozen: bool,
+    pattern: str,
+) -> dict[str, tuple[int, ...]]:
+    """What a message must have: the plan's ranks, else those that it says, up to the model's."""
+    shapes = plan_shapes(state, plan, pattern)
+    for pair in layer_pairs("message: model", state, pattern):
+        planned = pair.layer in plan.layers
+        if not planned and not frozen:
+            continue
+        for axis, key in enumerate((pair.a, pair.b)):
+            sizes = list(shapes.get(key, state[key].shape))
+            found = said.get(key, ())
+            if (plan.ranks is None or not planned) and len(found) == len(sizes):
+                sizes[axis] = min(max(found[axis], 1), sizes[axis])
+            shapes[key] = tuple(sizes)
+    return shapes
 
 
 def shared_names(config: Mapping[str, Any]) -> list[str]:

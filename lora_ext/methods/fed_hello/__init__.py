@@ -1,11 +1,13 @@
-"""Fed-HeLLo: federated LoRA in which each client trains as many layers as it can, chosen so that
-together they train all that matter.
+"""Fed-HeLLo: federated LoRA in which each client trains as many layers as it can.
 
 Source: "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous LoRA
 Allocation" (arXiv 2506.12213), with its repository TNI-playground/Fed_HeLLo.
 """
 
-from lora_ext.federated import LayerNotFound, partition_dirichlet, partition_pathological
+import importlib
+from typing import Any
+
+from lora_ext.federated import partition_dirichlet, partition_pathological
 
 from .allocation import HLA
 from .clusters import cluster_weights
@@ -18,7 +20,6 @@ __all__ = [
     "HLA",
     "EmptyProxySet",
     "FedHelloConfig",
-    "LayerNotFound",
     "Pattern",
     "cluster_weights",
     "draw_accuracy",
@@ -31,3 +32,9 @@ __all__ = [
     "pattern_weights",
     "rgd_layers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FedHello":  # needs Flower, and is of the floor above
+        return importlib.import_module("lora_ext.interop.flower.fed_hello").FedHello
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
