@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 from .aggregation import Aggregate, aggregate
-from .batched import BatchedClients, UnsupportedModule
+from .batched import BatchedClients
 from .clients import ClientSpec
 from .keys import LayerNotFound
 from .layers import LoraLayerManager
@@ -17,6 +17,7 @@ from .masked import aggregate_masked, masked_payload
 from .partition import partition_dirichlet, partition_pathological
 from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
 from .plan import LayerPlan
+from .supported import UnsupportedModule
 from .update import Update
 
 __all__ = [
