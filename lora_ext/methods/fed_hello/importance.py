@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.federated import LayerNotFound
-from lora_ext.federated.batches import merged, own_outputs
+from lora_ext.federated.batches import logits_of, merged
 from lora_ext.federated.keys import check_layers
 from lora_ext.nn import (
     IGNORE,
@@ -287,7 +287,7 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     if not segments[0].rows:
         return torch.zeros(0)
     output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    (logits,) = own_outputs(output, segments, WHERE)
+    logits = logits_of(output, segments, WHERE)
     labels = labels.to(logits.device)
     if isinstance(batch, Mapping) and logits.dim() == 3:
         labels = shift_labels(labels)
