@@ -254,6 +254,7 @@ def verdict(rows: Rows) -> Verdict:
 def show(rows: Rows) -> None:
     """Medians over the seeds, a table for each partition."""
     header = ("method", "best", "speed-up", "traffic saved", "waiting, s", "seconds", "MB")
+    header = (*header, "uniform's best in these seconds")
     columns = ("best", "speedup", "saved", "waiting", "seconds", "bytes")
     seeds = len({row["seed"] for row in rows})
     for partition in dict.fromkeys(row["partition"] for row in rows):
@@ -264,8 +265,26 @@ def show(rows: Rows) -> None:
             of["bytes"] /= 1e6
             forms = (".3f", ".2f", ".0%", ".2f", ".0f", ".2f")
             cells = [format(of[c], form) for c, form in zip(columns, forms, strict=True)]
-            table.append((name, *cells))
+            mine = [r for r in rows if (r["method"], r["partition"]) == (name, partition)]
+            by_then = statistics.median(rival_by(rows, row) for row in mine)
+            table.append((name, *cells, f"{by_then:.3f}"))
         print(study.markdown(header, table))
+
+
+def rival_by(rows: Rows, row: Row) -> float:
+    """The uniform method's best accuracy within the seconds of a run of the same seed."""
+    same = ("seed", "partition")
+    rival = next(
+        r for r in rows if r["method"] == "uniform" and all(r[name] == row[name] for name in same)
+    )
+    pairs = zip(curve(rival, "times"), curve(rival, "accuracies"), strict=True)
+    end = curve(row, "times")[-1]
+    return max((accuracy for time, accuracy in pairs if time <= end), default=0.0)
+
+
+def curve(row: Row, column: str) -> list[float]:
+    """A column with a number for each round."""
+    return [float(number) for number in str(row[column]).split()]
 
 
 def draw(rows: Rows, path: Path) -> None:
@@ -279,9 +298,7 @@ def draw(rows: Rows, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
     for axis, partition in zip(axes, PARTITIONS, strict=True):
         for row in (row for row in rows if row["partition"] == partition):
-            times, heights = (
-                [float(x) for x in str(row[c]).split()] for c in ("times", "accuracies")
-            )
+            times, heights = curve(row, "times"), curve(row, "accuracies")
             axis.plot(times, heights, color=colours[row["method"]], lw=0.9, alpha=0.8)
         axis.set(title=partition, xlabel="simulated seconds", ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
