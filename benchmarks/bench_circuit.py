@@ -1,7 +1,9 @@
 """Circuit benchmarks: `python benchmarks/bench_circuit.py`.
 
-The scan of a window against what one writes in torch: log_softmax, gather, and a loop of logsumexp.
-Rows are appended to OUT/circuit_<device>.csv. Every result is checked before it is timed.
+The scan of a window against what one writes in torch, eager and under torch.compile: the logits'
+log_softmax and one pass of logsumexp over the positions, which gives every prefix on its way.
+Values and gradients are checked before they are timed; the fastest of each case comes first.
+Rows are appended to OUT/circuit_<device>.csv. The first run compiles for a minute.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import ROOT, Timing, append_rows, copy_call, interleaved, machine_columns
+from common import ROOT, Call, Timing, append_rows, copy_call, interleaved, machine_columns
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import num_transitions
 
-Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+Observed = Callable[[Tensor, Tensor], Tensor]
+CASES = {"forward": 1, "all prefixes": 1, "forward and backward": 3}  # times the logits move
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,14 @@ class Row:
     n_token: int
     components: int
     vocab: int
+    provider: str
     us: float
     p20: float
     p80: float
-    eager_us: float
-    over_eager: float  # time of the torch expression over this one, same rounds
+    over_lora_ext: float  # time over ours, same rounds
     gbytes_per_s: float  # logits read (and gradients written) once
     of_copy: float  # the same over the machine's copy bandwidth, same rounds
-    worst_error: float  # of log p against float64, over 2e-6 (1 + |log p|)
+    worst_error: float  # of log p over 2e-6 (1 + |log p|), of gradients over 1e-4
 
 
 def inputs(s: Shape) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -65,11 +70,23 @@ def inputs(s: Shape) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     )
 
 
-def eager_joint(leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor) -> Tensor:
-    """``log p(x)`` of cp (no transitions) and hmm, as one writes it; -1 marginalises."""
-    index = x.clamp(min=0)[..., None, None].expand(*leaf.shape[:3], 1)
-    e = leaf.log_softmax(-1).gather(-1, index).squeeze(-1)  # (B, K, C)
-    e = torch.where(x[..., None] < 0, 0, e)
+def gathered(leaf: Tensor, x: Tensor) -> Tensor:
+    """``log p(x_k)`` under every component, ``(B, K, C)``: the fastest that eager torch has."""
+    index = x[..., None, None].expand(*leaf.shape[:3], 1)
+    return leaf.log_softmax(-1).gather(-1, index).squeeze(-1)
+
+
+def crossed(leaf: Tensor, x: Tensor) -> Tensor:
+    """The same as a cross entropy, whose gradient torch.compile fuses where it scatters another."""
+    target = x[..., None].expand(leaf.shape[:3]).flatten()
+    return -cross_entropy(leaf.flatten(0, 2), target, reduction="none").view(leaf.shape[:3])
+
+
+def joint(
+    leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor, observed: Observed = gathered
+) -> Tensor:
+    """``log p(x)`` of cp (no transitions) and hmm, as one writes it."""
+    e = observed(leaf, x)
     cur = prior.log_softmax(-1) + e[:, 0]
     if trans is None:
         return torch.logsumexp(cur + e[:, 1:].sum(1), -1)
@@ -79,75 +96,92 @@ def eager_joint(leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor) ->
     return torch.logsumexp(cur, -1)
 
 
-def eager_prefixes(leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor) -> Tensor:
-    """Every prefix as a marginal of its own: one pass per position."""
-    position = torch.arange(x.shape[1])
-    return torch.stack(
-        [eager_joint(leaf, prior, trans, x.masked_fill(position > k, -1)) for k in position], 1
-    )
+def prefixes(
+    leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor, observed: Observed = gathered
+) -> Tensor:
+    """``log p(x_1 .. x_k)`` for every k in one pass, as one writes it: ``(B, K)``."""
+    e = observed(leaf, x)
+    cur = prior.log_softmax(-1)
+    if trans is None:
+        return torch.logsumexp(cur[:, None] + e.cumsum(1), -1)
+    step, states = trans.log_softmax(-1), [cur + e[:, 0]]
+    for k in range(1, e.shape[1]):
+        states.append(torch.logsumexp(states[-1][:, :, None] + step[:, k - 1], 1) + e[:, k])
+    return torch.logsumexp(torch.stack(states, 1), -1)
 
 
-def cases(s: Shape) -> Iterator[tuple[str, Callable[[], object], Callable[[], object], int]]:
-    """Name, ours, torch's, and how often the logits must move."""
-    leaf, prior, trans, x = inputs(s)
+def providers(s: Shape, case: str, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    """Functions of leaf, prior, trans and x: ours first, then what one writes."""
 
-    def ours(*parts: Tensor | None) -> reference.CircuitScan:
-        return ops.circuit_scan(s.kind, *parts, x)
+    def scan(*args: Tensor | None) -> Tensor:
+        prefix = ops.circuit_scan(s.kind, *args).prefix
+        return prefix if case == "all prefixes" else prefix[:, -1]
 
-    def step(joint: Callable[..., Tensor]) -> Callable[[], object]:
-        parts = [t.clone().requires_grad_() for t in (leaf, prior, trans) if t is not None]
-        padded = [*parts, *[None] * (3 - len(parts))]
-        return lambda: torch.autograd.grad(joint(*padded).sum(), parts)
+    plain = prefixes if case == "all prefixes" else joint
+    found = {"lora_ext": scan, "torch": plain}
+    if compiled:
+        found["torch.compile"] = torch.compile(partial(plain, observed=crossed), dynamic=False)
+    return found
 
-    def plain(f: Callable[..., object], *args: object) -> Callable[[], object]:
-        def call() -> object:
+
+def call(case: str, f: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> Call:
+    """The function on these arguments; with a backward, its gradients."""
+    if case != "forward and backward":
+
+        def value() -> Tensor:
             with torch.inference_mode():
                 return f(*args)
 
-        return call
+        return value
+    floating = [t is not None and t.is_floating_point() for t in args]
+    own = [
+        t.clone().requires_grad_() if t is not None and wanted else t
+        for t, wanted in zip(args, floating, strict=True)
+    ]
+    parts = [t for t, wanted in zip(own, floating, strict=True) if t is not None and wanted]
+    return lambda: torch.autograd.grad(f(*own).sum(), parts)
 
-    parts = (leaf, prior, trans)
-    yield "forward", plain(ours, *parts), plain(eager_joint, *parts, x), 1
-    yield "all prefixes", plain(ours, *parts), plain(eager_prefixes, *parts, x), 1
-    mine = step(lambda *p: ours(*p).prefix[:, -1])
-    yield "forward and backward", mine, step(lambda *p: eager_joint(*p, x)), 3
 
-
-def check(s: Shape) -> float:
-    """The worst error of log p over 2e-6 (1 + |log p|); more than 1 ends the run."""
-    leaf, prior, trans, x = inputs(s)
-    mine = ops.circuit_scan(s.kind, leaf, prior, trans, x).prefix
-    wide = (t.double() if t is not None else None for t in (leaf, prior, trans))
-    exact = reference.circuit_scan(s.kind, *wide, x).prefix
-    worst = ((mine - exact).abs() / (2e-6 * (1 + exact.abs()))).max().item()
+def error(s: Shape, case: str, found: object) -> float:
+    """The worst error of a result over its bound; more than 1 ends the run."""
+    args = tuple(t.double() if t is not None and t.is_floating_point() else t for t in inputs(s))
+    exact = reference.circuit_scan(s.kind, *args).prefix
+    if case == "forward and backward":
+        f = providers(s, "forward", False)["torch"]
+        pairs = zip(call(case, f, args)(), found, strict=True)  # pyright: ignore
+        worst = max(float((got - g).abs().max() / g.abs().max()) for g, got in pairs) / 1e-4
+    else:
+        exact = exact if case == "all prefixes" else exact[:, -1]
+        worst = float(((found - exact).abs() / (2e-6 * (1 + exact.abs()))).max())
     if not worst <= 1:
-        raise SystemExit(f"{s}: result is off, {worst:.2f} times the bound")
+        raise SystemExit(f"{s}, {case}: result is off, {worst:.2f} times the bound")
     return worst
 
 
-def measure(s: Shape, rounds: int) -> Iterator[Row]:
-    """All rows of a shape."""
-    worst = check(s)
+def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
+    """All rows of a shape, the fastest of each case first."""
+    args = inputs(s)
     copy, copied = copy_call(64 << 20)
     leaf_bytes = 4 * s.rows * s.n_token * s.components * s.vocab
-    for name, mine, eager, moves in cases(s):
-        found: dict[str, Timing] = interleaved(
-            {"mine": mine, "eager": eager, "copy": copy}, rounds, min_seconds=0.05
-        )
-        t = found["mine"]
-        rate = moves * leaf_bytes / t.median / 1e9
-        yield Row(
-            name,
-            **asdict(s),
-            us=t.median * 1e6,
-            p20=t.p20 * 1e6,
-            p80=t.p80 * 1e6,
-            eager_us=found["eager"].median * 1e6,
-            over_eager=found["eager"].over(t),
-            gbytes_per_s=rate,
-            of_copy=rate / (copied / found["copy"].median / 1e9),
-            worst_error=worst,
-        )
+    for case, moves in CASES.items():
+        calls = {n: call(case, f, args) for n, f in providers(s, case, compiled).items()}
+        worst = {name: error(s, case, each()) for name, each in calls.items()}
+        found: dict[str, Timing] = interleaved({**calls, "copy": copy}, rounds, min_seconds=0.05)
+        for name in sorted(calls, key=lambda name: found[name].over(found["lora_ext"])):
+            t = found[name]
+            rate = moves * leaf_bytes / t.median / 1e9
+            yield Row(
+                case,
+                **asdict(s),
+                provider=name,
+                us=t.median * 1e6,
+                p20=t.p20 * 1e6,
+                p80=t.p80 * 1e6,
+                over_lora_ext=t.over(found["lora_ext"]),
+                gbytes_per_s=rate,
+                of_copy=rate / (copied / found["copy"].median / 1e9),
+                worst_error=worst[name],
+            )
 
 
 def main() -> None:
@@ -155,17 +189,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no waiting")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = args.out / "circuit_cpu.csv"
     for shape in (Shape("cp"), Shape("hmm")):
-        for row in measure(shape, args.rounds):
+        for row in measure(shape, args.rounds, args.compile):
             values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             append_rows(path, [{**machine_columns("cpu"), **values}])
             print(
-                f"{row.kind:4} {row.case:22} {row.us:9.0f} us  {row.over_eager:6.1f} x eager  "
-                f"{row.gbytes_per_s:5.1f} GB/s, {row.of_copy:.2f} of copy",
+                f"{row.kind:4} {row.case:22} {row.provider:14} {row.us:9.0f} us  "
+                f"{row.over_lora_ext:6.2f} of lora_ext  {row.of_copy:.2f} of copy",
                 flush=True,
             )
     print(path)

@@ -1,31 +1,38 @@
 """Circuits over region graphs: time against peers, and the error of each precision.
 
-    python benchmarks/circuit_engine.py                       all tables, rows into out/bench/
-    python benchmarks/circuit_engine.py --table hmm --out benchmarks/results
+    python benchmarks/circuit_engine.py                  all tables, rows into out/bench/
+    python benchmarks/circuit_engine.py --table hmm --ranks 16 32 64 128 256 512 --jax-python PYTHON
 
-Tables: ``hmm``, a hidden Markov model with shared parameters, against libcirkit (where it is
-installed) and against the formula in torch; ``rat_spn``, against the einsum layers that RAT-SPN
-code is made of; ``numerics``, the largest error of a log-likelihood per precision, on the emulator
-where there is no GPU. Every result is checked against float64 before it is timed.
+Tables: ``hmm``, a hidden Markov model with shared parameters, against the formula in torch with its
+steps stacked (eager, compiled, in probabilities), ``jax.jit`` over ``lax.scan``, and libcirkit;
+``rat_spn``, against stacked einsum layers, eager and compiled; ``numerics``, the largest error of a
+log-likelihood per precision, on the emulator where there is no GPU. Values and gradients of every
+model are checked against float64 before it is timed; a peer that is not installed is skipped with
+its reason. Fastest first. The first run compiles for minutes, later ones find torch's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from chain_peers import Chain, Jax, Peer, jax_missing, scaled, stacked, torch_peer
 from common import ROOT, append_rows, interleaved, machine_columns
 from torch import Tensor
 
 from lora_ext import _loader
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
+from lora_ext.circuits.scopes import variables
 from lora_ext.ops import _registration, circuit_sum
 from lora_ext.reference.circuit import logsumexp
 
-Model = Callable[[Tensor], Tensor]
 ROWS, STEPS, VALUES = 64, 32, 64
+DEPTH, REPETITIONS = 3, 4  # of the RAT-SPN
 
 
 def row(table: str, case: str, provider: str, **columns: object) -> dict[str, object]:
@@ -42,31 +49,13 @@ def row(table: str, case: str, provider: str, **columns: object) -> dict[str, ob
     }
 
 
-def plain_hmm(circuit: Circuit) -> Model:
-    """The forward algorithm as one writes it in torch, over the circuit's own parameters."""
-    names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
-
-    def run(x: Tensor) -> Tensor:
-        below: Tensor | None = None
-        for t in reversed(range(x.shape[1])):
-            leaf = circuit.region_leaves(names[f"x{t}"])["logits"].log_softmax(1)
-            e = leaf[:, x[:, t]].T
-            below = e if below is None else e + below
-            w = circuit.region_weights(names[f"z{t}"]).softmax(1)
-            top = below.amax(1, keepdim=True)
-            below = ((below - top).exp() @ w.T).log() + top
-        assert below is not None
-        return below[:, 0]
-
-    return run
-
-
-def cirkit_hmm(circuit: Circuit, rank: int) -> Model | None:
+def cirkit_peer(circuit: Circuit, rank: int, x: Tensor) -> Peer | None:
     """libcirkit's circuit of the same structure with the same parameters, if it is installed."""
     try:
         from cirkit.pipeline import PipelineContext  # pyright: ignore[reportMissingImports]
         from cirkit.templates import pgms  # pyright: ignore[reportMissingImports]
     except ImportError:
+        print("libcirkit: skipped: not installed (lora_ext's extra peers)")
         return None
     context = PipelineContext(backend="torch", semiring="lse-sum", fold=True, optimize=True)
     symbolic = pgms.hmm(
@@ -76,110 +65,157 @@ def cirkit_hmm(circuit: Circuit, rank: int) -> Model | None:
         input_layer_kwargs={"num_categories": VALUES},
     )
     peer = context.compile(symbolic)
-    source = torch.cat([circuit.leaves[0]["logits"].flatten(), circuit.weights]).detach()
+    leaf = circuit.leaves[0]["logits"].flatten()
+    source = torch.cat([leaf, circuit.weights]).detach()
     with torch.no_grad():
         for parameter in peer.parameters():  # leaves of the last step first, then its sums
             taken, source = source.split([parameter.numel(), len(source) - parameter.numel()])
             parameter.copy_(taken.view_as(parameter))
     assert not len(source)
-    return lambda x: peer(x)[:, 0, 0]
+    of = torch_peer(lambda: peer(x)[:, 0, 0], list(peer.parameters()))
+    return replace(of, gradient=lambda: of.gradient()[len(leaf) :])
 
 
-def plain_layers(circuit: Circuit) -> Model:
-    """Einsum layers: products of all pairs in memory, softmaxed weights, one einsum a layer."""
-    execution = circuit._run()
+def einsum_layers(leaf: Tensor, weights: list[Tensor], scopes: Tensor, x: Tensor) -> Tensor:
+    """A RAT-SPN as layers over all regions of a depth: one gather, one einsum a layer.
 
-    def run(x: Tensor) -> Tensor:
-        leaf = circuit._leaf_values("bench", x, None)
-        constant = leaf.new_tensor([0, -torch.inf]).expand(len(x), 2)
-        parts = [constant, leaf]
-        if execution.factor_span.start < execution.factor_span.stop:
-            val = torch.cat(parts, 1)
-            parts.append(val[:, execution.factors.factors.T].sum(2))
-        for stage in execution.stages:
-            val = torch.cat(parts, 1)
-            columns = stage.products.columns
-            n, m = stage.products.kron or (1, 1)
-            left = val[:, columns[0].index].view(len(x), stage.groups, -1, n)
-            right = val[:, columns[1].index].view(len(x), stage.groups, -1, m)
-            tops = [t.amax(3, keepdim=True) for t in (left, right)]
-            a, b = (left - tops[0]).exp(), (right - tops[1]).exp()
-            w = stage.weights.gather(circuit.weights).softmax(2)
-            w = w.view(stage.groups, stage.units, -1, n, m)
-            top = (tops[0] + tops[1]).squeeze(3)  # (B, G, partitions)
-            best = top.amax(2, keepdim=True)
-            part = torch.einsum("bgpi,bgpj,gopij->bgop", a, b, w)
-            total = (part * (top - best).exp()[:, :, None]).sum(3)
-            parts.append((total.log() + best).flatten(1))
-        return parts[-1][:, 0]
+    Args:
+        leaf: logits ``(R, n, U, V)`` of R input regions over n variables each.
+        weights: logits ``(G, O, U, U)`` of each layer's regions, siblings side by side; the last,
+            ``(1, repetitions, U, U)``, is the root's, one sum over the pairs of all repetitions.
+        scopes: ``(R, n)`` variables. x: ``(B, N)``.
+    """
+    regions, n, _, values = leaf.shape
+    index = torch.arange(regions * n).view(regions, n) * values + x[:, scopes]  # (B, R, n)
+    table = leaf.log_softmax(3).transpose(2, 3).flatten(0, 2)
+    val = torch.nn.functional.embedding(index, table).sum(2)  # (B, R, U)
+    for w in weights[:-1]:
+        w = w.flatten(2).softmax(2).view_as(w)
+        a, b, top = _pairs(val)
+        val = torch.einsum("bgi,bgj,goij->bgo", a, b, w).log() + top
+    a, b, top = _pairs(val)
+    w = weights[-1].flatten(1).softmax(1).view_as(weights[-1])
+    each = torch.einsum("bgi,bgj,gij->bg", a, b, w[0]).log() + top[:, :, 0]
+    return each.logsumexp(1)
 
-    return run
+
+def _pairs(val: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both siblings of every pair, divided by their largest, and the logarithm of that."""
+    tops = [val[:, side::2].amax(2, keepdim=True) for side in (0, 1)]
+    a, b = ((val[:, side::2] - tops[side]).exp() for side in (0, 1))
+    return a, b, tops[0] + tops[1]
+
+
+def layers_of(circuit: Circuit) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Copies of a RAT-SPN's parameters for :func:`einsum_layers`."""
+    graph = circuit.graph
+    inputs = [variables(r.variables) for r in graph.regions if r.leaf is not None]
+    units, n = graph.regions[0].units, len(inputs[0])
+    logits = circuit.leaves[0]["logits"].detach().clone()
+    leaf = logits.view(len(inputs), n, units, -1).requires_grad_()
+    sizes = [len(inputs) // 2**level * units**3 for level in range(1, DEPTH)]
+    parts = circuit.weights.detach().split([*sizes, REPETITIONS * units**2])
+    shape = units, units, units
+    weights = [w.clone().view(-1, *shape).requires_grad_() for w in parts[:-1]]
+    weights.append(parts[-1].clone().view(1, REPETITIONS, units, units).requires_grad_())
+    return leaf, weights, torch.tensor(inputs)
 
 
 def compare(
-    table: str, case: str, circuit: Circuit, models: dict[str, Model], x: Tensor, rounds: int
+    table: str, case: str, circuit: Circuit, peers: dict[str, Peer], x: Tensor, rounds: int
 ) -> list[dict[str, object]]:
-    """Check every model, then time forward, and forward with backward."""
-    state = circuit.state_dict()
+    """Check values and gradients of every model against float64, then time them."""
+    ours = torch_peer(lambda: circuit.log_prob(x), [circuit.weights])
+    peers = {"lora_ext": ours, **peers}
     exact = Circuit(circuit.graph).double()
-    exact.load_state_dict({k: v.double() for k, v in state.items()})
-    expected = exact.log_prob(x).detach()
+    exact.load_state_dict({k: v.double() for k, v in circuit.state_dict().items()})
+    flat = exact.log_prob(x).detach(), torch_peer(lambda: exact.log_prob(x), [exact.weights])
+    expected, gradient = flat[0], flat[1].gradient()
+    # Every step rounds four values of the size of log p, and a gradient has their exponentials.
+    size = 1 + float(expected.abs().max())
+    bound, gradient_bound = 2e-6 * size * STEPS**0.5, 2**-22 * size * STEPS
     errors: dict[str, float] = {}
-    for name, model in models.items():
-        errors[name] = float((model(x).detach() - expected).abs().max())
-        if not errors[name] < 2e-6 * (1 + float(expected.abs().max())) * STEPS**0.5:
-            raise SystemExit(f"{case}: {name} is off by {errors[name]:.3g}: not timed")
-    rows: list[dict[str, object]] = []
+    for name, peer in peers.items():
+        with torch.no_grad():
+            errors[name] = float((as_tensor(peer.value()) - expected).abs().max())
+        off = float((peer.gradient() - gradient).abs().max() / gradient.abs().max())
+        if not (errors[name] < bound and off < gradient_bound):
+            found = f"{errors[name]:.3g}, its gradient by {off:.3g} of the largest"
+            raise SystemExit(f"{case}: {name} is off by {found}: not timed")
     with torch.no_grad():
-        forward = {n: (lambda m=m: m(x)) for n, m in models.items()}
-        timings = {"forward": interleaved(forward, rounds, 0.05)}
-    both = {n: (lambda m=m: m(x).sum().backward()) for n, m in models.items()}
-    timings["forward and backward"] = interleaved(both, rounds, 0.05)
-    for what, found in timings.items():
-        for name, t in found.items():
-            rows.append(
-                row(
-                    table,
-                    f"{case}, {what}",
-                    name,
-                    median_ms=t.median * 1e3,
-                    p20_ms=t.p20 * 1e3,
-                    p80_ms=t.p80 * 1e3,
-                    over_lora_ext=t.over(found["lora_ext"]),
-                    worst_error=errors[name],
-                )
-            )
-    return rows
+        calls = {name: peer.value for name, peer in peers.items()}
+        timings = {"forward": interleaved(calls, rounds, 0.05)}
+    calls = {name: peer.step for name, peer in peers.items()}
+    timings["forward and backward"] = interleaved(calls, rounds, 0.05)
+    return [
+        row(
+            table,
+            f"{case}, {what}",
+            name,
+            median_ms=t.median * 1e3,
+            p20_ms=t.p20 * 1e3,
+            p80_ms=t.p80 * 1e3,
+            over_lora_ext=t.over(found["lora_ext"]),
+            worst_error=errors[name],
+        )
+        for what, found in timings.items()
+        for name, t in sorted(found.items(), key=lambda item: item[1].over(found["lora_ext"]))
+    ]
 
 
-def hmm_table(rounds: int, ranks: tuple[int, ...] = (64, 128, 256, 512)) -> list[dict[str, object]]:
-    """T = 32, 64 rows, 64 values."""
+def as_tensor(value: object) -> Tensor:
+    """What a call gave, which has to be a tensor."""
+    assert isinstance(value, Tensor)
+    return value
+
+
+def hmm_table(args: argparse.Namespace) -> list[dict[str, object]]:
+    """T = 32, 64 rows, 64 values; jax and torch.compile meet the same numbers as we do."""
     rows: list[dict[str, object]] = []
     x = torch.randint(VALUES, (ROWS, STEPS), generator=torch.Generator().manual_seed(0))
-    for rank in ranks:
+    missing = jax_missing(args.jax_python)
+    if missing:
+        print(f"jax: skipped: {missing}")
+    for rank in args.ranks:
         torch.manual_seed(0)
         circuit = Circuit(RegionGraph.hmm(STEPS, rank, Categorical(VALUES)))
-        models: dict[str, Model] = {"lora_ext": circuit.log_prob, "torch": plain_hmm(circuit)}
-        peer = cirkit_hmm(circuit, rank)
-        if peer:
-            models["libcirkit"] = peer
-        rows += compare("hmm", f"r = {rank}", circuit, models, x, rounds)
-        tied = Circuit(RegionGraph.hmm(STEPS, rank, Categorical(VALUES), homogeneous=True))
-        models = {"lora_ext": tied.log_prob, "torch": plain_hmm(tied)}
-        rows += compare("hmm", f"r = {rank}, tied", tied, models, x, rounds)
+        chain = Chain.of(circuit)
+        peers = {"torch": chain.peer(stacked, x), "torch, scaled": chain.peer(scaled, x)}
+        if args.compile:
+            peers["torch.compile"] = chain.peer(compiled(stacked), x)
+        cirkit = cirkit_peer(circuit, rank, x)
+        peers |= {"libcirkit": cirkit} if cirkit else {}
+        jax = None if missing else Jax(args.jax_python, chain, x, torch.get_num_threads())
+        if jax:
+            peers |= {"jax.jit": jax.peer("log"), "jax.jit, scaled": jax.peer("scaled")}
+        rows += compare("hmm", f"r = {rank}", circuit, peers, x, args.rounds)
+        if jax:
+            jax.close()
     return rows
 
 
-def rat_spn_table(rounds: int) -> list[dict[str, object]]:
+def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The model under torch.compile, for one shape."""
+    return torch.compile(model, dynamic=False)
+
+
+def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
     """64 variables, depth 3, and sums as wide as the inputs."""
     rows: list[dict[str, object]] = []
     x = torch.randint(8, (ROWS, 64), generator=torch.Generator().manual_seed(0))
     for units in (8, 16, 32):
         torch.manual_seed(0)
-        graph = RegionGraph.rat_spn(64, 3, 4, units, units, Categorical(8))
+        graph = RegionGraph.rat_spn(64, DEPTH, REPETITIONS, units, units, Categorical(8))
         circuit = Circuit(graph)
-        models = {"lora_ext": circuit.log_prob, "einsum layers": plain_layers(circuit)}
-        rows += compare("rat_spn", f"{units} units", circuit, models, x, rounds)
+        parts = layers_of(circuit)
+
+        def layers(model: Callable[..., Tensor], parts: Any = parts) -> Peer:
+            return torch_peer(lambda: model(*parts, x), parts[1])
+
+        peers = {"einsum layers": layers(einsum_layers)}
+        if args.compile:
+            peers["einsum layers, torch.compile"] = layers(compiled(einsum_layers))
+        rows += compare("rat_spn", f"{units} units", circuit, peers, x, args.rounds)
     return rows
 
 
@@ -229,25 +265,27 @@ def numerics_table() -> list[dict[str, object]]:
 
 def main() -> None:
     """Run the tables that were asked for and append their rows."""
-    tables = {
-        "hmm": lambda rounds: hmm_table(rounds),
-        "rat_spn": lambda rounds: rat_spn_table(rounds),
-        "numerics": lambda rounds: numerics_table(),
-    }
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    tables = {"hmm": hmm_table, "rat_spn": rat_spn_table, "numerics": lambda _: numerics_table()}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", choices=tables, action="append")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="of hmm")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no waiting")
+    parser.add_argument("--jax-python", default=sys.executable, help="an interpreter with jax")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.table or tables:
-        rows = tables[name](args.rounds)
+        rows = tables[name](args)
         append_rows(args.out / "circuit_engine_cpu.csv", rows)
         for r in rows:
             print(
-                f"{r['case']:45} {r['provider']:20} {r['median_ms']:>8} ms  "
-                f"x {r['over_lora_ext']:<8} error {r['worst_error']}"
+                f"{r['case']:32} {r['provider']:28} {r['median_ms']:>8} ms, "
+                f"{r['over_lora_ext']:>6} of lora_ext  error {r['worst_error']}",
+                flush=True,
             )
 
 

@@ -18,13 +18,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], object]
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """A call that another process makes, which tells how long it took."""
+
+    def __call__(self) -> object: ...
+    def seconds(self, count: int) -> float:
+        """Seconds that so many calls take over there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,20 +71,23 @@ def interleaved(
     for name, call in calls.items():
         for _ in range(warm_up):
             call()
-        start = time.perf_counter()
-        call()
-        took = time.perf_counter() - start
-        inner[name] = max(1, round(min_seconds / max(took, 1e-9)))
+        inner[name] = max(1, round(min_seconds / max(seconds(call, 1), 1e-9)))
     found: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds):
         order = list(calls) if index % 2 == 0 else list(reversed(calls))
         for name in order:
-            call, count = calls[name], inner[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            found[name].append((time.perf_counter() - start) / count)
-    return {name: Timing.of(seconds) for name, seconds in found.items()}
+            found[name].append(seconds(calls[name], inner[name]) / inner[name])
+    return {name: Timing.of(rounds) for name, rounds in found.items()}
+
+
+def seconds(call: Call, count: int) -> float:
+    """How long so many calls take; a call of another process has a clock of its own there."""
+    if isinstance(call, Remote):
+        return call.seconds(count)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
 
 
 def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:
@@ -153,25 +165,3 @@ def _revision() -> str:
         [*git, "status", "--porcelain", "-uno", *elsewhere], capture_output=True
     )
     return commit.stdout.strip() + ("+" if changes.stdout else "")
-
-
-@torch.no_grad()
-def token_by_token(model: Any, ids: Tensor, new_tokens: int, sample: bool = False) -> Tensor:
-    """Prompts ``(B, S)`` and what a transformers model adds to them, greedy or sampled.
-
-    One token a pass with a cache and no ``generate`` around it: the harder peer of speculation.
-    """
-    from transformers import DynamicCache
-
-    from lora_ext.methods.mtpc.trunk import cache_argument
-
-    cache = {cache_argument(model): DynamicCache()}
-    token, out = ids, ids
-    for _ in range(new_tokens):
-        logits = model(token, use_cache=True, logits_to_keep=1, **cache).logits[:, -1]
-        if sample:
-            token = torch.multinomial(logits.softmax(-1), 1)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        out = torch.cat([out, token], 1)
-    return out

@@ -22,6 +22,7 @@ digits, booleans as 0 and 1, "" where a row lacks a column.
         --seeds N         seeds 0 to N - 1, instead of as many as the claim has
         --quick           smallest sizes, shows only that it works: writes no rows without --out
         --from-results    judges the last run of the csv file instead of measuring
+        --full            also measures what no criterion asks for, where a study has it
         --out FOLDER      of the csv file          --picture PATH    draws the rows there
 
 Criteria and verdicts are written down before the run: neither seeds nor thresholds follow it.
@@ -87,6 +88,8 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a criterion fails")
     parser.add_argument("--seeds", type=int, default=study.CLAIM.seeds, metavar="N")
     parser.add_argument("--quick", action="store_true", help="shows only that it works")
+    if hasattr(study, "measure_full"):
+        parser.add_argument("--full", action="store_true", help="also what no criterion asks for")
     parser.add_argument("--from-results", action="store_true", help="judge the last run instead")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
     parser.add_argument("--picture", type=Path, help="draw the rows here")
@@ -100,7 +103,9 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
         rows = last_run(path)
     else:
         start = time.perf_counter()
-        written = as_text(study.measure(range(args.seeds), args.quick))
+        full = getattr(args, "full", False)
+        measure = study.measure_full if full else study.measure
+        written = as_text(measure(range(args.seeds), args.quick))
         print(
             f"{time.perf_counter() - start:.0f} s, seeds {', '.join(map(str, range(args.seeds)))}"
         )

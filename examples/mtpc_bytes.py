@@ -3,18 +3,20 @@
 Trains a transformer on the source of Python's own standard library (its top-level modules, 4.7 MB
 in 3.11), freezes it, retrofits a head of each kind, and decodes with all of them. No GPU, no
 network, eighteen minutes on two cores: `python examples/mtpc_bytes.py` where lora_ext[demo] is
-installed; `--quick` for a run of seconds that shows nothing but that it works.
+installed. What it trained stays in out/mtpc_bytes/trained, and a second run decodes for two minutes
+alone. `--quick` is a run of seconds that shows nothing but that it works.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import torch
-from common import Timing, interleaved, token_by_token
+from common import Timing, interleaved
+from lean import LeanLlama, token_by_token
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -86,16 +89,33 @@ def main() -> None:
         f"text: Python's standard library, {train.numel()} bytes to train on, "
         f"{held_out.numel()} held out"
     )
-    model = train_model(train, sizes)
-    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats a byte")
-    found: dict[str, Found] = {}
-    drafts: dict[str, mtpc.Draft] = {}
-    for kind in ("ff", "cp", "hmm", "btree"):
-        found[kind] = Found()
-        drafts[kind] = train_head(model, kind, train, held_out, sizes, found[kind])
+    model, drafts, found = trained(args.out / "trained", train, held_out, sizes)
     times = decode(model, drafts, held_out, sizes, found)
     show(found, times, sizes)
     console.print(f"chart: {draw(found, times, sizes, args.out / 'mtpc.png')}", soft_wrap=True)
+
+
+def trained(
+    folder: Path, train: Tensor, held_out: Tensor, sizes: Sizes
+) -> tuple[Any, dict[str, mtpc.Draft], dict[str, Found]]:
+    """The model and its heads: those in the folder, or new ones, which are left there."""
+    if folder.exists():
+        console.print(f"trained before: {folder}", soft_wrap=True)
+        model: Any = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+        known = json.loads((folder / "found.json").read_text())
+        found = {kind: Found(**values) for kind, values in known.items()}
+        return model, {kind: mtpc.Draft.load(model, folder / kind).eval() for kind in found}, found
+    model = train_model(train, sizes)
+    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats a byte")
+    found = {kind: Found() for kind in ("ff", "cp", "hmm", "btree")}
+    drafts = {
+        kind: train_head(model, kind, train, held_out, sizes, one) for kind, one in found.items()
+    }
+    model.save_pretrained(folder / "model")
+    for kind, draft in drafts.items():
+        draft.save(folder / kind)
+    (folder / "found.json").write_text(json.dumps({k: asdict(one) for k, one in found.items()}))
+    return model, drafts, found
 
 
 def read_text(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -188,12 +208,13 @@ def decode(
     model: Any, drafts: dict[str, mtpc.Draft], rows: Tensor, sizes: Sizes, found: dict[str, Found]
 ) -> dict[tuple[str, str, int], Timing]:
     """Seconds for a batch of new tokens, by (engine, mode, batch), from held-out prompts: at batch
-    1 four of them, one after the other."""
+    1 four of them, one after the other. Plain and speculative decoding share a lean model."""
+    lean = LeanLlama(model)
     prompts = rows[:: max(1, len(rows) // max(BATCHES)), : sizes.length // 4][: max(BATCHES)]
     calls: dict[Any, Callable[[], object]] = {}
 
     def speculative(kind: str, mode: str, batch: int) -> None:
-        decoder = drafts[kind].decoder(mode=mode)
+        decoder = mtpc.SpeculativeDecoder(lean, drafts[kind].head, mode=mode)
         outs = [
             decoder.generate(ids, max_new_tokens=sizes.new_tokens, eos_token_id=[])
             for ids in prompts.split(batch)[:SINGLES]
@@ -204,7 +225,7 @@ def decode(
 
     def plain(mode: str, batch: int) -> None:
         for ids in prompts.split(batch)[:SINGLES]:
-            token_by_token(model, ids, sizes.new_tokens, sample=mode == "sample")
+            token_by_token(lean, ids, sizes.new_tokens, sample=mode == "sample")
 
     for mode in MODES:
         for batch in BATCHES:

@@ -47,10 +47,12 @@ def train_inputs(
     seed: int = 0,
     exact: bool = False,
     dropout_p: float = 0.0,
+    own_seeds: bool = False,
     base: bool = True,
     device: str = "cpu",
 ) -> Inputs:
-    """`make_inputs` of a bank, with base layer, dropout and the gradient of y."""
+    """`make_inputs` of a bank, with base layer, dropout and the gradient of y; own_seeds: each
+    adapter has a seed."""
     inputs = make_inputs(shape, dtype, seed=seed, exact=exact)
     g = torch.Generator().manual_seed(seed + 1000)
     weight = _values(g, exact, (shape.out, shape.wide), dtype, shape.wide**-0.5)
@@ -63,6 +65,8 @@ def train_inputs(
         "dropout_p": dropout_p,
         "seed": torch.tensor([seed * 2**33 - 7 * seed + 3]) if dropout_p else None,
     }
+    if own_seeds:
+        inputs["seed"] = torch.randint(-(2**62), 2**62, (len(shape.ranks),), generator=g)
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 

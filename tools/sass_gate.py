@@ -21,8 +21,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import sass_loops
@@ -147,6 +149,7 @@ def parse(res_usage: str, sass: str) -> list[Kernel]:
 
 
 def read(objects: Iterable[Path]) -> list[Kernel]:
+    """The kernels in these objects."""
     cuobjdump, env = reader()
     kernels: list[Kernel] = []
     for path in objects:
@@ -161,7 +164,7 @@ def read(objects: Iterable[Path]) -> list[Kernel]:
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
     for kernel, name in zip(kernels, plain.stdout.splitlines(), strict=True):
         kernel.name = short_name(name)
-    return sorted(kernels, key=lambda k: (k.name, k.arch))
+    return kernels
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -224,6 +227,28 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
     return wrong
 
 
+@dataclass(frozen=True, order=True)
+class Verdict:
+    """What is said of one kernel."""
+
+    name: str
+    arch: str
+    row: str  # of the table
+    wrong: tuple[str, ...]
+
+
+def verdicts(rules: list[dict], path: Path) -> list[Verdict]:
+    """On the kernels in one object."""
+    return [Verdict(k.name, k.arch, row(k), tuple(judge(k, rules))) for k in read([path])]
+
+
+def all_verdicts(objects: Iterable[Path], rules: list[dict]) -> list[Verdict]:
+    """On all kernels in these objects, a process for each core; the largest object goes first."""
+    ordered = sorted(objects, key=lambda path: -path.stat().st_size)
+    with ProcessPoolExecutor(min(len(ordered), len(os.sched_getaffinity(0)))) as pool:
+        return sorted(chain.from_iterable(pool.map(partial(verdicts, rules), ordered)))
+
+
 def load_rules(path: Path) -> list[dict]:
     rules = tomllib.loads(path.read_text()).get("rule", [])
     for rule in rules:
@@ -248,9 +273,10 @@ def row(kernel: Kernel) -> str:
     )
 
 
-def table(kernels: list[Kernel]) -> list[str]:
-    head = ["regs", "shared", "instr", *COUNTED]
-    return [f"{'arch':8}" + "".join(f"{h:>7}" for h in head) + "  kernel", *map(row, kernels)]
+def header() -> str:
+    """Of the table."""
+    numbers = ["regs", "shared", "instr", *COUNTED]
+    return f"{'arch':8}" + "".join(f"{h:>7}" for h in numbers) + "  kernel"
 
 
 def compiler() -> str:
@@ -273,16 +299,16 @@ def main() -> int:
     objects = args.objects or [o for o in built if (ROOT / "csrc/cuda" / o.stem).exists()]
     if not objects:
         raise SystemExit("sass_gate: no kernel objects; build with LORA_EXT_CUDA=1 first.")
+    rules = load_rules(args.rules)
     try:
-        kernels = read(objects)
+        kernels = all_verdicts(objects, rules)
     except FileNotFoundError as error:
         raise SystemExit(f"sass_gate: {error.filename} is needed; install binutils.") from error
-    rules = load_rules(args.rules)
-    lines = table(kernels)
+    lines = [header(), *(kernel.row for kernel in kernels)]
     print("\n".join(lines))
     failed = 0
     for kernel in kernels:
-        for reason in judge(kernel, rules):
+        for reason in kernel.wrong:
             failed += 1
             print(f"FAIL {kernel.arch} {kernel.name}: {reason}")
     for rule in rules:

@@ -11,15 +11,22 @@ namespace {
 
 constexpr int64_t kMaskColumns = 64;
 
+// The masks of some rows of one adapter.
 struct DropoutKey {
     uint32_t low = 0, high = 0, threshold;
+    const int32_t* rows;  // their numbers in the batch; nullptr: they are counted from `first` on
+    int64_t first;
 
-    explicit DropoutKey(const LoraDropout& d) : threshold(d.threshold) {
+    // `first`: the place of rows[0] among the adapter's rows.
+    DropoutKey(const LoraDropout& d, int64_t slot, const int32_t* rows, int64_t first)
+        : threshold(d.threshold), rows(d.per_adapter ? nullptr : rows), first(first) {
         if (threshold == 0) return;
-        low = static_cast<uint32_t>(*d.seed);
-        high = static_cast<uint32_t>(static_cast<uint64_t>(*d.seed) >> 32);
+        const uint64_t seed = static_cast<uint64_t>(d.seed[d.per_adapter ? slot : 0]);
+        low = static_cast<uint32_t>(seed);
+        high = static_cast<uint32_t>(seed >> 32);
     }
     bool drops() const { return threshold != 0; }
+    uint32_t row(int64_t i) const { return static_cast<uint32_t>(rows ? rows[i] : first + i); }
 };
 
 // 1 / (1 - p) in the precision that T is computed in.

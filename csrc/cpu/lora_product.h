@@ -89,12 +89,12 @@ template <int64_t kWidth, int64_t kRows = kRowBlock>
 struct Masks {
     uint64_t words[kRows][kWidth / kMaskColumns];
 
-    void fill(const DropoutKey& key, const int32_t* rows, int64_t num_rows, int64_t begin,
+    // Of the key's rows from `first` on.
+    void fill(const DropoutKey& key, int64_t first, int64_t num_rows, int64_t begin,
               int64_t width) {
         for (int64_t i = 0; i < num_rows; ++i)
             for (int64_t c = 0; c < width; c += kMaskColumns)
-                words[i][c / kMaskColumns] =
-                    keep_bits(key, static_cast<uint32_t>(rows[i]), begin + c);
+                words[i][c / kMaskColumns] = keep_bits(key, key.row(first + i), begin + c);
     }
     // From column c on.
     LX_INLINE uint64_t bits(int64_t i, int64_t c) const {
@@ -193,7 +193,8 @@ Span span_of(const Slot<T>& slot, int64_t index) {
 }
 
 // v and dv: out[t][r] = factor * sum_k left[t][k] * right[k][r] for the ranks of a span, where
-// pack_right(k, n, first, count, to, row) packs a block of right; masked where there is a key.
+// pack_right(k, n, first, count, to, row) packs a block of right; masked where there is a key, of
+// the same rows.
 template <typename T, typename Pack>
 void project(const Rows<const T>& left, int64_t rows, int64_t features, const DropoutKey* key,
              Span span, Acc<T> factor, const Rows<Acc<T>>& out, Pack&& pack_right) {
@@ -207,7 +208,7 @@ void project(const Rows<const T>& left, int64_t rows, int64_t features, const Dr
         sum_products<T>(
             count, features, span.ranks, sums, wide,
             [&](int64_t k, int64_t n, Acc<T>* to) {
-                if (key) masks.fill(*key, block.index, count, k, n);
+                if (key) masks.fill(*key, row, count, k, n);
                 pack_rows<T>(block, count, k, n, to, kDepth, key ? &masks : nullptr);
             },
             [&](int64_t k, int64_t n, int64_t first, int64_t ranks, Acc<T>* to, int64_t to_row) {

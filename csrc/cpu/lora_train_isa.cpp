@@ -49,10 +49,25 @@ void for_spans(const LoraArgs& args, int64_t begin, int64_t end, F&& f) {
     });
 }
 
+struct Segment {
+    const int32_t* rows;
+    int64_t len;
+};
+Segment segment_of(const LoraArgs& args, int32_t slot) {
+    const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
+    const int32_t* begin = args.plan + layout.slot_begin() + slot;
+    return {args.plan + layout.perm() + begin[0], begin[1] - begin[0]};
+}
+
+DropoutKey key_of(const LoraTrainArgs& args, const Chunk& chunk) {
+    const int64_t first = chunk.rows - segment_of(args.lora, chunk.slot).rows;
+    return {args.dropout, chunk.slot, chunk.rows, first};
+}
+
 template <typename T>
 void shrink(const LoraTrainArgs& args, int64_t begin, int64_t end) {
-    const DropoutKey key(args.dropout);
     for_spans<T>(args.lora, begin, end, [&](const Chunk& chunk, const Slot<T>& slot, Span span) {
+        const DropoutKey key = key_of(args, chunk);
         project<T>(x_rows<T>(args.lora, chunk), chunk.len, slot.in, key.drops() ? &key : nullptr,
                    span, slot.scale * inverse_keep<T>(args.dropout), v_rows<T>(args.lora, chunk),
                    [&](auto... block) { pack_a<T>(slot, block...); });
@@ -90,16 +105,6 @@ Band band_at(const LoraTrainArgs& args, int64_t item, int64_t last, int64_t feat
 int64_t band_items(const LoraTrainArgs& args, int64_t features) {
     const LoraBank& bank = args.lora.bank;
     return bank.num_adapters * rank_spans(bank.max_rank) * blocks_of(features, kColumns);
-}
-
-struct Segment {
-    const int32_t* rows;
-    int64_t len;
-};
-Segment segment_of(const LoraArgs& args, int32_t slot) {
-    const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
-    const int32_t* begin = args.plan + layout.slot_begin() + slot;
-    return {args.plan + layout.perm() + begin[0], begin[1] - begin[0]};
 }
 
 // A span's last ranks of a row of dA or dB, beyond the adapter's, are zero.
@@ -175,14 +180,14 @@ void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t en
         left[kRowBlock * kRankSpan];
     Masks<kColumns> masks;
     const LoraBank& bank = args.lora.bank;
-    const DropoutKey key(args.dropout);
-    const auto* kept = key.drops() ? &masks : nullptr;
     for (Band band; begin < end; begin += band.items) {
         band = band_at(args, begin, end, bank.in_features);
         const Slot<T> slot(bank, band.slot);
         const Span span = span_of(slot, band.span);
         const int64_t ranks = span.ranks, left_row = whole_vectors<T>(ranks);
         const Segment segment = segment_of(args.lora, band.slot);
+        const DropoutKey key(args.dropout, band.slot, segment.rows, 0);
+        const auto* kept = key.drops() ? &masks : nullptr;
         const auto for_blocks = [&](auto&& f) {
             for (int64_t c = 0; c < band.width; c += kColumns)
                 f(c * ranks, band.begin + c, min(kColumns, band.width - c));
@@ -200,7 +205,7 @@ void da_bands(const LoraTrainArgs& args, bool with_dx, int64_t begin, int64_t en
             const Rows<const T> x{static_cast<const T*>(args.lora.x), args.lora.x_row_stride,
                                   index};
             for_blocks([&](int64_t block, int64_t column, int64_t width) {
-                if (kept) masks.fill(key, index, rows, column, width);
+                if (kept) masks.fill(key, row, rows, column, width);
                 if (args.da) {
                     pack_rows<T>(x, rows, column, width, xs, kColumns, kept);
                     add_product<T>(left, 1, left_row, xs, kColumns, rows, sums + block, kColumns,
@@ -232,14 +237,14 @@ int64_t dx_items(const LoraTrainArgs& args) {
 }
 template <typename T>
 void dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
-    const DropoutKey key(args.dropout);
     Masks<kRankSpan, kSumRows> masks;
     for_chunks(args.lora, begin, end, kSumRows, [&](const Chunk& chunk, int64_t block) {
         const Slot<T> slot(args.lora.bank, chunk.slot);
         if (slot.rank == 0) return;
         const int64_t column = block * kRankSpan, width = min(kRankSpan, slot.in - column);
         const Rows<const T> a{slot.a, slot.a_row, nullptr};
-        if (key.drops()) masks.fill(key, chunk.rows, chunk.len, column, width);
+        const DropoutKey key = key_of(args, chunk);
+        if (key.drops()) masks.fill(key, 0, chunk.len, column, width);
         add_update<T>(
             dv_rows<T>(args, chunk.rows), chunk.len, slot.rank, dx_rows<T>(args, chunk.rows),
             column, width,
@@ -266,14 +271,14 @@ void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
 template <typename T>
 void dropout(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     constexpr int L = kLanes<T>;
-    const DropoutKey key(args.dropout);
+    const DropoutKey key(args.dropout, 0, nullptr, 0);
     const int64_t columns = args.lora.bank.in_features;
     const Vec<T> factor = broadcast<T>(inverse_keep<T>(args.dropout));
     for (int64_t row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(args.lora.x) + row * args.lora.x_row_stride;
         T* y = static_cast<T*>(args.lora.y) + row * args.lora.y_row_stride;
         for (int64_t block = 0; block < columns; block += kMaskColumns) {
-            const uint64_t bits = keep_bits(key, static_cast<uint32_t>(row), block);
+            const uint64_t bits = keep_bits(key, key.row(row), block);
             for (int64_t c = block; c < min(block + kMaskColumns, columns); c += L) {
                 const int64_t n = columns - c;
                 if (n >= L)

@@ -162,11 +162,11 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     // Elements of x by the thread that copied them.
     const auto drop = [&](int step) {
         if (kProduct != Product::kShrink || args.dropout.threshold == 0) return;
-        const Philox philox = philox_of(args.dropout);
+        const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
         const int k = begin + step * G::kStep + left_piece * kVec<Left>;
 #pragma unroll 1
         for (int row = left_row; row < tile.rows; row += kLeftRowStep)
-            drop_piece<Left>(left_at(step, row), philox, args.dropout.threshold, row_of[row], k);
+            drop_piece<Left>(left_at(step, row), mask, mask.row(row, row_of[row]), k);
     };
 
     // What does not depend on v is on its way before v is waited for.
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             }
         }
         lx::syncthreads();  // delta is complete
-        const Philox philox = philox_of(args.dropout);
+        const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
         // 16 bytes of four rows at a time: loaded together, rounded once.
         constexpr int kPieces = kGemmColumns / kVec<T>, kRowStep = kGemmThreads / kPieces;
         constexpr int kBatch = 4;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                 if constexpr (kProduct == Product::kInput) {
                     if (args.dropout.threshold != 0) {
                         bool keep[kVec<T>];
-                        keep_elements_of(philox, args.dropout.threshold, row_of[row], column, keep);
+                        keep_elements_of(mask, mask.row(row, row_of[row]), column, keep);
                         // Adding -0 changes no bit, not even that of another -0.
 #pragma unroll
                         for (int e = 0; e < kVec<T>; ++e) d[e] = keep[e] ? d[e] : -0.0f;

@@ -204,12 +204,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Elements of x by the thread that copied them.
     const auto drop = [&](int step) {
         if (args.dropout.threshold == 0) return;
-        const Philox philox = philox_of(args.dropout);
+        const Mask mask = mask_of(args.dropout, slot, 0);
         const int count = rows_of_step(step);
 #pragma unroll 1
         for (int row = x_row; row < count; row += kXRowStep)
-            drop_piece<T>(x_at(step, row), philox, args.dropout.threshold,
-                          row_of[step % kRowSlots * kStep + row], first_column + column);
+            drop_piece<T>(x_at(step, row), mask,
+                          mask.row(step * kStep + row, row_of[step % kRowSlots * kStep + row]),
+                          first_column + column);
     };
 
     const int warp_column = warp % 2 * (S::kTilesM * 16), warp_rank = warp / 2 * (kTilesN * 8);

@@ -62,6 +62,7 @@ LX_DEVICE int64_t valid_rows(const LoraPlanArgs& ids) {
 // Up to kRows rows that share an adapter. Rank 0: nothing to do.
 struct RowTile {
     int slot, rows, rank;
+    int first;  // with a plan: where its rows begin in perm
 };
 
 // Tile `index` of the plan, or, without a plan, of at most 32 ids that each warp groups for itself.
@@ -69,7 +70,7 @@ struct RowTile {
 template <int kRows>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows]) {
-    RowTile tile{-1, 0, 0};
+    RowTile tile{-1, 0, 0, 0};
     const int thread = lx::thread_rank();
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
@@ -81,7 +82,8 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         if (chunk >= num_chunks || len <= skip) return tile;
         tile.slot = slot;
         tile.rows = lx::min(kRows, len - skip);
-        const int32_t* perm = args.plan + tiling.perm + start + skip;
+        tile.first = start + skip;
+        const int32_t* perm = args.plan + tiling.perm + tile.first;
         for (int i = thread; i < tile.rows; i += static_cast<int>(blockDim.x)) row_of[i] = perm[i];
     } else {
         const int lane = thread % lx::kWarpSize;

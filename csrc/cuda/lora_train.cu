@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(256)
     const int column = static_cast<int>(index % pieces) * kVec<T>;
     const int n = width - column;
     bool keep[kVec<T>];
-    keep_elements_of(philox_of(dropout), dropout.threshold, static_cast<int>(row), column, keep);
+    keep_elements_of(mask_of(dropout, 0, 0), static_cast<uint32_t>(row), column, keep);
     const T* from = x + row * x_row_stride + column;
     const uint4 words = aligned ? load_words<T, true>(from, n) : load_words<T, false>(from, n);
     const uint32_t w[4] = {words.x, words.y, words.z, words.w};
@@ -131,7 +131,7 @@ LaunchStatus launch_lora_dropout(const LoraTrainArgs& args, void* y, void* strea
     LX_BUF_ROWS(lora.x, lora.num_tokens, width * size, lora.x_row_stride * size,
                 lx::Access::kConstant);
     LX_BUF(y, lora.num_tokens * width * size, lx::Access::kWrite);
-    if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    declare_seed(args.dropout, 0);
     return with_dtype(lora.dtype, [&]<class T>() {
         return LX_LAUNCH(lora_dropout_kernel<T>, static_cast<unsigned>(blocks), 256, 0, stream,
                          static_cast<const T*>(lora.x), lora.x_row_stride, static_cast<T*>(y),

@@ -103,20 +103,47 @@ struct Philox {
     }
 };
 
-LX_DEVICE Philox philox_of(const LoraDropout& dropout) {
+// The mask of some rows of one adapter.
+struct Mask {
+    Philox philox;
+    uint32_t threshold;  // 0: everything is kept
+    bool by_place;       // a row is counted by its place among the adapter's, not in the batch
+    int first;           // the place of the first one
+
+    LX_DEVICE uint32_t row(int i, int in_batch) const {
+        return static_cast<uint32_t>(by_place ? first + i : in_batch);
+    }
+};
+
+LX_DEVICE Mask mask_of(const LoraDropout& dropout, int slot, int first) {
     if (dropout.threshold == 0) return {};
-    const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
-    return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
+    const uint64_t seed = static_cast<uint64_t>(dropout.seed[dropout.per_adapter ? slot : 0]);
+    return {{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}},
+            dropout.threshold,
+            dropout.per_adapter,
+            first};
+}
+// Of the rows of a tile.
+LX_DEVICE Mask mask_of(const LoraDropout& dropout, const LoraArgs& args, const Tiling& tiling,
+                       const RowTile& tile) {
+    if (!dropout.per_adapter) return mask_of(dropout, tile.slot, 0);
+    const int32_t* const slot_begin = args.plan + tiling.perm + args.num_tokens;  // after perm
+    return mask_of(dropout, tile.slot, tile.first - slot_begin[tile.slot]);
+}
+
+inline void declare_seed([[maybe_unused]] const LoraDropout& dropout,
+                         [[maybe_unused]] int32_t num_adapters) {
+    if (dropout.threshold)
+        LX_BUF(dropout.seed, 8 * (dropout.per_adapter ? num_adapters : 1), lx::Access::kConstant);
 }
 
 // Which of the elements from `column`, a multiple of 4, on are kept.
 template <int kCount>
-LX_DEVICE void keep_elements_of(const Philox& philox, uint32_t threshold, int row, int column,
-                                bool (&keep)[kCount]) {
+LX_DEVICE void keep_elements_of(const Mask& mask, uint32_t row, int column, bool (&keep)[kCount]) {
+    const uint32_t threshold = mask.threshold;
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-        const uint4 word =
-            philox(static_cast<uint32_t>(row), static_cast<uint32_t>(column + i) / 4);
+        const uint4 word = mask.philox(row, static_cast<uint32_t>(column + i) / 4);
         keep[i] = word.x >= threshold;
         keep[i + 1] = word.y >= threshold;
         keep[i + 2] = word.z >= threshold;
@@ -141,10 +168,9 @@ LX_DEVICE uint4 drop_elements(const uint4& words, const bool (&keep)[kVec<T>]) {
 
 // The mask on 16 bytes of shared memory, by the thread that copied them there.
 template <class T>
-LX_DEVICE void drop_piece(void* piece, const Philox& philox, uint32_t threshold, int row,
-                          int column) {
+LX_DEVICE void drop_piece(void* piece, const Mask& mask, uint32_t row, int column) {
     bool keep[kVec<T>];
-    keep_elements_of(philox, threshold, row, column, keep);
+    keep_elements_of(mask, row, column, keep);
     uint4& words = *static_cast<uint4*>(piece);
     words = drop_elements<T>(words, keep);
 }

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         lx::cp_async_wait_all();
         split_dv(0);
     }
-    const Philox philox = philox_of(args.dropout);
+    const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
     const int warp_row = warp / kWarpsN * kTileRows;
     const bool has_rows = warp_row < tile.rows;
     const int warp_column = warp % kWarpsN * kWarpColumns<T>;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (row >= tile.rows || n <= 0) continue;
             bool keep[kVec<T>];
             if (args.dropout.threshold != 0) {
-                keep_elements_of(philox, args.dropout.threshold, row_of[row], column, keep);
+                keep_elements_of(mask, mask.row(row, row_of[row]), column, keep);
             } else {
 #pragma unroll
                 for (int e = 0; e < kVec<T>; ++e) keep[e] = true;
@@ -272,7 +272,7 @@ LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream) {
                 lx::Access::kRead);
     LX_BUF_ROWS(args.dx, lora.num_tokens, bank.in_features * size, args.dx_row_stride * size,
                 lx::Access::kReadWrite);
-    if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    declare_seed(args.dropout, bank.num_adapters);
     if (takes_gemm(lora)) return run_gemm_input_gradient(args, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
         while (width.pages > 2 && shared_bytes<T>(width.pages) > most_dynamic_bytes())

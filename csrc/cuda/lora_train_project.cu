@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     const T* w =
         kSideB ? b_page<T>(bank, tile.slot, first_page) : a_page<T>(bank, tile.slot, first_page);
     const int64_t page_stride = kSideB ? bank.b_page_stride : bank.a_page_stride;
-    const Philox philox = philox_of(args.dropout);
+    const Mask mask = mask_of(args.dropout, lora, tiling, tile);
 
     // Every thread copies the same piece of every (kThreads / 8)-th row.
     const int piece = thread % kPieces, first_row = thread / kPieces;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
         const int k = begin + step * kWidth + piece * kVec<T>;
 #pragma unroll 1
         for (int row = first_row; row < tile.rows; row += kRowStep)
-            drop_piece<T>(x_piece(step, row), philox, args.dropout.threshold, row_of[row], k);
+            drop_piece<T>(x_piece(step, row), mask, mask.row(row, row_of[row]), k);
     };
 
     float acc[kGroupPages][4] = {}, total[kGroupPages][4] = {};
@@ -290,7 +290,7 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
         declare_b(lora);
     } else {
         declare_a(lora);
-        if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+        declare_seed(args.dropout, bank.num_adapters);
     }
     declare_out(lx::Access::kWrite);
     const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int steps = (block.num_rows + kTrainRows - 1) / kTrainRows;
     const int stage_bytes = kTrainRows * (kBandRow + v_row_bytes(shape.pages));
     const T* x = static_cast<const T*>(args.x);
-    const Philox philox = philox_of(args.dropout);
+    const Mask mask = mask_of(args.dropout, block.slot, block.range * shape.range_rows);
 
     // Thread: one piece of every sixteenth row of x; of v, items of (row, page).
     const int piece = thread % kBandPieces, first_row = thread / kBandPieces;
@@ -252,8 +252,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int rows = rows_of_step(step);
         if (args.dropout.threshold != 0) {
             for (int row = first_row; row < rows; row += kRowStep)
-                drop_piece<T>(x_stage(step) + row * kBandRow + piece * kPieceBytes, philox,
-                              args.dropout.threshold, row_of[step % 4 * kTrainRows + row], column);
+                drop_piece<T>(
+                    x_stage(step) + row * kBandRow + piece * kPieceBytes, mask,
+                    mask.row(step * kTrainRows + row, row_of[step % 4 * kTrainRows + row]), column);
         }
         const VTile<T> v = v_stage(step);
         if constexpr (std::is_same_v<T, lx::bf16>) {
@@ -404,7 +405,7 @@ LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream) {
                 lx::Access::kConstant);
     LX_BUF_ROWS(args.v, args.num_tokens, args.max_rank * 4, args.v_row_stride * 4,
                 lx::Access::kRead);
-    if (args.dropout.threshold) LX_BUF(args.dropout.seed, 8, lx::Access::kConstant);
+    declare_seed(args.dropout, args.num_adapters);
     if (split) LX_BUF(workspace, gradient_workspace(args), lx::Access::kWrite);
     declare_out();
     if (gemm) return run_gemm_gradient(args, stream);

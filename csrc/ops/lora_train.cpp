@@ -30,15 +30,24 @@ thread_local Scratch plan_scratch, dv_scratch;
 // Below so many multiplications a parallel region costs more than a second thread saves.
 constexpr int64_t kSerialWork = 1 << 17;
 
+// num_adapters: seed may have one number for each of them; -1: it has but one.
 LoraDropout dropout_of(const char* op, const char* p_name, double p, const OptionalTensor& seed,
-                       at::Device device) {
+                       at::Device device, int64_t num_adapters) {
     require(p >= 0 && p < 1, op, p_name, expected("a probability in [0, 1)"), found(p));
     LoraDropout dropout;
     if (p == 0) return dropout;
     require(seed.has_value(), op, "seed", expected("one Long with ", p_name, " > 0"),
             found("None"));
-    check_one(op, "seed", *seed, at::kLong, device);
-    dropout.seed = seed->const_data_ptr<int64_t>();
+    dropout.per_adapter = seed->dim() == 1 && seed->size(0) == num_adapters;
+    if (dropout.per_adapter) {
+        dropout.seed = vector_data<int64_t>(op, "seed", *seed, num_adapters, at::kLong, device);
+    } else {
+        require(num_adapters < 0 || seed->numel() == 1, op, "seed",
+                expected("one Long, or one for each of ", num_adapters, " adapters"),
+                found("shape ", seed->sizes()));
+        check_one(op, "seed", *seed, at::kLong, device);
+        dropout.seed = seed->const_data_ptr<int64_t>();
+    }
     dropout.threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
     dropout.inverse_keep_f64 = 1 / (1 - p);
     dropout.inverse_keep = static_cast<float>(dropout.inverse_keep_f64);
@@ -67,7 +76,7 @@ struct Call {
         args.lora.num_tokens = x.size(0);
         args.lora.x = x.const_data_ptr();
         args.lora.x_row_stride = x.stride(0);
-        args.dropout = dropout_of(op, "dropout_p", dropout_p, seed, x.device());
+        args.dropout = dropout_of(op, "dropout_p", dropout_p, seed, x.device(), a.size(0));
         check_ids(op, adapter_ids, x.size(0), x.device());
         ids = adapter_ids.contiguous();
     }
@@ -268,7 +277,7 @@ Tensor lora_dropout(const Tensor& x_in, double p, const OptionalTensor& seed) {
     check_dim(op, "x", x_in, 2, "(T, I)");
     LoraTrainArgs args;
     args.lora.dtype = dtype_of(op, "x", x_in);
-    args.dropout = dropout_of(op, "p", p, seed, x_in.device());
+    args.dropout = dropout_of(op, "p", p, seed, x_in.device(), -1);
     const Tensor x = rows_contiguous(x_in);
     const int64_t rows = x.size(0), columns = x.size(1);
     require(rows <= kMaxSize && columns <= kMaxSize, op, "x",

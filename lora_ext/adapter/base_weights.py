@@ -38,6 +38,14 @@ class BaseWeights:
         """Whether the model has a weight of that :func:`base_name`."""
         return name in self._shapes
 
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the model's weight of that name, when the index was made."""
+        return self._shapes[name]
+
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
         """Refuse a weight that has not the size of the model's, before it is read.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lora_ext.nn.init import FREE
-from lora_ext.nn.lora_config import LoraConfig, checked_names
+from lora_ext.nn.lora_config import LoraConfig, checked_names, matches_suffix
 
 from .model_index import ModelIndex
 
@@ -115,18 +115,21 @@ class AdapterConfig(LoraConfig):
         """Refuse what changes the base model, which many adapters share.
 
         Raises:
-            NotImplementedError: modules_to_save. ValueError: biases of the base model.
+            ValueError: biases of the base model.
         """
-        if self.modules_to_save:
-            raise NotImplementedError(
-                f"{self.where}: modules_to_save is not supported: it replaces whole modules of the "
-                "base model"
-            )
         if self.base_bias != "none":
             raise ValueError(
                 f"{self.where}: bias: expected 'none' (the base model's biases are shared), found "
                 f"{self.base_bias!r}"
             )
+
+    def saves_whole(self, weight: str) -> bool:
+        """Whether this weight of the base model lies in a module of ``modules_to_save``.
+
+        PEFT's rule: the end of a module's name, whether or not a dot comes before it.
+        """
+        ends = tuple(self.modules_to_save or ())
+        return any(owner.endswith(ends) for owner in _owners(weight)) if ends else False
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's fields: those that are parsed, and the others as they were read.
@@ -182,6 +185,13 @@ class AdapterConfig(LoraConfig):
         found = self.targeted(
             (*index.modules, *index.unsupported), (name for name in index.linear if name != head)
         )
+        saved = tuple(self.modules_to_save or ())
+        if saved:  # PEFT's other rule: it puts no factors on what it saves whole
+            found = {
+                name
+                for name in found
+                if not any(matches_suffix(owner, saved) for owner in (*_owners(name), name))
+            }
         for name in sorted(found & index.unsupported.keys()):
             raise NotImplementedError(
                 f"{self.where}: target_modules names {name!r}, a {index.unsupported[name]}; "
@@ -196,6 +206,12 @@ class AdapterConfig(LoraConfig):
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
+
+
+def _owners(name: str) -> list[str]:
+    """The modules around: ``a`` and ``a.b`` of ``a.b.weight``."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def alpha_of(scaling: float, rank: int, rslora: bool) -> float:

@@ -38,6 +38,7 @@ class LinearSpec:
     device: torch.device
     kernel: tuple[int, ...] = ()  # of a convolution, whose factors are kernels
     groups: int = 1
+    plain: bool = False  # nn.Linear or nn.Embedding itself: its weight is all that it is
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class ModelIndex:
             weight = cast(Tensor, module.weight)
             own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
             place = torch.device(device) if device else _device_of(name, weight, modules)
-            found[name] = LinearSpec(name, *size, dtype or own, place)
+            plain = type(module) in (nn.Linear, nn.Embedding)
+            found[name] = LinearSpec(name, *size, dtype or own, place, plain=plain)
         if not linear and not embedding:
             raise ValueError(
                 "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lora_ext._files import write_files
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
 from .peft_keys import MAGNITUDE, base_name, factor_roles, parse_key
+from .replaced import Replaced, find_replaced, read_replaced
 from .tensor_files import StateDict, TensorSource, adapter_directory, open_tensors, read_config
 
 # A directory, or (config, state dict).
@@ -44,6 +46,21 @@ class Factors(NamedTuple):
     embedding: bool = False
 
 
+@dataclass(frozen=True)
+class AdapterParts(Generic[Converted]):
+    """What :func:`read_adapter` found.
+
+    Attributes:
+        config: parsed. modules: what was kept of each adapted one. replaced: of each whole one.
+        leftover: what ``strict=False`` skipped.
+    """
+
+    config: AdapterConfig
+    modules: dict[str, Converted]
+    replaced: dict[str, Replaced]
+    leftover: tuple[str, ...]
+
+
 class NonFiniteError(ValueError):
     """Raised by a conversion that met NaN or infinity: in which role, and in which dtype."""
 
@@ -58,7 +75,7 @@ def read_adapter(
     max_rank: int,
     strict: bool,
     convert: Callable[[LinearSpec, Factors], Converted],
-) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
+) -> AdapterParts[Converted]:
     """Read and check an adapter; nothing of it is trusted.
 
     Args:
@@ -69,9 +86,6 @@ def read_adapter(
         strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
         convert: what to keep of a module; called as soon as its tensors are read, so that no more
             than one module lies in memory twice.
-
-    Returns:
-        the config, what ``convert`` returned for each module, and what ``strict=False`` skipped.
 
     Raises:
         ValueError: naming file, key, expected and found.
@@ -110,11 +124,17 @@ def read_factors(
     max_rank: int,
     strict: bool,
     convert: Callable[[LinearSpec, Factors], Converted],
-) -> tuple[AdapterConfig, dict[str, Converted], tuple[str, ...]]:
+) -> AdapterParts[Converted]:
     """:func:`read_adapter` of what :func:`open_adapter` opened."""
     if index.shared:
         config.check_shared()
     grouped, base, leftover = _group_keys(tensors, index)
+    saved: dict[str, str] = {}
+    if index.shared:
+        other = {key: base_name(key) for key in (*base, *leftover)}
+        saved = {key: name for key, name in other.items() if config.saves_whole(name)}
+        base = {key: name for key, name in base.items() if key not in saved}
+        leftover = [key for key in leftover if key not in saved]
     targets = config.targets(index)
     if targets is not None:
         stray = sorted(grouped.keys() - targets)
@@ -148,6 +168,7 @@ def read_factors(
                 f"found {rank}"
             )
         _check_headers(tensors, keys, rank, module, index, config)
+    replaced = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():
         index.weights.check_header(tensors, key, name)
     for key, name in base.items():
@@ -171,7 +192,8 @@ def read_factors(
                 f"{tensors.where}: {keys[role]}: expected finite values in {error.dtype}, "
                 "found NaN or inf"
             ) from None
-    return config, modules, tuple(leftover)
+    whole = {module: read_replaced(tensors, keys) for module, keys in replaced.items()}
+    return AdapterParts(config, modules, whole, tuple(leftover))
 
 
 def _group_keys(

@@ -191,7 +191,7 @@ class LoraAdapter:
     ) -> LoraAdapter:
         index = _implied_index(config, tensors)
         convert = _copied if copy else _as_read
-        config, modules, _ = read_factors(config, tensors, index, sys.maxsize, strict, convert)
+        modules = read_factors(config, tensors, index, sys.maxsize, strict, convert).modules
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
@@ -288,10 +288,7 @@ def _replaces(config: AdapterConfig, name: str) -> bool:
     """Whether PEFT puts this tensor in the place of the base model's of that name."""
     if config.base_bias != "none" and name.endswith("bias"):
         return True
-    parts = name.split(".")
-    owners = [".".join(parts[:i]) for i in range(1, len(parts))]
-    # PEFT's rule: the end of a module's name, whether or not a dot comes before it.
-    return any(owner.endswith(end) for owner in owners for end in config.modules_to_save or ())
+    return config.saves_whole(name)
 
 
 def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.circuits._sums import add_entries
 from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
 from lora_ext.ops import Program
 from lora_ext.reference.circuit_sum import log_weights
@@ -104,12 +103,6 @@ class _Weights:
             return flat[self.first : self.first + numel].view(self.shape)
         w = flat[self.index]
         return w if self.missing is None else w.masked_fill(self.missing, -torch.inf)
-
-    def add(self, grad: Tensor, d: Tensor) -> None:
-        if self.index is None:
-            grad[self.first : self.first + d.numel()] += d.flatten()
-        else:
-            add_entries(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = None if self.index is None else self.index.to(device)

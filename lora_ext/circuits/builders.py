@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from lora_ext.circuits.errors import PCStructureError, require
 from lora_ext.circuits.leaves import Leaf
 from lora_ext.circuits.regions import Input, Kind, Partition, Region
+from lora_ext.circuits.scopes import bits
 from lora_ext.reference.circuit import left_size
 
 MAX_VARIABLE = 1 << 22
 
 Regions = tuple[Region, ...]
+# One family for all variables, or one for each.
+Leaves = Leaf | Sequence[Leaf]
 
 
 def _require_positive(builder: str, **sizes: int) -> None:
@@ -23,24 +27,58 @@ def _require_positive(builder: str, **sizes: int) -> None:
         require(size >= 1, f"{builder}: {name}", "at least 1", size, PCStructureError)
 
 
-def cp(num_variables: int, rank: int, leaf: Leaf) -> Regions:
-    """One input over all variables, and the sum that mixes its units."""
+def _leaf_each(builder: str, leaf: Leaves, num_variables: int) -> list[Leaf]:
+    """The family of every variable."""
+    if isinstance(leaf, Leaf):
+        return [leaf] * num_variables
+    expected = f"one family, or one for each of {num_variables} variables"
+    found = len(leaf)
+    require(found == num_variables, f"{builder}: leaf", expected, found, PCStructureError)
+    return list(leaf)
+
+
+def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
+    """An input for each family of the scope's variables."""
+    families: dict[Leaf, int] = {}
+    for v in bits(scope):
+        families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
+    return [Region(units, leaf=leaf, variables=s, name=name) for leaf, s in families.items()]
+
+
+def _add_input(
+    regions: list[Region], units: int, leaves: Sequence[Leaf], scope: int, name: str = ""
+) -> int:
+    """Append a product of one distribution a variable; of several families, a mixture of them."""
+    inputs = _inputs(units, leaves, scope, name)
+    regions += inputs
+    if len(inputs) > 1:
+        children = tuple(range(len(regions) - len(inputs), len(regions)))
+        regions.append(Region(units, (Partition(children),), name=name))
+    return len(regions) - 1
+
+
+def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
+    """An input a family over all of its variables, and the sum that mixes their units."""
     _require_positive("cp", num_variables=num_variables, rank=rank)
-    return (
-        Region(rank, leaf=leaf, variables=(1 << num_variables) - 1, name="leaves"),
-        Region(1, (Partition((0,)),), name="root"),
-    )
+    leaves = _leaf_each("cp", leaf, num_variables)
+    inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
+    return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
 
 
-def hmm(num_variables: int, rank: int, leaf: Leaf, homogeneous: bool) -> Regions:
+def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
     """The chain is the tree in which each variable hangs from the one before it."""
     _require_positive("hmm", num_variables=num_variables, rank=rank)
-    return hclt([t - 1 for t in range(num_variables)], rank, leaf, homogeneous)
+    leaves = _leaf_each("hmm", leaf, num_variables)
+    return hclt([t - 1 for t in range(num_variables)], rank, leaves, homogeneous)
 
 
-def hclt(parents: Sequence[int], rank: int, leaf: Leaf, homogeneous: bool) -> Regions:
+def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
     """Two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
     _require_positive("hclt", rank=rank)
+    leaves = _leaf_each("hclt", leaf, len(parents))
+    expected, found = "one family of a homogeneous circuit", len(set(leaves))
+    one = not homogeneous or found <= 1
+    require(one, "hclt: leaf", expected, found, PCStructureError)
     below: list[list[int]] = [[] for _ in parents]
     for v, parent in enumerate(parents):
         require(
@@ -74,7 +112,7 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaf, homogeneous: bool) -> Re
     latent_of: dict[int, int] = {}
     for v in reversed(order):
         tie = "leaf" if homogeneous else None
-        regions.append(Region(rank, leaf=leaf, variables=1 << v, tie=tie, name=f"x{v}"))
+        regions.append(Region(rank, leaf=leaves[v], variables=1 << v, tie=tie, name=f"x{v}"))
         children = (len(regions) - 1, *(latent_of[c] for c in below[v]))
         is_root = parents[v] < 0
         latent_of[v] = len(regions)
@@ -84,16 +122,17 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaf, homogeneous: bool) -> Re
     return tuple(regions)
 
 
-def btree(num_variables: int, rank: int, leaf: Leaf) -> Regions:
+def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
     """Halves of halves; the left half is ``left_size`` long, as in ``reference.circuit_scan``."""
     _require_positive("btree", num_variables=num_variables, rank=rank)
+    leaves = _leaf_each("btree", leaf, num_variables)
     if num_variables == 1:
-        return cp(1, rank, leaf)
+        return cp(1, rank, leaves)
     regions: list[Region] = []
 
     def build(lo: int, hi: int, units: int) -> int:
         if hi - lo == 1:
-            regions.append(Region(rank, leaf=leaf, variables=1 << lo, name=f"x{lo}"))
+            regions.append(Region(rank, leaf=leaves[lo], variables=1 << lo, name=f"x{lo}"))
         else:
             middle = lo + left_size(hi - lo)
             children = (build(lo, middle, rank), build(middle, hi, rank))
@@ -110,7 +149,7 @@ def rat_spn(
     repetitions: int,
     num_sums: int,
     num_inputs: int,
-    leaf: Leaf,
+    leaf: Leaves,
     seed: int,
     num_roots: int,
 ) -> Regions:
@@ -125,15 +164,14 @@ def rat_spn(
     )
     found = num_variables
     require(found >= 2, "rat_spn: num_variables", "at least 2", found, PCStructureError)
+    leaves = _leaf_each("rat_spn", leaf, num_variables)
     rng = random.Random(seed)
     regions: list[Region] = []
 
     def build(names: list[int], level: int) -> int:
         if level == 0 or len(names) == 1:
-            scope = sum(1 << v for v in names)
-            regions.append(Region(num_inputs, leaf=leaf, variables=scope))
-        else:
-            regions.append(Region(num_sums, (split(names, level),)))
+            return _add_input(regions, num_inputs, leaves, sum(1 << v for v in names))
+        regions.append(Region(num_sums, (split(names, level),)))
         return len(regions) - 1
 
     def split(names: list[int], level: int) -> Partition:
@@ -147,9 +185,10 @@ def rat_spn(
     return tuple(regions)
 
 
-def poon_domingos(height: int, width: int, num_units: int, leaf: Leaf, delta: int) -> Regions:
+def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
     """One region per rectangle on the grid of ``delta``, small ones first."""
     _require_positive("poon_domingos", height=height, width=width, num_units=num_units, delta=delta)
+    leaves = _leaf_each("poon_domingos", leaf, height * width)
     regions: list[Region] = []
     known: dict[tuple[int, int, int, int], int] = {}
 
@@ -181,12 +220,28 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaf, delta: in
         if not parts:
             row = ((1 << (right - left)) - 1) << left
             scope = sum(row << (y * width) for y in range(top, bottom))
-            regions.append(Region(num_units, leaf=leaf, variables=scope, name=name))
-            parts = [Partition((len(regions) - 1,))] if whole else []
+            inputs = _add_input(regions, num_units, leaves, scope, name)
+            parts = [Partition((inputs,))] if whole else []
         if parts:
             regions.append(Region(1 if whole else num_units, tuple(parts), name=name))
         known[top, bottom, left, right] = len(regions) - 1
     return tuple(regions)
+
+
+def join(graphs: Sequence[Regions]) -> Regions:
+    """All regions of all graphs; names and ties get the number of their graph in front."""
+    require(len(graphs) > 0, "join: graphs", "at least one", "none", PCStructureError)
+    joined: list[Region] = []
+    for number, regions in enumerate(graphs):
+        first = len(joined)
+        for region in regions:
+            partitions = tuple(
+                replace(p, children=tuple(first + c for c in p.children)) for p in region.partitions
+            )
+            tie = None if region.tie is None else f"{number}/{region.tie}"
+            name = region.name and f"{number}/{region.name}"
+            joined.append(replace(region, partitions=partitions, tie=tie, name=name))
+    return tuple(joined)
 
 
 def from_edges(

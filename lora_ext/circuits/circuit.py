@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.circuits import checks, files, learning, sampling
+from lora_ext.circuits import chain, checks, files, learning, queries, sampling
 from lora_ext.circuits._execution import Evaluate, Weights
+from lora_ext.circuits.chain import KBest
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import MAX_BLOCK
 from lora_ext.circuits.learning import Flows
@@ -40,8 +41,8 @@ class Circuit(Parameters):
     does. Impossible data has log-probability ``-inf``, gradient zero and no NaN.
 
     A circuit of several root units is several distributions over one body: ``log_prob`` gives all
-    of them, and every other query needs ``root``, the number of one of them, or a tensor of one
-    per row, such as the class of each row.
+    of them where ``root`` is open, and every other query needs it: the number of one of them, or a
+    tensor of one per row, such as the class of each row.
 
     Args:
         graph: the structure.
@@ -69,7 +70,9 @@ class Circuit(Parameters):
         super().__init__(graph, norm, block, precision)
 
     # --- evaluation -------------------------------------------------------------------------------
-    def log_prob(self, x: Tensor, external: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
+    ) -> Tensor:
         """``log p`` of the variables that are given, the others summed out.
 
         Differentiable once, in the parameters and in ``external``.
@@ -77,14 +80,18 @@ class Circuit(Parameters):
         Args:
             x: ``(B, n)``, -1 or NaN where a variable is marginalised.
             external: ``(B, N)`` log-values of the external leaf units, if there are any.
+            root: of a circuit of several root units, the one that answers, or ``(B,)`` of them.
 
         Returns:
-            ``(B,)`` in the dtype of the parameters; ``(B, R)`` if there are R root units.
+            ``(B,)`` in the dtype of the parameters; ``(B, R)`` if there are R root units and
+            ``root`` is open.
 
         Raises:
             ValueError: on a wrong shape, device or value, naming the variable.
         """
         values = self._log_probs("log_prob", x, external)
+        if root is not None:
+            values = values.gather(1, self._root_numbers("log_prob", root, len(x))[:, None])
         return values[:, 0] if values.shape[1] == 1 else values
 
     forward = log_prob
@@ -103,13 +110,19 @@ class Circuit(Parameters):
         self._refuse_external("log_partition")
         return self.log_prob(self._nothing())[0]
 
-    def marginal(self, x: Tensor, keep: Iterable[int], external: Tensor | None = None) -> Tensor:
+    def marginal(
+        self,
+        x: Tensor,
+        keep: Iterable[int],
+        external: Tensor | None = None,
+        root: int | Tensor | None = None,
+    ) -> Tensor:
         """``log p(x_keep)``: the other variables of ``x`` are not looked at.
 
         Args:
             x: ``(B, n)``.
             keep: variables by number.
-            external: as :meth:`log_prob` takes it.
+            external, root: as :meth:`log_prob` takes them.
 
         Returns:
             As :meth:`log_prob`.
@@ -126,7 +139,58 @@ class Circuit(Parameters):
         kept[names] = True
         x = signed(x)
         nothing = torch.nan if x.is_floating_point() else -1
-        return self.log_prob(torch.where(kept, x, nothing), external)
+        return self.log_prob(torch.where(kept, x, nothing), external, root)
+
+    @torch.no_grad()
+    def univariate_marginals(
+        self, evidence: Tensor, root: int | Tensor | None = None
+    ) -> queries.Marginals:
+        """The law of every variable by itself given the evidence, in one pass up and one down.
+
+        Args:
+            evidence: ``(B, n)``, -1 or NaN where a variable is not given.
+            root: of a circuit of several root units, the one that answers, or ``(B,)`` of them.
+
+        Returns:
+            log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. Rows of
+            impossible evidence have ``-inf`` and NaN. Probabilities below the smallest number of
+            the dtype are 0.
+
+        Raises:
+            ValueError: as :meth:`log_prob`, for external variables, and if several roots leave
+                ``root`` open.
+        """
+        return queries.univariate_marginals(self, evidence, root)
+
+    @torch.no_grad()
+    def entropy(self, root: int | None = None) -> Tensor:
+        """Entropy in nats, a single number; differential where variables are continuous.
+
+        Args:
+            root: of a circuit of several root units, the one that is meant.
+
+        Raises:
+            ValueError: if the circuit is not known to be deterministic (:meth:`check`): then no
+                formula of its size is known. And for unnormalised circuits and external leaves.
+
+        Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
+        """
+        return queries.entropy(self, root)
+
+    @torch.no_grad()
+    def kl_divergence(self, other: Circuit, root: int | None = None) -> Tensor:
+        """``sum p log (p / q)`` in nats with ``q`` the other circuit, a single number, maybe inf.
+
+        Args:
+            other: a circuit of the same graph.
+            root: as :meth:`entropy` takes it.
+
+        Raises:
+            ValueError: for another graph, and all that :meth:`entropy` refuses.
+
+        Source: as :meth:`entropy`.
+        """
+        return queries.kl_divergence(self, other, root)
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
@@ -211,6 +275,35 @@ class Circuit(Parameters):
         """
         return sampling.best(self, evidence, root)
 
+    @torch.no_grad()
+    def k_best(
+        self,
+        k: int,
+        evidence: Tensor | None = None,
+        lengths: Tensor | None = None,
+        root: int | Tensor | None = None,
+    ) -> KBest:
+        """The k likeliest pairs of values and states of a chain, such as ``RegionGraph.hmm``.
+
+        With complete evidence these are the k best paths of states. Ties go to the lowest indices.
+        Memory is ``B r^2 k`` for r states.
+
+        Args:
+            k: how many, at least 1.
+            evidence: ``(B, n)``, -1 or NaN where a value is sought; None: one row of nothing, or
+                one per entry of ``root``.
+            lengths: ``(B,)`` integers in ``1 .. n``: a shorter sequence ends there, and nothing is
+                sought behind its end.
+            root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
+
+        Raises:
+            ValueError: for a graph that is no chain, external leaves, continuous variables that are
+                sought with k above 1, or arguments out of range.
+
+        Source: list Viterbi decoding, Seshadri and Sundberg 1994.
+        """
+        return chain.k_best(self, k, evidence, lengths, root)
+
     # --- learning ---------------------------------------------------------------------------------
     @torch.no_grad()
     def flows(
@@ -252,7 +345,8 @@ class Circuit(Parameters):
         does not show has probability zero afterwards, and held-out rows ``-inf``.
 
         Args:
-            x: ``(B, n)``; missing entries count for sums, not for leaves.
+            x: ``(B, n)``; a leaf learns from the rows that show it something, and so does a sum:
+                one whose whole scope is missing, such as the end of a short sequence, does not.
             step: in (0, 1].
             pseudocount: c, spread evenly over the terms of a sum and the values of a leaf.
                 Gaussians have none.

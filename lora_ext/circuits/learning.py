@@ -14,6 +14,7 @@ from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
 from lora_ext.circuits.leaves import External, Indicator
 from lora_ext.circuits.parameters import Parameters
+from lora_ext.circuits.scopes import variables
 
 
 class Flows(NamedTuple):
@@ -64,6 +65,8 @@ def em_step(
     log_weights = circuit._log_weights()
     leaf = circuit._leaf_values_of("em_step", filled, missing)
     log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
+    if missing.any():
+        weight_flows = _seen(circuit, log_weights, units, weight_flows, missing)
     _move_sums(circuit, log_weights, weight_flows, step, pseudocount, keep_zero)
     for family, table, span in circuit._families():
         if isinstance(family, Indicator | External):
@@ -74,6 +77,32 @@ def em_step(
         observed = filled[:, var].to(circuit.weights.dtype)
         family.update(data, circuit._row[span], observed, flow, step, pseudocount)
     return mean(log_prob)
+
+
+def _seen(
+    circuit: Parameters, log_weights: Tensor, units: Tensor, flows: Tensor, missing: Tensor
+) -> Tensor:
+    """Flows of the weights without those of rows in which a region sees nothing at all.
+
+    There the posterior is the prior, ``units * W``: it would only hold the weights where they are,
+    as the padding of a short sequence would the transitions of a chain.
+    """
+    graph = circuit.graph
+    scopes = torch.zeros(missing.shape[1], len(graph.regions), dtype=units.dtype)
+    for i, scope in enumerate(graph.scopes):
+        scopes[variables(scope), i] = 1
+    blind = (~missing).to(units.dtype) @ scopes.to(units.device) == 0  # (B, regions)
+    unseen = torch.zeros_like(flows)
+    for i in blind.any(0).nonzero()[:, 0].tolist():
+        region, first = graph.regions[i], circuit.layered.weight_off[i]
+        if region.leaf is None:
+            own = slice(first, first + region.units * graph.num_products(region))
+            used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
+            weight = log_weights[own].view(region.units, -1).exp()
+            unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
+    # Both have rounded: what is left of their difference there is no count.
+    seen = flows - unseen
+    return torch.where(seen > 1e3 * torch.finfo(flows.dtype).eps * flows, seen, 0)
 
 
 def _move_sums(

@@ -56,6 +56,26 @@ class Leaf:
         """Most probable value and its log-probability, per entry of ``row``."""
         raise NotImplementedError
 
+    def log_table(self, table: Table) -> Tensor:
+        """Log-probabilities of all values, ``(R, num_values)``, of a family that has finitely many.
+
+        Args:
+            table: parameters of the family.
+        """
+        raise NotImplementedError
+
+    def moments(self, table: Table) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every row's value, ``(R,)`` each."""
+        raise NotImplementedError
+
+    def entropy(self, table: Table) -> Tensor:
+        """Entropy of every row in nats, ``(R,)``; differential if continuous."""
+        raise NotImplementedError
+
+    def divergence(self, table: Table, other: Table) -> Tensor:
+        """Kullback-Leibler divergence of every row from the same row of ``other``, ``(R,)``."""
+        raise NotImplementedError
+
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
@@ -88,9 +108,19 @@ def _require_count(where: str, count: object) -> None:
 class _Finite(Leaf):
     """A family over finitely many values: all it needs is the table of log-probabilities."""
 
-    def log_table(self, table: Table) -> Tensor:
-        """``(R, num_values)``."""
-        raise NotImplementedError
+    def moments(self, table: Table) -> tuple[Tensor, Tensor]:
+        p = self.log_table(table).exp()
+        value = torch.arange(p.shape[1], dtype=p.dtype, device=p.device)
+        mean = p @ value
+        return mean, (p * (value - mean[:, None]).square()).sum(1)
+
+    def entropy(self, table: Table) -> Tensor:
+        log_p = self.log_table(table)
+        return -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0).sum(1)
+
+    def divergence(self, table: Table, other: Table) -> Tensor:
+        log_p, log_q = self.log_table(table), self.log_table(other)
+        return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(1)
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         log_table = self.log_table(table)
@@ -239,6 +269,17 @@ class Gaussian(Leaf):
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
         z = torch.special.ndtri(u.to(table["mean"].dtype).clamp(2.0**-25, 1 - 2.0**-24))
         return table["mean"][row] + table["log_std"][row].exp() * z
+
+    def moments(self, table: Table) -> tuple[Tensor, Tensor]:
+        return table["mean"], (2 * table["log_std"]).exp()
+
+    def entropy(self, table: Table) -> Tensor:
+        return 0.5 * (1 + _LOG_TAU) + table["log_std"]
+
+    def divergence(self, table: Table, other: Table) -> Tensor:
+        (mean, variance), (there, spread) = self.moments(table), self.moments(other)
+        distance = (variance + (mean - there).square()) / (2 * spread)
+        return other["log_std"] - table["log_std"] + distance - 0.5
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
         return table["mean"][row], -0.5 * _LOG_TAU - table["log_std"][row]

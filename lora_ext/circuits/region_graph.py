@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_ext.circuits import builders, graph_json
+from lora_ext.circuits.builders import Leaves
 from lora_ext.circuits.errors import PCStructureError, require
-from lora_ext.circuits.leaves import Indicator, Leaf
+from lora_ext.circuits.leaves import Indicator
 from lora_ext.circuits.regions import Input, Kind, Partition, Region
 from lora_ext.circuits.scopes import variables
 
@@ -151,20 +152,20 @@ class RegionGraph:
             PCStructureError,
         )
 
-    # --- builders ---------------------------------------------------------------------------------
+    # --- builders: `leaf` is one family for all variables, or a list of one for each -------------
     @staticmethod
-    def cp(num_variables: int, rank: int, leaf: Leaf) -> RegionGraph:
+    def cp(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
         """A mixture of ``rank`` fully factorised distributions: one latent for all variables."""
         return RegionGraph(builders.cp(num_variables, rank, leaf))
 
     @staticmethod
-    def hmm(num_variables: int, rank: int, leaf: Leaf, homogeneous: bool = False) -> RegionGraph:
+    def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool = False) -> RegionGraph:
         """A hidden Markov model; ``homogeneous`` shares transitions and emissions over time."""
         return RegionGraph(builders.hmm(num_variables, rank, leaf, homogeneous))
 
     @staticmethod
     def hclt(
-        parents: Sequence[int], rank: int, leaf: Leaf, homogeneous: bool = False
+        parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool = False
     ) -> RegionGraph:
         """A tree of latents, one per variable, each seen by its own variable.
 
@@ -174,7 +175,7 @@ class RegionGraph:
         Args:
             parents: of each variable, the variable above it; -1 for the one root.
             rank: states of a latent.
-            leaf: family of every variable.
+            leaf: family of every variable, or one for each.
             homogeneous: share transitions among all edges, and leaves among all variables.
 
         Source: hidden Chow-Liu trees, Liu and Van den Broeck 2021.
@@ -182,7 +183,7 @@ class RegionGraph:
         return RegionGraph(builders.hclt(parents, rank, leaf, homogeneous))
 
     @staticmethod
-    def btree(num_variables: int, rank: int, leaf: Leaf) -> RegionGraph:
+    def btree(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
         """Recursive halving in variable order, the tree of ``reference.circuit_scan``."""
         return RegionGraph(builders.btree(num_variables, rank, leaf))
 
@@ -193,7 +194,7 @@ class RegionGraph:
         repetitions: int,
         num_sums: int,
         num_inputs: int,
-        leaf: Leaf,
+        leaf: Leaves,
         seed: int = 0,
         num_roots: int = 1,
     ) -> RegionGraph:
@@ -206,7 +207,7 @@ class RegionGraph:
 
     @staticmethod
     def poon_domingos(
-        height: int, width: int, num_units: int, leaf: Leaf, delta: int = 1
+        height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
     ) -> RegionGraph:
         """All rectangles of an image and all their cuts at multiples of ``delta``.
 
@@ -215,6 +216,14 @@ class RegionGraph:
         Source: Poon and Domingos 2011.
         """
         return RegionGraph(builders.poon_domingos(height, width, num_units, leaf, delta))
+
+    @staticmethod
+    def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
+        """Several graphs over the same variables as one of several roots, such as one per class.
+
+        They share no parameters. Region ``name`` of graph i is ``i/name``.
+        """
+        return RegionGraph(builders.join([g.regions for g in graphs]), multi_root=True)
 
     @staticmethod
     def from_edges(

@@ -43,7 +43,7 @@ def sample(
     root: int | Tensor | None,
 ) -> Tensor:
     """``Circuit.sample``."""
-    evidence = _evidence(circuit, evidence, root)
+    evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("sample: evidence", evidence)
     top = circuit._root_units("sample", root, len(evidence))
     inner = [i for i, r in enumerate(circuit.graph.regions) if r.partitions]
@@ -72,14 +72,14 @@ def sample(
         return leaf.sample(table, rows, u[m, len(inner) + v].to(dtype))
 
     chosen = circuit._run().choose(val, circuit._weights(), row, top[row], pick)
-    x = _room_for_values(circuit, evidence)[row]
+    x = room_for_values(circuit, evidence)[row]
     _fill(circuit, x, chosen, missing[row], value)
     return x.unflatten(0, (len(evidence), num_samples))
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
     """``Circuit.map``."""
-    evidence = _evidence(circuit, evidence, root)
+    evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("map: evidence", evidence)
     top = circuit._root_units("map", root, len(evidence))
     val = best_values(circuit, filled, missing)
@@ -92,7 +92,7 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
         return leaf.mode(table, rows)[0]
 
     chosen = circuit._run().choose(val, circuit._weights(), row, top, pick)
-    x = _room_for_values(circuit, evidence)
+    x = room_for_values(circuit, evidence)
     _fill(circuit, x, chosen, missing, value)
     exact = checks.is_deterministic(circuit.graph) is True
     return MapResult(x, val.gather(1, top[:, None])[:, 0], exact)
@@ -109,14 +109,16 @@ def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     return circuit._run().up(e, circuit._weights(), "max")
 
 
-def _evidence(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> Tensor:
+def evidence_or_nothing(
+    circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
+) -> Tensor:
     """The evidence, or as many rows of nothing as there are roots to start from."""
     if evidence is not None:
         return evidence
     return circuit._nothing(len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1)
 
 
-def _room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
+def room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
     """A copy of the evidence that can hold what is drawn."""
     continuous = any(
         leaf.num_values() is None and not isinstance(leaf, Indicator)

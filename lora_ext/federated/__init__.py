@@ -1,14 +1,23 @@
-"""Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower."""
+"""Federated fine-tuning with LoRA: plans, payloads and aggregation. Nothing here needs Flower.
+
+``LocalGrid``, ``LoraStrategy``, ``make_client_app`` and ``make_server_app`` do, and are found in
+:mod:`lora_ext.interop.flower` when they are asked for.
+"""
+
+import importlib
+from typing import Any
 
 from .aggregation import Aggregate, aggregate
-from .batched import BatchedClients, UnsupportedModule
+from .batched import BatchedClients
 from .clients import ClientSpec
 from .keys import LayerNotFound
 from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog
 from .masked import aggregate_masked, masked_payload
+from .partition import partition_dirichlet, partition_pathological
 from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
 from .plan import LayerPlan
+from .supported import UnsupportedModule
 from .update import Update
 
 __all__ = [
@@ -28,8 +37,19 @@ __all__ = [
     "aggregate_masked",
     "masked_payload",
     "pack_tensors",
+    "partition_dirichlet",
+    "partition_pathological",
     "plan_bytes",
     "plan_shapes",
     "read_npy",
     "unpack_tensors",
 ]
+
+_FLOWER = ("LocalGrid", "LoraStrategy", "make_client_app", "make_server_app")
+
+
+def __getattr__(name: str) -> Any:
+    """What speaks Flower, from the floor above."""
+    if name in _FLOWER:
+        return getattr(importlib.import_module("lora_ext.interop.flower"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

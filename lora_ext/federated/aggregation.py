@@ -113,9 +113,9 @@ def aggregate(
     Sources: Fed-HeLLo (arXiv 2506.12213), "covered"; HetLoRA, "zero_pad"; FlexLoRA, "svd"; FLoRA,
     "stack".
     """
-    _check_settings(rank_agg, upload, weighted_by, server_lr, nan_policy, max_update_norm)
-    least = isinstance(min_replies, int) and not isinstance(min_replies, bool) and min_replies > 0
-    require(least, WHERE, "min_replies", "an integer from 1", repr(min_replies))
+    check_settings(
+        rank_agg, upload, weighted_by, server_lr, nan_policy, max_update_norm, min_replies
+    )
     pairs = layer_pairs(f"{WHERE}: state", state, pattern)
     for key in shared:
         require(key in state, WHERE, "shared", f"names of the {len(state)} tensors", repr(key))
@@ -286,14 +286,16 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
     return {module: float(value) for module, value in given.items()}
 
 
-def _check_settings(
+def check_settings(
     rank_agg: Any,
     upload: Any,
     weighted_by: Any,
     server_lr: Any,
     nan_policy: Any,
     max_update_norm: Any,
+    min_replies: Any,
 ) -> None:
+    """Check the arguments of :func:`aggregate` of these names, which raises for them."""
     choices = {
         "rank_agg": (rank_agg, get_args(RankAgg)),
         "upload": (upload, get_args(Upload)),
@@ -308,3 +310,5 @@ def _check_settings(
         real = isinstance(value, int | float) and not isinstance(value, bool)
         holds = real and math.isfinite(value) and value > 0
         require(holds, WHERE, name, "a finite number above 0", repr(value))
+    least = isinstance(min_replies, int) and not isinstance(min_replies, bool) and min_replies > 0
+    require(least, WHERE, "min_replies", "an integer from 1", repr(min_replies))

@@ -7,36 +7,33 @@ it would compute alone, up to the rounding of the base's products.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import LoraFactors, Swap, adapted_layers, lora_forward, shift_labels
-from lora_ext.nn.blocks import block_index
-from lora_ext.nn.rows import rows_of
+from lora_ext.nn import Swap, adapted_layers
+from lora_ext.nn.blocks import block_index, block_name
 from lora_ext.ops._checks import require
 
-from .batches import merged, own_outputs
-from .clients import ClientRound, ClientSpec, adamw
+from .banks import Bank, ClientsAdamW, own_changes
+from .batches import logits_of, merged, own_outputs
+from .client_layers import WHERE, BatchRows, ClientsLayer
+from .clients import ClientRound, ClientSpec
 from .keys import PATTERN, Pair, layer_pairs
 from .layers import Others
+from .losses import LossFn, cross_entropies, own_losses
+from .payload import shapes_of
 from .plan import LayerPlan
+from .seeds import step_seeds
+from .staircase import Staircase
+from .supported import check_model, dropout_of
 from .update import Client, Update
-
-#: ``loss_fn(output, batch)``: one client's rows of the logits, and its batch, to its mean loss.
-LossFn = Callable[[Tensor, Any], Tensor]
-
-WHERE = "BatchedClients"
-_GLOBAL = -1  # in the place of a client: the factors of rows whose client has a layer frozen
-
-
-class UnsupportedModule(ValueError):
-    """A module under which a client's rows would not be what they are alone."""
 
 
 class BatchedClients:
@@ -63,6 +60,9 @@ class BatchedClients:
         dtype: of the clients' factors; default is that of the global adapter.
         pattern: finds the index of a layer in a name. adapter: the one whose layers are trained.
         others: what layers outside a client's plan are for its rows, "frozen" or "disabled".
+        staircase: let rows leave the graph below the lowest layer that their client trains. A block
+            in which they differ then runs in two calls. Where blocks do not run once each in order,
+            or cannot run on a part of the rows, a warning says so, and all rows stay.
 
     Raises:
         UnsupportedModule: dropout in training, batch normalisation over the batch, DoRA, a bias of
@@ -84,6 +84,7 @@ class BatchedClients:
         pattern: str = PATTERN,
         adapter: str = "default",
         others: Others = "frozen",
+        staircase: bool = True,
     ):
         names = [spec.client for spec in clients]
         require(len(set(names)) == len(names), WHERE, "clients", "each name once", names)
@@ -94,12 +95,13 @@ class BatchedClients:
         self.model = model
         self.clients = {spec.client: spec for spec in clients}
         self.slots = slots or len(names)
-        self.loss_fn = loss_fn or _default_loss
+        self.loss_fn = loss_fn
         self.dtype = dtype
         self.pattern = pattern
         self.adapter = adapter
         self.others: Literal["frozen", "disabled"] = others
-        self._check_model()
+        self.staircase = staircase
+        check_model(model, adapter, pattern)
 
     def run_round(
         self,
@@ -112,7 +114,7 @@ class BatchedClients:
         Args:
             plans: by client, or one for each in their order.
             global_lora: the whole global adapter, as ``LoraLayerManager.state_slice()`` gives it.
-            round: of the round's dropout, which is refused so far.
+            round: with a client's name and its seed, what the masks of its dropout follow from.
 
         Returns:
             the changes of the planned layers, in the order of the clients: num_examples counts the
@@ -128,18 +130,18 @@ class BatchedClients:
             plans = dict(zip(self.clients, given, strict=True))
         for client in plans:
             require(client in self.clients, WHERE, "plans", "known clients", repr(client))
-        self._check_model()
+        check_model(self.model, self.adapter, self.pattern)
         pairs = layer_pairs(f"{WHERE}: global_lora", global_lora, self.pattern)
         layers = self._layers(pairs, global_lora)
-        pattern = self.pattern
+        shapes = {plan: shapes_of(pairs, global_lora, plan) for plan in set(plans.values())}
         states = [
-            ClientRound(spec, plans[spec.client], global_lora, pattern, self.dtype)
+            ClientRound(spec, plans[spec.client], shapes[plans[spec.client]], round)
             for spec in self.clients.values()
             if spec.client in plans
         ]
         for start in range(0, len(states), self.slots):
             self._train(states[start : start + self.slots], pairs, layers, global_lora)
-        return [state.update(global_lora) for state in states]
+        return [state.update() for state in states]
 
     def _train(
         self,
@@ -148,65 +150,99 @@ class BatchedClients:
         layers: Mapping[str, tuple[str, Any]],
         global_lora: Mapping[str, Tensor],
     ) -> None:
-        batch = _Rows()
+        # Places: whoever leaves first comes last, so that those who go on are always the first.
+        clients = sorted(states, key=lambda c: (-c.steps, c.settings))
+        rows = BatchRows()
+        banks: list[Bank] = []
         replacements: dict[str, nn.Module] = {}
         for pair in pairs:
             name, layer = layers[pair.module]
-            where = layer.lora_A[self.adapter].weight
-            a, b = (
-                global_lora[key].detach().to(where.device, self.dtype) for key in (pair.a, pair.b)
-            )
-            factors = {_GLOBAL: (a, b)} if self.others == "frozen" else {}
-            for place, state in enumerate(states):
-                if pair.a in state.tensors:
-                    state.to(pair, where.device)
-                    factors[place] = (state.tensors[pair.a], state.tensors[pair.b])
-            scaling = layer.scaling[self.adapter]
-            base = layer.get_base_layer()
-            replacements[name] = _ClientsLayer(base, factors, scaling, batch, len(states))
-        swap = Swap(self.model, replacements, WHERE)
-        try:
-            optimizer = adamw(states)
-            while active := [(i, s) for i, s in enumerate(states) if s.has_batch]:
-                self._step(active, batch, optimizer)
-        finally:
-            swap.restore(self.model, WHERE)
+            device = layer.lora_A[self.adapter].weight.device
+            a, b = (global_lora[k].detach().to(device, self.dtype) for k in (pair.a, pair.b))
+            scaling = float(layer.scaling[self.adapter])
+            p = dropout_of(layer, self.adapter)
+            banks.append(Bank(pair, clients, (a, b), self.others == "frozen", scaling, p))
+            replacements[name] = ClientsLayer(layer.get_base_layer(), banks[-1], rows)
+        with contextlib.ExitStack() as stack:
+            swap = Swap(self.model, replacements, WHERE)
+            stack.callback(swap.restore, self.model, WHERE)
+            stack.enter_context(_without_cache(self.model))
+            stairs = self._stairs(clients, {layers[p.module][0]: p for p in pairs}, rows)
+            if stairs is not None:
+                stack.callback(stairs.remove)
+            optimizer = ClientsAdamW(banks, clients)
+            while active := [place for place, c in enumerate(clients) if c.has_batch]:
+                optimizer.activate(active[-1] + 1)
+                active.sort(key=lambda place: (clients[place].lowest, place))
+                stairs = self._step(clients, active, rows, optimizer, stairs)
+        own_changes(banks, clients)
 
     def _step(
         self,
-        active: list[tuple[int, ClientRound]],
-        batch: _Rows,
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
-        inputs, segments = merged([state.batch for _, state in active], WHERE)
-        places = [i for i, _ in active]
-        batch.set([i for i, s in zip(places, segments, strict=True) for _ in range(s.rows)])
-        output = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
-        losses = [
-            self._loss(state, own)
-            for (_, state), own in zip(active, own_outputs(output, segments, WHERE), strict=True)
-        ]
-        values = torch.stack([loss.detach().double() for loss in losses]).tolist()
-        for (_, state), value in zip(active, values, strict=True):
-            state.failed = not math.isfinite(value)
-        going = [loss for (_, s), loss in zip(active, losses, strict=True) if not s.failed]
-        trained = [t for _, state in active if not state.failed for t in state.tensors.values()]
-        if going and trained:
-            torch.stack(going).sum().backward(inputs=trained)
-        for _, state in active:
-            state.clip()
-        if optimizer is not None:
-            optimizer.step()  # of whoever has a gradient
-            optimizer.zero_grad()
-        for (_, state), value in zip(active, values, strict=True):
-            state.advance(value)
+        clients: list[ClientRound],
+        active: list[int],
+        rows: BatchRows,
+        optimizer: ClientsAdamW,
+        stairs: Staircase | None,
+    ) -> Staircase | None:
+        """One step of the clients at these places; returns the staircase, or None if it failed."""
+        going = [clients[place] for place in active]
+        batches = [client.batch for client in going]
+        inputs, segments = merged(batches, WHERE)
+        sizes = [segment.rows for segment in segments]
+        rows.set(active, segments)
+        if any(bank.p for bank in optimizer.banks):
+            step = len(going[0].losses)  # of all: they began together
+            seeds = step_seeds([c.seed for c in clients], step, len(optimizer.banks))
+            for module, bank in enumerate(optimizer.banks):
+                bank.draw(seeds[:, module])
+        lowest = [c.lowest for c, size in zip(going, sizes, strict=True) for _ in range(size)]
+        output, stairs = self._forward(inputs, stairs, lowest)
+        logits = logits_of(output, segments, WHERE)
+        if self.loss_fn is None:
+            losses = cross_entropies(logits, batches, segments, rows, WHERE)
+        else:
+            losses = own_losses(self.loss_fn, own_outputs(logits, segments), batches, WHERE)
+        values = losses.values.tolist()
+        with rows.backward():
+            gradients = losses.gradients(optimizer.leaves, [*map(math.isfinite, values)])
+        optimizer.step(gradients)
+        for client, size, value in zip(going, sizes, values, strict=True):
+            client.advance(size, value)
+        return stairs
 
-    def _loss(self, state: ClientRound, output: Tensor) -> Tensor:
-        loss = self.loss_fn(output, state.batch)
-        scalar = isinstance(loss, Tensor) and loss.dim() == 0
-        found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        require(scalar, WHERE, f"loss_fn: client {state.spec.client}", "a scalar tensor", found)
-        return loss
+    def _forward(
+        self, inputs: dict[str, Tensor] | Tensor, stairs: Staircase | None, lowest: list[float]
+    ) -> tuple[Any, Staircase | None]:
+        def call() -> Any:
+            return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+
+        if stairs is None:
+            return call(), None
+        try:
+            with stairs.forward(lowest):
+                return call(), stairs
+        except Exception as error:  # from any model: what is wrong of itself is so again below
+            stairs.remove()
+            output = call()
+            warnings.warn(
+                f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found "
+                f"{error!s:.200}; all rows take part in the whole backward",
+                stacklevel=2,
+            )
+            return output, None
+
+    def _stairs(
+        self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
+    ) -> Staircase | None:
+        """Where some client trains nothing in the lowest block, and each index has one block."""
+        blocks: dict[int, str] = {}
+        for name, pair in names.items():
+            block = block_name(f"{name}.lora_A.weight", self.pattern)
+            if block is None or blocks.setdefault(pair.layer, block) != block:
+                return None
+        needed = self.staircase and any(c.lowest > min(blocks) for c in clients)
+        return Staircase(self.model, blocks, rows) if needed else None
 
     def _layers(
         self, pairs: list[Pair], global_lora: Mapping[str, Tensor]
@@ -231,96 +267,17 @@ class BatchedClients:
                 require(shape[axis] == size, WHERE, key, f"shape[{axis}] = {size}", list(shape))
         return found
 
-    def _check_model(self) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                alone = not module.training and module.running_mean is not None
-                _supported(alone, name, "rows that do not see each other", "batch normalisation")
-            for setting, p in _dropouts(module):
-                off = not module.training or p == 0
-                _supported(off, name, "no dropout in training", f"{setting} = {p}")
-        for name, layer in adapted_layers(self.model, self.adapter).items():
-            if block_index(f"{name}.lora_A.weight", self.pattern) is None:
-                continue
-            checked: Any = layer
-            linear = self.adapter in checked.lora_A and (
-                checked.lora_A[self.adapter].weight.dim() == 2
-            )
-            _supported(linear, name, "a linear layer", type(layer).__name__)
-            _supported(not checked.use_dora[self.adapter], name, "LoRA", "DoRA")
-            _supported(not checked.lora_bias[self.adapter], name, "lora_A and lora_B", "a bias")
-            merged_in = list(checked.merged_adapters)
-            _supported(not merged_in, name, "adapters apart from the weight", merged_in)
 
-
-def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
-    """What a module may drop with, as a module of its own or in a function of its forward."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return [("p", module.p)]
-    own = module.__dict__.items()  # attention_dropout of transformers, dropout of torch's attention
-    return [(name, p) for name, p in own if "dropout" in name and isinstance(p, float)]
-
-
-def _supported(holds: bool, name: str, expected: object, found: object) -> None:
-    if not holds:
-        raise UnsupportedModule(f"{WHERE}: {name}: expected {expected}, found {found}")
-
-
-class _Rows:
-    """Which client has each sequence of the step; all layers look here."""
-
-    def __init__(self) -> None:
-        self._clients: list[int] = []
-        self._ids: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-
-    def set(self, clients: list[int]) -> None:
-        """Begin a step: ``clients[i]`` has sequence i."""
-        if clients != self._clients:
-            self._clients, self._ids = clients, {}
-
-    def ids(self, table: tuple[int, ...], device: torch.device) -> Tensor:
-        """``(sequences,)``: the entry of ``table`` that each one's client has; kept per step."""
-        key = table, device
-        if key not in self._ids:
-            entries = [table[client] for client in self._clients]
-            self._ids[key] = torch.tensor(entries, device=device)
-        return self._ids[key]
-
-
-class _ClientsLayer(nn.Module):
-    """A base layer whose rows have the factors of their clients, the global ones, or none."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        factors: Mapping[int, tuple[Tensor, Tensor]],
-        scaling: float,
-        batch: _Rows,
-        num_clients: int,
-    ):
-        super().__init__()
-        self.base_layer = base_layer
-        self.factors = [LoraFactors(a, b, scaling) for a, b in factors.values()]
-        places = {client: place for place, client in enumerate(factors)}
-        shared = places.get(_GLOBAL, -1)
-        self.table = tuple(places.get(client, shared) for client in range(num_clients))
-        self.batch = batch
-        self.train(base_layer.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(sequences, ..., I)`` to ``(sequences, ..., O)``."""
-        ids = self.batch.ids(self.table, x.device)
-        rows = rows_of(ids, len(self.factors), x.shape[:-1])
-        return lora_forward(x, self.base_layer, self.factors, rows)
-
-
-def _default_loss(output: Tensor, batch: Any) -> Tensor:
-    output = output.to(torch.promote_types(output.dtype, torch.float32))
-    if isinstance(batch, Mapping):
-        require("labels" in batch, WHERE, "batches", "labels, or a loss_fn", sorted(batch))
-        labels = batch["labels"].to(output.device)
-        if output.dim() == 3:  # of language models
-            labels = shift_labels(labels)
-        return F.cross_entropy(output.flatten(0, -2), labels.flatten())
-    require(isinstance(batch, tuple | list), WHERE, "batches", "(x, y), or a loss_fn", type(batch))
-    return F.cross_entropy(output, batch[1].to(output.device))
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A model of transformers keeps no keys and values meanwhile: nothing here reads them."""
+    config: Any = getattr(model, "config", None)
+    configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
+    caching = [c for c in configs if getattr(c, "use_cache", False)]
+    for each in caching:
+        each.use_cache = False
+    try:
+        yield
+    finally:
+        for each in caching:
+            each.use_cache = True

@@ -70,17 +70,22 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
     return (whole if kinds.pop() else whole["x"]), segments
 
 
-def own_outputs(output: Any, segments: Sequence[Segment], where: str) -> list[Tensor]:
-    """Each client's rows of the model's output, cut to the length of its sequences.
-
-    They are split at once: the gradient of the whole is then put together once, and not made as
-    often as there are clients.
-    """
+def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
+    """What the model returned, ``(rows, ...)``, or its ``logits``; checked."""
     logits = getattr(output, "logits", output)
     require(isinstance(logits, Tensor), where, "model", "a tensor or logits", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
     holds = logits.dim() > 0 and logits.shape[0] == rows
     require(holds, where, "model", f"an output of {rows} rows", list(logits.shape))
+    return logits
+
+
+def own_outputs(logits: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+    """Each client's rows of the logits, cut to the length of its sequences.
+
+    They are split at once: the gradient of the whole is then put together once, and not made as
+    often as there are clients.
+    """
     return [
         own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
         for own, segment in zip(logits.split([s.rows for s in segments]), segments, strict=True)

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext.ops._checks import require
 
-from .batches import rows_in
-from .keys import Pair
-from .payload import plan_shapes
 from .plan import LayerPlan
+from .seeds import client_seed
 from .update import Client, Update
 
 
@@ -29,7 +26,7 @@ class ClientSpec:
             the model; ``(x, y)``; or x alone. Rows come first in every tensor.
         lr, weight_decay, betas, eps: of AdamW.
         max_grad_norm: its gradient is scaled down to this norm; None leaves it.
-        seed: of its dropout, which :class:`BatchedClients` refuses so far.
+        seed: of its dropout, with the round and its name.
 
     Raises:
         ValueError: a rate or bound out of range.
@@ -54,75 +51,64 @@ class ClientSpec:
 
 
 class ClientRound:
-    """One client in one round: its factors, its optimizer, and where it is in its data."""
+    """One client in one round: what it trains, and where it is in its data.
+
+    Args:
+        spec: who it is. plan: what it trains. shapes: of the factors that it trains, by name.
+
+    Attributes:
+        lowest: the lowest layer that it trains, infinity where it trains none.
+        changes: what its training changed, by name, once the round is over.
+    """
 
     def __init__(
         self,
         spec: ClientSpec,
         plan: LayerPlan,
-        global_lora: Mapping[str, Tensor],
-        pattern: str,
-        dtype: torch.dtype | None,
+        shapes: Mapping[str, tuple[int, ...]],
+        round: int,
     ):
         self.spec = spec
         self.plan = plan
+        self.shapes = shapes
+        self.seed = client_seed(spec.seed, round, spec.client)
+        self.lowest = plan.layers[0] if plan.layers else math.inf
         self.failed = False
+        self.finite = True
         self.examples = 0
         self.losses: list[float] = []
-        self.tensors: dict[str, Tensor] = {}
-        for key, shape in plan_shapes(global_lora, plan, pattern).items():
-            start = global_lora[key].detach()[tuple(map(slice, shape))]
-            self.tensors[key] = start.to(dtype or start.dtype, copy=True)
+        self.changes: dict[str, Tensor] = {}
 
-    def to(self, pair: Pair, device: torch.device) -> None:
-        """Move the factors of one module to where its layer is."""
-        for key in (pair.a, pair.b):
-            self.tensors[key] = self.tensors[key].to(device).requires_grad_(True)
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Of its AdamW: clients for which they are equal can take one step together."""
+        spec = self.spec
+        return spec.lr, *spec.betas, spec.eps, spec.weight_decay
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has to do."""
+        return len(self.spec.batches)
 
     @property
     def has_batch(self) -> bool:
         """Whether it has a step to do."""
-        return not self.failed and len(self.losses) < len(self.spec.batches)
+        return not self.failed and len(self.losses) < self.steps
 
     @property
     def batch(self) -> Any:
         """The batch of the step that it is at."""
         return self.spec.batches[len(self.losses)]
 
-    def clip(self) -> None:
-        """Scale the gradient down to its bound; one that failed has none."""
-        if self.spec.max_grad_norm is not None and not self.failed:
-            nn.utils.clip_grad_norm_(self.tensors.values(), self.spec.max_grad_norm)
-
-    def advance(self, loss: float) -> None:
-        """Go on to the next batch, after the step whose loss this is."""
-        self.examples += rows_in(self.batch, f"ClientSpec: client {self.spec.client}")
+    def advance(self, rows: int, loss: float) -> None:
+        """Go on to the next batch, after a step of so many rows and this loss."""
+        self.examples += rows
         self.losses.append(loss)
+        self.failed = not math.isfinite(loss)
 
-    def update(self, global_lora: Mapping[str, Tensor]) -> Update:
+    def update(self) -> Update:
         """The reply of the client."""
-        changes: dict[str, Tensor] = {}
-        for key, value in self.tensors.items():
-            end = value.detach().cpu()
-            start = global_lora[key].detach().cpu()[tuple(map(slice, end.shape))].to(end.dtype)
-            changes[key] = end - start
-        failed = self.failed or not all(bool(t.isfinite().all()) for t in changes.values())
+        failed = self.failed or not self.finite
         loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
-        sent = {} if failed else changes
+        sent = {} if failed else self.changes
         return Update(self.spec.client, self.examples, sent, self.plan, loss, failed)
-
-
-def adamw(states: list[ClientRound]) -> torch.optim.Optimizer | None:
-    """One optimizer for all: it works tensor by tensor, each with its own count of steps, and
-    leaves those alone that have no gradient."""
-    groups: dict[tuple[Any, ...], list[Tensor]] = {}
-    for state in states:
-        spec = state.spec
-        key = spec.lr, spec.betas, spec.eps, spec.weight_decay
-        groups.setdefault(key, []).extend(state.tensors.values())
-    rates = [
-        {"params": tensors, "lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
-        for (lr, betas, eps, decay), tensors in groups.items()
-        if tensors
-    ]
-    return torch.optim.AdamW(rates, foreach=True) if rates else None

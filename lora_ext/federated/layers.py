@@ -39,6 +39,7 @@ class LoraLayerManager:
 
     Attributes:
         num_layers: L. modules: for each layer the names of its modules in the base model.
+        blocks: for each layer the name of its block in the model.
         lowest_trainable: the lowest layer that trains, None where none does, as before the first
             :meth:`apply`.
 
@@ -82,7 +83,9 @@ class LoraLayerManager:
             tuple(p.module for p in self._pairs if p.layer == layer)
             for layer in range(self.num_layers)
         )
-        self._blocks = [_one_block(i, {blocks[m] for m in ms}) for i, ms in enumerate(self.modules)]
+        self.blocks = tuple(
+            _one_block(i, {blocks[m] for m in ms}) for i, ms in enumerate(self.modules)
+        )
         own = {id(self._layers[p.module]): p.layer for p in self._pairs}
         self._layer_of = [(layer, own.get(id(layer))) for layer in found.values()]
         self._dropout = {
@@ -142,7 +145,7 @@ class LoraLayerManager:
         nothing where its inputs require no gradients.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
-        blocks = [self.model.get_submodule(name) for name in self._blocks[:lowest]]
+        blocks = [self.model.get_submodule(name) for name in self.blocks[:lowest]]
         handles: list[Any] = []
         without = _WithoutGraph()
         try:

@@ -62,8 +62,17 @@ def masked_payload(
                 share.narrow(axis, 0, rank).copy_(reply.weight * change)
                 weights[:rank] = reply.weight
             found[key] = share.to(_wide(state[key]))
-        found[_weights_key(pair)] = weights.to(_wide(state[pair.a]))
+        found[weights_key(pair)] = weights.to(_wide(state[pair.a]))
     return found
+
+
+def masked_shapes(
+    state: Mapping[str, Tensor], pattern: str = PATTERN
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what :func:`masked_payload` sends, whatever the plan."""
+    pairs = layer_pairs("masked_shapes: state", state, pattern)
+    shapes = {key: tuple(state[key].shape) for p in pairs for key in (p.a, p.b)}
+    return shapes | {weights_key(p): (state[p.a].shape[0],) for p in pairs}
 
 
 @torch.no_grad()
@@ -90,8 +99,7 @@ def aggregate_masked(
     real = isinstance(server_lr, int | float) and math.isfinite(server_lr) and server_lr > 0
     require(real, where, "server_lr", "a finite number above 0", repr(server_lr))
     pairs = layer_pairs(f"{where}: state", state, pattern)
-    shapes = {key: tuple(state[key].shape) for p in pairs for key in (p.a, p.b)}
-    shapes |= {_weights_key(p): (state[p.a].shape[0],) for p in pairs}
+    shapes = masked_shapes(state, pattern)
     odd = sorted(shapes.keys() ^ sums.keys())
     require(
         not odd, where, "sums", f"the names of {len(shapes)} tensors", f"a difference: {odd[:3]}"
@@ -103,7 +111,7 @@ def aggregate_masked(
         require(fits, where, key, "finite floating values", value.dtype)
     result = dict(state)
     for pair in pairs:
-        weights = sums[_weights_key(pair)].to("cpu", torch.float64)
+        weights = sums[weights_key(pair)].to("cpu", torch.float64)
         require(bool((weights >= 0).all()), where, pair.module, "weights from 0", "some below")
         trained = weights > 0
         if not bool(trained.any()):
@@ -125,5 +133,6 @@ def _wide(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-def _weights_key(pair: Pair) -> str:
+def weights_key(pair: Pair) -> str:
+    """The name of a module's weights by rank."""
     return f"{pair.module}.rank_weights"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_ext.ops._checks import require
 
-from .keys import PATTERN, layer_pairs
+from .keys import PATTERN, Pair, layer_pairs
 from .plan import LayerPlan
 
 Manifest = dict[str, list[str] | list[int]]
@@ -59,8 +59,14 @@ def plan_shapes(
     Raises:
         ValueError: a layer or a rank that the state lacks; as :func:`aggregate` for the state.
     """
+    return shapes_of(layer_pairs("plan_shapes: state", state, pattern), state, plan)
+
+
+def shapes_of(
+    pairs: Sequence[Pair], state: Mapping[str, Tensor], plan: LayerPlan
+) -> dict[str, tuple[int, ...]]:
+    """:func:`plan_shapes` where the factors of the state are known already."""
     where = "plan_shapes"
-    pairs = layer_pairs(f"{where}: state", state, pattern)
     known = {pair.layer for pair in pairs}
     for layer in plan.layers:
         require(layer in known, where, "plan.layers", f"layers of {sorted(known)}", layer)

@@ -127,7 +127,7 @@ def accept(
         first, *others = by_client[client]
         try:
             for other in others:
-                _need(_same(first, other), "reply", "one, or equal ones", "two that differ")
+                _need(same(first, other), "reply", "one, or equal ones", "two that differ")
             replies.append(_accepted(first, rules))
         except _NotFinite as error:
             if rules.nan_policy == "raise":
@@ -154,7 +154,7 @@ def _need(holds: bool, name: str, expected: object, found: object) -> None:
 def _accepted(update: Update, rules: Rules) -> Reply:
     _need(not update.failed, "reply", "a trained update", "one that says it failed")
     _check_plan(update.plan, rules)
-    weight = _weight(update.num_examples)
+    weight = weight_of(update.num_examples)
     tensors = _checked(update.tensors, update.plan, rules)
     for pair in rules.pairs:
         present = [key for key in (pair.a, pair.b) if key in tensors]
@@ -183,7 +183,8 @@ def _check_plan(plan: Any, rules: Rules) -> None:
         _need(layer in known, "plan.layers", f"layers of {known}", layer)
 
 
-def _weight(examples: Any) -> float:
+def weight_of(examples: Any) -> float:
+    """The number of examples of a reply as its weight; :class:`Rejected` where it is none."""
     expected = f"a number above 0, up to {_MOST_EXAMPLES}"
     real = isinstance(examples, numbers.Real) and not isinstance(examples, bool | np.bool_)
     _need(real, "num-examples", expected, type(examples).__name__)
@@ -246,7 +247,7 @@ def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
     return min(1.0, rules.max_update_norm / norm)
 
 
-def _same(first: Update, second: Update) -> bool:
+def same(first: Update, second: Update) -> bool:
     """Whether two replies of one client say the same, bit for bit."""
     if (first.plan, first.failed) != (second.plan, second.failed):
         return False

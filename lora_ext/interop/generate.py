@@ -14,21 +14,25 @@ from lora_ext.nn.generation import generation_scope, repeat_rows, select_rows
 from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.pool import AdapterPool
 
+from .continuous import continuous_hooks
+from .names import names_of_call
 
-def hooks(pool: AdapterPool) -> dict[str, Any]:
+
+def hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     """What stands in for the methods of these names, where a model has them."""
     return {
-        **_generate(pool),
+        **_generate(pool, default),
         **_whisper(pool),
-        **{name: _refused(name) for name in _CONTINUOUS_BATCHING},
+        **continuous_hooks(pool, default),
         "resize_token_embeddings": _resize_token_embeddings,
     }
 
 
-def _generate(pool: AdapterPool) -> dict[str, Any]:
+def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     handle = pool_handle(pool)
 
     def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        adapter_names = names_of_call(adapter_names, pool, default)
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(adapters(adapter_names, pool=pool))
@@ -73,24 +77,6 @@ def _whisper(pool: AdapterPool) -> dict[str, Any]:
 
     found = _expand_variables_for_generation, _maybe_reduce_batch
     return {hook.__name__: hook for hook in found}
-
-
-_CONTINUOUS_BATCHING = (
-    "generate_batch",
-    "init_continuous_batching",
-    "continuous_batching_context_manager",
-)
-
-
-def _refused(name: str) -> Any:
-    def refuse(self: Any, *_args: Any, **_kwargs: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: expected a model that is not attached, found an attached one: continuous "
-            "batching packs requests into one row, so that no row has a known adapter; call "
-            "generate, or detach the model first"
-        )
-
-    return refuse
 
 
 def _resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:

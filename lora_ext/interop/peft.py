@@ -276,6 +276,15 @@ def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: 
 class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
 
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The model's own, which would swallow the names."""
+        if adapter_names is not None:
+            raise NotImplementedError(
+                "generate_batch: expected no adapter_names on a PEFT model, whose requests all "
+                "have the active adapter, found some; lora_ext.attach serves one per request"
+            )
+        return self.model.generate_batch(*args, **kwargs)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
-from lora_ext.nn.assignment import Batch, Names
-from lora_ext.nn.attachment import attachments
+from lora_ext.nn.assignment import BASE, Batch, Names
+from lora_ext.nn.attachment import UnknownAdapterError, attachments
 from lora_ext.nn.context import adapters, forward_of, innermost
-from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
 
+from .continuous import requests_of
 from .generate import hooks
+from .names import names_of_call
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,7 +69,7 @@ class _Attachment:
         return _Attachment(self.pool, copy.deepcopy(self.swap, memo), list(self.hooked))
 
 
-def attach(model: Model, pool: AdapterPool) -> Model:
+def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model:
     """Put a :class:`MultiLoraLinear` or :class:`MultiLoraEmbedding` in the place of every module
     that the pool may adapt.
 
@@ -80,12 +82,15 @@ def attach(model: Model, pool: AdapterPool) -> Model:
     Args:
         model: the model that the pool was made for, or one of the same shape.
         pool: where the adapters are.
+        default: who serves a call outside every block and without ``adapter_names=``: None the
+            base model, an adapter by its name, or "error" nobody, which raises RuntimeError.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: no module, or no pool. RuntimeError: the model, or a part of it, is attached or
+        TypeError: no module, or no pool. UnknownAdapterError: a default that the pool lacks.
+        RuntimeError: the model, or a part of it, is attached or
             carries PEFT's layers. ValueError: a module of the pool is missing or has another
             size, or the model has one that the pool lacks. The model is unchanged then.
     """
@@ -94,6 +99,7 @@ def attach(model: Model, pool: AdapterPool) -> Model:
         raise TypeError(
             f"attach: pool: expected an AdapterPool of the model, found {type(pool).__name__}"
         )
+    default = _checked_default(default, pool)
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
@@ -111,19 +117,21 @@ def attach(model: Model, pool: AdapterPool) -> Model:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].tokens_first = bool(re.search(tokens_first, name))
+        layers[name].default = default
+        layers[name].is_head = name == pool.index.output_head
     _check_same_modules(model, pool)
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
-        for method, hook in hooks(pool).items():
+        for method, hook in hooks(pool, default).items():
             # An instance with a method of its own is left alone.
             if callable(getattr(type(module), method, None)) and method not in module.__dict__:
                 setattr(module, method, MethodType(hook, module))
                 attachment.hooked.append((name, method))
-        if hasattr(type(module), "get_input_embeddings"):
+        if hasattr(type(module), "get_input_embeddings") or (default is not None and not name):
             # A model of transformers swallows arguments that it does not know: names would be lost.
             if "forward" in module.__dict__:  # as accelerate's offloading leaves it
                 module.__dict__[_OWN_FORWARD] = module.__dict__["forward"]
-            module.forward = MethodType(_forward(type(module), pool), module)
+            module.forward = MethodType(_forward(type(module), pool, default), module)
             attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
     return model
@@ -136,15 +144,22 @@ def detach(model: Model) -> Model:
         ``model``.
 
     Raises:
-        TypeError: no module. RuntimeError: the model is not attached, or a layer was replaced or
-            offloaded since. The model is unchanged then.
+        TypeError: no module. RuntimeError: the model is not attached, a layer was replaced or
+            offloaded since, or a manager of continuous batching runs. The model is unchanged then.
     """
     _check_module("detach", model)
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
     _check_offloading(model, attachment)
+    managers = requests_of(model)
+    if any(requests.manager.is_running() for requests in managers):
+        raise RuntimeError(
+            "detach: expected no manager of continuous batching that runs, found one; stop it first"
+        )
     attachment.swap.restore(model, "detach")
+    for requests in managers:
+        requests.remove()
     for name, method in attachment.hooked:
         module = find_module(model, name)
         if module is not None:
@@ -159,6 +174,17 @@ def detach(model: Model) -> Model:
 def _check_module(where: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model: expected a torch.nn.Module, found {type(model).__name__}")
+
+
+def _checked_default(default: str | None, pool: AdapterPool) -> str | None:
+    if default in (None, ERROR, BASE):
+        return None if default == BASE else default
+    if default not in pool:
+        raise UnknownAdapterError(
+            f"attach: default: expected None, 'error' or one of the adapters {pool.names!r:.200}, "
+            f"found {default!r:.200}"
+        )
+    return default
 
 
 def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
@@ -196,10 +222,12 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
+def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
+        if not torch.compiler.is_compiling():
+            adapter_names = names_of_call(adapter_names, pool, default)
         if adapter_names is None:
             return _noted(run, args, kwargs)
         with adapters(adapter_names, pool=pool):
@@ -209,14 +237,26 @@ def _forward(kind: type[nn.Module], pool: AdapterPool) -> Any:
     return forward
 
 
+def _check_packed() -> None:
+    block = innermost()
+    if block is None or not block.packed:
+        raise NotImplementedError(
+            "attach: expected a batch with a row for each sequence, found transformers' continuous "
+            "batching, which packs requests into one row, by a manager that knows no adapters; "
+            "take the one of the attached model's init_continuous_batching or generate_batch"
+        )
+
+
 def _noted(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a model's forward; what it is given tells its layers' rows, where it turns or flattens
     the batch."""
     if any(name in kwargs for name in _PACKED):
+        _check_packed()
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise NotImplementedError(
-            "attach: expected a batch with a row for each sequence, found transformers' continuous "
-            "batching, which packs requests into one row, so that no row has a known adapter; call "
-            "generate, or detach the model first"
+            "attach: expected a model that is not recorded by torch.jit.trace, found a recording, "
+            "which would serve the rows of this block, or the base model, at every later call; "
+            "torch.export and torch.compile follow the blocks"
         )
     if torch.compiler.is_compiling() or innermost() is None:
         return run(*args, **kwargs)

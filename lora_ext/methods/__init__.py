@@ -1,5 +1,15 @@
 """Published methods, each a small policy over the layers and the ops."""
 
-from lora_ext.methods import copra, lora_init, mod, mtpc, reasoning, splora, vora
+from lora_ext.methods import copra, fed_hello, legend, lora_init, mod, mtpc, reasoning, splora, vora
 
-__all__ = ["copra", "lora_init", "mod", "mtpc", "reasoning", "splora", "vora"]
+__all__ = [
+    "copra",
+    "fed_hello",
+    "legend",
+    "lora_init",
+    "mod",
+    "mtpc",
+    "reasoning",
+    "splora",
+    "vora",
+]

@@ -8,11 +8,14 @@ block.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +29,38 @@ from .rows import Rows, capturing
 __all__ = ["Block", "Names", "Pool", "TokensFirstError", "UnknownAdapterError", "adapters"]
 
 
+_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+class Entry:
+    """Where a block was entered, until it is left."""
+
+    def __init__(self, outer: Block | None):
+        self.thread = threading.get_ident()
+        self.left = False
+        #: Generators and coroutines inside which the block was entered.
+        self.resumable: list[FrameType] = []
+        #: Those of blocks around that were suspended then: they know nothing of this block.
+        self.suspended: list[FrameType] = []
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            code, caller = frame.f_code, frame.f_back
+            if code.co_flags & _RESUMABLE and contextlib.__file__ not in (
+                code.co_filename,
+                caller and caller.f_code.co_filename,  # it makes a block for its caller
+            ):
+                self.resumable.append(frame)
+            frame = caller
+        while outer is not None:
+            self.suspended += [f for f in outer.entry.resumable if f.f_back is None]
+            outer = outer.outer
+
+    def leave(self) -> None:
+        """Let the frames go, and what their variables hold."""
+        self.left = True
+        self.resumable, self.suspended = [], []
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """One entered ``adapters`` block. Frozen: even what its assignment keeps are equal entries from
@@ -37,9 +72,12 @@ class Block:
     slots: tuple[int, ...]  # one per name of the assignment
     num_slots: int
     outer: Block | None
+    entry: Entry
     task: int = -1  # the backward inside which it was entered
-    #: Threads that were there before the block.
-    elders: Sequence[threading.Thread] = ()
+    #: Rows are tokens of many requests, packed by a server.
+    packed: bool = False
+    #: What the output head reads where the model gives it some of the tokens alone.
+    head: Block | None = None
 
     def rows(
         self,
@@ -92,13 +130,29 @@ class Block:
     ) -> tuple[tuple[int, ...], Tensor, Tensor]:
         if capturing(device):
             raise RuntimeError(
-                "adapters: expected no DoRA adapter while a CUDA graph is captured, found one: its "
-                "rows and factors are chosen on the host"
+                "adapters: expected no DoRA adapter and no replaced module while a CUDA graph is "
+                "captured, found one: its rows and factors are chosen on the host"
             )
         table = [order.index(slot) if slot in order else -1 for slot in self.slots]
         each = self.assignment.per_row(table, leading, device, tokens_first, _batch.get())
         rows = (each >= 0).nonzero()[:, 0]
         return order, rows, each[rows].long()
+
+    def rows_of_each(
+        self, slots: Set[int], leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> tuple[tuple[int, Tensor], ...]:
+        """Those of ``slots`` that serve a row, each with its rows."""
+        order = tuple(sorted(slots & self._serving))
+        if not order:
+            return ()
+        key = ("each", order, leading, tokens_first)
+        return self.assignment.kept.get(
+            key, device, self._rows_of_each, order, leading, device, tokens_first
+        )
+
+    def _rows_of_each(self, order: tuple[int, ...], *where: Any) -> tuple[tuple[int, Tensor], ...]:
+        _, rows, which = self._rows_of_slots(order, *where)
+        return tuple((slot, rows[which == i]) for i, slot in enumerate(order))
 
     @property
     def _serving(self) -> frozenset[int]:
@@ -147,6 +201,8 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
         return _of_forward(handle, task, block, in_graph)
     if block is not past.here.last:
         past.note(block)
+    if block is not None and block.entry.suspended:
+        _refuse_a_resumed_generator(block)
     while block is not None and block.handle != handle:
         block = block.outer
     if block is None and any_block:
@@ -223,18 +279,18 @@ def adapters(
     assignment = Assignment.of(names, token_ids)
     pool = only_pool() if pool is None else pool
     with pool.acquire(assignment.names) as lease:
+        outer = _block.get()
         block = Block(
             pool_handle(pool),
             lease,
             assignment,
             tuple(lease),
             pool.max_slots,
-            _block.get(),
+            outer,
+            Entry(outer),
             torch._C._current_graph_task_id(),
-            threading.enumerate(),
         )
-        past.here.asked.add(block.handle)
-        with entered(block), _opened(block):
+        with _opened(block):
             yield
 
 
@@ -256,37 +312,78 @@ def _note(block: Block | None) -> None:
 
 @contextlib.contextmanager
 def _opened(block: Block) -> Iterator[None]:
-    global any_block
+    global any_block, _changes
     with _open_lock:
         _open[id(block)] = block
         any_block = True
+        _changes += 1
+    _block.set(block)
     try:
+        _note(block)
         yield
     finally:
         with _open_lock:
             del _open[id(block)]
             any_block = bool(_open)
+            _changes += 1
+        block.entry.leave()
+        _leave(block)
 
 
-_warned = False
+def _leave(block: Block) -> None:
+    innermost = _block.get()
+    if innermost is None or innermost.entry is not block.entry:
+        raise RuntimeError(
+            f"adapters: expected the innermost block to be left first, found {innermost} where "
+            f"{block} is left: a generator that yields inside a block leaves it to whoever drives "
+            "the generator; enter and leave a block between two yields"
+        )
+    outer = block.outer
+    while outer is not None and outer.entry.left:
+        outer = outer.outer
+    _block.set(outer)
+    _note(outer)
+
+
+# -------------------------------------------------------------------------------------------------
+# Forwards that a block does not reach
+
+
+def _refuse_a_resumed_generator(block: Block) -> None:
+    """Two generators that yield inside blocks alternate: the one would serve the other's rows."""
+    if any(frame.f_back is not None for frame in block.entry.suspended):
+        raise RuntimeError(
+            f"adapters: expected the block that this code is in, found {block}, which was entered "
+            "while a generator was suspended that now goes on inside its own block; enter and "
+            "leave a block between two yields"
+        )
+
+
+_changes = 0  # of what is open
+_warned: set[int] = set()  # pools
 
 
 def _look_for_a_lost_block(handle: int) -> None:
-    """Warn, once, in a thread that was started while a block was open and has none itself.
-
-    Threads that are older than the block serve the base model as they did before.
-    """
-    global _warned
-    if _warned or handle in past.here.asked:
+    """Warn, once for a pool, where one thread serves without a block and another one has one."""
+    if handle in _warned or past.here.looked.get(handle) == _changes:
         return
-    past.here.asked.add(handle)
+    past.here.looked[handle] = _changes
     thread = threading.current_thread()
-    blocks = [block for block in list(_open.values()) if block.handle == handle]
-    if any(thread not in block.elders for block in blocks):
-        _warned = True
+    elsewhere = [
+        block
+        for block in list(_open.values())
+        if block.handle == handle and block.entry.thread != thread.ident
+    ]
+    if elsewhere:
+        _warned.add(handle)
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        other = names.get(elsewhere[-1].entry.thread)
         warnings.warn(
-            f"adapters: thread {thread.name!r} was started while a block was open, and serves the "
-            "base model: a block does not reach new threads. Enter adapters(...) in the thread, "
-            "adapters(None) if it is to serve the base model",
+            f"adapters: thread {thread.name!r} runs a model without a block, and serves the base "
+            "model, attach's default or what its layers have active, while thread "
+            f"{other!r} is inside "
+            f"adapters({list(elsewhere[-1].assignment.names)!r:.200}): a block does not reach "
+            "other threads. Enter adapters(...) in the thread, or give adapter_names= to the "
+            "call; adapters(None) says that the base model is meant",
             stacklevel=4,
         )

@@ -112,7 +112,7 @@ def _in_order(
             inner = y if bias is None else y - bias
             update = lora_update(x, [f])
         else:  # the base takes part in the direction, so it sees the dropped input too
-            dropped = _dropped(x.to(f.a.dtype), f.p)
+            dropped = _dropped(x.to(f.a.dtype), f)
             inner = F.linear(dropped, weight.to(dropped.dtype))
             update = lora_update(dropped, [f._replace(p=0.0)])
         y = y + (scale - 1) * inner + scale * update
@@ -125,6 +125,9 @@ def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | Non
     return magnitude / norm.to(magnitude.dtype)
 
 
-def _dropped(x: Tensor, p: float) -> Tensor:
+def _dropped(x: Tensor, f: LoraFactors) -> Tensor:
+    """The rows are those of the adapter, in their order: the mask of its own seed is that of
+    :func:`lora_forward`."""
     x2d = x.reshape(-1, x.shape[-1])
-    return ops.lora_dropout(x2d, p, draw_seed(x.device)).view(x.shape)
+    seed = draw_seed(x.device) if f.seed is None else f.seed
+    return ops.lora_dropout(x2d, f.p, seed).view(x.shape)

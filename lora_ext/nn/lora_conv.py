@@ -90,7 +90,9 @@ class LoraConv(LoraLayer):
     def _factors_of(self, name: str) -> LoraFactors:
         a, b, bias = self._raw_factors(name)
         p = self._dropout_of(name)
-        return LoraFactors(a.flatten(1), b.flatten(1), self.scaling[name], p, bias)
+        return LoraFactors(
+            a.flatten(1), b.flatten(1), self.scaling[name], p, bias, self.dropout_seed.get(name)
+        )
 
     @property
     def base_weight(self) -> ConvWeight:

@@ -38,6 +38,7 @@ class LoraFactors(NamedTuple):
     scaling: float | Tensor
     p: float = 0.0  # the dropout in effect: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
+    seed: Tensor | None = None  # of the dropout: one int64 beside x; None: it is drawn
 
 
 def lora_forward(
@@ -59,7 +60,9 @@ def lora_forward(
 
     Each dropout draws its seed from torch's generator of the device of ``x``, so ``manual_seed``
     governs the masks and activation checkpointing repeats them. Adapters with dropout that share
-    rows get independent masks.
+    rows get independent masks. An adapter with a seed of its own draws none: the mask of a row
+    follows from that seed and from the row's place among the adapter's rows, so it is the same
+    whether the adapter has the batch for itself or shares it.
 
     Args:
         x: ``(..., I)``.
@@ -93,9 +96,9 @@ def _one_adapter(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Ten
     Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     ids, plan = all_rows(x2d.shape[0], x.device)
-    a, b, scaling, p, _ = factors
+    a, b, scaling, p, _, own_seed = factors
     scale = scales((scaling,), x.device)
-    seed = draw_seed(x.device) if p else None
+    seed = _seed((own_seed,), x.device) if p else None
     y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)  # (T, O)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -192,6 +195,7 @@ class _Call(NamedTuple):
     plan: Tensor | None
     scaling: tuple[float | Tensor, ...]
     p: float
+    seeds: tuple[Tensor | None, ...]
     biases: tuple[Tensor | None, ...]
     everywhere: bool  # every row has an adapter, and there is but one
 
@@ -209,7 +213,7 @@ def _run(
     if min(all_ranks) < max(all_ranks):
         ranks = constant(all_ranks, torch.int32, x.device)
     if call.p:
-        seed = draw_seed(x.device)
+        seed = _seed(call.seeds, x.device)
     return ops.lora_linear_apart(
         x.to(dtype),
         None if weight is None else weight.to(dtype),
@@ -226,8 +230,16 @@ def _run(
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed for one dropout, ``(1,)`` int64, from torch's generator of the device."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    """A seed for one dropout, ``()`` int64, from torch's generator of the device."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """One seed for all adapters of a call, or, where one has its own, ``(A,)``: one for each."""
+    if all(seed is None for seed in seeds):
+        return draw_seed(device)
+    each = [draw_seed(device) if seed is None else seed for seed in seeds]
+    return torch.cat([seed.reshape(-1) for seed in each])
 
 
 def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
@@ -247,7 +259,8 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
         b = group[0].b if len(group) == 1 else torch.cat([f.b for f in group], 1)
         biases = tuple(f.bias for f in group)
         f = group[0]
-        calls.append(_Call(f, [a], [b], ids, plan, (f.scaling,), f.p, biases, everywhere=True))
+        own = (f.scaling,), f.p, (f.seed,)
+        calls.append(_Call(f, [a], [b], ids, plan, *own, biases, everywhere=True))
     return calls
 
 
@@ -265,8 +278,8 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
         group = [adapters[i] for i in members]
         a, b = [f.a for f in group], [f.b for f in group]
         scaling = tuple(f.scaling for f in group)
-        biases = tuple(f.bias for f in group)
-        calls.append(_Call(group[0], a, b, ids, plan, scaling, p, biases, everywhere=False))
+        seeds, biases = tuple(f.seed for f in group), tuple(f.bias for f in group)
+        calls.append(_Call(group[0], a, b, ids, plan, scaling, p, seeds, biases, everywhere=False))
     return calls
 
 

@@ -49,6 +49,9 @@ class LoraLayer(Merging):
         self.off_in_training: frozenset[str] = frozenset()
         self.disable_adapters = False
         self.lora_dropout = nn.ModuleDict()
+        #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that
+        #: is not in here draws one in each forward.
+        self.dropout_seed: dict[str, Tensor] = {}
         self.lora_magnitude_vector = nn.ModuleDict()
         self._active: list[str] = []
         self._before_init: tuple[str, Tensor] | None = None  # adapter that changed the base weight
@@ -189,7 +192,7 @@ class LoraLayer(Merging):
         stores: list[Any] = [
             self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
             self.init_lora_weights, self.adapter_active, self.lora_dropout,
-            self.lora_magnitude_vector, *self._stores(),
+            self.dropout_seed, self.lora_magnitude_vector, *self._stores(),
         ]  # fmt: skip
         for store in stores:
             if adapter_name in store:

@@ -90,7 +90,9 @@ class LoraLinear(LoraLayer):
         """An adapter as :func:`lora_forward` takes it."""
         a, b, bias = self._raw_factors(adapter_name)
         p = self._dropout_of(adapter_name)
-        return LoraFactors(a, b, self.scaling[adapter_name], p, bias)
+        return LoraFactors(
+            a, b, self.scaling[adapter_name], p, bias, self.dropout_seed.get(adapter_name)
+        )
 
     @property
     def base_weight(self) -> LinearWeight:

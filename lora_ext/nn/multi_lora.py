@@ -13,6 +13,7 @@ from .attachment import Pool
 from .context import current
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_layer import PoolLayer
+from .pool_replaced import traced_replaced, with_replaced
 from .traced import pool_rows
 
 
@@ -38,30 +39,53 @@ class MultiLoraLinear(PoolLayer):
         """(..., I) to (..., O)."""
         y = self.base(x)
         slab = self.slab
-        if slab.a_pages is None:
+        if slab.a_pages is None and not slab.was_replaced:
             return y
-        leading, rescale = x.shape[:-1], None
         if torch.compiler.is_compiling():
-            slots = self.pool.max_slots
-            rows = pool_rows(self.handle, leading, x.device, slots, self.tokens_first)
-            if slab.magnitude is not None:
-                rescale = self.dora.traced_rescale(self, leading, x.device)
-        else:
-            block = current(self.handle)
-            if block is None:
-                return y
-            rows = self.rows_in(block, leading, x.device)
-            if not rows.used:  # all rows belong to the base model
-                return y
+            return self._traced(y, x)
+        block = current(self.handle)
+        if block is None:
+            return y if self.default is None else self.by_default(x)
+        if self.is_head and block.head is not None:
+            block = block.head
+        leading = x.shape[:-1]
+        rows = self.rows_in(block, leading, x.device)
+        if not rows.used:  # all rows belong to the base model
+            return y
+        if slab.a_pages is not None:
+            rescale = None
             if slab.dora:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
-        try:
-            return _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
-        except ValueError as error:
-            raise ValueError(
-                f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that "
-                "the model had when it was made)"
-            ) from error
+            try:
+                y = _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+            except ValueError as error:
+                raise self._explained(error) from error
+        if slab.replaced:
+            y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
+        return y
+
+    def _traced(self, y: Tensor, x: Tensor) -> Tensor:
+        slab, leading = self.slab, x.shape[:-1]
+        if slab.a_pages is not None:
+            rows = pool_rows(
+                self.handle,
+                leading,
+                x.device,
+                self.pool.max_slots,
+                self.tokens_first,
+                default=self.default,
+            )
+            rescale = None
+            if slab.magnitude is not None:
+                rescale = self.dora.traced_rescale(self, leading, x.device)
+            y = _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+        return traced_replaced(y, x, self) if slab.was_replaced else y
+
+    def _explained(self, error: ValueError) -> ValueError:
+        return ValueError(
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
+            "model had when it was made)"
+        )
 
 
 def _add_adapters(

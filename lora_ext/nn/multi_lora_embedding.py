@@ -11,6 +11,7 @@ from lora_ext import ops
 
 from .context import current
 from .pool_layer import PoolLayer
+from .pool_replaced import traced_replaced, with_replaced
 from .traced import pool_rows
 
 
@@ -29,19 +30,36 @@ class MultiLoraEmbedding(PoolLayer):
         """Token ids (...) to (..., O)."""
         y = self.base(x)
         slab = self.slab
-        if slab.a_pages is None:
+        if slab.a_pages is None and not slab.was_replaced:
             return y
         if torch.compiler.is_compiling():
-            slots = self.pool.max_slots
-            rows = pool_rows(self.handle, x.shape, x.device, slots, self.tokens_first, True)
-        else:
-            block = current(self.handle)
-            if block is None:
-                return y
-            rows = self.rows_in(block, x.shape, x.device, of_tokens=True)
-            if not rows.used:  # all rows belong to the base model
-                return y
-        return _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+            return self._traced(y, x)
+        block = current(self.handle)
+        if block is None:
+            return y if self.default is None else self.by_default(x)
+        rows = self.rows_in(block, x.shape, x.device, of_tokens=True)
+        if not rows.used:  # all rows belong to the base model
+            return y
+        if slab.a_pages is not None:
+            y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+        if slab.replaced:
+            y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
+        return y
+
+    def _traced(self, y: Tensor, x: Tensor) -> Tensor:
+        slab = self.slab
+        if slab.a_pages is not None:
+            rows = pool_rows(
+                self.handle,
+                x.shape,
+                x.device,
+                self.pool.max_slots,
+                self.tokens_first,
+                True,
+                self.default,
+            )
+            y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+        return traced_replaced(y, x, self) if slab.was_replaced else y
 
 
 def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:

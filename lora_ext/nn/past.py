@@ -57,7 +57,7 @@ class _Thread(threading.local):
         self.timeline: _Timeline[Any] | None = None
         self.last: Any = ...  # the block that was noted last; at first something that is no block
         self.resolved: tuple[tuple[int, int], Any] = ((-1, -1), None)
-        self.asked: set[int] = set()  # pools of whose blocks this thread need not be told
+        self.looked: dict[int, int] = {}  # by pool, when it was asked who else has blocks
 
 
 here = _Thread()

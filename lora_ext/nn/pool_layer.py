@@ -10,6 +10,7 @@ from torch import nn
 
 from .assignment import TokensFirstError
 from .attachment import Pool, pool_handle
+from .context import adapters
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -22,6 +23,18 @@ _REMEDY = (
     "AdapterPool(targets=...), or give token_ids of the shape that it sees"
 )
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
+
+
+#: The default that refuses a forward outside every block.
+ERROR = "error"
+
+
+def no_block(where: str = "") -> RuntimeError:
+    """What such a forward raises."""
+    return RuntimeError(
+        f"attach: default='error': expected a block around every forward, found none{where}; enter "
+        "lora_ext.adapters(...) in this thread, or give adapter_names= to the call"
+    )
 
 
 class PoolLayer(nn.Module):
@@ -38,6 +51,13 @@ class PoolLayer(nn.Module):
     #: Whether the first dimension of the input counts tokens, the second sequences (XLNet). Learned
     #: from a batch where their numbers differ.
     tokens_first = False
+
+    #: Who serves a forward outside every block: None the base model, an adapter by its name, or
+    #: "error" nobody.
+    default: str | None = None
+
+    #: Whether a model may give this layer the last token of each sequence alone.
+    is_head = False
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__()
@@ -73,6 +93,17 @@ class PoolLayer(nn.Module):
         except ValueError as error:
             raise ValueError(f"{error} at {self.name!r}; {_REMEDY}") from error
 
+    def by_default(self, x: Any) -> Any:
+        """The forward outside every block, where the base model is not to serve it.
+
+        Raises:
+            RuntimeError: nobody is.
+        """
+        if self.default == ERROR:
+            raise no_block(f" at {self.name!r}")
+        with adapters(self.default, pool=self.pool):
+            return self(x)
+
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``, for ``base`` as well."""
         self.base.train(mode)
@@ -95,7 +126,8 @@ class PoolLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of ``base`` that shares the pool."""
         layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
-        layer.tokens_first = self.tokens_first
+        for setting in ("tokens_first", "default", "is_head"):
+            setattr(layer, setting, getattr(self, setting))
         return layer
 
     # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
@@ -104,6 +136,11 @@ class PoolLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.base._load_from_state_dict(*args, **kwargs)
+
+
+def pool_of(model: nn.Module) -> Pool | None:
+    """The pool that serves a model's layers, if there is one."""
+    return next((layer.pool for layer in model.modules() if isinstance(layer, PoolLayer)), None)
 
 
 def _features(base: nn.Module) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
     "active_adapter_ids(int handle, SymInt[] leading, Device device, bool tokens_first, "
-    "bool of_tokens) -> Tensor",
+    "bool of_tokens, str? default) -> Tensor",
     tags=_TAGS,
 )
 _library.define(
@@ -41,9 +41,12 @@ def pool_rows(
     num_slots: int,
     tokens_first: bool = False,
     of_tokens: bool = False,
+    default: str | None = None,
 ) -> Rows:
     """Rows for a pool's layer in whatever block the graph will run; ids are slots."""
-    ids = torch.ops.lora_ext.active_adapter_ids(handle, leading, device, tokens_first, of_tokens)
+    ids = torch.ops.lora_ext.active_adapter_ids(
+        handle, leading, device, tokens_first, of_tokens, default
+    )
     return Rows(tuple(range(num_slots)), ids, ops.lora_plan(ids, num_slots))
 
 
@@ -60,14 +63,31 @@ def layer_rows(
     return rows_of(ids, len(names))
 
 
+def block_of_graph(handle: int, default: str | None) -> context.Block | None:
+    """The block that a compiled graph runs in.
+
+    Raises:
+        RuntimeError: there is none, and the base model is not to serve then.
+    """
+    block = context.current(handle, in_graph=True)
+    if block is None and default is not None:
+        raise RuntimeError(
+            f"attach: default={default!r}: expected a block around a compiled forward, found none: "
+            "torch.compile does not trace the one that default enters; enter "
+            "lora_ext.adapters(...) around the call"
+        )
+    return block
+
+
 def _active_adapter_ids(
     handle: int,
     leading: Sequence[int],
     device: torch.device,
     tokens_first: bool,
     of_tokens: bool,
+    default: str | None,
 ) -> Tensor:
-    block = context.current(handle, in_graph=True)
+    block = block_of_graph(handle, default)
     if block is None:
         return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
     ids = block.rows(torch.Size(leading), device, tokens_first, of_tokens).ids
@@ -94,6 +114,7 @@ def _fake_active_adapter_ids(
     device: torch.device,
     tokens_first: bool,
     of_tokens: bool,
+    default: str | None,
 ) -> Tensor:
     return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
 

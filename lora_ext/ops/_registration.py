@@ -5,7 +5,9 @@ them to a library: once to the shipped one, and in tests once more to each emula
 """
 
 import functools
+import inspect
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +28,13 @@ def fake(op: str) -> Callable[[F], F]:
     name = op.removesuffix("_forward")
 
     def mark(function: F) -> F:
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            _same_device(name, *args, *kwargs.values())
+            named = zip(chain(names, repeat("another")), args, strict=False)
+            _same_device(name, *named, *kwargs.items())
             return function(*args, **kwargs)
 
         _fakes[op] = checked
@@ -67,10 +73,12 @@ def register(library: str) -> None:
         )
 
 
-def _same_device(op: str, *args: object) -> None:
-    devices = [t.device for t in args if isinstance(t, Tensor)]
-    for device in devices:
-        if device != devices[0]:
+def _same_device(op: str, *args: tuple[str, object]) -> None:
+    devices = [(name, t.device) for name, t in args if isinstance(t, Tensor)]
+    for name, device in devices:
+        first, expected = devices[0]
+        if device != expected:
             raise ValueError(
-                f"{op}: expected all tensors on one device, found {devices[0]} and {device}"
+                f"{op}: expected all tensors on one device, found {first} on {expected} and "
+                f"{name} on {device}"
             )

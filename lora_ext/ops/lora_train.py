@@ -4,7 +4,8 @@ Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters. 
 bank, ``a (A, R, I)`` and ``b (A, O, R)``; pages receive no gradient and are refused.
 
 Dropout needs no stored mask: whether an element is kept follows from (seed, row, column) by Philox,
-so forward, backward, checkpointing and every device agree.
+so forward, backward, checkpointing and every device agree. With a seed per adapter, row is the
+place among the rows of the adapter, and the mask is that of the adapter alone.
 
 Sources: LoRA (Hu et al. 2021), eq. 3, differentiated; Philox: Salmon et al. 2011.
 """
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lora_ext.ops._checks import require
 from lora_ext.ops._registration import fake
 from lora_ext.reference.lora import accumulator
 
 _c = torch.ops.lora_ext
+_LINEAR = "lora_linear"
 
 
 def lora_linear(
@@ -62,8 +65,11 @@ def lora_linear(
         ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R``.
         dropout_p: probability in ``[0, 1)`` of dropping an element of the adapters' input; the base
             sees all of ``x``.
-        seed: one int64 on the device of ``x``, required with ``dropout_p > 0``; a captured
-            graph may change it between replays.
+        seed: int64 on the device of ``x``, required with ``dropout_p > 0``; a captured graph may
+            change it between replays. One number: masks count the rows of the batch. Or ``(A,)``,
+            one per adapter: the mask of a row follows from its adapter's seed and the row's place
+            among that adapter's rows, in their order, whatever else is in the batch. With one
+            adapter, ``(1,)`` is the latter and ``()`` the former; they differ by rows of -1.
         plan: :func:`lora_plan` of the same ids, to save grouping them again.
 
     Returns:
@@ -83,10 +89,32 @@ def lora_linear(
 
 @fake("lora_linear_forward")
 def _fake_linear(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, *args: object
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    adapter_ids: Tensor,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if dropout_p:
+        _check_seed(seed, a.shape[0])
     y = x.new_empty(x.shape[0], b.shape[1])
     return y, x.new_empty(x.shape[0], a.shape[1], dtype=accumulator(x.dtype))
+
+
+def _check_seed(seed: Tensor | None, adapters: int) -> None:
+    if seed is None:
+        require(False, _LINEAR, "seed", "one Long with dropout_p > 0", None)
+        return
+    require(seed.dtype == torch.int64, _LINEAR, "seed", "Long", seed.dtype)
+    holds = seed.numel() == 1 or seed.shape == (adapters,)
+    expected = f"one Long, or one for each of {adapters} adapters"
+    require(holds, _LINEAR, "seed", expected, f"shape {list(seed.shape)}")
 
 
 @fake("lora_linear_backward")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from lora_ext.adapter.config import AdapterConfig
 from lora_ext.adapter.model_index import LinearSpec, ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource, Factors, NonFiniteError, read_adapter
 from lora_ext.adapter.peft_keys import MAGNITUDE
+from lora_ext.adapter.replaced import Replaced
 
-from .pages import PackedModule, pack
+from .pages import PackedModule, PackedReplaced, pack
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,43 @@ class PackedAdapter:
 
     config: AdapterConfig
     modules: dict[str, PackedModule]
+    replaced: dict[str, PackedReplaced] = field(default_factory=dict)
     leftover: tuple[str, ...] = ()  # what strict=False skipped
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pages, biases and magnitudes."""
-        return sum(module.nbytes for module in self.modules.values())
+        """Bytes of pages, biases, magnitudes and replaced modules."""
+        return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))
 
 
 def read_packed(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
 ) -> PackedAdapter:
     """:func:`lora_ext.adapter.peft_files.read_adapter` into pages."""
-    return PackedAdapter(*read_adapter(source, index, max_rank, strict, _packed))
+    parts = read_adapter(source, index, max_rank, strict, _packed)
+    replaced = {
+        module: _packed_whole(index.modules[module], whole)
+        for module, whole in parts.replaced.items()
+    }
+    return PackedAdapter(parts.config, parts.modules, replaced, parts.leftover)
+
+
+def _packed_whole(spec: LinearSpec, whole: Replaced) -> PackedReplaced:
+    def host(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        pin = spec.device.type == "cuda"
+        copy = torch.empty(values.shape, dtype=spec.dtype, pin_memory=pin).copy_(values)
+        if not torch.isfinite(copy).all():
+            raise ValueError(
+                f"AdapterPool: modules_to_save: {spec.name}: expected finite values in "
+                f"{spec.dtype}, found NaN or inf"
+            )
+        return copy
+
+    weight, bias = host(whole.weight), host(whole.bias)
+    assert weight is not None
+    return PackedReplaced(weight, bias)
 
 
 def _packed(spec: LinearSpec, factors: Factors) -> PackedModule:

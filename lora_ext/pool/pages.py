@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.adapter.model_index import LinearSpec
+from lora_ext.adapter.replaced import Replaced
 
 PAGE = 8
 
@@ -57,6 +58,19 @@ class PackedModule:
         """Bytes of pages, bias and magnitude."""
         tensors = (self.a, self.b, self.bias, self.magnitude)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class PackedReplaced:
+    """A module that an adapter replaces, in host memory."""
+
+    weight: Tensor  # (O, I); of an embedding (tokens, O)
+    bias: Tensor | None  # (O,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,6 +141,9 @@ class ModuleSlab:
     # Slots whose adapter is a DoRA one here, with the version that published them. On the host, and
     # replaced, never changed: a forward learns without waiting whether there is anything to do.
     dora: Mapping[int, int] = field(default_factory=dict)
+    # Weight and bias of the slots whose adapter replaces the module; likewise never changed.
+    replaced: Mapping[int, Replaced] = field(default_factory=dict)
+    was_replaced: bool = False  # by any adapter so far: a compiled graph is made anew once
 
 
 @dataclass

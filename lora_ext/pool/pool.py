@@ -376,6 +376,7 @@ class AdapterPool:
                 "page_bytes": self.nbytes(),
                 "table_bytes": sum(block.nbytes for block in self._store.blocks)
                 + sum(v.nbytes for v in vectors if v is not None),
+                "replaced_bytes": self._store.replaced_bytes,
                 "cached": len(self._cache),
                 "cache_bytes": self._cache_bytes,
                 **self._counts,
@@ -439,7 +440,7 @@ class AdapterPool:
         plan = self._store.plan(name, packed, order)
         saved = [self._store.download(victim) for victim in plan.victims]
         try:
-            written = self._store.upload(plan.slot, plan.pages, packed.modules, plan)
+            written = self._store.upload(plan.slot, plan.pages, packed, plan)
         except BaseException:
             for victim, adapter in zip(plan.victims, saved, strict=True):
                 self._repair(victim, adapter)
@@ -463,7 +464,7 @@ class AdapterPool:
     def _repair(self, victim: Resident, saved: PackedAdapter) -> None:
         """After a failed copy: put a victim's bytes back, or keep them if the device refuses."""
         try:
-            victim.written = self._store.upload(victim.slot, victim.pages, saved.modules)
+            victim.written = self._store.upload(victim.slot, victim.pages, saved)
         except BaseException:
             del self._by_name[victim.name]
             self._store.vacate(victim)

@@ -6,6 +6,7 @@ last, and holds its lock around every method here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +17,19 @@ from torch import Tensor
 
 from lora_ext.adapter.config import AdapterConfig
 from lora_ext.adapter.model_index import ModelIndex
+from lora_ext.adapter.replaced import Replaced
 
 from .packing import PackedAdapter
-from .pages import ModuleSlab, PackedModule, Slab, TableBlock, magnitude_dtype, page_count
+from .pages import (
+    ModuleSlab,
+    PackedModule,
+    PackedReplaced,
+    Slab,
+    TableBlock,
+    in_words,
+    magnitude_dtype,
+    page_count,
+)
 from .transfer import StreamTransfer, Transfer, to_host, transfer_to
 
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
@@ -39,6 +50,8 @@ class Resident:
     written: Written = field(default_factory=list)  # empty once every stream may read it
     pins: int = 0
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
+    #: No other adapter of the process has it, nor a later version of this one.
+    serial: int = field(default_factory=itertools.count(1).__next__)
 
 
 @dataclass
@@ -53,6 +66,7 @@ class Plan:
     blocks: list[TableBlock]
     biases: dict[str, Tensor] = field(default_factory=dict)  # as are these
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    replaced: dict[str, Replaced] = field(default_factory=dict)
 
     @property
     def memory(self) -> list[Tensor]:
@@ -76,6 +90,7 @@ class PageStore:
         self.residents: list[Resident | None] = [None] * max_slots
         self.slabs: dict[str, Slab] = {}
         self.blocks: list[TableBlock] = []
+        self._replacing: set[str] = set()  # modules that an adapter has replaced
         self._max_pages = page_count(max_rank)
         self._free_slots = list(range(max_slots - 1, -1, -1))
         devices = {spec.device for spec in index.modules.values()}
@@ -158,7 +173,19 @@ class PageStore:
             new,
             self._new_blocks(new),
             *self._new_vectors(new, packed),
+            {module: self._room_for(module, whole) for module, whole in packed.replaced.items()},
         )
+
+    def _room_for(self, module: str, whole: PackedReplaced) -> Replaced:
+        device = self.index.modules[module].device
+        try:
+            bias = None if whole.bias is None else torch.empty_like(whole.bias, device=device)
+            return Replaced(torch.empty_like(whole.weight, device=device), bias)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(
+                f"AdapterPool: expected room for {module} of an adapter that replaces it "
+                f"({in_words(whole.nbytes)}), found none ({error}); unload other adapters"
+            ) from error
 
     def _new_blocks(self, new: dict[str, Slab]) -> list[TableBlock]:
         by_device: dict[torch.device, list[str]] = {}
@@ -187,19 +214,27 @@ class PageStore:
     # ---------------------------------------------------------------------------------------------
     # Bytes
 
+    @property
+    def replaced_bytes(self) -> int:
+        """Of whole modules that adapters brought along."""
+        wholes = [w for name in self._replacing for w in self.modules[name].replaced.values()]
+        return sum(tensor.nbytes for whole in wholes for tensor in whole if tensor is not None)
+
     def upload(
         self,
         slot: int,
         pages: dict[str, list[int]],
-        modules: dict[str, PackedModule],
+        packed: PackedAdapter,
         plan: Plan | None = None,
     ) -> Written:
         """Write pages, and the slot's rows of every table: no row of an earlier owner survives.
+        Without a plan, what the adapter replaces is where it was.
 
         Returns:
             the copies, which may still be queued; :attr:`Resident.written`. They are done where the
             plan brings new memory: whoever has pinned another slot reads it without waiting.
         """
+        modules, replaced = packed.modules, packed.replaced
         slabs = self.slabs | plan.slabs if plan else self.slabs
         blocks = self.blocks + plan.blocks if plan else self.blocks
         jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
@@ -219,11 +254,18 @@ class PageStore:
                     jobs[table.device].append((table[slot], _row(table[slot], own)))
         for block in blocks:
             jobs[block.ranks.device] += block.rows(slot, pages, modules)
+        for module, room in (plan.replaced if plan else {}).items():
+            whole = replaced[module]
+            jobs[room.weight.device].append((room.weight, whole.weight))
+            if room.bias is not None and whole.bias is not None:
+                jobs[room.weight.device].append((room.bias, whole.bias))
         new = plan.memory if plan else []
         written: Written = []
         for device, transfer in self.transfers.items():
             written.append((transfer, transfer.run(jobs[device], wait=bool(new))))
-            transfer.keep(tensor for tensor in new if tensor.device == device)
+            whole = [t for each in (plan.replaced.values() if plan else ()) for t in each]
+            own = [tensor for tensor in (*new, *whole) if tensor is not None]
+            transfer.keep(tensor for tensor in own if tensor.device == device)
         return written
 
     def download(self, resident: Resident) -> PackedAdapter:
@@ -245,7 +287,14 @@ class PageStore:
                 if resident.config.use_dora and slab.magnitude is not None
                 else None,
             )
-        return PackedAdapter(resident.config, modules)
+        replaced = {
+            module: PackedReplaced(
+                to_host(whole.weight), None if whole.bias is None else to_host(whole.bias)
+            )
+            for module in self._replacing
+            if (whole := self.modules[module].replaced.get(resident.slot)) is not None
+        }
+        return PackedAdapter(resident.config, modules, replaced)
 
     # ---------------------------------------------------------------------------------------------
     # Bookkeeping that cannot fail
@@ -259,6 +308,7 @@ class PageStore:
         for victim in plan.victims:
             self.residents[victim.slot] = None
             self._free_slots.append(victim.slot)
+            self._forget_replaced(victim.slot)
         self._free_slots.remove(plan.slot)
         self.residents[plan.slot] = resident
         for block in plan.blocks:
@@ -275,6 +325,11 @@ class PageStore:
             self.modules[name].a_pages = slab.a
         for name in resident.pages:
             self.modules[name].version += 1
+        for name, whole in plan.replaced.items():
+            view = self.modules[name]
+            view.replaced = {**view.replaced, plan.slot: whole}
+            view.was_replaced = True
+            self._replacing.add(name)
         for name, slab in self.slabs.items():
             if slab.magnitude is not None:
                 view = self.modules[name]
@@ -287,8 +342,14 @@ class PageStore:
         """Free slot and pages. The rows stay: the slot's next owner writes all of them."""
         self.residents[resident.slot] = None
         self._free_slots.append(resident.slot)
+        self._forget_replaced(resident.slot)
         for module, pages in resident.pages.items():
             self.slabs[module].free.extend(pages)
+
+    def _forget_replaced(self, slot: int) -> None:
+        for name in self._replacing:
+            view = self.modules[name]
+            view.replaced = {s: whole for s, whole in view.replaced.items() if s != slot}
 
 
 def _row(row: Tensor, own: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from lora_ext.reference.lora import (
 from lora_ext.reference.lora_gram import lora_gram, lora_pair_stats
 from lora_ext.reference.lora_train import (
     dropout_keep,
+    dropout_keep_of_adapters,
     lora_dropout,
     lora_linear,
     lora_linear_backward,
@@ -52,6 +53,7 @@ __all__ = [
     "depth_mix_routed",
     "depth_norm",
     "dropout_keep",
+    "dropout_keep_of_adapters",
     "emission_gather",
     "log_bmm",
     "log_einsum_exp",

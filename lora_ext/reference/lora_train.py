@@ -61,11 +61,29 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tenso
     return torch.where(keep, scaled, 0)
 
 
-def _masked(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+def dropout_keep_of_adapters(adapter_ids: Tensor, columns: int, p: float, seed: Tensor) -> Tensor:
+    """``(T, columns)`` bool: :func:`dropout_keep` of the rows of each adapter, under its own seed.
+
+    A row's number is its place among the rows of its adapter, ``seed (A,)``; rows of -1 are kept.
+    """
+    keep = adapter_ids.new_ones(adapter_ids.shape[0], columns, dtype=torch.bool)
+    for s in range(seed.numel()):
+        rows = (adapter_ids == s).nonzero()[:, 0]
+        keep[rows] = dropout_keep(len(rows), columns, p, seed[s]).to(keep.device)
+    return keep
+
+
+def _masked(
+    x: Tensor, p: float, seed: int | Tensor | None, adapter_ids: Tensor, adapters: int
+) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return torch.where(dropout_keep(x.shape[0], x.shape[1], p, seed).to(x.device), x, 0)
+    if isinstance(seed, Tensor) and seed.shape == (adapters,):
+        keep = dropout_keep_of_adapters(adapter_ids, x.shape[1], p, seed)
+    else:
+        keep = dropout_keep(x.shape[0], x.shape[1], p, seed)
+    return torch.where(keep.to(x.device), x, 0)
 
 
 def _factor(scale: Tensor | None, s: int, p: float, dtype: torch.dtype) -> float | Tensor:
@@ -87,7 +105,8 @@ def lora_linear(
     """``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))``, ``(T, O)``.
 
     ``s = adapter_ids[t]``, ``m`` the dropout mask in {0, 1}, ``c = scale[s] / (1 - p)``. Rows of -1
-    have no update; without a weight the update is all. Plain torch, so autograd gives the backward.
+    have no update; without a weight the update is all. ``seed`` is one for the batch, or ``(A,)``.
+    Plain torch, so autograd gives the backward.
 
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
@@ -96,7 +115,7 @@ def lora_linear(
     if weight is not None:
         y = x.to(dtype) @ weight.to(dtype).T
         y = y if bias is None else y + bias.to(dtype)
-    kept = _masked(x, dropout_p, seed).to(dtype)
+    kept = _masked(x, dropout_p, seed, adapter_ids, a.shape[0]).to(dtype)
     for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
         v = _factor(scale, s, dropout_p, dtype) * (kept[rows] @ a[s, :rank].to(dtype).T)
         y = y.index_add(0, rows, v @ b[s, :, :rank].to(dtype).T)
@@ -122,7 +141,7 @@ def lora_linear_backward(
     sums over the rows of one adapter.
     """
     dtype = accumulator(x.dtype)
-    kept, dy = _masked(x, dropout_p, seed).to(dtype), dy.to(dtype)
+    kept, dy = _masked(x, dropout_p, seed, adapter_ids, a.shape[0]).to(dtype), dy.to(dtype)
     da, db = torch.zeros_like(a, dtype=dtype), torch.zeros_like(b, dtype=dtype)
     dx, delta = torch.zeros_like(x, dtype=dtype), torch.zeros_like(x, dtype=dtype)
     if weight is not None:
@@ -134,5 +153,5 @@ def lora_linear_backward(
         db[s, :, :rank] = dy[rows].T @ v
         da[s, :rank] = dv.T @ kept[rows]
         delta[rows] = dv @ a[s, :rank].to(dtype)
-    dx = dx + _masked(delta, dropout_p, seed)
+    dx = dx + _masked(delta, dropout_p, seed, adapter_ids, a.shape[0])
     return dx.to(x.dtype), da.to(a.dtype), db.to(b.dtype)

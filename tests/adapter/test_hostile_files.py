@@ -262,7 +262,6 @@ def test_config_fields_that_make_no_sense(pool, fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"modules_to_save": ["head"]},
         {"target_modules": ["up", "down", "norm"]},
         {"trainable_token_indices": [1]},
         {"target_parameters": ["up.weight"]},

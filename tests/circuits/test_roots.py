@@ -6,7 +6,14 @@ import pytest
 import torch
 from circuit_graphs import assignments, circuit_of, close
 
-from lora_ext.circuits import Bernoulli, Categorical, Circuit, Input, RegionGraph
+from lora_ext.circuits import (
+    Bernoulli,
+    Categorical,
+    Circuit,
+    Input,
+    PCStructureError,
+    RegionGraph,
+)
 
 
 def classes(seed: int = 0, num_roots: int = 3) -> Circuit:
@@ -103,3 +110,27 @@ def test_a_root_that_sees_part_of_the_variables_leaves_the_others_missing():
     samples = circuit.sample(20, root=names.index("t"))
     assert (samples[0, :, 0] == -1).all() and (samples[0, :, 1] >= 0).all()
     assert (circuit.sample(20, root=names.index("s")) >= 0).all()
+
+
+def test_joined_graphs_are_the_roots_of_one_circuit():
+    """Two graphs with names and ties of their own: each root is the circuit of its graph."""
+    graphs = [
+        RegionGraph.hmm(3, 2, Categorical(3), homogeneous=True),
+        RegionGraph.cp(3, 4, Categorical(3)),
+    ]
+    joined = circuit_of(RegionGraph.join(graphs), seed=5)
+    assert [joined.graph.label(r) for r in joined.graph.roots] == ["0/z0", "1/root"]
+    x, first = assignments(joined), 0
+    for root, graph in enumerate(graphs):
+        one = circuit_of(graph, seed=6)
+        with torch.no_grad():
+            for i, region in enumerate(graph.regions):
+                there = first + i
+                if region.leaf is None:
+                    one.region_weights(i).copy_(joined.region_weights(there))
+                else:
+                    one.region_leaves(i)["logits"].copy_(joined.region_leaves(there)["logits"])
+        close(joined.log_prob(x, root=root), one.log_prob(x))
+        first += len(graph.regions)
+    with pytest.raises(PCStructureError, match="join: graphs: expected at least one, found none"):
+        RegionGraph.join([])

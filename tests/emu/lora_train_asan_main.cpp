@@ -1,6 +1,7 @@
 // The training kernels in the asan flavour: both launchers, in buffers and a workspace that end
 // where their contents end, against loops. Numbers are small integers, so sums are exact in any
-// order; the mask is that of launch_lora_dropout on ones. With the argument "workspace" the
+// order; masks are those of launch_lora_dropout on ones, with one seed for all adapters, then with
+// one for each. With the argument "workspace" the
 // workspace is one float too short.
 #include <cstdio>
 #include <cstdlib>
@@ -51,15 +52,15 @@ void require(bool holds, const Shape& s, const char* what, int64_t at = -1) {
 }
 
 template <class T>
-void run(const Shape& s) {
-    const int slots = static_cast<int>(s.ranks.size());
+void run(const Shape& s, bool per_adapter) {
+    const int slots = static_cast<int>(s.ranks.size()), seeds = per_adapter ? slots : 1;
     const int64_t R = s.max_rank, x_row = s.in + s.pad, dy_row = s.out + s.pad;
-    Exact<int64_t> ids(s.tokens), seed(1);
+    Exact<int64_t> ids(s.tokens), seed(seeds);
     Exact<int32_t> ranks(slots), plan(LoraPlanLayout{s.tokens, slots}.size());
     Exact<T> x((s.tokens - 1) * x_row + s.in, s.shift), a(slots * R * s.in, s.shift),
         b(slots * s.out * R, s.shift), dy((s.tokens - 1) * dy_row + s.out, s.shift),
         dx((s.tokens - 1) * x_row + s.in, s.shift), da(a.size), db(b.size), ones(s.tokens * s.in),
-        keep(s.tokens * s.in);
+        keep(seeds * s.tokens * s.in);
     Exact<float> v((s.tokens - 1) * (R + 1) + R), dv(v.size);
     auto fill = [](const Exact<T>& to) {
         for (int64_t i = 0; i < to.size; ++i)
@@ -70,7 +71,7 @@ void run(const Shape& s) {
     for (int64_t t = 0; t < s.tokens; ++t) ids[t] = below(slots + 1) - 1;
     ids[s.tokens - 1] = 0;  // the last float of the workspace counts
     for (int i = 0; i < slots; ++i) ranks[i] = s.ranks[i];
-    seed[0] = -s.tokens;
+    for (int i = 0; i < seeds; ++i) seed[i] = i - s.tokens;
 
     LoraTrainArgs args;
     LoraArgs& lora = args.lora;
@@ -88,9 +89,14 @@ void run(const Shape& s) {
     lora.num_tokens = s.tokens;
     lora.v = v.data(), args.dv = dv.data();
     lora.v_row_stride = args.dv_row_stride = R + 1;
-    args.dropout = {seed.data(), 1u << 31, 2.0f};
     lora.x = ones.data(), lora.x_row_stride = s.in;
-    require(launch_lora_dropout(args, keep.data(), nullptr) == 0, s, "dropout");
+    for (int i = 0; i < seeds; ++i) {
+        args.dropout = {seed.data() + i, 1u << 31, 2.0f};
+        T* const masks = keep.data() + i * s.tokens * s.in;
+        require(launch_lora_dropout(args, masks, nullptr) == 0, s, "dropout");
+    }
+    args.dropout.seed = seed.data();
+    args.dropout.per_adapter = per_adapter;
     lora.x = x.data(), lora.x_row_stride = args.dx_row_stride = x_row;
     args.dy = dy.data(), args.dy_row_stride = dy_row, args.dx = dx.data();
     args.da = da.data(), args.db = db.data();
@@ -98,12 +104,16 @@ void run(const Shape& s) {
     // The loops.
     std::vector<float> want_dx(dx.size), want_da(a.size), want_db(b.size);
     for (int64_t i = 0; i < dx.size; ++i) want_dx[i] = lx::to_float(dx[i]);
+    std::vector<int64_t> rows(slots);  // of each adapter, so far
     for (int64_t t = 0; t < s.tokens; ++t) {
         const int64_t slot = ids[t];
+        const int64_t place = slot >= 0 ? rows[slot]++ : 0;
+        const T* const mask =
+            keep.data() + (per_adapter && slot >= 0 ? slot * s.tokens + place : t) * s.in;
         for (int64_t r = 0; slot >= 0 && r < ranks[slot]; ++r) {
             float v_at = 0, dv_at = 0;
             const T* a_row = a.data() + (slot * R + r) * s.in;
-            auto kept = [&](int64_t i) { return lx::to_float(keep[t * s.in + i]) != 0; };
+            auto kept = [&](int64_t i) { return lx::to_float(mask[i]) != 0; };
             for (int64_t i = 0; i < s.in; ++i)
                 if (kept(i)) v_at += 2 * lx::to_float(a_row[i]) * lx::to_float(x[t * x_row + i]);
             for (int64_t o = 0; o < s.out; ++o)
@@ -162,11 +172,12 @@ int main(int count, char** words) {
     };
     for (uint64_t seed = 0; seed < 2; ++seed) {
         lx::emu::set_seed(seed);
-        for (const Shape& shape : shapes) {
-            run<float>(shape);
-            run<lx::f16>(shape);
-            run<lx::bf16>(shape);
-        }
+        for (const Shape& shape : shapes)
+            for (const bool per_adapter : {false, true}) {
+                run<float>(shape, per_adapter);
+                run<lx::f16>(shape, per_adapter);
+                run<lx::bf16>(shape, per_adapter);
+            }
     }
     puts("exact");
 }

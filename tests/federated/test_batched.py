@@ -8,6 +8,17 @@ import math
 import pytest
 import torch
 from adapted_models import KINDS, adapted
+from client_models import (
+    PLANS,
+    WIDTH,
+    Classifier,
+    assert_close,
+    loop,
+    next_token,
+    specs,
+    tokens,
+    vectors,
+)
 from federated_rounds import same_bits
 from torch import Tensor, nn
 
@@ -17,92 +28,9 @@ from lora_ext.federated import (
     LayerPlan,
     LoraLayerManager,
     UnsupportedModule,
-    Update,
     aggregate,
 )
 from lora_ext.nn import LoraLinear
-
-WIDTH = 6
-PLANS = {
-    1: LayerPlan((0, 2)),
-    "b": LayerPlan((2,)),
-    3: LayerPlan((1, 2), (1, 2)),
-    4: LayerPlan((0, 1, 2)),
-}
-
-
-class Classifier(nn.Module):
-    def __init__(self, layers: int = 3):
-        super().__init__()
-        torch.manual_seed(0)
-        linears = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(layers)]
-        settings = {"r": 3, "init_lora_weights": False, "lora_alpha": 2}
-        self.layers = nn.ModuleList(LoraLinear(linear, **settings) for linear in linears)
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return self.head(x)
-
-
-def vectors(rows: list[int], seed: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(n, WIDTH, generator=generator, dtype=torch.float64),
-            torch.randint(0, 4, (n,), generator=generator),
-        )
-        for n in rows
-    ]
-
-
-def specs() -> list[ClientSpec]:
-    """Ragged batches, other numbers of steps, rates and bounds."""
-    return [
-        ClientSpec(1, vectors([3, 5, 2], 1), lr=0.05, weight_decay=0.1),
-        ClientSpec("b", vectors([4], 2), lr=0.1),
-        ClientSpec(3, vectors([1, 7], 3), lr=0.02, betas=(0.8, 0.9), max_grad_norm=0.05),
-        ClientSpec(4, vectors([2, 2, 6, 1], 4), lr=0.05, eps=1e-6, max_grad_norm=10.0),
-    ]
-
-
-def cross_entropy(model: nn.Module, batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def loop(model, manager, state, spec, plan, others="frozen", loss_of=cross_entropy) -> Update:
-    """One client by itself."""
-    manager.load_slice(state)
-    start = manager.state_slice(plan.layers, plan.ranks)
-    if plan.ranks is not None:
-        manager.load_slice(start)
-    manager.apply(plan, others=others)
-    parameters = [p for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n]
-    optimizer = torch.optim.AdamW(
-        parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
-    )
-    losses = []
-    for batch in spec.batches:
-        optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        if spec.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
-        optimizer.step()
-        losses.append(loss.item())
-    end = manager.state_slice(plan.layers, plan.ranks)
-    changes = {k: end[k] - start[k] for k in end}
-    return Update(spec.client, 0, changes, plan, sum(losses) / len(losses))
-
-
-def assert_close(found: Update, wanted: Update, atol: float) -> None:
-    assert found.client == wanted.client
-    assert found.tensors.keys() == wanted.tensors.keys()
-    for k, value in wanted.tensors.items():
-        assert found.tensors[k].shape == value.shape
-        assert (found.tensors[k] - value).abs().max() <= atol
-    assert found.loss == pytest.approx(wanted.loss, abs=max(atol, 1e-12))
 
 
 @pytest.mark.parametrize("slots", [None, 3, 1])
@@ -138,23 +66,6 @@ def test_float32_equals_the_loop_to_its_rounding():
         BatchedClients(model, clients).run_round(PLANS, state), clients, strict=True
     ):
         assert_close(update, loop(model, manager, state, spec, PLANS[spec.client]), 1e-5)
-
-
-def tokens(lengths: list[int], seed: int, rows: int = 2) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for length in lengths:
-        ids = torch.randint(0, 11, (rows, length), generator=generator)
-        labels = ids.clone()
-        labels[0, 0:2] = -100
-        found.append({"input_ids": ids, "labels": labels})
-    return found
-
-
-def next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """transformers' own loss, but for its rounding to float32."""
-    logits = model(**batch).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,6 +115,33 @@ def test_a_client_that_fails_early_leaves_the_others_what_they_are():
         assert_close(update, wanted, 1e-10)
 
 
+def test_a_client_that_has_left_keeps_every_bit():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    first = [dataclasses.replace(s, batches=s.batches[:1], weight_decay=0.1) for s in specs()]
+    alone = BatchedClients(model, first).run_round(PLANS, state)
+    long = [dataclasses.replace(s, weight_decay=0.1) for s in specs()]
+    found = BatchedClients(model, long).run_round(PLANS, state)
+    assert [len(s.batches) for s in long] == [3, 1, 2, 4]
+    assert same_bits(dict(found[1].tensors), dict(alone[1].tensors))
+    assert not same_bits(dict(found[0].tensors), dict(alone[0].tensors))
+
+
+def test_clients_of_equal_settings_and_all_ranks_share_steps_of_the_optimizer():
+    model = Classifier().double()
+    manager = LoraLayerManager(model)
+    state = manager.state_slice()
+    clients = [
+        ClientSpec(i, vectors([2] * (1 + i % 3), i), lr=0.05, weight_decay=0.1) for i in range(7)
+    ]
+    plans = [LayerPlan((i % 3,), (1 + i % 3,)) for i in range(7)]
+    for update, plan in zip(
+        BatchedClients(model, clients).run_round(plans, state), plans, strict=True
+    ):
+        wanted = loop(model, manager, state, clients[update.client], plan)
+        assert_close(update, wanted, 1e-10)
+
+
 def test_factors_that_are_not_finite_at_the_end_are_a_failure():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
@@ -241,14 +179,15 @@ def test_a_loss_of_ones_own_and_factors_of_another_dtype():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_refused_in_training_and_silent_in_evaluation(kind: str):
-    model = adapted(kind, lora_dropout=0.1).double()
+def test_dropout_of_the_base_is_refused_in_training_and_silent_in_evaluation(kind: str):
+    model = adapted(kind).double()
+    model.add_module("drop", nn.Dropout(0.1))
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(1, tokens([4], 1), lr=0.1)]
-    batched = BatchedClients(model, clients)
+    batched = BatchedClients(model.eval(), clients)
     batched.run_round([LayerPlan((0,))], state)
     model.train()
-    with pytest.raises(UnsupportedModule, match=r"dropout.*: expected no dropout .*found p = 0.1"):
+    with pytest.raises(UnsupportedModule, match=r"drop: expected no dropout .*, found p = 0.1"):
         batched.run_round([LayerPlan((0,))], state)
 
 

@@ -136,23 +136,20 @@ def test_a_model_that_was_offloaded_after_attach_is_detached_without_hooks(tmp_p
         assert torch.equal(lora_ext.detach(model)(ids).logits[1], base.logits[1])
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model: model.generate_batch([[5, 6, 7]]),
-        lambda model: model.init_continuous_batching(),
-        lambda model: model.continuous_batching_context_manager().__enter__(),
-        lambda model: model(tokens(1, 4), read_index=[], write_index=[]),
-    ],
-)
-def test_continuous_batching_is_refused_by_name(call: Any, tmp_path: Path) -> None:
+def test_an_exported_model_follows_the_blocks_and_a_recorded_one_is_refused(
+    tmp_path: Path,
+) -> None:
     model, _, _ = make_pair("llama", tmp_path)
-    message = r"expected a .*continuous batching.* packs requests into one row"
-    for names in ("red", None):
-        with lora_ext.adapters(names), pytest.raises(NotImplementedError, match=message):
-            call(model)
-    lora_ext.detach(model)
-    assert "generate_batch" not in model.__dict__
+    model.requires_grad_(False)
+    ids = tokens(2, 4)
+    with lora_ext.adapters(["red", None]):
+        whole = torch.export.export(model, (ids,), {"use_cache": False}, strict=False).module()
+    for names in (["red", None], ["blue", "green"], None):
+        with lora_ext.adapters(names):
+            expected = model(ids, use_cache=False).logits
+            torch.testing.assert_close(whole(ids, use_cache=False).logits, expected)
+    with pytest.raises(NotImplementedError, match=r"recorded by torch\.jit\.trace"):
+        torch.jit.trace(lambda ids: model(ids, use_cache=False).logits, (ids,))
 
 
 def test_embeddings_of_an_attached_model_are_resized_after_detach(tmp_path: Path) -> None:

@@ -70,3 +70,43 @@ def test_rows_that_go_on_keep_their_adapters(kind: Any, window: str) -> None:
     assert len(set(answers)) == 3  # each row ends by itself, so the batch shrinks twice
     base = model.generate(ids, attention_mask=mask, do_sample=False, **how)
     assert not torch.equal(base, found.sequences)
+
+
+@pytest.mark.parametrize("kind", [with_pool, with_layers])
+def test_names_of_the_call_are_a_block_around_it(kind: Any) -> None:
+    model, pool = kind()
+    decoder = make_draft(model).decoder(mode="greedy")
+    ids, mask = prompts(3)
+    with lora_ext.adapters(NAMES, pool=pool):
+        expected = decoder.generate(ids, mask, max_new_tokens=NEW).sequences
+    found = decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=NAMES)
+    assert torch.equal(found.sequences, expected)
+    with lora_ext.adapters("red", pool=pool):  # the call's own names win
+        found = decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=NAMES)
+    assert torch.equal(found.sequences, expected)
+    assert not torch.equal(expected, decoder.generate(ids, mask, max_new_tokens=NEW).sequences)
+    with pytest.raises(KeyError, match="'bleu'"):
+        decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=["red", "bleu", None])
+
+
+def test_one_head_drafts_for_two_adapters_and_each_verifies_its_own_rows() -> None:
+    """Sampled rows have the law of their adapter: with their seeds they are the rows alone."""
+    model, pool = with_pool()
+    decoder = make_draft(model).decoder(mode="sample")
+    ids, mask = prompts(4)
+    names = ["red", "blue", "blue", "red"]
+    how: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": 3}
+    found = decoder.generate(ids, mask, seed=[5, 6, 7, 8], adapter_names=names, **how)
+    for row, name in enumerate(names):
+        prompt = ids[row, mask[row].bool()][None]
+        alone = decoder.generate(prompt, seed=[5 + row], adapter_names=[name], **how)
+        mine, its = found.sequences[row, ids.shape[1] :], alone.sequences[0, prompt.shape[1] :]
+        assert torch.equal(mine[: len(its)], its)
+    assert sum(found.accepted) > 0  # the head helps
+    assert pool.stats()["pins"] == 0
+
+
+def test_a_tail_and_a_pool_do_not_meet() -> None:
+    model, _ = with_pool()
+    with pytest.raises(ValueError, match=r"DraftTail: model: .*attached.*draft_layers=0"):
+        make_draft(model, draft_layers=1)

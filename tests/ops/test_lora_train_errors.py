@@ -21,6 +21,23 @@ def linear(i: Inputs) -> torch.Tensor:
     return ops.lora_linear(*head, i["scale"], i["ranks"], i["dropout_p"], i["seed"], i.get("plan"))
 
 
+SEEDS: list[tuple[str, Change]] = [
+    (r"seed: expected one Long with dropout_p > 0, found None", lambda i: {"seed": None}),
+    (
+        r"seed: expected one Long on cpu, found Int of shape \[1\]",
+        lambda i: {"seed": i["seed"].int()},
+    ),
+    (
+        r"seed: expected one Long, or one for each of 2 adapters, found shape \[3\]",
+        lambda i: {"seed": torch.zeros(3, dtype=torch.long)},
+    ),
+    (
+        r"seed: expected one Long, or one for each of 2 adapters, found shape \[2, 1\]",
+        lambda i: {"seed": torch.zeros(2, 1, dtype=torch.long)},
+    ),
+    (r"seed: expected Long, found Int", lambda i: {"seed": torch.zeros(2, dtype=torch.int32)}),
+    (r"seed: expected Long, found Float", lambda i: {"seed": torch.zeros(2)}),
+]
 WRONG: list[tuple[str, Change]] = [
     (r"x: expected shape \(T, I\), found \[4\]", lambda i: {"x": i["x"][:, 0]}),
     (r"x: expected float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
@@ -61,14 +78,10 @@ WRONG: list[tuple[str, Change]] = [
     (r"dropout_p: expected .* in \[0, 1\), found 1", lambda i: {"dropout_p": 1.0}),
     (r"dropout_p: expected .* in \[0, 1\), found -0\.1", lambda i: {"dropout_p": -0.1}),
     (r"dropout_p: expected .* in \[0, 1\), found nan", lambda i: {"dropout_p": float("nan")}),
-    (r"seed: expected one Long with dropout_p > 0, found None", lambda i: {"seed": None}),
+    *SEEDS,
     (
-        r"seed: expected one Long on cpu, found Int of shape \[1\]",
-        lambda i: {"seed": i["seed"].int()},
-    ),
-    (
-        r"seed: expected one Long on cpu, found Long of shape \[2\]",
-        lambda i: {"seed": torch.zeros(2, dtype=torch.long)},
+        r"seed: expected contiguous numbers, found stride 0",
+        lambda i: {"seed": torch.zeros(1, dtype=torch.long).expand(2)},
     ),
 ]
 
@@ -115,10 +128,22 @@ def test_dropout_names_its_arguments() -> None:
 
 def test_tensors_on_two_devices_are_refused() -> None:
     i = train_inputs(SHAPE, torch.float32, seed=3)
-    with pytest.raises(ValueError, match="lora_linear: expected all tensors on one device"):
-        linear({**i, "a": i["a"].to("meta")})
+    for name in ("a", "seed"):
+        i = train_inputs(SHAPE, torch.float32, seed=3, dropout_p=0.5, own_seeds=True)
+        with pytest.raises(
+            ValueError, match=f"lora_linear: expected all tensors on one device, .* {name} on meta"
+        ):
+            linear({**i, name: i[name].to("meta")})
     with pytest.raises(ValueError, match="lora_dropout: expected all tensors on one device"):
         ops.lora_dropout(i["x"].to("meta"), 0.5, torch.tensor(1))
+
+
+@pytest.mark.parametrize("change", [c for _, c in SEEDS], ids=[m for m, _ in SEEDS])
+def test_a_wrong_seed_is_refused_where_a_model_is_traced(change: Change) -> None:
+    i = train_inputs(SHAPE, torch.float32, dropout_p=0.5)
+    i = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in (i | change(i)).items()}
+    with pytest.raises(ValueError, match="lora_linear: seed: expected"):
+        linear(i)
 
 
 def test_a_rank_out_of_range_of_an_idle_adapter_touches_no_memory() -> None:

@@ -76,7 +76,7 @@ void launch(float4* x, float* y) {
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def compiled(tmp_path_factory):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
@@ -84,7 +84,12 @@ def kernels(tmp_path_factory):
     (folder / "t.cu").write_text(SOURCE)
     targets = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run([nvcc, "-O3", *targets, "-c", "t.cu", "-o", "t.o"], cwd=folder, check=True)
-    return {(kernel.name, kernel.arch): kernel for kernel in gate.read([folder / "t.o"])}
+    return folder / "t.o"
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled):
+    return {(kernel.name, kernel.arch): kernel for kernel in gate.read([compiled])}
 
 
 ARCHS = ("sm_80", "sm_90a")
@@ -94,6 +99,26 @@ def test_every_kernel_is_found_under_its_plain_name(kernels):
     names = ("good_kernel<float4, 1>", "spill_kernel", "together_kernel", "apart_kernel")
     assert set(kernels) == {(name, arch) for name in names for arch in ARCHS}
     assert all(len(kernel.code) > 10 and kernel.registers > 0 for kernel in kernels.values())
+
+
+def test_objects_are_judged_side_by_side_and_told_in_order(compiled, kernels, tmp_path):
+    copy = tmp_path / "u.o"
+    shutil.copy(compiled, copy)
+    rules = [{"match": "good_kernel*", "max_registers": 1}]
+    found = gate.all_verdicts([copy, compiled], rules)
+    assert [(one.name, one.arch) for one in found] == sorted([*kernels, *kernels])
+    for one in found:
+        kernel = kernels[one.name, one.arch]
+        assert (one.row, list(one.wrong)) == (gate.row(kernel), gate.judge(kernel, rules))
+        assert bool(one.wrong) == (one.name.startswith(("good_kernel", "spill_kernel")))
+
+
+def test_an_object_that_cannot_be_read_is_named(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    (tmp_path / "no.o").write_text("no object")
+    with pytest.raises(SystemExit, match=r"sass_gate: cuobjdump cannot read .*no\.o"):
+        gate.all_verdicts([tmp_path / "no.o"], [])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -9,7 +9,7 @@ from circuit_graphs import circuit_of, close
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.circuits import Categorical, Circuit, Gaussian, Leaf, RegionGraph
+from lora_ext.circuits import Categorical, Circuit, Gaussian, Leaf, RegionGraph, pad_sequences
 
 hmm = pytest.importorskip(
     "hmmlearn.hmm", reason="hmmlearn is not installed: pip install 'lora_ext[peers]'"
@@ -84,6 +84,27 @@ def test_scans_of_rows_are_log_likelihoods(seed: int) -> None:
     trans = steps.log()[None, None].expand(ROWS, STEPS - 1, RANK, RANK)
     scan = ops.circuit_scan("hmm", leaf, shapes["prior"].expand(ROWS, RANK), trans, x)
     assert peer_of(circuit).score(*columns(x)) == pytest.approx(scan.prefix[:, -1].sum().item())
+
+
+@pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])
+def test_a_step_of_em_on_sequences_of_many_lengths_is_a_step_of_baum_welch(leaf: Leaf) -> None:
+    circuit = chain(leaf, 0)
+    x = rows_of(chain(leaf, 20), 0)
+    lengths = [1 + i % STEPS for i in range(ROWS)]
+    sequences = [row[:length] for row, length in zip(x, lengths, strict=True)]
+    padded, flat = pad_sequences(sequences, STEPS), torch.cat(sequences)[:, None].numpy()
+    peer = peer_of(circuit)
+    for _ in range(3):
+        assert peer.score(flat, lengths) == pytest.approx(circuit.log_prob(padded).sum().item())
+        peer.fit(flat, lengths)
+        circuit.em_step(padded, pseudocount=0)
+        prior, steps, leaves = tables(circuit)
+        close(prior, torch.from_numpy(peer.startprob_))
+        close(steps, torch.from_numpy(peer.transmat_))
+        if "logits" in leaves:
+            close(leaves["logits"].softmax(1), torch.from_numpy(peer.emissionprob_))
+        else:
+            close(leaves["mean"], torch.from_numpy(peer.means_[:, 0]), 1e-9)
 
 
 @pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])

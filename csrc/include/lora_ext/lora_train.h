@@ -30,12 +30,16 @@ namespace lora_ext {
 //   word >= threshold,   word = Philox4x32-10(key, counter)[column % 4]
 //   key = {low, high half of the seed},   counter = {row, column / 4, 0, 0}
 // so that forward, backward, twins and kernels drop the same elements without storing a mask.
+// `row` is the row's number in the batch. With a seed per adapter it is the row's place among the
+// rows of its adapter, slot_begin[s] being place 0: so the mask has nothing of the rest of the
+// batch, nor of the slot.
 // Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 struct LoraDropout {
-    const int64_t* seed = nullptr;  // one number beside x: a captured graph may change it
+    const int64_t* seed = nullptr;  // beside x: a captured graph may change it
     uint32_t threshold = 0;         // round(p * 2^32); 0: keep everything, the seed is not read
     float inverse_keep = 1.0f;      // 1 / (1 - p)
     double inverse_keep_f64 = 1.0;  // the same, for float64
+    bool per_adapter = false;       // seed has one number for each adapter, else one for all
 };
 
 struct LoraTrainArgs {

@@ -14,6 +14,7 @@ The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn import CircuitHead
+from lora_ext.nn import CircuitHead, adapters
+from lora_ext.nn.assignment import Names
 from lora_ext.nn.circuit_head import Circuit
 from lora_ext.nn.generation import generation_scope
+from lora_ext.nn.pool_layer import pool_of
 from lora_ext.reference.lora import accumulator
 
 from .request import read_request
@@ -148,7 +151,6 @@ class SpeculativeDecoder:
                     f"SpeculativeDecoder: {name}: expected {expected}, found {found!r}"
                 )
 
-    @generation_scope()
     @torch.no_grad()
     def generate(
         self,
@@ -164,6 +166,7 @@ class SpeculativeDecoder:
         tokenizer: Any = None,
         streamer: Any = None,
         token_type_ids: Tensor | None = None,
+        adapter_names: Names = None,
         **settings: Any,
     ) -> Generation:
         """New tokens for every prompt.
@@ -186,6 +189,8 @@ class SpeculativeDecoder:
             streamer: gets the prompt and then every token, as transformers' streamers do; for one
                 prompt.
             token_type_ids: ignored; tokenizers of some models return them.
+            adapter_names: whose answers these are: :func:`lora_ext.adapters` around the call. One
+                head drafts for all adapters, and the model with a row's adapter verifies.
             settings: further settings of GenerationConfig, by name.
 
         Raises:
@@ -211,8 +216,12 @@ class SpeculativeDecoder:
         else:
             decoder = self
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
-        return decoder._decode(trunk, Rows(input_ids, request, streamer))
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                stack.enter_context(adapters(adapter_names, pool=pool_of(self.model)))
+            stack.enter_context(generation_scope())
+            trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
+            return decoder._decode(trunk, Rows(input_ids, request, streamer))
 
     def _decode(self, trunk: Trunk, rows: Rows) -> Generation:
         n, seeds = self.head.n_token, rows.request.seeds

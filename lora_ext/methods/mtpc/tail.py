@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext.nn import LoraLinear, Swap, adapters, decoder_layers
 from lora_ext.nn.base_modules import linear_size
+from lora_ext.nn.pool_layer import pool_of
 
 NAME = "draft"
 
@@ -27,7 +28,8 @@ class DraftTail(nn.Module):
         model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
 
     Raises:
-        ValueError: num_layers that the model has not, or layers that have a draft tail already.
+        ValueError: num_layers that the model has not, layers that have a draft tail already, or a
+            model that is attached to a pool.
 
     Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
     """
@@ -41,6 +43,12 @@ class DraftTail(nn.Module):
         if not 1 <= num_layers <= len(stack):
             raise ValueError(
                 f"DraftTail: num_layers: expected 1 to {len(stack)}, found {num_layers}"
+            )
+        if pool_of(model) is not None:
+            raise ValueError(
+                "DraftTail: model: expected a model that is not attached, found an attached one, "
+                "whose adapters have no place for the doubled rows; detach it, or draft with a "
+                "head alone (draft_layers=0)"
             )
         # Not children: they are the model's.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_ext.nn.generation import select_rows
 
+from .cache import roomy_cache
 from .tail import DraftTail
 
 
@@ -71,11 +72,9 @@ class Trunk:
         attention_mask: Tensor,
         room: int,
     ):
-        from transformers import DynamicCache
-
         _check(model, input_ids, attention_mask)
         self.model, self.tail = model, tail
-        self.cache: Any = DynamicCache()
+        self.cache = roomy_cache(input_ids.shape[1] + room)
         self._cache_argument = cache_argument(model)
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         prompt: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}

@@ -1,0 +1,79 @@
+"""The jax side of ``chain_peers.Jax``: ``python jax_chain.py FOLDER``, spoken to over pipes.
+
+Reads FOLDER/chain.npz, prints jax's version, then answers each line ``[form, what, count]`` with
+the seconds that so many calls took, and leaves what they gave in FOLDER/result.npz.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def log_form(parts, x):
+    """The recursion in log space."""
+    leaf, steps, first = parts
+    e = _observed(jax.nn.log_softmax(leaf, 2), x)
+
+    def step(below, inputs):
+        w, here = inputs
+        top = below.max(1, keepdims=True)
+        return jnp.log(jnp.exp(below - top) @ w.T) + top + here, None
+
+    below, _ = jax.lax.scan(step, e[0], (jax.nn.softmax(steps, 2), e[1:]))
+    top = below.max(1, keepdims=True)
+    return (jnp.log(jnp.exp(below - top) @ jax.nn.softmax(first, 1).T) + top)[:, 0]
+
+
+def scaled_form(parts, x):
+    """The same with probabilities, divided by their largest at every step."""
+    leaf, steps, first = parts
+    p = _observed(jax.nn.softmax(leaf, 2), x)
+
+    def step(carry, inputs):
+        (below, total), (w, here) = carry, inputs
+        top = below.max(1, keepdims=True)
+        return ((below / top) @ w.T * here, total + jnp.log(top)), None
+
+    start = p[0], jnp.zeros((len(x), 1))
+    (below, total), _ = jax.lax.scan(step, start, (jax.nn.softmax(steps, 2), p[1:]))
+    return (jnp.log(below @ jax.nn.softmax(first, 1).T) + total)[:, 0]
+
+
+def _observed(table, x):
+    """(T, B, r) from (T, r, V) and (B, T)."""
+    return jax.vmap(lambda rows, values: rows[:, values].T)(table, x.T)
+
+
+def main() -> None:
+    """Compile, then answer until the pipe closes."""
+    folder = Path(sys.argv[1])
+    with np.load(folder / "chain.npz") as arrays:
+        parts = tuple(jnp.asarray(arrays[k]) for k in ("leaf", "steps", "first"))
+        x = jnp.asarray(arrays["x"])
+    calls = {}
+    for name, form in (("log", log_form), ("scaled", scaled_form)):
+        calls[name, "value"] = jax.jit(form)
+        calls[name, "step"] = jax.jit(jax.grad(lambda p, x, f=form: f(p, x).sum()))
+    print(jax.__version__, flush=True)
+    for line in sys.stdin:
+        form, what, count = json.loads(line)
+        call = calls[form, what]
+        result = jax.block_until_ready(call(parts, x))  # compiles; waits for the processor
+        start = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(call(parts, x))
+        took = time.perf_counter() - start
+        listed = result if isinstance(result, tuple) else (result,)
+        np.savez(folder / "result.npz", *map(np.asarray, listed))
+        print(took, flush=True)
+
+
+if __name__ == "__main__":
+    main()

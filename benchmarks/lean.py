@@ -1,0 +1,179 @@
+"""A pass of a Llama with nothing around it, and plain decoding with such passes:
+`python benchmarks/lean.py` says how much they gain over transformers' own passes.
+
+The fair frame for speculation on a CPU: in a small model half of a pass is Python around the
+products, and whoever makes fewer passes saves that too. ``LeanLlama`` stands in for the model on
+both sides, plain and speculative; its cache is the decoder's own, which has room for what comes.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from common import interleaved
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext.methods.mtpc.cache import roomy_cache
+from lora_ext.methods.mtpc.trunk import cache_argument
+
+
+class LeanLlama(nn.Module):
+    """The passes of a transformers Llama: no mask where none hides, fewer and larger products.
+
+    Projections that read the same input are one product. The model's own weights become views of
+    these, so the model stays what it was and memory does not grow; bits differ as those of another
+    order of sums do.
+
+    Raises:
+        ValueError: for a model of another architecture, or one whose linear layers have biases.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        config = model.config
+        if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+            raise ValueError(f"LeanLlama: model: expected a Llama without biases, found {config}")
+        self.config = config
+        self.__dict__["model"] = model  # not a child: its parameters are its own
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.shared, self.size = heads, shared, model.model.layers[0].self_attn.head_dim
+        self.layers: list[tuple[Tensor, ...]] = []
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self.layers.append(
+                (
+                    layer.input_layernorm.weight,
+                    joined(attention.q_proj, attention.k_proj, attention.v_proj),
+                    attention.o_proj.weight,
+                    layer.post_attention_layernorm.weight,
+                    joined(mlp.gate_proj, mlp.up_proj),
+                    mlp.down_proj.weight,
+                )
+            )
+        positions = torch.arange(config.max_position_embeddings)[None]
+        cos, sin = model.model.rotary_emb(model.lm_head.weight[:1], positions)
+        self.cos, self.sin = cos[0], sin[0]  # (T, D)
+        self.sin[:, : self.size // 2].neg_()  # a rotation is then x cos + roll(x) sin
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The model's own."""
+        return self.model.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: Any,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+    ) -> SimpleNamespace:
+        """As the model's: logits ``(B, Q, V)`` of new tokens ``(B, Q)`` behind the cache's."""
+        norm, width = self.model.model.norm, (self.config.hidden_size,)
+        eps, seen = self.config.rms_norm_eps, cache.get_seq_length()
+        rows, count = input_ids.shape
+        if position_ids is None:
+            cos, sin = (t[None, None, seen : seen + count] for t in (self.cos, self.sin))
+        else:
+            cos, sin = (F.embedding(position_ids, t)[:, None] for t in (self.cos, self.sin))
+        mask = self._mask(attention_mask, seen, count)
+        x = F.embedding(input_ids, self.model.model.embed_tokens.weight)
+        for i, (before, qkv, out, after, gate_up, down) in enumerate(self.layers):
+            every = F.linear(F.rms_norm(x, width, before, eps), qkv)
+            every = every.view(rows, count, -1, self.size).transpose(1, 2)
+            turned = every[:, : self.heads + self.shared]
+            turned = torch.addcmul(turned * cos, turned.roll(self.size // 2, -1), sin)
+            keys, values = cache.update(
+                turned[:, self.heads :], every[:, self.heads + self.shared :], i
+            )
+            attended = F.scaled_dot_product_attention(
+                turned[:, : self.heads],
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None and count > 1,
+                enable_gqa=self.heads != self.shared,
+            )
+            x = x + F.linear(attended.transpose(1, 2).reshape(rows, count, -1), out)
+            gate, up = F.linear(F.rms_norm(x, width, after, eps), gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        states = F.rms_norm(x[:, -logits_to_keep:], width, norm.weight, eps)
+        return SimpleNamespace(logits=self.model.lm_head(states))
+
+    @staticmethod
+    def _mask(attention_mask: Tensor | None, seen: int, count: int) -> Tensor | None:
+        """What new tokens see ``(B, 1, Q, slots)``; None where that is everything before them."""
+        hides = attention_mask is not None and not bool(attention_mask.all())
+        if not hides and (count == 1 or seen == 0):
+            return None
+        mask = torch.ones(count, seen + count, dtype=torch.bool).tril(seen)
+        if not hides or attention_mask is None:
+            return mask
+        # A row of padding sees itself: attention to nothing would be NaN.
+        own = torch.ones(count, dtype=torch.bool).diag()
+        return (mask & attention_mask[:, None, None].bool()) | F.pad(own, (seen, 0))
+
+
+def joined(*layers: Any) -> Tensor:
+    """The weights of linear layers in one tensor, of which theirs become views."""
+    whole = torch.cat([layer.weight.detach() for layer in layers])
+    for layer, part in zip(layers, whole.split([len(x.weight) for x in layers]), strict=True):
+        layer.weight.data = part
+    return whole
+
+
+@torch.no_grad()
+def token_by_token(
+    model: Any, ids: Tensor, new_tokens: int, sample: bool = False, cache: Any = None
+) -> Tensor:
+    """Prompts ``(B, S)`` and what a model adds to them, greedy or sampled, one token a pass."""
+    rows, start = ids.shape
+    cache = roomy_cache(start + new_tokens) if cache is None else cache
+    out = torch.empty(rows, start + new_tokens, dtype=ids.dtype)
+    out[:, :start], token = ids, ids
+    for place in range(start, start + new_tokens):
+        logits = model(token, cache=cache, logits_to_keep=1).logits[:, -1]
+        if sample:
+            token = torch.multinomial(logits.softmax(-1), 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        out[:, place : place + 1] = token
+    return out
+
+
+def main() -> None:
+    """The byte-level model of `examples/mtpc_bytes.py`, untrained: 64 new tokens a row."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 256, "intermediate_size": 768}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+
+    def own(token: Tensor, cache: Any, logits_to_keep: int) -> Any:
+        options = {"use_cache": True, "logits_to_keep": logits_to_keep}
+        return model(token, **options, **{cache_argument(model): cache})
+
+    lean = LeanLlama(model)
+    for rows in (1, 8):
+        ids = torch.randint(257, (rows, 64))
+        assert torch.equal(
+            token_by_token(own, ids, 64, cache=DynamicCache()), token_by_token(lean, ids, 64)
+        )
+        found = interleaved(
+            {
+                "transformers": lambda x=ids: token_by_token(own, x, 64, cache=DynamicCache()),
+                "lean": functools.partial(token_by_token, lean, ids, 64),
+            }
+        )
+        for name, t in found.items():
+            ratio = found["transformers"].over(t)
+            print(f"{rows} rows, {name}: {rows * 64 / t.median:.0f} tokens/s, {ratio:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Twelve clients that can train 3, 4 or 6 layers of a small transformer learn digits together.
+
+Each has three of the ten classes. Fed-HeLLo gives every client as many layers as it can train, in
+one batch on one base model (benchmarks/federated_digits.py); beside it the strong clients train
+alone. A minute on two cores: `python examples/fed_hello.py`, or `--quick` for seconds that show
+only that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import numpy as np
+from federated_digits import QUICK, Plans, Run, Sizes, federate, make_world
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from lora_ext.methods.fed_hello import HLA, draw_accuracy, draw_bytes, draw_heights
+
+OUT = Path(__file__).resolve().parents[1] / "out" / "fed_hello"
+console = Console()
+
+
+def main() -> None:
+    """Federate twice, tell, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    world = make_world(0, QUICK if args.quick else Sizes())
+    sizes, shares = world.sizes, world.shares("3 classes")
+    hla = HLA("bottleneck", sizes.blocks, kind="rgd", seed=0)
+    console.print(f"{hla!r}", soft_wrap=True)
+
+    def planner(round: int, drawn: list[int]) -> Plans:
+        return {client: hla.plan(round, client, sizes.capability(client)) for client in drawn}
+
+    strong = [c for c in range(sizes.clients) if sizes.capability(c) == sizes.blocks]
+    runs: dict[str, Run] = {}
+    with tqdm(total=2 * sizes.rounds, unit="round") as bar:
+        for name, clients in (("all, as they can", None), ("strong clients alone", strong)):
+            bar.set_description(name)
+            runs[name] = federate(world, shares, planner, clients=clients, tick=bar.update)
+    tell(runs, shares, world.training[1].numpy(), strong)
+    console.print(f"picture: {draw(runs, args.out / 'fed_hello.png')}", soft_wrap=True)
+
+
+def tell(
+    runs: Mapping[str, Run], shares: list[np.ndarray], labels: np.ndarray, strong: list[int]
+) -> None:
+    """Who has what, and what came of it."""
+    seen = sorted({int(label) for client in strong for label in labels[shares[client]]})
+    console.print(f"digits that some strong client has: {', '.join(map(str, seen))}")
+    table = Table("who trains", "best accuracy", "last", "MB up", "of all layers' bytes")
+    for name, run in runs.items():
+        up = run.comm.total("up")
+        numbers = f"{run.best:.3f}", f"{run.accuracy[-1]:.3f}", f"{up / 1e6:.2f}"
+        table.add_row(name, *numbers, f"{up / (run.comm.total('full') / 2):.2f}")
+    console.print(table)
+
+
+def draw(runs: Mapping[str, Run], path: Path) -> Path:
+    """Accuracy over rounds, heights of columns, bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    draw_accuracy({name: run.accuracy for name, run in runs.items()}, axes[0])
+    first = next(iter(runs.values()))
+    draw_heights([log.heights for log in first.history], axes[1])
+    sent = {name: [*run.comm.cumulative("up").values()] for name, run in runs.items()}
+    draw_bytes(sent, axes[2])
+    for axis, title in zip(axes, ("accuracy", "who trains what", "bytes up"), strict=True):
+        axis.set_title(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    main()

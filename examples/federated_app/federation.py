@@ -1,0 +1,81 @@
+"""The model, the data of its clients, and the two apps that Flower starts, in other processes each.
+
+Client 0 can train one of three layers, client 1 two. Flower's own configuration is in
+`pyproject.toml`; `examples/federated_deployment.py` runs all of it on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from flwr.serverapp.strategy import Result
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig
+from lora_ext.federated import LayerPlan, LoraStrategy, make_client_app, make_server_app
+from lora_ext.nn import wrap
+
+WIDTH, LAYERS = 16, 3
+
+
+class Classifier(nn.Module):
+    """Tells on which side of a curved surface a point lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def make_model() -> nn.Module:
+    model = Classifier()
+    wrap(model, LoraConfig(target_modules=[f"layers.{i}" for i in range(LAYERS)], r=4))
+    return model
+
+
+def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
+    """Each client has points of its own; partition -1 is the server's, for the evaluation."""
+    generator = torch.Generator().manual_seed(partition + 1)
+    x = torch.randn(256, WIDTH, generator=generator)
+    y = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
+    return list(zip(x.split(32), y.split(32), strict=True))
+
+
+class LastLayers:
+    """Layers near the output first, as many as a client says that it can train."""
+
+    def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
+        return LayerPlan(tuple(range(LAYERS - capability, LAYERS)))
+
+
+def accuracy(model: nn.Module) -> dict[str, float]:
+    with torch.no_grad():
+        right = [(model(x).argmax(1) == y).float().mean() for x, y in batches(-1)]
+    return {"accuracy": float(torch.stack(right).mean())}
+
+
+def report(strategy: LoraStrategy, result: Result) -> None:
+    """One line, which comes out of `flwr run --stream`."""
+    rounds = [
+        {"round": log.round, "accepted": log.accepted, "rejected": list(log.rejected.items())}
+        for log in strategy.history
+    ]
+    scores = {n: m["accuracy"] for n, m in result.evaluate_metrics_serverapp.items()}
+    down, up = strategy.comm.total("down"), strategy.comm.total("up")
+    print("REPORT", json.dumps({"rounds": rounds, "accuracy": scores, "down": down, "up": up}))
+
+
+client_app = make_client_app(make_model, batches)
+server_app = make_server_app(
+    lambda: LoraStrategy(LastLayers(), min_available_nodes=2),
+    make_model,
+    accuracy,
+    on_result=report,
+)

@@ -1,0 +1,97 @@
+"""Twelve devices of three speeds learn digits together on Flower, each as deep as its time allows.
+
+LEGEND learns the speeds from what the devices report, and gives each as many of the last layers as
+it can train in the time of the fastest. In the middle of the run a fast device is five times as
+slow for a while. Seconds are simulated; all devices live in this process. A minute on two cores
+where lora_ext[fed,bench] is installed: `python examples/legend.py`, or `--quick` for a few rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import matplotlib
+from federated_digits import QUICK, Sizes, accuracy, client_spec, make_world
+from matplotlib import pyplot
+from tqdm import tqdm
+
+from lora_ext.federated import LayerPlan, LoraLayerManager
+from lora_ext.interop.flower import LocalGrid, from_arrays, make_client_app, to_arrays
+from lora_ext.interop.flower.client import adamw
+from lora_ext.interop.flower.legend import Legend
+from lora_ext.methods import legend
+from lora_ext.methods.legend import Estimate, LegendConfig, SimulatedClock
+
+matplotlib.use("Agg")
+OUT = Path(__file__).resolve().parents[1] / "out" / "legend"
+SPEEDS = (Estimate(1.0, 0.2, 4e-6), Estimate(1.3, 0.3, 1e-5), Estimate(1.8, 0.5, 2e-5))
+SLOW = range(10, 17)  # rounds in which device 0 is five times as slow
+
+
+def main() -> None:
+    """Train, tell, draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few rounds")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    sizes, rounds = (QUICK, 3) if args.quick else (Sizes(), 26)
+    world = make_world(0, sizes)
+    shares = world.shares("iid")
+    config = LegendConfig(total=21, mode="balanced", k_min=2)
+    ranks = config.ranks(sizes.blocks)
+    manager = LoraLayerManager(world.adapted(ranks))
+    state = manager.state_slice()
+    speeds = {device: SPEEDS[3 * device // sizes.clients] for device in range(sizes.clients)}
+    clock = SimulatedClock(speeds, state)
+
+    def batches(device: int) -> list[Any]:
+        return list(client_spec(world, shares[device], device, round=0).batches)
+
+    def train(model: Any, data: list[Any], settings: Any) -> dict[str, float]:
+        device, round = int(settings["client"]), int(settings["server-round"])
+        found = clock.report(device, LayerPlan(tuple(settings["layers"])))
+        factor = 5 if device == 0 and round in SLOW else 1
+        times = {"train-time-s": factor * found.train_time, "down-time-s": found.down_time}
+        return {**adamw(model, data, settings), **times}
+
+    bar = tqdm(total=rounds, desc="federate", unit="round")
+    strategy = Legend(config)
+
+    def evaluate(round: int, arrays: Any) -> None:
+        manager.load_slice(from_arrays(arrays))
+        if round:
+            bar.update()
+            bar.set_postfix(accuracy=f"{accuracy(manager.model, world.testing):.3f}")
+
+    app = make_client_app(lambda: world.adapted(ranks), batches, train)
+    grid = LocalGrid(app, sizes.clients)
+    strategy.start(grid, to_arrays(state), rounds, evaluate_fn=evaluate)
+    bar.close()
+    last = strategy.allocator.last
+    print(f"ranks from input to output: {ranks}")
+    for device, depth in last.depths.items():
+        speed, time = strategy.allocator.tracker.estimate(device), last.times[device]
+        print(f"device {device:2}: f {speed.f:.2f} s, mu {speed.mu:.2f} s, k {depth}, {time:.2f} s")
+    print(f"bytes: {strategy.comm.share:.0%} of what all layers for all would have been")
+    print(f"picture: {draw(strategy, sizes.blocks, args.out / 'legend.png')}")
+
+
+def draw(strategy: Legend, layers: int, path: Path) -> Path:
+    """Depths over rounds, and the times of the last."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    legend.draw_depths([log.plans for log in strategy.history], layers, left)
+    legend.draw_times(strategy.allocator.last, right)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The factors of all clients of a module as one tensor each, and one AdamW over them.
+
+A layer's call then copies nothing together, and a step of the optimizer is a few calls however many
+clients there are. Letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` in, ``O`` out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .clients import ClientRound, ClientSpec
+from .keys import Pair
+
+_CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+
+
+class Bank:
+    """One module's factors: the global ones first where a client needs them, then each client's.
+
+    Args:
+        pair: names the module. clients: in the order of their places; those with the first places
+            have the most steps.
+        start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
+        shared: rows of clients that do not train the module have the global factors, not none.
+        scaling: of the adapter, one for all. p: its dropout.
+
+    Attributes:
+        a, b: ``(A, R, I)`` and ``(A, O, R)``, zero beyond a client's rank. members: the places of
+            the clients that train the module, rising. shared: how many of A are the global ones: 1,
+            or with dropout one for each client that needs them, whose masks are its own. table: for
+            each place its client's index in the bank, -1 for none. seeds: ``(A,)``, of the dropout.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        clients: Sequence[ClientRound],
+        start: tuple[Tensor, Tensor],
+        shared: bool,
+        scaling: float,
+        p: float = 0.0,
+    ):
+        self.pair = pair
+        self.start = start
+        self.scaling = scaling
+        self.p = p
+        self.seeds: Tensor | None = None
+        self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
+        others = [place for place, c in enumerate(clients) if shared and pair.a not in c.shapes]
+        self._places = [*(others if p else others[:1]), *self.members]
+        self.shared = len(self._places) - len(self.members)
+        self.ranks = [start[0].shape[0]] * self.shared
+        self.ranks += [clients[place].shapes[pair.a][0] for place in self.members]
+        index = dict.fromkeys(others, 0) | {own: i for i, own in enumerate(self._places)}
+        self.table = tuple(index.get(place, -1) for place in range(len(clients)))
+        largest = max(self.ranks, default=0)
+        a, b = (t[..., :largest] if axis else t[:largest] for axis, t in enumerate(start))
+        self.a, self.b = (t.expand(len(self.ranks), *t.shape).clone() for t in (a, b))
+        self._uneven = min(self.ranks, default=0) < largest
+        self._ranks = self._scale = None
+        if self._uneven:
+            beyond = self._beyond(0)
+            self.a.masked_fill_(beyond[:, :, None], 0)
+            self.b.masked_fill_(beyond[:, None, :], 0)
+            self._ranks = torch.tensor(self.ranks, dtype=torch.int32, device=a.device)
+        if scaling != 1:
+            self._scale = a.new_full((len(self.ranks),), scaling, dtype=torch.float32)
+        own = self.a[self.shared :], self.b[self.shared :]
+        self.moments = [torch.zeros_like(t) for t in own for _ in range(2)]
+        self.activate(len(clients))
+
+    def activate(self, places: int) -> None:
+        """Take the clients at the first places into the calls from now on, and no others."""
+        self.trained = sum(place < places for place in self.members)
+        self.size = self.shared + self.trained
+        self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
+        for leaf in self.leaves:
+            leaf.requires_grad_(self.trained > 0)
+        self.call_ranks, self.call_scale = (
+            None if t is None else t[: self.size] for t in (self._ranks, self._scale)
+        )
+
+    def draw(self, seeds: Tensor) -> None:
+        """Take the seeds of a step's masks, one for each place."""
+        self.seeds = seeds[self._places[: self.size]].to(self.a.device)
+
+    def changes(self) -> tuple[Tensor, Tensor, list[bool]]:
+        """What training changed, on the CPU: ``(members, R, I)``, ``(members, O, R)``, and for each
+        member whether all of it is finite."""
+        found: list[Tensor] = []
+        for values, start in zip((self.a, self.b), self.start, strict=True):
+            own = values[self.shared :].cpu()
+            found.append(own - start.cpu()[: own.shape[1], : own.shape[2]])
+        a, b = found
+        if self._uneven:
+            beyond = self._beyond(self.shared).cpu()
+            a.masked_fill_(beyond[:, :, None], 0)
+            b.masked_fill_(beyond[:, None, :], 0)
+        finite = a.isfinite().flatten(1).all(1) & b.isfinite().flatten(1).all(1)
+        return a, b, finite.tolist()
+
+    def _beyond(self, first: int) -> Tensor:
+        """``(A - first, R)``: what is beyond the rank of its adapter."""
+        ranks = torch.tensor(self.ranks[first:], device=self.a.device)
+        return torch.arange(self.a.shape[1], device=self.a.device) >= ranks[:, None]
+
+
+class _Run(NamedTuple):
+    """A factor's clients that come one after another and have the same settings."""
+
+    gradient: int  # which of the gradients
+    at: slice  # of the bank's adapters
+    values: Tensor
+    average: Tensor
+    square: Tensor
+    steps: Tensor
+
+
+class ClientsAdamW:
+    """Each client's own AdamW, all at once.
+
+    All clients that still train have done the same number of steps, as they began together. Clients
+    at neighbouring places with the same settings take part in one call of torch's fused kernel,
+    which treats every element by itself. A client that has left is not touched, to the bit; one
+    that failed stays in its run, where it changes nothing for its neighbours, and is never read.
+
+    Args:
+        banks: whose values are changed in place. clients: in the order of their places.
+    """
+
+    def __init__(self, banks: Sequence[Bank], clients: Sequence[ClientRound]):
+        self.banks = banks
+        self.clients = clients
+        self._done = 0
+        self._places = 0
+        self._runs: list[tuple[ClientSpec, list[_Run]]] = []
+
+    def activate(self, places: int) -> None:
+        """Let the clients at the first places train from now on, and no others."""
+        if places == self._places:
+            return
+        self._places = places
+        for bank in self.banks:
+            bank.activate(places)
+        self._trained = [bank for bank in self.banks if bank.trained]
+        self._runs = []
+        first = 0
+        for _, group in itertools.groupby(self.clients[:places], lambda c: c.settings):
+            members = [*group]
+            self._runs.append((members[0].spec, self._runs_of(first, first + len(members))))
+            first += len(members)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the gradients of :meth:`step` are of."""
+        return [leaf for bank in self._trained for leaf in bank.leaves]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One step of every client that trains; a factor without a gradient stays."""
+        if any(c.spec.max_grad_norm is not None for c in self.clients[: self._places]):
+            self._clip(gradients)
+        self._done += 1
+        for spec, runs in self._runs:
+            found = [(gradients[run.gradient], run) for run in runs]
+            going = [(g[run.at], run) for g, run in found if g is not None]
+            adamw(
+                [run.values for _, run in going],
+                [g for g, _ in going],
+                [run.average for _, run in going],
+                [run.square for _, run in going],
+                [],
+                [run.steps for _, run in going],
+                fused=True,
+                amsgrad=False,
+                beta1=spec.betas[0],
+                beta2=spec.betas[1],
+                lr=spec.lr,
+                weight_decay=spec.weight_decay,
+                eps=spec.eps,
+                maximize=False,
+            )
+
+    def _runs_of(self, first: int, last: int) -> list[_Run]:
+        """Of the clients from one place to another, one for each factor that any of them has."""
+        runs: list[_Run] = []
+        for place, bank in enumerate(self._trained):
+            begin, end = (bisect.bisect_left(bank.members, p) for p in (first, last))
+            if begin == end:
+                continue
+            at = slice(bank.shared + begin, bank.shared + end)
+            for axis, values in enumerate((bank.a, bank.b)):
+                average, square = (t[begin:end] for t in bank.moments[2 * axis :][:2])
+                steps = torch.full((), float(self._done), device=values.device)
+                runs.append(_Run(2 * place + axis, at, values[at], average, square, steps))
+        return runs
+
+    def _clip(self, gradients: Sequence[Tensor | None]) -> None:
+        """Scale each client's gradient down to its bound, as ``clip_grad_norm_`` does."""
+        owners = [bank for bank in self._trained for _ in range(2)]
+        home = owners[0].a.device if owners else torch.device("cpu")
+        parts = [
+            (g[bank.shared :], torch.tensor(bank.members[: bank.trained], device=home))
+            for bank, g in zip(owners, gradients, strict=True)
+            if g is not None
+        ]
+        total = torch.zeros(len(self.clients), dtype=torch.float64, device=home)
+        for g, members in parts:
+            norms = torch.linalg.vector_norm(g, dim=(1, 2)).to(home, torch.float64)
+            total.index_add_(0, members, norms.square())
+        bounds = [c.spec.max_grad_norm for c in self.clients]
+        most = total.new_tensor([math.inf if bound is None else bound for bound in bounds])
+        factors = (most / (total.sqrt() + _CLIP_EPS)).clamp(max=1)
+        factors = torch.where(most.isinf(), 1.0, factors)
+        for g, members in parts:
+            g.mul_(factors[members].to(g.device, g.dtype)[:, None, None])
+
+
+def own_changes(banks: Sequence[Bank], clients: Sequence[ClientRound]) -> None:
+    """Give every client what training changed of its factors, each in memory of its own."""
+    for bank in banks:
+        a, b, finite = bank.changes()
+        for i, place in enumerate(bank.members):
+            client, rank = clients[place], bank.ranks[bank.shared + i]
+            client.finite &= finite[i]
+            for key, own in ((bank.pair.a, a[i, :rank]), (bank.pair.b, b[i, :, :rank])):
+                client.changes[key] = own.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,140 @@
+"""A layer whose rows have the factors of their clients, and which client has which row."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext.nn.lora_forward import autocast_dtype, dense_parameters
+from lora_ext.nn.rows import Kept
+from lora_ext.ops._checks import require
+
+from .banks import Bank
+from .batches import Segment
+
+WHERE = "BatchedClients"
+_KEPT = 64
+
+
+class BatchRows:
+    """Which client has each sequence of the step; all layers look here.
+
+    A part of the batch may go through a block by itself: :meth:`only`. In the backward, a
+    checkpoint may run it again without saying so: it is always the first sequences, as the others
+    have no graph.
+    """
+
+    def __init__(self) -> None:
+        self._step: tuple[Sequence[int], Sequence[Segment]] = (), ()
+        self._part = slice(0, 0)
+        self._backward = False
+        self._kept = Kept(_KEPT)
+
+    def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
+        """Begin a step: the client at ``places[i]`` has ``segments[i]``."""
+        self._part = slice(0, sum(segment.rows for segment in segments))
+        if (places, segments) != self._step:
+            self._step, self._kept = (places, segments), Kept(_KEPT)
+
+    def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How many sequences each client has, and for each sequence which of them has it."""
+        return self._kept.get("owners", device, self._owners, device)
+
+    def _owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        sizes = torch.tensor([segment.rows for segment in self._step[1]])
+        owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return sizes.to(device), owners.to(device)
+
+    @contextlib.contextmanager
+    def only(self, first: int, last: int) -> Iterator[None]:
+        """A block in which the layers see these sequences alone."""
+        before, self._part = self._part, slice(first, last)
+        try:
+            yield
+        finally:
+            self._part = before
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """A block around the backward."""
+        self._backward = True
+        try:
+            yield
+        finally:
+            self._backward = False
+
+    def ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For rows of shape ``leading``, sequences first: the index in the bank that the client of
+        each has, ``(rows,)``, and the op's plan of them.
+
+        With dropout, what is padding for the sake of other clients has no adapter: a mask counts
+        the rows of its adapter, and is to count those that the client has alone.
+        """
+        key = bank.table, bank.size, bank.p > 0, leading, self._part.start, self._part.stop
+        return self._kept.get(key, device, self._ids, bank, leading, device)
+
+    def _ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        places, segments = self._step
+        sizes = torch.tensor([segment.rows for segment in segments])
+        own = torch.tensor([bank.table[place] for place in places], dtype=torch.int32)
+        own = own.repeat_interleave(sizes)[self._part]
+        found = leading[0] if leading else 0
+        if self._backward:
+            own = own[:found]
+        require(found == len(own), WHERE, "model", f"{len(own)} sequences at a layer", found)
+        lengths = [segment.length for segment in segments if segment.length is not None]
+        if bank.p and lengths and leading[1:2] == (max(lengths),):
+            ends = torch.tensor(lengths).repeat_interleave(sizes)[self._part][: len(own)]
+            beyond = torch.arange(leading[1]) >= ends[:, None]
+            own = own[:, None].masked_fill(beyond, -1).flatten()  # (sequences * length,)
+        ids = own.repeat_interleave(leading.numel() // len(own)).to(device)
+        return ids, ops.lora_plan(ids, bank.size)
+
+
+class ClientsLayer(nn.Module):
+    """A base layer whose rows have the factors of their clients, the global ones, or none."""
+
+    def __init__(self, base_layer: nn.Module, bank: Bank, rows: BatchRows):
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank
+        self.rows = rows
+        self.train(base_layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(sequences, ..., I)`` to ``(sequences, ..., O)``, the dtype of ``base_layer(x)``."""
+        bank = self.bank
+        if not bank.size:
+            return self.base_layer(x)
+        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device)
+        a, b = bank.leaves
+        dense = dense_parameters(self.base_layer)
+        compute = autocast_dtype(x)
+        fused = dense is not None and (compute is not None or x.dtype == dense[0].dtype == a.dtype)
+        dtype = compute or torch.promote_types(a.dtype, b.dtype)
+        weight, bias = dense if fused and dense is not None else (None, None)
+        scale = bank.call_scale
+        if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+            b, scale = b * bank.scaling, None
+        y = ops.lora_linear(
+            x.reshape(-1, x.shape[-1]).to(dtype),
+            None if weight is None else weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            a.to(dtype),
+            b.to(dtype),
+            ids,
+            scale,
+            bank.call_ranks,
+            bank.p,
+            bank.seeds,
+            plan,
+        )  # (rows, O)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if fused:
+            return y
+        base = self.base_layer(x)
+        return (base + y).to(base.dtype)

@@ -1,0 +1,151 @@
+"""Labelled samples dealt out to clients, so that each sees other classes than the rest."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lora_ext.ops._checks import require
+
+Shares = list[NDArray[np.int64]]
+_TRIES = 100
+
+
+def partition_pathological(
+    labels: ArrayLike,
+    n_clients: int,
+    classes_per_client: int,
+    *,
+    seed: int,
+    min_per_share: int = 2,
+) -> Shares:
+    """Give each client samples of a few classes alone.
+
+    Classes are handed out so that each has as many clients as any other, or one more. Within a
+    class the sizes of the clients' shares are drawn from Dirichlet(1).
+
+    Args:
+        labels: ``(samples,)``, the class of each.
+        n_clients: N. classes_per_client: exactly so many.
+        seed: of a stream of its own.
+        min_per_share: the least samples that a client has of each of its classes.
+
+    Returns:
+        for each client the indices of its samples, rising. Every sample is in exactly one.
+
+    Raises:
+        ValueError: fewer than one client; more classes per client than there are, or so few that
+            some class has no client; a class with too few samples for its clients.
+
+    Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213); balance is our choice.
+    """
+    where = "partition_pathological"
+    classes, members = _by_class(where, labels)
+    _check_count(where, "n_clients", n_clients, 1)
+    _check_count(where, "classes_per_client", classes_per_client, 1)
+    _check_count(where, "min_per_share", min_per_share, 0)
+    most = len(classes)
+    require(
+        classes_per_client <= most,
+        where,
+        "classes_per_client",
+        f"at most {most}",
+        classes_per_client,
+    )
+    slots = n_clients * classes_per_client
+    least = math.ceil(most / n_clients)
+    require(slots >= most, where, "classes_per_client", f"at least {least}", classes_per_client)
+    generator = np.random.default_rng(seed)
+    owners: list[list[int]] = [[] for _ in classes]
+    for client in range(n_clients):
+        fewest = generator.random(most) + [len(each) for each in owners]  # ties at random
+        for index in np.argsort(fewest)[:classes_per_client]:
+            owners[index].append(client)
+    shares: list[list[Any]] = [[] for _ in range(n_clients)]
+    for name, own, clients in zip(classes, members, owners, strict=True):
+        least = min_per_share * len(clients)
+        expected = f"at least {least} samples of class {name}, {min_per_share} a client"
+        require(len(own) >= least, where, "labels", expected, len(own))
+        wanted = generator.dirichlet(np.ones(len(clients))) * (len(own) - least)
+        sizes = min_per_share + _rounded(wanted, len(own) - least)
+        _deal(generator.permutation(own), sizes, [shares[client] for client in clients])
+    return _sorted(shares)
+
+
+def partition_dirichlet(
+    labels: ArrayLike, n_clients: int, alpha: float, *, seed: int, min_size: int = 1
+) -> Shares:
+    """Split each class among all clients, in parts that are drawn from Dirichlet(alpha).
+
+    Args:
+        labels: ``(samples,)``, the class of each.
+        n_clients: N.
+        alpha: above 0; small ones give a client few classes, large ones equal parts of all.
+        seed: of a stream of its own.
+        min_size: the least samples of a client. Splits are drawn until each has as many, at most
+            a hundred times.
+
+    Returns:
+        for each client the indices of its samples, rising. Every sample is in exactly one.
+
+    Raises:
+        ValueError: settings out of range; no draw gave every client ``min_size`` samples.
+    """
+    where = "partition_dirichlet"
+    _, members = _by_class(where, labels)
+    _check_count(where, "n_clients", n_clients, 1)
+    _check_count(where, "min_size", min_size, 0)
+    real = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    require(real and 0 < alpha < math.inf, where, "alpha", "a finite number above 0", repr(alpha))
+    samples = sum(map(len, members))
+    least = n_clients * min_size
+    require(samples >= least, where, "labels", f"at least {least} samples", samples)
+    generator = np.random.default_rng(seed)
+    smallest = 0
+    for _ in range(_TRIES):
+        shares: list[list[Any]] = [[] for _ in range(n_clients)]
+        for own in members:
+            parts = generator.dirichlet(np.full(n_clients, float(alpha)))
+            _deal(generator.permutation(own), _rounded(parts * len(own), len(own)), shares)
+        smallest = min(sum(map(len, share)) for share in shares)
+        if smallest >= min_size:
+            return _sorted(shares)
+    raise ValueError(
+        f"{where}: min_size: expected a split with at least {min_size} samples a client within "
+        f"{_TRIES} draws, found {smallest} in the last; raise alpha or lower min_size"
+    )
+
+
+def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
+    """The classes, and the indices of the samples of each."""
+    array = np.asarray(labels)
+    require(array.ndim == 1 and array.size > 0, where, "labels", "(samples,)", array.shape)
+    classes, inverse = np.unique(array, return_inverse=True)
+    return classes.tolist(), [np.flatnonzero(inverse == i) for i in range(len(classes))]
+
+
+def _check_count(where: str, name: str, value: object, least: int) -> None:
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    holds = whole and operator.index(value) >= least  # pyright: ignore[reportArgumentType]
+    require(holds, where, name, f"an integer from {least}", repr(value))
+
+
+def _rounded(wanted: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Integers beside these sizes, summing to the total; the largest remainders are rounded up."""
+    sizes = np.floor(wanted).astype(np.int64)
+    order = np.argsort(sizes - wanted, kind="stable")
+    sizes[order[: total - int(sizes.sum())]] += 1
+    return sizes
+
+
+def _deal(samples: NDArray[np.int64], sizes: NDArray[np.int64], to: list[list[Any]]) -> None:
+    for part, share in zip(np.split(samples, np.cumsum(sizes)[:-1]), to, strict=True):
+        share.append(part)
+
+
+def _sorted(shares: list[list[Any]]) -> Shares:
+    return [np.sort(np.concatenate(share)) for share in shares]

@@ -1,0 +1,34 @@
+"""Federated fine-tuning on Flower: a strategy, its apps, and a grid in this process.
+
+Flower's telemetry is off unless ``FLWR_TELEMETRY_ENABLED`` says otherwise. That variable counts
+when flwr is first imported: import this before it, or set it yourself.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+try:
+    import flwr.serverapp  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"lora_ext.interop.flower: expected flwr 1.42 or newer, found none ({error}): "
+        "run `pip install lora_ext[fed]`"
+    ) from error
+
+from .client import make_client_app
+from .grid import LocalGrid
+from .records import from_arrays, to_arrays
+from .server import make_server_app
+from .strategy import LoraStrategy
+
+__all__ = [
+    "LocalGrid",
+    "LoraStrategy",
+    "from_arrays",
+    "make_client_app",
+    "make_server_app",
+    "to_arrays",
+]

@@ -1,0 +1,91 @@
+"""The model of a client, made once in each process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.federated import LoraLayerManager
+from lora_ext.nn import adapted_layers
+from lora_ext.ops._checks import require
+
+_kept: dict[str, LoraLayerManager] = {}
+
+
+class Model:
+    """The model of an app, and its layers.
+
+    Flower's simulation unpickles the app for every message: the model that was used last is
+    therefore kept with this module, and is not pickled.
+    """
+
+    def __init__(self, model_fn: Callable[[], nn.Module], pattern: str, adapter: str):
+        self._model_fn = model_fn
+        self.pattern = pattern
+        self.adapter = adapter
+        self._token = uuid.uuid4().hex
+
+    @property
+    def manager(self) -> LoraLayerManager:
+        """The layers of the model."""
+        if self._token not in _kept:
+            _kept.clear()
+            _kept[self._token] = LoraLayerManager(self._model_fn(), self.pattern, self.adapter)
+        return _kept[self._token]
+
+
+def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
+    """Compare the scale of the adapter with the server's, where that says one.
+
+    Raises:
+        ValueError: another one; averaged with the others, the adapter would be none of theirs.
+    """
+    if "scaling" not in config:
+        return
+    for name, layer in adapted_layers(manager.model, manager.adapter).items():
+        found: float = cast(Any, layer).scaling[manager.adapter]
+        same = math.isclose(found, config["scaling"], rel_tol=1e-6)
+        require(same, "message", f"scaling of {name}", f"{config['scaling']:g}", f"{found:g}")
+
+
+class SharedTensors:
+    """Parameters beside the adapter that every client trains and sends: a head.
+
+    Args:
+        names: as ``model.named_parameters()`` has them.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]):
+        known = dict(model.named_parameters())
+        for name in names:
+            require(name in known, "message", "shared", "parameters of the model", repr(name))
+        self._parameters = {name: known[name] for name in names}
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of them, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put values into the model."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def trained(self) -> Iterator[None]:
+        """A block in which they take gradients."""
+        before = {name: p.requires_grad for name, p in self._parameters.items()}
+        try:
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(before[name])
+                parameter.grad = None

@@ -1,0 +1,59 @@
+"""Whose names a call of an attached model goes by."""
+
+from __future__ import annotations
+
+from lora_ext.nn.assignment import BASE, Names
+from lora_ext.nn.attachment import pool_handle
+from lora_ext.nn.context import current
+from lora_ext.nn.pool_layer import ERROR, no_block
+from lora_ext.pool import AdapterPool
+
+
+def names_of_call(given: Names, pool: AdapterPool, default: str | None) -> Names:
+    """The names of a call: those that it gives, or the default of ``attach`` outside every block.
+
+    Raises:
+        RuntimeError: the default is "error".
+    """
+    if given is not None or default is None or current(pool_handle(pool)) is not None:
+        return given
+    if default == ERROR:
+        raise no_block()
+    return default
+
+
+def request_names(
+    where: str, given: Names, count: int, pool: AdapterPool, default: str | None
+) -> list[str | None]:
+    """A name per request: those given, or those of the block around, or the default of ``attach``.
+
+    Args:
+        where: the function, for messages. given: one name for all, one per request, or None.
+        count: of requests. pool, default: of the attached model.
+
+    Raises:
+        ValueError: another number of names, or a block that names tokens. UnknownAdapterError: a
+            name that the pool lacks. RuntimeError: no name anywhere, and the default is "error".
+    """
+    given = names_of_call(given, pool, default)
+    block = current(pool_handle(pool)) if given is None else None
+    if block is not None:
+        shape = block.assignment.shape
+        if len(shape) > 1 or not isinstance(block.assignment.places, tuple):
+            raise ValueError(
+                f"{where}: expected a block with one name per request, found names of tokens"
+            )
+        given = block.assignment.spelled()
+        given = given if shape else given[0]
+    names = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(names) != count:
+        source = "adapter_names" if block is None else "names of the block"
+        raise ValueError(
+            f"{where}: {source}: expected one for each of {count} requests, found {len(names)}"
+        )
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{where}: adapter_names: expected str or None, found {name!r:.200}")
+        if name not in (None, BASE) and name not in pool:
+            pool.acquire([name])  # says what is wrong with it
+    return names  # pyright: ignore[reportReturnType]

@@ -1,0 +1,40 @@
+"""Fed-HeLLo: federated LoRA in which each client trains as many layers as it can.
+
+Source: "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous LoRA
+Allocation" (arXiv 2506.12213), with its repository TNI-playground/Fed_HeLLo.
+"""
+
+import importlib
+from typing import Any
+
+from lora_ext.federated import partition_dirichlet, partition_pathological
+
+from .allocation import HLA
+from .clusters import cluster_weights
+from .config import FedHelloConfig
+from .importance import EmptyProxySet, fim_scores
+from .patterns import Pattern, gd_layers, pattern_weights, rgd_layers
+from .pictures import draw_accuracy, draw_bytes, draw_heights
+
+__all__ = [
+    "HLA",
+    "EmptyProxySet",
+    "FedHelloConfig",
+    "Pattern",
+    "cluster_weights",
+    "draw_accuracy",
+    "draw_bytes",
+    "draw_heights",
+    "fim_scores",
+    "gd_layers",
+    "partition_dirichlet",
+    "partition_pathological",
+    "pattern_weights",
+    "rgd_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FedHello":  # needs Flower, and is of the floor above
+        return importlib.import_module("lora_ext.interop.flower.fed_hello").FedHello
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""Layers grouped by importance: k-means in one dimension, exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from lora_ext.ops._checks import require
+
+from .patterns import normalised, whole
+
+
+def cluster_weights(
+    scores: Tensor | Sequence[float], k: int = 3, levels: Sequence[float] = (1, 2, 3)
+) -> Tensor:
+    """g: a weight for each layer by the group that its score falls into.
+
+    The groups are those of least squares within them, of all that there are: the sorted scores are
+    cut by dynamic programming. Equal scores share a group. Of two cuts as good as each other the
+    earlier one is taken. With fewer distinct scores than k there are as many groups as distinct
+    scores, with levels from the low end; where all are equal, so are the weights.
+
+    Args:
+        scores: ``(L,)``, finite.
+        k: the number of groups.
+        levels: the weight of each group before the division, from the group of the lowest scores.
+
+    Returns:
+        ``(L,)`` float64, of sum 1.
+
+    Raises:
+        ValueError: k below 1, fewer than k levels, levels that are not above 0, scores of another
+            shape or not finite. TypeError: k that is no integer.
+
+    Source: arXiv 2506.12213, FIM-HLA: three groups, weights 1, 2 and 3. The authors' code numbers
+    its groups in no order; that they rise with the score is what the paper says.
+    """
+    where = "cluster_weights"
+    k = whole(where, "k", k, 1)
+    require(len(levels) >= k, where, "levels", f"at least k = {k} of them", list(levels))
+    positive = all(math.isfinite(level) and level > 0 for level in levels)
+    require(positive, where, "levels", "finite numbers above 0", list(levels))
+    values = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
+    require(
+        values.dim() == 1 and values.numel() > 0, where, "scores", "shape (L,)", [*values.shape]
+    )
+    require(bool(values.isfinite().all()), where, "scores", "finite numbers", values.tolist())
+    distinct, place, counts = values.unique(return_inverse=True, return_counts=True)  # sorted
+    groups = _groups(distinct.tolist(), counts.tolist(), min(k, len(distinct)))
+    return normalised([levels[groups[i]] for i in place.tolist()])
+
+
+def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
+    """The group of each of these rising points, of which ``counts[i]`` are at ``points[i]``."""
+    n = len(points)
+    cost = _costs(points, counts)
+    best = [Fraction(0)] * (n + 1)  # [j]: of the first j points
+    cuts: list[list[int]] = []  # by number of groups: where the last of them begins
+    for before in range(k):  # groups before it, of at least a point each
+        found: list[tuple[Fraction, int]] = []
+        for j in range(1, n + 1):
+            starts = range(before, j) if before else range(1)
+            totals = ((best[start] + cost[start][j - 1], start) for start in starts)
+            found.append(min(totals, default=(Fraction(0), 0)))
+        best = [Fraction(0), *(total for total, _ in found)]
+        cuts.append([start for _, start in found])
+    groups = [0] * n
+    stop = n
+    for group in range(k - 1, -1, -1):
+        start = cuts[group][stop - 1]
+        groups[start:stop] = [group] * (stop - start)
+        stop = start
+    return groups
+
+
+def _costs(points: list[float], counts: list[int]) -> list[list[Fraction]]:
+    """``[first][last]``: the squares around the mean of the points from first to last.
+
+    In fractions, so that cuts as good as each other compare as equal.
+    """
+    n = len(points)
+    costs = [[Fraction(0)] * n for _ in range(n)]
+    exact = [*zip(map(Fraction, points), counts, strict=True)]
+    for first in range(n):
+        number, total, squares = 0, Fraction(0), Fraction(0)
+        for last, (point, count) in enumerate(exact[first:], first):
+            number += count
+            total += count * point
+            squares += count * point**2
+            costs[first][last] = squares - total**2 / number
+    return costs

@@ -1,0 +1,79 @@
+"""Settings of Fed-HeLLo, under the paper's symbols."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lora_ext.ops._checks import require
+
+from .patterns import Pattern, as_pattern, checked_weights, whole
+
+Kind = Literal["gd", "rgd", "fim"]
+Score = Literal["log_prob", "logit"]
+Reduce = Literal["fro", "trace"]
+
+
+@dataclass(frozen=True)
+class FedHelloConfig:
+    """Which layers a client gets, round by round.
+
+    Attributes:
+        pattern: P, one of :class:`Pattern` or its name.
+        kind: "gd", the same layers in every round; "rgd", drawn anew for each round and client;
+            "fim", drawn by importance once it is known, and by the pattern before that.
+        seed: of all draws.
+        weights: g of every layer, instead of the pattern's. With "gd" the c layers of largest
+            weight are taken, the lower first among equals (our choice).
+        prior_rounds: T_prior, with "fim" the rounds before it draw by the pattern.
+        every: importance is computed in the rounds from prior_rounds on that it divides.
+        hold: whether a round in between keeps the last importance (our choice), or goes back to the
+            pattern, as the authors' code does.
+        mix: ``g = mix g_FIM + (1 - mix) g_GD``, each of sum 1 (our choice).
+        k, levels: groups of importance, and their weights from the lowest; of
+            :func:`cluster_weights`.
+        score, reduce, chunk: of :func:`fim_scores`.
+
+    Raises:
+        ValueError: a value out of range, naming the field. TypeError: a number that is no integer
+            where one is wanted.
+
+    Source: arXiv 2506.12213 and its repository, TNI-playground/Fed_HeLLo; docs/fed_hello.md.
+    """
+
+    pattern: Pattern | str = Pattern.BOTTLENECK
+    kind: Kind = "rgd"
+    seed: int = 0
+    weights: tuple[float, ...] | None = None
+    prior_rounds: int = 50
+    every: int = 50
+    hold: bool = True
+    mix: float = 1.0
+    k: int = 3
+    levels: tuple[float, ...] = (1, 2, 3)
+    score: Score = "log_prob"
+    reduce: Reduce = "fro"
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        where = "FedHelloConfig"
+        object.__setattr__(self, "pattern", as_pattern(where, self.pattern))
+        for name, options in (("kind", Kind), ("score", Score), ("reduce", Reduce)):
+            value, allowed = getattr(self, name), get_args(options)
+            require(value in allowed, where, name, f"one of {allowed}", repr(value))
+        for name in ("prior_rounds", "every", "k", "chunk"):
+            whole(where, name, getattr(self, name), 1)
+        whole(where, "seed", self.seed, 0)
+        require(isinstance(self.hold, bool), where, "hold", "True or False", repr(self.hold))
+        real = isinstance(self.mix, int | float) and not isinstance(self.mix, bool)
+        inside = real and 0 <= self.mix <= 1
+        require(inside, where, "mix", "a number in [0, 1]", repr(self.mix))
+        levels = tuple(self.levels)
+        positive = all(math.isfinite(level) and level > 0 for level in levels)
+        holds = positive and len(levels) >= self.k
+        require(holds, where, "levels", f"at least k = {self.k} numbers above 0", levels)
+        object.__setattr__(self, "levels", levels)
+        if self.weights is not None:
+            g = checked_weights(where, self.weights)
+            object.__setattr__(self, "weights", tuple(g.tolist()))

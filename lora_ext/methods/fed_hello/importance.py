@@ -1,0 +1,305 @@
+"""FIM scores: how much each layer of an adapter matters for a few samples that the server has."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.federated import LayerNotFound
+from lora_ext.federated.batches import merged, own_outputs
+from lora_ext.federated.keys import check_layers
+from lora_ext.nn import (
+    IGNORE,
+    LoraLinear,
+    adapted_layers,
+    adapter_parameters,
+    is_active,
+    shift_labels,
+)
+from lora_ext.ops._checks import require
+
+from .config import Reduce, Score
+from .patterns import whole
+
+WHERE = "fim_scores"
+#: ``layer_of(name of a parameter)``: the index of its layer, or None: it is not scored.
+LayerOf = Callable[[str], int | None]
+
+
+class EmptyProxySet(ValueError):
+    """Importance is asked for, and there is no sample to compute it from."""
+
+
+def fim_scores(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layer_of: LayerOf,
+    *,
+    score: Score = "log_prob",
+    reduce: Reduce = "fro",
+    chunk: int = 8,
+) -> Tensor:
+    """F: the diagonal empirical Fisher information of each layer's LoRA tensors.
+
+        D = mean over samples of (d log p(y | x) / d theta)^2, elementwise
+        F_l = sum over the tensors theta of layer l of norm(D)
+
+    One forward and one backward for each batch: of a linear layer, a sample's gradient is the
+    product of its inputs and of what the backward brings to the layer's outputs. Adapters of other
+    layers, with DoRA or with a bias take a backward for each sample. All layers are scored,
+    whichever of them train. The model computes as in evaluation; modes, flags, gradients and
+    values are what they were, after it.
+
+    Args:
+        model: its adapted layers are :mod:`lora_ext.nn`'s or PEFT's, before or after ``from_peft``.
+            Samples are the first axis of their inputs.
+        batches: each a mapping of tensors with ``labels``, of which the model gets the rest, or
+            ``(x, y)``. Labels are ``(n,)`` or, of sequences, ``(n, T)``, where a sample's score is
+            the sum over its tokens; those of a mapping are shifted, as transformers has them. A
+            label of -100 counts nothing. How samples are batched changes nothing but rounding.
+        layer_of: for a LoRA tensor's name, as ``model.named_parameters()`` has it, the index of its
+            layer, or None.
+        score: "log_prob", or "logit", the logit of the label, as in the authors' code.
+        reduce: the norm of D is Frobenius', "fro", or the sum of its entries, "trace".
+        chunk: of so many samples at most there are gradients at a time.
+
+    Returns:
+        ``(L,)`` float64 on the CPU.
+
+    Raises:
+        EmptyProxySet: no sample. LayerNotFound: no LoRA tensor of an active adapter has a layer,
+            or their indices have gaps. ValueError: settings out of range; batches, outputs or
+            labels that do not fit; an adapter that is merged. TypeError: an index that is no
+            integer.
+
+    Source: arXiv 2506.12213, FIM-HLA.
+    """
+    for name, value, allowed in (("score", score, Score), ("reduce", reduce, Reduce)):
+        known = get_args(allowed)
+        require(value in known, WHERE, name, f"one of {known}", repr(value))
+    whole(WHERE, "chunk", chunk, 1)
+    layers, pairs, alone = _scored(model, layer_of)
+    squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
+    samples = 0
+    with _as_evaluated(model, alone), torch.enable_grad():
+        for batch in batches:
+            samples += _add_pairs(model, batch, pairs, squares, score, chunk)
+            if alone:
+                _add_alone(model, batch, alone, squares, score)
+    if not samples:
+        raise EmptyProxySet(f"{WHERE}: batches: expected at least one sample, found none")
+    found = torch.zeros(max(layers.values()) + 1, dtype=torch.float64)
+    for parameter, layer in layers.items():
+        diagonal = squares[id(parameter)] / samples
+        found[layer] += float(diagonal.norm() if reduce == "fro" else diagonal.sum())
+    return found
+
+
+class _Pair(NamedTuple):
+    """The factors of one adapter in one linear layer."""
+
+    name: str
+    layer: Any
+    adapter: str
+    a: nn.Parameter  # (r, I)
+    b: nn.Parameter  # (O, r)
+    scaling: float
+
+
+def _scored(
+    model: nn.Module, layer_of: LayerOf
+) -> tuple[dict[nn.Parameter, int], list[_Pair], list[nn.Parameter]]:
+    """The layer of each LoRA tensor; pairs of factors; and tensors that need a backward each."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers: dict[nn.Parameter, int] = {}
+    pairs: list[_Pair] = []
+    alone: list[nn.Parameter] = []
+    for name, module in adapted_layers(model).items():
+        layer: Any = module
+        for adapter in layer.active_adapters:
+            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT names some twice
+            scored = [p for p in own if _asked(layer_of, names, p)]
+            layers |= {p: whole(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
+            apart = not scored or adapter not in layer.merged_adapters
+            require(apart, WHERE, name, "an adapter apart from the base weight", "it merged")
+            if scored and _is_plain(layer, adapter):
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                pairs.append(_Pair(name, layer, adapter, a, b, layer.scaling[adapter]))
+            else:
+                alone += scored
+    if not layers:
+        raise LayerNotFound(
+            f"{WHERE}: layer_of: expected an index for some LoRA tensor of an active adapter of "
+            f"{type(model).__name__}, found none"
+        )
+    check_layers(WHERE, set(layers.values()))
+    return layers, pairs, alone
+
+
+def _asked(layer_of: LayerOf, names: Mapping[int, str], parameter: nn.Parameter) -> bool:
+    return id(parameter) in names and layer_of(names[id(parameter)]) is not None
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether what the adapter adds is ``scaling * B A x`` and nothing else."""
+    peft_layers: Any = sys.modules.get("peft.tuners.lora.layer")
+    linear = type(layer) is LoraLinear or (
+        peft_layers is not None and isinstance(layer, peft_layers.Linear)
+    )
+    special = getattr(layer, "lora_variant", {})
+    return (
+        linear
+        and not (layer.use_dora[adapter] or layer.lora_bias[adapter] or adapter in special)
+        and isinstance(layer.scaling[adapter], int | float)
+    )
+
+
+@contextlib.contextmanager
+def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """A block in which the model evaluates and these parameters alone take gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = {id(parameter) for parameter in trained}
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in kept)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _add_pairs(
+    model: nn.Module,
+    batch: Any,
+    pairs: list[_Pair],
+    squares: dict[int, Tensor],
+    score: Score,
+    chunk: int,
+) -> int:
+    """Add the squared gradients of a batch's samples; how many samples they are."""
+    pairs = [p for p in pairs if _takes_part(p)]
+    calls: dict[int, list[tuple[Tensor, Tensor]]] = {id(pair.layer): [] for pair in pairs}
+
+    def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["x"]
+        if not output.requires_grad:  # nothing before it needs a gradient: the graph begins here
+            output = output.detach().requires_grad_(True)
+        calls[id(layer)].append((x.detach(), output))
+        return output
+
+    handles = [
+        layer.register_forward_hook(watch, with_kwargs=True)
+        for layer in {id(pair.layer): pair.layer for pair in pairs}.values()
+    ]
+    try:
+        scores = _sample_scores(model, batch, score)
+    finally:
+        for handle in handles:
+            handle.remove()
+    n = len(scores)
+    outputs = [output for own in calls.values() for _, output in own]
+    if not n or not outputs:
+        return n
+    gradients = iter(torch.autograd.grad(scores.sum(), outputs, allow_unused=True))
+    seen = {key: [(x, next(gradients)) for x, _ in own] for key, own in calls.items()}
+    for pair in pairs:
+        own = [(x, g) for x, g in seen[id(pair.layer)] if g is not None]
+        if own:
+            x, g = (
+                torch.cat([_by_sample(pair, t, n) for t in ts], 1) for ts in zip(*own, strict=True)
+            )
+            _add_squares(pair, x, g, squares, chunk)
+    return n
+
+
+def _takes_part(pair: _Pair) -> bool:
+    return is_active(pair.layer, pair.adapter) and not pair.layer.disable_adapters
+
+
+def _by_sample(pair: _Pair, t: Tensor, n: int) -> Tensor:
+    """``(n, T, width)``, also of a layer that gets the tokens of all samples in a row."""
+    fits = t.dim() > 1 and t.shape[0] % n == 0
+    require(fits, WHERE, pair.name, f"an input of {n} samples", list(t.shape))
+    return t.reshape(n, -1, t.shape[-1])
+
+
+def _add_squares(
+    pair: _Pair, x: Tensor, gradient: Tensor, squares: dict[int, Tensor], chunk: int
+) -> None:
+    """Of ``x (n, T, I)`` and the gradients of the outputs ``(n, T, O)``, samples apart."""
+    dtype = torch.promote_types(pair.a.dtype, torch.float32)
+    a, b = pair.a.detach().to(dtype), pair.b.detach().to(dtype)
+    parts = zip(x.to(dtype).split(chunk), gradient.to(dtype).split(chunk), strict=True)
+    for xs, ds in parts:
+        d = pair.scaling * ds
+        for key, left, right in ((id(pair.a), d @ b, xs), (id(pair.b), d, xs @ a.T)):
+            if left.shape[1] == 1:  # the square of an outer product is that of the squares
+                left, right = left[:, 0].double().square(), right[:, 0].double().square()
+                squares[key] += left.T @ right
+            else:
+                squares[key] += (left.mT @ right).double().square().sum(0)
+
+
+def _add_alone(
+    model: nn.Module,
+    batch: Any,
+    parameters: list[nn.Parameter],
+    squares: dict[int, Tensor],
+    score: Score,
+) -> None:
+    """A forward and a backward for each sample."""
+    for sample in _samples(batch):
+        gradients = torch.autograd.grad(
+            _sample_scores(model, sample, score).sum(), parameters, allow_unused=True
+        )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                squares[id(parameter)] += gradient.double().square()
+
+
+def _samples(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        rows = zip(*(t.split(1) for t in batch.values()), strict=True)
+        yield from (dict(zip(batch, row, strict=True)) for row in rows)
+    else:
+        yield from zip(*(t.split(1) for t in batch), strict=True)
+
+
+def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
+    """``(n,)``: log p(y | x) of each sample, or the logit of y."""
+    if isinstance(batch, Mapping):
+        require("labels" in batch, WHERE, "batches", "labels", sorted(batch))
+        labels = batch["labels"]
+    else:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        require(pair, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
+        labels = batch[1]
+    inputs, segments = merged([batch], WHERE)
+    if not segments[0].rows:
+        return torch.zeros(0)
+    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    (logits,) = own_outputs(output, segments, WHERE)
+    labels = labels.to(logits.device)
+    if isinstance(batch, Mapping) and logits.dim() == 3:
+        labels = shift_labels(labels)
+    expected = list(logits.shape[:-1])
+    fits = list(labels.shape) == expected
+    require(fits, WHERE, "labels", f"shape {expected}", list(labels.shape))
+    known = labels != IGNORE
+    classes = logits.shape[-1]
+    inside = bool(((labels >= 0) & (labels < classes) | ~known).all())
+    require(inside, WHERE, "labels", f"classes below {classes}, or {IGNORE}", "others")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values = logits.log_softmax(-1) if score == "log_prob" else logits
+    places = labels.where(known, 0).long().unsqueeze(-1)
+    picked = values.gather(-1, places).squeeze(-1)
+    return picked.where(known, 0).reshape(len(labels), -1).sum(1)

@@ -1,0 +1,196 @@
+"""GD and RGD: the layers that a pattern, or a draw from its weights, gives to a client."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from collections.abc import Sequence
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_ext.ops._checks import require
+
+#: What layers' weights are given as: ``(L,)``, of any sum above 0.
+Weights = Tensor | Sequence[float]
+
+_BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # of the authors' configurations, L = 12
+
+
+class Pattern(str, Enum):
+    """P: where the layers stand that most clients train. Layer 0 is next to the input."""
+
+    UNIFORM = "uniform"
+    TRIANGLE = "triangle"  # dense at the input
+    INVERTED_TRIANGLE = "inverted_triangle"  # dense at the output
+    BOTTLENECK = "bottleneck"  # dense at both ends
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
+    """The pattern of this name.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    names = [each.value for each in Pattern]
+    known = isinstance(pattern, str) and pattern in names
+    require(known, where, "pattern", f"one of {names}", repr(pattern))
+    return Pattern(pattern)
+
+
+def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
+    """g: how likely each layer is to be drawn.
+
+    With ``u = l / (L - 1)``: 1 for "uniform", ``3 - 2u`` for "triangle", ``1 + 2u`` for
+    "inverted_triangle", and for "bottleneck" the authors' twelve values, interpolated at ``11 u``;
+    each divided by its sum.
+
+    Args:
+        pattern: one of :class:`Pattern`, or its name.
+        L: the number of layers.
+
+    Returns:
+        ``(L,)`` float64, of sum 1.
+
+    Raises:
+        ValueError: an unknown pattern, or L below 1. TypeError: L that is no integer.
+
+    Source: arXiv 2506.12213 and its configurations; the interpolation and the slopes of the
+    triangles are our choice.
+    """
+    where = "pattern_weights"
+    pattern = as_pattern(where, pattern)
+    L = whole(where, "L", L, 1)
+    places = [layer / max(L - 1, 1) for layer in range(L)]  # u
+    if pattern is Pattern.TRIANGLE:
+        return normalised([3 - 2 * u for u in places])
+    if pattern is Pattern.INVERTED_TRIANGLE:
+        return normalised([1 + 2 * u for u in places])
+    if pattern is Pattern.UNIFORM:
+        return normalised([1.0] * L)
+    positions = [11 * layer / max(L - 1, 1) for layer in range(L)]  # 11 u, exact for L = 12
+    return normalised(np.interp(positions, range(12), _BOTTLENECK).tolist())
+
+
+def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
+    """S: the c layers that the pattern gives to every client that can train c.
+
+    =================== ==================================================================
+    uniform             ``floor(i L / c)``, i from 0 to c - 1
+    triangle            ``0 .. c - 1``
+    inverted_triangle   ``L - c .. L - 1``
+    bottleneck          from both ends: 0, L - 1, 1, L - 2, ...
+    =================== ==================================================================
+
+    All but "uniform" are nested: who can train more trains the same layers and others besides.
+
+    Args:
+        pattern: one of :class:`Pattern`, or its name.
+        L: the number of layers. c: how many are trained; 0 for none.
+
+    Returns:
+        indices, rising.
+
+    Raises:
+        ValueError: an unknown pattern, L below 1, c outside ``[0, L]``. TypeError: one of them that
+            is no integer.
+
+    Source: arXiv 2506.12213; "uniform" gives the lists of the authors' configurations.
+    """
+    where = "gd_layers"
+    pattern = as_pattern(where, pattern)
+    L = whole(where, "L", L, 1)
+    c = whole(where, "c", c, 0, L)
+    if pattern is Pattern.UNIFORM:
+        return tuple(i * L // c for i in range(c))
+    if pattern is Pattern.TRIANGLE:
+        return tuple(range(c))
+    if pattern is Pattern.INVERTED_TRIANGLE:
+        return tuple(range(L - c, L))
+    lower = (c + 1) // 2
+    return (*range(lower), *range(L - (c - lower), L))
+
+
+def rgd_layers(
+    weights: Weights, c: int, *, seed: int, round: int, client: int | str
+) -> tuple[int, ...]:
+    """S: c distinct layers, drawn one after another, each in proportion to the weights of the rest.
+
+    Drawn at once, as the c largest of ``log g_l - log(-log U_l)``, which is the same law. The U_l
+    come from a hash of seed, round and client: which layers a client gets depends on nothing else,
+    neither on who else is in the round nor on a library's version.
+
+    Args:
+        weights: g, ``(L,)``, of any sum. A layer of weight 0 is never drawn.
+        c: how many; 0 for none.
+        seed, round, client: of the draw.
+
+    Returns:
+        indices, rising.
+
+    Raises:
+        ValueError: weights that are negative, not finite, or of the wrong shape; c below 0 or above
+            L; fewer than c weights above 0. TypeError: c that is no integer.
+
+    Source: arXiv 2506.12213, RGD-HLA.
+    """
+    where = "rgd_layers"
+    g = checked_weights(where, weights).tolist()
+    c = whole(where, "c", c, 0, len(g))
+    likely = [layer for layer, weight in enumerate(g) if weight > 0]
+    require(len(likely) >= c, where, "weights", f"at least {c} above 0", len(likely))
+    keys = {
+        layer: math.log(g[layer]) - math.log(-math.log(_uniform(seed, round, client, layer)))
+        for layer in likely
+    }
+    return tuple(sorted(sorted(likely, key=keys.__getitem__, reverse=True)[:c]))
+
+
+def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:
+    """Weights as float64, of any sum above 0.
+
+    Raises:
+        ValueError: another shape than ``(L,)``, a weight that is negative or not finite, or none
+            above 0.
+    """
+    g = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+    fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
+    require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))
+    fine = bool((g.isfinite() & (g >= 0)).all()) and float(g.sum()) > 0
+    require(fine, where, "weights", "finite numbers from 0, one above it", g.tolist())
+    return g
+
+
+def normalised(weights: Weights) -> Tensor:
+    """Weights of sum 1, float64."""
+    g = torch.as_tensor(weights, dtype=torch.float64)
+    return g / g.sum()
+
+
+def whole(where: str, name: str, value: object, least: int, most: int | None = None) -> int:
+    """An integer of a range.
+
+    Raises:
+        TypeError: no integer, a bool say. ValueError: one out of range.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{where}: {name}: expected an integer, found {value!r:.100}")
+    found = operator.index(value)  # pyright: ignore[reportArgumentType]
+    inside = found >= least and (most is None or found <= most)
+    limits = f"at least {least}" if most is None else f"from {least} to {most}"
+    require(inside, where, name, f"an integer {limits}", found)
+    return found
+
+
+def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:
+    """A number inside (0, 1)."""
+    named = repr(client) if isinstance(client, str) else operator.index(client)
+    text = f"{operator.index(seed)}:{operator.index(round)}:{named}:{layer}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2.0**-52

@@ -1,0 +1,46 @@
+"""LoRA depths and ranks for devices of different speeds: each trains the last layers only, as many
+as it can in the time of the others.
+
+Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices", LEGEND
+(arXiv 2412.20004).
+"""
+
+import importlib
+from typing import Any
+
+from .allocator import LegendAllocator
+from .capacity import CapacityReport, CapacityTracker, Estimate
+from .config import LegendConfig
+from .configurator import Configuration, LegendConfigurator
+from .pictures import draw_depths, draw_times
+from .prefix import PrefixCache
+from .ranks import layer_bytes, rank_distribution
+from .resizing import resize_lora, resize_state
+from .times import RoundTime, SimulatedClock, waiting_time
+
+__all__ = [
+    "CapacityReport",
+    "CapacityTracker",
+    "Configuration",
+    "Estimate",
+    "LegendAllocator",
+    "LegendConfig",
+    "LegendConfigurator",
+    "PrefixCache",
+    "RoundTime",
+    "SimulatedClock",
+    "draw_depths",
+    "draw_times",
+    "layer_bytes",
+    "rank_distribution",
+    "resize_lora",
+    "resize_state",
+    "waiting_time",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """``Legend``, which needs Flower and is of the floor above."""
+    if name == "Legend":
+        return importlib.import_module("lora_ext.interop.flower.legend").Legend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,236 @@
+"""The server's part of LEGEND in one object: estimates in, plans out. It needs no Flower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lora_ext.federated.keys import PATTERN, layer_pairs
+from lora_ext.federated.plan import LayerPlan
+from lora_ext.federated.update import Client
+from lora_ext.ops._checks import require
+
+from .capacity import CapacityReport, CapacityTracker, Estimate
+from .config import LegendConfig
+from .configurator import Configuration, LegendConfigurator
+from .ranks import layer_bytes
+
+#: ``draw(count, round, client)``: the layers that a client trains, ``count`` of them.
+Draw = Callable[[int, int, Client], Sequence[int]]
+
+WHERE = "LegendAllocator"
+
+
+class LegendAllocator:
+    """Plans rounds, and learns from what became of them how fast each device is.
+
+    A device without an estimate trains all layers the first time and half of them the next
+    (``warmup="probe"``). One that is not trusted trains the least depth; one that rests has no
+    plan.
+
+    Args:
+        config: its ``total`` and shape are the ranks', unless ``ranks`` are given.
+        bytes_per_layer: one way at those ranks, :func:`layer_bytes`.
+        ranks: of every layer.
+        draw: with ``depth_as_count``, says which layers train; Fed-HeLLo's ``rgd_layers``, say.
+        prior: by device its speeds. memory, mem, shares, rank_caps: of
+            :class:`LegendConfigurator`.
+
+    Attributes:
+        tracker, configurator: what it is made of. L, ranks: of the layers.
+        last: the latest :class:`Configuration`, of the devices that were not probed.
+
+    Raises:
+        ValueError: settings that do not go together, naming them.
+
+    Source: LEGEND (arXiv 2412.20004); probes and exploration are our choice.
+    """
+
+    def __init__(
+        self,
+        config: LegendConfig,
+        bytes_per_layer: Sequence[float],
+        *,
+        ranks: Sequence[int] | None = None,
+        draw: Draw | None = None,
+        prior: Mapping[Client, Estimate] | None = None,
+        memory: Mapping[Client, float] | None = None,
+        mem: Callable[[int], float] | None = None,
+        shares: Mapping[Client, float] | None = None,
+        rank_caps: Mapping[Client, int] | None = None,
+    ):
+        self.config = config
+        self.L = len(bytes_per_layer)
+        self.ranks = tuple(ranks) if ranks is not None else config.ranks(self.L)
+        fits = config.depth_as_count == (draw is not None)
+        require(fits, WHERE, "draw", f"one iff depth_as_count, {config.depth_as_count}", draw)
+        known = config.warmup == "probe" or bool(prior)
+        require(known, WHERE, "prior", "speeds of the devices with warmup 'prior'", prior)
+        self.draw = draw
+        self.tracker = CapacityTracker(
+            self.L,
+            rho=config.rho,
+            forgetting=config.forgetting,
+            cooldown=config.cooldown,
+            prior=prior,
+        )
+        self.configurator = LegendConfigurator(
+            self.L,
+            bytes_per_layer,
+            ranks=self.ranks,
+            mode=config.mode,
+            k_min=config.k_min,
+            k_max=config.k_max,
+            memory=memory,
+            mem=mem,
+            shares=shares,
+            byte_budget=config.byte_budget,
+            max_step=config.max_step,
+            cover_every=config.cover_every,
+            eps=config.eps,
+            deadline=config.deadline,
+            rank_caps=rank_caps,
+        )
+        self.last: Configuration | None = None
+        self._depths: dict[Client, int] = {}  # as chosen, of devices without a fault since
+        self._probes: dict[Client, int] = {}
+
+    @classmethod
+    def of(
+        cls,
+        config: LegendConfig,
+        state: Mapping[str, Tensor],
+        pattern: str = PATTERN,
+        **settings: Any,
+    ) -> LegendAllocator:
+        """The allocator for a global adapter.
+
+        Args:
+            state: under PEFT's names, with the ranks of ``config.total`` where that is given.
+            pattern: finds the index of a layer in a name. settings: further arguments.
+
+        Raises:
+            ValueError: as the class and :func:`layer_bytes`; modules of one layer with other ranks;
+                an adapter whose ranks are not those of the config.
+        """
+        ranks: dict[int, int] = {}
+        for pair in layer_pairs(f"{WHERE}: state", state, pattern):
+            rank = state[pair.a].shape[0]
+            first = ranks.setdefault(pair.layer, rank)
+            require(rank == first, WHERE, pair.module, f"rank {first}, as its layer has", rank)
+        found = tuple(ranks[layer] for layer in sorted(ranks))
+        sizes = layer_bytes(state, found, pattern)
+        if config.total is not None:
+            wanted = config.ranks(len(sizes))
+            require(found == wanted, WHERE, "state", f"ranks {wanted}, see resize_state", found)
+        return cls(config, sizes, ranks=found, **settings)
+
+    def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
+        """The plan of a device that is alone in its round."""
+        return self.plan_round(round, {client: capability}).get(client, LayerPlan(()))
+
+    def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
+        """The plans of a round.
+
+        Args:
+            clients: the selected ones, and the largest depth of each.
+
+        Returns:
+            by client; those who rest have none.
+
+        Raises:
+            ValueError: a client without any speed where warmup is "prior"; what
+                :meth:`LegendConfigurator.configure` refuses.
+        """
+        awake = {c: limit for c, limit in clients.items() if not self.tracker.rests(c, round)}
+        probed = {c: self._probe(c, limit) for c, limit in awake.items() if self._is_new(c)}
+        known = {c: limit for c, limit in awake.items() if c not in probed}
+        chosen = self._configured(round, known) if known else {}
+        for client in probed:
+            self._probes[client] = self._probes.get(client, 0) + 1
+        self._depths |= chosen
+        explored = {c: self._explored(c, k, known[c]) for c, k in chosen.items()}
+        depths = {**probed, **explored}
+        return {client: self._plan(round, client, depths[client]) for client in awake}
+
+    def observe(
+        self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
+    ) -> None:
+        """Take in what a client reports of a round.
+
+        Args:
+            metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s``
+                where it is known. Unchecked: what is missing or absurd is dropped and counted.
+        """
+        train, down, size = (
+            metrics.get(name, math.nan) for name in ("train-time-s", "down-time-s", "bytes")
+        )
+        report = CapacityReport(client, self._reach(plan), train, down, size)
+        self.tracker.update(report._replace(up_time=metrics.get("up-time-s")))
+        if not self.tracker.trusted(client):
+            self._depths.pop(client, None)
+
+    def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
+        """A client has not answered within so many seconds."""
+        self.tracker.update_timeout(client, self._reach(plan), seconds, round)
+        self._depths.pop(client, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restarted server goes on from: lists and numbers, for JSON."""
+        return {
+            "tracker": self.tracker.state_dict(),
+            "depths": [list(entry) for entry in self._depths.items()],
+            "probes": [list(entry) for entry in self._probes.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave, by way of JSON or not."""
+        depths, probes = dict(state["depths"]), dict(state["probes"])
+        self.tracker.load_state_dict(state["tracker"])
+        self._depths, self._probes = depths, probes
+
+    def _is_new(self, client: Client) -> bool:
+        if self.config.warmup == "prior":
+            require(client in self.tracker, WHERE, "prior", f"speeds of {client!r}", "none")
+            return False
+        return client not in self.tracker or self._probes.get(client, 0) < 2
+
+    def _probe(self, client: Client, limit: int) -> int:
+        """All layers first, then half of them; the least after faults."""
+        least = self.config.k_min
+        most = min(limit, self.L if self.config.k_max is None else self.config.k_max)
+        if not self.tracker.trusted(client):
+            return least
+        wanted = self.L if self._probes.get(client, 0) % 2 == 0 else -(-self.L // 2)
+        return max(least, min(wanted, most))
+
+    def _configured(self, round: int, limits: Mapping[Client, int]) -> dict[Client, int]:
+        """Depths of devices that have an estimate."""
+        anew = (round - 1) % self.config.every == 0
+        kept = {} if anew else {c: k for c, k in self._depths.items() if c in limits}
+        if len(kept) == len(limits):
+            return kept
+        estimates = {client: self.tracker.estimate(client) for client in limits}
+        found = self.configurator.configure(estimates, limits, self._depths, round, limits)
+        self.last = found
+        return {**found.depths, **kept}
+
+    def _explored(self, client: Client, depth: int, limit: int) -> int:
+        """One layer more, of a device that has trained this depth alone for long; for once."""
+        bored = self.tracker.repeats(client, depth) >= self.config.explore_every
+        free = self.config.byte_budget is None and self.tracker.trusted(client)
+        return depth + int(bored and free and depth < self.configurator.deepest(client, limit))
+
+    def _plan(self, round: int, client: Client, depth: int) -> LayerPlan:
+        if self.draw is None:
+            return self.configurator.plan(client, depth)
+        layers = tuple(sorted(self.draw(depth, round, client)))
+        ranks = self.configurator.ranks_of(client)
+        return LayerPlan(layers, tuple(ranks[layer] for layer in layers))
+
+    def _reach(self, plan: LayerPlan) -> int:
+        """How many blocks the backward goes through; of a suffix its depth."""
+        return self.L - plan.layers[0]

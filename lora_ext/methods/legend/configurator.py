@@ -1,0 +1,398 @@
+"""Which device trains how many layers: the server's side of LEGEND. Pure functions, no clock."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+from lora_ext.federated.plan import LayerPlan
+from lora_ext.federated.update import Client
+from lora_ext.ops._checks import require
+
+from .capacity import Estimate, check_estimate
+from .times import DeviceTime, suffix_sums, waiting_time
+
+Mode = Literal["fastest", "utility", "balanced"]
+WHERE = "LegendConfigurator"
+#: Times that differ by less, relatively, are the same: equal devices have estimates that the
+#: rounding of their reports tells apart, and are to get equal depths.
+_SAME = 1e-9
+
+_log = logging.getLogger(__name__)
+
+
+class Configuration(dict[Client, LayerPlan]):
+    """The plans of a round by device, and what they are expected to cost.
+
+    Attributes:
+        depths: k by device. times: predicted seconds by device.
+        target: tau, the completion time that the depths were chosen for.
+        seconds: the longest of the times. waiting: W, what the devices wait on the mean.
+        over_target: devices that are slower than tau even at the least depth.
+        raised: the device that was made deeper so that all layers train, and None where none was.
+        extra_wait: by how many seconds W grew by that.
+        uncovered: layers that nobody trains.
+        bytes: of all slices, one way.
+    """
+
+    depths: dict[Client, int]
+    times: dict[Client, float]
+    target: float
+    seconds: float
+    waiting: float
+    over_target: tuple[Client, ...]
+    raised: Client | None
+    extra_wait: float
+    uncovered: tuple[int, ...]
+    bytes: float
+
+
+class LegendConfigurator:
+    """Chooses a depth for each device such that the devices of a round finish together.
+
+    A device of depth k trains the last k of L layers. ``T_i(k) = f + k mu + beta U(k)`` is its
+    predicted time; ``kmax_i`` is the largest depth that its memory holds.
+
+    1. The target tau. "fastest": ``min_i T_i(kmax_i)``, what the fastest device needs for all it
+       can. "balanced": that, or ``max_i T_i(k_min)`` where it is more, so that nobody is late.
+       "utility": the tau of all ``T_i(k)`` with the least ``max_i T_i(k_i) / sum_i p_i R(k_i)``,
+       R the sum of the ranks that train; of several the smallest.
+    2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min``.
+    3. Nobody's depth changes by more than ``max_step``.
+    4. Every ``cover_every`` rounds somebody trains all layers.
+    5. While the slices have more than ``byte_budget`` bytes, the device with the most bytes per
+       share of the data goes one layer up.
+
+    **Our choice** of order: 3 comes before 4 and 5, as neither can wait. Devices that are not
+    trusted get ``k_min`` and do not count for tau, unless nobody is.
+
+    Args:
+        L: number of layers.
+        bytes_per_layer: of a layer's factors at its rank, one way; :func:`layer_bytes`.
+        ranks: of every layer, the same for all devices that train it.
+        mode: how tau is chosen. deadline: what tau is at most, in seconds.
+        k_min, k_max: bounds of every depth; k_max None is L.
+        memory: by device the bytes it has; without an entry it is not bound. mem: ``mem(k)``, the
+            bytes that a depth needs, which do not fall with k.
+        shares: p, by device its share of the data; default is the same for all.
+        byte_budget: of all slices of a round, one way.
+        max_step, cover_every: above.
+        eps: depths of the round before stay while they let devices wait less than ``eps`` times
+            the round's time.
+        rank_caps: by device the largest rank it trains; then the server averages rank by rank.
+
+    Raises:
+        ValueError: a setting out of range, naming it. TypeError: a depth or rank that is no int.
+
+    Source: LEGEND (arXiv 2412.20004). Only its abstract could be read: the algorithm is our choice,
+        with the paper's inputs and its aim.
+    """
+
+    def __init__(
+        self,
+        L: int,
+        bytes_per_layer: Sequence[float],
+        *,
+        ranks: Sequence[int],
+        mode: Mode = "fastest",
+        k_min: int = 1,
+        k_max: int | None = None,
+        memory: Mapping[Client, float] | None = None,
+        mem: Callable[[int], float] | None = None,
+        shares: Mapping[Client, float] | None = None,
+        byte_budget: float | None = None,
+        max_step: int = 3,
+        cover_every: int = 5,
+        eps: float = 0.0,
+        deadline: float | None = None,
+        rank_caps: Mapping[Client, int] | None = None,
+    ):
+        where = WHERE
+        _require_int(where, "L", L, 1)
+        for name, values in (("bytes_per_layer", bytes_per_layer), ("ranks", ranks)):
+            require(len(values) == L, where, name, f"one for each of {L} layers", len(values))
+        for layer, size in enumerate(bytes_per_layer):
+            require(_positive(size), where, f"bytes_per_layer[{layer}]", "a number above 0", size)
+        for layer, rank in enumerate(ranks):
+            _require_int(where, f"ranks[{layer}]", rank, 1)
+        require(mode in get_args(Mode), where, "mode", f"one of {get_args(Mode)}", repr(mode))
+        _require_int(where, "k_min", k_min, 1, L)
+        _require_int(where, "k_max", L if k_max is None else k_max, k_min, L)
+        _require_int(where, "max_step", max_step, 1)
+        _require_int(where, "cover_every", cover_every, 1)
+        require(math.isfinite(eps) and eps >= 0, where, "eps", "a number from 0", eps)
+        for name, value in (("byte_budget", byte_budget), ("deadline", deadline)):
+            require(value is None or _positive(value), where, name, "a number above 0", value)
+        require(memory is None or mem is not None, where, "mem", "mem(k) beside memory", "None")
+        for device, share in (shares or {}).items():
+            proper = math.isfinite(share) and share >= 0
+            require(proper, where, f"shares[{device!r}]", "a number from 0", share)
+        for device, cap in (rank_caps or {}).items():
+            _require_int(where, f"rank_caps[{device!r}]", cap, 1)
+        self.L = L
+        self.bytes_per_layer = tuple(bytes_per_layer)
+        self.ranks = tuple(ranks)
+        self.mode: Mode = mode
+        self.k_min = k_min
+        self.k_max = L if k_max is None else k_max
+        self.memory = dict(memory or {})
+        self.mem = mem
+        self.shares = None if shares is None else dict(shares)
+        self.byte_budget = byte_budget
+        self.max_step = max_step
+        self.cover_every = cover_every
+        self.eps = eps
+        self.deadline = deadline
+        self.rank_caps = dict(rank_caps or {})
+
+    def plan(self, device: Client, depth: int) -> LayerPlan:
+        """The last ``depth`` layers, with the ranks at which the device trains them."""
+        layers = tuple(range(self.L - depth, self.L))
+        return LayerPlan(layers, tuple(self.ranks_of(device)[self.L - depth :]))
+
+    def deepest(self, device: Client, limit: int) -> int:
+        """The largest depth that a device's limit and memory allow.
+
+        Raises:
+            ValueError: they do not allow ``k_min``.
+        """
+        where = f"{WHERE}.configure"
+        top = min(self.k_max, limit)
+        _require_int(where, f"limits[{device!r}]", top, self.k_min)
+        if device not in self.memory or self.mem is None:
+            return top
+        has, mem = self.memory[device], self.mem
+        fits = [k for k in range(self.k_min, top + 1) if mem(k) <= has]
+        needed = f"at least {mem(self.k_min)} for depth {self.k_min}; it cannot take part"
+        require(bool(fits), where, f"memory[{device!r}]", needed, has)
+        return fits[-1]
+
+    def ranks_of(self, device: Client) -> tuple[int, ...]:
+        """The rank of every layer, as a device trains it."""
+        cap = self.rank_caps.get(device)
+        return self.ranks if cap is None else tuple(min(rank, cap) for rank in self.ranks)
+
+    def configure(
+        self,
+        estimates: Mapping[Client, Estimate],
+        selected: Iterable[Client],
+        previous: Mapping[Client, LayerPlan | int] | None = None,
+        round: int | None = None,
+        limits: Mapping[Client, int] | None = None,
+    ) -> Configuration:
+        """Choose the depths of one round.
+
+        Args:
+            estimates: by device, also of others than the selected.
+            selected: the devices of the round; their order changes nothing.
+            previous: by device its plan or depth of the round before. A device that is missing, as
+                after a fault, may change by any step. None bounds nobody's step.
+            round: its number; None is a round in which not all layers need to train.
+            limits: by device a depth that it does not exceed, for other reasons than memory.
+
+        Returns:
+            plans by device, in ascending order of the devices.
+
+        Raises:
+            ValueError: nobody selected, or a device twice or without an estimate; an estimate that
+                is negative or not finite; a device whose memory or limit is below ``k_min``.
+        """
+        devices = self._devices(estimates, selected, limits or {})
+        target = self._target(devices)
+        depths = [device.deepest(target) for device in devices]
+        if previous is not None:
+            depths = self._steadied(devices, depths, previous)
+        calm = waiting_time(_times(devices, depths))
+        raised = None
+        if round is not None and round % self.cover_every == 0:
+            raised = self._cover(devices, depths, previous or {})
+        extra_wait = waiting_time(_times(devices, depths)) - calm
+        if self.byte_budget is not None:
+            self._spare(devices, depths, self.byte_budget)
+        found = self._result(devices, depths, target)
+        found.raised, found.extra_wait = raised, extra_wait
+        if raised is not None:
+            _log.info("%s: %r trains all it can, %.3g s more wait", WHERE, raised, extra_wait)
+        return found
+
+    def _devices(
+        self,
+        estimates: Mapping[Client, Estimate],
+        selected: Iterable[Client],
+        limits: Mapping[Client, int],
+    ) -> list[_Device]:
+        where = f"{WHERE}.configure"
+        names = list(selected)
+        require(bool(names), where, "selected", "at least one device", "none")
+        twice = [name for name in names if names.count(name) > 1]
+        require(not twice, where, "selected", "each device once", twice[:1])
+        found: list[_Device] = []
+        for name in sorted(names, key=lambda name: (isinstance(name, str), name)):
+            require(name in estimates, where, "estimates", f"one of device {name!r}", "none")
+            estimate = Estimate(*estimates[name])
+            check_estimate(where, f"estimates[{name!r}]", estimate)
+            k_max = self.deepest(name, limits.get(name, self.L))
+            sizes = self.bytes_per_layer
+            if name in self.rank_caps:
+                pairs = zip(sizes, self.ranks_of(name), self.ranks, strict=True)
+                sizes = [size * rank / full for size, rank, full in pairs]
+            share = 1.0 if self.shares is None else self.shares.get(name, math.nan)
+            require(not math.isnan(share), where, "shares", f"one of device {name!r}", "none")
+            useful = suffix_sums(self.ranks_of(name))
+            time = DeviceTime(estimate, suffix_sums(sizes))
+            found.append(_Device(name, time, self.k_min, k_max, share, useful))
+        return found
+
+    def _target(self, devices: list[_Device]) -> float:
+        trusted = [d for d in devices if d.time.estimate.trusted] or devices
+        fastest = min(device.time(device.k_max) for device in trusted)
+        if self.mode == "fastest":
+            target = fastest
+        elif self.mode == "balanced":
+            target = max(fastest, *(device.time(self.k_min) for device in trusted))
+        else:
+            target = self._most_useful(trusted)
+        return target if self.deadline is None else min(target, self.deadline)
+
+    def _most_useful(self, devices: list[_Device]) -> float:
+        """The tau with the shortest round for what it trains."""
+        taus = {d.time(k) for d in devices for k in range(self.k_min, d.k_max + 1)}
+        best, found = math.inf, min(taus)
+        for tau in sorted(taus):
+            depths = [device.deepest(tau) for device in devices]
+            pairs = list(zip(devices, depths, strict=True))
+            useful = math.fsum(d.share * d.useful[k] for d, k in pairs)
+            seconds = max(d.time(k) for d, k in pairs)
+            cost = seconds / useful if useful else math.inf
+            if cost < best:
+                best, found = cost, tau
+        return found
+
+    def _steadied(
+        self,
+        devices: list[_Device],
+        depths: list[int],
+        previous: Mapping[Client, LayerPlan | int],
+    ) -> list[int]:
+        """The depths of before where they are even enough, else a step of at most ``max_step``."""
+        before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
+        bounds = [(self.k_min, device.deepest(math.inf)) for device in devices]
+        if all(
+            device.name in previous and low <= k <= high
+            for device, k, (low, high) in zip(devices, before, bounds, strict=True)
+        ):
+            times = _times(devices, before)
+            if waiting_time(times) < self.eps * max(times):
+                return before
+        near = [
+            min(max(k, old - self.max_step), old + self.max_step)
+            for k, old in zip(depths, before, strict=True)
+        ]
+        return [
+            min(max(k, self.k_min), device.k_max) for k, device in zip(near, devices, strict=True)
+        ]
+
+    def _cover(
+        self,
+        devices: list[_Device],
+        depths: list[int],
+        previous: Mapping[Client, LayerPlan | int],
+    ) -> Client | None:
+        """Let somebody train as many layers as anybody can: the fastest of those who can, and of
+        those whose step is not too large for it where there are any."""
+        trusted = [device for device in devices if device.time.estimate.trusted]
+        deepest = max((device.k_max for device in trusted), default=0)
+        if max(depths) >= deepest:
+            return None
+        able = [device for device in trusted if device.k_max == deepest]
+        least = deepest - self.max_step
+        near = [d for d in able if _depth(previous.get(d.name, deepest)) >= least]
+        chosen = min(near or able, key=lambda device: device.time(deepest))
+        depths[devices.index(chosen)] = deepest
+        return chosen.name
+
+    def _spare(self, devices: list[_Device], depths: list[int], budget: float) -> None:
+        """Lower depths until the slices are within the budget."""
+
+        def cost(i: int) -> tuple[float, float]:
+            device, depth = devices[i], depths[i]
+            size = device.time.bytes_of[depth]
+            return (size / device.share if device.share else math.inf), device.time(depth)
+
+        while _bytes(devices, depths) > budget:
+            deeper = [i for i, depth in enumerate(depths) if depth > self.k_min]
+            if not deeper:
+                warnings.warn(
+                    f"{WHERE}: byte_budget: even depth {self.k_min} of all devices "
+                    f"exceeds {budget} bytes",
+                    stacklevel=3,
+                )
+                return
+            depths[max(deeper, key=cost)] -= 1
+
+    def _result(self, devices: list[_Device], depths: list[int], target: float) -> Configuration:
+        names = [device.name for device in devices]
+        found = Configuration(
+            (name, self.plan(name, k)) for name, k in zip(names, depths, strict=True)
+        )
+        times = _times(devices, depths)
+        found.depths = dict(zip(names, depths, strict=True))
+        found.times = dict(zip(names, times, strict=True))
+        found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
+        late = target * (1 + _SAME)
+        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
+        found.uncovered = tuple(range(self.L - max(depths)))
+        found.bytes = _bytes(devices, depths)
+        if len(found.over_target) == len(devices):
+            warnings.warn(
+                f"{WHERE}: all devices are over the target even at depth {self.k_min}", stacklevel=3
+            )
+        elif found.over_target:
+            _log.info("%s: over the target of %.3g s: %s", WHERE, target, found.over_target)
+        return found
+
+
+class _Device(NamedTuple):
+    """One of the selected devices."""
+
+    name: Client
+    time: DeviceTime
+    k_min: int
+    k_max: int
+    share: float
+    useful: Sequence[int]  # the sum of the ranks of the last k layers
+
+    def deepest(self, target: float) -> int:
+        """The largest depth within the target; of a device that is not trusted the least."""
+        if not self.time.estimate.trusted:
+            return self.k_min
+        depths = range(self.k_min, self.k_max + 1)
+        slack = target * (1 + _SAME)
+        return max(self.k_min, self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time))
+
+
+def _times(devices: Sequence[_Device], depths: Sequence[int]) -> list[float]:
+    return [device.time(k) for device, k in zip(devices, depths, strict=True)]
+
+
+def _bytes(devices: Sequence[_Device], depths: Sequence[int]) -> float:
+    return math.fsum(d.time.bytes_of[k] for d, k in zip(devices, depths, strict=True))
+
+
+def _depth(plan: LayerPlan | int) -> int:
+    return plan if isinstance(plan, int) else len(plan.layers)
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _require_int(where: str, name: str, value: Any, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name}: expected an int, found {value!r}")
+    wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+    require(least <= value and (most is None or value <= most), where, name, wanted, value)

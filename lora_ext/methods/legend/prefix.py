@@ -1,0 +1,199 @@
+"""The activations below the trained layers, kept from one epoch and round to the next."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.federated import LoraLayerManager
+from lora_ext.nn import Swap, adapted_layers, adapter_parameters, is_active
+from lora_ext.ops._checks import require
+
+WHERE = "PrefixCache"
+
+
+class PrefixCache:
+    """What each sample is when it leaves the blocks that neither train nor have an adapter.
+
+    Below its depth a device has the base model alone, so that this depends on the sample and
+    nothing else. It is computed once; later epochs and rounds begin above. Of ``L + 2k`` block
+    forwards' worth of work a step then saves ``L - k``. Where k falls, the blocks between run;
+    where it grows, what is kept is too high up, and is dropped.
+
+        manager.apply(plan, others="disabled")
+        with manager.boundary(), cache.batch(samples):
+            loss = loss_of(model(x), y)
+
+    Updates are those without the cache, bit for bit where a sample meets the same rows in its
+    batch: in another batch the base model's own products round differently.
+
+    Args:
+        manager: of the model; this one or another has been applied to a plan.
+        dtype: in which activations are kept; None is their own, and exact. bfloat16 takes half the
+            memory of float32.
+        device: where they are kept; None is where they are made.
+
+    Attributes:
+        hits, misses: batches that began above, and that did not.
+
+    Source: LEGEND (arXiv 2412.20004) trains a suffix of the layers; this cache is our choice.
+    """
+
+    def __init__(
+        self,
+        manager: LoraLayerManager,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        self.manager = manager
+        self.dtype = dtype
+        self.device = device
+        self.hits = self.misses = 0
+        self._blocks = 0  # how many blocks lie below what is kept
+        self._in_tuple = False
+        self._rows: dict[Hashable, Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many samples are kept."""
+        return len(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(row.numel() * row.element_size() for row in self._rows.values())
+
+    def clear(self) -> None:
+        """Drop everything, as after a change of the samples or of the base model."""
+        self._rows.clear()
+
+    @contextlib.contextmanager
+    def batch(self, samples: Sequence[Hashable]) -> Iterator[None]:
+        """A block in which the model is called with one batch, once.
+
+        Args:
+            samples: the name of each row: the same content, padding included, has the same name.
+
+        Raises:
+            ValueError: dropout or batch normalisation in training outside the blocks that train,
+                or an adapter below them that is on, naming the module; another number of rows than
+                of names; a block that returns more than its hidden state; a sample whose sequence
+                has another length than when it was kept.
+        """
+        names = list(samples)
+        lowest = self._lowest()
+        if lowest == 0:
+            yield
+            return
+        self._check_prefix(lowest)
+        if self._blocks > lowest:
+            self._rows.clear()
+        if not self._rows:
+            self._blocks = lowest
+        known = all(name in self._rows for name in names)
+        if known and len({self._rows[name].shape for name in names}) == 1:
+            self.hits += 1
+            with self._skipping(torch.stack([self._rows[name] for name in names])):
+                yield
+        else:
+            self.misses += 1
+            with self._recording(names):
+                yield
+
+    def _lowest(self) -> int:
+        """How many blocks lie below the lowest that trains."""
+        manager = self.manager
+        layers = adapted_layers(manager.model, manager.adapter)
+        trained = tuple(
+            f"{name}."
+            for name, layer in layers.items()
+            if any(p.requires_grad for p in adapter_parameters(layer, manager.adapter))
+        )
+        blocks = enumerate(manager.blocks)
+        lowest = (i for i, block in blocks if any(n.startswith(f"{block}.") for n in trained))
+        return next(lowest, manager.num_layers)
+
+    @contextlib.contextmanager
+    def _skipping(self, rows: Tensor) -> Iterator[None]:
+        model = self.manager.model
+        names = self.manager.blocks[: self._blocks]
+        stand_ins: dict[str, nn.Module] = {name: _Skipped(self._in_tuple) for name in names}
+        stand_ins[names[-1]] = _Recalled(rows, self._in_tuple)
+        for stand_in, name in zip(stand_ins.values(), names, strict=True):
+            stand_in.train(model.get_submodule(name).training)
+        swap = Swap(model, stand_ins, WHERE)
+        try:
+            yield
+        finally:
+            swap.restore(model, WHERE)
+
+    @contextlib.contextmanager
+    def _recording(self, names: list[Hashable]) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            alone = hidden is output or all(part is None for part in output[1:])
+            require(alone, WHERE, "model", "blocks that return their hidden state", type(output))
+            require(hidden.shape[0] == len(names), WHERE, "samples", hidden.shape[0], len(names))
+            self._in_tuple = hidden is not output
+            found = hidden.detach().to(self.device, self.dtype or hidden.dtype, copy=True)
+            self._rows.update(zip(names, found.unbind(), strict=True))
+
+        block = self.manager.model.get_submodule(self.manager.blocks[self._blocks - 1])
+        handle = block.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _check_prefix(self, lowest: int) -> None:
+        """Refuse what makes activations depend on more than their sample."""
+        manager = self.manager
+        above = tuple(f"{name}." for name in manager.blocks[lowest:])
+        for name, layer in adapted_layers(manager.model, manager.adapter).items():
+            inside = name.startswith(tuple(f"{block}." for block in manager.blocks[:lowest]))
+            off = not inside or not is_active(layer, manager.adapter)
+            wanted = "no adapter below the layers that train: apply(plan, others='disabled')"
+            require(off, WHERE, name, wanted, f"{manager.adapter!r} on")
+        for name, module in manager.model.named_modules():
+            if not module.training or f"{name}.".startswith(above) or ".lora_dropout." in name:
+                continue
+            found = _randomness(module)
+            require(not found, WHERE, name, "rows that depend on their sample alone", found)
+
+
+def _randomness(module: nn.Module) -> str:
+    """What makes a module's rows depend on more than their sample in training; "" for nothing."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "batch normalisation"
+    drops = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
+    drops |= {name: p for name, p in vars(module).items() if "dropout" in name}
+    found = (f"{name} = {p}" for name, p in drops.items() if isinstance(p, int | float) and p > 0)
+    return next(found, "")
+
+
+class _Skipped(nn.Module):
+    """In the place of a block that need not run."""
+
+    def __init__(self, in_tuple: bool):
+        super().__init__()
+        self.in_tuple = in_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if self.in_tuple else hidden_states
+
+
+class _Recalled(_Skipped):
+    """In the place of the last block that need not run: what it gave for these samples."""
+
+    def __init__(self, rows: Tensor, in_tuple: bool):
+        super().__init__(in_tuple)
+        self.rows = rows
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        expected, found = self.rows.shape[:-1], hidden_states.shape[:-1]
+        require(expected == found, WHERE, "samples", f"rows {[*expected]} as kept", [*found])
+        rows = self.rows.to(hidden_states.device, hidden_states.dtype)
+        return super().forward(rows)

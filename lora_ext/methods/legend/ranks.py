@@ -1,0 +1,165 @@
+"""How a sum of ranks is spread over the layers, and what the ranks weigh."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
+from lora_ext.ops._checks import require
+
+Shape = Literal["arithmetic", "uniform", "reverse", "geometric"]
+
+_log = logging.getLogger(__name__)
+
+
+def rank_distribution(
+    L: int,
+    total: int,
+    *,
+    step: float = 1,
+    r_min: int = 1,
+    r_max: int | None = None,
+    multiple: int = 1,
+    shape: Shape = "arithmetic",
+    ratio: float = 2.0,
+) -> tuple[int, ...]:
+    """The rank of every layer, ``r_l = r_0 + step * l``, such that the ranks sum to ``total``.
+
+    Layer 0 is at the input. Fractions are rounded by the largest remainder, equal ones up at the
+    output first. Ranks are then clipped to ``[r_min, r_max]``; what that adds is taken from the
+    output side first, what it cuts is given there first, and the order of the ranks stays.
+
+    Args:
+        L: number of layers.
+        total: the sum of the ranks.
+        step: lambda, how much the rank rises from one layer to the next.
+        r_min, r_max: bounds of every rank; None is no upper one.
+        multiple: every rank is a multiple of it, 8 for the pages of the kernels. The sum is then
+            the nearest that is possible, within ``multiple * L / 2`` of ``total``; it is logged.
+        shape: "arithmetic"; "uniform", step 0; "reverse", the arithmetic one from output to input;
+            "geometric", in which the last layer has ``ratio`` times the rank of the first.
+        ratio: of "geometric".
+
+    Returns:
+        ``L`` ranks, which do not fall ("reverse": do not rise) from layer 0 on.
+
+    Raises:
+        ValueError: a setting out of range; a sum that the bounds do not allow, with the least or
+            the largest one. TypeError: an L, sum or bound that is no int.
+
+    Source: LEGEND (arXiv 2412.20004): higher ranks nearer to the output. The general formula, its
+        rounding and its other shapes are our choice.
+    """
+    where = "rank_distribution"
+    for name, value, least in (
+        ("L", L, 1),
+        ("total", total, 0),
+        ("r_min", r_min, 0),
+        ("r_max", r_max, 0),
+        ("multiple", multiple, 1),
+    ):
+        if not (name == "r_max" and value is None):
+            _require_int(where, name, value, least)
+    require(shape in get_args(Shape), where, "shape", f"one of {get_args(Shape)}", repr(shape))
+    require(math.isfinite(step), where, "step", "a finite number", step)
+    rises = step >= 0 or shape in ("uniform", "geometric")
+    require(rises, where, "step", f"at least 0 with shape {shape!r}", step)
+    require(math.isfinite(ratio) and ratio >= 1, where, "ratio", "a number from 1", ratio)
+    require(r_max is None or r_max >= r_min, where, "r_max", f"at least r_min = {r_min}", r_max)
+
+    low = -(-r_min // multiple)  # in units of ``multiple``
+    high = None if r_max is None else r_max // multiple
+    sum_of = min(max(_nearest(total, multiple), L * low), math.inf if high is None else L * high)
+    slack = multiple * L / 2 if multiple > 1 else 0
+    enough = high is None or high >= low
+    require(enough, where, "r_max", f"a multiple of {multiple} from r_min = {r_min} on", r_max)
+    least = L * low * multiple
+    require(total >= least - slack, where, "total", f"at least {least}, r_min in each layer", total)
+    if high is not None:
+        most = L * high * multiple
+        require(total <= most + slack, where, "total", f"at most {most}, r_max in each", total)
+    wished = [value / multiple for value in _wished(L, total, step, shape, ratio)]
+    ranks = _clipped(_rounded(wished, int(sum_of)), int(sum_of), low, high)
+    ranks = [rank * multiple for rank in ranks]
+    if sum(ranks) != total:
+        _log.info("%s: ranks that are multiples of %d sum to %d", where, multiple, sum(ranks))
+    return tuple(reversed(ranks) if shape == "reverse" else ranks)
+
+
+def layer_bytes(
+    state: Mapping[str, Tensor], ranks: Sequence[int], pattern: str = PATTERN
+) -> tuple[int, ...]:
+    """Bytes of every layer one way, ``itemsize * r_l * sum of (I + O)`` over its modules.
+
+    Args:
+        state: the global adapter, of which the ranks do not count. ranks: one for each layer.
+        pattern: finds the index of a layer in a name.
+
+    Raises:
+        ValueError: another number of ranks than of layers; a rank above ``min(I, O)`` of a module,
+            which no update needs, naming the module. TypeError: a rank that is no int.
+    """
+    where = "layer_bytes"
+    pairs = layer_pairs(f"{where}: state", state, pattern)
+    count = check_layers(where, {pair.layer for pair in pairs})
+    require(len(ranks) == count, where, "ranks", f"one for each of {count} layers", len(ranks))
+    sums = [0] * count
+    for pair in pairs:
+        a, b = state[pair.a], state[pair.b]
+        rank, most = ranks[pair.layer], min(a[0].numel(), b.shape[0])
+        _require_int(where, f"ranks[{pair.layer}]", rank, 1)
+        require(rank <= most, where, f"ranks[{pair.layer}]: {pair.module}", f"at most {most}", rank)
+        sums[pair.layer] += rank * (a.element_size() * a[0].numel() + b.element_size() * b.shape[0])
+    return tuple(sums)
+
+
+def _require_int(where: str, name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name}: expected an int, found {value!r}")
+    require(value >= least, where, name, f"at least {least}", value)
+
+
+def _nearest(total: int, multiple: int) -> int:
+    """How many units are nearest to a sum; of two, the more."""
+    return (2 * total + multiple) // (2 * multiple)
+
+
+def _wished(L: int, total: int, step: float, shape: Shape, ratio: float) -> list[float]:
+    """Real ranks of the shape that sum to ``total``, and do not fall."""
+    if shape == "geometric":
+        growth = [ratio ** (i / max(1, L - 1)) for i in range(L)]
+        return [total * g / math.fsum(growth) for g in growth]
+    step = 0 if shape == "uniform" else step
+    first = (total - step * L * (L - 1) / 2) / L
+    return [first + step * i for i in range(L)]
+
+
+def _rounded(values: Sequence[float], total: int) -> list[int]:
+    """The integers around values that do not fall, nor do they; their sum comes nearest to
+    ``total``, and is that where the sum of the values is."""
+    # Equal remainders, which floating point tells apart, are to count as equal.
+    found = [math.floor(value + 1e-9) for value in values]
+    rest = [round(value - whole, 9) for value, whole in zip(values, found, strict=True)]
+    order = sorted(range(len(values)), key=lambda i: (-rest[i], -i))
+    for place in order[: max(0, total - sum(found))]:
+        found[place] += 1
+    return found
+
+
+def _clipped(ranks: list[int], total: int, low: int, high: int | None) -> list[int]:
+    """Ranks within bounds, of the same sum and order."""
+    top = math.inf if high is None else high
+    ranks = [int(min(max(rank, low), top)) for rank in ranks]
+    last = len(ranks) - 1
+    while sum(ranks) > total:  # the highest layer that stays above its lower neighbour
+        i = next(i for i in range(last, -1, -1) if ranks[i] > (ranks[i - 1] if i else low))
+        ranks[i] -= 1
+    while sum(ranks) < total:  # the highest layer that stays below its upper neighbour
+        i = next(i for i in range(last, -1, -1) if ranks[i] < (top if i == last else ranks[i + 1]))
+        ranks[i] += 1
+    return ranks

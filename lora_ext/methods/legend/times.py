@@ -1,0 +1,124 @@
+"""How long a round takes a device, and how long the devices of a round wait for each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
+from lora_ext.federated.payload import plan_bytes
+from lora_ext.federated.plan import LayerPlan
+from lora_ext.federated.update import Client
+from lora_ext.ops._checks import require
+
+from .capacity import CapacityReport, Estimate
+
+
+class DeviceTime(NamedTuple):
+    """``T(k) = f + k mu + beta U(k)`` of one device; ``U(k)``: the bytes of the last k layers."""
+
+    estimate: Estimate
+    bytes_of: Sequence[float]  # U(0) to U(L)
+
+    def __call__(self, depth: int) -> float:
+        """Seconds of a round in which the last ``depth`` layers train."""
+        f, mu, beta = self.estimate[:3]
+        return f + depth * mu + beta * self.bytes_of[depth]
+
+
+def suffix_sums(values: Sequence[Any]) -> list[Any]:
+    """``sums[k]``, k from 0 on: the sum of the last k values."""
+    sums = [0]
+    for value in reversed(values):
+        sums.append(sums[-1] + value)
+    return sums
+
+
+def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
+    """``W = mean_i(max_j T_j - T_i)``: how long a device waits for the slowest, on the mean.
+
+    Args:
+        times: seconds of the devices of one round; of a mapping its values.
+
+    Returns:
+        seconds, 0 exactly where all are equal.
+
+    Raises:
+        ValueError: no times, or one that is negative or no finite number.
+
+    Source: LEGEND (arXiv 2412.20004), whose devices are to finish together.
+    """
+    found = list(times.values() if isinstance(times, Mapping) else times)
+    require(bool(found), "waiting_time", "times", "at least one", "none")
+    for value in found:
+        real = math.isfinite(value) and value >= 0
+        require(real, "waiting_time", "times", "seconds from 0", value)
+    longest = max(found)
+    return math.fsum(longest - value for value in found) / len(found)
+
+
+class RoundTime(NamedTuple):
+    """What a simulated round took."""
+
+    times: dict[Client, float]  # seconds of each device
+    seconds: float  # of the slowest
+    waiting: float  # W
+
+
+class SimulatedClock:
+    """Rounds timed by speeds that are known, instead of by a clock.
+
+    ``T = f + d mu + beta (down + up) / 2``: the bytes are those of the planned layers, and down
+    those of all layers where a device gets all. d is how far the backward goes down, from the
+    output to the lowest planned layer, which for a suffix is its depth.
+
+    Args:
+        speeds: by device its f, mu and beta.
+        state: the global adapter, of which sizes count. pattern: finds the index of a layer.
+        send_frozen: whether devices get the layers that they do not train.
+
+    Attributes:
+        seconds: of all rounds so far.
+
+    Raises:
+        ValueError: a state without layers.
+    """
+
+    def __init__(
+        self,
+        speeds: Mapping[Client, Estimate],
+        state: Mapping[str, Tensor],
+        pattern: str = PATTERN,
+        send_frozen: bool = False,
+    ):
+        layers = {pair.layer for pair in layer_pairs("SimulatedClock: state", state, pattern)}
+        self.L = check_layers("SimulatedClock", layers)
+        self.speeds = dict(speeds)
+        self.state = state
+        self.pattern = pattern
+        self.send_frozen = send_frozen
+        self.seconds = 0.0
+
+    def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
+        """What a device with such speeds reports of a round."""
+        f, mu, beta = self.speeds[device][:3]
+        up = plan_bytes(self.state, plan, self.pattern)
+        whole = LayerPlan(tuple(range(self.L)))
+        down = plan_bytes(self.state, whole, self.pattern) if self.send_frozen else up
+        reach = self.L - plan.layers[0] if plan.layers else 0
+        return CapacityReport(
+            device, len(plan.layers), f + reach * mu, beta * down / 2, up, beta * up / 2
+        )
+
+    def advance(self, plans: Mapping[Client, LayerPlan]) -> RoundTime:
+        """Let a round pass: the devices train in parallel, and the slowest ends it."""
+        times: dict[Client, float] = {}
+        for device, plan in plans.items():
+            report = self.report(device, plan)
+            times[device] = report.train_time + report.down_time + (report.up_time or 0.0)
+        seconds = max(times.values(), default=0.0)
+        self.seconds += seconds
+        return RoundTime(times, seconds, waiting_time(times) if times else 0.0)

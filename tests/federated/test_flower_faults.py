@@ -1,0 +1,383 @@
+"""Bad, late and missing replies on Flower: each is told by node and reason, and the run goes on."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federated_rounds import same_bits
+from flower_apps import MODULE, Classifier, Meddled, Suffixes, Wire, batches, initial, run
+from flwr.app import Array, Message, RecordDict
+
+from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
+from lora_ext.interop.flower import from_arrays, to_arrays
+
+A2, B2 = MODULE.format(2, "A"), MODULE.format(2, "B")
+CAPABILITY = {0: 1, 1: 1, 2: 2}
+
+
+def npy(value: np.ndarray, pickle: bool = False) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value, allow_pickle=pickle)
+    return file.getvalue()
+
+
+def federation(meddle: dict[int, Any], rounds: int = 1, **settings: Any):
+    """A run in which some nodes meddle with their replies: strategy, and the state at its end."""
+    app = Meddled(make_client_app(Classifier, batches), meddle)
+    strategy = LoraStrategy(Suffixes(), **{"capability": CAPABILITY, **settings})
+    result = run(strategy, LocalGrid(app, 3), rounds)
+    return strategy, from_arrays(result.arrays)
+
+
+def array(key: str, **fields: Any):
+    """A reply whose array has other fields."""
+
+    def meddle(reply: Message) -> None:
+        for name, value in fields.items():
+            setattr(reply.content["lora"][key], name, value)
+
+    return meddle
+
+
+def tensor(key: str, value: np.ndarray | None, new_key: str | None = None):
+    def meddle(reply: Message) -> None:
+        record = reply.content["lora"]
+        if value is None:
+            del record[key]
+        else:
+            record[new_key or key] = Array(value)
+
+    return meddle
+
+
+def metrics(**values: Any):
+    def meddle(reply: Message) -> None:
+        record = reply.content["metrics"]
+        for name, value in values.items():
+            name = name.replace("_", "-")
+            if value is None:
+                del record[name]
+            else:
+                record[name] = value
+
+    return meddle
+
+
+def echo(**values: Any):
+    def meddle(reply: Message) -> None:
+        for name, value in values.items():
+            reply.content["echo"][name.replace("_", "-")] = value
+
+    return meddle
+
+
+def without(record: str):
+    def meddle(reply: Message) -> None:
+        del reply.content[record]
+
+    return meddle
+
+
+class Loud:
+    def __reduce__(self):
+        return pytest.fail, ("it was unpickled",)
+
+
+OBJECTS = npy(np.array([[Loud()] * 6] * 3, dtype=object), pickle=True)
+ONES = np.ones((3, 6), np.float32)
+NAN = np.full((3, 6), np.nan, np.float32)
+PROMISES = npy(ONES).replace(b"(3, 6), }   ", b"(3, 69999), }")
+FAULTS = {
+    "one row is not broadcast": (
+        tensor(A2, ONES[:1]),
+        rf"{A2}: expected shape \[3, 6\], found shape \[1, 6\]",
+    ),
+    "a forged shape": (
+        array(A2, shape=(1, 6)),
+        rf"{A2}: shape: expected \[3, 6\] as in its bytes, found \[1, 6\]",
+    ),
+    "bytes of another shape than they are said to have": (
+        array(A2, data=npy(ONES[:1])),
+        rf"{A2}: shape: expected \[1, 6\] as in its bytes, found \[3, 6\]",
+    ),
+    "a forged dtype": (
+        array(A2, dtype="float64"),
+        rf"{A2}: dtype: expected float32 as in its bytes, found float64",
+    ),
+    "bits that are said to be bfloat16": (
+        array(A2, dtype="bfloat16"),
+        rf"{A2}: dtype: expected float32 as in its bytes, found uint16",
+    ),
+    "objects": (array(A2, data=OBJECTS), rf"{A2}: dtype: expected numbers, found object"),
+    "a pickle": (
+        array(A2, stype="pickle"),
+        rf"{A2}: expected stype 'numpy.ndarray', found 'pickle'",
+    ),
+    "no array": (array(A2, data=b"PK"), rf"{A2}: expected the bytes of a .npy file"),
+    "cut off": (
+        array(A2, data=npy(ONES)[:-1]),
+        rf"{A2}: data: expected 72 bytes, found 71",
+    ),
+    "a header that promises more": (
+        array(A2, data=PROMISES),
+        rf"{A2}: data: expected 839988 bytes, found 73",
+    ),
+    "integers": (tensor(A2, ONES.astype(np.int32)), rf"{A2}: dtype: expected numbers, found int32"),
+    "an unknown name": (
+        tensor(A2, ONES, "x.lora_A.weight"),
+        "x.lora_A.weight: expected a name of the plan, found none that it has",
+    ),
+    "outside the plan": (
+        tensor(A2, ONES, MODULE.format(0, "A")),
+        rf"{MODULE.format(0, 'A')}: expected a name of the plan",
+    ),
+    "half a pair": (tensor(B2, None), rf"{B2}: expected .* found none"),
+    "NaN": (tensor(A2, NAN), rf"{A2}: expected finite values, found 18 that are not"),
+    "no examples": (metrics(num_examples=0), "num-examples: expected a number above 0.* found 0"),
+    "fewer than none": (metrics(num_examples=-3), "num-examples: expected .* found -3"),
+    "NaN examples": (metrics(num_examples=float("nan")), "num-examples: expected .* found nan"),
+    "a list of examples": (metrics(num_examples=[1, 2]), "num-examples: expected .* found list"),
+    "examples left out": (metrics(num_examples=None), "num-examples: expected .* found NoneType"),
+    "a stale echo": (echo(server_round=0), "echo: expected round 1, found 0"),
+    "an echo of another kind": (echo(server_round="1"), "echo: expected round 1, found '1'"),
+    "another plan": (
+        echo(layers=[1, 2]),
+        r"echo: expected LayerPlan\(layers=\(2,\).* found LayerPlan\(layers=\(1, 2\)",
+    ),
+    "a plan that is none": (echo(layers=[2, 2]), "echo: expected .* found .*found 2 twice"),
+    "ranks that nobody asked for": (echo(ranks=[1]), "echo: expected .* ranks=None.* ranks=.1,"),
+    "no echo": (without("echo"), r"records: expected 'echo', found \['lora', 'metrics'\]"),
+    "no arrays": (without("lora"), "records: expected 'lora'"),
+    "no metrics": (without("metrics"), "records: expected 'metrics'"),
+    "nothing at all": (
+        lambda reply: setattr(reply, "content", RecordDict()),
+        r"records: expected 'echo', found \[\]",
+    ),
+    "a manifest for arrays that are none": (
+        echo(names=[A2], dtypes=["float32"], dims=[2], sizes=[3, 6]),
+        "arrays: expected 'packed' alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_reply_is_rejected_and_the_others_are_averaged(name):
+    meddle, reason = FAULTS[name]
+    heard: list[Any] = []
+    strategy, end = federation(
+        {1: meddle}, on_reject=lambda round, client, why: heard.append((round, client, why))
+    )
+    (log,) = strategy.history
+    assert log.accepted == (0, 2) and not log.skipped
+    assert set(log.rejected) == {1}
+    assert re.search(rf"^node 1: .*{reason}", log.rejected[1]), log.rejected[1]
+    assert heard == [(1, 1, log.rejected[1])]
+    assert same_bits(end, without_client_1()), "as if the client had not been asked"
+
+
+@functools.cache
+def without_client_1() -> dict[str, torch.Tensor]:
+    return federation({}, capability={0: 1, 1: 0, 2: 2})[1]
+
+
+def test_an_exception_of_a_client_is_an_error_reply_and_the_round_goes_on():
+    def raising(partition: int):
+        if partition == 1:
+            raise OSError("disk is gone")
+        return batches(partition)
+
+    for backend in ("loop", "batched"):
+        strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+        app = make_client_app(Classifier, raising, backend=backend)
+        end = from_arrays(run(strategy, LocalGrid(app, 3), rounds=1).arrays)
+        (log,) = strategy.history
+        reason = "node 1: reply: expected one without error, found error 2: OSError: disk is gone"
+        assert log.accepted == (0, 2) and log.rejected == {1: reason}
+        for key, value in without_client_1().items():
+            assert (value - end[key]).abs().max() < 1e-6, f"{backend}: {key}"
+
+
+def test_a_client_without_data_is_rejected_without_an_error():
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+    app = make_client_app(Classifier, lambda i: [] if i == 1 else batches(i))
+    run(strategy, LocalGrid(app, 3), rounds=1)
+    assert strategy.history[0].accepted == (0, 2)
+    assert "num-examples: expected a number above 0" in strategy.history[0].rejected[1]
+
+
+def test_too_few_replies_leave_every_bit_and_the_run_goes_on():
+    start = to_arrays(initial())
+    hashes = []
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY, min_replies=2)
+    meddle = {0: metrics(num_examples=0), 1: lambda reply: None, 2: tensor(A2, ONES[:1])}
+    fixed = {"round": 0}
+
+    def bad_until_round_3(reply: Message) -> Any:
+        fixed["round"] = reply.content["echo"]["server-round"]
+        if fixed["round"] < 3:
+            return meddle[reply.metadata.src_node_id](reply)
+
+    app = Meddled(make_client_app(Classifier, batches), dict.fromkeys(range(3), bad_until_round_3))
+    result = strategy.start(
+        LocalGrid(app, 3),
+        start,
+        3,
+        evaluate_fn=lambda _, arrays: hashes.append(arrays.object_id),
+    )
+    assert [log.skipped for log in strategy.history] == [True, True, False]
+    assert strategy.history[0].reason == "replies: expected at least 2, found 1"
+    assert hashes[:3] == [start.object_id] * 3 and hashes[3] != start.object_id
+    assert result.arrays.object_id == hashes[3]
+    assert list(result.train_metrics_clientapp) == [3]
+
+
+def test_a_run_of_skipped_rounds_ends_with_the_adapter_that_it_began_with():
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+
+    def raising(partition: int):
+        raise OSError
+
+    start = to_arrays(initial())
+    result = strategy.start(LocalGrid(make_client_app(Classifier, raising), 3), start, 2)
+    assert result.arrays.object_id == start.object_id
+    assert [log.skipped for log in strategy.history] == [True, True]
+
+
+class Clock:
+    """Seconds that pass when a client trains."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_straggler_is_not_waited_for_and_those_after_it_are_not_started():
+    clock, trained = Clock(), []
+
+    def slow(partition: int):
+        trained.append(partition)
+        clock.now += 100.0 if partition == 1 and len(trained) < 3 else 1.0
+        return batches(partition)
+
+    late: list[Any] = []
+
+    class Strategy(LoraStrategy):
+        def timed_out(self, round, client, plan, seconds):
+            late.append((round, client, plan, seconds))
+
+    strategy = Strategy(Suffixes(), capability=CAPABILITY)
+    grid = LocalGrid(make_client_app(Classifier, slow), 3, clock=clock)
+    run(strategy, grid, rounds=2, timeout=30.0)
+    first, second = strategy.history
+    assert first.accepted == (0,) and trained == [0, 1, 0, 1, 2]
+    reason = "node {0}: no reply within 30 s"
+    assert first.rejected == {client: reason.format(client) for client in (1, 2)}
+    assert late == [(1, 1, LayerPlan((2,)), 30.0), (1, 2, LayerPlan((1, 2)), 30.0)]
+    assert second.accepted == (0, 1, 2), "it is asked again"
+
+
+def test_a_late_reply_is_known_by_its_echo():
+    kept: list[Message] = []
+
+    def late(replies: list[Message]) -> list[Message]:
+        kept.append(replies[1])
+        return [replies[0], replies[2]] if len(kept) == 1 else [kept[0], *replies]
+
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+    heard: list[Any] = []
+    strategy.on_reject = lambda round, client, reason: heard.append((round, client, reason))
+    run(strategy, Wire(make_client_app(Classifier, batches), 3, late), rounds=2)
+    assert [log.accepted for log in strategy.history] == [(0, 2), (0, 1, 2)]
+    assert strategy.history[1].rejected == {}, "its reply of this round is there, too"
+    assert heard[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
+
+
+@pytest.mark.parametrize("kind", ["equal", "another"])
+def test_a_node_that_replies_twice(kind):
+    def twice(replies: list[Message]) -> list[Message]:
+        again = Message(
+            RecordDict({name: r.copy() for name, r in replies[1].content.items()}),
+            reply_to=Message(RecordDict(), 1, "train"),
+        )
+        if kind == "another":
+            metrics(num_examples=7)(again)
+        return [*replies, again]
+
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+    run(strategy, Wire(make_client_app(Classifier, batches), 3, twice), rounds=1)
+    (log,) = strategy.history
+    assert log.accepted == ((0, 1, 2) if kind == "equal" else (0, 2))
+    assert log.rejected == (
+        {}
+        if kind == "equal"
+        else {1: "node 1: client 1: reply: expected one, or equal ones, found two that differ"}
+    )
+
+
+def test_a_node_that_was_not_asked_is_told_so():
+    strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 0, 2: 2})
+
+    def stranger(replies: list[Message]) -> list[Message]:
+        copy = Message(replies[0].content, reply_to=Message(RecordDict(), 1, "train"))
+        return [*replies, copy]
+
+    run(strategy, Wire(make_client_app(Classifier, batches), 3, stranger), rounds=1)
+    (log,) = strategy.history
+    reason = "node 1: reply: expected none, as it was not asked, found one"
+    assert log.rejected == {"node 1": reason}
+    assert log.accepted == (0, 2)
+
+
+def test_the_order_of_the_replies_changes_no_bit():
+    ends = [
+        run(
+            LoraStrategy(Suffixes(), capability=CAPABILITY),
+            Wire(make_client_app(Classifier, batches), 3, order),
+        ).arrays.object_id
+        for order in (list, reversed, lambda replies: [replies[i] for i in (1, 2, 0)])
+    ]
+    assert len(set(ends)) == 1
+
+
+def test_arrays_in_the_order_of_columns_are_read_as_they_are():
+    def turned(reply: Message) -> None:
+        record = reply.content["lora"]
+        for key in list(record):
+            record[key] = Array(np.asfortranarray(record[key].numpy()))
+            assert b"'fortran_order': True" in record[key].data
+
+    _, end = federation({1: turned})
+    _, plain = federation({})
+    assert same_bits(end, plain)
+
+
+def test_what_is_nan_never_reaches_the_adapter():
+    nan = {1: tensor(A2, NAN)}
+    with pytest.raises(ValueError, match=f"client 1: {A2}: expected finite values"):
+        federation(nan, nan_policy="raise")
+    strategy, end = federation(nan, nan_policy="drop_tensor")
+    assert strategy.history[0].accepted == (0, 1, 2)
+    assert all(bool(value.isfinite().all()) for value in end.values())
+
+
+def test_a_long_update_is_scaled_down_and_logged():
+    strategy, _ = federation({1: tensor(A2, 1000 * ONES)}, max_update_norm=1.0)
+    (log,) = strategy.history
+    assert log.accepted == (0, 1, 2) and 0 < log.clipped[1] < 1e-3
+
+
+def test_a_client_may_leave_modules_out_where_that_is_allowed():
+    def half(reply: Message) -> None:
+        for factor in "AB":
+            del reply.content["lora"][MODULE.format(1, factor)]
+
+    strategy, _ = federation({2: half}, partial_ok=True)
+    assert strategy.history[0].accepted == (0, 1, 2) and strategy.history[0].uncovered == (0, 1)

@@ -1,0 +1,125 @@
+"""The strategy on Flower: who is asked for what, and what subclasses can say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from federated_rounds import same_bits
+from flower_apps import Classifier, Suffixes, batches, initial, run
+
+from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
+from lora_ext.interop.flower import from_arrays
+
+
+def local(nodes: int = 3, **settings: Any) -> LocalGrid:
+    return LocalGrid(make_client_app(Classifier, batches, **settings), nodes)
+
+
+def test_a_run_moves_the_layers_that_were_trained_and_no_others():
+    strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 1, 2: 2})
+    end = from_arrays(run(strategy, local()).arrays)
+    start = initial()
+    moved = {key for key in end if not same_bits({key: end[key]}, {key: start[key]})}
+    assert moved == {key for key in end if ".layers.0." not in key}
+    last = strategy.history[-1]
+    assert (last.round, last.accepted, last.rejected, last.heights) == (2, (0, 1, 2), {}, (0, 1, 3))
+    assert last.uncovered == (0,)
+
+
+def test_batched_clients_train_what_a_loop_trains():
+    ends = []
+    for backend in ("loop", "batched"):
+        strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 2, 2: 3})
+        ends.append(from_arrays(run(strategy, local(backend=backend)).arrays))
+    for key, value in ends[0].items():
+        assert (value - ends[1][key]).abs().max() < 1e-5, key
+
+
+class Hooks(LoraStrategy):
+    """All clients planned at once; every call of a hook written down."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def before_round(self, round, state):
+        self.calls.append(("before", round, sorted(state) == sorted(initial())))
+
+    def plan_round(self, round, clients):
+        self.calls.append(("plan", round, dict(clients)))
+        return {client: LayerPlan((round % 3,)) for client in clients if client != 1}
+
+    def observe(self, round, client, plan, metrics):
+        known = {"train-time-s", "down-time-s", "bytes", "num-examples", "train-loss"}
+        self.calls.append(("observe", round, client, plan, known <= set(metrics)))
+        assert metrics["bytes"] == 4 * 2 * 3 * 6  # A and B of one module, float32
+
+    def timed_out(self, round, client, plan, seconds):
+        self.calls.append(("late", round, client, plan, seconds))
+
+
+def test_a_subclass_plans_for_all_at_once_and_sees_every_reply():
+    strategy = Hooks()
+    run(strategy, local(), rounds=2)
+    assert strategy.calls == [
+        call
+        for round in (1, 2)
+        for call in (
+            ("before", round, True),
+            ("plan", round, {0: 3, 1: 3, 2: 3}),
+            ("observe", round, 0, LayerPlan((round,)), True),
+            ("observe", round, 2, LayerPlan((round,)), True),
+        )
+    ]
+
+
+class Shrinking(LoraStrategy):
+    """From round 2 on, the last layer has rank 1."""
+
+    def before_round(self, round, state):
+        if round == 2:
+            cut = {
+                key: value[:1] if "lora_A" in key else value[:, :1] for key, value in state.items()
+            }
+            return {k: cut[k] if ".layers.2." in k else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_ranks_may_change_between_rounds(pack):
+    """A client's model has the largest rank, and trains at the one that comes."""
+    ends = []
+    for backend in ("loop", "batched"):
+        strategy = Shrinking(Suffixes(), capability={0: 0, 1: 1, 2: 2}, pack=pack)
+        ends.append(from_arrays(run(strategy, local(backend=backend), rounds=3).arrays))
+        assert [log.accepted for log in strategy.history] == [(1, 2)] * 3
+    ranks = {k.split(".")[3]: v.shape[0] for k, v in ends[0].items() if "lora_A" in k}
+    assert ranks == {"0": 3, "1": 3, "2": 1}
+    for key, value in ends[0].items():
+        assert (value - ends[1][key]).abs().max() < 1e-5, key
+
+
+def test_a_global_adapter_that_the_model_cannot_hold_is_an_error_reply():
+    state = {
+        key: torch.cat([value, value], 0 if "lora_A" in key else 1)
+        for key, value in initial().items()
+    }
+    strategy = LoraStrategy(Suffixes())
+    run(strategy, local(1), rounds=1, state=state)
+    assert "expected shape [3, 6], found shape [6, 6]" in strategy.history[0].rejected[0]
+
+
+def test_one_without_an_allocator_says_so():
+    with pytest.raises(ValueError, match="allocator: expected one, or an own plan_round"):
+        run(LoraStrategy(), local())
+
+
+@pytest.mark.parametrize("trained_in", ["loop", "batched"])
+def test_a_client_with_another_scale_is_an_error_reply(trained_in):
+    for scaling, accepted in ((2 / 3, (0,)), (1.0, ())):  # alpha 2, rank 3
+        strategy = LoraStrategy(Suffixes(), scaling=scaling)
+        run(strategy, local(1, backend=trained_in), rounds=1)
+        assert strategy.history[0].accepted == accepted
+    reason = "message: scaling of layers.0: expected 1, found 0.666667"
+    assert reason in strategy.history[0].rejected[0]

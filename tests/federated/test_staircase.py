@@ -1,0 +1,232 @@
+"""Rows leave the graph below their client's lowest layer, and nobody's result changes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from adapted_models import KINDS, adapted
+from client_models import (
+    PLANS,
+    Classifier,
+    assert_close,
+    loop,
+    next_token,
+    tokens,
+    vectors,
+)
+from federated_rounds import same_bits
+from torch import Tensor, nn
+
+from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
+from lora_ext.nn import LoraLinear
+
+ALL = (0, 1, 2)
+ROWS = 8  # of the four clients' first steps together
+
+
+def trained(model: nn.Module, clients, plans, state, **options) -> list[Update]:
+    """A round in which the staircase may not give up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return BatchedClients(model, clients, **options).run_round(plans, state)
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """Of all tensors that a graph keeps for its backward, but for the model's own."""
+    total = 0
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal total
+        total += 0 if t.data_ptr() in weights else t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return total
+
+
+@pytest.mark.parametrize("others", ["frozen", "disabled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_depths_of_all_kinds_equal_the_loop(kind: str, others: str):
+    model = adapted(kind).double()
+    manager = LoraLayerManager(model)
+    state = manager.state_slice()
+    plans = [LayerPlan((2,)), LayerPlan((0, 2)), LayerPlan(()), LayerPlan((1, 2)), LayerPlan((2,))]
+    lengths = [[4, 6], [7], [3, 3, 5], [5], [6, 6]]
+    clients = [
+        ClientSpec(i, tokens(lengths[i], i, rows=1 + i % 3), lr=0.05) for i in range(len(plans))
+    ]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = trained(model, clients, plans, state, others=others)
+    assert same_bits(dict(model.state_dict()), before)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert getattr(model, "config", None) is None or model.config.use_cache
+    for update, spec, plan in zip(found, clients, plans, strict=True):
+        if plan.layers:
+            wanted = loop(model, manager, state, spec, plan, others, loss_of=next_token)
+            assert_close(update, wanted, 1e-10)
+    assert found[2].tensors == {}
+    assert found[2].num_examples == 9
+
+
+def rows_with_a_graph(model: nn.Module, run: Callable[[], object]) -> list[list[tuple[int, bool]]]:
+    """Of each block's calls, how many rows they had and whether there was a graph."""
+    calls: list[list[tuple[int, bool]]] = [[] for _ in ALL]
+    for index, layer in enumerate(model.model.layers):
+
+        def watch(module: nn.Module, args: Any, index: int = index) -> None:
+            calls[index].append((args[0].shape[0], torch.is_grad_enabled()))
+
+        layer.mlp.register_forward_pre_hook(watch)
+    run()
+    return calls
+
+
+def test_a_block_runs_the_rows_of_deep_clients_with_a_graph_and_the_others_without():
+    model = adapted("ours").double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, tokens([5], i, rows=2), lr=0.1) for i in range(3)]
+    plans = [LayerPlan((2,)), LayerPlan((1, 2)), LayerPlan((1,))]
+    calls = rows_with_a_graph(model, lambda: trained(model, clients, plans, state))
+    assert calls == [[(6, False)], [(4, True), (2, False)], [(6, True)]]
+
+
+def test_what_is_saved_for_the_backward_falls_with_each_clients_depth():
+    model = adapted("ours")
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, tokens([9], i, rows=16), lr=0.1) for i in range(2)]
+
+    def saved(first: int, second: int, **options) -> int:
+        plans = [LayerPlan(ALL[-depth:]) for depth in (first, second)]
+        return saved_bytes(model, lambda: trained(model, clients, plans, state, **options))
+
+    whole, two, one = (saved(depth, depth) for depth in (3, 2, 1))
+    assert one < two < whole
+    assert one + whole == pytest.approx(2 * two, rel=0.05)  # as much for each layer
+    assert saved(3, 1) == pytest.approx((whole + one) / 2, rel=0.05)
+    assert saved(3, 1, staircase=False) > 0.95 * whole
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames what it calls it
+def test_a_checkpoint_computes_the_same_parts_again():
+    model = adapted("ours").double().train()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, tokens([4 + i, 6], i), lr=0.05) for i in range(4)]
+    plans = [LayerPlan((2,)), LayerPlan((0, 2)), LayerPlan((1,)), LayerPlan(())]
+    wanted = trained(model, clients, plans, state)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert saved_bytes(model, lambda: trained(model, clients, plans, state)) > 0
+    for update, other in zip(trained(model, clients, plans, state), wanted, strict=True):
+        assert_close(update, other, 1e-12)
+
+
+class Block(nn.Module):
+    """A layer that takes and returns whatever a model likes."""
+
+    def __init__(self, q: LoraLinear, compute: Callable[..., Any]):
+        super().__init__()
+        self.q, self.compute = q, compute
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.compute(x + torch.tanh(self.q(x)), *args, **kwargs)
+
+
+class Stack(nn.Module):
+    """Blocks that run as ``run(blocks, x)`` says."""
+
+    def __init__(self, run: Callable[..., Tensor], compute: Callable[..., Any] = lambda y: y):
+        super().__init__()
+        inner = Classifier()
+        self.layers = nn.ModuleList(Block(layer, compute) for layer in inner.layers)
+        self.head, self.run = inner.head, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.layers, x))
+
+
+def in_order(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def twice(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    return in_order(blocks, blocks[0](x))
+
+
+def upside_down(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    return in_order(reversed(blocks), x)
+
+
+def with_an_object(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x, cache=object())
+    return x
+
+
+def with_a_table(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x, torch.arange(ROWS, dtype=x.dtype))
+    return x
+
+
+def first_of(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)[0]
+    return x
+
+
+def check_equal(model: Stack, clients: list[ClientSpec], updates: list[Update]) -> None:
+    manager = LoraLayerManager(model)
+    state = manager.state_slice()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    for update, spec in zip(updates, clients, strict=True):
+        assert_close(update, loop(model, manager, state, spec, PLANS[spec.client]), 1e-10)
+
+
+def test_blocks_that_take_and_return_structures_are_divided():
+    def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            x, shared, (again, factor) = block(x, [x], scale={"by": 2.0, "rows": x[:, :1]})
+            assert shared is None and factor == 2.0 and again.shape == x.shape
+        return x
+
+    def compute(y: Tensor, others: list[Tensor], scale: dict[str, Any]) -> Any:
+        y = y + scale["by"] * others[0] * scale["rows"]
+        return y, None, [y, 2.0]
+
+    model = Stack(run, compute).double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(c, vectors([3, 4], i), lr=0.05) for i, c in enumerate(PLANS)]
+    check_equal(model, clients, trained(model, clients, PLANS, state))
+
+
+def only_with_a_graph(y: Tensor) -> Tensor:
+    return y * (1 // int(torch.is_grad_enabled()))
+
+
+@pytest.mark.parametrize(
+    ("run", "compute", "found"),
+    [
+        (twice, lambda y: y, "block 0 runs after block 0"),
+        (upside_down, lambda y: y, "block 1 runs after block 2"),
+        (with_an_object, lambda y, cache: y, "a block gets a object"),
+        (with_a_table, lambda y, table: y + table.mean(), "a block computes other values"),
+        (first_of, lambda y: (y, y.new_ones(3)), r"returns tensors of \[3\], \[3\]"),
+        (first_of, lambda y: {0: y}, "a block returns a dict"),
+        (in_order, only_with_a_graph, "division or modulo by zero"),
+    ],
+)
+def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run, compute, found):
+    model = Stack(run, compute).double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
+        updates = BatchedClients(model, clients).run_round(PLANS, state)
+    assert len(caught) == 1  # of the round's first step; the others do without
+    check_equal(model, clients, updates)

@@ -1,0 +1,108 @@
+"""A small model on vectors, its data, and federations of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from lora_ext.federated import LayerPlan, LoraLayerManager
+from lora_ext.interop.flower import LocalGrid, LoraStrategy, to_arrays
+from lora_ext.nn import LoraLinear
+
+WIDTH, RANK, LAYERS, CLASSES = 6, 3, 3, 4
+MODULE = "base_model.model.layers.{}.lora_{}.weight"
+
+
+class Classifier(nn.Module):
+    """Three blocks with an adapter each, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        linears = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(LAYERS)]
+        settings = {"r": RANK, "init_lora_weights": False, "lora_alpha": 2}
+        self.layers = nn.ModuleList(LoraLinear(linear, **settings) for linear in linears)
+        self.head = nn.Linear(WIDTH, CLASSES).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
+    """Two steps; client i has i + 2 rows in each."""
+    generator = torch.Generator().manual_seed(partition)
+    rows = partition + 2
+    return [
+        (
+            torch.randn(rows, WIDTH, generator=generator),
+            torch.randint(0, CLASSES, (rows,), generator=generator),
+        )
+        for _ in range(2)
+    ]
+
+
+class Suffixes:
+    """The layers nearest to the output, as many as the client can train."""
+
+    def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
+        return LayerPlan(tuple(range(LAYERS - capability, LAYERS)))
+
+
+def initial() -> dict[str, Tensor]:
+    return LoraLayerManager(Classifier()).state_slice()
+
+
+def run(
+    strategy: LoraStrategy,
+    grid: Any,
+    rounds: int = 2,
+    state: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+):
+    """A whole run; Flower's result."""
+    return strategy.start(grid, to_arrays(state or initial()), rounds, **settings)
+
+
+class Meddled(ClientApp):
+    """An app some of whose nodes send something else than it replies.
+
+    ``meddle`` has for a node a function of its reply, which changes it or returns another.
+    """
+
+    def __init__(self, app: ClientApp, meddle: Mapping[int, Callable[[Message], Any]]):
+        super().__init__()
+        self.app = app
+        self.meddle = meddle
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = self.app(message, context)
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type == "train" and node in self.meddle:
+            return self.meddle[node](reply) or reply
+        return reply
+
+
+class Wire(LocalGrid):
+    """A grid that adds up what passes, and hands replies to ``change`` before the strategy."""
+
+    def __init__(self, app: Any, nodes: int, change: Callable[[list[Message]], Any] | None = None):
+        super().__init__(app, nodes)
+        self.change = change or list
+        self.down = self.up = 0
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        self.down += sum(r.count_bytes() for m in messages for r in m.content.values())
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        if any(m.metadata.message_type == "train" for m in messages):
+            replies = list(self.change(replies))
+        answered = [reply for reply in replies if reply.has_content()]
+        self.up += sum(r.count_bytes() for m in answered for r in m.content.values())
+        return replies

@@ -1,0 +1,362 @@
+"""Continuous batching of transformers on an attached model, on the CPU (sdpa and paged|eager)."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONFIGS, make_model, make_peft, tokens
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+import lora_ext
+
+NEW = 6
+MANY = [f"a{i}" for i in range(16)]
+PAGE = 4
+
+
+def adapter(pool: lora_ext.AdapterPool, seed: int, **fields: Any) -> Any:
+    """Random factors, big enough to change tokens, of a rank that depends on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = fields.setdefault("target_modules", ["q_proj", "v_proj", "down_proj", "lm_head"])
+    rank, state = 2 + seed % 5, {}
+    for module, spec in pool.index.linear.items():
+        if module.rpartition(".")[2] in targets:
+            stem = f"base_model.model.{module}"
+            a = torch.randn(rank, spec.in_features, generator=generator)
+            b = torch.randn(spec.out_features, rank, generator=generator)
+            state |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b * 0.3}
+            if fields.get("use_dora"):
+                state[f"{stem}.lora_magnitude_vector"] = torch.rand(spec.out_features) + 5
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, **fields}, state
+
+
+def attached(family: str = "llama", slots: int = 16, **how: Any) -> tuple[Any, Any]:
+    model = make_model(family)
+    targets = ["c_attn", "c_fc"] if family == "gpt2" else None
+    pool = lora_ext.AdapterPool(model, max_slots=slots, max_rank=8)
+    for seed, name in enumerate(MANY[:slots]):
+        fields = {} if targets is None else {"target_modules": targets}
+        pool.load(name, adapter(pool, seed, **fields))
+    return lora_ext.attach(model, pool, **how), pool
+
+
+def batching(**fields: Any) -> dict[str, Any]:
+    settings = {"num_blocks": 128, "page_size": PAGE, "max_batch_tokens": 32, **fields}
+    return {
+        "generation_config": GenerationConfig(
+            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        "continuous_batching_config": ContinuousBatchingConfig(**settings),
+    }
+
+
+def prompts(count: int, shared: int = 0) -> list[list[int]]:
+    """Prompts of different lengths, the first tokens of which are the same."""
+    start = tokens(1, shared, 99)[0].tolist() if shared else []
+    return [start + tokens(1, 2 + 3 * i % 11, i)[0].tolist() for i in range(count)]
+
+
+def alone(model: Any, prompt: list[int], name: str | None) -> list[int]:
+    ids = torch.tensor([prompt])
+    with lora_ext.adapters(name, pool=pool_of(model)):
+        how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    return out[0, len(prompt) :].tolist()
+
+
+def pool_of(model: Any) -> Any:
+    return model.model.layers[0].self_attn.q_proj.pool if hasattr(model, "model") else None
+
+
+def generated(results: dict[str, Any]) -> list[list[int]]:
+    assert [result.error for result in results.values()] == [None] * len(results)
+    return [result.generated_tokens for result in results.values()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_requests_of_16_adapters_equal_the_same_requests_alone(family: str, attention: str) -> None:
+    model, pool = attached(family)
+    model.set_attn_implementation(attention)
+    given, names = [*prompts(16), *prompts(3)], [*MANY, None, "__base__", "a3"]
+    found = generated(model.generate_batch(given, adapter_names=names, **batching()))
+    expected = [alone(model, *each) for each in zip(given, names, strict=True)]
+    assert found == expected
+    assert len({str(tokens) for tokens in expected}) > 16  # adapters matter
+    assert pool.stats()["pins"] == 0
+    assert model.config._attn_implementation == attention
+
+
+def test_shared_prefixes_never_cross_adapters() -> None:
+    """The same prompt for all; each adapter's second request finds the blocks of its first."""
+    model, _ = attached()
+    prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
+    names = ["a0", None, "a1", "a2"]
+    expected = [alone(model, prompt, name) for name in names]
+    assert len({str(tokens) for tokens in expected}) == 4
+    matches = []
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        search = manager.batch_processor.cache.search_prefix_match
+        manager.batch_processor.cache.search_prefix_match = lambda *a: (
+            matches.append(search(*a)) or matches[-1]
+        )
+        for _ in range(2):
+            for name, answer in zip(names, expected, strict=True):
+                manager.add_request(prompt, adapter_name=name)
+                assert manager.get_result(timeout=30).generated_tokens == answer
+    assert matches == [0] * 4 + [4 * PAGE] * 4
+
+
+def test_a_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None:
+    model, pool = attached()
+    prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
+    answers = []
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        for version in range(3):
+            pool.update("a0", adapter(pool, 20 + version))
+            manager.add_request(prompt, adapter_name="a0")
+            answers.append(manager.get_result(timeout=30).generated_tokens)
+            assert answers[-1] == alone(model, prompt, "a0")
+    assert len({str(tokens) for tokens in answers}) == 3
+
+
+def test_a_running_request_ends_with_the_adapter_that_it_began_with() -> None:
+    model, pool = attached()
+    prompt = tokens(1, 9, 7)[0].tolist()
+    how = batching()
+    how["generation_config"].max_new_tokens = 40
+    with model.continuous_batching_context_manager(**how) as manager:
+        step, go = manager._generation_step, threading.Event()
+        manager._generation_step = lambda: (go.wait(), step())
+        manager.add_request(prompt, adapter_name="a0")
+        expected = alone(model, prompt, "a0")
+        pool.update("a0", adapter(pool, 30))
+        pool.unload("a0")
+        go.set()
+        result = manager.get_result(timeout=30)
+        assert result.generated_tokens[:NEW] == expected
+        with pytest.raises(KeyError, match="'a0' is not loaded"):
+            manager.add_request(prompt, adapter_name="a0")
+    assert pool.stats()["pins"] == 0
+
+
+def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() -> None:
+    """Forked children have other ids; a prompt longer than a step's budget comes in parts."""
+    model, pool = attached(slots=4)
+    given, names = prompts(4, shared=30), ["a0", "a1", None, "a0"]
+    how = batching()
+    how["generation_config"].num_return_sequences = 3
+    how["generation_config"].do_sample = True
+    how["generation_config"].top_k = 1
+    found = generated(model.generate_batch(given, adapter_names=names, **how))
+    expected = [alone(model, *each) for each in zip(given, names, strict=True)]
+    assert found == [tokens for tokens in expected for _ in range(3)]
+    assert pool.stats()["pins"] == 0
+
+
+def test_requests_that_were_preempted_keep_their_adapter() -> None:
+    """A cache with room for few of them: the others are thrown out and begin anew."""
+    model, pool = attached()
+    given = prompts(8, shared=13)
+    how = batching(num_blocks=24, allow_block_sharing=False)
+    how["generation_config"].max_new_tokens = 30
+    with model.continuous_batching_context_manager(**how) as manager:
+        offloaded = []
+        offload = manager.batch_processor.offloading_manager.offload_requests
+        manager.batch_processor.offloading_manager.offload_requests = lambda: (
+            offloaded.append(1) or offload()
+        )
+        ids = manager.add_requests(given, adapter_names=MANY[:8], max_new_tokens=30)
+        results = [manager.get_result(timeout=60) for _ in ids]
+    found = {result.request_id: result.generated_tokens[:NEW] for result in results}
+    assert offloaded
+    for request_id, prompt, name in zip(ids, given, MANY, strict=False):
+        assert found[request_id] == alone(model, prompt, name)
+    assert pool.stats()["pins"] == 0
+
+
+def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
+    model, pool = attached(slots=2)
+    state = adapter(pool, 40)
+    pool.prefetch({f"b{i}": adapter(pool, 40 + i) for i in range(4)})
+    given, names = prompts(6), ["a0", "a1", "b0", "b1", "b2", "b3"]
+    found = generated(model.generate_batch(given, adapter_names=names, **batching()))
+    assert found == [alone(model, *each) for each in zip(given, names, strict=True)]
+    manager = model.init_continuous_batching(**batching())
+    manager.add_request(given[0], adapter_name="a0")
+    manager.add_request(given[0], adapter_name="a1")
+    with pytest.raises(lora_ext.pool.PoolFullError, match="the rest is pinned"):
+        manager.add_request(given[0], adapter_name="b0")
+    assert state[0]["r"] == 2
+    manager.start()
+    manager.stop()
+    assert pool.stats()["pins"] == 0
+
+
+def test_cancelled_requests_are_pinned_no_more() -> None:
+    model, pool = attached(slots=2)
+    how = batching()
+    how["generation_config"].max_new_tokens = 400
+    with model.continuous_batching_context_manager(**how) as manager:
+        request = manager.add_request([5, 6, 7], adapter_name="a0")
+        other = manager.add_request([5, 6, 7], adapter_name="a1", max_new_tokens=NEW)
+        manager.cancel_request(request)
+        assert manager.get_result(timeout=30).request_id == other
+    assert pool.stats()["pins"] == 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Whose names
+
+
+def test_a_block_or_a_default_names_the_requests() -> None:
+    model, pool = attached(slots=2)
+    given, names = prompts(2), ["a1", None]
+    expected = [alone(model, *each) for each in zip(given, names, strict=True)]
+    with lora_ext.adapters(names):
+        assert generated(model.generate_batch(given, **batching())) == expected
+        with pytest.raises(ValueError, match="names of the block: expected one for each of 3 req"):
+            model.generate_batch(prompts(3), **batching())
+        other = generated(model.generate_batch(given, adapter_names=["a0", "a0"], **batching()))
+    assert other == [alone(model, prompt, "a0") for prompt in given] != expected
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    paged = model.generate(ids, adapter_names=names, cache_implementation="paged", **batching())
+    assert paged[0, 0, 3:].tolist() == alone(model, [5, 6, 7], "a1")
+    assert paged[0, 1, 3:].tolist() == alone(model, [8, 9, 3], None)
+    lora_ext.attach(lora_ext.detach(model), pool, default="a1")
+    assert generated(model.generate_batch(given[:1], **batching())) == expected[:1]
+    lora_ext.attach(lora_ext.detach(model), pool, default="error")
+    with pytest.raises(RuntimeError, match="default='error'"):
+        model.generate_batch(given, **batching())
+    assert generated(model.generate_batch(given, adapter_names=names, **batching())) == expected
+
+
+def test_single_requests_take_the_block_too() -> None:
+    model, _ = attached(slots=2)
+    prompt = prompts(1)[0]
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        with lora_ext.adapters("a1"):
+            manager.add_request(prompt)
+            manager.add_request(prompt, adapter_name=None)
+        with lora_ext.adapters(["a0", "a1"]), pytest.raises(ValueError, match="each of 1 requests"):
+            manager.add_request(prompt)
+        results = {r.request_id: r.generated_tokens for r in map(_result, [manager] * 2)}
+    assert results == {
+        "req_0": alone(model, prompt, "a1"),
+        "req_1": alone(model, prompt, None),
+    }
+
+
+def _result(manager: Any) -> Any:
+    return manager.get_result(timeout=30)
+
+
+def test_wrong_names_raise_before_anything_runs() -> None:
+    model, pool = attached(slots=2)
+    for names, error, message in (
+        (["a0", "a7"], KeyError, "'a7' is not loaded; 2 are loaded"),
+        (["a0"], ValueError, "adapter_names: expected one for each of 2 requests, found 1"),
+        (["a0", 3], ValueError, "adapter_names: expected str or None, found 3"),
+    ):
+        with pytest.raises(error, match=message):
+            model.generate_batch(prompts(2), adapter_names=names, **batching())
+    with lora_ext.adapters([["a0", "a1"]]), pytest.raises(ValueError, match="names of tokens"):
+        model.generate_batch(prompts(2), **batching())
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        manager.add_request([5, 6], "mine", adapter_name="a0", max_new_tokens=400)
+        with pytest.raises(ValueError, match="request_id: expected one that is not in use"):
+            manager.add_request([5, 6], "mine", adapter_name="a1")
+        manager.cancel_request("mine")
+    assert pool.stats()["pins"] == 0
+
+
+# -------------------------------------------------------------------------------------------------
+# What is refused, and detach
+
+
+def test_a_manager_that_knows_no_adapters_is_refused() -> None:
+    model, _ = attached(slots=2)
+    how = batching()
+    manager = ContinuousBatchingManager(
+        model, how["generation_config"], how["continuous_batching_config"]
+    )
+    manager.start()
+    manager.add_request([5, 6, 7])
+    result = manager.get_result(timeout=30)
+    manager.stop()
+    assert "a manager that knows no adapters" in result.error
+    assert result.generated_tokens == []
+
+
+def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
+    plain = make_model("llama")
+    model = lora_ext.from_peft(make_peft(plain, CONFIGS["llama"]))
+    given = prompts(2)
+    with pytest.raises(NotImplementedError, match="no adapter_names on a PEFT model"):
+        model.generate_batch(given, adapter_names=["red", "green"], **batching())
+    model.set_adapter("green")
+    found = generated(model.generate_batch(given, **batching()))
+    how = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    for prompt, answer in zip(given, found, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        assert out[0, len(prompt) :].tolist() == answer
+
+
+def test_compiled_steps_are_refused_and_leave_the_model_as_it_was() -> None:
+    model, _ = attached(slots=2)
+    model.set_attn_implementation("eager")
+    how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
+    with pytest.raises(NotImplementedError, match="attached model without varlen_compile_config"):
+        model.generate_batch(prompts(2), adapter_names="a0", **how)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
+    model, pool = attached(slots=2)
+    given = prompts(2)
+    expected = [alone(model, prompt, None) for prompt in given]
+    how = batching()
+    with model.continuous_batching_context_manager(**how) as manager:
+        with pytest.raises(RuntimeError, match=r"detach: expected no manager .* that runs"):
+            lora_ext.detach(model)
+    model.generate_batch(given, adapter_names="a0", persistent_manager=True, **how)
+    manager = model._cached_continuous_batching_manager
+    lora_ext.detach(model)
+    processor = manager.batch_processor
+    for thing in (model, manager, manager.output_router, processor.cache, processor.scheduler):
+        own = {name for name in vars(thing) if callable(getattr(type(thing), name, None))}
+        assert own == set()
+    assert generated(model.generate_batch(given, **how)) == expected
+    lora_ext.attach(model, pool)
+    model._cached_continuous_batching_manager = manager
+    answers = generated(model.generate_batch(given, adapter_names="a1", **how))
+    assert answers == [alone(model, prompt, "a1") for prompt in given] != expected
+
+
+def test_dora_rows_and_threads_of_their_own_are_served() -> None:
+    """Two servers' threads use one pool at once, and one adapter is a DoRA one."""
+    model, pool = attached(slots=4)
+    pool.update("a0", adapter(pool, 50, use_dora=True, target_modules=["q_proj", "down_proj"]))
+    twin = make_model("llama")
+    lora_ext.attach(twin, pool)
+    given, names = prompts(6), ["a0", "a1", None, "a2", "a0", "a3"]
+    expected = [alone(model, *each) for each in zip(given, names, strict=True)]
+    found: dict[int, list[list[int]]] = {}
+
+    def serve(which: int, served: Any) -> None:
+        for _ in range(2):
+            results = served.generate_batch(given, adapter_names=names, **batching())
+            found[which] = generated(results)
+
+    threads = [threading.Thread(target=serve, args=each) for each in enumerate((model, twin))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: expected, 1: expected}
+    assert pool.stats()["pins"] == 0

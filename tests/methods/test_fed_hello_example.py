@@ -1,0 +1,38 @@
+"""examples/fed_hello.py with its smallest sizes, and the pictures of the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scripts import missing, run_quickly
+
+from lora_ext.methods.fed_hello import draw_accuracy, draw_bytes, draw_heights
+
+MISSING = missing("matplotlib", "rich", "sklearn", "tqdm")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+
+
+def test_two_federations_are_told_of_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quickly(monkeypatch, "fed_hello", tmp_path)
+    assert (tmp_path / "fed_hello.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "HLA(rgd, bottleneck, 6 layers of weights" in printed
+    assert "all, as they can" in printed and "strong clients alone" in printed
+    assert "│ 1.00" in printed  # strong clients send all layers
+
+
+def test_pictures_say_what_they_show() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    lines = draw_accuracy({"a": [0.1, 0.2], "b": [0.3]})
+    assert [line.get_xdata().tolist() for line in lines.lines] == [[1, 2], [1]]
+    assert [t.get_text() for t in lines.get_legend().get_texts()] == ["a", "b"]
+    sent = draw_bytes({"a": [2_000_000, 5_000_000]})
+    assert sent.lines[0].get_ydata().tolist() == [2, 5] and "MB" in sent.get_ylabel()
+    heights = draw_heights([(1, 0, 3), (2, 0, 1)])
+    assert heights.images[0].get_array().tolist() == [[1, 2], [0, 0], [3, 1]]
+    assert heights.images[0].origin == "lower"

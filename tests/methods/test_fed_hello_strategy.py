@@ -1,0 +1,181 @@
+"""FedHello on Flower's interface, its clients in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="flwr is not installed: the extra `fed` has it")
+
+import torch
+from federated_rounds import same_bits
+from flower_apps import Classifier, batches, initial, run
+
+from lora_ext.federated import LayerPlan, LocalGrid, LoraLayerManager, make_client_app
+from lora_ext.interop.flower import from_arrays
+from lora_ext.methods import fed_hello
+from lora_ext.methods.fed_hello import HLA, EmptyProxySet, FedHelloConfig, fim_scores
+from lora_ext.nn import block_index
+
+CAPABILITY = {0: 1, 1: 2, 2: 3, 3: 0}
+PROXY = batches(9)
+
+
+def grid(**settings: Any) -> LocalGrid:
+    return LocalGrid(make_client_app(Classifier, batches, **settings), 4)
+
+
+def fim(**fields: Any) -> HLA:
+    return HLA("bottleneck", 3, kind="fim", prior_rounds=2, every=2, **fields)
+
+
+def strategy(allocator: HLA | FedHelloConfig, **settings: Any) -> Any:
+    return fed_hello.FedHello(
+        allocator, capability=CAPABILITY, **{"model_fn": Classifier, "proxy": PROXY, **settings}
+    )
+
+
+@pytest.mark.parametrize("trained", ["loop", "batched"])
+def test_clients_get_the_plans_of_the_allocation(trained):
+    hla = HLA("triangle", 3, kind="rgd", seed=5)
+    own = strategy(hla)
+    run(own, grid(backend=trained), rounds=3)
+    assert [log.round for log in own.history] == [1, 2, 3]
+    for log in own.history:
+        assert log.plans == {c: hla.plan(log.round, c, CAPABILITY[c]) for c in (0, 1, 2)}
+        assert log.accepted == (0, 1, 2) and not log.rejected
+        assert sum(log.heights) == 6
+
+
+def test_layers_are_scored_with_the_global_adapter_before_the_plans_of_their_rounds():
+    own = strategy(fim())
+    first = from_arrays(run(own, grid(), rounds=1).arrays)
+    expected = HLA.of(own.config, 3)
+    model = Classifier()
+    LoraLayerManager(model).load_slice(first)
+    scores = fim_scores(model, PROXY, lambda name: block_index(name, r"layers\.(\d+)\."))
+    expected.update(2, scores)
+    run(own, grid(), rounds=1, state=first)
+    assert own.history[1].plans == {c: expected.plan(2, c, CAPABILITY[c]) for c in (0, 1, 2)}
+    assert torch.equal(own.allocator.weights(2), expected.weights(2))
+    assert len(set(own.allocator.weights(2).tolist())) > 1
+    assert own.allocator.state_dict()["importance"][0][0] == 2
+
+
+def test_settings_are_enough_and_samples_may_come_from_a_function():
+    calls = []
+
+    def proxy():
+        calls.append(1)
+        return iter(PROXY)
+
+    config = FedHelloConfig(kind="fim", prior_rounds=2, every=2)
+    own, other = strategy(config, proxy=proxy), strategy(fim())
+    ends = [from_arrays(run(each, grid(), rounds=4).arrays) for each in (own, other)]
+    assert len(calls) == 2 and same_bits(*ends)
+    assert own.allocator.L == 3
+
+
+@pytest.mark.parametrize("given", [fim(), FedHelloConfig(kind="fim", prior_rounds=2, every=2)])
+def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(given):
+    whole = strategy(fim())
+    end = from_arrays(run(whole, grid(), rounds=5).arrays)
+    stopped = strategy(fim())
+    middle = from_arrays(run(stopped, grid(), rounds=3).arrays)
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = strategy(given)
+    resumed.load_state_dict(state)
+    assert same_bits(from_arrays(run(resumed, grid(), rounds=2, state=middle).arrays), end)
+    plans = [{c: p.layers for c, p in log.plans.items()} for log in resumed.history]
+    assert plans == [{c: p.layers for c, p in log.plans.items()} for log in whole.history]
+
+
+def test_scores_that_are_not_finite_leave_the_weights(caplog):
+    x, y = PROXY[0]
+    hla = fim()
+    own = strategy(hla, proxy=[(x * float("inf"), y)])
+    with caplog.at_level("WARNING", logger="flwr"):
+        run(own, grid(), rounds=2)
+    assert torch.equal(hla.weights(2), hla.weights(1))
+    assert own.history[1].accepted == (0, 1, 2)
+    warned = [r.getMessage() for r in caplog.records]
+    assert any(m.startswith("round 2: scores [nan") and "stay" in m for m in warned)
+
+
+def test_the_log_says_what_is_drawn_by(caplog):
+    with caplog.at_level("INFO", logger="flwr"):
+        run(strategy(HLA("triangle", 3, kind="rgd")), grid(), rounds=2)
+    said = [r.getMessage() for r in caplog.records if "weights" in r.getMessage()]
+    assert said == ["FedHello: HLA(rgd, triangle, 3 layers of weights 0.500, 0.333, 0.167)"]
+
+
+def test_layers_that_nobody_can_be_given_are_warned_of_once():
+    message = re.escape("layers [2] can never be trained: HLA(gd, triangle, 3 layers")
+    with pytest.warns(UserWarning, match=message):
+        own = fed_hello.FedHello(HLA("triangle", 3), capability={0: 1, 1: 2, 2: 0, 3: 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(own, grid())
+        strategy(HLA("triangle", 3))  # client 2 trains all
+    with pytest.warns(UserWarning, match=message):
+        run(fed_hello.FedHello(HLA("triangle", 3), capability=lambda client: 2), grid())
+
+
+def test_a_round_without_plans_is_skipped():
+    hla = HLA("triangle", 3)
+    own = fed_hello.FedHello(hla, capability=lambda client: 0)
+    result = run(own, grid(), rounds=1)
+    assert own.history[0].skipped and own.history[0].plans == {}
+    assert same_bits(from_arrays(result.arrays), initial())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: strategy(LayerPlan((0,))), TypeError, "allocator: expected HLA or FedHelloConfig"),
+        (
+            lambda: strategy(fim(), proxy=[]),
+            EmptyProxySet,
+            "proxy: expected samples for kind 'fim', found none",
+        ),
+        (lambda: strategy(fim(), proxy=None), EmptyProxySet, "proxy: expected samples"),
+        (
+            lambda: run(strategy(fim(), proxy=lambda: []), grid()),
+            EmptyProxySet,
+            "batches: expected at least one sample, found none",
+        ),
+        (
+            lambda: strategy(fim(), model_fn=None),
+            ValueError,
+            "model_fn: expected a model for kind 'fim', found None",
+        ),
+        (
+            lambda: run(strategy(HLA("triangle", 4, kind="rgd")), grid()),
+            ValueError,
+            "allocator: expected one of 3 layers, found 4",
+        ),
+        (
+            lambda: run(fed_hello.FedHello(HLA("uniform", 3), capability={0: 3}), grid()),
+            ValueError,
+            "capability: expected one for client 1",
+        ),
+        (
+            lambda: fed_hello.FedHello(HLA("uniform", 3), capability={0: True}),
+            TypeError,
+            "capabilities: expected an integer, found True",
+        ),
+        (lambda: strategy(HLA("uniform", 3), fraction_train=0.0), ValueError, "fraction_train: ex"),
+    ],
+)
+def test_errors_name_the_argument_before_anything_is_sent(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_another_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'FedGoodbye'"):
+        fed_hello.FedGoodbye  # noqa: B018

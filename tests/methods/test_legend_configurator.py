@@ -1,0 +1,333 @@
+"""Depths chosen such that devices finish together: known answers, laws, corrections, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import warnings
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lora_ext.federated import LayerPlan
+from lora_ext.methods.legend import Estimate, LegendConfigurator, waiting_time
+
+RANKS = tuple(range(1, 13))
+KINDS = (Estimate(1, 0.1, 0.01), Estimate(1.2, 0.2, 0.02), Estimate(1.5, 0.4, 0.05))
+TWELVE = dict(enumerate([KINDS[0]] * 2 + [KINDS[1]] * 4 + [KINDS[2]] * 6))
+
+
+def configurator(L: int = 12, **fields) -> LegendConfigurator:
+    ranks = tuple(range(1, L + 1))
+    return LegendConfigurator(L, fields.pop("bytes_per_layer", ranks), ranks=ranks, **fields)
+
+
+def time_of(estimate: Estimate, depth: int, sizes=RANKS) -> float:
+    return estimate.f + depth * estimate.mu + estimate.beta * sum(sizes[len(sizes) - depth :])
+
+
+def test_the_known_answer_of_twelve_devices():
+    found = configurator().configure(TWELVE, range(12))
+    assert found.target == pytest.approx(2.98)
+    assert list(found.depths.values()) == [12, 12, 4, 4, 4, 4, 1, 1, 1, 1, 1, 1]
+    assert [found.times[i] for i in (0, 2, 6)] == pytest.approx([2.98, 2.84, 2.50])
+    assert found.waiting == pytest.approx(0.2867, abs=5e-5)
+    assert found.seconds == pytest.approx(2.98)
+    assert found.bytes == 396  # 936 at full depth
+    assert found[2] == LayerPlan((8, 9, 10, 11), (9, 10, 11, 12))
+    assert (found.over_target, found.uncovered, found.raised) == ((), (), None)
+    full = [time_of(estimate, 12) for estimate in TWELVE.values()]
+    assert max(full) == pytest.approx(10.20)
+    assert waiting_time(full) == pytest.approx(2.8833, abs=5e-5)
+
+
+@pytest.mark.parametrize("mode", ["fastest", "balanced"])
+@pytest.mark.parametrize(
+    "estimates",
+    [
+        {7: Estimate(3, 1, 0.5)},  # alone
+        dict.fromkeys(range(5), Estimate(1, 0.3, 0.01)),  # all equal
+        {0: Estimate(1, 0, 0), 1: Estimate(1, 0, 0)},  # depth costs nothing
+    ],
+)
+def test_all_layers_train_where_nobody_need_wait(mode: str, estimates: dict[int, Estimate]):
+    found = configurator(mode=mode).configure(estimates, estimates)
+    assert set(found.depths.values()) == {12}
+    assert found.waiting == 0
+
+
+def test_balanced_lets_fast_devices_fill_the_time_that_the_slowest_needs_anyway():
+    found = configurator(mode="balanced", k_min=3).configure(TWELVE, range(12))
+    assert found.target == pytest.approx(4.35)  # 1.5 + 3 * .4 + .05 * 33, of the slowest
+    assert list(found.depths.values()) == [12] * 2 + [8] * 4 + [3] * 6
+    assert not found.over_target
+    fastest = configurator(k_min=3).configure(TWELVE, range(12))
+    assert fastest.over_target == tuple(range(6, 12))
+
+
+devices = st.lists(
+    st.tuples(*(st.floats(0.01, 3) for _ in range(3))).map(lambda e: Estimate(*e)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(devices, st.integers(1, 6), st.data())
+def test_every_depth_is_the_largest_within_the_target(found, L: int, data: st.DataObject):
+    k_min = data.draw(st.integers(1, L))
+    mode = data.draw(st.sampled_from(["fastest", "utility", "balanced"]))
+    result = configurator(L, k_min=k_min, mode=mode).configure(
+        dict(enumerate(found)), range(len(found))
+    )
+    ranks = range(1, L + 1)
+    best = None
+    for depths in itertools.product(range(k_min, L + 1), repeat=len(found)):
+        times = [time_of(e, k, ranks) for e, k in zip(found, depths, strict=True)]
+        late = [
+            t > result.target * (1 + 1e-9) and k > k_min for t, k in zip(times, depths, strict=True)
+        ]
+        if not any(late) and (best is None or depths > best):
+            best = depths if best is None else tuple(map(max, best, depths))
+    assert tuple(result.depths.values()) == best
+
+
+@settings(deadline=None, max_examples=60)
+@given(devices, st.integers(1, 6))
+def test_utility_has_the_shortest_round_for_what_it_trains(found, L: int):
+    result = configurator(L, mode="utility").configure(dict(enumerate(found)), range(len(found)))
+    ranks = range(1, L + 1)
+
+    def cost(depths) -> float:
+        seconds = max(time_of(e, k, ranks) for e, k in zip(found, depths, strict=True))
+        return seconds / sum(sum(ranks[L - k :]) for k in depths)
+
+    taus = sorted({time_of(e, k, ranks) for e in found for k in range(1, L + 1)})
+    each = [
+        [max([k for k in range(1, L + 1) if time_of(e, k, ranks) <= tau], default=1) for e in found]
+        for tau in taus
+    ]
+    assert cost(result.depths.values()) == pytest.approx(min(map(cost, each)))
+
+
+def test_utility_weighs_devices_by_their_data():
+    estimates = {0: Estimate(1, 0.1, 0), 1: Estimate(1, 1, 0)}
+    chosen = [
+        configurator(3, mode="utility", shares={0: p, 1: 1 - p}).configure(estimates, (0, 1)).depths
+        for p in (0.99, 0.01)
+    ]
+    # Seconds over rank: 2 / 5.97 against 3 / 5.99; 2 / 3.03 against 3 / 5.01 and 4 / 6.
+    assert chosen == [{0: 3, 1: 1}, {0: 3, 1: 2}]
+
+
+@given(
+    st.tuples(*(st.floats(0, 3) for _ in range(3))),
+    st.tuples(*(st.floats(0, 1) for _ in range(3))),
+    st.floats(0.1, 20),
+)
+def test_depth_falls_with_time_and_rises_with_the_target(base, more, deadline: float):
+    fast = Estimate(0, 0, 0)  # sets no target, so that the deadline does
+    slower = tuple(a + b for a, b in zip(base, more, strict=True))
+    one = configurator(deadline=deadline)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        estimates = {0: Estimate(*base), 1: Estimate(*slower)}
+        # Only then is it the deadline that counts.
+        assume(min(time_of(e, 12) for e in estimates.values()) >= deadline)
+        depths = one.configure(estimates, (0, 1)).depths
+        later = configurator(deadline=2 * deadline).configure({0: Estimate(*base), 2: fast}, (0,))
+    assert depths[1] <= depths[0] <= later.depths[0]
+
+
+def test_times_that_rounding_tells_apart_are_the_same():
+    estimates = {0: Estimate(0.3, 0, 0), 1: Estimate(0.1 + 0.2, 0, 0)}
+    found = configurator().configure(estimates, (0, 1))
+    assert found.times[0] != found.times[1]
+    assert found.depths == {0: 12, 1: 12}
+
+
+def test_the_order_of_the_selected_changes_nothing():
+    one = configurator(byte_budget=300, mode="balanced")
+    order = list(range(12))
+    expected = one.configure(TWELVE, order, round=5)
+    for seed in range(5):
+        random.Random(seed).shuffle(order)
+        found = one.configure(TWELVE, order, round=5)
+        assert list(found.items()) == list(expected.items())
+        assert vars(found) == vars(expected)
+
+
+# -------------------------------------------------------------------------------------------------
+# Corrections
+
+
+def test_memory_bounds_the_depth_and_sets_the_target():
+    one = configurator(memory={0: 5, 1: 5}, mem=lambda k: k)
+    found = one.configure(TWELVE, range(12))
+    assert found.depths[0] == 5
+    # The fastest at what its memory allows: 1 + 5 * .1 + .01 * 50
+    assert found.target == pytest.approx(2.0)
+    assert found.uncovered == tuple(range(7))
+
+
+def test_a_device_whose_memory_is_below_the_least_depth_cannot_take_part():
+    one = configurator(memory={3: 1.5}, mem=lambda k: k, k_min=2)
+    one.configure(TWELVE, (0, 1))
+    with pytest.raises(
+        ValueError, match=r"memory\[3\]: expected at least 2 for depth 2; it cannot"
+    ):
+        one.configure(TWELVE, (0, 3))
+
+
+def test_now_and_then_the_fastest_of_those_who_can_trains_all_layers():
+    slow = {0: Estimate(1, 1, 0), 1: Estimate(1, 0.9, 0), 2: Estimate(1, 0, 0)}
+    one = configurator(memory={2: 2}, mem=lambda k: k, cover_every=3)
+    by_round = {r: one.configure(slow, slow, round=r) for r in range(1, 8)}
+    assert [r for r, found in by_round.items() if not found.uncovered] == [3, 6]
+    assert (by_round[3].raised, by_round[3].depths[1]) == (1, 12)
+    assert by_round[3].extra_wait == pytest.approx(by_round[3].waiting - by_round[2].waiting)
+    assert by_round[3].extra_wait > 0
+    assert one.configure(slow, slow).uncovered  # without a round nothing is periodic
+
+
+def test_a_byte_budget_lowers_whoever_sends_most_for_its_data():
+    shares = {0: 0.7, 1: 0.1, 2: 0.1, 3: 0.1}
+    same = dict.fromkeys(range(4), Estimate(1, 0.1, 0))
+    one = configurator(4, shares=shares, byte_budget=31)  # U is 4, 7, 9, 10
+    assert one.configure(same, same).depths == {0: 4, 1: 2, 2: 2, 3: 2}
+    found = configurator(4, shares=shares, byte_budget=30).configure(same, same)
+    assert found.depths == {0: 4, 1: 1, 2: 2, 3: 2}
+    assert found.bytes == 28
+
+
+def test_the_budget_wins_over_coverage_and_says_when_it_cannot_be_kept():
+    one = configurator(
+        4, byte_budget=9, memory={0: 1}, mem=lambda k: 0 if k < 3 else 2, cover_every=1
+    )
+    same = dict.fromkeys(range(2), Estimate(1, 0.1, 0))
+    assert one.configure(same, same, round=1).bytes <= 9
+    tight = configurator(4, byte_budget=7)
+    with pytest.warns(UserWarning, match="even depth 1 of all devices exceeds 7 bytes"):
+        assert set(tight.configure(same, same).depths.values()) == {1}
+
+
+def test_a_depth_changes_by_no_more_than_a_step_except_after_a_fault():
+    one = configurator(max_step=3)
+    before = {0: 1, 1: LayerPlan(tuple(range(12))), 6: 12, 7: 12}
+    after = one.configure(TWELVE, (0, 1, 2, 6, 7), previous=before).depths
+    assert after == {0: 4, 1: 12, 2: 4, 6: 9, 7: 9}  # 2 was not there before
+    assert one.configure(TWELVE, (0, 6), previous={}).depths == {0: 12, 6: 1}
+
+
+def test_depths_stay_while_hardly_anybody_waits():
+    before = {0: 11, 1: 12}
+    same = dict.fromkeys(range(2), Estimate(10, 0.1, 0))
+    assert configurator(eps=0.1).configure(same, same, previous=before).depths == before
+    assert configurator().configure(same, same, previous=before).depths == {0: 12, 1: 12}
+    # Not so where a limit says otherwise.
+    found = configurator(eps=0.1).configure(same, same, previous=before, limits={1: 11})
+    assert found.depths == {0: 11, 1: 11}
+
+
+def test_a_device_that_is_not_trusted_trains_the_least_and_sets_no_target():
+    estimates = {**TWELVE, 0: Estimate(0.1, 0, 0, trusted=False)}
+    found = configurator(k_min=2).configure(estimates, range(3))
+    assert found.depths[0] == 2
+    assert found.target == pytest.approx(2.98)
+    alone = configurator(k_min=2).configure(estimates, (0,))
+    assert alone.depths == {0: 2}
+
+
+def test_all_over_a_deadline_train_the_least_and_one_warning_says_so():
+    one = configurator(deadline=0.5)
+    with pytest.warns(UserWarning, match="all devices are over the target even at depth 1") as told:
+        found = one.configure(TWELVE, range(12))
+    assert len(told) == 1
+    assert set(found.depths.values()) == {1}
+    assert found.over_target == tuple(range(12))
+
+
+def test_a_cap_lowers_the_ranks_of_a_device_and_its_bytes():
+    one = configurator(4, bytes_per_layer=(10, 20, 30, 40), rank_caps={1: 2})
+    same = dict.fromkeys(range(2), Estimate(1, 0.1, 0))
+    found = one.configure(same, same)
+    assert found[0].ranks == (1, 2, 3, 4)
+    assert found[1].ranks == (1, 2, 2, 2)
+    assert found.bytes == 100 + 70
+
+
+# -------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"L": 0, "bytes_per_layer": (), "ranks": ()}, "L: expected at least 1, found 0"),
+        (
+            {"bytes_per_layer": (1, 2)},
+            "bytes_per_layer: expected one for each of 3 layers, found 2",
+        ),
+        (
+            {"bytes_per_layer": (1, 0, 2)},
+            r"bytes_per_layer\[1\]: expected a number above 0, found 0",
+        ),
+        ({"bytes_per_layer": (1, math.nan, 2)}, r"bytes_per_layer\[1\]: expected a number above 0"),
+        ({"ranks": (1, 2)}, "ranks: expected one for each of 3 layers"),
+        ({"ranks": (1, 2, 0)}, r"ranks\[2\]: expected at least 1, found 0"),
+        ({"k_min": 0}, r"k_min: expected in \[1, 3\], found 0"),
+        ({"k_min": 4}, r"k_min: expected in \[1, 3\], found 4"),
+        ({"k_min": 2, "k_max": 1}, r"k_max: expected in \[2, 3\], found 1"),
+        ({"mode": "slow"}, "mode: expected one of .*, found 'slow'"),
+        ({"max_step": 0}, "max_step: expected at least 1"),
+        ({"cover_every": 0}, "cover_every: expected at least 1"),
+        ({"eps": -0.1}, "eps: expected a number from 0"),
+        ({"byte_budget": 0}, "byte_budget: expected a number above 0"),
+        ({"memory": {0: 1}}, r"mem: expected mem\(k\) beside memory, found None"),
+        ({"shares": {0: -1}}, r"shares\[0\]: expected a number from 0, found -1"),
+        ({"rank_caps": {0: 0}}, r"rank_caps\[0\]: expected at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(fields: dict, message: str):
+    given = {"L": 3, "bytes_per_layer": (1, 2, 3), "ranks": (1, 2, 3), **fields}
+    with pytest.raises(ValueError, match=f"LegendConfigurator: {message}"):
+        LegendConfigurator(**given)
+
+
+@pytest.mark.parametrize("part", ["f", "mu", "beta"])
+@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf])
+def test_an_estimate_out_of_range_is_refused_and_never_clipped(part: str, value: float):
+    bad = KINDS[0]._replace(**{part: value})
+    with pytest.raises(
+        ValueError, match=rf"estimates\[1\].{part}: expected a finite number from 0"
+    ):
+        configurator().configure({0: KINDS[0], 1: bad}, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("selected", "fields", "message"),
+    [
+        ((), {}, "selected: expected at least one device, found none"),
+        ((0, 1, 0), {}, r"selected: expected each device once, found \[0\]"),
+        ((0, 99), {}, "estimates: expected one of device 99, found none"),
+        ((0, 1), {"limits": {1: 0}}, r"limits\[1\]: expected at least 1, found 0"),
+    ],
+)
+def test_a_bad_selection_is_refused(selected: tuple[int, ...], fields: dict, message: str):
+    with pytest.raises(ValueError, match=f"configure: {message}"):
+        configurator().configure(TWELVE, selected, **fields)
+
+
+def test_waiting_is_zero_only_where_all_finish_together():
+    assert waiting_time([2.5, 2.5, 2.5]) == 0
+    assert waiting_time({"a": 1, "b": 2, "c": 6}) == pytest.approx(3)
+    assert waiting_time([3]) == 0
+    for times, message in (
+        ([], "at least one"),
+        ([1, -1], "seconds from 0"),
+        ([math.nan], "seconds"),
+    ):
+        with pytest.raises(ValueError, match=f"waiting_time: times: expected {message}"):
+            waiting_time(times)

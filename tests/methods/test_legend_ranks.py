@@ -1,0 +1,152 @@
+"""Ranks spread over layers: known answers, laws, and what is refused; and their bytes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from federated_rounds import INPUTS, OUTPUTS, make_state
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_ext.methods.legend import LegendConfig, layer_bytes, rank_distribution
+
+
+def test_twelve_layers_of_270_ranks_rise_from_17_to_28():
+    ranks = rank_distribution(12, 270)
+    assert ranks == tuple(range(17, 29))
+    assert (sum(ranks[-9:]), sum(ranks[-6:])) == (216, 153)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"L": 1, "total": 7}, (7,)),
+        ({"L": 4, "total": 16, "step": 0}, (4, 4, 4, 4)),
+        (
+            {"L": 4, "total": 18, "shape": "uniform"},
+            (4, 4, 5, 5),
+        ),  # what is left goes to the output
+        ({"L": 4, "total": 17, "step": 2}, (1, 3, 5, 8)),
+        ({"L": 4, "total": 16, "step": 2, "shape": "reverse"}, (7, 5, 3, 1)),
+        ({"L": 3, "total": 14, "shape": "geometric", "ratio": 4}, (2, 4, 8)),
+        # -1, 1, 3, 5 is raised to 1, 1, 3, 5, and the last layer gives back what that added.
+        ({"L": 4, "total": 8, "step": 2}, (1, 1, 3, 3)),
+        ({"L": 4, "total": 7, "step": 2}, (1, 1, 2, 3)),
+        # 1, 3, 5, 7 is cut to 1, 3, 5, 5, and the last layer that can takes what that cut.
+        ({"L": 4, "total": 16, "step": 2, "r_max": 5}, (1, 5, 5, 5)),
+        ({"L": 3, "total": 0, "step": 0, "r_min": 0}, (0, 0, 0)),
+        ({"L": 12, "total": 270, "multiple": 8}, (16,) * 3 + (24,) * 8 + (32,)),
+        ({"L": 2, "total": 9, "multiple": 8}, (8, 8)),  # the least that has pages, 7 above
+    ],
+)
+def test_known_answers(settings: dict, expected: tuple[int, ...]):
+    assert rank_distribution(**settings) == expected
+
+
+@given(st.data(), st.sampled_from(["arithmetic", "uniform", "reverse", "geometric"]))
+def test_ranks_sum_keep_their_order_and_their_bounds(data: st.DataObject, shape: str):
+    L = data.draw(st.integers(1, 14))
+    low = data.draw(st.integers(0, 5))
+    high = data.draw(st.integers(low, 40))
+    total = data.draw(st.integers(L * low, L * high))
+    step = data.draw(st.floats(0, 5))
+    ranks = rank_distribution(L, total, step=step, r_min=low, r_max=high, shape=shape)  # pyright: ignore
+    assert sum(ranks) == total
+    assert all(type(rank) is int and low <= rank <= high for rank in ranks)
+    assert list(ranks) == sorted(ranks, reverse=shape == "reverse")
+    if shape == "uniform":
+        assert ranks == rank_distribution(L, total, step=0, r_min=low, r_max=high)
+        assert max(ranks) - min(ranks) <= 1
+
+
+@given(st.integers(1, 12), st.floats(0, 3), st.data())
+def test_multiples_of_eight_keep_the_sum_to_half_a_page_for_each_layer(L, step, data):
+    total = data.draw(st.integers(8 * L, 40 * L))
+    ranks = rank_distribution(L, total, step=step, multiple=8)
+    assert all(rank % 8 == 0 and rank >= 8 for rank in ranks)
+    assert list(ranks) == sorted(ranks)
+    assert abs(sum(ranks) - total) <= 4 * L
+
+
+def test_the_true_sum_of_rounded_ranks_is_told(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        rank_distribution(12, 270, multiple=8)
+    assert "multiples of 8 sum to 272" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"L": 0}, "L: expected at least 1, found 0"),
+        ({"total": 11}, "total: expected at least 12, r_min in each layer, found 11"),
+        ({"total": 35, "r_min": 3}, "total: expected at least 36"),
+        ({"total": 49, "r_max": 4}, "total: expected at most 48, r_max in each, found 49"),
+        ({"step": -1}, "step: expected at least 0 with shape 'arithmetic', found -1"),
+        ({"step": float("nan")}, "step: expected a finite number"),
+        ({"r_min": 4, "r_max": 3}, "r_max: expected at least r_min = 4, found 3"),
+        ({"multiple": 8, "r_max": 7}, "r_max: expected a multiple of 8 from r_min = 1 on, found 7"),
+        ({"multiple": 8, "total": 40}, "total: expected at least 96"),
+        ({"shape": "flat"}, "shape: expected one of .*, found 'flat'"),
+        ({"shape": "geometric", "ratio": 0.5}, "ratio: expected a number from 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, message: str):
+    with pytest.raises(ValueError, match=f"rank_distribution: {message}"):
+        rank_distribution(**{"L": 12, "total": 48, **settings})
+
+
+@pytest.mark.parametrize("name", ["L", "total", "r_max"])
+@pytest.mark.parametrize("value", [True, 2.0])
+def test_what_is_no_int_is_refused(name: str, value: object):
+    with pytest.raises(TypeError, match=f"rank_distribution: {name}: expected an int"):
+        rank_distribution(**{"L": 3, "total": 9, name: value})
+
+
+def test_bytes_of_a_layer_are_those_of_its_modules_at_its_rank():
+    state = make_state(layers=3)  # float64, two modules a layer
+    each = 8 * 2 * (INPUTS + OUTPUTS)
+    assert layer_bytes(state, (1, 2, 3)) == (each, 2 * each, 3 * each)
+
+
+def test_a_rank_beyond_a_module_is_refused_by_the_name_of_the_module():
+    state = make_state(layers=2)
+    with pytest.raises(ValueError, match=r"ranks\[1\]: layers.1.q: expected at most 4, found 5"):
+        layer_bytes(state, (4, 5))
+    with pytest.raises(ValueError, match="ranks: expected one for each of 2 layers, found 3"):
+        layer_bytes(state, (1, 1, 1))
+    with pytest.raises(ValueError, match=r"ranks\[0\]: expected at least 1, found 0"):
+        layer_bytes(state, (0, 1))
+
+
+def test_a_config_spreads_its_total():
+    assert LegendConfig(total=21).ranks(6) == (1, 2, 3, 4, 5, 6)
+    with pytest.raises(
+        ValueError, match="LegendConfig: total: expected a sum of ranks, found None"
+    ):
+        LegendConfig().ranks(6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total": 0}, "total: expected an integer from 1, found 0"),
+        ({"k_min": True}, "k_min: expected an integer from 1, found True"),
+        ({"mode": "slow"}, "mode: expected one of .*, found 'slow'"),
+        ({"warmup": "none"}, "warmup: expected one of"),
+        ({"shape": 3}, "shape: expected one of"),
+        ({"rho": 1}, r"rho: expected a number in \[0, 1\), found 1"),
+        ({"rho": -0.1}, "rho: expected"),
+        ({"forgetting": 0}, "forgetting: expected"),
+        ({"eps": -1}, "eps: expected a number from 0"),
+        ({"step": -1}, "step: expected a number from 0 with shape 'arithmetic'"),
+        ({"r_min": 3, "r_max": 2}, "r_max: expected at least r_min"),
+        ({"k_min": 3, "k_max": 2}, "k_max: expected at least k_min"),
+        ({"byte_budget": 0}, "byte_budget: expected a number above 0"),
+        ({"deadline": float("inf")}, "deadline: expected a number above 0"),
+        ({"send_frozen": 1}, "send_frozen: expected True or False, found 1"),
+    ],
+)
+def test_a_config_names_what_is_out_of_range(settings: dict, message: str):
+    with pytest.raises(ValueError, match=f"LegendConfig: {message}"):
+        LegendConfig(**settings)

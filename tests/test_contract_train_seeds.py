@@ -1,0 +1,221 @@
+"""A seed of dropout for each adapter: its rows get the masks that they get alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from backends import Backend
+from cases import Inputs, Shape
+from cases_train import DEEP, LARGE, LEAVES, MEDIUM, SMALL, Outputs, formula, run, train_inputs
+from test_contract import assert_same_bits, shapes
+from test_contract_train import same, skip_large
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+# Large ranks in enough rows for tiles of 64: the grouped products of matrices.
+GEMM = Shape(270, 40, 48, (264, 0, 3), "interleaved", bank_rank=264)
+ROWS = ("x", "dy", "adapter_ids")
+
+
+def inputs(shape: Shape, dtype: torch.dtype = torch.float32, **options: Any) -> Inputs:
+    options = {"dropout_p": 0.5, "own_seeds": True} | options
+    return train_inputs(shape, dtype, **options)
+
+
+def one_adapter(i: Inputs, s: int, rows: Tensor) -> Inputs:
+    """These rows in a bank that has adapter `s` alone."""
+    i = {**i, **{k: i[k][rows] for k in ROWS}}
+    i |= {k: i[k][s : s + 1].clone() for k in ("a", "b", "scale", "ranks", "seed")}
+    i["adapter_ids"] = torch.where(i["adapter_ids"] == s, 0, -1)
+    return i
+
+
+# --- the formula ----------------------------------------------------------------------------------
+@shapes(SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
+def test_equals_the_formula_bit_for_bit_on_small_integers(backend: Backend, shape: Shape) -> None:
+    skip_large(backend, shape)
+    for dtype in backend.dtypes():
+        i = inputs(shape, dtype, seed=1, exact=True, base=False, device=backend.device)
+        same(run(i), formula(i), dtype)
+
+
+def test_the_mask_counts_an_adapters_own_rows() -> None:
+    ids, seed = torch.tensor([1, -1, 0, 1, 0, 1]), torch.tensor([7, 2**40 + 5])
+    keep = reference.dropout_keep_of_adapters(ids, 20, 0.5, seed)
+    assert keep[1].all()
+    for s, rows in ((0, [2, 4]), (1, [0, 3, 5])):
+        alone = reference.dropout_keep(len(rows), 20, 0.5, int(seed[s]))
+        assert torch.equal(keep[rows], alone) and not alone.all() and alone.any()
+    x, eye = torch.ones(6, 20), torch.eye(20).expand(2, 20, 20)
+    y = ops.lora_linear(x, None, None, eye, eye, ids, None, None, 0.5, seed)
+    assert torch.equal(y, torch.where(ids[:, None] < 0, 0, 2.0 * keep))
+
+
+def test_gradcheck_in_float64() -> None:
+    i = inputs(Shape(6, 7, 6, (3, 0, 8)), torch.float64, seed=2)
+    leaves = [i[k].nan_to_num(0.25).requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
+    assert torch.autograd.gradcheck(lambda *values: ops.lora_linear(*values, *tail), leaves)
+
+
+# --- alone and among others -----------------------------------------------------------------------
+@shapes(SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
+def test_an_adapter_gets_the_same_bits_alone(backend: Backend, shape: Shape) -> None:
+    skip_large(backend, shape)
+    i = inputs(shape, seed=3, base=False, device=backend.device)
+    together = run(i)
+    for s in range(min(len(shape.ranks), 3)):
+        own = (i["adapter_ids"] == s).nonzero()[:, 0]
+        everywhere = torch.arange(shape.tokens, device=own.device)
+        for rows in (own, everywhere):  # alone, and among rows of the base
+            i_s = one_adapter(i, s, rows)
+            for seed in (i_s["seed"], i_s["seed"][0])[: 1 + (rows is own)]:
+                alone = run({**i_s, "seed": seed})
+                for name in ("y", "dx"):
+                    got = alone[name] if rows is own else alone[name][own]
+                    assert_same_bits(got, together[name][own], f"{name}: ")
+                for name in ("da", "db"):
+                    assert_same_bits(alone[name][0], together[name][s], f"{name}: ")
+
+
+def test_neither_slots_nor_other_rows_matter(backend: Backend) -> None:
+    shape = Shape(48, 70, 37, (8, 20, 4), "interleaved")
+    for dtype in backend.dtypes():
+        i = inputs(shape, dtype, seed=4, base=False, device=backend.device)
+        first = run(i)
+        order = torch.tensor([2, 0, 1], device=backend.device)
+        moved = {**i, **{k: i[k][order] for k in ("a", "b", "scale", "ranks", "seed")}}
+        moved["adapter_ids"] = order.argsort()[i["adapter_ids"]]
+        out = run(moved)
+        for name in ("da", "db"):
+            assert_same_bits(out[name], first[name][order], f"{dtype} {name}: ")
+        for name in ("y", "dx"):
+            assert_same_bits(out[name], first[name], f"{dtype} {name}: ")
+        own = (i["adapter_ids"] == 1).nonzero()[:, 0]
+        fewer = torch.cat([own, (i["adapter_ids"] == 2).nonzero()[:, 0][:3]])
+        out = run({**i, **{k: i[k][fewer] for k in ROWS}})
+        assert_same_bits(out["y"][: len(own)], first["y"][own], f"{dtype} y: ")
+        assert_same_bits(out["da"][1], first["da"][1], f"{dtype} da: ")
+
+
+def test_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None:
+    """Also where there is one adapter: `()` is one seed, `(1,)` that of the adapter."""
+    i = inputs(Shape(40, 48, 24, (8,), "half"), seed=5, device=backend.device)
+    of_adapter, of_batch = run(i), run({**i, "seed": i["seed"][0]})
+    own = i["adapter_ids"] == 0
+    assert 0 < own.sum() < 40 and not own[: int(own.sum())].all()
+    same(of_batch, run({**i, "seed": i["seed"][0].expand(1, 1)}))
+    assert not torch.equal(of_batch["y"][own], of_adapter["y"][own])
+    keep = reference.dropout_keep(40, 48, 0.5, i["seed"][0])
+    masked = torch.where(keep.to(backend.device), i["x"], 0)
+    update = ops.lora_linear(masked, i["weight"] * 0, None, *(i[k] for k in ("a", "b")),
+                             i["adapter_ids"], 2 * i["scale"])  # fmt: skip
+    base = torch.nn.functional.linear(i["x"], i["weight"], i["bias"])
+    torch.testing.assert_close(of_batch["y"], base + update, rtol=1e-4, atol=1e-4)
+
+
+def test_repeats_its_bits(backend: Backend) -> None:
+    for shape in (SMALL[5], SMALL[7], DEEP[1]):
+        i = inputs(shape, seed=6, device=backend.device)
+        first = run(i)
+        plan = ops.lora_plan(i["adapter_ids"], len(shape.ranks))
+        same(run(i), first)
+        same(run({**i, "plan": plan}), first)
+        same(run({**i, "adapter_ids": i["adapter_ids"].int()}), first)
+
+
+@shapes([SMALL[7], DEEP[1], MEDIUM[1], LARGE[1]])
+def test_threads_change_no_bit(shape: Shape) -> None:
+    threads = torch.get_num_threads()
+    i = inputs(shape, seed=7, base=False)
+    try:
+        torch.set_num_threads(1)
+        alone = run(i)
+        torch.set_num_threads(4)
+        same(run(i), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_no_seed_is_read_without_dropout_nor_without_rows(backend: Backend) -> None:
+    i = inputs(SMALL[5], seed=8, device=backend.device)
+    expected = run({**i, "dropout_p": 0.0, "seed": None})
+    same(run({**i, "dropout_p": 0.0}), expected)
+    idle = {**i, "adapter_ids": torch.full_like(i["adapter_ids"], -1)}
+    same(run(idle), formula_of_base(idle))
+    empty = inputs(Shape(0, 8, 8, ()), device=backend.device)
+    assert run(empty)["y"].shape == (0, 8)
+
+
+def formula_of_base(i: Inputs) -> Outputs:
+    y = torch.nn.functional.linear(i["x"], i["weight"], i["bias"])
+    zeros = {f"d{k}": torch.zeros_like(i[k]) for k in ("a", "b")}
+    weight, bias = i["dy"].t().mm(i["x"]), i["dy"].sum(0)
+    return {"y": y, "dx": i["dy"] @ i["weight"], "dweight": weight, "dbias": bias, **zeros}
+
+
+# --- torch's own laws -----------------------------------------------------------------------------
+def test_adapters_apart_have_the_seeds_of_a_bank(backend: Backend) -> None:
+    shape = Shape(33, 40, 31, (8, 8, 8))
+    i = inputs(shape, seed=9, device=backend.device)
+    expected = run(i)
+    a, b = ([t.clone().requires_grad_() for t in i[k].unbind(0)] for k in ("a", "b"))
+    y = ops.lora_linear_apart(i["x"], i["weight"], i["bias"], a, b, i["adapter_ids"], i["scale"],
+                              i["ranks"], 0.5, i["seed"])  # fmt: skip
+    assert_same_bits(y, expected["y"], "y: ")
+    y.backward(i["dy"])
+    for name, parts in (("da", a), ("db", b)):
+        assert_same_bits(torch.stack([p.grad for p in parts]), expected[name], f"{name}: ")
+
+
+def test_autocast_leaves_the_seeds_alone(backend: Backend) -> None:
+    i = inputs(SMALL[7], seed=10, device=backend.device)
+    half = {k: v.bfloat16() if k in (*LEAVES, "dy") else v for k, v in i.items()}
+    expected = run(half)
+    with torch.autocast(backend.device, torch.bfloat16):
+        out = run({**i, "dy": half["dy"]})
+    for name in expected:
+        assert_same_bits(out[name].bfloat16(), expected[name], f"{name}: ")
+
+
+def test_checkpointing_drops_the_same_elements(backend: Backend) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    i = inputs(SMALL[7], seed=11, device=backend.device)
+    leaves = [i[k].requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
+    expected = run(i)
+    y: Any = checkpoint(lambda *v: ops.lora_linear(*v, *tail), *leaves, use_reentrant=False)
+    y.backward(i["dy"])
+    for name, leaf in zip(LEAVES, leaves, strict=True):
+        assert_same_bits(leaf.grad, expected[f"d{name}"], f"{name}: ")
+
+
+def test_compiles_without_a_graph_break(backend: Backend) -> None:
+    i = inputs(SMALL[7], seed=12, device=backend.device)
+
+    def step(x: Tensor, ids: Tensor, seed: Tensor, i: Inputs) -> Tensor:
+        leaves = (x, *(i[k] for k in LEAVES[1:]))
+        return 2 * ops.lora_linear(*leaves, ids, i["scale"], i["ranks"], 0.5, seed)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (70, 9):
+        seed = i["seed"] + rows
+        results = []
+        for function in (step, compiled):
+            leaves = {k: i[k].detach().clone().requires_grad_() for k in LEAVES}
+            y = function(leaves["x"][:rows], i["adapter_ids"][:rows], seed, {**i, **leaves})
+            y.backward(i["dy"][:rows])
+            results.append({"y": y.detach(), **{k: v.grad for k, v in leaves.items()}})
+        same(results[1], results[0])
+
+
+def test_passes_opcheck() -> None:
+    i = inputs(SMALL[3], seed=13)
+    i["adapter_ids"] = torch.arange(16)  # every entry of v is defined
+    head = [i[k].requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], None, 0.5, i["seed"], None)
+    torch.library.opcheck(torch.ops.lora_ext.lora_linear_forward.default, (*head, *tail))
