@@ -221,7 +221,7 @@ class Execution:
     def root_values(self, val: Tensor) -> Tensor:
         """Those of the roots, ``(B, R)``, in memory of their own."""
         if len(self.roots) == 1:
-            return val[:, self.roots[0], None].clone()
+            return val.narrow(1, self.roots[0], 1).clone()
         return val[:, self.roots]
 
     def choose(

@@ -92,7 +92,7 @@ class Circuit(Parameters):
         values = self._log_probs("log_prob", x, external)
         if root is not None:
             values = values.gather(1, self._root_numbers("log_prob", root, len(x))[:, None])
-        return values[:, 0] if values.shape[1] == 1 else values
+        return values.squeeze(1) if values.shape[1] == 1 else values
 
     forward = log_prob
 
