@@ -54,7 +54,7 @@ demo: $(VENV)/extras-demo.stamp build
 test: build-emu
 	$(PY) -m pytest -q -n 2 --require-emu
 
-check: $(VENV)/extras-test-dev-demo-peers.stamp $(VENV)/editable.stamp
+check: $(VENV)/extras-test-dev-demo-peers-fed.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:

@@ -4,14 +4,11 @@ Twelve devices of three speeds train LoRA on digits (federated_digits.py), six a
 each a depth such that those of a round finish together, with ranks 1 to 6 toward the output; its
 rival trains all layers at rank 4 on all devices. Seconds are simulated from the speeds.
 
-`--full` adds, without a criterion, other modes and payloads, speeds that must be learned first,
-fast devices alone, ranks by device as in HetLoRA, ranks that fall toward the output, and LEGEND's
-depth as the number of layers that Fed-HeLLo's draw chooses.
+legend_full.py has, without a criterion, other modes, ranks and payloads, and other methods.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +49,6 @@ CLAIM = Claim(
 SPEEDS = ((1.0, 0.2, 0.004), (1.3, 0.5, 0.01), (1.8, 1.0, 0.02))
 PARTITIONS = ("iid", "3 classes", "dirichlet 0.3", "dirichlet 1.0")
 GATE = ("uniform", "legend")
-OTHERS_IN = ("iid", "3 classes")  # where the other methods run
 TARGET = 0.95  # of the smaller of the two best accuracies
 
 
@@ -69,48 +65,32 @@ class Method:
 
 
 KNOWN = {"warmup": "prior"}  # speeds of the devices
-RANDOM = {**KNOWN, "depth_as_count": True}
-FILLED = {**KNOWN, "mode": "balanced", "k_min": 3}
-METHODS = {
-    "uniform": Method(ranks=(4,) * 6),
-    "legend": Method(settings=KNOWN),
-    "legend, balanced, k_min 3": Method(settings=FILLED),
-    "legend, send_frozen": Method(settings=KNOWN, others="frozen"),
-    "legend, balanced, k_min 3, send_frozen": Method(settings=FILLED, others="frozen"),
-    "legend, speeds learned": Method(settings={}),
-    "legend, rank 4 in every layer": Method(ranks=(4,) * 6, settings=KNOWN),
-    "all layers, ranks 1 to 6": Method(),
-    "legend, ranks reversed": Method(ranks=(6, 5, 4, 3, 2, 1), settings=KNOWN),
-    "depth as count": Method(settings=RANDOM, others="frozen"),
-    "depth as count, balanced, k_min 3": Method(settings={**FILLED, **RANDOM}, others="frozen"),
-    "fast devices alone": Method(fast_alone=True),
-    "HetLoRA, ranks 4, 2, 1": Method(
-        (4,) * 6, caps=(4, 2, 1), aggregation={"rank_agg": "zero_pad"}
-    ),
-}
+METHODS = {"uniform": Method(ranks=(4,) * 6), "legend": Method(settings=KNOWN)}
 
 
-def measure(seeds: Sequence[int], quick: bool, full: bool = False) -> Iterator[Row]:
-    """One row for every seed, partition and method; the gate's two first."""
+def measure(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
+    """One row for every seed, partition and method."""
+    runs = [(method, partition) for method in METHODS for partition in PARTITIONS]
+    yield from measured(seeds, quick, METHODS, runs)
+
+
+def measured(
+    seeds: Sequence[int],
+    quick: bool,
+    methods: Mapping[str, Method],
+    runs: Sequence[tuple[str, str]],
+) -> Iterator[Row]:
+    """One row for every seed and (method, partition); the uniform method of a partition first."""
     sizes = QUICK if quick else Sizes()
-    runs = [(partition, method) for method in GATE for partition in PARTITIONS]
-    if full:
-        runs += [(p, method) for method in METHODS if method not in GATE for p in OTHERS_IN]
     torch.set_num_threads(1)  # products this small gain nothing from two
-    total = len(seeds) * len(runs) * sizes.rounds
-    with tqdm(total=total, desc="legend", unit="round", disable=None) as bar:
+    with tqdm(total=len(seeds) * len(runs) * sizes.rounds, unit="round", disable=None) as bar:
         for seed in seeds:
             world = make_world(seed, sizes)
-            references: dict[str, Course] = {}
-            for partition, name in runs:
-                course = follow(world, partition, METHODS[name], bar.update)
-                uniform = references.setdefault(partition, course)  # the first is uniform
-                yield {
-                    "seed": seed,
-                    "partition": partition,
-                    "method": name,
-                    **course.compared(uniform),
-                }
+            rivals: dict[str, Course] = {}
+            for name, partition in runs:
+                course = follow(world, partition, methods[name], bar.update)
+                compared = course.compared(rivals.setdefault(partition, course))
+                yield {"seed": seed, "partition": partition, "method": name, **compared}
 
 
 @dataclass
@@ -273,74 +253,45 @@ def verdict(rows: Rows) -> Verdict:
 
 def show(rows: Rows) -> None:
     """Medians over the seeds, a table for each partition."""
-    seeds = len({row["seed"] for row in rows})
     header = ("method", "best", "speed-up", "traffic saved", "waiting, s", "seconds", "MB")
-    for partition in PARTITIONS:
+    columns = ("best", "speedup", "saved", "waiting", "seconds", "bytes")
+    seeds = len({row["seed"] for row in rows})
+    for partition in dict.fromkeys(row["partition"] for row in rows):
         print(f"\n{partition}, median of {seeds} seeds")
         table = []
-        for name in METHODS:
-            if not any((row["method"], row["partition"]) == (name, partition) for row in rows):
-                continue
-            of = [middle(rows, c, name, partition) for c in ("best", "speedup", "saved")]
-            rest = [middle(rows, c, name, partition) for c in ("waiting", "seconds", "bytes")]
-            table.append(
-                (
-                    name,
-                    f"{of[0]:.3f}",
-                    f"{of[1]:.2f}",
-                    f"{of[2]:.0%}",
-                    f"{rest[0]:.2f}",
-                    f"{rest[1]:.0f}",
-                    f"{rest[2] / 1e6:.2f}",
-                )
-            )
+        for name in dict.fromkeys(r["method"] for r in rows if r["partition"] == partition):
+            of = {column: middle(rows, column, name, partition) for column in columns}
+            of["bytes"] /= 1e6
+            forms = (".3f", ".2f", ".0%", ".2f", ".0f", ".2f")
+            cells = [format(of[c], form) for c, form in zip(columns, forms, strict=True)]
+            table.append((name, *cells))
         print(study.markdown(header, table))
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Accuracy over simulated seconds, and the best by partition."""
+    """Accuracy over simulated seconds in every partition, a line for every seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {
-        "uniform": "0.45",
-        "legend": "#0072B2",
-        "legend, balanced, k_min 3": "#56B4E9",
-        "depth as count": "#E69F00",
-        "depth as count, balanced, k_min 3": "#D55E00",
-    }
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for axis, partition in zip(axes, ("iid", "3 classes"), strict=False):
-        for row in rows:
-            if row["partition"] == partition and row["method"] in colours:
-                times, heights = (
-                    [float(x) for x in str(row[c]).split()] for c in ("times", "accuracies")
-                )
-                axis.plot(times, heights, color=colours[row["method"]], lw=0.8, alpha=0.8)
-        axis.set(title=f"{partition}, every seed", xlabel="simulated seconds", ylabel="accuracy")
-        axis.set_ylim(0, 1)
-    measured = {(row["partition"], row["method"]) for row in rows}
-    last = axes[2]
-    for place, (method, colour) in enumerate(colours.items()):
-        where = [p for p in PARTITIONS if (p, method) in measured]
-        heights = [middle(rows, "best", method, partition) for partition in where]
-        x = [PARTITIONS.index(partition) + (place - 2) * 0.16 for partition in where]
-        last.bar(x, heights, 0.16, color=colour, label=method)
-    last.set_xticks(range(len(PARTITIONS)), PARTITIONS)
-    last.set(title="best accuracy, median of seeds", ylim=(0, 1))
-    figure.legend(
-        *last.get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False
-    )
-    for axis in axes:
+    colours = {"uniform": "0.45", "legend": "#0072B2"}
+    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
+    for axis, partition in zip(axes, PARTITIONS, strict=True):
+        for row in (row for row in rows if row["partition"] == partition):
+            times, heights = (
+                [float(x) for x in str(row[c]).split()] for c in ("times", "accuracies")
+            )
+            axis.plot(times, heights, color=colours[row["method"]], lw=0.9, alpha=0.8)
+        axis.set(title=partition, xlabel="simulated seconds", ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy, every seed")
+    for method, colour in colours.items():
+        axes[0].plot([], [], color=colour, label=method)
+    axes[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 if __name__ == "__main__":
-    if "--full" in sys.argv:
-        sys.argv.remove("--full")
-        measure = functools.partial(measure, full=True)
     sys.exit(study.run(sys.modules[__name__]))

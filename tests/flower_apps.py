@@ -21,11 +21,11 @@ MODULE = "base_model.model.layers.{}.lora_{}.weight"
 class Classifier(nn.Module):
     """Three blocks with an adapter each, and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         linears = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(LAYERS)]
-        settings = {"r": RANK, "init_lora_weights": False, "lora_alpha": 2}
+        settings = {"r": RANK, "init_lora_weights": False, "lora_alpha": 2, "lora_dropout": dropout}
         self.layers = nn.ModuleList(LoraLinear(linear, **settings) for linear in linears)
         self.head = nn.Linear(WIDTH, CLASSES).requires_grad_(False)
 

@@ -372,7 +372,9 @@ def _look_for_a_lost_block(handle: int) -> None:
     elsewhere = [
         block
         for block in list(_open.values())
-        if block.handle == handle and block.entry.thread != thread.ident
+        if block.handle == handle
+        and block.entry.thread != thread.ident
+        and block.assignment.names  # a block of the base model is nothing to miss
     ]
     if elsewhere:
         _warned.add(handle)

@@ -104,3 +104,16 @@ def test_what_makes_no_sense_is_named(coin, capsys, tmp_path):
         study.as_text([{"share": 1}])
     with pytest.raises(ValueError, match="'kind': 'none'"):
         study.mean([{"kind": "flip", "share": 1}], "share", kind="none")
+
+
+def test_a_study_may_measure_more_than_is_judged(coin, tmp_path):
+    with pytest.raises(SystemExit):
+        study.run(coin, ["--full"])  # this one has nothing more
+    coin.measure_full = lambda seeds, quick: [
+        *coin.measure(seeds, quick),
+        {"seed": 0, "kind": "edge"},
+    ]
+    study.run(coin, [])
+    study.run(coin, ["--full", "--out", str(tmp_path / "full")])
+    assert [row["kind"] for row in rows_of(tmp_path / "coin.csv")] == ["flip", "flip", "pair"]
+    assert rows_of(tmp_path / "full" / "coin.csv")[-1]["kind"] == "edge"

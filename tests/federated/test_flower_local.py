@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ from lora_ext.federated import (
     make_client_app,
     make_server_app,
 )
+from lora_ext.federated.keys import PATTERN
 from lora_ext.interop.flower import from_arrays, to_arrays
+from lora_ext.interop.flower.model import Model
 
 ROOT = Path(__file__).parents[2]
 CAPABILITY = {0: 1, 1: 2, 2: 3}
@@ -158,6 +163,25 @@ def test_settings_out_of_range_are_refused(name):
     settings, reason = SETTINGS[name]
     with pytest.raises(ValueError, match=reason):
         LoraStrategy(Suffixes(), **settings)
+
+
+def test_the_model_lives_as_long_as_its_app_and_once_in_a_worker():
+    made: list[weakref.ref[torch.nn.Module]] = []
+
+    def model() -> torch.nn.Module:
+        found = Classifier()
+        made.append(weakref.ref(found))
+        return found
+
+    mine = make_client_app(model, batches)
+    run(LoraStrategy(Suffixes()), LocalGrid(mine, 2))
+    assert len(made) == 1 and made[0]() is not None
+    del mine
+    gc.collect()
+    assert made[0]() is None
+    there = Model(model, PATTERN, "default")
+    kept = [copy.copy(there).manager for _ in range(3)]  # as unpickled
+    assert len(made) == 2 and kept[0] is kept[1] is kept[2]
 
 
 class TooDeep:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from federated_rounds import same_bits
-from flower_apps import Classifier, Suffixes, batches, initial, run
+from flower_apps import Classifier, Meddled, Suffixes, batches, initial, run
+from flwr.app import Message
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
 from lora_ext.interop.flower import from_arrays
@@ -123,3 +124,21 @@ def test_a_client_with_another_scale_is_an_error_reply(trained_in):
         assert strategy.history[0].accepted == accepted
     reason = "message: scaling of layers.0: expected 1, found 0.666667"
     assert reason in strategy.history[0].rejected[0]
+
+
+def test_what_a_client_draws_depends_on_seed_round_and_client_alone():
+    def replies_of_1(nodes: int, seed: int = 0) -> list[str]:
+        seen: list[str] = []
+
+        def look(reply: Message) -> None:
+            seen.append(reply.content["lora"].object_id)
+
+        app = Meddled(make_client_app(lambda: Classifier(0.5), batches), {1: look})
+        capability = {node: 1 if nodes > 2 else node for node in range(nodes)}
+        strategy = LoraStrategy(Suffixes(), capability=capability, seed=seed, server_lr=1e-9)
+        run(strategy, LocalGrid(app, nodes), rounds=2)
+        return seen
+
+    alone, among = replies_of_1(2), replies_of_1(4)
+    assert alone[0] == among[0], "the same adapter came to it"
+    assert alone[0] != alone[1] and alone[0] != replies_of_1(2, seed=1)[0]

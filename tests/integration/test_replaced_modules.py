@@ -188,6 +188,17 @@ def test_a_compiled_model_follows_heads_that_come_later(trained: Any) -> None:
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
+def test_a_compiled_backward_through_a_head_is_refused(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    plain, reference = make_trained("bert")
+    reference.save_pretrained(tmp_path)
+    model, _ = serve(plain, tmp_path)
+    compiled = torch.compile(model, backend="aot_eager")
+    error = torch._dynamo.exc.BackendCompilerFailed  # it says what ours says
+    with lora_ext.adapters("red"), pytest.raises(error, match="compiled graph without gradients"):
+        compiled(tokens(2, 5)).logits.sum().backward()
+
+
 def test_gradients_reach_what_is_below_a_head(trained: Any) -> None:
     _, plain, reference, folder = trained
     model, _ = serve(plain, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_reproduction_measures_judges_and_draws(tmp_path: Path, monkeypatch,
     assert picture.stat().st_size > 10_000
     rows = benchmark.study.last_run(tmp_path / "legend.csv")
     assert [(row["method"], row["partition"]) for row in rows] == [
-        (method, partition) for method in benchmark.GATE for partition in benchmark.PARTITIONS
+        (method, partition) for method in benchmark.METHODS for partition in benchmark.PARTITIONS
     ]
     uniform, ours = rows[0], rows[len(benchmark.PARTITIONS)]
     assert (uniform["speedup"], uniform["saved"]) == (1, 0)
@@ -49,18 +50,26 @@ def test_the_reproduction_measures_judges_and_draws(tmp_path: Path, monkeypatch,
     assert "dirichlet 0.3, median of 1 seeds" in capsys.readouterr().out
 
 
-def test_every_method_of_the_reproduction_can_be_planned(monkeypatch):
-    benchmark = load_script(monkeypatch, "benchmarks", "legend")
-    sizes = benchmark.QUICK
-    speeds = {device: benchmark.speed_of(device, sizes.clients) for device in range(sizes.clients)}
-    assert [speeds[d].f for d in (0, 3, 4, 7, 8, 11)] == [1.0, 1.0, 1.3, 1.3, 1.8, 1.8]
-    for method in benchmark.METHODS.values():
-        assert len(method.ranks) == sizes.blocks
-        if method.settings is None:
-            plans = [benchmark.whole_plan(method, d, sizes) for d in speeds]
-            assert {plan.layers for plan in plans} == {tuple(range(sizes.blocks))}
-    capped = benchmark.METHODS["HetLoRA, ranks 4, 2, 1"]
-    assert [benchmark.whole_plan(capped, d, sizes).ranks[0] for d in (0, 4, 8)] == [4, 2, 1]
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+def test_other_methods_are_measured_beside_it(tmp_path: Path, monkeypatch, capsys):
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # its own legend.py comes first
+    full = load_script(monkeypatch, "benchmarks", "legend_full")
+    kept = (
+        "legend, ranks 6 to 1",
+        "depth as count",
+        "HetLoRA, ranks 4, 2, 1",
+        "fast devices alone",
+    )
+    monkeypatch.setattr(full, "OTHERS", {name: full.OTHERS[name] for name in kept})
+    assert full.study.run(full, ["--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    rows = full.study.last_run(tmp_path / "legend_full.csv")
+    assert [row["method"] for row in rows[::2]] == ["uniform", "legend", *kept]
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["fast devices alone"]["waiting"] == 0
+    assert by_method["HetLoRA, ranks 4, 2, 1"]["bytes"] < by_method["uniform"]["bytes"]
+    assert by_method["depth as count"]["bytes"] > by_method["legend"]["bytes"]  # all go down
+    assert "as many layers drawn at random" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(bool(missing("matplotlib")), reason="not installed: matplotlib")

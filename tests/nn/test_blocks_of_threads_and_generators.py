@@ -105,6 +105,8 @@ def test_nobody_is_told_who_says_what_is_meant() -> None:
             in_a_thread(base)
             in_a_thread(lambda: other(x))
             model(x)
+        with lora_ext.adapters([None, None], pool=model.up.pool):
+            in_a_thread(lambda: model(x))
         in_a_thread(lambda: model(x))
         asyncio.run(beside())
 

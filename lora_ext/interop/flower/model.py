@@ -1,4 +1,4 @@
-"""The model of a client, made once in each process."""
+"""The model of a client, and what is done to it beside its layers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lora_ext.federated import LoraLayerManager
 from lora_ext.nn import adapted_layers
 from lora_ext.ops._checks import require
 
-_kept: dict[str, LoraLayerManager] = {}
+_kept: dict[str, LoraLayerManager] = {}  # one at most, in a worker of a simulation
 
 
 class Model:
-    """The model of an app, and its layers.
+    """The model of an app, and its layers, made when they are first needed.
 
-    Flower's simulation unpickles the app for every message: the model that was used last is
-    therefore kept with this module, and is not pickled.
+    They live as long as the app. Flower's simulation unpickles the app for every message: there the
+    model is not pickled, and the one that was used last stays with the worker's process.
     """
 
     def __init__(self, model_fn: Callable[[], nn.Module], pattern: str, adapter: str):
@@ -30,14 +30,23 @@ class Model:
         self.pattern = pattern
         self.adapter = adapter
         self._token = uuid.uuid4().hex
+        self._manager: LoraLayerManager | None = None
+        self._unpickled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_manager": None, "_unpickled": True}
 
     @property
     def manager(self) -> LoraLayerManager:
         """The layers of the model."""
-        if self._token not in _kept:
+        if self._manager is None and self._unpickled:
+            self._manager = _kept.get(self._token)
+        if self._manager is None:
+            self._manager = LoraLayerManager(self._model_fn(), self.pattern, self.adapter)
+        if self._unpickled:
             _kept.clear()
-            _kept[self._token] = LoraLayerManager(self._model_fn(), self.pattern, self.adapter)
-        return _kept[self._token]
+            _kept[self._token] = self._manager
+        return self._manager
 
 
 def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,176 @@
+"""Eight clients, each with a text of its own, train one adapter together.
+
+Nobody sends a text: a client trains the layers and ranks that it can afford, and sends back what
+changed. All eight train as the rows of one batch on one base model. Printed is how the common
+adapter does on answers that no client has seen; at the end it serves from a pool. With `--flower`
+the same clients run in Flower's simulation, each by itself. No GPU, no network, five minutes on two
+cores: `python examples/federated.py` where lora_ext[demo] is installed, with lora_ext[fed] for
+Flower; `--quick` for a run of seconds that shows nothing but that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+sys.path.append(str(Path(__file__).resolve().parent))
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from rich import print
+from tqdm import tqdm
+from training import TEXTS, answer_losses, collate, read_examples
+
+import lora_ext
+from lora_ext import federated, nn
+from lora_ext.adapter import LoraAdapter
+from lora_ext.interop.smollm2 import load_smollm2
+from lora_ext.methods import fed_hello
+
+matplotlib.use("Agg")
+OUT = Path(__file__).resolve().parents[1] / "out" / "federated"
+NAMES = sorted(path.stem for path in TEXTS.glob("*.jsonl"))
+DEPTHS = (30, 30, 20, 20, 10, 10, 10, 10)  # how many of the 30 blocks a client can train,
+RANKS = (16, 16, 16, 8, 8, 8, 4, 4)  # and at which rank
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+ROUNDS, LEARNING_RATE, HELD_OUT = 6, 1e-3, 4
+QUESTION = "What is the moon?"
+
+
+def adapted(num_layers: int) -> Any:
+    """SmolLM2 with the common adapter on its first layers, before any training."""
+    torch.manual_seed(0)
+    model = load_smollm2()[0]
+    del model.model.layers[num_layers:]
+    model.config.num_hidden_layers = num_layers
+    return nn.wrap(model, nn.LoraConfig(target_modules=list(MODULES), r=16, lora_alpha=32))
+
+
+class Allocator(fed_hello.HLA):
+    """The layers nearest to the output, as many as a client can train, at the client's rank."""
+
+    @property
+    def depths(self) -> dict[int, int]:
+        return {client: min(depth, self.L) for client, depth in enumerate(DEPTHS)}
+
+    def plan(self, round: int, client: Any, capability: int) -> federated.LayerPlan:
+        layers = super().plan(round, client, capability).layers
+        return federated.LayerPlan(layers, (RANKS[client],) * len(layers))
+
+
+def in_one_batch(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
+    """All clients as the rows of one batch: the adapter, losses, bytes and heights by round."""
+    model = make()
+    manager, log = federated.LoraLayerManager(model), federated.CommLog()
+    clients = [federated.ClientSpec(c, data[c], LEARNING_RATE) for c in allocator.depths]
+    batched = federated.BatchedClients(model, clients)
+    state, losses, heights = manager.state_slice(), [measure(model)], list[Any]()
+    for round in (bar := tqdm(range(1, rounds + 1), unit="round")):
+        plans = {c: allocator.plan(round, c, depth) for c, depth in allocator.depths.items()}
+        result = federated.aggregate(state, batched.run_round(plans, state, round))
+        state = result.state
+        manager.load_slice(state)
+        losses.append(measure(model))
+        for client, plan in plans.items():
+            log.record(round, client, up=federated.plan_bytes(state, plan))
+        heights.append(federated.RoundLog.of(round, plans, result, allocator.L).heights)
+        bar.set_postfix(loss=f"{sum(losses[-1].values()) / len(NAMES):.2f}")
+    return state, losses, log, heights
+
+
+def in_flower(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
+    """The same in Flower's simulation, which trains one client after another."""
+    from flwr.simulation import run_simulation
+
+    from lora_ext.interop import flower
+
+    strategy, results = flower.LoraStrategy(allocator, capability=allocator.depths), list[Any]()
+    server = flower.make_server_app(
+        lambda: strategy,
+        make,
+        measure,
+        num_rounds=rounds,
+        train_config={"lr": LEARNING_RATE},
+        on_result=lambda _, result: results.append(result),
+    )
+    client = flower.make_client_app(make, data.__getitem__)
+    one_at_a_time: Any = {"client_resources": {"num_cpus": os.cpu_count(), "num_gpus": 0.0}}
+    run_simulation(server, client, len(DEPTHS), backend_config=one_at_a_time)
+    losses = [dict(each) for each in results[0].evaluate_metrics_serverapp.values()]
+    heights = [each.heights for each in strategy.history]
+    return flower.from_arrays(results[0].arrays), losses, strategy.comm, heights
+
+
+def measure(unseen: dict[str, Any], model: Any) -> dict[str, float]:
+    """By text, the loss on answers that no client has."""
+    with torch.inference_mode():
+        return {name: answer_losses(model(**b), b).mean().item() for name, b in unseen.items()}
+
+
+def draw(losses: Any, log: federated.CommLog, heights: Any, path: Path) -> None:
+    """Loss of each client's text, bytes, and who trained which layer."""
+    _, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for name, style in zip(NAMES, ("-", "--") * 4, strict=True):
+        axes[0].plot([each[name] for each in losses], style, label=name)
+    axes[0].set(xlabel="round", ylabel="loss on unseen answers, nats a token")
+    axes[0].legend(ncols=2, fontsize="small", frameon=False)
+    rounds = range(1, len(heights) + 1)
+    fed_hello.draw_bytes({"eight clients": [log.cumulative("up")[r] for r in rounds]}, axes[1])
+    fed_hello.draw_heights(heights, axes[2])
+    axes[0].figure.savefig(path, dpi=120)
+
+
+def serve(model: Any, tokenizer: Any, adapter: LoraAdapter) -> None:
+    """One batch: a row of the common adapter, a row of the base model."""
+    pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=16)
+    pool.load("federated", adapter)
+    lora_ext.attach(model, pool)
+    question = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    batch = tokenizer([prompt] * 2, return_tensors="pt")
+    with torch.inference_mode(), lora_ext.adapters(["federated", None], pool=pool):
+        answers = model.generate(**batch, max_new_tokens=40, do_sample=False)
+    for name, answer in zip(
+        ("federated", "base"), answers[:, batch.input_ids.shape[1] :], strict=True
+    ):
+        print(f"{name:>9}: {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--flower", action="store_true", help="through Flower's simulation")
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    num_layers, rounds, steps = (4, 2, 1) if args.quick else (30, ROUNDS, None)
+    _, tokenizer = load_smollm2()
+    texts = {name: read_examples(tokenizer, name) for name in NAMES}
+    pad = tokenizer.pad_token_id
+    unseen = {name: collate(each[:HELD_OUT], pad) for name, each in texts.items()}
+    seen = [each[HELD_OUT:] for each in texts.values()]
+    data = [[collate(e[i : i + 2], pad) for i in range(0, len(e), 2)][:steps] for e in seen]
+    run = in_flower if args.flower else in_one_batch
+    allocator = Allocator("inverted_triangle", num_layers)
+    make, evaluate = functools.partial(adapted, num_layers), functools.partial(measure, unseen)
+    state, losses, log, heights = run(make, data, allocator, evaluate, rounds)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        print(f"{name:>9}: {losses[0][name]:.2f} nats a token before, {losses[-1][name]:.2f} after")
+    draw(losses, log, heights, args.out / "federated.png")
+    model = make()
+    federated.LoraLayerManager(model).load_slice(state)
+    adapter = LoraAdapter.from_model(model)
+    adapter.save(args.out / "adapter")
+    serve(nn.unwrap(model).eval(), tokenizer, adapter)
+    print(f"adapter and picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
