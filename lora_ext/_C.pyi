@@ -166,6 +166,23 @@ def log_einsum_exp_backward(
     /,
 ) -> tuple[Tensor, Tensor]: ...
 def log_einsum_max(w: Tensor, values: Tensor, norm: str, /) -> tuple[Tensor, Tensor]: ...
+def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, /) -> Tensor: ...
+def circuit_table_backward(
+    de: Tensor, x: Tensor, row: Tensor, block: int, table_rows: int, values: int, /
+) -> Tensor: ...
+def circuit_layers(
+    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, /
+) -> Tensor: ...
+def circuit_layers_backward(
+    droots: Tensor,
+    val: Tensor,
+    w: Tensor,
+    program: Tensor,
+    plan: list[int],
+    norm: str,
+    need_dw: bool,
+    /,
+) -> tuple[Tensor, Tensor]: ...
 def depth_mix_forward(
     hiddens: list[Tensor],
     gammas: list[Tensor],

@@ -3,6 +3,7 @@
 
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
+#include "lora_ext/circuit_layers.h"
 #include "lora_ext/circuit_sum.h"
 #include "lora_ext/depth_mix.h"
 #include "lora_ext/lora.h"
@@ -13,16 +14,18 @@
 namespace lora_ext {
 
 // What the *_isa.cpp leave in the namespace of an instruction set.
-#define LX_DECLARE_TABLES(isa)                  \
-    namespace isa {                             \
-    extern const LoraCpu lora_table;            \
-    extern const LoraTrainCpu train_table;      \
-    extern const GramCpu gram_table;            \
-    extern const CircuitCpu circuit_table;      \
-    extern const CircuitDecodeCpu decode_table; \
-    extern const LogSumCpu log_sum_table;       \
-    extern const DepthMixCpu depth_mix_table;   \
-    extern const VocabCpu vocab_table;          \
+#define LX_DECLARE_TABLES(isa)                        \
+    namespace isa {                                   \
+    extern const LoraCpu lora_table;                  \
+    extern const LoraTrainCpu train_table;            \
+    extern const GramCpu gram_table;                  \
+    extern const CircuitCpu circuit_table;            \
+    extern const CircuitDecodeCpu decode_table;       \
+    extern const LogSumCpu log_sum_table;             \
+    extern const LayersCpu layers_table;              \
+    extern const CircuitTableCpu circuit_table_table; \
+    extern const DepthMixCpu depth_mix_table;         \
+    extern const VocabCpu vocab_table;                \
     }
 
 // In the order of Isa.
@@ -51,6 +54,8 @@ LX_TWINS(GramCpu, gram_table)
 LX_TWINS(CircuitCpu, circuit_table)
 LX_TWINS(CircuitDecodeCpu, decode_table)
 LX_TWINS(LogSumCpu, log_sum_table)
+LX_TWINS(LayersCpu, layers_table)
+LX_TWINS(CircuitTableCpu, circuit_table_table)
 LX_TWINS(DepthMixCpu, depth_mix_table)
 LX_TWINS(VocabCpu, vocab_table)
 

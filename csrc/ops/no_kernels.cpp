@@ -3,6 +3,7 @@
 
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
+#include "lora_ext/circuit_layers.h"
 #include "lora_ext/circuit_sum.h"
 #include "lora_ext/depth_mix.h"
 #include "lora_ext/lora_gram.h"
@@ -80,6 +81,12 @@ bool log_sum_fused_fits(const LogSumArgs&) {
 }
 LX_NO_KERNEL(launch_log_sum_fused, const LogSumArgs&, bool, void*)
 LX_NO_KERNEL(launch_log_max, const LogSumArgs&, void*)
+LX_NO_KERNEL(launch_layers_weights, const LayersArgs&, void*)
+LX_NO_KERNEL(launch_layers_forward, const LayersArgs&, void*)
+LX_NO_KERNEL(launch_layers_backward, const LayersArgs&, void*)
+LX_NO_KERNEL(launch_layers_dweights, const LayersArgs&, void*)
+LX_NO_KERNEL(launch_circuit_table, const CircuitTableArgs&, void*)
+LX_NO_KERNEL(launch_circuit_table_backward, const CircuitTableArgs&, void*)
 LX_NO_KERNEL(launch_depth_mix, const DepthMixArgs&, void*)
 LX_NO_KERNEL(launch_depth_mix_backward, const DepthMixArgs&, void*)
 

@@ -9,6 +9,7 @@
 #include "ops/circuit.h"
 #include "ops/circuit_autograd.h"
 #include "ops/circuit_decode.h"
+#include "ops/circuit_layers.h"
 #include "ops/circuit_sum.h"
 #include "ops/depth_mix.h"
 #include "ops/depth_mix_autograd.h"
@@ -52,12 +53,14 @@ struct InPlace : NoGradient<kOp, kRemedy> {
 inline constexpr char kApply[] = LX_NO_GRAD ", or use lora_apply, which is differentiable";
 inline constexpr char kScan[] = LX_NO_GRAD "; circuit_scan is differentiable";
 inline constexpr char kSum[] = LX_NO_GRAD "; log_einsum_exp is differentiable";
+inline constexpr char kLayers[] = LX_NO_GRAD "; circuits.Circuit is differentiable";
 inline constexpr char kGram[] = LX_NO_GRAD;
 #define LX_ONCE(op) "the gradient of " op " is not itself differentiable"
 inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
 inline constexpr char kEmissionOnce[] = LX_ONCE("emission_gather");
 inline constexpr char kScanOnce[] = LX_ONCE("circuit_scan");
+inline constexpr char kTableOnce[] = LX_ONCE("circuit_table");
 inline constexpr char kMixOnce[] = LX_ONCE("depth_mix");
 inline constexpr char kCrossEntropyOnce[] = LX_ONCE("chunked_cross_entropy");
 inline constexpr char kDivergenceOnce[] = LX_ONCE("chunked_kl");
@@ -161,6 +164,20 @@ inline constexpr std::tuple kOps{
     NoGradient<&log_einsum_max, kSum>{
         "log_einsum_max",
         "(Tensor w, Tensor values, str norm) -> (Tensor values_out, Tensor indices)"},
+
+    // --- circuit_layers ---
+    Differentiable<&circuit_table, autograd::CircuitTable>{
+        "circuit_table", "(Tensor table, Tensor x, Tensor row, int block) -> Tensor"},
+    NoGradient<&circuit_table_backward, kTableOnce>{
+        "circuit_table_backward",
+        "(Tensor de, Tensor x, Tensor row, int block, int table_rows, int values) -> Tensor"},
+    NoGradient<&circuit_layers, kLayers>{
+        "circuit_layers",
+        "(Tensor leaf, Tensor w, Tensor program, int[] plan, str norm) -> Tensor"},
+    NoGradient<&circuit_layers_backward, kLayers>{
+        "circuit_layers_backward",
+        "(Tensor droots, Tensor val, Tensor w, Tensor program, int[] plan, str norm, bool need_dw)"
+        " -> (Tensor grad, Tensor dw)"},
 
     // --- depth_mix ---
     Differentiable<&depth_mix_forward, autograd::DepthMix>{

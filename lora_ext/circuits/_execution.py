@@ -1,4 +1,7 @@
-"""Runs the layered form with torch: upward, backward, and from a root down along one tree."""
+"""Runs the layered form: upward and backward in one op each, from a root down along one tree.
+
+Max-product, and the reduced precisions of a GPU, go up stage by stage.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.circuits._sums import add_columns, add_entries
 from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
+from lora_ext.ops import Program
 from lora_ext.reference.circuit_sum import log_weights
 
 Semiring = Literal["sum", "max"]
@@ -29,12 +32,6 @@ class _Columns:
         if self.consecutive:
             return val[:, self.first : self.first + len(self.index)]
         return val.index_select(1, self.index)
-
-    def add(self, grad: Tensor, d: Tensor) -> None:
-        if self.consecutive:
-            grad[:, self.first : self.first + len(self.index)] += d
-        else:
-            add_columns(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = self.index.to(device)
@@ -69,15 +66,6 @@ class _Products:
         n, m = self.kron
         left, right = parts[0].unflatten(1, (-1, n, 1)), parts[1].unflatten(1, (-1, 1, m))
         return (left + right).flatten(1)
-
-    def down(self, grad: Tensor, d: Tensor) -> None:
-        if self.kron is None:
-            for c in self.columns:
-                c.add(grad, d)
-            return
-        pairs = d.unflatten(1, (-1, *self.kron))
-        self.columns[0].add(grad, pairs.sum(3).flatten(1))
-        self.columns[1].add(grad, pairs.sum(2).flatten(1))
 
     def to(self, device: torch.device) -> None:
         self.factors = self.factors.to(device)
@@ -115,26 +103,6 @@ class _Weights:
             return flat[self.first : self.first + numel].view(self.shape)
         w = flat[self.index]
         return w if self.missing is None else w.masked_fill(self.missing, -torch.inf)
-
-    def present(self, w: Tensor) -> Tensor:
-        """Whether an entry of ``(G, O, I)`` is a weight and not padding."""
-        return torch.ones_like(w, dtype=torch.bool) if self.missing is None else ~self.missing
-
-    def put(self, flat: Tensor, w: Tensor) -> None:
-        """Write ``(G, O, I)`` back; entries that share a parameter hold one value."""
-        if self.index is None:
-            flat[self.first : self.first + w.numel()] = w.flatten()
-        elif self.missing is None:
-            flat[self.index] = w
-        else:
-            there = ~self.missing
-            flat[self.index[there]] = w[there]
-
-    def add(self, grad: Tensor, d: Tensor) -> None:
-        if self.index is None:
-            grad[self.first : self.first + d.numel()] += d.flatten()
-        else:
-            add_entries(grad, self.index, d)
 
     def to(self, device: torch.device) -> None:
         self.index = None if self.index is None else self.index.to(device)
@@ -181,14 +149,6 @@ class StageRunner:
         out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "max").values
         val[:, self.span] = out.transpose(0, 1).flatten(1)
 
-    def down(self, val: Tensor, weights: Weights, grad: Tensor, dflat: Tensor) -> None:
-        g = grad[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
-        w, scaled = weights.of(self.weights)
-        out = val[:, self.span].unflatten(1, (self.groups, self.units)).transpose(0, 1)
-        dw, d = ops.log_einsum_exp_backward(g, w, self.terms(val), out, weights.norm, scaled)
-        self.weights.add(dflat, dw)
-        self.products.down(grad, d.transpose(0, 1).flatten(1))
-
     def to(self, device: torch.device) -> None:
         self.regions = self.regions.to(device)
         self.products.to(device)
@@ -202,8 +162,8 @@ Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Execution:
     """The layered form with its index arrays on one device, ready to run."""
 
-    def __init__(self, layered: Layered, roots: list[int]):
-        self.layered, self.roots = layered, roots
+    def __init__(self, layered: Layered, program: Program, roots: list[int]):
+        self.layered, self.program, self.roots = layered, program, roots
         self.num_leaves = len(layered.inputs.var)
         self.factors = _Products(layered.factors)
         self.factor_span = slice(
@@ -223,6 +183,7 @@ class Execution:
         if device == self.device:
             return
         self.owner, self.first_unit = self.owner.to(device), self.first_unit.to(device)
+        self.program = self.program.to(device)
         for part in (self.factors, *self.stages):
             part.to(device)
         self.device = device
@@ -230,9 +191,11 @@ class Execution:
     def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
         """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
         with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
-            return self._up(leaf, weights, semiring)
+            if semiring == "sum" and weights.precision == "fp32":
+                return ops.circuit_layers(leaf, weights.flat, self.program, weights.norm)
+            return self._up_by_stages(leaf, weights, semiring)
 
-    def _up(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
+    def _up_by_stages(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
         val = leaf.new_empty(leaf.shape[0], self.layered.num_units)
         val[:, ONE], val[:, ZERO] = 0, -torch.inf
         val[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves] = leaf
@@ -242,16 +205,24 @@ class Execution:
             (stage.up if semiring == "sum" else stage.up_max)(val, weights)
         return val
 
-    def down(self, grad: Tensor, val: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of units (``grad``, filled in from the roots down), leaves and weights."""
-        dflat = torch.zeros_like(weights.flat)
+    def down(
+        self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
+
+        ``droots (B, R)`` has those of the roots. What is not needed comes back empty.
+        """
         with torch._C._AutoDispatchBelowAutograd():
-            for stage in reversed(self.stages):
-                stage.down(val, weights, grad, dflat)
-        if self.factor_span.start < self.factor_span.stop:
-            d = grad[:, self.factor_span].clone()  # torch refuses to add a tensor to its own memory
-            self.factors.down(grad, d)
+            grad, dflat = ops.circuit_layers_backward(
+                droots, val, weights.flat, self.program, weights.norm, need_weights
+            )
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves], dflat
+
+    def root_values(self, val: Tensor) -> Tensor:
+        """Those of the roots, ``(B, R)``, in memory of their own."""
+        if len(self.roots) == 1:
+            return val.narrow(1, self.roots[0], 1).clone()
+        return val[:, self.roots]
 
     def choose(
         self, val: Tensor, weights: Weights, row: Tensor, root: Tensor, pick: Pick
@@ -292,7 +263,7 @@ class Execution:
 
 
 class Evaluate(torch.autograd.Function):
-    """Takes leaves and weights to the roots; its backward computes flows, stage by stage."""
+    """Takes leaves and weights to the roots; its backward computes flows."""
 
     @staticmethod
     def forward(
@@ -302,13 +273,12 @@ class Evaluate(torch.autograd.Function):
         val = execution.up(leaf, ctx.weights)
         ctx.save_for_backward(val, flat)
         ctx.execution = execution
-        return val[:, execution.roots]
+        return execution.root_values(val)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
-        grad = torch.zeros_like(val)
-        grad[:, ctx.execution.roots] = grads[0]
-        _, dleaf, dflat = ctx.execution.down(grad, val, ctx.weights)
-        return dleaf, dflat, None, None, None
+        need = ctx.needs_input_grad[1]
+        _, dleaf, dflat = ctx.execution.down(grads[0], val, ctx.weights, need)
+        return dleaf, dflat if need else None, None, None, None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.circuits import chain, checks, files, learning, queries, sampling
-from lora_ext.circuits._execution import Evaluate
+from lora_ext.circuits._execution import Evaluate, Weights
 from lora_ext.circuits.chain import KBest
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import MAX_BLOCK
@@ -92,14 +92,17 @@ class Circuit(Parameters):
         values = self._log_probs("log_prob", x, external)
         if root is not None:
             values = values.gather(1, self._root_numbers("log_prob", root, len(x))[:, None])
-        return values[:, 0] if values.shape[1] == 1 else values
+        return values.squeeze(1) if values.shape[1] == 1 else values
 
     forward = log_prob
 
     def _log_probs(self, name: str, x: Tensor, external: Tensor | None = None) -> Any:
         """A column per root unit, ``(B, R)``."""
-        leaf = self._leaf_values(name, x, external)
-        return Evaluate.apply(leaf, self.weights, self._run(), self.norm, self.precision)
+        leaf, execution = self._leaf_values(name, x, external), self._run()
+        if torch.is_grad_enabled():
+            return Evaluate.apply(leaf, self.weights, execution, self.norm, self.precision)
+        weights = Weights(self.weights.detach(), self.norm, self.precision)
+        return execution.root_values(execution.up(leaf, weights))
 
     @torch.no_grad()
     def log_partition(self) -> Tensor:
@@ -366,8 +369,8 @@ class Circuit(Parameters):
     def check(self) -> Report:
         """Properties of the structure, and how far the worst row of weights is from sum one."""
         error = 0.0
-        for stage in self._run().stages:
-            w = log_weights(stage.weights.gather(self.weights), self.norm)
+        for rows in self._rows(self.weights):
+            w = log_weights(rows, self.norm)
             error = max(error, float((w.exp().sum(-1) - 1).abs().max()))
         return Report(
             checks.is_smooth(self.graph),

@@ -37,11 +37,13 @@ def flows(
 ) -> Flows:
     """``Circuit.flows``, from the values of the leaves and the normalised weights."""
     execution, weights = circuit._run(), Weights(log_weights, "none")
-    top = circuit._root_units(name, root, len(leaf))[:, None]
+    top = circuit._root_numbers(name, root, len(leaf))[:, None]
     val = execution.up(leaf, weights)
-    log_prob = val.gather(1, top)
-    grad = torch.zeros_like(val).scatter_(1, top, (log_prob > -torch.inf).to(val.dtype))
-    units, _, weight_flows = execution.down(grad, val, weights)
+    log_probs = execution.root_values(val)
+    log_prob = log_probs.gather(1, top)
+    possible = (log_prob > -torch.inf).to(val.dtype)
+    droots = torch.zeros_like(log_probs).scatter_(1, top, possible)
+    units, _, weight_flows = execution.down(droots, val, weights)
     return Flows(log_prob[:, 0], units, weight_flows)
 
 
@@ -112,13 +114,13 @@ def _move_sums(
     keep_zero: bool,
 ) -> None:
     """``W <- (1 - step) W + step W'`` of every sum that has a flow, in place."""
-    target = circuit.weights.data
-    for stage in circuit._run().stages:
-        tiles = stage.weights
-        flow, old, kept = (tiles.gather(t) for t in (flows, log_weights, target))
-        there = old > -torch.inf if keep_zero else tiles.present(old)
-        flow = torch.where(there, flow, 0)
-        total, terms = last_sum(flow)[..., None], there.sum(-1, keepdim=True).clamp(min=1)
-        new = (flow + there * (pseudocount / terms)) / (total + pseudocount)
+    rows = (circuit._rows(t) for t in (flows, log_weights, circuit.weights.data))
+    for flow, old, target in zip(*rows, strict=True):
+        extra = pseudocount / flow.shape[1]
+        if keep_zero:
+            there = old > -torch.inf
+            extra = there * (pseudocount / there.sum(1, keepdim=True).clamp(min=1))
+        total = last_sum(flow)[:, None]
+        new = (flow + extra) / (total + pseudocount)
         mixed = ((1 - step) * old.exp() + step * new).log()
-        tiles.put(target, torch.where(total > 0, mixed, kept))
+        target.copy_(torch.where(total > 0, mixed, target))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_ext import ops
 from lora_ext.circuits._sums import sums_at
 from lora_ext.circuits.errors import require
 from lora_ext.reference.circuit import draw, log_softmax
@@ -123,10 +124,10 @@ class _Finite(Leaf):
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         log_table = self.log_table(table)
-        values, block = log_table.shape[1], len(row) // x.shape[1]
-        # A row of `blocks` holds a value's probabilities under a whole block: each x is one copy.
-        blocks = log_table.unflatten(0, (-1, block)).transpose(1, 2).reshape(-1, block)
-        return F.embedding(row[::block] // block * values + x.long(), blocks)
+        block = len(row) // x.shape[1]
+        return ops.circuit_table(log_table, x.long(), row[::block].contiguous(), block).unflatten(
+            1, (-1, block)
+        )
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
         return draw(self.log_table(table).exp()[row], u)
@@ -153,10 +154,11 @@ class Categorical(_Finite):
 
     def log_table(self, table: Table) -> Tensor:
         logits = table["logits"]
+        if logits.device.type != "cpu":
+            return log_softmax(logits)
         # torch's own makes one pass, but turns a row of nothing but -inf into NaN.
-        if logits.device.type == "cpu" and logits.detach().amax(1).isfinite().all():
-            return F.log_softmax(logits, 1)
-        return log_softmax(logits)
+        fast = F.log_softmax(logits, 1)
+        return log_softmax(logits) if fast.detach()[:, 0].isnan().any() else fast
 
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float

@@ -18,6 +18,7 @@ from lora_ext.circuits._sums import in_rows
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
 from lora_ext.circuits.leaves import External, Indicator, Leaf
+from lora_ext.circuits.program import compile_program, rows_of_one_width
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.scopes import variables
 from lora_ext.reference.circuit_sum import log_weights
@@ -44,7 +45,9 @@ class Parameters(nn.Module):
         self.graph, self.norm, self.precision = graph, norm, precision
         self.layered = compile_graph(graph, block)
         roots = [c for r in graph.roots for c in self.columns(r)]
-        self._execution = Execution(self.layered, roots)
+        program = compile_program(graph, self.layered, roots)
+        self._execution = Execution(self.layered, program, roots)
+        self._matrices = rows_of_one_width(program)
         self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
         self.leaves = nn.ModuleList()
         for leaf, _, _, rows in self.layered.families:
@@ -132,10 +135,13 @@ class Parameters(nn.Module):
     def _log_weights(self) -> Tensor:
         """Normalised log-weights, flat."""
         flat = torch.empty_like(self.weights)
-        for stage in self._run().stages:
-            w = in_rows(stage.weights.gather(self.weights))
-            stage.weights.put(flat, log_weights(w, self.norm)[0])
+        for w, out in zip(self._rows(self.weights), self._rows(flat), strict=True):
+            out.copy_(log_weights(in_rows(w), self.norm)[0])
         return flat
+
+    def _rows(self, flat: Tensor) -> list[Tensor]:
+        """Views ``(rows, terms)`` that cover numbers in the order of the weights, few of them."""
+        return [flat[span].view(-1, width) for span, width in self._matrices]
 
     def _root_units(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
         """The root unit that answers for each row, as columns of the values, ``(rows,)``."""
@@ -178,6 +184,8 @@ class Parameters(nn.Module):
         missing = x.isnan() if x.is_floating_point() else x < 0
         for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
             size = leaf.num_values()
+            if size is not None and self._within(x, size):
+                continue
             known = signed(x[:, names])
             if size is not None:
                 wrong = (known < (0 if x.is_floating_point() else -1)) | (known >= size)
@@ -195,6 +203,14 @@ class Parameters(nn.Module):
                 found = f"{known[row, column].item()} in row {row}"
                 require(False, f"{where}: variable {names[column]}", expected, found)
         return torch.where(missing, 0, x) if missing.any() else x, missing
+
+    @staticmethod
+    def _within(x: Tensor, size: int) -> bool:
+        """Whether all integers of the data are values of a family or missing, in one look."""
+        if x.is_floating_point() or x.dtype == torch.uint8 or not x.numel():
+            return False
+        low, high = torch.aminmax(x)
+        return bool(low >= -1) and bool(high < size)
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
         """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""

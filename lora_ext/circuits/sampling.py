@@ -101,7 +101,7 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     """All units by max-product, where missing variables take their mode."""
     circuit._refuse_external("map")
-    e = circuit._leaf_values_of("map", filled, missing)
+    e = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
         if not isinstance(leaf, Indicator):
             mode = leaf.mode(table, circuit._row[span])[1]

@@ -9,6 +9,12 @@ from lora_ext.ops.circuit_decode import (
     circuit_sample,
     spec_verify,
 )
+from lora_ext.ops.circuit_layers import (
+    Program,
+    circuit_layers,
+    circuit_layers_backward,
+    circuit_table,
+)
 from lora_ext.ops.circuit_sum import (
     LogMax,
     ScaledWeights,
@@ -37,14 +43,18 @@ __all__ = [
     "CircuitSample",
     "CircuitScan",
     "LogMax",
+    "Program",
     "ScaledWeights",
     "bgmv_",
     "chunked_cross_entropy",
     "chunked_kl",
     "circuit_argmax",
     "circuit_conditional_dist",
+    "circuit_layers",
+    "circuit_layers_backward",
     "circuit_sample",
     "circuit_scan",
+    "circuit_table",
     "depth_mix",
     "depth_mix_routed",
     "emission_gather",

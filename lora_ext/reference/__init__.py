@@ -10,6 +10,7 @@ from lora_ext.reference.circuit import (
     emission_gather,
     spec_verify,
 )
+from lora_ext.reference.circuit_layers import circuit_layers, circuit_table
 from lora_ext.reference.circuit_sum import LogMax, log_bmm, log_einsum_exp
 from lora_ext.reference.depth_mix import depth_mix, depth_mix_routed, depth_norm
 from lora_ext.reference.lora import (
@@ -44,8 +45,10 @@ __all__ = [
     "chunked_kl",
     "circuit_argmax",
     "circuit_conditional_dist",
+    "circuit_layers",
     "circuit_sample",
     "circuit_scan",
+    "circuit_table",
     "depth_mix",
     "depth_mix_routed",
     "depth_norm",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import Backend
+from backends import OP_MODULES, Backend
 from circuit_graphs import GRAPHS, assignments, circuit_of
 
 from lora_ext.circuits import Categorical, RegionGraph
-from lora_ext.ops import circuit_sum
+
+
+def run_on_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows is computed by the twins, which have float64."""
+    for module in OP_MODULES:
+        monkeypatch.setattr(module, "_c", torch.ops.lora_ext)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "high", "fp16s"])
@@ -26,7 +31,7 @@ def test_values_flows_and_gradients_agree_with_float64(
     log_prob.sum().backward()
     units = circuit.flows(x.to(backend.device)).units
 
-    monkeypatch.setattr(circuit_sum, "_c", torch.ops.lora_ext)  # which has float64
+    run_on_twins(monkeypatch)
     expected = exact.log_prob(x)
     expected.sum().backward()
     tolerance = {"fp32": 1e-5, "high": 2e-4, "fp16s": 5e-3}[precision]
@@ -45,7 +50,7 @@ def test_samples_and_maps_are_the_same_everywhere(
     circuit = circuit_of(graph, seed=2).float().to(backend.device)
     u = torch.rand(1, 40, 10, generator=torch.Generator().manual_seed(0))
     samples, best = circuit.sample(40, uniforms=u.to(backend.device)), circuit.map().x
-    monkeypatch.setattr(circuit_sum, "_c", torch.ops.lora_ext)
+    run_on_twins(monkeypatch)
     # No running sum of these weights lies within a rounding of its uniform.
     assert torch.equal(samples.cpu(), exact.sample(40, uniforms=u))
     assert torch.equal(best.cpu(), exact.map().x)

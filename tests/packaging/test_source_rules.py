@@ -214,6 +214,14 @@ TELLINGS = {
         "log_einsum_exp", "LogSumCpu.dvalues", "launch_log_sum_dvalues"
     ),
     "log_einsum_max": Tellings("log_einsum_exp", "LogSumCpu.max", "launch_log_max"),
+    "circuit_table": Tellings("circuit_table", "CircuitTableCpu.forward", "launch_circuit_table"),
+    "circuit_table_backward": Tellings(
+        "circuit_table", "CircuitTableCpu.backward", "launch_circuit_table_backward"
+    ),
+    "circuit_layers": Tellings("circuit_layers", "LayersCpu.forward", "launch_layers_forward"),
+    "circuit_layers_backward": Tellings(
+        "circuit_layers", "LayersCpu.backward", "launch_layers_backward"
+    ),
     "depth_mix_forward": Tellings("depth_mix", "DepthMixCpu.forward", "launch_depth_mix"),
     "depth_mix_backward": Tellings(
         "depth_mix", "DepthMixCpu.backward", "launch_depth_mix_backward"

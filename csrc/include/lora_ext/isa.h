@@ -26,6 +26,8 @@ struct GramCpu;           // lora_gram.h
 struct CircuitCpu;        // circuit.h
 struct CircuitDecodeCpu;  // circuit_decode.h
 struct LogSumCpu;         // circuit_sum.h
+struct LayersCpu;         // circuit_layers.h
+struct CircuitTableCpu;   // circuit_layers.h
 struct DepthMixCpu;       // depth_mix.h
 struct VocabCpu;          // vocab.h
 
@@ -46,6 +48,10 @@ template <>
 const CircuitDecodeCpu& twins<CircuitDecodeCpu>(Isa isa);
 template <>
 const LogSumCpu& twins<LogSumCpu>(Isa isa);
+template <>
+const LayersCpu& twins<LayersCpu>(Isa isa);
+template <>
+const CircuitTableCpu& twins<CircuitTableCpu>(Isa isa);
 template <>
 const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
 template <>

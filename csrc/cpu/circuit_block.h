@@ -1,0 +1,290 @@
+// A node of a circuit on a block of lanes: products, sums, and the way back; formulas in
+// circuit_layers.h. Built on sum_rows.h and, as that, per instruction set.
+//
+// Vectors lie along the lanes, so that maxima, exponentials and logarithms of a row of data meet no
+// other row, and a product of matrices takes the weights as they are: one number for all lanes.
+#pragma once
+
+#include "lora_ext/circuit_layers.h"
+#include "sum_rows.h"
+#include "tiles.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+// Vectors of a block of lanes, and with them rows of a tile: 24 accumulators of 32 registers, or 12
+// of 16.
+constexpr int kMostVecs = 4;
+#if defined(__AVX512F__)
+constexpr int kTileRows[] = {12, 12, 0, 6};
+#else
+constexpr int kTileRows[] = {8, 6, 0, 3};
+#endif
+
+// f(Int<vectors>, first lane) for blocks of the lanes of groups [begin, end).
+template <typename A, typename F>
+LX_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
+    constexpr int L = kLanes<A>;
+    const int64_t stop = end * kLaneGroup;
+    for (int64_t lane = begin * kLaneGroup; lane < stop;) {
+        const int64_t vectors = (stop - lane) / L;
+        if (vectors >= 4)
+            f(Int<4>{}, lane), lane += 4 * L;
+        else if (vectors >= 2)
+            f(Int<2>{}, lane), lane += 2 * L;
+        else
+            f(Int<1>{}, lane), lane += L;
+    }
+}
+
+// c[m] (kVecs vectors, rows `c_row` apart) = sum over k of a[m am + k ak] b[k], ascending; added to
+// what c holds if `add`.
+template <typename A, int kVecs>
+LX_INLINE void multiply(const A* a, int64_t am, int64_t ak, int64_t rows, int64_t depth, const A* b,
+                        A* c, int64_t c_row, bool add) {
+    constexpr int L = kLanes<A>, kRows = kTileRows[kVecs - 1];
+    for (int64_t m = 0, tiles = blocks_of(rows, kRows), size; m < rows; m += size) {
+        size = blocks_of(rows - m, tiles--);
+        with_constant<kRows>(size, [&](auto tile) {
+            constexpr int kSize = tile.value;
+            Vec<A> acc[kSize][kVecs] = {};
+            A* to = c + m * c_row;
+            if (add)
+                for (int i = 0; i < kSize; ++i)
+                    for (int v = 0; v < kVecs; ++v) acc[i][v] = load(to + i * c_row + v * L);
+            const A* from = a + m * am;
+            sum_tile<A, kSize, kVecs>(
+                b, kVecs * L, depth,
+                [&](int i, int64_t k)
+                    __attribute__((always_inline)) { return from[i * am + k * ak]; },
+                acc);
+            for (int i = 0; i < kSize; ++i)
+                for (int v = 0; v < kVecs; ++v) store(to + i * c_row + v * L, acc[i][v]);
+        });
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// A node on a block of lanes
+
+template <typename A, int kVecs>
+struct Block {
+    static constexpr int L = kLanes<A>, kWidth = kVecs * L;
+    using V = Vec<A>;
+    const LayersArgs& args;
+    const LayersProgram program;
+    int64_t lane;
+
+    LX_INLINE Block(const LayersArgs& args, int64_t lane)
+        : args(args), program(args.program), lane(lane) {}
+
+    LX_INLINE A* at(void* values, int64_t unit) const {
+        return static_cast<A*>(values) + unit * args.lanes + lane;
+    }
+    template <typename F>
+    static LX_INLINE void each(F&& f) {
+        for (int v = 0; v < kVecs; ++v) f(v, v * L);
+    }
+
+    // The log-values of the products, kWidth lanes each, and their largest.
+    void terms(const LayersNode& node, A* l, V (&tops)[kVecs]) const {
+        for (int v = 0; v < kVecs; ++v) tops[v] = broadcast<A>(-kInfinity<A>);
+        for (int64_t p = node.part_begin; p < node.part_end; ++p) {
+            const LayersPart part = program.parts()[p];
+            const LayersChild* child = program.children() + part.child_begin;
+            A* to = l + part.term * kWidth;
+            const auto keep = [&](int v, V x) __attribute__((always_inline)) {
+                store(to + v * L, x);
+                tops[v] = max(tops[v], x);
+            };
+            if (part.kronecker) {
+                for (int64_t i = 0; i < child[0].units; ++i)
+                    for (int64_t j = 0; j < child[1].units; ++j, to += kWidth) {
+                        const A* left = at(args.val, child[0].column + i);
+                        const A* right = at(args.val, child[1].column + j);
+                        each([&](int v, int x) __attribute__((always_inline)) {
+                            keep(v, load(left + x) + load(right + x));
+                        });
+                    }
+                continue;
+            }
+            const int64_t count = part.child_end - part.child_begin;
+            for (int64_t i = 0; i < child[0].units; ++i, to += kWidth) {
+                V sum[kVecs];
+                const A* first = at(args.val, child[0].column + i);
+                each([&](int v, int x)
+                         __attribute__((always_inline)) { sum[v] = load(first + x); });
+                for (int64_t c = 1; c < count; ++c) {
+                    const A* more = at(args.val, child[c].column + i);
+                    each([&](int v, int x)
+                             __attribute__((always_inline)) { sum[v] += load(more + x); });
+                }
+                each([&](int v, int) __attribute__((always_inline)) { keep(v, sum[v]); });
+            }
+        }
+    }
+    // The terms relative to the largest, between 0 and 1.
+    void scaled_terms(const LayersNode& node, A* p, V (&tops)[kVecs]) const {
+        terms(node, p, tops);
+        V base[kVecs];
+        for (int v = 0; v < kVecs; ++v) base[v] = tops[v] == -kInfinity<A> ? V{} : tops[v];
+        for (int64_t i = 0; i < node.width; ++i, p += kWidth)
+            each([&](int v, int x) __attribute__((always_inline)) {
+                store(p + x, exp<false>(load(p + x) - base[v]));
+            });
+    }
+    // d of a product is d of each of its factors.
+    void add_to_children(const LayersNode& node, const A* d) const {
+        for (int64_t p = node.part_begin; p < node.part_end; ++p) {
+            const LayersPart part = program.parts()[p];
+            const LayersChild* child = program.children() + part.child_begin;
+            const A* from = d + part.term * kWidth;
+            const auto add = [&](int64_t unit) __attribute__((always_inline)) {
+                A* to = at(args.grad, unit);
+                each([&](int, int x) __attribute__((always_inline)) {
+                    store(to + x, load(to + x) + load(from + x));
+                });
+            };
+            if (part.kronecker) {
+                for (int64_t i = 0; i < child[0].units; ++i)
+                    for (int64_t j = 0; j < child[1].units; ++j, from += kWidth) {
+                        add(child[0].column + i);
+                        add(child[1].column + j);
+                    }
+                continue;
+            }
+            const int64_t count = part.child_end - part.child_begin;
+            for (int64_t i = 0; i < child[0].units; ++i, from += kWidth)
+                for (int64_t c = 0; c < count; ++c) add(child[c].column + i);
+        }
+    }
+
+    const A* weights_of(const LayersMatrix& m, int64_t o) const {
+        return static_cast<const A*>(args.w) + m.weight + o * m.width;
+    }
+    const A* scaled_of(const LayersMatrix& m) const {
+        return static_cast<const A*>(args.weight) + m.weight;
+    }
+    A shift_of(const LayersMatrix& m, int64_t o) const {
+        return static_cast<const A*>(args.shift)[m.row + o];
+    }
+
+    void forward(const LayersNode& node, A* p) const {
+        V tops[kVecs];
+        if (node.matrix < 0) {
+            terms(node, p, tops);
+            for (int64_t o = 0; o < node.units; ++o)
+                each([&](int, int x) {
+                    store(at(args.val, node.out + o) + x, load(p + o * kWidth + x));
+                });
+            return;
+        }
+        const LayersMatrix& m = program.matrices()[node.matrix];
+        scaled_terms(node, p, tops);
+        A* out = at(args.val, node.out);
+        multiply<A, kVecs>(scaled_of(m), m.width, 1, node.units, node.width, p, out, args.lanes,
+                           false);
+        bool expanded = false;
+        for (int64_t o = 0; o < node.units; ++o, out += args.lanes) {
+            const A shift = shift_of(m, o);
+            Ints<V> lost = {};
+            V s[kVecs], result[kVecs];
+            each([&](int v, int x) __attribute__((always_inline)) {
+                s[v] = load(out + x);
+                result[v] = log(s[v]) + shift + tops[v];
+                lost |= (s[v] < kTiny<A>)&(tops[v] != -kInfinity<A>);
+                store(out + x, result[v]);
+            });
+            if (shift == -kInfinity<A> || !any(lost)) continue;
+            if (!expanded) terms(node, p, tops), expanded = true;
+            rescue(m, o, p, tops, s, out);
+        }
+    }
+    // log sum W_i exp(l_i) where s is too small to be trusted, its terms shifted by their maximum.
+    void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
+                const V (&s)[kVecs], A* out) const {
+        const A* w = weights_of(m, o);
+        const A base = base_of(w, m.width), shift = shift_of(m, o);
+        for (int v = 0; v < kVecs; ++v) {
+            const auto lost = (s[v] < kTiny<A>)&(tops[v] != -kInfinity<A>);
+            V top = broadcast<A>(-kInfinity<A>), sum = {};
+            for (int64_t i = 0; i < m.width; ++i)
+                top = max(top, (w[i] - base) + load(l + i * kWidth + v * L));
+            const V safe = top == -kInfinity<A> ? V{} : top;
+            for (int64_t i = 0; i < m.width; ++i)
+                sum += exp<false>((w[i] - base) + load(l + i * kWidth + v * L) - safe);
+            const V exact = top == -kInfinity<A> ? top : top + log(sum) + shift;
+            store(out + v * L, lost ? exact : load(out + v * L));
+        }
+    }
+    static A base_of(const A* w, int64_t n) {
+        const A top = row_max(w, n);
+        return top == -kInfinity<A> ? A(0) : top;
+    }
+    static LX_INLINE bool any(Ints<V> mask) {
+        int64_t words[sizeof(mask) / 8], found = 0;
+        __builtin_memcpy(words, &mask, sizeof(mask));
+        for (const int64_t word : words) found |= word;
+        return found != 0;
+    }
+
+    // dl of the node is complete: its shares to its children, and `ratio` to dweights.
+    void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
+        if (node.matrix < 0) {
+            for (int64_t o = 0; o < node.units; ++o)
+                each([&](int, int x) {
+                    store(d + o * kWidth + x, load(at(args.grad, node.out + o) + x));
+                });
+            return add_to_children(node, d);
+        }
+        const LayersMatrix& m = program.matrices()[node.matrix];
+        V tops[kVecs];
+        scaled_terms(node, p, tops);
+        bool rescued = false;
+        for (int64_t o = 0; o < node.units; ++o) {
+            Ints<V> lost = {};
+            each([&](int v, int x) __attribute__((always_inline)) {
+                const V out = load(at(args.val, node.out + o) + x);
+                const V depth = tops[v] + shift_of(m, o) - out;
+                const auto none = out == -kInfinity<A>, deep = depth >= kTrust<A>;
+                const V q = load(at(args.grad, node.out + o) + x) * exp(depth);
+                lost |= ~none & deep;
+                const V kept = (none | deep) ? V{} : q;
+                store(ratio + o * kWidth + x, kept);
+                store(at(args.ratio, node.out + o) + x, kept);
+            });
+            rescued |= any(lost);
+        }
+        multiply<A, kVecs>(scaled_of(m), 1, m.width, node.width, node.units, ratio, d, kWidth,
+                           false);
+        for (int64_t i = 0; i < node.width * kWidth; i += L)
+            store(d + i, load(d + i) * load(p + i));
+        if (rescued) {
+            terms(node, p, tops);
+            for (int64_t o = 0; o < node.units; ++o) add_shares(node, m, o, p, tops, d);
+        }
+        add_to_children(node, d);
+    }
+    // d[i] += g times the share of term i in sum o, of the lanes in which it was rescued.
+    void add_shares(const LayersNode& node, const LayersMatrix& m, int64_t o, const A* l,
+                    const V (&tops)[kVecs], A* d) const {
+        const A* w = weights_of(m, o);
+        const A base = base_of(w, m.width), shift = shift_of(m, o);
+        each([&](int v, int x) {
+            const V out = load(at(args.val, node.out + o) + x);
+            const auto lost = (out != -kInfinity<A>)&(tops[v] + shift - out >= kTrust<A>);
+            if (!any(lost)) return;
+            const V g = lost ? load(at(args.grad, node.out + o) + x) : V{};
+            const V back = lost ? shift - out : V{};
+            for (int64_t i = 0; i < m.width; ++i) {
+                A* to = d + i * kWidth + x;
+                const V term = (w[i] - base) + load(l + i * kWidth + x);
+                const V share = exp(lost ? term + back : broadcast<A>(-kInfinity<A>));
+                store(to, load(to) + g * share);
+            }
+        });
+    }
+};
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,268 @@
+// Whole circuits on the CPU, compiled once per instruction set; formulas in circuit_layers.h.
+//
+// A thread walks the whole program for a block of lanes, whose terms stay in its cache.
+#include "lora_ext/circuit_layers.h"
+
+#include "circuit_block.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+template <typename A>
+void weights(const LayersArgs& args, int64_t begin, int64_t end) {
+    const LayersMatrix* m = args.program.matrices();
+    for (int64_t row = begin; row < end; ++row) {
+        while (row >= m->row + m->units) ++m;
+        const int64_t at = m->weight + (row - m->row) * m->width;
+        static_cast<A*>(args.shift)[row] = scale_row(static_cast<const A*>(args.w) + at, m->width,
+                                                     args.norm, static_cast<A*>(args.weight) + at);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+
+// Rows of data become lanes; those beyond the data are zero.
+template <typename A, int kVecs>
+void load_leaves(const Block<A, kVecs>& block) {
+    constexpr int kWidth = Block<A, kVecs>::kWidth, L = kLanes<A>;
+    const LayersArgs& args = block.args;
+    const int64_t rows = min(args.rows - block.lane, kWidth);
+    for (int64_t u = 0; u < args.program.leaves(); ++u) {
+        const A* from =
+            static_cast<const A*>(args.leaf) + u * args.leaf_unit + block.lane * args.leaf_row;
+        A* to = block.at(args.val, kFirstLeaf + u);
+        if (args.leaf_row == 1 && rows == kWidth) {
+            for (int x = 0; x < kWidth; x += L) store(to + x, load(from + x));
+        } else {
+            for (int64_t b = 0; b < kWidth; ++b) to[b] = b < rows ? from[b * args.leaf_row] : A(0);
+        }
+    }
+}
+
+template <typename A>
+void forward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch) {
+    for_blocks<A>(begin, end, [&](auto vecs, int64_t lane) {
+        const Block<A, vecs.value> block(args, lane);
+        for (int64_t b = 0; b < block.kWidth; ++b) {
+            block.at(args.val, 0)[b] = 0;
+            block.at(args.val, 1)[b] = -kInfinity<A>;
+        }
+        load_leaves(block);
+        for (int64_t n = 0; n < args.program.num_nodes(); ++n)
+            block.forward(args.program.nodes()[n], static_cast<A*>(scratch));
+    });
+}
+
+template <typename A>
+void backward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch) {
+    for_blocks<A>(begin, end, [&](auto vecs, int64_t lane) {
+        const Block<A, vecs.value> block(args, lane);
+        constexpr int kWidth = Block<A, vecs.value>::kWidth;
+        for (int64_t u = 0; u < args.program.units(); ++u) {
+            A* to = block.at(args.grad, u);
+            for (int64_t b = 0; b < kWidth; ++b) to[b] = 0;
+        }
+        const int64_t roots = args.program.num_roots();
+        for (int64_t r = 0; r < roots; ++r) {
+            A* to = block.at(args.grad, args.program.roots()[r]);
+            for (int64_t b = 0; b < min(args.rows - lane, kWidth); ++b)
+                to[b] += static_cast<const A*>(args.droots)[(lane + b) * roots + r];
+        }
+        A* p = static_cast<A*>(scratch);
+        A *d = p + args.max_width * kWidth, *ratio = d + args.max_width * kWidth;  // max_units
+        for (int64_t n = args.program.num_nodes() - 1; n >= 0; --n)
+            block.backward(args.program.nodes()[n], p, d, ratio);
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Flows of weights: sums over the lanes, block by block, with vectors along the terms
+
+// f(first column, Int<vectors>) for panels of `n` columns; the last one may reach beyond n.
+template <typename A, typename F>
+LX_INLINE void for_panels(int64_t n, F&& f) {
+    constexpr int L = kLanes<A>;
+    int64_t i = 0;
+    for (; i + 3 * L < n; i += 4 * L) f(i, Int<4>{});
+    for (; i + L < n; i += 2 * L) f(i, Int<2>{});
+    if (i < n) f(i, Int<1>{});
+}
+template <typename A>
+LX_INLINE int64_t padded(int64_t width) {
+    return blocks_of(width, 4 * kLanes<A>) * 4 * kLanes<A>;
+}
+
+// Sums of one matrix: rows [o, o_end) of its flows, over all nodes that use it.
+template <typename A>
+struct Flows {
+    static constexpr int64_t kDepth = kMostVecs * kLanes<A>;  // lanes of a block at most
+    static constexpr int64_t kPanel = 4 * kLanes<A>;          // columns of a panel at most
+    const LayersArgs& args;
+    const LayersMatrix& m;
+    int64_t o, o_end, row;  // row: between rows of the flows
+    A *p, *across, *flow;
+
+    LX_INLINE Flows(const LayersArgs& args, const LayersMatrix& m, int64_t o, int64_t o_end,
+                    void* scratch)
+        : args(args), m(m), o(o), o_end(o_end), row(padded<A>(m.width)) {
+        p = static_cast<A*>(scratch);
+        across = p + m.width * kDepth;
+        flow = across + kPanel * kDepth;
+    }
+
+    void run() const {
+        for (int64_t i = 0; i < (o_end - o) * row; ++i) flow[i] = 0;
+        alignas(64) A total[kBandRows] = {};
+        for (int64_t u = m.user_begin; u < m.user_end; ++u) {
+            const LayersNode& node = args.program.nodes()[args.program.users()[u]];
+            for_blocks<A>(0, args.lanes / kLaneGroup,
+                          [&](auto vecs, int64_t lane) { add<vecs.value>(node, lane); });
+            for (int64_t r = o; r < o_end; ++r) total[r - o] += total_of(node, r);
+        }
+        finish(total);
+    }
+    // Over the lanes of which the result is possible.
+    A total_of(const LayersNode& node, int64_t r) const {
+        const A* out = static_cast<const A*>(args.val) + (node.out + r) * args.lanes;
+        const A* g = static_cast<const A*>(args.grad) + (node.out + r) * args.lanes;
+        Vec<A> sum = {};
+        for (int64_t b = 0; b < args.lanes; b += kLanes<A>)
+            sum += load(out + b) == -kInfinity<A> ? Vec<A>{} : load(g + b);
+        return lane_sum(sum);
+    }
+    template <int kVecs>
+    void add(const LayersNode& node, int64_t lane) const {
+        constexpr int64_t kWidth = kVecs * kLanes<A>;
+        const Block<A, kVecs> block(args, lane);
+        Vec<A> tops[kVecs];
+        block.scaled_terms(node, p, tops);
+        const A* ratio = block.at(args.ratio, node.out + o);
+        for_panels<A>(m.width, [&](int64_t first, auto panel) {
+            constexpr int64_t kColumns = panel.value * kLanes<A>;
+            const int64_t columns = min(m.width - first, kColumns);
+            for (int64_t i = 0; i < columns; ++i)
+                for (int64_t b = 0; b < kWidth; ++b)
+                    across[b * kColumns + i] = p[(first + i) * kWidth + b];
+            if (columns < kColumns)
+                for (int64_t b = 0; b < kWidth; ++b)
+                    for (int64_t i = columns; i < kColumns; ++i) across[b * kColumns + i] = 0;
+            multiply<A, panel.value>(ratio, args.lanes, 1, o_end - o, kWidth, across, flow + first,
+                                     row, true);
+        });
+    }
+    void finish(const A* total) const {
+        for (int64_t r = o; r < o_end; ++r) {
+            A* f = flow + (r - o) * row;
+            const int64_t at = m.weight + r * m.width;
+            const A* scaled = static_cast<const A*>(args.weight) + at;
+            const A shift = static_cast<const A*>(args.shift)[m.row + r];
+            for_vectors<A>(m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                store_part(f + i, load_part(f + i, n) * load_part(scaled + i, n), n);
+            });
+            for (int64_t u = m.user_begin; u < m.user_end; ++u)
+                add_rescued(args.program.nodes()[args.program.users()[u]], r, f);
+            const bool logits = args.norm == WeightNorm::kLogits && shift != -kInfinity<A>;
+            const A factor = logits ? total[r - o] * exp_of(shift) : A(0);
+            A* dw = static_cast<A*>(args.dw) + at;
+            for_vectors<A>(m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                store_part(dw + i, load_part(f + i, n) - load_part(scaled + i, n) * factor, n);
+            });
+        }
+    }
+    // A sum was rescued where its ratio is zero although it has a flow and is possible.
+    void add_rescued(const LayersNode& node, int64_t r, A* f) const {
+        const int64_t at = (node.out + r) * args.lanes;
+        const A* out = static_cast<const A*>(args.val) + at;
+        const A* g = static_cast<const A*>(args.grad) + at;
+        const A* ratio = static_cast<const A*>(args.ratio) + at;
+        Vec<A> tops[1];
+        for (int64_t b = 0, held = -1; b < args.lanes; ++b) {
+            if (g[b] == 0 || ratio[b] != 0 || out[b] == -kInfinity<A>) continue;
+            const int64_t first = b / kLanes<A> * kLanes<A>;
+            const Block<A, 1> block(args, first);
+            if (held != first) block.terms(node, p, tops), held = first;
+            const A shift = static_cast<const A*>(args.shift)[m.row + r];
+            if (!(tops[0][b - first] + shift - out[b] >= kTrust<A>)) continue;
+            const A* w = block.weights_of(m, r);
+            const A base = block.base_of(w, m.width);
+            for (int64_t i = 0; i < m.width; ++i)
+                f[i] +=
+                    g[b] * exp_of(w[i] - base + p[i * kLanes<A> + b - first] + (shift - out[b]));
+        }
+    }
+};
+
+template <typename A>
+void dweights(const LayersArgs& args, int64_t begin, int64_t end, void* scratch) {
+    int64_t item = 0;
+    for (int64_t i = 0; i < args.program.num_matrices() && item < end; ++i) {
+        const LayersMatrix& m = args.program.matrices()[i];
+        for (int64_t o = 0; o < m.units; o += kBandRows, ++item)
+            if (item >= begin && item < end)
+                Flows<A>(args, m, o, min(o + kBandRows, m.units), scratch).run();
+    }
+}
+
+template <typename A>
+int64_t scratch_of(const LayersArgs& args) {
+    constexpr int64_t kDepth = Flows<A>::kDepth;
+    const int64_t backward = (2 * args.max_width + args.max_units) * kDepth;
+    const int64_t flows = (args.max_width + Flows<A>::kPanel) * kDepth +
+                          min(kBandRows, args.max_units) * padded<A>(args.max_width);
+    return (backward > flows ? backward : flows) * static_cast<int64_t>(sizeof(A));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Tables
+
+template <typename A>
+void table_forward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
+    constexpr int64_t kChunk = 256;
+    for (int64_t m = begin; m < end; ++m) {
+        const A* rows = static_cast<const A*>(args.table) + args.row[m] * args.values;
+        for (int64_t b = 0; b < args.lanes; b += kChunk) {
+            const int64_t count = min(args.lanes - b, kChunk);
+            int32_t at[kChunk];
+            for (int64_t i = 0; i < count; ++i)
+                at[i] = b + i < args.rows ? static_cast<int32_t>(args.x[(b + i) * args.blocks + m])
+                                          : -1;
+            for (int64_t j = 0; j < args.block; ++j) {
+                const A* row = rows + j * args.values;
+                A* to = static_cast<A*>(args.e) + (m * args.block + j) * args.lanes + b;
+                for (int64_t i = 0; i < count; ++i) to[i] = at[i] < 0 ? A(0) : row[at[i]];
+            }
+        }
+    }
+}
+
+template <typename A>
+void table_backward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
+    for (int64_t m = 0; m < args.blocks; ++m)
+        for (int64_t j = begin; j < end; ++j) {
+            A* row = static_cast<A*>(args.dtable) + (args.row[m] + j) * args.values;
+            const A* g = static_cast<const A*>(args.de) + (m * args.block + j) * args.de_unit;
+            for (int64_t b = 0; b < args.rows; ++b) {
+                const int64_t x = args.x[b * args.blocks + m];
+                if (x >= 0) row[x] += g[b * args.de_row];
+            }
+        }
+}
+
+// ------------------------------------------------------------------------------------------------
+
+template <auto kFloat, auto kDouble>
+constexpr auto by_dtype = [](const auto& args, auto... rest) {
+    return args.dtype == DType::kFloat64 ? kDouble(args, rest...) : kFloat(args, rest...);
+};
+#define LX_EITHER(f) by_dtype<f<float>, f<double>>
+
+}  // namespace
+
+extern const LayersCpu layers_table;
+const LayersCpu layers_table = {LX_ISA_NAME,        LX_EITHER(weights),  LX_EITHER(scratch_of),
+                                LX_EITHER(forward), LX_EITHER(backward), LX_EITHER(dweights)};
+extern const CircuitTableCpu circuit_table_table;
+const CircuitTableCpu circuit_table_table = {LX_ISA_NAME, LX_EITHER(table_forward),
+                                             LX_EITHER(table_backward)};
+
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,159 @@
+// Rows of weights and of log-values, which sum layers and whole circuits are made of; formulas in
+// circuit_sum.h. Built on vec_math.h and, as that, per instruction set.
+//
+// A sum over a row has one accumulator vector, folded once: its order depends on the instruction
+// set alone.
+#pragma once
+
+#include "lora_ext/circuit_sum.h"
+#include "vec_math.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+template <typename A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+// Sums above 2^-80 (2^-900) are trusted, terms below 2^-126 being lost: log of the inverse.
+template <typename A>
+constexpr A kTrust = sizeof(A) == 4 ? A(55.451774) : A(623.8324625);
+template <typename A>
+constexpr A kTiny = sizeof(A) == 4 ? A(0x1p-80) : A(0x1p-900);
+
+template <typename A>
+LX_INLINE A log_of(A x) {
+    return log(splat<Vec<A>>(x))[0];
+}
+template <typename A>
+LX_INLINE A exp_of(A x) {
+    return exp(splat<Vec<A>>(x))[0];
+}
+
+// f(i, count) for whole vectors, and once for what is left; count is then less than a vector.
+template <typename T, typename F>
+LX_INLINE void for_vectors(int64_t n, F&& f) {
+    constexpr int L = kLanes<T>;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) f(i, int64_t{L});
+    if (i < n) f(i, n - i);
+}
+template <typename T>
+LX_INLINE Vec<T> load_part(const T* p, int64_t count) {
+    return count == kLanes<T> ? load(p) : load_n(p, count);
+}
+// Lanes beyond `count` read as `fill`.
+template <typename T>
+LX_INLINE Vec<T> load_or(const T* p, int64_t count, Acc<T> fill) {
+    if (count == kLanes<T>) return load(p);
+    Vec<T> v = load_n(p, count);
+    for (int64_t i = count; i < kLanes<T>; ++i) v[i] = fill;
+    return v;
+}
+template <typename T>
+LX_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
+    if (count == kLanes<T>)
+        store(p, v);
+    else
+        store_n(p, v, count);
+}
+
+template <typename T>
+LX_INLINE Acc<T> row_max(const T* p, int64_t n) {
+    using A = Acc<T>;
+    Vec<T> top = broadcast<T>(-kInfinity<A>);
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        top = max(top, load_or(p + i, count, -kInfinity<A>));
+    });
+    return max_lane(top);
+}
+
+// ------------------------------------------------------------------------------------------------
+// A row of weights: W_i = scaled(i) * exp(shift).
+
+template <typename T>
+struct WeightRow {
+    using A = Acc<T>;
+    const T* w;
+    WeightNorm norm;
+    A base;    // the largest entry, or what leaves a row without possible terms at zero
+    A lifted;  // its logarithm, if it is a weight
+
+    LX_INLINE WeightRow(const T* w, int64_t n, WeightNorm norm) : w(w), norm(norm) {
+        const A top = row_max(w, n);
+        if (norm == WeightNorm::kProbs) {
+            base = top > 0 ? top : A(1);
+            lifted = log_of(base);
+        } else {
+            base = lifted = top == -kInfinity<A> ? A(0) : top;
+        }
+    }
+    LX_INLINE Vec<T> scaled(int64_t i, int64_t count) const {
+        const Vec<T> v = load_or(w + i, count, -kInfinity<A>);
+        if (norm == WeightNorm::kProbs) return (v <= Vec<T>{} ? Vec<T>{} : v) / base;
+        return exp<false>(v - base);
+    }
+    // log W_i - shift; at most 0.
+    LX_INLINE Vec<T> log_scaled(int64_t i, int64_t count) const {
+        const Vec<T> v = load_or(w + i, count, -kInfinity<A>);
+        if (norm == WeightNorm::kProbs) return log(v <= Vec<T>{} ? Vec<T>{} : v) - lifted;
+        return v - base;
+    }
+    // From the sum over `scaled`.
+    LX_INLINE A shift(A total) const {
+        if (total == 0) return -kInfinity<A>;
+        return norm == WeightNorm::kLogits ? -log_of(total) : lifted;
+    }
+};
+
+// Writes scaled(i) and returns the shift.
+template <typename T>
+LX_INLINE Acc<T> scale_row(const T* w, int64_t n, WeightNorm norm, Acc<T>* scaled) {
+    const WeightRow<T> row(w, n, norm);
+    Vec<T> total{};
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> e = row.scaled(i, count);
+        total += e;
+        store_part(scaled + i, e, count);
+    });
+    return row.shift(lane_sum(total));
+}
+
+// log sum W_i exp(l_i), the terms shifted by their own maximum.
+template <typename T>
+Acc<T> rescue(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift) {
+    using A = Acc<T>;
+    Vec<T> tops = broadcast<T>(-kInfinity<A>), sums{};
+    const auto term = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        return row.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>);
+    };
+    for_vectors<T>(n, [&](int64_t i, int64_t count)
+                          __attribute__((always_inline)) { tops = max(tops, term(i, count)); });
+    const A top = max_lane(tops);
+    if (top == -kInfinity<A>) return top;
+    for_vectors<T>(n, [&](int64_t i, int64_t count)
+                          __attribute__((always_inline)) { sums += exp(term(i, count) - top); });
+    return top + log_of(lane_sum(sums)) + shift;
+}
+// into[i] += g * share of term i, for an `out` that was rescued.
+template <typename T>
+void add_shares(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift, Acc<T> out,
+                Acc<T> g, Acc<T>* into) {
+    using A = Acc<T>;
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> share =
+            exp(row.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>) + (shift - out));
+        store_part(into + i, load_part(into + i, count) + g * share, count);
+    });
+}
+
+// The logarithm of the inverse of s.
+template <typename A>
+LX_INLINE A depth_of(A value_shift, A weight_shift, A out) {
+    return value_shift + weight_shift - out;
+}
+template <typename A>
+LX_INLINE bool was_rescued(A value_shift, A weight_shift, A out) {
+    return out != -kInfinity<A> && depth_of(value_shift, weight_shift, out) >= kTrust<A>;
+}
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA

@@ -1,0 +1,181 @@
+// Values of all units of a circuit, from those of its leaves; formulas in circuit_layers.h.
+//
+//   weights   a warp per row: scaled to maximum 1, as the sum layers do it
+//   leaves    rows of data become lanes
+//   up        a block per tile of 16 lanes walks all nodes, one after another: what it reads it has
+//             written itself, so no block waits for another. Where a node has more than 2^14
+//             weights, a launch per stage gives each part of its results a block
+//
+// A product takes its terms from shared memory and its weights from L2, four lanes and one sum to a
+// thread. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.
+#include "circuit_layers.cuh"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kRowWarps = 4;
+
+__global__ void __launch_bounds__(kRowWarps * 32, 4)
+    layers_weights_kernel(const __grid_constant__ LayersArgs args) {
+    const int64_t row = int64_t{blockIdx.x} * kRowWarps + lx::warp_id();
+    const LayersProgram program = args.program;
+    if (row >= program.rows()) return;
+    int low = 0, high = program.num_matrices() - 1;  // the last matrix that starts at or below
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (program.matrices()[middle].row <= row)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    const LayersMatrix m = program.matrices()[low];
+    const int64_t at = m.weight + (row - m.row) * m.width;
+    LogSumArgs as_sum;
+    as_sum.norm = args.norm;
+    const bool aligned =
+        m.width % 4 == 0 && at % 4 == 0 && reinterpret_cast<uintptr_t>(args.w) % 16 == 0;
+    WarpWeights<float> weights(as_sum, static_cast<const float*>(args.w) + at, m.width, aligned);
+    weights.find_top();
+    float* to = static_cast<float*>(args.weight) + at;
+    float total = 0;
+    weights.for_own([&](int i, const float (&v)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float e = weights.scaled(v[j]);
+            total += e;
+            if (i + j < m.width) to[i + j] = e;
+        }
+    });
+    total = WarpTeam(nullptr).reduce(total, add);
+    if (lx::lane_id() == 0) static_cast<float*>(args.shift)[row] = weights.shift(total);
+}
+
+__global__ void __launch_bounds__(kLayerThreads, 4)
+    layers_leaves_kernel(const __grid_constant__ LayersArgs args) {
+    const int64_t at = int64_t{blockIdx.x} * kLayerThreads + threadIdx.x;
+    const int64_t unit = at / args.lanes, lane = at % args.lanes;
+    if (unit >= kFirstLeaf + args.program.leaves()) return;
+    float l = unit == 1 ? kImpossible : 0.0f;
+    if (unit >= kFirstLeaf && lane < args.rows)
+        l = static_cast<const float*>(
+            args.leaf)[lane * args.leaf_row + (unit - kFirstLeaf) * args.leaf_unit];
+    static_cast<float*>(args.val)[at] = l;
+}
+
+// log sum W_i exp(l_i) of one sum and lane, its terms shifted by their maximum.
+LX_DEVICE float rescued_sum(const LayerTile& tile, const LayersNode& node, const LayersMatrix& m,
+                            int64_t o, int lane) {
+    const float* w = tile.weights_of(m, o);
+    const float base = row_base(w, m.width);
+    float top = kImpossible, sum = 0;
+    tile.for_terms(node, lane, 0, m.width, 1,
+                   [&](int i, float l) { top = fmaxf(top, w[i] - base + l); });
+    if (top == kImpossible) return top;
+    tile.for_terms(node, lane, 0, m.width, 1,
+                   [&](int i, float l) { sum += expf(w[i] - base + l - top); });
+    return top + logf(sum) + tile.shift_of(m, o);
+}
+
+// Nodes begin + blockIdx.y, ... below `end`; of each the results that blockIdx.z owns.
+__global__ void __launch_bounds__(kLayerThreads, 2)
+    layers_up_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end) {
+    LX_SHARED(float, chunk, kChunk* kTile);
+    LX_SHARED(float, partial, kLayerWarps* kTile);
+    LX_SHARED(float, tops, kTile);
+    const LayerTile tile(args, int64_t{blockIdx.x} * kTile);
+    const int rank = lx::thread_rank(), lane = rank % kTile, quad = rank % kQuads * 4;
+    for (int64_t n = begin + blockIdx.y; n < end; n += gridDim.y) {
+        const LayersNode node = args.program.nodes()[n];
+        if (node.matrix < 0) {
+            if (blockIdx.z == 0)
+                tile.for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
+                               [&](int i, float l) { tile.at(args.val, node.out + i)[lane] = l; });
+            lx::syncthreads();
+            continue;
+        }
+        const LayersMatrix m = args.program.matrices()[node.matrix];
+        const float top = tile.top_of(node, partial);
+        if (rank < kTile) tops[rank] = top;
+        const float base = shift_of(top);
+        const int64_t parts = int64_t{gridDim.z} * kGroups;
+        const int64_t share = (m.units + parts - 1) / parts * kGroups;
+        const int64_t first = blockIdx.z * share;
+        unsigned lost = 0;  // results that have to be taken again
+        layer_product(
+            static_cast<const float*>(args.weight) + m.weight, m.width, 1,
+            m.width % 4 == 0 && m.weight % 4 == 0, first, lx::min<int64_t>(first + share, m.units),
+            m.width, chunk,
+            [&](int64_t k0, int count) {
+                const int from = static_cast<int>(k0);
+                tile.for_terms(node, lane, from + rank / kTile, from + count, kLayerThreads / kTile,
+                               [&](int i, float l) {
+                                   chunk[(i - from) * kTile + lane] = lx::exp_approx(l - base);
+                               });
+            },
+            [&](int64_t o, int number, const float (&sums)[4]) {
+                const float shift = tile.shift_of(m, o);
+                float out[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float own = tops[quad + j];
+                    out[j] = logf(sums[j]) + shift + own;
+                    if (sums[j] < kSumTrusted && own != kImpossible && shift != kImpossible)
+                        lost |= 1u << (4 * number + j);
+                }
+                *reinterpret_cast<float4*>(tile.at(args.val, node.out + o) + quad) = {
+                    out[0], out[1], out[2], out[3]};
+            },
+            [&](int64_t result) {
+#pragma unroll 1
+                while (lost) {
+                    const int bit = lx::ffs(lost) - 1;
+                    lost &= lost - 1;
+                    const int64_t o = result + bit / 4 * kGroups;
+                    const int own = quad + bit % 4;
+                    tile.at(args.val, node.out + o)[own] = rescued_sum(tile, node, m, o, own);
+                }
+            });
+    }
+}
+
+}  // namespace
+
+LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream) {
+    if (args.plan.rows() == 0) return 0;
+    declare_layers(args);
+    declare_floats(args.w, args.num_weights, lx::Access::kConstant);
+    declare_floats(args.weight, args.num_weights, lx::Access::kWrite);
+    declare_floats(args.shift, args.plan.rows(), lx::Access::kWrite);
+    return LX_LAUNCH(layers_weights_kernel,
+                     static_cast<unsigned>(ceil_div(args.plan.rows(), kRowWarps)), kRowWarps * 32,
+                     0, stream, args);
+}
+
+LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
+    const int64_t leaves = (kFirstLeaf + args.plan.leaves()) * args.lanes;
+    if (ceil_div(leaves, kLayerThreads) > kMaxGridX) return kInvalidValue;
+    declare_layers(args);
+    LX_BUF_ROWS(args.leaf, args.leaf_unit == 1 ? args.rows : args.plan.leaves(),
+                (args.leaf_unit == 1 ? args.plan.leaves() : args.rows) * 4,
+                (args.leaf_unit == 1 ? args.leaf_row : args.leaf_unit) * 4, lx::Access::kConstant);
+    declare_units(args, args.val, lx::Access::kWrite);
+    LaunchStatus status =
+        LX_LAUNCH(layers_leaves_kernel, static_cast<unsigned>(ceil_div(leaves, kLayerThreads)),
+                  kLayerThreads, 0, stream, args);
+    const auto up = [&](int64_t begin, int64_t end, unsigned nodes, unsigned parts) {
+        declare_layers(args);
+        declare_layer_weights(args);
+        declare_units(args, args.val, lx::Access::kReadWrite);
+        const dim3 grid(static_cast<unsigned>(lane_tiles(args)), nodes, parts);
+        return LX_LAUNCH(layers_up_kernel, grid, kLayerThreads, 0, stream, args, begin, end);
+    };
+    if (one_walk(args.plan)) return status ? status : up(0, args.plan.nodes(), 1, 1);
+    for (int64_t s = 0; s < args.plan.num_stages() && status == 0; ++s) {
+        const LayersStage stage = args.plan.stage(s);
+        status = up(stage.begin, stage.end, along_grid(stage.end - stage.begin),
+                    along_grid(ceil_div(stage.units, kGroups)));
+    }
+    return status;
+}
+
+}  // namespace lora_ext

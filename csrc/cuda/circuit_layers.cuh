@@ -1,0 +1,180 @@
+// What the kernels of whole circuits share: nodes on a tile of lanes, and the product of a node.
+//
+// A block of 256 threads holds kTile lanes, that is rows of data; lane and thread % kTile go
+// together wherever a number belongs to one lane.
+#pragma once
+
+#include "circuit_sum.cuh"
+#include "launch.cuh"
+#include "lora_ext/circuit_layers.h"
+
+namespace lora_ext {
+
+constexpr int kTile = static_cast<int>(kLaneGroup);
+constexpr int kLayerThreads = 256;
+constexpr int kLayerWarps = kLayerThreads / 32;
+constexpr int kQuads = kTile / 4;                // a thread of a product has four lanes
+constexpr int kGroups = kLayerThreads / kQuads;  // and one result of so many at a time
+constexpr int kChunk = 512;                      // terms in shared memory
+constexpr int kOwnResults = 4;                   // of a thread in one pass
+constexpr int kPass = kGroups * kOwnResults;
+
+struct LayerTile {
+    const LayersArgs& args;
+    LayersProgram program;
+    int64_t lane0;
+
+    LX_DEVICE LayerTile(const LayersArgs& args, int64_t lane0)
+        : args(args), program(args.program), lane0(lane0) {}
+
+    LX_DEVICE float* at(void* values, int64_t unit) const {
+        return static_cast<float*>(values) + unit * args.lanes + lane0;
+    }
+    LX_DEVICE const float* weights_of(const LayersMatrix& m, int64_t o) const {
+        return static_cast<const float*>(args.w) + m.weight + o * m.width;
+    }
+    LX_DEVICE float shift_of(const LayersMatrix& m, int64_t o) const {
+        return static_cast<const float*>(args.shift)[m.row + o];
+    }
+    // f(term, its log-value) for the terms first, first + step, ... below `end`, on one lane.
+    template <class F>
+    LX_DEVICE void for_terms(const LayersNode& node, int lane, int first, int end, int step,
+                             F&& f) const {
+        int i = first;
+        for (int p = node.part_begin; p < node.part_end && i < end; ++p) {
+            const LayersPart part = program.parts()[p];
+            const LayersChild* child = program.children() + part.child_begin;
+            const int m = part.kronecker ? child[1].units : 1;
+            const int stop = lx::min(end, part.term + child[0].units * m);
+            const int count = part.child_end - part.child_begin;
+#pragma unroll 1
+            for (; i < stop; i += step) {
+                const int k = i - part.term;
+                float l;
+                if (part.kronecker) {
+                    l = at(args.val, child[0].column + k / m)[lane] +
+                        at(args.val, child[1].column + k % m)[lane];
+                } else {
+                    l = at(args.val, child[0].column + k)[lane];
+                    for (int c = 1; c < count; ++c) l += at(args.val, child[c].column + k)[lane];
+                }
+                f(i, l);
+            }
+        }
+    }
+    // The largest term of each lane, for the thread's own lane; all threads call it.
+    LX_DEVICE float top_of(const LayersNode& node, float* partial) const {
+        const int rank = lx::thread_rank(), lane = rank % kTile;
+        float top = kImpossible;
+        for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
+                  [&](int, float l) { top = fmaxf(top, l); });
+        top = fmaxf(top, lx::shfl_xor_sync(lx::kFullMask, top, kTile));
+        lx::syncthreads();  // the last call's have been read
+        if (lx::lane_id() < kTile) partial[lx::warp_id() * kTile + lane] = top;
+        lx::syncthreads();
+        for (int w = 0; w < kLayerWarps; ++w) top = fmaxf(top, partial[w * kTile + lane]);
+        return top;
+    }
+};
+
+// Results [begin, end) of a product: f(m, number, sums of the thread's four lanes) with
+// sums[lane] = sum over k of a[m am + k ak] b(k, lane). fill(k0, count) writes b of `count` k into
+// the chunk in shared memory; terms are added in ascending order. A pass has results with numbers
+// up to kOwnResults, and done(its first one) follows it.
+// `vector`: ak is 1 and rows lie on 16 bytes.
+template <class Fill, class F, class Done>
+LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector, int64_t begin,
+                             int64_t end, int64_t depth, float* chunk, Fill&& fill, F&& f,
+                             Done&& done) {
+    const int rank = lx::thread_rank(), group = rank / kQuads, quad = rank % kQuads * 4;
+    for (int64_t pass = begin; pass < end; pass += kPass) {
+        float acc[kOwnResults][4] = {};
+        for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
+            const int count = static_cast<int>(lx::min<int64_t>(kChunk, depth - k0));
+            if (depth > kChunk || pass == begin) {
+                lx::syncthreads();  // the last chunk has been read
+                fill(k0, count);
+                lx::syncthreads();
+            }
+#pragma unroll
+            for (int j = 0; j < kOwnResults; ++j) {
+                const int64_t m = pass + group + j * kGroups;
+                if (m >= end) continue;
+                const float* row = a + m * am + k0 * ak;
+                int k = 0;
+                for (; k + 4 <= count; k += 4) {
+                    float w[4];
+                    if (vector) {
+                        const float4 four =
+                            lx::load_global(reinterpret_cast<const float4*>(row + k));
+                        w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) w[i] = lx::load_global(row + (k + i) * ak);
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float4 b =
+                            *reinterpret_cast<const float4*>(chunk + (k + i) * kTile + quad);
+                        acc[j][0] = fmaf(w[i], b.x, acc[j][0]);
+                        acc[j][1] = fmaf(w[i], b.y, acc[j][1]);
+                        acc[j][2] = fmaf(w[i], b.z, acc[j][2]);
+                        acc[j][3] = fmaf(w[i], b.w, acc[j][3]);
+                    }
+                }
+                for (; k < count; ++k) {
+                    const float w = lx::load_global(row + k * ak);
+                    const float4 b = *reinterpret_cast<const float4*>(chunk + k * kTile + quad);
+                    acc[j][0] = fmaf(w, b.x, acc[j][0]);
+                    acc[j][1] = fmaf(w, b.y, acc[j][1]);
+                    acc[j][2] = fmaf(w, b.z, acc[j][2]);
+                    acc[j][3] = fmaf(w, b.w, acc[j][3]);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kOwnResults; ++j) {
+            const int64_t m = pass + group + j * kGroups;
+            if (m < end) f(m, j, acc[j]);
+        }
+        done(pass + group);
+    }
+    lx::syncthreads();  // the chunk is free
+}
+
+// The largest entry of a row of weights, or 0 if it has no possible term.
+LX_DEVICE float row_base(const float* w, int n) {
+    float top = kImpossible;
+    for (int i = 0; i < n; ++i) top = fmaxf(top, w[i]);
+    return shift_of(top);
+}
+
+// Nodes above this number of weights have blocks for each part of their results, in a launch a
+// stage; up to it, one launch walks all nodes.
+constexpr int64_t kWalkedWeights = 1 << 14;
+inline bool one_walk(const LayersPlan& plan) {
+    for (int64_t s = 0; s < plan.num_stages(); ++s)
+        if (plan.stage(s).units * plan.stage(s).width > kWalkedWeights) return false;
+    return true;
+}
+// Blocks along the nodes of a stage, or along the results of one of them.
+inline unsigned along_grid(int64_t items) {
+    return static_cast<unsigned>(lx::min<int64_t>(items, kMaxGridY));
+}
+inline int64_t lane_tiles(const LayersArgs& args) {
+    return args.lanes / kTile;
+}
+
+inline void declare_layers(const LayersArgs& args) {
+    LX_BUF(args.program.at, args.plan.numbers() * 4, lx::Access::kConstant);
+}
+inline void declare_layer_weights(const LayersArgs& args) {
+    declare_floats(args.w, args.num_weights, lx::Access::kConstant);
+    declare_floats(args.weight, args.num_weights, lx::Access::kConstant);
+    declare_floats(args.shift, args.plan.rows(), lx::Access::kConstant);
+}
+inline void declare_units(const LayersArgs& args, const void* units, lx::Access access) {
+    declare_floats(units, args.plan.units() * args.lanes, access);
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,185 @@
+// Circuits over region graphs: all sums and products of one circuit in one call, and the tables of
+// its finite input distributions.
+//
+//   up     l[u] of all units u, from those of the leaves
+//   down   flows dl[u], from those of the roots, and the flows of weights
+//
+// A program of int32 says what is computed. Its nodes are regions in an order in which children
+// come first; a node has products, each the sum of log-values of child units, and sums over them:
+//
+//   l[out + o] = log sum_i W[o, i] exp(term[i])            circuit_sum.h has W, -inf and the rescue
+//
+// Nodes without a matrix are their products. Products come in parts: `hadamard`, unit by unit of
+// any number of children, or `kronecker`, all pairs of the units of two. Nodes of one stage read
+// none of each other. Values are unit-major, val (U, L): lanes are the rows of data, filled up to
+// a multiple of kLaneGroup with rows of zeros. Column 0 of the values is always 0, column 1 always
+// -inf, and leaves follow from column kFirstLeaf on.
+//
+// A row's bits depend neither on its batch nor on threads; sums over rows go through the lanes in
+// order.
+//
+// Source: expected flows, Darwiche 2003; layers of one shape, Peharz et al. 2020.
+#pragma once
+
+#include "lora_ext/circuit_sum.h"
+
+namespace lora_ext {
+
+constexpr int64_t kLaneGroup = 16;
+constexpr int32_t kFirstLeaf = 2;
+
+struct LayersNode {
+    int32_t out, units, width, matrix, part_begin, part_end;
+};
+struct LayersPart {
+    int32_t term, kronecker, child_begin, child_end;  // term: the first of its products
+};
+struct LayersChild {
+    int32_t column, units;
+};
+struct LayersMatrix {
+    int32_t weight, units, width, row, user_begin, user_end;  // row: the first of its rows of all
+};
+
+// The int32 numbers of a program, in their order.
+struct LayersProgram {
+    static constexpr int32_t kHeader = 10;
+    const int32_t* at;
+
+    LX_HOST_DEVICE int32_t units() const { return at[0]; }
+    LX_HOST_DEVICE int32_t leaves() const { return at[1]; }
+    LX_HOST_DEVICE int32_t rows() const { return at[2]; }  // of all matrices
+    LX_HOST_DEVICE int32_t num_nodes() const { return at[3]; }
+    LX_HOST_DEVICE int32_t num_parts() const { return at[4]; }
+    LX_HOST_DEVICE int32_t num_children() const { return at[5]; }
+    LX_HOST_DEVICE int32_t num_matrices() const { return at[6]; }
+    LX_HOST_DEVICE int32_t num_users() const { return at[7]; }
+    LX_HOST_DEVICE int32_t num_roots() const { return at[8]; }
+    LX_HOST_DEVICE int32_t num_stages() const { return at[9]; }
+
+    template <class Item>
+    LX_HOST_DEVICE const Item* items(int64_t offset) const {
+        return reinterpret_cast<const Item*>(at + offset);
+    }
+    LX_HOST_DEVICE int64_t parts_at() const { return kHeader + int64_t{6} * num_nodes(); }
+    LX_HOST_DEVICE int64_t children_at() const { return parts_at() + int64_t{4} * num_parts(); }
+    LX_HOST_DEVICE int64_t matrices_at() const {
+        return children_at() + int64_t{2} * num_children();
+    }
+    LX_HOST_DEVICE int64_t users_at() const { return matrices_at() + int64_t{6} * num_matrices(); }
+    LX_HOST_DEVICE int64_t roots_at() const { return users_at() + num_users(); }
+    LX_HOST_DEVICE int64_t stages_at() const { return roots_at() + num_roots(); }
+    LX_HOST_DEVICE int64_t size() const { return stages_at() + num_stages() + 1; }
+
+    LX_HOST_DEVICE const LayersNode* nodes() const { return items<LayersNode>(kHeader); }
+    LX_HOST_DEVICE const LayersPart* parts() const { return items<LayersPart>(parts_at()); }
+    LX_HOST_DEVICE const LayersChild* children() const { return items<LayersChild>(children_at()); }
+    LX_HOST_DEVICE const LayersMatrix* matrices() const {
+        return items<LayersMatrix>(matrices_at());
+    }
+    LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
+    LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
+    LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
+};
+
+// What a launcher knows of a program, which lies where the values are: units, leaves, rows, nodes,
+// matrices, roots, numbers of the program, stages, then four numbers for each stage.
+struct LayersStage {
+    int64_t begin, end, units, width;  // nodes, and the most that one of them has
+};
+struct LayersPlan {
+    static constexpr int64_t kHeader = 8;
+    const int64_t* at;
+
+    int64_t units() const { return at[0]; }
+    int64_t leaves() const { return at[1]; }
+    int64_t rows() const { return at[2]; }
+    int64_t nodes() const { return at[3]; }
+    int64_t matrices() const { return at[4]; }
+    int64_t roots() const { return at[5]; }
+    int64_t numbers() const { return at[6]; }  // of the program
+    int64_t num_stages() const { return at[7]; }
+    int64_t size() const { return kHeader + 4 * num_stages(); }
+    int64_t most_terms() const {  // of the nodes of a stage
+        int64_t most = 0;
+        for (int64_t s = 0; s < num_stages(); ++s) {
+            const int64_t terms = (stage(s).end - stage(s).begin) * stage(s).width;
+            most = terms > most ? terms : most;
+        }
+        return most;
+    }
+    LayersStage stage(int64_t i) const {
+        const int64_t* s = at + kHeader + 4 * i;
+        return {s[0], s[1], s[2], s[3]};
+    }
+};
+
+// Everything but leaf is contiguous, float or double as `dtype` says.
+struct LayersArgs {
+    DType dtype = DType::kFloat32;
+    WeightNorm norm = WeightNorm::kLogits;
+    LayersProgram program = {nullptr};  // where the values are
+    LayersPlan plan = {nullptr};
+    int64_t rows = 0, lanes = 0;
+    const void* leaf = nullptr;  // (B, N)
+    int64_t leaf_row = 0, leaf_unit = 0;
+    const void* w = nullptr;  // flat, each matrix (O, I)
+    int64_t num_weights = 0;
+    void* weight = nullptr;                // as w, each row with maximum 1
+    void* shift = nullptr;                 // one per row
+    void* val = nullptr;                   // (U, L)
+    int64_t max_width = 0, max_units = 0;  // of a node
+    // Backward.
+    const void* droots = nullptr;  // (B, roots)
+    void* grad = nullptr;          // (U, L)
+    void* ratio = nullptr;         // (U, L), of sums
+    void* dw = nullptr;            // as w
+    // Kernels alone.
+    void* terms = nullptr;  // (plan.most_terms(), L)
+    void* tops = nullptr;   // (nodes, L)
+};
+
+// CPU twins: `ops` splits [0, items) over threads; no bit depends on how. `scratch` holds
+// scratch_bytes of the thread.
+struct LayersCpu {
+    const char* isa;
+    void (*weights)(const LayersArgs&, int64_t begin, int64_t end);  // items: rows of matrices
+    int64_t (*scratch_bytes)(const LayersArgs&);
+    // Items: groups of lanes. Backward leaves `ratio` to dweights.
+    void (*forward)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
+    void (*backward)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
+    // Items: bands of kBandRows rows of the matrices, each matrix from a band of its own on.
+    void (*dweights)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
+};
+constexpr int64_t kBandRows = 128;
+
+// CUDA launchers: asynchronous, on `stream`, no allocation, no float64.
+LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream);
+LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
+LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);  // units, and ratio
+LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
+
+// Leaves of finite families: e[b, m, j] = table[row[m] + j, x[b, m]], 0 where x is -1; m counts
+// blocks of `block` units, whose first rows are multiples of `block`.
+struct CircuitTableArgs {
+    DType dtype = DType::kFloat32;
+    int64_t rows = 0, lanes = 0, blocks = 0, block = 0;
+    int64_t table_rows = 0, values = 0;
+    const void* table = nullptr;   // (R, V) float or double
+    const int64_t* x = nullptr;    // (B, M)
+    const int64_t* row = nullptr;  // (M,)
+    void* e = nullptr;             // (M * block, L), lanes beyond the rows 0
+    // Backward.
+    const void* de = nullptr;  // (B, M * block), strides
+    int64_t de_row = 0, de_unit = 0;
+    void* dtable = nullptr;  // (R, V)
+};
+struct CircuitTableCpu {
+    const char* isa;
+    void (*forward)(const CircuitTableArgs&, int64_t begin, int64_t end);   // items: blocks
+    void (*backward)(const CircuitTableArgs&, int64_t begin, int64_t end);  // items: j of a block
+};
+LaunchStatus launch_circuit_table(const CircuitTableArgs& args, void* stream);
+LaunchStatus launch_circuit_table_backward(const CircuitTableArgs& args, void* stream);
+
+}  // namespace lora_ext

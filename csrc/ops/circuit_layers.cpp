@@ -1,0 +1,339 @@
+// Whole circuits: tensors in, checks, allocation, choice of twins or kernels.
+//
+// Shapes: leaf (B, N), val (B, U), w (W,), program and plan as circuit_layers.h has them.
+#include "ops/circuit_layers.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "lora_ext/circuit_layers.h"
+#include "ops/checks.h"
+#include "ops/reuse.h"
+#include "ops/scratch.h"
+#include "ops/settings.h"
+#include "ops/stream.h"
+
+namespace lora_ext {
+namespace {
+
+int64_t lanes_of(int64_t rows) {
+    return ceil_div(rows, kLaneGroup) * kLaneGroup;
+}
+Tensor unit_major(int64_t units, int64_t rows, const at::TensorOptions& options) {
+    return reused_memory({units, lanes_of(rows)}, options);
+}
+// (B, U) over memory (U, L)
+Tensor rows_of(const Tensor& t, int64_t rows) {
+    return t.narrow(1, 0, rows).t();
+}
+
+// The numbers of a program lie within each other's ranges, so no twin leaves its memory. Only the
+// host can look; a kernel trusts what the same compiler made.
+void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t weights) {
+    const auto check = [&](bool holds, const char* what, int64_t i) {
+        require(holds, op, "program", expected(what), found("another at index ", i));
+    };
+    require(size >= LayersProgram::kHeader, op, "program", expected("a header"),
+            found(size, " numbers"));
+    for (int i = 0; i < LayersProgram::kHeader; ++i)
+        check(p.at[i] >= 0 && p.at[i] <= kMaxSize, "counts in the header", i);
+    require(p.size() == size, op, "program", expected(p.size(), " numbers"), found(size));
+    check(p.units() >= kFirstLeaf + p.leaves(), "columns for all leaves", 0);
+    for (int64_t i = 0; i < p.num_children(); ++i) {
+        const LayersChild c = p.children()[i];
+        check(c.column >= 0 && c.units > 0 && c.column <= p.units() - c.units,
+              "columns of children within the units", i);
+    }
+    int64_t covered = 0;
+    for (int64_t i = 0; i < p.num_matrices(); ++i) {
+        const LayersMatrix m = p.matrices()[i];
+        const bool shape = m.units > 0 && m.width > 0 && m.row >= 0 && m.weight >= 0;
+        check(shape && m.row <= p.rows() - m.units &&
+                  m.weight + int64_t{m.units} * m.width <= weights,
+              "matrices within the weights", i);
+        check(m.user_begin >= 0 && m.user_begin <= m.user_end && m.user_end <= p.num_users(),
+              "users of a matrix within the list", i);
+        for (int64_t u = m.user_begin; u < m.user_end; ++u)
+            check(p.users()[u] >= 0 && p.users()[u] < p.num_nodes() &&
+                      p.nodes()[p.users()[u]].matrix == i,
+                  "nodes that use the matrix", u);
+        check(m.row == (i == 0 ? 0 : p.matrices()[i - 1].row + p.matrices()[i - 1].units) &&
+                  (i + 1 < p.num_matrices() || m.row + m.units == p.rows()),
+              "rows of matrices in order", i);
+        covered += int64_t{m.units} * m.width;
+    }
+    require(covered == weights, op, "w", expected(covered, " weights"), found(weights));
+    for (int64_t n = 0; n < p.num_nodes(); ++n) {
+        const LayersNode node = p.nodes()[n];
+        check(node.units > 0 && node.out >= kFirstLeaf + p.leaves() &&
+                  node.out <= p.units() - node.units && node.matrix < p.num_matrices() &&
+                  node.part_begin >= 0 && node.part_begin <= node.part_end &&
+                  node.part_end <= p.num_parts(),
+              "nodes within the units", n);
+        int64_t width = 0;
+        for (int64_t i = node.part_begin; i < node.part_end; ++i) {
+            const LayersPart part = p.parts()[i];
+            const int64_t count = int64_t{part.child_end} - part.child_begin;
+            check(part.term == width && part.child_begin >= 0 && count >= 1 &&
+                      part.child_end <= p.num_children() && (!part.kronecker || count == 2),
+                  "parts with children", i);
+            const LayersChild* c = p.children() + part.child_begin;
+            for (int64_t k = 0; k < count; ++k)
+                check((part.kronecker || c[k].units == c[0].units) &&
+                          c[k].column + c[k].units <= node.out,
+                      "children of one size before their node", i);
+            width += part.kronecker ? int64_t{c[0].units} * c[1].units : int64_t{c[0].units};
+        }
+        const LayersMatrix* m = node.matrix < 0 ? nullptr : p.matrices() + node.matrix;
+        check(width == node.width && node.units == (m ? m->units : node.width) &&
+                  (!m || m->width == node.width),
+              "as many terms as the parts have", n);
+    }
+    for (int64_t i = 0; i < p.num_roots(); ++i)
+        check(p.roots()[i] >= 0 && p.roots()[i] < p.units(), "roots within the units", i);
+}
+
+// A call of either op: what twins and launchers read, and the tensors that keep it alive.
+struct Call {
+    const char* op;
+    LayersArgs args;
+    LayersPlan plan;
+    Tensor w, weight, shift;
+    at::TensorOptions options;
+    bool kernels;
+
+    Call(const char* op, const Tensor& values, const char* name, const Tensor& w_in,
+         const Tensor& program, at::IntArrayRef plan_in, std::string_view norm)
+        : op(op), plan{plan_in.data()}, w(w_in.contiguous()), options(values.options()) {
+        args.dtype = dtype_of(op, name, values);
+        require(args.dtype == DType::kFloat32 || args.dtype == DType::kFloat64, op, name,
+                expected("float32 or float64"), found(values.scalar_type()));
+        require(norm == "logits" || norm == "none", op, "norm", expected("'logits' or 'none'"),
+                found("'", norm, "'"));
+        args.norm = norm == "logits" ? WeightNorm::kLogits : WeightNorm::kLog;
+        check_dim(op, name, values, 2, "(B, units)");
+        check_dtype(op, "w", w, values.scalar_type());
+        check_dim(op, "w", w, 1, "(W,)");
+        check_device(op, "w", w, values.device());
+        check_dtype(op, "program", program, at::kInt);
+        check_device(op, "program", program, values.device());
+        require(program.dim() == 1 && program.is_contiguous(), op, "program",
+                expected("contiguous numbers"), found(program.sizes()));
+        check_plan(plan_in);
+        args.program.at = program.const_data_ptr<int32_t>();
+        if (values.is_cpu()) {
+            check_program(op, args.program, program.numel(), w.numel());
+            const LayersProgram& p = args.program;
+            require(p.units() == plan.units() && p.leaves() == plan.leaves() &&
+                        p.rows() == plan.rows() && p.num_roots() == plan.roots(),
+                    op, "plan", expected("the sizes of the program"), found(plan_in));
+            for (int64_t n = 0; n < p.num_nodes(); ++n) {
+                args.max_width = std::max<int64_t>(args.max_width, p.nodes()[n].width);
+                args.max_units = std::max<int64_t>(args.max_units, p.nodes()[n].units);
+            }
+        }
+        args.plan = plan;
+        args.rows = values.size(0), args.lanes = lanes_of(args.rows);
+        require(args.lanes <= kMaxSize, op, name, expected("at most ", kMaxSize, " rows"),
+                found(args.rows));
+        args.w = w.const_data_ptr();
+        args.num_weights = w.numel();
+        kernels = launches_kernels(values);
+    }
+    void check_plan(at::IntArrayRef numbers) const {
+        const auto size = static_cast<int64_t>(numbers.size());
+        require(size >= LayersPlan::kHeader && size == plan.size() &&
+                    std::all_of(numbers.begin(), numbers.end(),
+                                [](int64_t n) { return n >= 0 && n <= kMaxSize; }),
+                op, "plan", expected("sizes, and four numbers for each stage"), found(numbers));
+    }
+
+    int64_t groups() const { return args.lanes / kLaneGroup; }
+    // Each weight meets each lane once.
+    int64_t work() const { return w.numel() * kLaneGroup / 8; }
+
+    static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }
+    // Calls f(args, begin, end, scratch) for parts of [0, items).
+    template <class F>
+    void on_threads(F f, int64_t items, int64_t work_per_item) const {
+        const int64_t bytes = twin().scratch_bytes(args);
+        for_items(items, work_per_item, kSerialExps, [&](int64_t begin, int64_t end) {
+            static thread_local Scratch scratch;
+            f(args, begin, end, scratch.get(std::max<int64_t>(bytes, 1)));
+        });
+    }
+    void make_weights() {
+        weight = reused_memory({w.numel()}, options);
+        shift = reused_memory({plan.rows()}, options);
+        args.weight = weight.mutable_data_ptr();
+        args.shift = shift.mutable_data_ptr();
+        if (kernels)
+            check_launch(op, launch_layers_weights(args, current_stream(w)));
+        else
+            for_items(plan.rows(), w.numel() / std::max<int64_t>(plan.rows(), 1), kSerialExps,
+                      [&](int64_t begin, int64_t end) { twin().weights(args, begin, end); });
+    }
+};
+
+// Values as the forward leaves them, or a copy of that layout.
+Tensor unit_major_values(const Tensor& val) {
+    const int64_t rows = val.size(0), units = val.size(1), lanes = lanes_of(rows);
+    const bool as_made = (rows == 1 || val.stride(0) == 1) && val.stride(1) == lanes &&
+                         val.storage_offset() == 0 &&
+                         static_cast<int64_t>(val.storage().nbytes()) >=
+                             units * lanes * static_cast<int64_t>(val.element_size());
+    if (as_made) return val.as_strided({units, lanes}, {lanes, 1});
+    Tensor copy = at::zeros({units, lanes}, val.options());
+    rows_of(copy, rows).copy_(val);
+    return copy;
+}
+
+}  // namespace
+
+Tensor circuit_layers(const Tensor& leaf, const Tensor& w, const Tensor& program,
+                      at::IntArrayRef plan, std::string_view norm) {
+    constexpr auto op = "circuit_layers";
+    Call call(op, leaf, "leaf", w, program, plan, norm);
+    LayersArgs& args = call.args;
+    require(leaf.size(1) == call.plan.leaves(), op, "leaf",
+            expected("N = ", call.plan.leaves(), " leaf units"), found(leaf.sizes()));
+    const Tensor val = unit_major(call.plan.units(), args.rows, call.options);
+    if (args.rows == 0) return rows_of(val, 0);
+    const c10::DeviceGuard guard(leaf.device());
+    args.leaf = leaf.const_data_ptr();
+    args.leaf_row = leaf.stride(0), args.leaf_unit = leaf.stride(1);
+    args.val = val.mutable_data_ptr();
+    call.make_weights();
+    if (call.kernels)
+        check_launch(op, launch_layers_forward(args, current_stream(leaf)));
+    else
+        call.on_threads(Call::twin().forward, call.groups(), call.work());
+    return rows_of(val, args.rows);
+}
+
+std::tuple<Tensor, Tensor> circuit_layers_backward(const Tensor& droots_in, const Tensor& val_in,
+                                                   const Tensor& w, const Tensor& program,
+                                                   at::IntArrayRef plan, std::string_view norm,
+                                                   bool need_dw) {
+    constexpr auto op = "circuit_layers_backward";
+    Call call(op, val_in, "val", w, program, plan, norm);
+    LayersArgs& args = call.args;
+    require(val_in.size(1) == call.plan.units(), op, "val",
+            expected("U = ", call.plan.units(), " units"), found(val_in.sizes()));
+    check_dtype(op, "droots", droots_in, val_in.scalar_type());
+    check_shape(op, "droots", droots_in, "(B, roots)", {args.rows, call.plan.roots()},
+                val_in.device());
+    const Tensor grad = unit_major(call.plan.units(), args.rows, call.options);
+    if (args.rows == 0)
+        return {rows_of(grad, 0), at::zeros({need_dw ? w.numel() : 0}, call.options)};
+    Tensor dw = reused_memory({need_dw ? w.numel() : 0}, call.options);
+    const c10::DeviceGuard guard(val_in.device());
+    const Tensor droots = droots_in.contiguous(), val = unit_major_values(val_in);
+    const Tensor ratio = reused_memory(grad.sizes(), call.options);
+    args.droots = droots.const_data_ptr();
+    args.val = const_cast<void*>(val.const_data_ptr());
+    args.grad = grad.mutable_data_ptr();
+    args.ratio = ratio.mutable_data_ptr();
+    args.dw = dw.mutable_data_ptr();
+    call.make_weights();
+    if (call.kernels) {
+        const Tensor terms = at::empty({call.plan.most_terms() * args.lanes}, call.options);
+        const Tensor tops = at::empty({call.plan.nodes() * args.lanes}, call.options);
+        args.terms = terms.mutable_data_ptr();
+        args.tops = tops.mutable_data_ptr();
+        check_launch(op, launch_layers_backward(args, current_stream(val)));
+        if (need_dw) check_launch(op, launch_layers_dweights(args, current_stream(val)));
+        return {rows_of(grad, args.rows), dw};
+    }
+    call.on_threads(Call::twin().backward, call.groups(), 2 * call.work());
+    if (need_dw) {
+        int64_t bands = 0;
+        for (int64_t i = 0; i < args.program.num_matrices(); ++i)
+            bands += ceil_div(args.program.matrices()[i].units, kBandRows);
+        call.on_threads(Call::twin().dweights, bands,
+                        call.work() * call.groups() / std::max<int64_t>(bands, 1));
+    }
+    return {rows_of(grad, args.rows), dw};
+}
+
+// ------------------------------------------------------------------------------------------------
+// Tables
+
+namespace {
+
+CircuitTableArgs table_args(const char* op, const Tensor& values, const Tensor& x,
+                            const Tensor& row, int64_t block, int64_t table_rows,
+                            int64_t num_values) {
+    CircuitTableArgs args;
+    args.dtype = dtype_of(op, "table", values);
+    require(args.dtype == DType::kFloat32 || args.dtype == DType::kFloat64, op, "table",
+            expected("float32 or float64"), found(values.scalar_type()));
+    check_dtype(op, "x", x, at::kLong);
+    check_dim(op, "x", x, 2, "(B, M)");
+    check_device(op, "x", x, values.device());
+    require(block > 0 && block <= kMaxSize, op, "block", expected("a size"), found(block));
+    args.rows = x.size(0), args.lanes = lanes_of(args.rows), args.blocks = x.size(1);
+    args.block = block, args.table_rows = table_rows, args.values = num_values;
+    require(args.lanes <= kMaxSize && args.blocks * block <= kMaxSize && table_rows <= kMaxSize &&
+                num_values <= kMaxSize && num_values > 0 && table_rows >= 0,
+            op, "table", expected("sizes of at most ", kMaxSize, " and at least one value"),
+            found(table_rows, " and ", num_values));
+    args.row = vector_data<int64_t>(op, "row", row, args.blocks, at::kLong, values.device());
+    args.x = x.const_data_ptr<int64_t>();
+    if (!values.is_cpu()) return args;
+    for (int64_t m = 0; m < args.blocks; ++m) {
+        const int64_t first = args.row[m];
+        require(first >= 0 && first % block == 0 && first <= table_rows - block, op, "row",
+                expected("multiples of ", block, " within the table"), found(first));
+    }
+    for (int64_t i = 0; i < x.numel(); ++i)
+        require(args.x[i] >= -1 && args.x[i] < num_values, op, "x",
+                expected("values in -1 .. ", num_values - 1), found(args.x[i]));
+    return args;
+}
+
+}  // namespace
+
+Tensor circuit_table(const Tensor& table_in, const Tensor& x_in, const Tensor& row, int64_t block) {
+    constexpr auto op = "circuit_table";
+    check_dim(op, "table", table_in, 2, "(R, V)");
+    const Tensor table = table_in.contiguous(), x = x_in.contiguous();
+    CircuitTableArgs args = table_args(op, table, x, row, block, table.size(0), table.size(1));
+    const Tensor e = unit_major(args.blocks * block, args.rows, table.options());
+    if (e.numel() == 0) return rows_of(e, args.rows);
+    const c10::DeviceGuard guard(table.device());
+    args.table = table.const_data_ptr();
+    args.e = e.mutable_data_ptr();
+    if (launches_kernels(table))
+        check_launch(op, launch_circuit_table(args, current_stream(table)));
+    else
+        for_items(args.blocks, block * args.lanes, 1 << 16, [&](int64_t begin, int64_t end) {
+            chosen_twins<CircuitTableCpu>().forward(args, begin, end);
+        });
+    return rows_of(e, args.rows);
+}
+
+Tensor circuit_table_backward(const Tensor& de, const Tensor& x_in, const Tensor& row,
+                              int64_t block, int64_t table_rows, int64_t values) {
+    constexpr auto op = "circuit_table_backward";
+    const Tensor x = x_in.contiguous();
+    CircuitTableArgs args = table_args(op, de, x, row, block, table_rows, values);
+    check_shape(op, "de", de, "(B, M * block)", {args.rows, args.blocks * block}, x.device());
+    Tensor dtable = reused_memory({table_rows, values}, de.options()).zero_();
+    if (de.numel() == 0) return dtable;
+    const c10::DeviceGuard guard(de.device());
+    args.de = de.const_data_ptr();
+    args.de_row = de.stride(0), args.de_unit = de.stride(1);
+    args.dtable = dtable.mutable_data_ptr();
+    if (launches_kernels(de))
+        check_launch(op, launch_circuit_table_backward(args, current_stream(de)));
+    else
+        for_items(block, args.blocks * args.rows, 1 << 14, [&](int64_t begin, int64_t end) {
+            chosen_twins<CircuitTableCpu>().backward(args, begin, end);
+        });
+    return dtable;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,159 @@
+"""Whole circuits in one call: tables of leaves, the values of all units, their flows.
+
+Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
+units. What an op returns as ``(B, U)`` lies unit-major in memory: a vector holds one unit of many
+rows.
+
+Sources: expected flows as gradients, Darwiche 2003; layers of one shape, Peharz et al. 2020.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext.ops._checks import require_dim, require_dtype, require_shape
+from lora_ext.ops._registration import fake
+
+_c = torch.ops.lora_ext
+_FLOATS = (torch.float32, torch.float64)
+
+
+class Program(NamedTuple):
+    """What :func:`circuit_layers` computes; ``circuits.program`` makes it of a graph.
+
+    Attributes:
+        numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h`` has
+            the layout.
+        plan: its sizes, and four numbers for each stage: what a host needs to know.
+    """
+
+    numbers: Tensor
+    plan: list[int]
+
+    def to(self, device: torch.device) -> Program:
+        """The same program on another device."""
+        return Program(self.numbers.to(device), self.plan)
+
+
+def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int) -> Tensor:
+    """Log-values of leaves over finitely many values, looked up.
+
+    ``out[b, m * block + j] = table[row[m] + j, x[b, m]]``, 0 where ``x`` is -1. Differentiable once
+    in ``table``; sums over rows of data are taken in order.
+
+    Args:
+        table: ``(R, V)`` float32, or float64 on the CPU; log-probabilities, a row per distribution.
+        x: ``(B, M)`` int64 in [-1, V).
+        row: ``(M,)`` int64, multiples of ``block``: the first row of each block.
+        block: leaf units that look at one variable.
+
+    Returns:
+        ``(B, M * block)`` in the dtype of ``table``.
+
+    Raises:
+        ValueError: if a shape, dtype or device disagrees or, on the CPU, a number is out of range.
+    """
+    return _c.circuit_table.default(table, x, row, block)
+
+
+@fake("circuit_table")
+def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int) -> Tensor:
+    require_dim("circuit_table", "table", table, "(R, V)")
+    require_dtype("circuit_table", "table", table, *_FLOATS)
+    require_dim("circuit_table", "x", x, "(B, M)")
+    require_dtype("circuit_table", "x", x, torch.int64)
+    require_shape("circuit_table", "row", row, "(M,)", x.shape[1:])
+    require_dtype("circuit_table", "row", row, torch.int64)
+    return _unit_major(table, x.shape[0], x.shape[1] * block)
+
+
+@fake("circuit_table_backward")
+def _fake_table_backward(
+    de: Tensor, x: Tensor, row: Tensor, block: int, table_rows: int, values: int
+) -> Tensor:
+    return de.new_empty(table_rows, values)
+
+
+def circuit_layers(leaf: Tensor, w: Tensor, program: Program, norm: str = "logits") -> Tensor:
+    """Log-values of all units of a circuit, from those of its leaves.
+
+    ``l[out] = log sum_i W[o, i] exp(term[i])`` of every sum, where a term is the sum of log-values
+    of other units: :func:`log_einsum_exp` after the products, node after node, as exact at ``-inf``
+    and as safe from underflow. A row's bits depend neither on its batch nor on threads.
+
+    Args:
+        leaf: ``(B, N)`` float32, or float64 on the CPU.
+        w: ``(W,)``, dtype and device of ``leaf``: the weights of all sums.
+        program: what is computed.
+        norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
+            are.
+
+    Returns:
+        ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
+
+    Raises:
+        ValueError: if a shape, dtype, device or name disagrees or, on the CPU, the program does not
+            hold together.
+    """
+    return _c.circuit_layers.default(leaf, w, program.numbers, program.plan, norm)
+
+
+@fake("circuit_layers")
+def _fake_layers(leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str) -> Tensor:
+    require_dim("circuit_layers", "leaf", leaf, "(B, units)")
+    require_dtype("circuit_layers", "leaf", leaf, *_FLOATS)
+    require_dim("circuit_layers", "w", w, "(W,)")
+    require_dtype("circuit_layers", "w", w, leaf.dtype)
+    return _unit_major(leaf, leaf.shape[0], plan[0])
+
+
+def circuit_layers_backward(
+    droots: Tensor,
+    val: Tensor,
+    w: Tensor,
+    program: Program,
+    norm: str = "logits",
+    need_dw: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`circuit_layers` from those of the roots.
+
+    With log-weights, ``norm="none"`` and ``droots`` 1 they are the expected flows of a circuit.
+
+    Args:
+        droots: ``(B, R)``.
+        val: the result.
+        w, program, norm: as they went in.
+        need_dw: whether the gradient of the weights is wanted.
+
+    Returns:
+        Those of all units ``(B, U)``, and of the weights ``(W,)``, or empty.
+
+    Raises:
+        ValueError: as there.
+
+    Source: Darwiche 2003, section 3.
+    """
+    return _c.circuit_layers_backward.default(
+        droots, val, w, program.numbers, program.plan, norm, need_dw
+    )
+
+
+@fake("circuit_layers_backward")
+def _fake_layers_backward(
+    droots: Tensor,
+    val: Tensor,
+    w: Tensor,
+    program: Tensor,
+    plan: list[int],
+    norm: str,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    return _unit_major(val, val.shape[0], val.shape[1]), w.new_empty(w.numel() if need_dw else 0)
+
+
+def _unit_major(like: Tensor, rows: int, units: int) -> Tensor:
+    lanes = (rows + 15) // 16 * 16
+    return like.new_empty(units, lanes).narrow(1, 0, rows).t()

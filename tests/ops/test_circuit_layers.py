@@ -1,0 +1,244 @@
+"""Whole circuits in one call, and the tables of their leaves, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from backends import Backend
+from torch import Tensor
+
+from lora_ext import ops, reference
+from lora_ext.circuits import Categorical, Circuit, RegionGraph
+from lora_ext.circuits.program import matrices_of
+
+LEAF = Categorical(2)
+GRAPHS: dict[str, Callable[[], RegionGraph]] = {
+    "one sum": lambda: RegionGraph.cp(1, 1, LEAF),
+    "chain": lambda: RegionGraph.hmm(4, 5, LEAF),
+    "chain, tied, wider than a tile": lambda: RegionGraph.hmm(3, 67, LEAF, homogeneous=True),
+    "tree": lambda: RegionGraph.hclt([-1, 0, 0, 1, 1, 1], 20, LEAF),
+    "pairs": lambda: RegionGraph.rat_spn(7, 2, 3, 3, 4, LEAF, num_roots=2),
+    "shared parts": lambda: RegionGraph.poon_domingos(2, 3, 2, LEAF),
+    "a stage a launch": lambda: RegionGraph.hmm(3, 140, LEAF),
+}
+
+
+def case(name: str, rows: int, seed: int = 0) -> tuple[ops.Program, Tensor, Tensor, int]:
+    """(program, leaf (B, N), w (W,), roots): a tenth of the leaves and weights is impossible."""
+    circuit = Circuit(GRAPHS[name]())
+    g = torch.Generator().manual_seed(seed)
+    program = circuit._execution.program
+    leaf = 4 * torch.randn(rows, program.plan[1], generator=g)
+    w = 2 * torch.randn(len(circuit.weights), generator=g)
+    leaf, w = (t.masked_fill(torch.rand(t.shape, generator=g) < 0.1, -torch.inf) for t in (leaf, w))
+    return program, leaf, w, program.plan[5]
+
+
+def roots_of(program: ops.Program) -> list[int]:
+    first = len(program.numbers) - program.plan[7] - 1 - program.plan[5]
+    return program.numbers[first : first + program.plan[5]].tolist()
+
+
+def run(backend: Backend, name: str, rows: int, norm: str, dtype: torch.dtype = torch.float32):
+    """Values, flows and gradient of the weights, on the CPU."""
+    program, leaf, w, roots = case(name, rows)
+    program = program.to(torch.device(backend.device))
+    leaf, w = (t.to(backend.device, dtype) for t in (leaf, w))
+    droots = (1 + torch.arange(roots, dtype=dtype)).expand(rows, -1).to(backend.device)
+    val = ops.circuit_layers(leaf, w, program, norm)
+    units, dw = ops.circuit_layers_backward(droots, val, w, program, norm)
+    return val.cpu(), units.cpu(), dw.cpu()
+
+
+def formula(name: str, rows: int, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+    program, leaf, w, roots = case(name, rows)
+    leaf, w = leaf.double().requires_grad_(), w.double().requires_grad_()
+    val = reference.circuit_layers(leaf, w, program.numbers, norm)
+    top = val[:, roots_of(program)]
+    total = (torch.where(top > -torch.inf, top, 0) * (1 + torch.arange(roots))).sum()
+    dleaf, dw = torch.autograd.grad(total, (leaf, w))
+    return val.detach(), dleaf, dw
+
+
+@pytest.mark.parametrize("norm", ["logits", "none"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_values_and_gradients_are_the_formula(backend: Backend, name: str, norm: str) -> None:
+    if backend.small and name == "a stage a launch":
+        pytest.skip("the emulator that checks every access is slow")
+    rows = 5 if name == "a stage a launch" else 19
+    val, units, dw = run(backend, name, rows, norm)
+    expected, dleaf, exact_dw = formula(name, rows, norm)
+    assert torch.equal(val == -torch.inf, expected == -torch.inf)
+    finite = expected > -torch.inf
+    # Sums have up to 140 terms of a few roundings each, over at most six layers.
+    torch.testing.assert_close(val[finite].double(), expected[finite], rtol=2e-6, atol=2e-5)
+    got = units[:, 2 : 2 + dleaf.shape[1]].double()
+    torch.testing.assert_close(got, dleaf, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(dw.double(), exact_dw, rtol=2e-4, atol=2e-4)
+
+
+def test_float64_is_exact_to_its_own_rounding() -> None:
+    for name in GRAPHS:
+        for norm in ("logits", "none"):
+            val, units, dw = run(Backend("cpu"), name, 9, norm, torch.float64)
+            expected, dleaf, exact_dw = formula(name, 9, norm)
+            torch.testing.assert_close(val, expected, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(
+                units[:, 2 : 2 + dleaf.shape[1]], dleaf, rtol=1e-11, atol=1e-12
+            )
+            torch.testing.assert_close(dw, exact_dw, rtol=1e-11, atol=1e-12)
+
+
+def test_certain_terms_are_added_exactly(backend: Backend) -> None:
+    program, leaf, w, _ = case("tree", 33)
+    g = torch.Generator().manual_seed(3)
+    leaf = torch.randint(-8, 9, leaf.shape, generator=g).float()
+    for first, sums, terms in matrices_of(program):  # each sum has one term, of weight 1
+        rows = torch.full((sums, terms), -torch.inf)
+        rows[torch.arange(sums), torch.randint(terms, (sums,), generator=g)] = 0
+        w[first : first + sums * terms] = rows.flatten()
+    expected = reference.circuit_layers(leaf, w, program.numbers)
+    on_device = program.to(torch.device(backend.device))
+    val = ops.circuit_layers(leaf.to(backend.device), w.to(backend.device), on_device)
+    assert torch.equal(val.cpu(), expected)
+
+
+def test_a_way_far_below_the_heavy_states_keeps_its_value(backend: Backend) -> None:
+    """The state that carries the mass has no way up; the other lies e^-900 below it."""
+    program = Circuit(RegionGraph.cp(1, 2, LEAF))._execution.program
+    leaf = torch.tensor([[0.0, -900.0], [-900.0, 0.0], [-torch.inf, -900.0]])
+    w = torch.tensor([-torch.inf, 1.5])
+    on_device = program.to(torch.device(backend.device))
+    leaf_on, w_on = leaf.to(backend.device), w.to(backend.device)
+    val = ops.circuit_layers(leaf_on, w_on, on_device, "none")
+    assert torch.equal(val[:, -1].cpu(), torch.tensor([-898.5, 1.5, -898.5]))
+    ones = torch.ones(3, 1, device=backend.device)
+    units, dw = ops.circuit_layers_backward(ones, val, w_on, on_device, "none")
+    assert torch.equal(units[:, 2:4].cpu(), torch.tensor([[0.0, 1.0]] * 3))
+    assert torch.equal(dw.cpu(), torch.tensor([0.0, 3.0]))
+
+
+def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(backend: Backend) -> None:
+    program, leaf, w, _ = case("pairs", 37)
+    program, leaf, w = program.to(torch.device(backend.device)), leaf.to(backend.device), w
+    w = w.to(backend.device)
+    val = ops.circuit_layers(leaf, w, program)
+    for b in (0, 17, 36):
+        assert torch.equal(ops.circuit_layers(leaf[b : b + 1], w, program), val[b : b + 1])
+    again = ops.circuit_layers(leaf.T.contiguous().T, w, program)  # other strides
+    assert torch.equal(again, val)
+
+
+def test_threads_change_no_bit() -> None:
+    found: list[list[Tensor]] = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([*run(Backend("cpu"), "tree", 150, "logits")])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
+
+
+def test_values_of_another_layout_give_the_same_gradient(backend: Backend) -> None:
+    program, leaf, w, roots = case("chain", 6)
+    program, leaf, w = program.to(torch.device(backend.device)), leaf.to(backend.device), w
+    w = w.to(backend.device)
+    val, ones = ops.circuit_layers(leaf, w, program), torch.ones(6, roots, device=backend.device)
+    first = ops.circuit_layers_backward(ones, val, w, program)
+    second = ops.circuit_layers_backward(ones, val.contiguous(), w, program)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not ops.circuit_layers_backward(ones, val, w, program, need_dw=False)[1].numel()
+
+
+def test_no_rows_are_no_values(backend: Backend) -> None:
+    program, leaf, w, roots = case("chain", 0)
+    program = program.to(torch.device(backend.device))
+    leaf, w = leaf.to(backend.device), w.to(backend.device)
+    val = ops.circuit_layers(leaf, w, program)
+    assert val.shape == (0, program.plan[0])
+    ones = torch.ones(0, roots, device=backend.device)
+    assert not ops.circuit_layers_backward(ones, val, w, program)[1].any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 21])
+def test_circuit_table_is_the_formula_bit_for_bit(backend: Backend, rows: int) -> None:
+    g = torch.Generator().manual_seed(rows)
+    table = torch.randint(-8, 9, (9, 4), generator=g).float().to(backend.device).requires_grad_()
+    x = torch.randint(-1, 4, (rows, 5), generator=g).to(backend.device)
+    row = torch.tensor([0, 3, 3, 6, 0], device=backend.device)
+    out = ops.circuit_table(table, x, row, 3)
+    expected = reference.circuit_table(table, x, row, 3)
+    assert torch.equal(out, expected)
+    dout = torch.randint(-4, 5, out.shape, generator=g).to(out)
+    for d in (dout, dout.T.contiguous().T):
+        (got,) = torch.autograd.grad(out, table, d, retain_graph=True)
+        assert torch.equal(got, torch.autograd.grad(expected, table, d, retain_graph=True)[0])
+
+
+def test_tables_pass_opcheck_and_gradcheck() -> None:
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(4, 3, dtype=torch.float64, generator=g).requires_grad_()
+    x, row = torch.tensor([[0, -1], [2, 1]]), torch.tensor([0, 2])
+    torch.library.opcheck(torch.ops.lora_ext.circuit_table.default, (table, x, row, 2))
+    assert torch.autograd.gradcheck(lambda t: ops.circuit_table(t, x, row, 2), table)
+
+
+def test_layers_pass_opcheck() -> None:
+    program, leaf, w, roots = case("pairs", 3)
+    numbers, plan = program
+    torch.library.opcheck(
+        torch.ops.lora_ext.circuit_layers.default, (leaf, w, numbers, plan, "logits")
+    )
+    val = ops.circuit_layers(leaf, w, program)
+    torch.library.opcheck(
+        torch.ops.lora_ext.circuit_layers_backward.default,
+        (torch.ones(3, roots), val, w, numbers, plan, "logits", True),
+    )
+
+
+def spoiled(program: ops.Program, at: int, number: int) -> ops.Program:
+    numbers = program.numbers.clone()
+    numbers[at] = number
+    return program._replace(numbers=numbers)
+
+
+def test_wrong_input_is_refused_by_name() -> None:
+    program, leaf, w, roots = case("chain", 2)
+    first_part = 10 + 6 * program.plan[3]
+    up = ops.circuit_layers
+    refusals: list[tuple[str, Callable[[], object]]] = [
+        ("leaf: expected N = 20", lambda: up(leaf[:, 1:], w, program)),
+        ("leaf: expected float", lambda: up(leaf.half(), w, program)),
+        ("w: expected Float", lambda: up(leaf, w.double(), program)),
+        ("program: expected matrices within the weights", lambda: up(leaf, w[1:], program)),
+        ("norm: expected", lambda: up(leaf, w, program, "probs")),
+        ("plan: expected", lambda: up(leaf, w, program._replace(plan=program.plan[:-1]))),
+        (
+            "program: expected",
+            lambda: up(leaf, w, program._replace(numbers=program.numbers[:-1])),
+        ),
+        ("program: expected nodes", lambda: up(leaf, w, spoiled(program, 10, 10**6))),
+        ("program: expected parts", lambda: up(leaf, w, spoiled(program, first_part + 2, -1))),
+    ]
+    for message, call in refusals:
+        with pytest.raises(ValueError, match=f"circuit_layers: {message}"):
+            call()
+    with pytest.raises(ValueError, match="circuit_layers_backward: droots: expected shape"):
+        val = up(leaf, w, program)
+        ops.circuit_layers_backward(torch.ones(2, roots + 1), val, w, program)
+    table, x, row = torch.zeros(4, 3), torch.zeros(2, 2, dtype=torch.long), torch.tensor([0, 2])
+    lookups: list[tuple[str, Callable[[], object]]] = [
+        ("x: expected values in -1 .. 2, found 3", lambda: ops.circuit_table(table, x + 3, row, 2)),
+        ("row: expected multiples of 2", lambda: ops.circuit_table(table, x, row + 1, 2)),
+        ("x: expected Long", lambda: ops.circuit_table(table, x.int(), row, 2)),
+        ("block: expected a size", lambda: ops.circuit_table(table, x, row, 0)),
+    ]
+    for message, call in lookups:
+        with pytest.raises(ValueError, match=f"circuit_table: {message}"):
+            call()
