@@ -220,6 +220,17 @@ def test_extreme_logits_stay_finite(backend: Backend, frozen: bool) -> None:
             t.grad = None
 
 
+def test_a_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
+    """A chunk of equal logits weighs its rows of W by one each: 8192 * 16 is more than 65504."""
+    if backend.library != "lora_ext":
+        pytest.skip("the emulator's float16 goes to a library that has no float32 result")
+    hidden = torch.zeros(2, 4, dtype=torch.float16, device=backend.device, requires_grad=True)
+    weight = torch.full((8192, 4), 16.0, dtype=torch.float16, device=backend.device)
+    labels = torch.zeros(2, dtype=torch.int64, device=backend.device)
+    ops.chunked_cross_entropy(hidden, weight, None, labels).backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # all rows of W are alike
+
+
 def test_closed_tokens_of_the_bias_have_no_share(backend: Backend) -> None:
     """A bias of -inf, as tokens are closed by it: both distributions give them nothing."""
     layer = Layer(Case(4, 8, 20, 6, bias=True, frozen=True), torch.float32, backend.device)

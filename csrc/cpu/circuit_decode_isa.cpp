@@ -4,6 +4,7 @@
 // depends on the length of a row alone; the draw adds one by one, in double.
 #include "lora_ext/circuit_decode.h"
 
+#include "by_dtype.h"
 #include "circuit_walk.h"
 
 namespace lora_ext::LX_ISA {
@@ -405,20 +406,9 @@ int64_t verify_scratch(const SpecVerifyArgs& args) {
 // f<P>(args, row) for all rows, P the C++ type of `dtype`.
 template <typename F>
 void for_rows(DType dtype, int64_t begin, int64_t end, F&& f) {
-    for (int64_t row = begin; row < end; ++row) switch (dtype) {
-            case DType::kFloat32:
-                f.template operator()<float>(row);
-                break;
-            case DType::kFloat16:
-                f.template operator()<Half>(row);
-                break;
-            case DType::kBFloat16:
-                f.template operator()<BFloat>(row);
-                break;
-            case DType::kFloat64:
-                f.template operator()<double>(row);
-                break;
-        }
+    with_dtype(dtype, [&]<typename P>() {
+        for (int64_t row = begin; row < end; ++row) f.template operator()<P>(row);
+    });
 }
 void sample(const CircuitSampleArgs& args, int64_t begin, int64_t end, void* scratch) {
     for_rows(args.logits.circuit.dtype, begin, end, [&]<typename P>(int64_t row) {

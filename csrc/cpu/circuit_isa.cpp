@@ -18,6 +18,7 @@
 //
 // Each row of the batch, and of V logits, is one thread's, in one order: no bit depends on threads
 // or on the batch.
+#include "by_dtype.h"
 #include "circuit_walk.h"
 
 namespace lora_ext::LX_ISA {
@@ -447,30 +448,12 @@ void scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, void
 // ------------------------------------------------------------------------------------------------
 // The table
 
-// f(T{}) for the storage type of `dtype`.
-template <typename F>
-LX_INLINE void with_storage(DType dtype, F&& f) {
-    switch (dtype) {
-        case DType::kFloat32:
-            return f(float{});
-        case DType::kFloat16:
-            return f(Half{});
-        case DType::kBFloat16:
-            return f(BFloat{});
-        case DType::kFloat64:
-            return f(double{});
-    }
-}
-void any_leaf(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
-    with_storage(args.dtype, [&](auto t) { leaf<decltype(t)>(args, begin, end); });
-}
-void any_leaf_backward(const CircuitLeafArgs& args, int64_t begin, int64_t end) {
-    with_storage(args.dtype, [&](auto t) { leaf_backward<decltype(t)>(args, begin, end); });
+DType dtype_of(const CircuitScanArgs& args) {
+    return args.params.dtype;
 }
 int64_t scan_scratch(const CircuitScanArgs& args) {
     int64_t bytes = 0;
-    with_storage(args.params.dtype, [&](auto t) {
-        using P = decltype(t);
+    with_dtype(args.params.dtype, [&]<typename P>() {
         const int64_t width = whole_vectors<P>(args.params.components);
         const int64_t levels = circuit_tree_levels(args.params.n_token) + 1;
         const int64_t forward = circuit_walk_scratch<Acc<P>>(args.params) + 2 * width;
@@ -479,18 +462,10 @@ int64_t scan_scratch(const CircuitScanArgs& args) {
     });
     return bytes;
 }
-void any_scan(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch) {
-    with_storage(args.params.dtype, [&](auto t) { scan<decltype(t)>(args, begin, end, scratch); });
-}
-void any_scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, void* scratch) {
-    with_storage(args.params.dtype,
-                 [&](auto t) { scan_backward<decltype(t)>(args, begin, end, scratch); });
-}
-
 }  // namespace
 
 extern const CircuitCpu circuit_table;
-const CircuitCpu circuit_table = {LX_ISA_NAME,  any_leaf, any_leaf_backward,
-                                  scan_scratch, any_scan, any_scan_backward};
+const CircuitCpu circuit_table = {LX_ISA_NAME,  LX_BY_DTYPE(leaf), LX_BY_DTYPE(leaf_backward),
+                                  scan_scratch, LX_BY_DTYPE(scan), LX_BY_DTYPE(scan_backward)};
 
 }  // namespace lora_ext::LX_ISA

@@ -156,7 +156,7 @@ struct Flows {
             const int64_t at = m.weight + r * m.width;
             const A* scaled = static_cast<const A*>(args.weight) + at;
             const A shift = static_cast<const A*>(args.shift)[m.row + r];
-            for_vectors<A>(m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+            for_vectors<A>(0, m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
                 store_part(f + i, load_part(f + i, n) * load_part(scaled + i, n), n);
             });
             for (int64_t u = m.user_begin; u < m.user_end; ++u)
@@ -164,7 +164,7 @@ struct Flows {
             const bool logits = args.norm == WeightNorm::kLogits && shift != -kInfinity<A>;
             const A factor = logits ? total[r - o] * exp_of(shift) : A(0);
             A* dw = static_cast<A*>(args.dw) + at;
-            for_vectors<A>(m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+            for_vectors<A>(0, m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
                 store_part(dw + i, load_part(f + i, n) - load_part(scaled + i, n) * factor, n);
             });
         }

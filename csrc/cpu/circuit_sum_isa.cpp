@@ -3,6 +3,7 @@
 // Lanes run over the terms i of a row, except in what visits a row of sums.
 #include "lora_ext/circuit_sum.h"
 
+#include "by_dtype.h"
 #include "sum_rows.h"
 #include "tiles.h"
 
@@ -71,7 +72,7 @@ void finish(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, int64_t o_e
     A* out = static_cast<A*>(args.out) + (g * args.rows + b) * args.sums + o;
     const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums + o;
     const A shift = static_cast<const A*>(args.value_shift)[g * args.rows + b];
-    for_vectors<A>(o_end - o, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<A>(0, o_end - o, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<A> s = load_part(out + i, count);
         store_part(out + i, log(s) + load_part(shifts + i, count) + shift, count);
         for (int64_t j = i; j < i + count; ++j) {
@@ -114,7 +115,7 @@ void ratios(const LogSumArgs& args, int64_t begin, int64_t end) {
         const A* shifts = static_cast<const A*>(args.weight_shift) + item / args.rows * args.sums;
         const A shift = static_cast<const A*>(args.value_shift)[item];
         A* ratio = static_cast<A*>(args.ratio) + item * args.sums;
-        for_vectors<A>(args.sums, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
+        for_vectors<A>(0, args.sums, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
             const Vec<A> y = load_part(out + o, count);
             const Vec<A> depth = shift + load_part(shifts + o, count) - y;
             const auto none = (y == -kInfinity<A>) | (depth >= kTrust<A>);
@@ -131,7 +132,7 @@ void scale_dvalues(const LogSumArgs& args, int64_t item) {
     const int64_t g = item / args.rows, b = item % args.rows;
     A* d = static_cast<A*>(args.dvalues) + item * args.terms;
     const A* value = static_cast<const A*>(args.value) + item * args.terms;
-    for_vectors<A>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<A>(0, args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         store_part(d + i, load_part(d + i, count) * load_part(value + i, count), count);
     });
     const A* shifts = static_cast<const A*>(args.weight_shift) + g * args.sums;
@@ -214,7 +215,7 @@ void dvalues(const LogSumArgs& args, int64_t begin, int64_t end) {
 template <typename T>
 LX_INLINE void store_dw(T* dw, const T* w, WeightNorm norm, int64_t n, const Acc<T>* flow,
                         const Acc<T>* scaled, Acc<T> factor) {
-    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         Vec<T> d = load_part(flow + i, count);
         if (norm == WeightNorm::kLogits) {
             d -= load_part(scaled + i, count) * factor;
@@ -235,7 +236,7 @@ void scale_dweights(const LogSumArgs& args, int64_t item) {
     A* flow = static_cast<A*>(args.flow) + item * n;
     const A* weight = static_cast<const A*>(args.weight) + item * n;
     const A shift = static_cast<const A*>(args.weight_shift)[item];
-    for_vectors<A>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<A>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         store_part(flow + i, load_part(flow + i, count) * load_part(weight + i, count), count);
     });
     A total = 0;
@@ -292,7 +293,7 @@ void per_row(const LogSumArgs& args, int64_t begin, int64_t end) {
             for (int64_t j = 0; j < band; ++j) {
                 const WeightRow<T> row(weights_of<T>(args, g, b, first + j), n, args.norm);
                 Vec<T> sum{}, total{};
-                for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+                for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
                     const Vec<T> e = row.scaled(i, count);
                     total += e;
                     sum = fma(e, load_part(value + i, count), sum);
@@ -301,7 +302,7 @@ void per_row(const LogSumArgs& args, int64_t begin, int64_t end) {
                 totals[j] = lane_sum(total);
                 lifted[j] = row.lifted;
             }
-            for_vectors<A>(band, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+            for_vectors<A>(0, band, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
                 const Vec<A> z = load_part(totals + j, count);
                 Vec<A> norm =
                     args.norm == WeightNorm::kLogits ? -log(z) : load_part(lifted + j, count);
@@ -333,18 +334,18 @@ void per_row_backward(const LogSumArgs& args, int64_t begin, int64_t end) {
         const A* out = static_cast<const A*>(args.out) + item * args.sums;
         const A* dout = static_cast<const A*>(args.dout) + item * args.sums;
         const A value_shift = scale_row(l, n, WeightNorm::kLog, value);
-        for_vectors<A>(n, [&](int64_t i, int64_t count) { store_part(d + i, Vec<A>{}, count); });
+        for_vectors<A>(0, n, [&](int64_t i, int64_t count) { store_part(d + i, Vec<A>{}, count); });
         for (int64_t o = 0; o < args.sums; ++o) {
             const T* w = weights_of<T>(args, g, b, o);
             T* dw = static_cast<T*>(args.dw) + (item * args.sums + o) * n;
             if (out[o] == -kInfinity<A>) {
                 for_vectors<T>(
-                    n, [&](int64_t i, int64_t count) { store_part(dw + i, Vec<T>{}, count); });
+                    0, n, [&](int64_t i, int64_t count) { store_part(dw + i, Vec<T>{}, count); });
                 continue;
             }
             const WeightRow<T> row(w, n, args.norm);
             Vec<T> total{};
-            for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
                 const Vec<T> e = row.scaled(i, count);
                 total += e;
                 store_part(scaled + i, e, count);
@@ -353,12 +354,12 @@ void per_row_backward(const LogSumArgs& args, int64_t begin, int64_t end) {
             const A depth = depth_of(value_shift, shift, out[o]);
             const bool rescued = depth >= kTrust<A>;
             const A ratio = rescued ? A(0) : dout[o] * exp_of(depth);
-            for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
                 const Vec<T> f = ratio * load_part(scaled + i, count) * load_part(value + i, count);
                 store_part(flow + i, f, count);
             });
             if (rescued) add_shares(row, l, n, shift, out[o], dout[o], flow);
-            for_vectors<A>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            for_vectors<A>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
                 store_part(d + i, load_part(d + i, count) + load_part(flow + i, count), count);
             });
             store_dw(dw, w, args.norm, n, flow, scaled, dout[o] * exp_of(shift));
@@ -377,7 +378,7 @@ LX_INLINE void max_of(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, c
     Vec<T> best = broadcast<T>(-kInfinity<A>);
     Ints<Vec<T>> index{}, at{};
     for (int j = 0; j < kLanes<T>; ++j) at[j] = j;
-    for_vectors<T>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<T>(0, args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         Vec<T> v = load_or(w + i, count, -kInfinity<A>);
         if (args.norm == WeightNorm::kProbs) v = log(v <= Vec<T>{} ? Vec<T>{} : v);
         v += load_or(l + i, count, -kInfinity<A>);
@@ -402,7 +403,7 @@ Acc<T> normaliser_of(const LogSumArgs& args, const T* w) {
     if (args.norm != WeightNorm::kLogits) return A(0);
     const WeightRow<T> row(w, args.terms, args.norm);
     Vec<T> total{};
-    for_vectors<T>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<T>(0, args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         total += row.scaled(i, count);
     });
     return row.base + log_of(lane_sum(total));
@@ -426,43 +427,19 @@ void max_product(const LogSumArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-
-template <template <typename> class Op>
-void by_dtype(const LogSumArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::kFloat32:
-            return Op<float>::run(args, begin, end);
-        case DType::kFloat16:
-            return Op<Half>::run(args, begin, end);
-        case DType::kBFloat16:
-            return Op<BFloat>::run(args, begin, end);
-        case DType::kFloat64:
-            return Op<double>::run(args, begin, end);
-    }
-}
-#define LX_STEP(Name, function)                  \
-    template <typename T>                        \
-    struct Name {                                \
-        static constexpr auto run = function<T>; \
-    };
-LX_STEP(Weights, weights)
-LX_STEP(Values, values)
-LX_STEP(Forward, forward)
-LX_STEP(Ratios, ratios)
-LX_STEP(DValues, dvalues)
-LX_STEP(DWeights, dweights)
-LX_STEP(PerRow, per_row)
-LX_STEP(PerRowBackward, per_row_backward)
-LX_STEP(Max, max_product)
-#undef LX_STEP
-
 }  // namespace
 
 extern const LogSumCpu log_sum_table;
-const LogSumCpu log_sum_table = {
-    LX_ISA_NAME,       by_dtype<Weights>,        by_dtype<Values>,  forward_items,
-    by_dtype<Forward>, by_dtype<Ratios>,         by_dtype<DValues>, by_dtype<DWeights>,
-    by_dtype<PerRow>,  by_dtype<PerRowBackward>, by_dtype<Max>};
+const LogSumCpu log_sum_table = {LX_ISA_NAME,
+                                 LX_BY_DTYPE(weights),
+                                 LX_BY_DTYPE(values),
+                                 forward_items,
+                                 LX_BY_DTYPE(forward),
+                                 LX_BY_DTYPE(ratios),
+                                 LX_BY_DTYPE(dvalues),
+                                 LX_BY_DTYPE(dweights),
+                                 LX_BY_DTYPE(per_row),
+                                 LX_BY_DTYPE(per_row_backward),
+                                 LX_BY_DTYPE(max_product)};
 
 }  // namespace lora_ext::LX_ISA

@@ -8,6 +8,7 @@
 // ascending; over the rows of a part ascending, four at a time, then over the parts.
 #include "lora_ext/depth_mix.h"
 
+#include "by_dtype.h"
 #include "vec_math.h"
 
 namespace lora_ext::LX_ISA {
@@ -435,27 +436,6 @@ void add_parts(const DepthMixArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// Calls f(T{}) for the type of values.
-template <typename F>
-LX_INLINE void with_type(const DepthMixArgs& args, F&& f) {
-    switch (args.dtype) {
-        case DType::kFloat32:
-            return f(float{});
-        case DType::kFloat16:
-            return f(Half{});
-        case DType::kBFloat16:
-            return f(BFloat{});
-        case DType::kFloat64:
-            return f(double{});
-    }
-}
-
-void forward_any(const DepthMixArgs& args, int64_t begin, int64_t end) {
-    with_type(args, [&]<typename T>(T) { forward<T>(args, begin, end); });
-}
-void backward_any(const DepthMixArgs& args, void* scratch, int64_t begin, int64_t end) {
-    with_type(args, [&]<typename T>(T) { backward<T>(args, scratch, begin, end); });
-}
 int64_t backward_scratch(const DepthMixArgs& args) {
     return args.router ? kTogether * args.width * (args.dtype == DType::kFloat64 ? 8 : 4) : 0;
 }
@@ -469,6 +449,7 @@ void sums_any(const DepthMixArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const DepthMixCpu depth_mix_table;
-const DepthMixCpu depth_mix_table = {forward_any, backward_any, backward_scratch, sums_any};
+const DepthMixCpu depth_mix_table = {LX_BY_DTYPE(forward), LX_BY_DTYPE(backward), backward_scratch,
+                                     sums_any};
 
 }  // namespace lora_ext::LX_ISA

@@ -8,6 +8,7 @@
 // Every sum goes along the lanes of a span, then over the lanes in a fixed tree, then span by span.
 #include "lora_ext/lora_gram.h"
 
+#include "by_dtype.h"
 #include "tiles.h"
 
 namespace lora_ext::LX_ISA {
@@ -229,38 +230,14 @@ void pair_stats(const GramArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-void gram_any(const GramArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::kFloat32:
-            return args.float64 ? gram<float, double>(args, begin, end)
-                                : gram<float, float>(args, begin, end);
-        case DType::kFloat16:
-            return args.float64 ? gram<Half, double>(args, begin, end)
-                                : gram<Half, float>(args, begin, end);
-        case DType::kBFloat16:
-            return args.float64 ? gram<BFloat, double>(args, begin, end)
-                                : gram<BFloat, float>(args, begin, end);
-        case DType::kFloat64:
-            return gram<double, double>(args, begin, end);
-    }
-}
-
-void pair_stats_any(const GramArgs& args, int64_t begin, int64_t end) {
-    switch (args.dtype) {
-        case DType::kFloat32:
-            return pair_stats<float>(args, begin, end);
-        case DType::kFloat16:
-            return pair_stats<Half>(args, begin, end);
-        case DType::kBFloat16:
-            return pair_stats<BFloat>(args, begin, end);
-        case DType::kFloat64:
-            return pair_stats<double>(args, begin, end);
-    }
+template <typename T>
+void gram_in_precision(const GramArgs& args, int64_t begin, int64_t end) {
+    args.float64 ? gram<T, double>(args, begin, end) : gram<T, Acc<T>>(args, begin, end);
 }
 
 }  // namespace
 
 extern const GramCpu gram_table;
-const GramCpu gram_table = {gram_any, pair_stats_any};
+const GramCpu gram_table = {LX_BY_DTYPE(gram_in_precision), LX_BY_DTYPE(pair_stats)};
 
 }  // namespace lora_ext::LX_ISA

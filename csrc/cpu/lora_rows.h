@@ -4,6 +4,7 @@
 
 #include "lora_ext/lora_train.h"
 
+#include "by_dtype.h"
 #include "vec.h"
 
 namespace lora_ext::LX_ISA {
@@ -98,29 +99,9 @@ Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
 }
 
-inline DType dtype_of(const LoraArgs& args) {
-    return args.dtype;
-}
-inline DType dtype_of(const LoraTrainArgs& args) {
+LX_INLINE DType dtype_of(const LoraTrainArgs& args) {
     return args.lora.dtype;
 }
-// The one of four instances of a template that dtype_of(args) asks for.
-template <auto kFloat, auto kHalf, auto kBFloat, auto kDouble, typename Args>
-void by_dtype(const Args& args, int64_t begin, int64_t end) {
-    switch (dtype_of(args)) {
-        case DType::kFloat32:
-            return kFloat(args, begin, end);
-        case DType::kFloat16:
-            return kHalf(args, begin, end);
-        case DType::kBFloat16:
-            return kBFloat(args, begin, end);
-        case DType::kFloat64:
-            return kDouble(args, begin, end);
-    }
-}
-
-// Entries of a table.
-#define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
 
 }  // namespace
 }  // namespace lora_ext::LX_ISA

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "lora_ext/circuit_sum.h"
+#include "parts.h"
 #include "vec_math.h"
 
 namespace lora_ext::LX_ISA {
@@ -28,18 +29,6 @@ LX_INLINE A exp_of(A x) {
     return exp(splat<Vec<A>>(x))[0];
 }
 
-// f(i, count) for whole vectors, and once for what is left; count is then less than a vector.
-template <typename T, typename F>
-LX_INLINE void for_vectors(int64_t n, F&& f) {
-    constexpr int L = kLanes<T>;
-    int64_t i = 0;
-    for (; i + L <= n; i += L) f(i, int64_t{L});
-    if (i < n) f(i, n - i);
-}
-template <typename T>
-LX_INLINE Vec<T> load_part(const T* p, int64_t count) {
-    return count == kLanes<T> ? load(p) : load_n(p, count);
-}
 // Lanes beyond `count` read as `fill`.
 template <typename T>
 LX_INLINE Vec<T> load_or(const T* p, int64_t count, Acc<T> fill) {
@@ -49,18 +38,10 @@ LX_INLINE Vec<T> load_or(const T* p, int64_t count, Acc<T> fill) {
     return v;
 }
 template <typename T>
-LX_INLINE void store_part(T* p, Vec<T> v, int64_t count) {
-    if (count == kLanes<T>)
-        store(p, v);
-    else
-        store_n(p, v, count);
-}
-
-template <typename T>
 LX_INLINE Acc<T> row_max(const T* p, int64_t n) {
     using A = Acc<T>;
     Vec<T> top = broadcast<T>(-kInfinity<A>);
-    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         top = max(top, load_or(p + i, count, -kInfinity<A>));
     });
     return max_lane(top);
@@ -109,7 +90,7 @@ template <typename T>
 LX_INLINE Acc<T> scale_row(const T* w, int64_t n, WeightNorm norm, Acc<T>* scaled) {
     const WeightRow<T> row(w, n, norm);
     Vec<T> total{};
-    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<T> e = row.scaled(i, count);
         total += e;
         store_part(scaled + i, e, count);
@@ -125,12 +106,14 @@ Acc<T> rescue(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift)
     const auto term = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         return row.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>);
     };
-    for_vectors<T>(n, [&](int64_t i, int64_t count)
-                          __attribute__((always_inline)) { tops = max(tops, term(i, count)); });
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        tops = max(tops, term(i, count));
+    });
     const A top = max_lane(tops);
     if (top == -kInfinity<A>) return top;
-    for_vectors<T>(n, [&](int64_t i, int64_t count)
-                          __attribute__((always_inline)) { sums += exp(term(i, count) - top); });
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        sums += exp(term(i, count) - top);
+    });
     return top + log_of(lane_sum(sums)) + shift;
 }
 // into[i] += g * share of term i, for an `out` that was rescued.
@@ -138,7 +121,7 @@ template <typename T>
 void add_shares(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift, Acc<T> out,
                 Acc<T> g, Acc<T>* into) {
     using A = Acc<T>;
-    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<T> share =
             exp(row.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>) + (shift - out));
         store_part(into + i, load_part(into + i, count) + g * share, count);

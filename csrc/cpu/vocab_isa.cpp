@@ -5,6 +5,8 @@
 // Sums go along lanes for a block of columns, then over blocks, then over lanes.
 #include "lora_ext/vocab.h"
 
+#include "by_dtype.h"
+#include "parts.h"
 #include "vec_math.h"
 
 namespace lora_ext::LX_ISA {
@@ -50,25 +52,6 @@ LX_INLINE V or_impossible(V v, int64_t count) {
                : splat<V>(kImpossible<E>);
 }
 
-// Calls f(index, count) for the vectors of n columns; only the last may be short.
-template <typename T, typename F>
-LX_INLINE void for_vectors(int64_t begin, int64_t end, F&& f) {
-    constexpr int L = kLanes<T>;
-    int64_t i = begin;
-    for (; i + L <= end; i += L) f(i, int64_t{L});
-    if (i < end) f(i, end - i);
-}
-template <typename T>
-LX_INLINE Vec<T> load_count(const T* p, int64_t count) {
-    return count == kLanes<T> ? load(p) : load_n(p, count);
-}
-template <typename T>
-LX_INLINE void store_count(T* p, Vec<T> v, int64_t count) {
-    if (count == kLanes<T>)
-        store(p, v);
-    else
-        store_n(p, v, count);
-}
 // The sum over n columns of term(index, count), one number or two of them.
 template <typename T, typename F>
 LX_INLINE void add_up(int64_t n, Acc<T>& first, Acc<T>& second, F&& add_terms) {
@@ -118,7 +101,7 @@ struct Logit {
     LX_INLINE Acc<T> largest(const T* row, int64_t n, Acc<T> top) const {
         V most = splat<V>(kImpossible<Acc<T>>);
         for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-            most = max(most, or_impossible(load_count(row + i, count), count));
+            most = max(most, or_impossible(load_part(row + i, count), count));
         });
         const Acc<T> z = of(splat<V>(max_lane(most)))[0];  // it grows with raw
         return z > top ? z : top;
@@ -192,12 +175,12 @@ void cross_entropy_update(const VocabArgs& args, int64_t n) {
     add_up<T>(args.columns, *state.sum, none,
               [&](int64_t i, int64_t count, V* parts) __attribute__((always_inline)) {
                   V slope;
-                  const V z = or_impossible(logit.of(load_count(row + i, count), slope), count);
+                  const V z = or_impossible(logit.of(load_part(row + i, count), slope), count);
                   const Ints<V> at = numbers + static_cast<typename Float<Acc<T>>::Int>(i);
                   const V e =
                       y >= 0 ? (at == 0 ? V{} : exp<false>(z - shift)) : exp<false>(z - shift);
                   parts[0] += e;
-                  if (kept) store_count(row + i, e * slope, count);
+                  if (kept) store_part(row + i, e * slope, count);
               });
     fade_products<T>(args, 0, n, fade);
 }
@@ -237,11 +220,11 @@ void cross_entropy_gradient(const VocabArgs& args, int64_t n) {
     for_vectors<T>(0, args.columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         V slope, d{};
         if (counts) {
-            const V q = exp<false>(logit.of(load_count(row + i, count), slope) - lse);
+            const V q = exp<false>(logit.of(load_part(row + i, count), slope) - lse);
             const auto at = lane_numbers<V>() + static_cast<typename Float<Acc<T>>::Int>(i);
             d = (at == y ? q - 1 : q) * slope;
         }
-        store_count(row + i, d, count);
+        store_part(row + i, d, count);
     });
 }
 
@@ -273,22 +256,22 @@ void kl_update(const VocabArgs& args, int64_t n) {
         const V shift = splat<V>(shift_of(*state.top));
         add_up<T>(args.columns, *state.sum, *state.third,
                   [&](int64_t i, int64_t count, V* parts) __attribute__((always_inline)) {
-                      const V k = or_impossible(logit.of(load_count(z_k + i, count)), count);
-                      const V z = or_impossible(logit.of(load_count(z_e + i, count)), count);
+                      const V k = or_impossible(logit.of(load_part(z_k + i, count)), count);
+                      const V z = or_impossible(logit.of(load_part(z_e + i, count)), count);
                       const V p = exp<false>(k - shift_k), q = exp<false>(z - shift);
                       parts[0] += q;
                       parts[1] += p == V{} ? V{} : p * (k - z);
-                      if (kept) store_count(z_e + i, q, count);
+                      if (kept) store_part(z_e + i, q, count);
                   });
         fade_products<T>(args, e, n, fade);
     }
     Acc<T> none = 0;
     add_up<T>(args.columns, *teacher.sum, none,
               [&](int64_t i, int64_t count, V* parts) __attribute__((always_inline)) {
-                  const V k = or_impossible(logit.of(load_count(z_k + i, count)), count);
+                  const V k = or_impossible(logit.of(load_part(z_k + i, count)), count);
                   const V p = exp<false>(k - shift_k);
                   parts[0] += p;
-                  if (kept) store_count(z_k + i, p, count);
+                  if (kept) store_part(z_k + i, p, count);
               });
     fade_products<T>(args, last, n, fade_k);
 }
@@ -341,11 +324,11 @@ void kl_gradient(const VocabArgs& args, int64_t n) {
             0, args.columns, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
                 V slope, d{};
                 if (counts(args, n)) {
-                    const V q = exp<false>(logit.of(load_count(z_e + i, count), slope) - lse_e);
-                    const V p = exp<false>(logit.of(load_count(z_k + i, count)) - lse_k);
+                    const V q = exp<false>(logit.of(load_part(z_e + i, count), slope) - lse_e);
+                    const V p = exp<false>(logit.of(load_part(z_k + i, count)) - lse_k);
                     d = (q - p) * slope * share_of<T>(args);
                 }
-                store_count(z_e + i, d, count);
+                store_part(z_e + i, d, count);
             });
     }
 }
@@ -357,18 +340,6 @@ void kl_gradient(const VocabArgs& args, int64_t n) {
     void name##_rows(const VocabArgs& args, int64_t begin, int64_t end) {        \
         for (int64_t n = begin; n < end; ++n)                                    \
             args.softcap > 0 ? name<T, true>(args, n) : name<T, false>(args, n); \
-    }                                                                            \
-    void name##_any(const VocabArgs& args, int64_t begin, int64_t end) {         \
-        switch (args.dtype) {                                                    \
-            case DType::kFloat32:                                                \
-                return name##_rows<float>(args, begin, end);                     \
-            case DType::kFloat16:                                                \
-                return name##_rows<Half>(args, begin, end);                      \
-            case DType::kBFloat16:                                               \
-                return name##_rows<BFloat>(args, begin, end);                    \
-            case DType::kFloat64:                                                \
-                return name##_rows<double>(args, begin, end);                    \
-        }                                                                        \
     }
 LX_VOCAB_TWIN(cross_entropy_update)
 LX_VOCAB_TWIN(cross_entropy_finish)
@@ -380,11 +351,11 @@ LX_VOCAB_TWIN(kl_gradient)
 }  // namespace
 
 extern const VocabCpu vocab_table;
-const VocabCpu vocab_table = {cross_entropy_update_any,
-                              cross_entropy_finish_any,
-                              cross_entropy_gradient_any,
-                              kl_update_any,
-                              kl_finish_any,
-                              kl_gradient_any};
+const VocabCpu vocab_table = {LX_BY_DTYPE(cross_entropy_update_rows),
+                              LX_BY_DTYPE(cross_entropy_finish_rows),
+                              LX_BY_DTYPE(cross_entropy_gradient_rows),
+                              LX_BY_DTYPE(kl_update_rows),
+                              LX_BY_DTYPE(kl_finish_rows),
+                              LX_BY_DTYPE(kl_gradient_rows)};
 
 }  // namespace lora_ext::LX_ISA

@@ -53,6 +53,22 @@ class Weights {
     float *weights_, *dots_;
 };
 
+// to += weight * beta_e
+template <class T, class G>
+LX_DEVICE void add_beta(const DepthMixArgs& args, int e, const Columns<T>& columns, float weight,
+                        float (&to)[kHeld][kPiece<T>]) {
+    if (!args.beta[e]) return;
+    Scales<T, G> beta;
+    beta.load(args.beta[e], columns);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+        float shift[kPiece<T>];
+        beta.unpack(i, shift);
+#pragma unroll
+        for (int j = 0; j < kPiece<T>; ++j) to[i][j] += weight * shift[j];
+    }
+}
+
 template <class T, class G, bool kRouted>
 __global__ void __launch_bounds__(kMixThreads, 1)
     depth_mix_kernel(const __grid_constant__ DepthMixArgs args) {
@@ -121,17 +137,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
 #pragma unroll
                 for (int j = 0; j < P; ++j) n[i][j] = (n[i][j] - mean) * rinv * scale[j];
             }
-            if (args.beta[e]) {
-                Scales<T, G> beta;
-                beta.load(args.beta[e], columns);
-#pragma unroll
-                for (int i = 0; i < kHeld; ++i) {
-                    float shift[P];
-                    beta.unpack(i, shift);
-#pragma unroll
-                    for (int j = 0; j < P; ++j) n[i][j] += shift[j];
-                }
-            }
+            add_beta<T, G>(args, e, columns, 1.0f, n);
             weights.choose(args, row, [&](int other) {
                 float dot = 0;
 #pragma unroll
@@ -155,17 +161,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
 #pragma unroll
             for (int j = 0; j < P; ++j) mixed[i][j] += (h[j] - mean) * factor * scale[j];
         }
-        if (args.beta[e]) {
-            Scales<T, G> beta;
-            beta.load(args.beta[e], columns);
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-                float shift[P];
-                beta.unpack(i, shift);
-#pragma unroll
-                for (int j = 0; j < P; ++j) mixed[i][j] += weight * shift[j];
-            }
-        }
+        add_beta<T, G>(args, e, columns, weight, mixed);
     }
     T* const out = static_cast<T*>(args.mixed) + row * args.width;
 #pragma unroll

@@ -297,10 +297,43 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
 template <class T, Product kProduct>
 constexpr int kMostRows = GemmShape<T, kProduct, 64>::kTf32 ? 64 : 128;
 
+// ------------------------------------------------------------------------------------------------
+// Host side: left, right and out of a Gemm, then its launch.
+
+inline Gemm gemm_of(const LoraArgs& lora, const void* left, int64_t left_row_stride,
+                    int64_t left_element) {
+    Gemm gemm{};
+    gemm.lora = lora;
+    gemm.left = left;
+    gemm.left_row_stride = left_row_stride;
+    gemm.left_aligned = aligned_16(left, {left_row_stride}, left_element);
+    return gemm;
+}
+inline void take_a(Gemm& gemm) {
+    const LoraBank& bank = gemm.lora.bank;
+    gemm.width = bank.in_features;
+    gemm.right_aligned =
+        aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride},
+                   element_size(gemm.lora.dtype));
+}
+inline void take_b(Gemm& gemm) {
+    const LoraBank& bank = gemm.lora.bank;
+    gemm.width = bank.out_features;
+    gemm.right_aligned =
+        aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride},
+                   element_size(gemm.lora.dtype));
+}
+inline void give(Gemm& gemm, void* out, int64_t out_row_stride) {
+    gemm.out = out;
+    gemm.out_row_stride = out_row_stride;
+    gemm.out_aligned = aligned_16(out, {out_row_stride}, element_size(gemm.lora.dtype));
+}
+
 template <class T, Product kProduct, int kRows>
-LaunchStatus launch_gemm(Gemm args, int64_t columns, int64_t splits, bool dependent, void* stream) {
+LaunchStatus launch_tile(Gemm args, int64_t splits, bool dependent, void* stream) {
     using G = GemmShape<T, kProduct, kRows>;
     args.row_tiles = static_cast<int>(num_tiles(args.lora, kRows));
+    const int64_t columns = G::kUpdate ? args.width : args.lora.bank.max_rank;
     const int64_t blocks = args.row_tiles * ceil_div(columns, kGemmColumns);
     if (blocks > kMaxGridX || splits > kMaxGridY) return kInvalidValue;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits));
@@ -308,6 +341,21 @@ LaunchStatus launch_gemm(Gemm args, int64_t columns, int64_t splits, bool depend
                                      G::kRingBytes, stream, args, tiling(args.lora, kRows))
                      : LX_LAUNCH((lora_gemm_kernel<T, kProduct, kRows>), grid, kGemmThreads,
                                  G::kRingBytes, stream, args, tiling(args.lora, kRows));
+}
+
+// Up to 256 rows only expand comes here, and has a tile of 16 for them.
+template <Product kProduct>
+LaunchStatus launch_gemm(const Gemm& args, int64_t splits, bool dependent, void* stream) {
+    return with_dtype(args.lora.dtype, [&]<class T>() {
+        const auto launch = [&]<int kRows>() {
+            return launch_tile<T, kProduct, kRows>(args, splits, dependent, stream);
+        };
+        const int32_t rows = lora_chunk_rows(args.lora.num_tokens);
+        if constexpr (kProduct == Product::kExpand)
+            if (rows == 16) return launch.template operator()<16>();
+        return rows == 128 ? launch.template operator()<kMostRows<T, kProduct>>()
+                           : launch.template operator()<64>();
+    });
 }
 
 }  // namespace lora_ext

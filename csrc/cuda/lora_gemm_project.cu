@@ -5,17 +5,6 @@
 namespace lora_ext {
 namespace {
 
-template <Product kProduct>
-LaunchStatus launch(const Gemm& args, int64_t splits, void* stream) {
-    const LoraArgs& lora = args.lora;
-    return with_dtype(lora.dtype, [&]<class T>() {
-        return lora_chunk_rows(lora.num_tokens) == 128
-                   ? launch_gemm<T, kProduct, kMostRows<T, kProduct>>(args, lora.bank.max_rank,
-                                                                      splits, false, stream)
-                   : launch_gemm<T, kProduct, 64>(args, lora.bank.max_rank, splits, false, stream);
-    });
-}
-
 // v[t, j] = c * sum of the splits, which v may lie in: a warp reads the splits of its elements and
 // then writes them. Block: 16 rows of one adapter, 128 ranks; the splits are on their way together.
 __global__ void __launch_bounds__(kGemmThreads)
@@ -70,44 +59,30 @@ LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inve
 }
 
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream) {
-    const LoraBank& bank = args.bank;
-    const int64_t size = element_size(args.dtype);
-    Gemm gemm{};
-    gemm.lora = args;
-    gemm.left = args.x;
-    gemm.left_row_stride = args.x_row_stride;
-    gemm.width = bank.in_features;
-    gemm.out = v.data;
-    gemm.out_row_stride = v.row_stride;
+    Gemm gemm = gemm_of(args, args.x, args.x_row_stride, element_size(args.dtype));
+    take_a(gemm);
+    give(gemm, v.data, v.row_stride);
     gemm.slice_width = v.split_width;
     gemm.slice_count = 1;
     gemm.split_stride = v.split_stride;
     gemm.finished = v.scaled;
-    gemm.left_aligned = aligned_16(args.x, {args.x_row_stride}, size);
-    gemm.right_aligned =
-        aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
-    return launch<Product::kShrink>(gemm, v.splits, stream);
+    return launch_gemm<Product::kShrink>(gemm, v.splits, false, stream);
 }
 
 LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
                                  void* stream) {
-    Gemm gemm{};
-    gemm.lora = args.lora;
+    const LoraArgs& lora = args.lora;
+    Gemm gemm = gemm_of(lora, lora.x, lora.x_row_stride, element_size(lora.dtype));
+    side_b ? take_b(gemm) : take_a(gemm);
+    give(gemm, args.out, args.out_row_stride);
     gemm.dropout = args.dropout;
-    gemm.left = args.lora.x;
-    gemm.left_row_stride = args.lora.x_row_stride;
-    gemm.width = side_b ? args.lora.bank.out_features : args.lora.bank.in_features;
-    gemm.out = args.out;
-    gemm.out_row_stride = args.out_row_stride;
     gemm.slice_width = slices.width;
     gemm.slice_count = slices.per_block;
     gemm.split_stride = slices.split_stride;
     gemm.finished = slices.finished;
-    gemm.left_aligned = slices.x_aligned;
-    gemm.right_aligned = slices.w_aligned;
     const int64_t splits = slices.count / slices.per_block;
-    return side_b ? launch<Product::kProject>(gemm, splits, stream)
-                  : launch<Product::kShrink>(gemm, splits, stream);
+    return side_b ? launch_gemm<Product::kProject>(gemm, splits, false, stream)
+                  : launch_gemm<Product::kShrink>(gemm, splits, false, stream);
 }
 
 }  // namespace lora_ext

@@ -140,10 +140,13 @@ struct Call {
             f(rows, logits);
         }
     }
-    // totals += a b, in the dtype of sums.
+    // totals += a b, in the dtype of sums. A product in float16 would overflow beyond 65504; the
+    // library of a GPU can write its float32 sums, that of the CPU never sees a float16.
     void add_product(Tensor& totals, const Tensor& a, const Tensor& b) const {
         if (a.scalar_type() == sums)
             totals.addmm_(a, b);
+        else if (a.scalar_type() == at::kHalf && a.is_cuda())
+            totals.add_(at::mm(a, b, sums));
         else
             totals.add_(at::mm(a, b));
     }

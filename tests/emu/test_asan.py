@@ -26,6 +26,7 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
         "circuit_asan",
         "circuit_decode_asan",
         "circuit_sum_asan",
+        "depth_mix_asan",
         "vocab_asan",
     ],
 )
@@ -41,6 +42,7 @@ def test_the_kernels_stay_inside_their_buffers(build_folder: Path, program: str)
         ("lora_asan", "overread", "lora_shrink_decode_kernel"),
         ("lora_train_asan", "workspace", "lora_train_project_kernel"),
         ("circuit_asan", "overread", "circuit_leaf_kernel"),
+        ("depth_mix_asan", "overread", "depth_mix_kernel"),
         ("circuit_decode_asan", "overread", "circuit_sample_kernel"),
     ],
 )
