@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def partition_pathological(
         for each client the indices of its samples, rising. Every sample is in exactly one.
 
     Raises:
-        ValueError: fewer than one client; more classes per client than there are, or so few that
+        ValueError: settings out of range; more classes per client than there are, or so few that
             some class has no client; a class with too few samples for its clients.
 
     Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213); balance is our choice.
@@ -48,6 +49,7 @@ def partition_pathological(
     _check_count(where, "n_clients", n_clients, 1)
     _check_count(where, "classes_per_client", classes_per_client, 1)
     _check_count(where, "min_per_share", min_per_share, 0)
+    _check_count(where, "seed", seed, 0)
     most = len(classes)
     require(
         classes_per_client <= most,
@@ -99,7 +101,8 @@ def partition_dirichlet(
     _, members = _by_class(where, labels)
     _check_count(where, "n_clients", n_clients, 1)
     _check_count(where, "min_size", min_size, 0)
-    real = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    _check_count(where, "seed", seed, 0)
+    real = isinstance(alpha, Real) and not isinstance(alpha, bool)
     require(real and 0 < alpha < math.inf, where, "alpha", "a finite number above 0", repr(alpha))
     samples = sum(map(len, members))
     least = n_clients * min_size

@@ -97,6 +97,14 @@ def test_a_large_alpha_gives_equal_shares_and_a_small_one_few_classes():
             "n_clients: expected an integer from 1, found True",
         ),
         (
+            lambda: partition_pathological(LABELS, 12, 3, seed=None),
+            "seed: expected an integer from 0, found None",
+        ),
+        (
+            lambda: partition_dirichlet(LABELS, 2, 1.0, seed=-1),
+            "seed: expected an integer from 0, found -1",
+        ),
+        (
             lambda: partition_pathological(LABELS, 12, 11, seed=0),
             "classes_per_client: expected at most 10, found 11",
         ),

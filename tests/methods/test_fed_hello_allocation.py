@@ -231,3 +231,20 @@ def test_settings_make_the_same_allocation():
 def test_errors_name_the_field(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_numbers_of_numpy_are_numbers_and_json_holds_the_state():
+    one = HLA(
+        "uniform",
+        np.int64(6),
+        kind="fim",
+        seed=np.int64(3),
+        prior_rounds=np.int64(2),
+        mix=np.float32(0.5),
+        levels=np.array([1, 2, 3]),
+    )
+    one.update(np.int64(50), np.array(SCORES))
+    other = HLA("uniform", 6, kind="fim", seed=3, prior_rounds=2, mix=0.5)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.config == one.config
+    assert other.plan(50, 1, 3) == one.plan(50, 1, 3)

@@ -309,3 +309,18 @@ def test_an_adapter_from_peft_before_and_after_has_the_same_scores():
     model, batch = adapted("peft"), tokens(4, 6)
     before = fim_scores(model, [batch], layer_of)
     close(fim_scores(lora_ext.from_peft(model), [batch], layer_of), before)
+
+
+def test_a_batch_without_rows_is_no_sample_whatever_the_layers():
+    model = Classifier(use_dora=True)
+    with pytest.raises(EmptyProxySet, match="expected at least one sample"):
+        fim_scores(model, [vectors(0)], layer_of)
+    close(fim_scores(model, [vectors(0), vectors(3)], layer_of), by_the_loop(model, [vectors(3)]))
+
+
+def test_scores_can_be_computed_where_nothing_else_takes_gradients():
+    model, batch = Classifier(), vectors(5)
+    expected = fim_scores(model, [batch], layer_of)
+    for block in (torch.no_grad, torch.inference_mode):
+        with block():
+            close(fim_scores(model, [batch], layer_of), expected)

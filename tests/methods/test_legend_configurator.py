@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -331,3 +332,14 @@ def test_waiting_is_zero_only_where_all_finish_together():
     ):
         with pytest.raises(ValueError, match=f"waiting_time: times: expected {message}"):
             waiting_time(times)
+
+
+def test_numbers_of_numpy_are_numbers():
+    sizes = np.arange(1, 13)
+    estimates = {i: Estimate(*map(np.float64, each[:3])) for i, each in TWELVE.items()}
+    one = LegendConfigurator(np.int64(12), sizes, ranks=sizes, k_min=np.int64(1))
+    previous = dict.fromkeys(TWELVE, np.int64(4))
+    found = one.configure(estimates, np.arange(12), previous=previous)
+    assert found == configurator().configure(TWELVE, range(12), previous=dict.fromkeys(TWELVE, 4))
+    half = Estimate(np.float32(1), np.float32(0.5), 0)
+    assert one.configure({0: half}, [0]).depths == {0: 12}

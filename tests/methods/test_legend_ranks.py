@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
+import torch
 from federated_rounds import INPUTS, OUTPUTS, make_state
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ext.methods.legend import LegendConfig, layer_bytes, rank_distribution
+from lora_ext.methods.legend import LegendConfig, layer_bytes, rank_distribution, resize_lora
 
 
 def test_twelve_layers_of_270_ranks_rise_from_17_to_28():
@@ -150,3 +152,11 @@ def test_a_config_spreads_its_total():
 def test_a_config_names_what_is_out_of_range(settings: dict, message: str):
     with pytest.raises(ValueError, match=f"LegendConfig: {message}"):
         LegendConfig(**settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    found = rank_distribution(np.int64(12), np.int64(270), r_min=np.int32(1), r_max=np.int32(28))
+    assert found == tuple(range(17, 29))
+    assert {type(rank) for rank in found} == {int}
+    a, _, _ = resize_lora(torch.ones(2, 3), torch.ones(4, 2), np.int64(1))
+    assert a.shape == (1, 3)

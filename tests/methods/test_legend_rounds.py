@@ -261,3 +261,20 @@ def test_a_clock_adds_up_the_slowest_device_of_each_round():
     assert clock.report("slow", plans["slow"]) == pytest.approx(expected)
     frozen = SimulatedClock(speeds, state, send_frozen=True).report("slow", plans["slow"])
     assert frozen.down_time == pytest.approx(3e-3 * each / 2)
+
+
+def test_depths_that_are_kept_for_some_rounds_stay_within_a_limit_that_falls():
+    one = allocator(LegendConfig(total=270, every=4))
+    play(one, range(1, 6))
+    plans = one.plan_round(6, {0: 3, 1: L, 2: L})  # 5 chose, 6 keeps
+    assert [len(plans[device].layers) for device in SPEEDS] == [3, 12, 8]
+
+
+def test_a_probe_stays_within_the_memory_of_its_device():
+    one = allocator(memory={0: 50.0}, mem=lambda k: 10.0 * k)
+    assert play(one, range(1, 3)) == [[5, 12, 12], [5, 6, 6]]
+    small = allocator(LegendConfig(total=270, k_min=6), memory={0: 50.0}, mem=lambda k: 10.0 * k)
+    with pytest.raises(ValueError, match="at least 60.0 for depth 6; it cannot take part"):
+        small.plan_round(1, dict.fromkeys(SPEEDS, L))
+    with pytest.raises(ValueError, match=r"limits\[1\]: expected at least 6, found 5"):
+        small.plan_round(1, {1: 5})

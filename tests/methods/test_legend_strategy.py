@@ -209,3 +209,16 @@ def test_legend_is_imported_when_it_is_asked_for():
     with pytest.raises(ValueError, match="expected before_round to come first"):
         legend.Legend().plan_round(1, {0: 3})
     assert CLASSES  # the model of these tests has a head of its own, which no plan touches
+
+
+def test_a_state_that_is_saved_again_before_the_first_round_is_still_all_of_it():
+    first, _, _ = federation(4)
+    saved = json.loads(json.dumps(first.state_dict()))
+    second = legend.Legend(LegendConfig())
+    second.load_state_dict(saved)
+    assert json.loads(json.dumps(second.state_dict())) == saved
+
+
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="Legend: config: expected LegendConfig, found str"):
+        legend.Legend("balanced")  # pyright: ignore[reportArgumentType]

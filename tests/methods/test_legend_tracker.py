@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 
 from lora_ext.methods.legend import CapacityReport, CapacityTracker, Estimate
@@ -255,3 +256,15 @@ def test_bad_timeouts_are_refused():
         CapacityTracker(L).update_timeout(0, 3, math.inf)
     with pytest.raises(TypeError, match=r"L: expected an int, found 3\.0"):
         CapacityTracker(3.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain, numpy = CapacityTracker(L), CapacityTracker(L)
+    for depth in (12, 6, 3):
+        one = CapacityReport(0, depth, 1.5 + depth, 0.25, 1000)
+        other = CapacityReport(
+            0, np.int64(depth), np.float32(1.5 + depth), np.float64(0.25), np.int32(1000)
+        )
+        assert plain.update(one) and numpy.update(other)  # pyright: ignore[reportArgumentType]
+    assert numpy.estimate(0) == plain.estimate(0)
+    assert json.dumps(numpy.state_dict()) == json.dumps(plain.state_dict())

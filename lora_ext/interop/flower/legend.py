@@ -36,7 +36,7 @@ class Legend(LoraStrategy):
 
     Raises:
         ValueError: settings out of range; when the first round begins, an adapter that does not
-            fit the config.
+            fit the config. TypeError: another kind of config.
 
     Source: LEGEND (arXiv 2412.20004).
     """
@@ -44,6 +44,9 @@ class Legend(LoraStrategy):
     allocator: LegendAllocator | None
 
     def __init__(self, config: LegendConfig | None = None, **settings: Any):
+        if not isinstance(config, LegendConfig | None):
+            kind = type(config).__name__
+            raise TypeError(f"Legend: config: expected LegendConfig, found {kind}")
         self.config = LegendConfig() if config is None else config
         self._settings = {name: settings.pop(name) for name in _OF_ALLOCATOR if name in settings}
         self._pattern: str = settings.get("pattern", PATTERN)
@@ -77,6 +80,13 @@ class Legend(LoraStrategy):
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
         """Let the allocator learn from silence."""
         self._allocator.timed_out(round, client, plan, seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :class:`LoraStrategy` gives it; also between a restart and its first round."""
+        found = super().state_dict()
+        if self.allocator is None and self._restored is not None:
+            found["allocator"] = dict(self._restored)
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave, by way of JSON or not."""

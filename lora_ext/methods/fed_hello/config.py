@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from lora_ext.ops._checks import require
@@ -63,17 +64,18 @@ class FedHelloConfig:
             value, allowed = getattr(self, name), get_args(options)
             require(value in allowed, where, name, f"one of {allowed}", repr(value))
         for name in ("prior_rounds", "every", "k", "chunk"):
-            whole(where, name, getattr(self, name), 1)
-        whole(where, "seed", self.seed, 0)
+            object.__setattr__(self, name, whole(where, name, getattr(self, name), 1))
+        object.__setattr__(self, "seed", whole(where, "seed", self.seed, 0))
         require(isinstance(self.hold, bool), where, "hold", "True or False", repr(self.hold))
-        real = isinstance(self.mix, int | float) and not isinstance(self.mix, bool)
+        real = isinstance(self.mix, Real) and not isinstance(self.mix, bool)
         inside = real and 0 <= self.mix <= 1
         require(inside, where, "mix", "a number in [0, 1]", repr(self.mix))
+        object.__setattr__(self, "mix", float(self.mix))  # JSON holds no number of NumPy's
         levels = tuple(self.levels)
         positive = all(math.isfinite(level) and level > 0 for level in levels)
         holds = positive and len(levels) >= self.k
         require(holds, where, "levels", f"at least k = {self.k} numbers above 0", levels)
-        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "levels", tuple(map(float, levels)))
         if self.weights is not None:
             g = checked_weights(where, self.weights)
             object.__setattr__(self, "weights", tuple(g.tolist()))

@@ -84,12 +84,13 @@ def fim_scores(
         require(value in known, WHERE, name, f"one of {known}", repr(value))
     whole(WHERE, "chunk", chunk, 1)
     layers, pairs, alone = _scored(model, layer_of)
-    squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
     samples = 0
-    with _as_evaluated(model, alone), torch.enable_grad():
+    with _as_evaluated(model, alone), torch.inference_mode(False), torch.enable_grad():
+        squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
         for batch in batches:
-            samples += _add_pairs(model, batch, pairs, squares, score, chunk)
-            if alone:
+            rows = _add_pairs(model, batch, pairs, squares, score, chunk)
+            samples += rows
+            if alone and rows:
                 _add_alone(model, batch, alone, squares, score)
     if not samples:
         raise EmptyProxySet(f"{WHERE}: batches: expected at least one sample, found none")

@@ -142,8 +142,8 @@ class LegendAllocator:
             by client; those who rest have none.
 
         Raises:
-            ValueError: a client without any speed where warmup is "prior"; what
-                :meth:`LegendConfigurator.configure` refuses.
+            ValueError: a client without any speed where warmup is "prior", or whose limit or memory
+                is below ``k_min``; what :meth:`LegendConfigurator.configure` refuses.
         """
         awake = {c: limit for c, limit in clients.items() if not self.tracker.rests(c, round)}
         probed = {c: self._probe(c, limit) for c, limit in awake.items() if self._is_new(c)}
@@ -201,7 +201,7 @@ class LegendAllocator:
     def _probe(self, client: Client, limit: int) -> int:
         """All layers first, then half of them; the least after faults."""
         least = self.config.k_min
-        most = min(limit, self.L if self.config.k_max is None else self.config.k_max)
+        most = self.configurator.deepest(client, limit)  # also refuses who cannot take part
         if not self.tracker.trusted(client):
             return least
         wanted = self.L if self._probes.get(client, 0) % 2 == 0 else -(-self.L // 2)
@@ -211,6 +211,7 @@ class LegendAllocator:
         """Depths of devices that have an estimate."""
         anew = (round - 1) % self.config.every == 0
         kept = {} if anew else {c: k for c, k in self._depths.items() if c in limits}
+        kept = {c: min(k, self.configurator.deepest(c, limits[c])) for c, k in kept.items()}
         if len(kept) == len(limits):
             return kept
         estimates = {client: self.tracker.estimate(client) for client in limits}

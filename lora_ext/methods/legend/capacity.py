@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from lora_ext.federated.update import Client
@@ -134,6 +135,7 @@ class CapacityTracker:
             self.dropped[report.device] = self.dropped.get(report.device, 0) + 1
             _log.warning("CapacityTracker: no measurement, dropped: %s", report)
             return False
+        report = _plain(report)
         state.bad = state.timeouts = 0
         beta = (report.down_time + _up(report)) / report.bytes
         if self._is_off(report, state, beta):
@@ -231,9 +233,9 @@ class CapacityTracker:
         depth, size = report.depth, report.bytes
         durations = [report.train_time, report.down_time, _up(report)]
         numbers = [depth, size, *durations]
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
+        if any(isinstance(v, bool) or not isinstance(v, Real) for v in numbers):
             return False
-        whole = isinstance(depth, int) and 1 <= depth <= self.L
+        whole = isinstance(depth, Integral) and 1 <= depth <= self.L
         timed = all(0 < value <= self.most_seconds for value in durations)
         return whole and timed and math.isfinite(size) and size > 0
 
@@ -331,8 +333,14 @@ def check_estimate(where: str, name: str, estimate: Estimate) -> None:
         ValueError: naming the entry.
     """
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
-        proper = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        proper = isinstance(value, Real) and math.isfinite(value) and value >= 0
         require(proper, where, f"{name}.{part}", "a finite number from 0", value)
+
+
+def _plain(report: CapacityReport) -> CapacityReport:
+    """The same in Python's own numbers, which JSON holds, where NumPy's were given."""
+    device, depth, *numbers = report[:5]
+    return CapacityReport(device, int(depth), *map(float, numbers), up_time=float(_up(report)))
 
 
 def _up(report: CapacityReport) -> float:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import bisect
 import logging
 import math
+import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from lora_ext.federated.plan import LayerPlan
 from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
 from .capacity import Estimate, check_estimate
+from .ranks import integer
 from .times import DeviceTime, suffix_sums, waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
@@ -112,18 +115,17 @@ class LegendConfigurator:
         rank_caps: Mapping[Client, int] | None = None,
     ):
         where = WHERE
-        _require_int(where, "L", L, 1)
+        self.L = integer(where, "L", L, 1)
         for name, values in (("bytes_per_layer", bytes_per_layer), ("ranks", ranks)):
             require(len(values) == L, where, name, f"one for each of {L} layers", len(values))
         for layer, size in enumerate(bytes_per_layer):
             require(_positive(size), where, f"bytes_per_layer[{layer}]", "a number above 0", size)
-        for layer, rank in enumerate(ranks):
-            _require_int(where, f"ranks[{layer}]", rank, 1)
+        self.ranks = tuple(integer(where, f"ranks[{i}]", r, 1) for i, r in enumerate(ranks))
         require(mode in get_args(Mode), where, "mode", f"one of {get_args(Mode)}", repr(mode))
-        _require_int(where, "k_min", k_min, 1, L)
-        _require_int(where, "k_max", L if k_max is None else k_max, k_min, L)
-        _require_int(where, "max_step", max_step, 1)
-        _require_int(where, "cover_every", cover_every, 1)
+        self.k_min = integer(where, "k_min", k_min, 1, L)
+        self.k_max = integer(where, "k_max", L if k_max is None else k_max, k_min, L)
+        self.max_step = integer(where, "max_step", max_step, 1)
+        self.cover_every = integer(where, "cover_every", cover_every, 1)
         require(math.isfinite(eps) and eps >= 0, where, "eps", "a number from 0", eps)
         for name, value in (("byte_budget", byte_budget), ("deadline", deadline)):
             require(value is None or _positive(value), where, name, "a number above 0", value)
@@ -131,23 +133,18 @@ class LegendConfigurator:
         for device, share in (shares or {}).items():
             proper = math.isfinite(share) and share >= 0
             require(proper, where, f"shares[{device!r}]", "a number from 0", share)
-        for device, cap in (rank_caps or {}).items():
-            _require_int(where, f"rank_caps[{device!r}]", cap, 1)
-        self.L = L
+        self.rank_caps = {
+            device: integer(where, f"rank_caps[{device!r}]", cap, 1)
+            for device, cap in (rank_caps or {}).items()
+        }
         self.bytes_per_layer = tuple(bytes_per_layer)
-        self.ranks = tuple(ranks)
         self.mode: Mode = mode
-        self.k_min = k_min
-        self.k_max = L if k_max is None else k_max
         self.memory = dict(memory or {})
         self.mem = mem
         self.shares = None if shares is None else dict(shares)
         self.byte_budget = byte_budget
-        self.max_step = max_step
-        self.cover_every = cover_every
         self.eps = eps
         self.deadline = deadline
-        self.rank_caps = dict(rank_caps or {})
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
         """The last ``depth`` layers, with the ranks at which the device trains them."""
@@ -161,8 +158,7 @@ class LegendConfigurator:
             ValueError: they do not allow ``k_min``.
         """
         where = f"{WHERE}.configure"
-        top = min(self.k_max, limit)
-        _require_int(where, f"limits[{device!r}]", top, self.k_min)
+        top = integer(where, f"limits[{device!r}]", min(self.k_max, limit), self.k_min)
         if device not in self.memory or self.mem is None:
             return top
         has, mem = self.memory[device], self.mem
@@ -228,7 +224,7 @@ class LegendConfigurator:
         where = f"{WHERE}.configure"
         names = list(selected)
         require(bool(names), where, "selected", "at least one device", "none")
-        twice = [name for name in names if names.count(name) > 1]
+        twice = [name for name, count in Counter(names).items() if count > 1]
         require(not twice, where, "selected", "each device once", twice[:1])
         found: list[_Device] = []
         for name in sorted(names, key=lambda name: (isinstance(name, str), name)):
@@ -384,15 +380,8 @@ def _bytes(devices: Sequence[_Device], depths: Sequence[int]) -> float:
 
 
 def _depth(plan: LayerPlan | int) -> int:
-    return plan if isinstance(plan, int) else len(plan.layers)
+    return len(plan.layers) if isinstance(plan, LayerPlan) else operator.index(plan)
 
 
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
-
-
-def _require_int(where: str, name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{where}: {name}: expected an int, found {value!r}")
-    wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
-    require(least <= value and (most is None or value <= most), where, name, wanted, value)

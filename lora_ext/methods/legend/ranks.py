@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -56,15 +57,11 @@ def rank_distribution(
         rounding and its other shapes are our choice.
     """
     where = "rank_distribution"
-    for name, value, least in (
-        ("L", L, 1),
-        ("total", total, 0),
-        ("r_min", r_min, 0),
-        ("r_max", r_max, 0),
-        ("multiple", multiple, 1),
-    ):
-        if not (name == "r_max" and value is None):
-            _require_int(where, name, value, least)
+    L = integer(where, "L", L, 1)
+    total = integer(where, "total", total, 0)
+    r_min = integer(where, "r_min", r_min, 0)
+    r_max = None if r_max is None else integer(where, "r_max", r_max, 0)
+    multiple = integer(where, "multiple", multiple, 1)
     require(shape in get_args(Shape), where, "shape", f"one of {get_args(Shape)}", repr(shape))
     require(math.isfinite(step), where, "step", "a finite number", step)
     rises = step >= 0 or shape in ("uniform", "geometric")
@@ -111,17 +108,25 @@ def layer_bytes(
     sums = [0] * count
     for pair in pairs:
         a, b = state[pair.a], state[pair.b]
-        rank, most = ranks[pair.layer], min(a[0].numel(), b.shape[0])
-        _require_int(where, f"ranks[{pair.layer}]", rank, 1)
+        most = min(a[0].numel(), b.shape[0])
+        rank = integer(where, f"ranks[{pair.layer}]", ranks[pair.layer], 1)
         require(rank <= most, where, f"ranks[{pair.layer}]: {pair.module}", f"at most {most}", rank)
         sums[pair.layer] += rank * (a.element_size() * a[0].numel() + b.element_size() * b.shape[0])
     return tuple(sums)
 
 
-def _require_int(where: str, name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(where: str, name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An int of a range; NumPy's integers are some as well.
+
+    Raises:
+        TypeError: no integer, a bool say. ValueError: one out of range.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{where}: {name}: expected an int, found {value!r}")
-    require(value >= least, where, name, f"at least {least}", value)
+    found = operator.index(value)
+    wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+    require(least <= found and (most is None or found <= most), where, name, wanted, found)
+    return found
 
 
 def _nearest(total: int, multiple: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -41,8 +42,9 @@ def resize_lora(
         require(factor.dim() == 2, where, name, "a matrix", list(factor.shape))
         require(bool(factor.isfinite().all()), where, name, "finite values", "NaN or inf")
     require(a.shape[0] == b.shape[1], where, "b", f"(O, {a.shape[0]})", list(b.shape))
-    proper = isinstance(r_new, int) and not isinstance(r_new, bool) and r_new >= 0
+    proper = hasattr(r_new, "__index__") and not isinstance(r_new, bool) and r_new >= 0
     require(proper, where, "r_new", "an integer from 0", repr(r_new))
+    r_new = operator.index(r_new)
     error = 0.0
     if r_new < a.shape[0]:
         near_a, near_b, error = truncated(wide(a), wide(b), r_new)
