@@ -59,6 +59,15 @@ def test_all_layers_train_where_nobody_need_wait(mode: str, estimates: dict[int,
     assert found.waiting == 0
 
 
+@pytest.mark.parametrize("mode", ["fastest", "balanced", "utility"])
+def test_a_late_device_trains_what_costs_it_no_time(mode: str):
+    estimates = {0: Estimate(1, 0, 0), 1: Estimate(2, 0, 0), 2: Estimate(2, 0.1, 0)}
+    found = configurator(mode=mode).configure(estimates, [0, 1])
+    assert found.depths == {0: 12, 1: 12}
+    late = configurator(deadline=1.5).configure(estimates, estimates)
+    assert (late.depths, late.over_target) == ({0: 12, 1: 12, 2: 1}, (1, 2))
+
+
 def test_balanced_lets_fast_devices_fill_the_time_that_the_slowest_needs_anyway():
     found = configurator(mode="balanced", k_min=3).configure(TWELVE, range(12))
     assert found.target == pytest.approx(4.35)  # 1.5 + 3 * .4 + .05 * 33, of the slowest

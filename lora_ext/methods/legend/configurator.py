@@ -64,7 +64,8 @@ class LegendConfigurator:
        can. "balanced": that, or ``max_i T_i(k_min)`` where it is more, so that nobody is late.
        "utility": the tau of all ``T_i(k)`` with the least ``max_i T_i(k_i) / sum_i p_i R(k_i)``,
        R the sum of the ranks that train; of several the smallest.
-    2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min``.
+    2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min``, and the layers above it
+       that take no time at all.
     3. Nobody's depth changes by more than ``max_step``.
     4. Every ``cover_every`` rounds somebody trains all layers.
     5. While the slices have more than ``byte_budget`` bytes, the device with the most bytes per
@@ -367,8 +368,9 @@ class _Device(NamedTuple):
         if not self.time.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
-        slack = target * (1 + _SAME)
-        return max(self.k_min, self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time))
+        # Less than the least depth takes is not to be had: layers that cost nothing train as well.
+        slack = max(target, self.time(self.k_min)) * (1 + _SAME)
+        return self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time)
 
 
 def _times(devices: Sequence[_Device], depths: Sequence[int]) -> list[float]:
