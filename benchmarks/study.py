@@ -184,7 +184,7 @@ def _text(value: object) -> str:
 
 
 def _parsed(row: dict[str, str]) -> Row:
-    return {name: _number(text) for name, text in row.items()}
+    return {name: text if name == "revision" else _number(text) for name, text in row.items()}
 
 
 def _number(text: str) -> int | float | str:

@@ -81,6 +81,13 @@ def test_the_file_is_judged_as_the_run_was(coin, capsys, monkeypatch, tmp_path):
     assert len(study.last_run(tmp_path / "coin.csv")) == 4  # of the last date alone
 
 
+def test_a_revision_that_looks_like_a_number_stays_what_it_is(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("date,revision,share\n2026-11-26,067e688,0.5\n")
+    (row,) = study.last_run(path)
+    assert (row["revision"], row["share"]) == ("067e688", 0.5)
+
+
 def test_a_quick_run_leaves_no_rows_unless_a_folder_is_given(coin, tmp_path):
     study.run(coin, ["--quick"])
     assert not (tmp_path / "coin.csv").exists()
