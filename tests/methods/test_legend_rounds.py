@@ -274,7 +274,7 @@ def test_a_probe_stays_within_the_memory_of_its_device():
     one = allocator(memory={0: 50.0}, mem=lambda k: 10.0 * k)
     assert play(one, range(1, 3)) == [[5, 12, 12], [5, 6, 6]]
     small = allocator(LegendConfig(total=270, k_min=6), memory={0: 50.0}, mem=lambda k: 10.0 * k)
-    with pytest.raises(ValueError, match="at least 60.0 for depth 6; it cannot take part"):
+    with pytest.raises(ValueError, match=r"at least 60.0 for depth 6; it cannot take part"):
         small.plan_round(1, dict.fromkeys(SPEEDS, L))
     with pytest.raises(ValueError, match=r"limits\[1\]: expected at least 6, found 5"):
         small.plan_round(1, {1: 5})
