@@ -23,17 +23,34 @@ LX_INLINE void with_dtype(DType dtype, F&& f) {
     }
 }
 
-// The dtype that chooses among a table's functions; families whose arguments nest add their own.
+// The dtype that chooses among a table's functions, wherever a family's arguments have it.
 template <typename Args>
 LX_INLINE DType dtype_of(const Args& args) {
-    return args.dtype;
+    if constexpr (requires { args.lora.dtype; })
+        return args.lora.dtype;
+    else if constexpr (requires { args.params.dtype; })
+        return args.params.dtype;
+    else
+        return args.dtype;
 }
 
-// An entry of a table: the function template f, instantiated for dtype_of(args).
-#define LX_BY_DTYPE(f)                                                          \
-    [](const auto& args, auto... rest) {                                        \
-        with_dtype(dtype_of(args), [&]<typename T>() { f<T>(args, rest...); }); \
+// The one of four instances of a template that dtype_of(args) asks for.
+template <auto kFloat, auto kHalf, auto kBFloat, auto kDouble, typename Args, typename... Rest>
+void by_dtype(const Args& args, Rest... rest) {
+    switch (dtype_of(args)) {
+        case DType::kFloat32:
+            return kFloat(args, rest...);
+        case DType::kFloat16:
+            return kHalf(args, rest...);
+        case DType::kBFloat16:
+            return kBFloat(args, rest...);
+        case DType::kFloat64:
+            return kDouble(args, rest...);
     }
+}
+
+// An entry of a table. No lambda: in a table, which has a symbol, it would have one too.
+#define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
 
 }  // namespace
 }  // namespace lora_ext::LX_ISA

@@ -448,9 +448,6 @@ void scan_backward(const CircuitScanArgs& args, int64_t begin, int64_t end, void
 // ------------------------------------------------------------------------------------------------
 // The table
 
-DType dtype_of(const CircuitScanArgs& args) {
-    return args.params.dtype;
-}
 int64_t scan_scratch(const CircuitScanArgs& args) {
     int64_t bytes = 0;
     with_dtype(args.params.dtype, [&]<typename P>() {

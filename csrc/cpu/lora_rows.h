@@ -99,9 +99,5 @@ Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
 }
 
-LX_INLINE DType dtype_of(const LoraTrainArgs& args) {
-    return args.lora.dtype;
-}
-
 }  // namespace
 }  // namespace lora_ext::LX_ISA
