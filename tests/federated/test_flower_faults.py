@@ -128,6 +128,10 @@ FAULTS = {
         array(A2, data=PROMISES),
         rf"{A2}: data: expected 839988 bytes, found 73",
     ),
+    "a header with a bool for a size": (
+        array(A2, data=npy(ONES).replace(b"(3, 6), }  ", b"(True, 18)}")),
+        rf"{A2}: shape: expected sizes from 0, found \(True, 18\)",
+    ),
     "integers": (tensor(A2, ONES.astype(np.int32)), rf"{A2}: dtype: expected numbers, found int32"),
     "an unknown name": (
         tensor(A2, ONES, "x.lora_A.weight"),
