@@ -136,6 +136,11 @@ class Block(nn.Module):
         return self.compute(x + torch.tanh(self.q(x)), *args, **kwargs)
 
 
+class Writing(Block):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x.mul_(0.5), *args, **kwargs)
+
+
 class Stack(nn.Module):
     """Blocks that run as ``run(blocks, x)`` says."""
 
@@ -229,4 +234,15 @@ def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run,
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     assert len(caught) == 1  # of the round's first step; the others do without
+    check_equal(model, clients, updates)
+
+
+def test_blocks_that_write_into_what_they_get_are_left_whole():
+    model = Stack(in_order).double()
+    for block in model.layers:
+        block.__class__ = Writing
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    with pytest.warns(UserWarning, match="found a block changes a tensor that it gets"):
+        updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
