@@ -304,7 +304,7 @@ def test_a_late_reply_is_known_by_its_echo():
     assert heard[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
 
 
-@pytest.mark.parametrize("kind", ["equal", "another"])
+@pytest.mark.parametrize("kind", ["equal", "another", "at another speed"])
 def test_a_node_that_replies_twice(kind):
     def twice(replies: list[Message]) -> list[Message]:
         again = Message(
@@ -313,6 +313,8 @@ def test_a_node_that_replies_twice(kind):
         )
         if kind == "another":
             metrics(num_examples=7)(again)
+        if kind == "at another speed":
+            metrics(train_time_s=99.0)(again)
         return [*replies, again]
 
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
