@@ -285,9 +285,12 @@ class BatchedClients:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A model of transformers keeps no keys and values meanwhile: nothing here reads them."""
-    config: Any = getattr(model, "config", None)
-    configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
+    """A model of transformers keeps no keys and values meanwhile: nothing here reads them.
+
+    Its parts may have configurations of their own, as T5's decoder has.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs += [getattr(config, "text_config", None) for config in configs]
     caching = [c for c in configs if getattr(c, "use_cache", False)]
     for each in caching:
         each.use_cache = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -123,6 +124,15 @@ def test_a_checkpoint_computes_the_same_parts_again():
     assert saved_bytes(model, lambda: trained(model, clients, plans, state)) > 0
     for update, other in zip(trained(model, clients, plans, state), wanted, strict=True):
         assert_close(update, other, 1e-12)
+
+
+def test_a_part_of_the_model_with_a_configuration_of_its_own_keeps_no_cache_either():
+    model = adapted("ours").double()
+    model.model.config = copy.deepcopy(model.config)
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, tokens([4], i), lr=0.05) for i in range(2)]
+    trained(model, clients, [LayerPlan((2,)), LayerPlan((0,))], state)
+    assert model.config.use_cache and model.model.config.use_cache
 
 
 class Block(nn.Module):
