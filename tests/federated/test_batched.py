@@ -278,6 +278,21 @@ def test_settings_out_of_range_are_refused(options: dict, message: str):
         ClientSpec(1, [], lr=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "fast"}, "lr: expected a finite number from 0, found 'fast'"),
+        ({"lr": math.nan}, "lr: expected a finite number from 0, found nan"),
+        ({"betas": (0.9,)}, r"betas: expected two numbers from 0, below 1, found \(0.9,\)"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two numbers from 0, below 1, found \(0.9, 1.0\)"),
+        ({"seed": 1.5}, "seed: expected an integer, found 1.5"),
+    ],
+)
+def test_a_client_with_settings_out_of_range_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=f"^ClientSpec: {message}$"):
+        ClientSpec(**{"client": 1, "batches": [], "lr": 0.1, **options})
+
+
 def test_rounds_that_do_not_fit_are_refused_and_the_model_is_whole():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
