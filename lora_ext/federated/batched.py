@@ -32,7 +32,7 @@ from .payload import shapes_of
 from .plan import LayerPlan
 from .seeds import step_seeds
 from .staircase import Staircase
-from .supported import check_model, dropout_of
+from .supported import UnsupportedModule, check_model, dropout_of
 from .update import Client, Update
 
 
@@ -66,7 +66,8 @@ class BatchedClients:
 
     Raises:
         UnsupportedModule: dropout in training, batch normalisation over the batch, DoRA, a bias of
-            the adapter, a merged one, or a layer that is not linear, naming the module.
+            the adapter, a merged one, another one that is active, or a layer that is not linear,
+            naming the module.
         ValueError: settings out of range, a name twice.
 
     Source: Fed-HeLLo's and LEGEND's simulations, as segments of one batch (our choice).
@@ -122,7 +123,8 @@ class BatchedClients:
 
         Raises:
             ValueError: a plan or a global adapter that does not fit; batches that do not go
-                together. The model is as before then, too.
+                together. UnsupportedModule: as the class; losses that depend on nothing that trains
+                (reentrant checkpointing). The model is as before then, too.
         """
         if not isinstance(plans, Mapping):
             given = list(plans)
@@ -197,7 +199,7 @@ class BatchedClients:
             for module, bank in enumerate(optimizer.banks):
                 bank.draw(seeds[:, module])
         lowest = [c.lowest for c, size in zip(going, sizes, strict=True) for _ in range(size)]
-        output, stairs = self._forward(inputs, stairs, lowest)
+        output, stairs = self._forward(inputs, batches, stairs, lowest)
         logits = logits_of(output, segments, WHERE)
         if self.loss_fn is None:
             losses = cross_entropies(logits, batches, segments, rows, WHERE)
@@ -206,13 +208,25 @@ class BatchedClients:
         values = losses.values.tolist()
         with rows.backward():
             gradients = losses.gradients(optimizer.leaves, [*map(math.isfinite, values)])
+        training = any(
+            c.plan.layers and math.isfinite(v) for c, v in zip(going, values, strict=True)
+        )
+        if training and all(gradient is None for gradient in gradients):
+            raise UnsupportedModule(
+                f"{WHERE}: model: expected losses that depend on the factors that train, found "
+                "none that does; checkpointing must not be the reentrant kind"
+            )
         optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
             client.advance(size, value)
         return stairs
 
     def _forward(
-        self, inputs: dict[str, Tensor] | Tensor, stairs: Staircase | None, lowest: list[float]
+        self,
+        inputs: dict[str, Tensor] | Tensor,
+        batches: Sequence[Any],
+        stairs: Staircase | None,
+        lowest: list[float],
     ) -> tuple[Any, Staircase | None]:
         def call() -> Any:
             return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
@@ -224,6 +238,7 @@ class BatchedClients:
                 return call(), stairs
         except Exception as error:  # from any model: what is wrong of itself is so again below
             stairs.remove()
+            inputs, _ = merged(batches, WHERE)  # anew: blocks may have written into them
             output = call()
             warnings.warn(
                 f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found "
@@ -270,9 +285,12 @@ class BatchedClients:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A model of transformers keeps no keys and values meanwhile: nothing here reads them."""
-    config: Any = getattr(model, "config", None)
-    configs = [c for c in (config, getattr(config, "text_config", None)) if c is not None]
+    """A model of transformers keeps no keys and values meanwhile: nothing here reads them.
+
+    Its parts may have configurations of their own, as T5's decoder has.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs += [getattr(config, "text_config", None) for config in configs]
     caching = [c for c in configs if getattr(c, "use_cache", False)]
     for each in caching:
         each.use_cache = False

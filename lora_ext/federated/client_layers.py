@@ -91,7 +91,7 @@ class BatchRows:
             ends = torch.tensor(lengths).repeat_interleave(sizes)[self._part][: len(own)]
             beyond = torch.arange(leading[1]) >= ends[:, None]
             own = own[:, None].masked_fill(beyond, -1).flatten()  # (sequences * length,)
-        ids = own.repeat_interleave(leading.numel() // len(own)).to(device)
+        ids = own.repeat_interleave(leading.numel() // max(len(own), 1)).to(device)
         return ids, ops.lora_plan(ids, bank.size)
 
 

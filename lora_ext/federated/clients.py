@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class ClientSpec:
         seed: of its dropout, with the round and its name.
 
     Raises:
-        ValueError: a rate or bound out of range.
+        ValueError: a rate, bound or seed that is no number, or out of range.
     """
 
     client: Client
@@ -46,8 +47,13 @@ class ClientSpec:
         if self.max_grad_norm is not None:
             bounds["max_grad_norm"] = self.max_grad_norm
         for name, value in bounds.items():
-            holds = math.isfinite(value) and value >= 0
-            require(holds, "ClientSpec", name, "a finite number from 0", value)
+            holds = isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0
+            require(holds, "ClientSpec", name, "a finite number from 0", repr(value))
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        holds = pair and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in self.betas)
+        require(holds, "ClientSpec", "betas", "two numbers from 0, below 1", repr(self.betas))
+        whole = isinstance(self.seed, numbers.Integral)
+        require(whole, "ClientSpec", "seed", "an integer", repr(self.seed))
 
 
 class ClientRound:

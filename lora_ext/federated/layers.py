@@ -88,11 +88,8 @@ class LoraLayerManager:
         )
         own = {id(self._layers[p.module]): p.layer for p in self._pairs}
         self._layer_of = [(layer, own.get(id(layer))) for layer in found.values()]
-        self._dropout = {
-            id(layer): layer.lora_dropout[adapter].p
-            for layer in found.values()
-            if isinstance(layer.lora_dropout[adapter], nn.Dropout)
-        }
+        dropouts = [layer.lora_dropout[adapter] for layer in found.values()]
+        self._dropout = [d.p if isinstance(d, nn.Dropout) else None for d in dropouts]
 
     def apply(self, plan: LayerPlan, mode: Mode = "train", others: Others = "frozen") -> None:
         """Turn the layers of the model to a plan, until the next call.
@@ -124,14 +121,14 @@ class LoraLayerManager:
         self._groups.set_mask(
             [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
         )
-        for layer, index in self._layer_of:
+        for (layer, index), p in zip(self._layer_of, self._dropout, strict=True):
             for parameter in adapter_parameters(layer, self.adapter):
                 parameter.requires_grad_(index in trained)
                 if index not in trained:
                     parameter.grad = None  # an optimizer would still apply it
-            if id(layer) in self._dropout:
+            if p is not None:
                 keeps = index in trained or self.frozen_dropout
-                layer.lora_dropout[self.adapter].p = self._dropout[id(layer)] if keeps else 0.0
+                layer.lora_dropout[self.adapter].p = p if keeps else 0.0
         self.lowest_trainable = min(trained, default=None)
 
     @contextlib.contextmanager

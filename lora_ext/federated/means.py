@@ -68,11 +68,12 @@ def _mean(parts: Sequence[Part]) -> Tensor:
     weights = [part.weight for part in parts]
     if not any(weights):
         weights = [part.otherwise for part in parts]
+    total = sum(weights)
     first = parts[0].value
     away = torch.zeros_like(first)
     for weight, part in zip(weights[1:], parts[1:], strict=True):
-        away += weight * (part.value - first)
-    return first + away / sum(weights)
+        away += (weight / total) * (part.value - first)  # a share: no weight makes it overflow
+    return first + away
 
 
 def by_norm(parts: Sequence[PairPart]) -> list[float]:

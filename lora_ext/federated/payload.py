@@ -225,7 +225,8 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
         raise ValueError(
             f"{where}: expected the bytes of a .npy file, found {error!s:.200}"
         ) from None
-    require(min(shape, default=0) >= 0, where, "shape", "sizes from 0", shape)
+    plain = all(type(size) is int and size >= 0 for size in shape)  # True is none of numpy's
+    require(plain, where, "shape", "sizes from 0", shape)
     require(dtype.kind in "fu", where, "dtype", "numbers", dtype)
     require(len(shape) <= _MOST_DIMS, where, "shape", f"up to {_MOST_DIMS} sizes", len(shape))
     size, start = dtype.itemsize * math.prod(shape), file.tell()

@@ -91,6 +91,7 @@ class Staircase:
             first = forward(*args, **kwargs)
         with torch.no_grad(), self.rows.only(going, len(self._lowest)):
             rest = forward(*free_args, **free_kwargs)
+        division.check_unchanged()
         output = division.joined(first, rest)
         # Where the hidden state has another dimension of that size, a tensor that has one row for
         # each of those may have been divided by mistake, and do no harm in this call alone.
@@ -113,6 +114,7 @@ class _Division:
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
         self.shapes: list[torch.Size] = []
+        self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:
         """The two parts of an argument; what has no rows goes to both."""
@@ -128,7 +130,14 @@ class _Division:
             return value, value
         raise Unfit(f"a block gets a {type(value).__name__}")
 
+    def check_unchanged(self) -> None:
+        """Refuse a block that writes into its arguments: its parts write into one tensor, and the
+        second writes what the first one keeps for its backward."""
+        if any(value._version != version for value, version in self._versions):
+            raise Unfit("a block changes a tensor that it gets")
+
     def _of_tensor(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._versions.append((value, value._version))
         by_sequence = value.dim() > 0 and value.shape[0] == self.count
         if not self.shapes and not by_sequence:
             raise Unfit(f"a block's first tensor has shape {list(value.shape)}")

@@ -39,6 +39,8 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
         _supported(linear, name, "a linear layer", type(layer).__name__)
         _supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
         _supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
+        active = [other for other in layer.active_adapters if other in layer.lora_A]
+        _supported({*active} <= {adapter}, name, f"no adapter active but {adapter!r}", active)
         merged_in = list(layer.merged_adapters)
         _supported(not merged_in, name, "adapters apart from the weight", merged_in)
 
@@ -59,8 +61,8 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
     """What a module may drop with, as a module of its own or in a function of its forward."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [("p", module.p)]
-    own = module.__dict__.items()  # attention_dropout of transformers, dropout of torch's attention
-    return [(name, p) for name, p in own if "dropout" in name and isinstance(p, float)]
+    own = module.__dict__.items()  # attention_dropout, layerdrop, drop_prob of whole branches
+    return [(name, p) for name, p in own if "drop" in name and isinstance(p, float)]
 
 
 def _supported(holds: bool, name: str, expected: object, found: object) -> None:

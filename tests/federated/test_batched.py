@@ -30,7 +30,7 @@ from lora_ext.federated import (
     UnsupportedModule,
     aggregate,
 )
-from lora_ext.nn import LoraLinear
+from lora_ext.nn import LoraLinear, adapted_layers
 
 
 @pytest.mark.parametrize("slots", [None, 3, 1])
@@ -162,6 +162,16 @@ def test_a_client_without_data_or_without_a_plan():
     assert "num-examples" in aggregate(state, found).rejected[1]
 
 
+def test_a_batch_without_rows_fails_alone_as_it_does_among_others():
+    model = Classifier().double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, vectors([rows], i), lr=0.1) for i, rows in enumerate((0, 3))]
+    for some in (clients, clients[:1]):
+        updates = BatchedClients(model, some).run_round([LayerPlan((0,))] * len(some), state)
+        assert [u.failed for u in updates] == [True, False][: len(some)]
+        assert updates[0].num_examples == 0
+
+
 def test_a_loss_of_ones_own_and_factors_of_another_dtype():
     model = Classifier()
     state = LoraLayerManager(model).state_slice()
@@ -196,6 +206,37 @@ def test_dropout_inside_a_forward_is_refused_too():
     model.model.layers[1].self_attn.attention_dropout = 0.2
     with pytest.raises(UnsupportedModule, match=r"self_attn: .*, found attention_dropout = 0.2"):
         BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
+    model.model.layers[1].self_attn.attention_dropout = 0.0
+    model.model.layerdrop = 0.5  # as the models have it that skip whole layers
+    with pytest.raises(UnsupportedModule, match=r"model: .*, found layerdrop = 0.5"):
+        BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_adapter_that_is_active_is_refused(kind: str):
+    model = adapted(kind, "default", "other")
+    clients = [ClientSpec(1, tokens([4], 1), lr=0.1)]
+    BatchedClients(model, clients)
+    for layer in adapted_layers(model).values():
+        layer.set_adapter(["default", "other"])
+    message = r"q_proj: expected no adapter active but 'default', found \['default', 'other'\]"
+    with pytest.raises(UnsupportedModule, match=message):
+        BatchedClients(model, clients)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' and torch's checkpointing
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_checkpoints_that_would_train_nothing_are_refused(embeddings: bool):
+    model = adapted("ours").double().train()
+    state = LoraLayerManager(model).state_slice()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if embeddings:
+        model.enable_input_require_grads()
+    clients = [ClientSpec(i, tokens([4], i), lr=0.1) for i in range(2)]
+    with pytest.raises(
+        UnsupportedModule, match=r"model: expected losses that depend on .*reentrant"
+    ):
+        BatchedClients(model, clients).run_round([LayerPlan((0,)), LayerPlan((2,))], state)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +276,21 @@ def test_settings_out_of_range_are_refused(options: dict, message: str):
         BatchedClients(Classifier(), **{"clients": specs(), **options})
     with pytest.raises(ValueError, match="ClientSpec: lr: expected a finite number from 0"):
         ClientSpec(1, [], lr=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "fast"}, "lr: expected a finite number from 0, found 'fast'"),
+        ({"lr": math.nan}, "lr: expected a finite number from 0, found nan"),
+        ({"betas": (0.9,)}, r"betas: expected two numbers from 0, below 1, found \(0.9,\)"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two numbers from 0, below 1, found \(0.9, 1.0\)"),
+        ({"seed": 1.5}, "seed: expected an integer, found 1.5"),
+    ],
+)
+def test_a_client_with_settings_out_of_range_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=f"^ClientSpec: {message}$"):
+        ClientSpec(**{"client": 1, "batches": [], "lr": 0.1, **options})
 
 
 def test_rounds_that_do_not_fit_are_refused_and_the_model_is_whole():

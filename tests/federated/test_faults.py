@@ -236,6 +236,8 @@ def test_equal_replies_of_one_client_count_once_and_others_not_at_all():
     assert 7 in aggregate(state, [make_update(7), values]).rejected
     empty = [with_tensor(A0, torch.ones(0, 5))] * 2
     assert "expected shape" in aggregate(state, empty).rejected[7]
+    many = dataclasses.replace(make_update(7), num_examples=10**5000)
+    assert "num-examples" in aggregate(state, [many, many, GOOD]).rejected[7]
     lost = [FAULTS["nan"][0]] * 2  # equal, although no NaN equals itself
     assert aggregate(state, lost, nan_policy="drop_tensor").accepted == (7,)
 
@@ -256,6 +258,8 @@ def test_what_the_state_cannot_hold_never_reaches_it():
     for rank_agg in ("covered", "fro", "svd", "stack"):
         wide = aggregate(make_state(), [wild, GOOD], rank_agg=rank_agg).state
         assert all(bool(v.isfinite().all()) for v in wide.values())
+    heavy = dataclasses.replace(wild, num_examples=2**53)
+    assert not aggregate(make_state(), [heavy, GOOD]).skipped
     skipped = aggregate(make_state(), [wild, GOOD], rank_agg="svd")
     assert skipped.reason.startswith("layers.0.q: expected products of a finite norm, found")
 

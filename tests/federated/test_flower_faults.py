@@ -128,6 +128,10 @@ FAULTS = {
         array(A2, data=PROMISES),
         rf"{A2}: data: expected 839988 bytes, found 73",
     ),
+    "a header with a bool for a size": (
+        array(A2, data=npy(ONES).replace(b"(3, 6), }  ", b"(True, 18)}")),
+        rf"{A2}: shape: expected sizes from 0, found \(True, 18\)",
+    ),
     "integers": (tensor(A2, ONES.astype(np.int32)), rf"{A2}: dtype: expected numbers, found int32"),
     "an unknown name": (
         tensor(A2, ONES, "x.lora_A.weight"),
@@ -300,7 +304,7 @@ def test_a_late_reply_is_known_by_its_echo():
     assert heard[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
 
 
-@pytest.mark.parametrize("kind", ["equal", "another"])
+@pytest.mark.parametrize("kind", ["equal", "another", "at another speed"])
 def test_a_node_that_replies_twice(kind):
     def twice(replies: list[Message]) -> list[Message]:
         again = Message(
@@ -309,6 +313,8 @@ def test_a_node_that_replies_twice(kind):
         )
         if kind == "another":
             metrics(num_examples=7)(again)
+        if kind == "at another speed":
+            metrics(train_time_s=99.0)(again)
         return [*replies, again]
 
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)

@@ -194,12 +194,18 @@ class TooWide:
         return LayerPlan((0,), (RANK + 1,))
 
 
+class Forgetful:
+    def plan(self, round: int, client: int | str, capability: int) -> None:
+        return None
+
+
 BAD = {
     "nobody's": (Suffixes(), {0: 1}, ValueError, "capability: expected one for client 1 of node 1"),
     "too many": (Suffixes(), {0: 1, 1: 4}, ValueError, "client 1: expected 0 to 3 layers, found 4"),
     "negative": (Suffixes(), lambda client: -1, ValueError, "client 0: expected 0 to 3 layers"),
     "a bool": (Suffixes(), {0: 1, 1: True}, TypeError, "client 1: expected an integer, found True"),
     "a layer beyond": (TooDeep(), None, ValueError, r"plan.layers: expected layers of \[0, 1, 2\]"),
+    "no plan": (Forgetful(), None, TypeError, "plan of client 0: expected a LayerPlan, found None"),
     "a rank beyond": (TooWide(), None, ValueError, "plan.ranks: .*: expected at most 3, found 4"),
 }
 

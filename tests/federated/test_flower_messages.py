@@ -239,6 +239,14 @@ def test_rates_and_epochs_come_from_the_server():
     assert strategy.history[0].accepted == (0, 1, 2), "the rows of the batches are the examples"
 
 
+@pytest.mark.parametrize("kind", ["loop", "batched"])
+def test_batches_may_come_one_by_one(kind):
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+    app = make_client_app(Classifier, lambda p: iter(batches(p)), backend=kind)
+    run(strategy, LocalGrid(app, 3), rounds=1, train_config=ConfigRecord({"epochs": 2}))
+    assert strategy.history[0].accepted == (0, 1, 2)
+
+
 def test_a_run_here_starts_no_thread():
     end_of(rounds=1)  # torch starts its own with the first backward
     before = set(threading.enumerate())

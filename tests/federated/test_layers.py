@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from adapted_models import KINDS, adapted, llama
@@ -234,6 +236,9 @@ def test_dropout_of_frozen_layers_can_be_switched_off(kind: str):
     LoraLayerManager(model).apply(LayerPlan((2,)))
     loss_of(model), loss_of(model)
     assert not torch.equal(blocks[2], blocks[3])
+    copied = copy.deepcopy(quiet)
+    copied.apply(LayerPlan((2,)))
+    assert {m.lora_dropout["default"].p for m in adapted_layers(copied.model).values()} == {0, 0.5}
 
 
 def test_modules_outside_all_layers_are_frozen_and_compute():

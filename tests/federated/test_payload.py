@@ -151,6 +151,7 @@ def test_forged_manifests_are_refused(changes: dict, message: str):
         (npy(ONES) + b"x", "data: expected 60 bytes, found 61"),
         (npy(ONES).replace(b"(3, 5)", b"(3,999"), "expected the bytes of a .npy file"),
         (npy(ONES).replace(b"(3, 5), } ", b"(-3, -5),}"), "shape: expected sizes from 0"),
+        (npy(ONES).replace(b"(3, 5), }  ", b"(True, 15)}"), "shape: expected sizes from 0"),
         (npy(np.array([{}], object), allow_pickle=True), "dtype: expected numbers, found object"),
         (npy(np.array(["x"])), "dtype: expected numbers, found <U1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +126,15 @@ def test_a_checkpoint_computes_the_same_parts_again():
         assert_close(update, other, 1e-12)
 
 
+def test_a_part_of_the_model_with_a_configuration_of_its_own_keeps_no_cache_either():
+    model = adapted("ours").double()
+    model.model.config = copy.deepcopy(model.config)
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(i, tokens([4], i), lr=0.05) for i in range(2)]
+    trained(model, clients, [LayerPlan((2,)), LayerPlan((0,))], state)
+    assert model.config.use_cache and model.model.config.use_cache
+
+
 class Block(nn.Module):
     """A layer that takes and returns whatever a model likes."""
 
@@ -134,6 +144,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.compute(x + torch.tanh(self.q(x)), *args, **kwargs)
+
+
+class Writing(Block):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x.mul_(0.5), *args, **kwargs)
 
 
 class Stack(nn.Module):
@@ -229,4 +244,15 @@ def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run,
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     assert len(caught) == 1  # of the round's first step; the others do without
+    check_equal(model, clients, updates)
+
+
+def test_blocks_that_write_into_what_they_get_are_left_whole():
+    model = Stack(in_order).double()
+    for block in model.layers:
+        block.__class__ = Writing
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    with pytest.warns(UserWarning, match="found a block changes a tensor that it gets"):
+        updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -119,6 +119,8 @@ def _train(
     manager.apply(task.plan, others=task.others)
     loaded = time.perf_counter()
     batches = data_fn(task.partition)
+    if isinstance(batches, Iterator):  # which epochs and the count of rows would find empty
+        batches = list(batches)
     found: dict[str, Any] = {"num-examples": 0}
     if batches:
         with torch.random.fork_rng(), shared.trained(), manager.boundary():

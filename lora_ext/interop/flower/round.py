@@ -120,17 +120,26 @@ class Round:
         """Sort replies, each by itself."""
         found = Collected([], {}, {}, [])
         answered: set[Client] = set()
+        reported: dict[Client, set[str]] = {}
         for reply in replies:
             node = self.sender(reply)
             client = self.nodes.get(node, f"node {node}")
             try:
                 found.updates.append(self.read(reply))
                 found.contents[client] = reply.content
+                metrics = reply.content.metric_records[records.METRICS]
+                reported.setdefault(client, set()).add(repr(sorted(metrics.items())))
             except ValueError as error:
                 found.reasons[client] = str(error)
                 if isinstance(error, _Unanswered):
                     continue
             answered.add(client)
+        for client in [c for c, each in reported.items() if len(each) > 1]:
+            found.updates[:] = [update for update in found.updates if update.client != client]
+            where = f"node {self.node(client)}: client {client}"
+            found.reasons[client] = (
+                f"{where}: reply: expected one, or equal ones, found two that differ"
+            )
         found.silent.extend(client for client in self.plans if client not in answered)
         return found
 

@@ -257,6 +257,10 @@ class LoraStrategy(FedAvg):
         clients = {client: capable[by_client[client]] for client in sorted(by_client, key=int)}
         chosen = {c: clients[c] for c in self.select(number, clients)} if clients else {}
         made = self.plan_round(number, chosen) if chosen else {}
+        for client, plan in made.items():
+            if not isinstance(plan, LayerPlan):
+                name = f"{WHERE}: plan of client {client}"
+                raise TypeError(f"{name}: expected a LayerPlan, found {plan!r:.100}")
         plans = {client: plan for client, plan in made.items() if plan.layers}
         asked = {by_client[client]: client for client in plans}
         self._current = Round(number, arrays, state, asked, plans, self._sending, self.comm)
