@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
 from lora_ext.circuits.leaves import Indicator
-from lora_ext.circuits.parameters import Parameters
+from lora_ext.circuits.parameters import Parameters, require_tensor
 from lora_ext.circuits.sampling import evidence_or_nothing, room_for_values
 from lora_ext.circuits.scopes import variables
 from lora_ext.reference.circuit_sum import log_weights
@@ -55,7 +55,8 @@ def k_best(
     root: int | Tensor | None,
 ) -> KBest:
     """``Circuit.k_best``."""
-    require(isinstance(k, int) and k >= 1, "k_best: k", "a whole number, at least 1", repr(k))
+    whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+    require(whole, "k_best: k", "a whole number, at least 1", repr(k))
     steps = _chain(circuit)
     evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("k_best: evidence", evidence)
@@ -114,8 +115,10 @@ def _chain(circuit: Parameters) -> list[_Step]:
 def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device) -> Tensor:
     if lengths is None:
         return torch.full((rows,), most, device=device)
+    require_tensor("k_best: lengths", lengths)
     found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
-    whole = not lengths.is_floating_point() and lengths.shape == (rows,)
+    whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
+    whole = whole and lengths.shape == (rows,)
     require(whole, "k_best: lengths", f"integers of shape ({rows},)", found)
     wrong = lengths[(lengths < 1) | (lengths > most)]
     require(len(wrong) == 0, "k_best: lengths", f"1 .. {most}", wrong[:1].tolist())

@@ -160,9 +160,10 @@ class Parameters(nn.Module):
             wrong = root[(root < 0) | (root >= number)]
             require(len(wrong) == 0, where, expected, wrong[:1].tolist())
             return root.to(self.weights.device, torch.long)
-        root = root or 0
-        require(isinstance(root, int) and 0 <= root < number, where, expected, repr(root))
-        return torch.full((rows,), root, device=self.weights.device)
+        one = 0 if root is None else root
+        whole = isinstance(one, int) and not isinstance(one, bool)
+        require(whole and 0 <= one < number, where, expected, repr(root))
+        return torch.full((rows,), one, device=self.weights.device)
 
     # --- data -------------------------------------------------------------------------------------
     def _nothing(self, rows: int = 1) -> Tensor:
@@ -181,6 +182,8 @@ class Parameters(nn.Module):
         require(x.device == device, where, device, x.device)
         if x.is_floating_point():
             x = x.to(self.weights.dtype)
+        elif x.dtype in (torch.int8, torch.int16):
+            x = x.long()  # a number of values may be none of theirs
         missing = x.isnan() if x.is_floating_point() else x < 0
         for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
             size = leaf.num_values()

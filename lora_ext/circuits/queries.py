@@ -54,7 +54,8 @@ def univariate_marginals(
         if isinstance(family, Indicator):
             value = circuit._indicators[span]
             add_columns(table, var * size + value, flow)
-            center, spread = value.to(flow.dtype), torch.zeros_like(flow[0])
+            center = value.to(flow.dtype)
+            spread = torch.zeros_like(center)
         else:
             center, spread = (t[row] for t in family.moments(parameters))
             if values:

@@ -43,6 +43,8 @@ def sample(
     root: int | Tensor | None,
 ) -> Tensor:
     """``Circuit.sample``."""
+    whole = isinstance(num_samples, int) and num_samples >= 0
+    require(whole, "sample: num_samples", "a whole number, at least 0", repr(num_samples))
     evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("sample: evidence", evidence)
     top = circuit._root_units("sample", root, len(evidence))
@@ -124,8 +126,10 @@ def room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
         leaf.num_values() is None and not isinstance(leaf, Indicator)
         for leaf, _, _ in circuit._families()
     )
-    if not continuous or evidence.is_floating_point():
+    if evidence.is_floating_point():
         return evidence.clone()
+    if not continuous:
+        return evidence.to(torch.long, copy=True)
     floats = evidence.to(circuit.weights.dtype)
     return torch.where(evidence < 0, torch.nan, floats)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_ext.circuits.circuit import Circuit
 from lora_ext.circuits.errors import require
+from lora_ext.circuits.parameters import require_tensor
 
 # Batches as a DataLoader gives them: rows, or rows and the root of each.
 Batches = Tensor | Iterable[Any]
@@ -185,14 +186,17 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
         ValueError: for no sequences, other dimensions, several dtypes, or one that is too long.
     """
     require(len(sequences) > 0, "pad_sequences: sequences", "at least one", "none")
-    dtype = sequences[0].dtype
+    for i, s in enumerate(sequences):
+        where = f"pad_sequences: sequences[{i}]"
+        require_tensor(where, s)
+        require(s.dim() == 1, where, "one dimension", f"shape {tuple(s.shape)}")
+        expected = sequences[0].dtype
+        require(s.dtype == expected, where, f"{expected} as in sequences[0]", s.dtype)
     size = max(map(len, sequences)) if num_variables is None else num_variables
     for i, s in enumerate(sequences):
         where = f"pad_sequences: sequences[{i}]"
-        require(s.dim() == 1, where, "one dimension", f"shape {tuple(s.shape)}")
-        require(s.dtype == dtype, where, f"{dtype} as in sequences[0]", s.dtype)
         require(len(s) <= size, where, f"at most {size} values", len(s))
-    first = sequences[0] if dtype.is_floating_point else sequences[0].long()
+    first = sequences[0] if sequences[0].is_floating_point() else sequences[0].long()
     x = first.new_full((len(sequences), size), torch.nan if first.is_floating_point() else -1)
     for row, s in zip(x, sequences, strict=True):
         row[: len(s)] = s

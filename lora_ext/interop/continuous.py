@@ -42,7 +42,7 @@ class NamedPrompt(list[int]):
     """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
 
     def __init__(self, tokens: Iterable[int], adapter: str | None, errors: list[BaseException]):
-        super().__init__(tokens)
+        super().__init__(map(int, tokens))
         self.adapter = adapter
         self.errors = errors  # what befell one: generate_batch itself only logs it
 
@@ -127,6 +127,11 @@ class AdapterRequests:
         """The manager's own, with a pinned adapter. A pool without room raises
         :class:`~lora_ext.pool.PoolFullError`."""
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
+        if len(input_ids) == 0:  # it would end the thread that serves all others
+            error = ValueError("add_request: input_ids: expected at least one token, found none")
+            if prompt is not None:
+                prompt.errors.append(error)
+            raise error
         if prompt is not None:
             adapter_name = prompt.adapter
         elif adapter_name is _NOT_GIVEN:
@@ -305,7 +310,7 @@ class AdapterRequests:
         marked = list(tokens)
         for i in range(min(_DIGITS, len(marked))):
             number, digit = divmod(number, 1 << (31 - bits))
-            marked[i] += digit << bits
+            marked[i] = int(marked[i]) + (digit << bits)  # a tensor would change in place
         return None if number else marked
 
 

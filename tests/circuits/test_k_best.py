@@ -85,6 +85,23 @@ def test_where_there_are_fewer_the_rest_is_impossible():
     assert (circuit.k_best(2, torch.tensor([[0, 1]])).value == -torch.inf).all()
 
 
+def test_what_is_chosen_fits_whatever_integers_the_evidence_has():
+    """Bytes have no -1, and a value above 127 is no int8."""
+    circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(200)))
+    with torch.no_grad():
+        circuit.region_leaves(0)["logits"][:, 199] = 50  # of variable 1, children first
+    for dtype in (torch.int8, torch.int32):
+        evidence = torch.tensor([[0, -1]], dtype=dtype)
+        for x in (
+            circuit.sample(3, evidence)[0],
+            circuit.map(evidence).x,
+            circuit.k_best(1, evidence).x[0],
+        ):
+            assert x.dtype == torch.int64 and (x == torch.tensor([0, 199])).all()
+    got = circuit.k_best(6, torch.tensor([[0, 1]], dtype=torch.uint8))  # four paths
+    assert (got.x[0, :4] == torch.tensor([0, 1])).all() and (got.x[0, 4:] == -1).all()
+
+
 def test_chains_of_other_leaves():
     circuit = circuit_of(RegionGraph.hmm(3, 2, Gaussian()), seed=7)
     x = torch.tensor([[0.5, -0.5, 1.0]], dtype=torch.float64)
@@ -115,10 +132,11 @@ def test_what_is_no_chain_is_refused_by_name():
         with pytest.raises(ValueError, match=message):
             circuit_of(GRAPHS[name]()).k_best(2)
     circuit = circuit_of(GRAPHS["hmm"]())
-    for k in (0, 1.5):
+    for k in (0, 1.5, True):
         with pytest.raises(ValueError, match="k_best: k: expected a whole number, at least 1"):
             circuit.k_best(k)
     x = torch.zeros(2, 4, dtype=torch.long)
-    for lengths in (torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([1, 5])):
+    wrong = (torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([1, 5]), torch.ones(2).bool())
+    for lengths in (*wrong, [1, 2]):
         with pytest.raises(ValueError, match="k_best: lengths: expected"):
-            circuit.k_best(2, x, lengths=lengths)
+            circuit.k_best(2, x, lengths=lengths)  # pyright: ignore[reportArgumentType]

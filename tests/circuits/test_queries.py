@@ -108,6 +108,15 @@ def test_impossible_evidence_has_no_marginals():
     assert got.log_prob[1].exp().tolist() == [[1, 0], [0, 1]]
 
 
+def test_no_rows_have_no_marginals_also_where_leaves_are_indicators():
+    graph = RegionGraph.from_edges(
+        {"a": Input([0], Indicator((0, 1)), 2), "b": Input([1], Categorical(3), 2)},
+        [("s", ["a", "b"])],
+    )
+    got = circuit_of(graph).univariate_marginals(torch.empty(0, 2, dtype=torch.long))
+    assert got.log_prob.shape == (0, 2, 3) and got.mean.shape == got.variance.shape == (0, 2)
+
+
 def test_external_leaves_have_no_marginals():
     graph = RegionGraph.cp(2, 2, External())
     with pytest.raises(ValueError, match="univariate_marginals: variable 0: expected a leaf with"):

@@ -134,3 +134,14 @@ def test_joined_graphs_are_the_roots_of_one_circuit():
         first += len(graph.regions)
     with pytest.raises(PCStructureError, match="join: graphs: expected at least one, found none"):
         RegionGraph.join([])
+
+
+def test_what_is_no_number_of_a_root_or_of_samples_is_refused_by_name():
+    circuit = classes()
+    x = assignments(circuit)[:2]
+    for root in (True, False, 0.0, "", []):
+        with pytest.raises(ValueError, match=r"log_prob: root: expected one of 0 \.\. 2"):
+            circuit.log_prob(x, root=root)
+    for number in (-1, 1.5):
+        with pytest.raises(ValueError, match="sample: num_samples: expected a whole number"):
+            circuit.sample(number, root=0)  # pyright: ignore[reportArgumentType]

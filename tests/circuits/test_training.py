@@ -131,6 +131,9 @@ def test_floating_sequences_are_padded_with_nan():
     with pytest.raises(ValueError, match=r"pad_sequences: sequences\[1\]: expected torch.int64 as"):
         pad_sequences([torch.tensor([1]), torch.tensor([0.5])])
     assert pad_sequences([torch.tensor([1], dtype=torch.uint8)], 2).tolist() == [[1, -1]]
+    for wrong in ([[1, 2], [0]], [torch.tensor(1)]):
+        with pytest.raises(ValueError, match=r"pad_sequences: sequences\[0\]: expected"):
+            pad_sequences(wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="pad_sequences: sequences: expected at least one"):
         pad_sequences([])
 

@@ -111,6 +111,32 @@ def test_shared_prefixes_never_cross_adapters() -> None:
     assert matches == [0] * 4 + [4 * PAGE] * 4
 
 
+def test_prompts_that_are_tensors_stay_as_they_are() -> None:
+    model, _ = attached(slots=2)
+    given = [torch.tensor(prompt) for prompt in prompts(2, shared=2 * PAGE)]
+    before = [prompt.tolist() for prompt in given]
+    names = ["a0", "a1"]
+    expected = [alone(model, *each) for each in zip(before, names, strict=True)]
+    assert generated(model.generate_batch(given, adapter_names=names, **batching())) == expected
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        manager.add_request(given[0], adapter_name="a0")
+        assert manager.get_result(timeout=30).generated_tokens == expected[0]
+    assert [prompt.tolist() for prompt in given] == before
+
+
+def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
+    model, pool = attached(slots=2)
+    message = "add_request: input_ids: expected at least one token, found none"
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        with pytest.raises(ValueError, match=message):
+            manager.add_request([], adapter_name="a0")
+        manager.add_request([2, 3], adapter_name="a0")
+        assert manager.get_result(timeout=30).generated_tokens == alone(model, [2, 3], "a0")
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([[2, 3], []], adapter_names=["a0", "a1"], **batching())
+    assert pool.stats()["pins"] == 0
+
+
 def test_a_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None:
     model, pool = attached()
     prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
