@@ -31,6 +31,7 @@ from lora_ext.federated import (
 )
 from lora_ext.federated.keys import PATTERN
 from lora_ext.interop.flower import from_arrays, to_arrays
+from lora_ext.interop.flower import model as model_of_apps
 from lora_ext.interop.flower.model import Model
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +166,8 @@ def test_settings_out_of_range_are_refused(name):
         LoraStrategy(Suffixes(), **settings)
 
 
-def test_the_model_lives_as_long_as_its_app_and_once_in_a_worker():
+def test_the_model_lives_as_long_as_its_app_and_once_in_a_worker(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model_of_apps, "_kept", {})  # what a worker would keep ends with the test
     made: list[weakref.ref[torch.nn.Module]] = []
 
     def model() -> torch.nn.Module:
