@@ -155,9 +155,7 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
     const int64_t leaves = (kFirstLeaf + args.plan.leaves()) * args.lanes;
     if (ceil_div(leaves, kLayerThreads) > kMaxGridX) return kInvalidValue;
     declare_layers(args);
-    LX_BUF_ROWS(args.leaf, args.leaf_unit == 1 ? args.rows : args.plan.leaves(),
-                (args.leaf_unit == 1 ? args.plan.leaves() : args.rows) * 4,
-                (args.leaf_unit == 1 ? args.leaf_row : args.leaf_unit) * 4, lx::Access::kConstant);
+    declare_strided(args.leaf, args.rows, args.leaf_row, args.plan.leaves(), args.leaf_unit);
     declare_units(args, args.val, lx::Access::kWrite);
     LaunchStatus status =
         LX_LAUNCH(layers_leaves_kernel, static_cast<unsigned>(ceil_div(leaves, kLayerThreads)),

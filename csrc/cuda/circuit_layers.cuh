@@ -165,6 +165,12 @@ inline int64_t lane_tiles(const LayersArgs& args) {
     return args.lanes / kTile;
 }
 
+// float values (rows, columns) of any strides, read alone.
+inline void declare_strided([[maybe_unused]] const void* values, int64_t rows, int64_t row,
+                            int64_t columns, int64_t column) {
+    if (row < column) return declare_strided(values, columns, column, rows, row);
+    LX_BUF_ROWS(values, rows, ((columns - 1) * column + 1) * 4, row * 4, lx::Access::kConstant);
+}
 inline void declare_layers(const LayersArgs& args) {
     LX_BUF(args.program.at, args.plan.numbers() * 4, lx::Access::kConstant);
 }

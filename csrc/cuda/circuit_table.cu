@@ -1,8 +1,7 @@
 // Leaves of finite families, looked up in a table of log-probabilities; formula in
 // circuit_layers.h. Forward: a thread per unit and lane, bound by the bytes written. Backward: a
 // thread per entry of the table goes through the rows of data in order, which are few beside it.
-#include "launch.cuh"
-#include "lora_ext/circuit_layers.h"
+#include "circuit_layers.cuh"
 
 namespace lora_ext {
 namespace {
@@ -54,12 +53,10 @@ LaunchStatus launch_circuit_table(const CircuitTableArgs& args, void* stream) {
 }
 
 LaunchStatus launch_circuit_table_backward(const CircuitTableArgs& args, void* stream) {
-    const int64_t count = args.table_rows * args.values, units = args.blocks * args.block;
+    const int64_t count = args.table_rows * args.values;
     if (ceil_div(count, kThreads) > kMaxGridX) return kInvalidValue;
     declare_table(args);
-    const bool rows_inside = args.de_row <= args.de_unit;  // which axis has the smaller stride
-    LX_BUF_ROWS(args.de, rows_inside ? units : args.rows, (rows_inside ? args.rows : units) * 4,
-                (rows_inside ? args.de_unit : args.de_row) * 4, lx::Access::kConstant);
+    declare_strided(args.de, args.rows, args.de_row, args.blocks * args.block, args.de_unit);
     LX_BUF(args.dtable, count * 4, lx::Access::kWrite);
     return LX_LAUNCH(circuit_table_backward_kernel,
                      static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0, stream, args);

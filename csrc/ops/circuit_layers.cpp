@@ -53,7 +53,8 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
         check(shape && m.row <= p.rows() - m.units &&
                   m.weight + int64_t{m.units} * m.width <= weights,
               "matrices within the weights", i);
-        check(m.user_begin >= 0 && m.user_begin <= m.user_end && m.user_end <= p.num_users(),
+        // One at least: its node makes room for the matrix in max_width and max_units.
+        check(m.user_begin >= 0 && m.user_begin < m.user_end && m.user_end <= p.num_users(),
               "users of a matrix within the list", i);
         for (int64_t u = m.user_begin; u < m.user_end; ++u)
             check(p.users()[u] >= 0 && p.users()[u] < p.num_nodes() &&
@@ -122,12 +123,16 @@ struct Call {
         require(program.dim() == 1 && program.is_contiguous(), op, "program",
                 expected("contiguous numbers"), found(program.sizes()));
         check_plan(plan_in);
+        require(program.numel() == plan.numbers(), op, "program",
+                expected(plan.numbers(), " numbers, as the plan has it"), found(program.numel()));
         args.program.at = program.const_data_ptr<int32_t>();
         if (values.is_cpu()) {
             check_program(op, args.program, program.numel(), w.numel());
             const LayersProgram& p = args.program;
             require(p.units() == plan.units() && p.leaves() == plan.leaves() &&
-                        p.rows() == plan.rows() && p.num_roots() == plan.roots(),
+                        p.rows() == plan.rows() && p.num_roots() == plan.roots() &&
+                        p.num_nodes() == plan.nodes() && p.num_matrices() == plan.matrices() &&
+                        p.num_stages() == plan.num_stages(),
                     op, "plan", expected("the sizes of the program"), found(plan_in));
             for (int64_t n = 0; n < p.num_nodes(); ++n) {
                 args.max_width = std::max<int64_t>(args.max_width, p.nodes()[n].width);
@@ -185,8 +190,10 @@ Tensor unit_major_values(const Tensor& val) {
                          static_cast<int64_t>(val.storage().nbytes()) >=
                              units * lanes * static_cast<int64_t>(val.element_size());
     if (as_made) return val.as_strided({units, lanes}, {lanes, 1});
-    Tensor copy = at::zeros({units, lanes}, val.options());
+    Tensor copy = at::empty({units, lanes}, val.options());
     rows_of(copy, rows).copy_(val);
+    // Values that fit each other, as the forward leaves them: flows of zero stay zero.
+    copy.narrow(1, rows, lanes - rows).copy_(copy.narrow(1, rows - 1, 1));
     return copy;
 }
 

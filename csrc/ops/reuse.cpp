@@ -1,5 +1,6 @@
 #include "ops/reuse.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
@@ -56,8 +57,7 @@ constexpr size_t kPage = 4096;
 }  // namespace
 
 Tensor reused_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    size_t bytes = options.dtype().itemsize();
-    for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+    size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, options.dtype().itemsize());
     if (!options.device().is_cpu() || bytes < 16 * kPage) return at::empty(sizes, options);
     bytes = (bytes + kPage - 1) / kPage * kPage;
     void* memory = blocks().take(bytes);

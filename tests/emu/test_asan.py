@@ -26,6 +26,7 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
         "circuit_asan",
         "circuit_decode_asan",
         "circuit_sum_asan",
+        "circuit_layers_asan",
         "depth_mix_asan",
         "vocab_asan",
     ],

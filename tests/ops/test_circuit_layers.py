@@ -156,6 +156,37 @@ def test_values_of_another_layout_give_the_same_gradient(backend: Backend) -> No
     assert not ops.circuit_layers_backward(ones, val, w, program, need_dw=False)[1].numel()
 
 
+def test_heavy_weights_owe_nothing_to_the_padding_of_copied_values(backend: Backend) -> None:
+    program, leaf, w, roots = case("chain", 6)
+    program, leaf = program.to(torch.device(backend.device)), leaf.to(backend.device)
+    w = (w + 90).to(backend.device)  # e^90 is no float
+    val, ones = ops.circuit_layers(leaf, w, program, "none"), leaf.new_ones(6, roots)
+    first = ops.circuit_layers_backward(ones, val, w, program, "none")
+    second = ops.circuit_layers_backward(ones, val.contiguous(), w, program, "none")
+    assert first[1].isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_leaves_and_gradients_may_have_any_strides(backend: Backend) -> None:
+    program, leaf, w, _ = case("chain", 6)
+    program, w = program.to(torch.device(backend.device)), w.to(backend.device)
+    loose = torch.zeros(12, 2 * leaf.shape[1])
+    loose[::2, 1::2] = leaf
+    loose, leaf = loose.to(backend.device)[::2, 1::2], leaf.to(backend.device)
+    for other in (loose, loose.T.clone(memory_format=torch.preserve_format).T):
+        assert torch.equal(
+            ops.circuit_layers(other, w, program), ops.circuit_layers(leaf, w, program)
+        )
+    table = torch.zeros(4, 3, device=backend.device, requires_grad=True)
+    x, row = torch.zeros(6, 2, dtype=torch.long), torch.tensor([0, 2])
+    out = ops.circuit_table(table, x.to(table.device), row.to(table.device), 2)
+    dout = loose[:, :4].nan_to_num(neginf=1)
+    got, expected = (
+        torch.autograd.grad(out, table, d, retain_graph=True)[0] for d in (dout, dout.contiguous())
+    )
+    assert torch.equal(got, expected)
+
+
 def test_no_rows_are_no_values(backend: Backend) -> None:
     program, leaf, w, roots = case("chain", 0)
     program = program.to(torch.device(backend.device))
@@ -202,6 +233,16 @@ def test_layers_pass_opcheck() -> None:
     )
 
 
+def test_sizes_whose_bytes_no_number_holds_are_refused() -> None:
+    units, rows = 1_073_788_162, 2_147_390_976
+    assert 8 * units * rows % 2**64 == 8 * 732_160
+    numbers = torch.tensor([units, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], dtype=torch.int32)
+    program = ops.Program(numbers, [units, 1, 0, 0, 0, 1, len(numbers), 0])
+    leaf = torch.zeros(1, 1, dtype=torch.float64).expand(rows, 1)
+    with pytest.raises(RuntimeError, match="overflow"):
+        ops.circuit_layers(leaf, leaf.new_zeros(0), program)
+
+
 def spoiled(program: ops.Program, at: int, number: int) -> ops.Program:
     numbers = program.numbers.clone()
     numbers[at] = number
@@ -211,6 +252,8 @@ def spoiled(program: ops.Program, at: int, number: int) -> ops.Program:
 def test_wrong_input_is_refused_by_name() -> None:
     program, leaf, w, roots = case("chain", 2)
     first_part = 10 + 6 * program.plan[3]
+    parts, children = program.numbers[4:6].tolist()
+    end_of_users = first_part + 4 * parts + 2 * children + 5  # of the first matrix
     up = ops.circuit_layers
     refusals: list[tuple[str, Callable[[], object]]] = [
         ("leaf: expected N = 20", lambda: up(leaf[:, 1:], w, program)),
@@ -225,6 +268,18 @@ def test_wrong_input_is_refused_by_name() -> None:
         ),
         ("program: expected nodes", lambda: up(leaf, w, spoiled(program, 10, 10**6))),
         ("program: expected parts", lambda: up(leaf, w, spoiled(program, first_part + 2, -1))),
+        (
+            "program: expected users of a matrix",
+            lambda: up(leaf, w, spoiled(program, end_of_users, 0)),
+        ),
+        (
+            "program: expected .* as the plan has it",
+            lambda: up(leaf, w, program._replace(plan=[*program.plan[:6], 5, *program.plan[7:]])),
+        ),
+        (
+            "plan: expected the sizes of the program",
+            lambda: up(leaf, w, program._replace(plan=[*program.plan[:3], 1, *program.plan[4:]])),
+        ),
     ]
     for message, call in refusals:
         with pytest.raises(ValueError, match=f"circuit_layers: {message}"):

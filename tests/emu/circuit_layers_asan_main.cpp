@@ -1,0 +1,156 @@
+// The kernels of whole circuits in the asan flavour, in buffers that end where their contents end:
+// values, flows and gradients against loops in double, for a walk in one launch and for a launch a
+// stage. And tables of leaves.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../cpu/circuit_sum_laws.h"
+#include "lora_ext/circuit_layers.h"
+#include "lx/device.h"
+
+using namespace lora_ext;
+
+namespace {
+
+void launched(LaunchStatus status) {
+    if (status == 0) return;
+    std::printf("%s\n", lx::status_string(status));
+    std::exit(2);
+}
+
+template <class T>
+ExactBuffer<T> exact(const std::vector<T>& values) {
+    ExactBuffer<T> copy(static_cast<int64_t>(values.size()));
+    std::copy(values.begin(), values.end(), copy.data());
+    return copy;
+}
+
+float number(int64_t i) {
+    return static_cast<float>(i * 7919 % 31) / 8 - 2;
+}
+
+void close(const char* what, double found, double expected) {
+    if (std::abs(found - expected) <= 2e-4 * (1 + std::abs(expected))) return;
+    std::printf("%s: %g instead of %g\n", what, found, expected);
+    std::exit(1);
+}
+
+// Leaves l, r of n units each; s = m sums over l r, unit by unit; root = one sum over all pairs of
+// s and the first two of l; and a copy of the root. Weights are logarithms.
+void check_layers(int32_t n, int32_t m, int64_t rows) {
+    const int32_t l = kFirstLeaf, r = l + n, s = r + n, root = s + m, copy = root + 1;
+    const int32_t units = copy + 1, q = n < 2 ? n : 2;
+    const int32_t pairs = m * q, leaves = 2 * n;
+    // clang-format off
+    const auto program = exact<int32_t>({
+        units, leaves, m + 1, 3,    3,     5,      2,         2, 1, 3,  // header
+        s,     m,      n,     0,    0,     1,                           // nodes
+        root,  1,      pairs, 1,    1,     2,                           //
+        copy,  1,      1,     -1,   2,     3,                           //
+        0,     0,      0,     2,    0,     1,      2,         4, 0, 0, 4, 5,  // parts
+        l,     n,      r,     n,    s,     m,      l,         q, root, 1,  // children
+        0,     m,      n,     0,    0,     1,                           // matrices
+        m * n, 1,      pairs, m,    1,     2,                           //
+        0,     1,      copy,  0,    1,     2,      3,                   // users, roots, stages
+    });
+    // clang-format on
+    const auto plan = exact<int64_t>(
+        {units, leaves, m + 1, 3, 2, 1, program.size, 3, 0, 1, m, n, 1, 2, 1, pairs, 2, 3, 1, 1});
+    const int64_t lanes = (rows + kLaneGroup - 1) / kLaneGroup * kLaneGroup;
+    LayersArgs a;
+    a.norm = WeightNorm::kLog;
+    a.program = {program.data()};
+    a.plan = {plan.data()};
+    a.rows = rows, a.lanes = lanes;
+    a.num_weights = m * n + pairs;
+    const ExactBuffer<float> leaf(rows * leaves), w(a.num_weights), weight(a.num_weights);
+    const ExactBuffer<float> shift(m + 1), val(units * lanes), droots(rows), grad(units * lanes);
+    const ExactBuffer<float> ratio(units * lanes), dw(a.num_weights);
+    const ExactBuffer<float> terms(a.plan.most_terms() * lanes), tops(3 * lanes);
+    for (int64_t i = 0; i < leaf.size; ++i) leaf[i] = number(i);
+    for (int64_t i = 0; i < w.size; ++i) w[i] = number(i + 5);
+    for (int64_t i = 0; i < rows; ++i) droots[i] = 1 + number(i);
+    a.leaf = leaf.data(), a.leaf_row = leaves, a.leaf_unit = 1;
+    a.w = w.data(), a.weight = weight.data(), a.shift = shift.data(), a.val = val.data();
+    a.droots = droots.data(), a.grad = grad.data(), a.ratio = ratio.data(), a.dw = dw.data();
+    a.terms = terms.data(), a.tops = tops.data();
+    launched(launch_layers_weights(a, nullptr));
+    launched(launch_layers_forward(a, nullptr));
+    launched(launch_layers_backward(a, nullptr));
+    launched(launch_layers_dweights(a, nullptr));
+
+    std::vector<double> weights(static_cast<size_t>(a.num_weights));
+    for (int64_t b = 0; b < rows; ++b) {
+        const auto at = [&](const ExactBuffer<float>& t, int32_t unit) -> double {
+            return t[unit * lanes + b];
+        };
+        std::vector<double> sum(static_cast<size_t>(m)), dleaf(static_cast<size_t>(leaves));
+        double total = 0;
+        for (int32_t o = 0; o < m; ++o) {
+            for (int32_t i = 0; i < n; ++i)
+                sum[o] += std::exp(double{w[o * n + i]} + leaf[b * leaves + i] +
+                                   leaf[b * leaves + n + i]);
+            close("sum", at(val, s + o), std::log(sum[o]));
+            for (int32_t i = 0; i < q; ++i)
+                total += sum[o] * std::exp(double{w[m * n + o * q + i]} + leaf[b * leaves + i]);
+        }
+        close("root", at(val, copy), std::log(total));
+        for (int32_t o = 0; o < m; ++o) {
+            double flow = 0;
+            for (int32_t i = 0; i < q; ++i) {
+                const double own = sum[o] / total * droots[b] *
+                                   std::exp(double{w[m * n + o * q + i]} + leaf[b * leaves + i]);
+                flow += own, dleaf[i] += own, weights[m * n + o * q + i] += own;
+            }
+            close("flow", at(grad, s + o), flow);
+            for (int32_t i = 0; i < n; ++i) {
+                const double own = flow / sum[o] *
+                                   std::exp(double{w[o * n + i]} + leaf[b * leaves + i] +
+                                            leaf[b * leaves + n + i]);
+                dleaf[i] += own, dleaf[n + i] += own, weights[o * n + i] += own;
+            }
+        }
+        for (int32_t i = 0; i < leaves; ++i) close("leaf", at(grad, l + i), dleaf[i]);
+    }
+    for (int64_t i = 0; i < a.num_weights; ++i) close("weight", dw[i], weights[i]);
+}
+
+void check_tables() {
+    const int64_t rows = 19, block = 3, values = 5;
+    const auto row = exact<int64_t>({3, 0, 3});
+    const int64_t blocks = row.size, units = blocks * block;
+    const ExactBuffer<int64_t> x(rows * blocks);
+    const ExactBuffer<float> table(6 * values), dtable(6 * values), e(units * 32), de(rows * units);
+    for (int64_t i = 0; i < x.size; ++i) x[i] = i * 11 % (values + 1) - 1;
+    for (int64_t i = 0; i < table.size; ++i) table[i] = number(i);
+    for (int64_t i = 0; i < de.size; ++i) de[i] = number(i);
+    CircuitTableArgs a;
+    a.rows = rows, a.lanes = 32, a.blocks = blocks, a.block = block;
+    a.table_rows = 6, a.values = values;
+    a.table = table.data(), a.x = x.data(), a.row = row.data(), a.e = e.data();
+    a.de = de.data(), a.de_row = units, a.de_unit = 1, a.dtable = dtable.data();
+    launched(launch_circuit_table(a, nullptr));
+    launched(launch_circuit_table_backward(a, nullptr));
+    std::vector<double> flows(static_cast<size_t>(dtable.size));
+    for (int64_t b = 0; b < rows; ++b)
+        for (int64_t u = 0; u < units; ++u) {
+            const int64_t v = x[b * blocks + u / block];
+            const int64_t at = (row[u / block] + u % block) * values + v;
+            close("table", e[u * 32 + b], v < 0 ? 0 : table[at]);
+            if (v >= 0) flows[at] += de[b * units + u];
+        }
+    for (int64_t i = 0; i < dtable.size; ++i) close("dtable", dtable[i], flows[i]);
+}
+
+}  // namespace
+
+int main() {
+    check_layers(1, 1, 1);
+    check_layers(5, 7, 19);     // one walk
+    check_layers(129, 128, 3);  // a launch a stage
+    check_tables();
+    std::puts("exact");
+    return 0;
+}
