@@ -99,7 +99,10 @@ def test_a_capture_with_dora_rows_names_the_remedy(monkeypatch: pytest.MonkeyPat
     with torch.no_grad(), lora_ext.adapters("red"):
         model(inputs(2, 3))
     with torch.no_grad(), lora_ext.adapters("dora"):
-        with pytest.raises(RuntimeError, match="no DoRA adapter while a CUDA graph is captured"):
+        with pytest.raises(
+            RuntimeError,
+            match="no DoRA adapter and no replaced module while a CUDA graph is captured",
+        ):
             model(inputs(2, 3))
 
 
