@@ -39,7 +39,7 @@ NAMES = sorted(path.stem for path in TEXTS.glob("*.jsonl"))
 DEPTHS = (30, 30, 20, 20, 10, 10, 10, 10)  # how many of the 30 blocks a client can train,
 RANKS = (16, 16, 16, 8, 8, 8, 4, 4)  # and at which rank
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROUNDS, LEARNING_RATE, HELD_OUT = 6, 1e-3, 4
+ROUNDS, LEARNING_RATE, HELD_OUT = 6, 4e-4, 4
 QUESTION = "What is the moon?"
 
 
