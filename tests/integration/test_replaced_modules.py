@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import HEADS, LAYERS, VOCAB, WIDTH, make_model, make_peft, tokens
+from tiny import classifier, make_model, make_peft, tokens
 from torch import nn
 
 import lora_ext
@@ -24,16 +24,8 @@ BOUND = 1e-4
 def roberta() -> nn.Module:
     """Its classifier is a module of two linear layers."""
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=64,
-        num_labels=5,
-    )
-    return transformers.RobertaForSequenceClassification(config).eval()
+    found = classifier(transformers.RobertaConfig, transformers.RobertaForSequenceClassification)
+    return found.eval()
 
 
 def tied() -> nn.Module:

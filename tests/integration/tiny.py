@@ -50,24 +50,28 @@ def _gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=64,
-        num_labels=5,
+def classifier(config: Any, model: Any) -> nn.Module:
+    """An encoder that sorts sequences into five classes; configuration and model are classes."""
+    return model(
+        config(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=64,
+            num_labels=5,
+        )
     )
-    return transformers.BertForSequenceClassification(config)
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": functools.partial(_decoder, transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": functools.partial(_decoder, transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "gpt2": _gpt2,
-    "bert": _bert,
+    "bert": functools.partial(
+        classifier, transformers.BertConfig, transformers.BertForSequenceClassification
+    ),
 }
 
 # Ranks that fill a page and that do not, all modules and some, a scale per rank and per root of
