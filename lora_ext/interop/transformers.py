@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, pack_linears, unpack_linears
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments
 from lora_ext.nn.context import adapters, forward_of, innermost
@@ -60,16 +60,20 @@ class _Attachment:
 
     pool: AdapterPool
     swap: Swap
+    packed: bool
     hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
 
     def __post_init__(self) -> None:
         attachments.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
-        return _Attachment(self.pool, copy.deepcopy(self.swap, memo), list(self.hooked))
+        swap = copy.deepcopy(self.swap, memo)
+        return _Attachment(self.pool, swap, self.packed, list(self.hooked))
 
 
-def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model:
+def attach(
+    model: Model, pool: AdapterPool, default: str | None = None, *, pack_base: bool = False
+) -> Model:
     """Put a :class:`MultiLoraLinear` or :class:`MultiLoraEmbedding` in the place of every module
     that the pool may adapt.
 
@@ -84,6 +88,9 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
         pool: where the adapters are.
         default: who serves a call outside every block and without ``adapter_names=``: None the
             base model, an adapter by its name, or "error" nobody, which raises RuntimeError.
+        pack_base: keep a packed copy of the weight of every linear layer, which makes products of
+            at most 32 rows on a CPU faster: :func:`lora_ext.nn.pack_linears` of the model. It costs
+            the weights' bytes once more.
 
     Returns:
         ``model``.
@@ -92,7 +99,8 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
         TypeError: no module, or no pool. UnknownAdapterError: a default that the pool lacks.
         RuntimeError: the model, or a part of it, is attached or
             carries PEFT's layers. ValueError: a module of the pool is missing or has another
-            size, or the model has one that the pool lacks. The model is unchanged then.
+            size, or the model has one that the pool lacks; or what ``pack_linears`` refuses. The
+            model is unchanged then.
     """
     _check_module("attach", model)
     if not isinstance(pool, AdapterPool):
@@ -120,7 +128,9 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
         layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
     _check_same_modules(model, pool)
-    attachment = _Attachment(pool, Swap(model, layers, "attach"))
+    if pack_base:
+        pack_linears(model)
+    attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base)
     for name, module in model.named_modules():
         for method, hook in hooks(pool, default).items():
             # An instance with a method of its own is left alone.
@@ -166,6 +176,8 @@ def detach(model: Model) -> Model:
             module.__dict__.pop(method, None)
             if method == "forward" and _OWN_FORWARD in module.__dict__:
                 module.__dict__[method] = module.__dict__.pop(_OWN_FORWARD)
+    if attachment.packed:
+        unpack_linears(model)
     del model.__dict__[_KEY]
     attachments.discard(attachment)
     return model

@@ -18,6 +18,7 @@ from .lora_linear import LoraLinear
 from .modalities import modality
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
+from .packed_linear import pack_linears, packed_bytes, unpack_linears
 from .probe import LoraProbe
 from .swap import Swap
 from .switches import LayerGroups, is_active, set_active
@@ -57,8 +58,11 @@ __all__ = [
     "lora_forward",
     "lora_update",
     "modality",
+    "pack_linears",
+    "packed_bytes",
     "set_active",
     "shift_labels",
+    "unpack_linears",
     "unwrap",
     "wrap",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext.ops._autocast import AUTOCASTS
 
+from .packed_linear import PackedLinear
 from .rows import Rows, all_rows, constant, rows_of, scales, subset
 
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
@@ -82,13 +83,41 @@ def lora_forward(
     dense = dense_parameters(base)
     if adapter_ids is None and len(adapters) == 1 and dense is not None:
         factors = adapters[0]
-        if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
+        if (
+            factors.bias is None
+            and x.dtype == factors.a.dtype == dense[0].dtype
+            and type(base) is not PackedLinear
+        ):
             if x.dtype != torch.float64 and autocast_dtype(x) is None:
                 return _one_adapter(x, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
         return base(x)
+    if dense is not None and isinstance(base, PackedLinear):
+        y = base.packed_product(x)
+        if y is not None:
+            return _onto(y, x, adapters, rows)
     return _forward(x, base, dense, adapters, rows)
+
+
+def _onto(y: Tensor, x: Tensor, adapters: Sequence[LoraFactors], rows: Rows | None) -> Tensor:
+    """What the adapters add, onto a base product that nobody else holds."""
+    f = adapters[0]
+    if (
+        rows is None
+        and len(adapters) == 1
+        and f.bias is None
+        and f.p == 0
+        and f.a.dtype == y.dtype
+        and not (torch.is_grad_enabled() and (f.a.requires_grad or f.b.requires_grad))
+    ):
+        x2d = x.reshape(-1, x.shape[-1])  # (T, I)
+        ids, plan = all_rows(x2d.shape[0], x.device)
+        scale = scales((f.scaling,), x.device)
+        bank = f.a[None], f.b[None]
+        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, *bank, ids, scale, None, None, plan)
+        return y
+    return _forward(x, lambda _: y, None, adapters, rows)
 
 
 def _one_adapter(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
@@ -335,7 +364,7 @@ def dense_parameters(base: BaseLayer) -> DenseParameters | None:
         return disguised(base)
     if not isinstance(base, nn.Module):
         return None
-    if kind is nn.Linear:
+    if kind is nn.Linear or kind is PackedLinear:
         weight = base.weight
     elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         weight = base.weight.t()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

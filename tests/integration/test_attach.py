@@ -15,7 +15,7 @@ from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, UnknownAdapterError
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, UnknownAdapterError, packed_bytes
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
@@ -41,6 +41,37 @@ def test_detach_restores_the_very_same_model(family: str) -> None:
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     lora_ext.detach(lora_ext.attach(model, pool))
+    assert snapshot(model) == objects
+
+
+def test_packed_bases_serve_every_layer_and_leave_nothing_behind(tmp_path: Path) -> None:
+    model, _, pool = make_pair("llama", tmp_path)
+    names, ids = [*CONFIGS["llama"]][:2], tokens(3, 5)
+    with torch.no_grad():
+        with lora_ext.adapters([*names, None]):
+            expected = model(ids).logits
+        objects = snapshot(lora_ext.detach(model))
+        lora_ext.attach(model, pool, pack_base=True)
+        linears = [m for m in objects if isinstance(model.get_submodule(m), nn.Linear)]
+        assert packed_bytes(model) >= sum(model.get_submodule(m).weight.nbytes for m in linears)
+        twin = copy.deepcopy(model)
+        for each in (model, twin, twin):
+            with lora_ext.adapters([*names, None]):
+                torch.testing.assert_close(each(ids).logits, expected)
+    assert packed_bytes(twin) == packed_bytes(model)
+    for each in (model, twin):
+        lora_ext.detach(each)
+        assert packed_bytes(each) == 0
+    assert snapshot(model) == objects
+    assert type(model.get_submodule("lm_head")) is type(twin.get_submodule("lm_head")) is nn.Linear
+
+
+def test_attach_with_packed_bases_that_is_refused_changes_nothing() -> None:
+    model = make_model("llama").train()
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    objects = snapshot(model)
+    with pytest.raises(ValueError, match=r"evaluation mode, found training"):
+        lora_ext.attach(model, pool, pack_base=True)
     assert snapshot(model) == objects
 
 

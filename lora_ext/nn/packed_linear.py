@@ -1,0 +1,250 @@
+"""Base weights kept packed for products of few rows: what decoding and verification consist of.
+
+A product of 1 to 32 rows waits for its weight to come from memory, unless the product itself is in
+the way, as that of torch is: see ``docs/serving.md``. A second copy of the weight, laid out as the
+product reads it, brings it near to what memory gives.
+
+    pack_linears(model)        # every linear layer, in place; the model may have adapters or none
+    model.generate(...)        # outside gradients; everything else is as before
+    unpack_linears(model)      # the very modules, as they were
+
+``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model with a pool's adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .pool_layer import PoolLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: Products of more rows are torch's.
+MOST_ROWS = 32
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_STATE = "_packed_weight"
+
+
+class PackedWeight:
+    """The packed copy of one weight, made again where the weight is another.
+
+    The copy is made for the second product in a row that sees the same weight: one that changes
+    before every product is never packed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, ...] | None = None
+        self._copy: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return PackedWeight()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copy."""
+        return 0 if self._copy is None else _bytes(self._copy)
+
+    def of(self, weight: Tensor) -> Tensor | None:
+        """The copy of ``weight``, or None where there is none yet."""
+        seen = self._seen
+        if (
+            seen is not None
+            and seen[0]() is weight
+            and seen[1] == weight.data_ptr()
+            and seen[2] == weight._version
+            and seen[3] == weight.dtype
+            and seen[4] == weight.shape
+        ):
+            if self._copy is None:
+                self._copy = _pack(weight)
+            return self._copy
+        self.drop()
+        if _refusal(weight) is None:
+            state = weight.data_ptr(), weight._version, weight.dtype, weight.shape
+            self._seen = (weakref.ref(weight), *state)
+        return None
+
+    def drop(self) -> None:
+        """Forget the copy."""
+        self._seen = self._copy = None
+
+
+class PackedLinear(nn.Linear):
+    """What :func:`pack_linears` makes of an ``nn.Linear``, which stays the same object."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        y = self.packed_product(input)
+        return F.linear(input, self.weight, self.bias) if y is None else y
+
+    def packed_product(self, x: Tensor) -> Tensor | None:
+        """The same from the packed copy, or None where the plain product is to serve."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training:
+            return None
+        weight = self.weight
+        rows = x.numel() // self.in_features
+        if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype or x.device.type != "cpu":
+            return None
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or weight.requires_grad
+            or (self.bias is not None and self.bias.requires_grad)
+        ):
+            return None
+        if torch.is_autocast_enabled("cpu") or x.shape[-1] != self.in_features:
+            return None
+        packed = self.__dict__[_STATE].of(weight)
+        return None if packed is None else _product(x, packed, self.bias)
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """As ``nn.Linear``'s; training gives the memory of the copy back."""
+        if mode:
+            self.__dict__[_STATE].drop()
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        """Packed too, with a copy of its own as soon as it is used."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file of the model is that of the plain one: whoever opens it needs no packing."""
+        state = {key: value for key, value in self.__dict__.items() if key != _STATE}
+        return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
+
+
+def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
+    """Keep packed copies of the weights of linear layers, for products of at most 32 rows.
+
+    Works in place and on any model, with adapters or without: ``nn.Linear`` layers, also the base
+    layers of :class:`LoraLinear` and of an attached model. They stay the same objects, and so do
+    their parameters, names, hooks, state dicts and pickled files. :func:`unpack_linears` undoes it.
+
+    A copy serves products without gradient, in evaluation mode, in the weight's own dtype, outside
+    ``torch.compile``; all others are torch's. It takes the weight's bytes once more; tied weights
+    share one. It is made here, and made anew where the weight has changed: at its second product
+    after that. A change is seen by the weight's identity, address, dtype, shape and version, so one
+    through ``weight.data`` in place (PEFT's merge) is not: unpack first.
+
+    Args:
+        model: in evaluation mode; it may be a layer itself.
+        names: of the modules to pack, as ``model.named_modules()`` has them; None for all that are
+            exactly ``nn.Linear``. Subclasses with a forward of their own are left alone.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no such module, or one that is in training mode, not on the CPU, not of float32
+            or bfloat16 (quantised, say), made in inference mode, or has a forward of its own.
+        RuntimeError: one is packed already. The model is unchanged then.
+    """
+    chosen = dict(_linears(model)) if names is None else _named(model, names)
+    if not chosen:
+        raise ValueError("pack_linears: model: expected a model with linear layers, found none")
+    for name, module in chosen.items():
+        _check(name, module)
+    shared: dict[int, PackedWeight] = {}
+    for module in chosen.values():
+        packed = shared.setdefault(id(module.weight), PackedWeight())
+        module.__class__ = PackedLinear
+        module.__dict__[_STATE] = packed
+        if packed.of(module.weight) is None:
+            packed.of(module.weight)
+    return model
+
+
+def unpack_linears(model: Model) -> Model:
+    """Undo :func:`pack_linears` in all of a model.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: nothing in it is packed.
+    """
+    packed: list[Any] = [m for _, m in _linears(model) if type(m) is PackedLinear]
+    if not packed:
+        raise RuntimeError("unpack_linears: model: expected one with packed layers, found none")
+    for module in packed:
+        del module.__dict__[_STATE]
+        module.__class__ = nn.Linear
+    return model
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """How many bytes the packed copies of a model take."""
+    states = {m.__dict__[_STATE] for _, m in _linears(model) if type(m) is PackedLinear}
+    return sum(state.nbytes for state in states)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        base = module.base if isinstance(module, PoolLayer) else module
+        if type(base) in (nn.Linear, PackedLinear):
+            yield name, base  # pyright: ignore[reportReturnType]
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    linears = dict(_linears(model))
+    chosen: dict[str, nn.Linear] = {}
+    for name in names:
+        if name not in linears:
+            raise ValueError(
+                f"pack_linears: names: expected the name of a linear layer of the model, "
+                f"found {name!r}"
+            )
+        chosen[name] = linears[name]
+    return chosen
+
+
+def _check(name: str, module: nn.Linear) -> None:
+    where = f"pack_linears: model: {name!r}: expected "
+    if type(module) is PackedLinear:
+        raise RuntimeError(
+            f"{where}a layer that is not packed, found one that is packed already; call "
+            "unpack_linears(model) first"
+        )
+    if module.training:
+        raise ValueError(f"{where}evaluation mode, found training; call model.eval() first")
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{where}nn.Linear's forward, found a forward of its own (accelerate's offloading?)"
+        )
+    refusal = _refusal(module.weight)
+    if refusal is not None:
+        raise ValueError(where + refusal)
+
+
+def _refusal(weight: Tensor) -> str | None:
+    """What is expected of a weight that cannot be packed, and what is found."""
+    if weight.device.type != "cpu":
+        return f"a weight on the CPU, found one on {weight.device}"
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
+        return f"a weight of float32 or bfloat16, found {type(weight).__name__} of {weight.dtype}"
+    if weight.is_inference():
+        return "a weight made outside inference_mode, whose changes are counted, found one inside"
+    return None
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), MOST_ROWS // 2)
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+
+
+def _bytes(packed: Tensor) -> int:
+    return packed.numel() * packed.element_size()
