@@ -22,6 +22,7 @@ from .packed_linear import pack_linears, packed_bytes, unpack_linears
 from .probe import LoraProbe
 from .swap import Swap
 from .switches import LayerGroups, is_active, set_active
+from .token_bridge import TokenBridge
 from .vora_linear import UnmergeableRouteError, VoraLinear
 from .wrapping import unwrap, wrap
 
@@ -40,6 +41,7 @@ __all__ = [
     "MultiLoraLinear",
     "RowwiseError",
     "Swap",
+    "TokenBridge",
     "UnknownAdapterError",
     "UnmergeableRouteError",
     "VoraLinear",

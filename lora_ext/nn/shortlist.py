@@ -48,6 +48,10 @@ class Shortlist:
         without = torch.where(self._in_vocabulary(tokens), -1, tokens)
         return torch.where(self.ids[place] == tokens, place, without)
 
+    def tokens(self, places: Tensor) -> Tensor:
+        """The tokens that stand at these places."""
+        return places if self.ids is None else self.ids[places]
+
     def lacks(self, tokens: Tensor) -> Tensor:
         """Which tokens of the vocabulary have no place, bool; False for what is no token."""
         return self._in_vocabulary(tokens) & (self.places(tokens) == -1)

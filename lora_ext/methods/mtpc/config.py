@@ -37,6 +37,10 @@ class MtpcConfig:
         init_identity: transitions start near the identity.
         gamma: discount of later positions, in (0, 1].
         beta: weight of KL(verifier || circuit) against the cross entropy, in [0, 1].
+        bridge: width of the network that takes a decided token into the hidden state, so that the
+            circuit stands behind it (:class:`lora_ext.nn.TokenBridge`); 0 for none. Ours.
+        chain: with a bridge, how many windows of n tokens stand one behind the other, each behind
+            the last token of the one before.
         draft_layers: K, the last layers that carry LoRA in the draft path; 0 for none.
         draft_rank: rank of that LoRA. draft_alpha: its alpha.
 
@@ -56,6 +60,8 @@ class MtpcConfig:
     init_identity: bool = True
     gamma: float = 0.9
     beta: float = 0.0
+    bridge: int = 0
+    chain: int = 1
     draft_layers: int = 0
     draft_rank: int = 16
     draft_alpha: float = 16.0
@@ -65,6 +71,12 @@ class MtpcConfig:
         for ok, name, expected in (
             (0 < self.gamma <= 1, "gamma", "a number in (0, 1]"),
             (0 <= self.beta <= 1, "beta", "a number in [0, 1]"),
+            (self.bridge >= 0, "bridge", "at least 0"),
+            (
+                self.chain == 1 or (self.chain > 1 and self.bridge > 0),
+                "chain",
+                "1, or more with a bridge",
+            ),
             (self.draft_layers >= 0, "draft_layers", "at least 0"),
             (self.draft_rank >= 1, "draft_rank", "at least 1"),
             (0 < self.draft_alpha < math.inf, "draft_alpha", "a number above 0"),

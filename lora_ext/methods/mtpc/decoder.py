@@ -3,7 +3,8 @@
 The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`:
 
 1. :meth:`SpeculativeDecoder.draft` makes a circuit of the newest hidden state and draws the window;
-   the token that the last turn decided and nobody has fed yet (*pending*) is its evidence;
+   the token that the last turn decided and nobody has fed yet (*pending*) is its evidence, or,
+   with a bridge, moves the state to where the window starts behind it;
 2. :meth:`Trunk.feed <lora_ext.methods.mtpc.trunk.Trunk.feed>` runs the model over the window: the
    verifier's logits and new hidden states;
 3. :meth:`SpeculativeDecoder.verify` accepts a prefix and draws one token of the verifier's law;
@@ -19,19 +20,20 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn import CircuitHead, adapters
+from lora_ext.nn import CircuitHead, TokenBridge, adapters
 from lora_ext.nn.assignment import Names
 from lora_ext.nn.circuit_head import Circuit
 from lora_ext.nn.generation import generation_scope
 from lora_ext.nn.pool_layer import pool_of
 from lora_ext.reference.lora import accumulator
 
+from .drafting import Chain, DraftedWindow, draw
 from .request import read_request
 from .rows import Rows
 from .tail import DraftTail
@@ -74,15 +76,6 @@ class Generation:
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
-class DraftedWindow(NamedTuple):
-    """A window, and what its verification needs to know of the circuit that it was drawn from."""
-
-    circuit: Circuit
-    tokens: Tensor  # (B, K)
-    conditional: Tensor  # (B, K)
-    posterior: Tensor  # (B, K, C)
-
-
 class SpeculativeDecoder:
     """Generates from ``model`` by drafting windows with ``head`` and verifying each in one pass.
 
@@ -104,6 +97,10 @@ class SpeculativeDecoder:
         window: "condition" or "restart", see above and docs/mtpc.md.
         temperature: of the model's law, above 0. top_p: nucleus of it, in (0, 1].
         tail: the draft path's own layers, if the head was trained with them.
+        bridge: takes the decided token into the hidden state, if the head was trained with one. A
+            window then starts behind that token. The first token is the verifier's own, without a
+            call.
+        chain: with a bridge, how many windows of n tokens a call drafts one behind the other.
 
     Raises:
         ValueError: a setting out of range, or a head of another width or vocabulary.
@@ -121,6 +118,8 @@ class SpeculativeDecoder:
         temperature: float = 1.0,
         top_p: float = 1.0,
         tail: DraftTail | None = None,
+        bridge: TokenBridge | None = None,
+        chain: int = 1,
     ):
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
         if (head.vocab_size, head.hidden_size) != (vocab_size, hidden_size):
@@ -129,6 +128,11 @@ class SpeculativeDecoder:
                 f"{(vocab_size, hidden_size)} as in the model's LM head, found "
                 f"{(head.vocab_size, head.hidden_size)}"
             )
+        if bridge is not None and bridge.hidden_size != hidden_size:
+            raise ValueError(
+                f"SpeculativeDecoder: bridge: expected width {hidden_size} as in the model, found "
+                f"{bridge.hidden_size}"
+            )
         self.model = model
         self.head = head
         self.mode = mode
@@ -136,12 +140,24 @@ class SpeculativeDecoder:
         self.temperature = temperature
         self.top_p = top_p
         self.tail = tail
+        self.bridge = bridge
+        self.chain = chain
         self._check()
 
     def _check(self) -> None:
         for ok, name, expected in (
             (self.mode in get_args(Mode), "mode", f"one of {get_args(Mode)}"),
             (self.window in get_args(WindowRule), "window", f"one of {get_args(WindowRule)}"),
+            (
+                self.chain == 1 or (self.chain > 1 and self.bridge is not None),
+                "chain",
+                "1, or more with a bridge",
+            ),
+            (
+                self.bridge is None or self.window == "condition",
+                "window",
+                "'condition' with a bridge",
+            ),
             (0 < self.temperature < math.inf, "temperature", "a number above 0"),
             (0 < self.top_p <= 1, "top_p", "a number in (0, 1]"),
         ):
@@ -224,10 +240,22 @@ class SpeculativeDecoder:
             return decoder._decode(trunk, Rows(input_ids, request, streamer))
 
     def _decode(self, trunk: Trunk, rows: Rows) -> Generation:
-        n, seeds = self.head.n_token, rows.request.seeds
+        n, seeds = self.drafted, rows.request.seeds
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         first, hidden, passes = trunk.first_logits, trunk.first_hidden, 0
         pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
+
+        def go_on(stay: list[int]) -> None:
+            nonlocal first, hidden, pending
+            if stay and len(stay) < len(hidden):
+                index = torch.tensor(stay, device=hidden.device)
+                trunk.select(index)
+                first, hidden = first[index], hidden[index]
+                pending = None if pending is None else pending[index]
+
+        if self.bridge is not None:
+            pending = self.first_token(first, self.uniforms(generators, first.device)[:, -1])
+            go_on(rows.start(pending))
         while rows.live:
             if pending is not None and self.window == "restart":
                 logits, states = trunk.feed(pending[:, None])
@@ -236,39 +264,64 @@ class SpeculativeDecoder:
                 passes += 1
             uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
             draft = self.draft(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
-            logits, states = trunk.feed(draft.tokens)
             passes += 1
-            # With evidence the window's first token is not tested, whatever stands in its place.
-            target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
-            accepted, token = self.verify(draft, target, pending, uniforms[:, 2 * n :])
-            trunk.keep(accepted, n)
-            states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
+            if self.bridge is not None and pending is not None:
+                target, states = trunk.feed(torch.cat([pending[:, None], draft.tokens], 1))
+                given = None  # the window is all draft
+            else:
+                logits, states = trunk.feed(draft.tokens)
+                # With evidence the window's first token is not tested, whatever stands there.
+                target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
+                states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
+                given = pending
+            accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
+            fed = n if self.bridge is None else n + 1
+            trunk.keep(accepted + (fed - n), fed)
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
-            stay = rows.take(draft.tokens, accepted, token, 0 if pending is None else 1)
+            stay = rows.take(draft.tokens, accepted, token, 0 if given is None else 1)
             pending = token
-            if len(stay) < len(accepted) and stay:
-                index = torch.tensor(stay, device=hidden.device)
-                trunk.select(index)
-                first, hidden, pending = first[index], hidden[index], pending[index]
+            go_on(stay)
         return Generation(rows.sequences(), rows.calls, rows.accepted, rows.emitted, passes, seeds)
 
     # ---------------------------------------------------------------------------------------------
     # Steps
 
+    @property
+    def drafted(self) -> int:
+        """``K``, the tokens of a call's window or windows."""
+        return self.head.n_token * self.chain
+
     def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
         """A turn's random numbers, from each row's own generator: ``(B, 3 K + 1)``, two per drafted
         token, one per test, one for the verifier's token."""
-        size = 3 * self.head.n_token + 1
+        size = 3 * self.drafted + 1
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
+
+    def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """The verifier's own token after the prompt, ``(B,)``, where no window was drafted.
+
+        Args:
+            logits: ``(B, V)``. uniforms: ``(B,)``.
+        """
+        if self.mode == "greedy":
+            return logits.argmax(-1)
+        wide = logits.to(accumulator(logits.dtype)) / self.temperature
+        return draw(wide if self.top_p == 1 else nucleus(wide, self.top_p), uniforms)
 
     def draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
         """Draw a window.
 
         Args:
             hidden: ``(B, D)``, of the last token that was fed and kept.
-            pending: ``(B,)``, the window's first token where it is decided already.
+            pending: ``(B,)``, the window's first token where it is decided already; with a bridge
+                the token before the window.
             uniforms: ``(B, K, 2)``; greedy drafts do not look at them.
         """
+        if self.bridge is not None and pending is not None:
+            chain = Chain(self.head, self.bridge, self.model.get_input_embeddings(), self.chain)
+            if self.mode == "greedy":
+                return chain.likeliest(hidden, pending)
+            return chain.drawn(hidden, pending, uniforms)
         circuit, kind = self.circuit(hidden, pending), self.head.kind
         evidence = None
         if pending is not None:
@@ -276,10 +329,7 @@ class SpeculativeDecoder:
             evidence[:, 0] = pending
         if self.mode == "greedy":
             tokens, _ = ops.circuit_argmax(kind, *circuit, evidence)
-            # Greedy verification asks for no probability.
-            unused = circuit.leaf.new_zeros(tokens.shape, dtype=accumulator(circuit.leaf.dtype))
-            posterior = unused[..., None].expand(-1, -1, self.head.rank)
-            return DraftedWindow(circuit, tokens, unused, posterior)
+            return DraftedWindow.greedy(circuit, tokens)
         return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
 
     def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
@@ -307,15 +357,21 @@ class SpeculativeDecoder:
         Returns:
             how many tokens are kept ``(B,)``, the pending one included, and the next one ``(B,)``.
         """
-        temperature = 0.0 if self.mode == "greedy" else self.temperature
-        if temperature > 0 and self.top_p < 1:
+        evidence = None if pending is None else torch.ones_like(pending)
+        if self.mode == "greedy":  # the op reads neither probability nor leaf: any will do
+            unused = target.new_zeros(draft.tokens.shape, dtype=accumulator(target.dtype))
+            leaf = target[:, :-1, None]
+            return ops.spec_verify(
+                target, draft.tokens, unused, unused[..., None], leaf, uniforms, evidence, 0.0
+            )
+        temperature = self.temperature
+        if self.top_p < 1:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
         if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides alone
             numbers = [t.double() for t in numbers]
         target, conditional, posterior, leaf = numbers
-        evidence = None if pending is None else torch.ones_like(pending)
         return ops.spec_verify(
             target, draft.tokens, conditional, posterior, leaf, uniforms, evidence, temperature
         )

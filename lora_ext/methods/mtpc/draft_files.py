@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._files import SafetensorsFile, open_regular, parse_json
-from lora_ext.nn import CircuitHead
+from lora_ext.nn import CircuitHead, TokenBridge
 
 from .config import MtpcConfig
 
@@ -170,10 +170,13 @@ class DraftFile:
         try:
             with torch.device("meta"):
                 head = CircuitHead(hidden_size, vocab_size, *config.of_head(), shortlist=shortlist)
+                bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
             raise ValueError(f"{self._file.where}: {error!s:.300}") from None
         shapes = {f"head.{name}": tuple(t.shape) for name, t in head.state_dict().items()}
         shapes.pop(_SHORTLIST, None)
+        if bridge is not None:
+            shapes |= {f"bridge.{name}": tuple(t.shape) for name, t in bridge.state_dict().items()}
         return shapes
 
     def _compare(

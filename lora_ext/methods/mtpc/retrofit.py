@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lora_ext.nn import CircuitHead
+from lora_ext.nn import CircuitHead, TokenBridge
 from lora_ext.nn.labels import IGNORE, shift_labels
 
 from .config import MtpcConfig
@@ -29,9 +30,17 @@ class Draft(nn.Module):
 
     model: Any
     tail: DraftTail | None
+    bridge: TokenBridge | None
     _trained: list[tuple[nn.Parameter, bool]]
 
-    def __init__(self, model: Any, config: MtpcConfig, head: CircuitHead, tail: DraftTail | None):
+    def __init__(
+        self,
+        model: Any,
+        config: MtpcConfig,
+        head: CircuitHead,
+        tail: DraftTail | None,
+        bridge: TokenBridge | None = None,
+    ):
         super().__init__()
         # Not children: the model's weights are not the draft's.
         self.__dict__["model"] = model
@@ -39,6 +48,7 @@ class Draft(nn.Module):
         self.config = config
         self.head = head
         self.tail = tail
+        self.bridge = bridge
 
     def loss(
         self,
@@ -60,8 +70,10 @@ class Draft(nn.Module):
         labels = input_ids if labels is None else labels
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, IGNORE)
-        n, beta = self.config.n_token, self.config.beta
-        windows = unfold_windows(shift_labels(labels), n, eos_id)
+        n, gamma, beta = self.config.n_token, self.config.gamma, self.config.beta
+        before = 0 if self.bridge is None else 1  # the token that the first window stands behind
+        length = n * self.config.chain
+        windows = unfold_windows(shift_labels(labels), before + length, eos_id)[..., before:]
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if attention_mask is not None:
             windows = windows.masked_fill(attention_mask[..., None] == 0, IGNORE)
@@ -70,9 +82,32 @@ class Draft(nn.Module):
         teacher = None
         if beta > 0:
             with torch.no_grad():
-                teacher = unfold_teacher(self.model(**inputs).logits, n)
-        hidden = self.hidden_states(**inputs)
-        return window_loss(self.head, hidden, windows, self.config.gamma, beta, teacher)
+                logits = self.model(**inputs).logits
+                teacher = unfold_teacher(logits, before + length)[..., before:, :]
+        states = self.chained(self.hidden_states(**inputs), input_ids)
+        every: list[Tensor] = []
+        for j, state in enumerate(states):
+            place = slice(j * n, (j + 1) * n)
+            own = None if teacher is None else teacher[..., place, :]
+            every.append(window_loss(self.head, state, windows[..., place], gamma, beta, own)[1])
+        each = torch.cat(every)
+        weight = gamma ** torch.arange(length, dtype=each.dtype, device=each.device)
+        return (weight * each).sum() / weight.sum(), each
+
+    def chained(self, hidden: Tensor, input_ids: Tensor) -> list[Tensor]:
+        """The state of every window of the chain, each ``(B, S, D)``: what the head reads where the
+        tokens before the window are those of the text.
+
+        Args:
+            hidden: ``(B, S, D)``. input_ids: ``(B, S)``. Beyond their end token 0 stands in.
+        """
+        if self.bridge is None:
+            return [hidden]
+        states, embed = [hidden], self.model.get_input_embeddings()
+        for j in range(1 + self.config.n_token * (self.config.chain - 1)):
+            following = F.pad(input_ids[:, 1 + j :], (0, 1 + j))[:, : input_ids.shape[1]]
+            states.append(self.bridge(states[-1], embed(following)))
+        return states[1 :: self.config.n_token]
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the head reads, ``(B, S, D)``: the last hidden states after the final norm."""
@@ -88,10 +123,20 @@ class Draft(nn.Module):
         window: WindowRule = "condition",
         temperature: float = 1.0,
         top_p: float = 1.0,
+        chain: int | None = None,
     ) -> SpeculativeDecoder:
-        """A decoder that drafts with this; arguments as in :class:`SpeculativeDecoder`."""
+        """A decoder that drafts with this; arguments as in :class:`SpeculativeDecoder`, and
+        ``chain`` is the configuration's where it is not given."""
         return SpeculativeDecoder(
-            self.model, self.head, mode, window, temperature, top_p, self.tail
+            self.model,
+            self.head,
+            mode,
+            window,
+            temperature,
+            top_p,
+            self.tail,
+            self.bridge,
+            self.config.chain if chain is None else chain,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -122,6 +167,8 @@ class Draft(nn.Module):
             draft = retrofit(model, config, shortlist)
             try:
                 draft.head.to(file.head_dtype)
+                if draft.bridge is not None:
+                    draft.bridge.to(file.head_dtype)
                 if draft.tail is not None:
                     draft.tail.to(file.tail_dtype)
                 draft.load_state_dict(file.read(draft.state_dict()))
@@ -179,7 +226,11 @@ def retrofit(
     tail = None
     if config.draft_layers:
         tail = DraftTail(model, config.draft_layers, config.draft_rank, config.draft_alpha)
-    draft = Draft(model, config, head, tail)
+    bridge = None
+    if config.bridge:
+        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        bridge = TokenBridge(weight.shape[1], config.bridge, **options)
+    draft = Draft(model, config, head, tail, bridge)
     for parameter in own:
         draft._trained.append((parameter, parameter.requires_grad))
         parameter.requires_grad_(False)

@@ -36,6 +36,10 @@ class Rows:
         if streamer is not None:
             streamer.put(prompts.cpu())
 
+    def start(self, token: Tensor) -> list[int]:
+        """Append tokens ``(live,)`` that no call has decided; returns as :meth:`take` does."""
+        return self._append([[t] for t in token.tolist()])
+
     def take(self, drafted: Tensor, accepted: Tensor, token: Tensor, evidence: int) -> list[int]:
         """Append what a call decided, up to the first stop.
 
@@ -48,12 +52,19 @@ class Rows:
             which of the rows that were live go on, by their places among them.
         """
         decided = torch.cat([drafted, token[:, None], accepted[:, None]], 1).tolist()
-        stay: list[int] = []
-        for i, (row, (*window, last, kept)) in enumerate(zip(self.live, decided, strict=True)):
+        every: list[list[int]] = []
+        for row, (*window, last, kept) in zip(self.live, decided, strict=True):
             new = [*window[evidence:kept], last]
             self.calls[row] += 1
             self.accepted[row] += kept - evidence
             self.emitted[row] += len(new)
+            every.append(new)
+        return self._append(every)
+
+    def _append(self, every: list[list[int]]) -> list[int]:
+        """Take new tokens of every live row up to its first stop; which rows go on."""
+        stay: list[int] = []
+        for i, (row, new) in enumerate(zip(self.live, every, strict=True)):
             new = new[: self.request.budget - len(self.tokens[row])]
             end = self._end(row, new)
             self.tokens[row] += new[:end]
