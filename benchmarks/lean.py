@@ -26,7 +26,7 @@ class LeanLlama(nn.Module):
 
     Projections that read the same input are one product. The model's own weights become views of
     these, so the model stays what it was and memory does not grow; bits differ as those of another
-    order of sums do.
+    order of sums do. ``pack_linears(lean)`` packs its products and leaves the model's alone.
 
     Raises:
         ValueError: for a model of another architecture, or one whose linear layers have biases.
@@ -41,19 +41,18 @@ class LeanLlama(nn.Module):
         self.__dict__["model"] = model  # not a child: its parameters are its own
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.shared, self.size = heads, shared, model.model.layers[0].self_attn.head_dim
-        self.layers: list[tuple[Tensor, ...]] = []
+        self.lm_head = product(model.lm_head.weight)
+        products: list[nn.Linear] = []
+        self.layers: list[tuple[Any, ...]] = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            self.layers.append(
-                (
-                    layer.input_layernorm.weight,
-                    joined(attention.q_proj, attention.k_proj, attention.v_proj),
-                    attention.o_proj.weight,
-                    layer.post_attention_layernorm.weight,
-                    joined(mlp.gate_proj, mlp.up_proj),
-                    mlp.down_proj.weight,
-                )
-            )
+            qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+            gate_up = joined(mlp.gate_proj, mlp.up_proj)
+            before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+            out, down = product(attention.o_proj.weight), product(mlp.down_proj.weight)
+            products += [qkv, out, gate_up, down]
+            self.layers.append((before, qkv, out, after, gate_up, down))
+        self.products = nn.ModuleList(products)
         positions = torch.arange(config.max_position_embeddings)[None]
         cos, sin = model.model.rotary_emb(model.lm_head.weight[:1], positions)
         self.cos, self.sin = cos[0], sin[0]  # (T, D)
@@ -61,7 +60,11 @@ class LeanLlama(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         """The model's own."""
-        return self.model.lm_head
+        return self.lm_head
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The model's own."""
+        return self.model.get_input_embeddings()
 
     def forward(
         self,
@@ -83,26 +86,32 @@ class LeanLlama(nn.Module):
         mask = self._mask(attention_mask, seen, count)
         x = F.embedding(input_ids, self.model.model.embed_tokens.weight)
         for i, (before, qkv, out, after, gate_up, down) in enumerate(self.layers):
-            every = F.linear(F.rms_norm(x, width, before, eps), qkv)
+            every = qkv(F.rms_norm(x, width, before, eps))
             every = every.view(rows, count, -1, self.size).transpose(1, 2)
             turned = every[:, : self.heads + self.shared]
             turned = torch.addcmul(turned * cos, turned.roll(self.size // 2, -1), sin)
             keys, values = cache.update(
                 turned[:, self.heads :], every[:, self.heads + self.shared :], i
             )
-            attended = F.scaled_dot_product_attention(
-                turned[:, : self.heads],
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None and count > 1,
-                enable_gqa=self.heads != self.shared,
-            )
-            x = x + F.linear(attended.transpose(1, 2).reshape(rows, count, -1), out)
-            gate, up = F.linear(F.rms_norm(x, width, after, eps), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            queries = turned[:, : self.heads]
+            if mask is None and count == 1:  # heads that share keys are rows of one head
+                queries = queries.reshape(rows, self.shared, -1, self.size)
+                attended = F.scaled_dot_product_attention(queries, keys, values)
+                attended = attended.view(rows, self.heads, 1, self.size)
+            else:
+                attended = F.scaled_dot_product_attention(
+                    queries,
+                    keys,
+                    values,
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    enable_gqa=self.heads != self.shared,
+                )
+            x = x + out(attended.transpose(1, 2).reshape(rows, count, -1))
+            gate, up = gate_up(F.rms_norm(x, width, after, eps)).chunk(2, -1)
+            x = x + down(F.silu(gate) * up)
         states = F.rms_norm(x[:, -logits_to_keep:], width, norm.weight, eps)
-        return SimpleNamespace(logits=self.model.lm_head(states))
+        return SimpleNamespace(logits=self.lm_head(states))
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, seen: int, count: int) -> Tensor | None:
@@ -118,12 +127,19 @@ class LeanLlama(nn.Module):
         return (mask & attention_mask[:, None, None].bool()) | F.pad(own, (seen, 0))
 
 
-def joined(*layers: Any) -> Tensor:
-    """The weights of linear layers in one tensor, of which theirs become views."""
+def joined(*layers: Any) -> nn.Linear:
+    """Linear layers as one, of whose weight theirs become views."""
     whole = torch.cat([layer.weight.detach() for layer in layers])
     for layer, part in zip(layers, whole.split([len(x.weight) for x in layers]), strict=True):
         layer.weight.data = part
-    return whole
+    return product(whole)
+
+
+def product(weight: Tensor) -> nn.Linear:
+    """A linear layer of its own with this very weight."""
+    layer = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return layer.eval()
 
 
 @torch.no_grad()
@@ -138,7 +154,8 @@ def token_by_token(
     for place in range(start, start + new_tokens):
         logits = model(token, cache=cache, logits_to_keep=1).logits[:, -1]
         if sample:
-            token = torch.multinomial(logits.softmax(-1), 1)
+            sums = logits.softmax(-1, torch.float64).cumsum(-1)  # multinomial takes longer
+            token = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
         else:
             token = logits.argmax(-1, keepdim=True)
         out[:, place : place + 1] = token
