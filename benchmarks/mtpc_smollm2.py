@@ -1,179 +1,199 @@
-"""A circuit head on SmolLM2-135M: `python benchmarks/mtpc_smollm2.py`.
+"""Does a circuit head pay on SmolLM2-135M: `python benchmarks/mtpc_smollm2.py --head DIR --check`.
 
-The model answers questions; a head with adapters on its unembedding (49152 tokens, or the most
-frequent of the answers) learns those answers from the hidden states, which are computed once; then
-it drafts for questions it has not seen. Prints tokens per second against one token at a time: both
-sides make the passes of `lean.py`, with a cache that has room. Greedy tokens are checked to be the
-same. A trained head is kept in --draft, and a second run, which finds it, takes a minute.
+Prints what a pass costs by its rows, what a call of the decoder costs and by which part, and then
+tokens per second of the decoder against one token a pass, greedy and sampling, at batch 1. Both
+sides make the passes of `lean.py` with packed weights; plain decoding is also timed without them.
+Greedy tokens are checked to be the model's own. --check asks for 1.3 x in float32.
+
+--train MINUTES makes the head first: the model answers questions (`mtpc_samples.py`), the head
+learns from these answers for so many minutes of processor time, and is raced on other questions.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import functools
+import itertools
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import mtpc_samples
 import torch
-from common import ROOT, interleaved
+from common import ROOT, copy_call, interleaved
 from lean import LeanLlama, token_by_token
+from mtpc_samples import THINGS, UNSEEN, VERBS
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_ext.interop import smollm2
 from lora_ext.methods import mtpc
+from lora_ext.methods.mtpc.cache import roomy_cache
+from lora_ext.nn import pack_linears
 
-VERBS = (
-    "Explain",
-    "Describe",
-    "Tell me about",
-    "Write a short text about",
-    "Give me facts about",
-    "What is interesting about",
-    "Write three sentences about",
-    "Why do people like",
+TARGET = 1.3
+CONFIG = mtpc.MtpcConfig(
+    n_token=1, rank=1, kind="ff", emission="adapter", adapter_rank=32, bridge=768, chain=3
 )
-THINGS = """the sea;bread;the moon;a market;trees;a lighthouse;rain;music;the winter;horses;glass;
-a library;bees;rivers;the desert;a bicycle;coffee;mountains;clocks;the internet;gold;ships;sleep;
-the heart;paper;volcanoes;a garden;trains;salt;the wind;chess;wolves;light;bridges;tea;robots;
-rice;dreams;iron;the future;the forest;the city;books;a river;snow;the sun;cats;dogs;birds;fish;
-apples;cheese;wine;wool;silk;paint;poems;maps;letters;money;school;a hospital;football;swimming;
-dance;theatre;film;radio;television;telephones;cars;airplanes;rockets;satellites;stars;planets;
-fire;stone;sand;soil""".replace("\n", "").split(";")
 
 
-def prompts(tokenizer: Any, things: list[str], verbs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Questions as the chat template puts them, padded on the left."""
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{verb} {thing}."}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for thing in things
-        for verb in verbs
-    ]
-    return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
+def trained(args: argparse.Namespace) -> None:
+    """Make the answers, and write a head that has learned from them."""
+    model, tokenizer = smollm2.load_smollm2()
+    file = args.head / "answers.pt"
+    data = mtpc_samples.answers(model.bfloat16(), tokenizer, args.answer_tokens, args.draws, file)
+    model, _ = smollm2.load_smollm2()
+    listed = mtpc.frequent_tokens(data.tokens, args.shortlist)
+    draft = mtpc.retrofit(model, CONFIG, listed)
+    mtpc_samples.learn(draft, mtpc_samples.batches(data, CONFIG.chain, 256), args.train)
+    draft.save(args.head)
 
 
-def answer(model: Any, batch: dict[str, Tensor], new_tokens: int) -> Tensor:
-    """Questions and greedy answers, padded with the end to ``(rows, S + new_tokens)``."""
-    eos: int = model.generation_config.eos_token_id
-    parts = []
-    for i in range(0, len(batch["input_ids"]), 96):
-        part = {name: t[i : i + 96] for name, t in batch.items()}
-        ids = model.generate(**part, do_sample=False, max_new_tokens=new_tokens)
-        missing = part["input_ids"].shape[1] + new_tokens - ids.shape[1]
-        parts.append(F.pad(ids, (0, missing), value=eos))
-    return torch.cat(parts)
+@torch.no_grad()
+def passes(lean: dict[str, LeanLlama]) -> None:
+    """What a pass over 1 to 8 new tokens costs behind 64, and its floor by bytes."""
+    context = torch.randint(1000, (1, 64))
+    calls: dict[str, Any] = {}
+    for (name, model), rows in itertools.product(lean.items(), (1, 2, 3, 4, 6, 8)):
+        cache = roomy_cache(128)
+        model(context, cache=cache, logits_to_keep=1)
+
+        def call(model: LeanLlama = model, cache: Any = cache, rows: int = rows) -> None:
+            model(context[:, :rows], cache=cache)
+            cache.crop(-rows)
+
+        calls[f"{name}, rows {rows}"] = call
+    copy, moved = copy_call()
+    times = interleaved(calls | {"copy": copy}, rounds=7)
+    for name in calls:
+        ratio = times[name].over(times["plain, rows 1"])
+        print(f"pass, {name}: {1e3 * times[name].median:.1f} ms, {ratio:.2f} of one plain row")
+    weights = sum(p.nbytes for p in lean["plain"].products.parameters())
+    weights += lean["plain"].lm_head.weight.nbytes
+    rate = moved / times["copy"].median
+    floor = 1e3 * weights / rate
+    print(f"floor: {weights / 1e6:.0f} MB of weights at {rate / 1e9:.0f} GB/s: {floor:.1f} ms")
 
 
-def windows(draft: mtpc.Draft, ids: Tensor, mask: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Hidden states ``(N, D)`` inside the answers and the windows ``(N, K)`` after them."""
-    n, length = draft.head.n_token, mask.shape[1]
-    mask = F.pad(mask, (0, ids.shape[1] - length), value=1)
-    states, targets = [], []
-    for part, seen in zip(ids.split(16), mask.split(16), strict=True):
-        position = (seen.cumsum(1) - 1).clamp(min=0)
-        hidden = draft.hidden_states(input_ids=part, attention_mask=seen, position_ids=position)
-        window = mtpc.unfold_windows(mtpc.shift_labels(part), n)
-        states.append(hidden[:, length - 1 : -n].flatten(0, 1))
-        targets.append(window[:, length - 1 : -n].flatten(0, 1))
-    states, targets = torch.cat(states), torch.cat(targets)
-    keep = ~(targets == eos).any(1)
-    return states[keep], targets[keep]
+def parts(decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any) -> None:
+    """Milliseconds that a call spends in pass, draft and test, and beside them."""
+    spent: Counter[str] = Counter()
+
+    def timed(owner: Any, attribute: str) -> Any:
+        call = getattr(owner, attribute)
+
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            spent[attribute] += time.perf_counter() - start
+            return result
+
+        return mock.patch.object(owner, attribute, run)
+
+    def whole(**changed: int) -> tuple[float, int]:
+        start = time.perf_counter()
+        found = [decoder.generate(ids, **settings | changed) for ids in questions]
+        return time.perf_counter() - start, sum(sum(got.calls) for got in found)
+
+    with (
+        timed(decoder.model, "forward"),
+        timed(decoder, "draft"),
+        timed(decoder, "verify"),
+    ):
+        prompts, _ = whole(max_new_tokens=1)
+        spent.clear()
+        seconds, calls = whole()
+    spent["forward"] -= prompts  # nearly all of which is the pass over the prompt
+    spent["beside"] = seconds - prompts - sum(spent.values())
+    text = ", ".join(f"{name} {1e3 * t / calls:.2f}" for name, t in spent.items())
+    print(f"{decoder.mode}: a call takes {1e3 * (seconds - prompts) / calls:.1f} ms: {text}")
 
 
-def learn(draft: mtpc.Draft, states: Tensor, targets: Tensor, seconds: float) -> None:
-    """Train the head for so long, at a rate that falls to 0."""
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3, weight_decay=0.0)
-    start, step, mean = time.perf_counter(), 0, torch.zeros(draft.head.n_token)
-    while (elapsed := time.perf_counter() - start) < seconds:
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - elapsed / seconds)
-        index = torch.randint(len(states), (96,))
-        loss, by_position = mtpc.window_loss(draft.head, states[index], targets[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        mean = 0.95 * mean + 0.05 * by_position.detach()
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}: {(mean / (1 - 0.95**step)).tolist()}", flush=True)
-
-
-def trained(args: argparse.Namespace, model: Any, tokenizer: Any) -> mtpc.Draft:
-    """A head that has learned the model's answers, or the one of an earlier run."""
-    if args.draft.exists():
-        print(f"the head of {args.draft}")
-        return mtpc.Draft.load(model, args.draft)
-    batch = prompts(tokenizer, THINGS[4:], VERBS)
-    start = time.perf_counter()
-    ids = answer(model, batch, args.answer_tokens)
-    print(f"{len(ids)} answers in {time.perf_counter() - start:.0f} s", flush=True)
-
-    config = mtpc.MtpcConfig(args.n_token, args.rank, args.kind, "adapter", adapter_rank=64)
-    written = ids[:, batch["input_ids"].shape[1] :]
-    listed = mtpc.frequent_tokens(written, args.shortlist) if args.shortlist else None
-    draft = mtpc.retrofit(model, config, listed)
-    eos: int = model.generation_config.eos_token_id
-    states, targets = windows(draft, ids, batch["attention_mask"], eos)
-    print(f"{len(states)} windows, {draft.head.num_leaves} tokens to draft", flush=True)
-    learn(draft, states, targets, args.seconds)
-    draft.save(args.draft)
-    return draft
-
-
-def race(args: argparse.Namespace, lean: LeanLlama, head: Any, questions: list[Tensor]) -> None:
-    """Greedy and sampling, each against one token a pass."""
+def race(
+    args: argparse.Namespace, lean: dict[str, LeanLlama], draft: mtpc.Draft, ids: list[Tensor]
+) -> list[float]:
+    """Greedy and sampling against one token a pass; the gains over packed passes."""
     settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "eos_token_id": [], "seed": 0}
+    gains = []
     for mode in ("greedy", "sample"):
-        decoder = mtpc.SpeculativeDecoder(lean, head, mode=mode)
+        options: dict[str, Any] = {"mode": mode, "bridge": draft.bridge, "chain": args.chain}
+        sides: dict[str, Any] = {}
+        emitted: list[float] = []
+        for name, model in lean.items():
+            decoder = mtpc.SpeculativeDecoder(model, draft.head, **options)
+            seeds = itertools.count()
 
-        def plain(sample: bool = mode == "sample") -> list[Tensor]:
-            return [token_by_token(lean, ids, args.new_tokens, sample) for ids in questions]
+            def plain(model: LeanLlama = model, sample: bool = mode == "sample") -> list[Tensor]:
+                return [token_by_token(model, each, args.new_tokens, sample) for each in ids]
 
-        def circuit(decoder: mtpc.SpeculativeDecoder = decoder) -> list[mtpc.Generation]:
-            return [decoder.generate(ids, **settings) for ids in questions]
+            def circuit(
+                decoder: mtpc.SpeculativeDecoder = decoder, seeds: Any = seeds
+            ) -> list[Tensor]:
+                own = settings | {"seed": next(seeds)}
+                found = [decoder.generate(each, **own) for each in ids]
+                emitted.extend(got.emitted_per_call for got in found)
+                return [got.sequences for got in found]
 
-        found = circuit()
+            sides |= {f"plain, {name}": plain, f"circuit, {name}": circuit}
+            if name == "packed":
+                parts(decoder, ids, settings)
         if mode == "greedy":
-            for expected, got in zip(plain(), found, strict=True):
-                assert torch.equal(got.sequences, expected), "greedy tokens differ"
-        emitted = sum(got.emitted_per_call for got in found) / len(found)
-        times = interleaved({"plain": plain, "circuit": circuit}, args.rounds, warm_up=0)
-        count = len(questions) * args.new_tokens
-        ours, theirs = times["circuit"], times["plain"]
-        print(
-            f"{mode}: {count / ours.median:.1f} tokens/s, plain {count / theirs.median:.1f}: "
-            f"{theirs.over(ours):.2f} x; emitted a call {emitted:.2f}, which costs "
-            f"{emitted * ours.over(theirs):.2f} plain steps",
-            flush=True,
-        )
+            pairs = zip(sides["plain, packed"](), sides["circuit, packed"](), strict=True)
+            same = [torch.equal(expected, got) for expected, got in pairs]
+            exact = lean["packed"].lm_head.weight.dtype == torch.float32
+            print(f"greedy: {sum(same)} of {len(same)} answers are plain decoding's", flush=True)
+            assert all(same) or not exact, "greedy tokens differ"
+        times = interleaved(sides, args.rounds, warm_up=0)
+        count = len(ids) * args.new_tokens
+        for name in sides:
+            ratios = [times[f"plain, {other}"].over(times[name]) for other in lean]
+            text = ", ".join(f"{r:.2f} x plain {o}" for r, o in zip(ratios, lean, strict=True))
+            print(f"{mode}, {name}: {count / times[name].median:.1f} tokens/s, {text}")
+        print(f"{mode}: emitted a call {sum(emitted) / len(emitted):.2f}", flush=True)
+        gains.append(times["plain, packed"].over(times["circuit, packed"]))
+    return gains
 
 
 def main() -> None:
-    """Answer, learn, draft."""
+    """Train if asked to, then race."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=90, help="of training")
-    parser.add_argument("--kind", default="hmm")
-    parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--n-token", type=int, default=4)
-    parser.add_argument("--shortlist", type=int, default=4096, help="tokens; 0: the vocabulary")
-    parser.add_argument("--answer-tokens", type=int, default=128, help="to learn from, an answer")
+    folder = ROOT / "out" / "bench" / "mtpc_smollm2"
+    parser.add_argument("--head", type=Path, default=folder, help="folder of the trained head")
+    parser.add_argument("--train", type=float, default=0, help="minutes of processor time")
+    parser.add_argument("--check", action="store_true", help=f"ask for {TARGET} x in float32")
+    parser.add_argument("--draws", type=int, default=1, help="sampled answers a question, to learn")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer, to learn")
+    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that are drafted")
+    parser.add_argument("--chain", type=int, default=3, help="windows that a call drafts")
     parser.add_argument("--new-tokens", type=int, default=64, help="of a timed answer")
-    parser.add_argument("--questions", type=int, default=2, help="that are timed, up to 4")
+    parser.add_argument("--questions", type=int, default=4, help="that are timed, up to 32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--draft", type=Path, default=ROOT / "out" / "bench" / "mtpc_smollm2")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     torch.manual_seed(0)
-    model, tokenizer = smollm2.load_smollm2()
-    draft = trained(args, model, tokenizer)
-    questions = [
-        prompts(tokenizer, [thing], VERBS[:1])["input_ids"] for thing in THINGS[: args.questions]
-    ]
-    race(args, LeanLlama(model), draft.head.eval(), questions)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    if args.train:
+        trained(args)
+    gains: dict[str, list[float]] = {}
+    for name in args.dtypes:
+        model, tokenizer = smollm2.load_smollm2()
+        model = model.to(getattr(torch, name))
+        draft = mtpc.Draft.load(model, args.head).eval()
+        draft.bfloat16()
+        pack_linears(draft)
+        lean = {"plain": LeanLlama(model).eval(), "packed": pack_linears(LeanLlama(model).eval())}
+        asked = itertools.product(VERBS, THINGS[:UNSEEN])
+        ids = [
+            mtpc_samples.question(tokenizer, *words)[None]
+            for words in itertools.islice(asked, args.questions)
+        ]
+        print(f"{name}, {torch.get_num_threads()} threads", flush=True)
+        passes(lean)
+        gains[name] = race(args, lean, draft, ids)
+    if args.check:
+        missed = [gain for gain in gains["float32"] if gain < TARGET]
+        raise SystemExit(f"below {TARGET} x: {missed}" if missed else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""What a draft for SmolLM2-135M learns from: the model's own answers, and how it learns from them.
+
+Answers are made once, greedy and sampled, and kept with the hidden states of every position, so
+that training runs no layer of the model. A window's states are then pulled to the model's own by
+the divergence of the two laws (`ops.chunked_kl`), and at the end the overlap of the laws, which is
+what a sampling verifier accepts, is raised itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lean import LeanLlama
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext import ops
+from lora_ext.methods import mtpc
+from lora_ext.methods.mtpc.cache import roomy_cache
+
+VERBS = (
+    "Explain",
+    "Describe",
+    "Tell me about",
+    "Write a short text about",
+    "Give me facts about",
+    "What is interesting about",
+    "Write three sentences about",
+    "Why do people like",
+)
+THINGS = """the sea;bread;the moon;a market;trees;a lighthouse;rain;music;the winter;horses;glass;
+a library;bees;rivers;the desert;a bicycle;coffee;mountains;clocks;the internet;gold;ships;sleep;
+the heart;paper;volcanoes;a garden;trains;salt;the wind;chess;wolves;light;bridges;tea;robots;
+rice;dreams;iron;the future;the forest;the city;books;a river;snow;the sun;cats;dogs;birds;fish;
+apples;cheese;wine;wool;silk;paint;poems;maps;letters;money;school;a hospital;football;swimming;
+dance;theatre;film;radio;television;telephones;cars;airplanes;rockets;satellites;stars;planets;
+fire;stone;sand;soil""".replace("\n", "").split(";")
+UNSEEN = 4  # so many things are not asked about in training
+
+
+class Answers(NamedTuple):
+    """Positions of all answers, one after the other: ``N`` tokens in all."""
+
+    hidden: Tensor  # (N, D) bfloat16: the state that predicts the token
+    tokens: Tensor  # (N,)
+    normaliser: Tensor  # (N,): log of the sum of the state's exponentiated logits
+    lengths: Tensor  # of the answers
+
+
+def question(tokenizer: Any, verb: str, thing: str) -> Tensor:
+    """A question as the chat template puts it, ``(S,)``."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{verb} {thing}."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"][0]
+
+
+def answers(model: Any, tokenizer: Any, new_tokens: int, draws: int, file: Path) -> Answers:
+    """Greedy answers to all questions, and ``draws`` sampled ones; kept in a file.
+
+    Args:
+        model: SmolLM2 in bfloat16.
+    """
+    if file.exists():
+        return Answers(*torch.load(file))
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for thing in THINGS[UNSEEN:]:
+        for verb in VERBS:
+            ids = question(tokenizer, verb, thing)
+            by_length[len(ids)].append(ids)
+    lean, start = LeanLlama(model), time.perf_counter()
+    parts: list[Answers] = []
+    torch.manual_seed(0)
+    for draw in range(1 + draws):
+        for group in by_length.values():
+            for prompts in torch.stack(group).split(128):
+                ids, hidden = _answer(lean, prompts, new_tokens, sample=draw > 0)
+                parts += _cut(ids, hidden, model.generation_config.eos_token_id)
+        done = sum(len(part.tokens) for part in parts)
+        print(f"{done} tokens of answers in {time.perf_counter() - start:.0f} s", flush=True)
+    hidden, tokens, _, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
+    weight = model.lm_head.weight.detach()
+    sums = [F.linear(h, weight).float().logsumexp(-1) for h in hidden.split(512)]
+    found = Answers(hidden, tokens, torch.cat(sums), lengths)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tuple(found), file)
+    return found
+
+
+@torch.no_grad()
+def _answer(
+    lean: LeanLlama, prompts: Tensor, new_tokens: int, sample: bool
+) -> tuple[Tensor, Tensor]:
+    """New tokens ``(B, T)`` and the states that predict them ``(B, T, D)``."""
+    seen: list[Tensor] = []
+    hook = lean.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
+    cache, token, new = roomy_cache(prompts.shape[1] + new_tokens), prompts, []
+    for _ in range(new_tokens):
+        logits = lean(token, cache=cache, logits_to_keep=1).logits[:, -1].float()
+        if sample:
+            sums = logits.softmax(-1).cumsum(-1)
+            limit = torch.rand(len(sums), 1) * sums[:, -1:]
+            token = torch.searchsorted(sums, limit, right=True).clamp(max=sums.shape[1] - 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        new.append(token)
+    hook.remove()
+    return torch.cat(new, 1), torch.stack(seen, 1)
+
+
+def _cut(ids: Tensor, hidden: Tensor, eos: int) -> Iterator[Answers]:
+    """Every row up to its end, which belongs to it."""
+    for row, states in zip(ids, hidden, strict=True):
+        ends = (row == eos).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else len(row)
+        none = torch.empty(0)
+        yield Answers(states[:length].clone(), row[:length], none, torch.tensor([length]))
+
+
+class Batch(NamedTuple):
+    """``N`` windows of ``K`` tokens, each behind a token that is decided."""
+
+    hidden: Tensor  # (N, D): of the token before the decided one
+    tokens: Tensor  # (N, 1 + K): the decided token, then the window
+    teacher: Tensor  # (N, K, D): the model's own states over the window
+    normaliser: Tensor  # (N, K)
+
+
+def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
+    """Windows inside answers, drawn for ever."""
+    end, places = 0, list[int]()
+    for length in data.lengths.tolist():
+        places += range(end, end + length - k)
+        end += length
+    starts, steps = torch.tensor(places), torch.arange(k + 1)
+    while True:
+        at = starts[torch.randint(len(starts), (size,))]
+        window = at[:, None] + steps
+        later = window[:, 1:]
+        yield Batch(
+            data.hidden[at].float(), data.tokens[window], data.hidden[later], data.normaliser[later]
+        )
+
+
+def learn(draft: mtpc.Draft, data: Iterable[Batch], minutes: float, rate: float = 2e-3) -> None:
+    """Train a draft of one component, whose windows have one token, for so long.
+
+    The clock is the processor time of this process. Products run in bfloat16.
+    """
+    length, listed = draft.config.chain, draft.head.listed
+    unembed = draft.head.unembed.detach().bfloat16()
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=rate, betas=(0.9, 0.98))
+    start, shown = time.process_time(), 0
+    for step, batch in enumerate(data):
+        done = (time.process_time() - start) / (60 * minutes)
+        if done >= 1:
+            return
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * (1 - done)
+        loss, survival, accepted = torch.tensor(0.0), torch.ones(len(batch.hidden)), []
+        for k, state in enumerate(_states(draft, batch, length)):
+            teacher = batch.teacher[:, k]
+            if done < 0.7:
+                loss = loss + 0.6**k * ops.chunked_kl([state, teacher], unembed, None)
+                continue
+            p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()
+            q = F.linear(state, unembed).float().softmax(-1)
+            overlap = torch.minimum(p, q).sum(-1)
+            loss = loss - ((survival + 0.05) * overlap).mean()
+            survival = survival * _kept(p, q, listed.places(batch.tokens[:, 1 + k]))
+            accepted.append(survival.mean())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+        optimizer.step()
+        if done * 10 >= shown + 1:
+            shown = int(done * 10)
+            rest = f", emitted {1 + sum(accepted):.2f}" if accepted else ""
+            print(f"{done:.0%}: step {step}, loss {loss.item():.3f}{rest}", flush=True)
+
+
+def _states(draft: mtpc.Draft, batch: Batch, length: int) -> Iterator[Tensor]:
+    """What the head reads at every window of the chain, ``(N, D)`` in bfloat16."""
+    assert draft.bridge is not None
+    state, embed = batch.hidden, draft.model.get_input_embeddings()
+    for k in range(length):
+        with torch.autocast("cpu", torch.bfloat16):
+            state = draft.bridge(state, embed(batch.tokens[:, k]))
+        yield draft.head.leaves.states(state.float()).bfloat16()
+
+
+@torch.no_grad()
+def _kept(p: Tensor, q: Tensor, place: Tensor) -> Tensor:
+    """How likely a drafted token that is the text's own is accepted, for tokens of the model's law:
+    ``min(1, q / p)``, and 0 where it has no place."""
+    at = place.clamp(min=0)[:, None]
+    return (q.gather(1, at) / p.gather(1, at))[:, 0].clamp(max=1).masked_fill(place < 0, 0)
