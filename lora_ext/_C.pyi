@@ -207,6 +207,10 @@ def depth_mix_backward(
     need_hiddens: bool,
     /,
 ) -> tuple[list[Tensor], Tensor, Tensor]: ...
+def pack_weight(weight: Tensor, /) -> Tensor: ...
+def packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, /
+) -> Tensor: ...
 def vocab_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -9,6 +9,7 @@
 #include "lora_ext/lora.h"
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
+#include "lora_ext/packed_linear.h"
 #include "lora_ext/vocab.h"
 
 namespace lora_ext {
@@ -25,6 +26,7 @@ namespace lora_ext {
     extern const LayersCpu layers_table;              \
     extern const CircuitTableCpu circuit_table_table; \
     extern const DepthMixCpu depth_mix_table;         \
+    extern const PackedLinearCpu packed_linear_table; \
     extern const VocabCpu vocab_table;                \
     }
 
@@ -57,6 +59,7 @@ LX_TWINS(LogSumCpu, log_sum_table)
 LX_TWINS(LayersCpu, layers_table)
 LX_TWINS(CircuitTableCpu, circuit_table_table)
 LX_TWINS(DepthMixCpu, depth_mix_table)
+LX_TWINS(PackedLinearCpu, packed_linear_table)
 LX_TWINS(VocabCpu, vocab_table)
 
 namespace {

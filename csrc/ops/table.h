@@ -17,6 +17,7 @@
 #include "ops/lora_gram.h"
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
+#include "ops/packed_linear.h"
 #include "ops/vocab.h"
 
 namespace lora_ext::table {
@@ -55,6 +56,7 @@ inline constexpr char kScan[] = LX_NO_GRAD "; circuit_scan is differentiable";
 inline constexpr char kSum[] = LX_NO_GRAD "; log_einsum_exp is differentiable";
 inline constexpr char kLayers[] = LX_NO_GRAD "; circuits.Circuit is differentiable";
 inline constexpr char kGram[] = LX_NO_GRAD;
+inline constexpr char kPacked[] = LX_NO_GRAD;
 #define LX_ONCE(op) "the gradient of " op " is not itself differentiable"
 inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
@@ -190,6 +192,12 @@ inline constexpr std::tuple kOps{
         "(Tensor dmixed, Tensor? dweights, Tensor[] hiddens, Tensor[] gammas, Tensor[] betas, "
         "Tensor weights, Tensor? router, Tensor rinv, Tensor mean, bool need_hiddens)"
         " -> (Tensor[] dhiddens, Tensor sums, Tensor dweights_out)"},
+    // --- packed_linear ---
+    NoGradient<&pack_weight, kPacked>{"pack_weight", "(Tensor weight) -> Tensor"},
+    NoGradient<&packed_linear, kPacked>{
+        "packed_linear",
+        "(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"},
+
     // --- vocab ---
     Op<&vocab_cross_entropy>{
         "vocab_cross_entropy",

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext import ops
+
 from .pool_layer import PoolLayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,7 +53,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Of the copy."""
-        return 0 if self._copy is None else _bytes(self._copy)
+        return 0 if self._copy is None else self._copy.nbytes
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The copy of ``weight``, or None where there is none yet."""
@@ -65,7 +67,7 @@ class PackedWeight:
             and seen[4] == weight.shape
         ):
             if self._copy is None:
-                self._copy = _pack(weight)
+                self._copy = ops.pack_weight(weight.detach())
             return self._copy
         self.drop()
         if _refusal(weight) is None:
@@ -103,7 +105,11 @@ class PackedLinear(nn.Linear):
         if torch.is_autocast_enabled("cpu") or x.shape[-1] != self.in_features:
             return None
         packed = self.__dict__[_STATE].of(weight)
-        return None if packed is None else _product(x, packed, self.bias)
+        if packed is None:
+            return None
+        x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (T, I)
+        y = ops.packed_linear(x2d, packed, self.bias, self.out_features)  # (T, O)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
         """As ``nn.Linear``'s; training gives the memory of the copy back."""
@@ -236,15 +242,3 @@ def _refusal(weight: Tensor) -> str | None:
     if weight.is_inference():
         return "a weight made outside inference_mode, whose changes are counted, found one inside"
     return None
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), MOST_ROWS // 2)
-
-
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
-
-
-def _bytes(packed: Tensor) -> int:
-    return packed.numel() * packed.element_size()

@@ -37,6 +37,7 @@ from lora_ext.ops.lora import (
 from lora_ext.ops.lora_gram import lora_gram, lora_pair_stats
 from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
+from lora_ext.ops.packed_linear import pack_weight, packed_linear
 from lora_ext.ops.vocab import chunked_cross_entropy, chunked_kl
 
 __all__ = [
@@ -76,6 +77,8 @@ __all__ = [
     "lora_plan",
     "lora_segment_ids",
     "lora_shrink",
+    "pack_weight",
+    "packed_linear",
     "sgmv_",
     "spec_verify",
 ]

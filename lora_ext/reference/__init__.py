@@ -35,6 +35,7 @@ from lora_ext.reference.lora_weights import (
     lora_dora_norm,
     lora_merge_,
 )
+from lora_ext.reference.packed_linear import pack_weight, packed_linear
 from lora_ext.reference.vocab import chunked_cross_entropy, chunked_kl, vocab_logits
 
 __all__ = [
@@ -72,6 +73,8 @@ __all__ = [
     "lora_segment_ids",
     "lora_shrink",
     "lora_update",
+    "pack_weight",
+    "packed_linear",
     "spec_verify",
     "vocab_logits",
 ]

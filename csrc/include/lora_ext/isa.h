@@ -29,6 +29,7 @@ struct LogSumCpu;         // circuit_sum.h
 struct LayersCpu;         // circuit_layers.h
 struct CircuitTableCpu;   // circuit_layers.h
 struct DepthMixCpu;       // depth_mix.h
+struct PackedLinearCpu;   // packed_linear.h
 struct VocabCpu;          // vocab.h
 
 // The table of one family of twins, as in twins<LoraCpu>(best_isa()), for an instruction set that
@@ -54,6 +55,8 @@ template <>
 const CircuitTableCpu& twins<CircuitTableCpu>(Isa isa);
 template <>
 const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
+template <>
+const PackedLinearCpu& twins<PackedLinearCpu>(Isa isa);
 template <>
 const VocabCpu& twins<VocabCpu>(Isa isa);
 

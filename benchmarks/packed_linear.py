@@ -1,0 +1,186 @@
+"""Packed weights: products of few rows against torch's, and SmolLM2 decoding with 16 adapters.
+
+`python benchmarks/packed_linear.py [--matrix ops model] [--dtype bfloat16] [--check]`. Results are
+checked before they are timed. `--check` exits with 1 where a decode step of 8 or 16 rows, each
+with an adapter of its own, takes more than 0.75 of the time of torch's step without adapters.
+With `--threads 1` times are processor times. The floor of the products, reading the weight once, is
+what `packed_twin` measures (`benchmarks/packed_twin.cpp`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from common import Call, Timing, interleaved
+from lora_model import MODULES, NAMES, RANK, Step
+from torch import Tensor
+from torch.nn import functional as F
+
+import lora_ext
+from lora_ext import nn, ops
+from lora_ext.interop.smollm2 import load_smollm2
+
+SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # SmolLM2-135M's
+ROWS = (1, 2, 4, 8, 16, 32)
+COLD_BYTES = 64 << 20  # weights of one shape that are used in turn
+MOST = 0.75
+# The same products summed in another order, layer after layer.
+LOGIT_BOUND = {torch.float32: 2.0**-16, torch.bfloat16: 2.0**-4}
+
+
+class OwnTime:
+    """A call on the clock of its thread, which other work on the machine disturbs less."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    def __call__(self) -> object:
+        """Run it."""
+        return self.call()
+
+    def seconds(self, count: int) -> float:
+        """As :class:`common.Remote` wants them."""
+        start = time.thread_time()
+        for _ in range(count):
+            self.call()
+        return time.thread_time() - start
+
+
+def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
+    """Each provider's products of x with all weights, one after the other."""
+    rows = x.shape[0]
+    packed = [ops.pack_weight(w) for w in weights]
+    onednn = [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in weights]
+    out = weights[0].shape[0]
+    each = {
+        "F.linear": (weights, lambda w: F.linear(x, w)),
+        "oneDNN": (
+            onednn,
+            lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+        ),
+        "packed": (packed, lambda w: ops.packed_linear(x, w, None, out)),
+    }
+    exact = x.double() @ weights[0].double().t()
+    bound = x.shape[1] * torch.finfo(x.dtype).eps * exact.abs().max()
+    for name, (kept, call) in each.items():
+        if not (call(kept[0]) - exact).abs().max() <= bound:
+            raise SystemExit(f"packed_linear: {name}, {rows} rows of {x.shape[1]} -> {out}: wrong")
+    return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
+
+
+def _all(weights: list[Tensor], call: Any) -> None:
+    for w in weights:
+        call(w)
+
+
+def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
+    """The least time of each provider; on one thread its processor time."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    for wide, out in SHAPES:
+        count = max(1, COLD_BYTES // (wide * out * dtype.itemsize))
+        weights = [torch.randn(out, wide).to(dtype) for _ in range(count)]
+        for rows in ROWS:
+            calls = products(torch.randn(rows, wide).to(dtype), weights)
+            least = dict.fromkeys(calls, float("inf"))
+            for _ in range(rounds):
+                for name, call in calls.items():
+                    start = clock()
+                    call()
+                    least[name] = min(least[name], (clock() - start) / count)
+            times = "  ".join(f"{name} {t * 1e6:8.1f} us" for name, t in least.items())
+            gain = least["F.linear"] / least["packed"]
+            yield f"{wide:5} -> {out:5}, {rows:2} rows: {times}  {gain:.2f} x"
+
+
+def engines(dtype: torch.dtype) -> dict[str, Any]:
+    """SmolLM2-135M with and without adapters and packed weights; the weights are shared."""
+    base = load_smollm2()[0].to(dtype).requires_grad_(False)
+    shared = {id(p): p for p in base.parameters()}
+    pages = len(NAMES) * RANK // 8
+    pool = lora_ext.AdapterPool(
+        base, max_slots=len(NAMES), max_rank=RANK, pages=pages, targets=MODULES
+    )
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": MODULES}
+    for name in NAMES:
+        pool.load(name, (config, _factors(base, dtype)))
+    attached, packed = (copy.deepcopy(base, dict(shared)) for _ in range(2))
+    lora_ext.attach(attached, pool)
+    lora_ext.attach(packed, pool, pack_base=True)
+    base_packed = nn.pack_linears(copy.deepcopy(base, dict(shared)))
+    return {"base": base, "base packed": base_packed, "lora_ext": attached, "packed": packed}
+
+
+def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in MODULES:
+            out, wide = module.weight.shape
+            key = f"base_model.model.{name}.lora_"
+            found[key + "A.weight"] = torch.randn(RANK, wide).to(dtype) / wide**0.5
+            found[key + "B.weight"] = torch.randn(out, RANK).to(dtype) / 64
+    return found
+
+
+@torch.inference_mode()
+def bench_model(
+    models: Mapping[str, Any], dtype: torch.dtype, rounds: int
+) -> Iterator[tuple[int, dict[str, Timing]]]:
+    """Decode steps behind a cache of 32 tokens, every row with its own adapter."""
+    for rows in (16, 8, 1):
+        tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
+        steps: dict[str, Call] = {}
+        for name, model in models.items():
+            engine = "base" if name.startswith("base") else "lora_ext"
+            steps[name] = Step(model, tokens, NAMES[:rows], engine, True)
+        logits: dict[str, Any] = {name: step() for name, step in steps.items()}
+        bound = LOGIT_BOUND[dtype] * logits["lora_ext"].abs().max()
+        for name, other in (("packed", "lora_ext"), ("base packed", "base")):
+            worst = (logits[name] - logits[other]).abs().max() / bound
+            if not worst <= 1:
+                raise SystemExit(f"packed_linear: {rows} rows, {name}: {worst:.2g} x its bound off")
+        if not (logits["packed"] - logits["base"]).abs().amax(-1).min() > bound:
+            raise SystemExit(f"packed_linear: {rows} rows: the adapters make no difference")
+        if torch.get_num_threads() == 1:
+            steps = {name: OwnTime(step) for name, step in steps.items()}
+        yield rows, interleaved(steps, rounds)
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--matrix", nargs="+", choices=["ops", "model"], default=["ops", "model"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    if "ops" in args.matrix:
+        with torch.inference_mode():
+            for line in bench_ops(dtype, args.rounds):
+                print(line, flush=True)
+    if "model" not in args.matrix:
+        return 0
+    models, missed = engines(dtype), False
+    print(f"packed copies: {nn.packed_bytes(models['packed']) / 1e6:.0f} MB")
+    for rows, times in bench_model(models, dtype, args.rounds):
+        for name, t in times.items():
+            over = t.over(times["base"])
+            print(f"{rows:2} rows, {name:11}: {t.median * 1e3:7.1f} ms, {over:.2f} of base")
+        over = times["packed"].over(times["base"])
+        missed |= rows > 1 and over > MOST
+    return int(args.check and missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Products of few rows with a weight that is laid out for them, on the CPU.
+
+Such a product is bound by the bytes of its weight. :func:`pack_weight` copies a weight into panels
+that :func:`packed_linear` reads from memory once, whatever the number of rows.
+
+Letters: ``T`` rows, ``I`` in, ``O`` out.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_ext.ops._checks import require, require_dim, require_shape
+from lora_ext.ops._registration import fake
+
+_c = torch.ops.lora_ext
+
+#: Outputs that stand together.
+PANEL = 32
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Copy a weight into panels of 32 outputs, those beyond ``O`` zero.
+
+    Args:
+        weight: ``(O, I)`` float32 or bfloat16 on the CPU.
+
+    Returns:
+        float32: ``(ceil(O / 32), I, 32)``, the in-features of a panel one after the other.
+        bfloat16: ``(ceil(O / 32), ceil(I / 2), 32, 2)``, two in-features together.
+
+    Raises:
+        ValueError: if shape, dtype or device disagrees, naming the argument.
+    """
+    return _c.pack_weight.default(weight)
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None = None, out_features: int | None = None
+) -> Tensor:
+    """``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
+
+    A row's bits depend on that row, the weight and the bias alone, not on other rows or threads:
+    sums begin at the bias and take up their products in ascending order, in float32, rounded once.
+    Machines with other instruction sets may round differently; where bfloat16 is multiplied in
+    pairs, subnormal numbers count as zero.
+
+    Not differentiable; autocast leaves it alone.
+
+    Args:
+        x: ``(T, I)`` float32 or bfloat16 on the CPU; any row stride.
+        packed: from :func:`pack_weight`, dtype of ``x``.
+        bias: ``(O,)``, dtype of ``x``, or None.
+        out_features: ``O``; None: a multiple of 32, all that ``packed`` holds.
+
+    Returns:
+        ``(T, O)``, dtype of ``x``.
+
+    Raises:
+        ValueError: if a shape, dtype or device disagrees, naming the argument.
+        RuntimeError: if a gradient is wanted.
+    """
+    if out_features is None:
+        out_features = packed.shape[0] * PANEL
+    return _c.packed_linear.default(x, packed, bias, out_features)
+
+
+@fake("pack_weight")
+def _fake_pack_weight(weight: Tensor) -> Tensor:
+    _check_dtype("pack_weight", "weight", weight)
+    require_dim("pack_weight", "weight", weight, "(O, I)")
+    return weight.new_empty(_packed_shape(weight.dtype, *weight.shape))
+
+
+@fake("packed_linear")
+def _fake_packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    op = "packed_linear"
+    _check_dtype(op, "x", x)
+    require_dim(op, "x", x, "(T, I)")
+    for name, t in (("packed", packed), ("bias", bias)):
+        if t is not None:
+            require(t.dtype == x.dtype, op, name, f"the dtype of x, {x.dtype}", t.dtype)
+    shape = _packed_shape(x.dtype, out_features, x.shape[1])
+    require_shape(op, "packed", packed, "of pack_weight", shape)
+    if bias is not None:
+        require_shape(op, "bias", bias, "(O,)", (out_features,))
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _check_dtype(op: str, name: str, t: Tensor) -> None:
+    known = t.dtype in (torch.float32, torch.bfloat16)
+    require(known, op, name, "float32 or bfloat16", t.dtype)
+
+
+def _packed_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tuple[int, ...]:
+    panels = -(-out_features // PANEL)
+    if dtype == torch.float32:
+        return panels, in_features, PANEL
+    return panels, -(-in_features // 2), PANEL, 2
