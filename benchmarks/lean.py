@@ -155,7 +155,9 @@ def token_by_token(
         logits = model(token, cache=cache, logits_to_keep=1).logits[:, -1]
         if sample:
             sums = logits.softmax(-1, torch.float64).cumsum(-1)  # multinomial takes longer
-            token = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
+            token = torch.searchsorted(
+                sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True
+            )
         else:
             token = logits.argmax(-1, keepdim=True)
         out[:, place : place + 1] = token

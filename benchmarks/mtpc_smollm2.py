@@ -129,7 +129,9 @@ def race(
                 return [token_by_token(model, each, args.new_tokens, sample) for each in ids]
 
             def circuit(
-                decoder: mtpc.SpeculativeDecoder = decoder, seeds: Any = seeds
+                decoder: mtpc.SpeculativeDecoder = decoder,
+                seeds: Any = seeds,
+                emitted: list[float] = emitted,
             ) -> list[Tensor]:
                 own = settings | {"seed": next(seeds)}
                 found = [decoder.generate(each, **own) for each in ids]

@@ -329,7 +329,7 @@ class SpeculativeDecoder:
             evidence[:, 0] = pending
         if self.mode == "greedy":
             tokens, _ = ops.circuit_argmax(kind, *circuit, evidence)
-            return DraftedWindow.greedy(circuit, tokens)
+            return DraftedWindow.greedy(tokens)
         return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
 
     def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:

@@ -1,7 +1,7 @@
 """Windows that start behind a decided token: what a draft with a bridge draws.
 
-Circuits here are over the ``L`` tokens of the head's list, and so are the draws; only the law of each
-position, mixed over the components, is spread over the vocabulary for the test.
+Circuits here are over the ``L`` tokens of the head's list, and so are the draws; only the law of
+each position, mixed over the components, is spread over the vocabulary for the test.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class DraftedWindow(NamedTuple):
     posterior: Tensor  # (B, K, C)
 
     @classmethod
-    def greedy(cls, circuit: Circuit, tokens: Tensor) -> DraftedWindow:
-        """A window without probabilities, which greedy verification does not ask for."""
-        none = circuit.leaf.new_empty(0)
-        return cls(circuit, tokens, none, none)
+    def greedy(cls, tokens: Tensor) -> DraftedWindow:
+        """A window alone: greedy verification asks for nothing else."""
+        none = torch.empty(0)
+        return cls(Circuit(none, None, None), tokens, none, none)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Chain:
                 law = ops.circuit_conditional_dist(self.head.kind, *circuit, places, at)  # (B, L)
                 places[:, k] = law.argmax(-1)
             parts.append(self.head.listed.tokens(places))
-        return DraftedWindow.greedy(circuit, torch.cat(parts[1:], 1))
+        return DraftedWindow.greedy(torch.cat(parts[1:], 1))
 
     def _behind(self, state: Tensor, tokens: Tensor) -> Tensor:
         """States ``(B, D)`` moved by tokens ``(B, n)``, one after the other."""
