@@ -183,7 +183,8 @@ struct CircuitStep {
         }
     }
     // out += sum_z weights[z] E[z, :] / sum E[z, :] over `count` rows: all maxima, then all
-    // exponentials, so that no row's chain of operations waits for another's.
+    // exponentials, so that no row's chain of operations waits for another's; meanwhile the rows
+    // behind them come into the cache.
     void add_rows(int64_t m, int64_t first, int64_t count, A* out) const {
         const P* const a = matrix_row(m, first);
         for (int64_t z = 0; z < count; ++z) {
@@ -195,6 +196,7 @@ struct CircuitStep {
             const Vec<A> above = splat<Vec<A>>(top[first + z]);
             Vec<A> total{};
             for (int64_t i = 0; i < n; i += L) {
+                __builtin_prefetch(a + (z + kRows) * n + i);
                 const Vec<A> e = exp<false>(load_padded(a + z * n + i, n - i) - above);
                 store(row + z * width + i, e);
                 total += e;
