@@ -104,8 +104,9 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     a, b, scaling, p, _, own_seed = f
     scale = scales((scaling,), x.device)
     fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
-    packed = isinstance(base, PackedLinear) and fixed and not p
-    y = base.packed_product(x2d) if packed else None  # (T, O)
+    y = None
+    if isinstance(base, PackedLinear) and fixed and not p:
+        y = base.packed_product(x2d)  # (T, O)
     if y is not None:
         ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
     else:
