@@ -125,7 +125,7 @@ def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
             out, wide = module.weight.shape
             key = f"base_model.model.{name}.lora_"
             found[key + "A.weight"] = torch.randn(RANK, wide).to(dtype) / wide**0.5
-            found[key + "B.weight"] = torch.randn(out, RANK).to(dtype) / 64
+            found[key + "B.weight"] = torch.randn(out, RANK).to(dtype) / 8
     return found
 
 

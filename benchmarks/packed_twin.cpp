@@ -68,17 +68,20 @@ void run(const PackedLinearCpu& twin, DType dtype, int64_t in, int64_t out, int 
     // A repeated 16-bit pattern that is a small normal number in both dtypes.
     std::vector<uint16_t> w(weights * bytes / 2), x(32 * in * size / 2), y(32 * out * size / 2);
     for (auto* v : {&w, &x})
-        for (size_t i = 0; i < v->size(); ++i) (*v)[i] = static_cast<uint16_t>(0x2c00 + i * 37 % 512);
+        for (size_t i = 0; i < v->size(); ++i)
+            (*v)[i] = static_cast<uint16_t>(0x2c00 + i * 37 % 512);
     char* const first = reinterpret_cast<char*>(w.data());
     args.x = x.data();
     args.x_stride = in;
     args.y = y.data();
     const auto sweep = [&](auto&& share) {
-        return seconds(threads, [&](int thread) {
-                   const int64_t begin = panels * thread / threads;
-                   const int64_t end = panels * (thread + 1) / threads;
-                   for (int64_t i = 0; i < weights; ++i) share(first + i * bytes, begin, end);
-               }) /
+        return seconds(threads,
+                       [&](int thread) {
+                           const int64_t begin = panels * thread / threads;
+                           const int64_t end = panels * (thread + 1) / threads;
+                           for (int64_t i = 0; i < weights; ++i)
+                               share(first + i * bytes, begin, end);
+                       }) /
                weights;
     };
     constexpr int64_t kRows[] = {1, 2, 4, 8, 16, 32};
@@ -115,7 +118,8 @@ int main(int argc, char** argv) {
         return 1;
     }
     std::printf("isa %s, %d threads; rows: time x floor\n", isa_name(*isa), threads);
-    constexpr int64_t kShapes[][2] = {{576, 576}, {576, 192}, {576, 1536}, {1536, 576}, {576, 49152}};
+    constexpr int64_t kShapes[][2] = {
+        {576, 576}, {576, 192}, {576, 1536}, {1536, 576}, {576, 49152}};
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
         for (const auto& [in, out] : kShapes)
             run(twins<PackedLinearCpu>(*isa), dtype, in, out, threads);

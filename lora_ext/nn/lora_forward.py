@@ -83,52 +83,35 @@ def lora_forward(
     dense = dense_parameters(base)
     if adapter_ids is None and len(adapters) == 1 and dense is not None:
         factors = adapters[0]
-        if (
-            factors.bias is None
-            and x.dtype == factors.a.dtype == dense[0].dtype
-            and type(base) is not PackedLinear
-        ):
+        if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
             if x.dtype != torch.float64 and autocast_dtype(x) is None:
-                return _one_adapter(x, dense, factors)
+                return _one_adapter(x, base, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
         return base(x)
     if dense is not None and isinstance(base, PackedLinear):
         y = base.packed_product(x)
         if y is not None:
-            return _onto(y, x, adapters, rows)
+            return _forward(x, lambda _: y, None, adapters, rows)
     return _forward(x, base, dense, adapters, rows)
 
 
-def _onto(y: Tensor, x: Tensor, adapters: Sequence[LoraFactors], rows: Rows | None) -> Tensor:
-    """What the adapters add, onto a base product that nobody else holds."""
-    f = adapters[0]
-    if (
-        rows is None
-        and len(adapters) == 1
-        and f.bias is None
-        and f.p == 0
-        and f.a.dtype == y.dtype
-        and not (torch.is_grad_enabled() and (f.a.requires_grad or f.b.requires_grad))
-    ):
-        x2d = x.reshape(-1, x.shape[-1])  # (T, I)
-        ids, plan = all_rows(x2d.shape[0], x.device)
-        scale = scales((f.scaling,), x.device)
-        bank = f.a[None], f.b[None]
-        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, *bank, ids, scale, None, None, plan)
-        return y
-    return _forward(x, lambda _: y, None, adapters, rows)
-
-
-def _one_adapter(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
+def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
     """:func:`_forward` of the commonest case, without what only the others need: at decode its
     Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     ids, plan = all_rows(x2d.shape[0], x.device)
-    a, b, scaling, p, _, own_seed = factors
+    a, b, scaling, p, _, own_seed = f
     scale = scales((scaling,), x.device)
-    seed = _seed((own_seed,), x.device) if p else None
-    y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)  # (T, O)
+    fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    y = None
+    if isinstance(base, PackedLinear) and fixed and not p:
+        y = base.packed_product(x2d)  # (T, O)
+    if y is not None:
+        ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
+    else:
+        seed = _seed((own_seed,), x.device) if p else None
+        y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -90,25 +90,23 @@ class PackedLinear(nn.Linear):
 
     def packed_product(self, x: Tensor) -> Tensor | None:
         """The same from the packed copy, or None where the plain product is to serve."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training or _watched():
             return None
-        weight = self.weight
-        rows = x.numel() // self.in_features
-        if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype or x.device.type != "cpu":
+        weight, bias = self.weight, self.bias
+        rows = x.numel() // self.in_features if self.in_features else 0
+        if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype:
+            return None
+        if x.device.type != "cpu" or x.shape[-1] != self.in_features:
             return None
         if torch.is_grad_enabled() and (
-            x.requires_grad
-            or weight.requires_grad
-            or (self.bias is not None and self.bias.requires_grad)
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return None
-        if torch.is_autocast_enabled("cpu") or x.shape[-1] != self.in_features:
             return None
         packed = self.__dict__[_STATE].of(weight)
         if packed is None:
             return None
         x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (T, I)
-        y = ops.packed_linear(x2d, packed, self.bias, self.out_features)  # (T, O)
+        y = ops.packed_linear(x2d, packed, bias, self.out_features)  # (T, O)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
@@ -231,6 +229,16 @@ def _check(name: str, module: nn.Linear) -> None:
     refusal = _refusal(module.weight)
     if refusal is not None:
         raise ValueError(where + refusal)
+
+
+def _watched() -> bool:
+    """Whether somebody computes with the product of whom its kernel knows nothing."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _refusal(weight: Tensor) -> str | None:

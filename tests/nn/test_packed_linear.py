@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lora_ext import ops
 from lora_ext.nn import LoraLinear, pack_linears, packed_bytes, unpack_linears
@@ -181,6 +182,22 @@ def test_a_compiled_graph_takes_the_plain_product() -> None:
     module, x = pack_linears(layer()), small_integers(2, 48)
     run = torch.compile(module, backend="eager", fullgraph=True)
     assert torch.equal(run(x), module(x))
+
+
+def test_transforms_take_the_plain_product() -> None:
+    module, x = pack_linears(layer()), small_integers(2, 48)
+    expected, weight = module(x), module.weight
+    stacked = {"weight": torch.stack([weight, 2 * weight]), "bias": torch.stack([module.bias] * 2)}
+    each = torch.func.vmap(lambda p: torch.func.functional_call(module, p, (x,)))(stacked)
+    assert torch.equal(each[0], expected) and torch.equal(each[1], 2 * expected - module.bias)
+    _, tangent = torch.func.jvp(module, (x,), (x,))
+    assert torch.equal(tangent, expected - module.bias)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(module(forward_ad.make_dual(x, x)))
+        assert torch.equal(dual.tangent, tangent)
+    recorded = torch.jit.trace(module, x)
+    assert recorded(small_integers(40, 48)).shape == (40, 33)
+    assert "aten::linear" in str(recorded.graph)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 1, -1])])

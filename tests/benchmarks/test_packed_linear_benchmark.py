@@ -1,0 +1,36 @@
+"""The benchmark of packed weights checks what it times."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft")
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import packed_linear
+
+from lora_ext import ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(packed_linear, "SHAPES", ((40, 33),))
+    monkeypatch.setattr(packed_linear, "COLD_BYTES", 1)
+    lines = list(packed_linear.bench_ops(dtype, rounds=1))
+    assert len(lines) == len(packed_linear.ROWS)
+    assert all(name in lines[0] for name in ("F.linear", "oneDNN", "packed"))
+
+
+def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, product = torch.ones(2, 40), torch.ones(33, 40), ops.packed_linear
+
+    def wrong(*args: Tensor) -> Tensor:
+        return product(*args) * (1 + 1e-4)
+
+    packed_linear.products(x, [weight])
+    monkeypatch.setattr(ops, "packed_linear", wrong)
+    with pytest.raises(SystemExit, match="packed, 2 rows of 40 -> 33: wrong"):
+        packed_linear.products(x, [weight])
