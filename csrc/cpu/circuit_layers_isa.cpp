@@ -12,12 +12,18 @@ namespace {
 template <typename A>
 void weights(const LayersArgs& args, int64_t begin, int64_t end) {
     const LayersMatrix* m = args.program.matrices();
-    for (int64_t row = begin; row < end; ++row) {
+    A* shift = static_cast<A*>(args.shift);
+    const bool logits = args.norm == WeightNorm::kLogits;
+    for (int64_t row = begin; row < end;) {
         while (row >= m->row + m->units) ++m;
+        const int64_t stop = min(end, m->row + m->units);
         const int64_t at = m->weight + (row - m->row) * m->width;
-        static_cast<A*>(args.shift)[row] = scale_row(static_cast<const A*>(args.w) + at, m->width,
-                                                     args.norm, static_cast<A*>(args.weight) + at);
+        scale_rows(static_cast<const A*>(args.w) + at, stop - row, m->width,
+                   static_cast<A*>(args.weight) + at, logits ? nullptr : shift + row,
+                   logits ? shift + row : nullptr);
+        row = stop;
     }
+    if (logits) shifts_of(shift + begin, end - begin);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -176,7 +182,8 @@ struct Flows {
         const A* ratio = static_cast<const A*>(args.ratio) + at;
         for (int64_t first = 0; first < args.lanes; first += L) {
             const auto none = load(out + first) == -kInfinity<A>;
-            if (!any((load(g + first) != 0)&(load(ratio + first) == 0) & ~none)) continue;
+            const auto flows = load(g + first) != 0, lost = load(ratio + first) == 0;
+            if (!any(flows & lost & ~none)) continue;
             const Block<A, 1> block(args, first);
             Vec<A> tops[1];
             block.terms(node, p, tops);
@@ -215,42 +222,6 @@ int64_t scratch_of(const LayersArgs& args) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Tables
-
-template <typename A>
-void table_forward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
-    constexpr int64_t kChunk = 256;
-    for (int64_t m = begin; m < end; ++m) {
-        const A* rows = static_cast<const A*>(args.table) + args.row[m] * args.values;
-        for (int64_t b = 0; b < args.lanes; b += kChunk) {
-            const int64_t count = min(args.lanes - b, kChunk);
-            int32_t at[kChunk];
-            for (int64_t i = 0; i < count; ++i)
-                at[i] = b + i < args.rows ? static_cast<int32_t>(args.x[(b + i) * args.blocks + m])
-                                          : -1;
-            for (int64_t j = 0; j < args.block; ++j) {
-                const A* row = rows + j * args.values;
-                A* to = static_cast<A*>(args.e) + (m * args.block + j) * args.lanes + b;
-                for (int64_t i = 0; i < count; ++i) to[i] = at[i] < 0 ? A(0) : row[at[i]];
-            }
-        }
-    }
-}
-
-template <typename A>
-void table_backward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
-    for (int64_t m = 0; m < args.blocks; ++m)
-        for (int64_t j = begin; j < end; ++j) {
-            A* row = static_cast<A*>(args.dtable) + (args.row[m] + j) * args.values;
-            const A* g = static_cast<const A*>(args.de) + (m * args.block + j) * args.de_unit;
-            for (int64_t b = 0; b < args.rows; ++b) {
-                const int64_t x = args.x[b * args.blocks + m];
-                if (x >= 0) row[x] += g[b * args.de_row];
-            }
-        }
-}
-
-// ------------------------------------------------------------------------------------------------
 
 template <auto kFloat, auto kDouble>
 constexpr auto by_dtype = [](const auto& args, auto... rest) {
@@ -263,8 +234,5 @@ constexpr auto by_dtype = [](const auto& args, auto... rest) {
 extern const LayersCpu layers_table;
 const LayersCpu layers_table = {LX_ISA_NAME,        LX_EITHER(weights),  LX_EITHER(scratch_of),
                                 LX_EITHER(forward), LX_EITHER(backward), LX_EITHER(dweights)};
-extern const CircuitTableCpu circuit_table_table;
-const CircuitTableCpu circuit_table_table = {LX_ISA_NAME, LX_EITHER(table_forward),
-                                             LX_EITHER(table_backward)};
 
 }  // namespace lora_ext::LX_ISA
