@@ -5,7 +5,9 @@
 
 Tables: ``hmm``, a hidden Markov model with shared parameters, against the formula in torch with its
 steps stacked (eager, compiled, in probabilities), ``jax.jit`` over ``lax.scan``, and libcirkit;
-``rat_spn``, against stacked einsum layers, eager and compiled; ``numerics``, the largest error of a
+``rat_spn``, against stacked einsum layers, eager and compiled; ``em``, a step of Baum-Welch against
+hmmlearn; ``digits``, an epoch of Adam over scikit-learn's digits, of a RAT-SPN and of a hidden
+Chow-Liu tree, against einsum layers and libcirkit; ``numerics``, the largest error of a
 log-likelihood per precision, on the emulator where there is no GPU. Values and gradients of every
 model are checked against float64 before it is timed; a peer that is not installed is skipped with
 its reason. Fastest first. The first run compiles for minutes, later ones find torch's cache.
@@ -20,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import circuit_training
 import torch
 from chain_peers import Chain, Jax, Peer, jax_missing, scaled, stacked, torch_peer
 from common import ROOT, append_rows, interleaved, machine_columns
@@ -125,7 +128,8 @@ def compare(
     table: str, case: str, circuit: Circuit, peers: dict[str, Peer], x: Tensor, rounds: int
 ) -> list[dict[str, object]]:
     """Check values and gradients of every model against float64, then time them."""
-    ours = torch_peer(lambda: circuit.log_prob(x), [circuit.weights])
+    leaves = list(circuit.leaves.parameters())
+    ours = torch_peer(lambda: circuit.log_prob(x), [circuit.weights], leaves)
     peers = {"lora_ext": ours, **peers}
     exact = Circuit(circuit.graph).double()
     exact.load_state_dict({k: v.double() for k, v in circuit.state_dict().items()})
@@ -210,12 +214,54 @@ def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
         parts = layers_of(circuit)
 
         def layers(model: Callable[..., Tensor], parts: Any = parts) -> Peer:
-            return torch_peer(lambda: model(*parts, x), parts[1])
+            return torch_peer(lambda: model(*parts, x), parts[1], [parts[0]])
 
         peers = {"einsum layers": layers(einsum_layers)}
         if args.compile:
             peers["einsum layers, torch.compile"] = layers(compiled(einsum_layers))
         rows += compare("rat_spn", f"{units} units", circuit, peers, x, args.rounds)
+    return rows
+
+
+def learning_rows(
+    table: str, case: str, calls: circuit_training.Calls, rounds: int
+) -> list[dict[str, object]]:
+    """Steps that move parameters, timed against each other."""
+    found = interleaved(calls, rounds)
+    return [
+        row(
+            table,
+            case,
+            name,
+            median_ms=t.median * 1e3,
+            p20_ms=t.p20 * 1e3,
+            p80_ms=t.p80 * 1e3,
+            over_lora_ext=t.over(found["lora_ext"]),
+        )
+        for name, t in sorted(found.items(), key=lambda item: item[1].over(found["lora_ext"]))
+    ]
+
+
+def em_table(args: argparse.Namespace) -> list[dict[str, object]]:
+    """512 sequences of 32 steps, 64 values, 8 and 32 states."""
+    rows: list[dict[str, object]] = []
+    for rank in (8, 32):
+        rows += learning_rows("em", f"r = {rank}", circuit_training.em_calls(rank), args.rounds)
+    return rows
+
+
+def digits_table(args: argparse.Namespace) -> list[dict[str, object]]:
+    """1797 images of 64 pixels, 17 greys, batches of 100."""
+    x = circuit_training.digits()
+    rows: list[dict[str, object]] = []
+    if x is None:
+        return rows
+    for units in (8, 16):
+        calls = circuit_training.rat_spn_calls(units, x, DEPTH, REPETITIONS)
+        rows += learning_rows("digits", f"RAT-SPN, {units} units", calls, args.rounds)
+    for units in (16, 32):
+        calls = circuit_training.hclt_calls(units, x)
+        rows += learning_rows("digits", f"HCLT, {units} units", calls, args.rounds)
     return rows
 
 
@@ -266,6 +312,7 @@ def numerics_table() -> list[dict[str, object]]:
 def main() -> None:
     """Run the tables that were asked for and append their rows."""
     tables = {"hmm": hmm_table, "rat_spn": rat_spn_table, "numerics": lambda _: numerics_table()}
+    tables |= {"em": em_table, "digits": digits_table}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
