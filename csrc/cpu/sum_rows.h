@@ -98,9 +98,9 @@ LX_INLINE Acc<T> scale_row(const T* w, int64_t n, WeightNorm norm, Acc<T>* scale
     return row.shift(lane_sum(total));
 }
 
-// Consecutive rows of n logits or log-weights, relative to their largest: written to `to`, and their
-// maxima and sums per row; each of the three may be null. Four rows at a time, because a single one
-// waits for its maximum and its sum.
+// Consecutive rows of n logits or log-weights, relative to their largest: written to `to`, and
+// their maxima and sums per row; each of the three may be null. Four rows at a time, because a
+// single one waits for its maximum and its sum.
 template <typename A, int kRows>
 LX_INLINE void scale_tile(const A* w, int64_t n, A* to, A* tops, A* totals) {
     Vec<A> top[kRows], total[kRows] = {};
