@@ -25,7 +25,7 @@ from typing import Any
 import circuit_training
 import torch
 from chain_peers import Chain, Jax, Peer, jax_missing, scaled, stacked, torch_peer
-from common import ROOT, append_rows, interleaved, machine_columns
+from common import ROOT, Timing, append_rows, interleaved, machine_columns
 from torch import Tensor
 
 from lora_ext import _loader
@@ -125,9 +125,20 @@ def layers_of(circuit: Circuit) -> tuple[Tensor, list[Tensor], Tensor]:
 
 
 def compare(
-    table: str, case: str, circuit: Circuit, peers: dict[str, Peer], x: Tensor, rounds: int
+    table: str,
+    case: str,
+    circuit: Circuit,
+    peers: dict[str, Peer],
+    x: Tensor,
+    rounds: int,
+    least: bool = False,
 ) -> list[dict[str, object]]:
-    """Check values and gradients of every model against float64, then time them."""
+    """Check values and gradients of every model against float64, then time them.
+
+    ``least`` compares the best of many bursts of a millisecond, which is what a machine that is
+    never quiet can tell; otherwise the median round of 50 milliseconds counts.
+    """
+    burst = 1e-3 if least else 0.05
     leaves = list(circuit.leaves.parameters())
     ours = torch_peer(lambda: circuit.log_prob(x), [circuit.weights], leaves)
     peers = {"lora_ext": ours, **peers}
@@ -148,9 +159,13 @@ def compare(
             raise SystemExit(f"{case}: {name} is off by {found}: not timed")
     with torch.no_grad():
         calls = {name: peer.value for name, peer in peers.items()}
-        timings = {"forward": interleaved(calls, rounds, 0.05)}
+        timings = {"forward": interleaved(calls, rounds, burst)}
     calls = {name: peer.step for name, peer in peers.items()}
-    timings["forward and backward"] = interleaved(calls, rounds, 0.05)
+    timings["forward and backward"] = interleaved(calls, rounds, burst)
+
+    def over(t: Timing, ours: Timing) -> float:
+        return min(t.rounds) / min(ours.rounds) if least else t.over(ours)
+
     return [
         row(
             table,
@@ -159,11 +174,11 @@ def compare(
             median_ms=t.median * 1e3,
             p20_ms=t.p20 * 1e3,
             p80_ms=t.p80 * 1e3,
-            over_lora_ext=t.over(found["lora_ext"]),
+            over_lora_ext=over(t, found["lora_ext"]),
             worst_error=errors[name],
         )
         for what, found in timings.items()
-        for name, t in sorted(found.items(), key=lambda item: item[1].over(found["lora_ext"]))
+        for name, t in sorted(found.items(), key=lambda item: over(item[1], found["lora_ext"]))
     ]
 
 
@@ -192,7 +207,7 @@ def hmm_table(args: argparse.Namespace) -> list[dict[str, object]]:
         jax = None if missing else Jax(args.jax_python, chain, x, torch.get_num_threads())
         if jax:
             peers |= {"jax.jit": jax.peer("log"), "jax.jit, scaled": jax.peer("scaled")}
-        rows += compare("hmm", f"r = {rank}", circuit, peers, x, args.rounds)
+        rows += compare("hmm", f"r = {rank}", circuit, peers, x, args.rounds, args.least)
         if jax:
             jax.close()
     return rows
@@ -219,7 +234,7 @@ def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
         peers = {"einsum layers": layers(einsum_layers)}
         if args.compile:
             peers["einsum layers, torch.compile"] = layers(compiled(einsum_layers))
-        rows += compare("rat_spn", f"{units} units", circuit, peers, x, args.rounds)
+        rows += compare("rat_spn", f"{units} units", circuit, peers, x, args.rounds, args.least)
     return rows
 
 
@@ -319,6 +334,7 @@ def main() -> None:
     parser.add_argument("--table", choices=tables, action="append")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="of hmm")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--least", action="store_true", help="compare the best short bursts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no waiting")
     parser.add_argument("--jax-python", default=sys.executable, help="an interpreter with jax")
