@@ -107,7 +107,7 @@ def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)
     leaf, weights, scopes = layers_of(circuit)
-    calls = {
+    calls: Calls = {
         "lora_ext": epoch(circuit.log_prob, circuit.parameters(), x),
         "einsum layers": epoch(
             lambda b: einsum_layers(leaf, weights, scopes, b), [leaf, *weights], x
@@ -125,7 +125,7 @@ def hclt_calls(units: int, x: Tensor) -> Calls:
     parents = chow_liu_parents(x, num_categories=GREYS)
     circuit = Circuit(RegionGraph.hclt(parents, rank=units, leaf=Categorical(GREYS)))
     tree = Tree(circuit, [int(p) for p in parents])
-    calls = {
+    calls: Calls = {
         "lora_ext": epoch(circuit.log_prob, circuit.parameters(), x),
         "einsum layers": epoch(tree, tree.parameters(), x),
     }
