@@ -77,7 +77,7 @@ def digits() -> Tensor | None:
     except ImportError:
         print("digits: skipped: scikit-learn is not installed")
         return None
-    return torch.tensor(load_digits().data).long()
+    return torch.tensor(load_digits(return_X_y=True)[0]).long()
 
 
 def epoch(
