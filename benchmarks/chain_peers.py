@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +42,20 @@ class Peer:
     gradient: Callable[[], Tensor]
 
 
-def torch_peer(model: Callable[[], Tensor], weights: list[Tensor]) -> Peer:
-    """A model in torch, whose gradients are left in ``weights``."""
+def torch_peer(
+    model: Callable[[], Tensor], weights: list[Tensor], others: Sequence[Tensor] = ()
+) -> Peer:
+    """A model in torch, whose gradients are left in ``weights`` and ``others``.
+
+    A step starts without gradients, as one of an optimizer does, and as jax's.
+    """
 
     def step() -> None:
+        for w in (*weights, *others):
+            w.grad = None
         model().sum().backward()
 
     def gradient() -> Tensor:
-        for w in weights:
-            w.grad = None
         step()
         return torch.cat([w.grad.flatten() for w in weights if w.grad is not None])
 
@@ -78,7 +83,7 @@ class Chain:
     def peer(self, form: Callable[..., Tensor], x: Tensor) -> Peer:
         """One of the forms below over these parameters."""
         parts = self.leaf, self.steps, self.first
-        return torch_peer(lambda: form(*parts, x), [self.steps, self.first])
+        return torch_peer(lambda: form(*parts, x), [self.steps, self.first], [self.leaf])
 
 
 def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:

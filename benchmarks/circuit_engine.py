@@ -5,7 +5,9 @@
 
 Tables: ``hmm``, a hidden Markov model with shared parameters, against the formula in torch with its
 steps stacked (eager, compiled, in probabilities), ``jax.jit`` over ``lax.scan``, and libcirkit;
-``rat_spn``, against stacked einsum layers, eager and compiled; ``numerics``, the largest error of a
+``rat_spn``, against stacked einsum layers, eager and compiled; ``em``, a step of Baum-Welch against
+hmmlearn; ``digits``, an epoch of Adam over scikit-learn's digits, of a RAT-SPN and of a hidden
+Chow-Liu tree, against einsum layers and libcirkit; ``numerics``, the largest error of a
 log-likelihood per precision, on the emulator where there is no GPU. Values and gradients of every
 model are checked against float64 before it is timed; a peer that is not installed is skipped with
 its reason. Fastest first. The first run compiles for minutes, later ones find torch's cache.
@@ -20,9 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import circuit_training
 import torch
 from chain_peers import Chain, Jax, Peer, jax_missing, scaled, stacked, torch_peer
-from common import ROOT, append_rows, interleaved, machine_columns
+from common import ROOT, Timing, append_rows, interleaved, machine_columns
 from torch import Tensor
 
 from lora_ext import _loader
@@ -122,10 +125,22 @@ def layers_of(circuit: Circuit) -> tuple[Tensor, list[Tensor], Tensor]:
 
 
 def compare(
-    table: str, case: str, circuit: Circuit, peers: dict[str, Peer], x: Tensor, rounds: int
+    table: str,
+    case: str,
+    circuit: Circuit,
+    peers: dict[str, Peer],
+    x: Tensor,
+    rounds: int,
+    least: bool = False,
 ) -> list[dict[str, object]]:
-    """Check values and gradients of every model against float64, then time them."""
-    ours = torch_peer(lambda: circuit.log_prob(x), [circuit.weights])
+    """Check values and gradients of every model against float64, then time them.
+
+    ``least`` compares the best of many bursts of a millisecond, which is what a machine that is
+    never quiet can tell; otherwise the median round of 50 milliseconds counts.
+    """
+    burst = 1e-3 if least else 0.05
+    leaves = list(circuit.leaves.parameters())
+    ours = torch_peer(lambda: circuit.log_prob(x), [circuit.weights], leaves)
     peers = {"lora_ext": ours, **peers}
     exact = Circuit(circuit.graph).double()
     exact.load_state_dict({k: v.double() for k, v in circuit.state_dict().items()})
@@ -144,9 +159,13 @@ def compare(
             raise SystemExit(f"{case}: {name} is off by {found}: not timed")
     with torch.no_grad():
         calls = {name: peer.value for name, peer in peers.items()}
-        timings = {"forward": interleaved(calls, rounds, 0.05)}
+        timings = {"forward": interleaved(calls, rounds, burst)}
     calls = {name: peer.step for name, peer in peers.items()}
-    timings["forward and backward"] = interleaved(calls, rounds, 0.05)
+    timings["forward and backward"] = interleaved(calls, rounds, burst)
+
+    def over(t: Timing, ours: Timing) -> float:
+        return min(t.rounds) / min(ours.rounds) if least else t.over(ours)
+
     return [
         row(
             table,
@@ -155,11 +174,11 @@ def compare(
             median_ms=t.median * 1e3,
             p20_ms=t.p20 * 1e3,
             p80_ms=t.p80 * 1e3,
-            over_lora_ext=t.over(found["lora_ext"]),
+            over_lora_ext=over(t, found["lora_ext"]),
             worst_error=errors[name],
         )
         for what, found in timings.items()
-        for name, t in sorted(found.items(), key=lambda item: item[1].over(found["lora_ext"]))
+        for name, t in sorted(found.items(), key=lambda item: over(item[1], found["lora_ext"]))
     ]
 
 
@@ -188,7 +207,7 @@ def hmm_table(args: argparse.Namespace) -> list[dict[str, object]]:
         jax = None if missing else Jax(args.jax_python, chain, x, torch.get_num_threads())
         if jax:
             peers |= {"jax.jit": jax.peer("log"), "jax.jit, scaled": jax.peer("scaled")}
-        rows += compare("hmm", f"r = {rank}", circuit, peers, x, args.rounds)
+        rows += compare("hmm", f"r = {rank}", circuit, peers, x, args.rounds, args.least)
         if jax:
             jax.close()
     return rows
@@ -210,12 +229,54 @@ def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
         parts = layers_of(circuit)
 
         def layers(model: Callable[..., Tensor], parts: Any = parts) -> Peer:
-            return torch_peer(lambda: model(*parts, x), parts[1])
+            return torch_peer(lambda: model(*parts, x), parts[1], [parts[0]])
 
         peers = {"einsum layers": layers(einsum_layers)}
         if args.compile:
             peers["einsum layers, torch.compile"] = layers(compiled(einsum_layers))
-        rows += compare("rat_spn", f"{units} units", circuit, peers, x, args.rounds)
+        rows += compare("rat_spn", f"{units} units", circuit, peers, x, args.rounds, args.least)
+    return rows
+
+
+def learning_rows(
+    table: str, case: str, calls: circuit_training.Calls, rounds: int
+) -> list[dict[str, object]]:
+    """Steps that move parameters, timed against each other."""
+    found = interleaved(calls, rounds)
+    return [
+        row(
+            table,
+            case,
+            name,
+            median_ms=t.median * 1e3,
+            p20_ms=t.p20 * 1e3,
+            p80_ms=t.p80 * 1e3,
+            over_lora_ext=t.over(found["lora_ext"]),
+        )
+        for name, t in sorted(found.items(), key=lambda item: item[1].over(found["lora_ext"]))
+    ]
+
+
+def em_table(args: argparse.Namespace) -> list[dict[str, object]]:
+    """512 sequences of 32 steps, 64 values, 8 and 32 states."""
+    rows: list[dict[str, object]] = []
+    for rank in (8, 32):
+        rows += learning_rows("em", f"r = {rank}", circuit_training.em_calls(rank), args.rounds)
+    return rows
+
+
+def digits_table(args: argparse.Namespace) -> list[dict[str, object]]:
+    """1797 images of 64 pixels, 17 greys, batches of 100."""
+    x = circuit_training.digits()
+    rows: list[dict[str, object]] = []
+    if x is None:
+        return rows
+    for units in (8, 16):
+        calls = circuit_training.rat_spn_calls(units, x, DEPTH, REPETITIONS)
+        rows += learning_rows("digits", f"RAT-SPN, {units} units", calls, args.rounds)
+    for units in (16, 32):
+        calls = circuit_training.hclt_calls(units, x)
+        rows += learning_rows("digits", f"HCLT, {units} units", calls, args.rounds)
     return rows
 
 
@@ -266,12 +327,14 @@ def numerics_table() -> list[dict[str, object]]:
 def main() -> None:
     """Run the tables that were asked for and append their rows."""
     tables = {"hmm": hmm_table, "rat_spn": rat_spn_table, "numerics": lambda _: numerics_table()}
+    tables |= {"em": em_table, "digits": digits_table}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", choices=tables, action="append")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="of hmm")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--least", action="store_true", help="compare the best short bursts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no waiting")
     parser.add_argument("--jax-python", default=sys.executable, help="an interpreter with jax")

@@ -37,6 +37,20 @@ LX_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
     }
 }
 
+template <typename I>
+LX_INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(I) == 64) return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(I) == 32) return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#endif
+    int64_t words[sizeof(I) / 8], found = 0;
+    __builtin_memcpy(words, &mask, sizeof(I));
+    for (const int64_t word : words) found |= word;
+    return found != 0;
+}
+
 // c[m] (kVecs vectors, rows `c_row` apart) = sum over k of a[m am + k ak] b[k], ascending; added to
 // what c holds if `add`.
 template <typename A, int kVecs>
@@ -221,13 +235,6 @@ struct Block {
         const A top = row_max(w, n);
         return top == -kInfinity<A> ? A(0) : top;
     }
-    static LX_INLINE bool any(Ints<V> mask) {
-        int64_t words[sizeof(mask) / 8], found = 0;
-        __builtin_memcpy(words, &mask, sizeof(mask));
-        for (const int64_t word : words) found |= word;
-        return found != 0;
-    }
-
     // dl of the node is complete: its shares to its children, and `ratio` to dweights.
     void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
         if (node.matrix < 0) {

@@ -4,6 +4,7 @@
 #include "lora_ext/circuit_layers.h"
 
 #include "circuit_block.h"
+#include "transpose.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
@@ -11,12 +12,18 @@ namespace {
 template <typename A>
 void weights(const LayersArgs& args, int64_t begin, int64_t end) {
     const LayersMatrix* m = args.program.matrices();
-    for (int64_t row = begin; row < end; ++row) {
+    A* shift = static_cast<A*>(args.shift);
+    const bool logits = args.norm == WeightNorm::kLogits;
+    for (int64_t row = begin; row < end;) {
         while (row >= m->row + m->units) ++m;
+        const int64_t stop = min(end, m->row + m->units);
         const int64_t at = m->weight + (row - m->row) * m->width;
-        static_cast<A*>(args.shift)[row] = scale_row(static_cast<const A*>(args.w) + at, m->width,
-                                                     args.norm, static_cast<A*>(args.weight) + at);
+        scale_rows(static_cast<const A*>(args.w) + at, stop - row, m->width,
+                   static_cast<A*>(args.weight) + at, logits ? nullptr : shift + row,
+                   logits ? shift + row : nullptr);
+        row = stop;
     }
+    if (logits) shifts_of(shift + begin, end - begin);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -106,17 +113,18 @@ struct Flows {
                     void* scratch)
         : args(args), m(m), o(o), o_end(o_end), row(padded<A>(m.width)) {
         p = static_cast<A*>(scratch);
-        across = p + m.width * kDepth;
+        across = p + whole_vectors<A>(m.width) * kDepth;
         flow = across + kPanel * kDepth;
     }
 
     void run() const {
-        for (int64_t i = 0; i < (o_end - o) * row; ++i) flow[i] = 0;
         alignas(64) A total[kBandRows] = {};
+        bool first = true;
         for (int64_t u = m.user_begin; u < m.user_end; ++u) {
             const LayersNode& node = args.program.nodes()[args.program.users()[u]];
-            for_blocks<A>(0, args.lanes / kLaneGroup,
-                          [&](auto vecs, int64_t lane) { add<vecs.value>(node, lane); });
+            for_blocks<A>(0, args.lanes / kLaneGroup, [&](auto vecs, int64_t lane) {
+                add<vecs.value>(node, lane, !first), first = false;
+            });
             for (int64_t r = o; r < o_end; ++r) total[r - o] += total_of(node, r);
         }
         finish(total);
@@ -131,23 +139,21 @@ struct Flows {
         return lane_sum(sum);
     }
     template <int kVecs>
-    void add(const LayersNode& node, int64_t lane) const {
-        constexpr int64_t kWidth = kVecs * kLanes<A>;
+    void add(const LayersNode& node, int64_t lane, bool to_flow) const {
+        constexpr int L = kLanes<A>;
         const Block<A, kVecs> block(args, lane);
         Vec<A> tops[kVecs];
         block.scaled_terms(node, p, tops);
+        const int64_t rows = whole_vectors<A>(m.width);
+        for (A* rest = p + m.width * kVecs * L; rest < p + rows * kVecs * L; ++rest) *rest = 0;
         const A* ratio = block.at(args.ratio, node.out + o);
         for_panels<A>(m.width, [&](int64_t first, auto panel) {
-            constexpr int64_t kColumns = panel.value * kLanes<A>;
-            const int64_t columns = min(m.width - first, kColumns);
-            for (int64_t i = 0; i < columns; ++i)
-                for (int64_t b = 0; b < kWidth; ++b)
-                    across[b * kColumns + i] = p[(first + i) * kWidth + b];
-            if (columns < kColumns)
-                for (int64_t b = 0; b < kWidth; ++b)
-                    for (int64_t i = columns; i < kColumns; ++i) across[b * kColumns + i] = 0;
-            multiply<A, panel.value>(ratio, args.lanes, 1, o_end - o, kWidth, across, flow + first,
-                                     row, true);
+            for (int i = 0; i < panel.value; ++i)
+                for (int v = 0; v < kVecs; ++v)
+                    transpose(p + ((first + i * L) * kVecs + v) * L, kVecs * L,
+                              across + (v * L * panel.value + i) * L, panel.value * L);
+            multiply<A, panel.value>(ratio, args.lanes, 1, o_end - o, kVecs * L, across,
+                                     flow + first, row, to_flow);
         });
     }
     void finish(const A* total) const {
@@ -156,38 +162,41 @@ struct Flows {
             const int64_t at = m.weight + r * m.width;
             const A* scaled = static_cast<const A*>(args.weight) + at;
             const A shift = static_cast<const A*>(args.shift)[m.row + r];
-            for_vectors<A>(0, m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-                store_part(f + i, load_part(f + i, n) * load_part(scaled + i, n), n);
-            });
-            for (int64_t u = m.user_begin; u < m.user_end; ++u)
-                add_rescued(args.program.nodes()[args.program.users()[u]], r, f);
             const bool logits = args.norm == WeightNorm::kLogits && shift != -kInfinity<A>;
             const A factor = logits ? total[r - o] * exp_of(shift) : A(0);
             A* dw = static_cast<A*>(args.dw) + at;
             for_vectors<A>(0, m.width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-                store_part(dw + i, load_part(f + i, n) - load_part(scaled + i, n) * factor, n);
+                const Vec<A> weight = load_part(scaled + i, n);
+                store_part(dw + i, weight * (load_part(f + i, n) - factor), n);
             });
+            for (int64_t u = m.user_begin; u < m.user_end; ++u)
+                add_rescued(args.program.nodes()[args.program.users()[u]], r, dw);
         }
     }
     // A sum was rescued where its ratio is zero although it has a flow and is possible.
-    void add_rescued(const LayersNode& node, int64_t r, A* f) const {
+    void add_rescued(const LayersNode& node, int64_t r, A* dw) const {
+        constexpr int L = kLanes<A>;
         const int64_t at = (node.out + r) * args.lanes;
         const A* out = static_cast<const A*>(args.val) + at;
         const A* g = static_cast<const A*>(args.grad) + at;
         const A* ratio = static_cast<const A*>(args.ratio) + at;
-        Vec<A> tops[1];
-        for (int64_t b = 0, held = -1; b < args.lanes; ++b) {
-            if (g[b] == 0 || ratio[b] != 0 || out[b] == -kInfinity<A>) continue;
-            const int64_t first = b / kLanes<A> * kLanes<A>;
+        for (int64_t first = 0; first < args.lanes; first += L) {
+            const auto none = load(out + first) == -kInfinity<A>;
+            const auto flows = load(g + first) != 0, lost = load(ratio + first) == 0;
+            if (!any(flows & lost & ~none)) continue;
             const Block<A, 1> block(args, first);
-            if (held != first) block.terms(node, p, tops), held = first;
+            Vec<A> tops[1];
+            block.terms(node, p, tops);
             const A shift = static_cast<const A*>(args.shift)[m.row + r];
-            if (!(tops[0][b - first] + shift - out[b] >= kTrust<A>)) continue;
             const A* w = block.weights_of(m, r);
             const A base = block.base_of(w, m.width);
-            for (int64_t i = 0; i < m.width; ++i)
-                f[i] +=
-                    g[b] * exp_of(w[i] - base + p[i * kLanes<A> + b - first] + (shift - out[b]));
+            for (int64_t b = 0; b < L; ++b) {
+                const A own = out[first + b], flow = g[first + b];
+                if (flow == 0 || ratio[first + b] != 0 || own == -kInfinity<A>) continue;
+                if (!(tops[0][b] + shift - own >= kTrust<A>)) continue;
+                for (int64_t i = 0; i < m.width; ++i)
+                    dw[i] += flow * exp_of(w[i] - base + p[i * L + b] + (shift - own));
+            }
         }
     }
 };
@@ -207,45 +216,9 @@ template <typename A>
 int64_t scratch_of(const LayersArgs& args) {
     constexpr int64_t kDepth = Flows<A>::kDepth;
     const int64_t backward = (2 * args.max_width + args.max_units) * kDepth;
-    const int64_t flows = (args.max_width + Flows<A>::kPanel) * kDepth +
+    const int64_t flows = (whole_vectors<A>(args.max_width) + Flows<A>::kPanel) * kDepth +
                           min(kBandRows, args.max_units) * padded<A>(args.max_width);
     return (backward > flows ? backward : flows) * static_cast<int64_t>(sizeof(A));
-}
-
-// ------------------------------------------------------------------------------------------------
-// Tables
-
-template <typename A>
-void table_forward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
-    constexpr int64_t kChunk = 256;
-    for (int64_t m = begin; m < end; ++m) {
-        const A* rows = static_cast<const A*>(args.table) + args.row[m] * args.values;
-        for (int64_t b = 0; b < args.lanes; b += kChunk) {
-            const int64_t count = min(args.lanes - b, kChunk);
-            int32_t at[kChunk];
-            for (int64_t i = 0; i < count; ++i)
-                at[i] = b + i < args.rows ? static_cast<int32_t>(args.x[(b + i) * args.blocks + m])
-                                          : -1;
-            for (int64_t j = 0; j < args.block; ++j) {
-                const A* row = rows + j * args.values;
-                A* to = static_cast<A*>(args.e) + (m * args.block + j) * args.lanes + b;
-                for (int64_t i = 0; i < count; ++i) to[i] = at[i] < 0 ? A(0) : row[at[i]];
-            }
-        }
-    }
-}
-
-template <typename A>
-void table_backward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
-    for (int64_t m = 0; m < args.blocks; ++m)
-        for (int64_t j = begin; j < end; ++j) {
-            A* row = static_cast<A*>(args.dtable) + (args.row[m] + j) * args.values;
-            const A* g = static_cast<const A*>(args.de) + (m * args.block + j) * args.de_unit;
-            for (int64_t b = 0; b < args.rows; ++b) {
-                const int64_t x = args.x[b * args.blocks + m];
-                if (x >= 0) row[x] += g[b * args.de_row];
-            }
-        }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -261,8 +234,5 @@ constexpr auto by_dtype = [](const auto& args, auto... rest) {
 extern const LayersCpu layers_table;
 const LayersCpu layers_table = {LX_ISA_NAME,        LX_EITHER(weights),  LX_EITHER(scratch_of),
                                 LX_EITHER(forward), LX_EITHER(backward), LX_EITHER(dweights)};
-extern const CircuitTableCpu circuit_table_table;
-const CircuitTableCpu circuit_table_table = {LX_ISA_NAME, LX_EITHER(table_forward),
-                                             LX_EITHER(table_backward)};
 
 }  // namespace lora_ext::LX_ISA

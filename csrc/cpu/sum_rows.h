@@ -98,6 +98,52 @@ LX_INLINE Acc<T> scale_row(const T* w, int64_t n, WeightNorm norm, Acc<T>* scale
     return row.shift(lane_sum(total));
 }
 
+// Consecutive rows of n logits or log-weights, relative to their largest: written to `to`, and
+// their maxima and sums per row; each of the three may be null. Four rows at a time, because a
+// single one waits for its maximum and its sum.
+template <typename A, int kRows>
+LX_INLINE void scale_tile(const A* w, int64_t n, A* to, A* tops, A* totals) {
+    Vec<A> top[kRows], total[kRows] = {};
+    for (int r = 0; r < kRows; ++r) top[r] = broadcast<A>(-kInfinity<A>);
+    for_vectors<A>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        for (int r = 0; r < kRows; ++r)
+            top[r] = max(top[r], load_or(w + r * n + i, count, -kInfinity<A>));
+    });
+    A base[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        const A largest = max_lane(top[r]);
+        if (tops) tops[r] = largest;
+        base[r] = largest == -kInfinity<A> ? A(0) : largest;
+    }
+    for_vectors<A>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        for (int r = 0; r < kRows; ++r) {
+            const Vec<A> e =
+                exp<false>(load_or(w + r * n + i, count, -kInfinity<A>) - broadcast<A>(base[r]));
+            total[r] += e;
+            if (to) store_part(to + r * n + i, e, count);
+        }
+    });
+    if (!totals) return;
+    for (int r = 0; r < kRows; ++r) totals[r] = lane_sum(total[r]);
+}
+template <typename A>
+LX_INLINE void scale_rows(const A* w, int64_t rows, int64_t n, A* to, A* tops, A* totals) {
+    const auto from = [](A* p, int64_t i) { return p ? p + i : nullptr; };
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+        scale_tile<A, 4>(w + r * n, n, from(to, r * n), from(tops, r), from(totals, r));
+    for (; r < rows; ++r)
+        scale_tile<A, 1>(w + r * n, n, from(to, r * n), from(tops, r), from(totals, r));
+}
+// Sums of scaled logits become shifts; that of a row without possible terms is -inf.
+template <typename A>
+LX_INLINE void shifts_of(A* totals, int64_t count) {
+    for_vectors<A>(0, count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vec<A> total = load_part(totals + i, n);
+        store_part(totals + i, total == 0 ? broadcast<A>(-kInfinity<A>) : -log(total), n);
+    });
+}
+
 // log sum W_i exp(l_i), the terms shifted by their own maximum.
 template <typename T>
 Acc<T> rescue(const WeightRow<T>& row, const Acc<T>* l, int64_t n, Acc<T> shift) {

@@ -263,8 +263,8 @@ LX_INLINE void store(Half* p, Vec<float> v) {
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// The first n lanes only, 0 <= n <= kLanes; the rest of a load is zero, the rest of a store stays in
-// memory.
+// The first n lanes only, 0 <= n <= kLanes; the rest of a load is zero, the rest of a store stays
+// in memory.
 #if defined(__AVX512F__) && LX_VEC_BYTES == 64
 LX_INLINE __mmask16 first_lanes(int64_t n) {
     return static_cast<__mmask16>((1u << n) - 1);

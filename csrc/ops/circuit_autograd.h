@@ -38,34 +38,35 @@ struct CircuitLeaf : torch::autograd::Function<CircuitLeaf> {
     }
 };
 
-// It saves what is looked up, not the table.
+// It saves its inputs and takes the norms again.
 struct CircuitTable : torch::autograd::Function<CircuitTable> {
     using Forward = Handle<&circuit_table>;
     using Backward = Handle<&circuit_table_backward>;
 
     static Tensor forward(AutogradContext* ctx, const Tensor& table, const Tensor& x,
-                          const Tensor& row, int64_t block) {
+                          const Tensor& row, int64_t block, std::string_view norm) {
         const at::AutoDispatchBelowADInplaceOrView guard;
-        ctx->save_for_backward({x, row});
+        ctx->save_for_backward({table, x, row});
         ctx->saved_data["block"] = block;
-        ctx->saved_data["rows"] = table.size(0);
-        ctx->saved_data["values"] = table.size(1);
-        return Forward::get().call(table, x, row, block);
+        ctx->saved_data["norm"] = std::string(norm);
+        return Forward::get().call(table, x, row, block, norm);
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         const variable_list saved = ctx->get_saved_variables();
-        const Tensor dtable = Backward::get().call(
-            grads[0], saved[0], saved[1], ctx->saved_data["block"].toInt(),
-            ctx->saved_data["rows"].toInt(), ctx->saved_data["values"].toInt());
-        return {dtable, {}, {}, {}};
+        const Tensor dtable = Backward::get().call(grads[0], saved[0], saved[1], saved[2],
+                                                   ctx->saved_data["block"].toInt(),
+                                                   ctx->saved_data["norm"].toStringRef());
+        return {dtable, {}, {}, {}, {}};
     }
 
     static Tensor call(c10::DispatchKeySet keys, const Tensor& table, const Tensor& x,
-                       const Tensor& row, int64_t block) {
+                       const Tensor& row, int64_t block, std::string_view norm) {
         refuse_tangents("circuit_table", table);
-        if (c10::GradMode::is_enabled() && wants_grad(table)) return apply(table, x, row, block);
+        if (c10::GradMode::is_enabled() && wants_grad(table))
+            return apply(table, x, row, block, norm);
         const at::AutoDispatchBelowAutograd guard;
-        return Forward::get().redispatch(keys & c10::after_autograd_keyset, table, x, row, block);
+        return Forward::get().redispatch(keys & c10::after_autograd_keyset, table, x, row, block,
+                                         norm);
     }
 };
 

@@ -18,6 +18,9 @@
 namespace lora_ext {
 namespace {
 
+// What one thread does in 30 us (AVX-512): a second one is not worth waking for less.
+constexpr int64_t kSerialProducts = 1 << 20, kSerialWeights = 1 << 16;
+
 int64_t lanes_of(int64_t rows) {
     return ceil_div(rows, kLaneGroup) * kLaneGroup;
 }
@@ -157,14 +160,14 @@ struct Call {
 
     int64_t groups() const { return args.lanes / kLaneGroup; }
     // Each weight meets each lane once.
-    int64_t work() const { return w.numel() * kLaneGroup / 8; }
+    int64_t work() const { return w.numel() * kLaneGroup; }
 
     static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }
     // Calls f(args, begin, end, scratch) for parts of [0, items).
     template <class F>
     void on_threads(F f, int64_t items, int64_t work_per_item) const {
         const int64_t bytes = twin().scratch_bytes(args);
-        for_items(items, work_per_item, kSerialExps, [&](int64_t begin, int64_t end) {
+        for_items(items, work_per_item, kSerialProducts, [&](int64_t begin, int64_t end) {
             static thread_local Scratch scratch;
             f(args, begin, end, scratch.get(std::max<int64_t>(bytes, 1)));
         });
@@ -177,7 +180,7 @@ struct Call {
         if (kernels)
             check_launch(op, launch_layers_weights(args, current_stream(w)));
         else
-            for_items(plan.rows(), w.numel() / std::max<int64_t>(plan.rows(), 1), kSerialExps,
+            for_items(plan.rows(), w.numel() / std::max<int64_t>(plan.rows(), 1), kSerialWeights,
                       [&](int64_t begin, int64_t end) { twin().weights(args, begin, end); });
     }
 };
@@ -263,84 +266,6 @@ std::tuple<Tensor, Tensor> circuit_layers_backward(const Tensor& droots_in, cons
                         call.work() * call.groups() / std::max<int64_t>(bands, 1));
     }
     return {rows_of(grad, args.rows), dw};
-}
-
-// ------------------------------------------------------------------------------------------------
-// Tables
-
-namespace {
-
-CircuitTableArgs table_args(const char* op, const Tensor& values, const Tensor& x,
-                            const Tensor& row, int64_t block, int64_t table_rows,
-                            int64_t num_values) {
-    CircuitTableArgs args;
-    args.dtype = dtype_of(op, "table", values);
-    require(args.dtype == DType::kFloat32 || args.dtype == DType::kFloat64, op, "table",
-            expected("float32 or float64"), found(values.scalar_type()));
-    check_dtype(op, "x", x, at::kLong);
-    check_dim(op, "x", x, 2, "(B, M)");
-    check_device(op, "x", x, values.device());
-    require(block > 0 && block <= kMaxSize, op, "block", expected("a size"), found(block));
-    args.rows = x.size(0), args.lanes = lanes_of(args.rows), args.blocks = x.size(1);
-    args.block = block, args.table_rows = table_rows, args.values = num_values;
-    require(args.lanes <= kMaxSize && args.blocks * block <= kMaxSize && table_rows <= kMaxSize &&
-                num_values <= kMaxSize && num_values > 0 && table_rows >= 0,
-            op, "table", expected("sizes of at most ", kMaxSize, " and at least one value"),
-            found(table_rows, " and ", num_values));
-    args.row = vector_data<int64_t>(op, "row", row, args.blocks, at::kLong, values.device());
-    args.x = x.const_data_ptr<int64_t>();
-    if (!values.is_cpu()) return args;
-    for (int64_t m = 0; m < args.blocks; ++m) {
-        const int64_t first = args.row[m];
-        require(first >= 0 && first % block == 0 && first <= table_rows - block, op, "row",
-                expected("multiples of ", block, " within the table"), found(first));
-    }
-    for (int64_t i = 0; i < x.numel(); ++i)
-        require(args.x[i] >= -1 && args.x[i] < num_values, op, "x",
-                expected("values in -1 .. ", num_values - 1), found(args.x[i]));
-    return args;
-}
-
-}  // namespace
-
-Tensor circuit_table(const Tensor& table_in, const Tensor& x_in, const Tensor& row, int64_t block) {
-    constexpr auto op = "circuit_table";
-    check_dim(op, "table", table_in, 2, "(R, V)");
-    const Tensor table = table_in.contiguous(), x = x_in.contiguous();
-    CircuitTableArgs args = table_args(op, table, x, row, block, table.size(0), table.size(1));
-    const Tensor e = unit_major(args.blocks * block, args.rows, table.options());
-    if (e.numel() == 0) return rows_of(e, args.rows);
-    const c10::DeviceGuard guard(table.device());
-    args.table = table.const_data_ptr();
-    args.e = e.mutable_data_ptr();
-    if (launches_kernels(table))
-        check_launch(op, launch_circuit_table(args, current_stream(table)));
-    else
-        for_items(args.blocks, block * args.lanes, 1 << 16, [&](int64_t begin, int64_t end) {
-            chosen_twins<CircuitTableCpu>().forward(args, begin, end);
-        });
-    return rows_of(e, args.rows);
-}
-
-Tensor circuit_table_backward(const Tensor& de, const Tensor& x_in, const Tensor& row,
-                              int64_t block, int64_t table_rows, int64_t values) {
-    constexpr auto op = "circuit_table_backward";
-    const Tensor x = x_in.contiguous();
-    CircuitTableArgs args = table_args(op, de, x, row, block, table_rows, values);
-    check_shape(op, "de", de, "(B, M * block)", {args.rows, args.blocks * block}, x.device());
-    Tensor dtable = reused_memory({table_rows, values}, de.options()).zero_();
-    if (de.numel() == 0) return dtable;
-    const c10::DeviceGuard guard(de.device());
-    args.de = de.const_data_ptr();
-    args.de_row = de.stride(0), args.de_unit = de.stride(1);
-    args.dtable = dtable.mutable_data_ptr();
-    if (launches_kernels(de))
-        check_launch(op, launch_circuit_table_backward(args, current_stream(de)));
-    else
-        for_items(block, args.blocks * args.rows, 1 << 14, [&](int64_t begin, int64_t end) {
-            chosen_twins<CircuitTableCpu>().backward(args, begin, end);
-        });
-    return dtable;
 }
 
 }  // namespace lora_ext

@@ -9,9 +9,10 @@
 namespace lora_ext {
 
 // e (B, M * block) of table (R, V), x (B, M) and the first rows (M,) of the blocks.
-Tensor circuit_table(const Tensor& table, const Tensor& x, const Tensor& row, int64_t block);
-Tensor circuit_table_backward(const Tensor& de, const Tensor& x, const Tensor& row, int64_t block,
-                              int64_t table_rows, int64_t values);
+Tensor circuit_table(const Tensor& table, const Tensor& x, const Tensor& row, int64_t block,
+                     std::string_view norm);
+Tensor circuit_table_backward(const Tensor& de, const Tensor& table, const Tensor& x,
+                              const Tensor& row, int64_t block, std::string_view norm);
 
 // val (B, U) of leaf (B, N) and w (W,), of which the memory is unit-major. `plan` repeats the
 // program's sizes for the host: circuit_layers.h.

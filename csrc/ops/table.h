@@ -169,10 +169,11 @@ inline constexpr std::tuple kOps{
 
     // --- circuit_layers ---
     Differentiable<&circuit_table, autograd::CircuitTable>{
-        "circuit_table", "(Tensor table, Tensor x, Tensor row, int block) -> Tensor"},
+        "circuit_table",
+        "(Tensor table, Tensor x, Tensor row, int block, str norm) -> Tensor"},
     NoGradient<&circuit_table_backward, kTableOnce>{
         "circuit_table_backward",
-        "(Tensor de, Tensor x, Tensor row, int block, int table_rows, int values) -> Tensor"},
+        "(Tensor de, Tensor table, Tensor x, Tensor row, int block, str norm) -> Tensor"},
     NoGradient<&circuit_layers, kLayers>{
         "circuit_layers",
         "(Tensor leaf, Tensor w, Tensor program, int[] plan, str norm) -> Tensor"},

@@ -105,7 +105,7 @@ def _require_count(where: str, count: object) -> None:
     require(whole, where, "a whole number, at least 1", repr(count))
 
 
-class _Finite(Leaf):
+class Finite(Leaf):
     """A family over finitely many values: all it needs is the table of log-probabilities."""
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
@@ -122,12 +122,15 @@ class _Finite(Leaf):
         log_p, log_q = self.log_table(table), self.log_table(other)
         return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(1)
 
+    def looked_up(self, table: Table) -> tuple[Tensor, str]:
+        """A table ``(R, num_values)`` and its norm, as ``ops.circuit_table`` takes them."""
+        return self.log_table(table), "none"
+
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        log_table = self.log_table(table)
+        values, norm = self.looked_up(table)
         block = len(row) // x.shape[1]
-        return ops.circuit_table(log_table, x.long(), row[::block].contiguous(), block).unflatten(
-            1, (-1, block)
-        )
+        first = row[::block].contiguous()
+        return ops.circuit_table(values, x.long(), first, block, norm).unflatten(1, (-1, block))
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
         return draw(self.log_table(table).exp()[row], u)
@@ -138,7 +141,7 @@ class _Finite(Leaf):
 
 
 @dataclass(frozen=True)
-class Categorical(_Finite):
+class Categorical(Finite):
     """One of ``num_categories`` values; logits ``(R, num_categories)``."""
 
     num_categories: int
@@ -153,12 +156,10 @@ class Categorical(_Finite):
         return {"logits": torch.randn(rows, self.num_categories)}
 
     def log_table(self, table: Table) -> Tensor:
-        logits = table["logits"]
-        if logits.device.type != "cpu":
-            return log_softmax(logits)
-        # torch's own makes one pass, but turns a row of nothing but -inf into NaN.
-        fast = F.log_softmax(logits, 1)
-        return log_softmax(logits) if fast.detach()[:, 0].isnan().any() else fast
+        return log_softmax(table["logits"])
+
+    def looked_up(self, table: Table) -> tuple[Tensor, str]:
+        return table["logits"], "logits"
 
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
@@ -173,7 +174,7 @@ class Categorical(_Finite):
 
 
 @dataclass(frozen=True)
-class Bernoulli(_Finite):
+class Bernoulli(Finite):
     """0 or 1; the logit of 1, ``(R,)``."""
 
     def num_values(self) -> int | None:
@@ -192,7 +193,7 @@ class Bernoulli(_Finite):
 
 
 @dataclass(frozen=True)
-class Binomial(_Finite):
+class Binomial(Finite):
     """Successes in ``total`` trials; the logit of a success, ``(R,)``."""
 
     total: int

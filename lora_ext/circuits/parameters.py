@@ -12,12 +12,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lora_ext import ops
 from lora_ext.circuits import checks
 from lora_ext.circuits._execution import Execution, Weights
 from lora_ext.circuits._sums import in_rows
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
-from lora_ext.circuits.leaves import External, Indicator, Leaf
+from lora_ext.circuits.leaves import External, Finite, Indicator, Leaf
 from lora_ext.circuits.program import compile_program, rows_of_one_width
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.scopes import variables
@@ -68,6 +69,7 @@ class Parameters(nn.Module):
         self._var: Tensor
         self._row: Tensor
         self._indicators: Tensor
+        self._places: tuple[Tensor | None, Tensor, int] | None = None  # of a single family, on CPU
 
     # --- where things lie -------------------------------------------------------------------------
     @property
@@ -217,7 +219,34 @@ class Parameters(nn.Module):
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
         """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
+            values = self._looked_up(x)
+            if values is not None:
+                return values
         return self._leaf_values_of(name, *self._read(f"{name}: x", x), external)
+
+    def _looked_up(self, x: Tensor) -> Tensor | None:
+        """The same where all leaves are tables, which see to their data themselves.
+
+        None for other leaves, and for data that are refused: :meth:`_read` says why.
+        """
+        if len(self.leaves) != 1 or x.dim() != 2 or x.shape[1] != self.num_variables:
+            return None
+        leaf = self.layered.families[0][0]
+        if not isinstance(leaf, Finite) or self.weights.device.type != "cpu":
+            return None
+        if self._places is None:
+            var, block = self._var[:: self._blocks[0]], self._blocks[0]
+            same = torch.equal(var, torch.arange(self.num_variables))
+            self._places = None if same else var, self._row[::block].contiguous(), block
+        var, row, block = self._places
+        table, norm = leaf.looked_up(self._table(0))
+        try:
+            return ops.circuit_table(
+                table, x if var is None else x.index_select(1, var), row, block, norm
+            )
+        except ValueError:
+            return None
 
     def _leaf_values_of(
         self, name: str, filled: Tensor, missing: Tensor, external: Tensor | None = None

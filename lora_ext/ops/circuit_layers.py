@@ -38,29 +38,32 @@ class Program(NamedTuple):
         return Program(self.numbers.to(device), self.plan)
 
 
-def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int) -> Tensor:
+def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
     """Log-values of leaves over finitely many values, looked up.
 
-    ``out[b, m * block + j] = table[row[m] + j, x[b, m]]``, 0 where ``x`` is -1. Differentiable once
+    ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1. Differentiable once
     in ``table``; sums over rows of data are taken in order.
 
     Args:
-        table: ``(R, V)`` float32, or float64 on the CPU; log-probabilities, a row per distribution.
+        table: ``(R, V)`` float32, or float64 on the CPU; a row per distribution.
         x: ``(B, M)`` int64 in [-1, V).
         row: ``(M,)`` int64, multiples of ``block``: the first row of each block.
         block: leaf units that look at one variable.
+        norm: ``"logits"``: rows are log-softmaxed, those of nothing but ``-inf`` stay so;
+            ``"none"``: log-probabilities as they are.
 
     Returns:
         ``(B, M * block)`` in the dtype of ``table``.
 
     Raises:
-        ValueError: if a shape, dtype or device disagrees or, on the CPU, a number is out of range.
+        ValueError: if a shape, dtype, device or name disagrees or, on the CPU, a number is out of
+            range.
     """
-    return _c.circuit_table.default(table, x, row, block)
+    return _c.circuit_table.default(table, x, row, block, norm)
 
 
 @fake("circuit_table")
-def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int) -> Tensor:
+def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str) -> Tensor:
     require_dim("circuit_table", "table", table, "(R, V)")
     require_dtype("circuit_table", "table", table, *_FLOATS)
     require_dim("circuit_table", "x", x, "(B, M)")
@@ -72,9 +75,9 @@ def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int) -> Tensor:
 
 @fake("circuit_table_backward")
 def _fake_table_backward(
-    de: Tensor, x: Tensor, row: Tensor, block: int, table_rows: int, values: int
+    de: Tensor, table: Tensor, x: Tensor, row: Tensor, block: int, norm: str
 ) -> Tensor:
-    return de.new_empty(table_rows, values)
+    return de.new_empty(table.shape)
 
 
 def circuit_layers(leaf: Tensor, w: Tensor, program: Program, norm: str = "logits") -> Tensor:

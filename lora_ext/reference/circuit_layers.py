@@ -6,21 +6,24 @@ Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``M`` blocks 
 import torch
 from torch import Tensor
 
+from lora_ext.reference.circuit import log_softmax
 from lora_ext.reference.circuit_sum import log_einsum_exp
 
 
-def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int) -> Tensor:
-    """``out[b, m * block + j] = table[row[m] + j, x[b, m]]``, 0 where ``x`` is -1.
+def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
+    """``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1.
 
     Args:
         table: ``(R, V)``.
         x: ``(B, M)`` int64.
         row: ``(M,)`` int64.
         block: leaf units of a block.
+        norm: ``"logits"``: ``p`` is the softmax of a row of the table; ``"none"``: its exponential.
 
     Returns:
         ``(B, M * block)``.
     """
+    table = log_softmax(table) if norm == "logits" else table
     rows = row[:, None] + torch.arange(block, device=row.device)  # (M, block)
     found = table[rows, x.clamp(min=0)[..., None]]  # (B, M, block)
     return torch.where(x[..., None] < 0, 0, found).flatten(1)

@@ -58,7 +58,8 @@ def test_a_peer_that_is_off_is_not_timed(chain) -> None:
 
 def test_jax_is_skipped_with_its_reason(capsys, monkeypatch) -> None:
     monkeypatch.setattr(circuit_engine, "STEPS", 3)
-    args = argparse.Namespace(ranks=[2], rounds=1, compile=False, jax_python="no-such-python")
+    options = {"rounds": 1, "compile": False, "least": True}
+    args = argparse.Namespace(ranks=[2], jax_python="no-such-python", **options)
     rows = circuit_engine.hmm_table(args)
     assert "jax: skipped: no interpreter no-such-python" in capsys.readouterr().out
     assert {"lora_ext", "torch", "torch, scaled"} <= {row["provider"] for row in rows}

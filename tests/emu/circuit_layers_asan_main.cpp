@@ -117,31 +117,39 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
     for (int64_t i = 0; i < a.num_weights; ++i) close("weight", dw[i], weights[i]);
 }
 
-void check_tables() {
+void check_tables(WeightNorm norm) {
     const int64_t rows = 19, block = 3, values = 5;
     const auto row = exact<int64_t>({3, 0, 3});
     const int64_t blocks = row.size, units = blocks * block;
     const ExactBuffer<int64_t> x(rows * blocks);
     const ExactBuffer<float> table(6 * values), dtable(6 * values), e(units * 32), de(rows * units);
+    const ExactBuffer<float> base(6), shift(6);
     for (int64_t i = 0; i < x.size; ++i) x[i] = i * 11 % (values + 1) - 1;
     for (int64_t i = 0; i < table.size; ++i) table[i] = number(i);
     for (int64_t i = 0; i < de.size; ++i) de[i] = number(i);
     CircuitTableArgs a;
     a.rows = rows, a.lanes = 32, a.blocks = blocks, a.block = block;
-    a.table_rows = 6, a.values = values;
+    a.table_rows = 6, a.values = values, a.norm = norm;
+    a.base = base.data(), a.shift = shift.data();
     a.table = table.data(), a.x = x.data(), a.row = row.data(), a.e = e.data();
     a.de = de.data(), a.de_row = units, a.de_unit = 1, a.dtable = dtable.data();
     launched(launch_circuit_table(a, nullptr));
     launched(launch_circuit_table_backward(a, nullptr));
-    std::vector<double> flows(static_cast<size_t>(dtable.size));
+    const bool logits = norm == WeightNorm::kLogits;
+    std::vector<double> flows(static_cast<size_t>(dtable.size)), total(6), used(6);
+    for (int64_t i = 0; i < table.size; ++i) total[i / values] += std::exp(double{table[i]});
     for (int64_t b = 0; b < rows; ++b)
         for (int64_t u = 0; u < units; ++u) {
             const int64_t v = x[b * blocks + u / block];
             const int64_t at = (row[u / block] + u % block) * values + v;
-            close("table", e[u * 32 + b], v < 0 ? 0 : table[at]);
-            if (v >= 0) flows[at] += de[b * units + u];
+            const double norm = logits ? std::log(total[row[u / block] + u % block]) : 0;
+            close("table", e[u * 32 + b], v < 0 ? 0 : table[at] - norm);
+            if (v >= 0) flows[at] += de[b * units + u], used[at / values] += de[b * units + u];
         }
-    for (int64_t i = 0; i < dtable.size; ++i) close("dtable", dtable[i], flows[i]);
+    for (int64_t i = 0; i < dtable.size; ++i) {
+        const double softmax = std::exp(double{table[i]}) / total[i / values];
+        close("dtable", dtable[i], flows[i] - (logits ? softmax * used[i / values] : 0));
+    }
 }
 
 }  // namespace
@@ -150,7 +158,8 @@ int main() {
     check_layers(1, 1, 1);
     check_layers(5, 7, 19);     // one walk
     check_layers(129, 128, 3);  // a launch a stage
-    check_tables();
+    check_tables(WeightNorm::kLog);
+    check_tables(WeightNorm::kLogits);
     std::puts("exact");
     return 0;
 }

@@ -197,6 +197,27 @@ def test_no_rows_are_no_values(backend: Backend) -> None:
     assert not ops.circuit_layers_backward(ones, val, w, program)[1].any()
 
 
+@pytest.mark.parametrize("values", [1, 5, 64, 90])
+def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
+    g = torch.Generator().manual_seed(values)
+    logits = 3 * torch.randn(40, values, generator=g)
+    logits[1, 1:] = -torch.inf
+    logits[2] = -torch.inf  # a distribution without possible values
+    logits[3] += 1e4  # 1 in 1e4 is lost if the maximum goes with the logarithm of the sum
+    table = logits.to(backend.device).requires_grad_()
+    x = torch.randint(-1, values, (37, 4), generator=g).to(backend.device)
+    row = torch.tensor([0, 20, 0, 0], device=backend.device)
+    out = ops.circuit_table(table, x, row, 20, "logits")
+    exact = logits.double().to(backend.device).requires_grad_()
+    expected = reference.circuit_table(exact, x, row, 20, "logits")
+    torch.testing.assert_close(out.double(), expected, rtol=4e-7, atol=4e-6)
+    dout = torch.randn(out.shape, generator=g).to(out).masked_fill(expected == -torch.inf, 0)
+    (got,) = torch.autograd.grad(out, table, dout)
+    (dtable,) = torch.autograd.grad(expected, exact, dout.double())
+    # A row sums up to 111 numbers of size 1.
+    torch.testing.assert_close(got.double(), dtable, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 21])
 def test_circuit_table_is_the_formula_bit_for_bit(backend: Backend, rows: int) -> None:
     g = torch.Generator().manual_seed(rows)
@@ -216,8 +237,11 @@ def test_tables_pass_opcheck_and_gradcheck() -> None:
     g = torch.Generator().manual_seed(0)
     table = torch.randn(4, 3, dtype=torch.float64, generator=g).requires_grad_()
     x, row = torch.tensor([[0, -1], [2, 1]]), torch.tensor([0, 2])
-    torch.library.opcheck(torch.ops.lora_ext.circuit_table.default, (table, x, row, 2))
-    assert torch.autograd.gradcheck(lambda t: ops.circuit_table(t, x, row, 2), table)
+    for norm in ("none", "logits"):
+        torch.library.opcheck(torch.ops.lora_ext.circuit_table.default, (table, x, row, 2, norm))
+        assert torch.autograd.gradcheck(
+            lambda t, norm=norm: ops.circuit_table(t, x, row, 2, norm), table
+        )
 
 
 def test_layers_pass_opcheck() -> None:
@@ -293,6 +317,7 @@ def test_wrong_input_is_refused_by_name() -> None:
         ("row: expected multiples of 2", lambda: ops.circuit_table(table, x, row + 1, 2)),
         ("x: expected Long", lambda: ops.circuit_table(table, x.int(), row, 2)),
         ("block: expected a size", lambda: ops.circuit_table(table, x, row, 0)),
+        ("norm: expected 'logits'", lambda: ops.circuit_table(table, x, row, 2, "probs")),
     ]
     for message, call in lookups:
         with pytest.raises(ValueError, match=f"circuit_table: {message}"):

@@ -159,25 +159,35 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);  // units, and ratio
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 
-// Leaves of finite families: e[b, m, j] = table[row[m] + j, x[b, m]], 0 where x is -1; m counts
-// blocks of `block` units, whose first rows are multiples of `block`.
+// Leaves of finite families: e[b, m, j] = log p[row[m] + j, x[b, m]], 0 where x is -1; m counts
+// blocks of `block` units, whose first rows are multiples of `block`. With norm kLog the table has
+// log p; with kLogits log p = table - base + shift, the log-softmax of its rows.
 struct CircuitTableArgs {
     DType dtype = DType::kFloat32;
+    WeightNorm norm = WeightNorm::kLog;
     int64_t rows = 0, lanes = 0, blocks = 0, block = 0;
     int64_t table_rows = 0, values = 0;
-    const void* table = nullptr;   // (R, V) float or double
+    const void* table = nullptr;   // (R, V) float or double; backward: of logits alone
     const int64_t* x = nullptr;    // (B, M)
     const int64_t* row = nullptr;  // (M,)
+    void* base = nullptr;          // (R,) of logits: the largest entry, or 0 for rows of -inf
+    void* shift = nullptr;         // (R,) of logits
     void* e = nullptr;             // (M * block, L), lanes beyond the rows 0
     // Backward.
     const void* de = nullptr;  // (B, M * block), strides
     int64_t de_row = 0, de_unit = 0;
-    void* dtable = nullptr;  // (R, V)
+    void* dtable = nullptr;  // (R, V); zero before
 };
+// Of logits, `norms` goes before `forward`, and `finish` after `backward`.
 struct CircuitTableCpu {
     const char* isa;
-    void (*forward)(const CircuitTableArgs&, int64_t begin, int64_t end);   // items: blocks
-    void (*backward)(const CircuitTableArgs&, int64_t begin, int64_t end);  // items: j of a block
+    void (*norms)(const CircuitTableArgs&, int64_t begin, int64_t end);    // items: rows
+    void (*forward)(const CircuitTableArgs&, int64_t begin, int64_t end);  // items: blocks
+    int64_t (*scratch_bytes)(const CircuitTableArgs&);
+    // Items: kLaneGroup units of every block.
+    void (*backward)(const CircuitTableArgs&, int64_t begin, int64_t end, void* scratch);
+    // Items: rows.
+    void (*finish)(const CircuitTableArgs&, int64_t begin, int64_t end, void* scratch);
 };
 LaunchStatus launch_circuit_table(const CircuitTableArgs& args, void* stream);
 LaunchStatus launch_circuit_table_backward(const CircuitTableArgs& args, void* stream);
