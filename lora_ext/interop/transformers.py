@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear
+from lora_ext.nn import MultiLoraEmbedding, MultiLoraExperts, MultiLoraLinear
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments
 from lora_ext.nn.context import adapters, forward_of, innermost
@@ -119,6 +119,10 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
         layers[name].tokens_first = bool(re.search(tokens_first, name))
         layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
+    for name in pool.index.parameters:
+        if any(parameter in pool.experts for parameter in pool.index.parameters[name]):
+            layers[name] = MultiLoraExperts(_module(model, name), pool, name)
+            layers[name].default = default
     _check_same_modules(model, pool)
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
     for name, module in model.named_modules():
@@ -203,7 +207,7 @@ def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
 def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
     """Refuse a larger model than the pool's: the layers beyond would serve the base in silence."""
     index = ModelIndex.build(model, pool.targets, device="cpu")
-    more = [name for name in index.modules if name not in pool.index.modules]
+    more = [name for name in index.specs if name not in pool.index.specs]
     if more:
         raise ValueError(
             f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "

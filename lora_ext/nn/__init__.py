@@ -18,6 +18,7 @@ from .lora_linear import LoraLinear
 from .modalities import modality
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
+from .multi_lora_experts import MultiLoraExperts
 from .probe import LoraProbe
 from .swap import Swap
 from .switches import LayerGroups, is_active, set_active
@@ -36,6 +37,7 @@ __all__ = [
     "LoraLinear",
     "LoraProbe",
     "MultiLoraEmbedding",
+    "MultiLoraExperts",
     "MultiLoraLinear",
     "RowwiseError",
     "Swap",

@@ -63,7 +63,8 @@ def _packed_whole(spec: LinearSpec, whole: Replaced) -> PackedReplaced:
 
 def _packed(spec: LinearSpec, factors: Factors) -> PackedModule:
     a, b, scaling, bias, magnitude, _ = factors
-    packed = pack(a, b, bias, scaling, spec.dtype, spec.device.type == "cuda", magnitude)
+    pin = spec.device.type == "cuda"
+    packed = pack(a, b, bias, scaling, spec.dtype, pin, magnitude, spec.experts)
     parts = {"a": packed.a, "b": packed.b, "B.bias": packed.bias, MAGNITUDE: packed.magnitude}
     for role, values in parts.items():
         # After the conversion, so that what float16 cannot hold is found as well.

@@ -46,8 +46,8 @@ def in_words(nbytes: int) -> str:
 class PackedModule:
     """One module of one adapter in host memory, in page format."""
 
-    a: Tensor  # (n, 8, I)
-    b: Tensor  # (n, O, 8)
+    a: Tensor  # (n, 8, I); of experts (E * n, 8, I), expert by expert
+    b: Tensor  # (n, O, 8); (E * n, O, 8)
     bias: Tensor | None  # (O,)
     rank: int
     scale: float
@@ -86,15 +86,18 @@ def pack(
     dtype: torch.dtype,
     pin: bool = False,
     magnitude: Tensor | None = None,
+    experts: int = 1,
 ) -> PackedModule:
-    """Cut ``a`` (r, I) and ``b`` (O, r) into pages of ``dtype`` in (pinned) host memory."""
-    rank, n = a.shape[0], page_count(a.shape[0])
-    a_pages = torch.zeros(n, PAGE, a.shape[1], dtype=dtype, pin_memory=pin)
-    b_pages = torch.zeros(n, b.shape[0], PAGE, dtype=dtype, pin_memory=pin)
-    a_pages.view(n * PAGE, -1)[:rank].copy_(a)
+    """Cut ``a`` (E * r, I) and ``b`` (O, r * E) into pages of ``dtype`` in (pinned) host memory."""
+    rank = a.shape[0] // experts
+    n, count = page_count(rank), page_count(rank) * experts
+    a_pages = torch.zeros(count, PAGE, a.shape[1], dtype=dtype, pin_memory=pin)
+    b_pages = torch.zeros(count, b.shape[0], PAGE, dtype=dtype, pin_memory=pin)
+    a_pages.view(experts, n * PAGE, -1)[:, :rank].copy_(a.view(experts, rank, -1))
+    each_b = b.view(-1, rank, experts).permute(2, 0, 1)  # (E, O, r)
     for p in range(n):
-        ranks = b[:, p * PAGE : (p + 1) * PAGE]  # (O, <= 8)
-        b_pages[p, :, : ranks.shape[1]].copy_(ranks)
+        ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
+        b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
     host_bias = None
     if bias is not None:
         host_bias = torch.empty(bias.shape, dtype=dtype, pin_memory=pin).copy_(bias)
@@ -126,6 +129,9 @@ class ModuleSlab:
     arrives.) The rows of a slot change only while nobody has it pinned. The adapter of slot s adds
     ``scale[s] * (B A x + bias[s])``: the bias is PEFT's, not yet scaled. A slot in ``dora`` also
     brings the rows of the weight, ``scale[s] * B A`` included, to the lengths ``magnitude[s]``.
+
+    A parameter of ``E`` experts has E rows of the tables for each slot: those of slot s begin at
+    ``s * E``, and S stands for ``slots * E`` there.
     """
 
     in_features: int
@@ -148,24 +154,32 @@ class ModuleSlab:
 
 @dataclass
 class TableBlock:
-    """Tables of the modules first targeted by one load: to publish a slot is three copies."""
+    """Tables of the modules, all of so many experts, that one load targets first: to publish a
+    slot is three copies."""
 
     names: tuple[str, ...]
     page_table: Tensor  # (M, S, ceil(max_rank / 8))
     ranks: Tensor  # (M, S)
     scale: Tensor  # (M, S)
+    experts: int = 1
 
     @classmethod
     def allocate(
-        cls, names: Sequence[str], slots: int, max_pages: int, device: torch.device
+        cls,
+        names: Sequence[str],
+        slots: int,
+        max_pages: int,
+        device: torch.device,
+        experts: int = 1,
     ) -> TableBlock:
         """All slots empty."""
-        m = len(names)
+        m, slots = len(names), slots * experts
         return cls(
             tuple(names),
             torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device),
             torch.zeros(m, slots, dtype=torch.int32, device=device),
             torch.zeros(m, slots, dtype=torch.float32, device=device),
+            experts,
         )
 
     @property
@@ -177,22 +191,22 @@ class TableBlock:
         self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
     ) -> list[tuple[Tensor, Tensor]]:
         """Copies (destination, source) that make ``slot`` say what ``modules`` says."""
-        m, pin = len(self.names), self.ranks.is_cuda
-        table = torch.full(
-            (m, self.page_table.shape[2]), -1, dtype=torch.int32, device="cpu", pin_memory=pin
-        )
-        ranks = torch.zeros(m, dtype=torch.int32, device="cpu", pin_memory=pin)
-        scale = torch.zeros(m, dtype=torch.float32, device="cpu", pin_memory=pin)
+        m, pin, experts = len(self.names), self.ranks.is_cuda, self.experts
+        shape = m, experts, self.page_table.shape[2]
+        table = torch.full(shape, -1, dtype=torch.int32, device="cpu", pin_memory=pin)
+        ranks = torch.zeros(m, experts, dtype=torch.int32, device="cpu", pin_memory=pin)
+        scale = torch.zeros(m, experts, dtype=torch.float32, device="cpu", pin_memory=pin)
         for i, name in enumerate(self.names):
             packed = modules.get(name)
             if packed is not None:
-                own = pages[name]
-                table[i, : len(own)] = torch.tensor(own, dtype=torch.int32)
+                own = torch.tensor(pages[name], dtype=torch.int32).view(experts, -1)
+                table[i, :, : own.shape[1]] = own
                 ranks[i], scale[i] = packed.rank, packed.scale
+        slots = slice(slot * experts, (slot + 1) * experts)
         return [
-            (self.page_table[:, slot], table),
-            (self.ranks[:, slot], ranks),
-            (self.scale[:, slot], scale),
+            (self.page_table[:, slots], table),
+            (self.ranks[:, slots], ranks),
+            (self.scale[:, slots], scale),
         ]
 
 

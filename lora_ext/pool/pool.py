@@ -60,7 +60,7 @@ class AdapterPool:
         model: its linear and embedding layers are found by name; a weak reference is kept.
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
-        pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, the worst case.
+        pages: pages per module, and per expert of one; default ``max_slots * ceil(max_rank / 8)``, the worst case.
             A server of r16 adapters wants ``2 * max_slots``: at the default settings the worst
             case of an 8B model is above 20 GiB (``reserved_bytes``, and ``print(pool)``).
         dtype, device: of the pages; default is each module's own, on the device where it computes.
@@ -103,7 +103,9 @@ class AdapterPool:
         self.host_cache_bytes = host_cache_bytes
         self.index = ModelIndex.build(model, self.targets, dtype, device)
         self._store = PageStore(self.index, max_slots, max_rank, self.pages)
-        self.modules = self._store.modules
+        self.modules = {name: self._store.modules[name] for name in self.index.modules}
+        #: What the layer of an experts module reads, by the parameter's name.
+        self.experts = {name: self._store.modules[name] for name in self.index.experts}
         self._lock = threading.RLock()
         self._by_name: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._cache: OrderedDict[str, PackedAdapter] = OrderedDict()  # likewise; not in a slot
@@ -344,7 +346,8 @@ class AdapterPool:
 
         Memory is taken module by module, when the first adapter touches it: :meth:`nbytes`.
         """
-        return sum(self.pages * page_bytes(spec) for spec in self.index.modules.values())
+        specs = self.index.specs.values()
+        return sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
 
     def __repr__(self) -> str:
         """Settings, and the memory that they mean."""
@@ -371,7 +374,7 @@ class AdapterPool:
                 "slots_pinned": sum(r.pins > 0 for r in live),
                 "pins": sum(r.pins for r in live),
                 "modules_targeted": len(self._store.slabs),
-                "pages_total": self.pages * len(self._store.slabs),
+                "pages_total": sum(slab.a.shape[0] for slab in self._store.slabs.values()),
                 "pages_free": sum(len(slab.free) for slab in self._store.slabs.values()),
                 "page_bytes": self.nbytes(),
                 "table_bytes": sum(block.nbytes for block in self._store.blocks)

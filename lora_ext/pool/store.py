@@ -85,7 +85,7 @@ class PageStore:
         self.pages = pages
         self.modules = {
             name: ModuleSlab(spec.in_features, spec.out_features)
-            for name, spec in index.modules.items()
+            for name, spec in index.specs.items()
         }
         self.residents: list[Resident | None] = [None] * max_slots
         self.slabs: dict[str, Slab] = {}
@@ -93,7 +93,7 @@ class PageStore:
         self._replacing: set[str] = set()  # modules that an adapter has replaced
         self._max_pages = page_count(max_rank)
         self._free_slots = list(range(max_slots - 1, -1, -1))
-        devices = {spec.device for spec in index.modules.values()}
+        devices = {spec.device for spec in index.specs.values()}
         self.transfers = {device: transfer_to(device) for device in devices}
 
     def mark_use(self) -> None:
@@ -132,9 +132,10 @@ class PageStore:
         """
         need = {module: part.a.shape[0] for module, part in packed.modules.items()}
         for module, count in need.items():
-            if count > self.pages:
+            experts = self.index.specs[module].experts
+            if count > self.pages * experts:
                 raise PoolFullError(
-                    f"AdapterPool: {name!r} needs {count} pages of {module}, "
+                    f"AdapterPool: {name!r} needs {count // experts} pages of {module}, "
                     f"the pool has pages={self.pages}"
                 )
         free = {m: list(self.slabs[m].free) for m in need if m in self.slabs}
@@ -162,7 +163,10 @@ class PageStore:
                 f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but the rest is pinned, "
                 f"by {len(pinned)} adapters: {pinned[:8]}"
             )
-        new = {m: Slab.allocate(self.index.modules[m], self.pages) for m in need if m not in free}
+        specs = self.index.specs
+        new = {
+            m: Slab.allocate(specs[m], self.pages * specs[m].experts) for m in need if m not in free
+        }
         free |= {module: slab.free for module, slab in new.items()}
         pages = {m: [free[m].pop() for _ in range(count)] for m, count in need.items()}
         return Plan(
@@ -188,12 +192,13 @@ class PageStore:
             ) from error
 
     def _new_blocks(self, new: dict[str, Slab]) -> list[TableBlock]:
-        by_device: dict[torch.device, list[str]] = {}
+        together: dict[tuple[torch.device, int], list[str]] = {}
         for module in new:
-            by_device.setdefault(self.index.modules[module].device, []).append(module)
+            spec = self.index.specs[module]
+            together.setdefault((spec.device, spec.experts), []).append(module)
         return [
-            TableBlock.allocate(names, self.max_slots, self._max_pages, device)
-            for device, names in by_device.items()
+            TableBlock.allocate(names, self.max_slots, self._max_pages, device, experts)
+            for (device, experts), names in together.items()
         ]
 
     def _new_vectors(
@@ -277,12 +282,13 @@ class PageStore:
             slab, view = self.slabs[module], self.modules[module]
             assert view.ranks is not None and view.scale is not None  # the module has a slab
             index = torch.tensor(pages, device=slab.a.device)
+            row = resident.slot * self.index.specs[module].experts
             modules[module] = PackedModule(
                 to_host(slab.a[index]),
                 to_host(slab.b[index]),
                 None if slab.bias is None else to_host(slab.bias[resident.slot]),
-                int(view.ranks[resident.slot]),
-                float(view.scale[resident.slot]),
+                int(view.ranks[row]),
+                float(view.scale[row]),
                 to_host(slab.magnitude[resident.slot])
                 if resident.config.use_dora and slab.magnitude is not None
                 else None,

@@ -1,0 +1,136 @@
+"""Routed experts: the products of a mixture's tokens with the expert each was sent to.
+
+Letters: ``T`` tokens, ``k`` experts a token is sent to, ``P = T * k`` pairs of a token and an
+expert, ``E`` experts, ``H`` hidden and ``M`` intermediate features.
+
+transformers keeps the experts of a layer in one module, whose matrices are parameters of three
+dimensions: ``gate_up_proj (E, 2M, H)``, or ``up_proj (E, M, H)`` where there is no gate, and
+``down_proj (E, H, M)``; with ``is_transposed`` the last two dimensions change places. Flags on the
+module say the rest, and its ``_apply_gate`` is what happens between the two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+#: What every experts module of transformers 5 says of itself.
+_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+class Routing(NamedTuple):
+    """The pairs of a batch, sorted by expert."""
+
+    order: Tensor  # (P,) int64, which pair comes at each place: pair p is token p // k
+    token: Tensor  # (P,) int64
+    expert: Tensor  # (P,) int64, rising
+    ends: Tensor  # (E,) int32, where the pairs of each expert end
+
+
+#: Adds the adapters' share to one product: the parameter's name, the product ``(P, O)``, which may
+#: be changed in place, and what was multiplied, ``(P, I)``.
+Update = Callable[[str, Tensor, Tensor, Routing], Tensor]
+
+
+def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """In and out features of the expert matrices of a module, by the parameter's name and in the
+    order in which the module has them; empty where it is no experts module of transformers."""
+    if not all(hasattr(module, flag) for flag in _FLAGS):
+        return {}
+    found: dict[str, tuple[int, int]] = {}
+    for name, parameter in _matrices(module).items():
+        _, out, inner = parameter.shape
+        found[name] = (out, inner) if module.is_transposed else (inner, out)
+    return found
+
+
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
+    known = (up_name(module), "down_proj")
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in known and parameter.dim() == 3 and parameter.is_floating_point()
+    }
+
+
+def up_name(experts: Any) -> str:
+    """The parameter of the first product."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def route(top_k_index: Tensor, num_experts: int) -> Routing:
+    """Sort the pairs of ``top_k_index (T, k)`` by expert, on its device and without waiting."""
+    expert, order = top_k_index.reshape(-1).sort(stable=True)
+    all_experts = torch.arange(num_experts, device=expert.device)
+    ends = torch.searchsorted(expert, all_experts, right=True, out_int32=True)
+    return Routing(order, order // top_k_index.shape[-1], expert, ends)
+
+
+def experts_forward(
+    experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, update: Update
+) -> Tensor:
+    """What an experts module of transformers computes, with adapters on its matrices.
+
+    ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))``, ``e = top_k_index[t,
+    j]``, where ``update`` has added to the results of ``up_e`` and ``down_e``.
+
+    Args:
+        experts: an experts module; its own gate, biases and norm are used.
+        x: ``(T, H)``. top_k_index: ``(T, k)`` integers in ``[0, E)``. top_k_weights: ``(T, k)``.
+        update: called once for each of the two products.
+
+    Returns:
+        ``(T, H)`` in the dtype of ``x``.
+
+    Raises:
+        NotImplementedError: the experts are spread over devices (expert parallelism).
+    """
+    module: Any = experts
+    if getattr(module, "_is_expert_parallel", False):
+        raise NotImplementedError(
+            f"{type(experts).__name__}: expected all experts on one device, found expert "
+            "parallelism, under which adapters on experts are not supported"
+        )
+    routing = route(top_k_index, module.num_experts)
+    rows = x[routing.token]  # (P, H)
+    up = up_name(module)
+    y = update(up, grouped_linear(rows, module, up, routing), rows, routing)  # (P, 2M)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)  # (P, M)
+    y = update("down_proj", grouped_linear(y, module, "down_proj", routing), y, routing)  # (P, H)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
+    place = torch.empty_like(routing.order)
+    place[routing.order] = torch.arange(len(place), device=place.device)
+    return y[place].view(*top_k_index.shape, -1).sum(1).to(x.dtype)
+
+
+def grouped_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
+    """``weight[e] @ x[p] + bias[e]`` for every pair ``p`` and its expert ``e``.
+
+    In the dtype of the weight, also under autocast, as transformers' grouped product is.
+
+    Args:
+        x: ``(P, I)``, sorted by expert.
+
+    Returns:
+        ``(P, O)``.
+    """
+    weight: Tensor = getattr(experts, name)
+    if not experts.is_transposed:
+        weight = weight.transpose(1, 2)  # (E, I, O)
+    y = _grouped_mm(x.to(weight.dtype), weight, routing.ends)
+    if experts.has_bias:
+        y = y + getattr(experts, f"{name}_bias")[routing.expert]
+    return y
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return torch.nn.functional.grouped_mm(x, weight, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = [rows @ w for rows, w in zip(x.split(counts), weight, strict=True) if len(rows)]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
