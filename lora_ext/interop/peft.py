@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel, dora
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def take_over(model: Model) -> Model:
         )
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
-    _swap(model, {PeftLinear: FusedLinear, LoraModel: FusedLoraModel})
+    _swap(model, _fused_classes())
     found = report(model)
     if not found.taken:
         warnings.warn(
@@ -64,7 +65,7 @@ def take_over(model: Model) -> Model:
 
 def to_peft(model: Model) -> Model:
     """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
-    _swap(model, {FusedLinear: PeftLinear, FusedLoraModel: LoraModel})
+    _swap(model, {ours: theirs for theirs, ours in _fused_classes().items()})
     block: Any
     for block in model.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
@@ -73,6 +74,13 @@ def to_peft(model: Model) -> Model:
         for key in [k for k, hook in block._forward_pre_hooks.items() if hook is _remind]:
             del block._forward_pre_hooks[key], block._forward_pre_hooks_with_kwargs[key]
     return model
+
+
+def _fused_classes() -> dict[type, type]:
+    """Ours for each of PEFT's."""
+    from .peft_experts import FusedExperts  # it builds on this module
+
+    return {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: FusedLoraModel}
 
 
 def _swap(model: nn.Module, classes: dict[type, type]) -> None:
@@ -93,22 +101,22 @@ def report(model: nn.Module) -> Report:
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and module in never_called:
-            left[name] = "nn.MultiheadAttention reads its weight and never calls it"
-        elif isinstance(module, FusedLinear):
-            reasons = {_uncovered(module, adapter) for adapter in module.lora_A} - {None}
-            if reasons:
-                left[name] = "; ".join(sorted(str(r) for r in reasons))
-            else:
-                taken.append(name)
-        elif isinstance(module, LoraLayer):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            left[name] = (
-                "from_peft has not seen it yet"
-                if type(module) is PeftLinear
-                else f"only peft.tuners.lora.layer.Linear is covered, found {kind}"
-            )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer in layers.items():
+        kind, of_ours = type(layer), getattr(layer, "uncovered", None)
+        reasons: set[Any]
+        if layer in never_called:
+            reasons = {"nn.MultiheadAttention reads its weight and never calls it"}
+        elif of_ours is not None:
+            reasons = {of_ours(adapter) for adapter in layer.lora_A} - {None}
+        elif kind in _fused_classes():
+            reasons = {"from_peft has not seen it yet"}
+        else:
+            reasons = {f"lora_ext has no layer for {kind.__module__}.{kind.__qualname__}"}
+        if reasons:
+            left[name] = "; ".join(sorted(reasons))
+        else:
+            taken.append(name)
     return Report(tuple(taken), left)
 
 
@@ -124,7 +132,7 @@ def _by_reason(left: dict[str, str]) -> str:
     )
 
 
-def _uncovered(module: Any, adapter: str) -> str | None:
+def uncovered(module: Any, adapter: str) -> str | None:
     """Why an adapter of a fused layer is left to PEFT's forward."""
     variant = module.lora_variant.get(adapter)
     if variant is not None and type(variant) is not DoraLinearVariant:
@@ -181,10 +189,33 @@ def _names(names: Sequence[str]) -> Assignment:
     return last[1]
 
 
+def rows_of_call(layer: nn.Module, names: Sequence[str] | None) -> Assignment | None:
+    """Who has the rows of a layer's call: the names it was given, or those of the forward that a
+    checkpoint recomputes; None: the active adapters."""
+    if torch.compiler.is_compiling():
+        return None if names is None else Assignment.of_entries(names, (len(names),))
+    if names is not None:
+        if layer.training and _recomputed.get() is None:
+            _named.add(layer)
+        return _names(names)
+    rows = _recomputed.get()
+    if rows is None and layer in _named:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward
+            raise RuntimeError(
+                "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
+                "found another, which recomputes a layer whose forward had adapter_names and "
+                "has lost them; pass no names, or do not checkpoint these layers"
+            )
+        _named.discard(layer)
+    return rows
+
+
 class FusedLinear(PeftLinear):
     """PEFT's ``lora.Linear`` with the base product, the updates and their gradients fused."""
 
+    of_from_peft = True
     asks_what_is_off = True
+    uncovered = uncovered
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; ``adapter_names``, one per sequence, may also be given in training, and may
@@ -201,13 +232,13 @@ class FusedLinear(PeftLinear):
             RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.get("adapter_names")
-        rows = self._rows_of(names)
+        rows = rows_of_call(self, names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
             return self._forward_of_peft(x, *args, **kwargs)
         wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
         present = tuple(name for name in wanted if name in self.lora_A and name not in off)
         fits = rows is None or _fit(rows, x.shape[:-1])  # PEFT raises where they do not
-        if not fits or any(_uncovered(self, name) is not None for name in present):
+        if not fits or any(self.uncovered(name) is not None for name in present):
             if rows is not None:
                 kwargs["adapter_names"] = rows.spelled()
             return self._forward_of_peft(x, *args, **kwargs)
@@ -218,7 +249,7 @@ class FusedLinear(PeftLinear):
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         dense = dense_parameters(self.base_layer)
-        assert dense is not None  # _uncovered lets no other base pass
+        assert dense is not None  # uncovered lets no other base pass
         magnitudes = [self._magnitude(name) for name in present]
         norms = [
             None if m is None else self._norm(name, dense[0], f)
@@ -228,24 +259,6 @@ class FusedLinear(PeftLinear):
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return forward_of_the_rest(PeftLinear.forward, self, x, *args, **kwargs)
-
-    def _rows_of(self, names: Sequence[str] | None) -> Assignment | None:
-        if torch.compiler.is_compiling():
-            return None if names is None else Assignment.of_entries(names, (len(names),))
-        if names is not None:
-            if self.training and _recomputed.get() is None:
-                _named.add(self)
-            return _names(names)
-        rows = _recomputed.get()
-        if rows is None and self in _named:
-            if torch._C._current_graph_task_id() != -1:  # inside a backward
-                raise RuntimeError(
-                    "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
-                    "found another, which recomputes a layer whose forward had adapter_names and "
-                    "has lost them; pass no names, or do not checkpoint these layers"
-                )
-            _named.discard(self)
-        return rows
 
     def _factors(self, name: str) -> LoraFactors:
         dropout = self.lora_dropout[name]
@@ -375,7 +388,7 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
         if not isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = _KeepsNames(checkpoint)
         for layer in block.modules():
-            if isinstance(layer, FusedLinear) or _remind in layer._forward_pre_hooks.values():
+            if hasattr(type(layer), "of_from_peft") or _remind in layer._forward_pre_hooks.values():
                 continue
             if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
                 nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]

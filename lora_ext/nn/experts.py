@@ -11,11 +11,20 @@ module say the rest, and its ``_apply_gate`` is what happens between the two pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lora_ext import ops
+
+from .lora_forward import LoraFactors
+from .rows import constant, scales
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What every experts module of transformers 5 says of itself.
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -52,7 +61,7 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
-        if name in known and parameter.dim() == 3 and parameter.is_floating_point()
+        if name in known and parameter.dim() == 3 and parameter.dtype in _DTYPES
     }
 
 
@@ -134,3 +143,74 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = [rows @ w for rows, w in zip(x.split(counts), weight, strict=True) if len(rows)]
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
+
+
+class Slots(NamedTuple):
+    """For every pair the adapter and the expert it has, as one number: adapter ``s`` of expert
+    ``e`` is slot ``s * E + e``."""
+
+    ids: Tensor  # (P,) int32, -1 where the row has no adapter
+    plan: Tensor  # ops.lora_plan of them
+
+
+def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int) -> Slots:
+    """The slots of all pairs, found on the device.
+
+    Args:
+        rows: ``(T,)`` int32, the adapter of each row in ``[-1, num_adapters)``; None: all rows have
+            the first.
+    """
+    num_experts = len(routing.ends)
+    if rows is None:
+        ids = routing.expert.int()
+    else:
+        row = rows[routing.token].long()  # (P,)
+        ids = torch.where(row < 0, -1, row * num_experts + routing.expert).int()
+    return Slots(ids, ops.lora_plan(ids, num_adapters * num_experts))
+
+
+def experts_update(
+    y: Tensor, x: Tensor, adapters: Sequence[LoraFactors], slots: Slots, num_experts: int
+) -> Tensor:
+    """``y[p] + scaling * B[s, e] A[s, e] x[p]``, in the dtype of the adapters and rounded once.
+
+    Differentiable once in ``x`` and the factors, by the kernels of :func:`lora_ext.ops.lora_linear`.
+
+    Args:
+        y: ``(P, O)``, changed in place. x: ``(P, I)``.
+        adapters: factors as PEFT keeps them: ``a (E * r, I)``, whose rows go expert by expert, and
+            ``b (O, r * E)``, whose columns go rank by rank.
+        slots: :func:`slots_of` these adapters.
+    """
+    dtype = functools.reduce(torch.promote_types, (f.a.dtype for f in adapters))
+    all_ranks = [f.a.shape[0] // num_experts for f in adapters]
+    scale = scales([f.scaling for f in adapters], x.device)
+    if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+        adapters, scale = [f._replace(b=f.b * f.scaling) for f in adapters], None
+    ranks = None
+    if min(all_ranks) < max(all_ranks):
+        ranks = constant(all_ranks, torch.int32, x.device).repeat_interleave(num_experts)
+    if scale is not None:
+        scale = scale.repeat_interleave(num_experts)
+    most = max(all_ranks)
+    a = [
+        pad(f.a.view(num_experts, -1, f.a.shape[1]), (0, 0, 0, most - r))
+        for f, r in zip(adapters, all_ranks, strict=True)
+    ]
+    b = [
+        pad(f.b.view(-1, r, num_experts).permute(2, 0, 1), (0, most - r))
+        for f, r in zip(adapters, all_ranks, strict=True)
+    ]
+    with torch.autocast(x.device.type, enabled=False):  # transformers' own product has none either
+        delta = ops.lora_linear(
+            x.to(dtype),
+            None,
+            None,
+            torch.cat(a).to(dtype),
+            torch.cat(b).to(dtype),
+            slots.ids,
+            scale,
+            ranks,
+            plan=slots.plan,
+        )
+        return y.add_(delta)

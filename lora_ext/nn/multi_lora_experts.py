@@ -7,11 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_ext import ops
-
 from .attachment import Pool
 from .context import current
-from .experts import Routing, experts_forward, projections
+from .experts import Routing, Slots, experts_forward, projections, slots_of
 from .multi_lora import add_adapters
 from .pool_layer import PoolLayer
 
@@ -71,17 +69,13 @@ class MultiLoraExperts(PoolLayer):
             if rows is None or not rows.used:  # all rows belong to the base model
                 return self.base(x, index, weights)
             slots = rows.ids  # (T,)
-        experts: Any = self.base.num_experts
 
         def update(name: str, y: Tensor, rows: Tensor, routing: Routing) -> Tensor:
             if name not in slabs:
                 return y
-            if not plan:
-                slot = slots[routing.token].long()
-                own = torch.where(slot < 0, -1, slot * experts + routing.expert).int()
-                plan.extend((own, ops.lora_plan(own, self.pool.max_slots * experts)))
-            ids, grouped = plan
-            return add_adapters(y, rows, slabs[name], ids, grouped, None)
+            if not found:
+                found.append(slots_of(routing, slots, self.pool.max_slots))
+            return add_adapters(y, rows, slabs[name], *found[0], None)
 
-        plan: list[Tensor] = []  # ids of the pairs and their plan, which both products share
+        found: list[Slots] = []  # which both products share
         return experts_forward(self.base, x, index, weights, update)

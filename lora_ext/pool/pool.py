@@ -60,7 +60,8 @@ class AdapterPool:
         model: its linear and embedding layers are found by name; a weak reference is kept.
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
-        pages: pages per module, and per expert of one; default ``max_slots * ceil(max_rank / 8)``, the worst case.
+        pages: pages per module, and per expert of a routed one; default
+            ``max_slots * ceil(max_rank / 8)``, the worst case.
             A server of r16 adapters wants ``2 * max_slots``: at the default settings the worst
             case of an 8B model is above 20 GiB (``reserved_bytes``, and ``print(pool)``).
         dtype, device: of the pages; default is each module's own, on the device where it computes.
