@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext.nn.assignment import Assignment, Batch
 from lora_ext.nn.experts import (
@@ -65,7 +65,7 @@ class FusedExperts(ParamWrapper):
                 layer = of_parameter[parameter]
                 key = None if rows is None else group
                 if key not in found:
-                    found[key] = slots_of(routing, ids, len(group))
+                    found[key] = slots_of(routing, ids, len(group), layer.num_experts)
                 factors = [layer._factors(name) for name in group]
                 y = experts_update(y, inner, factors, found[key], layer.num_experts)
             return y

@@ -31,12 +31,12 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expe
 
 
 class Routing(NamedTuple):
-    """The pairs of a batch, sorted by expert."""
+    """The pairs of a batch, in the order in which they are multiplied."""
 
     order: Tensor  # (P,) int64, which pair comes at each place: pair p is token p // k
     token: Tensor  # (P,) int64
-    expert: Tensor  # (P,) int64, rising
-    ends: Tensor  # (E,) int32, where the pairs of each expert end
+    expert: Tensor  # (P,) int64
+    ends: Tensor | None  # (E,) int32, where the pairs of each expert end; None: not sorted by it
 
 
 #: Adds the adapters' share to one product: the parameter's name, the product ``(P, O)``, which may
@@ -70,12 +70,31 @@ def up_name(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    """Sort the pairs of ``top_k_index (T, k)`` by expert, on its device and without waiting."""
-    expert, order = top_k_index.reshape(-1).sort(stable=True)
+def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Routing:
+    """The pairs of ``top_k_index (T, k)`` in the order in which an implementation of transformers
+    multiplies them: the bits of a product depend on it. On its device, and without waiting.
+
+    Args:
+        how: "eager", which takes the first choice of all tokens before the second; "batched_mm",
+            which sorts nothing; any other is taken for "grouped_mm".
+    """
+    tokens, choices = top_k_index.shape
+    if how == "eager":
+        expert, at = top_k_index.t().reshape(-1).sort(stable=True)
+        token = at % tokens
+        order = token * choices + at // tokens
+    else:
+        expert = top_k_index.reshape(-1)
+        if how == "batched_mm":
+            order = torch.arange(len(expert), device=expert.device)
+        else:
+            expert, order = expert.sort()
+        token = order // choices
+    if how == "batched_mm":
+        return Routing(order, token, expert, None)
     all_experts = torch.arange(num_experts, device=expert.device)
     ends = torch.searchsorted(expert, all_experts, right=True, out_int32=True)
-    return Routing(order, order // top_k_index.shape[-1], expert, ends)
+    return Routing(order, token, expert, ends)
 
 
 def experts_forward(
@@ -84,10 +103,12 @@ def experts_forward(
     """What an experts module of transformers computes, with adapters on its matrices.
 
     ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))``, ``e = top_k_index[t,
-    j]``, where ``update`` has added to the results of ``up_e`` and ``down_e``.
+    j]``, where ``update`` has added to the results of ``up_e`` and ``down_e``. Rows to which it
+    adds nothing are, on the CPU, those of the module's own forward to the bit.
 
     Args:
-        experts: an experts module; its own gate, biases and norm are used.
+        experts: an experts module; its own gate, biases and norm are used, and of its
+            ``experts_implementation`` the way to multiply.
         x: ``(T, H)``. top_k_index: ``(T, k)`` integers in ``[0, E)``. top_k_weights: ``(T, k)``.
         update: called once for each of the two products.
 
@@ -103,46 +124,85 @@ def experts_forward(
             f"{type(experts).__name__}: expected all experts on one device, found expert "
             "parallelism, under which adapters on experts are not supported"
         )
-    routing = route(top_k_index, module.num_experts)
+    how = getattr(module.config, "_experts_implementation", None)
+    routing = route(top_k_index, module.num_experts, how)
     rows = x[routing.token]  # (P, H)
     up = up_name(module)
-    y = update(up, grouped_linear(rows, module, up, routing), rows, routing)  # (P, 2M)
+    y = update(up, routed_linear(rows, module, up, routing), rows, routing)  # (P, 2M)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)  # (P, M)
-    y = update("down_proj", grouped_linear(y, module, "down_proj", routing), y, routing)  # (P, H)
+    y = update("down_proj", routed_linear(y, module, "down_proj", routing), y, routing)  # (P, H)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
+    if how == "eager" and x.device.type == "cpu":
+        return torch.zeros_like(x).index_add(0, routing.token, y.to(x.dtype))
     place = torch.empty_like(routing.order)
     place[routing.order] = torch.arange(len(place), device=place.device)
     return y[place].view(*top_k_index.shape, -1).sum(1).to(x.dtype)
 
 
-def grouped_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
+def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
     """``weight[e] @ x[p] + bias[e]`` for every pair ``p`` and its expert ``e``.
 
     In the dtype of the weight, also under autocast, as transformers' grouped product is.
 
     Args:
-        x: ``(P, I)``, sorted by expert.
+        x: ``(P, I)``, in the order of ``routing``.
 
     Returns:
-        ``(P, O)``.
+        ``(P, O)``, new.
     """
     weight: Tensor = getattr(experts, name)
-    if not experts.is_transposed:
-        weight = weight.transpose(1, 2)  # (E, I, O)
-    y = _grouped_mm(x.to(weight.dtype), weight, routing.ends)
+    x = x.to(weight.dtype)
+    if routing.ends is not None:
+        y = _grouped_mm(x, weight if experts.is_transposed else weight.mT, routing.ends)
+    elif experts.is_transposed:
+        y = torch.bmm(x.unsqueeze(1), weight[routing.expert]).squeeze(1)
+    else:
+        y = torch.bmm(weight[routing.expert], x.unsqueeze(2)).squeeze(2)
     if experts.has_bias:
         y = y + getattr(experts, f"{name}_bias")[routing.expert]
     return y
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``."""
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_ext.experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     parts = [rows @ w for rows, w in zip(x.split(counts), weight, strict=True) if len(rows)]
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
+
+
+# A graph cannot follow groups whose sizes are known only when it runs.
+_library = torch.library.Library("lora_ext", "FRAGMENT")
+_library.define("experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor")
+_library.impl("experts_mm", _grouped_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lora_ext::experts_mm", lib=_library)
+def _fake(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    if ctx.needs_input_grad[1]:
+        raise NotImplementedError(
+            "experts_mm: weight: expected frozen experts in a compiled graph, found trained ones"
+        )
+    weight, ends = ctx.saved_tensors
+    return torch.ops.lora_ext.experts_mm(dy, weight.mT, ends), None, None
+
+
+torch.library.register_autograd(
+    "lora_ext::experts_mm", _backward, setup_context=_save, lib=_library
+)
 
 
 class Slots(NamedTuple):
@@ -153,14 +213,13 @@ class Slots(NamedTuple):
     plan: Tensor  # ops.lora_plan of them
 
 
-def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int) -> Slots:
+def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_experts: int) -> Slots:
     """The slots of all pairs, found on the device.
 
     Args:
         rows: ``(T,)`` int32, the adapter of each row in ``[-1, num_adapters)``; None: all rows have
             the first.
     """
-    num_experts = len(routing.ends)
     if rows is None:
         ids = routing.expert.int()
     else:
@@ -174,7 +233,7 @@ def experts_update(
 ) -> Tensor:
     """``y[p] + scaling * B[s, e] A[s, e] x[p]``, in the dtype of the adapters and rounded once.
 
-    Differentiable once in ``x`` and the factors, by the kernels of :func:`lora_ext.ops.lora_linear`.
+    Differentiable once in ``x`` and the factors, by the kernels of ``ops.lora_linear``.
 
     Args:
         y: ``(P, O)``, changed in place. x: ``(P, I)``.

@@ -74,8 +74,9 @@ class MultiLoraExperts(PoolLayer):
             if name not in slabs:
                 return y
             if not found:
-                found.append(slots_of(routing, slots, self.pool.max_slots))
+                found.append(slots_of(routing, slots, self.pool.max_slots, experts))
             return add_adapters(y, rows, slabs[name], *found[0], None)
 
+        experts: Any = self.base.num_experts
         found: list[Slots] = []  # which both products share
         return experts_forward(self.base, x, index, weights, update)

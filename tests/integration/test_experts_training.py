@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
+from lora_ext.nn import LayerGroups
 
 CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 NAMES = ["red", "green", "__base__", "blue", "green"]
@@ -126,3 +129,86 @@ def test_an_adapter_per_row_trains_as_each_alone(family: str, checkpointing: boo
     expected, wanted = trained_alone(theirs, tokens(5, 6), NAMES)
     assert_close(got, expected)
     assert_same_gradients(ours, wanted)
+
+
+def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
+    """A watched experts module is left to PEFT, which has no adapters per row."""
+    _, ours = pair("mixtral")
+    experts = ours.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    handle = experts.register_forward_hook(lambda *_: None)
+    left = report(ours).left
+    assert [name for name in left if "layers.0.mlp.experts" in name] == sorted(left)
+    assert all("watched" in reason for reason in left.values())
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        logits(ours, adapter_names=NAMES)
+    theirs = to_peft(copy.deepcopy(ours))
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, gradients(theirs))
+    handle.remove()
+    assert not report(ours).left
+
+
+def test_what_peft_does_with_its_layers_stays_peft(tmp_path: Path) -> None:
+    """Saving, loading, disabling, switching, merging and deleting."""
+    theirs, ours = pair("qwen3")
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    with torch.no_grad():
+        for model in (theirs, ours):
+            model.set_adapter("green")
+        with ours.disable_adapter(), theirs.disable_adapter():
+            base = logits(theirs)
+            assert torch.equal(logits(ours), base)
+        expected = logits(theirs)
+        assert_close(logits(ours), expected)
+        assert (expected - base).abs().max() > 0.5
+
+        ours.save_pretrained(tmp_path)
+        loaded: Any = peft.PeftModel.from_pretrained(
+            make_mixture("qwen3").double(), tmp_path / "green", autocast_adapter_dtype=False
+        )
+        assert_close(logits(loaded.eval()), expected)
+        assert_close(logits(lora_ext.from_peft(loaded)), expected)
+
+        assert_close(logits(copy.deepcopy(ours)), expected)
+        merged = copy.deepcopy(ours).merge_and_unload()
+        assert_close(merged(input_ids=tokens(5, 6)).logits, expected)
+        ours.delete_adapter("green")
+        ours.set_adapter("red")
+        theirs.set_adapter("red")
+        assert_close(logits(ours), logits(theirs))
+        assert_close(logits(to_peft(ours)), logits(theirs))
+
+
+def test_an_adapter_that_is_switched_off_takes_no_part() -> None:
+    _, ours = pair("mixtral")
+    ours.set_adapter("red")
+    groups = LayerGroups(ours, "red")
+    with torch.no_grad():
+        with ours.disable_adapter():
+            base = logits(ours)
+        changed = logits(ours)
+        with groups.masked([False, False]):
+            assert torch.equal(logits(ours), base)
+            assert torch.equal(logits(ours, adapter_names=["red"] * 5), base)
+        assert torch.equal(logits(ours), changed)
+
+
+def test_bfloat16_experts_keep_adapters_in_float32() -> None:
+    """As PEFT makes them for training; the update is rounded once, where PEFT rounds W + BA."""
+    model = make_mixture("mixtral")
+    exact = lora_ext.from_peft(make_peft(model.double(), {"red": {"r": 4}}))
+    ours = copy.deepcopy(exact).bfloat16()
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    layers = (m.base_model.model.model.layers[0].mlp.experts for m in (exact, ours))
+    generator = torch.manual_seed(5)
+    x = torch.randn(8, 24, generator=generator, dtype=torch.bfloat16)
+    index = torch.randint(0, 4, (8, 2), generator=generator)
+    weights = torch.rand(8, 2, generator=generator, dtype=torch.bfloat16)
+    expected, got = (
+        layer(x.to(dtype), index, weights.to(dtype)).detach().double()
+        for layer, dtype in zip(layers, (torch.float64, torch.bfloat16), strict=True)
+    )
+    # Weights, and both products, are rounded to 2^-9 each.
+    assert (got - expected).abs().max() < 0.03 * expected.abs().max()
