@@ -193,7 +193,7 @@ class AdapterConfig(LoraConfig):
     def targets(self, index: ModelIndex) -> set[str] | None:
         """The modules and expert parameters that PEFT would adapt, or None: the config leaves it to
         the tensors."""
-        parameters = self.targeted_parameters(index)
+        parameters = self.targeted_parameters(index) & index.experts.keys()
         if self.target_modules is None:
             return parameters or None
         head = index.output_head

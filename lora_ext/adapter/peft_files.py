@@ -224,9 +224,15 @@ def _group_keys(
                 leftover.append(key)
             continue
         module = experts.get(parsed.module, parsed.module)
+        owner, _, _ = parsed.module.partition(".base_layer")
+        if owner in index.parameters and module == parsed.module:
+            raise ValueError(
+                f"{tensors.where}: expected factors of {len(experts)} parameters of experts, which "
+                f"the adapter's target_parameters mean, found {key}"
+            )
         if module not in index.specs:
-            kind = index.unsupported.get(parsed.module)
-            if kind is None and in_routed_experts(parsed.module):
+            kind = index.unsupported.get(module)
+            if kind is None and module == parsed.module and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
             if kind is not None:  # also where strict=False: without it this is another adapter
                 raise NotImplementedError(
