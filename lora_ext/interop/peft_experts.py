@@ -18,10 +18,11 @@ from lora_ext.nn.experts import (
     Slots,
     experts_forward,
     experts_update,
+    obstacle_of,
     projections,
     slots_of,
 )
-from lora_ext.nn.lora_forward import LoraFactors, is_plain
+from lora_ext.nn.lora_forward import LoraFactors
 from lora_ext.nn.rows import Rows
 from lora_ext.nn.switches import forward_of_the_rest, switched_off
 
@@ -80,9 +81,8 @@ class FusedExperts(ParamWrapper):
                 f"{self.parameter_name} of a {type(experts).__name__} is no floating matrix of "
                 "routed experts"
             )
-        if not is_plain(experts) or getattr(experts, "_is_expert_parallel", False):
-            return "its experts are watched, or spread over devices"
-        return uncovered(self, adapter)
+        obstacle = obstacle_of(experts)
+        return uncovered(self, adapter) if obstacle is None else f"its experts have {obstacle}"
 
     def _wrappers(self) -> list[FusedExperts]:
         """This and those inside: one for each adapted parameter."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lora_ext import ops
+from lora_ext.ops._autocast import exactly
 
-from .lora_forward import LoraFactors
+from .grouped_mm import grouped_mm
+from .lora_forward import LoraFactors, is_plain
 from .rows import constant, scales
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,6 +40,7 @@ class Routing(NamedTuple):
     token: Tensor  # (P,) int64
     expert: Tensor  # (P,) int64
     ends: Tensor | None  # (E,) int32, where the pairs of each expert end; None: not sorted by it
+    autocast: bool  # whether transformers' own products follow autocast: the grouped one does not
 
 
 #: Adds the adapters' share to one product: the parameter's name, the product ``(P, O)``, which may
@@ -61,8 +65,20 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
-        if name in known and parameter.dim() == 3 and parameter.dtype in _DTYPES
+        if name in known
+        and type(parameter) is nn.Parameter  # not quantised, not spread over devices
+        and parameter.dim() == 3
+        and parameter.dtype in _DTYPES
     }
+
+
+def obstacle_of(experts: nn.Module) -> str | None:
+    """Why :func:`experts_forward` may not stand in for the module's own forward, or None."""
+    if getattr(experts, "_is_expert_parallel", False):
+        return "expert parallelism"
+    if not is_plain(experts):
+        return "hooks, or a forward of its own, as accelerate's offloading leaves them"
+    return None
 
 
 def up_name(experts: Any) -> str:
@@ -91,10 +107,10 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
             expert, order = expert.sort()
         token = order // choices
     if how == "batched_mm":
-        return Routing(order, token, expert, None)
+        return Routing(order, token, expert, None, autocast=True)
     all_experts = torch.arange(num_experts, device=expert.device)
     ends = torch.searchsorted(expert, all_experts, right=True, out_int32=True)
-    return Routing(order, token, expert, ends)
+    return Routing(order, token, expert, ends, autocast=how == "eager")
 
 
 def experts_forward(
@@ -116,13 +132,14 @@ def experts_forward(
         ``(T, H)`` in the dtype of ``x``.
 
     Raises:
-        NotImplementedError: the experts are spread over devices (expert parallelism).
+        NotImplementedError: see :func:`obstacle_of`.
     """
     module: Any = experts
-    if getattr(module, "_is_expert_parallel", False):
+    obstacle = obstacle_of(experts)
+    if obstacle is not None:
         raise NotImplementedError(
-            f"{type(experts).__name__}: expected all experts on one device, found expert "
-            "parallelism, under which adapters on experts are not supported"
+            f"{type(experts).__name__}: expected experts whose rows can have adapters, found "
+            f"{obstacle}"
         )
     how = getattr(module.config, "_experts_implementation", None)
     routing = route(top_k_index, module.num_experts, how)
@@ -138,13 +155,11 @@ def experts_forward(
         return torch.zeros_like(x).index_add(0, routing.token, y.to(x.dtype))
     place = torch.empty_like(routing.order)
     place[routing.order] = torch.arange(len(place), device=place.device)
-    return y[place].view(*top_k_index.shape, -1).sum(1).to(x.dtype)
+    return y[place].view(*top_k_index.shape, y.shape[-1]).sum(1).to(x.dtype)
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
     """``weight[e] @ x[p] + bias[e]`` for every pair ``p`` and its expert ``e``.
-
-    In the dtype of the weight, also under autocast, as transformers' grouped product is.
 
     Args:
         x: ``(P, I)``, in the order of ``routing``.
@@ -155,7 +170,8 @@ def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tenso
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:
-        y = _grouped_mm(x, weight if experts.is_transposed else weight.mT, routing.ends)
+        with nullcontext() if routing.autocast else exactly(x.device):
+            y = grouped_mm(x, weight if experts.is_transposed else weight.mT, routing.ends)
     elif experts.is_transposed:
         y = torch.bmm(x.unsqueeze(1), weight[routing.expert]).squeeze(1)
     else:
@@ -163,46 +179,6 @@ def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tenso
     if experts.has_bias:
         y = y + getattr(experts, f"{name}_bias")[routing.expert]
     return y
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``."""
-    if torch.compiler.is_compiling():
-        return torch.ops.lora_ext.experts_mm(x, weight, ends)
-    if x.device.type != "cpu":
-        return torch.nn.functional.grouped_mm(x, weight, offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = [rows @ w for rows, w in zip(x.split(counts), weight, strict=True) if len(rows)]
-    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
-
-
-# A graph cannot follow groups whose sizes are known only when it runs.
-_library = torch.library.Library("lora_ext", "FRAGMENT")
-_library.define("experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor")
-_library.impl("experts_mm", _grouped_mm, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("lora_ext::experts_mm", lib=_library)
-def _fake(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
-    if ctx.needs_input_grad[1]:
-        raise NotImplementedError(
-            "experts_mm: weight: expected frozen experts in a compiled graph, found trained ones"
-        )
-    weight, ends = ctx.saved_tensors
-    return torch.ops.lora_ext.experts_mm(dy, weight.mT, ends), None, None
-
-
-torch.library.register_autograd(
-    "lora_ext::experts_mm", _backward, setup_context=_save, lib=_library
-)
 
 
 class Slots(NamedTuple):
@@ -260,7 +236,7 @@ def experts_update(
         pad(f.b.view(-1, r, num_experts).permute(2, 0, 1), (0, most - r))
         for f, r in zip(adapters, all_ranks, strict=True)
     ]
-    with torch.autocast(x.device.type, enabled=False):  # transformers' own product has none either
+    with exactly(x.device):  # PEFT ignores autocast here too
         delta = ops.lora_linear(
             x.to(dtype),
             None,

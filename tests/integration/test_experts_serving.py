@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
 import lora_ext.adapter
@@ -174,6 +175,63 @@ def test_attach_and_detach_leave_the_model_as_it_was(tmp_path: Path) -> None:
     assert model.model.layers[0].mlp.experts is experts
 
 
+def test_the_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
+    """A pool trains no adapters, and lets gradients through them."""
+    model, reference = served("gpt_oss", tmp_path)
+    embed = model.get_input_embeddings()
+    x = embed(tokens(1, 5)).detach().requires_grad_()
+    reference.set_adapter("green")
+    reference(inputs_embeds=x).logits.square().sum().backward()
+    expected, x.grad = x.grad, None
+    with lora_ext.adapters("green"):
+        model(inputs_embeds=x).logits.square().sum().backward()
+    assert expected is not None and x.grad is not None
+    assert (x.grad - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
+    """transformers' continuous batching."""
+    model, _ = served("mixtral", tmp_path)
+    names = ["red", None, "blue", "green"]
+    prompts = [tokens(4, 6)[i].tolist()[: 6 - i] for i in range(4)]
+    results = model.generate_batch(
+        prompts,
+        adapter_names=names,
+        generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, page_size=16),
+    )
+    found = {tuple(r.prompt_ids): r.generated_tokens for r in results.values()}
+    for prompt, name in zip(prompts, names, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(ids, adapter_names=[name], max_new_tokens=4, do_sample=False)
+        assert found[tuple(prompt)] == alone[0, len(prompt) :].tolist()
+
+
+def test_a_graph_follows_the_blocks() -> None:
+    model = make_mixture("gpt_oss", "grouped_mm")
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    for name in ("red", "blue"):
+        pool.load(name, make_peft(model, {name: CONFIGS[name]}))
+    base = model.model.layers[0].mlp.experts
+    layer = lora_ext.attach(model, pool).model.layers[0].mlp.experts
+    x, scores = torch.randn(6, 24), torch.rand(6, 4)
+    weights, index = scores.topk(2)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for names in (["red", "blue", None] * 2, ["blue"] * 6):
+            with lora_ext.adapters(names):
+                got, expected = compiled(x, index, weights), layer(x, index, weights)
+            assert (got - expected).abs().max() < CLOSE
+        assert (compiled(x, index, weights) - base(x, index, weights)).abs().max() < CLOSE
+    wanted = [x.requires_grad_(), base.gate_up_proj, base.down_proj]
+    with lora_ext.adapters("red"):
+        expected = torch.autograd.grad(layer(x, index, weights).square().sum(), wanted)
+        got = torch.autograd.grad(compiled(x, index, weights).square().sum(), wanted)
+    for ours, eager in zip(got, expected, strict=True):
+        assert (ours - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
 # --- what is refused ------------------------------------------------------------------------------
 def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The base model, and an adapter's configuration and tensors as PEFT saves them."""
@@ -242,8 +300,13 @@ def test_a_pool_of_some_parameters_refuses_the_others_or_skips_them() -> None:
         model(tokens(1, 3))
 
 
-def test_experts_over_several_devices_are_refused(tmp_path: Path) -> None:
+def test_experts_whose_forward_cannot_be_replaced_are_refused(tmp_path: Path) -> None:
     model, _ = served("mixtral", tmp_path, {"red": {"r": 4}})
-    model.model.layers[1].mlp.experts.base._is_expert_parallel = True
+    experts = model.model.layers[1].mlp.experts.base
+    experts._is_expert_parallel = True
     with lora_ext.adapters("red"), pytest.raises(NotImplementedError, match="expert parallelism"):
+        model(tokens(1, 4))
+    experts._is_expert_parallel = False
+    experts.register_forward_hook(lambda *_: None)
+    with lora_ext.adapters("red"), pytest.raises(NotImplementedError, match="found hooks"):
         model(tokens(1, 4))

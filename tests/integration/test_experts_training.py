@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
-from lora_ext.nn import LayerGroups
+from lora_ext.nn import LayerGroups, adapter_factors
 
 CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 NAMES = ["red", "green", "__base__", "blue", "green"]
@@ -138,7 +139,7 @@ def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
     handle = experts.register_forward_hook(lambda *_: None)
     left = report(ours).left
     assert [name for name in left if "layers.0.mlp.experts" in name] == sorted(left)
-    assert all("watched" in reason for reason in left.values())
+    assert all("hooks" in reason for reason in left.values())
     with pytest.raises(ValueError, match="mixed adapter batches"):
         logits(ours, adapter_names=NAMES)
     theirs = to_peft(copy.deepcopy(ours))
@@ -212,3 +213,38 @@ def test_bfloat16_experts_keep_adapters_in_float32() -> None:
     )
     # Weights, and both products, are rounded to 2^-9 each.
     assert (got - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+def test_under_autocast_as_transformers_multiplies(how: str) -> None:
+    """The grouped product stays in the weights' dtype, and so does PEFT's update of them."""
+    theirs = make_peft(make_mixture("gpt_oss", how), {"red": {"r": 4}})
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    layers = [m.base_model.model.model.layers[0].mlp.experts for m in (theirs, ours)]
+    generator = torch.manual_seed(5)
+    x = torch.randn(8, 24, generator=generator)
+    scores = torch.rand(8, 4, generator=generator)
+    weights, index = scores.topk(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = (layer(x, index, weights) for layer in layers)
+    assert got.dtype == expected.dtype
+    bound = 0.02 if how == "eager" else 1e-5  # there, two products of bfloat16
+    assert (got - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_a_model_of_from_peft_generates_with_an_adapter_per_row() -> None:
+    theirs, ours = pair("qwen3")
+    ids, how = tokens(5, 4), {"max_new_tokens": 5, "do_sample": False}
+    mixed = ours.generate(input_ids=ids, adapter_names=NAMES, **how)
+    for row, name in enumerate(NAMES):
+        theirs.set_adapter("red" if name == "__base__" else name)
+        with theirs.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            alone = theirs.generate(input_ids=ids[row : row + 1], **how)
+        assert mixed[row].tolist() == alone[0].tolist()
+
+
+def test_factors_of_many_experts_are_no_single_pair() -> None:
+    _, ours = pair("mixtral")
+    layer = ours.base_model.model.model.layers[0].mlp.experts
+    with pytest.raises(NotImplementedError, match="one for each of 4 experts"):
+        adapter_factors(layer, "red")
