@@ -108,7 +108,7 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
         token = order // choices
     if how == "batched_mm":
         return Routing(order, token, expert, None, autocast=True)
-    all_experts = torch.arange(num_experts, device=expert.device)
+    all_experts = torch.arange(num_experts, dtype=expert.dtype, device=expert.device)
     ends = torch.searchsorted(expert, all_experts, right=True, out_int32=True)
     return Routing(order, token, expert, ends, autocast=how == "eager")
 
@@ -227,25 +227,35 @@ def experts_update(
         ranks = constant(all_ranks, torch.int32, x.device).repeat_interleave(num_experts)
     if scale is not None:
         scale = scale.repeat_interleave(num_experts)
-    most = max(all_ranks)
-    a = [
-        pad(f.a.view(num_experts, -1, f.a.shape[1]), (0, 0, 0, most - r))
-        for f, r in zip(adapters, all_ranks, strict=True)
-    ]
-    b = [
-        pad(f.b.view(-1, r, num_experts).permute(2, 0, 1), (0, most - r))
-        for f, r in zip(adapters, all_ranks, strict=True)
-    ]
+    a, b = _bank(adapters, all_ranks, num_experts)
     with exactly(x.device):  # PEFT ignores autocast here too
         delta = ops.lora_linear(
             x.to(dtype),
             None,
             None,
-            torch.cat(a).to(dtype),
-            torch.cat(b).to(dtype),
+            a.to(dtype),
+            b.to(dtype),
             slots.ids,
             scale,
             ranks,
             plan=slots.plan,
         )
         return y.add_(delta)
+
+
+def _bank(
+    adapters: Sequence[LoraFactors], ranks: Sequence[int], num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """``(A * E, R, I)`` and ``(A * E, O, R)``, filled up with zeros beyond an adapter's rank."""
+    a = [f.a.reshape(num_experts, r, -1) for f, r in zip(adapters, ranks, strict=True)]
+    b = [
+        f.b.reshape(-1, r, num_experts).permute(2, 0, 1)
+        for f, r in zip(adapters, ranks, strict=True)
+    ]
+    if len(adapters) == 1:
+        return a[0], b[0].contiguous()
+    rank = max(ranks)
+    return (
+        torch.cat([pad(t, (0, 0, 0, rank - t.shape[1])) for t in a]),
+        torch.cat([pad(t, (0, rank - t.shape[2])) for t in b]),
+    )

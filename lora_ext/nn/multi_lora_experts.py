@@ -41,12 +41,13 @@ class MultiLoraExperts(PoolLayer):
             for parameter in projections(base)
             if f"{name}.{parameter}" in pool.experts
         }
-        found = {p: size for p, size in projections(base).items() if p in self.slabs}
-        expected = {p: (s.in_features, s.out_features) for p, s in self.slabs.items()}
+        expected = {p: (s.experts, s.in_features, s.out_features) for p, s in self.slabs.items()}
+        sizes = projections(base)
+        found = {p: (len(getattr(base, p)), *sizes[p]) for p in self.slabs}
         if not expected or found != expected:
             raise ValueError(
-                f"MultiLoraExperts: {name}: expected an experts module with in and out features "
-                f"as in the pool, {expected}, found a {type(base).__name__} with {found}"
+                f"MultiLoraExperts: {name}: expected experts, in and out features as in the "
+                f"pool, {expected}, found a {type(base).__name__} with {found}"
             )
         self.stand_in(base, pool, name)
 

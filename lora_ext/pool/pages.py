@@ -150,6 +150,7 @@ class ModuleSlab:
     # Weight and bias of the slots whose adapter replaces the module; likewise never changed.
     replaced: Mapping[int, Replaced] = field(default_factory=dict)
     was_replaced: bool = False  # by any adapter so far: a compiled graph is made anew once
+    experts: int = 1  # E
 
 
 @dataclass

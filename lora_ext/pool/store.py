@@ -84,7 +84,7 @@ class PageStore:
         self.max_slots = max_slots
         self.pages = pages
         self.modules = {
-            name: ModuleSlab(spec.in_features, spec.out_features)
+            name: ModuleSlab(spec.in_features, spec.out_features, experts=spec.experts)
             for name, spec in index.specs.items()
         }
         self.residents: list[Resident | None] = [None] * max_slots

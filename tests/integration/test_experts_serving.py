@@ -232,6 +232,17 @@ def test_a_graph_follows_the_blocks() -> None:
         assert (ours - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
+def test_a_pool_of_another_number_of_experts_is_refused() -> None:
+    pool = lora_ext.AdapterPool(make_mixture("mixtral"), max_slots=1, max_rank=8)
+    config = make_mixture("mixtral").config
+    config.num_local_experts = 6
+    other = type(make_mixture("mixtral"))(config)
+    with pytest.raises(
+        ValueError, match=r"0\.mlp\.experts: expected .*\(4, 24, 40\).*\(6, 24, 40\)"
+    ):
+        lora_ext.attach(other, pool)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The base model, and an adapter's configuration and tensors as PEFT saves them."""

@@ -248,3 +248,17 @@ def test_factors_of_many_experts_are_no_single_pair() -> None:
     layer = ours.base_model.model.model.layers[0].mlp.experts
     with pytest.raises(NotImplementedError, match="one for each of 4 experts"):
         adapter_factors(layer, "red")
+
+
+def test_parameters_that_are_no_experts_stay_with_peft() -> None:
+    """Of a router, say: PEFT wraps whatever parameter it is told to."""
+    fields = {"r": 2, "target_parameters": [UP, DOWN, "mlp.gate.weight"]}
+    theirs, ours = pair("qwen3", {"red": fields})
+    found = report(ours)
+    assert {name.rpartition(".")[2] for name in found.left} == {"gate"}
+    assert all("no floating matrix of routed experts" in why for why in found.left.values())
+    assert len(found.taken) == 4
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, gradients(theirs))
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        logits(ours, adapter_names=["red"] * 5)
