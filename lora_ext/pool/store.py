@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from lora_ext.adapter.config import AdapterConfig
 from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.adapter.replaced import Replaced
 
 from .packing import PackedAdapter
 from .pages import (
