@@ -86,15 +86,16 @@ class Driver:
 
     @staticmethod
     @functools.cache
-    def load(device: torch.device) -> Driver | None:
-        """The machine's driver; None where it, or the device, has no virtual memory."""
+    def load(index: int) -> Driver | None:
+        """The machine's driver; None where it, or the device of that index, has no virtual
+        memory."""
         try:
             driver = Driver(ctypes.CDLL("libcuda.so.1"))
         except (OSError, AttributeError):
             return None
         supported = c_int(0)
         failed = driver.code("cuInit", 0) or driver.code(
-            "cuDeviceGetAttribute", byref(supported), _SUPPORTED, device.index or 0
+            "cuDeviceGetAttribute", byref(supported), _SUPPORTED, index
         )
         return driver if supported.value and not failed else None
 
@@ -128,9 +129,9 @@ class Reservation:
         )
         give_back.atexit = False  # the process gives all back, and CUDA may be gone before
 
-    def tensor(self, device: torch.device) -> Tensor:
+    def tensor(self) -> Tensor:
         """uint8 ``(size,)`` on these addresses, which keeps them."""
-        return torch.as_tensor(self, device=device)
+        return torch.as_tensor(self, device=torch.device("cuda", self._index))
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

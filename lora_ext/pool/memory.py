@@ -66,22 +66,21 @@ class HostMemory(Memory):
 class CudaMemory(Memory):
     """Bytes of a CUDA device, in pieces of its granularity (2 MiB, as a rule)."""
 
-    def __init__(self, nbytes: int, device: torch.device, driver: Driver):
-        index = device.index or 0
+    def __init__(self, nbytes: int, index: int, driver: Driver):
         self.granularity = driver.granularity(index)
         size = -(-nbytes // self.granularity) * self.granularity
         self._reservation = Reservation(driver, index, size, self.granularity)
         self._reservation.grow(self.granularity)  # torch looks at the address of a tensor
-        self.tensor = self._reservation.tensor(device)[:nbytes]
+        self.tensor = self._reservation.tensor()[:nbytes]
         self.nbytes, self.least, self.backed = size, self.granularity, self.granularity
-        self._device = device
+        self._index = index
 
     def resize(self, nbytes: int) -> None:
         """Map what is missing, or wait for the device and unmap what is too much."""
         if nbytes > self.backed:
             self._reservation.grow(nbytes)
         elif nbytes < self.backed:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self._index)
             self._reservation.shrink(nbytes)
         self.backed = nbytes
 
@@ -95,7 +94,8 @@ def memory_on(device: torch.device, nbytes: int) -> Memory:
     if device.type == "cpu":
         return HostMemory(nbytes)
     if device.type == "cuda":
-        driver = Driver.load(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        driver = Driver.load(index)
         if driver is not None:
-            return CudaMemory(nbytes, device, driver)
+            return CudaMemory(nbytes, index, driver)
     return Memory(nbytes, device)

@@ -16,7 +16,7 @@ from lora_ext.pool import AdapterPool, cuda_memory, memory, pages
 
 SOURCE = Path(__file__).with_name("stand_in_cuda.cpp")
 WHEELS = Path(torch.__file__).parents[1]
-DEVICE = torch.device("cuda", 3)
+DEVICE = 3
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def driver(library, monkeypatch):
     """The stand-in, and every pool on the CPU takes its memory from it."""
     driver = cuda_memory.Driver(library)
 
-    def tensor(self, device):
+    def tensor(self):
         room = (ctypes.c_ubyte * self._size).from_address(self.address)
         room.keeps = self
         return torch.frombuffer(room, dtype=torch.uint8)
@@ -62,7 +62,7 @@ def test_the_driver_is_asked_whether_the_device_has_virtual_memory(library, monk
     cuda_memory.Driver.load.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert cuda_memory.Driver.load(DEVICE) is not None
-    assert cuda_memory.Driver.load(torch.device("cuda", 2)) is None, "another device is refused"
+    assert cuda_memory.Driver.load(2) is None, "another device is refused"
     cuda_memory.Driver.load.cache_clear()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="cuMemRelease returned CUresult 1"):
