@@ -71,7 +71,7 @@ def make_plan(
         if count > store.pages:
             raise PoolFullError(
                 f"AdapterPool: {name!r} needs {count} pages of {module}, "
-                f"the pool has pages={store.pages}"
+                f"the pool has pages={store.pages}; make the pool with at least so many"
             )
     search = _Search(store, need, packed)
     victims: list[Resident] = []
