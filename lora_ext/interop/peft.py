@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel, dora
@@ -30,6 +30,10 @@ from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.switches import forward_of_the_rest, switched_off
+
+from . import peft_quantised
+from .peft_adapters import check_values, warn_of_frozen
+from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +56,8 @@ def take_over(model: Model) -> Model:
         )
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
-    _swap(model, _fused_classes())
+    check_values(model)
+    _swap(model, _fused_class)
     found = report(model)
     if not found.taken:
         warnings.warn(
@@ -65,7 +70,7 @@ def take_over(model: Model) -> Model:
 
 def to_peft(model: Model) -> Model:
     """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
-    _swap(model, {ours: theirs for theirs, ours in _fused_classes().items()})
+    _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
@@ -76,19 +81,19 @@ def to_peft(model: Model) -> Model:
     return model
 
 
-def _fused_classes() -> dict[type, type]:
-    """Ours for each of PEFT's."""
+def _fused_class(kind: type) -> type:
     from .peft_experts import FusedExperts  # it builds on this module
 
-    return {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: FusedLoraModel}
+    plain = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: FusedLoraModel}
+    return plain.get(kind) or peft_quantised.fused_class(kind)
 
 
-def _swap(model: nn.Module, classes: dict[type, type]) -> None:
+def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
     never_called = _never_called(model)
     module: Any
     for module in model.modules():
         if module not in never_called:
-            module.__class__ = classes.get(type(module), type(module))
+            module.__class__ = other(type(module))
 
 
 def _never_called(model: nn.Module) -> set[nn.Module]:
@@ -101,22 +106,22 @@ def report(model: nn.Module) -> Report:
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    for name, layer in layers.items():
-        kind, of_ours = type(layer), getattr(layer, "uncovered", None)
-        reasons: set[Any]
-        if layer in never_called:
-            reasons = {"nn.MultiheadAttention reads its weight and never calls it"}
-        elif of_ours is not None:
-            reasons = {of_ours(adapter) for adapter in layer.lora_A} - {None}
-        elif kind in _fused_classes():
-            reasons = {"from_peft has not seen it yet"}
-        else:
-            reasons = {f"lora_ext has no layer for {kind.__module__}.{kind.__qualname__}"}
-        if reasons:
-            left[name] = "; ".join(sorted(reasons))
-        else:
-            taken.append(name)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module in never_called:
+            left[name] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif isinstance(module, Fused):
+            reasons = {module.uncovered(adapter) for adapter in module.lora_A} - {None}
+            if reasons:
+                left[name] = "; ".join(sorted(str(r) for r in reasons))
+            else:
+                taken.append(name)
+        elif isinstance(module, LoraLayer):
+            kind = type(module)
+            left[name] = (
+                "from_peft has not seen it yet"
+                if _fused_class(kind) is not kind
+                else f"only {peft_quantised.COVERED} are covered, found {full_name(kind)}"
+            )
     return Report(tuple(taken), left)
 
 
@@ -189,32 +194,12 @@ def _names(names: Sequence[str]) -> Assignment:
     return last[1]
 
 
-def rows_of_call(layer: nn.Module, names: Sequence[str] | None) -> Assignment | None:
-    """Who has the rows of a layer's call: the names it was given, or those of the forward that a
-    checkpoint recomputes; None: the active adapters."""
-    if torch.compiler.is_compiling():
-        return None if names is None else Assignment.of_entries(names, (len(names),))
-    if names is not None:
-        if layer.training and _recomputed.get() is None:
-            _named.add(layer)
-        return _names(names)
-    rows = _recomputed.get()
-    if rows is None and layer in _named:
-        if torch._C._current_graph_task_id() != -1:  # inside a backward
-            raise RuntimeError(
-                "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
-                "found another, which recomputes a layer whose forward had adapter_names and "
-                "has lost them; pass no names, or do not checkpoint these layers"
-            )
-        _named.discard(layer)
-    return rows
+class Fused(PeftLinear if TYPE_CHECKING else object):
+    """What a layer of PEFT's becomes: the updates and their gradients fused, with the base product
+    where that is a plain one. A mixin in front of the class :attr:`of_peft`."""
 
-
-class FusedLinear(PeftLinear):
-    """PEFT's ``lora.Linear`` with the base product, the updates and their gradients fused."""
-
-    of_from_peft = True
     asks_what_is_off = True
+    of_peft: ClassVar[Any]
     uncovered = uncovered
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -232,7 +217,7 @@ class FusedLinear(PeftLinear):
             RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.get("adapter_names")
-        rows = rows_of_call(self, names)
+        rows = self._rows_of(names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
             return self._forward_of_peft(x, *args, **kwargs)
         wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
@@ -258,7 +243,25 @@ class FusedLinear(PeftLinear):
         return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows, norms)
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return forward_of_the_rest(PeftLinear.forward, self, x, *args, **kwargs)
+        return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
+
+    def _rows_of(self, names: Sequence[str] | None) -> Assignment | None:
+        if torch.compiler.is_compiling():
+            return None if names is None else Assignment.of_entries(names, (len(names),))
+        if names is not None:
+            if self.training and _recomputed.get() is None:
+                _named.add(self)
+            return _names(names)
+        rows = _recomputed.get()
+        if rows is None and self in _named:
+            if torch._C._current_graph_task_id() != -1:  # inside a backward
+                raise RuntimeError(
+                    "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
+                    "found another, which recomputes a layer whose forward had adapter_names and "
+                    "has lost them; pass no names, or do not checkpoint these layers"
+                )
+            _named.discard(self)
+        return rows
 
     def _factors(self, name: str) -> LoraFactors:
         dropout = self.lora_dropout[name]
@@ -276,6 +279,12 @@ class FusedLinear(PeftLinear):
         return _cached_norm(layer[name], weight, factors, adapter_name=name)
 
 
+class FusedLinear(Fused, PeftLinear):
+    """PEFT's ``lora.Linear``, fused."""
+
+    of_peft = PeftLinear
+
+
 @dora.cache_decorator("weight-norm")
 def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
     """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
@@ -288,6 +297,8 @@ def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: 
 
 class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
+
+    of_peft = LoraModel
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own, which would swallow the names."""
@@ -311,7 +322,7 @@ class FusedLoraModel(LoraModel):
         token = None
         try:
             if names is not None and training:
-                _warn_of_frozen(self.model, _names(names))
+                warn_of_frozen(self.model, _names(names))
                 _let_checkpoints_keep_names(self.model)
                 token = _current.set(_names(names))
             yield
@@ -326,32 +337,6 @@ class FusedLoraModel(LoraModel):
 # them. Pickle finds the classes by their qualified names, which stay.
 FusedLinear.__name__ = PeftLinear.__name__
 FusedLoraModel.__name__ = LoraModel.__name__
-
-
-def _warn_of_frozen(model: nn.Module, names: Assignment) -> None:
-    """PEFT trains the active adapter only, until it is told otherwise."""
-    frozen = set(names.names) if torch.is_grad_enabled() else set()
-    for layer in model.modules():
-        if not frozen:
-            return
-        if isinstance(layer, LoraLayer):
-            frozen -= {name for name in frozen if _trains(layer, name)}
-    if frozen:
-        found = ", ".join(repr(name) for name in sorted(frozen))
-        warnings.warn(
-            f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
-            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
-            stacklevel=1,
-        )
-
-
-def _trains(layer: Any, name: str) -> bool:
-    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
-    return any(p.requires_grad for f in factors if name in f for p in _parameters(f[name]))
-
-
-def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
-    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
 
 
 class _KeepsNames:
@@ -388,7 +373,7 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
         if not isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = _KeepsNames(checkpoint)
         for layer in block.modules():
-            if hasattr(type(layer), "of_from_peft") or _remind in layer._forward_pre_hooks.values():
+            if isinstance(layer, Fused) or _remind in layer._forward_pre_hooks.values():
                 continue
             if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
                 nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]

@@ -24,16 +24,15 @@ from lora_ext.nn.experts import (
 )
 from lora_ext.nn.lora_forward import LoraFactors
 from lora_ext.nn.rows import Rows
-from lora_ext.nn.switches import forward_of_the_rest, switched_off
+from lora_ext.nn.switches import switched_off
 
-from .peft import rows_of_call, uncovered
+from .peft import Fused, uncovered
 
 
-class FusedExperts(ParamWrapper):
+class FusedExperts(Fused, ParamWrapper):
     """PEFT's ``lora.ParamWrapper`` around routed experts, with an adapter per row."""
 
-    of_from_peft = True
-    asks_what_is_off = True
+    of_peft = ParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; ``adapter_names``, one per sequence, may be given too, in training as well.
@@ -49,14 +48,14 @@ class FusedExperts(ParamWrapper):
             RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.pop("adapter_names", None)
-        rows = rows_of_call(self, names)
+        rows = self._rows_of(names)
         wrappers = self._wrappers()
         if any(w._disable_adapters or w.merged for w in wrappers):
-            return self._forward_of_peft(x, rows, *args, **kwargs)
+            return self._left_to_peft(x, rows, *args, **kwargs)
         present = {w.parameter_name: w._present(rows) for w in wrappers}
         refused = any(w.uncovered(name) for w in wrappers for name in present[w.parameter_name])
         if refused or kwargs or len(args) != 2:
-            return self._forward_of_peft(x, rows, *args, **kwargs)
+            return self._left_to_peft(x, rows, *args, **kwargs)
         of_parameter = {w.parameter_name: w for w in wrappers}
         found: dict[Any, Slots] = {}
 
@@ -100,12 +99,12 @@ class FusedExperts(ParamWrapper):
         b: Any = self.lora_B[name]
         return LoraFactors(a.weight, b.weight, self.scaling[name])
 
-    def _forward_of_peft(
+    def _left_to_peft(
         self, x: Tensor, rows: Assignment | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if rows is not None:
             kwargs["adapter_names"] = rows.spelled()
-        return forward_of_the_rest(ParamWrapper.forward, self, x, *args, **kwargs)
+        return self._forward_of_peft(x, *args, **kwargs)
 
 
 FusedExperts.__name__ = ParamWrapper.__name__  # what PEFT shows, and compares

@@ -84,7 +84,8 @@ class MultiLoraLinear(PoolLayer):
     def _explained(self, error: ValueError) -> ValueError:
         return ValueError(
             f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
-            "model had when it was made)"
+            "model had when it was made; make it of the model in its place, or pass device= and "
+            "dtype=)"
         )
 
 

@@ -26,6 +26,11 @@ class PackedAdapter:
     leftover: tuple[str, ...] = ()  # what strict=False skipped
 
     @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max((part.rank for part in self.modules.values()), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of pages, biases, magnitudes and replaced modules."""
         return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))

@@ -10,7 +10,8 @@ A page holds 8 consecutive ranks of one module, the last one of an adapter fille
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lora_ext.adapter.model_index import LinearSpec
 from lora_ext.adapter.replaced import Replaced
+
+from .memory import memory_on
 
 PAGE = 8
 
@@ -30,6 +33,11 @@ def page_count(rank: int) -> int:
 def page_bytes(spec: LinearSpec) -> int:
     """Bytes of one page of a module, ``8 * (I + O) * itemsize``."""
     return PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
+
+
+def descending(pages: Iterable[int]) -> list[int]:
+    """As lists of free pages are: :class:`Slab`."""
+    return sorted(pages, reverse=True)
 
 
 def in_words(nbytes: int) -> str:
@@ -211,28 +219,49 @@ class TableBlock:
         ]
 
 
-@dataclass
 class Slab:
-    """The pool's own half of a module: its memory and its free pages."""
+    """The pool's own half of a module: its memory and its free pages.
 
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-    free: list[int] = field(default_factory=list)
+    A and B of a page lie side by side, so that one piece of memory is a number of whole pages. The
+    pages that are used are the first ones, as far as possible, and only they are backed.
 
-    @classmethod
-    def allocate(cls, spec: LinearSpec, pages: int) -> Slab:
-        """Uninitialised: no table row points at a page that was not written."""
+    Attributes:
+        a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised: no table row
+            points at a page that was not written.
+        free: pages without an owner, the highest first.
+    """
+
+    def __init__(self, spec: LinearSpec, pages: int):
+        self.pages = pages
+        self.page_bytes = page_bytes(spec)
+        self.bias: Tensor | None = None
+        self.magnitude: Tensor | None = None
+        self.free = list(range(pages - 1, -1, -1))
         try:
-            return cls(
-                torch.empty(pages, PAGE, spec.in_features, dtype=spec.dtype, device=spec.device),
-                torch.empty(pages, spec.out_features, PAGE, dtype=spec.dtype, device=spec.device),
-                free=list(range(pages - 1, -1, -1)),
-            )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self.memory = memory_on(spec.device, pages * self.page_bytes)
+        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
             raise MemoryError(
                 f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} "
-                f"({in_words(pages * page_bytes(spec))}), found none ({error}); "
+                f"({in_words(pages * self.page_bytes)}), found none ({error}); "
                 "pass a smaller pages="
             ) from error
+        i, o = spec.in_features, spec.out_features
+        values = self.memory.tensor.view(spec.dtype)
+        page = PAGE * (i + o)
+        # Not views: torch.compile looks twice at inputs that are.
+        self.a, self.b = (
+            values.new_empty(0).set_(values.untyped_storage(), start, size, (page, size[2], 1))
+            for start, size in ((0, (pages, PAGE, i)), (PAGE * i, (pages, o, PAGE)))
+        )
+
+    def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
+        """Bytes of memory without which a page is missing, where these are free.
+
+        Args:
+            free: the highest first. round_up: to a multiple of so many pages.
+        """
+        # The pages at the end that are free: entry i is the page P - 1 - i, up to the first gap.
+        used = self.pages - bisect(
+            range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i
+        )
+        return self.memory.rounded(-(-used // round_up) * round_up * self.page_bytes)
