@@ -70,8 +70,8 @@ class _Attachment:
 
 
 def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model:
-    """Put a :class:`MultiLoraLinear` or :class:`MultiLoraEmbedding` in the place of every module
-    that the pool may adapt.
+    """Put a :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` or :class:`MultiLoraExperts` in
+    the place of every module that the pool may adapt.
 
     Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
     A module that is registered under several names is replaced under its first, as PEFT does.
