@@ -64,7 +64,8 @@ class AdapterPool:
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
         pages: most pages of a module, or of each expert of one; default
-            ``max_slots * ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. No page takes memory before it is used.
+            ``max_slots * ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. No page
+            takes memory before it is used.
         dtype, device: of the pages; default is each module's own, on the device where it computes.
         targets: modules that adapters may touch (names, suffixes, or a regex); default all.
         host_cache_bytes: evicted adapters are kept in host memory up to this size.
