@@ -32,7 +32,6 @@ _IGNORED = frozenset(
 _REFUSED = {
     "trainable_token_indices": "it replaces rows of the embedding",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
-    "target_parameters": "it adapts bare parameters, not Linear modules",
     "layer_replication": "it changes the base model's layers",
     "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
     "use_qalora": "QALoRA pools the input before lora_A",
@@ -50,9 +49,11 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern task_type "
-    "modules_to_save".split()
+    "modules_to_save target_parameters".split()
 )
 _TRAINED_BIASES = ("all", "lora_only")
+# What PEFT refuses beside target_parameters.
+_NOT_ON_PARAMETERS = "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split()
 
 Value = TypeVar("Value", int, float)
 
@@ -63,6 +64,7 @@ class AdapterConfig(LoraConfig):
 
     target_modules: str | Iterable[str] | None = None
     modules_to_save: str | Iterable[str] | None = None  # whole modules, in place of the base's
+    target_parameters: Iterable[str] | None = None  # of routed experts, by the ends of their names
     base_bias: str = "none"  # which biases of the base model were trained: "all", "lora_only"
     unknown: tuple[str, ...] = ()  # fields we have never heard of that are switched on
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
@@ -72,6 +74,12 @@ class AdapterConfig(LoraConfig):
         names = checked_names(self.where, "modules_to_save", self.modules_to_save)
         names = (names,) if isinstance(names, str) else names
         object.__setattr__(self, "modules_to_save", names or None)
+        names = checked_names(self.where, "target_parameters", self.target_parameters)
+        if isinstance(names, str):
+            raise ValueError(
+                f"{self.where}: target_parameters: expected a list of strings, found {names!r:.200}"
+            )
+        object.__setattr__(self, "target_parameters", tuple(sorted(names or ())))
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -95,6 +103,13 @@ class AdapterConfig(LoraConfig):
         for name, reason in _REFUSED.items():
             if raw.get(name):
                 raise NotImplementedError(f"{where}: {name} is not supported: {reason}")
+        if raw.get("target_parameters"):
+            for name in _NOT_ON_PARAMETERS:
+                if raw.get(name):
+                    raise NotImplementedError(
+                        f"{where}: {name}={raw[name]!r:.40} is not supported beside "
+                        "target_parameters, adapters on experts, nor does PEFT have it"
+                    )
         init = raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
             raise NotImplementedError(
@@ -176,9 +191,11 @@ class AdapterConfig(LoraConfig):
         return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
-        """The modules that PEFT would adapt, or None: the config leaves it to the tensors."""
+        """The modules and expert parameters that PEFT would adapt, or None: the config leaves it to
+        the tensors."""
+        parameters = self.targeted_parameters(index) & index.experts.keys()
         if self.target_modules is None:
-            return None
+            return parameters or None
         head = index.output_head
         if head is None and self.task_type == "SEQ_CLS":
             head = index.classifier
@@ -197,7 +214,24 @@ class AdapterConfig(LoraConfig):
                 f"{self.where}: target_modules names {name!r}, a {index.unsupported[name]}; "
                 "only Linear, Conv1D and plain Embedding modules are supported"
             )
-        return found
+        return found | parameters
+
+    def targeted_parameters(self, index: ModelIndex) -> set[str]:
+        """The expert parameters that PEFT would adapt, in full.
+
+        Raises:
+            NotImplementedError: an entry that means none of them.
+        """
+        wanted = tuple(self.target_parameters or ())
+        known = [name for names in index.parameters.values() for name in names]
+        for each in wanted:
+            if not any(matches_suffix(name, (each,)) for name in known):
+                raise NotImplementedError(
+                    f"{self.where}: target_parameters: expected matrices of routed experts, as "
+                    f"{known[:2] or 'this model has none'}, found {each!r:.200}; adapters on other "
+                    "parameters are not supported"
+                )
+        return {name for name in known if matches_suffix(name, wanted)}
 
     def ranks_and_scales(
         self, names: Iterable[str]

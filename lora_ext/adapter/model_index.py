@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn.base_modules import READS_WEIGHTS, head_names, linear_size
+from lora_ext.nn.experts import projections
 from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.pool_layer import PoolLayer
@@ -39,6 +40,7 @@ class LinearSpec:
     kernel: tuple[int, ...] = ()  # of a convolution, whose factors are kernels
     groups: int = 1
     plain: bool = False  # nn.Linear or nn.Embedding itself: its weight is all that it is
+    experts: int = 1  # of a parameter that holds one such matrix for each expert
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,19 @@ class ModelIndex:
     classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
     weights: BaseWeights
     shared: bool = True  # by many adapters: what changes the model itself is refused
+    experts: dict[str, LinearSpec] = field(default_factory=dict)  # by the parameter's name
+    #: The expert matrices of each experts module, in its order, whether adapters may touch them.
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
-        """All that can carry an adapter."""
+        """All modules that can carry an adapter."""
         return self.linear | self.embedding
+
+    @cached_property
+    def specs(self) -> dict[str, LinearSpec]:
+        """All that can carry an adapter: modules, and parameters of experts."""
+        return self.modules | self.experts
 
     @classmethod
     def build(
@@ -85,9 +95,22 @@ class ModelIndex:
             raise ValueError(f"AdapterPool: dtype: expected one of {PAGE_DTYPES}, found {dtype}")
         _check_model(model)
         names = None if targets is None or isinstance(targets, str) else tuple(targets)
+
+        def wanted(name: str) -> bool:
+            if isinstance(targets, str):
+                return bool(re.fullmatch(targets, name))
+            return names is None or matches_suffix(name, names)
+
+        def stored(weight: Tensor, name: str) -> tuple[torch.dtype, torch.device]:
+            own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
+            place = torch.device(device) if device else _device_of(name, weight, modules)
+            return dtype or own, place
+
         linear: dict[str, LinearSpec] = {}
         embedding: dict[str, LinearSpec] = {}
         unsupported: dict[str, str] = {}
+        experts: dict[str, LinearSpec] = {}
+        parameters: dict[str, tuple[str, ...]] = {}
         modules = dict(model.named_modules())
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
@@ -103,22 +126,34 @@ class ModelIndex:
             if size is None:
                 if isinstance(module, _UNSUPPORTED):
                     unsupported[name] = type(module).__name__
+                for parameter, sizes in projections(module).items() if name else ():
+                    full = f"{name}.{parameter}"
+                    parameters[name] = (*parameters.get(name, ()), full)
+                    if wanted(full):
+                        weight: Tensor = getattr(module, parameter)
+                        experts[full] = LinearSpec(
+                            full, *sizes, *stored(weight, name), experts=len(weight)
+                        )
                 continue
-            if isinstance(targets, str) and not re.fullmatch(targets, name):
-                continue
-            if names is not None and not matches_suffix(name, names):
+            if not wanted(name):
                 continue
             weight = cast(Tensor, module.weight)
-            own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
-            place = torch.device(device) if device else _device_of(name, weight, modules)
             plain = type(module) in (nn.Linear, nn.Embedding)
-            found[name] = LinearSpec(name, *size, dtype or own, place, plain=plain)
-        if not linear and not embedding:
+            found[name] = LinearSpec(name, *size, *stored(weight, name), plain=plain)
+        if not linear and not embedding and not experts:
             raise ValueError(
                 "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
                 f"matching targets={targets!r}, found none"
             )
-        return cls(linear, embedding, unsupported, *head_names(model), BaseWeights(model))
+        return cls(
+            linear,
+            embedding,
+            unsupported,
+            *head_names(model),
+            BaseWeights(model),
+            experts=experts,
+            parameters=parameters,
+        )
 
 
 def in_routed_experts(name: str) -> bool:

@@ -16,7 +16,7 @@ from lora_ext._files import write_files
 
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
-from .peft_keys import MAGNITUDE, base_name, factor_roles, parse_key
+from .peft_keys import MAGNITUDE, base_name, factor_roles, parse_key, wrapped_names
 from .replaced import Replaced, find_replaced, read_replaced
 from .tensor_files import StateDict, TensorSource, adapter_directory, open_tensors, read_config
 
@@ -35,7 +35,8 @@ class Factors(NamedTuple):
     """One module's share of an adapter. It adds ``scaling * (b @ a @ x + bias)``.
 
     Of a convolution the factors are kernels, ``a (r, I, *k)`` and ``b (O, r, 1, ...)``, and the
-    magnitude is ``(1, O, 1, ...)``; with groups b has r / groups columns.
+    magnitude is ``(1, O, 1, ...)``; with groups b has r / groups columns. Of E experts they are
+    ``a (E * r, I)``, expert by expert, and ``b (O, r * E)``, rank by rank.
     """
 
     a: Tensor  # (r, I); of an embedding, I is how many tokens it knows
@@ -128,7 +129,13 @@ def read_factors(
     """:func:`read_adapter` of what :func:`open_adapter` opened."""
     if index.shared:
         config.check_shared()
-    grouped, base, leftover = _group_keys(tensors, index)
+    elif config.target_parameters:
+        raise NotImplementedError(
+            f"{config.where}: target_parameters is not supported apart from a model: AdapterPool "
+            "serves adapters on experts, and from_peft trains them"
+        )
+    experts = wrapped_names(index.parameters, config.targeted_parameters(index))
+    grouped, base, leftover = _group_keys(tensors, index, experts)
     saved: dict[str, str] = {}
     if index.shared:
         other = {key: base_name(key) for key in (*base, *leftover)}
@@ -185,7 +192,7 @@ def read_factors(
         scaling = ranks[module][1]
         factors = Factors(a, b, scaling, read("B.bias"), read(MAGNITUDE), embedding)
         try:
-            modules[module] = convert(index.modules[module], factors)
+            modules[module] = convert(index.specs[module], factors)
         except NonFiniteError as error:
             role = dict(zip("ab", roles, strict=True)).get(error.role, error.role)
             raise ValueError(
@@ -197,7 +204,7 @@ def read_factors(
 
 
 def _group_keys(
-    tensors: TensorSource, index: ModelIndex
+    tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
     """Keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...); keys of
     weights of the base model, with their names there; and the other keys."""
@@ -216,9 +223,16 @@ def _group_keys(
             else:
                 leftover.append(key)
             continue
-        if parsed.module not in index.modules:
-            kind = index.unsupported.get(parsed.module)
-            if kind is None and in_routed_experts(parsed.module):
+        module = experts.get(parsed.module, parsed.module)
+        owner, _, _ = parsed.module.partition(".base_layer")
+        if owner in index.parameters and module == parsed.module:
+            raise ValueError(
+                f"{tensors.where}: expected factors of {len(experts)} parameters of experts, which "
+                f"the adapter's target_parameters mean, found {key}"
+            )
+        if module not in index.specs:
+            kind = index.unsupported.get(module)
+            if kind is None and module == parsed.module and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
             if kind is not None:  # also where strict=False: without it this is another adapter
                 raise NotImplementedError(
@@ -226,7 +240,7 @@ def _group_keys(
                 )
             leftover.append(key)
             continue
-        roles = grouped.setdefault(parsed.module, {})
+        roles = grouped.setdefault(module, {})
         other = roles.setdefault(parsed.role, key)
         if other != key:
             raise ValueError(f"{tensors.where}: expected one adapter, found both {other} and {key}")
@@ -241,12 +255,12 @@ def _check_headers(
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec = index.modules[module]
+    spec = index.specs[module]
     factor_a, factor_b = factor_roles(module in index.embedding)
     ones = (1,) * len(spec.kernel)
     expected: dict[str, tuple[int, ...]] = {
-        factor_a: (rank, spec.in_features, *spec.kernel),
-        factor_b: (spec.out_features, rank // spec.groups, *ones),
+        factor_a: (rank * spec.experts, spec.in_features, *spec.kernel),
+        factor_b: (spec.out_features, rank * spec.experts // spec.groups, *ones),
     }
     if module in index.embedding and config.use_dora and index.shared:
         raise NotImplementedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
@@ -41,6 +42,23 @@ def parse_key(name: str) -> Key | None:
     role = match["magnitude"] or match["bare"] or f"{match['factor']}.{match['kind']}"
     owner = match["owner"] or match["owner_of_bare"] or match["owner_of_magnitude"]
     return Key(match["module"], role, owner)
+
+
+def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
+    """Expert parameters by the module under whose name PEFT keeps their factors.
+
+    A module with two adapted parameters is wrapped twice, in the order in which it has them: the
+    last one's factors are found under the module's own name, those before it one ``base_layer``
+    deeper each.
+
+    Args:
+        parameters: of each experts module, in its order. targeted: those that are adapted.
+    """
+    return {
+        module + ".base_layer" * depth: name
+        for module, names in parameters.items()
+        for depth, name in enumerate(n for n in reversed(names) if n in targeted)
+    }
 
 
 def base_name(name: str) -> str:

@@ -29,10 +29,11 @@ def from_peft(model: Model) -> Model:
     Works in place, and may be called again after more modules were adapted. Parameters,
     ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
     ``adapter_names=`` stay what they are; ``adapter_names=`` now also works in training, one name
-    per sequence, under gradient checkpointing too; a frozen adapter among them is warned of. PEFT
-    still runs what lora_ext cannot, such as embeddings and quantised layers:
-    :func:`lora_ext.interop.peft.report` lists them, and a model without any other layer is warned
-    of. :func:`lora_ext.interop.peft.to_peft` undoes the whole.
+    per sequence, under gradient checkpointing too; a frozen adapter among them is warned of. Over a
+    base layer of bitsandbytes, torchao or quanto the base is called, and the update is fused. PEFT
+    still runs what lora_ext cannot, such as embeddings: :func:`lora_ext.interop.peft.report` lists
+    them, and a model without any other layer is warned of, with the list.
+    :func:`lora_ext.interop.peft.to_peft` undoes the whole.
 
     Args:
         model: a ``PeftModel`` with LoRA adapters, or any model whose layers PEFT has adapted.
@@ -41,8 +42,8 @@ def from_peft(model: Model) -> Model:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: it has no LoRA layer. ModuleNotFoundError:
-            peft is not installed.
+        TypeError: ``model`` is no module. ValueError: it has no LoRA layer, or adapters whose
+            values were lost on an offloaded base. ModuleNotFoundError: peft is not installed.
 
     Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.
     """

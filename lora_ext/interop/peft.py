@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel, dora
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.switches import forward_of_the_rest, switched_off
+
+from . import peft_quantised
+from .peft_adapters import check_values, warn_of_frozen
+from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,7 +56,8 @@ def take_over(model: Model) -> Model:
         )
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
-    _swap(model, {PeftLinear: FusedLinear, LoraModel: FusedLoraModel})
+    check_values(model)
+    _swap(model, _fused_class)
     found = report(model)
     if not found.taken:
         warnings.warn(
@@ -64,7 +70,7 @@ def take_over(model: Model) -> Model:
 
 def to_peft(model: Model) -> Model:
     """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
-    _swap(model, {FusedLinear: PeftLinear, FusedLoraModel: LoraModel})
+    _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
@@ -75,12 +81,19 @@ def to_peft(model: Model) -> Model:
     return model
 
 
-def _swap(model: nn.Module, classes: dict[type, type]) -> None:
+def _fused_class(kind: type) -> type:
+    from .peft_experts import FusedExperts  # it builds on this module
+
+    plain = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: FusedLoraModel}
+    return plain.get(kind) or peft_quantised.fused_class(kind)
+
+
+def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
     never_called = _never_called(model)
     module: Any
     for module in model.modules():
         if module not in never_called:
-            module.__class__ = classes.get(type(module), type(module))
+            module.__class__ = other(type(module))
 
 
 def _never_called(model: nn.Module) -> set[nn.Module]:
@@ -96,18 +109,18 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module in never_called:
             left[name] = "nn.MultiheadAttention reads its weight and never calls it"
-        elif isinstance(module, FusedLinear):
-            reasons = {_uncovered(module, adapter) for adapter in module.lora_A} - {None}
+        elif isinstance(module, Fused):
+            reasons = {module.uncovered(adapter) for adapter in module.lora_A} - {None}
             if reasons:
                 left[name] = "; ".join(sorted(str(r) for r in reasons))
             else:
                 taken.append(name)
         elif isinstance(module, LoraLayer):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            kind = type(module)
             left[name] = (
                 "from_peft has not seen it yet"
-                if type(module) is PeftLinear
-                else f"only peft.tuners.lora.layer.Linear is covered, found {kind}"
+                if _fused_class(kind) is not kind
+                else f"only {peft_quantised.COVERED} are covered, found {full_name(kind)}"
             )
     return Report(tuple(taken), left)
 
@@ -124,7 +137,7 @@ def _by_reason(left: dict[str, str]) -> str:
     )
 
 
-def _uncovered(module: Any, adapter: str) -> str | None:
+def uncovered(module: Any, adapter: str) -> str | None:
     """Why an adapter of a fused layer is left to PEFT's forward."""
     variant = module.lora_variant.get(adapter)
     if variant is not None and type(variant) is not DoraLinearVariant:
@@ -181,10 +194,13 @@ def _names(names: Sequence[str]) -> Assignment:
     return last[1]
 
 
-class FusedLinear(PeftLinear):
-    """PEFT's ``lora.Linear`` with the base product, the updates and their gradients fused."""
+class Fused(PeftLinear if TYPE_CHECKING else object):
+    """What a layer of PEFT's becomes: the updates and their gradients fused, with the base product
+    where that is a plain one. A mixin in front of the class :attr:`of_peft`."""
 
     asks_what_is_off = True
+    of_peft: ClassVar[Any]
+    uncovered = uncovered
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; ``adapter_names``, one per sequence, may also be given in training, and may
@@ -207,7 +223,7 @@ class FusedLinear(PeftLinear):
         wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
         present = tuple(name for name in wanted if name in self.lora_A and name not in off)
         fits = rows is None or _fit(rows, x.shape[:-1])  # PEFT raises where they do not
-        if not fits or any(_uncovered(self, name) is not None for name in present):
+        if not fits or any(self.uncovered(name) is not None for name in present):
             if rows is not None:
                 kwargs["adapter_names"] = rows.spelled()
             return self._forward_of_peft(x, *args, **kwargs)
@@ -218,7 +234,7 @@ class FusedLinear(PeftLinear):
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         dense = dense_parameters(self.base_layer)
-        assert dense is not None  # _uncovered lets no other base pass
+        assert dense is not None  # uncovered lets no other base pass
         magnitudes = [self._magnitude(name) for name in present]
         norms = [
             None if m is None else self._norm(name, dense[0], f)
@@ -227,7 +243,7 @@ class FusedLinear(PeftLinear):
         return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows, norms)
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return forward_of_the_rest(PeftLinear.forward, self, x, *args, **kwargs)
+        return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
 
     def _rows_of(self, names: Sequence[str] | None) -> Assignment | None:
         if torch.compiler.is_compiling():
@@ -263,6 +279,12 @@ class FusedLinear(PeftLinear):
         return _cached_norm(layer[name], weight, factors, adapter_name=name)
 
 
+class FusedLinear(Fused, PeftLinear):
+    """PEFT's ``lora.Linear``, fused."""
+
+    of_peft = PeftLinear
+
+
 @dora.cache_decorator("weight-norm")
 def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
     """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
@@ -275,6 +297,8 @@ def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: 
 
 class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
+
+    of_peft = LoraModel
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own, which would swallow the names."""
@@ -298,7 +322,7 @@ class FusedLoraModel(LoraModel):
         token = None
         try:
             if names is not None and training:
-                _warn_of_frozen(self.model, _names(names))
+                warn_of_frozen(self.model, _names(names))
                 _let_checkpoints_keep_names(self.model)
                 token = _current.set(_names(names))
             yield
@@ -313,32 +337,6 @@ class FusedLoraModel(LoraModel):
 # them. Pickle finds the classes by their qualified names, which stay.
 FusedLinear.__name__ = PeftLinear.__name__
 FusedLoraModel.__name__ = LoraModel.__name__
-
-
-def _warn_of_frozen(model: nn.Module, names: Assignment) -> None:
-    """PEFT trains the active adapter only, until it is told otherwise."""
-    frozen = set(names.names) if torch.is_grad_enabled() else set()
-    for layer in model.modules():
-        if not frozen:
-            return
-        if isinstance(layer, LoraLayer):
-            frozen -= {name for name in frozen if _trains(layer, name)}
-    if frozen:
-        found = ", ".join(repr(name) for name in sorted(frozen))
-        warnings.warn(
-            f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
-            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
-            stacklevel=1,
-        )
-
-
-def _trains(layer: Any, name: str) -> bool:
-    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
-    return any(p.requires_grad for f in factors if name in f for p in _parameters(f[name]))
-
-
-def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
-    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
 
 
 class _KeepsNames:
@@ -375,7 +373,7 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
         if not isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = _KeepsNames(checkpoint)
         for layer in block.modules():
-            if isinstance(layer, FusedLinear) or _remind in layer._forward_pre_hooks.values():
+            if isinstance(layer, Fused) or _remind in layer._forward_pre_hooks.values():
                 continue
             if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
                 nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]

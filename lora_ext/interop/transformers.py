@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, pack_linears, unpack_linears
+from lora_ext.nn import (
+    MultiLoraEmbedding,
+    MultiLoraExperts,
+    MultiLoraLinear,
+    pack_linears,
+    unpack_linears,
+)
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments
 from lora_ext.nn.context import adapters, forward_of, innermost
@@ -74,8 +80,8 @@ class _Attachment:
 def attach(
     model: Model, pool: AdapterPool, default: str | None = None, *, pack_base: bool = False
 ) -> Model:
-    """Put a :class:`MultiLoraLinear` or :class:`MultiLoraEmbedding` in the place of every module
-    that the pool may adapt.
+    """Put a :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` or :class:`MultiLoraExperts` in
+    the place of every module that the pool may adapt.
 
     Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
     A module that is registered under several names is replaced under its first, as PEFT does.
@@ -127,6 +133,10 @@ def attach(
         layers[name].tokens_first = bool(re.search(tokens_first, name))
         layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
+    for name in pool.index.parameters:
+        if any(parameter in pool.experts for parameter in pool.index.parameters[name]):
+            layers[name] = MultiLoraExperts(_module(model, name), pool, name)
+            layers[name].default = default
     _check_same_modules(model, pool)
     if pack_base:
         pack_linears(model)
@@ -215,7 +225,7 @@ def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
 def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
     """Refuse a larger model than the pool's: the layers beyond would serve the base in silence."""
     index = ModelIndex.build(model, pool.targets, device="cpu")
-    more = [name for name in index.modules if name not in pool.index.modules]
+    more = [name for name in index.specs if name not in pool.index.specs]
     if more:
         raise ValueError(
             f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "

@@ -18,6 +18,7 @@ from .lora_linear import LoraLinear
 from .modalities import modality
 from .multi_lora import MultiLoraLinear
 from .multi_lora_embedding import MultiLoraEmbedding
+from .multi_lora_experts import MultiLoraExperts
 from .packed_linear import pack_linears, packed_bytes, unpack_linears
 from .probe import LoraProbe
 from .swap import Swap
@@ -38,6 +39,7 @@ __all__ = [
     "LoraLinear",
     "LoraProbe",
     "MultiLoraEmbedding",
+    "MultiLoraExperts",
     "MultiLoraLinear",
     "RowwiseError",
     "Swap",

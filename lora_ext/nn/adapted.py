@@ -82,7 +82,16 @@ def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor
 
     Args:
         layer: one of :func:`adapted_layers`. adapter_name: one of :func:`adapters_of` it.
+
+    Raises:
+        NotImplementedError: the adapter has factors for each of several experts.
     """
+    experts: Any = getattr(layer, "num_experts", 1)
+    if experts > 1:
+        raise NotImplementedError(
+            f"adapter_factors: layer: expected one pair of factors, found a {type(layer).__name__} "
+            f"with one for each of {experts} experts"
+        )
     found: list[Tensor] = []
     for role in "AB":
         for prefix in ("lora_", "lora_embedding_"):

@@ -57,7 +57,7 @@ class MultiLoraLinear(PoolLayer):
             if slab.dora:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
             try:
-                y = _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+                y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
             except ValueError as error:
                 raise self._explained(error) from error
         if slab.replaced:
@@ -78,20 +78,24 @@ class MultiLoraLinear(PoolLayer):
             rescale = None
             if slab.magnitude is not None:
                 rescale = self.dora.traced_rescale(self, leading, x.device)
-            y = _add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+            y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
         return traced_replaced(y, x, self) if slab.was_replaced else y
 
     def _explained(self, error: ValueError) -> ValueError:
         return ValueError(
             f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
-            "model had when it was made)"
+            "model had when it was made; make it of the model in its place, or pass device= and "
+            "dtype=)"
         )
 
 
-def _add_adapters(
+def add_adapters(
     y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
 ) -> Tensor:
-    # Hundreds of calls a decode step: each line here was timed.
+    """``y (..., O)`` with the update of each row, in place where ``y`` is ours to change.
+
+    Hundreds of calls a decode step: each line here was timed.
+    """
     a, b = slab.a_pages, slab.b_pages
     scale, ranks, table = slab.scale, slab.ranks, slab.page_table
     dtype = a.dtype

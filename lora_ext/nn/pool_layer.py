@@ -72,13 +72,17 @@ class PoolLayer(nn.Module):
                 f"{type(self).__name__}: {name}: expected in and out features "
                 f"{(slab.in_features, slab.out_features)} as in the pool, found {found}"
             )
+        self.slab = slab
+        self.stand_in(base, pool, name)
+
+    def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:
+        """Take the state of ``base``, and the pool that serves this layer."""
         for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[state] = base.__dict__[state]
         self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
         self.training = base.training
         self.pool = pool
         self.name = name
-        self.slab = slab
         self.handle = pool_handle(pool)
 
     def rows_in(
@@ -93,7 +97,7 @@ class PoolLayer(nn.Module):
         except ValueError as error:
             raise ValueError(f"{error} at {self.name!r}; {_REMEDY}") from error
 
-    def by_default(self, x: Any) -> Any:
+    def by_default(self, x: Any, *args: Any) -> Any:
         """The forward outside every block, where the base model is not to serve it.
 
         Raises:
@@ -102,7 +106,7 @@ class PoolLayer(nn.Module):
         if self.default == ERROR:
             raise no_block(f" at {self.name!r}")
         with adapters(self.default, pool=self.pool):
-            return self(x)
+            return self(x, *args)
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``, for ``base`` as well."""

@@ -1,8 +1,8 @@
 """Adapters of one base model in pages that rows of a batch share."""
 
 from .pages import ModuleSlab, unpack
+from .plan import PoolFullError
 from .pool import AdapterPool, Lease, UnknownAdapterError
-from .store import PoolFullError
 
 __all__ = [
     "AdapterPool",

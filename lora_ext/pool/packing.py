@@ -26,6 +26,11 @@ class PackedAdapter:
     leftover: tuple[str, ...] = ()  # what strict=False skipped
 
     @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max((part.rank for part in self.modules.values()), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of pages, biases, magnitudes and replaced modules."""
         return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))
@@ -63,7 +68,8 @@ def _packed_whole(spec: LinearSpec, whole: Replaced) -> PackedReplaced:
 
 def _packed(spec: LinearSpec, factors: Factors) -> PackedModule:
     a, b, scaling, bias, magnitude, _ = factors
-    packed = pack(a, b, bias, scaling, spec.dtype, spec.device.type == "cuda", magnitude)
+    pin = spec.device.type == "cuda"
+    packed = pack(a, b, bias, scaling, spec.dtype, pin, magnitude, spec.experts)
     parts = {"a": packed.a, "b": packed.b, "B.bias": packed.bias, MAGNITUDE: packed.magnitude}
     for role, values in parts.items():
         # After the conversion, so that what float16 cannot hold is found as well.

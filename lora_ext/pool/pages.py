@@ -10,7 +10,8 @@ A page holds 8 consecutive ranks of one module, the last one of an adapter fille
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lora_ext.adapter.model_index import LinearSpec
 from lora_ext.adapter.replaced import Replaced
+
+from .memory import memory_on
 
 PAGE = 8
 
@@ -30,6 +33,11 @@ def page_count(rank: int) -> int:
 def page_bytes(spec: LinearSpec) -> int:
     """Bytes of one page of a module, ``8 * (I + O) * itemsize``."""
     return PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
+
+
+def descending(pages: Iterable[int]) -> list[int]:
+    """As lists of free pages are: :class:`Slab`."""
+    return sorted(pages, reverse=True)
 
 
 def in_words(nbytes: int) -> str:
@@ -46,8 +54,8 @@ def in_words(nbytes: int) -> str:
 class PackedModule:
     """One module of one adapter in host memory, in page format."""
 
-    a: Tensor  # (n, 8, I)
-    b: Tensor  # (n, O, 8)
+    a: Tensor  # (n, 8, I); of experts (E * n, 8, I), expert by expert
+    b: Tensor  # (n, O, 8); (E * n, O, 8)
     bias: Tensor | None  # (O,)
     rank: int
     scale: float
@@ -86,15 +94,18 @@ def pack(
     dtype: torch.dtype,
     pin: bool = False,
     magnitude: Tensor | None = None,
+    experts: int = 1,
 ) -> PackedModule:
-    """Cut ``a`` (r, I) and ``b`` (O, r) into pages of ``dtype`` in (pinned) host memory."""
-    rank, n = a.shape[0], page_count(a.shape[0])
-    a_pages = torch.zeros(n, PAGE, a.shape[1], dtype=dtype, pin_memory=pin)
-    b_pages = torch.zeros(n, b.shape[0], PAGE, dtype=dtype, pin_memory=pin)
-    a_pages.view(n * PAGE, -1)[:rank].copy_(a)
+    """Cut ``a`` (E * r, I) and ``b`` (O, r * E) into pages of ``dtype`` in (pinned) host memory."""
+    rank = a.shape[0] // experts
+    n, count = page_count(rank), page_count(rank) * experts
+    a_pages = torch.zeros(count, PAGE, a.shape[1], dtype=dtype, pin_memory=pin)
+    b_pages = torch.zeros(count, b.shape[0], PAGE, dtype=dtype, pin_memory=pin)
+    a_pages.view(experts, n * PAGE, -1)[:, :rank].copy_(a.view(experts, rank, -1))
+    each_b = b.view(-1, rank, experts).permute(2, 0, 1)  # (E, O, r)
     for p in range(n):
-        ranks = b[:, p * PAGE : (p + 1) * PAGE]  # (O, <= 8)
-        b_pages[p, :, : ranks.shape[1]].copy_(ranks)
+        ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
+        b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
     host_bias = None
     if bias is not None:
         host_bias = torch.empty(bias.shape, dtype=dtype, pin_memory=pin).copy_(bias)
@@ -126,6 +137,9 @@ class ModuleSlab:
     arrives.) The rows of a slot change only while nobody has it pinned. The adapter of slot s adds
     ``scale[s] * (B A x + bias[s])``: the bias is PEFT's, not yet scaled. A slot in ``dora`` also
     brings the rows of the weight, ``scale[s] * B A`` included, to the lengths ``magnitude[s]``.
+
+    A parameter of ``E`` experts has E rows of the tables for each slot: those of slot s begin at
+    ``s * E``, and S stands for ``slots * E`` there.
     """
 
     in_features: int
@@ -144,28 +158,37 @@ class ModuleSlab:
     # Weight and bias of the slots whose adapter replaces the module; likewise never changed.
     replaced: Mapping[int, Replaced] = field(default_factory=dict)
     was_replaced: bool = False  # by any adapter so far: a compiled graph is made anew once
+    experts: int = 1  # E
 
 
 @dataclass
 class TableBlock:
-    """Tables of the modules first targeted by one load: to publish a slot is three copies."""
+    """Tables of the modules, all of so many experts, that one load targets first: to publish a
+    slot is three copies."""
 
     names: tuple[str, ...]
     page_table: Tensor  # (M, S, ceil(max_rank / 8))
     ranks: Tensor  # (M, S)
     scale: Tensor  # (M, S)
+    experts: int = 1
 
     @classmethod
     def allocate(
-        cls, names: Sequence[str], slots: int, max_pages: int, device: torch.device
+        cls,
+        names: Sequence[str],
+        slots: int,
+        max_pages: int,
+        device: torch.device,
+        experts: int = 1,
     ) -> TableBlock:
         """All slots empty."""
-        m = len(names)
+        m, slots = len(names), slots * experts
         return cls(
             tuple(names),
             torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device),
             torch.zeros(m, slots, dtype=torch.int32, device=device),
             torch.zeros(m, slots, dtype=torch.float32, device=device),
+            experts,
         )
 
     @property
@@ -177,47 +200,68 @@ class TableBlock:
         self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
     ) -> list[tuple[Tensor, Tensor]]:
         """Copies (destination, source) that make ``slot`` say what ``modules`` says."""
-        m, pin = len(self.names), self.ranks.is_cuda
-        table = torch.full(
-            (m, self.page_table.shape[2]), -1, dtype=torch.int32, device="cpu", pin_memory=pin
-        )
-        ranks = torch.zeros(m, dtype=torch.int32, device="cpu", pin_memory=pin)
-        scale = torch.zeros(m, dtype=torch.float32, device="cpu", pin_memory=pin)
+        m, pin, experts = len(self.names), self.ranks.is_cuda, self.experts
+        shape = m, experts, self.page_table.shape[2]
+        table = torch.full(shape, -1, dtype=torch.int32, device="cpu", pin_memory=pin)
+        ranks = torch.zeros(m, experts, dtype=torch.int32, device="cpu", pin_memory=pin)
+        scale = torch.zeros(m, experts, dtype=torch.float32, device="cpu", pin_memory=pin)
         for i, name in enumerate(self.names):
             packed = modules.get(name)
             if packed is not None:
-                own = pages[name]
-                table[i, : len(own)] = torch.tensor(own, dtype=torch.int32)
+                own = torch.tensor(pages[name], dtype=torch.int32).view(experts, -1)
+                table[i, :, : own.shape[1]] = own
                 ranks[i], scale[i] = packed.rank, packed.scale
+        slots = slice(slot * experts, (slot + 1) * experts)
         return [
-            (self.page_table[:, slot], table),
-            (self.ranks[:, slot], ranks),
-            (self.scale[:, slot], scale),
+            (self.page_table[:, slots], table),
+            (self.ranks[:, slots], ranks),
+            (self.scale[:, slots], scale),
         ]
 
 
-@dataclass
 class Slab:
-    """The pool's own half of a module: its memory and its free pages."""
+    """The pool's own half of a module: its memory and its free pages.
 
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-    free: list[int] = field(default_factory=list)
+    A and B of a page lie side by side, so that one piece of memory is a number of whole pages. The
+    pages that are used are the first ones, as far as possible, and only they are backed.
 
-    @classmethod
-    def allocate(cls, spec: LinearSpec, pages: int) -> Slab:
-        """Uninitialised: no table row points at a page that was not written."""
+    Attributes:
+        a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised: no table row
+            points at a page that was not written.
+        free: pages without an owner, the highest first.
+    """
+
+    def __init__(self, spec: LinearSpec, pages: int):
+        self.pages = pages
+        self.page_bytes = page_bytes(spec)
+        self.bias: Tensor | None = None
+        self.magnitude: Tensor | None = None
+        self.free = list(range(pages - 1, -1, -1))
         try:
-            return cls(
-                torch.empty(pages, PAGE, spec.in_features, dtype=spec.dtype, device=spec.device),
-                torch.empty(pages, spec.out_features, PAGE, dtype=spec.dtype, device=spec.device),
-                free=list(range(pages - 1, -1, -1)),
-            )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self.memory = memory_on(spec.device, pages * self.page_bytes)
+        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
             raise MemoryError(
                 f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} "
-                f"({in_words(pages * page_bytes(spec))}), found none ({error}); "
+                f"({in_words(pages * self.page_bytes)}), found none ({error}); "
                 "pass a smaller pages="
             ) from error
+        i, o = spec.in_features, spec.out_features
+        values = self.memory.tensor.view(spec.dtype)
+        page = PAGE * (i + o)
+        # Not views: torch.compile looks twice at inputs that are.
+        self.a, self.b = (
+            values.new_empty(0).set_(values.untyped_storage(), start, size, (page, size[2], 1))
+            for start, size in ((0, (pages, PAGE, i)), (PAGE * i, (pages, o, PAGE)))
+        )
+
+    def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
+        """Bytes of memory without which a page is missing, where these are free.
+
+        Args:
+            free: the highest first. round_up: to a multiple of so many pages.
+        """
+        # The pages at the end that are free: entry i is the page P - 1 - i, up to the first gap.
+        used = self.pages - bisect(
+            range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i
+        )
+        return self.memory.rounded(-(-used // round_up) * round_up * self.page_bytes)

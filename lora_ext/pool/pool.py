@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from lora_ext.adapter.peft_files import AdapterSource
 from lora_ext.nn.attachment import UnknownAdapterError
 
 from .packing import PackedAdapter, read_packed
-from .pages import in_words, page_bytes, page_count
+from .pages import page_count
+from .plan import Plan, backed_bytes, make_plan, resize, resize_back
+from .report import limit_bytes, stats, summary
 from .store import PageStore, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -60,12 +63,15 @@ class AdapterPool:
         model: its linear and embedding layers are found by name; a weak reference is kept.
         max_slots: adapters that can be on the device at once.
         max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
-        pages: pages per module; default ``max_slots * ceil(max_rank / 8)``, the worst case.
-            A server of r16 adapters wants ``2 * max_slots``: at the default settings the worst
-            case of an 8B model is above 20 GiB (``reserved_bytes``, and ``print(pool)``).
+        pages: most pages of a module, or of each expert of one; default
+            ``max_slots * ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. No page
+            takes memory before it is used.
         dtype, device: of the pages; default is each module's own, on the device where it computes.
         targets: modules that adapters may touch (names, suffixes, or a regex); default all.
         host_cache_bytes: evicted adapters are kept in host memory up to this size.
+        max_bytes: most bytes that the pool takes from its devices, pages, tables and replaced
+            modules together; beyond it the least recently used adapters make way. Default no limit
+            but ``pages``.
 
     Every method may be called from any thread. A method that raises leaves the pool as it was.
     """
@@ -80,10 +86,12 @@ class AdapterPool:
         device: torch.device | str | None = None,
         targets: str | Iterable[str] | None = None,
         host_cache_bytes: int = 1 << 30,
+        *,
+        max_bytes: int | None = None,
     ):
         given = {"max_slots": max_slots, "max_rank": max_rank, "pages": pages}
-        for argument, value in given.items():
-            if argument == "pages" and value is None:
+        for argument, value in (given | {"max_bytes": max_bytes}).items():
+            if argument in ("pages", "max_bytes") and value is None:
                 continue
             if not isinstance(value, int):
                 raise TypeError(f"AdapterPool: {argument}: expected an integer, found {value!r}")
@@ -101,9 +109,12 @@ class AdapterPool:
         self.targets = targets if isinstance(targets, str | None) else tuple(targets)
         self.pages = pages if pages is not None else max_slots * page_count(max_rank)
         self.host_cache_bytes = host_cache_bytes
+        self.max_bytes = max_bytes
         self.index = ModelIndex.build(model, self.targets, dtype, device)
-        self._store = PageStore(self.index, max_slots, max_rank, self.pages)
-        self.modules = self._store.modules
+        self._store = PageStore(self.index, max_slots, max_rank, self.pages, max_bytes)
+        self.modules = {name: self._store.modules[name] for name in self.index.modules}
+        #: What the layer of an experts module reads, by the parameter's name.
+        self.experts = {name: self._store.modules[name] for name in self.index.experts}
         self._lock = threading.RLock()
         self._by_name: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._cache: OrderedDict[str, PackedAdapter] = OrderedDict()  # likewise; not in a slot
@@ -268,7 +279,7 @@ class AdapterPool:
                 f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
             )
         self._store.check_outside_capture()
-        lease = Lease(self)
+        lease, now = Lease(self), time.time()
         with self._lock:
             by_name = self._by_name
             absent = [n for n in names if n is not None and n != BASE and n not in by_name]
@@ -282,6 +293,7 @@ class AdapterPool:
                 if resident.written:
                     self._store.before_reading(resident)
                 resident.pins += 1
+                resident.last_use = now
                 by_name.move_to_end(name)
                 lease.append(resident.slot)
                 lease.residents.append(resident)
@@ -340,47 +352,39 @@ class AdapterPool:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of pages once adapters have touched every module: what to leave free for the pool.
+        """Bytes taken from the devices so far: pages, tables, replaced modules."""
+        with self._lock:
+            return self._store.reserved_bytes
 
-        Memory is taken module by module, when the first adapter touches it: :meth:`nbytes`.
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes of pages that the pool may come to: what to leave free for it."""
+        return limit_bytes(self)
+
+    def nbytes(self) -> int:
+        """Bytes taken for pages so far. They grow by eight pages of a module at least."""
+        with self._lock:
+            return self._store.page_bytes
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, occupancy, bytes, and each adapter: :func:`lora_ext.pool.report.stats`."""
+        with self._lock:
+            return stats(self, self._store, self._by_name, self._cache, self._counts)
+
+    def trim(self) -> int:
+        """Give memory back to the devices, where adapters have left it.
+
+        A page in use keeps all pages below it. A CUDA device waits for its queued work.
+
+        Returns:
+            how many bytes.
         """
-        return sum(self.pages * page_bytes(spec) for spec in self.index.modules.values())
+        with self._lock:
+            return self._store.trim()
 
     def __repr__(self) -> str:
         """Settings, and the memory that they mean."""
-        count = len(self.names)
-        return (
-            f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "
-            f"pages={self.pages}; {len(self.modules)} modules: up to "
-            f"{in_words(self.reserved_bytes)} of pages, {in_words(self.nbytes())} so far; "
-            f"{count} adapter{'s' * (count != 1)})"
-        )
-
-    def nbytes(self) -> int:
-        """Bytes of the pages so far: per touched module, ``pages * 8 * (I + O) * itemsize``."""
-        with self._lock:
-            return sum(slab.a.nbytes + slab.b.nbytes for slab in self._store.slabs.values())
-
-    def stats(self) -> dict[str, int]:
-        """Counters and occupancy."""
-        with self._lock:
-            live = [r for r in self._store.residents if r is not None]
-            vectors = [v for s in self._store.slabs.values() for v in (s.bias, s.magnitude)]
-            return {
-                "slots_used": len(live),
-                "slots_pinned": sum(r.pins > 0 for r in live),
-                "pins": sum(r.pins for r in live),
-                "modules_targeted": len(self._store.slabs),
-                "pages_total": self.pages * len(self._store.slabs),
-                "pages_free": sum(len(slab.free) for slab in self._store.slabs.values()),
-                "page_bytes": self.nbytes(),
-                "table_bytes": sum(block.nbytes for block in self._store.blocks)
-                + sum(v.nbytes for v in vectors if v is not None),
-                "replaced_bytes": self._store.replaced_bytes,
-                "cached": len(self._cache),
-                "cache_bytes": self._cache_bytes,
-                **self._counts,
-            }
+        return summary(self)
 
     # ---------------------------------------------------------------------------------------------
     # Checks of names
@@ -437,16 +441,19 @@ class AdapterPool:
         """Write an adapter into a free slot, then publish the name, new or moved."""
         old = self._by_name.get(name)
         order = [*([old] if old else []), *(r for r in self._by_name.values() if r is not old)]
-        plan = self._store.plan(name, packed, order)
+        plan = make_plan(self._store, name, packed, order)
         saved = [self._store.download(victim) for victim in plan.victims]
+        sizes = backed_bytes(self._store, plan)
         try:
+            resize(self._store, plan)
             written = self._store.upload(plan.slot, plan.pages, packed, plan)
         except BaseException:
-            for victim, adapter in zip(plan.victims, saved, strict=True):
-                self._repair(victim, adapter)
+            self._undo(plan, sizes, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
-        resident = Resident(name, plan.slot, packed.config, plan.pages, written)
+        resident = Resident(
+            name, plan.slot, packed.config, plan.pages, packed.rank, packed.nbytes, written
+        )
         self._store.commit(plan, resident)
         for victim in plan.victims:
             del self._by_name[victim.name]
@@ -461,14 +468,24 @@ class AdapterPool:
                 self._counts["evictions"] += 1
                 self._cache_put(victim.name, adapter)
 
-    def _repair(self, victim: Resident, saved: PackedAdapter) -> None:
-        """After a failed copy: put a victim's bytes back, or keep them if the device refuses."""
+    def _undo(self, plan: Plan, sizes: dict[str, int], saved: list[PackedAdapter]) -> None:
+        """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
         try:
-            victim.written = self._store.upload(victim.slot, victim.pages, saved)
-        except BaseException:
-            del self._by_name[victim.name]
-            self._store.vacate(victim)
-            self._keep(victim.name, saved)
+            resize_back(self._store, plan, sizes)
+        except RuntimeError:
+            for victim, adapter in zip(plan.victims, saved, strict=True):
+                self._give_up(victim, adapter)
+            return
+        for victim, adapter in zip(plan.victims, saved, strict=True):
+            try:
+                victim.written = self._store.upload(victim.slot, victim.pages, adapter)
+            except BaseException:
+                self._give_up(victim, adapter)
+
+    def _give_up(self, victim: Resident, saved: PackedAdapter) -> None:
+        del self._by_name[victim.name]
+        self._store.vacate(victim)
+        self._keep(victim.name, saved)
 
     def _keep(self, name: str, adapter: PackedAdapter) -> None:
         """Into the cache, even above ``host_cache_bytes``: after a failure nothing is lost."""

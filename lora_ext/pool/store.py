@@ -7,7 +7,7 @@ last, and holds its lock around every method here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lora_ext.adapter.config import AdapterConfig
 from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.adapter.replaced import Replaced
 
 from .packing import PackedAdapter
 from .pages import (
@@ -26,17 +25,13 @@ from .pages import (
     PackedReplaced,
     Slab,
     TableBlock,
-    in_words,
-    magnitude_dtype,
+    descending,
     page_count,
 )
+from .plan import Plan
 from .transfer import StreamTransfer, Transfer, to_host, transfer_to
 
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
-
-
-class PoolFullError(RuntimeError):
-    """No room, and nothing unpinned that could make way."""
 
 
 @dataclass
@@ -47,53 +42,45 @@ class Resident:
     slot: int
     config: AdapterConfig
     pages: dict[str, list[int]]
+    rank: int  # the largest of its modules
+    nbytes: int
     written: Written = field(default_factory=list)  # empty once every stream may read it
+    last_use: float = field(default_factory=time.time)  # of the load or the last acquire
     pins: int = 0
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
     #: No other adapter of the process has it, nor a later version of this one.
     serial: int = field(default_factory=itertools.count(1).__next__)
 
 
-@dataclass
-class Plan:
-    """Where a new adapter goes, made without touching anything."""
-
-    slot: int
-    pages: dict[str, list[int]]
-    free: dict[str, list[int]]  # free pages afterwards, of the modules that change
-    victims: list[Resident]
-    slabs: dict[str, Slab]  # new ones, unknown to the store until commit
-    blocks: list[TableBlock]
-    biases: dict[str, Tensor] = field(default_factory=dict)  # as are these
-    magnitudes: dict[str, Tensor] = field(default_factory=dict)
-    replaced: dict[str, Replaced] = field(default_factory=dict)
-
-    @property
-    def memory(self) -> list[Tensor]:
-        """What was allocated for this plan."""
-        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
-        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
-        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
-
-
 class PageStore:
-    """Memory for ``max_slots`` adapters, ``pages`` pages per module, allocated module by module."""
+    """Memory for ``max_slots`` adapters, ``pages`` pages per module, ``max_bytes`` in all.
 
-    def __init__(self, index: ModelIndex, max_slots: int, max_rank: int, pages: int):
+    Pages have addresses from the first adapter of their module on, and bytes as they are used.
+    """
+
+    def __init__(
+        self,
+        index: ModelIndex,
+        max_slots: int,
+        max_rank: int,
+        pages: int,
+        max_bytes: int | None = None,
+    ):
+        self.max_bytes = max_bytes
         self.index = index
         self.max_slots = max_slots
         self.pages = pages
         self.modules = {
-            name: ModuleSlab(spec.in_features, spec.out_features)
-            for name, spec in index.modules.items()
+            name: ModuleSlab(spec.in_features, spec.out_features, experts=spec.experts)
+            for name, spec in index.specs.items()
         }
         self.residents: list[Resident | None] = [None] * max_slots
         self.slabs: dict[str, Slab] = {}
         self.blocks: list[TableBlock] = []
         self._replacing: set[str] = set()  # modules that an adapter has replaced
-        self._max_pages = page_count(max_rank)
+        self.max_pages = page_count(max_rank)
         self._free_slots = list(range(max_slots - 1, -1, -1))
-        devices = {spec.device for spec in index.modules.values()}
+        devices = {spec.device for spec in index.specs.values()}
         self.transfers = {device: transfer_to(device) for device in devices}
 
     def mark_use(self) -> None:
@@ -117,108 +104,49 @@ class PageStore:
         return [t for t in self.transfers.values() if isinstance(t, StreamTransfer)]
 
     # ---------------------------------------------------------------------------------------------
-    # Finding room
+    # Numbers
 
-    def plan(self, name: str, packed: PackedAdapter, order: Iterable[Resident]) -> Plan:
-        """Choose slot, pages and victims.
+    @property
+    def page_bytes(self) -> int:
+        """Taken from the devices for pages."""
+        return sum(slab.memory.backed for slab in self.slabs.values())
 
-        Args:
-            name: for the message.
-            packed: the adapter to place.
-            order: residents, the first to be evicted first; pinned ones are passed over.
-
-        Raises:
-            PoolFullError: says what would be needed and who holds it.
-        """
-        need = {module: part.a.shape[0] for module, part in packed.modules.items()}
-        for module, count in need.items():
-            if count > self.pages:
-                raise PoolFullError(
-                    f"AdapterPool: {name!r} needs {count} pages of {module}, "
-                    f"the pool has pages={self.pages}"
-                )
-        free = {m: list(self.slabs[m].free) for m in need if m in self.slabs}
-        slots = list(self._free_slots)
-        victims: list[Resident] = []
-        lacking = {module for module in free if len(free[module]) < need[module]}
-        for resident in order:
-            if slots and not lacking:
-                break
-            if resident.pins or (slots and lacking.isdisjoint(resident.pages)):
-                continue  # in use, or of no help
-            victims.append(resident)
-            slots.append(resident.slot)
-            for module, pages in resident.pages.items():
-                free.setdefault(module, list(self.slabs[module].free)).extend(pages)
-            lacking = {module for module in lacking if len(free[module]) < need[module]}
-        if not slots or lacking:
-            wanted = [] if slots else [f"one of max_slots={self.max_slots} slots"]
-            for module in sorted(lacking)[:3]:
-                wanted.append(
-                    f"{need[module]} pages of {module} ({len(free[module])} can be freed)"
-                )
-            pinned = sorted({r.name for r in self.residents if r is not None and r.pins})
-            raise PoolFullError(
-                f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but the rest is pinned, "
-                f"by {len(pinned)} adapters: {pinned[:8]}"
-            )
-        new = {m: Slab.allocate(self.index.modules[m], self.pages) for m in need if m not in free}
-        free |= {module: slab.free for module, slab in new.items()}
-        pages = {m: [free[m].pop() for _ in range(count)] for m, count in need.items()}
-        return Plan(
-            slots[-1],
-            pages,
-            free,
-            victims,
-            new,
-            self._new_blocks(new),
-            *self._new_vectors(new, packed),
-            {module: self._room_for(module, whole) for module, whole in packed.replaced.items()},
-        )
-
-    def _room_for(self, module: str, whole: PackedReplaced) -> Replaced:
-        device = self.index.modules[module].device
-        try:
-            bias = None if whole.bias is None else torch.empty_like(whole.bias, device=device)
-            return Replaced(torch.empty_like(whole.weight, device=device), bias)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise MemoryError(
-                f"AdapterPool: expected room for {module} of an adapter that replaces it "
-                f"({in_words(whole.nbytes)}), found none ({error}); unload other adapters"
-            ) from error
-
-    def _new_blocks(self, new: dict[str, Slab]) -> list[TableBlock]:
-        by_device: dict[torch.device, list[str]] = {}
-        for module in new:
-            by_device.setdefault(self.index.modules[module].device, []).append(module)
-        return [
-            TableBlock.allocate(names, self.max_slots, self._max_pages, device)
-            for device, names in by_device.items()
-        ]
-
-    def _new_vectors(
-        self, new: dict[str, Slab], packed: PackedAdapter
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Biases and magnitudes (S, O) of modules that had none so far."""
-        biases, magnitudes = {}, {}
-        for module, part in packed.modules.items():
-            slab = new[module] if module in new else self.slabs[module]
-            shape = self.max_slots, slab.b.shape[1]
-            dtype, device = slab.b.dtype, slab.b.device
-            if part.bias is not None and slab.bias is None:
-                biases[module] = torch.zeros(shape, dtype=dtype, device=device)
-            if part.magnitude is not None and slab.magnitude is None:
-                magnitudes[module] = torch.zeros(shape, dtype=magnitude_dtype(dtype), device=device)
-        return biases, magnitudes
-
-    # ---------------------------------------------------------------------------------------------
-    # Bytes
+    @property
+    def table_bytes(self) -> int:
+        """Of tables, biases and magnitudes."""
+        vectors = [v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude)]
+        vector_bytes = sum(v.nbytes for v in vectors if v is not None)
+        return vector_bytes + sum(block.nbytes for block in self.blocks)
 
     @property
     def replaced_bytes(self) -> int:
         """Of whole modules that adapters brought along."""
-        wholes = [w for name in self._replacing for w in self.modules[name].replaced.values()]
-        return sum(tensor.nbytes for whole in wholes for tensor in whole if tensor is not None)
+        return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
+
+    def replaced_bytes_of(self, slot: int) -> int:
+        """Of those of one slot."""
+        wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
+        return sum(t.nbytes for whole in wholes if whole for t in whole if t is not None)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Taken from the devices."""
+        return self.page_bytes + self.table_bytes + self.replaced_bytes
+
+    @property
+    def free_slots(self) -> list[int]:
+        """Slots without an adapter, the next one last."""
+        return list(self._free_slots)
+
+    def trim(self) -> int:
+        """Give back the bytes behind pages that lie beyond the last one in use; how many."""
+        before = self.page_bytes
+        for slab in self.slabs.values():
+            slab.memory.resize(slab.bytes_for(slab.free))
+        return before - self.page_bytes
+
+    # ---------------------------------------------------------------------------------------------
+    # Copies
 
     def upload(
         self,
@@ -277,12 +205,13 @@ class PageStore:
             slab, view = self.slabs[module], self.modules[module]
             assert view.ranks is not None and view.scale is not None  # the module has a slab
             index = torch.tensor(pages, device=slab.a.device)
+            row = resident.slot * self.index.specs[module].experts
             modules[module] = PackedModule(
                 to_host(slab.a[index]),
                 to_host(slab.b[index]),
                 None if slab.bias is None else to_host(slab.bias[resident.slot]),
-                int(view.ranks[resident.slot]),
-                float(view.scale[resident.slot]),
+                int(view.ranks[row]),
+                float(view.scale[row]),
                 to_host(slab.magnitude[resident.slot])
                 if resident.config.use_dora and slab.magnitude is not None
                 else None,
@@ -344,7 +273,8 @@ class PageStore:
         self._free_slots.append(resident.slot)
         self._forget_replaced(resident.slot)
         for module, pages in resident.pages.items():
-            self.slabs[module].free.extend(pages)
+            slab = self.slabs[module]
+            slab.free = descending([*slab.free, *pages])
 
     def _forget_replaced(self, slot: int) -> None:
         for name in self._replacing:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pool_support import Base, assert_same, assert_slot_holds, config, read_slot, snapshot, state
 
-from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, transfer
+from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, memory, transfer
 from lora_ext.pool.pages import in_words
 
 
@@ -38,7 +38,7 @@ def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
 def test_a_pool_says_what_it_will_take_before_it_takes_it():
     pool = make(pages=5, targets=["up", "down"])
     expected = 5 * 8 * ((12 + 20) + (20 + 12)) * 4
-    assert pool.reserved_bytes == expected and pool.nbytes() == 0
+    assert pool.limit_bytes == expected and pool.nbytes() == pool.reserved_bytes == 0
     assert repr(pool) == (
         "AdapterPool(max_slots=3, max_rank=16, pages=5; 2 modules: up to 10.0 KiB of pages, "
         "0 bytes so far; 0 adapters)"
@@ -46,9 +46,9 @@ def test_a_pool_says_what_it_will_take_before_it_takes_it():
     load(pool, "x", 0, targets=("up",))
     assert pool.nbytes() == expected // 2 and "5.0 KiB so far; 1 adapter)" in repr(pool)
     load(pool, "y", 0)
-    assert pool.nbytes() == pool.reserved_bytes == expected
+    assert pool.nbytes() == pool.limit_bytes == expected
     half = make(pages=5, targets=["up", "down"], dtype=torch.float16)
-    assert half.reserved_bytes == expected // 2
+    assert half.limit_bytes == expected // 2
 
 
 @pytest.mark.parametrize(
@@ -389,9 +389,9 @@ def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
     before = snapshot(pool)
 
     def refuse(*_, **__):
-        raise RuntimeError("out of memory")
+        raise OSError("out of memory")
 
-    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(memory.mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=r"3 pages of 'head' \([\d.]+ KiB\).*smaller pages="):
         load(pool, "new", 2, targets=("head",))
     monkeypatch.undo()

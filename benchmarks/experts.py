@@ -1,0 +1,223 @@
+"""Adapters on routed experts: `python benchmarks/experts.py`.
+
+A mixture of Qwen3-MoE's kind, random weights, adapters on both matrices of all experts. "decode" is
+one token of each row, "prefill" several, every row another adapter: an attached model (lora_ext),
+the model without adapters (base), and PEFT, which has one adapter for a batch and so takes the rows
+of each adapter by themselves (peft). "train" is forward and backward of a batch of several
+adapters: a model of from_peft given names (lora_ext), and PEFT, adapter after adapter (peft). "one"
+is the same where all rows have one adapter: PEFT then has no loop. Results are compared before they
+are timed. Rows are appended to OUT/experts_<device>.csv; "peak" is the most memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import torch
+import transformers
+from common import ROOT, append_rows, machine_columns, peak_bytes
+from lora_ops import timer
+from peft import LoraConfig, get_peft_model
+from row import timing_columns
+from torch import Tensor, nn
+
+import lora_ext
+
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+BOUND = 2.0**-14  # of the largest logit or gradient in float32; adapters move logits far more
+VOCAB = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many rows, each of so many tokens, with so many adapters in turn."""
+
+    kind: str
+    rows: int
+    tokens: int
+    adapters: int
+    rank: int = 16
+    width: int = 1024
+    inner: int = 512
+    experts: int = 32
+    choices: int = 4
+    layers: int = 2
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.kind}: {self.rows} rows x {self.tokens}, {self.adapters} adapters"
+
+
+CASES = (
+    Case("decode", 16, 1, 16),
+    Case("prefill", 8, 64, 8),
+    Case("train", 8, 32, 4),
+    Case("train, one", 8, 32, 1),
+)
+
+
+class Problem:
+    """A base model, and its adapters in a pool, in PEFT and in from_peft."""
+
+    def __init__(self, case: Case, device: str):
+        torch.manual_seed(0)
+        self.case = case
+        self.base = self._base().to(device).eval().requires_grad_(False)
+        self.names = [f"adapter{i}" for i in range(case.adapters)]
+        self.of_row = [self.names[i % case.adapters] for i in range(case.rows)]
+        self.ids = torch.randint(VOCAB, (case.rows, case.tokens), device=device)
+        self.peft: Any = self._peft()
+        self.ours: Any = copy.deepcopy(self.peft, self._shared(self.peft))
+        lora_ext.from_peft(self.ours).set_requires_grad(self.names)
+        self.attached: Any = copy.deepcopy(self.base, self._shared(self.base))
+        if not self.trains:
+            pool = lora_ext.AdapterPool(self.attached, case.adapters, case.rank, targets=TARGETS)
+            for name in self.names:
+                pool.load(name, self.peft, adapter_name=name)
+            lora_ext.attach(self.attached, pool)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the case has a backward."""
+        return self.case.kind.startswith("train")
+
+    def providers(self) -> dict[str, Callable[[], Tensor]]:
+        """By name: logits ``(rows, tokens, V)``, or the gradients in a row."""
+        if self.trains:
+            return {
+                "lora_ext": partial(self._step, self.ours, [None]),
+                "peft": partial(self._step, self.peft, self.names),
+            }
+        return {"lora_ext": self._served, "base": self._without, "peft": self._loop}
+
+    @torch.no_grad()
+    def _served(self) -> Tensor:
+        return self.attached(self.ids, adapter_names=self.of_row, use_cache=False).logits
+
+    @torch.no_grad()
+    def _without(self) -> Tensor:
+        return self.base(self.ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def _loop(self) -> Tensor:
+        logits: list[Any] = [None] * self.case.rows
+        for index, name in enumerate(self.names):
+            self.peft.set_adapter(name)
+            own = slice(index, None, len(self.names))
+            logits[own] = self.peft(self.ids[own], use_cache=False).logits
+        return torch.stack(logits)
+
+    def _step(self, model: Any, names: list[str | None]) -> Tensor:
+        parameters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+        for parameter in parameters.values():
+            parameter.grad = None
+        for index, name in enumerate(names):
+            if name is None:
+                ids, options = self.ids, {"adapter_names": self.of_row}
+            else:
+                model.set_adapter(name)
+                ids, options = self.ids[index :: len(names)], {}
+            logits = model(input_ids=ids, use_cache=False, **options).logits
+            logits.float().logsumexp(-1).sum().backward()
+        return torch.cat([p.grad.flatten() for p in parameters.values()])
+
+    def _base(self) -> nn.Module:
+        case = self.case
+        config = transformers.Qwen3MoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=case.width,
+            moe_intermediate_size=case.inner,
+            num_experts=case.experts,
+            num_experts_per_tok=case.choices,
+            num_hidden_layers=case.layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+        return transformers.Qwen3MoeForCausalLM(config)
+
+    def _peft(self) -> Any:
+        model: Any = copy.deepcopy(self.base, self._shared(self.base))
+        for name in self.names:
+            config = LoraConfig(
+                r=self.case.rank,
+                target_modules=[],
+                target_parameters=TARGETS,
+                init_lora_weights=False,
+            )
+            if name == self.names[0]:
+                model = get_peft_model(model, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+        return model.eval()
+
+    def _shared(self, model: nn.Module) -> dict[int, Any]:
+        """For a copy that has the very weights of the base."""
+        return {id(p): p for n, p in model.named_parameters() if "lora_" not in n}
+
+
+def check(problem: Problem) -> float:
+    """Largest difference between lora_ext and PEFT, over its bound."""
+    found = {name: run() for name, run in problem.providers().items()}
+    expected = found["peft"]
+    worst = (found["lora_ext"] - expected).abs().max() / expected.abs().max() / BOUND
+    if not worst <= 1:
+        raise SystemExit(f"experts: {problem.case.name}: off by {worst:.3g} times the bound")
+    return worst.item()
+
+
+def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
+    """A row for each provider."""
+    problem = Problem(case, device)
+    error = check(problem)
+    calls = problem.providers()
+    times = timer(device)(calls, rounds)
+    for name, time in times.items():
+        yield {
+            **machine_columns(device),
+            "case": case.name,
+            "provider": name,
+            **timing_columns(time, "ms"),
+            "over_lora_ext": time.over(times["lora_ext"]),
+            "peak_mb": peak_bytes(calls[name]) / 1e6 if device == "cpu" else "",
+            "worst_error": error,
+        }
+
+
+def main() -> None:
+    """Measure, append, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers renames
+    path = args.out / f"experts_{args.device}.csv"
+    print(f"{torch.get_num_threads()} threads, {os.cpu_count()} CPUs")
+    for case in CASES:
+        for row in measure(case, args.device, args.rounds):
+            append_rows(path, [row])
+            print(
+                f"{row['case']:40} {row['provider']:10} {row['median']:9.1f} {row['unit']}"
+                f" {row['over_lora_ext']:7.2f} of lora_ext, peak {row['peak_mb']:7.1f} MB"
+            )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

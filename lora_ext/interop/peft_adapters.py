@@ -1,0 +1,64 @@
+"""What may be amiss with the adapters of a PEFT model, and is said in time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_ext.nn.assignment import Assignment
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse adapters that PEFT has put on ``meta``, where accelerate keeps an offloaded base.
+
+    They have no values; PEFT would compute with whatever comes. Adapters that accelerate has
+    offloaded itself have a hook that brings them back.
+
+    Raises:
+        ValueError: naming the layer and the remedy.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+            lost = any(p.is_meta for p in factor.parameters()) and not hasattr(factor, "_hf_hook")
+            if lost and getattr(
+                getattr(layer.get_base_layer(), "_hf_hook", None), "offload", False
+            ):
+                raise ValueError(
+                    f"from_peft: {name}: expected adapters with values, found them on meta, where "
+                    "PEFT puts adapters of a base layer that accelerate has offloaded; give the "
+                    "model its adapters first, then offload each layer's base_layer with "
+                    "accelerate.cpu_offload(layer.base_layer, execution_device)"
+                )
+
+
+def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
+    """PEFT trains the active adapter only, until it is told otherwise."""
+    frozen = set(names.names) if torch.is_grad_enabled() else set()
+    for layer in model.modules():
+        if not frozen:
+            return
+        if isinstance(layer, LoraLayer):
+            frozen -= {name for name in frozen if _trains(layer, name)}
+    if frozen:
+        found = ", ".join(repr(name) for name in sorted(frozen))
+        warnings.warn(
+            f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
+            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
+            stacklevel=1,
+        )
+
+
+def _trains(layer: Any, name: str) -> bool:
+    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
+    return any(p.requires_grad for f in factors if name in f for p in _parameters(f[name]))
+
+
+def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
+    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()

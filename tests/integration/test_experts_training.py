@@ -1,0 +1,264 @@
+"""Adapters on routed experts in training: from_peft against PEFT itself, in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.interop.peft import report, to_peft
+from lora_ext.nn import LayerGroups, adapter_factors
+
+CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
+NAMES = ["red", "green", "__base__", "blue", "green"]
+
+
+def pair(family: str, configs: Any = CONFIGS, **extra: Any) -> tuple[Any, Any]:
+    """The same adapters twice: PEFT's own layers, and ours."""
+    theirs = make_peft(make_mixture(family), configs, **extra).double()
+    return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str = "") -> None:
+    worst = (got - expected).abs().max().item()
+    assert worst <= CLOSE * max(1.0, expected.abs().max().item()), f"{what}: {worst}"
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(ours: nn.Module, expected: dict[str, Tensor | None]) -> None:
+    found = gradients(ours)
+    assert found.keys() == expected.keys()
+    assert sum(g is not None and bool(g.abs().max() > 1e-3) for g in expected.values()) >= 8
+    for name, gradient in expected.items():
+        got = found[name]
+        assert (got is None) == (gradient is None), name
+        if got is not None and gradient is not None:
+            assert_close(got, gradient, name)
+
+
+def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    value = run(model)
+    weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
+    (value * weights).sum().backward()
+    return value.detach()
+
+
+def logits(model: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids=tokens(5, 6), **kwargs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_wrapper_is_taken(family: str) -> None:
+    _, ours = pair(family)
+    found = report(ours)
+    assert not found.left
+    assert sum(".experts" in name for name in found.taken) == 4  # two parameters, two layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", CONFIGS)
+def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> None:
+    theirs, ours = pair(family)
+    for model in (theirs, ours):
+        model.set_adapter(adapter)
+        model.train()
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, gradients(theirs))
+
+
+@pytest.mark.parametrize("parameter", [UP, DOWN])
+def test_one_parameter_alone(parameter: str) -> None:
+    configs = {"red": {"r": 4, "target_parameters": [parameter]}}
+    for family in FAMILIES:
+        theirs, ours = pair(family, configs)
+        assert_close(step(ours, logits), step(theirs, logits))
+        expected = gradients(theirs)
+        assert sum(g is not None for g in expected.values()) == 4
+        for name, gradient in expected.items():
+            if gradient is not None:
+                assert_close(ours.get_parameter(name).grad, gradient, name)
+
+
+def test_several_active_adapters_add_up() -> None:
+    theirs, ours = pair("gpt_oss")
+    for model in (theirs, ours):
+        model.base_model.set_adapter(["red", "green", "blue"])
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, gradients(theirs))
+
+
+def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, dict[str, Any]]:
+    """Each row by its adapter alone: what a loop over PEFT's adapters gives."""
+    theirs.zero_grad(set_to_none=True)
+    weights = torch.randn((*ids.shape, 61), generator=torch.manual_seed(7), dtype=torch.float64)
+    rows = []
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with theirs.disable_adapter():
+                rows.append(theirs(input_ids=ids[row : row + 1]).logits)
+            continue
+        theirs.set_adapter(name)
+        rows.append(theirs(input_ids=ids[row : row + 1]).logits)
+        (rows[-1] * weights[row]).sum().backward()
+    return torch.cat(rows).detach(), gradients(theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_per_row_trains_as_each_alone(family: str, checkpointing: bool) -> None:
+    theirs, ours = pair(family)
+    theirs.train()
+    ours.train()
+    ours.set_requires_grad([name for name in CONFIGS])
+    if checkpointing:
+        ours.enable_input_require_grads()
+        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    got = step(ours, lambda model: logits(model, adapter_names=NAMES))
+    expected, wanted = trained_alone(theirs, tokens(5, 6), NAMES)
+    assert_close(got, expected)
+    assert_same_gradients(ours, wanted)
+
+
+def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
+    """A watched experts module is left to PEFT, which has no adapters per row."""
+    _, ours = pair("mixtral")
+    experts = ours.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    handle = experts.register_forward_hook(lambda *_: None)
+    left = report(ours).left
+    assert [name for name in left if "layers.0.mlp.experts" in name] == sorted(left)
+    assert all("hooks" in reason for reason in left.values())
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        logits(ours, adapter_names=NAMES)
+    theirs = to_peft(copy.deepcopy(ours))
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, gradients(theirs))
+    handle.remove()
+    assert not report(ours).left
+
+
+def test_what_peft_does_with_its_layers_stays_peft(tmp_path: Path) -> None:
+    """Saving, loading, disabling, switching, merging and deleting."""
+    theirs, ours = pair("qwen3")
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    with torch.no_grad():
+        for model in (theirs, ours):
+            model.set_adapter("green")
+        with ours.disable_adapter(), theirs.disable_adapter():
+            base = logits(theirs)
+            assert torch.equal(logits(ours), base)
+        expected = logits(theirs)
+        assert_close(logits(ours), expected)
+        assert (expected - base).abs().max() > 0.5
+
+        ours.save_pretrained(tmp_path)
+        loaded: Any = peft.PeftModel.from_pretrained(
+            make_mixture("qwen3").double(), tmp_path / "green", autocast_adapter_dtype=False
+        )
+        assert_close(logits(loaded.eval()), expected)
+        assert_close(logits(lora_ext.from_peft(loaded)), expected)
+
+        assert_close(logits(copy.deepcopy(ours)), expected)
+        merged = copy.deepcopy(ours).merge_and_unload()
+        assert_close(merged(input_ids=tokens(5, 6)).logits, expected)
+        ours.delete_adapter("green")
+        ours.set_adapter("red")
+        theirs.set_adapter("red")
+        assert_close(logits(ours), logits(theirs))
+        assert_close(logits(to_peft(ours)), logits(theirs))
+
+
+def test_an_adapter_that_is_switched_off_takes_no_part() -> None:
+    _, ours = pair("mixtral")
+    ours.set_adapter("red")
+    groups = LayerGroups(ours, "red")
+    with torch.no_grad():
+        with ours.disable_adapter():
+            base = logits(ours)
+        changed = logits(ours)
+        with groups.masked([False, False]):
+            assert torch.equal(logits(ours), base)
+            assert torch.equal(logits(ours, adapter_names=["red"] * 5), base)
+        assert torch.equal(logits(ours), changed)
+
+
+def test_bfloat16_experts_keep_adapters_in_float32() -> None:
+    """As PEFT makes them for training; the update is rounded once, where PEFT rounds W + BA."""
+    model = make_mixture("mixtral")
+    exact = lora_ext.from_peft(make_peft(model.double(), {"red": {"r": 4}}))
+    ours = copy.deepcopy(exact).bfloat16()
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    layers = (m.base_model.model.model.layers[0].mlp.experts for m in (exact, ours))
+    generator = torch.manual_seed(5)
+    x = torch.randn(8, 24, generator=generator, dtype=torch.bfloat16)
+    index = torch.randint(0, 4, (8, 2), generator=generator)
+    weights = torch.rand(8, 2, generator=generator, dtype=torch.bfloat16)
+    expected, got = (
+        layer(x.to(dtype), index, weights.to(dtype)).detach().double()
+        for layer, dtype in zip(layers, (torch.float64, torch.bfloat16), strict=True)
+    )
+    # Weights, and both products, are rounded to 2^-9 each.
+    assert (got - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+def test_under_autocast_as_transformers_multiplies(how: str) -> None:
+    """The grouped product stays in the weights' dtype, and so does PEFT's update of them."""
+    theirs = make_peft(make_mixture("gpt_oss", how), {"red": {"r": 4}})
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    layers = [m.base_model.model.model.layers[0].mlp.experts for m in (theirs, ours)]
+    generator = torch.manual_seed(5)
+    x = torch.randn(8, 24, generator=generator)
+    scores = torch.rand(8, 4, generator=generator)
+    weights, index = scores.topk(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = (layer(x, index, weights) for layer in layers)
+    assert got.dtype == expected.dtype
+    bound = 0.02 if how == "eager" else 1e-5  # there, two products of bfloat16
+    assert (got - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_a_model_of_from_peft_generates_with_an_adapter_per_row() -> None:
+    theirs, ours = pair("qwen3")
+    ids, how = tokens(5, 4), {"max_new_tokens": 5, "do_sample": False}
+    mixed = ours.generate(input_ids=ids, adapter_names=NAMES, **how)
+    for row, name in enumerate(NAMES):
+        theirs.set_adapter("red" if name == "__base__" else name)
+        with theirs.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            alone = theirs.generate(input_ids=ids[row : row + 1], **how)
+        assert mixed[row].tolist() == alone[0].tolist()
+
+
+def test_factors_of_many_experts_are_no_single_pair() -> None:
+    _, ours = pair("mixtral")
+    layer = ours.base_model.model.model.layers[0].mlp.experts
+    with pytest.raises(NotImplementedError, match="one for each of 4 experts"):
+        adapter_factors(layer, "red")
+
+
+def test_parameters_that_are_no_experts_stay_with_peft() -> None:
+    """Of a router, say: PEFT wraps whatever parameter it is told to."""
+    fields = {"r": 2, "target_parameters": [UP, DOWN, "mlp.gate.weight"]}
+    theirs, ours = pair("qwen3", {"red": fields})
+    found = report(ours)
+    assert {name.rpartition(".")[2] for name in found.left} == {"gate"}
+    assert all("no floating matrix of routed experts" in why for why in found.left.values())
+    assert len(found.taken) == 4
+    assert_close(step(ours, logits), step(theirs, logits))
+    assert_same_gradients(ours, gradients(theirs))
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        logits(ours, adapter_names=["red"] * 5)

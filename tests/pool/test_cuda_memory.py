@@ -1,0 +1,138 @@
+"""Memory that grows on CUDA, on a stand-in for the driver that is compiled from ``cuda.h``: its
+structures and signatures are checked by the compiler, every touch by the processor."""
+
+import ctypes
+import gc
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
+
+from lora_ext.pool import AdapterPool, cuda_memory, memory, pages
+
+SOURCE = Path(__file__).with_name("stand_in_cuda.cpp")
+WHEELS = Path(torch.__file__).parents[1]
+DEVICE = 3
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *WHEELS.glob("nvidia/*")]
+    include = next(
+        (p for p in (Path(h, "include") for h in homes) if (p / "cuda.h").exists()), None
+    )
+    if include is None or not shutil.which("g++"):
+        pytest.skip("no g++, or no cuda.h in CUDA_HOME or NVIDIA's wheels")
+    made = tmp_path_factory.mktemp("stand_in") / "libcuda.so"
+    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-isystem", include]
+    subprocess.run([*command, SOURCE, "-o", made], check=True)
+    return ctypes.CDLL(str(made))
+
+
+@pytest.fixture
+def driver(library, monkeypatch):
+    """The stand-in, and every pool on the CPU takes its memory from it."""
+    driver = cuda_memory.Driver(library)
+
+    def tensor(self):
+        room = (ctypes.c_ubyte * self._size).from_address(self.address)
+        room.keeps = self
+        return torch.frombuffer(room, dtype=torch.uint8)
+
+    monkeypatch.setattr(cuda_memory.Reservation, "tensor", tensor)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(
+        pages, "memory_on", lambda device, nbytes: memory.CudaMemory(nbytes, DEVICE, driver)
+    )
+    library.stand_in_limit.argtypes = (ctypes.c_size_t,)
+    library.stand_in_taken.restype = ctypes.c_size_t
+    library.stand_in_limit(2**40)
+    return driver
+
+
+def load(pool, name, seed, rank=8, targets=("up", "down")):
+    pool.load(name, (config(rank, targets), state(seed, rank, targets)))
+
+
+def test_the_driver_is_asked_whether_the_device_has_virtual_memory(library, monkeypatch):
+    cuda_memory.Driver.load.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert cuda_memory.Driver.load(DEVICE) is not None
+    assert cuda_memory.Driver.load(2) is None, "another device is refused"
+    cuda_memory.Driver.load.cache_clear()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="cuMemRelease returned CUresult 1"):
+        cuda_memory.Driver(library)("cuMemRelease", 99)
+
+
+def test_a_pool_grows_piece_by_piece_at_one_address(driver, library):
+    pool = AdapterPool(Base(), max_slots=64, max_rank=64)
+    assert library.stand_in_taken() == 0
+    load(pool, "x0", 0)
+    slab = pool.modules["up"]
+    address = slab.a_pages.data_ptr()
+    assert pool.nbytes() == library.stand_in_taken() == 2 * 8192  # 8 KiB for 8 pages of each module
+    for seed in range(1, 20):
+        load(pool, f"x{seed}", seed)
+    assert pool.nbytes() == library.stand_in_taken() == 2 * 24 * 1024
+    for seed in range(20):
+        with pool.acquire([f"x{seed}"]) as slots:
+            assert_slot_holds(pool, slots[0], state(seed, 8), 1.0)
+    for seed in range(2, 20):
+        pool.unload(f"x{seed}")
+    assert pool.trim() == 2 * 20 * 1024
+    assert pool.nbytes() == library.stand_in_taken() == 2 * 4096
+    load(pool, "wide", 30, rank=64)
+    for name, seed, rank in (("x1", 1, 8), ("wide", 30, 64)):
+        with pool.acquire([name]) as slots:
+            assert_slot_holds(pool, slots[0], state(seed, rank), 8 / rank)
+    assert address == slab.a_pages.data_ptr()
+
+
+def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
+    pool = AdapterPool(Base(), max_slots=64, max_rank=64)
+    for seed in range(8):
+        load(pool, f"x{seed}", seed)
+    library.stand_in_limit(library.stand_in_taken() + 4096)
+    before, taken = snapshot(pool), library.stand_in_taken()
+    with pytest.raises(MemoryError, match=r"room for 16\.0 KiB of pages beside the .*CUresult 2"):
+        load(pool, "y", 9)
+    with pytest.raises(MemoryError, match="512 pages of 'head'"):
+        library.stand_in_limit(taken)
+        load(pool, "y", 9, targets=("head",))
+    gc.collect()
+    assert library.stand_in_taken() == taken
+    assert_same(before, snapshot(pool))
+
+
+def test_under_a_limit_pieces_go_from_one_module_to_another(driver, library):
+    tables = 2 * 16 * (8 + 2) * 4
+    pool = AdapterPool(Base(), max_slots=16, max_rank=64, max_bytes=2 * 4 * 4096 + tables)
+    for seed in range(16):
+        load(pool, f"x{seed}", seed)
+    assert pool.nbytes() == library.stand_in_taken() == 2 * 4 * 4096
+    load(pool, "head", 20, targets=("head",))
+    assert library.stand_in_taken() + pool.stats()["table_bytes"] <= pool.max_bytes
+    assert pool.stats()["evictions"] > 0
+    with pool.acquire(["head", "x15", "x0"]) as slots:
+        assert_slot_holds(pool, slots[0], state(20, 8, ("head",)), 1.0)
+        assert_slot_holds(pool, slots[1], state(15, 8), 1.0)
+        assert_slot_holds(pool, slots[2], state(0, 8), 1.0)
+
+
+def test_memory_goes_back_with_the_last_tensor_on_it(driver, library):
+    reserved = library.stand_in_reserved()
+    pool = AdapterPool(Base(), max_slots=4, max_rank=8)
+    load(pool, "x", 0)
+    kept = pool.modules["up"].a_pages
+    expected = state(0, 8)["base_model.model.up.lora_A.weight"]
+    del pool
+    gc.collect()
+    assert torch.equal(kept[0], expected), "a forward may still hold it"
+    del kept
+    gc.collect()
+    assert library.stand_in_taken() == 0 and library.stand_in_reserved() == reserved
