@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from lora_ext.nn.attachment import pool_handle
 from lora_ext.nn.packed import packed_block
 from lora_ext.pool import AdapterPool, Lease, PoolFullError
 
-from .names import request_names
+from .names import NamedPrompt, named_prompts, request_names
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -36,15 +36,6 @@ _DIGITS = 4  # tokens that carry an adapter's number; a page holds at least as m
 _NOT_GIVEN: Any = object()
 
 _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
-
-
-class NamedPrompt(list[int]):
-    """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
-
-    def __init__(self, tokens: Iterable[int], adapter: str | None, errors: list[BaseException]):
-        super().__init__(map(int, tokens))
-        self.adapter = adapter
-        self.errors = errors  # what befell one: generate_batch itself only logs it
 
 
 @dataclass
@@ -79,7 +70,7 @@ class AdapterRequests:
         self._wrapped_in_processor: list[tuple[Any, str]] = []
         _check_settings(manager)
         own = self._wrapped
-        for name in ("add_request", "add_requests", "stop", "_create_batch_processor"):
+        for name in ("add_request", "add_requests", "stop", "destroy", "_create_batch_processor"):
             self._wrap(own, manager, name, getattr(self, name))
         self._wrap(own, manager, "_generation_step", self._step)
         for name in ("deliver", "deliver_batch"):
@@ -88,6 +79,7 @@ class AdapterRequests:
             self._watch(manager.batch_processor)
         manager.__dict__[_OWN] = self
         _all.add(self)
+        weakref.finalize(self, _release, self._requests).atexit = False
 
     def remove(self) -> None:
         """Give the manager its own methods back."""
@@ -212,9 +204,7 @@ class AdapterRequests:
 
     def _release_all(self) -> None:
         with self._freed:
-            for request in self._requests.values():
-                request.lease.__exit__()
-            self._requests.clear()
+            _release(self._requests)
             self._freed.notify_all()
 
     def _deliver(self, original: Callable[..., Any], output: Any) -> None:
@@ -241,6 +231,12 @@ class AdapterRequests:
             self._release_all()
         if self.manager.batch_processor is None:
             self._wrapped_in_processor.clear()
+
+    def destroy(self, original: Callable[[], None]) -> None:
+        """The manager's own, which does not stop a manager that was never started."""
+        original()
+        if not self.manager.is_running():
+            self._release_all()
 
     # ---------------------------------------------------------------------------------------------
     # Steps
@@ -314,6 +310,12 @@ class AdapterRequests:
         return None if number else marked
 
 
+def _release(requests: dict[str, _Request]) -> None:
+    """Unpin them; also those of a manager that is gone."""
+    while requests:
+        requests.popitem()[1].lease.__exit__()
+
+
 def _check_settings(manager: Any) -> None:
     """Refuse what would run a step without its block; switch off what would replay an old one."""
     config = manager.continuous_batching_config
@@ -331,14 +333,6 @@ def _check_settings(manager: Any) -> None:
                 "the rows of a step would not find their adapters"
             )
     config.use_cuda_graph, config.use_async_batching = (False, False), False
-
-
-def named_prompts(
-    inputs: Sequence[Sequence[int]], names: Sequence[str | None]
-) -> list[NamedPrompt]:
-    """Prompts with their adapters, and one list for all that befalls them."""
-    errors: list[BaseException] = []
-    return [NamedPrompt(ids, name, errors) for ids, name in zip(inputs, names, strict=True)]
 
 
 def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lora_ext.nn.swap import Swap, find_module
 from lora_ext.pool import AdapterPool
 
 from .continuous import requests_of
+from .gate import Gate
 from .generate import hooks
 from .names import names_of_call
 
@@ -121,6 +122,7 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
         layers[name].is_head = name == pool.index.output_head
     _check_same_modules(model, pool)
     attachment = _Attachment(pool, Swap(model, layers, "attach"))
+    gate = Gate()
     for name, module in model.named_modules():
         for method, hook in hooks(pool, default).items():
             # An instance with a method of its own is left alone.
@@ -131,7 +133,7 @@ def attach(model: Model, pool: AdapterPool, default: str | None = None) -> Model
             # A model of transformers swallows arguments that it does not know: names would be lost.
             if "forward" in module.__dict__:  # as accelerate's offloading leaves it
                 module.__dict__[_OWN_FORWARD] = module.__dict__["forward"]
-            module.forward = MethodType(_forward(type(module), pool, default), module)
+            module.forward = MethodType(_forward(type(module), pool, default, gate), module)
             attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
     return model
@@ -222,19 +224,43 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None) -> Any:
+def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate: Gate) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
-        if not torch.compiler.is_compiling():
-            adapter_names = names_of_call(adapter_names, pool, default)
-        if adapter_names is None:
-            return _noted(run, args, kwargs)
-        with adapters(adapter_names, pool=pool):
-            return _noted(run, args, kwargs)
+        if torch.compiler.is_compiling():
+            return _in_block(run, args, kwargs, adapter_names, pool)
+        _check_attention(self, kwargs)
+        adapter_names = names_of_call(adapter_names, pool, default)
+        with gate.passed(alone=kwargs.get("is_causal") is not None):
+            return _in_block(run, args, kwargs, adapter_names, pool)
 
     forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward
+
+
+def _in_block(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Names,
+    pool: AdapterPool,
+) -> Any:
+    if names is None:
+        return _noted(run, args, kwargs)
+    with adapters(names, pool=pool):
+        return _noted(run, args, kwargs)
+
+
+def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a manager's attention outside its steps: transformers makes no mask for it."""
+    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if str(found).startswith("paged|") and not any(name in kwargs for name in _PACKED):
+        raise RuntimeError(
+            "attach: attention: expected one that hides the tokens to come, found "
+            f"{found!r}, which a manager of continuous batching has set; stop the manager, or give "
+            "the model 'sdpa', which serves both, with set_attn_implementation"
+        )
 
 
 def _check_packed() -> None:
