@@ -32,6 +32,8 @@ class RequestStream:
         #: Every token so far.
         self.tokens: list[int] = []
         self._manager, self._read = manager, 0
+        ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
+        self._ends = [[end] for end in (ends if isinstance(ends, list) else [ends])]
         self._last: Any = None
         self._arrived = asyncio.Event()
         self._cancelled = False
@@ -51,6 +53,13 @@ class RequestStream:
     def finished(self) -> bool:
         """Whether no token will come any more."""
         return self._cancelled or (self._last is not None and self._last.is_finished())
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop" after an end token or :meth:`cancel`, "length" without, None while it runs."""
+        if not self.finished:
+            return None
+        return "stop" if self._cancelled or self.tokens[-1:] in self._ends else "length"
 
     def cancel(self) -> None:
         """End the request, and let its adapter go. Whoever has all it wants calls this."""
@@ -78,6 +87,18 @@ class RequestStream:
             self._arrived.clear()
         new, self._read = self.tokens[self._read :], len(self.tokens)
         return new
+
+    async def texts(self, tokenizer: Any, stop: Sequence[str] = ()) -> AsyncIterator[str]:
+        """Its text in pieces, up to a stop string, which ends the request."""
+        text = TextStream(tokenizer, stop)
+        async for tokens in self:
+            if piece := text.feed(tokens):
+                yield piece
+            if text.stopped:
+                self.cancel()
+                return
+        if rest := text.flush():
+            yield rest
 
     def _take(self, output: Any) -> None:
         self._last = output

@@ -161,9 +161,31 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
     assert pool.stats()["pins"] == 0
 
 
-def byte_tokenizer() -> Any:
+def test_texts_of_a_stream_end_with_a_reason() -> None:
+    model, pool = attached(slots=2)
+    tokenizer = byte_tokenizer(97)
+    prompt = prompts(1)[0]
+    tokens = alone(model, prompt, "a0")
+    text = tokenizer.decode(tokens)
+
+    async def collect(manager: Any, *stop: str, **settings: Any) -> tuple[str, str | None]:
+        stream = RequestStream(manager, prompt, adapter_name="a0", **settings)
+        assert stream.finish_reason is None
+        return "".join([t async for t in stream.texts(tokenizer, stop)]), stream.finish_reason
+
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        assert asyncio.run(collect(manager)) == (text, "length")
+        assert asyncio.run(collect(manager, eos_token_id=tokens[-1]))[1] == "stop"
+        cut = asyncio.run(collect(manager, text[2], max_new_tokens=100))
+        assert cut == (text[: text.index(text[2])], "stop")
+        while unfinished(manager):
+            time.sleep(0.01)
+    assert pool.stats()["pins"] == 0
+
+
+def byte_tokenizer(size: int = 256) -> Any:
     """A token a byte."""
-    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
     inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
