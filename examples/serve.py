@@ -3,128 +3,147 @@
 `pip install lora_ext[serve]`, then `python examples/serve.py --model DIR --adapters DIR`.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
-import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lora_ext
-from lora_ext.interop.continuous import unfinished
+from lora_ext.interop.engine import Engine, QueueFullError
 from lora_ext.interop.sampling import Sampling
-from lora_ext.interop.streams import RequestStream, TextStream
 from lora_ext.pool import PoolFullError, UnknownAdapterError
 
-QUEUE = 64  # requests that wait or run; more get 429
-SLOTS, MAX_RANK = 64, 64  # adapters at once, and their largest rank
-CONTEXT, PAGE = 4096, 64  # tokens of prompt and answer; the cache holds four such requests
+CODES = {ValidationError: 422, UnknownAdapterError: 404, FileNotFoundError: 404}
+CODES |= {PoolFullError: 429, QueueFullError: 429, ValueError: 400, NotImplementedError: 400}
+CODES |= {RuntimeError: 500, HTTPException: 500}
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Fields(BaseModel):  # what is not named here is refused by its name
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
 
-class Message(Strict):
-    role: str
-    content: str
+Message = create_model("Message", __base__=Fields, role=(str, ...), content=(str, ...))
+Adapter = create_model(
+    "Adapter", __base__=Fields, lora_name=(str, ...), lora_path=(str | None, None)
+)
 
 
-class Chat(Strict):
+class Chat(Fields):
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    stream: bool = False
-    max_tokens: Annotated[int, Field(ge=1)] = 256
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
-    n: Literal[1] = 1
-    user: str = ""
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
 
 
-class Load(Strict):
-    lora_name: str
-    lora_path: str
+def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
+    app, refused = FastAPI(), Counter()
+
+    async def read(kind: type[BaseModel], request: Request) -> Any:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > max_body:
+                raise HTTPException(413, f"body: expected at most {max_body} bytes")
+        return kind.model_validate_json(body)
+
+    def refuse(_: Request, error: Any) -> JSONResponse:
+        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
+        code = getattr(error, "status_code", code)
+        refused[code] += 1
+        told = getattr(error, "detail", None) or str(error.args[0] if error.args else error)
+        again = {"Retry-After": "1"} if code == 429 else None
+        return JSONResponse({"error": {"message": told, "code": code}}, code, again)
+
+    for kind in CODES:
+        app.add_exception_handler(kind, refuse)
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Any:
+        chat = await read(Chat, request)
+        name, said = None if chat.model == base else chat.model, chat.model_dump()["messages"]
+        how = Sampling(chat.temperature, chat.top_p, chat.seed)
+        stream = await engine.begin(said, name, chat.max_tokens, how)
+        stream.until_gone(request.receive)
+        texts = stream.texts(engine.tokenizer, chat.stop or ())
+        head = {"id": stream.request_id, "created": int(time.time()), "model": chat.model}
+        head["object"] = "chat.completion.chunk" if chat.stream else "chat.completion"
+
+        async def events() -> Any:
+            def event(reason: str | None = None, **delta: str) -> str:
+                choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
+                return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
+
+            yield event(role="assistant", content="")
+            async for text in texts:
+                yield event(content=text)
+            yield event(stream.finish_reason) + "data: [DONE]\n\n"
+
+        if chat.stream:
+            return StreamingResponse(events(), media_type="text/event-stream")
+        message = {"role": "assistant", "content": "".join([text async for text in texts])}
+        choices = [{"index": 0, "message": message, "finish_reason": stream.finish_reason}]
+        return {**head, "choices": choices, "usage": stream.usage}
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        data = [{"id": base, "object": "model", "owned_by": "lora_ext", "created": 0}]
+        data += [{**data[0], "id": name, "parent": base} for name in engine.pool.names]
+        return {"object": "list", "data": data}
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Any:
+        asked = await read(Adapter, request)
+        if asked.lora_name == base:
+            raise ValueError(f"lora_name: expected another than the base model's, found {base!r}")
+        await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
+        return {"loaded": asked.lora_name}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Any:
+        asked = await read(Adapter, request)
+        await asyncio.to_thread(engine.folder.unload, asked.lora_name)
+        return {"unloaded": asked.lora_name}
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        told = engine.stats()
+        told |= {f'refused_total{{code="{code}"}}': count for code, count in refused.items()}
+        return PlainTextResponse("".join(f"lora_ext_{k} {v}\n" for k, v in told.items()))
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        return JSONResponse({"healthy": engine.healthy}, 200 if engine.healthy else 503)
+
+    return app
 
 
-class Unload(Strict):
-    lora_name: str
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
+    parser.add_argument("--adapters", type=Path, required=True, help="the folder of all adapters")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="which by default nobody else reaches")
+    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    with Engine(model, AutoTokenizer.from_pretrained(args.model), args.adapters) as engine:
+        app = make_app(engine, args.model.resolve().name, args.max_body)
+        uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=5)
 
 
-class Engine:
-    """A model with its adapters, and the requests in progress."""
-
-    def __init__(self, model: Path, adapters: Path):
-        self.base, self.root = model.resolve().name, adapters.resolve(strict=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
-        self.context = min(CONTEXT, self.model.config.get_text_config().max_position_embeddings)
-        self.pool = lora_ext.AdapterPool(self.model, SLOTS, MAX_RANK, pages=2 * SLOTS)
-        lora_ext.attach(self.model, self.pool)
-        self.paths: dict[str, Path] = {}  # of adapters in the pool
-        self.loading, self.encoding = asyncio.Lock(), asyncio.Lock()
-        self.preparing, self.counts = 0, Counter()
-        end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        self.ends = set(end if isinstance(end, list) else [end])
-        self.manager = self.model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=list(self.ends)),
-            ContinuousBatchingConfig(
-                page_size=PAGE, num_blocks=4 * -(-CONTEXT // PAGE), max_batch_tokens=512
-            ),
-        )
-
-    def folder(self, path: str) -> Path:
-        """A folder below --adapters; neither it nor a file in it leads out of there."""
-        try:
-            found = (self.root / path).resolve()
-            files = [found, *(f.resolve() for f in found.glob("*"))]
-        except (OSError, RuntimeError, ValueError):
-            raise HTTPException(400, f"lora_path: no path: {path!r:.200}") from None
-        if found == self.root or not all(f.is_relative_to(self.root) for f in files):
-            raise HTTPException(400, f"lora_path: {path!r:.200} is not below --adapters")
-        if not found.is_dir():
-            raise HTTPException(404, f"lora_path: no folder {path!r:.200} below --adapters")
-        return found
-
-    async def load(self, name: str, path: Path, again: bool = False) -> None:
-        if name == self.base:
-            raise HTTPException(400, f"lora_name: {name!r:.200} is the base model")
-        async with self.loading:
-            if name in self.pool and not again:
-                return
-            change = self.pool.update if name in self.pool else self.pool.load
-            try:
-                await asyncio.to_thread(change, name, path)
-            except PoolFullError as error:
-                raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
-            except (ValueError, NotImplementedError, OSError) as error:
-                raise HTTPException(400, str(error)) from None
-            self.paths[name] = path
-
-    def path_of(self, name: str) -> Path:
-        try:
-            if Path(name).name == name:
-                return self.paths.get(name) or self.folder(name)
-        except HTTPException:
-            pass
-        raise HTTPException(404, f"model: {name!r:.200} is neither the base nor an adapter")
+if __name__ == "__main__":
+    main()

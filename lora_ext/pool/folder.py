@@ -26,14 +26,17 @@ class AdapterFolder:
         self._paths: dict[str, Path] = {}  # of the names that were loaded
         self._lock = threading.Lock()
 
-    def load(self, name: str, path: str | os.PathLike[str]) -> None:
+    def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
         """Load an adapter, or replace the one of that name for whoever comes from now on.
+
+        Args:
+            name: any. path: below the folder; default is the name.
 
         Raises:
             ValueError: a path that leads out of the folder, or what :meth:`AdapterPool.load` finds.
             FileNotFoundError: nothing there. PoolFullError: all that could make way is pinned.
         """
-        found = self._checked(path)
+        found = self._checked(name if path is None else path)
         with self._lock:
             self._load(name, found)
 
@@ -82,14 +85,15 @@ class AdapterFolder:
             inside = self.root in found.parents and all(
                 self.root in file.resolve().parents for file in found.glob("*")
             )
+            missing = inside and not found.is_dir()
         except (OSError, RuntimeError, ValueError):  # a loop of links, a path that cannot be one
-            inside = False
+            found, inside, missing = self.root, False, False
         if not inside:
             raise ValueError(
                 f"AdapterFolder: path: expected a folder below {self.root.name!r} without links "
                 f"that lead out of it, found {str(path)!r:.200}"
             )
-        if not found.is_dir():
+        if missing:
             raise FileNotFoundError(
                 f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
                 f"{str(path)!r:.200}"

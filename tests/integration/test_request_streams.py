@@ -211,3 +211,10 @@ def test_texts_come_in_whole_characters_and_end_before_a_stop() -> None:
     half = TextStream(tokenizer)
     assert half.feed(tokenizer("é").input_ids[:1]) == ""
     assert half.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_words_are_joined_over_tokens_that_have_no_text() -> None:
+    inner = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    stream = TextStream(tokenizer)
+    assert [stream.feed([token]) for token in (2, 0, 0, 3, 0, 2)] == ["a", "", "", " b", "", " a"]

@@ -41,7 +41,7 @@ def test_names_are_those_of_folders_and_load_at_first_use(folder: AdapterFolder)
 
 
 def test_a_second_load_replaces_and_pins_keep_what_they_have(folder: AdapterFolder) -> None:
-    folder.load("a", "a")
+    folder.load("a")
     with folder.pool.acquire(["a"]) as lease:
         folder.load("a", "deep/b")
         folder.unload("a")
