@@ -21,10 +21,15 @@ class Gate:
         self._inside = 0
         self._thread = threading.local()
 
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is."""
+        return getattr(self._thread, "inside", False)
+
     @contextlib.contextmanager
     def passed(self, alone: bool) -> Iterator[None]:
         """Wait, then be inside. A thread that is inside already stays so."""
-        if getattr(self._thread, "inside", False):
+        if self.inside:
             yield
             return
         self._thread.inside = True
