@@ -29,9 +29,11 @@ from lora_ext.nn.attachment import pool_handle
 from lora_ext.nn.packed import packed_block
 from lora_ext.pool import AdapterPool, Lease, PoolFullError
 
+from .gate import managers_changed
 from .names import NamedPrompt, named_prompts, request_names
 from .prefixes import marked
 from .sampling import Sampling
+from .settings import check_settings
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -71,12 +73,13 @@ class AdapterRequests:
         self._requests: dict[str, _Request] = {}
         self._freed = threading.Condition(threading.RLock())
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
+        self._running = False
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
-        _check_settings(manager)
+        check_settings(manager)
         own = self._wrapped
-        for name in ("add_request", "add_requests", "cancel_request", "stop", "destroy"):
+        for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
             self._wrap(own, manager, name, getattr(self, name))
         self._wrap(own, manager, "_create_batch_processor", self._create_batch_processor)
         self._wrap(own, manager, "_generation_step", self._step)
@@ -251,10 +254,20 @@ class AdapterRequests:
             self._end(state.request_id)
         return cancelled
 
+    def start(self, original: Callable[[], None]) -> None:
+        """The manager's own."""
+        original()
+        self._runs(True)
+
+    def _runs(self, now: bool) -> None:
+        managers_changed(now - self._running)
+        self._running = now
+
     def stop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """The manager's own; requests that it has forgotten are pinned no more."""
         original(*args, **kwargs)
         if not self.manager.is_running():
+            self._runs(False)
             self._release_all()
         if self.manager.batch_processor is None:
             self._wrapped_in_processor.clear()
@@ -343,25 +356,6 @@ def _release(requests: dict[str, _Request]) -> None:
     """Unpin them; also those of a manager that is gone."""
     while requests:
         requests.popitem()[1].lease.__exit__()
-
-
-def _check_settings(manager: Any) -> None:
-    """Refuse what would run a step without its block; switch off what would replay an old one."""
-    config = manager.continuous_batching_config
-    refused = {
-        "tensor parallelism": manager.distributed_helper.tp_size > 1,
-        "varlen_compile_config": config.varlen_compile_config is not None,
-        "decode_compile_config": config.decode_compile_config is not None,
-    }
-    for what, found in refused.items():
-        if found:
-            if manager._original_attn_impl is not None:
-                manager.model.set_attn_implementation(manager._original_attn_impl)
-            raise NotImplementedError(
-                f"init_continuous_batching: expected an attached model without {what}, found it: "
-                "the rows of a step would not find their adapters"
-            )
-    config.use_cuda_graph, config.use_async_batching = (False, False), False
 
 
 def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:

@@ -11,6 +11,17 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+#: Managers of attached models that run. Compiled forwards are guarded by it.
+managers = 0
+_count = threading.Lock()
+
+
+def managers_changed(by: int) -> None:
+    """One has started (1) or ended (-1)."""
+    global managers
+    with _count:
+        managers += by
+
 
 class Gate:
     """What the forwards of one model pass: many at once, or one alone. First come, first served."""

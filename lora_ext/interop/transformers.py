@@ -21,8 +21,10 @@ from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
 from lora_ext.nn.context import adapters, current, forward_of, innermost
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
+from lora_ext.nn.traced import compiles
 from lora_ext.pool import AdapterPool
 
+from . import gate as gates
 from .continuous import requests_of
 from .gate import Gate
 from .generate import hooks
@@ -243,15 +245,31 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
-        if torch.compiler.is_compiling():
-            return _in_block(run, self, args, kwargs, adapter_names, pool)
-        _check_attention(self, kwargs)
-        adapter_names = names_of_call(adapter_names, pool, default)
-        if adapter_names is None and not gate.inside:
+        if compiles():
+            serve = uncompiled if gates.managers else _in_block
+        else:
+            serve = in_turn
+        return serve(run, self, args, kwargs, adapter_names, pool)
+
+    def in_turn(
+        run: Callable[..., Any],
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: Names,
+        pool: AdapterPool,
+    ) -> Any:
+        _check_attention(model, kwargs)
+        names = names_of_call(names, pool, default)
+        if names is None and not gate.inside:
             check_pipeline(current(pool_handle(pool)))
         with gate.passed(alone=kwargs.get("is_causal") is not None):
-            return _in_block(run, self, args, kwargs, adapter_names, pool)
+            return _in_block(run, model, args, kwargs, names, pool)
 
+    uncompiled: Any = torch.compiler.disable(
+        in_turn,
+        reason="a manager of continuous batching runs: a compiled forward would not wait for it",
+    )
     forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward
 
@@ -304,7 +322,7 @@ def _noted(
             "which would serve the rows of this block, or the base model, at every later call; "
             "torch.export and torch.compile follow the blocks"
         )
-    if torch.compiler.is_compiling() or innermost() is None:
+    if compiles() or innermost() is None:
         return run(*args, **kwargs)
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]

@@ -11,6 +11,8 @@ import torch
 from test_continuous_batching import alone, attached, batching, generated, prompts
 from tiny import tokens
 
+import lora_ext
+
 NAMES = ["a0", None, "a1", "a2"]
 
 
@@ -39,6 +41,27 @@ def test_forwards_and_generate_beside_a_busy_manager_are_right() -> None:
         assert manager.is_running()
         manager.cancel_request(request)
     assert not hasattr(model.config, "is_causal")
+
+
+def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
+    """It is not compiled for that time; and a thread that compiles disturbs no other."""
+    model, pool = attached(slots=4)
+    (prompt,) = prompts(1)
+    ids, expected = torch.tensor([prompt]), logits(model, prompt, "a0")
+    compiled = torch.compile(model, backend="eager")
+
+    def same() -> bool:
+        with torch.no_grad(), lora_ext.adapters("a0", pool=pool):
+            # float32, two layers, logits of about 1: another sum's order.
+            return bool((compiled(ids).logits - expected).abs().max() < 1e-5)
+
+    assert same()
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        request = long_running(manager)
+        assert all(same() for _ in range(10))
+        assert manager.is_running()
+        manager.cancel_request(request)
+    assert same()
 
 
 def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:

@@ -161,7 +161,7 @@ def test_images_have_the_adapter_of_the_sequence_that_they_are_in(
     rows = [[96] * 4 * count + [5 + i, *range(7, 18 - 4 * count)] for i, count in enumerate(images)]
     pixels = torch.randn(sum(images), 3, 8, 8, generator=torch.Generator().manual_seed(0))
     ids, first = torch.tensor(rows), 0
-    how = {**GREEDY, "num_beams": 2}
+    how = {**GREEDY, "min_new_tokens": 6, "num_beams": 2}
     with torch.no_grad():
         mixed = model(input_ids=ids, pixel_values=pixels, adapter_names=names).logits
         said = model.generate(input_ids=ids, pixel_values=pixels, adapter_names=names, **how)
