@@ -32,11 +32,12 @@ class Engine:
 
     Args:
         model: of transformers, with ``generate_batch``, on its device.
-        tokenizer: of the model; with a chat template, for :meth:`encode`.
+        tokenizer: of the model.
         folder: where adapters are. Nothing outside it is read.
         max_requests: that wait or run; each may have an adapter of its own.
-        max_rank: of an adapter.
-        context: tokens of prompt and answer of one request. The cache has room for four such.
+        max_rank: of an adapter. The pool has room for ``max_requests`` of rank 16.
+        context: tokens of prompt and answer of one request. The cache has room for four such, and
+            for 256 tokens of each request.
         page_size, max_batch_tokens: of transformers' ``ContinuousBatchingConfig``.
     """
 
@@ -65,7 +66,7 @@ class Engine:
             ),
             ContinuousBatchingConfig(
                 page_size=page_size,
-                num_blocks=4 * -(-self.context // page_size),
+                num_blocks=-(-max(4 * self.context, 256 * max_requests) // page_size),
                 max_batch_tokens=max_batch_tokens,
             ),
         )
@@ -151,9 +152,12 @@ class Engine:
         return {**self._counts, "requests": self.requests, **pool}
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a chat, up to where the answer begins."""
+        """Tokens of a chat, up to where the answer begins. A tokenizer without a chat template gets
+        the contents, a line each."""
         from jinja2 import TemplateError
 
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer("\n".join(said["content"] for said in messages)).input_ids
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
