@@ -45,7 +45,7 @@ $(VENV)/editable.stamp: $(VENV)/base.stamp
 build: $(VENV)/editable.stamp
 	$(PY) setup.py -q build_ext --inplace
 
-build-emu: $(VENV)/editable.stamp $(VENV)/extras-test.stamp
+build-emu: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
 	LORA_EXT_EMU=1 $(PY) setup.py -q build_ext --inplace
 
 demo: $(VENV)/extras-demo.stamp build
@@ -54,7 +54,7 @@ demo: $(VENV)/extras-demo.stamp build
 test: build-emu
 	$(PY) -m pytest -q -n 2 --require-emu
 
-check: $(VENV)/extras-test-dev-demo-peers-fed.stamp $(VENV)/editable.stamp
+check: $(VENV)/extras-test-dev-demo-peers-fed-serve.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:

@@ -4,9 +4,9 @@ The way of a request:
 
 1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
 2. A step packs tokens of many requests into one row; a block around it says whose each token is.
-3. Blocks of keys and values that requests share are told apart by adapter: the tokens that their
-   hashes are made of carry the adapter's number in bits that no token has.
-4. The pin goes when the result is delivered, or the request is cancelled.
+3. Blocks of keys and values that requests share are told apart by adapter (``prefixes.py``).
+4. A request may choose its tokens in a way of its own (``sampling.py``).
+5. The pin goes when the result is delivered, or the request is cancelled.
 
 Methods of a manager, and of what it makes, are wrapped on the instance; no class is touched.
 """
@@ -16,11 +16,12 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_ext.nn import context
 from lora_ext.nn.assignment import Names
@@ -28,29 +29,26 @@ from lora_ext.nn.attachment import pool_handle
 from lora_ext.nn.packed import packed_block
 from lora_ext.pool import AdapterPool, Lease, PoolFullError
 
-from .names import request_names
+from .gate import managers_changed
+from .names import NamedPrompt, named_prompts, request_names
+from .prefixes import marked
+from .sampling import Sampling
+from .settings import check_settings
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
-_DIGITS = 4  # tokens that carry an adapter's number; a page holds at least as many
 _NOT_GIVEN: Any = object()
 
 _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
-
-
-class NamedPrompt(list[int]):
-    """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
-
-    def __init__(self, tokens: Iterable[int], adapter: str | None, errors: list[BaseException]):
-        super().__init__(map(int, tokens))
-        self.adapter = adapter
-        self.errors = errors  # what befell one: generate_batch itself only logs it
 
 
 @dataclass
 class _Request:
     name: str | None
     lease: Lease
+    sampling: Sampling | None = None
+    generator: torch.Generator | None = None
+    cancelled: bool = False
 
     @property
     def number(self) -> int:
@@ -75,12 +73,15 @@ class AdapterRequests:
         self._requests: dict[str, _Request] = {}
         self._freed = threading.Condition(threading.RLock())
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
+        self._running = False
+        self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
-        _check_settings(manager)
+        check_settings(manager)
         own = self._wrapped
-        for name in ("add_request", "add_requests", "stop", "_create_batch_processor"):
+        for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
             self._wrap(own, manager, name, getattr(self, name))
+        self._wrap(own, manager, "_create_batch_processor", self._create_batch_processor)
         self._wrap(own, manager, "_generation_step", self._step)
         for name in ("deliver", "deliver_batch"):
             self._wrap(own, manager.output_router, name, getattr(self, f"_{name}"))
@@ -88,6 +89,7 @@ class AdapterRequests:
             self._watch(manager.batch_processor)
         manager.__dict__[_OWN] = self
         _all.add(self)
+        weakref.finalize(self, _release, self._requests).atexit = False
 
     def remove(self) -> None:
         """Give the manager its own methods back."""
@@ -122,16 +124,22 @@ class AdapterRequests:
         request_id: str | None = None,
         *args: Any,
         adapter_name: str | None = _NOT_GIVEN,
+        sampling: Sampling | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The manager's own, with a pinned adapter. A pool without room raises
-        :class:`~lora_ext.pool.PoolFullError`."""
+        """The manager's own, with a pinned adapter, and a way of its own to choose tokens. A pool
+        without room raises :class:`~lora_ext.pool.PoolFullError`."""
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
         if len(input_ids) == 0:  # it would end the thread that serves all others
             error = ValueError("add_request: input_ids: expected at least one token, found none")
             if prompt is not None:
                 prompt.errors.append(error)
             raise error
+        if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
+            raise NotImplementedError(
+                "add_request: sampling: expected None beside return_logprobs, which tells the "
+                f"probabilities of the manager's own tokens, found {sampling}"
+            )
         if prompt is not None:
             adapter_name = prompt.adapter
         elif adapter_name is _NOT_GIVEN:
@@ -141,7 +149,7 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
-            self._begin(request_id, adapter_name, wait=prompt is not None)
+            self._begin(request_id, adapter_name, sampling, wait=prompt is not None)
             try:
                 accepted = original(input_ids, request_id, *args, **kwargs)
             except BaseException:
@@ -173,7 +181,9 @@ class AdapterRequests:
         """A name per request, see :func:`request_names`."""
         return request_names(where, given, count, self.pool, self.default)
 
-    def _begin(self, request_id: str, name: str | None, wait: bool) -> None:
+    def _begin(
+        self, request_id: str, name: str | None, sampling: Sampling | None, wait: bool
+    ) -> None:
         with self._freed:
             if request_id in self._requests:
                 raise ValueError(
@@ -188,7 +198,8 @@ class AdapterRequests:
                     if not (wait and self._requests and self.manager.is_running()):
                         raise
                 self._freed.wait(1.0)
-            self._requests[request_id] = _Request(name, lease)
+            generator = sampling and sampling.generator(self.manager.model.device)
+            self._requests[request_id] = _Request(name, lease, sampling, generator)
 
     def _end(self, request_id: str) -> None:
         with self._freed:
@@ -212,9 +223,7 @@ class AdapterRequests:
 
     def _release_all(self) -> None:
         with self._freed:
-            for request in self._requests.values():
-                request.lease.__exit__()
-            self._requests.clear()
+            _release(self._requests)
             self._freed.notify_all()
 
     def _deliver(self, original: Callable[..., Any], output: Any) -> None:
@@ -228,19 +237,46 @@ class AdapterRequests:
                 self._end(output.request_id)
         original(outputs)
 
+    def cancel_request(self, original: Callable[[str], None], request_id: str) -> None:
+        """The manager's own."""
+        with self._freed:
+            if request_id in self._requests:
+                self._requests[request_id].cancelled = True
+        original(request_id)
+
     def _clear_cancelled_requests(self, original: Callable[[], list[Any]]) -> list[Any]:
+        with self._freed:  # the loop forgets a cancellation that is there before its request
+            again = [each for each, request in self._requests.items() if request.cancelled]
+        for request_id in again:
+            self.manager.batch_processor.scheduler.set_request_cancellation(request_id)
         cancelled = original()
         for state in cancelled:
             self._end(state.request_id)
         return cancelled
 
+    def start(self, original: Callable[[], None]) -> None:
+        """The manager's own."""
+        original()
+        self._runs(True)
+
+    def _runs(self, now: bool) -> None:
+        managers_changed(now - self._running)
+        self._running = now
+
     def stop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """The manager's own; requests that it has forgotten are pinned no more."""
         original(*args, **kwargs)
         if not self.manager.is_running():
+            self._runs(False)
             self._release_all()
         if self.manager.batch_processor is None:
             self._wrapped_in_processor.clear()
+
+    def destroy(self, original: Callable[[], None]) -> None:
+        """The manager's own, which does not stop a manager that was never started."""
+        original()
+        if not self.manager.is_running():
+            self._release_all()
 
     # ---------------------------------------------------------------------------------------------
     # Steps
@@ -259,6 +295,7 @@ class AdapterRequests:
             self._wrap(own, allocator, "mark_complete_blocks", self._mark_complete_blocks)
         scheduler = processor.scheduler
         self._wrap(own, scheduler, "clear_cancelled_requests", self._clear_cancelled_requests)
+        self._wrap(own, processor.model_runner, "_sample", self._sample)
 
     def _step(self, original: Callable[[], None]) -> None:
         processor, model = self.manager.batch_processor, self.manager.model
@@ -268,6 +305,8 @@ class AdapterRequests:
             kept = [i for i, request in enumerate(batch) if request.has_new_token]
             kept += [0] * (len(batch) - len(kept))  # transformers reads the first token for them
         requests = [self._request(each.state.request_id) for each in batch]
+        new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
+        self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
         slots = tuple(request.lease[0] for request in requests)
         lengths = tuple(each.query_length for each in batch)
         key = slots, lengths, kept
@@ -280,6 +319,14 @@ class AdapterRequests:
         with context.entered(self._last[1]):
             original()
 
+    def _sample(
+        self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
+    ) -> None:
+        original(scores, output_ids, *args)
+        for row, request in self._drawing:
+            assert request.sampling is not None
+            output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
+
     def _request(self, request_id: str) -> _Request:
         with self._freed:
             return self._requests[self._first(request_id)]
@@ -290,55 +337,25 @@ class AdapterRequests:
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
     ) -> int:
-        marked = self._marked(request_id, prompt_ids)
-        return 0 if marked is None else original(request_id, marked)
+        tokens = self._marked(request_id, prompt_ids)
+        return 0 if tokens is None else original(request_id, tokens)
 
     def _mark_complete_blocks(
         self, original: Callable[..., None], request_id: str, token_ids: list[int], *args: Any
     ) -> None:
-        marked = self._marked(request_id, token_ids)
-        if marked is not None:
-            original(request_id, marked, *args)
+        tokens = self._marked(request_id, token_ids)
+        if tokens is not None:
+            original(request_id, tokens, *args)
 
     def _marked(self, request_id: str, tokens: list[int]) -> list[int] | None:
-        """The tokens with their adapter's number in the first page; None: it has no room there."""
-        number = self._request(request_id).number
-        if number == 0:
-            return tokens
         vocab_size = self.manager.model.config.get_text_config().vocab_size
-        bits = (vocab_size - 1).bit_length()
-        marked = list(tokens)
-        for i in range(min(_DIGITS, len(marked))):
-            number, digit = divmod(number, 1 << (31 - bits))
-            marked[i] = int(marked[i]) + (digit << bits)  # a tensor would change in place
-        return None if number else marked
+        return marked(tokens, self._request(request_id).number, vocab_size)
 
 
-def _check_settings(manager: Any) -> None:
-    """Refuse what would run a step without its block; switch off what would replay an old one."""
-    config = manager.continuous_batching_config
-    refused = {
-        "tensor parallelism": manager.distributed_helper.tp_size > 1,
-        "varlen_compile_config": config.varlen_compile_config is not None,
-        "decode_compile_config": config.decode_compile_config is not None,
-    }
-    for what, found in refused.items():
-        if found:
-            if manager._original_attn_impl is not None:
-                manager.model.set_attn_implementation(manager._original_attn_impl)
-            raise NotImplementedError(
-                f"init_continuous_batching: expected an attached model without {what}, found it: "
-                "the rows of a step would not find their adapters"
-            )
-    config.use_cuda_graph, config.use_async_batching = (False, False), False
-
-
-def named_prompts(
-    inputs: Sequence[Sequence[int]], names: Sequence[str | None]
-) -> list[NamedPrompt]:
-    """Prompts with their adapters, and one list for all that befalls them."""
-    errors: list[BaseException] = []
-    return [NamedPrompt(ids, name, errors) for ids, name in zip(inputs, names, strict=True)]
+def _release(requests: dict[str, _Request]) -> None:
+    """Unpin them; also those of a manager that is gone."""
+    while requests:
+        requests.popitem()[1].lease.__exit__()
 
 
 def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
@@ -363,6 +380,11 @@ def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
 
     found = init_continuous_batching, generate_batch
     return {hook.__name__: hook for hook in found}
+
+
+def unfinished(manager: Any) -> int:
+    """How many requests of an attached model's manager wait or run: each pins its adapter."""
+    return len(manager.__dict__[_OWN]._requests)
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:

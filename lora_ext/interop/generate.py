@@ -15,6 +15,7 @@ from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.pool import AdapterPool
 
 from .continuous import continuous_hooks
+from .images import images_noted
 from .names import names_of_call
 
 
@@ -37,7 +38,9 @@ def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
             if adapter_names is not None:
                 stack.enter_context(adapters(adapter_names, pool=pool))
             stack.enter_context(generation_scope())
-            return type(self).generate(self, *args, **kwargs)
+            stack.enter_context(images_noted(self, args, kwargs))
+            own = self.__dict__.get("_lora_ext_own_generate")  # of a repository's custom_generate
+            return own(*args, **kwargs) if own else type(self).generate(self, *args, **kwargs)
 
     def _prepare_encoder_decoder_kwargs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The encoder runs once per input. Whisper generates several times in one call.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from lora_ext.nn.assignment import BASE, Names
 from lora_ext.nn.attachment import pool_handle
 from lora_ext.nn.context import current
@@ -57,3 +59,20 @@ def request_names(
         if name not in (None, BASE) and name not in pool:
             pool.acquire([name])  # says what is wrong with it
     return names  # pyright: ignore[reportReturnType]
+
+
+class NamedPrompt(list[int]):
+    """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
+
+    def __init__(self, tokens: Iterable[int], adapter: str | None, errors: list[BaseException]):
+        super().__init__(map(int, tokens))
+        self.adapter = adapter
+        self.errors = errors  # what befell one: generate_batch itself only logs it
+
+
+def named_prompts(
+    inputs: Sequence[Sequence[int]], names: Sequence[str | None]
+) -> list[NamedPrompt]:
+    """Prompts with their adapters, and one list for all that befalls them."""
+    errors: list[BaseException] = []
+    return [NamedPrompt(ids, name, errors) for ids, name in zip(inputs, names, strict=True)]

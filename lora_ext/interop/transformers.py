@@ -23,20 +23,25 @@ from lora_ext.nn import (
     unpack_linears,
 )
 from lora_ext.nn.assignment import BASE, Batch, Names
-from lora_ext.nn.attachment import UnknownAdapterError, attachments
-from lora_ext.nn.context import adapters, forward_of, innermost
+from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
+from lora_ext.nn.context import adapters, current, forward_of, innermost
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
+from lora_ext.nn.traced import compiles
 from lora_ext.pool import AdapterPool
 
+from . import gate as gates
 from .continuous import requests_of
+from .gate import Gate
 from .generate import hooks
+from .images import image_features, images_noted
 from .names import names_of_call
+from .pipelines import check_pipeline
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_attachment"
-_OWN_FORWARD = "_lora_ext_own_forward"
+_OWN = "_lora_ext_own_"  # and the method that an instance has of its own
 
 # What a model calls its tokens, and what transformers' continuous batching gives besides.
 _INPUTS = (
@@ -141,17 +146,22 @@ def attach(
     if pack_base:
         pack_linears(model)
     attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base)
+    gate = Gate()
     for name, module in model.named_modules():
-        for method, hook in hooks(pool, default).items():
-            # An instance with a method of its own is left alone.
-            if callable(getattr(type(module), method, None)) and method not in module.__dict__:
-                setattr(module, method, MethodType(hook, module))
+        replaced = hooks(pool, default)
+        if callable(getattr(type(module), "get_image_features", None)):
+            replaced["get_image_features"] = image_features(type(module))
+        for method, hook in replaced.items():
+            # An instance with a method of its own is left alone, but for a repository's generate.
+            free = method == "generate" or method not in module.__dict__
+            if free and callable(getattr(type(module), method, None)):
+                _replace(module, method, MethodType(hook, module))
                 attachment.hooked.append((name, method))
         if hasattr(type(module), "get_input_embeddings") or (default is not None and not name):
             # A model of transformers swallows arguments that it does not know: names would be lost.
-            if "forward" in module.__dict__:  # as accelerate's offloading leaves it
-                module.__dict__[_OWN_FORWARD] = module.__dict__["forward"]
-            module.forward = MethodType(_forward(type(module), pool, default), module)
+            _replace(
+                module, "forward", MethodType(_forward(type(module), pool, default, gate), module)
+            )
             attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
     return model
@@ -184,13 +194,20 @@ def detach(model: Model) -> Model:
         module = find_module(model, name)
         if module is not None:
             module.__dict__.pop(method, None)
-            if method == "forward" and _OWN_FORWARD in module.__dict__:
-                module.__dict__[method] = module.__dict__.pop(_OWN_FORWARD)
+            if _OWN + method in module.__dict__:
+                module.__dict__[method] = module.__dict__.pop(_OWN + method)
     if attachment.packed:
         unpack_linears(model)
     del model.__dict__[_KEY]
     attachments.discard(attachment)
     return model
+
+
+def _replace(module: nn.Module, method: str, hook: MethodType) -> None:
+    """Keep what the instance has of its own: accelerate's forward, a repository's generate."""
+    if method in module.__dict__:
+        module.__dict__[_OWN + method] = module.__dict__[method]
+    setattr(module, method, hook)
 
 
 def _check_module(where: str, model: object) -> None:
@@ -244,19 +261,62 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None) -> Any:
+def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate: Gate) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
-        run = self.__dict__.get(_OWN_FORWARD) or functools.partial(kind.forward, self)
-        if not torch.compiler.is_compiling():
-            adapter_names = names_of_call(adapter_names, pool, default)
-        if adapter_names is None:
-            return _noted(run, args, kwargs)
-        with adapters(adapter_names, pool=pool):
-            return _noted(run, args, kwargs)
+        run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
+        if compiles():
+            serve = uncompiled if gates.managers else _in_block
+        else:
+            serve = in_turn
+        return serve(run, self, args, kwargs, adapter_names, pool)
 
+    def in_turn(
+        run: Callable[..., Any],
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: Names,
+        pool: AdapterPool,
+    ) -> Any:
+        _check_attention(model, kwargs)
+        names = names_of_call(names, pool, default)
+        if names is None and not gate.inside:
+            check_pipeline(current(pool_handle(pool)))
+        with gate.passed(alone=kwargs.get("is_causal") is not None):
+            return _in_block(run, model, args, kwargs, names, pool)
+
+    uncompiled: Any = torch.compiler.disable(
+        in_turn,
+        reason="a manager of continuous batching runs: a compiled forward would not wait for it",
+    )
     forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward
+
+
+def _in_block(
+    run: Callable[..., Any],
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Names,
+    pool: AdapterPool,
+) -> Any:
+    if names is None:
+        return _noted(run, model, args, kwargs)
+    with adapters(names, pool=pool):
+        return _noted(run, model, args, kwargs)
+
+
+def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a manager's attention outside its steps: transformers makes no mask for it."""
+    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if str(found).startswith("paged|") and not any(name in kwargs for name in _PACKED):
+        raise RuntimeError(
+            "attach: attention: expected one that hides the tokens to come, found "
+            f"{found!r}, which a manager of continuous batching has set; stop the manager, or give "
+            "the model 'sdpa', which serves both, with set_attn_implementation"
+        )
 
 
 def _check_packed() -> None:
@@ -269,7 +329,9 @@ def _check_packed() -> None:
         )
 
 
-def _noted(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _noted(
+    run: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Run a model's forward; what it is given tells its layers' rows, where it turns or flattens
     the batch."""
     if any(name in kwargs for name in _PACKED):
@@ -280,12 +342,12 @@ def _noted(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             "which would serve the rows of this block, or the base model, at every later call; "
             "torch.export and torch.compile follow the blocks"
         )
-    if torch.compiler.is_compiling() or innermost() is None:
+    if compiles() or innermost() is None:
         return run(*args, **kwargs)
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
     if not tensors:
         return run(*args, **kwargs)
     lengths = frozenset(x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point())
-    with forward_of(Batch(len(tensors[0]), lengths)):
+    with forward_of(Batch(len(tensors[0]), lengths)), images_noted(model, args, kwargs):
         return run(*args, **kwargs)

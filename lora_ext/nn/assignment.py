@@ -94,6 +94,11 @@ class Assignment:
         names = [*self.names, BASE]  # -1 finds the last
         return [names[place] for place in self.places]  # pyright: ignore[reportCallIssue]
 
+    def each(self) -> list[str]:
+        """The names that occur, the base model's among them."""
+        places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
+        return [[*self.names, BASE][place] for place in sorted(places)]
+
     def times(self, count: int) -> Assignment:
         """The same where every entry comes for ``count`` rows in a row."""
         return Assignment(self.names, self.places, self.shape, count)

@@ -14,7 +14,7 @@ from .context import current
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_layer import PoolLayer
 from .pool_replaced import traced_replaced, with_replaced
-from .traced import pool_rows
+from .traced import compiles, pool_rows
 
 
 class MultiLoraLinear(PoolLayer):
@@ -41,7 +41,7 @@ class MultiLoraLinear(PoolLayer):
         slab = self.slab
         if slab.a_pages is None and not slab.was_replaced:
             return y
-        if torch.compiler.is_compiling():
+        if compiles():
             return self._traced(y, x)
         block = current(self.handle)
         if block is None:

@@ -12,7 +12,7 @@ from lora_ext import ops
 from .context import current
 from .pool_layer import PoolLayer
 from .pool_replaced import traced_replaced, with_replaced
-from .traced import pool_rows
+from .traced import compiles, pool_rows
 
 
 class MultiLoraEmbedding(PoolLayer):
@@ -32,7 +32,7 @@ class MultiLoraEmbedding(PoolLayer):
         slab = self.slab
         if slab.a_pages is None and not slab.was_replaced:
             return y
-        if torch.compiler.is_compiling():
+        if compiles():
             return self._traced(y, x)
         block = current(self.handle)
         if block is None:

@@ -66,3 +66,16 @@ def test_links_of_the_page_lead_somewhere(page: str) -> None:
     )
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
         assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", ["generating.md", "works_with.md"])
+def test_tests_that_the_tables_name_exist(page: str) -> None:
+    """A line's last cell names files below tests/; a name alone is in the folder before it."""
+    rows = [row for row in (ROOT / "docs" / page).read_text().splitlines() if row.startswith("| ")]
+    named = [re.findall(r"`(?:(\w+)/)?(test_\w+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
+    for row, files in zip(rows, named, strict=True):
+        folder = ""
+        for place, name in files:
+            folder = place or folder
+            assert (ROOT / "tests" / folder / name).exists(), row
+    assert sum(map(bool, named)) > 20

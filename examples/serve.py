@@ -1,0 +1,149 @@
+"""A server of one file: OpenAI's chat completions, where ``model`` names an adapter or the base.
+
+`pip install lora_ext[serve]`, then `python examples/serve.py --model DIR --adapters DIR`.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_ext.interop.engine import Engine, QueueFullError
+from lora_ext.interop.sampling import Sampling
+from lora_ext.pool import PoolFullError, UnknownAdapterError
+
+CODES = {ValidationError: 422, UnknownAdapterError: 404, FileNotFoundError: 404}
+CODES |= {PoolFullError: 429, QueueFullError: 429, ValueError: 400, NotImplementedError: 400}
+CODES |= {RuntimeError: 500, HTTPException: 500}
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Fields(BaseModel):  # what is not named here is refused by its name
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+
+Message = create_model("Message", __base__=Fields, role=(str, ...), content=(str, ...))
+Adapter = create_model(
+    "Adapter", __base__=Fields, lora_name=(str, ...), lora_path=(str | None, None)
+)
+
+
+class Chat(Fields):
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
+
+
+def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
+    app, refused = FastAPI(), Counter()
+
+    async def read(kind: type[BaseModel], request: Request) -> Any:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > max_body:
+                raise HTTPException(413, f"body: expected at most {max_body} bytes")
+        return kind.model_validate_json(body)
+
+    def refuse(_: Request, error: Any) -> JSONResponse:
+        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
+        code = getattr(error, "status_code", code)
+        refused[code] += 1
+        told = getattr(error, "detail", None) or str(error.args[0] if error.args else error)
+        again = {"Retry-After": "1"} if code == 429 else None
+        return JSONResponse({"error": {"message": told, "code": code}}, code, again)
+
+    for kind in CODES:
+        app.add_exception_handler(kind, refuse)
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Any:
+        chat = await read(Chat, request)
+        name, said = None if chat.model == base else chat.model, chat.model_dump()["messages"]
+        how = Sampling(chat.temperature, chat.top_p, chat.seed)
+        stream = await engine.begin(said, name, chat.max_tokens, how)
+        stream.until_gone(request.receive)
+        texts = stream.texts(engine.tokenizer, chat.stop or ())
+        head = {"id": stream.request_id, "created": int(time.time()), "model": chat.model}
+        head["object"] = "chat.completion.chunk" if chat.stream else "chat.completion"
+
+        async def events() -> Any:
+            def event(reason: str | None = None, **delta: str) -> str:
+                choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
+                return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
+
+            yield event(role="assistant", content="")
+            async for text in texts:
+                yield event(content=text)
+            yield event(stream.finish_reason) + "data: [DONE]\n\n"
+
+        if chat.stream:
+            return StreamingResponse(events(), media_type="text/event-stream")
+        message = {"role": "assistant", "content": "".join([text async for text in texts])}
+        choices = [{"index": 0, "message": message, "finish_reason": stream.finish_reason}]
+        return {**head, "choices": choices, "usage": stream.usage}
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        data = [{"id": base, "object": "model", "owned_by": "lora_ext", "created": 0}]
+        data += [{**data[0], "id": name, "parent": base} for name in engine.pool.names]
+        return {"object": "list", "data": data}
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Any:
+        asked = await read(Adapter, request)
+        if asked.lora_name == base:
+            raise ValueError(f"lora_name: expected another than the base model's, found {base!r}")
+        await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
+        return {"loaded": asked.lora_name}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Any:
+        asked = await read(Adapter, request)
+        await asyncio.to_thread(engine.folder.unload, asked.lora_name)
+        return {"unloaded": asked.lora_name}
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        told = engine.stats()
+        told |= {f'refused_total{{code="{code}"}}': count for code, count in refused.items()}
+        return PlainTextResponse("".join(f"lora_ext_{k} {v}\n" for k, v in told.items()))
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        return JSONResponse({"healthy": engine.healthy}, 200 if engine.healthy else 503)
+
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
+    parser.add_argument("--adapters", type=Path, required=True, help="the folder of all adapters")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="which by default nobody else reaches")
+    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    with Engine(model, AutoTokenizer.from_pretrained(args.model), args.adapters) as engine:
+        app = make_app(engine, args.model.resolve().name, args.max_body)
+        uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main()

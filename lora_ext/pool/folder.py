@@ -1,0 +1,101 @@
+"""Adapters of one folder by name, for servers: nothing outside it is read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from lora_ext.nn.attachment import UnknownAdapterError
+
+from .pool import AdapterPool
+
+
+class AdapterFolder:
+    """Loads adapters from below one folder. Names and paths may come from strangers.
+
+    Args:
+        pool: that serves them. root: the folder.
+
+    Every method may be called from any thread, and waits while another one loads.
+    """
+
+    def __init__(self, pool: AdapterPool, root: str | os.PathLike[str]):
+        self.pool = pool
+        self.root = Path(root).resolve(strict=True)
+        self._paths: dict[str, Path] = {}  # of the names that were loaded
+        self._lock = threading.Lock()
+
+    def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
+        """Load an adapter, or replace the one of that name for whoever comes from now on.
+
+        Args:
+            name: any. path: below the folder; default is the name.
+
+        Raises:
+            ValueError: a path that leads out of the folder, or what :meth:`AdapterPool.load` finds.
+            FileNotFoundError: nothing there. PoolFullError: all that could make way is pinned.
+        """
+        found = self._checked(name if path is None else path)
+        with self._lock:
+            self._load(name, found)
+
+    def ready(self, name: str) -> None:
+        """See that the pool knows a name: where it does not, load it again, or the folder of that
+        name.
+
+        Raises:
+            UnknownAdapterError: there is none. And what :meth:`load` raises for what is in it.
+        """
+        with self._lock:
+            if name not in self.pool:
+                self._load(name, self._paths.get(name) or self._folder_of(name))
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Whoever has pinned the adapter keeps it.
+
+        Raises:
+            UnknownAdapterError: a name that is not loaded.
+        """
+        with self._lock:
+            known = self._paths.pop(name, None)
+            if known is None or name in self.pool:
+                self.pool.unload(name)
+
+    def _load(self, name: str, path: Path) -> None:
+        change = self.pool.update if name in self.pool else self.pool.load
+        change(name, path)
+        self._paths[name] = path
+
+    def _folder_of(self, name: str) -> Path:
+        try:
+            if Path(name).name == name:
+                return self._checked(name)
+        except (ValueError, FileNotFoundError):
+            pass
+        raise UnknownAdapterError(
+            f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has no folder "
+            "of that name"
+        )
+
+    def _checked(self, path: str | os.PathLike[str]) -> Path:
+        """A folder below the root; with links followed, all its files are there too."""
+        try:
+            found = (self.root / path).resolve()
+            inside = self.root in found.parents and all(
+                self.root in file.resolve().parents for file in found.glob("*")
+            )
+            missing = inside and not found.is_dir()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a path that cannot be one
+            found, inside, missing = self.root, False, False
+        if not inside:
+            raise ValueError(
+                f"AdapterFolder: path: expected a folder below {self.root.name!r} without links "
+                f"that lead out of it, found {str(path)!r:.200}"
+            )
+        if missing:
+            raise FileNotFoundError(
+                f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
+                f"{str(path)!r:.200}"
+            )
+        return found

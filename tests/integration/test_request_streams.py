@@ -1,0 +1,220 @@
+"""What a server needs of a manager: requests as streams, each with its own way to choose tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from test_continuous_batching import alone, attached, batching, prompts
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lora_ext.interop.continuous import unfinished
+from lora_ext.interop.sampling import Sampling
+from lora_ext.interop.streams import RequestStream, TextStream
+
+NAMES = ["a0", None, "a1", "a0"]
+
+
+def logits(*probabilities: float) -> torch.Tensor:
+    return torch.tensor(probabilities).log()
+
+
+def drawn(sampling: Sampling, scores: torch.Tensor, count: int = 300) -> Counter[int]:
+    generator = torch.Generator().manual_seed(0)
+    return Counter(int(sampling.draw(scores, generator)) for _ in range(count))
+
+
+def test_temperature_0_is_argmax_and_others_follow_the_softmax() -> None:
+    scores = logits(0.5, 0.3, 0.2)
+    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}  # the first of equals
+    assert drawn(Sampling(1e-40), scores) == {0: 300}
+    for temperature in (1.0, 2.0):
+        found = drawn(Sampling(temperature), scores, 4000)
+        for token, p in enumerate((scores / temperature).softmax(-1).tolist()):
+            # Five standard deviations of a binomial: 1 in 3 million by chance, and the seed is set.
+            assert abs(found[token] - 4000 * p) < 5 * (4000 * p * (1 - p)) ** 0.5
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    scores = logits(0.2, 0.5, 0.3)
+    assert set(drawn(Sampling(1.0, top_p=0.4), scores)) == {1}
+    assert set(drawn(Sampling(1.0, top_p=0.6), scores)) == {1, 2}
+    assert set(drawn(Sampling(1.0, top_p=0.9), scores)) == {0, 1, 2}
+
+
+def test_bad_ways_to_choose_are_refused_by_name() -> None:
+    for fields, message in (
+        ({"temperature": -1.0}, "temperature: expected a number from 0, found -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected a number from 0, found nan"),
+        ({"temperature": "hot"}, "temperature: expected a number from 0, found 'hot'"),
+        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], found 0.0"),
+        ({"seed": 1.5}, "seed: expected None or an integer of 64 bits, found 1.5"),
+        ({"seed": 1 << 70}, "seed: expected None or an integer of 64 bits"),
+    ):
+        with pytest.raises(ValueError, match=f"Sampling: {message}"):
+            Sampling(**fields)
+
+
+def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
+    """Greedy ones are those alone; a seed gives the same tokens whatever is in the batch."""
+    model, pool = attached(slots=4)
+    given = prompts(4)
+    seeded = Sampling(1.5, top_p=0.9, seed=7)
+    how = batching()
+    how["generation_config"].do_sample = True
+    with model.continuous_batching_context_manager(**how) as manager:
+
+        def run(*requests: tuple[int, Sampling]) -> list[list[int]]:
+            for place, (row, sampling) in enumerate(requests):
+                manager.add_request(
+                    given[row], str(place), adapter_name=NAMES[row], sampling=sampling
+                )
+            found = [manager.get_result(timeout=30) for _ in requests]
+            assert [result.error for result in found] == [None] * len(found)
+            return [r.generated_tokens for r in sorted(found, key=lambda r: r.request_id)]
+
+        greedy = Sampling(0.0)
+        mixed = run((0, greedy), (1, seeded), (2, greedy), (3, seeded), (3, Sampling(1.5, seed=8)))
+        assert mixed[0] == alone(model, given[0], "a0")
+        assert mixed[2] == alone(model, given[2], "a1")
+        assert run((3, seeded)) == run((3, seeded)) == [mixed[3]] != [mixed[4]]
+    how = batching(return_logprobs=True)
+    with model.continuous_batching_context_manager(**how) as manager:
+        with pytest.raises(NotImplementedError, match="sampling: expected None beside"):
+            manager.add_request([5], adapter_name="a0", sampling=seeded)
+    assert pool.stats()["pins"] == 0
+
+
+def test_a_cancelled_request_that_the_loop_has_not_seen_yet_is_cancelled_too() -> None:
+    model, pool = attached(slots=2)
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        put = manager.input_queue.put
+
+        def late(state: Any, **how: Any) -> None:
+            manager.cancel_request("mine")
+            time.sleep(0.3)  # the loop takes the cancellation, and finds no such request
+            put(state, **how)
+
+        manager.input_queue.put = late
+        manager.add_request([5, 6], "mine", adapter_name="a0", max_new_tokens=100_000)
+        del manager.input_queue.put
+        manager.add_request([5, 6], "other", adapter_name="a1")
+        assert manager.get_result(timeout=30).request_id == "other"
+        assert unfinished(manager) == 0
+    assert pool.stats()["pins"] == 0
+
+
+def test_streams_give_the_tokens_of_the_request_alone() -> None:
+    model, pool = attached(slots=4)
+    given = prompts(4)
+    expected = [alone(model, *row) for row in zip(given, NAMES, strict=True)]
+
+    async def collect(stream: RequestStream) -> list[int]:
+        return [token async for tokens in stream for token in tokens]
+
+    async def run(manager: Any) -> list[list[int]]:
+        streams = [
+            RequestStream(manager, ids, adapter_name=name)
+            for ids, name in zip(given, NAMES, strict=True)
+        ]
+        assert unfinished(manager) == 4
+        return await asyncio.gather(*map(collect, streams))
+
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        assert asyncio.run(run(manager)) == expected
+        assert manager.output_router.result_handlers == {}
+    assert pool.stats()["pins"] == 0
+
+
+def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
+    model, pool = attached(slots=4)
+    how = batching()
+
+    async def run(manager: Any) -> None:
+        stream = RequestStream(manager, [5, 6, 7], adapter_name="a0", max_new_tokens=100_000)
+        await anext(stream)
+        stream.cancel()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        with pytest.raises(KeyError, match="'a9' is not loaded"):
+            RequestStream(manager, [5, 6, 7], adapter_name="a9")
+        while unfinished(manager):
+            await asyncio.sleep(0.01)
+        assert manager.output_router.result_handlers == {}
+        broken = RequestStream(manager, [5, 6, 7], adapter_name="a1", max_new_tokens=100_000)
+        await anext(broken)
+        manager.batch_processor.update_batch = None  # ends the manager's thread
+        with pytest.raises(RuntimeError, match="RequestStream: the request failed: "):
+            async for _ in broken:
+                pass
+        with pytest.raises(RuntimeError, match="RequestStream: the manager takes no requests"):
+            RequestStream(manager, [5, 6, 7])
+        assert manager.output_router.result_handlers == {}
+
+    with model.continuous_batching_context_manager(**how) as manager:
+        asyncio.run(run(manager))
+    assert pool.stats()["pins"] == 0
+
+
+def test_texts_of_a_stream_end_with_a_reason() -> None:
+    model, pool = attached(slots=2)
+    tokenizer = byte_tokenizer(97)
+    prompt = prompts(1)[0]
+    tokens = alone(model, prompt, "a0")
+    text = tokenizer.decode(tokens)
+
+    async def collect(manager: Any, *stop: str, **settings: Any) -> tuple[str, str | None]:
+        stream = RequestStream(manager, prompt, adapter_name="a0", **settings)
+        assert stream.finish_reason is None
+        return "".join([t async for t in stream.texts(tokenizer, stop)]), stream.finish_reason
+
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        assert asyncio.run(collect(manager)) == (text, "length")
+        assert asyncio.run(collect(manager, eos_token_id=tokens[-1]))[1] == "stop"
+        cut = asyncio.run(collect(manager, text[2], max_new_tokens=100))
+        assert cut == (text[: text.index(text[2])], "stop")
+        while unfinished(manager):
+            time.sleep(0.01)
+    assert pool.stats()["pins"] == 0
+
+
+def byte_tokenizer(size: int = 256) -> Any:
+    """A token a byte."""
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
+    inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_texts_come_in_whole_characters_and_end_before_a_stop() -> None:
+    tokenizer = byte_tokenizer()
+
+    def pieces(text: str, *stop: str, step: int = 1) -> tuple[list[str], bool]:
+        stream = TextStream(tokenizer, stop)
+        ids = tokenizer(text).input_ids
+        found = [stream.feed(ids[i : i + step]) for i in range(0, len(ids), step)]
+        return [*found, stream.flush()], stream.stopped
+
+    assert pieces("aé!") == (["a", "", "é", "!", ""], False)
+    assert pieces("aé!", step=3) == (["aé", "!", ""], False)
+    assert pieces("one two", "e t") == (["o", "n", "", "", "", "", "", ""], True)
+    assert pieces("one tap", "e to") == (["o", "n", "", "", "", "e ta", "p", ""], False)
+    assert pieces("abab", "bb", "ba") == (["a", "", "", "", ""], True)
+    assert pieces("xaab", "aab") == (["x", "", "", "", ""], True)
+    assert pieces("xaa", "aab") == (["x", "", "", "aa"], False)
+    half = TextStream(tokenizer)
+    assert half.feed(tokenizer("é").input_ids[:1]) == ""
+    assert half.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_words_are_joined_over_tokens_that_have_no_text() -> None:
+    inner = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    stream = TextStream(tokenizer)
+    assert [stream.feed([token]) for token in (2, 0, 0, 3, 0, 2)] == ["a", "", "", " b", "", " a"]
