@@ -213,11 +213,13 @@ ops_plan = ops.lora_plan
 def test_ranks_are_those_of_the_adapters_and_follow_their_exchange(backend):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
     assert wrapper._stacks.of_a(a).ranks.tolist() == list(RANKS)
+    with torch.inference_mode():  # as vLLM runs a step
+        met = wrapper._stacks.of_b(b)
     for stack, seed in ((a, 7), (b, 8)):
         stack[1] = integers(*stack[1].shape, seed=seed)
     a[1, 0, 6, 0], a[1, 0, 7] = 1, 0
     wrapper.slot_changed(1)
-    assert wrapper._stacks.of_a(a).ranks.tolist() == [8, 7, 5]
+    assert wrapper._stacks.of_a(a).ranks.tolist() == [8, 7, 5] and met.ranks.tolist() == [8, 8, 5]
     y = torch.zeros(6, 5)
     wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
     assert torch.equal(y, expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))

@@ -23,7 +23,8 @@ class Stack:
         )  # (slots, R, I), (slots, O, R)
         self._other_dim = {1: 1, 2: 0}[rank_dim]
         self._on_host = [0] * self.bank.shape[0]
-        self.ranks = torch.zeros(self.bank.shape[0], dtype=torch.int32, device=stack.device)
+        with torch.inference_mode(False):  # vLLM fills slots outside of inference mode, too
+            self.ranks = torch.zeros(self.bank.shape[0], dtype=torch.int32, device=stack.device)
         for slot in range(self.bank.shape[0]):
             self.read(slot)
 
