@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,21 +52,37 @@ def peft_model(folder: Path):
     return served_llama.Reference(folder)
 
 
+@contextlib.contextmanager
+def _environment(processes: bool) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes)))
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("LORA_EXT_VLLM", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def make_engine(folder: Path) -> Iterator[Callable]:
-    """Start an engine in this process, with the kernels that LORA_EXT_VLLM chooses by default."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    patch.delenv("LORA_EXT_VLLM", raising=False)
+    """``make_engine(**options)``: a block with an engine in this process, with the kernels that
+    LORA_EXT_VLLM chooses by default."""
     import served_llama
 
-    with contextlib.ExitStack() as running:
-        yield lambda **options: running.enter_context(served_llama.started(folder, **options))
-    patch.undo()
+    with _environment(processes=False):
+        yield functools.partial(served_llama.started, folder)
+
+
+@pytest.fixture
+def make_processes(folder: Path) -> Iterator[Callable]:
+    """The same with the engine and its workers in processes of their own, as vLLM has it."""
+    import served_llama
+
+    with _environment(processes=True):
+        yield functools.partial(served_llama.started, folder)
 
 
 @pytest.fixture(scope="module")
-def engine(make_engine: Callable):
-    """Four slots, six adapters and more, rank 16 at most."""
-    return make_engine()
+def engine(make_engine: Callable) -> Iterator[Any]:
+    """Four slots, more adapters than that, rank 16 at most."""
+    with make_engine() as made:
+        yield made

@@ -75,6 +75,9 @@ def make(folder: Path) -> None:
     base = folder / "base"
     filled(transformers.LlamaForCausalLM(config()), seed=0).save_pretrained(base)
     save_tokenizer(base)
+    classifier = transformers.LlamaForSequenceClassification(config(num_labels=3))
+    filled(classifier, seed=0).save_pretrained(folder / "classifier")
+    save_tokenizer(folder / "classifier")
     for seed, (name, options) in enumerate(ADAPTERS.items(), 1):
         save_adapter(base, folder / name, options, seed)
     # An adapter that comes in place of another one.
@@ -85,24 +88,33 @@ def make(folder: Path) -> None:
 class Reference:
     """PEFT's answers, one row at a time."""
 
-    def __init__(self, folder: Path):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-        names = [*ADAPTERS, "a2"]
+    def __init__(self, folder: Path, model: Any = None, names: Sequence[str] = (*ADAPTERS, "a2")):
+        model = model or transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
         self._model = peft.PeftModel.from_pretrained(model, folder / names[0], names[0])
         for name in names[1:]:
             self._model.load_adapter(folder / name, name)
         self._model.eval()
 
     @torch.no_grad()
+    def logits(self, name: str | None, ids: Sequence[int]) -> Tensor:
+        return self._as(name, self._model, ids).logits[0]
+
     def logprobs(self, name: str | None, ids: Sequence[int]) -> Tensor:
         """``(len(ids), V)``: of what follows each token."""
+        return self.logits(name, ids).log_softmax(-1)
+
+    @torch.no_grad()
+    def embedding(self, name: str | None, ids: Sequence[int]) -> Tensor:
+        """The last token's hidden state, of length one."""
+        found = self._as(name, self._model.base_model.model.model, ids).last_hidden_state[0, -1]
+        return found / found.norm()
+
+    def _as(self, name: str | None, module: Any, ids: Sequence[int]) -> Any:
         if name is None:
             with self._model.disable_adapter():
-                logits = self._model(torch.tensor([ids])).logits
-        else:
-            self._model.set_adapter(name)
-            logits = self._model(torch.tensor([ids])).logits
-        return logits[0].log_softmax(-1)
+                return module(torch.tensor([ids]))
+        self._model.set_adapter(name)
+        return module(torch.tensor([ids]))
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
         """Every row has the log-probabilities of its adapter, and the tokens that follow."""
@@ -120,6 +132,7 @@ class Answer:
         self.prompt = list(output.prompt_token_ids)
         self.tokens = list(output.outputs[0].token_ids)
         self.logprobs = table(output.outputs[0].logprobs)
+        self.cached = output.num_cached_tokens
 
 
 def table(logprobs: Sequence[Any]) -> Tensor:
@@ -208,6 +221,7 @@ def started(folder: Path, model: str = "base", **options: Any) -> Iterator[Engin
     from vllm.distributed import cleanup_dist_env_and_memory
 
     sizes = {"max_model_len": 128, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+    sizes["block_size"] = 32
     lora = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16, "max_cpu_loras": 9}
     usual = {"dtype": "float32", "enforce_eager": True, "max_logprobs": VOCABULARY}
     engine = Engine(LLM(str(folder / model), **{**usual, **sizes, **lora, **options}), folder)

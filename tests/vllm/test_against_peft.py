@@ -84,8 +84,10 @@ def test_long_prompts_in_chunks(engine, peft_model):
 
 def test_cached_prefixes_are_those_of_the_adapter(engine, peft_model):
     prompts = [[2 + i % 90 for i in range(100)]] * 3  # a block of the cache has 32 tokens
-    for names in (["a", "b", None], ["b", None, "a"]):
-        peft_model.check(engine.run(names, prompts), names, ATOL)
+    for names, cached in ((["a", "b", None], 0), (["b", None, "a"], 96)):
+        answers = engine.run(names, prompts)
+        peft_model.check(answers, names, ATOL)
+        assert [answer.cached for answer in answers] == [cached] * 3
 
 
 @pytest.mark.parametrize("names", [["a", "b", None], ["head", "head2", None, "a"], ["head"] * 2])
@@ -121,6 +123,26 @@ def test_beam_search_has_one_adapter_per_prompt(engine, peft_model):
             values = peft_model.logprobs(name, beam.tokens)[len(prompt) - 1 : -1]
             chosen = values.gather(1, torch.tensor(beam.tokens[len(prompt) :])[:, None])
             assert abs(float(chosen.sum()) - beam.cum_logprob) < 10 * ATOL
+
+
+def test_several_samples_of_a_prompt_have_its_adapter(engine, peft_model):
+    from served_llama import PROMPTS
+    from vllm import SamplingParams
+
+    names = ["c", None, "a"]
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": p} for p in PROMPTS[:3]],
+        SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True, logprobs=1),
+        lora_request=[engine.request(name) for name in names],
+        use_tqdm=False,
+    )
+    for output, name, prompt in zip(outputs, names, PROMPTS[:3], strict=True):
+        for sample in output.outputs:
+            tokens = list(sample.token_ids)
+            values = peft_model.logprobs(name, [*prompt, *tokens])[len(prompt) - 1 : -1]
+            chosen = values.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            found = [at[token].logprob for at, token in zip(sample.logprobs, tokens, strict=True)]
+            torch.testing.assert_close(torch.tensor(found), chosen, rtol=0, atol=ATOL)
 
 
 def test_chat_has_one_adapter_per_conversation(engine, peft_model):
