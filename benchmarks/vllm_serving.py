@@ -33,6 +33,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 
 from lora_ext.interop.smollm2 import converted_folder
+from lora_ext.interop.vllm.updates import Updates
 
 ROWS = 16
 RANKS = {"r16": [16] * ROWS, "r8 to r64": [8, 16, 32, 64] * (ROWS // 4)}
@@ -122,15 +123,32 @@ class Engine:
             answers += [output for output in found if output.finished]
         return seconds, sorted(answers, key=lambda output: int(output.request_id.split("-")[0]))
 
+    @property
+    def manager(self) -> Any:
+        """vLLM's manager of the adapters in slots."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+
+    def into_a_slot(self, theirs: bool) -> float:
+        """Seconds in which an adapter moves into a slot, without and with reading its ranks."""
+        move = type(self.manager).activate_adapter  # of the cache, on top of the one that we wrap
+        changed = Updates.slot_changed
+        if theirs:
+            Updates.slot_changed = lambda self, slot: None  # pyright: ignore[reportAttributeAccessIssue]
+        self.manager.deactivate_adapter(1)
+        start = time.perf_counter()
+        move(self.manager, 1)
+        seconds = time.perf_counter() - start
+        Updates.slot_changed = changed
+        return seconds
+
     @contextlib.contextmanager
     def kernels(self, theirs: bool) -> Iterator[None]:
         """vLLM's own kernels, or lora_ext's."""
         if not theirs:
             yield
             return
-        core = self.llm.llm_engine.engine_core.engine_core
-        manager = core.model_executor.driver_worker.worker.model_runner.lora_manager
-        (wrapper,) = manager._adapter_manager.punica_wrapper_mapping.values()
+        (wrapper,) = self.manager.punica_wrapper_mapping.values()
         own = [name for name in vars(PunicaWrapperCPU) if name.startswith("add_")]
         for name in own:
             setattr(wrapper, name, MethodType(getattr(PunicaWrapperCPU, name), wrapper))
@@ -176,6 +194,35 @@ def measure(
     return {name: Timing.of(times) for name, times in found.items()}
 
 
+def run_case(
+    name: str, plain: Engine, model: Path, scratch: Path, options: argparse.Namespace
+) -> Iterator[tuple[dict[str, object], list[str]]]:
+    """Rows of one mix of ranks, each with what it missed."""
+    requests = save_adapters(model, scratch / name, RANKS[name])
+    slots = {"max_loras": ROWS, "max_cpu_loras": ROWS, "max_lora_rank": max(RANKS[name])}
+    engine = Engine(model, options.dtype, enable_lora=True, **slots)
+    worst = check(name, engine, requests, options.dtype)
+    own, read = (
+        1e3 * statistics.median(engine.into_a_slot(theirs) for _ in range(9))
+        for theirs in (True, False)
+    )
+    print(f"{name:10} into a slot: {own:.1f} ms, {read:.1f} ms with reading the ranks")
+    for kind in PROMPT:
+        times = measure(plain, engine, requests, kind, options.rounds, options.steps)
+        gain, target = times["vLLM"].over(times["lora_ext"]), TARGETS[name, kind]
+        missed = f"{name}, {kind}: {gain:.2f} x, expected {target} x"
+        line = []
+        for provider, t in times.items():
+            over = t.over(times["no LoRA"])
+            line.append(f"{provider} {1e3 * t.median:.1f} ms ({over:.2f} x)")
+            milliseconds = {k: round(1e3 * getattr(t, k), 2) for k in ("median", "p20", "p80")}
+            row = {"case": name, "kind": kind, "dtype": options.dtype, "provider": provider}
+            row |= milliseconds | {"over_no_lora": round(over, 3), "worst_error": worst}
+            row["gain"] = round(gain, 3) if provider == "lora_ext" else ""
+            yield machine_columns() | row, [missed] if row["gain"] and gain < target else []
+        print(f"{name:10} {kind:8}", *line, f"gain {gain:.2f} x (target {target} x)", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -185,46 +232,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a csv file to which the rows are appended")
     options = parser.parse_args()
     model = converted_folder()
-    rows: list[dict[str, object]] = []
-    missed = []
+    plain = Engine(model, options.dtype)
     with tempfile.TemporaryDirectory() as scratch:
-        plain = Engine(model, options.dtype)
-        for name, ranks in RANKS.items():
-            requests = save_adapters(model, Path(scratch, name), ranks)
-            engine = Engine(
-                model,
-                options.dtype,
-                enable_lora=True,
-                max_loras=ROWS,
-                max_cpu_loras=ROWS,
-                max_lora_rank=max(ranks),
-            )
-            worst = check(name, engine, requests, options.dtype)
-            for kind in PROMPT:
-                times = measure(plain, engine, requests, kind, options.rounds, options.steps)
-                gain, target = times["vLLM"].over(times["lora_ext"]), TARGETS[name, kind]
-                if gain < target:
-                    missed.append(f"{name}, {kind}: {gain:.2f} x, expected {target} x")
-                over = {k: t.over(times["no LoRA"]) for k, t in times.items()}
-                for provider, t in times.items():
-                    rows.append(
-                        machine_columns()
-                        | {"case": name, "kind": kind, "dtype": options.dtype}
-                        | {"provider": provider, "ms": round(1e3 * t.median, 2)}
-                        | {"p20": round(1e3 * t.p20, 2), "p80": round(1e3 * t.p80, 2)}
-                        | {"over_no_lora": round(over[provider], 3), "worst_error": worst}
-                    )
-                print(
-                    f"{name:10} {kind:8} "
-                    + "  ".join(
-                        f"{k} {1e3 * t.median:.1f} ms ({over[k]:.2f} x)" for k, t in times.items()
-                    )
-                    + f"  vLLM over lora_ext {gain:.2f} x (target {target} x)",
-                    flush=True,
-                )
-            del engine
+        found = [
+            pair for name in RANKS for pair in run_case(name, plain, model, Path(scratch), options)
+        ]
     if options.out:
-        append_rows(options.out, rows)
+        append_rows(options.out, [row for row, _ in found])
+    missed = [line for _, lines in found for line in lines]
     for line in missed:
         print(f"missed: {line}")
     return 1 if options.check and missed else 0

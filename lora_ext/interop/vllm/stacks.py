@@ -35,7 +35,7 @@ class Stack:
 
     def read(self, slot: int) -> None:
         """Note the rank of a slot; on a device this waits for it."""
-        held = (self.bank[slot] != 0).any(self._other_dim).nonzero()[:, 0]  # ranks that are in use
+        held = self.bank[slot].abs().amax(self._other_dim).nonzero()[:, 0]  # ranks that are in use
         self._on_host[slot] = int(held[-1]) + 1 if len(held) else 0
         self.ranks[slot] = self._on_host[slot]  # in place: a captured graph reads it
 
