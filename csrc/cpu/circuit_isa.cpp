@@ -41,16 +41,21 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     for (; i < n; i += L) most = max(most, load_padded(x + i, n - i));
     return max_lane(max(most, other));
 }
+// `top` is their maximum, and not -inf. Brings what the next maxima will read into the cache.
 template <typename T>
-LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> shift) {
+LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;
+    constexpr int64_t kAhead = kLeafBytes / static_cast<int64_t>(sizeof(T));
+    const Vec<T> shift = splat<Vec<T>>(top);
     Vec<T> even{}, odd{};
     int64_t i = 0;
     for (; i + 2 * L <= n; i += 2 * L) {
-        even += exp<false>(load(x + i) - shift);
-        odd += exp<false>(load(x + i + L) - shift);
+        __builtin_prefetch(x + i + kAhead);
+        __builtin_prefetch(x + i + L + kAhead);
+        even += exp_below(load(x + i), shift);
+        odd += exp_below(load(x + i + L), shift);
     }
-    for (; i < n; i += L) even += exp<false>(load_padded(x + i, n - i) - shift);
+    for (; i < n; i += L) even += exp_below(load_padded(x + i, n - i), shift);
     return lane_sum(even + odd);
 }
 
@@ -64,8 +69,12 @@ void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
         const int64_t group = block / n;
         for (int64_t first = 0; first < rows; first += group) {
             const int64_t last = min(rows, first + group);
-            for (int64_t i = first; i < last; ++i) top[i] = shift_of(max_of_logits(x + i * n, n));
-            for (int64_t i = first; i < last; ++i) sum[i] = sum_exp_of_logits(x + i * n, n, top[i]);
+            for (int64_t i = first; i < last; ++i) top[i] = max_of_logits(x + i * n, n);
+            for (int64_t i = first; i < last; ++i) {
+                const bool possible = top[i] != kImpossible<A>;
+                sum[i] = possible ? sum_exp_of_logits(x + i * n, n, top[i]) : A(0);
+                if (!possible) top[i] = 0;
+            }
         }
         return;
     }
@@ -73,10 +82,9 @@ void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
         A most = kImpossible<A>, total = 0;
         for (int64_t v = 0; v < n; v += block) {
             const int64_t width = min(block, n - v);
-            const A here = max_of_logits(x + v, width);
-            const A next = here > most ? here : most, shift = shift_of(next);
-            total = total * exp(splat<Vec<T>>(most - shift))[0] +
-                    sum_exp_of_logits(x + v, width, shift);
+            const A here = max_of_logits(x + v, width), next = here > most ? here : most;
+            if (next == kImpossible<A>) continue;
+            total = total * exp(splat<Vec<T>>(most - next))[0] + sum_exp_of_logits(x + v, width, next);
             most = next;
         }
         top[i] = shift_of(most);
@@ -197,7 +205,7 @@ struct Reverse {
     using A = Acc<P>;
     using V = Vec<P>;
     static constexpr int L = kLanes<P>;
-    static constexpr int64_t kVectors = 15;  // of scratch, besides two per level
+    static constexpr int64_t kVectors = CircuitStep<P>::kVectors + 10;  // besides two per level
 
     const CircuitScanArgs& args;
     const CircuitParams& c;
@@ -217,7 +225,7 @@ struct Reverse {
           states(static_cast<const A*>(args.states) +
                  b * circuit_num_states(c.kind, c.n_token) * n),
           de(static_cast<A*>(args.de) + b * c.n_token * n) {
-        A* next = scratch + 5 * width;
+        A* next = scratch + step.kVectors * width;
         A** const vectors[] = {&terms, &cur,       &out, &d,        &ratio,
                                &up,    &up_weight, &u,   &u_weight, &prior};
         for (A** vector : vectors) {

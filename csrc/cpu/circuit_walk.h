@@ -116,7 +116,7 @@ template <typename A>
 LX_INLINE int64_t circuit_walk_scratch(const CircuitParams& c) {
     const int64_t levels =
         c.kind == CircuitKind::kBTree ? circuit_tree_levels(c.n_token) : int64_t{1};
-    return whole_vectors<A>(c.components) * (2 * levels + 5);
+    return whole_vectors<A>(c.components) * (2 * levels + 4 + kLanes<A>);
 }
 
 // x = 0, padded.
@@ -145,20 +145,23 @@ template <typename P>
 struct CircuitStep {
     using A = Acc<P>;
     static constexpr int L = kLanes<P>;
+    static constexpr int64_t kRows = kLanes<P>;  // of a matrix, which a step takes at once
+    static constexpr int64_t kVectors = 4 + kRows;  // of scratch
 
     const P* trans;  // of this row of the batch
     int64_t n, width;
-    A *weights, *row, *top, *sum, *u;  // width each
+    A *weights, *top, *sum, *u;  // width each
+    A* row;                      // kRows times width
 
     CircuitStep(const CircuitParams& c, int64_t batch_row, A* scratch)
         : trans(static_cast<const P*>(c.trans) + batch_row * c.trans_stride),
           n(c.components),
           width(whole_vectors<P>(n)),
           weights(scratch),
-          row(scratch + width),
-          top(scratch + 2 * width),
-          sum(scratch + 3 * width),
-          u(scratch + 4 * width) {}
+          top(scratch + width),
+          sum(scratch + 2 * width),
+          u(scratch + 3 * width),
+          row(scratch + 4 * width) {}
 
     LX_INLINE const P* matrix_row(int64_t m, int64_t z) const { return trans + (m * n + z) * n; }
 
@@ -166,16 +169,7 @@ struct CircuitStep {
         const A shift = shift_of(max_of(cur, width));
         exp_of(cur, shift, width, weights);
         for (int64_t i = 0; i < width; i += L) store(out + i, Vec<A>{});
-        for (int64_t z = 0; z < n; ++z) {
-            if (cur[z] == kImpossible<A>) continue;
-            const SoftmaxRow<P> soft(matrix_row(m, z), n, row);
-            top[z] = soft.top;
-            sum[z] = soft.sum;
-            if (soft.sum == 0) continue;
-            const Vec<A> p = splat<Vec<A>>(weights[z] / soft.sum);
-            for (int64_t i = 0; i < width; i += L)
-                store(out + i, fma(p, load(row + i), load(out + i)));
-        }
+        for (int64_t z = 0; z < n; z += kRows) add_rows(m, z, min(kRows, n - z), out);
         bool logarithms = false;
         for (int64_t i = 0; i < width; i += L) {
             const Vec<A> total = load(out + i);
@@ -186,6 +180,37 @@ struct CircuitStep {
             } else {
                 store(out + i, log(total) + shift);
             }
+        }
+    }
+    // out += sum_z weights[z] E[z, :] / sum E[z, :] over `count` rows: all maxima, then all
+    // exponentials, so that no row's chain of operations waits for another's; meanwhile the rows
+    // behind them come into the cache.
+    void add_rows(int64_t m, int64_t first, int64_t count, A* out) const {
+        const P* const a = matrix_row(m, first);
+        for (int64_t z = 0; z < count; ++z) {
+            Vec<A> most = load_padded(a + z * n, n);
+            for (int64_t i = L; i < n; i += L) most = max(most, load_padded(a + z * n + i, n - i));
+            top[first + z] = shift_of(max_lane(most));
+        }
+        for (int64_t z = 0; z < count; ++z) {
+            const Vec<A> above = splat<Vec<A>>(top[first + z]);
+            Vec<A> total{};
+            for (int64_t i = 0; i < n; i += L) {
+                __builtin_prefetch(a + (z + kRows) * n + i);
+                const Vec<A> e = exp<false>(load_padded(a + z * n + i, n - i) - above);
+                store(row + z * width + i, e);
+                total += e;
+            }
+            sum[first + z] = lane_sum(total);
+        }
+        const Vec<A> total = load(sum + first), weight = load(weights + first);
+        const Vec<A> p = total == Vec<A>{} ? total : weight / total;
+        for (int64_t i = 0; i < n; i += L) {
+            Vec<A> sum_of_rows = load(out + i);
+            for (int64_t z = 0; z < count; ++z)
+                if (p[z] != 0)
+                    sum_of_rows = fma(splat<Vec<A>>(p[z]), load(row + z * width + i), sum_of_rows);
+            store(out + i, sum_of_rows);
         }
     }
     // sum[z] becomes its logarithm.
@@ -259,7 +284,7 @@ void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Ob
     using A = Acc<P>;
     const CircuitStep<P> step(c, batch_row, scratch);
     const int64_t width = step.width;
-    A* const vectors = scratch + 5 * width;
+    A* const vectors = scratch + step.kVectors * width;
     A* cur = vectors;
     log_prior<P>(c, batch_row, cur, step.row);
     double base = 0;

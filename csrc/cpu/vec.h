@@ -263,7 +263,36 @@ LX_INLINE void store(Half* p, Vec<float> v) {
     __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// The first n lanes only; the rest of a load is zero, the rest of a store stays in memory.
+// The first n lanes only, 0 <= n <= kLanes; the rest of a load is zero, the rest of a store stays in
+// memory.
+#if defined(__AVX512F__) && LX_VEC_BYTES == 64
+LX_INLINE __mmask16 first_lanes(int64_t n) {
+    return static_cast<__mmask16>((1u << n) - 1);
+}
+LX_INLINE Vec<double> load_n(const double* p, int64_t n) {
+    return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(n)), p);
+}
+LX_INLINE Vec<float> load_n(const float* p, int64_t n) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <typename T>
+LX_INLINE Vec<T> load_n(const T* p, int64_t n) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return load(reinterpret_cast<const T*>(&bits));
+}
+LX_INLINE void store_n(double* p, Vec<double> v, int64_t n) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(n)), (__m512d)v);
+}
+LX_INLINE void store_n(float* p, Vec<float> v, int64_t n) {
+    _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+template <typename T>
+LX_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), load_bits<__m256i>(lanes));
+}
+#else
 template <typename T>
 inline Vec<T> load_n(const T* p, int64_t n) {
     T lanes[kLanes<T>] = {};
@@ -276,6 +305,7 @@ inline void store_n(T* p, Vec<T> v, int64_t n) {
     store(lanes, v);
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
+#endif
 
 // n numbers, each rounded once.
 template <typename T>

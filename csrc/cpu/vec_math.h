@@ -61,6 +61,13 @@ LX_INLINE V splat(Element<V> s) {
 // Where b is NaN it is a.
 template <typename V>
 LX_INLINE V max(V a, V b) {
+#if defined(__AVX512F__)
+    // GCC 12 makes a comparison and a masked move of the line below.
+    if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4)
+        return (V)_mm512_max_ps((__m512)b, (__m512)a);
+    else if constexpr (sizeof(V) == 64)
+        return (V)_mm512_max_pd((__m512d)b, (__m512d)a);
+#endif
     return b > a ? b : a;
 }
 
@@ -103,6 +110,36 @@ LX_INLINE V exp(V x) {
     const V out = scale_exp(x, y, n, shifted);
     if constexpr (!kHigh) return out;
     return x > splat<V>(F::kHighest) ? splat<V>(E(__builtin_inf())) : out;
+}
+
+// exp(x - shift), x <= shift, for a sum of such terms: exact at 0, else off by at most
+// (2 + shift - x) units in the last place, fewer operations than exp. What is less than e^-86 may be
+// any number below 1e-37 (-inf too): beside the largest term, which is 1, that does not show.
+template <typename V>
+LX_INLINE V exp_below(V x, V shift) {
+    if constexpr (sizeof(x[0]) == 8) {
+        return exp<false>(x - shift);
+    } else {
+        // 2^t, t = n + r. The polynomial has the least worst error that its degree allows.
+        const V t = max((x - shift) * 1.44269504f, splat<V>(-124.0f));
+        const auto power = [](V r) __attribute__((always_inline)) {
+            V q = splat<V>(0x1.5bba12p-10f);
+            q = fma(q, r, splat<V>(0x1.3cea8ap-7f));
+            q = fma(q, r, splat<V>(0x1.c6b752p-5f));
+            q = fma(q, r, splat<V>(0x1.ebf9bcp-3f));
+            q = fma(q, r, splat<V>(0x1.62e42ap-1f));
+            return fma(q, r, splat<V>(1));
+        };
+#if defined(__AVX512F__)
+        if constexpr (sizeof(V) == 64) {
+            const V n = (V)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+            return (V)_mm512_scalef_ps((__m512)power(t - n), (__m512)n);
+        }
+#endif
+        using F = Float<float>;
+        const V shifted = t + F::kMagic, n = shifted - F::kMagic;
+        return power(t - n) * bit_cast<V>((bit_cast<Words<V>>(shifted) + F::kBias) << F::kMantissa);
+    }
 }
 
 template <typename V>

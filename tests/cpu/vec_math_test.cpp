@@ -1,4 +1,4 @@
-// exp and log of csrc/cpu/vec_math.h against long double, in the instruction set it is compiled
+// exp, exp_below and log of csrc/cpu/vec_math.h against long double, in the instruction set it is compiled
 // for. Without arguments a sample of all floats, with "all" every one of them.
 #include <cmath>
 #include <cstdio>
@@ -75,6 +75,34 @@ void special() {
     }
 }
 
+// exp_below: what a sum of exponentials needs. The error may grow with the distance from the
+// shift, because the term gets smaller faster; very small terms are a constant, never a large one.
+template <typename E>
+void check_below(E x, E shift) {
+    const E got = exp_below(splat<Wide<E>>(x), splat<Wide<E>>(shift))[0];
+    const double distance = double(shift) - double(x), exact = std::exp(-distance);
+    const double unit = std::numeric_limits<E>::epsilon();
+    const bool fits = distance > 85 ? got >= 0 && got < 1e-36
+                                    : std::fabs(got - exact) <= exact * unit * (2 + distance);
+    if (!fits || (distance == 0 && got != 1)) {
+        std::printf("exp_below(%a, %a) = %a, exactly %a\n", double(x), double(shift), double(got),
+                    exact);
+        std::exit(1);
+    }
+}
+template <typename E>
+void below() {
+    const E shifts[] = {E(0), E(-3.25), E(77), E(1e6)};
+    for (E shift : shifts)
+        for (E distance = 0; distance < 200; distance += E(1.0 / 128))
+            check_below<E>(shift - distance, shift);
+    check_below<E>(-std::numeric_limits<E>::infinity(), 0);
+    if (!std::isnan(exp_below(splat<Wide<E>>(NAN), splat<Wide<E>>(0))[0])) {
+        std::printf("exp_below loses NaN\n");
+        std::exit(1);
+    }
+}
+
 }  // namespace
 
 int main(int count, char**) {
@@ -104,4 +132,6 @@ int main(int count, char**) {
     }
     std::printf("double exp %.3f  log %.3f\n", worst_exp, worst_log);
     special<double>();
+    below<float>();
+    below<double>();
 }
