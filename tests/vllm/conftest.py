@@ -24,6 +24,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model `base`, a classifier, and adapters."""
+    import served_llama
+
+    made = tmp_path_factory.mktemp("llama")
+    served_llama.make(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def peft_model(folder: Path) -> Any:
+    """The same through transformers and PEFT."""
+    import served_llama
+
+    return served_llama.Reference(folder)
+
+
 @contextlib.contextmanager
 def _environment(processes: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
