@@ -18,9 +18,7 @@ class Stack:
     """
 
     def __init__(self, stack: Tensor, rank_dim: int):
-        self.bank = (
-            stack.flatten(0, 1) if stack.dim() == 4 else stack
-        )  # (slots, R, I), (slots, O, R)
+        self.bank = stack.flatten(0, 1)  # (slots, R, I) or (slots, O, R)
         self._other_dim = {1: 1, 2: 0}[rank_dim]
         self._on_host = [0] * self.bank.shape[0]
         with torch.inference_mode(False):  # vLLM fills slots outside of inference mode, too

@@ -215,10 +215,10 @@ class Updates:
             begin = int(x.storage_offset()) // x.shape[1]
         if held == self._samples.count:
             return self._samples.rows(x.shape[0], begin)
-        if self._samples.all_alike():
-            return self._samples.as_first(x.shape[0])
         if held >= self._tokens.count >= begin + x.shape[0]:
             return self._tokens.rows(x.shape[0], begin)
+        if self._samples.all_alike():
+            return self._samples.as_first(x.shape[0])
         raise self._samples.mismatch(x.shape[0])
 
 
