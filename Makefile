@@ -5,8 +5,10 @@
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make bench   the microbenchmarks
+#   make vllm    the plug-in for vLLM: an environment of its own (3.5 GB) and the tests in it
 SHELL := /bin/bash
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 OUT ?= out
 PY = $(VENV)/bin/python
 
@@ -23,9 +25,9 @@ nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/
 build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
 
-.PHONY: help demo test check gpu bench build build-emu clean
+.PHONY: help demo test check gpu bench vllm build build-emu clean
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -62,6 +64,19 @@ gpu:
 
 bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py
+
+# torchaudio and torchcodec come as CUDA builds, beside a torch without CUDA they do not load.
+$(VLLM_VENV)/vllm.stamp: pyproject.toml
+	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --upgrade pip
+	$(VLLM_VENV)/bin/python tools/install_extras.py vllm demo
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q pytest hypothesis "setuptools>=77" "cmake>=3.24" ninja
+	@touch $@
+
+vllm: $(VLLM_VENV)/vllm.stamp
+	LORA_EXT_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	$(VLLM_VENV)/bin/pytest -q -rs tests/vllm
 
 clean:
 	rm -rf build dist out lora_ext/_build_info.py lora_ext/*.so

@@ -66,3 +66,8 @@ def load(name: str = "_C") -> ModuleType:
         raise ImportError(explain(error)) from error
     module.set_debug(os.environ.get("LORA_EXT_DEBUG", "0") == "1")
     return module
+
+
+def vllm_mode() -> str:
+    """``LORA_EXT_VLLM``: which of vLLM's platforms call lora_ext, "1" for the CPU by default."""
+    return os.environ.get("LORA_EXT_VLLM", "1")

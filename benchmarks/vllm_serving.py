@@ -1,0 +1,249 @@
+"""vLLM on the CPU with many adapters: its engine without LoRA, its own LoRA kernels, and ours.
+
+SmolLM2-135M, 16 rows with an adapter each, on all seven linears. Both kernels run in one engine,
+which changes them between generations; the engine without LoRA stands beside it. A round of each at
+a time, in this process. Before anything is timed, both kernels must give the same logits.
+
+`make vllm` makes the environment; then `.venv-vllm/bin/python benchmarks/vllm_serving.py --check`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", LORA_EXT_VLLM="1", HF_HUB_OFFLINE="1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import safetensors.torch
+import torch
+import transformers
+from common import Timing, append_rows, machine_columns
+from vllm import LLM, SamplingParams
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.request import LoRARequest
+
+from lora_ext.interop.smollm2 import converted_folder
+from lora_ext.interop.vllm.updates import Updates
+
+ROWS = 16
+RANKS = {"r16": [16] * ROWS, "r8 to r64": [8, 16, 32, 64] * (ROWS // 4)}
+PROMPT = {"decode": 8, "prefill": 32}  # tokens of a row
+# vLLM's time over ours, at least.
+TARGETS = {
+    ("r16", "decode"): 1.8,
+    ("r8 to r64", "decode"): 3.0,
+    ("r16", "prefill"): 4.0,
+    ("r8 to r64", "prefill"): 4.0,
+}
+# Largest difference of the twenty first log-probabilities of a row: rounding of sums of 30 layers.
+BOUND = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def save_adapters(model: Path, folder: Path, ranks: list[int]) -> list[LoRARequest]:
+    """Random adapters on all linears, in PEFT's files; their updates are a tenth of the base's."""
+    config = transformers.AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        shapes = {
+            name: module.weight.shape
+            for name, module in transformers.AutoModelForCausalLM.from_config(
+                config
+            ).named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+        }
+    requests = []
+    for number, rank in enumerate(ranks, 1):
+        generator = torch.Generator().manual_seed(number)
+        path = folder / f"{number}-r{rank}"
+        path.mkdir(parents=True)
+        tensors = {}
+        for name, (out, width) in shapes.items():
+            a = torch.randn(rank, width, generator=generator) * width**-0.5
+            b = torch.randn(out, rank, generator=generator) * 0.1 * rank**-0.5
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
+        modules = sorted({name.rpartition(".")[2] for name in shapes})
+        peft_config(path, rank, modules)
+        requests.append(LoRARequest(path.name, number, str(path)))
+    return requests
+
+
+def peft_config(path: Path, rank: int, modules: list[str]) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=modules, task_type="CAUSAL_LM"
+    ).save_pretrained(path)
+
+
+class Engine:
+    """An engine of this process; each generation is a prefill and then decode steps."""
+
+    def __init__(self, model: Path, dtype: str, **options: Any):
+        self.llm = LLM(
+            str(model),
+            dtype=dtype,
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=ROWS,
+            max_num_batched_tokens=2048,
+            enable_prefix_caching=False,
+            **options,
+        )
+        self._count = 0
+
+    def run(self, requests: list[Any], prompt: int, new: int) -> tuple[list[float], list[Any]]:
+        """Seconds of each step, the prefill first, and the answers in the order of the rows."""
+        engine = self.llm.llm_engine
+        how = SamplingParams(
+            temperature=0, max_tokens=new, ignore_eos=True, logprobs=20, detokenize=False
+        )
+        for row, request in enumerate(requests):
+            generator = torch.Generator().manual_seed(row)
+            ids = torch.randint(100, 40000, (prompt,), generator=generator).tolist()
+            engine.add_request(
+                f"{self._count}", {"prompt_token_ids": ids}, how, lora_request=request
+            )
+            self._count += 1
+        seconds, answers = [], []
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            found = engine.step()
+            seconds.append(time.perf_counter() - start)
+            answers += [output for output in found if output.finished]
+        return seconds, sorted(answers, key=lambda output: int(output.request_id.split("-")[0]))
+
+    @property
+    def manager(self) -> Any:
+        """vLLM's manager of the adapters in slots."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+
+    def into_a_slot(self, theirs: bool) -> float:
+        """Seconds in which an adapter moves into a slot, without and with reading its ranks."""
+        move = type(self.manager).activate_adapter  # of the cache, on top of the one that we wrap
+        changed = Updates.slot_changed
+        if theirs:
+            Updates.slot_changed = lambda self, slot: None  # pyright: ignore[reportAttributeAccessIssue]
+        self.manager.deactivate_adapter(1)
+        start = time.perf_counter()
+        move(self.manager, 1)
+        seconds = time.perf_counter() - start
+        Updates.slot_changed = changed
+        return seconds
+
+    @contextlib.contextmanager
+    def kernels(self, theirs: bool) -> Iterator[None]:
+        """vLLM's own kernels, or lora_ext's."""
+        if not theirs:
+            yield
+            return
+        (wrapper,) = self.manager.punica_wrapper_mapping.values()
+        own = [name for name in vars(PunicaWrapperCPU) if name.startswith("add_")]
+        for name in own:
+            setattr(wrapper, name, MethodType(getattr(PunicaWrapperCPU, name), wrapper))
+        yield
+        for name in own:
+            delattr(wrapper, name)
+
+
+def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
+    """Largest difference of log-probabilities between the kernels, up to the first other token."""
+    found = []
+    for theirs in (False, True):
+        with engine.kernels(theirs):
+            found.append(engine.run(requests, 8, 4)[1])
+    worst = 0.0
+    for ours, other in zip(*found, strict=True):
+        for a, b in zip(ours.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
+            both = a.keys() & b.keys()
+            worst = max([worst, *(abs(a[t].logprob - b[t].logprob) for t in both)])
+            if next(iter(a)) != next(iter(b)):
+                break  # two tokens within rounding: the rows go on apart
+    if not worst <= BOUND[dtype]:
+        raise SystemExit(
+            f"vllm_serving: {name}: expected log-probabilities within {BOUND[dtype]} of vLLM's "
+            f"kernels, found a difference of {worst:.3g}"
+        )
+    return worst
+
+
+def measure(
+    plain: Engine, engine: Engine, requests: list[Any], kind: str, rounds: int, steps: int
+) -> dict[str, Timing]:
+    """Seconds of a step: the prefill, or the median of the decode steps of a generation."""
+    found: dict[str, list[float]] = {"no LoRA": [], "vLLM": [], "lora_ext": []}
+    for index in range(-1, rounds):  # the first is a warm-up
+        for name in list(found)[:: 1 if index % 2 else -1]:
+            who = [None] * ROWS if name == "no LoRA" else requests
+            server = plain if name == "no LoRA" else engine
+            with server.kernels(name == "vLLM"):
+                seconds, _ = server.run(who, PROMPT[kind], 1 if kind == "prefill" else steps + 1)
+            if index >= 0:
+                found[name].append(statistics.median(seconds[1:] or seconds))
+    return {name: Timing.of(times) for name, times in found.items()}
+
+
+def run_case(
+    name: str, plain: Engine, model: Path, scratch: Path, options: argparse.Namespace
+) -> Iterator[tuple[dict[str, object], list[str]]]:
+    """Rows of one mix of ranks, each with what it missed."""
+    requests = save_adapters(model, scratch / name, RANKS[name])
+    slots = {"max_loras": ROWS, "max_cpu_loras": ROWS, "max_lora_rank": max(RANKS[name])}
+    engine = Engine(model, options.dtype, enable_lora=True, **slots)
+    worst = check(name, engine, requests, options.dtype)
+    own, read = (
+        1e3 * statistics.median(engine.into_a_slot(theirs) for _ in range(9))
+        for theirs in (True, False)
+    )
+    print(f"{name:10} into a slot: {own:.1f} ms, {read:.1f} ms with reading the ranks")
+    for kind in PROMPT:
+        times = measure(plain, engine, requests, kind, options.rounds, options.steps)
+        gain, target = times["vLLM"].over(times["lora_ext"]), TARGETS[name, kind]
+        missed = f"{name}, {kind}: {gain:.2f} x, expected {target} x"
+        line = []
+        for provider, t in times.items():
+            over = t.over(times["no LoRA"])
+            line.append(f"{provider} {1e3 * t.median:.1f} ms ({over:.2f} x)")
+            milliseconds = {k: round(1e3 * getattr(t, k), 2) for k in ("median", "p20", "p80")}
+            row = {"case": name, "kind": kind, "dtype": options.dtype, "provider": provider}
+            row |= milliseconds | {"over_no_lora": round(over, 3), "worst_error": worst}
+            row["gain"] = round(gain, 3) if provider == "lora_ext" else ""
+            yield machine_columns() | row, [missed] if row["gain"] and gain < target else []
+        print(f"{name:10} {kind:8}", *line, f"gain {gain:.2f} x (target {target} x)", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="decode steps of a generation")
+    parser.add_argument("--dtype", choices=BOUND, default="float32")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    parser.add_argument("--out", type=Path, help="a csv file to which the rows are appended")
+    options = parser.parse_args()
+    model = converted_folder()
+    plain = Engine(model, options.dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = [
+            pair for name in RANKS for pair in run_case(name, plain, model, Path(scratch), options)
+        ]
+    if options.out:
+        append_rows(options.out, [row for row, _ in found])
+    missed = [line for _, lines in found for line in lines]
+    for line in missed:
+        print(f"missed: {line}")
+    return 1 if options.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

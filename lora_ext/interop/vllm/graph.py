@@ -1,0 +1,56 @@
+"""Methods that a compiled graph calls as ops.
+
+A traced graph would keep the rows of the step that it was traced in. What reads them is therefore
+an op of its own, which finds its wrapper, and with it the rows, when the graph runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+_library = torch.library.Library("lora_ext", "FRAGMENT")
+_wrappers: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_handles = itertools.count()
+
+
+def known(wrapper: Any) -> int:
+    """The number by which ops find this wrapper, as long as it lives."""
+    handle = next(_handles)
+    _wrappers[handle] = wrapper
+    return handle
+
+
+def in_graph(arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A method of an object with a ``handle``; traced, it becomes the op ``lora_ext::vllm_<name>``.
+
+    Args:
+        arguments: those after ``self``, as a schema.
+    """
+
+    def decorate(method: Callable[..., None]) -> Callable[..., None]:
+        name = "vllm" + method.__name__
+
+        def run(handle: int, *args: Any) -> None:
+            method(_wrappers[handle], *args)
+
+        _library.define(f"{name}(int handle, {arguments}) -> ()")
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_ext::{name}", lambda *args: None, lib=_library)
+        op = getattr(torch.ops.lora_ext, name)
+
+        @functools.wraps(method)
+        def call(self: Any, *args: Any) -> None:
+            if torch.compiler.is_compiling():
+                op(self.handle, *args)
+            else:
+                method(self, *args)
+
+        return call
+
+    return decorate

@@ -1,0 +1,69 @@
+"""Whose each row of a step is, in the buffers that vLLM fills once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_ext import ops
+from lora_ext.nn.rows import capturing
+
+
+class Rows(NamedTuple):
+    """Slots of the rows of one matrix, -1 for the base model, and the rows grouped by slot."""
+
+    ids: Tensor  # (T,)
+    plan: Tensor | None  # None in a captured graph: its kernels group the rows themselves
+
+
+class Owners:
+    """The slots of one kind of rows: of tokens, or of the positions that are sampled from.
+
+    Args:
+        buffer: ``(most,)`` int64, vLLM's own; a compiled or captured graph reads it when it runs.
+        slots: how many adapters vLLM's stacks hold.
+        kind: "tokens" or "samples", for messages.
+    """
+
+    def __init__(self, buffer: Tensor, slots: int, kind: str):
+        self._buffer, self._slots, self._kind = buffer, slots, kind
+        self._kept: dict[tuple[int, int], Rows] = {}
+        self._names: frozenset[int] = frozenset()
+        self.count = 0
+
+    def follow(self, names: Sequence[int]) -> None:
+        """Take over a new step. names: the adapter of each row, 0 for the base model."""
+        self._kept.clear()
+        self.count, self._names = len(names), frozenset(names)
+        self._buffer[self.count :] = -1  # rows that pad a batch are the base model's
+
+    def rows(self, count: int, begin: int = 0) -> Rows | None:
+        """Rows ``begin`` to ``begin + count`` of the step; None where all are the base model's."""
+        if capturing(self._buffer.device):
+            return Rows(self._buffer[begin : begin + count], None)
+        if not any(self._names):
+            return None
+        if (begin, count) not in self._kept:
+            self._kept[begin, count] = self._group(self._buffer[begin : begin + count])
+        return self._kept[begin, count]
+
+    def as_first(self, count: int) -> Rows | None:
+        """``count`` rows of whoever has the first row of the step; None where that is the base."""
+        return self._group(self._buffer[:1].repeat(count)) if any(self._names) else None
+
+    def _group(self, ids: Tensor) -> Rows:
+        return Rows(ids, ops.lora_plan(ids, self._slots))
+
+    def all_alike(self) -> bool:
+        """Whether all rows of the step have the same adapter, or none."""
+        return len(self._names) == 1
+
+    def mismatch(self, count: int) -> RuntimeError:
+        """The error of a matrix of which it is not clear whose each row is."""
+        return RuntimeError(
+            f"lora_ext: expected a matrix of the {self.count} {self._kind} of this step, found "
+            f"{count} rows: it is not clear which adapter each has; LORA_EXT_VLLM=0 leaves "
+            "the step to vLLM's own kernels"
+        )

@@ -1,0 +1,342 @@
+"""What vLLM's layers ask for, without vLLM: on every twin, and on the emulator for the kernels.
+
+Data are small integers, so that every sum is exact.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_ext import ops, reference
+from lora_ext.interop import vllm as plugin
+from lora_ext.interop.vllm import owners, updates
+from lora_ext.interop.vllm.updates import Updates
+
+SLOTS, RANK, IN = 3, 8, 6
+RANKS = (8, 2, 5)
+
+
+class Base:
+    """The part of vLLM's wrapper that :class:`Updates` stands on: two buffers, filled per step."""
+
+    def __init__(self, most, max_batches, device, **kwargs):
+        self._token_lora_indices = torch.full((most,), 77)
+        self._sampler_indices = torch.full((most,), 77)
+
+    def update_metadata(self, mapping, lora_index_to_id, *args):
+        slots = {name: slot for slot, name in enumerate(lora_index_to_id)} | {0: -1}
+        for buffer, names in (
+            (self._token_lora_indices, mapping.index_mapping),
+            (self._sampler_indices, mapping.prompt_mapping),
+        ):
+            buffer[: len(names)] = torch.tensor([slots[name] for name in names])
+
+
+class Wrapper(Updates, Base):
+    pass
+
+
+def wrapper_for(tokens, samples=None):
+    """A wrapper whose slots 0, 1, 2 hold the adapters 30, 10, 20, at a step with these rows."""
+    made = Wrapper(12, 4, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS))
+    step(made, tokens, samples)
+    return made
+
+
+def step(wrapper, tokens, samples=None):
+    mapping = SimpleNamespace(index_mapping=tokens, prompt_mapping=samples or tokens)
+    wrapper.update_metadata(mapping, [30, 10, 20], SLOTS + 1, 99)
+
+
+def integers(*shape, seed=0, dtype=torch.float32):
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stacks(out=5, seed=1, ranks=RANKS, dtype=torch.float32):
+    """A layer's two stacks, zero beyond the rank of each slot."""
+    a = integers(SLOTS, 1, RANK, IN, seed=seed, dtype=dtype)
+    b = integers(SLOTS, 1, out, RANK, seed=seed + 1, dtype=dtype)
+    for slot, rank in enumerate(ranks):
+        a[slot, :, rank:] = 0
+        a[slot, :, :rank, 0] = 1  # no row of an adapter is zero by chance
+        b[slot, ..., rank:] = 0
+        b[slot, :, 0, :rank] = 1
+    return a, b
+
+
+def expected(y, x, a, b, slots):
+    ids = torch.tensor(slots)
+    return reference.lora_apply_(y.clone(), x, a[:, 0], b[:, 0], ids)
+
+
+TOKENS, TOKEN_SLOTS = (30, 0, 20, 20, 10, 0), (0, -1, 2, 2, 1, -1)
+
+
+def test_the_slices_of_a_layer_get_each_its_own_update(backend):
+    wrapper, x = wrapper_for(TOKENS), integers(6, IN)
+    widths, layers = (5, 2, 2), [stacks(5), stacks(2, seed=5), stacks(2, seed=9)]
+    y = integers(6, sum(widths), seed=3)
+    wanted = [
+        expected(part, x, *layer, TOKEN_SLOTS)
+        for part, layer in zip(y.split(widths, 1), layers, strict=True)
+    ]
+    wrapper.add_lora_linear(y, x, *zip(*layers, strict=True), 1.0, widths)
+    assert torch.equal(y, torch.cat(wanted, 1))
+
+
+def test_rows_of_the_base_keep_every_bit_where_all_slots_are_full(backend):
+    wrapper, x = wrapper_for((0, 30, 0, 0)), integers(4, IN)
+    y = integers(4, 5, seed=3)
+    y[0, 0] = -0.0
+    before = y.clone()
+    wrapper.add_lora_linear(y, x, *zip(stacks(), strict=True), 1.0, (5,))
+    base = [0, 2, 3]
+    assert torch.equal(y[base].view(torch.int32), before[base].view(torch.int32))
+    assert not torch.equal(y[1], before[1])
+
+
+def test_rows_that_pad_a_batch_are_the_bases(backend):
+    wrapper, x = wrapper_for((30, 10)), integers(5, IN)
+    (a, b), y = stacks(), integers(5, 5, seed=3)
+    wanted = expected(y, x, a, b, (0, 1, -1, -1, -1))
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    assert torch.equal(y, wanted)
+
+
+def test_a_scale_multiplies_the_update(backend):
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
+    y = torch.zeros(6, 5)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 2.0, (5,))
+    assert torch.equal(y, 2 * expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))
+
+
+def test_overwriting_leaves_zero_where_there_is_no_adapter(backend):
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
+    y = integers(6, 5, seed=3)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,), add_inputs=False)
+    assert torch.equal(y, expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))
+
+
+def test_the_two_halves_make_the_whole(backend):
+    wrapper, x, (a, b), (c, d) = wrapper_for(TOKENS), integers(6, IN), stacks(), stacks(2, seed=5)
+    v = torch.full((2, 6, RANK), 9.0)
+    wrapper.add_shrink(v, x, (a, c), 1.0)
+    assert not v[:, [1, 5]].any() and not v[:, 4, RANKS[1] :].any()
+    y = integers(6, 9, seed=3)
+    wanted = y.clone()
+    wanted[:, 2:7] = expected(y[:, 2:7], x, a, b, TOKEN_SLOTS)
+    wanted[:, 7:] = expected(y[:, 7:], x, c, d, TOKEN_SLOTS)
+    wrapper.add_expand(y, v, (b, d), (5, 2), offset_start=2)
+    assert torch.equal(y, wanted)
+    wrapper.add_expand(y, v, (b, d), (5, 2), offset_start=2, add_inputs=False)
+    assert torch.equal(y[1, 2:], torch.zeros(7))
+
+
+def test_an_embedding_needs_the_second_half_alone(backend):
+    wrapper, (_, b) = wrapper_for(TOKENS), stacks()
+    picked, y = integers(6, RANK, seed=4), integers(6, 5, seed=3)
+    wanted = reference.lora_expand_(
+        y.clone(), picked, b[:, 0], torch.tensor(TOKEN_SLOTS), torch.tensor(RANKS)
+    )
+    wrapper.add_lora_embedding(y, picked, b, add_input=True)
+    assert torch.equal(y, wanted)
+
+
+def test_logits_belong_to_the_rows_that_are_sampled_from(backend):
+    wrapper, hidden, (a, b) = wrapper_for((30, 30, 0, 10), (30, 0, 10)), integers(3, IN), stacks()
+    y = integers(3, 8, seed=3)  # three columns pad the vocabulary
+    wanted = y.clone()
+    wanted[:, :5] = expected(y[:, :5], hidden, a, b, (0, -1, 1))
+    wrapper.add_lora_logits(y, hidden, a, b, 1.0)
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("samples", [(30, 10), (30, 10, 10)])
+def test_logits_of_a_prompt_have_the_adapter_of_its_tokens(samples, backend):
+    """vLLM hands over a part of the hidden states of all tokens: as many as samples, or not."""
+    wrapper = wrapper_for((30, 30, 10, 10, 10), samples)
+    states, (a, b), y = integers(5, IN), stacks(), torch.zeros(3, 5)
+    wrapper.add_lora_logits(y, states[1:4], a, b, 1.0)
+    assert torch.equal(y, expected(torch.zeros(3, 5), states[1:4], a, b, (0, 1, 1)))
+
+
+def test_rows_of_a_single_adapter_may_be_any_number(backend):
+    wrapper, hidden, (a, b) = wrapper_for((20, 20), (20,)), integers(7, IN), stacks()
+    y = torch.zeros(7, 5)
+    wrapper.add_lora_logits(y, hidden, a, b, 1.0)
+    assert torch.equal(y, expected(torch.zeros(7, 5), hidden, a, b, (2,) * 7))
+
+
+def test_rows_of_unknown_owners_raise():
+    wrapper, (a, b) = wrapper_for((30, 30, 0, 10), (30, 0, 10)), stacks()
+    y, x = torch.zeros(2, 5), integers(2, IN)
+    with pytest.raises(RuntimeError, match=r"the 4 tokens of this step, found 2 rows"):
+        wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    with pytest.raises(RuntimeError, match=r"the 3 samples of this step, found 2 rows"):
+        wrapper.add_lora_logits(y, x, a, b, 1.0)
+    assert not y.any()
+
+
+def test_a_layer_that_no_adapter_touches_costs_nothing(monkeypatch):
+    wrapper, y, x = wrapper_for(TOKENS), torch.zeros(6, 5), integers(6, IN)
+    a, b = stacks(ranks=(0, 0, 0))
+    wrapper._stacks.of_a(a)
+    monkeypatch.setattr(updates, "ops", None)  # not a single call
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    wrapper.add_lora_logits(y, x, a, b, 1.0)
+    step(wrapper, (0,) * 6)
+    wrapper.add_lora_linear(y, x, *zip(stacks(), strict=True), 1.0, (5,))
+
+
+def test_rows_are_grouped_once_per_step(monkeypatch):
+    wrapper, x, layers = wrapper_for(TOKENS), integers(6, IN), [stacks(seed=s) for s in range(4)]
+    made = []
+    monkeypatch.setattr(owners.ops, "lora_plan", lambda *args: made.append(args) or ops_plan(*args))
+    for _ in range(2):
+        for a, b in layers:
+            wrapper.add_lora_linear(torch.zeros(6, 5), x, (a,), (b,), 1.0, (5,))
+    assert len(made) == 1
+    step(wrapper, TOKENS[::-1])
+    wrapper.add_lora_linear(torch.zeros(6, 5), x, *zip(layers[0], strict=True), 1.0, (5,))
+    assert len(made) == 2
+
+
+ops_plan = ops.lora_plan
+
+
+def test_ranks_are_those_of_the_adapters_and_follow_their_exchange(backend):
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
+    assert wrapper._stacks.of_a(a).ranks.tolist() == list(RANKS)
+    with torch.inference_mode():  # as vLLM runs a step
+        met = wrapper._stacks.of_b(b)
+    for stack, seed in ((a, 7), (b, 8)):
+        stack[1] = integers(*stack[1].shape, seed=seed)
+    a[1, 0, 6, 0], a[1, 0, 7] = 1, 0
+    wrapper.slot_changed(1)
+    assert wrapper._stacks.of_a(a).ranks.tolist() == [8, 7, 5] and met.ranks.tolist() == [8, 8, 5]
+    y = torch.zeros(6, 5)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    assert torch.equal(y, expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))
+
+
+def test_what_lies_beyond_a_rank_is_not_read(backend):
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
+    wanted = expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS)
+    b[1, ..., RANKS[1] :] = torch.nan
+    y = torch.zeros(6, 5)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    assert torch.equal(y, wanted)
+
+
+def test_stacks_may_have_another_dtype_than_the_model(backend):
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks(dtype=torch.bfloat16)
+    y = integers(6, 5, seed=3)
+    a[..., 1:] = 0  # so that the update, too, is exact in bfloat16
+    wanted = expected(y, x, a.float(), b.float(), TOKEN_SLOTS)
+    linear, halves, v = y.clone(), y.clone(), torch.zeros(1, 6, RANK)
+    wrapper.add_lora_linear(linear, x, (a,), (b,), 1.0, (5,))
+    assert torch.equal(linear, wanted)
+    wrapper.add_shrink(v, x, (a,), 1.0)
+    wrapper.add_expand(halves, v, (b,), (5,))
+    assert torch.equal(halves, wanted)
+
+
+def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatch):
+    """Without a plan, and without what the host knows of a step: all rows of the base, no adapter
+    anywhere, and the kernels run all the same."""
+    for module in (owners, updates):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
+    ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of_a(a).ranks
+    y, head = torch.zeros(6, 5), torch.zeros(6, 5)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    assert not y.any()
+    for stack, filled in zip((a, b), stacks(), strict=True):
+        stack.copy_(filled)
+    for slot in range(SLOTS):
+        wrapper.slot_changed(slot)
+    step(wrapper, TOKENS)
+    assert ids.tolist() == list(TOKEN_SLOTS) and ranks.tolist() == list(RANKS)
+    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    wrapper.add_lora_logits(head, x, a, b, 1.0)
+    wanted = expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS)
+    assert torch.equal(y, wanted) and torch.equal(head, wanted)
+
+
+def test_a_compiled_graph_follows_steps_and_adapters():
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
+    (c, d) = stacks(9, seed=5)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layer(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.zeros(6, 5)
+        wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+        v, z = torch.zeros(1, 6, RANK), torch.zeros(6, 9)
+        wrapper.add_shrink(v, y[:, :1].expand(6, IN), (c,), 1.0)
+        wrapper.add_expand(z, v, (d,), (9,))
+        wrapper.add_lora_logits(z, x, c, d, 1.0)
+        return y, z
+
+    def check(slots: tuple[int, ...]) -> None:
+        with torch.no_grad():
+            y, z = layer(x)
+        wanted = expected(torch.zeros(6, 5), x, a, b, slots)
+        inner = expected(torch.zeros(6, 9), wanted[:, :1].expand(6, IN), c, d, slots)
+        assert torch.equal(y, wanted)
+        assert torch.equal(z, expected(inner, x, c, d, slots))
+
+    check(TOKEN_SLOTS)
+    step(wrapper, (10, 10, 0, 30, 30, 30))
+    check((1, 1, -1, 0, 0, 0))
+    a[1], b[1] = a[0].clone(), b[0].clone()
+    wrapper.slot_changed(1)
+    check((1, 1, -1, 0, 0, 0))
+
+
+# --- the plug-in ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    """A vllm of version 0.32.1 with a CPU platform."""
+    platform = type("CpuPlatform", (), {"get_punica_wrapper": classmethod(lambda cls: "own")})
+    modules = {"vllm": ModuleType("vllm"), "vllm.platforms.cpu": ModuleType("cpu")}
+    modules["vllm"].__version__ = "0.32.1"
+    modules["vllm.platforms.cpu"].CpuPlatform = platform
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("LORA_EXT_VLLM", raising=False)
+    return modules["vllm"], platform
+
+
+def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
+    with warnings.catch_warnings(action="error"):
+        plugin.register()
+        plugin.register()
+    name = fake_vllm[1].get_punica_wrapper()
+    assert name == "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"
+
+
+def test_another_version_is_left_alone_with_one_sentence(fake_vllm):
+    fake_vllm[0].__version__ = "0.33.0"
+    with pytest.warns(UserWarning, match=r"expected vLLM 0\.32, found 0\.33\.0: vLLM's own"):
+        plugin.register()
+    assert fake_vllm[1].get_punica_wrapper() == "own"
+
+
+def test_the_switch_turns_it_off(fake_vllm, monkeypatch):
+    monkeypatch.setenv("LORA_EXT_VLLM", "0")
+    plugin.register()
+    assert fake_vllm[1].get_punica_wrapper() == "own"
+
+
+def test_an_unknown_switch_raises(fake_vllm, monkeypatch):
+    monkeypatch.setenv("LORA_EXT_VLLM", "gpu")
+    with pytest.raises(ValueError, match="LORA_EXT_VLLM: expected 0, 1 or cuda, found 'gpu'"):
+        plugin.register()

@@ -1,0 +1,78 @@
+"""Engines of vLLM, where it is installed: `make vllm` makes an environment and runs these tests."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # This folder, on the path for its helpers, would itself pass for a package named vllm.
+    spec = importlib.util.find_spec("vllm")
+    if spec is not None and spec.origin is not None:
+        return
+    reason = "vllm is not installed; `make vllm` makes an environment that has it"
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model `base`, a classifier, and adapters."""
+    import served_llama
+
+    made = tmp_path_factory.mktemp("llama")
+    served_llama.make(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def peft_model(folder: Path) -> Any:
+    """The same through transformers and PEFT."""
+    import served_llama
+
+    return served_llama.Reference(folder)
+
+
+@contextlib.contextmanager
+def _environment(processes: bool) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes)))
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("LORA_EXT_VLLM", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def make_engine(folder: Path) -> Iterator[Callable]:
+    """``make_engine(**options)``: a block with an engine in this process, with the kernels that
+    LORA_EXT_VLLM chooses by default."""
+    import served_llama
+
+    with _environment(processes=False):
+        yield functools.partial(served_llama.started, folder)
+
+
+@pytest.fixture
+def make_processes(folder: Path) -> Iterator[Callable]:
+    """The same with the engine and its workers in processes of their own, as vLLM has it."""
+    import served_llama
+
+    with _environment(processes=True):
+        yield functools.partial(served_llama.started, folder)
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine: Callable) -> Iterator[Any]:
+    """Four slots, more adapters than that, rank 16 at most."""
+    with make_engine() as made:
+        yield made

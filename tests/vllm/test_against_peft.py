@@ -1,0 +1,160 @@
+"""Rows of many adapters through one engine, against PEFT row by row and vLLM's own kernels."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+# float32, two layers: the largest difference seen against PEFT is 5e-5 where |logprob| reaches 30.
+ATOL = 3e-4
+FULL = ["a", "b", "c", "d", "a", "b"]
+HALF = ["a", None, "c", None, "b", None]
+
+
+@pytest.fixture(autouse=True)
+def emptied(engine):
+    engine.forget()
+
+
+def test_the_plug_in_is_in_use(engine):
+    assert type(engine.wrapper).__name__ == "LoraExtWrapperCPU"
+
+
+@pytest.mark.parametrize("names", [FULL, HALF, [None] * 4, ["d"] * 5], ids=repr)
+def test_rows_equal_peft_and_vllms_kernels(names, engine, peft_model):
+    ours = engine.run(names)
+    peft_model.check(ours, names, ATOL)
+    with engine.theirs():
+        theirs = engine.run(names)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.logprobs, other.logprobs, rtol=0, atol=ATOL)
+        assert mine.tokens == other.tokens
+
+
+def test_true_ranks_are_in_use(engine):
+    engine.run(["a", "b", "c", "d"])
+    slots = {name: engine.manager.lora_index_to_id.index(i) for i, name in enumerate("abcd", 1)}
+    met = list(engine.wrapper._stacks._met.values())
+    assert len(met) >= 2 * 7
+    for stack in met:
+        found = [int(stack.ranks[slots[name]]) for name in "abcd"]
+        assert found in ([4, 8, 3, 16], [0] * 4)  # zeros: the output head, which none touches
+
+
+def test_rows_of_the_base_where_all_slots_are_full(engine, peft_model):
+    names = [None, "a", "b", None, "c", "d"]
+    peft_model.check(engine.run(names), names, ATOL)
+
+
+def test_rows_of_the_base_after_the_last_slots_adapter_was_removed(engine, peft_model):
+    engine.run(["a", "b", "c", "d"])
+    engine.llm.llm_engine.remove_lora(4)
+    peft_model.check(engine.run([None, "a"]), [None, "a"], ATOL)
+
+
+def test_heads_and_embeddings_of_some_rows(engine, peft_model):
+    names = ["head", "a", None, "head2", "d", "head"]
+    peft_model.check(engine.run(names), names, ATOL)
+    peft_model.check(engine.run(names[::-1]), names[::-1], ATOL)
+
+
+def test_more_adapters_than_slots(engine, peft_model):
+    for names in (["a", "b", "c", "d"], ["e", "f", "b", None], ["a", "e", None, "c"], ["d", "f"]):
+        peft_model.check(engine.run(names), names, ATOL)
+    everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2  # in turns, as slots become free
+    peft_model.check(engine.run(everyone), everyone, ATOL)
+
+
+def test_an_adapter_is_replaced_in_place(engine, peft_model, folder):
+    names = ["changing", None, "b"]
+    peft_model.check(engine.run(names), ["a", None, "b"], ATOL)
+    shutil.copytree(folder / "a2", folder / "changing", dirs_exist_ok=True)
+    assert engine.llm.llm_engine.add_lora(engine.request("changing", load_inplace=True))
+    assert engine.llm.reset_prefix_cache()  # blocks are keyed by the adapter's name
+    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # another rank, too
+
+
+def test_long_prompts_in_chunks(engine, peft_model):
+    names = ["a", None, "d", "head"]  # 64 tokens fit in a step
+    prompts = [[2 + (7 * i + k) % 90 for i in range(90)] for k in range(4)]
+    peft_model.check(engine.run(names, prompts), names, ATOL)
+
+
+def test_cached_prefixes_are_those_of_the_adapter(engine, peft_model):
+    prompts = [[2 + i % 90 for i in range(100)]] * 3  # a block of the cache has 32 tokens
+    for names, cached in ((["a", "b", None], 0), (["b", None, "a"], 96)):
+        answers = engine.run(names, prompts)
+        peft_model.check(answers, names, ATOL)
+        assert [answer.cached for answer in answers] == [cached] * 3
+
+
+@pytest.mark.parametrize("names", [["a", "b", None], ["head", "head2", None, "a"], ["head"] * 2])
+def test_log_probabilities_of_prompts(names, engine, peft_model):
+    from served_llama import PROMPTS, VOCABULARY, table
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=VOCABULARY)
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": p} for p in PROMPTS[: len(names)]],
+        how,
+        lora_request=[engine.request(name) for name in names],
+        use_tqdm=False,
+    )
+    for output, name in zip(outputs, names, strict=True):
+        found = table(output.prompt_logprobs[1:])
+        wanted = peft_model.logprobs(name, output.prompt_token_ids)[:-1]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
+
+
+def test_beam_search_has_one_adapter_per_prompt(engine, peft_model):
+    from served_llama import PROMPTS
+    from vllm.sampling_params import BeamSearchParams
+
+    names = ["a", None, "d"]
+    outputs = engine.llm.beam_search(
+        [{"prompt_token_ids": p} for p in PROMPTS[:3]],
+        BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True),
+        lora_request=[engine.request(name) for name in names],
+    )
+    for output, name, prompt in zip(outputs, names, PROMPTS[:3], strict=True):
+        for beam in output.sequences:
+            values = peft_model.logprobs(name, beam.tokens)[len(prompt) - 1 : -1]
+            chosen = values.gather(1, torch.tensor(beam.tokens[len(prompt) :])[:, None])
+            assert abs(float(chosen.sum()) - beam.cum_logprob) < 10 * ATOL
+
+
+def test_several_samples_of_a_prompt_have_its_adapter(engine, peft_model):
+    from served_llama import PROMPTS
+    from vllm import SamplingParams
+
+    names = ["c", None, "a"]
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": p} for p in PROMPTS[:3]],
+        SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True, logprobs=1),
+        lora_request=[engine.request(name) for name in names],
+        use_tqdm=False,
+    )
+    for output, name, prompt in zip(outputs, names, PROMPTS[:3], strict=True):
+        for sample in output.outputs:
+            tokens = list(sample.token_ids)
+            values = peft_model.logprobs(name, [*prompt, *tokens])[len(prompt) - 1 : -1]
+            chosen = values.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            found = [at[token].logprob for at, token in zip(sample.logprobs, tokens, strict=True)]
+            torch.testing.assert_close(torch.tensor(found), chosen, rtol=0, atol=ATOL)
+
+
+def test_chat_has_one_adapter_per_conversation(engine, peft_model):
+    from served_llama import VOCABULARY, Answer
+    from vllm import SamplingParams
+
+    names = ["b", None, "c"]
+    talks = [[{"role": "user", "content": f"w{10 + i} w{20 + i}"}] for i in range(3)]
+    how = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=VOCABULARY)
+    outputs = engine.llm.chat(
+        talks, how, lora_request=[engine.request(name) for name in names], use_tqdm=False
+    )
+    answers = [Answer(output) for output in outputs]
+    assert answers[0].prompt == [2, 10, 20, 3]
+    peft_model.check(answers, names, ATOL)

