@@ -1,14 +1,15 @@
+# ruff: noqa: D102  (families override what Leaf and Joint document)
 """The Gaussian over all variables of a region at once.
 
 Rows of data that miss the same variables share all matrices, so they are computed together. Letters
-as in ``leaves``, and ``d`` variables of a region, ``M`` blocks of ``K`` units, ``E`` rows of data, each
-with an owner: the block, or the one distribution, that it meets.
+as in ``leaves``, and ``d`` variables of a region, ``M`` blocks of ``K`` units, ``E`` rows of data,
+each with an owner: the block, or the one distribution, that it meets.
 
 One factorisation answers everything. Let the rows of ``L``, the Cholesky factor of the covariance,
 be sorted so that those of the variables seen come first. The triangle of its QR decomposition is
 the Cholesky factor of the covariance in that order, ``[[A, 0], [D, C]]``: ``A`` is that of what is
-seen, ``D A^-1`` takes its distance from the mean to the mean of the rest, and ``C`` is the factor of
-the rest's covariance given what is seen. No covariance is formed or inverted, so no digits are lost.
+seen, ``D A^-1`` takes its distance from the mean to the mean of the rest, and ``C`` is the factor
+of the rest's covariance given what is seen. No covariance is formed or inverted: no digits are lost.
 
 Source: Ghahramani and Jordan 1994 (EM of mixtures with missing data).
 """
@@ -33,16 +34,16 @@ class _Group(NamedTuple):
     seen: Tensor  # variables, ascending
     hidden: Tensor
     owner: Tensor  # (G,)
-    index: Tensor  # (G, T), rows of data; the owner's first again where it has fewer
+    entry: Tensor  # (G, T), rows of data; the owner's first again where it has fewer
     inside: Tensor  # (G, T), whether it counts
 
     def fill(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Data ``x (E, d)`` with values ``(G, T, K, h)`` where they are hidden, ``(G, T, K, d)``."""
-        full = x[self.index][:, :, None].repeat(1, 1, hidden.shape[2], 1)
+        """Data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K, d)``."""
+        full = x[self.entry][:, :, None].repeat(1, 1, hidden.shape[2], 1)
         full[..., self.hidden] = hidden
         return full
 
-    def entries(self, values: Tensor) -> Tensor:
+    def counted(self, values: Tensor) -> Tensor:
         """Those of ``(G, T, ...)`` that count, in a row."""
         return values[self.inside]
 
@@ -72,7 +73,7 @@ class _Gaussians(NamedTuple):
             variables = torch.cat([group.seen, group.hidden]) if hidden else variables
             factor = _triangle(factor[..., variables, :])
         known, cross, rest = factor[..., :k, :k], factor[..., k:, :k], factor[..., k:, k:]
-        distance = x[group.index][:, None, :, group.seen] - mean[..., group.seen]  # (G, K, T, k)
+        distance = x[group.entry][:, None, :, group.seen] - mean[..., group.seen]  # (G, K, T, k)
         units = torch.linalg.solve_triangular(known, distance.mT, upper=False)  # of deviation
         log_prob = _log_peak(known)[..., None] - 0.5 * units.square().sum(-2)
         shifted = mean[..., variables[k:]] + (cross @ units).mT
@@ -88,21 +89,21 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
         sizes = count.tolist()
     owners = int(owner.max()) + 1 if len(x) else 1
     order = (number * owners + owner).argsort(stable=True)
-    for pattern, entry in zip(patterns, order.split(sizes), strict=True):
-        owned, count = owner[entry].unique_consecutive(return_counts=True)
+    for pattern, members in zip(patterns, order.split(sizes), strict=True):
+        owned, count = owner[members].unique_consecutive(return_counts=True)
         place = torch.arange(int(count.max()) if len(count) else 0, device=x.device)
         first = (count.cumsum(0) - count)[:, None]
         inside = place < count[:, None]
-        index = entry[torch.where(inside, first + place, first)]
+        entry = members[torch.where(inside, first + place, first)]
         seen, hidden = (t.nonzero()[:, 0] for t in (~pattern, pattern))
-        yield _Group(seen, hidden, owned, index, inside)
+        yield _Group(seen, hidden, owned, entry, inside)
 
 
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
     """What ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
     groups = list(_groups(x, owner))
-    values = torch.cat([g.entries(answer(g)) for g in groups])
-    order = torch.cat([g.entries(g.index) for g in groups])
+    values = torch.cat([g.counted(answer(g)) for g in groups])
+    order = torch.cat([g.counted(g.entry) for g in groups])
     return values[order.argsort()]
 
 
@@ -217,7 +218,7 @@ class MultivariateGaussian(Joint):
             given = gaussians.given(group, x, group.owner[:, None])
             value = given.mean
             if u is not None:
-                z = normal_quantile(u.to(x.dtype))[group.index][..., group.hidden]
+                z = normal_quantile(u.to(x.dtype))[group.entry][..., group.hidden]
                 value = value + (z @ given.factor[:, 0].mT)[:, :, None]
             return group.fill(x, value)[:, :, 0]
 
@@ -274,7 +275,7 @@ def _expected(
             continue
         rows = units[group.owner]
         given = old.given(group, flat, rows)
-        w = (weight[group.index] * group.inside[..., None]).transpose(1, 2)  # (G, K, T)
+        w = (weight[group.entry] * group.inside[..., None]).transpose(1, 2)  # (G, K, T)
         value = group.fill(flat, given.mean).transpose(1, 2)  # (G, K, T, d)
         _add(count, rows, w.sum(2))
         _add(total, rows, (w[..., None] * (value - old.mean[rows][:, :, None])).sum(2))

@@ -54,7 +54,8 @@ class Parameters(nn.Module):
             table = fresh_table(leaf, rows, size)
             self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
         # The leaf units of a family come in blocks that see one variable and have consecutive rows;
-        # kept are the size of a block and the variables that the family sees.
+        # kept are the size of a block and the variables that the family sees; if one unit sees
+        # several, also those of each block.
         self._blocks: list[int] = []
         self._names: list[list[int]] = []
         for family, (leaf, *_) in enumerate(self.layered.families):
