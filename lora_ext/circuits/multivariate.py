@@ -9,7 +9,7 @@ One factorisation answers everything. Let the rows of ``L``, the Cholesky factor
 be sorted so that those of the variables seen come first. The triangle of its QR decomposition is
 the Cholesky factor of the covariance in that order, ``[[A, 0], [D, C]]``: ``A`` is that of what is
 seen, ``D A^-1`` takes its distance from the mean to the mean of the rest, and ``C`` is the factor
-of the rest's covariance given what is seen. No covariance is formed or inverted: no digits are lost.
+of the rest's covariance given what is seen. No covariance is formed, so no digits are lost.
 
 Source: Ghahramani and Jordan 1994 (EM of mixtures with missing data).
 """

@@ -347,6 +347,16 @@ def test_marginals_are_a_mixture_of_conditionals():
     assert found.log_prob.shape == (20, 3, 0)
 
 
+def test_correlations_near_one_keep_their_digits_in_float32():
+    """1 - 1 / (1 + 1e-6) from a covariance would be off by several percent."""
+    made = Circuit(RegionGraph.cp(2, 1, LEAF))
+    with torch.no_grad():
+        made.leaves[0]["lower"].fill_(1.0)
+        made.leaves[0]["log_diagonal"].copy_(torch.tensor([0.0, math.log(1e-3)]))
+    found = made.univariate_marginals(torch.tensor([[math.nan, 0.5]]))
+    assert found.variance[0, 0].item() == pytest.approx(1e-6 / (1 + 1e-6), rel=1e-5)
+
+
 def test_map_is_the_best_component_at_its_conditional_mean():
     made, x = circuit("mixture", 11), rows_with_gaps(3, 20, seed=6)
     normal, prior = normals(made, 0), made.weights.detach().log_softmax(0)
