@@ -18,6 +18,7 @@ from lora_ext.circuits import (
     Categorical,
     Circuit,
     Gaussian,
+    Indicator,
     Input,
     MultivariateGaussian,
     RegionGraph,
@@ -381,6 +382,22 @@ def test_one_gaussian_has_torchs_entropy_and_divergence():
     close(p.entropy(), normals(p, 0).entropy()[0])
     close(p.kl_divergence(q), kl_divergence(normals(p, 0), normals(q, 0))[0])
     assert p.kl_divergence(p).abs() < 1e-12
+
+
+def test_entropy_and_divergence_of_a_decision_between_gaussians():
+    inputs = {f"is {v}": Input([0], Indicator((v,))) for v in range(2)}
+    inputs |= {f"then {v}": Input([1, 2], LEAF) for v in range(2)}
+    graph = RegionGraph.from_edges(inputs, [("s", [f"is {v}", f"then {v}"]) for v in range(2)])
+    p, q = circuit_of(graph, 1), circuit_of(graph, 2)
+    with torch.no_grad():
+        next(t for t in p.leaves if "lower" in t)["lower"].normal_()
+    first = next(i for i, r in enumerate(graph.regions) if r.leaf == LEAF)
+    a, b = ([normals(c, first + v) for v in range(2)] for c in (p, q))
+    u, w = (c.weights.detach().log_softmax(0) for c in (p, q))
+    entropies = torch.cat([n.entropy() for n in a])
+    distances = torch.cat([kl_divergence(*pair) for pair in zip(a, b, strict=True)])
+    close(p.entropy(), u.exp() @ (entropies - u))
+    close(p.kl_divergence(q), u.exp() @ (distances + u - w))
 
 
 # --- the house around it --------------------------------------------------------------------------
