@@ -15,6 +15,7 @@ from lora_ext.circuits.leaves import (
     Indicator,
     Leaf,
 )
+from lora_ext.circuits.multivariate import MultivariateGaussian
 from lora_ext.circuits.picture import draw_graph
 from lora_ext.circuits.queries import Marginals
 from lora_ext.circuits.region_graph import RegionGraph
@@ -38,6 +39,7 @@ __all__ = [
     "Leaf",
     "MapResult",
     "Marginals",
+    "MultivariateGaussian",
     "PCStructureError",
     "Partition",
     "Region",

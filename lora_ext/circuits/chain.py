@@ -154,7 +154,7 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
         require(k == 1, where, "evidence, or k = 1, of a continuous variable", f"k = {k}")
         every = torch.arange(len(units), device=circuit.weights.device)
         value, log_prob = family.mode(table, every)
-        return value[:, None], log_prob[:, None]
+        return value.view(-1, 1), log_prob[:, None]
     log_prob, value = _largest(family.log_table(table), k)
     return value, log_prob
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import compile_graph
-from lora_ext.circuits.leaves import Indicator
+from lora_ext.circuits.leaves import fresh_table
 from lora_ext.circuits.parameters import Parameters
 from lora_ext.circuits.region_graph import RegionGraph
 
@@ -56,7 +56,7 @@ def load(path: str | Path, block: int) -> tuple[RegionGraph, str, dict[str, Tens
 def _state_shapes(graph: RegionGraph, block: int) -> dict[str, tuple[int, ...]]:
     layered = compile_graph(graph, block)
     shapes: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
-    for i, (leaf, _, _, rows) in enumerate(layered.families):
-        for k, t in ({} if isinstance(leaf, Indicator) else leaf.table(0)).items():
-            shapes[f"leaves.{i}.{k}"] = (rows, *t.shape[1:])
+    for i, family in enumerate(layered.families):
+        for k, t in fresh_table(family.leaf, 0, family.size).items():
+            shapes[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
     return shapes

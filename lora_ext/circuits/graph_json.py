@@ -17,12 +17,21 @@ from lora_ext.circuits.leaves import (
     Indicator,
     Leaf,
 )
+from lora_ext.circuits.multivariate import MultivariateGaussian
 from lora_ext.circuits.regions import Partition, Region
 from lora_ext.circuits.scopes import variables
 
 FAMILIES: dict[str, type[Leaf]] = {
     family.__name__.lower(): family
-    for family in (Categorical, Bernoulli, Binomial, Gaussian, Indicator, External)
+    for family in (
+        Categorical,
+        Bernoulli,
+        Binomial,
+        Gaussian,
+        MultivariateGaussian,
+        Indicator,
+        External,
+    )
 }
 _MAX_SCOPE_BITS = 1 << 33
 

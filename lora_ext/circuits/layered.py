@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext.circuits.errors import PCStructureError, require
-from lora_ext.circuits.leaves import Indicator, Leaf
+from lora_ext.circuits.leaves import Indicator, Joint, Leaf
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.regions import Partition
 from lora_ext.circuits.scopes import variables
@@ -37,12 +37,23 @@ _MAX_BINS = 4
 class InputLayer:
     """Where each leaf unit finds its data and parameters.
 
-    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family.
+    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family. Of
+    a leaf over several variables, ``var`` has the last, for no two leaves of a walk share one.
     """
 
     var: Tensor
     dist: Tensor
     row: Tensor
+
+
+class Family(NamedTuple):
+    """A family of leaf units: its columns, rows of its table, and variables that a unit sees."""
+
+    leaf: Leaf
+    begin: int
+    end: int
+    rows: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Layered:
 
     Attributes:
         num_units: columns of ``val``.
-        families: of the leaf units, in their order: family and range of columns.
+        families: of the leaf units, in their order.
         indicator_values: of each leaf unit, the value that an indicator looks for.
         inputs: leaf units.
         factors: inputs over several variables, written to ``val`` after the leaf units.
@@ -99,7 +110,7 @@ class Layered:
     """
 
     num_units: int
-    families: tuple[tuple[Leaf, int, int, int], ...]
+    families: tuple[Family, ...]
     indicator_values: Tensor
     inputs: InputLayer
     factors: ProductLayer
@@ -156,24 +167,25 @@ class _Compiler:
 
         Returns families, layer, indicator values, and the first column of each variable by region.
         """
-        grouped: dict[object, list[int]] = {}
+        grouped: dict[tuple[object, int], list[int]] = {}
         for i, region in enumerate(self.graph.regions):
             if region.leaf is not None:
+                size = region.variables.bit_count() if isinstance(region.leaf, Joint) else 1
                 key = Indicator if isinstance(region.leaf, Indicator) else region.leaf
-                grouped.setdefault(key, []).append(i)
+                grouped.setdefault((key, size), []).append(i)
         var: list[int] = []
         dist: list[int] = []
         row: list[int] = []
         values: list[int] = []
         columns: dict[int, list[int]] = {}
-        families: list[tuple[Leaf, int, int, int]] = []
-        for family, members in enumerate(grouped.values()):
+        families: list[Family] = []
+        for family, ((_, size), members) in enumerate(grouped.items()):
             begin, num_rows = FIRST_LEAF + len(var), 0
             leaf = self.graph.regions[members[0]].leaf
             assert leaf is not None
             for i in members:
                 region = self.graph.regions[i]
-                names = variables(region.variables)
+                names = variables(region.variables)[size - 1 :]
                 base = num_rows if region.tie is None else self.tied.get(region.tie, num_rows)
                 if region.tie is not None:
                     self.tied[region.tie] = base
@@ -189,7 +201,7 @@ class _Compiler:
                         if isinstance(region.leaf, Indicator)
                         else [0] * region.units
                     )
-            families.append((leaf, begin, FIRST_LEAF + len(var), num_rows))
+            families.append(Family(leaf, begin, FIRST_LEAF + len(var), num_rows, size))
         layer = InputLayer(_int32(var), _int32(dist), _int32(row))
         return tuple(families), layer, _int32(values), columns
 

@@ -12,7 +12,7 @@ from lora_ext.circuits._execution import Weights
 from lora_ext.circuits._sums import last_sum, mean
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
-from lora_ext.circuits.leaves import External, Indicator
+from lora_ext.circuits.leaves import External, Indicator, Joint
 from lora_ext.circuits.parameters import Parameters
 from lora_ext.circuits.scopes import variables
 
@@ -71,10 +71,14 @@ def em_step(
     for family, table, span in circuit._families():
         if isinstance(family, Indicator | External):
             continue
-        var = circuit._var[span]
-        flow = torch.where(missing[:, var], 0, units[:, FIRST_LEAF:][:, span])
+        flow = units[:, FIRST_LEAF:][:, span]
+        if isinstance(family, Joint):  # which knows itself what it sees in part
+            observed = circuit._joint_data(span, filled, missing)
+        else:
+            var = circuit._var[span]
+            flow = torch.where(missing[:, var], 0, flow)
+            observed = filled[:, var].to(circuit.weights.dtype)
         data = {k: t.data for k, t in table.items()}
-        observed = filled[:, var].to(circuit.weights.dtype)
         family.update(data, circuit._row[span], observed, flow, step, pseudocount)
     return mean(log_prob)
 

@@ -5,7 +5,8 @@ parameters of all leaf units of one family in one table, a row per distribution.
 of the table, ``N`` leaf units, each with its row; ``B`` rows of data. Leaf units come in blocks of
 equal size that see one variable and have consecutive rows.
 
-An observation that is missing (-1, or NaN in floating data) never reaches a family.
+An observation that is missing (-1, or NaN in floating data) never reaches a family, but for those
+whose units see several variables, ``Joint``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lora_ext.circuits.errors import require
 from lora_ext.reference.circuit import draw, log_softmax
 
 Table = dict[str, Tensor]
-_LOG_TAU = math.log(2 * math.pi)
+LOG_TAU = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,49 @@ class Leaf:
         """
 
 
+@dataclass(frozen=True)
+class Joint(Leaf):
+    """A family whose units are each one distribution over all d variables of their region.
+
+    A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
+    floating point, NaN where they are missing.
+    """
+
+    def table(self, rows: int, size: int = 1) -> Table:
+        """Fresh parameters for ``rows`` distributions over ``size`` variables, all different."""
+        raise NotImplementedError
+
+    def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
+        """As ``log_prob``, where what is missing takes its most probable values."""
+        raise NotImplementedError
+
+    def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every variable given what is seen, ``(B, M, N / M, d)`` each."""
+        raise NotImplementedError
+
+    def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Data ``(A, d)`` with what is missing in it.
+
+        Args:
+            table: parameters of the family.
+            row: ``(A,)``, the distribution of each row of data.
+            x: ``(A, d)``.
+            u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
+                values.
+        """
+        raise NotImplementedError
+
+
+def fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
+    """Fresh parameters of a family for regions of ``size`` variables."""
+    return leaf.table(rows, size) if isinstance(leaf, Joint) else leaf.table(rows)
+
+
+def normal_quantile(u: Tensor) -> Tensor:
+    """The standard normal number below which lies the probability ``u`` of [0, 1), never inf."""
+    return torch.special.ndtri(u.clamp(2.0**-25, 1 - 2.0**-24))
+
+
 def _per_row(row: Tensor, values: Tensor, rows: int) -> Tensor:
     """Values ``(B, N)`` of leaf units, added up over the data and the units of a row, ``(R,)``."""
     return sums_at(row.expand_as(values), values, rows)
@@ -103,6 +147,12 @@ def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
 def _require_count(where: str, count: object) -> None:
     whole = isinstance(count, int) and count >= 1
     require(whole, where, "a whole number, at least 1", repr(count))
+
+
+def require_min_std(where: str, min_std: float) -> None:
+    """Refuse what is no bound of a deviation."""
+    positive = 0 < min_std < math.inf
+    require(positive, f"{where}: min_std", "a positive number", min_std)
 
 
 class Finite(Leaf):
@@ -254,8 +304,7 @@ class Gaussian(Leaf):
     min_std: float = 1e-3
 
     def __post_init__(self) -> None:
-        positive = 0 < self.min_std < math.inf
-        require(positive, "Gaussian: min_std", "a positive number", self.min_std)
+        require_min_std("Gaussian", self.min_std)
 
     def table(self, rows: int) -> Table:
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
@@ -265,17 +314,17 @@ class Gaussian(Leaf):
             F.embedding(row, table[k][:, None]).view(x.shape[1], -1) for k in ("mean", "log_std")
         )
         x = x[..., None]
-        return -0.5 * (((x - mean) * (-log_std).exp()).square() + _LOG_TAU) - log_std
+        return -0.5 * (((x - mean) * (-log_std).exp()).square() + LOG_TAU) - log_std
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
-        z = torch.special.ndtri(u.to(table["mean"].dtype).clamp(2.0**-25, 1 - 2.0**-24))
+        z = normal_quantile(u.to(table["mean"].dtype))
         return table["mean"][row] + table["log_std"][row].exp() * z
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
         return table["mean"], (2 * table["log_std"]).exp()
 
     def entropy(self, table: Table) -> Tensor:
-        return 0.5 * (1 + _LOG_TAU) + table["log_std"]
+        return 0.5 * (1 + LOG_TAU) + table["log_std"]
 
     def divergence(self, table: Table, other: Table) -> Tensor:
         (mean, variance), (there, spread) = self.moments(table), self.moments(other)
@@ -283,7 +332,7 @@ class Gaussian(Leaf):
         return other["log_std"] - table["log_std"] + distance - 0.5
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
-        return table["mean"][row], -0.5 * _LOG_TAU - table["log_std"][row]
+        return table["mean"][row], -0.5 * LOG_TAU - table["log_std"][row]
 
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
@@ -312,9 +361,6 @@ class Indicator(Leaf):
         known = all(isinstance(v, int) and v >= 0 for v in self.values)
         require(known, "Indicator: values", "whole numbers from 0", self.values)
         object.__setattr__(self, "values", tuple(self.values))
-
-    def table(self, rows: int) -> Table:
-        raise NotImplementedError  # the graph holds the values: there is nothing to learn
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lora_ext.circuits._execution import Execution, Weights
 from lora_ext.circuits._sums import in_rows
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
-from lora_ext.circuits.leaves import External, Finite, Indicator, Leaf
+from lora_ext.circuits.leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
 from lora_ext.circuits.program import compile_program, rows_of_one_width
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.scopes import variables
@@ -51,18 +51,23 @@ class Parameters(nn.Module):
         self._matrices = rows_of_one_width(program)
         self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
         self.leaves = nn.ModuleList()
-        for leaf, _, _, rows in self.layered.families:
-            table = {} if isinstance(leaf, Indicator) else leaf.table(rows)
+        for leaf, _, _, rows, size in self.layered.families:
+            table = fresh_table(leaf, rows, size)
             self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
         # The leaf units of a family come in blocks that see one variable and have consecutive rows;
-        # kept are the size of a block and the variables that the family sees.
+        # kept are the size of a block and the variables that the family sees; if one unit sees
+        # several, also those of each block.
         self._blocks: list[int] = []
         self._names: list[list[int]] = []
-        for family in range(len(self.layered.families)):
+        for family, (leaf, *_) in enumerate(self.layered.families):
             members = [r for i, r in enumerate(graph.regions) if self._family(i) == family]
             scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
             self._blocks.append(math.gcd(*(r.units for r in members)))
             self._names.append(variables(scope))
+            if isinstance(leaf, Joint):
+                blocks = [(r, r.units // self._blocks[-1]) for r in members]
+                scopes = [variables(r.variables) for r, number in blocks for _ in range(number)]
+                self.register_buffer(f"_scopes{family}", torch.tensor(scopes), persistent=False)
         self.register_buffer("_var", self.layered.inputs.var.long(), persistent=False)
         self.register_buffer("_row", self.layered.inputs.row.long(), persistent=False)
         self.register_buffer("_indicators", self.layered.indicator_values.long(), persistent=False)
@@ -92,13 +97,14 @@ class Parameters(nn.Module):
         return self.weights[first : first + units * products].view(units, products)
 
     def region_leaves(self, region: int) -> dict[str, Tensor]:
-        """Parameters of an input region, views with a row per unit of each variable in turn."""
+        """Parameters of an input region, views with a row per unit, of each variable in turn."""
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
         require(node.leaf is not None, "region_leaves: region", "an input", found)
         unit = self._first_leaf(region)
         row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
-        rows = slice(row, row + node.units * node.variables.bit_count())
+        each = 1 if isinstance(node.leaf, Joint) else node.variables.bit_count()
+        rows = slice(row, row + node.units * each)
         return {k: t[rows] for k, t in self._table(family).items()}
 
     def _first_leaf(self, region: int) -> int:
@@ -122,8 +128,18 @@ class Parameters(nn.Module):
 
     def _families(self) -> Iterable[tuple[Leaf, dict[str, Tensor], slice]]:
         """Every family with its table and the range of its leaf units."""
-        for family, (leaf, begin, end, _) in enumerate(self.layered.families):
+        for family, (leaf, begin, end, *_) in enumerate(self.layered.families):
             yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
+
+    def _scopes(self, span: slice) -> Tensor:
+        """Variables of the blocks of leaf units in the range of a joint family, ``(M, d)``."""
+        return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
+
+    def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
+        """What the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
+        scopes = self._scopes(span)
+        seen = filled[:, scopes].to(self.weights.dtype)
+        return torch.where(missing[:, scopes], torch.nan, seen)
 
     # --- what is executed -------------------------------------------------------------------------
     def _run(self) -> Execution:
@@ -265,9 +281,11 @@ class Parameters(nn.Module):
             elif isinstance(leaf, Indicator):
                 hit = filled[:, var, None] == self._indicators[span].view(-1, block)
                 e = torch.where(hit, 0.0, -torch.inf).to(dtype)
+            elif isinstance(leaf, Joint):
+                e = leaf.log_prob(table, self._row[span], self._joint_data(span, filled, missing))
             else:
                 e = leaf.log_prob(table, self._row[span], filled[:, var])
-            if not complete and not isinstance(leaf, External):
+            if not complete and not isinstance(leaf, External | Joint):
                 e = torch.where(missing[:, var, None], 0, e)
             parts.append(e.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -11,7 +11,7 @@ from lora_ext.circuits import checks, learning
 from lora_ext.circuits._sums import add_columns
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
-from lora_ext.circuits.leaves import Indicator, Leaf
+from lora_ext.circuits.leaves import Indicator, Joint, Leaf
 from lora_ext.circuits.parameters import Parameters
 
 
@@ -56,6 +56,14 @@ def univariate_marginals(
             add_columns(table, var * size + value, flow)
             center = value.to(flow.dtype)
             spread = torch.zeros_like(center)
+        elif isinstance(family, Joint):
+            data = circuit._joint_data(span, filled, missing)
+            moments = family.moments_given(parameters, row, data)
+            center, spread = (t.flatten(1) for t in moments)  # (B, N d)
+            scopes = circuit._scopes(span)
+            var = scopes[:, None].expand(-1, block, -1).flatten()
+            flow = flow.repeat_interleave(scopes.shape[1], 1)
+            continuous[var] = True
         else:
             center, spread = (t[row] for t in family.moments(parameters))
             if values:

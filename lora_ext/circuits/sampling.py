@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,12 +10,9 @@ from torch import Tensor
 from lora_ext.circuits import checks
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
-from lora_ext.circuits.leaves import Indicator, Leaf
+from lora_ext.circuits.leaves import Indicator, Joint
 from lora_ext.circuits.parameters import Parameters
 from lora_ext.reference.circuit import draw
-
-# Given a family, its table, (walks, variables) and rows of the table, (A,) each, it gives values.
-_Value = Callable[[Leaf, dict[str, Tensor], tuple[Tensor, Tensor], Tensor], Tensor]
 
 
 class MapResult(NamedTuple):
@@ -69,13 +65,9 @@ def sample(
         largest = terms.amax(1, keepdim=True)
         return draw((terms - largest).exp(), u[m, slot[region]])
 
-    def value(leaf: Leaf, table: dict[str, Tensor], entry: tuple[Tensor, Tensor], rows: Tensor):
-        m, v = entry
-        return leaf.sample(table, rows, u[m, len(inner) + v].to(dtype))
-
     chosen = circuit._run().choose(val, circuit._weights(), row, top[row], pick)
     x = room_for_values(circuit, evidence)[row]
-    _fill(circuit, x, chosen, missing[row], value)
+    _fill(circuit, x, chosen, missing[row], u[:, len(inner) :].to(dtype))
     return x.unflatten(0, (len(evidence), num_samples))
 
 
@@ -90,12 +82,9 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
     def pick(terms: Tensor, m: Tensor, region: Tensor) -> Tensor:
         return terms.max(1).indices
 
-    def value(leaf: Leaf, table: dict[str, Tensor], entry: tuple[Tensor, Tensor], rows: Tensor):
-        return leaf.mode(table, rows)[0]
-
     chosen = circuit._run().choose(val, circuit._weights(), row, top, pick)
     x = room_for_values(circuit, evidence)
-    _fill(circuit, x, chosen, missing, value)
+    _fill(circuit, x, chosen, missing)
     exact = checks.is_deterministic(circuit.graph) is True
     return MapResult(x, val.gather(1, top[:, None])[:, 0], exact)
 
@@ -105,7 +94,10 @@ def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     circuit._refuse_external("map")
     e = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
-        if not isinstance(leaf, Indicator):
+        if isinstance(leaf, Joint):
+            data = circuit._joint_data(span, filled, missing)
+            e[:, span] = leaf.peak(table, circuit._row[span], data).flatten(1)
+        elif not isinstance(leaf, Indicator):
             mode = leaf.mode(table, circuit._row[span])[1]
             e[:, span] = torch.where(missing[:, circuit._var[span]], mode, e[:, span])
     return circuit._run().up(e, circuit._weights(), "max")
@@ -134,13 +126,28 @@ def room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
     return torch.where(evidence < 0, torch.nan, floats)
 
 
-def _fill(circuit: Parameters, x: Tensor, chosen: Tensor, missing: Tensor, value: _Value) -> None:
-    """Write the values of the chosen leaf units into what is missing of ``x``, in place."""
-    for leaf, table, span in circuit._families():
+def _fill(
+    circuit: Parameters, x: Tensor, chosen: Tensor, missing: Tensor, uniforms: Tensor | None = None
+) -> None:
+    """Write the values of the chosen leaf units into what is missing of ``x``, in place.
+
+    They are drawn from ``uniforms``, of ``x``'s shape; None: they are the most probable.
+    """
+    for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
         inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
-        m, v = (inside & missing).nonzero(as_tuple=True)
+        if not isinstance(leaf, Joint):
+            inside &= missing
+        m, v = inside.nonzero(as_tuple=True)
         unit = chosen[m, v] - FIRST_LEAF
+        row = circuit._row[unit]
         if isinstance(leaf, Indicator):
             x[m, v] = circuit._indicators[unit].to(x.dtype)
+        elif isinstance(leaf, Joint):
+            at = m[:, None], circuit._scopes(span)[(unit - span.start) // block]
+            known = torch.where(missing[at], torch.nan, x[at].to(circuit.weights.dtype))
+            values = leaf.complete(table, row, known, None if uniforms is None else uniforms[at])
+            x[at] = torch.where(missing[at], values.to(x.dtype), x[at])
         elif len(m):
-            x[m, v] = value(leaf, table, (m, v), circuit._row[unit]).to(x.dtype)
+            sought = uniforms is None
+            values = leaf.mode(table, row)[0] if sought else leaf.sample(table, row, uniforms[m, v])
+            x[m, v] = values.to(x.dtype)

@@ -1,0 +1,298 @@
+# ruff: noqa: D102  (families override what Leaf and Joint document)
+"""The Gaussian over all variables of a region at once.
+
+Rows of data that miss the same variables share all matrices, so they are computed together. Letters
+as in ``leaves``, and ``d`` variables of a region, ``M`` blocks of ``K`` units, ``E`` rows of data,
+each with an owner: the block, or the one distribution, that it meets.
+
+One factorisation answers everything. Let the rows of ``L``, the Cholesky factor of the covariance,
+be sorted so that those of the variables seen come first. The triangle of its QR decomposition is
+the Cholesky factor of the covariance in that order, ``[[A, 0], [D, C]]``: ``A`` is that of what is
+seen, ``D A^-1`` takes its distance from the mean to the mean of the rest, and ``C`` is the factor
+of the rest's covariance given what is seen. No covariance is formed, so no digits are lost.
+
+Source: Ghahramani and Jordan 1994 (EM of mixtures with missing data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_ext.circuits._sums import add_entries
+from lora_ext.circuits.leaves import LOG_TAU, Joint, Table, normal_quantile, require_min_std
+
+
+class _Group(NamedTuple):
+    """Rows of data that see the same variables, by owner: G owners of up to T rows each."""
+
+    seen: Tensor  # variables, ascending
+    hidden: Tensor
+    owner: Tensor  # (G,)
+    entry: Tensor  # (G, T), rows of data; the owner's first again where it has fewer
+    inside: Tensor  # (G, T), whether it counts
+
+    def fill(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K, d)``."""
+        full = x[self.entry][:, :, None].repeat(1, 1, hidden.shape[2], 1)
+        full[..., self.hidden] = hidden
+        return full
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Those of ``(G, T, ...)`` that count, in a row."""
+        return values[self.inside]
+
+
+class _Given(NamedTuple):
+    """Distributions of a group's h hidden variables given what it sees."""
+
+    log_prob: Tensor  # (G, T, K), of what is seen
+    mean: Tensor  # (G, T, K, h)
+    factor: Tensor  # (G, K, h, h), Cholesky
+
+
+class _Gaussians(NamedTuple):
+    """All rows of a table: means ``(R, d)`` and Cholesky factors ``(R, d, d)``."""
+
+    mean: Tensor
+    factor: Tensor
+
+    def given(self, group: _Group, x: Tensor, row: Tensor, hidden: bool = True) -> _Given:
+        """Condition the distributions ``row (G, K)`` on what the group sees of ``x (E, d)``.
+
+        Without ``hidden``, what is hidden is left out at once, for the triangle is then smaller.
+        """
+        mean, factor = _take(row, self.mean)[:, :, None], _take(row, self.factor)
+        k, variables = len(group.seen), group.seen
+        if len(group.hidden):
+            variables = torch.cat([group.seen, group.hidden]) if hidden else variables
+            factor = _triangle(factor[..., variables, :])
+        known, cross, rest = factor[..., :k, :k], factor[..., k:, :k], factor[..., k:, k:]
+        distance = x[group.entry][:, None, :, group.seen] - mean[..., group.seen]  # (G, K, T, k)
+        units = torch.linalg.solve_triangular(known, distance.mT, upper=False)  # of deviation
+        log_prob = _log_peak(known)[..., None] - 0.5 * units.square().sum(-2)
+        shifted = mean[..., variables[k:]] + (cross @ units).mT
+        return _Given(log_prob.mT, shifted.transpose(1, 2), rest)
+
+
+def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
+    """Split data ``(E, d)`` of owners ``(E,)`` by what is missing in it."""
+    missing = x.isnan()
+    patterns, number, sizes = missing.new_zeros(1, x.shape[1]), torch.zeros_like(owner), [len(x)]
+    if missing.any():
+        patterns, number, count = missing.unique(dim=0, return_inverse=True, return_counts=True)
+        sizes = count.tolist()
+    owners = int(owner.max()) + 1 if len(x) else 1
+    order = (number * owners + owner).argsort(stable=True)
+    for pattern, members in zip(patterns, order.split(sizes), strict=True):
+        owned, count = owner[members].unique_consecutive(return_counts=True)
+        place = torch.arange(int(count.max()) if len(count) else 0, device=x.device)
+        first = (count.cumsum(0) - count)[:, None]
+        inside = place < count[:, None]
+        entry = members[torch.where(inside, first + place, first)]
+        seen, hidden = (t.nonzero()[:, 0] for t in (~pattern, pattern))
+        yield _Group(seen, hidden, owned, entry, inside)
+
+
+def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
+    """What ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
+    groups = list(_groups(x, owner))
+    values = torch.cat([g.counted(answer(g)) for g in groups])
+    order = torch.cat([g.counted(g.entry) for g in groups])
+    return values[order.argsort()]
+
+
+def _take(row: Tensor, table: Tensor) -> Tensor:
+    """``table[row]``; embedding, because its backward adds in a fixed order."""
+    return F.embedding(row, table.flatten(1)).view(*row.shape, *table.shape[1:])
+
+
+def _gaussians(table: Table) -> _Gaussians:
+    log_diagonal, lower = table["log_diagonal"], table["lower"]
+    rows, size = log_diagonal.shape
+    i, j = _below(size, lower.device)
+    flat = lower.new_zeros(rows, size * size).index_copy(1, i * size + j, lower)
+    factor = flat.view(rows, size, size) + torch.diag_embed(log_diagonal.exp())
+    return _Gaussians(table["mean"], factor)
+
+
+def _below(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of all that lies below a diagonal."""
+    i, j = torch.tril_indices(size, size, -1, device=device)
+    return i, j
+
+
+def _log_peak(factor: Tensor) -> Tensor:
+    """Log-density at the mean, by Cholesky factor."""
+    log_scale = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * factor.shape[-1] * LOG_TAU - log_scale
+
+
+def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Data ``(B M, d)``, the block of each row, and the rows of the table of each block."""
+    rows, blocks, _ = x.shape
+    owner = torch.arange(blocks, device=x.device).repeat(rows)
+    return x.flatten(0, 1), owner, row.view(blocks, -1)
+
+
+def _of_blocks(
+    row: Tensor, x: Tensor, answer: Callable[[_Group, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Answers ``(G, T, K, ...)`` about a group, its data and its units, as ``(B, M, K, ...)``."""
+    flat, owner, units = _by_block(row, x)
+    found = _each(flat, owner, lambda group: answer(group, flat, units[group.owner]))
+    return found.unflatten(0, x.shape[:2])
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """The lower triangle of positive diagonal whose rows have the inner products of ``rows``.
+
+    Args:
+        rows: ``(..., k, d)`` of rank k.
+    """
+    lower = torch.linalg.qr(rows.mT).R.mT
+    return lower * lower.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+
+
+@dataclass(frozen=True)
+class MultivariateGaussian(Joint):
+    """Real numbers with a covariance: each unit is one Gaussian over the d variables of its region.
+
+    Parameters, a row each: ``mean (R, d)``, and the Cholesky factor of the covariance as the
+    logarithms of its diagonal, ``log_diagonal (R, d)``, and what lies below it, row by row, ``lower
+    (R, d (d - 1) / 2)``. Any numbers are a distribution. ``min_std`` bounds what EM may shrink the
+    deviation to, in any direction. Pseudocounts do not touch it.
+    """
+
+    min_std: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_min_std("MultivariateGaussian", self.min_std)
+
+    def table(self, rows: int, size: int = 1) -> Table:
+        return {
+            "mean": torch.randn(rows, size),
+            "log_diagonal": torch.zeros(rows, size),
+            "lower": torch.zeros(rows, size * (size - 1) // 2),
+        }
+
+    def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
+        gaussians = _gaussians(table)
+
+        def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
+            return gaussians.given(group, flat, units, hidden=False).log_prob
+
+        return _of_blocks(row, x, answer)
+
+    def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
+        gaussians = _gaussians(table)
+
+        def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
+            given = gaussians.given(group, flat, units)
+            return given.log_prob + _log_peak(given.factor)[:, None]
+
+        return _of_blocks(row, x, answer)
+
+    def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        gaussians = _gaussians(table)
+
+        def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
+            given = gaussians.given(group, flat, units)
+            variance = given.factor.square().sum(-1)[:, None].expand_as(given.mean)
+            certain = torch.zeros_like(flat)
+            pairs = group.fill(flat, given.mean), group.fill(certain, variance)
+            return torch.stack(pairs, -1)
+
+        mean, variance = _of_blocks(row, x, answer).unbind(-1)
+        return mean, variance
+
+    def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
+        gaussians = _gaussians(table)
+
+        def answer(group: _Group) -> Tensor:
+            given = gaussians.given(group, x, group.owner[:, None])
+            value = given.mean
+            if u is not None:
+                z = normal_quantile(u.to(x.dtype))[group.entry][..., group.hidden]
+                value = value + (z @ given.factor[:, 0].mT)[:, :, None]
+            return group.fill(x, value)[:, :, 0]
+
+        return _each(x, row, answer)
+
+    def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
+        return table["mean"][row], _log_peak(_gaussians(table).factor)[row]
+
+    def entropy(self, table: Table) -> Tensor:
+        return 0.5 * table["mean"].shape[1] - _log_peak(_gaussians(table).factor)
+
+    def divergence(self, table: Table, other: Table) -> Tensor:
+        (mean, factor), (there, spread) = _gaussians(table), _gaussians(other)
+        both = torch.cat([factor, (mean - there)[..., None]], -1)
+        units = torch.linalg.solve_triangular(spread, both, upper=False)
+        distance = 0.5 * (units.square().sum((1, 2)) - mean.shape[1])
+        return (other["log_diagonal"] - table["log_diagonal"]).sum(1) + distance
+
+    def update(
+        self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
+    ) -> None:
+        old = _gaussians({k: t.double() for k, t in table.items()})
+        count, mean, covariance = _expected(old, row, x.double(), flow.double())
+        # The step mixes the two distributions, not their covariances, and so stays an increase.
+        far = (mean - old.mean)[..., None]
+        mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
+        values, vectors = torch.linalg.eigh(mixed + step * (1 - step) * far * far.mT)
+        factor = _triangle(vectors * values.clamp(min=self.min_std**2).sqrt()[:, None])
+        i, j = _below(factor.shape[1], factor.device)
+        new = {
+            "mean": torch.lerp(old.mean, mean, step),
+            "log_diagonal": factor.diagonal(dim1=1, dim2=2).log(),
+            "lower": factor[:, i, j],
+        }
+        for name, target in table.items():
+            target.copy_(torch.where(count[:, None] > 0, new[name], target.double()))
+
+
+def _expected(
+    old: _Gaussians, row: Tensor, x: Tensor, flow: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts ``(R,)``, and mean and covariance of the data of every row, what is missing included.
+
+    A value that is missing is its mean given the others, and adds its covariance given them. Where
+    there is no count, both are the old ones.
+    """
+    flat, owner, units = _by_block(row, x)
+    weight = flow.reshape(-1, units.shape[1])
+    count, total = torch.zeros_like(old.mean[:, 0]), torch.zeros_like(old.mean)
+    scatter = torch.zeros_like(old.factor)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for group in _groups(flat, owner):
+        if not len(group.seen):
+            continue
+        rows = units[group.owner]
+        given = old.given(group, flat, rows)
+        w = (weight[group.entry] * group.inside[..., None]).transpose(1, 2)  # (G, K, T)
+        value = group.fill(flat, given.mean).transpose(1, 2)  # (G, K, T, d)
+        _add(count, rows, w.sum(2))
+        _add(total, rows, (w[..., None] * (value - old.mean[rows][:, :, None])).sum(2))
+        spread = scatter.new_zeros(*rows.shape, *scatter.shape[1:])
+        spread[..., group.hidden[:, None], group.hidden] = given.factor @ given.factor.mT
+        _add(scatter, rows, w.sum(2)[..., None, None] * spread)
+        parts.append((rows, w, value))
+    safe = torch.where(count > 0, count, 1)
+    mean = old.mean + total / safe[:, None]
+    for rows, w, value in parts:  # about the new mean, because squares of large means would cancel
+        away = value - mean[rows][:, :, None]
+        _add(scatter, rows, (w[..., None] * away).mT @ away)
+    return count, mean, scatter / safe[:, None, None]
+
+
+def _add(target: Tensor, row: Tensor, values: Tensor) -> None:
+    """``target[row] += values`` of ``(R, ...)`` and ``(G, K, ...)``, in place, in a fixed order."""
+    each = target[0].numel()
+    index = row.flatten()[:, None] * each + torch.arange(each, device=row.device)
+    add_entries(target.view(-1), index, values)
