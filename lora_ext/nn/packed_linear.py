@@ -127,6 +127,11 @@ class PackedLinear(nn.Linear):
             self.__dict__[_STATE].drop()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
+        """``to`` and its like leave nothing behind that products elsewhere would never drop."""
+        self.__dict__[_STATE].drop()
+        return super()._apply(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Packed too, with a copy of its own as soon as it is used."""
         twin = type(self).__new__(type(self))

@@ -142,6 +142,18 @@ def test_training_drops_the_copy() -> None:
     assert packed_bytes(module) == 0
 
 
+@pytest.mark.parametrize("where", ["meta", torch.float64, torch.bfloat16])
+def test_moving_the_weight_drops_the_copy(where: Any) -> None:
+    module = pack_linears(layer())
+    module.to(where)
+    assert packed_bytes(module) == 0
+    if where is torch.bfloat16:
+        x = small_integers(2, 48, dtype=where)
+        for _ in range(3):
+            assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+        assert packed_bytes(module) > 0
+
+
 def test_unpacking_gives_the_very_modules_back() -> None:
     model = Tied().eval()
     modules, kinds = list(model.modules()), [type(m) for m in model.modules()]
