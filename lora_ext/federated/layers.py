@@ -45,8 +45,8 @@ class LoraLayerManager:
 
     Raises:
         LayerNotFound: the pattern finds no module of the adapter, indices with gaps, or two blocks
-            of one index. ValueError: no such adapter; DoRA, a bias of the adapter or an embedding
-            in a layer, which no payload carries, naming the module.
+            of one index. ValueError: no such adapter; DoRA, a bias of the adapter, an embedding
+            or routed experts in a layer, which no payload carries, naming the module.
 
     Source: Fed-HeLLo (arXiv 2506.12213), local training of the planned layers.
     """
@@ -276,6 +276,8 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
         found = "a bias"
     elif adapter not in layer.lora_A:
         found = f"those of a {type(layer).__name__}"
+    elif getattr(layer, "num_experts", 1) > 1:  # their rows go expert by expert: no rank is a slice
+        found = f"a pair for each of {layer.num_experts} experts"
     require(found is None, where, repr(adapter), "lora_A and lora_B alone", found)
 
 

@@ -36,6 +36,7 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
             _supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
     for name, layer in _layers(model, adapter, pattern):
         linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
+        linear &= not hasattr(layer, "parameter_name")  # PEFT's target_parameters: of experts, say
         _supported(linear, name, "a linear layer", type(layer).__name__)
         _supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
         _supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")

@@ -36,6 +36,30 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _STATE = "_packed_weight"
 
 
+class _Seen:
+    """A weight as it was at a product, and the copy that was made of it then."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._state = weakref.ref(weight), _state(weight)
+        self.packed: Tensor | None = None
+        self._places: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def is_now(self, weight: Tensor) -> bool:
+        """Whether the weight is the same still."""
+        if self._weight() is not weight or self._state != _state(weight):
+            return False
+        places, values = self._places, self._values
+        return places is None or values is None or torch.equal(places, values)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Make the copy."""
+        places = _sample(weight.detach())
+        self._values, self._places = places.clone(), places
+        self.packed = ops.pack_weight(weight.detach())
+        return self.packed
+
+
 class PackedWeight:
     """The packed copy of one weight, made again where the weight is another.
 
@@ -44,8 +68,7 @@ class PackedWeight:
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[Any, ...] | None = None
-        self._copy: Tensor | None = None
+        self._seen: _Seen | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         return PackedWeight()
@@ -53,31 +76,20 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Of the copy."""
-        return 0 if self._copy is None else self._copy.nbytes
+        seen = self._seen
+        return 0 if seen is None or seen.packed is None else seen.packed.nbytes
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The copy of ``weight``, or None where there is none yet."""
-        seen = self._seen
-        if (
-            seen is not None
-            and seen[0]() is weight
-            and seen[1] == weight.data_ptr()
-            and seen[2] == weight._version
-            and seen[3] == weight.dtype
-            and seen[4] == weight.shape
-        ):
-            if self._copy is None:
-                self._copy = ops.pack_weight(weight.detach())
-            return self._copy
-        self.drop()
-        if _refusal(weight) is None:
-            state = weight.data_ptr(), weight._version, weight.dtype, weight.shape
-            self._seen = (weakref.ref(weight), *state)
+        seen = self._seen  # once: another thread may see another weight
+        if seen is not None and seen.is_now(weight):
+            return seen.pack(weight) if seen.packed is None else seen.packed
+        self._seen = _Seen(weight) if _refusal(weight) is None else None
         return None
 
     def drop(self) -> None:
         """Forget the copy."""
-        self._seen = self._copy = None
+        self._seen = None
 
 
 class PackedLinear(nn.Linear):
@@ -115,6 +127,11 @@ class PackedLinear(nn.Linear):
             self.__dict__[_STATE].drop()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
+        """``to`` and its like leave nothing behind that products elsewhere would never drop."""
+        self.__dict__[_STATE].drop()
+        return super()._apply(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Packed too, with a copy of its own as soon as it is used."""
         twin = type(self).__new__(type(self))
@@ -124,6 +141,8 @@ class PackedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A file of the model is that of the plain one: whoever opens it needs no packing."""
+        if type(self) is not PackedLinear:  # parametrized since: torch has a class for it
+            return super().__reduce_ex__(protocol)
         state = {key: value for key, value in self.__dict__.items() if key != _STATE}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
 
@@ -138,8 +157,9 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     A copy serves products without gradient, in evaluation mode, in the weight's own dtype, outside
     ``torch.compile``; all others are torch's. It takes the weight's bytes once more; tied weights
     share one. It is made here, and made anew where the weight has changed: at its second product
-    after that. A change is seen by the weight's identity, address, dtype, shape and version, so one
-    through ``weight.data`` in place (PEFT's merge) is not: unpack first.
+    after that. A change is seen by the weight's identity, address, dtype, shape and version, and by
+    a sample of its values, which change where an adapter is merged through ``weight.data``, as PEFT
+    does. A change of single values through ``weight.data`` is not seen: unpack first.
 
     Args:
         model: in evaluation mode; it may be a layer itself.
@@ -229,6 +249,17 @@ def _check(name: str, module: nn.Linear) -> None:
     refusal = _refusal(module.weight)
     if refusal is not None:
         raise ValueError(where + refusal)
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """The bits of a few values out of all parts of a weight, in its own memory: what is added
+    through ``weight.data`` is counted by nobody. To compare them takes a microsecond."""
+    bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+    return bits[:: max(1, len(bits) // 16), :16]
 
 
 def _watched() -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 from lora_ext import ops
 from lora_ext.nn import LoraLinear, pack_linears, packed_bytes, unpack_linears
@@ -96,12 +97,17 @@ def change_parameter(module: nn.Linear) -> None:
     module.weight = nn.Parameter(module.weight * 2, requires_grad=False)
 
 
+def change_unseen(module: nn.Linear) -> None:
+    module.weight.data *= 2  # as PEFT merges: torch does not count it
+
+
 def change_by_loading(module: nn.Linear) -> None:
     module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()})
 
 
 @pytest.mark.parametrize(
-    "change", [change_in_place, change_address, change_parameter, change_by_loading]
+    "change",
+    [change_in_place, change_address, change_parameter, change_unseen, change_by_loading],
 )
 def test_a_changed_weight_is_packed_anew(
     change: Callable[[nn.Linear], None], monkeypatch: pytest.MonkeyPatch
@@ -134,6 +140,18 @@ def test_training_drops_the_copy() -> None:
     module(small_integers(1, 48))
     module(small_integers(1, 48))
     assert packed_bytes(module) == 0
+
+
+@pytest.mark.parametrize("where", ["meta", torch.float64, torch.bfloat16])
+def test_moving_the_weight_drops_the_copy(where: Any) -> None:
+    module = pack_linears(layer())
+    module.to(where)
+    assert packed_bytes(module) == 0
+    if where is torch.bfloat16:
+        x = small_integers(2, 48, dtype=where)
+        for _ in range(3):
+            assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+        assert packed_bytes(module) > 0
 
 
 def test_unpacking_gives_the_very_modules_back() -> None:
@@ -176,6 +194,17 @@ def test_state_and_copies_are_those_of_the_plain_model() -> None:
     assert packed_bytes(twin) == packed_bytes(model)
     for other in (model, loaded, twin, unpack_linears(twin)):
         torch.testing.assert_close(other(ids)[0], expected)
+
+
+def test_a_parametrized_layer_refuses_to_be_pickled_as_the_plain_one_does() -> None:
+    module, x = pack_linears(layer()), small_integers(2, 48)
+    expected = module(x)
+    parametrize.register_parametrization(module, "weight", nn.Identity())
+    assert torch.equal(module(x), expected)
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state"):
+        pickle.dumps(module)
+    parametrize.remove_parametrizations(module, "weight")
+    assert torch.equal(unpack_linears(module)(x), expected) and type(module) is nn.Linear
 
 
 def test_a_compiled_graph_takes_the_plain_product() -> None:
