@@ -41,7 +41,8 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     for (; i < n; i += L) most = max(most, load_padded(x + i, n - i));
     return max_lane(max(most, other));
 }
-// `top` is their maximum, and not -inf. Brings what the next maxima will read into the cache.
+// exp(x - top) for their maximum; where that is -inf, 0, or NaN if one is among them, which maxima
+// pass over. Brings what the next maxima will read into the cache.
 template <typename T>
 LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;
@@ -49,6 +50,10 @@ LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     const Vec<T> shift = splat<Vec<T>>(top);
     Vec<T> even{}, odd{};
     int64_t i = 0;
+    if (top == kImpossible<Acc<T>>) {
+        for (; i < n; i += L) even += exp(load_padded(x + i, n - i));
+        return lane_sum(even);
+    }
     for (; i + 2 * L <= n; i += 2 * L) {
         __builtin_prefetch(x + i + kAhead);
         __builtin_prefetch(x + i + L + kAhead);
@@ -71,9 +76,8 @@ void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
             const int64_t last = min(rows, first + group);
             for (int64_t i = first; i < last; ++i) top[i] = max_of_logits(x + i * n, n);
             for (int64_t i = first; i < last; ++i) {
-                const bool possible = top[i] != kImpossible<A>;
-                sum[i] = possible ? sum_exp_of_logits(x + i * n, n, top[i]) : A(0);
-                if (!possible) top[i] = 0;
+                sum[i] = sum_exp_of_logits(x + i * n, n, top[i]);
+                top[i] = shift_of(top[i]);
             }
         }
         return;
@@ -83,8 +87,8 @@ void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
         for (int64_t v = 0; v < n; v += block) {
             const int64_t width = min(block, n - v);
             const A here = max_of_logits(x + v, width), next = here > most ? here : most;
-            if (next == kImpossible<A>) continue;
-            total = total * exp(splat<Vec<T>>(most - next))[0] + sum_exp_of_logits(x + v, width, next);
+            total = total * exp(splat<Vec<T>>(most - shift_of(next)))[0] +
+                    sum_exp_of_logits(x + v, width, next);
             most = next;
         }
         top[i] = shift_of(most);

@@ -145,7 +145,7 @@ template <typename P>
 struct CircuitStep {
     using A = Acc<P>;
     static constexpr int L = kLanes<P>;
-    static constexpr int64_t kRows = kLanes<P>;  // of a matrix, which a step takes at once
+    static constexpr int64_t kRows = kLanes<P>;     // of a matrix, which a step takes at once
     static constexpr int64_t kVectors = 4 + kRows;  // of scratch
 
     const P* trans;  // of this row of the batch
