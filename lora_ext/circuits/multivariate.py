@@ -165,8 +165,9 @@ class MultivariateGaussian(Joint):
 
     Parameters, a row each: ``mean (R, d)``, and the Cholesky factor of the covariance as the
     logarithms of its diagonal, ``log_diagonal (R, d)``, and what lies below it, row by row, ``lower
-    (R, d (d - 1) / 2)``. Any numbers are a distribution. ``min_std`` bounds what EM may shrink the
-    deviation to, in any direction. Pseudocounts do not touch it.
+    (R, d (d - 1) / 2)``. Any numbers are a distribution, as long as the exponential of
+    ``log_diagonal`` is neither 0 nor infinite in its dtype. ``min_std`` bounds what EM may shrink
+    the deviation to, in any direction. Pseudocounts do not touch it.
     """
 
     min_std: float = 1e-3

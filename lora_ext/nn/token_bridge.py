@@ -10,11 +10,14 @@ Source: draft heads that read the token before theirs are Hydra's (Ankner et al.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lora_ext.reference.lora import accumulator
 
 
 class TokenBridge(nn.Module):
@@ -67,7 +70,10 @@ class TokenBridge(nn.Module):
         z = torch.cat([F.rms_norm(h, shape), F.rms_norm(embedded, shape)], -1)
         gate, up, skip = self.read(z).split([self.width, self.width, self.hidden_size], -1)
         moved = skip + self.down(F.silu(gate) * up)
-        return torch.addcmul(h, h.square().mean(-1, keepdim=True).sqrt(), moved)
+        # As the norm's own sum: squares of halves overflow, and a root at zero has no gradient.
+        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=accumulator(h.dtype))
+        size = (length / math.sqrt(self.hidden_size)).to(h.dtype)
+        return torch.addcmul(h, size, moved)
 
     def extra_repr(self) -> str:
         """Sizes."""

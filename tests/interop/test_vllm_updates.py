@@ -247,6 +247,20 @@ def test_stacks_may_have_another_dtype_than_the_model(backend):
     assert torch.equal(halves, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_the_base_keep_every_bit_beside_stacks_of_another_dtype(dtype):
+    wrapper, x, (a, b) = wrapper_for((0, 30, 0)), integers(3, IN), stacks(dtype=dtype)
+    y = integers(3, 5, seed=3)
+    y[0] = -0.0
+    linear, halves, v = y.clone(), y.clone(), torch.zeros(1, 3, RANK)
+    wrapper.add_lora_linear(linear, x, (a,), (b,), 1.0, (5,))
+    wrapper.add_shrink(v, x, (a,), 1.0)
+    wrapper.add_expand(halves, v, (b,), (5,))
+    for found in (linear, halves):
+        assert torch.equal(found[::2].view(torch.int32), y[::2].view(torch.int32))
+        assert not torch.equal(found[1], y[1])
+
+
 def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatch):
     """Without a plan, and without what the host knows of a step: all rows of the base, no adapter
     anywhere, and the kernels run all the same."""

@@ -44,6 +44,18 @@ def test_a_bridge_adds_skip_and_gate_in_units_of_the_state():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # the norm adds an epsilon
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_states_whose_squares_overflow_keep_their_size(dtype: torch.dtype):
+    h, bridge = torch.full((1, 8), 3e4, dtype=dtype), TokenBridge(8, 4, dtype=dtype)
+    assert torch.equal(bridge(h, torch.randn(1, 8)), h)
+
+
+def test_a_state_of_zeros_has_a_gradient():
+    h, bridge = torch.zeros(1, 8, requires_grad=True), TokenBridge(8, 4)
+    bridge(h, torch.randn(1, 8)).sum().backward()
+    assert torch.equal(h.grad, torch.ones(1, 8))
+
+
 def test_sizes_of_a_bridge_are_checked():
     for sizes, name in (((0, 1), "hidden_size"), ((1, 0), "width")):
         with pytest.raises(ValueError, match=f"TokenBridge: {name}: expected at least 1, found 0"):
@@ -294,6 +306,27 @@ def test_a_saved_draft_brings_its_bridge_back(tmp_path: Path):
     assert torch.equal(found[0].sequences, found[1].sequences)
 
 
+def test_a_bridge_and_a_head_may_be_saved_in_two_dtypes(tmp_path: Path):
+    model = make_model("llama")
+    draft = make_draft(model, bridge=8)
+    draft.bridge.bfloat16()
+    draft.save(tmp_path)
+    loaded = mtpc.Draft.load(model, tmp_path)
+    for name, value in draft.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == value.dtype and torch.equal(found, value)
+
+
+@pytest.mark.parametrize("chain", [1025, 10**9, 10**30])
+def test_a_file_may_not_ask_for_any_length_of_chain(tmp_path: Path, chain: int):
+    model = make_model("llama")
+    make_draft(model, bridge=8).save(tmp_path)
+    path = tmp_path / "mtpc_config.json"
+    path.write_text(path.read_text().replace('"chain": 1', f'"chain": {chain}'))
+    with pytest.raises(ValueError, match="chain: expected at most 1024, found 10"):
+        mtpc.Draft.load(model, tmp_path)
+
+
 def test_a_file_without_the_bridge_is_refused(tmp_path: Path):
     model = make_model("llama")
     draft = make_draft(model)
@@ -314,6 +347,16 @@ def test_wrong_arguments_are_named():
         mtpc.MtpcConfig(bridge=-1)
     for chain in (0, -1):
         with pytest.raises(ValueError, match=f"chain: expected 1, or more with a br.*{chain}"):
+            draft.decoder(chain=chain)
+    for chain in (2.0, True, "2", None):
+        with pytest.raises(
+            ValueError, match=f"MtpcConfig: chain: expected an int, found {chain!r}"
+        ):
+            mtpc.MtpcConfig(bridge=8, chain=chain)
+        with pytest.raises(ValueError, match=f"bridge: expected an int, found {chain!r}"):
+            mtpc.MtpcConfig(bridge=chain)
+    for chain in (2.5, True, "2"):
+        with pytest.raises(ValueError, match=f"chain: expected an int, found {chain!r}"):
             draft.decoder(chain=chain)
     with pytest.raises(ValueError, match="MtpcConfig: chain: expected 1, or more with a bridge"):
         mtpc.MtpcConfig(chain=2)

@@ -174,7 +174,7 @@ class Updates:
         else:
             found = part.new_zeros(part.shape, dtype=b.dtype)
             ops.lora_expand_(found, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
-            part += found
+            part += _exact(found, rows)
 
     def add_expand(
         self,
@@ -243,4 +243,9 @@ def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: Rows) ->
     if x.dtype == y.dtype == b.dtype:
         ops.lora_apply_(y, x, *rest)
     else:
-        y += ops.lora_apply(x.to(b.dtype), *rest)
+        y += _exact(ops.lora_apply(x.to(b.dtype), *rest), rows)
+
+
+def _exact(update: Tensor, rows: Rows) -> Tensor:
+    """Updates to be added: rows of the base model get -0.0, which leaves 0.0 and -0.0 alike."""
+    return update.masked_fill_((rows.ids < 0)[:, None], -0.0)

@@ -40,7 +40,7 @@ class MtpcConfig:
         bridge: width of the network that takes a decided token into the hidden state, so that the
             circuit stands behind it (:class:`lora_ext.nn.TokenBridge`); 0 for none. Ours.
         chain: with a bridge, how many windows of n tokens stand one behind the other, each behind
-            the last token of the one before.
+            the last token of the one before; at most 1024.
         draft_layers: K, the last layers that carry LoRA in the draft path; 0 for none.
         draft_rank: rank of that LoRA. draft_alpha: its alpha.
 
@@ -68,6 +68,9 @@ class MtpcConfig:
 
     def __post_init__(self) -> None:
         check_structure("MtpcConfig", *self.of_head()[:5])
+        for name in ("bridge", "chain", "draft_layers", "draft_rank"):
+            if type(found := getattr(self, name)) is not int:
+                raise ValueError(f"MtpcConfig: {name}: expected an int, found {found!r}")
         for ok, name, expected in (
             (0 < self.gamma <= 1, "gamma", "a number in (0, 1]"),
             (0 <= self.beta <= 1, "beta", "a number in [0, 1]"),
@@ -77,6 +80,8 @@ class MtpcConfig:
                 "chain",
                 "1, or more with a bridge",
             ),
+            # No tensor of a file shows this number, and memory is taken for all windows.
+            (self.chain <= 1024, "chain", "at most 1024"),
             (self.draft_layers >= 0, "draft_layers", "at least 0"),
             (self.draft_rank >= 1, "draft_rank", "at least 1"),
             (0 < self.draft_alpha < math.inf, "draft_alpha", "a number above 0"),

@@ -145,6 +145,8 @@ class SpeculativeDecoder:
         self._check()
 
     def _check(self) -> None:
+        if type(self.chain) is not int:
+            raise ValueError(f"SpeculativeDecoder: chain: expected an int, found {self.chain!r}")
         for ok, name, expected in (
             (self.mode in get_args(Mode), "mode", f"one of {get_args(Mode)}"),
             (self.window in get_args(WindowRule), "window", f"one of {get_args(WindowRule)}"),

@@ -25,7 +25,8 @@ from .config import MtpcConfig
 CONFIG, TENSORS = "mtpc_config.json", "mtpc.safetensors"
 _MAX_CONFIG_BYTES = 16 << 20  # a shortlist of a million tokens
 _VERSION = 1
-_SHORTLIST, _UNEMBED, _FACTORS = "head.shortlist", "head.unembed", "tail.factors."
+_SHORTLIST, _UNEMBED = "head.shortlist", "head.unembed"
+_BRIDGE, _FACTORS = "bridge.", "tail.factors."
 
 
 def write_draft(
@@ -112,7 +113,8 @@ class DraftFile:
         vocab_size, hidden_size: of the model.
 
     Attributes:
-        head_dtype, tail_dtype: of the parameters; None for a tail that is not there.
+        head_dtype, bridge_dtype, tail_dtype: of the parameters; None for a bridge or tail that is
+            not there.
 
     Raises:
         ValueError: keys, shapes or dtypes that are not those of such a draft, by file and key.
@@ -130,13 +132,17 @@ class DraftFile:
         try:
             head = {k: v for k, v in file.infos.items() if not k.startswith(_FACTORS)}
             tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
-            self.head_dtype = self._dtype("head", {info.dtype for info in head.values()})
-            self.tail_dtype = None
+            bridge = {k: v for k, v in head.items() if k.startswith(_BRIDGE)}
+            own = {info.dtype for k, info in head.items() if k not in bridge}
+            self.head_dtype = self._dtype("head", own)
+            self.bridge_dtype = self.tail_dtype = None
             wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
             found = {k: info.shape for k, info in head.items()}
             if config.emission == "adapter":
                 found.setdefault(_UNEMBED, wanted[_UNEMBED])
             self._compare(wanted, found)
+            if bridge:
+                self.bridge_dtype = self._dtype("bridge", {info.dtype for info in bridge.values()})
             if bool(tail) != bool(config.draft_layers):
                 raise ValueError(
                     f"{file.where}: expected factors of {config.draft_layers} layers, "

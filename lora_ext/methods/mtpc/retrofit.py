@@ -152,7 +152,7 @@ class Draft(nn.Module):
     def load(cls, model: Any, folder: str | os.PathLike[str]) -> Draft:
         """Retrofit a model with a draft that :meth:`save` wrote; the folder is not trusted.
 
-        The head has the dtype in which it was saved, and the model's device.
+        Head and bridge have the dtypes in which they were saved, and the model's device.
 
         Raises:
             ValueError: anything in the folder that is not such a draft, or a model of another width
@@ -168,7 +168,7 @@ class Draft(nn.Module):
             try:
                 draft.head.to(file.head_dtype)
                 if draft.bridge is not None:
-                    draft.bridge.to(file.head_dtype)
+                    draft.bridge.to(file.bridge_dtype)
                 if draft.tail is not None:
                     draft.tail.to(file.tail_dtype)
                 draft.load_state_dict(file.read(draft.state_dict()))
