@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from starlette.requests import ClientDisconnect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ext.interop.engine import Engine, QueueFullError
@@ -23,7 +24,7 @@ from lora_ext.pool import PoolFullError, UnknownAdapterError
 
 CODES = {ValidationError: 422, UnknownAdapterError: 404, FileNotFoundError: 404}
 CODES |= {PoolFullError: 429, QueueFullError: 429, ValueError: 400, NotImplementedError: 400}
-CODES |= {RuntimeError: 500, HTTPException: 500}
+CODES |= {RuntimeError: 500, HTTPException: 500, ClientDisconnect: 400}
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -42,8 +43,8 @@ class Chat(Fields):
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
     max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
@@ -75,7 +76,8 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
     async def complete(request: Request) -> Any:
         chat = await read(Chat, request)
         name, said = None if chat.model == base else chat.model, chat.model_dump()["messages"]
-        how = Sampling(chat.temperature, chat.top_p, chat.seed)
+        t, p = (1.0 if given is None else given for given in (chat.temperature, chat.top_p))
+        how = Sampling(t, p, chat.seed)
         stream = await engine.begin(said, name, chat.max_tokens, how)
         stream.until_gone(request.receive)
         texts = stream.texts(engine.tokenizer, chat.stop or ())

@@ -136,6 +136,13 @@ def post(server: Any, what: str, name: str, **fields: Any) -> int:
     return server.client.post(f"/v1/{what}_lora_adapter", json=body).status_code
 
 
+def metric(server: Any, name: str) -> int:
+    lines = server.client.get("/metrics").text.splitlines()
+    return next(
+        (int(line.split()[-1]) for line in lines if line.startswith(f"lora_ext_{name} ")), 0
+    )
+
+
 def settle(server: Any) -> None:
     """Wait until nothing runs; nothing may be pinned then."""
     end = time.monotonic() + 20
@@ -228,6 +235,14 @@ def test_stop_seed_and_temperature(server: Any) -> None:
     hot = [text_of(ask(server, "a1", temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
     settle(server)
+
+
+def test_null_is_a_field_that_was_not_given(server: Any) -> None:
+    """OpenAI documents its optional fields as a value or null."""
+    for field in ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"):
+        text_of(ask(server, "a1", **{field: None}))
+    said = [text_of(ask(server, "a1", temperature=None, top_p=None, seed=3)) for _ in range(2)]
+    assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
 def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
@@ -345,6 +360,18 @@ def connect(server: Any, **fields: Any) -> socket.socket:
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
+
+
+def test_a_client_that_goes_within_its_body_is_no_error_of_the_server(
+    server: Any,
+) -> None:
+    refused = metric(server, 'refused_total{code="400"}')
+    with socket.create_connection((server.client.base_url.host, server.client.base_url.port)) as c:
+        c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+    end = time.monotonic() + 10
+    while metric(server, 'refused_total{code="400"}') == refused and time.monotonic() < end:
+        time.sleep(0.02)
+    assert metric(server, 'refused_total{code="400"}') == refused + 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
