@@ -33,9 +33,7 @@ class Fields(BaseModel):  # what is not named here is refused by its name
 
 
 Message = create_model("Message", __base__=Fields, role=(str, ...), content=(str, ...))
-Adapter = create_model(
-    "Adapter", __base__=Fields, lora_name=(str, ...), lora_path=(str | None, None)
-)
+Load = create_model("Load", __base__=Fields, lora_name=(str, ...), lora_path=(str | None, None))
 
 
 class Chat(Fields):
@@ -76,8 +74,8 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
     async def complete(request: Request) -> Any:
         chat = await read(Chat, request)
         name, said = None if chat.model == base else chat.model, chat.model_dump()["messages"]
-        t, p = (1.0 if given is None else given for given in (chat.temperature, chat.top_p))
-        how = Sampling(t, p, chat.seed)
+        given = (1.0 if x is None else x for x in (chat.temperature, chat.top_p))
+        how = Sampling(*given, chat.seed)
         stream = await engine.begin(said, name, chat.max_tokens, how)
         stream.until_gone(request.receive)
         texts = stream.texts(engine.tokenizer, chat.stop or ())
@@ -108,7 +106,7 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Any:
-        asked = await read(Adapter, request)
+        asked = await read(Load, request)
         if asked.lora_name == base:
             raise ValueError(f"lora_name: expected another than the base model's, found {base!r}")
         await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
@@ -116,7 +114,7 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Any:
-        asked = await read(Adapter, request)
+        asked = await read(Load, request)
         await asyncio.to_thread(engine.folder.unload, asked.lora_name)
         return {"unloaded": asked.lora_name}
 
