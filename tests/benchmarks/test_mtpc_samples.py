@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio():
     assert mtpc_samples._kept(p, q, torch.tensor([0, 1, -1])).tolist() == [0.5, 1, 0]
 
 
-def test_a_draft_learns_what_the_model_accepts(model):
+def test_a_draft_learns_what_the_model_accepts(model, monkeypatch):
+    steps = itertools.count()  # the clock: a fixed number of steps on every machine
+    monkeypatch.setattr(mtpc_samples.time, "process_time", lambda: next(steps) * 0.005)
     config = mtpc.MtpcConfig(1, 1, "ff", "adapter", adapter_rank=4, bridge=32, chain=2)
     draft = mtpc.retrofit(model, config, torch.arange(23))
     prompts = torch.randint(1, 23, (32, 5))
