@@ -1,4 +1,3 @@
-# ruff: noqa: D102  (families override what Leaf and Joint document)
 """The Gaussian over all variables of a region at once.
 
 Rows of data that miss the same variables share all matrices, so they are computed together. Letters

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import peft
 import torch
 import transformers
+from tiny import adapted
 from torch import nn
 
 VOCAB = 61
@@ -93,20 +93,9 @@ def make_peft(
     model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.25, **extra: Any
 ) -> Any:
     """A PeftModel over a copy of ``model``, with random B as well: PEFT starts at zero."""
-    torch.manual_seed(1)
-    wrapped: Any = None
-    for name, fields in configs.items():
-        given = {"target_modules": [], "target_parameters": [UP, DOWN], "lora_alpha": 6}
-        config = peft.LoraConfig(**{**given, **fields, **extra})
-        if wrapped is None:
-            wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
-        else:
-            wrapped.add_adapter(name, config)
-    with torch.no_grad():
-        for key, parameter in wrapped.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(torch.randn_like(parameter) * size)
-    return wrapped.eval()
+    given = {"target_modules": [], "target_parameters": [UP, DOWN], "lora_alpha": 6}
+    full = {n: peft.LoraConfig(**{**given, **f, **extra}) for n, f in configs.items()}
+    return adapted(model, full, size)
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import peft
 import pytest
 import torch
 from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
-from torch import Tensor, nn
+from same_steps import assert_close, assert_same_gradients, gradients, step
+from torch import Tensor
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
 from lora_ext.nn import LayerGroups, adapter_factors
 
-CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
@@ -26,34 +25,6 @@ def pair(family: str, configs: Any = CONFIGS, **extra: Any) -> tuple[Any, Any]:
     """The same adapters twice: PEFT's own layers, and ours."""
     theirs = make_peft(make_mixture(family), configs, **extra).double()
     return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
-
-
-def assert_close(got: Tensor, expected: Tensor, what: str = "") -> None:
-    worst = (got - expected).abs().max().item()
-    assert worst <= CLOSE * max(1.0, expected.abs().max().item()), f"{what}: {worst}"
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same_gradients(ours: nn.Module, expected: dict[str, Tensor | None]) -> None:
-    found = gradients(ours)
-    assert found.keys() == expected.keys()
-    assert sum(g is not None and bool(g.abs().max() > 1e-3) for g in expected.values()) >= 8
-    for name, gradient in expected.items():
-        got = found[name]
-        assert (got is None) == (gradient is None), name
-        if got is not None and gradient is not None:
-            assert_close(got, gradient, name)
-
-
-def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    value = run(model)
-    weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
-    (value * weights).sum().backward()
-    return value.detach()
 
 
 def logits(model: Any, **kwargs: Any) -> Tensor:
@@ -76,7 +47,7 @@ def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> N
         model.set_adapter(adapter)
         model.train()
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, gradients(theirs))
+    assert_same_gradients(ours, gradients(theirs), moved=8)
 
 
 @pytest.mark.parametrize("parameter", [UP, DOWN])
@@ -97,7 +68,7 @@ def test_several_active_adapters_add_up() -> None:
     for model in (theirs, ours):
         model.base_model.set_adapter(["red", "green", "blue"])
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, gradients(theirs))
+    assert_same_gradients(ours, gradients(theirs), moved=8)
 
 
 def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, dict[str, Any]]:
@@ -129,7 +100,7 @@ def test_an_adapter_per_row_trains_as_each_alone(family: str, checkpointing: boo
     got = step(ours, lambda model: logits(model, adapter_names=NAMES))
     expected, wanted = trained_alone(theirs, tokens(5, 6), NAMES)
     assert_close(got, expected)
-    assert_same_gradients(ours, wanted)
+    assert_same_gradients(ours, wanted, moved=8)
 
 
 def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
@@ -144,7 +115,7 @@ def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
         logits(ours, adapter_names=NAMES)
     theirs = to_peft(copy.deepcopy(ours))
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, gradients(theirs))
+    assert_same_gradients(ours, gradients(theirs), moved=8)
     handle.remove()
     assert not report(ours).left
 
@@ -259,6 +230,6 @@ def test_parameters_that_are_no_experts_stay_with_peft() -> None:
     assert all("no floating matrix of routed experts" in why for why in found.left.values())
     assert len(found.taken) == 4
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, gradients(theirs))
+    assert_same_gradients(ours, gradients(theirs), moved=8)
     with pytest.raises(ValueError, match="mixed adapter batches"):
         logits(ours, adapter_names=["red"] * 5)

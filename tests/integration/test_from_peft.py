@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -12,6 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from same_steps import assert_close, assert_same_gradients, gradients, step
 from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +20,6 @@ import lora_ext
 from lora_ext.interop.peft import FusedLinear, report, to_peft
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert"]
-CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
@@ -38,35 +37,6 @@ def tokens(rows: int = 5, length: int = 7) -> Tensor:
 
 def logits(model: Any, **kwargs: Any) -> Tensor:
     return model(input_ids=tokens(), **kwargs).logits
-
-
-def assert_close(got: Tensor, expected: Tensor, what: str = "") -> None:
-    worst = (got - expected).abs().max().item()
-    assert worst <= CLOSE * max(1.0, expected.abs().max().item()), f"{what}: {worst}"
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
-    expected = gradients(theirs)
-    found = gradients(ours)
-    assert found.keys() == expected.keys()
-    assert any(g is not None and g.abs().max() > 1e-3 for g in expected.values())
-    for name, gradient in expected.items():
-        got = found[name]
-        assert (got is None) == (gradient is None), name
-        if got is not None and gradient is not None:
-            assert_close(got, gradient, name)
-
-
-def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    value = run(model)
-    weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
-    (value * weights).sum().backward()
-    return value.detach()
 
 
 # --- one adapter ----------------------------------------------------------------------------------
@@ -88,7 +58,7 @@ def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> N
         model.train()
     got, expected = step(ours, logits), step(theirs, logits)
     assert_close(got, expected)
-    assert_same_gradients(ours, theirs)
+    assert_same_gradients(ours, gradients(theirs))
 
 
 def test_several_active_adapters_add_up() -> None:
@@ -96,7 +66,7 @@ def test_several_active_adapters_add_up() -> None:
     for model in (theirs, ours):
         model.base_model.set_adapter(["red", "green", "blue"])
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, theirs)
+    assert_same_gradients(ours, gradients(theirs))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -108,7 +78,7 @@ def test_under_gradient_checkpointing(reentrant: bool) -> None:
     ours.enable_input_require_grads()
     ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, theirs)
+    assert_same_gradients(ours, gradients(theirs))
 
 
 def test_dora_alone_and_beside_lora_in_one_batch() -> None:
@@ -123,7 +93,7 @@ def test_dora_alone_and_beside_lora_in_one_batch() -> None:
         for model in (theirs, ours):
             model.set_adapter(name)
         assert_close(step(ours, logits), step(theirs, logits))
-        assert_same_gradients(ours, theirs)
+        assert_same_gradients(ours, gradients(theirs))
     mixed = logits(ours, adapter_names=["red", "green", "__base__", "green", "red"])
     for name, rows in (("red", [0, 4]), ("green", [1, 3])):
         theirs.set_adapter(name)
@@ -165,7 +135,7 @@ def test_an_adapter_that_comes_later_is_fused_where_layers_are() -> None:
         model.set_adapter("late")
         model.double()
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, theirs)
+    assert_same_gradients(ours, gradients(theirs))
     for model in (theirs, ours):
         model.delete_adapter("late")
         model.set_adapter("red")
@@ -275,7 +245,7 @@ def test_two_forwards_before_their_backward_under_checkpointing() -> None:
         first = logits(model, adapter_names=NAMES)
         second = logits(model, adapter_names=NAMES[::-1])
         (first.square().sum() + second.square().sum()).backward()
-    assert_same_gradients(ours, other)
+    assert_same_gradients(ours, gradients(other))
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
@@ -293,7 +263,7 @@ def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> No
             model.zero_grad(set_to_none=True)
             first, second = logits(model), logits(model, adapter_names=NAMES)
             (first.square().sum() + second.square().sum()).backward()
-        assert_same_gradients(ours, theirs)
+        assert_same_gradients(ours, gradients(theirs))
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
@@ -320,7 +290,7 @@ def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
     for _ in range(2):
         values = [step(m, lambda m: logits(m, adapter_names=names)) for m in (ours, theirs)]
         assert_close(*values)
-        assert_same_gradients(ours, theirs)
+        assert_same_gradients(ours, gradients(theirs))
         assert (
             ours.base_model.model.model.layers[0]
             .mlp.up_proj.modules_to_save["green"]
@@ -382,7 +352,7 @@ def test_a_dropout_of_another_kind_is_left_to_peft(dropout: nn.Module) -> None:
     assert report(ours).left
     assert_close(step(ours, logits), step(theirs, logits))
     if not isinstance(dropout, nn.Dropout):  # with p = 1 there are none
-        assert_same_gradients(ours, theirs)
+        assert_same_gradients(ours, gradients(theirs))
 
 
 def test_one_graph_of_a_layer_compiles() -> None:
@@ -423,7 +393,7 @@ def test_embeddings_stay_with_peft_and_are_listed() -> None:
     (reason,) = report(ours).left.values()
     assert "Embedding" in reason
     assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, theirs)
+    assert_same_gradients(ours, gradients(theirs))
 
 
 def test_refuses_what_is_no_peft_model() -> None:

@@ -112,11 +112,16 @@ def make_peft(
     model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.15
 ) -> nn.Module:
     """A PeftModel over a copy of ``model``, with random B as well: PEFT starts at zero."""
+    conv1d = any(type(m).__name__ == "Conv1D" for m in model.modules())
+    given = {"lora_alpha": 16, "fan_in_fan_out": conv1d}
+    return adapted(model, {n: peft.LoraConfig(**given, **f) for n, f in configs.items()}, size)
+
+
+def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: float) -> Any:
+    """PEFT's adapters on a copy of ``model``, all of their factors random and of this size."""
     torch.manual_seed(1)
     wrapped: Any = None
-    for name, fields in configs.items():
-        conv1d = any(type(m).__name__ == "Conv1D" for m in model.modules())
-        config = peft.LoraConfig(lora_alpha=16, fan_in_fan_out=conv1d, **fields)
+    for name, config in configs.items():
         if wrapped is None:
             wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=name)
         else:
