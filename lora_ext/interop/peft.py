@@ -30,6 +30,7 @@ from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.switches import forward_of_the_rest, switched_off
+from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
 from .peft_adapters import check_values, warn_of_frozen
@@ -246,7 +247,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
 
     def _rows_of(self, names: Sequence[str] | None) -> Assignment | None:
-        if torch.compiler.is_compiling():
+        if compiles():
             return None if names is None else Assignment.of_entries(names, (len(names),))
         if names is not None:
             if self.training and _recomputed.get() is None:
@@ -381,5 +382,5 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
 
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a layer of PEFT's own the names that a recomputation has no hook for."""
-    names = None if torch.compiler.is_compiling() else _recomputed.get()
+    names = None if compiles() else _recomputed.get()
     return args, kwargs if names is None else {**kwargs, "adapter_names": names.spelled()}

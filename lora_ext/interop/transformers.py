@@ -27,7 +27,7 @@ from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
 from lora_ext.nn.context import adapters, current, forward_of, innermost
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
-from lora_ext.nn.traced import compiles
+from lora_ext.ops._compiling import compiles
 from lora_ext.pool import AdapterPool
 
 from . import gate as gates

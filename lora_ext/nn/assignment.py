@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 from .rows import Kept, Rows, capturing, constant, repeated
 
@@ -125,7 +126,7 @@ class Assignment:
     ) -> Rows:
         """Rows for a layer with adapters ``names``, grouped; made once. Those that the layer lacks
         are rows of the base: adapters need not reach every layer."""
-        if torch.compiler.is_compiling():
+        if compiles():
             return self._among(names, leading, device, batch)
         key = (names, leading)
         return self.kept.get(key, device, self._among, names, leading, device, batch)

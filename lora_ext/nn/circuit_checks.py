@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_ext.ops._compiling import compiles
 from lora_ext.reference.circuit import KINDS
 
 from .emission import EMISSIONS
@@ -22,7 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def looked_at(t: Tensor) -> bool:
     """Whether the numbers may be checked here, on the host. The ops check them again when they
     run."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.device.type == "cpu" and not compiles()
 
 
 def check_structure(

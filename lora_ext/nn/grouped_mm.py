@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext.ops._compiling import compiles
+
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is a
     kernel for it, autocast is ignored."""
-    if torch.compiler.is_compiling():
+    if compiles():
         return torch.ops.lora_ext.experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 from . import context
 from .assignment import Assignment, Names
@@ -308,7 +309,7 @@ class LoraLayer(Merging):
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> Rows | None:
         block = None
-        if adapter_ids is None and not torch.compiler.is_compiling():
+        if adapter_ids is None and not compiles():
             block = context.current(layer_names.handle)
             if block is None:
                 return None

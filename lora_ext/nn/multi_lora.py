@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 from .attachment import Pool
 from .context import current
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_layer import PoolLayer
 from .pool_replaced import traced_replaced, with_replaced
-from .traced import compiles, pool_rows
+from .traced import pool_rows
 
 
 class MultiLoraLinear(PoolLayer):

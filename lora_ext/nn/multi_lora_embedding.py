@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 from .context import current
 from .pool_layer import PoolLayer
 from .pool_replaced import traced_replaced, with_replaced
-from .traced import compiles, pool_rows
+from .traced import pool_rows
 
 
 class MultiLoraEmbedding(PoolLayer):

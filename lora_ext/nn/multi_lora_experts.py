@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lora_ext.ops._compiling import compiles
+
 from .attachment import Pool
 from .context import current
 from .experts import Routing, Slots, experts_forward, projections, slots_of
@@ -58,7 +60,7 @@ class MultiLoraExperts(PoolLayer):
         if not slabs:
             return self.base(x, *args, **kwargs)
         index, weights = (*args, *kwargs.values())
-        if torch.compiler.is_compiling():
+        if compiles():
             slots = torch.ops.lora_ext.active_adapter_ids(
                 self.handle, x.shape[:-1], x.device, self.tokens_first, False, self.default
             )

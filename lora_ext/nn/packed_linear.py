@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 from .pool_layer import PoolLayer
 
@@ -102,7 +103,7 @@ class PackedLinear(nn.Linear):
 
     def packed_product(self, x: Tensor) -> Tensor | None:
         """The same from the packed copy, or None where the plain product is to serve."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training or _watched():
+        if compiles() or type(x) is not Tensor or self.training or _watched():
             return None
         weight, bias = self.weight, self.bias
         rows = x.numel() // self.in_features if self.in_features else 0

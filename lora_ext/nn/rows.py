@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 _KEPT = 64  # a training step has a few row counts; generation without a cache has one per token
 
@@ -88,7 +89,7 @@ _constants = Kept(_KEPT)
 
 def keep(key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
     """:meth:`Kept.get` of what all layers of the process share."""
-    if torch.compiler.is_compiling():
+    if compiles():
         return make(*args)
     return _constants.get(key, device, make, *args)
 
@@ -170,14 +171,14 @@ def rows_of(
             ids = constant([*place, -1], torch.int32, ids.device)[
                 ids.long()
             ]  # id -1 reads the last
-        if torch.compiler.is_compiling():
+        if compiles():
             ids = ids.int()
             return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
         return group(ids, num_adapters)
 
     device = adapter_ids.device
     on_host = device.type == "cpu"
-    if torch.compiler.is_compiling() or (adapter_ids.is_inference() and not on_host):
+    if compiles() or (adapter_ids.is_inference() and not on_host):
         return make()  # an inference tensor has no version: a change in place would go unseen
     seen, known = _by_ids.get(adapter_ids, (None, None))
     # On the host the ids themselves are compared: numpy and `.data` change them and no version.

@@ -34,12 +34,6 @@ _library.define(
 )
 
 
-def compiles() -> bool:
-    """Whether this code is compiled or exported. ``torch.compiler.is_compiling`` is true in every
-    thread while one of them compiles."""
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
-
-
 def pool_rows(
     handle: int,
     leading: Sequence[int],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._compiling import compiles
 
 from . import context
 from .assignment import Assignment, Names
@@ -246,7 +247,7 @@ class VoraLinear(LoraLinear):
         own = self.adapter_names.index(self.adapter_name)
         sees = self.adapter_name in self._active and self._is_on(self.adapter_name)
         block = None
-        if torch.compiler.is_compiling():
+        if compiles():
             vision = traced_vision_rows(leading, device) if sees else None
         else:
             block = vision_block() if sees else None
@@ -297,7 +298,7 @@ def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
     """The adapter at position ``own`` on vision rows, and on all others what ``text`` says."""
     table = constant([*text.used, -1], torch.int32, text.ids.device)
     ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # -1 reads the last
-    traced = torch.compiler.is_compiling()
+    traced = compiles()
     return rows_of(ids, num_adapters) if traced else group(ids, num_adapters)
 
 

@@ -1,8 +1,9 @@
 """No op of ours has a forward mode."""
 
-import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from lora_ext.ops._compiling import compiles
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
@@ -11,7 +12,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     Backwards registered in Python need this: where no gradient is wanted, torch calls the op
     below autograd and would drop the tangent. Those in C++ look for themselves.
     """
-    if torch.compiler.is_compiling():
+    if compiles():
         return
     for t in tensors:
         # torch leaves its arguments without types.

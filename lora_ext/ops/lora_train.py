@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_ext.ops._checks import require
+from lora_ext.ops._compiling import compiles
 from lora_ext.ops._registration import fake
 from lora_ext.reference.lora import accumulator
 
@@ -175,7 +176,7 @@ def lora_linear_apart(
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1:
         return lora_linear(x, weight, bias, a[0].to(x.dtype)[None], b[0].to(x.dtype)[None], *rest)
-    if torch.compiler.is_compiling():  # the compiler fuses this, and cannot see into the other
+    if compiles():  # the compiler fuses this, and cannot see into the other
         rank = max(f.shape[0] for f in a)
         bank_a = torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]).to(x.dtype)
         bank_b = torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]).to(x.dtype)

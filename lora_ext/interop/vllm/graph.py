@@ -14,6 +14,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from lora_ext.ops._compiling import compiles
+
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _wrappers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _handles = itertools.count()
@@ -46,7 +48,7 @@ def in_graph(arguments: str) -> Callable[[Callable[..., None]], Callable[..., No
 
         @functools.wraps(method)
         def call(self: Any, *args: Any) -> None:
-            if torch.compiler.is_compiling():
+            if compiles():
                 op(self.handle, *args)
             else:
                 method(self, *args)
