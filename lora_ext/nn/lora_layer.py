@@ -10,19 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.ops._compiling import compiles
 
-from . import context
-from .assignment import Assignment, Names
 from .dora import Magnitude
 from .init import FREE, decompose, init_lora_, known_scheme
 from .layer_names import LayerNames, layer_names
-from .merging import Merging
-from .rows import Rows, rows_of
-from .traced import layer_rows
+from .participants import Participants
 
 
-class LoraLayer(Merging):
+class LoraLayer(Participants):
     """A base layer and named adapters beside it, with PEFT's names for parameters and settings.
 
     Not for use by itself. A subclass says what forward does and of which kind its
@@ -44,9 +39,7 @@ class LoraLayer(Merging):
         self.lora_bias: dict[str, bool] = {}
         #: What the values of each adapter started from, as its caller said it.
         self.init_lora_weights: dict[str, bool | str] = {}
-        #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
         self.adapter_active: dict[str, bool] = {}
-        #: Adapters that take no part while the layer is in training mode, and do otherwise.
         self.off_in_training: frozenset[str] = frozenset()
         self.disable_adapters = False
         self.lora_dropout = nn.ModuleDict()
@@ -74,11 +67,6 @@ class LoraLayer(Merging):
 
     # ---------------------------------------------------------------------------------------------
     # Adapters
-
-    @property
-    def adapter_names(self) -> tuple[str, ...]:
-        """All adapters, in the order of ``adapter_ids``."""
-        return tuple(self.r)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -273,85 +261,7 @@ class LoraLayer(Merging):
         self._before_init = None
 
     # ---------------------------------------------------------------------------------------------
-    # Who takes part
-
-    def _participants(
-        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
-    ) -> tuple[list[str], Rows | None]:
-        """Adapters of this call, and which rows they have; no adapters: the base alone."""
-        if self.disable_adapters:
-            if self._merged:
-                self.unmerge()
-            return [], None
-        rows = self._rows(leading, device, adapter_ids)
-        if self._merged:
-            if rows is not None:
-                raise ValueError(
-                    f"adapter_ids: {self.merged_adapters} are merged into the base weight and "
-                    "serve every row; unmerge them first"
-                )
-            off = [m.name for m in self._merged if not self._is_on(m.name)]
-            if off:
-                raise ValueError(
-                    f"adapter_active: {off} are merged into the base weight and cannot be switched "
-                    "off; unmerge them first"
-                )
-            return [], None
-        if rows is None:
-            return [n for n in self._active if self._is_on(n)], None
-        return (list(self.adapter_names) if rows.used else []), rows
-
-    def _is_on(self, name: str) -> bool:
-        """Whether an adapter takes part in the mode that the layer is in."""
-        return self.adapter_active[name] and not (self.training and name in self.off_in_training)
-
-    def _rows(
-        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
-    ) -> Rows | None:
-        block = None
-        if adapter_ids is None and not compiles():
-            block = context.current(layer_names.handle)
-            if block is None:
-                return None
-        names = self.adapter_names
-        if isinstance(adapter_ids, Tensor):
-            enabled = tuple(self._is_on(name) for name in names)
-            return rows_of(adapter_ids, len(names), leading, enabled)
-        reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" is no name
-        if adapter_ids is not None:
-            made = isinstance(adapter_ids, Assignment)
-            assignment = adapter_ids if made else Assignment.of(adapter_ids)
-            self._check_known(assignment.names)
-            return assignment.among(reachable, leading, device)
-        if block is not None:
-            return block.rows_among(reachable, leading, device, self._of_tokens)
-        if not context.any_block:
-            return None
-        default = self._default_position()
-        return layer_rows(reachable, default, leading, device, self._of_tokens)
-
-    def _default_position(self) -> int:
-        active = [n for n in self._active if self._is_on(n)]
-        if len(active) > 1:
-            raise NotImplementedError(
-                f"{type(self).__name__}: a compiled graph that follows adapters blocks takes one "
-                f"active adapter, found {active}"
-            )
-        return self.adapter_names.index(active[0]) if active else -1
-
-    def _dropout_of(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-    # ---------------------------------------------------------------------------------------------
     # Checks
-
-    def _check_known(self, names: Sequence[str | None]) -> None:
-        for name in names:
-            if name not in self.r:
-                raise ValueError(
-                    f"{type(self).__name__}: expected an adapter of {list(self.r)}, found {name!r}"
-                )
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name or "." in name or name == "__base__":
@@ -416,9 +326,6 @@ class LoraLayer(Merging):
     # ---------------------------------------------------------------------------------------------
     # Of one adapter
 
-    #: Whether the rows are tokens, which all sequences may share: positions.
-    _of_tokens = False
-
     def _stores(self) -> list[Any]:
         """The dictionaries by adapter that hold A and B."""
         return [getattr(self, name) for name in self.base_weight.stores]
@@ -432,6 +339,10 @@ class LoraLayer(Merging):
         if self.use_dora[name]:
             found.append(self._magnitude(name))
         return found
+
+    def _dropout_of(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
