@@ -20,11 +20,11 @@ from lora_ext.nn import (
     MultiLoraExperts,
     MultiLoraLinear,
     pack_linears,
-    unpack_linears,
 )
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
 from lora_ext.nn.context import adapters, current, forward_of, innermost
+from lora_ext.nn.packed_linear import packed_layers, unpack
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.ops._compiling import compiles
@@ -187,6 +187,7 @@ def detach(model: Model) -> Model:
         raise RuntimeError(
             "detach: expected no manager of continuous batching that runs, found one; stop it first"
         )
+    packed = packed_layers(model, "detach") if attachment.packed else []
     attachment.swap.restore(model, "detach")
     for requests in managers:
         requests.remove()
@@ -196,8 +197,7 @@ def detach(model: Model) -> Model:
             module.__dict__.pop(method, None)
             if _OWN + method in module.__dict__:
                 module.__dict__[method] = module.__dict__.pop(_OWN + method)
-    if attachment.packed:
-        unpack_linears(model)
+    unpack(packed)
     del model.__dict__[_KEY]
     attachments.discard(attachment)
     return model

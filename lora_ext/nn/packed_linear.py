@@ -152,8 +152,9 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     """Keep packed copies of the weights of linear layers, for products of at most 32 rows.
 
     Works in place and on any model, with adapters or without: ``nn.Linear`` layers, also the base
-    layers of :class:`LoraLinear` and of an attached model. They stay the same objects, and so do
-    their parameters, names, hooks, state dicts and pickled files. :func:`unpack_linears` undoes it.
+    layers of :class:`LoraLinear`, of PEFT and of an attached model; adapters' factors are left
+    alone. They stay the same objects, and so do their parameters, names, hooks, state dicts and
+    pickled files. :func:`unpack_linears` undoes it.
 
     A copy serves products without gradient, in evaluation mode, in the weight's own dtype, outside
     ``torch.compile``; all others are torch's. It takes the weight's bytes once more; tied weights
@@ -165,7 +166,8 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     Args:
         model: in evaluation mode; it may be a layer itself.
         names: of the modules to pack, as ``model.named_modules()`` has them; None for all that are
-            exactly ``nn.Linear``. Subclasses with a forward of their own are left alone.
+            exactly ``nn.Linear``, but for adapters' factors. Subclasses with a forward of their own
+            are left alone.
 
     Returns:
         ``model``.
@@ -197,27 +199,55 @@ def unpack_linears(model: Model) -> Model:
         ``model``.
 
     Raises:
-        RuntimeError: nothing in it is packed.
+        RuntimeError: nothing in it is packed, or a layer was parametrized since, for which torch
+            has a class of its own. The model is unchanged then.
     """
-    packed: list[Any] = [m for _, m in _linears(model) if type(m) is PackedLinear]
+    packed = packed_layers(model, "unpack_linears")
     if not packed:
         raise RuntimeError("unpack_linears: model: expected one with packed layers, found none")
-    for module in packed:
-        del module.__dict__[_STATE]
-        module.__class__ = nn.Linear
+    unpack(packed)
     return model
+
+
+def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
+    """What :func:`unpack` takes: all packed layers of a model.
+
+    Raises:
+        RuntimeError: one has parametrizations; ``where`` starts the message.
+    """
+    packed = {name: m for name, m in _linears(model) if isinstance(m, PackedLinear)}
+    for name, module in packed.items():
+        if type(module) is not PackedLinear:
+            raise RuntimeError(
+                f"{where}: model: {name!r}: expected a layer without parametrizations, found a "
+                f"{type(module).__name__}; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+    return list(packed.values())
+
+
+def unpack(layers: Iterable[PackedLinear]) -> None:
+    """Make them ``nn.Linear`` again."""
+    for module in layers:
+        del module.__dict__[_STATE]
+        module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def packed_bytes(model: nn.Module) -> int:
     """How many bytes the packed copies of a model take."""
-    states = {m.__dict__[_STATE] for _, m in _linears(model) if type(m) is PackedLinear}
+    states = {m.__dict__[_STATE] for _, m in _linears(model) if isinstance(m, PackedLinear)}
     return sum(state.nbytes for state in states)
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Plain and packed layers. Adapters' factors are small, and change."""
+    factors: set[nn.Module] = set()
     for name, module in model.named_modules():
+        for store in ("lora_A", "lora_B"):
+            if isinstance(held := getattr(module, store, None), nn.Module):
+                factors.update(held.modules())
         base = module.base if isinstance(module, PoolLayer) else module
-        if type(base) in (nn.Linear, PackedLinear):
+        if base not in factors and (type(base) is nn.Linear or isinstance(base, PackedLinear)):
             yield name, base  # pyright: ignore[reportReturnType]
 
 

@@ -13,9 +13,16 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_sub
 from safetensors.torch import load_file
 from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import lora_ext
-from lora_ext.nn import MultiLoraEmbedding, MultiLoraLinear, UnknownAdapterError, packed_bytes
+from lora_ext.nn import (
+    MultiLoraEmbedding,
+    MultiLoraLinear,
+    UnknownAdapterError,
+    packed_bytes,
+    unpack_linears,
+)
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
@@ -73,6 +80,33 @@ def test_attach_with_packed_bases_that_is_refused_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"evaluation mode, found training"):
         lora_ext.attach(model, pool, pack_base=True)
     assert snapshot(model) == objects
+
+
+def test_a_detach_that_cannot_unpack_changes_nothing() -> None:
+    model = make_model("llama")
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    plain = snapshot(model)
+    lora_ext.attach(model, pool, pack_base=True)
+    base = model.get_submodule("lm_head").base
+    parametrize.register_parametrization(base, "weight", nn.Identity())
+    objects = snapshot(model)
+    with pytest.raises(
+        RuntimeError, match=r"detach: model: 'lm_head': .* without parametrizations"
+    ):
+        lora_ext.detach(model)
+    assert snapshot(model) == objects
+    parametrize.remove_parametrizations(base, "weight")
+    lora_ext.detach(model)
+    assert snapshot(model) == plain
+
+
+def test_a_model_that_was_unpacked_meanwhile_is_detached() -> None:
+    model = make_model("llama")
+    plain = snapshot(model)
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    unpack_linears(lora_ext.attach(model, pool, pack_base=True))
+    lora_ext.detach(model)
+    assert snapshot(model) == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -207,6 +207,21 @@ def test_a_parametrized_layer_refuses_to_be_pickled_as_the_plain_one_does() -> N
     assert torch.equal(unpack_linears(module)(x), expected) and type(module) is nn.Linear
 
 
+def test_a_parametrized_layer_is_not_unpacked_in_silence() -> None:
+    model = pack_linears(nn.Sequential(layer(), layer()))
+    for packed in (model[0], model[1]):
+        packed(small_integers(2, 48))
+    before = packed_bytes(model)
+    parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    assert packed_bytes(model) == before > 0
+    with pytest.raises(RuntimeError, match=r"unpack_linears: .*'1'.*Parametrized.*remove_param"):
+        unpack_linears(model)
+    assert type(model[0]) is PackedLinear
+    parametrize.remove_parametrizations(model[1], "weight")
+    unpack_linears(model)
+    assert [type(m) for m in model] == [nn.Linear] * 2
+
+
 def test_a_compiled_graph_takes_the_plain_product() -> None:
     module, x = pack_linears(layer()), small_integers(2, 48)
     run = torch.compile(module, backend="eager", fullgraph=True)
@@ -227,6 +242,19 @@ def test_transforms_take_the_plain_product() -> None:
     recorded = torch.jit.trace(module, x)
     assert recorded(small_integers(40, 48)).shape == (40, 33)
     assert "aten::linear" in str(recorded.graph)
+
+
+def test_factors_of_adapters_are_not_packed() -> None:
+    ours = nn.Sequential(LoraLinear(layer(), "default", 4)).eval()
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
+    theirs = peft.get_peft_model(nn.Sequential(layer(), layer()), config).eval()
+    for model, heads in ((ours, 0), (theirs, 2)):  # PEFT keeps a saved module's original
+        pack_linears(model.requires_grad_(False))
+        packed = [name for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+        assert len(packed) == 1 + heads and not any("lora_" in name for name in packed)
+    with pytest.raises(ValueError, match=r"name of a linear layer.*lora_A\.default"):
+        pack_linears(ours, ["0.lora_A.default"])
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 1, -1])])
