@@ -23,7 +23,7 @@ from lora_ext.nn import (
 )
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
-from lora_ext.nn.context import adapters, current, forward_of, innermost
+from lora_ext.nn.context import adapters, forward_of, innermost
 from lora_ext.nn.packed_linear import packed_layers, unpack
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.swap import Swap, find_module
@@ -282,7 +282,7 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
         _check_attention(model, kwargs)
         names = names_of_call(names, pool, default)
         if names is None and not gate.inside:
-            check_pipeline(current(pool_handle(pool)))
+            check_pipeline(pool_handle(pool))
         with gate.passed(alone=kwargs.get("is_causal") is not None):
             return _in_block(run, model, args, kwargs, names, pool)
 

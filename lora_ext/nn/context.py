@@ -249,6 +249,11 @@ _open: dict[int, Block] = {}  # by id
 _open_lock = threading.Lock()
 
 
+def ever_entered() -> bool:
+    """Whether a block has been open so far, in any thread."""
+    return _changes > 0
+
+
 @contextlib.contextmanager
 def adapters(
     names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None

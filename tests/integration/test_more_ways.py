@@ -7,6 +7,8 @@ import asyncio
 import copy
 import functools
 import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,33 @@ def test_classifying_pipelines_serve_blocks_and_refuse_names(
     for given in (TEXTS, TEXTS[0]):
         with pytest.raises(ValueError, match="adapter_names: expected a block around the pipeline"):
             pipe(given, batch_size=3, adapter_names=NAMES)
+
+
+def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tokenizer: Any, tmp_path: Path) -> None:
+    """It computes where it is read."""
+    model, _, pool = make_pair("bert", tmp_path)
+    pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    message = "is read outside every block, and the base model or attach's default serves it"
+
+    def texts() -> Iterator[str]:
+        yield from TEXTS
+
+    with lora_ext.adapters("green", pool=pool):
+        expected = scores(pipe(TEXTS))
+        assert scores(pipe(texts())) == pytest.approx(expected, abs=1e-6)
+        lazy = pipe(texts())
+    with pytest.warns(UserWarning, match=message):
+        base = scores(lazy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once, and never for what is meant
+        assert scores(pipe(texts())) == base == pytest.approx(scores(pipe(TEXTS)), abs=1e-6)
+    twin, _, other = make_pair("bert", tmp_path / "other")
+    pipe = transformers.pipeline("text-classification", model=twin, tokenizer=tokenizer)
+    with warnings.catch_warnings(), lora_ext.adapters(None, pool=other):
+        warnings.simplefilter("error")
+        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
+    with pytest.raises(ValueError, match="adapter_names: expected a block around the pipeline"):
+        scores(pipe(texts(), adapter_names=NAMES))
 
 
 def test_pipelines_that_cut_an_input_into_rows_take_one_name(
