@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora_ext.pool import unpack
+from lora_ext.pool import AdapterPool, unpack
 
 SIZES = {"up": (12, 20), "down": (20, 12), "head": (12, 5)}  # neither multiples of 8 nor equal
 
@@ -41,6 +41,19 @@ def state(seed, rank=4, targets=("up", "down"), bias=False, dtype=torch.float32,
         if dora:
             tensors[key + "magnitude_vector"] = torch.randn(o, generator=g).to(dtype)
     return tensors
+
+
+def make(**arguments):
+    """A pool of three slots for the small model."""
+    return AdapterPool(Base(), **{"max_slots": 3, "max_rank": 16, **arguments})
+
+
+def load(pool, name, seed, rank=4, **fields):
+    """Load a random adapter; ``fields`` are of its configuration."""
+    bias, dora = fields.get("lora_bias", False), fields.get("use_dora", False)
+    targets = fields.pop("targets", ("up", "down"))
+    tensors = state(seed, rank, targets, bias, dora=dora)
+    pool.load(name, (config(rank, targets, **fields), tensors))
 
 
 def read_slot(pool, slot):
@@ -90,7 +103,7 @@ def assert_slot_holds(pool, slot, tensors, scale):
 def snapshot(pool):
     """All that an observer can see: names, numbers, and every adapter's bytes, slot by slot."""
     numbers = pool.stats()
-    slots = {r.name: r.slot for r in pool._by_name.values()}
+    slots = {r.name: r.slot for r in pool._residence.by_name.values()}
     tensors = {}
     for name, slot in slots.items():
         for module, parts in read_slot(pool, slot).items():

@@ -1,8 +1,10 @@
 """Adapters of one base model in pages that rows of a batch share."""
 
+from lora_ext.nn.attachment import UnknownAdapterError
+
 from .pages import ModuleSlab, unpack
 from .plan import PoolFullError
-from .pool import AdapterPool, Lease, UnknownAdapterError
+from .pool import AdapterPool, Lease
 
 __all__ = [
     "AdapterPool",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,15 +16,14 @@ from lora_ext.adapter import LoraAdapter
 from lora_ext.adapter.live import live_adapter
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
-from lora_ext.nn.attachment import UnknownAdapterError
 
+from .limits import check_limits, limit_bytes
 from .packing import PackedAdapter, read_packed
 from .pages import page_count
-from .plan import Plan, backed_bytes, make_plan, resize, resize_back
-from .report import limit_bytes, stats, summary
+from .report import stats, summary
+from .residence import BASE, Residence
 from .store import PageStore, Resident
 
-BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
 Source = AdapterSource | LoraAdapter | nn.Module
 
@@ -89,26 +86,13 @@ class AdapterPool:
         *,
         max_bytes: int | None = None,
     ):
-        given = {"max_slots": max_slots, "max_rank": max_rank, "pages": pages}
-        for argument, value in (given | {"max_bytes": max_bytes}).items():
-            if argument in ("pages", "max_bytes") and value is None:
-                continue
-            if not isinstance(value, int):
-                raise TypeError(f"AdapterPool: {argument}: expected an integer, found {value!r}")
-            if value < 1:
-                raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
-        if not isinstance(host_cache_bytes, int) or host_cache_bytes < 0:
-            raise ValueError(
-                "AdapterPool: host_cache_bytes: expected a number of bytes, 0 or more, "
-                f"found {host_cache_bytes!r}"
-            )
+        check_limits(max_slots, max_rank, pages, max_bytes, host_cache_bytes)
         if device is not None:
             device = torch.empty(0, device=device).device  # a device that is not there says so now
         self.max_slots = max_slots
         self.max_rank = max_rank
         self.targets = targets if isinstance(targets, str | None) else tuple(targets)
         self.pages = pages if pages is not None else max_slots * page_count(max_rank)
-        self.host_cache_bytes = host_cache_bytes
         self.max_bytes = max_bytes
         self.index = ModelIndex.build(model, self.targets, dtype, device)
         self._store = PageStore(self.index, max_slots, max_rank, self.pages, max_bytes)
@@ -116,11 +100,8 @@ class AdapterPool:
         #: What the layer of an experts module reads, by the parameter's name.
         self.experts = {name: self._store.modules[name] for name in self.index.experts}
         self._lock = threading.RLock()
-        self._by_name: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._cache: OrderedDict[str, PackedAdapter] = OrderedDict()  # likewise; not in a slot
-        self._cache_bytes = 0
-        self._dropped: OrderedDict[str, None] = OrderedDict()  # let go by the cache, for errors
-        self._counts = {"loads": 0, "evictions": 0, "cache_hits": 0, "dropped": 0}
+        self._residence = Residence(self._store, host_cache_bytes)
+        self._loads = 0
 
     def __reduce__(self) -> NoReturn:
         """Slots and pins belong to one process: refuse to be copied or pickled, by name."""
@@ -136,12 +117,12 @@ class AdapterPool:
     def names(self) -> list[str]:
         """Every adapter that :meth:`acquire` knows, on the device or in the host cache."""
         with self._lock:
-            return [*self._by_name, *self._cache]
+            return self._residence.names
 
     def __contains__(self, name: object) -> bool:
         """Whether :meth:`acquire` knows the name."""
         with self._lock:
-            return name in self._by_name or name in self._cache
+            return name in self._residence
 
     def load(
         self, name: str, source: Source, strict: bool = True, *, adapter_name: str | None = None
@@ -163,12 +144,12 @@ class AdapterPool:
             NotImplementedError: a PEFT feature that the pool cannot apply.
             PoolFullError: every adapter that could make way is pinned.
         """
-        self._check_new(name)
+        self._residence.check_new(name)
         packed = self._read("load", source, strict, adapter_name)  # slow, so not under the lock
         with self._lock:
-            self._check_new(name)
-            self._install(name, packed)
-            self._counts["loads"] += 1
+            self._residence.check_new(name)
+            self._residence.install(name, packed)
+            self._loads += 1
         return packed.leftover
 
     def update(
@@ -189,25 +170,22 @@ class AdapterPool:
             strict, adapter_name: as for :meth:`load`.
         """
         with self._lock:
-            self._check_known([name])
-            held = self._by_name.get(name) or self._cache[name]
+            self._residence.check_known([name])
+            held = self._residence.by_name.get(name) or self._residence.cache[name]
         if isinstance(source, Mapping):
             source = (held.config, source)
         packed = self._read("update", source, strict, adapter_name)
         with self._lock:
-            self._check_known([name])
-            self._install(name, packed)
-            self._counts["loads"] += 1
+            self._residence.check_known([name])
+            self._residence.install(name, packed)
+            self._loads += 1
         return packed.leftover
 
     def unload(self, name: str) -> None:
         """Forget a name. Its pages are free at once, or when the last pin is released."""
         with self._lock:
-            self._check_known([name])
-            if name in self._cache:
-                self._cache_bytes -= self._cache.pop(name).nbytes
-            else:
-                self._retire(self._by_name.pop(name))
+            self._residence.check_known([name])
+            self._residence.forget(name)
 
     def prefetch(
         self,
@@ -230,19 +208,19 @@ class AdapterPool:
             named = {Path(path).name: path for path in sources}
         packed: dict[str, PackedAdapter] = {}
         for name, source in named.items():
-            self._check_new(name)
+            self._residence.check_new(name)
             packed[name] = self._read("prefetch", source, strict)
         size = sum(p.nbytes for p in packed.values())
         with self._lock:
             for name in packed:
-                self._check_new(name)
+                self._residence.check_new(name)
             if size > self.host_cache_bytes:
                 raise ValueError(
                     f"AdapterPool.prefetch: expected at most host_cache_bytes="
                     f"{self.host_cache_bytes}, found {size} bytes of pages"
                 )
             for name, adapter in packed.items():
-                self._cache_put(name, adapter)
+                self._residence.cache.put(name, adapter)
         return list(packed)
 
     def _read(
@@ -281,10 +259,10 @@ class AdapterPool:
         self._store.check_outside_capture()
         lease, now = Lease(self), time.time()
         with self._lock:
-            by_name = self._by_name
+            by_name = self._residence.by_name
             absent = [n for n in names if n is not None and n != BASE and n not in by_name]
             if absent:
-                self._bring_back(names, absent)
+                self._residence.bring_back(names, absent)
             for name in names:
                 if name is None or name == BASE:
                     lease.append(NO_SLOT)
@@ -357,6 +335,15 @@ class AdapterPool:
             return self._store.reserved_bytes
 
     @property
+    def host_cache_bytes(self) -> int:
+        """How much of what is evicted is kept in host memory."""
+        return self._residence.cache.limit
+
+    @host_cache_bytes.setter
+    def host_cache_bytes(self, value: int) -> None:
+        self._residence.cache.limit = value
+
+    @property
     def limit_bytes(self) -> int:
         """Bytes of pages that the pool may come to: what to leave free for it."""
         return limit_bytes(self)
@@ -369,7 +356,7 @@ class AdapterPool:
     def stats(self) -> dict[str, Any]:
         """Counters, occupancy, bytes, and each adapter: :func:`lora_ext.pool.report.stats`."""
         with self._lock:
-            return stats(self, self._store, self._by_name, self._cache, self._counts)
+            return stats(self, self._store, self._residence, self._loads)
 
     def trim(self) -> int:
         """Give memory back to the devices, where adapters have left it.
@@ -385,126 +372,3 @@ class AdapterPool:
     def __repr__(self) -> str:
         """Settings, and the memory that they mean."""
         return summary(self)
-
-    # ---------------------------------------------------------------------------------------------
-    # Checks of names
-
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or name == BASE:
-            raise ValueError(
-                f"AdapterPool: name: expected a non-empty name but {BASE!r}, found {name!r}"
-            )
-        if name in self:
-            raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
-
-    def _check_known(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name in self._by_name or name in self._cache:
-                continue
-            known = self.names
-            close = difflib.get_close_matches(str(name), known)
-            hint = f"; close matches: {close}" if close else f"; {len(known)} are loaded"
-            if name in self._dropped:
-                hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
-            raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
-
-    # ---------------------------------------------------------------------------------------------
-    # Moving adapters. All of it under the lock.
-
-    def _bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Install evicted adapters, none at the cost of another that the caller named."""
-        self._check_known(absent)
-        held = [self._by_name[n] for n in set(names) if n is not None and n in self._by_name]
-        for resident in held:
-            resident.pins += 1
-        # Out of the cache first: what is evicted for one of them must not push out the next.
-        wanted = {name: self._cache.pop(name) for name in dict.fromkeys(absent)}
-        self._cache_bytes -= sum(adapter.nbytes for adapter in wanted.values())
-        try:
-            for name in list(wanted):
-                self._install(name, wanted[name])
-                del wanted[name]
-                self._counts["cache_hits"] += 1
-                held.append(self._by_name[name])
-                held[-1].pins += 1
-        finally:
-            for resident in held:
-                resident.pins -= 1
-            for name, adapter in wanted.items():
-                self._keep(name, adapter)
-
-    # A pool that is first filled inside inference mode is updated outside of it, too, and its pages
-    # are saved for backward.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _install(self, name: str, packed: PackedAdapter) -> None:
-        """Write an adapter into a free slot, then publish the name, new or moved."""
-        old = self._by_name.get(name)
-        order = [*([old] if old else []), *(r for r in self._by_name.values() if r is not old)]
-        plan = make_plan(self._store, name, packed, order)
-        saved = [self._store.download(victim) for victim in plan.victims]
-        sizes = backed_bytes(self._store, plan)
-        try:
-            resize(self._store, plan)
-            written = self._store.upload(plan.slot, plan.pages, packed, plan)
-        except BaseException:
-            self._undo(plan, sizes, saved)
-            raise
-        # Python assignments only from here on: nothing fails half-way.
-        resident = Resident(
-            name, plan.slot, packed.config, plan.pages, packed.rank, packed.nbytes, written
-        )
-        self._store.commit(plan, resident)
-        for victim in plan.victims:
-            del self._by_name[victim.name]
-        if old is not None and old not in plan.victims:
-            self._retire(old)
-        if name in self._cache:
-            self._cache_bytes -= self._cache.pop(name).nbytes
-        self._by_name[name] = resident
-        self._by_name.move_to_end(name)
-        for victim, adapter in zip(plan.victims, saved, strict=True):
-            if victim is not old:
-                self._counts["evictions"] += 1
-                self._cache_put(victim.name, adapter)
-
-    def _undo(self, plan: Plan, sizes: dict[str, int], saved: list[PackedAdapter]) -> None:
-        """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
-        try:
-            resize_back(self._store, plan, sizes)
-        except RuntimeError:
-            for victim, adapter in zip(plan.victims, saved, strict=True):
-                self._give_up(victim, adapter)
-            return
-        for victim, adapter in zip(plan.victims, saved, strict=True):
-            try:
-                victim.written = self._store.upload(victim.slot, victim.pages, adapter)
-            except BaseException:
-                self._give_up(victim, adapter)
-
-    def _give_up(self, victim: Resident, saved: PackedAdapter) -> None:
-        del self._by_name[victim.name]
-        self._store.vacate(victim)
-        self._keep(victim.name, saved)
-
-    def _keep(self, name: str, adapter: PackedAdapter) -> None:
-        """Into the cache, even above ``host_cache_bytes``: after a failure nothing is lost."""
-        self._cache[name] = adapter
-        self._cache_bytes += adapter.nbytes
-
-    def _retire(self, resident: Resident) -> None:
-        """The name is gone; so are slot and pages, now or with the last pin."""
-        resident.retired = True
-        if resident.pins == 0:
-            self._store.vacate(resident)
-
-    def _cache_put(self, name: str, adapter: PackedAdapter) -> None:
-        """Keep an adapter in host memory; let the least recently used go until all fits."""
-        self._keep(name, adapter)
-        while self._cache_bytes > self.host_cache_bytes:
-            dropped, packed = self._cache.popitem(last=False)
-            self._cache_bytes -= packed.nbytes
-            self._counts["dropped"] += 1
-            self._dropped[dropped] = None
-            while len(self._dropped) > 1024:
-                self._dropped.popitem(last=False)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .limits import limit_bytes
 from .packing import PackedAdapter
-from .pages import in_words, page_bytes
+from .pages import in_words
 
 if TYPE_CHECKING:
     from .pool import AdapterPool
+    from .residence import Residence
     from .store import PageStore, Resident
 
 
-def limit_bytes(pool: AdapterPool) -> int:
-    """All ``pages`` of every module, or ``max_bytes`` where that is less."""
-    specs = pool.index.specs.values()
-    pages = sum(pool.pages * spec.experts * page_bytes(spec) for spec in specs)
-    return pages if pool.max_bytes is None else min(pages, pool.max_bytes)
-
-
-def stats(
-    pool: AdapterPool,
-    store: PageStore,
-    by_name: Mapping[str, Resident],
-    cache: Mapping[str, PackedAdapter],
-    counts: Mapping[str, int],
-) -> dict[str, Any]:
+def stats(pool: AdapterPool, store: PageStore, residence: Residence, loads: int) -> dict[str, Any]:
     """Numbers of this moment.
 
     Returns:
@@ -41,6 +29,7 @@ def stats(
         The rest are counts: of slots, pins and pages (``pages_total`` at the limit, of the modules
         that were touched), of the host cache, and of what has happened so far.
     """
+    cache = residence.cache
     live = [r for r in store.residents if r is not None]
     return {
         "slots_used": len(live),
@@ -56,9 +45,11 @@ def stats(
         "table_bytes": store.table_bytes,
         "replaced_bytes": store.replaced_bytes,
         "cached": len(cache),
-        "cache_bytes": sum(adapter.nbytes for adapter in cache.values()),
-        **counts,
-        "adapters": {name: _on_device(resident) for name, resident in by_name.items()}
+        "cache_bytes": cache.nbytes,
+        "loads": loads,
+        **residence.counts,
+        "dropped": cache.dropped,
+        "adapters": {name: _on_device(resident) for name, resident in residence.by_name.items()}
         | {name: _on_host(adapter) for name, adapter in cache.items()},
     }
 

@@ -321,7 +321,7 @@ def test_a_pool_takes_the_active_adapter_of_a_model_or_the_one_that_is_named():
     model.set_adapter("blue")
     pool.load("three", model)
     pool.update("one", model)
-    targets = {name: set(pool._by_name[name].pages) for name in pool.names}
+    targets = {name: set(pool._residence.by_name[name].pages) for name in pool.names}
     assert all("o_proj" in name for name in targets["two"]) and targets["two"] == targets["three"]
     assert targets["one"] == targets["two"], "updated"
     with pytest.raises(ValueError, match=r"expected one of \['red', 'blue'\], found 'green'"):

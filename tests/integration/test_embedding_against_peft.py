@@ -142,7 +142,7 @@ def test_evicted_saved_copied_compiled_detached(tmp_path: Path) -> None:
     save_adapter(tmp_path / "ours", reference.peft_config["red"], state)
     for number in range(4):  # four slots: the others go to the host
         pool.load(f"other {number}", tmp_path / "ours")
-    assert "red" not in pool._by_name
+    assert "red" not in pool._residence.by_name
     torch._dynamo.reset()
     compiled = torch.compile(model.model.embed_tokens, backend="aot_eager", fullgraph=True)
     with torch.no_grad():

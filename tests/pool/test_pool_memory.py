@@ -87,7 +87,7 @@ def test_a_limit_in_bytes_makes_adapters_give_way_before_the_slots_are_full():
     with pool.acquire(["x0"]):
         pass
     load(pool, "x3", 3)
-    assert "x1" not in pool._by_name and "x1" in pool, "the least recently used makes way"
+    assert "x1" not in pool._residence.by_name and "x1" in pool, "the least recently used makes way"
     assert pool.stats()["evictions"] == 1 and pool.reserved_bytes == pool.max_bytes
     for name in ("x0", "x2", "x3", "x1"):
         with pool.acquire([name]) as slots:
@@ -142,7 +142,7 @@ def test_random_loads_under_a_limit_stay_under_it_and_keep_every_adapter():
             meaning[name] = (state(step, rank, targets), 8 / rank)
         numbers = pool.stats()
         assert numbers["reserved_bytes"] <= pool.max_bytes
-        held = [n for n in pool.names if n in pool._by_name]
+        held = [n for n in pool.names if n in pool._residence.by_name]
         pages = sum(numbers["adapters"][n]["bytes"] for n in held)
         assert pages == numbers["used_bytes"] <= numbers["page_bytes"]
     assert pool.stats()["evictions"] > 10, "the limit was felt"

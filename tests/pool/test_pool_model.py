@@ -94,7 +94,7 @@ class PoolMachine(RuleBasedStateMachine):
     def every_name_and_every_lease_means_what_it_should(self):
         pool = self.pool
         assert sorted(pool.names) == sorted(self.meaning)
-        for name, resident in pool._by_name.items():
+        for name, resident in pool._residence.by_name.items():
             assert_slot_holds(pool, resident.slot, *self.meaning[name])
         for lease, meanings in self.leases:
             for slot, meaning in zip(lease, meanings, strict=True):
@@ -113,7 +113,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert sorted([*store._free_slots, *(r.slot for r in live)]) == list(range(pool.max_slots))
         pins = sum(slot >= 0 for lease, _ in self.leases for slot in lease)
         assert pool.stats()["pins"] == pins
-        assert pool.stats()["cache_bytes"] == sum(a.nbytes for a in pool._cache.values())
+        assert pool.stats()["cache_bytes"] == sum(a.nbytes for a in pool._residence.cache.values())
 
 
 PoolMachine.TestCase.settings = settings(

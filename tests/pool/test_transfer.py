@@ -93,7 +93,7 @@ def test_an_adapter_that_makes_way_at_once_is_read_back_whole(cuda, pool):
     load(pool, "c", 3)
     load(pool, "d", 4)  # b makes way
     load(pool, "e", 5)  # c makes way
-    assert "c" in pool._cache
+    assert "c" in pool._residence.cache
     seen = []
     with pool.acquire(["c"]) as slots:
         step(cuda, pool, slots[0], seen)

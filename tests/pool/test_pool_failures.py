@@ -1,0 +1,168 @@
+"""What a pool refuses, and that a failure changes nothing."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from pool_support import (
+    Base,
+    assert_same,
+    assert_slot_holds,
+    config,
+    load,
+    make,
+    snapshot,
+    state,
+)
+
+from lora_ext.pool import AdapterPool, memory, transfer
+
+
+@pytest.mark.parametrize("name", ["", "__base__", None, 3])
+def test_names_that_mean_nothing_are_refused(name):
+    with pytest.raises(ValueError, match="name"):
+        make().load(name, (config(), state(0)))
+
+
+class _Fails:
+    """Counts copies; raises at the one numbered ``at``, and at all later ones if ``for_good``."""
+
+    def __init__(self, monkeypatch, at, for_good=False):
+        self.count, self.at, self.for_good = 0, at, for_good
+        self.real = transfer.copy_
+        monkeypatch.setattr(transfer, "copy_", self)
+
+    def __call__(self, destination, source):
+        self.count += 1
+        if self.count == self.at or (self.for_good and self.count > self.at):
+            destination.fill_(77)  # half-written
+            raise RuntimeError("the copy failed")
+        self.real(destination, source)
+
+
+def _crowded():
+    """Two slots, both taken; loading ``new`` evicts, brings a new module and the first bias."""
+    pool = make(max_slots=2, pages=3)
+    load(pool, "x", 0, rank=16)
+    load(pool, "y", 1, rank=8)
+    return pool
+
+
+ACTIONS = {
+    "load": lambda pool: load(pool, "new", 2, rank=16, targets=("up", "head"), lora_bias=True),
+    "load dora": lambda pool: load(pool, "new", 2, rank=16, targets=("up", "head"), use_dora=True),
+    "update": lambda pool: pool.update("x", state(3, 16)),
+    "update to dora": lambda pool: pool.update(
+        "x", (config(16, use_dora=True), state(3, 16, dora=True))
+    ),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_copy_that_fails_at_any_point_leaves_the_pool_as_it_was(action, monkeypatch):
+    for at in itertools.count(1):
+        pool = _crowded()
+        before = snapshot(pool)
+        with monkeypatch.context() as patch:
+            fails = _Fails(patch, at=at)
+            try:
+                ACTIONS[action](pool)
+            except RuntimeError as error:
+                assert "the copy failed" in str(error)
+            else:
+                assert at > fails.count > 10, "past the last copy: every point was tried"
+                break
+        assert_same(before, snapshot(pool))
+        ACTIONS[action](pool)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_device_that_fails_for_good_loses_no_adapter(action, monkeypatch):
+    pool = _crowded()
+    with monkeypatch.context() as patch:
+        _Fails(patch, at=3, for_good=True)
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            ACTIONS[action](pool)
+    assert sorted(pool.names) == ["x", "y"]
+    for name, seed, rank in (("x", 0, 16), ("y", 1, 8)):
+        with pool.acquire([name]) as slots:
+            assert_slot_holds(pool, slots[0], state(seed, rank), 8 / rank)
+
+
+def test_bringing_back_that_fails_keeps_the_adapter_and_the_pins(monkeypatch):
+    pool = make(max_slots=2)
+    for seed in range(3):
+        load(pool, f"x{seed}", seed)
+    with monkeypatch.context() as patch:
+        _Fails(patch, at=2)
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            pool.acquire(["x2", "x0"])
+    assert pool.stats()["pins"] == 0
+    with pool.acquire(["x2", "x0"]) as slots:
+        assert_slot_holds(pool, slots[0], state(2), 2.0)
+        assert_slot_holds(pool, slots[1], state(0), 2.0)
+
+
+def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
+    pool = _crowded()
+    before = snapshot(pool)
+
+    def refuse(*_, **__):
+        raise OSError("out of memory")
+
+    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match=r"3 pages of 'head' \([\d.]+ KiB\).*smaller pages="):
+        load(pool, "new", 2, targets=("head",))
+    monkeypatch.undo()
+    assert_same(before, snapshot(pool))
+
+
+def test_a_pool_refuses_a_cache_of_less_than_nothing_and_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found -1"):
+        AdapterPool(Base(), host_cache_bytes=-1)
+    with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found True"):
+        AdapterPool(Base(), host_cache_bytes=True)
+    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)device|cuda"):
+        AdapterPool(Base(), device="cuda:77")
+
+
+def test_a_pool_says_that_it_is_not_copied():
+    with pytest.raises(TypeError, match="AdapterPool: expected not to be copied or pickled"):
+        copy.deepcopy(AdapterPool(Base()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "target"),
+    [
+        (torch.nn.MultiheadAttention(8, 2), "out_proj"),
+        (torch.nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
+    ],
+)
+def test_layers_whose_weights_are_read_past_their_forward_are_refused(layer, target):
+    model = torch.nn.ModuleDict({"layer": layer, "after": torch.nn.Linear(8, 8)})
+    raw = config(targets=(f"layer.{target}",))
+    width = getattr(layer, target).out_features
+    tensors = {
+        f"layer.{target}.lora_A.weight": torch.zeros(4, 8),
+        f"layer.{target}.lora_B.weight": torch.zeros(width, 4),
+    }
+    with pytest.raises(NotImplementedError, match=target):
+        AdapterPool(model, max_slots=2, max_rank=8).load("a", (raw, tensors))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"max_slots": 2.0},
+        {"max_rank": "8"},
+        {"pages": 1.5},
+        {"max_slots": True},
+        {"max_bytes": True},
+    ],
+)
+def test_sizes_that_are_no_integers_are_refused_by_name(sizes):
+    name, value = next(iter(sizes.items()))
+    message = f"AdapterPool: {name}: expected an integer, found {value!r}"
+    with pytest.raises(TypeError, match=message):
+        make(**{"max_slots": 2, "max_rank": 8, **sizes})
