@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import weakref
+from collections import deque
 from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint64, c_ulonglong, c_ushort
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,23 +113,22 @@ def _properties(index: int) -> _Properties:
 
 
 class Reservation:
-    """Addresses of ``size`` bytes, whose front is backed piece by piece. All is given back, behind
-    the device's queued work, when neither this object nor a tensor on it is held any more.
+    """Addresses of ``size`` bytes, whose front is backed piece by piece. When neither this object
+    nor a tensor on it is held any more, :func:`give_back` may have all of it.
 
     Args:
         driver: the functions. index: of the device. size: a multiple of ``piece``, the granularity.
     """
 
     def __init__(self, driver: Driver, index: int, size: int, piece: int):
+        give_back()
         self._driver, self._index, self._size, self._piece = driver, index, size, piece
         address = c_uint64(0)
         driver("cuMemAddressReserve", byref(address), size, 0, 0, 0)
         self.address: int = address.value
         self._handles: list[int] = []
-        give_back = weakref.finalize(
-            self, _give_back, driver, index, self.address, size, self._handles, piece
-        )
-        give_back.atexit = False  # the process gives all back, and CUDA may be gone before
+        rest = _Rest(driver, index, self.address, size, self._handles, piece, os.getpid())
+        weakref.finalize(self, _left.append, rest).atexit = False  # the process gives all back
 
     def tensor(self) -> Tensor:
         """uint8 ``(size,)`` on these addresses, which keeps them."""
@@ -158,6 +159,7 @@ class Reservation:
         create = ("cuMemCreate", byref(handle), piece, byref(properties), 0)
         code = driver.code(*create)
         if code == _OUT_OF_MEMORY:
+            give_back()
             torch.cuda.empty_cache()  # what torch keeps for later may do
         if code:
             driver(*create)
@@ -183,10 +185,43 @@ def _unmap(driver: Driver, address: int, handles: list[int], piece: int, nbytes:
         driver("cuMemRelease", handle)
 
 
-def _give_back(
-    driver: Driver, index: int, address: int, size: int, handles: list[int], piece: int
-) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize(index)
-    _unmap(driver, address, handles, piece, 0)
-    driver("cuMemAddressFree", address, size)
+class _Rest(NamedTuple):
+    """What a reservation that is gone has left."""
+
+    driver: Driver
+    device: int
+    address: int
+    size: int
+    handles: list[int]
+    piece: int
+    process: int
+
+
+_left: deque[_Rest] = deque()
+
+
+def give_back() -> None:
+    """Give back what nobody holds any more, behind the work that its devices have queued.
+
+    Pools call this before they reserve addresses for a module, where a device has no room, and in
+    ``trim()``. A finalizer must not: it runs wherever Python happens to collect garbage, inside the
+    capture of a graph, which fails when somebody waits for the device, or before a launch that the
+    queued work waits for, such as the other half of a collective.
+
+    Raises:
+        RuntimeError: the device or its driver failed; what is left is kept for the next call.
+    """
+    while _left:
+        try:
+            rest = _left.popleft()
+        except IndexError:  # another thread was first
+            return
+        if rest.process != os.getpid():  # it is the parent's
+            continue
+        try:
+            torch.cuda.synchronize(rest.device)
+            _unmap(rest.driver, rest.address, rest.handles, rest.piece, 0)
+            rest.driver("cuMemAddressFree", rest.address, rest.size)
+        except BaseException:
+            _left.appendleft(rest)
+            raise

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_ext.adapter.config import AdapterConfig
 from lora_ext.adapter.model_index import ModelIndex
 
+from .cuda_memory import give_back
 from .packing import PackedAdapter
 from .pages import (
     ModuleSlab,
@@ -140,6 +141,7 @@ class PageStore:
 
     def trim(self) -> int:
         """Give back the bytes behind pages that lie beyond the last one in use; how many."""
+        give_back()
         before = self.page_bytes
         for slab in self.slabs.values():
             slab.memory.resize(slab.bytes_for(slab.free))

@@ -51,7 +51,9 @@ def driver(library, monkeypatch):
     library.stand_in_limit.argtypes = (ctypes.c_size_t,)
     library.stand_in_taken.restype = ctypes.c_size_t
     library.stand_in_limit(2**40)
-    return driver
+    yield driver
+    gc.collect()
+    cuda_memory.give_back()
 
 
 def load(pool, name, seed, rank=8, targets=("up", "down")):
@@ -105,6 +107,7 @@ def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
         library.stand_in_limit(taken)
         load(pool, "y", 9, targets=("head",))
     gc.collect()
+    cuda_memory.give_back()
     assert library.stand_in_taken() == taken
     assert_same(before, snapshot(pool))
 
@@ -124,7 +127,8 @@ def test_under_a_limit_pieces_go_from_one_module_to_another(driver, library):
         assert_slot_holds(pool, slots[2], state(0, 8), 1.0)
 
 
-def test_memory_goes_back_with_the_last_tensor_on_it(driver, library):
+def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
+    cuda_memory.give_back()
     reserved = library.stand_in_reserved()
     pool = AdapterPool(Base(), max_slots=4, max_rank=8)
     load(pool, "x", 0)
@@ -132,7 +136,76 @@ def test_memory_goes_back_with_the_last_tensor_on_it(driver, library):
     expected = state(0, 8)["base_model.model.up.lora_A.weight"]
     del pool
     gc.collect()
+    cuda_memory.give_back()
     assert torch.equal(kept[0], expected), "a forward may still hold it"
     del kept
     gc.collect()
+    cuda_memory.give_back()
     assert library.stand_in_taken() == 0 and library.stand_in_reserved() == reserved
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The devices that somebody has waited for."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
+    return calls
+
+
+def drop_a_pool(max_slots=4):
+    pool = AdapterPool(Base(), max_slots=max_slots, max_rank=8)
+    load(pool, "x", 0)
+    del pool
+    gc.collect()
+
+
+def test_a_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
+    """It may run within a capture, or before a launch that the queued work waits for."""
+    drop_a_pool()
+    assert waits == []
+    assert library.stand_in_taken() == 2 * 4096
+    other = AdapterPool(Base(), max_slots=4, max_rank=8)
+    load(other, "y", 1)
+    assert waits == [DEVICE] * 2, "one wait before each module's memory goes"
+    assert library.stand_in_taken() == 2 * 4096, "the next pool gives back what the last one left"
+    drop_a_pool()
+    other.trim()
+    assert library.stand_in_taken() == 2 * 4096
+
+
+def test_a_device_that_fails_keeps_what_is_left_for_later(driver, library, monkeypatch):
+    drop_a_pool()
+
+    def fail(device):
+        raise RuntimeError("the device has failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", fail)
+        with pytest.raises(RuntimeError, match="the device has failed"):
+            cuda_memory.give_back()
+    assert library.stand_in_taken() == 2 * 4096
+    cuda_memory.give_back()
+    assert library.stand_in_taken() == 0
+
+
+def test_what_is_left_makes_room_where_the_device_has_none(driver, library):
+    pool = AdapterPool(Base(), max_slots=64, max_rank=8)
+    for seed in range(4):
+        load(pool, f"x{seed}", seed)
+    drop_a_pool(max_slots=8)
+    library.stand_in_limit(library.stand_in_taken())
+    for seed in range(4, 9):  # one page more of both modules than is mapped
+        load(pool, f"x{seed}", seed)
+    assert library.stand_in_taken() == pool.nbytes()
+
+
+def test_a_forked_process_leaves_the_memory_to_its_parent(driver, library, waits, monkeypatch):
+    drop_a_pool()
+    mine, parent = list(cuda_memory._left), os.getpid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: parent + 1)
+        cuda_memory.give_back()
+    assert waits == [] and library.stand_in_taken() == 2 * 4096
+    cuda_memory._left.extend(mine)  # a fork has copied the list
+    cuda_memory.give_back()
+    assert waits == [DEVICE] * 2 and library.stand_in_taken() == 0
