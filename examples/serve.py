@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ext.interop.engine import Engine, QueueFullError
+from lora_ext.interop.metrics import CONTENT_TYPE, prometheus
 from lora_ext.interop.sampling import Sampling
 from lora_ext.pool import PoolFullError, UnknownAdapterError
 
@@ -40,6 +41,7 @@ class Chat(Fields):
     model: str
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
+    stream_options: dict[Literal["include_usage"], bool | None] | None = None
     max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -73,14 +75,18 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Any:
         chat = await read(Chat, request)
+        if chat.stream_options and not chat.stream:
+            raise ValueError("stream_options: expected beside stream: true, found without it")
         name, said = None if chat.model == base else chat.model, chat.model_dump()["messages"]
-        given = (1.0 if x is None else x for x in (chat.temperature, chat.top_p))
-        how = Sampling(*given, chat.seed)
+        how = Sampling(
+            *(1.0 if x is None else x for x in (chat.temperature, chat.top_p)), chat.seed
+        )
         stream = await engine.begin(said, name, chat.max_tokens, how)
         stream.until_gone(request.receive)
         texts = stream.texts(engine.tokenizer, chat.stop or ())
         head = {"id": stream.request_id, "created": int(time.time()), "model": chat.model}
         head["object"] = "chat.completion.chunk" if chat.stream else "chat.completion"
+        head |= {"usage": None} if (chat.stream_options or {}).get("include_usage") else {}
 
         async def events() -> Any:
             def event(reason: str | None = None, **delta: str) -> str:
@@ -90,7 +96,10 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
             yield event(role="assistant", content="")
             async for text in texts:
                 yield event(content=text)
-            yield event(stream.finish_reason) + "data: [DONE]\n\n"
+            yield event(stream.finish_reason)
+            if "usage" in head:
+                yield f"data: {json.dumps({**head, 'choices': [], 'usage': stream.usage})}\n\n"
+            yield "data: [DONE]\n\n"
 
         if chat.stream:
             return StreamingResponse(events(), media_type="text/event-stream")
@@ -120,11 +129,9 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
 
     @app.get("/metrics")
     def metrics() -> PlainTextResponse:
-        told = engine.stats()
-        told |= {f'refused_total{{code="{code}"}}': count for code, count in refused.items()}
-        return PlainTextResponse("".join(f"lora_ext_{k} {v}\n" for k, v in told.items()))
+        return PlainTextResponse(prometheus(engine.stats(), refused), media_type=CONTENT_TYPE)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     def health() -> JSONResponse:
         return JSONResponse({"healthy": engine.healthy}, 200 if engine.healthy else 503)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 from lora_ext.nn.attachment import UnknownAdapterError
 
 from .pool import AdapterPool
+from .residence import BASE
+
+_log = logging.getLogger(__name__)
+_LONGEST = 200  # characters of a name; most file systems take 255 bytes
 
 
 class AdapterFolder:
@@ -17,7 +22,8 @@ class AdapterFolder:
     Args:
         pool: that serves them. root: the folder.
 
-    Every method may be called from any thread, and waits while another one loads.
+    Every method may be called from any thread, and waits while another one loads. An error names an
+    adapter and no path but what the caller gave; what is wrong with its files is logged.
     """
 
     def __init__(self, pool: AdapterPool, root: str | os.PathLike[str]):
@@ -30,12 +36,15 @@ class AdapterFolder:
         """Load an adapter, or replace the one of that name for whoever comes from now on.
 
         Args:
-            name: any. path: below the folder; default is the name.
+            name: what a folder may be called: printable, without slashes, of at most 200 characters
+                and not ``"__base__"``. path: below the folder; default is the name.
 
         Raises:
-            ValueError: a path that leads out of the folder, or what :meth:`AdapterPool.load` finds.
+            ValueError: another name, a path that leads out of the folder, or files that
+                :meth:`AdapterPool.load` refuses.
             FileNotFoundError: nothing there. PoolFullError: all that could make way is pinned.
         """
+        _check_name(name)
         found = self._checked(name if path is None else path)
         with self._lock:
             self._load(name, found)
@@ -64,7 +73,14 @@ class AdapterFolder:
 
     def _load(self, name: str, path: Path) -> None:
         change = self.pool.update if name in self.pool else self.pool.load
-        change(name, path)
+        try:
+            change(name, path)
+        except (ValueError, NotImplementedError, OSError) as error:
+            _log.warning("adapter %r is not loaded: %s", name, error)
+            raise ValueError(
+                f"AdapterFolder: adapter {name!r}: expected files of an adapter for this model, "
+                "found others; the log says which and why"
+            ) from error
         self._paths[name] = path
 
     def _folder_of(self, name: str) -> Path:
@@ -99,3 +115,13 @@ class AdapterFolder:
                 f"{str(path)!r:.200}"
             )
         return found
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no folder has: it would be lost with the process."""
+    named = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST
+    if not named or name in (BASE, "..") or Path(name).name != name:
+        raise ValueError(
+            f"AdapterFolder: name: expected what a folder may be called, printable and of at most "
+            f"{_LONGEST} characters, and not {BASE!r}, found {name!r:.200}"
+        )

@@ -1,6 +1,7 @@
 """Settings of this folder."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,3 +14,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """examples/serve.py; see ``served.py``."""
+    from served import serving
+
+    with serving(tmp_path_factory.mktemp("serve")) as found:
+        yield found

@@ -1,0 +1,170 @@
+"""examples/serve.py in a thread, with a tiny model, and what its tests ask it for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scripts import load_script, missing
+from tiny import make_model, make_peft
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+MISSING = missing("fastapi", "uvicorn", "httpx")
+needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+
+NAMES = [f"a{i}" for i in range(8)]
+LIMIT = 20_000  # --max-body
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} {% endfor %}"
+    "{% if messages[0].role == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<|assistant|>"
+)
+
+
+def save_model(folder: Path) -> None:
+    """A tiny random Llama whose words are w5 to w96, and eight adapters for it."""
+    marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
+    words = {word: i for i, word in enumerate([*marks, *(f"w{i}" for i in range(5, 97))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "tiny")
+    model = make_model("llama")
+    model.config.max_position_embeddings = 2048
+    model.save_pretrained(folder / "tiny")
+    configs = {
+        name: {"r": 2 + i, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+        for i, name in enumerate(NAMES)
+    }
+    make_peft(make_model("llama"), configs).save_pretrained(folder / "adapters")
+    make_peft(make_model("llama"), {"x": configs["a0"]}).save_pretrained(folder / "secret")
+    (folder / "adapters" / "broken").mkdir()
+    (folder / "adapters" / "broken" / "adapter_config.json").write_text("{")
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Any]:
+    """A server of a new model below a folder, in a thread of its own, and a client for it."""
+    import httpx
+    import uvicorn
+
+    save_model(folder)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        serve = load_script(patch, "examples", "serve")
+        started = threading.Event()
+        found: dict[str, Any] = {}
+
+        def run(app: Any, **how: Any) -> None:
+            found.update(how, app=app)
+            server = found["server"] = uvicorn.Server(
+                uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
+            )
+            serving = server.startup
+
+            async def startup(**how: Any) -> None:
+                await serving(**how)
+                found["port"] = server.servers[0].sockets[0].getsockname()[1]
+                started.set()
+
+            server.startup = startup
+            server.run()
+
+        engine = serve.Engine
+        patch.setattr(serve, "Engine", lambda *a: found.setdefault("engine", engine(*a)))
+        patch.setattr(serve.uvicorn, "run", run)
+        arguments = ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
+        patch.setattr("sys.argv", ["serve.py", *arguments, "--max-body", str(LIMIT)])
+        thread = threading.Thread(target=serve.main)
+        thread.start()
+        assert started.wait(60)
+        url = f"http://127.0.0.1:{found['port']}"
+        limits = httpx.Limits(max_connections=None)
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=60, limits=limits))
+        yield SimpleNamespace(client=client, folder=folder, **found)
+        found["server"].should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def chat(model: str, words: str = "w5 w6 w7", **fields: Any) -> dict[str, Any]:
+    said = [{"role": "user", "content": words}]
+    return {"model": model, "messages": said, "temperature": 0, "max_tokens": 8, **fields}
+
+
+def ask(server: Any, *given: Any, **fields: Any) -> Any:
+    return server.client.post("/v1/chat/completions", json=chat(*given, **fields))
+
+
+def text_of(response: Any) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def streamed(server: Any, *given: Any, **fields: Any) -> list[dict[str, Any]]:
+    body = chat(*given, stream=True, **fields)
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def said(events: list[dict[str, Any]]) -> str:
+    """The text of a stream's events."""
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+
+
+def post(server: Any, what: str, name: str, **fields: Any) -> int:
+    body = {"lora_name": name, **fields}
+    return server.client.post(f"/v1/{what}_lora_adapter", json=body).status_code
+
+
+def metric(server: Any, name: str) -> int:
+    lines = server.client.get("/metrics").text.splitlines()
+    return next(
+        (int(line.split()[-1]) for line in lines if line.startswith(f"lora_ext_{name} ")), 0
+    )
+
+
+def settle(server: Any) -> None:
+    """Wait until nothing runs; nothing may be pinned then."""
+    end = time.monotonic() + 20
+    while server.engine.requests and time.monotonic() < end:
+        time.sleep(0.02)
+    assert server.engine.requests == 0
+    assert server.engine.pool.stats()["pins"] == 0
+
+
+def by_generate(server: Any, name: str | None, words: str, count: int) -> str:
+    """What ``generate`` of the model says, while the server runs."""
+    ids = torch.tensor([server.engine.encode([{"role": "user", "content": words}])])
+    how = {"max_new_tokens": count, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
+    out = server.engine.model.generate(
+        ids, attention_mask=torch.ones_like(ids), adapter_names=[name], **how
+    )
+    return server.engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def connect(server: Any, **fields: Any) -> socket.socket:
+    """A client that has sent its request and has read nothing."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect((server.client.base_url.host, server.client.base_url.port))
+    body = json.dumps(chat(**fields)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection

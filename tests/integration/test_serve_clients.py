@@ -1,0 +1,200 @@
+"""examples/serve.py and what clients do wrong, or do without a word: it serves on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import LIMIT, NAMES, ask, chat, connect, metric, needs_packages, post, settle, text_of
+
+pytestmark = needs_packages
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret/x", "/etc", "a0/../../secret/x", "link", "linked", "", "a\0"]
+)
+def test_nothing_outside_the_folder_is_loaded(server: Any, path: str) -> None:
+    root, secret = server.folder / "adapters", server.folder / "secret" / "x"
+    with contextlib.suppress(FileExistsError):
+        (root / "link").symlink_to(secret)
+        (root / "linked").mkdir()
+        (root / "linked" / "adapter_config.json").symlink_to(secret / "adapter_config.json")
+    assert post(server, "load", "new", lora_path=path) == 400
+    assert ask(server, path).status_code == 404
+    assert post(server, "load", "new", lora_path=str(secret)) == 400
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "__base__",
+        "a\0",
+        "a\nb",
+        "\x1b[2J",
+        "x" * 201,
+        "x" * 10_000,
+        "a/b",
+        "/a",
+        "..",
+        "\u202eb",
+    ],
+)
+def test_names_that_no_folder_has_are_refused(server: Any, name: str) -> None:
+    body = {"lora_name": name, "lora_path": "a4"}
+    response = server.client.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == 400
+    told = response.json()["error"]["message"]
+    assert told.startswith("AdapterFolder: name: expected what a folder may be called")
+    assert len(told) < 400 and told.isprintable()
+    listed = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
+    assert name not in listed
+
+
+def set_fields(config: Path, **fields: Any) -> None:
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+
+
+DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
+    "no-json": lambda config, weights: config.write_text("{"),
+    "no-config": lambda config, weights: config.unlink(),
+    "no-weights": lambda config, weights: weights.unlink(),
+    "short-weights": lambda config, weights: weights.write_bytes(weights.read_bytes()[:200]),
+    "empty-weights": lambda config, weights: weights.write_bytes(b""),
+    "another-kind": lambda config, weights: set_fields(config, peft_type="IA3"),
+    "another-rank": lambda config, weights: set_fields(config, r=4096),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_what_is_wrong_with_an_adapter_is_for_the_log(
+    server: Any, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = server.folder / "adapters" / how
+    shutil.copytree(server.folder / "adapters" / "a0", adapter)
+    DAMAGES[how](adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
+    body = {"lora_name": "mine", "lora_path": how}
+    loaded = server.client.post("/v1/load_lora_adapter", json=body)
+    for name, response in (("mine", loaded), (how, ask(server, how))):
+        assert response.status_code == 400
+        told = response.json()["error"]["message"]
+        assert repr(name) in told and "the log says" in told
+        assert str(server.folder) not in response.text and "/" not in told
+        assert any(repr(name) in message for message in caplog.messages)
+    assert len(caplog.messages) == 2
+
+
+def test_bad_requests_are_refused_by_name_and_the_server_serves_on(server: Any) -> None:
+    before = text_of(ask(server, "a1"))
+    for fields, code, named in (
+        ({"model": "nobody"}, 404, "nobody"),
+        ({"model": "a1\ud800"}, 422, ""),
+        ({"temperature": -1}, 422, "temperature"),
+        ({"temperature": "hot"}, 422, "temperature"),
+        ({"max_tokens": 0}, 422, "max_"),
+        ({"max_tokens": 10_000}, 400, "max_new_tokens: expected at most 2048 tokens"),
+        ({"n": 2}, 422, "n\n"),
+        ({"logprobs": True}, 422, "logprobs"),
+        ({"tools": []}, 422, "tools"),
+        ({"stop": [""]}, 422, "stop"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options: expected beside"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, 422, "stream_options"),
+        ({"stream": True, "stream_options": {"obfuscate": True}}, 422, "obfuscate"),
+        ({"messages": []}, 422, "messages"),
+        ({"messages": [{"role": "user"}]}, 422, "content"),
+        ({"messages": [{"role": "nobody", "content": "w5"}]}, 400, "no such role"),
+        ({"messages": [{"role": "user", "content": "w5 " * 3000}]}, 400, "found 30"),
+    ):
+        body = json.dumps({**chat("a1"), **fields})
+        response = server.client.post("/v1/chat/completions", content=body)
+        assert response.status_code == code, response.text
+        assert response.json()["error"]["code"] == code
+        assert named in response.json()["error"]["message"]
+    for body in (b"", b"{", b"[" * 15_000, b"\xff\xfe", b"null", b'"text"', b"[]"):
+        response = server.client.post("/v1/chat/completions", content=body)
+        assert response.status_code == 422, response.text
+    assert server.client.get("/v1/chat/completions").status_code == 405
+    assert server.client.get("/nowhere").status_code == 404
+    assert text_of(ask(server, "a1")) == before
+    settle(server)
+
+
+def test_bodies_above_the_limit_are_refused_with_and_without_a_length(server: Any) -> None:
+    large = json.dumps(chat("a1", "w5 " * LIMIT)).encode()
+
+    def chunks() -> Iterator[bytes]:
+        for start in range(0, len(large), 1000):
+            yield large[start : start + 1000]
+
+    for path in ("chat/completions", "load_lora_adapter", "unload_lora_adapter"):
+        for content in (large, chunks()):
+            response = server.client.post(f"/v1/{path}", content=content)
+            assert response.status_code == 413
+            assert response.json()["error"]["message"] == "body: expected at most 20000 bytes"
+    body = json.dumps(chat("a1")).encode()
+    exact = server.client.post("/v1/chat/completions", content=body.ljust(LIMIT))
+    assert exact.status_code == 200
+    assert server.client.post("/v1/chat/completions", content=body.ljust(LIMIT + 1)).is_error
+
+
+def test_a_client_that_goes_within_its_body_is_no_error_of_the_server(
+    server: Any,
+) -> None:
+    refused = metric(server, 'refused_total{code="400"}')
+    with socket.create_connection((server.client.base_url.host, server.client.base_url.port)) as c:
+        c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+    end = time.monotonic() + 10
+    while metric(server, 'refused_total{code="400"}') == refused and time.monotonic() < end:
+        time.sleep(0.02)
+    assert metric(server, 'refused_total{code="400"}') == refused + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_go_end_their_requests(server: Any, stream: bool) -> None:
+    cancelled = server.engine.stats()["cancelled_total"]
+    gone = [connect(server, model=name, stream=stream, max_tokens=1900) for name in NAMES]
+    while server.engine.requests < len(gone):
+        time.sleep(0.01)
+    for connection in gone:
+        if stream:
+            assert connection.recv(9) == b"HTTP/1.1 "
+        connection.close()
+    settle(server)
+    assert server.engine.stats()["cancelled_total"] == cancelled + len(gone)
+
+
+def test_slow_readers_stop_nobody(server: Any) -> None:
+    """Their requests run to their ends, and others are served meanwhile."""
+    expected = text_of(ask(server, "a1"))
+    tokens = server.engine.stats()["tokens_total"]
+    slow = [connect(server, model=f"a{i}", stream=True, max_tokens=900) for i in range(2)]
+    assert [text_of(ask(server, "a1")) for _ in range(3)] == [expected] * 3
+    settle(server)
+    assert server.engine.stats()["tokens_total"] >= tokens + 2 * 900
+    answer = b""
+    while not answer.endswith(b"0\r\n\r\n"):
+        answer += slow[0].recv(1 << 16)
+    assert answer.rstrip().endswith(b"data: [DONE]\n\n\r\n0")
+    for connection in slow:
+        connection.close()
+
+
+def test_a_full_queue_says_when_to_come_again(server: Any) -> None:
+    most = server.engine.max_requests
+    waiting = [connect(server, model="a0", max_tokens=1900) for _ in range(most)]
+    while server.engine.requests < most:
+        time.sleep(0.01)
+    response = ask(server, "a1")
+    assert response.status_code == 429 and response.headers["retry-after"] == "1"
+    assert server.client.get("/health").status_code == 200
+    for connection in waiting:
+        connection.close()
+    settle(server)
+    text_of(ask(server, "a1"))
