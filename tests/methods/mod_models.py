@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lora_ext.nn import decoder_layers
+
 _SHAPE = {
     "vocab_size": 19,
     "hidden_size": 16,
@@ -65,3 +67,54 @@ def shake(model: nn.Module, amount: float = 0.3) -> None:
 
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    """Of :data:`IDS`."""
+    with torch.no_grad():
+        return model(input_ids=IDS, **inputs).logits
+
+
+def hiddens_of(model: Any, k: int) -> list[Tensor]:
+    """What leaves the last k blocks, by hooks of our own."""
+    found: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block in list(decoder_layers(model))[-k:]
+    ]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def explicit(model: Any, mix: str = "logit") -> Tensor:
+    """The mixture of k tensors of logits, by the model's own norms and head."""
+    mixer = model.mod
+    norms = [*mixer.norms, mixer.final_norm]
+    normed = [n(h) for n, h in zip(norms, hiddens_of(model, mixer.config.k), strict=True)]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = {"cohere": 0.25, "granite": 0.25}.get(model.config.model_type, 1.0)
+    each = [softcapped(scale * model.get_output_embeddings()(n), cap) for n in normed]
+    weights = mixer.bias.expand(*normed[0].shape[:-1], -1)
+    if mixer.router is not None:
+        weights = weights + normed[-1].to(mixer.router.dtype) @ mixer.router.T
+    weights = weights.softmax(-1)
+    if mix == "prob":
+        each = [z.log_softmax(-1) + weights[..., e, None].log() for e, z in enumerate(each)]
+        return torch.stack(each).logsumexp(0)
+    return torch.stack([weights[..., e, None] * z for e, z in enumerate(each)]).sum(0)
+
+
+def traces(model: nn.Module) -> list[Any]:
+    """Modules by name and identity, flags, values, hooks, and what lies in each ``__dict__``."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    return [
+        [(name, id(module), sorted(module.__dict__)) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, p.tolist()) for name, p in model.named_parameters()],
+        [list(getattr(m, hook)) for m in model.modules() for hook in hooks],
+        [list(m._modules) for m in model.modules()],
+        model.config.to_dict(),
+    ]

@@ -1,0 +1,29 @@
+"""What tests of ``lora-ext`` share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lora_ext
+
+ROOT = Path(lora_ext.__file__).parent.parent
+
+
+def as_process(*arguments, **options):
+    """Run a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lora_ext", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def assert_refused(found, *words):
+    """Status 2, nothing on standard output, one sentence on standard error."""
+    status, out, err = found
+    assert status == 2 and out == "", (out, err)
+    assert err.count("\n") == 1 and "Traceback" not in err and err.startswith("lora-ext")
+    for word in words:
+        assert word in err
