@@ -161,6 +161,35 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
     assert pool.stats()["pins"] == 0
 
 
+def test_streams_of_a_manager_that_is_stopped_end_with_an_error() -> None:
+    """Those that run and those that wait; a manager that starts again serves."""
+    model, pool = attached(slots=4)
+    how = batching(max_batch_tokens=16, num_blocks=8)
+
+    async def run(manager: Any) -> None:
+        streams = [
+            RequestStream(manager, [5, 6, 7], adapter_name=name, max_new_tokens=100_000)
+            for name in ("a0", "a1", None)
+        ]
+        await anext(streams[0])
+        streams += [RequestStream(manager, [5, 6], adapter_name="a0", max_new_tokens=100_000)]
+        await asyncio.to_thread(manager.stop, hard_stop=True)
+        for stream in streams:
+            with pytest.raises(RuntimeError, match=r"RequestStream: the (manager|request)"):
+                async for _ in stream:
+                    pass
+            assert stream.finished
+        assert manager.output_router.result_handlers == {}
+        assert pool.stats()["pins"] == unfinished(manager) == 0
+        with pytest.raises(RuntimeError, match="the manager takes no requests"):
+            stream = RequestStream(manager, [5, 6, 7], adapter_name="a0")
+            await anext(stream)
+
+    with model.continuous_batching_context_manager(**how) as manager:
+        asyncio.run(run(manager))
+    assert pool.stats()["pins"] == 0
+
+
 def test_texts_of_a_stream_end_with_a_reason() -> None:
     model, pool = attached(slots=2)
     tokenizer = byte_tokenizer(97)
@@ -211,6 +240,52 @@ def test_texts_come_in_whole_characters_and_end_before_a_stop() -> None:
     half = TextStream(tokenizer)
     assert half.feed(tokenizer("é").input_ids[:1]) == ""
     assert half.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+ALPHABETS = [
+    "naïve 日本語",
+    "한국어 ไทย",
+    "👍🏽 ok",
+    "👩‍👩‍👧‍👦!",
+    "a\N{REPLACEMENT CHARACTER}b",
+    "🇩🇪🇫🇷",
+    "e\u0301",
+]
+
+
+def fallback_tokenizer() -> Any:
+    """Words that are known, and bytes of all others, as Llama has them."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "日", "o", "k"]
+    inner = Tokenizer(
+        models.BPE({n: i for i, n in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.mark.parametrize("text", ALPHABETS)
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("make", [byte_tokenizer, fallback_tokenizer])
+def test_characters_of_several_bytes_are_not_torn(make: Any, text: str, step: int) -> None:
+    tokenizer = make()
+    ids = tokenizer(text).input_ids
+    assert len(ids) >= len(text) and tokenizer.decode(ids) == text
+    stream = TextStream(tokenizer)
+    pieces = [stream.feed(ids[i : i + step]) for i in range(0, len(ids), step)]
+    assert "".join([*pieces, stream.flush()]) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces if piece not in text)
+    for stop in {character for character in text if character != " "}:
+        stream = TextStream(tokenizer, stop)
+        pieces = [stream.feed(ids[i : i + step]) for i in range(0, len(ids), step)]
+        assert "".join([*pieces, stream.flush()]) == text[: text.index(stop)] and stream.stopped
 
 
 def test_words_are_joined_over_tokens_that_have_no_text() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import random
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from served import (
     needs_packages,
     post,
     said,
+    serving,
     settle,
     streamed,
     text_of,
@@ -50,6 +53,43 @@ def test_32_requests_of_8_adapters_while_others_load_and_unload_200_times(server
             rounds += 1
         assert churning.result() == 400
     settle(server)
+
+
+def test_an_adapter_that_many_load_at_once_serves_meanwhile(server: Any) -> None:
+    expected = text_of(ask(server, "a3"))
+    with concurrent.futures.ThreadPoolExecutor(24) as threads:
+        loads = [threads.submit(post, server, "load", "a3") for _ in range(12)]
+        asks = [threads.submit(lambda: text_of(ask(server, "a3"))) for _ in range(12)]
+        assert {each.result() for each in loads} == {200}
+        assert {each.result() for each in asks} == {expected}
+    settle(server)
+
+
+def test_adapters_that_are_unloaded_while_their_requests_wait_serve_them(server: Any) -> None:
+    expected = {name: text_of(ask(server, name)) for name in NAMES}
+    with concurrent.futures.ThreadPoolExecutor(56) as threads:
+        asks = [(name, threads.submit(ask, server, name)) for name in NAMES * 7]
+        while server.engine.requests < 8:
+            time.sleep(0.001)
+        for name in NAMES:
+            assert post(server, "unload", name) in (200, 404)
+        for name, asked in asks:
+            assert text_of(asked.result()) == expected[name]
+    settle(server)
+
+
+def test_two_servers_in_one_process_keep_apart(server: Any, tmp_path: Path) -> None:
+    with serving(tmp_path) as other, concurrent.futures.ThreadPoolExecutor(32) as threads:
+        assert post(other, "load", "a1", lora_path="a2") == 200
+        asks = [
+            (place, name, threads.submit(ask, (server, other)[place], name))
+            for name in NAMES * 2
+            for place in (0, 1)
+        ]
+        found = {(place, name): text_of(asked.result()) for place, name, asked in asks}
+        assert all(found[0, name] == text_of(ask(server, name)) for name in NAMES)
+        assert found[1, "a1"] == found[1, "a2"] == found[0, "a2"] != found[0, "a1"]
+        assert found[1, "a5"] == found[0, "a5"]
 
 
 def test_answers_have_openais_shape(server: Any) -> None:
