@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
 
 from .limits import check_limits, limit_bytes
+from .lock import PoolLock
 from .packing import PackedAdapter, read_packed
 from .pages import page_count
 from .report import stats, summary
@@ -99,7 +100,7 @@ class AdapterPool:
         self.modules = {name: self._store.modules[name] for name in self.index.modules}
         #: What the layer of an experts module reads, by the parameter's name.
         self.experts = {name: self._store.modules[name] for name in self.index.experts}
-        self._lock = threading.RLock()
+        self._lock = PoolLock()
         self._residence = Residence(self._store, host_cache_bytes)
         self._loads = 0
 
@@ -304,16 +305,20 @@ class AdapterPool:
                 slots.released = True
             else:
                 slots = list(slots)
-                self._check_pins(slots)
-            self._store.mark_use()
-            for slot in slots:
-                if slot == NO_SLOT:
-                    continue
-                resident = self._store.residents[slot]
-                assert resident is not None  # pinned, so still there
-                resident.pins -= 1
-                if resident.retired and resident.pins == 0:
-                    self._store.vacate(resident)
+            self._lock.at_end(functools.partial(self._unpin, slots))
+
+    def _unpin(self, slots: list[int]) -> None:
+        if not isinstance(slots, Lease):
+            self._check_pins(slots)
+        self._store.mark_use()
+        for slot in slots:
+            if slot == NO_SLOT:
+                continue
+            resident = self._store.residents[slot]
+            assert resident is not None  # pinned, so still there
+            resident.pins -= 1
+            if resident.retired and resident.pins == 0:
+                self._store.vacate(resident)
 
     def _check_pins(self, slots: list[int]) -> None:
         for slot in set(slots) - {NO_SLOT}:

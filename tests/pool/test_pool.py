@@ -17,7 +17,7 @@ from pool_support import (
     state,
 )
 
-from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError
+from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, transfer
 from lora_ext.pool.pages import in_words
 
 
@@ -230,6 +230,29 @@ def test_a_pinned_adapter_is_unloaded_by_name_at_once_and_by_page_at_the_last_re
     assert pool.stats()["slots_used"] == 1
     pool.unload("x")
     assert pool.stats()["pages_free"] == pool.stats()["pages_total"]
+
+
+def test_a_pin_that_garbage_collection_releases_within_a_load_costs_no_page(monkeypatch):
+    """A generator that is dropped inside a block is closed wherever Python collects garbage."""
+    pool = make()
+    load(pool, "x", 0)
+    lease = pool.acquire(["x"])
+    pool.unload("x")
+    copy_ = transfer.copy_
+
+    def collects(*tensors):
+        if not lease.released:
+            pool.release(lease)
+        copy_(*tensors)
+
+    monkeypatch.setattr(transfer, "copy_", collects)
+    load(pool, "y", 1)
+    assert lease.released
+    with pool.acquire(["y"]) as slots:
+        assert_slot_holds(pool, slots[0], state(1), 2.0)
+    pool.unload("y")
+    stats = pool.stats()
+    assert stats["pages_free"] == stats["pages_total"] and stats["pins"] == stats["slots_used"] == 0
 
 
 def test_a_pin_cannot_be_released_twice():
