@@ -34,7 +34,7 @@ from . import gate as gates
 from .continuous import requests_of
 from .gate import Gate
 from .generate import hooks
-from .images import image_features, images_noted
+from .media import media_hooks, media_noted
 from .names import names_of_call
 from .pipelines import check_pipeline
 
@@ -148,9 +148,7 @@ def attach(
     attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base)
     gate = Gate()
     for name, module in model.named_modules():
-        replaced = hooks(pool, default)
-        if callable(getattr(type(module), "get_image_features", None)):
-            replaced["get_image_features"] = image_features(type(module))
+        replaced = hooks(pool, default) | media_hooks(type(module))
         for method, hook in replaced.items():
             # An instance with a method of its own is left alone, but for a repository's generate.
             free = method == "generate" or method not in module.__dict__
@@ -349,5 +347,5 @@ def _noted(
     if not tensors:
         return run(*args, **kwargs)
     lengths = frozenset(x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point())
-    with forward_of(Batch(len(tensors[0]), lengths)), images_noted(model, args, kwargs):
+    with forward_of(Batch(len(tensors[0]), lengths)), media_noted(model, args, kwargs):
         return run(*args, **kwargs)
