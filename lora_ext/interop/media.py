@@ -134,6 +134,8 @@ def _rows(
         kwargs: of the forward.
     """
     total, number = sum(counts), len(given)
+    if given.dim() == 5 and "pixel_attention_mask" in kwargs and number == len(counts):
+        return _of_filled(counts, given), True
     if given.dim() == 2:
         if _fill(counts, kwargs, number):
             return [row for row, count in enumerate(counts) for _ in range(count)], True
@@ -144,6 +146,15 @@ def _rows(
     if number == len(counts) and all(counts):
         return list(range(number)), False
     return None, False
+
+
+def _of_filled(counts: Sequence[int], given: Tensor) -> list[int] | None:
+    """The sequence of each image in ``(B, n, 3, H, W)``, a row for each sequence, filled up with
+    blank ones that no tower sees (Idefics): all have as many tokens."""
+    seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
+    if not sum(seen) or any(n * sum(counts) != count * sum(seen) for n, count in zip(seen, counts)):
+        return None
+    return [row for row, images in enumerate(seen) for _ in range(images)]
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:

@@ -64,6 +64,13 @@ _TOKENS_FIRST = {
     "led": r"longformer_self_attn\.",
 }
 
+# Modules that see pairs of positions, or a learned prompt, and no sequences: of T5, MPNet, WavLM,
+# SpeechT5 and MVP.
+_SHARED = re.compile(
+    r"(^|\.)(\w*relative_attention_bias|rel_attn_embed|distance_embedding|pe_k|"
+    r"(self|cross)_attn_prompt\..*)$"
+)
+
 
 @dataclass(eq=False)
 class _Attachment:
@@ -136,6 +143,7 @@ def attach(
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].tokens_first = bool(re.search(tokens_first, name))
+        layers[name].shared = bool(_SHARED.search(name))
         layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
     for name in pool.index.parameters:
