@@ -39,7 +39,7 @@ _KINDS = (
 #: Arguments that tell sizes: what differs from image to image there may differ in its tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
 
-_noted: ContextVar[Mapping[str, Owners]] = ContextVar("lora_ext.media", default={})
+_noted: ContextVar[Mapping[str, Owners] | None] = ContextVar("lora_ext.media", default=None)
 
 
 @contextlib.contextmanager
@@ -74,13 +74,13 @@ def media_hooks(kind: type) -> dict[str, Any]:
 def _features(method: Callable[..., Any], kind: _Kind) -> Any:
     @functools.wraps(method)
     def features(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is read
-        owners = _noted.get().get(kind.method)
+        owners = (_noted.get() or {}).get(kind.method)
         if owners is None:
             return method(self, *args, **kwargs)
         given = kwargs.get(kind.given, args[0] if args else None)
         if not isinstance(given, Tensor) or len(given) != owners.given:
             owners = owners._replace(rows=None)
-        token = _noted.set({})  # they follow once: a model hands them to a part of it
+        token = _noted.set(None)  # they follow once: a model hands them to a part of it
         try:
             with generation_scope():
                 serve_media(owners)
@@ -152,7 +152,8 @@ def _of_filled(counts: Sequence[int], given: Tensor) -> list[int] | None:
     """The sequence of each image in ``(B, n, 3, H, W)``, a row for each sequence, filled up with
     blank ones that no tower sees (Idefics): all have as many tokens."""
     seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
-    if not sum(seen) or any(n * sum(counts) != count * sum(seen) for n, count in zip(seen, counts)):
+    all_seen, total = sum(seen), sum(counts)
+    if not total or [n * total for n in seen] != [count * all_seen for count in counts]:
         return None
     return [row for row, images in enumerate(seen) for _ in range(images)]
 

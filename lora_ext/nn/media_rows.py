@@ -80,16 +80,14 @@ def mixes_names() -> bool:
 
 
 def _of_media(assignment: Assignment, owners: Owners) -> Assignment:
-    places, repeat = assignment.places, assignment.repeat
+    names, places, repeat = assignment.names, assignment.places, assignment.repeat
     if assignment.shape == ():
         return assignment
-    by_sequence = not isinstance(places, Tensor) and assignment.shape == (len(places),)
-    chosen: tuple[int, ...] | None = None
-    if by_sequence and owners.rows is not None and len(places) * repeat == owners.sequences:
-        chosen = tuple(places[row // repeat] for row in owners.rows)
-    every = set(chosen or (places.tolist() if isinstance(places, Tensor) else places))
-    if len(every) == 1:
-        return Assignment(assignment.names, (every.pop(),), ())
-    if chosen is None:
-        return _Unknown(assignment.names, places, assignment.shape, repeat)
-    return _Units(assignment.names, chosen, owners.uniform)
+    each = tuple(places.tolist() if isinstance(places, Tensor) else places)
+    chosen: tuple[int, ...] = ()
+    by_sequence = assignment.shape == (len(each),) and not isinstance(places, Tensor)
+    if by_sequence and owners.rows and len(each) * repeat == owners.sequences:
+        chosen = tuple(each[row // repeat] for row in owners.rows)
+    if len(set(chosen or each)) == 1:
+        return Assignment(names, (chosen or each)[:1], ())
+    return _Units(names, chosen, owners.uniform) if chosen else _Unknown(names, each, (len(each),))

@@ -110,9 +110,12 @@ SEQ2SEQ: dict[str, Callable[[], Any]] = {"t5": _t5, "bart": _bart}
 
 
 def make(build: Callable[[], Any]) -> Any:
-    """The same weights at every call, in float64: two ways to one logit differ by 1e-12."""
+    """The same weights at every call. In float64 two ways to one logit differ by 1e-12; but the
+    masks of eager attention overflow in it, so that left padding would give NaN."""
     torch.manual_seed(0)
-    model = build().eval().double()
+    model = build().eval()
+    if model.config._attn_implementation != "eager" or model.config.model_type == "mamba":
+        model.double()
     model.generation_config.eos_token_id = None  # some configurations have one of their own
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
@@ -124,12 +127,12 @@ def make(build: Callable[[], Any]) -> Any:
 
 
 def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
-    """A copy whose weights hold an adapter."""
+    """A copy whose weights hold an adapter; those of a head that is tied to an embedding, apart."""
     copied = copy.deepcopy(model)
     for name, delta in deltas.items():
         module: Any = copied.get_submodule(name)
         turned = delta.T if type(module).__name__ == "Conv1D" else delta
-        module.weight = nn.Parameter(module.weight.detach() + turned)  # untied from an embedding
+        module.weight = nn.Parameter(module.weight.detach() + turned.to(module.weight.dtype))
     return copied
 
 
