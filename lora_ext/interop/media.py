@@ -62,6 +62,15 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
         _noted.reset(token)
 
 
+def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward is given media whose tokens are to be looked at, which no graph does."""
+    config = getattr(model, "config", None)
+    return any(
+        kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
+        for kind in _KINDS
+    )
+
+
 def media_hooks(kind: type) -> dict[str, Any]:
     """What stands in for a class's methods that run its towers: the blocks follow the media."""
     return {

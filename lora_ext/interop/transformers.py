@@ -34,7 +34,7 @@ from . import gate as gates
 from .continuous import requests_of
 from .gate import Gate
 from .generate import hooks
-from .media import media_hooks, media_noted
+from .media import has_media, media_hooks, media_noted
 from .names import names_of_call
 from .pipelines import check_pipeline
 
@@ -272,7 +272,7 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
         if compiles():
-            serve = uncompiled if gates.managers else _in_block
+            serve = uncompiled if gates.managers or has_media(self, kwargs) else _in_block
         else:
             serve = in_turn
         return serve(run, self, args, kwargs, adapter_names, pool)
@@ -294,7 +294,8 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
 
     uncompiled: Any = torch.compiler.disable(
         in_turn,
-        reason="a manager of continuous batching runs: a compiled forward would not wait for it",
+        reason="a manager of continuous batching runs, for which a compiled forward would not wait; "
+        "or there are images, videos or sounds, whose sequences the tokens have to tell",
     )
     forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward

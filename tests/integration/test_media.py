@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families import NAMES, TEXT, served
-from tiny import VOCAB
+from tiny import VOCAB, tokens
 from torch import Tensor
 
 import lora_ext
@@ -209,3 +209,16 @@ def test_a_tower_that_is_not_run_apart_takes_a_sound_in_each_sequence() -> None:
             assert (mixed[i] - alone[0]).abs().max() < 1e-8
         with pytest.raises(ValueError, match="one of input_features in each"):
             model(input_ids=rows(AUDIO, [16, 0, 8, 8], 24), **given)
+
+
+def test_a_compiled_model_runs_batches_with_media_uncompiled() -> None:
+    """Both videos are in one sequence; the text alone is compiled."""
+    counts = [2, 0, 0, 0]
+    model, _ = served(onevision)
+    given, ids = noise(2, 2, 3, 8, 8), rows(VIDEO, [3 * n for n in counts])
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), lora_ext.adapters(NAMES):
+        expected = model(input_ids=ids, pixel_values_videos=given).logits
+        assert torch.equal(compiled(input_ids=ids, pixel_values_videos=given).logits, expected)
+        text = tokens(4, 6)
+        assert (compiled(input_ids=text).logits - model(input_ids=text).logits).abs().max() < 1e-9
