@@ -294,7 +294,7 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
 
     uncompiled: Any = torch.compiler.disable(
         in_turn,
-        reason="a manager of continuous batching runs, for which a compiled forward would not wait; "
+        reason="a manager of continuous batching runs, and a compiled forward would not wait; "
         "or there are images, videos or sounds, whose sequences the tokens have to tell",
     )
     forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
