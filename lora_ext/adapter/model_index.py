@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.base_modules import READS_WEIGHTS, head_names, linear_size
+from lora_ext.nn.base_modules import READS_WEIGHTS, bypassed, head_names, linear_size
 from lora_ext.nn.experts import projections
 from lora_ext.nn.lora_config import matches_suffix
 from lora_ext.nn.lora_layer import LoraLayer
@@ -57,6 +57,8 @@ class ModelIndex:
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by the parameter's name
     #: The expert matrices of each experts module, in its order, whether adapters may touch them.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Modules that nobody calls, as their weights are read, and the class that reads them.
+    bypassed: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -111,6 +113,7 @@ class ModelIndex:
         unsupported: dict[str, str] = {}
         experts: dict[str, LinearSpec] = {}
         parameters: dict[str, tuple[str, ...]] = {}
+        skipped: dict[str, str] = {}
         modules = dict(model.named_modules())
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
@@ -140,6 +143,8 @@ class ModelIndex:
             weight = cast(Tensor, module.weight)
             plain = type(module) in (nn.Linear, nn.Embedding)
             found[name] = LinearSpec(name, *size, *stored(weight, name), plain=plain)
+            if parent is not None and name.rpartition(".")[2] in bypassed(parent):
+                skipped[name] = type(parent).__name__
         if not linear and not embedding and not experts:
             raise ValueError(
                 "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
@@ -153,6 +158,7 @@ class ModelIndex:
             BaseWeights(model),
             experts=experts,
             parameters=parameters,
+            bypassed=skipped,
         )
 
 

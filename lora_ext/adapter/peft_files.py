@@ -189,6 +189,12 @@ def read_factors(
         embedding = module in index.embedding
         roles = factor_roles(embedding)
         a, b = (tensors.read(keys[role]) for role in roles)
+        if module in index.bypassed and b.any():
+            raise NotImplementedError(
+                f"{tensors.where}: {keys[roles[1]]}: expected zeros, found others: "
+                f"{index.bypassed[module]} reads the weight of this module and never calls it, so "
+                "that an adapter on it would not be served"
+            )
         scaling = ranks[module][1]
         factors = Factors(a, b, scaling, read("B.bias"), read(MAGNITUDE), embedding)
         try:

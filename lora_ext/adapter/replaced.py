@@ -55,6 +55,11 @@ def find_replaced(
                 "Linear and Embedding modules that the pool serves (targets=), found a part of "
                 "another one"
             )
+        if module in index.bypassed:
+            raise NotImplementedError(
+                f"{tensors.where}: {key}: modules_to_save is not supported on {module}, whose "
+                f"weight {index.bypassed[module]} reads without calling it"
+            )
         if module in adapted:
             raise NotImplementedError(
                 f"{tensors.where}: {key}: modules_to_save is not supported on {module}, which has "

@@ -15,7 +15,7 @@ from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.pool import AdapterPool
 
 from .continuous import continuous_hooks
-from .images import images_noted
+from .media import media_noted
 from .names import names_of_call
 
 
@@ -38,7 +38,7 @@ def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
             if adapter_names is not None:
                 stack.enter_context(adapters(adapter_names, pool=pool))
             stack.enter_context(generation_scope())
-            stack.enter_context(images_noted(self, args, kwargs))
+            stack.enter_context(media_noted(self, args, kwargs))
             own = self.__dict__.get("_lora_ext_own_generate")  # of a repository's custom_generate
             return own(*args, **kwargs) if own else type(self).generate(self, *args, **kwargs)
 

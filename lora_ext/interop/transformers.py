@@ -34,7 +34,7 @@ from . import gate as gates
 from .continuous import requests_of
 from .gate import Gate
 from .generate import hooks
-from .images import image_features, images_noted
+from .media import has_media, media_hooks, media_noted
 from .names import names_of_call
 from .pipelines import check_pipeline
 
@@ -63,6 +63,13 @@ _TOKENS_FIRST = {
     "longformer": r"attention\.self\.",
     "led": r"longformer_self_attn\.",
 }
+
+# Modules that see pairs of positions, or a learned prompt, and no sequences: of T5, MPNet, WavLM,
+# SpeechT5 and MVP.
+_SHARED = re.compile(
+    r"(^|\.)(\w*relative_attention_bias|rel_attn_embed|distance_embedding|pe_k|"
+    r"(self|cross)_attn_prompt\..*)$"
+)
 
 
 @dataclass(eq=False)
@@ -136,6 +143,7 @@ def attach(
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].tokens_first = bool(re.search(tokens_first, name))
+        layers[name].shared = bool(_SHARED.search(name))
         layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
     for name in pool.index.parameters:
@@ -148,9 +156,7 @@ def attach(
     attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base)
     gate = Gate()
     for name, module in model.named_modules():
-        replaced = hooks(pool, default)
-        if callable(getattr(type(module), "get_image_features", None)):
-            replaced["get_image_features"] = image_features(type(module))
+        replaced = hooks(pool, default) | media_hooks(type(module))
         for method, hook in replaced.items():
             # An instance with a method of its own is left alone, but for a repository's generate.
             free = method == "generate" or method not in module.__dict__
@@ -266,7 +272,7 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
         run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
         if compiles():
-            serve = uncompiled if gates.managers else _in_block
+            serve = uncompiled if gates.managers or has_media(self, kwargs) else _in_block
         else:
             serve = in_turn
         return serve(run, self, args, kwargs, adapter_names, pool)
@@ -288,7 +294,8 @@ def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate
 
     uncompiled: Any = torch.compiler.disable(
         in_turn,
-        reason="a manager of continuous batching runs: a compiled forward would not wait for it",
+        reason="a manager of continuous batching runs, and a compiled forward would not wait; "
+        "or there are images, videos or sounds, whose sequences the tokens have to tell",
     )
     forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward
@@ -349,5 +356,5 @@ def _noted(
     if not tensors:
         return run(*args, **kwargs)
     lengths = frozenset(x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point())
-    with forward_of(Batch(len(tensors[0]), lengths)), images_noted(model, args, kwargs):
+    with forward_of(Batch(len(tensors[0]), lengths)), media_noted(model, args, kwargs):
         return run(*args, **kwargs)

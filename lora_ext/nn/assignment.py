@@ -221,7 +221,8 @@ class Assignment:
                 raise TokensFirstError
             if len(leading) == 1 and any(rows == sequences * n for n in batch.lengths):
                 return rows // len(self.places), 1  # the model has flattened its batch
-        if self.repeat == 1 and rows == len(self.places):
+        shared = batch is not None and batch.sequences == sequences > 1  # by all sequences
+        if self.repeat == 1 and rows == len(self.places) and not shared:
             self._read_as("row", leading)
             return 1, 1
         raise self._misfit(leading)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -34,3 +39,76 @@ def head_names(model: nn.Module) -> tuple[str | None, str | None]:
     classifier = next((module for module in candidates if module is not None), None)
     names = {id(module): name for name, module in model.named_modules()}
     return names.get(id(head)), names.get(id(classifier))
+
+
+# -------------------------------------------------------------------------------------------------
+# Layers that are bypassed
+
+# What may be asked of a weight without its numbers.
+_ASKED = frozenset({"dtype", "device", "shape", "is_meta", "ndim"})
+
+# These classes of transformers call the layers in some models and read their weights in others.
+_BY_SETTING = {
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "BloomAttention": ("dense",),
+    "BloomMLP": ("dense_4h_to_h",),
+    "LSHSelfAttention": ("query_key", "value"),  # while it generates with a cache
+}
+
+
+def bypassed(parent: nn.Module) -> frozenset[str]:
+    """The children of a module whose weights it reads instead of calling them, as Mamba does with
+    ``dt_proj``. What stands in for such a child is never asked for its output."""
+    kind = type(parent)
+    found = _read_and_not_called(kind)
+    by_setting = _BY_SETTING.get(kind.__name__, ())
+    if "Mamba" in kind.__name__ and hasattr(getattr(parent, "config", None), "_is_quantized"):
+        by_setting = ()
+    if kind.__name__.startswith("Bloom"):
+        exact = getattr(parent, "pretraining_tp", 1) > 1 and getattr(parent, "slow_but_exact", 0)
+        by_setting = by_setting if exact else ()
+    return found.union(by_setting)
+
+
+@functools.cache
+def _read_and_not_called(kind: type) -> frozenset[str]:
+    """``self.child.weight`` is in the source of a method, and ``self.child`` alone in none."""
+    methods = [method for _, method in inspect.getmembers(kind, inspect.isfunction)]
+    methods = [inspect.unwrap(m) for m in methods if not m.__module__.startswith("torch.nn.")]
+    read: set[str] = set()
+    for method in methods:
+        if "weight" in _names(method) and not any(w in method.__name__ for w in ("init", "tie")):
+            read.update(child for child, asked in _uses(method) if asked == "weight")
+    for method in methods if read else ():
+        if not read.isdisjoint(_names(method)):
+            read.difference_update(child for child, asked in _uses(method) if asked is None)
+    return frozenset(read)
+
+
+def _names(method: Any) -> frozenset[str]:
+    """Attributes that a function's code names; those of functions inside it are left out."""
+    return frozenset(method.__code__.co_names)
+
+
+def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
+    """Each ``self.child`` of a method: with "weight" where that is read, with the attribute's own
+    name where another one is, and with None where it stands alone, to be called or handed on."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):  # nobody has its source
+        return
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+            continue
+        if node.value.id != "self" or not isinstance(node.ctx, ast.Load):
+            continue
+        outer = above[node]
+        if not isinstance(outer, ast.Attribute):
+            yield node.attr, None
+            continue
+        use = above[outer]
+        asks = isinstance(use, ast.Attribute) and use.attr in _ASKED
+        asks |= isinstance(use, ast.Call) and getattr(use.func, "id", "") in ("isinstance", "len")
+        yield node.attr, "asked" if asks else outer.attr

@@ -32,7 +32,7 @@ def repeat_rows(handle: int, count: int) -> None:
         changes = block.handle == handle and assignment.repeat != count
         return assignment.times(count) if changes else assignment
 
-    _change(repeat)
+    change_blocks(repeat)
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
@@ -45,11 +45,12 @@ def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
         rows: numbers of rows, ``(n,)``. batch: how many rows there were.
     """
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
-    _change(lambda block: block.assignment.select(chosen, batch))
+    change_blocks(lambda block: block.assignment.select(chosen, batch))
 
 
-def _change(assign: Callable[[Block], Assignment]) -> None:
-    """Put blocks with other assignments in the place of those around."""
+def change_blocks(assign: Callable[[Block], Assignment]) -> None:
+    """Put blocks with other assignments in the place of those around, until a
+    :func:`generation_scope` is left."""
 
     def changed(block: Block | None) -> Block | None:
         if block is None:

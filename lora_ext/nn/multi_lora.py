@@ -61,6 +61,14 @@ class MultiLoraLinear(PoolLayer):
                 y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
             except ValueError as error:
                 raise self._explained(error) from error
+            except AttributeError as error:
+                if isinstance(y, Tensor):
+                    raise
+                raise NotImplementedError(
+                    f"MultiLoraLinear: {self.name}: expected a module that returns one tensor, "
+                    f"found {type(self.base).__name__}, which returns a {type(y).__name__}; an "
+                    "adapter on it is not supported"
+                ) from error
         if slab.replaced:
             y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
         return y

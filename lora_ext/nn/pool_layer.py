@@ -52,6 +52,9 @@ class PoolLayer(nn.Module):
     #: from a batch where their numbers differ.
     tokens_first = False
 
+    #: Whether all sequences share this layer's rows, which may be as many as these by chance.
+    shared = False
+
     #: Who serves a forward outside every block: None the base model, an adapter by its name, or
     #: "error" nobody.
     default: str | None = None
@@ -89,6 +92,11 @@ class PoolLayer(nn.Module):
         self, block: Block, leading: torch.Size, device: torch.device, of_tokens: bool = False
     ) -> Rows:
         """Rows of this layer's input in a block."""
+        if self.shared and block.assignment.shape != ():
+            raise ValueError(
+                f"adapters: names: expected one name for all sequences, adapters('name'), found "
+                f"{block} at {self.name!r}, whose rows all sequences share"
+            )
         try:
             return block.rows(leading, device, self.tokens_first, of_tokens)
         except TokensFirstError:
@@ -130,7 +138,7 @@ class PoolLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of ``base`` that shares the pool."""
         layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
-        for setting in ("tokens_first", "default", "is_head"):
+        for setting in ("tokens_first", "shared", "default", "is_head"):
             setattr(layer, setting, getattr(self, setting))
         return layer
 

@@ -260,3 +260,79 @@ def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
     message = "layer.out_proj.lora_A.weight: .*NonDynamicallyQuantizableLinear of MultiheadAtt"
     with pytest.raises(NotImplementedError, match=message):
         pool.load("a", (raw, tensors), strict=strict)
+
+
+# -------------------------------------------------------------------------------------------------
+# Layers whose weights are read instead of the layers being called
+
+
+class _Reads(nn.Module):
+    """As Mamba does with its ``dt_proj``: ``read`` is never called, ``asked`` only says its
+    dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.asked, self.called = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = self.asked(x.to(self.asked.weight.dtype))
+        return self.called(x @ self.read.weight.T)
+
+
+_MAMBA = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 11, "time_step_rank": 2}
+_BLOOM = {"hidden_size": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11}
+_EXACT = {"pretraining_tp": 2, "slow_but_exact": True}
+_JAMBA = {
+    "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "mamba_dt_rank": 2, "num_experts": 1,
+    "attn_layer_period": 2, "attn_layer_offset": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "ends"),
+    [
+        (lambda: nn.Sequential(_Reads()), {"read"}),
+        (lambda: transformers.MambaModel(transformers.MambaConfig(**_MAMBA)), {"dt_proj"}),
+        (
+            lambda: transformers.FalconMambaModel(transformers.FalconMambaConfig(**_MAMBA)),
+            {"dt_proj"},
+        ),
+        (lambda: transformers.JambaModel(transformers.JambaConfig(**_JAMBA)), {"dt_proj"}),
+        (lambda: transformers.BloomModel(transformers.BloomConfig(**_BLOOM)), set()),
+        (
+            lambda: transformers.BloomModel(transformers.BloomConfig(**_BLOOM, **_EXACT)),
+            {"dense", "dense_4h_to_h"},
+        ),
+    ],
+    ids=["ours", "mamba", "falcon-mamba", "jamba", "bloom", "exact-bloom"],
+)
+def test_layers_whose_weights_are_read_are_known(make, ends):
+    assert {name.rpartition(".")[2] for name in ModelIndex.build(make()).bypassed} == ends
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_adapter_on_a_layer_that_nobody_calls_is_refused_by_name(strict):
+    """Its zeros are not: PEFT puts factors there too, and no gradient ever reaches them."""
+    pool = AdapterPool(nn.Sequential(_Reads()), max_slots=1, max_rank=2)
+    targets = ["read", "called"]
+    state = {}
+    for name in targets:
+        state[f"base_model.model.0.{name}.lora_A.weight"] = torch.ones(2, 4)
+        state[f"base_model.model.0.{name}.lora_B.weight"] = torch.zeros(4, 2)
+    pool.load("zeros", (config(2, targets), state))
+    state["base_model.model.0.called.lora_B.weight"] = torch.ones(4, 2)
+    pool.update("zeros", (config(2, targets), state))
+    state["base_model.model.0.read.lora_B.weight"] = torch.ones(4, 2)
+    with pytest.raises(NotImplementedError, match=r"0\.read\.lora_B.*expected zeros.*_Reads reads"):
+        pool.update("zeros", (config(2, targets), state), strict=strict)
+    whole = {f"base_model.model.0.read.{k}": torch.ones(v) for k, v in
+             (("weight", (4, 4)), ("bias", 4))}  # fmt: skip
+    del state["base_model.model.0.read.lora_A.weight"]
+    del state["base_model.model.0.read.lora_B.weight"]
+    with pytest.raises(NotImplementedError, match=r"0\.read\.weight: modules_to_save"):
+        pool.update(
+            "zeros",
+            ({**config(2, ["called"]), "modules_to_save": ["read"]}, {**state, **whole}),
+            strict=strict,
+        )
