@@ -84,7 +84,7 @@ def answers(
     for thing, verb in itertools.product(things, VERBS):
         ids = question(tokenizer, verb, thing)
         by_length[len(ids)].append(ids)
-    lean, start = LeanLlama(model), time.perf_counter()
+    lean, start = LeanLlama(model), time.process_time()
     parts: list[Answers] = []
     torch.manual_seed(0)
     for sample in sampled:
@@ -92,8 +92,11 @@ def answers(
             for prompts in torch.stack(group).split(128):
                 ids, hidden = _answer(lean, prompts, new_tokens, sample)
                 parts += _cut(ids, hidden, model.generation_config.eos_token_id)
-        done = sum(len(part.tokens) for part in parts)
-        print(f"{done} tokens of answers in {time.perf_counter() - start:.0f} s", flush=True)
+                done = sum(len(part.tokens) for part in parts)
+                print(
+                    f"{done} tokens of answers in {time.process_time() - start:.0f} s of CPU",
+                    flush=True,
+                )
     hidden, tokens, _, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
     weight = model.lm_head.weight.detach()
     sums = [F.linear(h, weight).float().logsumexp(-1) for h in hidden.split(512)]
