@@ -197,14 +197,13 @@ def main() -> None:
     torch.manual_seed(0)
     if args.train:
         trained(args)
-    texts, rows = unseen_answers(args.head), Rows()
+    texts = unseen_answers(args.head)
     gains: dict[str, list[float]] = {}
     for name in args.dtypes:
         model, tokenizer = smollm2.load_smollm2()
         model = model.to(getattr(torch, name))
         draft = mtpc.Draft.load(model, args.head).eval()
-        if not gains:
-            rows += estimate(draft, texts, "trained head")
+        rows = [] if gains else estimate(draft, texts, "trained head")
         draft.bfloat16()
         pack_linears(draft)
         lean = {"plain": LeanLlama(model).eval(), "packed": pack_linears(LeanLlama(model).eval())}
@@ -212,8 +211,7 @@ def main() -> None:
         print(f"{name}, {torch.get_num_threads()} threads", flush=True)
         rows += passes(lean, name)
         gains[name], raced = race(args, lean, draft, ids, name)
-        rows += raced
-    append_rows(args.out / "mtpc_smollm2.csv", rows)
+        append_rows(args.out / "mtpc_smollm2.csv", rows + raced)
     if args.check:
         missed = [gain for gain in gains["float32"] if gain < TARGET]
         raise SystemExit(f"below {TARGET} x: {missed}" if missed else 0)
