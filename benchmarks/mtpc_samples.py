@@ -3,14 +3,16 @@
 Answers are made once, greedy and sampled, and kept with the hidden states of every position, so
 that training runs no layer of the model. A window's states are then pulled to the model's own by
 the divergence of the two laws (`ops.chunked_kl`), and at the end the overlap of the laws, which is
-what a sampling verifier accepts, is raised itself.
+what a sampling verifier accepts, is raised itself. Learning takes a number of steps and not of
+seconds, so that the same head comes out on a machine that is busy.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,29 +64,39 @@ def question(tokenizer: Any, verb: str, thing: str) -> Tensor:
     )["input_ids"][0]
 
 
-def answers(model: Any, tokenizer: Any, new_tokens: int, draws: int, file: Path) -> Answers:
-    """Greedy answers to all questions, and ``draws`` sampled ones; kept in a file.
+def answers(
+    model: Any,
+    tokenizer: Any,
+    things: Sequence[str],
+    new_tokens: int,
+    sampled: Sequence[bool],
+    file: Path,
+) -> Answers:
+    """The model's answers to all questions about some things; kept in a file.
 
     Args:
         model: SmolLM2 in bfloat16.
+        sampled: one round of answers for each entry, greedy or sampled.
     """
     if file.exists():
         return Answers(*torch.load(file))
     by_length: dict[int, list[Tensor]] = defaultdict(list)
-    for thing in THINGS[UNSEEN:]:
-        for verb in VERBS:
-            ids = question(tokenizer, verb, thing)
-            by_length[len(ids)].append(ids)
-    lean, start = LeanLlama(model), time.perf_counter()
+    for thing, verb in itertools.product(things, VERBS):
+        ids = question(tokenizer, verb, thing)
+        by_length[len(ids)].append(ids)
+    lean, start = LeanLlama(model), time.process_time()
     parts: list[Answers] = []
     torch.manual_seed(0)
-    for draw in range(1 + draws):
+    for sample in sampled:
         for group in by_length.values():
             for prompts in torch.stack(group).split(128):
-                ids, hidden = _answer(lean, prompts, new_tokens, sample=draw > 0)
+                ids, hidden = _answer(lean, prompts, new_tokens, sample)
                 parts += _cut(ids, hidden, model.generation_config.eos_token_id)
-        done = sum(len(part.tokens) for part in parts)
-        print(f"{done} tokens of answers in {time.perf_counter() - start:.0f} s", flush=True)
+                done = sum(len(part.tokens) for part in parts)
+                print(
+                    f"{done} tokens of answers in {time.process_time() - start:.0f} s of CPU",
+                    flush=True,
+                )
     hidden, tokens, _, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
     weight = model.lm_head.weight.detach()
     sums = [F.linear(h, weight).float().logsumexp(-1) for h in hidden.split(512)]
@@ -133,66 +145,105 @@ class Batch(NamedTuple):
     normaliser: Tensor  # (N, K)
 
 
+def places(data: Answers, k: int) -> Tensor:
+    """Where a decided token is followed by ``k`` tokens of the same answer."""
+    end, found = 0, list[int]()
+    for length in data.lengths.tolist():
+        found += range(end, end + length - k)
+        end += length
+    return torch.tensor(found)
+
+
+def windows(data: Answers, at: Tensor, k: int) -> Batch:
+    """The windows of ``k`` tokens at these places."""
+    window = at[:, None] + torch.arange(k + 1)
+    later = window[:, 1:]
+    tokens, teacher = data.tokens[window], data.hidden[later]
+    return Batch(data.hidden[at].float(), tokens, teacher, data.normaliser[later])
+
+
 def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
     """Windows inside answers, drawn for ever."""
-    end, places = 0, list[int]()
-    for length in data.lengths.tolist():
-        places += range(end, end + length - k)
-        end += length
-    starts, steps = torch.tensor(places), torch.arange(k + 1)
+    every = places(data, k)
     while True:
-        at = starts[torch.randint(len(starts), (size,))]
-        window = at[:, None] + steps
-        later = window[:, 1:]
-        yield Batch(
-            data.hidden[at].float(), data.tokens[window], data.hidden[later], data.normaliser[later]
-        )
+        yield windows(data, every[torch.randint(len(every), (size,))], k)
 
 
-def learn(draft: mtpc.Draft, data: Iterable[Batch], minutes: float, rate: float = 2e-3) -> None:
-    """Train a draft of one component, whose windows have one token, for so long.
+def learn(
+    draft: mtpc.Draft, data: Iterable[Batch], steps: int, rate: float = 2e-3, distil: bool = True
+) -> None:
+    """Train a draft with a bridge for so many steps, with products in bfloat16.
 
-    The clock is the processor time of this process. Products run in bfloat16.
+    Args:
+        distil: from the model's states, for one component and windows of one token. Otherwise the
+            loss is the cross entropy of the tokens of the answers, for any circuit.
     """
-    length, listed = draft.config.chain, draft.head.listed
     unembed = draft.head.unembed.detach().bfloat16()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=rate, betas=(0.9, 0.98))
-    start, shown = time.process_time(), 0
-    for step, batch in enumerate(data):
-        done = (time.process_time() - start) / (60 * minutes)
-        if done >= 1:
-            return
+    began = time.process_time()
+    for step, batch in enumerate(itertools.islice(data, steps)):
+        done = step / steps
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * (1 - done)
-        loss, survival, accepted = torch.tensor(0.0), torch.ones(len(batch.hidden)), []
-        for k, state in enumerate(_states(draft, batch, length)):
-            teacher = batch.teacher[:, k]
-            if done < 0.7:
-                loss = loss + 0.6**k * ops.chunked_kl([state, teacher], unembed, None)
-                continue
-            p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()
-            q = F.linear(state, unembed).float().softmax(-1)
-            overlap = torch.minimum(p, q).sum(-1)
-            loss = loss - ((survival + 0.05) * overlap).mean()
-            survival = survival * _kept(p, q, listed.places(batch.tokens[:, 1 + k]))
-            accepted.append(survival.mean())
+        if not distil:
+            loss = _cross_entropy(draft, batch)
+        elif done < 0.7:
+            loss = _divergence(draft, batch, unembed)
+        else:
+            loss = _missed_overlap(draft, batch, unembed)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         optimizer.step()
-        if done * 10 >= shown + 1:
-            shown = int(done * 10)
-            rest = f", emitted {1 + sum(accepted):.2f}" if accepted else ""
-            print(f"{done:.0%}: step {step}, loss {loss.item():.3f}{rest}", flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            spent = time.process_time() - began
+            print(f"step {step + 1}: loss {loss.item():.3f}, {spent:.0f} s of CPU", flush=True)
 
 
-def _states(draft: mtpc.Draft, batch: Batch, length: int) -> Iterator[Tensor]:
-    """What the head reads at every window of the chain, ``(N, D)`` in bfloat16."""
+def window_states(draft: mtpc.Draft, batch: Batch) -> Iterator[Tensor]:
+    """What the head reads at every window of the chain, ``(N, D)``."""
     assert draft.bridge is not None
     state, embed = batch.hidden, draft.model.get_input_embeddings()
-    for k in range(length):
+    n, chain = draft.config.n_token, draft.config.chain
+    for k in range(1 + n * (chain - 1)):
         with torch.autocast("cpu", torch.bfloat16):
             state = draft.bridge(state, embed(batch.tokens[:, k]))
-        yield draft.head.leaves.states(state.float()).bfloat16()
+        if k % n == 0:
+            yield state.float()
+
+
+def _cross_entropy(draft: mtpc.Draft, batch: Batch) -> Tensor:
+    n = draft.config.n_token
+    losses = [
+        mtpc.window_loss(draft.head, state, batch.tokens[:, 1 + k * n : 1 + (k + 1) * n])[0]
+        for k, state in enumerate(window_states(draft, batch))
+    ]
+    return torch.stack([0.6**k * loss for k, loss in enumerate(losses)]).sum()
+
+
+def _read(draft: mtpc.Draft, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """States under the unembedding at every token of the chain: the draft's, the model's."""
+    for k, state in enumerate(window_states(draft, batch)):
+        yield draft.head.leaves.states(state).bfloat16(), batch.teacher[:, k]
+
+
+def _divergence(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
+    losses = [
+        0.6**k * ops.chunked_kl([state, teacher], unembed, None)
+        for k, (state, teacher) in enumerate(_read(draft, batch))
+    ]
+    return torch.stack(losses).sum()
+
+
+def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
+    """Minus the overlap at every token, weighted by how likely a call gets that far."""
+    loss, survival = torch.tensor(0.0), torch.ones(len(batch.hidden))
+    for k, (state, teacher) in enumerate(_read(draft, batch)):
+        p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()
+        q = F.linear(state, unembed).float().softmax(-1)
+        overlap = torch.minimum(p, q).sum(-1)
+        loss = loss - ((survival + 0.05) * overlap).mean()
+        survival = survival * _kept(p, q, draft.head.listed.places(batch.tokens[:, 1 + k]))
+    return loss
 
 
 @torch.no_grad()

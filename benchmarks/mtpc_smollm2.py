@@ -5,8 +5,9 @@ tokens per second of the decoder against one token a pass, greedy and sampling, 
 sides make the passes of `lean.py` with packed weights; plain decoding is also timed without them.
 Greedy tokens are checked to be the model's own. --check asks for 1.3 x in float32.
 
---train MINUTES makes the head first: the model answers questions (`mtpc_samples.py`), the head
-learns from these answers for so many minutes of processor time, and is raced on other questions.
+--train STEPS makes the head first: the model answers questions (`mtpc_samples.py`), and the head
+learns from these answers for so many steps. What it yields on answers to other questions is
+estimated (`mtpc_heldout.py`), and these are raced. Rows go to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from unittest import mock
 
 import mtpc_samples
 import torch
-from common import ROOT, copy_call, interleaved
+from common import append_rows, copy_call, interleaved
 from lean import LeanLlama, token_by_token
-from mtpc_samples import THINGS, UNSEEN, VERBS
+from mtpc_heldout import CHAIN, FOLDER, estimate, row, unseen_answers, unseen_questions
+from mtpc_samples import THINGS, UNSEEN
 from torch import Tensor
 
 from lora_ext.interop import smollm2
@@ -33,25 +35,26 @@ from lora_ext.methods.mtpc.cache import roomy_cache
 from lora_ext.nn import pack_linears
 
 TARGET = 1.3
-CONFIG = mtpc.MtpcConfig(
-    n_token=1, rank=1, kind="ff", emission="adapter", adapter_rank=32, bridge=768, chain=3
-)
+Rows = list[dict[str, Any]]
 
 
 def trained(args: argparse.Namespace) -> None:
     """Make the answers, and write a head that has learned from them."""
     model, tokenizer = smollm2.load_smollm2()
+    sampled = (False, *[True] * args.draws)
     file = args.head / "answers.pt"
-    data = mtpc_samples.answers(model.bfloat16(), tokenizer, args.answer_tokens, args.draws, file)
+    data = mtpc_samples.answers(
+        model.bfloat16(), tokenizer, THINGS[UNSEEN:], args.answer_tokens, sampled, file
+    )
     model, _ = smollm2.load_smollm2()
-    listed = mtpc.frequent_tokens(data.tokens, args.shortlist)
-    draft = mtpc.retrofit(model, CONFIG, listed)
-    mtpc_samples.learn(draft, mtpc_samples.batches(data, CONFIG.chain, 256), args.train)
+    torch.manual_seed(0)  # the head does not depend on whether answers were kept
+    draft = mtpc.retrofit(model, CHAIN, mtpc.frequent_tokens(data.tokens, args.shortlist))
+    mtpc_samples.learn(draft, mtpc_samples.batches(data, CHAIN.chain, 256), args.train)
     draft.save(args.head)
 
 
 @torch.no_grad()
-def passes(lean: dict[str, LeanLlama]) -> None:
+def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
     """What a pass over 1 to 8 new tokens costs behind 64, and its floor by bytes."""
     context = torch.randint(1000, (1, 64))
     calls: dict[str, Any] = {}
@@ -65,18 +68,23 @@ def passes(lean: dict[str, LeanLlama]) -> None:
 
         calls[f"{name}, rows {rows}"] = call
     copy, moved = copy_call()
-    times = interleaved(calls | {"copy": copy}, rounds=7)
+    times, found = interleaved(calls | {"copy": copy}, rounds=7), Rows()
     for name in calls:
-        ratio = times[name].over(times["plain, rows 1"])
-        print(f"pass, {name}: {1e3 * times[name].median:.1f} ms, {ratio:.2f} of one plain row")
+        took, ratio = times[name], times[name].over(times["plain, rows 1"])
+        print(f"pass, {name}: {1e3 * took.median:.1f} ms, {ratio:.2f} of one plain row")
+        own = {"dtype": dtype, "p20": 1e3 * took.p20, "p80": 1e3 * took.p80, "time_of_one": ratio}
+        found.append(row("pass", "", name, 1e3 * took.median, "ms", **own))
     weights = sum(p.nbytes for p in lean["plain"].products.parameters())
     weights += lean["plain"].lm_head.weight.nbytes
     rate = moved / times["copy"].median
     floor = 1e3 * weights / rate
     print(f"floor: {weights / 1e6:.0f} MB of weights at {rate / 1e9:.0f} GB/s: {floor:.1f} ms")
+    return [*found, row("pass", "", "floor: weights read once", floor, "ms", dtype=dtype)]
 
 
-def parts(decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any) -> None:
+def parts(
+    decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any, dtype: str
+) -> Rows:
     """Milliseconds that a call spends in pass, draft and test, and beside them."""
     spent: Counter[str] = Counter()
 
@@ -107,14 +115,21 @@ def parts(decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: A
         seconds, calls = whole()
     spent["forward"] -= prompts  # nearly all of which is the pass over the prompt
     spent["beside"] = seconds - prompts - sum(spent.values())
-    text = ", ".join(f"{name} {1e3 * t / calls:.2f}" for name, t in spent.items())
-    print(f"{decoder.mode}: a call takes {1e3 * (seconds - prompts) / calls:.1f} ms: {text}")
+    each = {name: 1e3 * t / calls for name, t in spent.items()}
+    text = ", ".join(f"{name} {t:.2f}" for name, t in each.items())
+    print(f"{decoder.mode}: a call takes {sum(each.values()):.1f} ms: {text}")
+    return [row("call", decoder.mode, name, t, "ms", dtype=dtype) for name, t in each.items()]
 
 
 def race(
-    args: argparse.Namespace, lean: dict[str, LeanLlama], draft: mtpc.Draft, ids: list[Tensor]
-) -> list[float]:
-    """Greedy and sampling against one token a pass; the gains over packed passes."""
+    args: argparse.Namespace,
+    lean: dict[str, LeanLlama],
+    draft: mtpc.Draft,
+    ids: list[Tensor],
+    dtype: str,
+) -> tuple[list[float], Rows]:
+    """Greedy and sampling against one token a pass: the gains over packed passes, and rows."""
+    found = Rows()
     settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "eos_token_id": [], "seed": 0}
     gains = []
     for mode in ("greedy", "sample"):
@@ -134,36 +149,40 @@ def race(
                 emitted: list[float] = emitted,
             ) -> list[Tensor]:
                 own = settings | {"seed": next(seeds)}
-                found = [decoder.generate(each, **own) for each in ids]
-                emitted.extend(got.emitted_per_call for got in found)
-                return [got.sequences for got in found]
+                got = [decoder.generate(each, **own) for each in ids]
+                emitted.extend(each.emitted_per_call for each in got)
+                return [each.sequences for each in got]
 
             sides |= {f"plain, {name}": plain, f"circuit, {name}": circuit}
             if name == "packed":
-                parts(decoder, ids, settings)
+                found += parts(decoder, ids, settings, dtype)
         if mode == "greedy":
             pairs = zip(sides["plain, packed"](), sides["circuit, packed"](), strict=True)
             same = [torch.equal(expected, got) for expected, got in pairs]
-            exact = lean["packed"].lm_head.weight.dtype == torch.float32
             print(f"greedy: {sum(same)} of {len(same)} answers are plain decoding's", flush=True)
-            assert all(same) or not exact, "greedy tokens differ"
+            assert all(same) or dtype != "float32", "greedy tokens differ"
         times = interleaved(sides, args.rounds, warm_up=0)
         count = len(ids) * args.new_tokens
         for name in sides:
-            ratios = [times[f"plain, {other}"].over(times[name]) for other in lean]
-            text = ", ".join(f"{r:.2f} x plain {o}" for r, o in zip(ratios, lean, strict=True))
-            print(f"{mode}, {name}: {count / times[name].median:.1f} tokens/s, {text}")
-        print(f"{mode}: emitted a call {sum(emitted) / len(emitted):.2f}", flush=True)
+            ratios = {f"over_{o}": times[f"plain, {o}"].over(times[name]) for o in lean}
+            text = ", ".join(f"{r:.2f} x {o.replace('_', ' ')}" for o, r in ratios.items())
+            took = times[name]
+            rate = count / took.median
+            print(f"{mode}, {name}: {rate:.1f} tokens/s, {text}")
+            own = {"dtype": dtype, "p20": count / took.p80, "p80": count / took.p20}
+            found.append(row("race", mode, name, rate, "tokens/s", **own, **ratios))
+        mean = sum(emitted) / len(emitted)
+        print(f"{mode}: emitted a call {mean:.2f}", flush=True)
+        found.append(row("race", mode, "emitted", mean, "tokens a call", dtype=dtype))
         gains.append(times["plain, packed"].over(times["circuit, packed"]))
-    return gains
+    return gains, found
 
 
 def main() -> None:
     """Train if asked to, then race."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    folder = ROOT / "out" / "bench" / "mtpc_smollm2"
-    parser.add_argument("--head", type=Path, default=folder, help="folder of the trained head")
-    parser.add_argument("--train", type=float, default=0, help="minutes of processor time")
+    parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
+    parser.add_argument("--train", type=int, default=0, help="steps; 0 races the head of --head")
     parser.add_argument("--check", action="store_true", help=f"ask for {TARGET} x in float32")
     parser.add_argument("--draws", type=int, default=1, help="sampled answers a question, to learn")
     parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer, to learn")
@@ -173,26 +192,26 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4, help="that are timed, up to 32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.train:
         trained(args)
+    texts = unseen_answers(args.head)
     gains: dict[str, list[float]] = {}
     for name in args.dtypes:
         model, tokenizer = smollm2.load_smollm2()
         model = model.to(getattr(torch, name))
         draft = mtpc.Draft.load(model, args.head).eval()
+        rows = [] if gains else estimate(draft, texts, "trained head")
         draft.bfloat16()
         pack_linears(draft)
         lean = {"plain": LeanLlama(model).eval(), "packed": pack_linears(LeanLlama(model).eval())}
-        asked = itertools.product(VERBS, THINGS[:UNSEEN])
-        ids = [
-            mtpc_samples.question(tokenizer, *words)[None]
-            for words in itertools.islice(asked, args.questions)
-        ]
+        ids = unseen_questions(tokenizer, args.questions)
         print(f"{name}, {torch.get_num_threads()} threads", flush=True)
-        passes(lean)
-        gains[name] = race(args, lean, draft, ids)
+        rows += passes(lean, name)
+        gains[name], raced = race(args, lean, draft, ids, name)
+        append_rows(args.out / "mtpc_smollm2.csv", rows + raced)
     if args.check:
         missed = [gain for gain in gains["float32"] if gain < TARGET]
         raise SystemExit(f"below {TARGET} x: {missed}" if missed else 0)

@@ -1,0 +1,233 @@
+"""What a draft for SmolLM2-135M yields on answers that it has not learned from:
+`python benchmarks/mtpc_heldout.py --head DIR`, of a head that `mtpc_smollm2.py --train` made.
+
+Tokens a call are estimated on answers of the model's own to questions about unseen things: where
+the text is a sample of the model, ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, which is what
+the verifier of a sampling decoder keeps; where it is greedy, how often the likeliest tokens agree.
+
+Then the decoder itself runs with a long chain. From each of its calls follows what a shorter chain
+would have kept, and what a rule would have that drafts on while the product of the draft's own
+confidences is high; with a drafted token's cost, which of them is best. --compare STEPS trains
+other drafts instead, on the same answers, for so many steps each. Rows go to OUT/mtpc_smollm2.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mtpc_samples
+import torch
+from common import ROOT, append_rows, machine_columns
+from lean import LeanLlama
+from mtpc_samples import THINGS, UNSEEN, VERBS, Answers, Batch
+from torch import Tensor
+
+from lora_ext.interop import smollm2
+from lora_ext.methods import mtpc
+from lora_ext.nn import pack_linears
+
+FOLDER = ROOT / "out" / "bench"
+CHAIN = mtpc.MtpcConfig(
+    n_token=1, rank=1, kind="ff", emission="adapter", adapter_rank=32, bridge=768, chain=3
+)
+WINDOW: dict[str, Any] = {"n_token": 3, "emission": "adapter", "adapter_rank": 32, "bridge": 1024}
+# Drafts that are compared: configuration, and whether they learn from the model's states.
+DRAFTS = {
+    "one window of 3, ff, cross entropy": (mtpc.MtpcConfig(**WINDOW, kind="ff", rank=1), False),
+    "one window of 3, hmm of 4, cross entropy": (
+        mtpc.MtpcConfig(**WINDOW, kind="hmm", rank=4),
+        False,
+    ),
+    "chain of 3, cross entropy": (CHAIN, False),
+    "chain of 3, chunked KL, then overlap": (CHAIN, True),
+}
+
+
+def row(part: str, mode: str, case: str, value: float, unit: str, **more: object) -> dict[str, Any]:
+    """One line of the csv file."""
+    empty = dict.fromkeys(("dtype", "p20", "p80", "time_of_one", "over_plain", "over_packed"), "")
+    named = {"part": part, "mode": mode, "case": case, "value": value, "unit": unit}
+    values = {**machine_columns(), **named, **empty, **more}
+    return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+
+
+def unseen_answers(folder: Path, new_tokens: int = 128) -> dict[str, Answers]:
+    """Greedy and sampled answers about unseen things, made once and kept beside the head."""
+    model, tokenizer = smollm2.load_smollm2()
+    rounds = {"greedy": (False,), "sample": (True, True)}
+    return {
+        mode: mtpc_samples.answers(
+            model.bfloat16(),
+            tokenizer,
+            THINGS[:UNSEEN],
+            new_tokens,
+            sampled,
+            folder / f"unseen_{mode}.pt",
+        )
+        for mode, sampled in rounds.items()
+    }
+
+
+def unseen_questions(tokenizer: Any, count: int) -> list[Tensor]:
+    """Prompts ``(1, S)`` about unseen things."""
+    asked = itertools.product(VERBS, THINGS[:UNSEEN])
+    return [
+        mtpc_samples.question(tokenizer, *words)[None] for words in itertools.islice(asked, count)
+    ]
+
+
+@torch.no_grad()
+def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
+    """How likely each token of the text is kept where a call drafts up to it, ``(N, K)``, given
+    that those before it are."""
+    n, parts = draft.config.n_token, list[Tensor]()
+    for k, state in enumerate(mtpc_samples.window_states(draft, batch)):
+        at = slice(k * n, (k + 1) * n)
+        text = batch.tokens[:, 1:][:, at]
+        if mode == "greedy":
+            laws = (draft.head.full_conditional(state, text, j) for j in range(n))
+            likeliest = torch.stack([law.argmax(-1) for law in laws], 1)
+            parts.append((likeliest == text).float())
+        else:
+            unembed = draft.model.get_output_embeddings().weight[text].float()
+            p = (batch.teacher[:, at] * unembed).sum(-1) - batch.normaliser[:, at]
+            ratio = (draft.head.conditionals(state, text) - p).nan_to_num(nan=-torch.inf)
+            parts.append(ratio.clamp(max=0).exp())
+    return torch.cat(parts, 1)
+
+
+def tokens_a_call(kept: Tensor) -> float:
+    """The verifier's own token and those drafted before the first that is not kept."""
+    return 1 + kept.cumprod(1).sum(1).mean().item()
+
+
+def estimate(draft: mtpc.Draft, texts: dict[str, Answers], case: str) -> list[dict[str, Any]]:
+    """Print and return tokens a call, and the share that is kept at each place of the chain."""
+    rows, k = [], draft.config.n_token * draft.config.chain
+    for mode, data in texts.items():
+        batches = (
+            mtpc_samples.windows(data, at, k) for at in mtpc_samples.places(data, k).split(256)
+        )
+        found = torch.cat([kept(draft, batch, mode) for batch in batches])
+        each = found.mean(0).tolist()
+        rows.append(row("held out", mode, case, tokens_a_call(found), "tokens a call"))
+        rows += [
+            row("held out", mode, f"{case}: token {i + 1}", share, "kept")
+            for i, share in enumerate(each)
+        ]
+        text = ", ".join(f"{share:.2f}" for share in each)
+        print(f"held out, {case}, {mode}: {tokens_a_call(found):.2f} tokens a call, kept: {text}")
+    return rows
+
+
+def recorded(
+    draft: mtpc.Draft, model: Any, ids: list[Tensor], mode: str, chain: int, new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The decoder's calls with a chain: how sure the draft was of each token ``(C, chain)``, and
+    how many were accepted ``(C,)``."""
+    bridge = draft.bridge
+    assert bridge is not None
+    options: dict[str, Any] = {"mode": mode, "bridge": bridge, "chain": chain}
+    decoder = mtpc.SpeculativeDecoder(model, draft.head, **options)
+    sure, accepted, embed = list[Tensor](), list[Tensor](), model.get_input_embeddings()
+    own_draft, own_verify = decoder.draft, decoder.verify
+
+    def drafted(hidden: Tensor, pending: Tensor, uniforms: Tensor) -> Any:
+        window = own_draft(hidden, pending, uniforms)
+        state, each = hidden, list[Tensor]()
+        for token in (pending, *window.tokens[:, :-1].unbind(1)):
+            state = bridge(state, embed(token))
+            leaf = draft.head.narrow_circuit(state).leaf.float()
+            each.append(leaf.softmax(-1).amax((1, 2, 3)))
+        sure.append(torch.stack(each, 1))
+        return window
+
+    def verified(*args: Any) -> tuple[Tensor, Tensor]:
+        count, token = own_verify(*args)
+        accepted.append(count)
+        return count, token
+
+    with mock.patch.multiple(decoder, draft=drafted, verify=verified):
+        for seed, prompt in enumerate(ids):
+            decoder.generate(prompt, max_new_tokens=new_tokens, eos_token_id=[], seed=seed)
+    return torch.cat(sure), torch.cat(accepted)
+
+
+def lengths(sure: Tensor, accepted: Tensor, cost: float) -> Iterator[tuple[str, float, float]]:
+    """Tokens a call, and tokens per cost of a call without a draft, of every fixed chain and of the
+    best rule ``draft on while the product of the confidences is at least a threshold``.
+
+    Args:
+        sure: ``(C, K)``. accepted: ``(C,)`` of K. cost: of a drafted token.
+    """
+
+    def of(drafted: Tensor) -> tuple[float, float]:
+        emitted = 1 + torch.minimum(accepted, drafted).float().mean().item()
+        return emitted, emitted / (1 + cost * drafted.float().mean().item())
+
+    for k in range(1, sure.shape[1] + 1):
+        yield f"chain {k}", *of(torch.full_like(accepted, k))
+    products = sure.cumprod(1)[:, :-1]
+    thresholds = products.flatten().quantile(torch.linspace(0, 1, 101))
+    rules = [of(1 + (products >= threshold).sum(1)) for threshold in thresholds]
+    yield "rule", *max(rules, key=lambda found: found[1])
+
+
+def choose_lengths(draft: mtpc.Draft, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print and return what chains of each length and the rule yield, in the decoder itself."""
+    _, tokenizer = smollm2.load_smollm2()
+    ids, rows = unseen_questions(tokenizer, args.questions), []
+    model = pack_linears(LeanLlama(draft.model).eval())
+    for mode in ("greedy", "sample"):
+        calls = recorded(draft, model, ids, mode, args.longest, args.new_tokens)
+        print(f"{mode}: {len(calls[1])} calls, a drafted token costs {args.cost} of the rest")
+        for case, emitted, gain in lengths(*calls, args.cost):
+            rows.append(row("length", mode, case, emitted, "tokens a call"))
+            rows.append(row("length", mode, case, gain, f"tokens, cost {args.cost}"))
+            print(f"{mode}, {case}: {emitted:.2f} tokens a call, {gain:.3f} with its cost")
+    return rows
+
+
+def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train every draft of the table for so many steps; print and return what they yield."""
+    model, _ = smollm2.load_smollm2()
+    data, rows = Answers(*torch.load(args.head / "answers.pt")), []
+    for name, (config, distil) in DRAFTS.items():
+        torch.manual_seed(0)
+        draft = mtpc.retrofit(model, config, mtpc.frequent_tokens(data.tokens, args.shortlist))
+        batches = mtpc_samples.batches(data, config.n_token * config.chain, 256)
+        print(name, flush=True)
+        mtpc_samples.learn(draft, batches, args.compare, distil=distil)
+        rows += estimate(draft.eval(), texts, f"{name}, {args.compare} steps")
+        draft.remove()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
+    parser.add_argument("--compare", type=int, default=0, help="steps of other drafts")
+    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that those draft")
+    parser.add_argument("--longest", type=int, default=6, help="chain of the recorded calls")
+    parser.add_argument("--cost", type=float, default=0.04, help="of a drafted token over a call's")
+    parser.add_argument("--questions", type=int, default=32, help="of the recorded calls")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of their answers")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")
+    args = parser.parse_args()
+    texts = unseen_answers(args.head)
+    if args.compare:
+        rows = compare(texts, args)
+    else:
+        model, _ = smollm2.load_smollm2()
+        draft = mtpc.Draft.load(model, args.head).eval()
+        rows = estimate(draft, texts, "trained head") + choose_lengths(draft, args)
+    append_rows(args.out / "mtpc_smollm2.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
