@@ -48,6 +48,18 @@ def lora_apply_(
     plan: Tensor | None,
     /,
 ) -> None: ...
+def lora_apply_siblings_(
+    y: list[Tensor],
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    adapter_ids: Tensor,
+    scale: list[Tensor],
+    ranks: list[Tensor],
+    page_table: list[Tensor],
+    plan: Tensor | None,
+    /,
+) -> None: ...
 def lora_linear_forward(
     x: Tensor,
     weight: Tensor | None,

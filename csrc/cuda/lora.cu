@@ -66,9 +66,39 @@ bool empty(const LoraArgs& args) {
     return args.num_tokens == 0 || args.bank.max_rank == 0 || args.bank.num_adapters == 0;
 }
 
-LaunchStatus run_shrink(const LoraArgs& args, const Partials& v, void* stream) {
-    return args.num_tokens <= kDecodeTokens ? run_shrink_decode(args, v, stream)
-                                            : run_shrink_prefill(args, v, stream);
+LaunchStatus run_shrink(const Module& module, void* stream) {
+    return module.args.num_tokens <= kDecodeTokens
+               ? run_shrink_decode(std::span(&module, 1), stream)
+               : run_shrink_prefill(module.args, module.v, stream);
+}
+
+// Without in-features or ranks the delta is zero.
+bool adds_nothing(const LoraArgs& args) {
+    return empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0;
+}
+
+// Whether a module may share launches with siblings. Prefill and large ranks take launches of their
+// own, since their blocks fill the machine; so do unaligned modules, whose kernels have no register
+// to spare.
+bool shares_launches(const LoraArgs& args) {
+    return args.num_tokens <= kDecodeTokens && !large_rank(args.bank) && shrink_aligned(args) &&
+           expand_aligned(args);
+}
+
+LaunchStatus apply_one(const LoraArgs& args, void* stream) {
+    Module module{args, partials(args)};
+    Partials& v = module.v;
+    v.scaled = large_rank(args.bank) && v.splits == 1;  // a GEMM takes v as it is
+    if (const LaunchStatus status = run_shrink(module, stream)) return status;
+    if (sums_splits_first(args, v)) {
+        LoraArgs sum = args;  // in place: a warp writes what it alone has read
+        sum.v = v.data;
+        sum.v_row_stride = v.row_stride;
+        if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;
+        v.splits = 1;
+        v.scaled = true;
+    }
+    return run_expand(std::span(&module, 1), true, stream);
 }
 
 }  // namespace
@@ -88,36 +118,39 @@ LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream) {
         v.row_stride = args.v_row_stride;
         v.row_floats = args.bank.max_rank;
         v.scaled = true;
-        return run_shrink(args, v, stream);
+        return run_shrink({args, v}, stream);
     }
-    if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
+    if (const LaunchStatus status = run_shrink({args, v}, stream)) return status;
     return run_reduce(args, v, stream);
 }
 
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream) {
     if (const LaunchStatus status = check(args)) return status;
     if (empty(args) || args.bank.out_features == 0) return 0;
-    const Partials v{
-        static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0, args.bank.max_rank, true};
-    return run_expand(args, v, false, stream);
+    const Module module{
+        args, {static_cast<float*>(args.v), args.v_row_stride, 0, 1, 0, args.bank.max_rank, true}};
+    return run_expand(std::span(&module, 1), false, stream);
 }
 
-LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream) {
-    if (const LaunchStatus status = check(args)) return status;
-    // Without in-features the delta is zero.
-    if (empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0) return 0;
-    Partials v = partials(args);
-    v.scaled = large_rank(args.bank) && v.splits == 1;  // a GEMM takes v as it is
-    if (const LaunchStatus status = run_shrink(args, v, stream)) return status;
-    if (sums_splits_first(args, v)) {
-        LoraArgs sum = args;  // in place: a warp writes what it alone has read
-        sum.v = v.data;
-        sum.v_row_stride = v.row_stride;
-        if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;
-        v.splits = 1;
-        v.scaled = true;
+LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream) {
+    Module together[kMaxSiblings];
+    size_t count = 0;
+    for (const LoraArgs& args : modules) {
+        if (const LaunchStatus status = check(args)) return status;
+        if (adds_nothing(args)) continue;
+        if (count == kMaxSiblings) return kInvalidValue;
+        together[count++] = {args, partials(args)};
     }
-    return run_expand(args, v, true, stream);
+    const std::span<const Module> live(together, count);
+    bool share = count > 1;
+    for (const Module& module : live) share = share && shares_launches(module.args);
+    if (share) {
+        if (const LaunchStatus status = run_shrink_decode(live, stream)) return status;
+        return run_expand(live, true, stream);
+    }
+    for (const Module& module : live)
+        if (const LaunchStatus status = apply_one(module.args, stream)) return status;
+    return 0;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 // Shrink for few rows per adapter: v[t, :] = a[s] x[t, :], and the sum over its splits.
 //
-// Block (tile, split, rank group): up to 16 rows of one adapter x split_width in-features x 32
-// ranks. Four warps share the in-features; a warp feeds mma from 16-byte loads as lora_tile.cuh
-// explains: rows of x are A, the eight rows of an A page are B. Tensor cores serve one row as well
-// as sixteen: at 16 bytes per load they save the unpacking, and a row's sum does not depend on its
-// neighbours, so one kernel covers every batch. Bound: bytes of the A pages, each read once per
-// tile.
+// Block (tile, split, rank group of a module): up to 16 rows of one adapter x split_width
+// in-features x 32 ranks. Four warps share the in-features; a warp feeds mma from 16-byte loads as
+// lora_tile.cuh explains: rows of x are A, the eight rows of an A page are B. Tensor cores serve
+// one row as well as sixteen: at 16 bytes per load they save the unpacking, and a row's sum does
+// not depend on its neighbours, so one kernel covers every batch. Bound: bytes of the A pages,
+// each read once per tile.
 //
 // Splits come from (I) alone, so a row's v does not depend on the batch either. Partial sums go to
 // the workspace and are added in the order of the splits, here or in the expand kernel.
@@ -59,17 +59,19 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 2 ? 4 : 3;
 
-template <class T, bool kAligned>
+template <class T, bool kAligned, int kModules>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
-    lora_shrink_decode_kernel(const __grid_constant__ LoraArgs args,
-                              const __grid_constant__ Tiling tiling,
-                              const __grid_constant__ Partials v) {
+    lora_shrink_decode_kernel(const __grid_constant__ Modules<kModules> modules,
+                              const __grid_constant__ Tiling tiling, int rank_groups) {
     lx::grid_dependency_launch();
+    const int z = static_cast<int>(blockIdx.z), which = kModules > 1 ? z / rank_groups : 0;
+    const LoraArgs& args = modules.each[which].args;
+    const Partials& v = modules.each[which].v;
     LX_SHARED(int32_t, row_of, kTileRows);
     LX_SHARED(float, sums, kWarps * kGroupPages * kTileRows * kPageRanks);
     const LoraBank& bank = args.bank;
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
-    const int first_page = static_cast<int>(blockIdx.z) * kGroupPages;
+    const int first_page = (z - which * rank_groups) * kGroupPages;
     const int ranks = lx::min(tile.rank - first_page * kPageRanks, kGroupPages * kPageRanks);
     if (ranks <= 0) return;
     const int pages = (ranks + kPageRanks - 1) / kPageRanks;
@@ -167,19 +169,28 @@ __global__ void __launch_bounds__(128)
 
 }  // namespace
 
-LaunchStatus run_shrink_decode(const LoraArgs& args, const Partials& v, void* stream) {
-    const LoraBank& bank = args.bank;
+LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream) {
+    const LoraArgs& args = modules[0].args;
     const bool aligned = shrink_aligned(args);
-    const dim3 grid(num_tiles(args, kTileRows), static_cast<unsigned>(v.splits),
-                    static_cast<unsigned>(ceil_div(bank.max_rank, kGroupPages * kPageRanks)));
-    declare_common(args);
-    declare_a(args);
-    declare_v(args, v, lx::Access::kWrite);
+    const int64_t groups =
+        ceil_div(largest(modules, [](const LoraBank& bank) { return bank.max_rank; }),
+                 kGroupPages * kPageRanks);
+    const dim3 grid(num_tiles(args, kTileRows), static_cast<unsigned>(modules[0].v.splits),
+                    static_cast<unsigned>(groups * modules.size()));
+    for (const Module& module : modules) {
+        declare_common(module.args);
+        declare_a(module.args);
+        declare_v(module.args, module.v, lx::Access::kWrite);
+    }
     return with_dtype(args.dtype, [&]<class T>() {
-        return aligned ? LX_LAUNCH((lora_shrink_decode_kernel<T, true>), grid, kWarps * 32, 0,
-                                   stream, args, tiling(args, kTileRows), v)
-                       : LX_LAUNCH((lora_shrink_decode_kernel<T, false>), grid, kWarps * 32, 0,
-                                   stream, args, tiling(args, kTileRows), v);
+        const auto launch = [&]<bool kAligned, int kModules>() {
+            return LX_LAUNCH((lora_shrink_decode_kernel<T, kAligned, kModules>), grid, kWarps * 32,
+                             0, stream, Modules<kModules>(modules), tiling(args, kTileRows),
+                             static_cast<int>(groups));
+        };
+        if (modules.size() > 1) return launch.template operator()<true, kMaxSiblings>();
+        return aligned ? launch.template operator()<true, 1>()
+                       : launch.template operator()<false, 1>();
     });
 }
 

@@ -1,9 +1,9 @@
 // Expand: y[t, :] = round(y[t, :] + b[s] v[t, :]), and the sum of v over its splits.
 //
-// Block (tile, range of outputs). A warp owns 16 rows of one adapter and 32 outputs at a time: v is
-// operand A of mma, the rows of the B pages are operand B, straight from 16-byte loads as
-// lora_tile.cuh explains. Columns are numbered such that a lane ends up with 8 adjacent outputs of
-// rows g and g + 8, so y is read and written once, 16 bytes per access.
+// Block (tile, range of outputs, module). A warp owns 16 rows of one adapter and 32 outputs at a
+// time: v is operand A of mma, the rows of the B pages are operand B, straight from 16-byte loads
+// as lora_tile.cuh explains. Columns are numbered such that a lane ends up with 8 adjacent outputs
+// of rows g and g + 8, so y is read and written once, 16 bytes per access.
 // Decode: the warps of a block share 16 rows and part the outputs. Prefill: they part the rows of a
 // chunk, and B comes from L1 for all but the first; where a chunk is short, the outputs as well.
 // Bound: bytes of the B pages (decode), of y (prefill).
@@ -191,10 +191,10 @@ constexpr int kMinBlocks = kWarpsM > 1      ? 2
                            : sizeof(T) == 2 ? 5
                                             : 4;
 
-template <class T, bool kAligned, int kWarpsM, int kWarpsN>
+template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules>
 __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned, kWarpsM>)
-    lora_expand_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
-                       const __grid_constant__ Partials v, int block_outputs) {
+    lora_expand_kernel(const __grid_constant__ Modules<kModules> modules,
+                       const __grid_constant__ Tiling tiling, int block_outputs) {
     constexpr int kRows = kTileRows * kWarpsM;
     constexpr bool kNormalise = std::is_same_v<T, lx::f16>;
     LX_SHARED(int32_t, row_of, kRows);
@@ -202,9 +202,14 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     LX_SHARED(unsigned, row_max, kRows);
     LX_SHARED(float, unscale, kRows);
     LX_DYN_SHARED(fragments);
+    const Module& module = modules.each[kModules > 1 ? blockIdx.z : 0];
+    const LoraArgs& args = module.args;
+    const Partials& v = module.v;
     const LoraBank& bank = args.bank;
+    const int begin = static_cast<int>(blockIdx.y) * block_outputs;
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
-    if (tile.rank == 0) {
+    // A sibling may have more outputs.
+    if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
         lx::grid_dependency_wait();  // the end of this grid must not come before that of its
                                      // producer
         return;
@@ -230,7 +235,6 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     const int warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
     const int stride = (kWarpsM * kWarpsN * kWarpOutputs) >> log_m;
     const int blocks = (tile.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
-    const int begin = static_cast<int>(blockIdx.y) * block_outputs;
     const int end =
         static_cast<int>(lx::min<int64_t>(int64_t{begin} + block_outputs, bank.out_features));
     const bool has_rows = warp_m * kTileRows < tile.rows;  // the same for the whole warp
@@ -316,54 +320,61 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     }
 }
 
-template <class T, bool kAligned, int kWarpsM, int kWarpsN>
-LaunchStatus launch_expand(const LoraArgs& args, const Partials& v, int outputs, bool dependent,
+template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules>
+LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool dependent,
                            void* stream) {
     constexpr int kRows = kTileRows * kWarpsM;
-    while (ceil_div(args.bank.out_features, outputs) > kMaxGridY) outputs *= 2;
-    const dim3 grid(num_tiles(args, kRows),
-                    static_cast<unsigned>(ceil_div(args.bank.out_features, outputs)));
-    const int bytes = fragment_bytes<T, kRows>(args.bank.max_rank);
+    const LoraArgs& args = modules[0].args;
+    const int64_t out = largest(modules, [](const LoraBank& bank) { return bank.out_features; });
+    while (ceil_div(out, outputs) > kMaxGridY) outputs *= 2;
+    const dim3 grid(num_tiles(args, kRows), static_cast<unsigned>(ceil_div(out, outputs)),
+                    static_cast<unsigned>(modules.size()));
+    const int bytes = fragment_bytes<T, kRows>(
+        static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
-    return dependent ? LX_LAUNCH_PDL((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN>), grid,
-                                     kThreads, bytes, stream, args, tiling(args, kRows), v, outputs)
-                     : LX_LAUNCH((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN>), grid,
-                                 kThreads, bytes, stream, args, tiling(args, kRows), v, outputs);
+    const Modules<kModules> all(modules);
+    return dependent
+               ? LX_LAUNCH_PDL((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules>), grid,
+                               kThreads, bytes, stream, all, tiling(args, kRows), outputs)
+               : LX_LAUNCH((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules>), grid,
+                           kThreads, bytes, stream, all, tiling(args, kRows), outputs);
 }
 
 }  // namespace
 
-LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream) {
+LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream) {
+    const LoraArgs& args = modules[0].args;
     const LoraBank& bank = args.bank;
-    const int64_t size = element_size(args.dtype);
-    // y in pieces of eight outputs; b in whole page rows, which must exist.
-    const bool aligned =
-        bank.full_pages && bank.out_features % 8 == 0 &&
-        aligned_16(args.y, {args.y_row_stride}, size) &&
-        aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride}, size);
-    declare_common(args);
-    declare_b(args);
-    declare_v(args, v, lx::Access::kRead);
-    // y is read before the wait. That is legal because the chain of early starters begins with a
-    // shrink that starts in order, when whatever wrote y has ended; shrink and reduce do not write
-    // it. If shrink started early too, y might still be in the making: the emulator would report it
-    // where two calls in a row add to one y.
-    if (dependent)
-        LX_BUF_ROWS(args.y, args.num_tokens, bank.out_features * size, args.y_row_stride * size,
-                    lx::Access::kConstant);
-    LX_BUF_ROWS(args.y, args.num_tokens, bank.out_features * size, args.y_row_stride * size,
-                lx::Access::kReadWrite);
-    if (large_rank(bank)) return run_gemm_expand(args, v, dependent, stream);
+    const bool aligned = expand_aligned(args);
+    for (const auto& [each, partials] : modules) {
+        const int64_t size = element_size(each.dtype);
+        declare_common(each);
+        declare_b(each);
+        declare_v(each, partials, lx::Access::kRead);
+        // y is read before the wait. That is legal because the chain of early starters begins with
+        // a shrink that starts in order, when whatever wrote y has ended; shrink and reduce do not
+        // write it. If shrink started early too, y might still be in the making: the emulator would
+        // report it where two calls in a row add to one y.
+        if (dependent)
+            LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
+                        each.y_row_stride * size, lx::Access::kConstant);
+        LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
+                    each.y_row_stride * size, lx::Access::kReadWrite);
+    }
+    if (large_rank(bank)) return run_gemm_expand(args, modules[0].v, dependent, stream);
     return with_dtype(args.dtype, [&]<class T>() {
         // Decode: enough blocks to fill the machine. Prefill: enough outputs to earn the fragments.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
-        if (!aligned) return launch_expand<T, false, 1, 4>(args, v, 256, dependent, stream);
-        if (chunk_rows == 16) return launch_expand<T, true, 1, 4>(args, v, 256, dependent, stream);
+        if (modules.size() > 1)
+            return launch_expand<T, true, 1, 4, kMaxSiblings>(modules, 256, dependent, stream);
+        if (!aligned) return launch_expand<T, false, 1, 4, 1>(modules, 256, dependent, stream);
+        if (chunk_rows == 16)
+            return launch_expand<T, true, 1, 4, 1>(modules, 256, dependent, stream);
         // 128 rows of a large rank are more than some devices have for a block.
         const bool small = chunk_rows == 64 ||
                            fragment_bytes<T, 8 * kTileRows>(bank.max_rank) > most_dynamic_bytes();
-        if (small) return launch_expand<T, true, 4, 2>(args, v, 512, dependent, stream);
-        return launch_expand<T, true, 8, 1>(args, v, 512, dependent, stream);
+        if (small) return launch_expand<T, true, 4, 2, 1>(modules, 512, dependent, stream);
+        return launch_expand<T, true, 8, 1, 1>(modules, 512, dependent, stream);
     });
 }
 

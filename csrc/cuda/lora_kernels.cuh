@@ -1,6 +1,8 @@
 // Host side shared by the LoRA launchers: which kernel runs where, and what it may touch.
 #pragma once
 
+#include <span>
+
 #include "launch.cuh"
 #include "lora_tile.cuh"
 
@@ -8,12 +10,27 @@ namespace lora_ext {
 
 constexpr int kMaxGridY = 65535;
 
-// The stages. `v` says where the products go and where they are taken from.
-LaunchStatus run_shrink_decode(const LoraArgs& args, const Partials& v, void* stream);
+// One module of a launch. `v` says where the products go and where they are taken from.
+struct Module {
+    LoraArgs args;
+    Partials v;
+};
+// What a kernel is given: one module, or as many as siblings may be.
+template <int kCount>
+struct Modules {
+    Module each[kCount];
+
+    explicit Modules(std::span<const Module> modules) : each{} {
+        for (size_t i = 0; i < modules.size(); ++i) each[i] = modules[i];
+    }
+};
+
+// The stages. Several modules see the same rows, at most 256 of them, and are all aligned.
+LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
 LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* stream);
 // args.v: the sum of the splits `v`, or their first one.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
-LaunchStatus run_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
+LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
 
 // The same for banks of a large rank: grouped products of matrices, lora_gemm.cuh. What they touch
 // has been declared.
@@ -45,6 +62,22 @@ inline bool shrink_aligned(const LoraArgs& args) {
     const int64_t size = element_size(args.dtype);
     return aligned_16(args.x, {args.x_row_stride, bank.in_features}, size) &&
            aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
+}
+
+// Whether expand may take y in pieces of eight outputs, and b in whole page rows, which must exist.
+inline bool expand_aligned(const LoraArgs& args) {
+    const LoraBank& bank = args.bank;
+    const int64_t size = element_size(args.dtype);
+    return bank.full_pages && bank.out_features % 8 == 0 &&
+           aligned_16(args.y, {args.y_row_stride}, size) &&
+           aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride}, size);
+}
+
+template <class F>
+int64_t largest(std::span<const Module> modules, F&& f) {
+    int64_t found = 0;
+    for (const Module& module : modules) found = lx::max<int64_t>(found, f(module.args.bank));
+    return found;
 }
 
 // What find_tile and the page functions read. On a GPU this is nothing; in the emulator it

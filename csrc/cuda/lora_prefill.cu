@@ -149,7 +149,10 @@ int ring_bytes(int rows, int ranks) {
 
 LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* stream) {
     const bool gemm = large_rank(args.bank);
-    if (!gemm && !shrink_aligned(args)) return run_shrink_decode(args, v, stream);
+    if (!gemm && !shrink_aligned(args)) {
+        const Module module{args, v};
+        return run_shrink_decode(std::span(&module, 1), stream);
+    }
     declare_common(args);
     declare_a(args);
     declare_v(args, v, lx::Access::kWrite);

@@ -79,6 +79,14 @@ inline bool has_tangent(const std::vector<Tensor>& tensors) {
                        [](const Tensor& t) { return has_tangent(t); });
 }
 
+// A change in place is counted.
+inline void count_change(const Tensor& t) {
+    torch::autograd::impl::bump_version(t);
+}
+inline void count_change(const std::vector<Tensor>& tensors) {
+    for (const Tensor& t : tensors) count_change(t);
+}
+
 // Refuses a tangent instead of dropping it. torch.func wraps tensors, and no kernel sees what its
 // wrappers carry, so this is asked above the kernels.
 template <class... Args>
@@ -105,7 +113,7 @@ struct Refusal<kOp, kRemedy, Result(Args...)> {
             const at::AutoDispatchBelowADInplaceOrView guard;
             Handle<kOp>::get().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
         }
-        torch::autograd::impl::bump_version(std::get<0>(std::tie(args...)));
+        count_change(std::get<0>(std::tie(args...)));
     }
 };
 

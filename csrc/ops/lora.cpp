@@ -8,6 +8,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <span>
+
 #include "ops/call.h"
 #include "ops/checks.h"
 #include "ops/deal.h"
@@ -27,68 +30,118 @@ enum class Step { kShrink, kExpand, kApply };
 // is faster.
 constexpr int64_t kSerialBytes = 128 * 1024;
 
-void run_twin(LoraArgs& args, Step step, int64_t element_size) {
+void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size) {
     const LoraCpu& cpu = chosen_twins<LoraCpu>();
-    const int64_t chunks = args.plan[kPlanNumChunks];
+    const int64_t chunks = modules[0].plan[kPlanNumChunks];
     if (chunks == 0) return;
-    const int64_t width = (step != Step::kExpand ? args.bank.in_features : 0) +
-                          (step != Step::kShrink ? args.bank.out_features : 0);
-    const int64_t bytes = chunks * args.bank.max_rank * width * element_size;
+    int64_t bytes = 0;
+    bool one_span = true;
+    for (const LoraArgs& args : modules) {
+        const int64_t width = (step != Step::kExpand ? args.bank.in_features : 0) +
+                              (step != Step::kShrink ? args.bank.out_features : 0);
+        bytes += chunks * args.bank.max_rank * width * element_size;
+        one_span = one_span && rank_spans(args.bank.max_rank) == 1;
+    }
     const int64_t threads = bytes < kSerialBytes ? 1 : at::get_num_threads();
     auto split = [&](int64_t items, auto&& f) {
         if (threads == 1 || items <= 1) {
             if (items > 0) f(0, items);
-        } else if (rank_spans(args.bank.max_rank) > 1) {
-            deal_items(items, kChunksTogether, f);
-        } else {
+        } else if (one_span) {
             at::parallel_for(0, items, 1, f);
+        } else {
+            deal_items(items, kChunksTogether, f);
         }
     };
-    auto shrink = [&](int64_t begin, int64_t end) { cpu.shrink(args, begin, end); };
-    auto expand = [&](int64_t begin, int64_t end) { cpu.expand(args, begin, end); };
-    const bool one_span = rank_spans(args.bank.max_rank) == 1;
+    // The items of all modules, one module after the other.
+    auto run = [&](auto items_of, auto part) {
+        int64_t items = 0;
+        for (const LoraArgs& args : modules) items += items_of(args);
+        split(items, [&](int64_t begin, int64_t end) {
+            int64_t first = 0;
+            for (const LoraArgs& args : modules) {
+                const int64_t count = items_of(args);
+                const int64_t from = std::max(begin - first, int64_t{0});
+                const int64_t to = std::min(end - first, count);
+                if (from < to) part(args, from, to);
+                first += count;
+            }
+        });
+    };
     if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
-        split(chunks, [&](int64_t begin, int64_t end) { cpu.apply(args, begin, end); });
+        // Module by module: chunk by chunk would read x once, but leave the pages of one module for
+        // those of the next at every chunk, which costs more.
+        split(chunks, [&](int64_t begin, int64_t end) {
+            for (const LoraArgs& args : modules) cpu.apply(args, begin, end);
+        });
         return;
     }
-    if (step != Step::kExpand) split(cpu.shrink_items(args), shrink);
-    if (step != Step::kShrink) split(cpu.expand_items(args), expand);
+    if (step != Step::kExpand) run(cpu.shrink_items, cpu.shrink);
+    if (step != Step::kShrink) run(cpu.expand_items, cpu.expand);
 }
 
-// The common end of every op: plan, scratch, launch or loop.
-void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const Tensor& x,
-             const Tensor& ids_in, const OptionalTensor& plan) {
-    args.bank = bank.view;
-    const int64_t rows = args.num_tokens;
-    const LoraPlanLayout layout{rows, args.bank.num_adapters};
+// Memory for each of some parts, cut from one piece that `get` returns for all of them.
+template <class Get, class Give>
+void cut(std::span<LoraArgs> modules, int64_t (*bytes_of)(const LoraArgs&), Get&& get,
+         Give&& give) {
+    constexpr int64_t kApart = 64;
+    int64_t bytes = 0;
+    for (const LoraArgs& args : modules) bytes += ceil_div(bytes_of(args), kApart) * kApart;
+    if (bytes == 0) return;
+    char* memory = static_cast<char*>(get(bytes));
+    for (LoraArgs& args : modules) {
+        give(args, memory);
+        memory += ceil_div(bytes_of(args), kApart) * kApart;
+    }
+}
+
+int64_t bytes_of_v(const LoraArgs& args) {
+    const int64_t size = args.dtype == DType::kFloat64 ? 8 : 4;
+    return args.num_tokens * 8 * args.bank.pages_per_slot * size;
+}
+
+// The common end of every op: plan, scratch, launch or loop. The modules see the same rows: one, or
+// siblings, whose names for messages are `names`.
+void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
+             const Tensor& ids_in, const OptionalTensor& plan_in,
+             const char* const* names = nullptr) {
+    const LoraArgs& first = modules[0];
+    const int64_t rows = first.num_tokens, num_adapters = first.bank.num_adapters;
+    const LoraPlanLayout layout{rows, first.bank.num_adapters};
     check_ids(op, ids_in, rows, x.device());
-    if (plan) check_plan_tensor(op, layout, *plan, x.device());
+    if (plan_in) check_plan_tensor(op, layout, *plan_in, x.device());
     require(rows <= kMaxSize, op, step == Step::kExpand ? "y" : "x",
             expected("at most ", kMaxSize, " rows"), found(rows));
-    if (rows == 0 || args.bank.max_rank == 0) return;
+    const auto idle = [](const LoraArgs& args) { return args.bank.max_rank == 0; };
+    if (rows == 0 || std::all_of(modules.begin(), modules.end(), idle)) return;
     // Without in-features v is zero, and the twins do not write it.
-    if (step != Step::kExpand && args.bank.in_features == 0) return;
+    if (step != Step::kExpand && first.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
     const Tensor ids = ids_in.contiguous();
-    args.ids = plan_args(ids, args.bank.num_adapters);
-    if (plan) args.plan = plan->const_data_ptr<int32_t>();
+    LoraPlanArgs rows_of = plan_args(ids, first.bank.num_adapters);
+    const int32_t* plan = plan_in ? plan_in->const_data_ptr<int32_t>() : nullptr;
+    const auto share_plan = [&] {
+        for (LoraArgs& args : modules) args.ids = rows_of, args.plan = plan;
+    };
 
     if (!launches_kernels(x)) {
         if (!plan) {
-            args.ids.plan =
-                static_cast<int32_t*>(plan_scratch.get(layout.size() * sizeof(int32_t)));
-            build_plan(op, ids, args.ids, x);
-            args.plan = args.ids.plan;
+            rows_of.plan = static_cast<int32_t*>(plan_scratch.get(layout.size() * sizeof(int32_t)));
+            build_plan(op, ids, rows_of, x);
+            plan = rows_of.plan;
         } else {
-            check_plan(op, layout, ids, args.plan);
+            check_plan(op, layout, ids, plan);
         }
-        check_slots(op, args.bank, args.plan);
-        if (step == Step::kApply) {
-            args.v_row_stride = 8 * args.bank.pages_per_slot;
-            const size_t size = args.dtype == DType::kFloat64 ? 8 : 4;
-            args.v = v_scratch.get(rows * args.v_row_stride * size);
-        }
-        run_twin(args, step, x.element_size());
+        share_plan();
+        for (size_t i = 0; i < modules.size(); ++i)
+            check_slots(names ? names[i] : op, modules[i].bank, plan);
+        if (step == Step::kApply)
+            cut(
+                modules, bytes_of_v, [](int64_t bytes) { return v_scratch.get(bytes); },
+                [](LoraArgs& args, void* v) {
+                    args.v = v;
+                    args.v_row_stride = 8 * args.bank.pages_per_slot;
+                });
+        run_twin(modules, step, x.element_size());
         return;
     }
 
@@ -98,82 +151,41 @@ void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const 
     Tensor own_plan, workspace;
     if (!plan && (rows > kPlanlessTokens || debug_mode())) {
         own_plan = at::empty({layout.size()}, ints);
-        args.ids.plan = own_plan.mutable_data_ptr<int32_t>();
-        build_plan(op, ids, args.ids, x);
-        args.plan = args.ids.plan;
+        rows_of.plan = own_plan.mutable_data_ptr<int32_t>();
+        build_plan(op, ids, rows_of, x);
+        plan = rows_of.plan;
         if (debug_mode() && own_plan[kPlanBadIds].item<int32_t>() != 0)
-            raise_bad_id(op, ids, args.bank.num_adapters);
+            raise_bad_id(op, ids, num_adapters);
     }
-    if (const int64_t bytes = lora_workspace_bytes(args); bytes > 0) {
-        workspace = at::empty({bytes}, x.options().dtype(at::kByte));
-        args.workspace = workspace.mutable_data_ptr();
-    }
+    share_plan();
+    cut(
+        modules, lora_workspace_bytes,
+        [&](int64_t bytes) {
+            workspace = at::empty({bytes}, x.options().dtype(at::kByte));
+            return workspace.mutable_data_ptr();
+        },
+        [](LoraArgs& args, void* memory) { args.workspace = memory; });
     void* stream = current_stream(x);
     switch (step) {
         case Step::kShrink:
-            check_launch(op, launch_lora_shrink(args, stream));
+            check_launch(op, launch_lora_shrink(first, stream));
             break;
         case Step::kExpand:
-            check_launch(op, launch_lora_expand(args, stream));
+            check_launch(op, launch_lora_expand(first, stream));
             break;
         case Step::kApply:
-            check_launch(op, launch_lora_apply(args, stream));
+            check_launch(op, launch_lora_apply(modules, stream));
             break;
     }
+}
+
+void execute(const char* op, Step step, LoraArgs& args, const Bank& bank, const Tensor& x,
+             const Tensor& ids, const OptionalTensor& plan) {
+    args.bank = bank.view;
+    execute(op, step, std::span(&args, 1), x, ids, plan);
 }
 
 }  // namespace
-
-Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const OptionalTensor& num_valid) {
-    constexpr auto op = "lora_plan";
-    check_dim(op, "adapter_ids", adapter_ids, 1, "(T,)");
-    check_ids(op, adapter_ids, adapter_ids.size(0), adapter_ids.device());
-    require(num_adapters >= 0 && num_adapters < kMaxAdapters, op, "num_adapters",
-            expected("a number in [0, 2^24)"), found(num_adapters));
-    require(adapter_ids.size(0) <= kMaxSize, op, "adapter_ids",
-            expected("at most ", kMaxSize, " rows"), found(adapter_ids.size(0)));
-    const c10::DeviceGuard guard(adapter_ids.device());
-    const Tensor ids = adapter_ids.contiguous();
-    LoraPlanArgs args = plan_args(ids, static_cast<int32_t>(num_adapters));
-    if (num_valid) {
-        check_one(op, "num_valid", *num_valid, at::kInt, ids.device());
-        args.num_valid = num_valid->const_data_ptr<int32_t>();
-    }
-    const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
-    // Zeros, so that entries no one reads are equal from call to call.
-    Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
-    args.plan = plan.mutable_data_ptr<int32_t>();
-    build_plan(op, ids, args, ids);
-    return plan;
-}
-
-Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int64_t num_tokens) {
-    constexpr auto op = "lora_segment_ids";
-    const int64_t segments = seg_adapter.numel();
-    const int32_t* indptr = vector_data<int32_t>(op, "seg_indptr", seg_indptr, segments + 1,
-                                                 at::kInt, seg_adapter.device());
-    const int32_t* adapter = vector_data<int32_t>(op, "seg_adapter", seg_adapter, segments,
-                                                  at::kInt, seg_adapter.device());
-    require(num_tokens >= 0, op, "num_tokens", expected("a number of at least 0"),
-            found(num_tokens));
-    const c10::DeviceGuard guard(seg_indptr.device());
-    Tensor ids = at::empty({num_tokens}, seg_adapter.options());
-    int32_t* out = ids.mutable_data_ptr<int32_t>();
-    const int32_t n = static_cast<int32_t>(segments);
-    if (launches_kernels(seg_indptr)) {
-        if (num_tokens > 0)
-            check_launch(op, launch_lora_segment_ids(indptr, adapter, n, out, num_tokens,
-                                                     current_stream(seg_indptr)));
-        return ids;
-    }
-    for (int64_t s = 0; s <= segments; ++s)
-        require(indptr[s] >= (s == 0 ? 0 : indptr[s - 1]) && indptr[s] <= num_tokens, op,
-                words("seg_indptr[", s, "]"),
-                expected("a bound that does not decrease and stays in [0, ", num_tokens, "]"),
-                found(indptr[s]));
-    lora_segment_ids_cpu(indptr, adapter, n, out, num_tokens);
-    return ids;
-}
 
 Tensor lora_shrink(const Tensor& x_in, const Tensor& a, const Tensor& adapter_ids,
                    const OptionalTensor& scale, const OptionalTensor& ranks,
@@ -229,23 +241,33 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
 
 namespace {
 
-void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor& a, const Tensor& b,
-              const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
-              const OptionalTensor& page_table, const OptionalTensor& plan) {
-    check_dim(op, "x", x_in, 2, "(T, I)");
+// One module of an apply: its arguments, and its bank, which is to live as long.
+LoraArgs apply_args(const char* op, const Tensor& y, const Tensor& x, const Tensor& a,
+                    const Tensor& b, const OptionalTensor& scale, const OptionalTensor& ranks,
+                    const OptionalTensor& page_table, Bank& bank) {
     LoraArgs args;
-    args.dtype = dtype_of(op, "x", x_in);
-    check_like(op, "y", y, x_in, "x");
-    require(y.size(0) == x_in.size(0), op, "y.shape[0]", expected("x.shape[0] = ", x_in.size(0)),
+    args.dtype = dtype_of(op, "x", x);
+    check_like(op, "y", y, x, "x");
+    require(y.size(0) == x.size(0), op, "y.shape[0]", expected("x.shape[0] = ", x.size(0)),
             found(y.size(0)));
-    const Tensor x = rows_contiguous(x_in);
-    const Bank bank = bank_of(op, &a, &b, scale, ranks, page_table, x, "x", x.size(1), y.size(1));
+    bank = bank_of(op, &a, &b, scale, ranks, page_table, x, "x", x.size(1), y.size(1));
+    args.bank = bank.view;
     args.num_tokens = x.size(0);
     args.x = x.const_data_ptr();
     args.x_row_stride = x.stride(0);
     args.y = y.mutable_data_ptr();
     args.y_row_stride = y.stride(0);
-    execute(op, Step::kApply, args, bank, x, adapter_ids, plan);
+    return args;
+}
+
+void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor& a, const Tensor& b,
+              const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
+              const OptionalTensor& page_table, const OptionalTensor& plan) {
+    check_dim(op, "x", x_in, 2, "(T, I)");
+    const Tensor x = rows_contiguous(x_in);
+    Bank bank;
+    LoraArgs args = apply_args(op, y, x, a, b, scale, ranks, page_table, bank);
+    execute(op, Step::kApply, std::span(&args, 1), x, adapter_ids, plan);
 }
 
 }  // namespace
@@ -279,6 +301,68 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  {"page_table", page_table},
                  {"plan", plan}});
     apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan);
+}
+
+namespace {
+
+constexpr const char* kSiblings[kMaxSiblings] = {
+    "lora_apply_siblings_: module 0", "lora_apply_siblings_: module 1",
+    "lora_apply_siblings_: module 2", "lora_apply_siblings_: module 3",
+    "lora_apply_siblings_: module 4", "lora_apply_siblings_: module 5",
+    "lora_apply_siblings_: module 6", "lora_apply_siblings_: module 7"};
+
+OptionalTensor of_module(const std::vector<Tensor>& tensors, size_t i) {
+    return tensors.empty() ? OptionalTensor() : OptionalTensor(tensors[i]);
+}
+
+}  // namespace
+
+void lora_apply_siblings_(const std::vector<Tensor>& ys, const Tensor& x_in,
+                          const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                          const Tensor& adapter_ids, const std::vector<Tensor>& scale,
+                          const std::vector<Tensor>& ranks, const std::vector<Tensor>& page_table,
+                          const OptionalTensor& plan) {
+    constexpr auto op = "lora_apply_siblings_";
+    const size_t count = ys.size();
+    require(count >= 1 && count <= kMaxSiblings, op, "y",
+            expected("1 to ", kMaxSiblings, " tensors"), found(count));
+    const auto check_count = [&](const char* name, const std::vector<Tensor>& tensors,
+                                 bool needed) {
+        require(tensors.size() == count || (tensors.empty() && !needed), op, name,
+                expected("as many tensors as y, ", count), found(tensors.size()));
+    };
+    check_count("a", a, true);
+    check_count("b", b, true);
+    check_count("scale", scale, false);
+    check_count("ranks", ranks, false);
+    check_count("page_table", page_table, false);
+    check_dim(op, "x", x_in, 2, "(T, I)");
+    const Tensor x = rows_contiguous(x_in);
+    LoraArgs modules[kMaxSiblings];
+    Bank banks[kMaxSiblings];
+    for (size_t i = 0; i < count; ++i) {
+        const char* const module = kSiblings[i];
+        const Tensor& y = ys[i];
+        check_inference(module, {&y, &x, &a[i], &b[i]});
+        check_output(module, y);
+        check_apart(module, y, {{"x", x_in}, {"adapter_ids", adapter_ids}, {"plan", plan}});
+        for (size_t j = 0; j < count; ++j) {
+            if (j != i) check_apart(module, y, {{"another y", ys[j]}});
+            check_apart(module, y,
+                        {{"a", a[j]},
+                         {"b", b[j]},
+                         {"scale", of_module(scale, j)},
+                         {"ranks", of_module(ranks, j)},
+                         {"page_table", of_module(page_table, j)}});
+        }
+        modules[i] = apply_args(module, y, x, a[i], b[i], of_module(scale, i), of_module(ranks, i),
+                                of_module(page_table, i), banks[i]);
+        const int64_t slots = modules[i].bank.num_adapters;
+        require(slots == modules[0].bank.num_adapters, module, "a",
+                expected("as many adapters as module 0, ", modules[0].bank.num_adapters),
+                found(slots));
+    }
+    execute(op, Step::kApply, std::span(modules, count), x, adapter_ids, plan, kSiblings);
 }
 
 }  // namespace lora_ext

@@ -1,6 +1,8 @@
 // The LoRA ops as C++ functions of tensors; ops/table.h has a row for each.
 #pragma once
 
+#include <vector>
+
 #include "ops/call.h"
 
 namespace lora_ext {
@@ -20,5 +22,11 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const Tensor& adapter_ids, const OptionalTensor& scale,
                  const OptionalTensor& ranks, const OptionalTensor& page_table,
                  const OptionalTensor& plan);
+// One of each per module, or none of scale, ranks and page_table.
+void lora_apply_siblings_(const std::vector<Tensor>& y, const Tensor& x,
+                          const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                          const Tensor& adapter_ids, const std::vector<Tensor>& scale,
+                          const std::vector<Tensor>& ranks, const std::vector<Tensor>& page_table,
+                          const OptionalTensor& plan);
 
 }  // namespace lora_ext

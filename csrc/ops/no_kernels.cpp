@@ -30,7 +30,7 @@ int64_t lora_workspace_bytes(const LoraArgs&) {
 }
 LX_NO_KERNEL(launch_lora_shrink, const LoraArgs&, void*)
 LX_NO_KERNEL(launch_lora_expand, const LoraArgs&, void*)
-LX_NO_KERNEL(launch_lora_apply, const LoraArgs&, void*)
+LX_NO_KERNEL(launch_lora_apply, std::span<const LoraArgs>, void*)
 int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs&) {
     return 0;
 }

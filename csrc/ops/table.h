@@ -92,6 +92,10 @@ inline constexpr std::tuple kOps{
         "lora_apply_",
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor adapter_ids, Tensor? scale=None, "
         LX_ADAPTERS ") -> ()"},
+    InPlace<&lora_apply_siblings_, kApply>{
+        "lora_apply_siblings_",
+        "(Tensor(a!)[] y, Tensor x, Tensor[] a, Tensor[] b, Tensor adapter_ids, Tensor[] scale, "
+        "Tensor[] ranks, Tensor[] page_table, Tensor? plan=None) -> ()"},
 
     // --- lora_train ---
     Differentiable<&lora_linear_forward, autograd::Linear>{

@@ -35,12 +35,14 @@ from lora_ext.ops.lora import (
     sgmv_,
 )
 from lora_ext.ops.lora_gram import lora_gram, lora_pair_stats
+from lora_ext.ops.lora_siblings import MOST_SIBLINGS, lora_apply_siblings_
 from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
 from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
 from lora_ext.ops.packed_linear import pack_weight, packed_linear
 from lora_ext.ops.vocab import chunked_cross_entropy, chunked_kl
 
 __all__ = [
+    "MOST_SIBLINGS",
     "CircuitSample",
     "CircuitScan",
     "LogMax",
@@ -65,6 +67,7 @@ __all__ = [
     "log_einsum_weights",
     "lora_apply",
     "lora_apply_",
+    "lora_apply_siblings_",
     "lora_delta",
     "lora_dora_norm",
     "lora_dropout",

@@ -16,6 +16,7 @@ from lora_ext.reference.depth_mix import depth_mix, depth_mix_routed, depth_norm
 from lora_ext.reference.lora import (
     lora_apply,
     lora_apply_,
+    lora_apply_siblings_,
     lora_expand_,
     lora_plan,
     lora_segment_ids,
@@ -60,6 +61,7 @@ __all__ = [
     "log_einsum_exp",
     "lora_apply",
     "lora_apply_",
+    "lora_apply_siblings_",
     "lora_delta",
     "lora_dora_norm",
     "lora_dropout",

@@ -3,7 +3,7 @@
 Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters, ``P`` pages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -120,6 +120,23 @@ def lora_apply_(
     """``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` in place; -1 rows keep every bit."""
     v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
     return lora_expand_(y, v, b, adapter_ids, ranks, page_table)
+
+
+def lora_apply_siblings_(
+    y: Sequence[Tensor],
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    adapter_ids: Tensor,
+    scale: Sequence[Tensor] = (),
+    ranks: Sequence[Tensor] = (),
+    page_table: Sequence[Tensor] = (),
+) -> Sequence[Tensor]:
+    """:func:`lora_apply_` of every module on the same rows; what is empty is None for all."""
+    for m, each in enumerate(y):
+        rest = (part[m] if part else None for part in (scale, ranks, page_table))
+        lora_apply_(each, x, a[m], b[m], adapter_ids, *rest)
+    return y
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:

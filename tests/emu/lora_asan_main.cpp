@@ -190,7 +190,10 @@ void run(const Shape& s) {
     require(launch_lora_expand(expand, nullptr) == 0, s, "expand");
     check_y(y, "expand");
     args.y = y_too.data(), args.v = nullptr;
-    with_workspace(launch_lora_apply, args, "apply");
+    const auto apply = [](const LoraArgs& one, void* stream) {
+        return launch_lora_apply(std::span(&one, 1), stream);
+    };
+    with_workspace(apply, args, "apply");
     check_y(y_too, "apply");
 }
 

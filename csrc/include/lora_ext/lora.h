@@ -10,6 +10,8 @@
 // Letters: T tokens, I in, O out, R largest rank, A adapters (slots), P pages.
 #pragma once
 
+#include <span>
+
 #include "lora_ext/common.h"
 
 namespace lora_ext {
@@ -124,6 +126,11 @@ struct LoraArgs {
     void* workspace = nullptr;  // lora_workspace_bytes(); CUDA only
 };
 
+// Modules of one call that see the same rows (q, k, v): everything of their LoraArgs but bank, y, v
+// and workspace is the same, and so is the number of adapters. Each y gets the bits that it would
+// get alone.
+constexpr int kMaxSiblings = 8;
+
 // The twins take ranks in spans of so many: no buffer of theirs grows with a rank.
 constexpr int64_t kRankSpan = 256;
 constexpr int64_t rank_spans(int64_t max_rank) {
@@ -159,7 +166,8 @@ constexpr int64_t kPlanlessTokens = 32;
 int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v
 LaunchStatus launch_lora_expand(const LoraArgs& args, void* stream);  // v -> y +=
-// x -> y +=; v stays inside the workspace, args.v is not used.
-LaunchStatus launch_lora_apply(const LoraArgs& args, void* stream);
+// x -> y +=; v stays inside each module's own workspace, v of the arguments is not used. Siblings
+// whose kernels are the same take the launches of one module.
+LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream);
 
 }  // namespace lora_ext

@@ -1,0 +1,63 @@
+// Plans of the LoRA ops: rows grouped by adapter, and ids of rows from segments.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "ops/checks.h"
+#include "ops/lora.h"
+#include "ops/lora_args.h"
+#include "ops/stream.h"
+
+namespace lora_ext {
+
+Tensor lora_plan(const Tensor& adapter_ids, int64_t num_adapters, const OptionalTensor& num_valid) {
+    constexpr auto op = "lora_plan";
+    check_dim(op, "adapter_ids", adapter_ids, 1, "(T,)");
+    check_ids(op, adapter_ids, adapter_ids.size(0), adapter_ids.device());
+    require(num_adapters >= 0 && num_adapters < kMaxAdapters, op, "num_adapters",
+            expected("a number in [0, 2^24)"), found(num_adapters));
+    require(adapter_ids.size(0) <= kMaxSize, op, "adapter_ids",
+            expected("at most ", kMaxSize, " rows"), found(adapter_ids.size(0)));
+    const c10::DeviceGuard guard(adapter_ids.device());
+    const Tensor ids = adapter_ids.contiguous();
+    LoraPlanArgs args = plan_args(ids, static_cast<int32_t>(num_adapters));
+    if (num_valid) {
+        check_one(op, "num_valid", *num_valid, at::kInt, ids.device());
+        args.num_valid = num_valid->const_data_ptr<int32_t>();
+    }
+    const LoraPlanLayout layout{args.num_tokens, args.num_adapters};
+    // Zeros, so that entries no one reads are equal from call to call.
+    Tensor plan = at::zeros({layout.size()}, ids.options().dtype(at::kInt));
+    args.plan = plan.mutable_data_ptr<int32_t>();
+    build_plan(op, ids, args, ids);
+    return plan;
+}
+
+Tensor lora_segment_ids(const Tensor& seg_indptr, const Tensor& seg_adapter, int64_t num_tokens) {
+    constexpr auto op = "lora_segment_ids";
+    const int64_t segments = seg_adapter.numel();
+    const int32_t* indptr = vector_data<int32_t>(op, "seg_indptr", seg_indptr, segments + 1,
+                                                 at::kInt, seg_adapter.device());
+    const int32_t* adapter = vector_data<int32_t>(op, "seg_adapter", seg_adapter, segments,
+                                                  at::kInt, seg_adapter.device());
+    require(num_tokens >= 0, op, "num_tokens", expected("a number of at least 0"),
+            found(num_tokens));
+    const c10::DeviceGuard guard(seg_indptr.device());
+    Tensor ids = at::empty({num_tokens}, seg_adapter.options());
+    int32_t* out = ids.mutable_data_ptr<int32_t>();
+    const int32_t n = static_cast<int32_t>(segments);
+    if (launches_kernels(seg_indptr)) {
+        if (num_tokens > 0)
+            check_launch(op, launch_lora_segment_ids(indptr, adapter, n, out, num_tokens,
+                                                     current_stream(seg_indptr)));
+        return ids;
+    }
+    for (int64_t s = 0; s <= segments; ++s)
+        require(indptr[s] >= (s == 0 ? 0 : indptr[s - 1]) && indptr[s] <= num_tokens, op,
+                words("seg_indptr[", s, "]"),
+                expected("a bound that does not decrease and stays in [0, ", num_tokens, "]"),
+                found(indptr[s]));
+    lora_segment_ids_cpu(indptr, adapter, n, out, num_tokens);
+    return ids;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,238 @@
+"""One op for several modules that see the same rows: each y as from the op of its module alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from cases import DEEP, LARGE, MEDIUM, SMALL, Inputs, Shape, make_inputs, replace, wider
+from test_contract import assert_same_bits, off_grid, shapes, skip_large
+from torch import Tensor
+
+from lora_ext import ops, reference
+
+
+def family(shape: Shape, dtype: torch.dtype, **how: Any) -> list[Inputs]:
+    """Three modules of other widths and other adapters, the rows and ids of the first."""
+    first = make_inputs(shape, dtype, **how)
+    others = [
+        make_inputs(replace(shape, out=out), dtype, **{**how, "seed": how.get("seed", 0) + 100 + i})
+        for i, out in enumerate((shape.out + 8, max(1, shape.out // 2)))
+    ]
+    shared = {k: first[k] for k in ("x", "adapter_ids")}
+    return [first, *({**other, **shared} for other in others)]
+
+
+def each(modules: list[Inputs], key: str) -> list[Tensor]:
+    return [m[key] for m in modules if m[key] is not None]
+
+
+def together(modules: list[Inputs], plan: Tensor | None = None, run: Any = ops) -> list[Tensor]:
+    ys = [m["y"].clone() for m in modules]
+    first = modules[0]
+    rest = (first["adapter_ids"], *(each(modules, k) for k in ("scale", "ranks", "page_table")))
+    rest = rest if run is reference else (*rest, plan)
+    got = run.lora_apply_siblings_(ys, first["x"], each(modules, "a"), each(modules, "b"), *rest)
+    assert got is ys
+    return ys
+
+
+def alone(m: Inputs) -> Tensor:
+    rest = (m[k] for k in ("adapter_ids", "scale", "ranks", "page_table"))
+    return ops.lora_apply_(m["y"].clone(), m["x"], m["a"], m["b"], *rest)
+
+
+@shapes(SMALL, DEEP, MEDIUM, LARGE)
+@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
+def test_siblings_equal_the_formula_bit_for_bit_on_small_integers(
+    backend: Backend, shape: Shape, paged: bool
+) -> None:
+    skip_large(backend, shape)
+    for dtype in backend.dtypes():
+        modules = family(shape, dtype, seed=1, exact=True, paged=paged, device=backend.device)
+        expected = together([wider(m) for m in modules], run=reference)
+        for got, formula in zip(together(modules), expected, strict=True):
+            assert_same_bits(got, formula.to(dtype), f"{dtype}: ")
+
+
+@shapes(SMALL, DEEP, MEDIUM)
+@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
+def test_siblings_have_the_bits_of_a_module_alone(
+    backend: Backend, shape: Shape, paged: bool
+) -> None:
+    skip_large(backend, shape)
+    for dtype in backend.dtypes():
+        modules = family(shape, dtype, seed=2, paged=paged, device=backend.device)
+        plan = ops.lora_plan(modules[0]["adapter_ids"], len(shape.ranks))
+        for given in (None, plan):
+            for got, module in zip(together(modules, given), modules, strict=True):
+                assert_same_bits(got, alone(module), f"{dtype}: ")
+
+
+def test_siblings_may_differ_in_ranks_and_lie_off_the_grid(backend: Backend) -> None:
+    """Adapters of none, some and many ranks, a module without any, outputs that are not aligned."""
+    shape = Shape(19, 64, 48, (8, 3), "uniform")
+    for dtype in backend.dtypes():
+        modules = family(shape, dtype, seed=3, device=backend.device)
+        for i, ranks in enumerate(((0, 0), (40, 9), (300, 1))):
+            other = make_inputs(replace(shape, ranks=ranks), dtype, seed=4 + i)
+            for key in ("y", "a", "b", "ranks", "scale"):
+                value = other[key].to(backend.device)
+                modules[i] |= {key: off_grid(value) if key == "y" and i == 1 else value}
+        modules.append({**modules[1], "a": modules[1]["a"][:, :0], "b": modules[1]["b"][..., :0]})
+        modules[3]["ranks"] = torch.zeros_like(modules[1]["ranks"])
+        for got, module in zip(together(modules), modules, strict=True):
+            assert_same_bits(got, alone(module), f"{dtype}: ")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 300])
+def test_threads_change_no_bit_of_siblings(tokens: int, threads: int) -> None:
+    shape = Shape(tokens, 256, 192, (16, 8, 40, 5) * 4, "interleaved")
+    modules = family(shape, torch.float32, seed=5)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for got, module in zip(together(modules), modules, strict=True):
+            assert_same_bits(got, alone(module))
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- launches -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("tokens", "paged", "launches"),
+    [(1, True, 2), (16, True, 2), (32, False, 2), (256, True, 2), (257, True, 6)],
+)
+def test_siblings_take_the_launches_of_one_module(
+    backend: Backend, tokens: int, paged: bool, launches: int
+) -> None:
+    """Prefill takes its own launches for each module."""
+    if backend.is_twin or backend.device == "cuda":
+        pytest.skip("the emulator counts launches")
+    shape = Shape(tokens, 64, 64, (16, 8))
+    modules = family(shape, torch.bfloat16, seed=6, paged=paged)
+    for m in modules:  # as layers are: widths in whole vectors
+        assert m["y"].shape[1] % 8 == 0
+    plan = ops.lora_plan(modules[0]["adapter_ids"], 2)
+    before = backend.module.launches()
+    together(modules, plan)
+    assert backend.module.launches() - before == launches
+    for module in modules:
+        alone(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_two_calls_in_a_row_may_add_to_the_same_ys(backend: Backend, dtype: torch.dtype) -> None:
+    """Expand reads y before it waits for the shrink in front of it; the emulator would report it
+    if the second call's expand could meet the first one's."""
+    modules = family(Shape(5, 64, 32, (8, 8)), dtype, seed=7, paged=True, exact=True)
+    modules = [{k: v if v is None else v.to(backend.device) for k, v in m.items()} for m in modules]
+    once = together(modules)
+    again = together([{**m, "y": y} for m, y in zip(modules, once, strict=True)])
+    for got, first, module in zip(again, once, modules, strict=True):
+        assert_same_bits(got, alone({**module, "y": first}))
+
+
+# --- refusals -----------------------------------------------------------------------------------
+def call(modules: list[Inputs], **changed: Any) -> None:
+    given: dict[str, Any] = {
+        "y": each(modules, "y"),
+        "x": modules[0]["x"],
+        "a": each(modules, "a"),
+        "b": each(modules, "b"),
+        "adapter_ids": modules[0]["adapter_ids"],
+        "scale": each(modules, "scale"),
+        "ranks": each(modules, "ranks"),
+        **changed,
+    }
+    ops.lora_apply_siblings_(**given)
+
+
+def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
+    modules = family(Shape(4, 16, 24, (8, 3), "interleaved"), torch.float32, seed=8)
+    y, a, b = (each(modules, k) for k in "yab")
+    before = [t.clone() for t in y]
+    ranks = each(modules, "ranks")
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        (r"y: expected 1 to 8 tensors, found 0", {"y": []}),
+        (r"y: expected 1 to 8 tensors, found 9", {"y": y * 3}),
+        (r"a: expected as many tensors as y, 3, found 2", {"a": a[:2]}),
+        (r"ranks: expected as many tensors as y, 3, found 1", {"ranks": ranks[:1]}),
+        (r"x: expected shape \(T, I\), found \[16\]", {"x": modules[0]["x"][0]}),
+        (r"module 1: y\.shape\[0\]: expected x\.shape\[0\] = 4", {"y": [y[0], y[1][:3], y[2]]}),
+        (r"module 2: b\.shape\[1\]: expected y\.shape\[1\] = 12", {"b": [b[0], b[1], b[1]]}),
+        (r"module 1: y: expected the dtype of x", {"y": [y[0], y[1].half(), y[2]]}),
+        (
+            r"module 1: a: expected as many adapters as module 0, 2, found 1",
+            {
+                "a": [a[0], a[1][:1], a[2]],
+                "b": [b[0], b[1][:1], b[2]],
+                "scale": [],
+                "ranks": [],
+            },
+        ),
+        (
+            r"module 2: ranks\[0\]: expected a rank in \[0, 8\], found 9",
+            {"ranks": [*ranks[:2], torch.tensor([9, 0], dtype=torch.int32)]},
+        ),
+        (
+            r"module 0: y: expected memory apart from that of another y",
+            {"y": [y[0], y[0], y[2]], "b": [b[0], b[0], b[2]]},
+        ),
+        (
+            r"module 0: y: expected memory apart from that of a, found an overlap",
+            {"a": [a[0], a[1], y[0].new_zeros(0).set_(y[0].untyped_storage(), 0, (2, 8, 4))]},
+        ),
+    ]
+    for message, changed in wrong:
+        with pytest.raises(ValueError, match="lora_apply_siblings_: " + message):
+            call(modules, **changed)
+    assert all(torch.equal(now, then) for now, then in zip(y, before, strict=True))
+
+
+def test_siblings_refuse_gradients() -> None:
+    modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=9)
+    with pytest.raises(RuntimeError, match=r"lora_apply_siblings_ has no backward.*lora_apply"):
+        call(modules, a=[m["a"].clone().requires_grad_() for m in modules])
+
+
+# --- torch's own laws ---------------------------------------------------------------------------
+@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
+def test_siblings_pass_opcheck(paged: bool) -> None:
+    modules = family(SMALL[4], torch.float32, seed=10, paged=paged)
+    modules = [
+        {k: v.nan_to_num(0.5) if k in ("a", "b") else v for k, v in m.items()} for m in modules
+    ]
+    lists = {k: each(modules, k) for k in ("y", "a", "b", "scale", "ranks", "page_table")}
+    torch.library.opcheck(
+        torch.ops.lora_ext.lora_apply_siblings_.default,
+        (lists["y"], modules[0]["x"], lists["a"], lists["b"], modules[0]["adapter_ids"]),
+        {k: lists[k] for k in ("scale", "ranks", "page_table")},
+    )
+
+
+def test_a_change_of_siblings_is_counted() -> None:
+    """Or autograd would not notice that a tensor it had saved is another one now."""
+    modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=11)
+    with torch.no_grad():
+        before = [m["y"]._version for m in modules]
+        call(modules)
+    assert [m["y"]._version for m in modules] == [v + 1 for v in before]
+
+
+def test_siblings_compile_without_a_graph_break(backend: Backend) -> None:
+    modules = family(SMALL[4], torch.float32, seed=12, exact=True, device=backend.device)
+
+    def step(x: Tensor, modules: list[Inputs]) -> list[Tensor]:
+        ys = [m["y"] * x[:, :1] for m in modules]
+        rest = (modules[0]["adapter_ids"], each(modules, "scale"), each(modules, "ranks"))
+        ops.lora_apply_siblings_(ys, x, each(modules, "a"), each(modules, "b"), *rest)
+        return [y + 1 for y in ys]
+
+    expected = step(modules[0]["x"], modules)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, plain in zip(compiled(modules[0]["x"], modules), expected, strict=True):
+        assert_same_bits(got, plain)
