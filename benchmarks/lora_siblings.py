@@ -1,62 +1,73 @@
-"""What one op for q, k and v (gate and up) could save over one op each: an upper bound.
+"""One op for q, k and v, or gate and up, against one op each; and what a model gains by it.
 
-Shapes of SmolLM2-135M, 16 adapters of rank 16, one thread. `separate` is what layers do now; `one
-shrink` is the shrink of all A's stacked along the rank, which one op could do once for `shrinks`;
-`calls` is the same number of ops on 8 x 8 layers: what calling costs. Launches are counted on the
-emulator, where it is built. Run
+Shapes of SmolLM2-135M, 16 adapters of rank 16. `separate` is an op for each layer, `one op` is
+`ops.lora_apply_siblings_`, whose bits are the same, and `base` the products that both add to; `one
+shrink` (of all A stacked) against `shrinks` is how much of them reading x once could save. Launches
+are counted on the emulator, where it is built. The last lines are a decode step of the whole model,
+16 rows of 16 adapters, attached with and without `fuse_siblings`. Run
 
-    python benchmarks/lora_siblings.py
+    python benchmarks/lora_siblings.py [--threads 1] [--rounds 151] [--steps 15]
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved
+from common import Timing, interleaved
 from torch.nn.functional import linear
 
+import lora_ext
 from lora_ext import _loader, ops
-from lora_ext.ops import _registration
+from lora_ext.ops import _registration, lora_siblings
 from lora_ext.ops import lora as lora_ops
 
 IN, RANK, ADAPTERS = 576, 16, 16
 SIBLINGS = {"q k v": (576, 192, 192), "gate up": (1536, 1536)}
 
 
-def row(rows: int, outs: tuple[int, ...]) -> dict[str, float]:
-    """Microseconds for all siblings of one input."""
+def row(rows: int, outs: tuple[int, ...], rounds: int) -> dict[str, Timing]:
+    """Times for all siblings of one input."""
     ids = torch.arange(rows) % ADAPTERS
     plan, scale = ops.lora_plan(ids, ADAPTERS), torch.ones(ADAPTERS)
-    x, small = torch.randn(rows, IN), torch.randn(rows, 8)
+    x = torch.randn(rows, IN)
     a = [torch.randn(ADAPTERS, RANK, IN) for _ in outs]
     b = [torch.randn(ADAPTERS, o, RANK) for o in outs]
     y = [torch.randn(rows, o) for o in outs]
     weights = [torch.randn(o, IN) for o in outs]
-    stacked, factor = torch.cat(a, 1), torch.randn(ADAPTERS, 8, 8)
+    stacked, scales = torch.cat(a, 1), [scale] * len(outs)
 
-    def apply_(*factors: tuple[torch.Tensor, ...], x: torch.Tensor = x) -> None:
-        for out, up, down in zip(*factors, strict=True):
+    def separate(into: list[torch.Tensor]) -> None:
+        for out, up, down in zip(into, a, b, strict=True):
             ops.lora_apply_(out, x, up, down, ids, scale, None, None, plan)
+
+    def one_op(into: list[torch.Tensor]) -> None:
+        ops.lora_apply_siblings_(into, x, a, b, ids, scales, [], [], plan)
 
     def shrink(*banks: torch.Tensor) -> None:
         for bank in banks:
             ops.lora_shrink(x, bank, ids, scale, None, None, plan)
 
-    eight = [small.clone() for _ in outs], [factor] * len(outs), [factor] * len(outs)
-    times = interleaved(
+    first, second = [t.clone() for t in y], [t.clone() for t in y]
+    separate(first)
+    one_op(second)
+    if not all(map(torch.equal, first, second)):
+        raise SystemExit(f"{rows} rows: expected the bits of single ops, found others")
+    return interleaved(
         {
             "base": lambda: [linear(x, w) for w in weights],
-            "separate": lambda: apply_(y, a, b),
+            "separate": lambda: separate(y),
+            "one op": lambda: one_op(y),
             "shrinks": lambda: shrink(*a),
             "one shrink": lambda: shrink(stacked),
-            "calls": lambda: apply_(*eight, x=small),
         },
-        rounds=151,
-        min_seconds=3e-4,
+        rounds=rounds,
+        min_seconds=3e-3,
     )
-    return {name: 1e6 * timing.p20 for name, timing in times.items()}
 
 
 @functools.cache
@@ -69,30 +80,69 @@ def _emulator() -> Any:
     return emulator
 
 
-def launches(rows: int) -> int | None:
-    """Of one op on the CUDA path; None where the emulator is not built."""
+def launches(rows: int, modules: int) -> tuple[int, int] | None:
+    """Of an op each, and of one op for all, on the CUDA path; None without the emulator."""
     emulator = _emulator()
     if emulator is None:
         return None
     ids = torch.arange(rows) % ADAPTERS
-    plan, own = ops.lora_plan(ids, ADAPTERS), lora_ops._c
-    lora_ops._c = torch.ops.lora_ext_emu
-    before = emulator.launches()
-    a, b = torch.randn(ADAPTERS, RANK, 64), torch.randn(ADAPTERS, 64, RANK)
-    ops.lora_apply_(torch.randn(rows, 64), torch.randn(rows, 64), a, b, ids, None, None, None, plan)
-    lora_ops._c = own
-    return emulator.launches() - before
+    plan, x = ops.lora_plan(ids, ADAPTERS), torch.randn(rows, 64)
+    a = [torch.randn(ADAPTERS, RANK, 64) for _ in range(modules)]
+    b = [torch.randn(ADAPTERS, 64, RANK) for _ in range(modules)]
+    y = [torch.randn(rows, 64) for _ in range(modules)]
+    own = lora_ops._c
+    lora_ops._c = lora_siblings._c = torch.ops.lora_ext_emu
+    counts = [emulator.launches()]
+    for each in zip(y, a, b, strict=True):
+        ops.lora_apply_(each[0], x, *each[1:], ids, None, None, None, plan)
+    counts.append(emulator.launches())
+    ops.lora_apply_siblings_(y, x, a, b, ids, plan=plan)
+    counts.append(emulator.launches())
+    lora_ops._c = lora_siblings._c = own
+    return counts[1] - counts[0], counts[2] - counts[1]
+
+
+def decode_steps(rounds: int) -> dict[str, Timing]:
+    """A decode step of a model of SmolLM2's shape, both ways, checked first."""
+    from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        engines = build(Path(folder))
+        fused = lora_ext.attach(_sharing_weights(engines.plain), engines.pool, fuse_siblings=True)
+        tokens = torch.randint(0, 49152, (16, CONTEXT + 1), generator=torch.manual_seed(1))
+        models = {"base": engines.plain, "separate": engines.ours, "one op": fused}
+        steps = {
+            name: Step(model, tokens, NAMES, "base" if name == "base" else "lora_ext", True)
+            for name, model in models.items()
+        }
+        if not torch.equal(steps["separate"](), steps["one op"]()):
+            raise SystemExit("decode: expected the bits of single layers, found others")
+        return interleaved(steps, rounds)
 
 
 def main() -> None:
     """Print a line for each case."""
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=151)
+    parser.add_argument("--steps", type=int, default=15, help="rounds of decode steps; 0: none")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
     with torch.inference_mode():
         for rows in (1, 16, 128):
-            print(f"{rows} rows: {launches(rows)} launches of a module's op on the CUDA path")
             for name, outs in SIBLINGS.items():
-                shown = ", ".join(f"{k} {v:.1f}" for k, v in row(rows, outs).items())
-                print(f"  {name}, us: {shown}", flush=True)
+                times = row(rows, outs, asked.rounds)
+                shown = ", ".join(f"{k} {1e6 * t.p20:.1f}" for k, t in times.items())
+                ratio = times["one op"].over(times["separate"])
+                print(
+                    f"{rows} rows, {name}, us: {shown}; one op / separate {ratio:.3f}", flush=True
+                )
+                print(f"  launches, an op each and one op: {launches(rows, len(outs))}")
+    if asked.steps:
+        times = decode_steps(asked.steps)
+        shown = ", ".join(f"{k} {1e3 * t.median:.2f}" for k, t in times.items())
+        ratio = times["one op"].over(times["separate"])
+        print(f"decode step, 16 rows, ms: {shown}; one op / separate {ratio:.3f}")
 
 
 if __name__ == "__main__":

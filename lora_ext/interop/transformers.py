@@ -26,6 +26,7 @@ from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
 from lora_ext.nn.context import adapters, forward_of, innermost
 from lora_ext.nn.packed_linear import packed_layers, unpack
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
+from lora_ext.nn.siblings import introduce
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.ops._compiling import compiles
 from lora_ext.pool import AdapterPool
@@ -79,6 +80,7 @@ class _Attachment:
     pool: AdapterPool
     swap: Swap
     packed: bool
+    fused: bool = False
     hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
 
     def __post_init__(self) -> None:
@@ -86,11 +88,18 @@ class _Attachment:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
         swap = copy.deepcopy(self.swap, memo)
-        return _Attachment(self.pool, swap, self.packed, list(self.hooked))
+        if self.fused:
+            introduce(swap.placed)
+        return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked))
 
 
 def attach(
-    model: Model, pool: AdapterPool, default: str | None = None, *, pack_base: bool = False
+    model: Model,
+    pool: AdapterPool,
+    default: str | None = None,
+    *,
+    pack_base: bool = False,
+    fuse_siblings: bool = False,
 ) -> Model:
     """Put a :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` or :class:`MultiLoraExperts` in
     the place of every module that the pool may adapt.
@@ -109,6 +118,12 @@ def attach(
         pack_base: keep a packed copy of the weight of every linear layer, which makes products of
             at most 32 rows on a CPU faster: :func:`lora_ext.nn.pack_linears` of the model. It costs
             the weights' bytes once more.
+        fuse_siblings: compute the updates of layers of one parent that are called with the very
+            same tensor (q, k, v; gate, up) in one op, which takes the launches of one layer on a
+            GPU: :mod:`lora_ext.nn.siblings`. The first of them calls the bases of the others too,
+            a little earlier than the model does. The bits are the same. It holds outside gradients,
+            autocast, ``torch.compile`` and ``torch.inference_mode``, beside plain linear bases
+            without hooks and adapters without DoRA; elsewhere each layer computes its own.
 
     Returns:
         ``model``.
@@ -153,7 +168,9 @@ def attach(
     _check_same_modules(model, pool)
     if pack_base:
         pack_linears(model)
-    attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base)
+    if fuse_siblings:
+        introduce(layers)
+    attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base, fuse_siblings)
     gate = Gate()
     for name, module in model.named_modules():
         replaced = hooks(pool, default) | media_hooks(type(module))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_layer import PoolLayer
 from .pool_replaced import traced_replaced, with_replaced
 from .traced import pool_rows
+
+if TYPE_CHECKING:
+    from .siblings import Siblings
 
 
 class MultiLoraLinear(PoolLayer):
@@ -32,12 +35,22 @@ class MultiLoraLinear(PoolLayer):
             (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
     """
 
+    #: The layers of its parent that may see the same rows, where they share ops.
+    siblings: Siblings | None = None
+
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
         self.dora = DoraFactors(base, self.slab, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
+        siblings = self.siblings
+        if siblings is not None and compiles():
+            siblings = None
+        if siblings is not None:
+            finished = siblings.output(self, x)
+            if finished is not None:
+                return finished
         y = self.base(x)
         slab = self.slab
         if slab.a_pages is None and not slab.was_replaced:
@@ -58,6 +71,9 @@ class MultiLoraLinear(PoolLayer):
             if slab.dora:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
             try:
+                together = None if siblings is None else siblings.together(self, x, y, rows)
+                if together is not None:
+                    return together
                 y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
             except ValueError as error:
                 raise self._explained(error) from error
@@ -126,11 +142,11 @@ def add_adapters(
             total = rescaled(total, rescale)
         y = total.to(y.dtype)
     if slab.bias is not None:
-        y = _add_bias(y, slab, ids)
+        y = with_bias(y, slab, ids)
     return y
 
 
-def _add_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
+def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
     """PEFT's ``lora_bias``, scaled like the product it belongs to; other rows keep every bit."""
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)

@@ -179,9 +179,7 @@ TELLINGS = {
     "lora_expand_": Tellings("lora_expand_", "LoraCpu.expand", "launch_lora_expand"),
     "lora_apply": Tellings("lora_apply", "LoraCpu.apply", "launch_lora_apply"),
     "lora_apply_": Tellings("lora_apply_", "LoraCpu.apply", "launch_lora_apply"),
-    "lora_apply_siblings_": Tellings(
-        "lora_apply_siblings_", "LoraCpu.apply", "launch_lora_apply"
-    ),
+    "lora_apply_siblings_": Tellings("lora_apply_siblings_", "LoraCpu.apply", "launch_lora_apply"),
     "lora_linear_forward": Tellings(
         "lora_linear", "LoraTrainCpu.shrink", "launch_lora_train_shrink"
     ),
