@@ -183,7 +183,7 @@ def circuit_table_backward(
     de: Tensor, table: Tensor, x: Tensor, row: Tensor, block: int, norm: str, /
 ) -> Tensor: ...
 def circuit_layers(
-    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, /
+    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, semiring: str, /
 ) -> Tensor: ...
 def circuit_layers_backward(
     droots: Tensor,
@@ -195,6 +195,15 @@ def circuit_layers_backward(
     need_dw: bool,
     /,
 ) -> tuple[Tensor, Tensor]: ...
+def circuit_layers_walk(
+    val: Tensor,
+    w: Tensor,
+    program: Tensor,
+    plan: list[int],
+    root: Tensor,
+    uniforms: Tensor | None,
+    /,
+) -> Tensor: ...
 def depth_mix_forward(
     hiddens: list[Tensor],
     gammas: list[Tensor],

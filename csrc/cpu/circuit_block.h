@@ -51,9 +51,21 @@ LX_INLINE bool any(I mask) {
     return found != 0;
 }
 
+// acc[row][vector] = the largest of itself and of s(row, k) + b[k][vector], k in [0, depth); passes
+// over NaN.
+template <typename A, int kRows, int kVecs, typename S>
+LX_INLINE void max_tile(const A* b, int64_t depth, S&& s, Vec<A> (&acc)[kRows][kVecs]) {
+    for (int64_t k = 0; k < depth; ++k, b += kVecs * kLanes<A>)
+        for (int i = 0; i < kRows; ++i) {
+            const Vec<A> scalar = broadcast<A>(s(i, k));
+            for (int v = 0; v < kVecs; ++v)
+                acc[i][v] = max(acc[i][v], scalar + load(b + v * kLanes<A>));
+        }
+}
+
 // c[m] (kVecs vectors, rows `c_row` apart) = sum over k of a[m am + k ak] b[k], ascending; added to
-// what c holds if `add`.
-template <typename A, int kVecs>
+// what c holds if `add`. kMax: the largest a[m am + k ak] + b[k] instead.
+template <typename A, int kVecs, bool kMax = false>
 LX_INLINE void multiply(const A* a, int64_t am, int64_t ak, int64_t rows, int64_t depth, const A* b,
                         A* c, int64_t c_row, bool add) {
     constexpr int L = kLanes<A>, kRows = kTileRows[kVecs - 1];
@@ -63,15 +75,19 @@ LX_INLINE void multiply(const A* a, int64_t am, int64_t ak, int64_t rows, int64_
             constexpr int kSize = tile.value;
             Vec<A> acc[kSize][kVecs] = {};
             A* to = c + m * c_row;
-            if (add)
+            if (add || kMax)
                 for (int i = 0; i < kSize; ++i)
-                    for (int v = 0; v < kVecs; ++v) acc[i][v] = load(to + i * c_row + v * L);
+                    for (int v = 0; v < kVecs; ++v)
+                        acc[i][v] =
+                            kMax ? broadcast<A>(-kInfinity<A>) : load(to + i * c_row + v * L);
             const A* from = a + m * am;
-            sum_tile<A, kSize, kVecs>(
-                b, kVecs * L, depth,
-                [&](int i, int64_t k)
-                    __attribute__((always_inline)) { return from[i * am + k * ak]; },
-                acc);
+            const auto scalar = [&](int i, int64_t k) __attribute__((always_inline)) {
+                return from[i * am + k * ak];
+            };
+            if constexpr (kMax)
+                max_tile<A, kSize, kVecs>(b, depth, scalar, acc);
+            else
+                sum_tile<A, kSize, kVecs>(b, kVecs * L, depth, scalar, acc);
             for (int i = 0; i < kSize; ++i)
                 for (int v = 0; v < kVecs; ++v) store(to + i * c_row + v * L, acc[i][v]);
         });
@@ -194,8 +210,18 @@ struct Block {
             return;
         }
         const LayersMatrix& m = program.matrices()[node.matrix];
-        scaled_terms(node, p, tops);
         A* out = at(args.val, node.out);
+        if (args.max_product) {
+            terms(node, p, tops);
+            multiply<A, kVecs, true>(scaled_of(m), m.width, 1, node.units, node.width, p, out,
+                                     args.lanes, false);
+            for (int64_t o = 0; o < node.units; ++o, out += args.lanes)
+                each([&](int, int x) __attribute__((always_inline)) {
+                    store(out + x, load(out + x) + shift_of(m, o));
+                });
+            return;
+        }
+        scaled_terms(node, p, tops);
         multiply<A, kVecs>(scaled_of(m), m.width, 1, node.units, node.width, p, out, args.lanes,
                            false);
         bool expanded = false;

@@ -1,11 +1,12 @@
 // Drafting from a circuit and verifying the draft, compiled once per instruction set.
 //
 // Lanes run over the vocabulary, or over the states. Sums of exponentials run in one order that
-// depends on the length of a row alone; the draw adds one by one, in double.
+// depends on the length of a row alone.
 #include "lora_ext/circuit_decode.h"
 
 #include "by_dtype.h"
 #include "circuit_walk.h"
+#include "draw.h"
 
 namespace lora_ext::LX_ISA {
 namespace {
@@ -44,22 +45,6 @@ int64_t argmax_of(const T* row, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
         if (get(row + i) == top) return i;
     return 0;
-}
-
-// Sums are double: a weight counts however small it is beside those in front of it.
-template <typename A>
-int64_t draw(const A* p, int64_t n, A uniform) {
-    double total = 0, sum = 0;
-    for (int64_t i = 0; i < n; ++i) total += p[i];
-    const double limit = uniform * total;
-    int64_t last = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        if (!(p[i] > 0)) continue;
-        sum += p[i];
-        last = i;
-        if (sum > limit) break;
-    }
-    return last;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include "lora_ext/circuit_layers.h"
 
 #include "circuit_block.h"
+#include "draw.h"
 #include "transpose.h"
 
 namespace lora_ext::LX_ISA {
@@ -18,9 +19,18 @@ void weights(const LayersArgs& args, int64_t begin, int64_t end) {
         while (row >= m->row + m->units) ++m;
         const int64_t stop = min(end, m->row + m->units);
         const int64_t at = m->weight + (row - m->row) * m->width;
-        scale_rows(static_cast<const A*>(args.w) + at, stop - row, m->width,
-                   static_cast<A*>(args.weight) + at, logits ? nullptr : shift + row,
-                   logits ? shift + row : nullptr);
+        const A* w = static_cast<const A*>(args.w) + at;
+        A* to = static_cast<A*>(args.weight) + at;
+        scale_rows(w, stop - row, m->width, args.max_product ? nullptr : to,
+                   logits ? nullptr : shift + row, logits ? shift + row : nullptr);
+        if (args.max_product)
+            for (; row < stop; ++row, w += m->width, to += m->width) {
+                const WeightRow<A> weight(w, m->width, WeightNorm::kLog);
+                for_vectors<A>(0, m->width,
+                               [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                                   store_part(to + i, weight.log_scaled(i, n), n);
+                               });
+            }
         row = stop;
     }
     if (logits) shifts_of(shift + begin, end - begin);
@@ -212,6 +222,107 @@ void dweights(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
     }
 }
 
+// ------------------------------------------------------------------------------------------------
+// Walks, of which all are at one node before any goes on: they share its terms and its weights
+
+template <typename A>
+struct Walks {
+    const LayersArgs& args;
+    const LayersProgram program;
+    A *across, *l, *p;  // terms of a vector of rows; of one row; weights of a draw
+
+    LX_INLINE Walks(const LayersArgs& args, void* scratch)
+        : args(args), program(args.program), across(static_cast<A*>(scratch)) {
+        l = across + args.max_width * kLanes<A>;
+        p = l + whole_vectors<A>(args.max_width);
+    }
+
+    void run(int64_t begin, int64_t end) const {
+        const int64_t variables = args.plan.variables();
+        for (int64_t i = begin * variables; i < end * variables; ++i) args.leaves[i] = -1;
+        for (int64_t n = 0; n < program.num_nodes(); ++n)
+            for (int64_t walk = begin; walk < end; ++walk) chosen(n)[walk] = -1;
+        for (int64_t walk = begin; walk < end; ++walk) {
+            const int64_t root = args.root[walk / args.walks_per_row];
+            take(walk, program.owners()[program.num_children() + root], program.roots()[root]);
+        }
+        for (int64_t n = program.num_nodes() - 1; n >= 0; --n) visit(n, begin, end);
+    }
+
+  private:
+    int32_t* chosen(int64_t n) const { return args.chosen + n * args.walks; }
+    void take(int64_t walk, int64_t owner, int64_t column) const {
+        if (owner < 0)
+            args.leaves[walk * args.plan.variables() - 1 - owner] = column;
+        else
+            chosen(owner)[walk] = static_cast<int32_t>(column - program.nodes()[owner].out);
+    }
+    void visit(int64_t n, int64_t begin, int64_t end) const {
+        constexpr int L = kLanes<A>;
+        const LayersNode& node = program.nodes()[n];
+        int64_t vector = -1, known = -1;
+        for (int64_t walk = begin; walk < end; ++walk) {
+            int64_t term = chosen(n)[walk];
+            if (term < 0) continue;
+            if (node.matrix >= 0) {
+                const int64_t row = walk / args.walks_per_row;
+                if (row / L != vector) {
+                    Vec<A> tops[1];
+                    vector = row / L;
+                    Block<A, 1>(args, vector * L).terms(node, across, tops);
+                }
+                if (row != known)
+                    for (int64_t i = 0; i < node.width; ++i) l[i] = across[i * L + row % L];
+                known = row;
+                term = choose(node, term, walk * args.uniforms_row + program.draws()[n]);
+            }
+            descend(node, term, walk);
+        }
+    }
+    // A term of sum o of which l has the values.
+    int64_t choose(const LayersNode& node, int64_t o, int64_t uniform) const {
+        const LayersMatrix& m = program.matrices()[node.matrix];
+        const WeightRow<A> w(static_cast<const A*>(args.w) + m.weight + o * m.width, m.width,
+                             WeightNorm::kLog);
+        const auto term = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            return w.log_scaled(i, count) + load_or(l + i, count, -kInfinity<A>);
+        };
+        if (!args.uniforms) return best_of<A>(m.width, term).index;
+        Vec<A> tops = broadcast<A>(-kInfinity<A>);
+        for_vectors<A>(0, m.width, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            const Vec<A> t = term(i, count);
+            tops = max(tops, t);
+            store(p + i, t);
+        });
+        const A top = max_lane(tops), base = top == -kInfinity<A> ? A(0) : top;
+        for_vectors<A>(0, m.width, [&](int64_t i, int64_t) __attribute__((always_inline)) {
+            store(p + i, exp<false>(load(p + i) - broadcast<A>(base)));
+        });
+        const double u = args.wide_uniforms ? static_cast<const double*>(args.uniforms)[uniform]
+                                            : static_cast<const float*>(args.uniforms)[uniform];
+        return draw(p, m.width, u);
+    }
+    void descend(const LayersNode& node, int64_t term, int64_t walk) const {
+        int64_t i = node.part_begin;
+        while (i + 1 < node.part_end && program.parts()[i + 1].term <= term) ++i;
+        const LayersPart part = program.parts()[i];
+        const int64_t k = term - part.term;
+        for (int64_t c = part.child_begin; c < part.child_end; ++c) {
+            int64_t unit = k;
+            if (part.kronecker) {
+                const int64_t pairs = program.children()[part.child_end - 1].units;
+                unit = c == part.child_begin ? k / pairs : k % pairs;
+            }
+            take(walk, program.owners()[c], program.children()[c].column + unit);
+        }
+    }
+};
+
+template <typename A>
+void walk(const LayersArgs& args, int64_t begin, int64_t end, void* scratch) {
+    Walks<A>(args, scratch).run(begin, end);
+}
+
 template <typename A>
 int64_t scratch_of(const LayersArgs& args) {
     constexpr int64_t kDepth = Flows<A>::kDepth;
@@ -233,6 +344,7 @@ constexpr auto by_dtype = [](const auto& args, auto... rest) {
 
 extern const LayersCpu layers_table;
 const LayersCpu layers_table = {LX_ISA_NAME,        LX_EITHER(weights),  LX_EITHER(scratch_of),
-                                LX_EITHER(forward), LX_EITHER(backward), LX_EITHER(dweights)};
+                                LX_EITHER(forward), LX_EITHER(backward), LX_EITHER(dweights),
+                                LX_EITHER(walk)};
 
 }  // namespace lora_ext::LX_ISA

@@ -375,25 +375,15 @@ LX_INLINE void max_of(const LogSumArgs& args, int64_t g, int64_t b, int64_t o, c
                       Acc<T> normaliser) {
     using A = Acc<T>;
     const A* l = values_of<A>(args, g, b);
-    Vec<T> best = broadcast<T>(-kInfinity<A>);
-    Ints<Vec<T>> index{}, at{};
-    for (int j = 0; j < kLanes<T>; ++j) at[j] = j;
-    for_vectors<T>(0, args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        Vec<T> v = load_or(w + i, count, -kInfinity<A>);
-        if (args.norm == WeightNorm::kProbs) v = log(v <= Vec<T>{} ? Vec<T>{} : v);
-        v += load_or(l + i, count, -kInfinity<A>);
-        const auto better = v > best;
-        best = better ? v : best;
-        index = better ? at : index;
-        at += kLanes<T>;
-    });
-    int64_t lane = 0;
-    for (int64_t j = 1; j < kLanes<T>; ++j)
-        if (best[j] > best[lane] || (best[j] == best[lane] && index[j] < index[lane])) lane = j;
+    const auto [best, index] =
+        best_of<T>(args.terms, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            Vec<T> v = load_or(w + i, count, -kInfinity<A>);
+            if (args.norm == WeightNorm::kProbs) v = log(v <= Vec<T>{} ? Vec<T>{} : v);
+            return v + load_or(l + i, count, -kInfinity<A>);
+        });
     const int64_t to = (g * args.rows + b) * args.sums + o;
-    const bool possible = best[lane] != -kInfinity<A>;
-    static_cast<A*>(args.out)[to] = possible ? best[lane] - normaliser : -kInfinity<A>;
-    args.indices[to] = possible ? static_cast<int32_t>(index[lane]) : 0;
+    static_cast<A*>(args.out)[to] = best != -kInfinity<A> ? best - normaliser : best;
+    args.indices[to] = static_cast<int32_t>(index);
 }
 
 // log sum exp of logits; nothing otherwise.

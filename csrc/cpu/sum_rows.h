@@ -47,6 +47,33 @@ LX_INLINE Acc<T> row_max(const T* p, int64_t n) {
     return max_lane(top);
 }
 
+// The largest of n numbers, which f(first, count) gives a vector at a time, and the first that
+// attains it; -inf and 0 where there is none. Passes over NaN.
+template <typename T>
+struct Best {
+    Acc<T> value;
+    int64_t index;
+};
+template <typename T, typename F>
+LX_INLINE Best<T> best_of(int64_t n, F&& f) {
+    using A = Acc<T>;
+    Vec<T> best = broadcast<T>(-kInfinity<A>);
+    Ints<Vec<T>> index{}, at{};
+    for (int j = 0; j < kLanes<T>; ++j) at[j] = j;
+    for_vectors<T>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> v = f(i, count);
+        const auto better = v > best;
+        best = better ? v : best;
+        index = better ? at : index;
+        at += kLanes<T>;
+    });
+    int64_t lane = 0;
+    for (int64_t j = 1; j < kLanes<T>; ++j)
+        if (best[j] > best[lane] || (best[j] == best[lane] && index[j] < index[lane])) lane = j;
+    const bool possible = best[lane] != -kInfinity<A>;
+    return {best[lane], possible ? static_cast<int64_t>(index[lane]) : 0};
+}
+
 // ------------------------------------------------------------------------------------------------
 // A row of weights: W_i = scaled(i) * exp(shift).
 

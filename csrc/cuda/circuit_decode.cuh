@@ -160,11 +160,17 @@ LX_DEVICE const Norm* norms_of(const CircuitLogits& logits, int64_t row) {
     return logits.workspace ? static_cast<const Norm*>(logits.workspace) + row * states : nullptr;
 }
 
-// The largest of a row and the first place where it stands, the same on every lane of the warp.
+// The largest of n numbers and the first place where it stands, the same on every lane of the warp,
+// of which each brings the largest of its own.
 struct Largest {
     float value;
     int index;
 };
+LX_DEVICE Largest largest_among(int n, float top, int index) {
+    const float best = reduce_lanes(top, lx::kWarpSize, larger);
+    index = lx::reduce_min_sync(lx::kFullMask, top == best ? index : 0x7fffffff);
+    return {best, index < n ? index : 0};  // nothing but -inf, or NaN
+}
 template <class T>
 LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
     float top = kImpossible;
@@ -178,9 +184,7 @@ LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
             }
         }
     });
-    const float best = reduce_lanes(top, lx::kWarpSize, larger);
-    index = lx::reduce_min_sync(lx::kFullMask, top == best ? index : 0x7fffffff);
-    return {best, index < n ? index : 0};  // nothing but -inf, or NaN
+    return largest_among(n, top, index);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -211,11 +215,9 @@ struct Place {
     double before = 0;  // the running sum in front of it
     double limit = 0;   // uniform * total
 };
-// Among n numbers in shared memory, float or double.
-template <class X>
-LX_DEVICE Place find(const X* values, int n, float uniform) {
-    const int lane = lx::lane_id();
-    const auto at = [&](int i) -> double { return i + lane < n ? values[i + lane] : X{0}; };
+// Among n numbers, of which at(i) gives a lane its own of i to i + 31, zero beyond the end.
+template <class At>
+LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     Place place;
     double carry = 0;
     for (int i = 0; i < n; i += lx::kWarpSize) carry = last_lane(carry + running_sum(at(i)));
@@ -235,6 +237,13 @@ LX_DEVICE Place find(const X* values, int n, float uniform) {
         carry = last_lane(sum);
     }
     return place;
+}
+// Among n numbers in shared memory, float or double.
+template <class X>
+LX_DEVICE Place find(const X* values, int n, float uniform) {
+    const int lane = lx::lane_id();
+    return find_among(n, uniform,
+                      [&](int i) -> double { return i + lane < n ? values[i + lane] : X{0}; });
 }
 
 // Among n weights of which weights(i, w) gives i to i + kCount, zero beyond the end. A chunk is

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kRowWarps * 32, 4)
         for (int j = 0; j < 4; ++j) {
             const float e = weights.scaled(v[j]);
             total += e;
-            if (i + j < m.width) to[i + j] = e;
+            if (i + j < m.width) to[i + j] = args.max_product ? v[j] - weights.base : e;
         }
     });
     total = WarpTeam(nullptr).reduce(total, add);
@@ -76,7 +76,9 @@ LX_DEVICE float rescued_sum(const LayerTile& tile, const LayersNode& node, const
     return top + logf(sum) + tile.shift_of(m, o);
 }
 
-// Nodes begin + blockIdx.y, ... below `end`; of each the results that blockIdx.z owns.
+// Nodes begin + blockIdx.y, ... below `end`; of each the results that blockIdx.z owns. kMax: of the
+// max-product, whose terms and weights stay logarithms.
+template <bool kMax>
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_up_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end) {
     LX_SHARED(float, chunk, kChunk* kTile);
@@ -94,14 +96,17 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
             continue;
         }
         const LayersMatrix m = args.program.matrices()[node.matrix];
-        const float top = tile.top_of(node, partial);
-        if (rank < kTile) tops[rank] = top;
-        const float base = shift_of(top);
+        float base = 0;
+        if constexpr (!kMax) {
+            const float top = tile.top_of(node, partial);
+            if (rank < kTile) tops[rank] = top;
+            base = shift_of(top);
+        }
         const int64_t parts = int64_t{gridDim.z} * kGroups;
         const int64_t share = (m.units + parts - 1) / parts * kGroups;
         const int64_t first = blockIdx.z * share;
         unsigned lost = 0;  // results that have to be taken again
-        layer_product(
+        layer_product<kMax>(
             static_cast<const float*>(args.weight) + m.weight, m.width, 1,
             m.width % 4 == 0 && m.weight % 4 == 0, first, lx::min<int64_t>(first + share, m.units),
             m.width, chunk,
@@ -109,7 +114,8 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
                 const int from = static_cast<int>(k0);
                 tile.for_terms(node, lane, from + rank / kTile, from + count, kLayerThreads / kTile,
                                [&](int i, float l) {
-                                   chunk[(i - from) * kTile + lane] = lx::exp_approx(l - base);
+                                   chunk[(i - from) * kTile + lane] =
+                                       kMax ? l : lx::exp_approx(l - base);
                                });
             },
             [&](int64_t o, int number, const float (&sums)[4]) {
@@ -117,6 +123,10 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
                 float out[4];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
+                    if (kMax) {
+                        out[j] = sums[j] + shift;
+                        continue;
+                    }
                     const float own = tops[quad + j];
                     out[j] = logf(sums[j]) + shift + own;
                     if (sums[j] < kSumTrusted && own != kImpossible && shift != kImpossible)
@@ -165,7 +175,10 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
         declare_layer_weights(args);
         declare_units(args, args.val, lx::Access::kReadWrite);
         const dim3 grid(static_cast<unsigned>(lane_tiles(args)), nodes, parts);
-        return LX_LAUNCH(layers_up_kernel, grid, kLayerThreads, 0, stream, args, begin, end);
+        if (args.max_product)
+            return LX_LAUNCH(layers_up_kernel<true>, grid, kLayerThreads, 0, stream, args, begin,
+                             end);
+        return LX_LAUNCH(layers_up_kernel<false>, grid, kLayerThreads, 0, stream, args, begin, end);
     };
     if (one_walk(args.plan)) return status ? status : up(0, args.plan.nodes(), 1, 1);
     for (int64_t s = 0; s < args.plan.num_stages() && status == 0; ++s) {

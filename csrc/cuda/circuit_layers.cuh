@@ -36,6 +36,19 @@ struct LayerTile {
     LX_DEVICE float shift_of(const LayersMatrix& m, int64_t o) const {
         return static_cast<const float*>(args.shift)[m.row + o];
     }
+    // Term k of a part.
+    LX_DEVICE float term_of(const LayersPart& part, const LayersChild* child, int k,
+                            int lane) const {
+        if (part.kronecker) {
+            const int m = child[1].units;
+            return at(args.val, child[0].column + k / m)[lane] +
+                   at(args.val, child[1].column + k % m)[lane];
+        }
+        float l = at(args.val, child[0].column + k)[lane];
+        for (int c = 1; c < part.child_end - part.child_begin; ++c)
+            l += at(args.val, child[c].column + k)[lane];
+        return l;
+    }
     // f(term, its log-value) for the terms first, first + step, ... below `end`, on one lane.
     template <class F>
     LX_DEVICE void for_terms(const LayersNode& node, int lane, int first, int end, int step,
@@ -46,20 +59,8 @@ struct LayerTile {
             const LayersChild* child = program.children() + part.child_begin;
             const int m = part.kronecker ? child[1].units : 1;
             const int stop = lx::min(end, part.term + child[0].units * m);
-            const int count = part.child_end - part.child_begin;
 #pragma unroll 1
-            for (; i < stop; i += step) {
-                const int k = i - part.term;
-                float l;
-                if (part.kronecker) {
-                    l = at(args.val, child[0].column + k / m)[lane] +
-                        at(args.val, child[1].column + k % m)[lane];
-                } else {
-                    l = at(args.val, child[0].column + k)[lane];
-                    for (int c = 1; c < count; ++c) l += at(args.val, child[c].column + k)[lane];
-                }
-                f(i, l);
-            }
+            for (; i < stop; i += step) f(i, term_of(part, child, i - part.term, lane));
         }
     }
     // The largest term of each lane, for the thread's own lane; all threads call it.
@@ -77,18 +78,29 @@ struct LayerTile {
     }
 };
 
+// A weight and a term come to a result.
+template <bool kMax>
+LX_DEVICE float meet(float w, float term, float result) {
+    return kMax ? fmaxf(w + term, result) : fmaf(w, term, result);
+}
+
 // Results [begin, end) of a product: f(m, number, sums of the thread's four lanes) with
 // sums[lane] = sum over k of a[m am + k ak] b(k, lane). fill(k0, count) writes b of `count` k into
 // the chunk in shared memory; terms are added in ascending order. A pass has results with numbers
 // up to kOwnResults, and done(its first one) follows it.
-// `vector`: ak is 1 and rows lie on 16 bytes.
-template <class Fill, class F, class Done>
+// `vector`: ak is 1 and rows lie on 16 bytes. kMax: sums[lane] = max over k of a[..] + b(k, lane).
+template <bool kMax = false, class Fill, class F, class Done>
 LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector, int64_t begin,
                              int64_t end, int64_t depth, float* chunk, Fill&& fill, F&& f,
                              Done&& done) {
     const int rank = lx::thread_rank(), group = rank / kQuads, quad = rank % kQuads * 4;
     for (int64_t pass = begin; pass < end; pass += kPass) {
         float acc[kOwnResults][4] = {};
+        if constexpr (kMax) {
+#pragma unroll
+            for (int j = 0; j < kOwnResults; ++j)
+                acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = kImpossible;
+        }
         for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
             const int count = static_cast<int>(lx::min<int64_t>(kChunk, depth - k0));
             if (depth > kChunk || pass == begin) {
@@ -116,19 +128,19 @@ LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector
                     for (int i = 0; i < 4; ++i) {
                         const float4 b =
                             *reinterpret_cast<const float4*>(chunk + (k + i) * kTile + quad);
-                        acc[j][0] = fmaf(w[i], b.x, acc[j][0]);
-                        acc[j][1] = fmaf(w[i], b.y, acc[j][1]);
-                        acc[j][2] = fmaf(w[i], b.z, acc[j][2]);
-                        acc[j][3] = fmaf(w[i], b.w, acc[j][3]);
+                        acc[j][0] = meet<kMax>(w[i], b.x, acc[j][0]);
+                        acc[j][1] = meet<kMax>(w[i], b.y, acc[j][1]);
+                        acc[j][2] = meet<kMax>(w[i], b.z, acc[j][2]);
+                        acc[j][3] = meet<kMax>(w[i], b.w, acc[j][3]);
                     }
                 }
                 for (; k < count; ++k) {
                     const float w = lx::load_global(row + k * ak);
                     const float4 b = *reinterpret_cast<const float4*>(chunk + k * kTile + quad);
-                    acc[j][0] = fmaf(w, b.x, acc[j][0]);
-                    acc[j][1] = fmaf(w, b.y, acc[j][1]);
-                    acc[j][2] = fmaf(w, b.z, acc[j][2]);
-                    acc[j][3] = fmaf(w, b.w, acc[j][3]);
+                    acc[j][0] = meet<kMax>(w, b.x, acc[j][0]);
+                    acc[j][1] = meet<kMax>(w, b.y, acc[j][1]);
+                    acc[j][2] = meet<kMax>(w, b.z, acc[j][2]);
+                    acc[j][3] = meet<kMax>(w, b.w, acc[j][3]);
                 }
             }
         }

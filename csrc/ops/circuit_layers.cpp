@@ -1,12 +1,14 @@
 // Whole circuits: tensors in, checks, allocation, choice of twins or kernels.
 //
-// Shapes: leaf (B, N), val (B, U), w (W,), program and plan as circuit_layers.h has them.
+// Shapes: leaf (B, N), val (B, U), w (W,), root (B,), uniforms (M, draws); program and plan as
+// circuit_layers.h has them.
 #include "ops/circuit_layers.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 
 #include "lora_ext/circuit_layers.h"
 #include "ops/checks.h"
@@ -99,7 +101,33 @@ void check_program(const char* op, const LayersProgram& p, int64_t size, int64_t
         check(p.roots()[i] >= 0 && p.roots()[i] < p.units(), "roots within the units", i);
 }
 
-// A call of either op: what twins and launchers read, and the tensors that keep it alive.
+// Nor does a walk: what it comes to is a unit of an earlier node, or a leaf of one of `variables`.
+void check_walk(const char* op, const LayersProgram& p, const LayersPlan& plan) {
+    const auto check = [&](bool holds, const char* what, int64_t i) {
+        require(holds, op, "program", expected(what), found("another at index ", i));
+    };
+    // Columns [column, column + units) belong to `owner`, which comes before node n.
+    const auto check_owner = [&](int64_t i, int64_t n, int64_t column, int64_t units) {
+        const int64_t owner = p.owners()[i];
+        const bool leaf = owner < 0;
+        check(leaf ? owner >= -plan.variables() : owner < n, "owners of children and roots", i);
+        const int64_t first = leaf ? kFirstLeaf : p.nodes()[owner].out;
+        const int64_t end = first + (leaf ? p.leaves() : p.nodes()[owner].units);
+        check(column >= first && column + units <= end, "units of their owner", i);
+    };
+    for (int64_t n = 0; n < p.num_nodes(); ++n) {
+        const LayersNode node = p.nodes()[n];
+        for (int64_t i = node.part_begin; i < node.part_end; ++i)
+            for (int64_t c = p.parts()[i].child_begin; c < p.parts()[i].child_end; ++c)
+                check_owner(c, n, p.children()[c].column, p.children()[c].units);
+        const int64_t draw = p.draws()[n];
+        check(node.matrix < 0 || (draw >= 0 && draw < plan.draws()), "places among uniforms", n);
+    }
+    for (int64_t r = 0; r < p.num_roots(); ++r)
+        check_owner(p.num_children() + r, p.num_nodes(), p.roots()[r], 1);
+}
+
+// A call of any of the ops: what twins and launchers read, and the tensors that keep it alive.
 struct Call {
     const char* op;
     LayersArgs args;
@@ -161,6 +189,8 @@ struct Call {
     int64_t groups() const { return args.lanes / kLaneGroup; }
     // Each weight meets each lane once.
     int64_t work() const { return w.numel() * kLaneGroup; }
+    // At most: one sum of every node, whose terms each cost an exponential.
+    int64_t walk_work() const { return plan.nodes() * args.max_width * kLaneGroup; }
 
     static const LayersCpu& twin() { return chosen_twins<LayersCpu>(); }
     // Calls f(args, begin, end, scratch) for parts of [0, items).
@@ -203,10 +233,13 @@ Tensor unit_major_values(const Tensor& val) {
 }  // namespace
 
 Tensor circuit_layers(const Tensor& leaf, const Tensor& w, const Tensor& program,
-                      at::IntArrayRef plan, std::string_view norm) {
+                      at::IntArrayRef plan, std::string_view norm, std::string_view semiring) {
     constexpr auto op = "circuit_layers";
     Call call(op, leaf, "leaf", w, program, plan, norm);
     LayersArgs& args = call.args;
+    require(semiring == "sum" || semiring == "max", op, "semiring", expected("'sum' or 'max'"),
+            found("'", semiring, "'"));
+    args.max_product = semiring == "max";
     require(leaf.size(1) == call.plan.leaves(), op, "leaf",
             expected("N = ", call.plan.leaves(), " leaf units"), found(leaf.sizes()));
     const Tensor val = unit_major(call.plan.units(), args.rows, call.options);
@@ -266,6 +299,59 @@ std::tuple<Tensor, Tensor> circuit_layers_backward(const Tensor& droots_in, cons
                         call.work() * call.groups() / std::max<int64_t>(bands, 1));
     }
     return {rows_of(grad, args.rows), dw};
+}
+
+Tensor circuit_layers_walk(const Tensor& val_in, const Tensor& w, const Tensor& program,
+                           at::IntArrayRef plan, const Tensor& root_in,
+                           const OptionalTensor& uniforms_in) {
+    constexpr auto op = "circuit_layers_walk";
+    Call call(op, val_in, "val", w, program, plan, "none");
+    LayersArgs& args = call.args;
+    require(val_in.size(1) == call.plan.units(), op, "val",
+            expected("U = ", call.plan.units(), " units"), found(val_in.sizes()));
+    check_dtype(op, "root", root_in, at::kLong);
+    check_shape(op, "root", root_in, "(B,)", {args.rows}, val_in.device());
+    args.walks = args.rows;
+    if (uniforms_in) {
+        check_dim(op, "uniforms", *uniforms_in, 2, "(M, draws)");
+        args.walks = uniforms_in->size(0);
+        check_shape(op, "uniforms", *uniforms_in, "(M, draws)", {args.walks, call.plan.draws()},
+                    val_in.device());
+        args.wide_uniforms = uniforms_in->scalar_type() == at::kDouble;
+        if (!args.wide_uniforms) check_dtype(op, "uniforms", *uniforms_in, at::kFloat);
+        require(args.rows > 0 ? args.walks % args.rows == 0 : args.walks == 0, op, "uniforms",
+                expected("M a multiple of ", args.rows, " rows"), found(uniforms_in->sizes()));
+    }
+    const Tensor root = root_in.contiguous();
+    if (val_in.is_cpu()) {
+        check_walk(op, args.program, call.plan);
+        const int64_t* r = root.const_data_ptr<int64_t>();
+        for (int64_t b = 0; b < args.rows; ++b)
+            require(r[b] >= 0 && r[b] < call.plan.roots(), op, "root",
+                    expected("numbers in 0 .. ", call.plan.roots() - 1), found(r[b]));
+    }
+    const auto sizes = std::array{args.walks, call.plan.variables()};
+    const Tensor leaves = at::empty(sizes, root.options());
+    if (args.walks == 0) return leaves;
+    args.walks_per_row = args.walks / args.rows;
+    const c10::DeviceGuard guard(val_in.device());
+    const Tensor val = unit_major_values(val_in);
+    const Tensor uniforms = uniforms_in ? rows_contiguous(*uniforms_in) : Tensor();
+    const Tensor chosen =
+        reused_memory({call.plan.nodes(), args.walks}, call.options.dtype(at::kInt));
+    args.val = const_cast<void*>(val.const_data_ptr());
+    args.root = root.const_data_ptr<int64_t>();
+    if (uniforms_in) {
+        args.uniforms = uniforms.const_data_ptr();
+        args.uniforms_row = uniforms.stride(0);
+    }
+    args.chosen = chosen.mutable_data_ptr<int32_t>();
+    args.leaves = leaves.mutable_data_ptr<int64_t>();
+    if (call.kernels)
+        check_launch(op, launch_layers_walk(args, current_stream(val)));
+    else
+        call.on_threads(Call::twin().walk, args.walks, call.walk_work());
+    return leaves;
 }
 
 }  // namespace lora_ext

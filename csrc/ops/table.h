@@ -180,11 +180,15 @@ inline constexpr std::tuple kOps{
         "(Tensor de, Tensor table, Tensor x, Tensor row, int block, str norm) -> Tensor"},
     NoGradient<&circuit_layers, kLayers>{
         "circuit_layers",
-        "(Tensor leaf, Tensor w, Tensor program, int[] plan, str norm) -> Tensor"},
+        "(Tensor leaf, Tensor w, Tensor program, int[] plan, str norm, str semiring) -> Tensor"},
     NoGradient<&circuit_layers_backward, kLayers>{
         "circuit_layers_backward",
         "(Tensor droots, Tensor val, Tensor w, Tensor program, int[] plan, str norm, bool need_dw)"
         " -> (Tensor grad, Tensor dw)"},
+    NoGradient<&circuit_layers_walk, kLayers>{
+        "circuit_layers_walk",
+        "(Tensor val, Tensor w, Tensor program, int[] plan, Tensor root, Tensor? uniforms)"
+        " -> Tensor"},
 
     // --- depth_mix ---
     Differentiable<&depth_mix_forward, autograd::DepthMix>{

@@ -1,13 +1,12 @@
-"""Runs the layered form: upward and backward in one op each, from a root down along one tree.
+"""Runs the layered form: upward, backward and from a root down along one tree, in one op each.
 
-Max-product, and the reduced precisions of a GPU, go up stage by stage.
+Only the reduced precisions of a GPU go up stage by stage.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from torch import Tensor
 from lora_ext import ops
 from lora_ext.circuits.layered import FIRST_LEAF, ONE, ZERO, Layered, ProductLayer, Stage
 from lora_ext.ops import Program
-from lora_ext.reference.circuit_sum import log_weights
-
-Semiring = Literal["sum", "max"]
 
 
 class _Columns:
@@ -130,7 +126,6 @@ class StageRunner:
 
     def __init__(self, stage: Stage):
         self.products, self.weights = _Products(stage.product), _Weights(stage)
-        self.regions = torch.tensor(stage.regions)
         self.groups, self.units, self.width = len(stage.regions), stage.units, stage.width
         self.first = stage.sum.out_off
         self.span = slice(self.first, self.first + self.groups * self.units)
@@ -144,19 +139,9 @@ class StageRunner:
         out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "sum", weights.precision, scaled)
         val[:, self.span] = out.transpose(0, 1).flatten(1)
 
-    def up_max(self, val: Tensor, weights: Weights) -> None:
-        w = self.weights.gather(weights.flat)
-        out = ops.log_einsum_exp(w, self.terms(val), weights.norm, "max").values
-        val[:, self.span] = out.transpose(0, 1).flatten(1)
-
     def to(self, device: torch.device) -> None:
-        self.regions = self.regions.to(device)
         self.products.to(device)
         self.weights.to(device)
-
-
-# Given log-weights plus values (A, I), walks (A,) and regions (A,), it chooses columns (A,).
-Pick = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Execution:
@@ -175,34 +160,32 @@ class Execution:
         places = Counter(w.key for w in views)
         for w in views:
             w.shared = places[w.key] > 1
-        self.owner, self.first_unit = layered.owner.long(), torch.tensor(layered.first_unit)
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
         """Move the index arrays, once per change of device."""
         if device == self.device:
             return
-        self.owner, self.first_unit = self.owner.to(device), self.first_unit.to(device)
         self.program = self.program.to(device)
         for part in (self.factors, *self.stages):
             part.to(device)
         self.device = device
 
-    def up(self, leaf: Tensor, weights: Weights, semiring: Semiring = "sum") -> Tensor:
+    def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
         """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
         with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
-            if semiring == "sum" and weights.precision == "fp32":
-                return ops.circuit_layers(leaf, weights.flat, self.program, weights.norm)
-            return self._up_by_stages(leaf, weights, semiring)
+            if semiring == "max" or weights.precision == "fp32":
+                return ops.circuit_layers(leaf, weights.flat, self.program, weights.norm, semiring)
+            return self._up_by_stages(leaf, weights)
 
-    def _up_by_stages(self, leaf: Tensor, weights: Weights, semiring: Semiring) -> Tensor:
+    def _up_by_stages(self, leaf: Tensor, weights: Weights) -> Tensor:
         val = leaf.new_empty(leaf.shape[0], self.layered.num_units)
         val[:, ONE], val[:, ZERO] = 0, -torch.inf
         val[:, FIRST_LEAF : FIRST_LEAF + self.num_leaves] = leaf
         if self.factor_span.start < self.factor_span.stop:
             val[:, self.factor_span] = self.factors.up(val)
         for stage in self.stages:
-            (stage.up if semiring == "sum" else stage.up_max)(val, weights)
+            stage.up(val, weights)
         return val
 
     def down(
@@ -224,42 +207,12 @@ class Execution:
             return val.narrow(1, self.roots[0], 1).clone()
         return val[:, self.roots]
 
-    def choose(
-        self, val: Tensor, weights: Weights, row: Tensor, root: Tensor, pick: Pick
+    def walk(
+        self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Walk from the roots down, one term per sum; the leaf unit of each variable, or -1.
-
-        ``root (M,)`` is the unit that each walk starts from, ``row (M,)`` the row of ``val`` that
-        it belongs to; the result is ``(M, n)``.
-        """
-        regions = len(self.first_unit)
-        num_variables = int(self.owner.max()) - regions + 1
-        # Each region has a column, each variable has one, and the last holds what padding chooses.
-        chosen = row.new_full((len(row), regions + num_variables + 1), -1)
-        chosen[torch.arange(len(row), device=row.device), self.owner[root]] = root
-
-        def descend(m: Tensor, children: Tensor) -> None:
-            for unit in children:
-                chosen[m, self.owner[unit]] = unit
-
-        for stage in reversed(self.stages):
-            m, g = (chosen[:, stage.regions] >= 0).nonzero(as_tuple=True)
-            if not len(m):
-                continue
-            region = stage.regions[g]
-            unit = chosen[m, region] - self.first_unit[region]
-            rows = stage.weights.gather(weights.flat)[g, unit]
-            log_w = log_weights(rows, weights.norm)
-            column = pick(log_w + stage.terms(val)[g, row[m]], m, region)
-            descend(m, stage.products.factors[:, g * stage.width + column])
-        first, last = self.factor_span.start, self.factor_span.stop
-        if first < last:
-            m, region = (chosen[:, :regions] >= 0).nonzero(as_tuple=True)
-            unit = chosen[m, region]
-            is_factor = (unit >= first) & (unit < last)
-            m, unit = m[is_factor], unit[is_factor]
-            descend(m, self.factors.factors[:, unit - first])
-        return chosen[:, regions : regions + num_variables]
+        """The leaf unit that each variable comes to, or -1, ``(M, n)``: ops.circuit_layers_walk."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
 
 
 class Evaluate(torch.autograd.Function):

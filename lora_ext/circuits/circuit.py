@@ -243,8 +243,8 @@ class Circuit(Parameters):
             num_samples: S per row of evidence.
             evidence: ``(B, n)``, -1 or NaN where a value is to be drawn; None: one row of nothing,
                 or one per entry of ``root``.
-            uniforms: ``(B, S, sum regions + n)`` in [0, 1): one per sum region in graph order, one
-                per variable; None: drawn from ``generator``.
+            uniforms: ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one per sum region
+                in graph order, one per variable; None: drawn from ``generator``.
             generator: source of uniforms.
             root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
                 What lies outside its scope stays missing.

@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_ext import ops
 from lora_ext.circuits._sums import sums_at
 from lora_ext.circuits.errors import require
-from lora_ext.reference.circuit import draw, log_softmax
+from lora_ext.reference.circuit import log_softmax
 
 Table = dict[str, Tensor]
 LOG_TAU = math.log(2 * math.pi)
@@ -183,11 +183,26 @@ class Finite(Leaf):
         return ops.circuit_table(values, x.long(), first, block, norm).unflatten(1, (-1, block))
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
-        return draw(self.log_table(table).exp()[row], u)
+        return _draw(self.log_table(table).exp(), row, u)
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
         value, index = self.log_table(table).max(1)
         return index[row], value[row]
+
+
+def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
+    """``draw(p[row], uniform)``, with the running sums of a row taken once for all its draws."""
+    num_values = p.shape[1]
+    sums = p.double().cumsum(1)
+    limit = uniform.double() * sums[row, -1]
+    below = torch.zeros_like(row)  # running sums that do not exceed the limit
+    for step in (1 << k for k in reversed(range(num_values.bit_length()))):
+        more = below + step
+        inside = sums[row, more.clamp(max=num_values) - 1] <= limit
+        below = torch.where(inside & (more <= num_values), more, below)
+    place = torch.arange(num_values, device=p.device)
+    last = torch.where(p > 0, place, 0).amax(1)  # where rounding runs off the end
+    return torch.where(below < num_values, below, last[row])
 
 
 @dataclass(frozen=True)

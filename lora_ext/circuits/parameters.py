@@ -161,11 +161,6 @@ class Parameters(nn.Module):
         """Views ``(rows, terms)`` that cover numbers in the order of the weights, few of them."""
         return [flat[span].view(-1, width) for span, width in self._matrices]
 
-    def _root_units(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
-        """The root unit that answers for each row, as columns of the values, ``(rows,)``."""
-        columns = torch.tensor(self._execution.roots, device=self.weights.device)
-        return columns[self._root_numbers(name, root, rows)]
-
     def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
         """The root unit that answers for each row, counted from 0, ``(rows,)``."""
         number, where = len(self._execution.roots), f"{name}: root"

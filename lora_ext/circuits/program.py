@@ -10,6 +10,8 @@ It tells the same circuit as :mod:`lora_ext.circuits.layered`, by regions in pla
     users     the nodes that a matrix belongs to
     roots     columns
     stages    first node of each, and the number of nodes: a stage reads the stages before it
+    owners    of each child, then of each root: its node, or -1 - the variable of a leaf
+    draws     of each node with a matrix: the place of its region among the inner regions
 
 A node without a matrix is its products: an input over several variables.
 """
@@ -27,11 +29,16 @@ from lora_ext.circuits.regions import Region
 from lora_ext.ops.circuit_layers import Program
 
 
-def _inputs_of_many(layered: Layered) -> list[tuple[int, list[int]]]:
-    """Units of inputs over several variables: their columns, and those of their factors."""
+def _inputs_of_many(graph: RegionGraph, layered: Layered) -> list[tuple[int, int, list[int]]]:
+    """Inputs over several variables: first column, units, and the first column of each variable."""
     ptr, index = layered.factors.child_ptr.tolist(), layered.factors.child_idx.tolist()
     first = FIRST_LEAF + len(layered.inputs.var)
-    return [(first + k, index[a:b]) for k, (a, b) in enumerate(pairwise(ptr))]
+    found: list[tuple[int, int, list[int]]] = []
+    for region, column in zip(graph.regions, layered.first_unit, strict=True):
+        if region.leaf is not None and column >= first:
+            begin, end = ptr[column - first : column - first + 2]
+            found.append((column, region.units, index[begin:end]))
+    return sorted(found)
 
 
 def compile_program(graph: RegionGraph, layered: Layered, roots: Sequence[int]) -> Program:
@@ -43,11 +50,27 @@ def compile_program(graph: RegionGraph, layered: Layered, roots: Sequence[int]) 
     number: dict[int, int] = {}  # of the matrix that starts at a weight
     users: list[list[int]] = []
     stages = [0]
+    owners: list[int] = []
+    draws: list[int] = []
     rows = 0
+    owner = layered.owner.tolist()
+    node_of: dict[int, int] = {}  # of a region
+    inner = [i for i, region in enumerate(graph.regions) if region.partitions]
+    place = {region: k for k, region in enumerate(inner)}
+
+    def owner_of(column: int) -> int:
+        variable = owner[column] - len(graph.regions)
+        return -1 - variable if variable >= 0 else node_of[owner[column]]
+
+    def add_node(column: int, units: int, width: int, matrix: int, first_part: int) -> None:
+        node_of[owner[column]] = len(nodes)
+        draws.append(place.get(owner[column], -1))
+        nodes.append([column, units, width, matrix, first_part, len(parts)])
 
     def add_part(term: int, kronecker: bool, columns: list[list[int]]) -> None:
         parts.append([term, int(kronecker), len(children), len(children) + len(columns)])
         children.extend(columns)
+        owners.extend(owner_of(column) for column, _ in columns)
 
     def add_parts(region: Region) -> None:
         term = 0
@@ -56,9 +79,9 @@ def compile_program(graph: RegionGraph, layered: Layered, roots: Sequence[int]) 
             add_part(term, p.kind == "kronecker", columns)
             term += graph.partition_units(p)
 
-    for column, factors in _inputs_of_many(layered):
-        nodes.append([column, 1, 1, -1, len(parts), len(parts) + 1])
-        add_part(0, False, [[f, 1] for f in factors])
+    for column, units, factors in _inputs_of_many(graph, layered):
+        add_part(0, False, [[f, units] for f in factors])
+        add_node(column, units, units, -1, len(parts) - 1)
     if nodes:
         stages.append(len(nodes))
     for stage in layered.stages:
@@ -73,8 +96,7 @@ def compile_program(graph: RegionGraph, layered: Layered, roots: Sequence[int]) 
             users[number[offset]].append(len(nodes))
             first = len(parts)
             add_parts(region)
-            out = layered.first_unit[i]
-            nodes.append([out, region.units, width, number[offset], first, len(parts)])
+            add_node(layered.first_unit[i], region.units, width, number[offset], first)
         stages.append(len(nodes))
     used: list[int] = []
     for matrix, of in zip(matrices, users, strict=True):
@@ -85,9 +107,10 @@ def compile_program(graph: RegionGraph, layered: Layered, roots: Sequence[int]) 
     header = [layered.num_units, num_leaves, rows, *(len(part) for part in lists)]
     header += [len(used), len(roots), num_stages]
     flat = [x for part in lists for item in part for x in item]
-    numbers = torch.tensor(header + flat + used + list(roots) + stages, dtype=torch.int32)
+    tail = [*used, *roots, *stages, *owners, *(owner_of(r) for r in roots), *draws]
+    numbers = torch.tensor(header + flat + tail, dtype=torch.int32)
     plan = [layered.num_units, num_leaves, rows, len(nodes), len(matrices), len(roots)]
-    plan += [len(numbers), num_stages]
+    plan += [len(numbers), num_stages, graph.num_variables, len(inner)]
     for begin, end in pairwise(stages):
         members = nodes[begin:end]
         plan += [begin, end, max(n[1] for n in members), max(n[2] for n in members)]

@@ -12,7 +12,6 @@ from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
 from lora_ext.circuits.leaves import Indicator, Joint
 from lora_ext.circuits.parameters import Parameters
-from lora_ext.reference.circuit import draw
 
 
 class MapResult(NamedTuple):
@@ -43,31 +42,26 @@ def sample(
     require(whole, "sample: num_samples", "a whole number, at least 0", repr(num_samples))
     evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("sample: evidence", evidence)
-    top = circuit._root_units("sample", root, len(evidence))
-    inner = [i for i, r in enumerate(circuit.graph.regions) if r.partitions]
-    shape = (len(evidence), num_samples, len(inner) + circuit.num_variables)
+    start = circuit._root_numbers("sample", root, len(evidence))
+    inner = sum(bool(r.partitions) for r in circuit.graph.regions)
+    shape = (len(evidence), num_samples, inner + circuit.num_variables)
     device, dtype = circuit.weights.device, circuit.weights.dtype
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
     require(uniforms.shape == shape, "sample: uniforms", f"shape {shape}", tuple(uniforms.shape))
     circuit._refuse_external("sample")
-    val = circuit._run().up(circuit._leaf_values_of("sample", filled, missing), circuit._weights())
-    impossible = (val.gather(1, top[:, None])[:, 0] == -torch.inf).nonzero()
+    execution, weights = circuit._run(), circuit._weights()
+    val = execution.up(circuit._leaf_values_of("sample", filled, missing), weights)
+    top = execution.root_values(val).gather(1, start[:, None])[:, 0]
+    impossible = (top == -torch.inf).nonzero()
     if len(impossible):
         found = "an impossible row"
         require(False, f"sample: evidence: row {int(impossible[0])}", "a possible row", found)
     u = uniforms.flatten(0, 1)
-    slot = torch.full((len(circuit.graph.regions),), -1, device=device)
-    slot[inner] = torch.arange(len(inner), device=device)
+    chosen = execution.walk(val, weights, start, u[:, :inner])
     row = torch.arange(len(evidence), device=device).repeat_interleave(num_samples)
-
-    def pick(terms: Tensor, m: Tensor, region: Tensor) -> Tensor:
-        largest = terms.amax(1, keepdim=True)
-        return draw((terms - largest).exp(), u[m, slot[region]])
-
-    chosen = circuit._run().choose(val, circuit._weights(), row, top[row], pick)
     x = room_for_values(circuit, evidence)[row]
-    _fill(circuit, x, chosen, missing[row], u[:, len(inner) :].to(dtype))
+    _fill(circuit, x, chosen, missing[row], u[:, inner:].to(dtype))
     return x.unflatten(0, (len(evidence), num_samples))
 
 
@@ -75,18 +69,14 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
     """``Circuit.map``."""
     evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("map: evidence", evidence)
-    top = circuit._root_units("map", root, len(evidence))
+    start = circuit._root_numbers("map", root, len(evidence))
     val = best_values(circuit, filled, missing)
-    row = torch.arange(len(evidence), device=evidence.device)
-
-    def pick(terms: Tensor, m: Tensor, region: Tensor) -> Tensor:
-        return terms.max(1).indices
-
-    chosen = circuit._run().choose(val, circuit._weights(), row, top, pick)
+    chosen = circuit._run().walk(val, circuit._weights(), start)
     x = room_for_values(circuit, evidence)
     _fill(circuit, x, chosen, missing)
     exact = checks.is_deterministic(circuit.graph) is True
-    return MapResult(x, val.gather(1, top[:, None])[:, 0], exact)
+    value = circuit._run().root_values(val).gather(1, start[:, None])[:, 0]
+    return MapResult(x, value, exact)
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lora_ext.ops.circuit_layers import (
     Program,
     circuit_layers,
     circuit_layers_backward,
+    circuit_layers_walk,
     circuit_table,
 )
 from lora_ext.ops.circuit_sum import (
@@ -55,6 +56,7 @@ __all__ = [
     "circuit_conditional_dist",
     "circuit_layers",
     "circuit_layers_backward",
+    "circuit_layers_walk",
     "circuit_sample",
     "circuit_scan",
     "circuit_table",

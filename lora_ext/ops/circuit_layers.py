@@ -1,8 +1,8 @@
-"""Whole circuits in one call: tables of leaves, the values of all units, their flows.
+"""Whole circuits in one call: tables of leaves, the values of all units, their flows, and walks.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
-units. What an op returns as ``(B, U)`` lies unit-major in memory: a vector holds one unit of many
-rows.
+units, or walks. What an op returns as ``(B, U)`` lies unit-major in memory: a vector holds one unit
+of many rows.
 
 Sources: expected flows as gradients, Darwiche 2003; layers of one shape, Peharz et al. 2020.
 """
@@ -27,7 +27,7 @@ class Program(NamedTuple):
     Attributes:
         numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h`` has
             the layout.
-        plan: its sizes, and four numbers for each stage: what a host needs to know.
+        plan: its sizes, ten numbers, and four for each stage: what a host needs to know.
     """
 
     numbers: Tensor
@@ -80,7 +80,9 @@ def _fake_table_backward(
     return de.new_empty(table.shape)
 
 
-def circuit_layers(leaf: Tensor, w: Tensor, program: Program, norm: str = "logits") -> Tensor:
+def circuit_layers(
+    leaf: Tensor, w: Tensor, program: Program, norm: str = "logits", semiring: str = "sum"
+) -> Tensor:
     """Log-values of all units of a circuit, from those of its leaves.
 
     ``l[out] = log sum_i W[o, i] exp(term[i])`` of every sum, where a term is the sum of log-values
@@ -93,6 +95,7 @@ def circuit_layers(leaf: Tensor, w: Tensor, program: Program, norm: str = "logit
         program: what is computed.
         norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
             are.
+        semiring: ``"max"`` takes the largest term in place of their sum, and passes over NaN.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
@@ -101,11 +104,13 @@ def circuit_layers(leaf: Tensor, w: Tensor, program: Program, norm: str = "logit
         ValueError: if a shape, dtype, device or name disagrees or, on the CPU, the program does not
             hold together.
     """
-    return _c.circuit_layers.default(leaf, w, program.numbers, program.plan, norm)
+    return _c.circuit_layers.default(leaf, w, program.numbers, program.plan, norm, semiring)
 
 
 @fake("circuit_layers")
-def _fake_layers(leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str) -> Tensor:
+def _fake_layers(
+    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, semiring: str
+) -> Tensor:
     require_dim("circuit_layers", "leaf", leaf, "(B, units)")
     require_dtype("circuit_layers", "leaf", leaf, *_FLOATS)
     require_dim("circuit_layers", "w", w, "(W,)")
@@ -155,6 +160,54 @@ def _fake_layers_backward(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     return _unit_major(val, val.shape[0], val.shape[1]), w.new_empty(w.numel() if need_dw else 0)
+
+
+def circuit_layers_walk(
+    val: Tensor, w: Tensor, program: Program, root: Tensor, uniforms: Tensor | None = None
+) -> Tensor:
+    """Walks from the roots down, one term per sum: the leaf unit that each variable comes to.
+
+    A sum weighs its terms by ``W[o, i] exp(term[i])``. A walk takes the heaviest, the first of
+    several, or draws one by the rule of :func:`reference.circuit.draw`: after
+    :func:`circuit_layers` with ``"max"`` it is the best tree, after ``"sum"`` an exact sample of
+    one. What normalises a row of weights says nothing of its terms, so there is no ``norm``.
+
+    Args:
+        val: ``(B, U)``, the result of :func:`circuit_layers`.
+        w, program: as they went in.
+        root: ``(B,)`` int64 in [0, R): the root that a row's walks start from. Out of range on
+            CUDA, its walks come nowhere.
+        uniforms: ``(M, sums)`` float32 or float64 in [0, 1), for the regions of sums in the order
+            of the graph; M is a multiple of B, and the walks of a row follow one another. None: one
+            walk per row, which takes the heaviest terms.
+
+    Returns:
+        ``(M, variables)`` int64: columns of ``val``, or -1 outside the root's scope.
+
+    Raises:
+        ValueError: if a shape, dtype or device disagrees or, on the CPU, the program does not hold
+            together or a root is out of range.
+
+    Source: ancestral sampling given evidence, and max-product decoding, Peharz et al. 2017.
+    """
+    return _c.circuit_layers_walk.default(val, w, program.numbers, program.plan, root, uniforms)
+
+
+@fake("circuit_layers_walk")
+def _fake_walk(
+    val: Tensor, w: Tensor, program: Tensor, plan: list[int], root: Tensor, uniforms: Tensor | None
+) -> Tensor:
+    name = "circuit_layers_walk"
+    require_dim(name, "val", val, "(B, U)")
+    require_dtype(name, "val", val, *_FLOATS)
+    require_dtype(name, "w", w, val.dtype)
+    require_shape(name, "root", root, "(B,)", val.shape[:1])
+    require_dtype(name, "root", root, torch.int64)
+    if uniforms is None:
+        return root.new_empty(len(root), plan[8])
+    require_dim(name, "uniforms", uniforms, "(M, sums)")
+    require_dtype(name, "uniforms", uniforms, *_FLOATS)
+    return root.new_empty(uniforms.shape[0], plan[8])
 
 
 def _unit_major(like: Tensor, rows: int, units: int) -> Tensor:

@@ -10,7 +10,11 @@ from lora_ext.reference.circuit import (
     emission_gather,
     spec_verify,
 )
-from lora_ext.reference.circuit_layers import circuit_layers, circuit_table
+from lora_ext.reference.circuit_layers import (
+    circuit_layers,
+    circuit_layers_walk,
+    circuit_table,
+)
 from lora_ext.reference.circuit_sum import LogMax, log_bmm, log_einsum_exp
 from lora_ext.reference.depth_mix import depth_mix, depth_mix_routed, depth_norm
 from lora_ext.reference.lora import (
@@ -48,6 +52,7 @@ __all__ = [
     "circuit_argmax",
     "circuit_conditional_dist",
     "circuit_layers",
+    "circuit_layers_walk",
     "circuit_sample",
     "circuit_scan",
     "circuit_table",

@@ -3,10 +3,12 @@
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``M`` blocks of leaf units.
 """
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
-from lora_ext.reference.circuit import log_softmax
+from lora_ext.reference.circuit import draw, log_softmax
 from lora_ext.reference.circuit_sum import log_einsum_exp
 
 
@@ -29,7 +31,9 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
     return torch.where(x[..., None] < 0, 0, found).flatten(1)
 
 
-def circuit_layers(leaf: Tensor, w: Tensor, program: Tensor, norm: str = "logits") -> Tensor:
+def circuit_layers(
+    leaf: Tensor, w: Tensor, program: Tensor, norm: str = "logits", semiring: str = "sum"
+) -> Tensor:
     """Log-values of all units: products of children, then sums, of one node after another.
 
     Args:
@@ -37,42 +41,115 @@ def circuit_layers(leaf: Tensor, w: Tensor, program: Tensor, norm: str = "logits
         w: ``(W,)``.
         program: int32, as ``csrc/include/lora_ext/circuit_layers.h`` lays it out.
         norm: of the weights, as :func:`log_einsum_exp` takes it.
+        semiring: ``"max"`` takes the largest term in place of their sum.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
     """
-    numbers = [int(n) for n in program]
-    nodes, parts, children, matrices = _lists(numbers)
-    val = [leaf.new_zeros(len(leaf))] * numbers[0]
+    lists = _Lists(program)
+    val = [leaf.new_zeros(len(leaf))] * lists.num_units
     val[1] = leaf.new_full((len(leaf),), -torch.inf)
     val[2 : 2 + leaf.shape[1]] = leaf.unbind(1)
-
-    def units(child: list[int]) -> Tensor:
-        return torch.stack(val[child[0] : child[0] + child[1]], 1)
-
-    for out, _, _, matrix, first, last in nodes:
-        terms: list[Tensor] = []
-        for _, kronecker, begin, end in parts[first:last]:
-            factors = [units(c) for c in children[begin:end]]
-            if kronecker:
-                left, right = factors
-                terms.append((left[:, :, None] + right[:, None]).flatten(1))
+    for node in lists.nodes:
+        result = _terms(lists, val, node)
+        if node[3] >= 0:
+            weights = _weights(lists, w, node)
+            if semiring == "sum":
+                result = log_einsum_exp(weights, result, norm)
             else:
-                terms.append(torch.stack(factors).sum(0))
-        result = torch.cat(terms, 1)
-        if matrix >= 0:
-            offset, sums, width, *_ = matrices[matrix]
-            weights = w[offset : offset + sums * width].view(sums, width)
-            result = log_einsum_exp(weights, result, norm)
-        val[out : out + result.shape[1]] = result.unbind(1)
+                result = log_einsum_exp(weights, result, norm, "max").values
+        val[node[0] : node[0] + result.shape[1]] = result.unbind(1)
     return torch.stack(val, 1)
 
 
-def _lists(numbers: list[int]) -> list[list[list[int]]]:
-    """Nodes, parts, children and matrices of a program, a list of numbers each."""
-    found: list[list[list[int]]] = []
-    at = 10
-    for count, width in zip(numbers[3:7], (6, 4, 2, 6), strict=True):
-        found.append([numbers[at + i * width : at + (i + 1) * width] for i in range(count)])
-        at += count * width
-    return found
+def circuit_layers_walk(
+    val: Tensor, w: Tensor, program: Tensor, root: Tensor, uniforms: Tensor | None = None
+) -> Tensor:
+    """Walks from the roots down: one term per sum, all factors of a product.
+
+    Args:
+        val: ``(B, U)``, as :func:`circuit_layers` gives it.
+        w: ``(W,)``.
+        program: as there.
+        root: ``(B,)`` int64, the number of the root that a row's walks start from.
+        uniforms: ``(M, sums)``, for :func:`draw`: the walks of a row follow one another. None: one
+            walk per row takes the largest term, and of several the first.
+
+    Returns:
+        ``(M, variables)`` int64: the leaf unit that a variable comes to, or -1.
+    """
+    lists = _Lists(program)
+    walks = len(root) if uniforms is None else len(uniforms)
+    row = torch.arange(walks) // max(walks // max(len(root), 1), 1)
+    leaves = torch.full((walks, lists.num_variables), -1)
+    chosen = torch.full((walks, len(lists.nodes)), -1)  # the unit of each node that a walk is at
+
+    def take(walk: int, owner: int, column: int) -> None:
+        if owner < 0:
+            leaves[walk, -1 - owner] = column
+        else:
+            chosen[walk, owner] = column - lists.nodes[owner][0]
+
+    for m in range(walks):
+        r = int(root[row[m]])
+        take(m, lists.root_owners[r], lists.roots[r])
+    units = list(val.unbind(1))
+    for n, node in reversed(list(enumerate(lists.nodes))):
+        walk = (chosen[:, n] >= 0).nonzero()[:, 0]
+        term = chosen[walk, n]
+        if node[3] >= 0:
+            terms = _weights(lists, w, node)[term] + _terms(lists, units, node)[row[walk]]
+            if uniforms is None:
+                term = terms.max(1).indices
+            else:
+                p = (terms - terms.amax(1, keepdim=True)).exp()
+                term = draw(p, uniforms[walk, lists.draws[n]])
+        for m, i in zip([int(m) for m in walk], [int(i) for i in term], strict=True):
+            part = [p for p in lists.parts[node[4] : node[5]] if p[0] <= i][-1]
+            first, k = part[2], i - part[0]
+            for c in range(first, part[3]):
+                column, pairs = lists.children[c][0], lists.children[part[3] - 1][1]
+                if not part[1]:
+                    take(m, lists.owners[c], column + k)
+                else:
+                    take(m, lists.owners[c], column + (k // pairs if c == first else k % pairs))
+    return leaves
+
+
+class _Lists:
+    """A program as lists of numbers."""
+
+    def __init__(self, program: Tensor):
+        rest = iter([int(n) for n in program])
+        self.num_units, _, _, nodes, parts, children, matrices = islice(rest, 7)
+        users, roots, stages = islice(rest, 3)
+
+        def rows(count: int, width: int) -> list[list[int]]:
+            return [list(islice(rest, width)) for _ in range(count)]
+
+        self.nodes, self.parts = rows(nodes, 6), rows(parts, 4)
+        self.children, self.matrices = rows(children, 2), rows(matrices, 6)
+        _, self.roots, _ = (list(islice(rest, count)) for count in (users, roots, stages + 1))
+        self.owners, self.root_owners, self.draws = (
+            list(islice(rest, count)) for count in (children, roots, nodes)
+        )
+        self.num_variables = max((-owner for owner in self.owners + self.root_owners), default=0)
+
+
+def _terms(lists: _Lists, val: list[Tensor], node: list[int]) -> Tensor:
+    """The products of a node, ``(B, terms)``."""
+    terms: list[Tensor] = []
+    for _, kronecker, begin, end in lists.parts[node[4] : node[5]]:
+        factors = [torch.stack(val[c : c + n], 1) for c, n in lists.children[begin:end]]
+        if kronecker:
+            left, right = factors
+            terms.append((left[:, :, None] + right[:, None]).flatten(1))
+        else:
+            terms.append(torch.stack(factors).sum(0))
+    return torch.cat(terms, 1)
+
+
+def _weights(lists: _Lists, w: Tensor, node: list[int]) -> Tensor:
+    """The matrix of a node, ``(sums, terms)``."""
+    offset, sums, width, *_ = lists.matrices[node[3]]
+    return w[offset : offset + sums * width].view(sums, width)

@@ -14,6 +14,7 @@ from lora_ext.circuits import (
     PCStructureError,
     RegionGraph,
 )
+from lora_ext.reference.circuit import draw
 
 LEAVES = [Bernoulli(), Categorical(3), Binomial(2), Bernoulli(), Categorical(3), Categorical(2)]
 BUILDERS = {
@@ -70,3 +71,18 @@ def test_numbers_and_categories_learn_together():
 def test_a_homogeneous_chain_has_one_family():
     with pytest.raises(PCStructureError, match="hclt: leaf: expected one family of a homogeneous"):
         RegionGraph.hmm(6, 2, LEAVES, homogeneous=True)
+
+
+@pytest.mark.parametrize("leaf", [Bernoulli(), Binomial(8), Categorical(1), Categorical(13)])
+def test_values_are_drawn_by_the_rule(leaf):
+    """As ``draw`` does it row by row, also at the steps of the running sums and at the ends."""
+    g = torch.Generator().manual_seed(0)
+    table = {k: 3 * torch.randn(t.shape, generator=g) for k, t in leaf.table(20).items()}
+    if isinstance(leaf, Categorical):
+        logits = table["logits"].masked_fill_(torch.rand(20, 1, generator=g) < 0.5, 0)
+        logits[:, 1:][torch.rand(logits[:, 1:].shape, generator=g) < 0.3] = -torch.inf
+    row, u = torch.randint(20, (3000,), generator=g), torch.rand(3000, generator=g)
+    u[::3] = (u[::3] * 8).floor() / 8
+    u[:20], row[:20] = 1 - 2**-24, torch.arange(20)
+    expected = draw(leaf.log_table(table).exp()[row], u)
+    assert torch.equal(leaf.sample(table, row, u), expected)

@@ -1,6 +1,7 @@
 // The kernels of whole circuits in the asan flavour, in buffers that end where their contents end:
 // values, flows and gradients against loops in double, for a walk in one launch and for a launch a
-// stage. And tables of leaves.
+// stage. Walks by the heaviest terms, and drawn. And tables of leaves.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -54,10 +55,14 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
         0,     m,      n,     0,    0,     1,                           // matrices
         m * n, 1,      pairs, m,    1,     2,                           //
         0,     1,      copy,  0,    1,     2,      3,                   // users, roots, stages
+        -1,    -2,     0,     -3,   1,     2,      0,         1, -1,    // owners, draws
+    });
+    const auto plan = exact<int64_t>({
+        units, leaves, m + 1, 3,    2,     1,      program.size, 3, 3, 2,  // sizes
+        0,     1,      m,     n,    1,     2,      1,         pairs,    // stages
+        2,     3,      1,     1,
     });
     // clang-format on
-    const auto plan = exact<int64_t>(
-        {units, leaves, m + 1, 3, 2, 1, program.size, 3, 0, 1, m, n, 1, 2, 1, pairs, 2, 3, 1, 1});
     const int64_t lanes = (rows + kLaneGroup - 1) / kLaneGroup * kLaneGroup;
     LayersArgs a;
     a.norm = WeightNorm::kLog;
@@ -115,6 +120,57 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
         for (int32_t i = 0; i < leaves; ++i) close("leaf", at(grad, l + i), dleaf[i]);
     }
     for (int64_t i = 0; i < a.num_weights; ++i) close("weight", dw[i], weights[i]);
+
+    // From the copy to a pair, from s to one of its terms; l is two variables, r another.
+    for (const bool drawn : {false, true}) {
+        a.walks_per_row = drawn ? 2 : 1;
+        a.walks = rows * a.walks_per_row;
+        const ExactBuffer<int64_t> start(rows), leaf_of(a.walks * 3);
+        const ExactBuffer<float> uniforms(a.walks * 2);
+        const ExactBuffer<int32_t> chosen(3 * a.walks);
+        for (int64_t b = 0; b < rows; ++b) start[b] = 0;
+        for (int64_t i = 0; i < uniforms.size; ++i) uniforms[i] = (number(i) + 2) / 4;
+        a.root = start.data(), a.leaves = leaf_of.data(), a.chosen = chosen.data();
+        a.uniforms = drawn ? uniforms.data() : nullptr;
+        a.uniforms_row = 2;
+        launched(launch_layers_walk(a, nullptr));
+        for (int64_t walk = 0; walk < a.walks; ++walk) {
+            const int64_t b = walk / a.walks_per_row;
+            // Term i of `terms` was the right one to take.
+            const auto taken = [&](const std::vector<double>& terms, int64_t i, float uniform) {
+                double total = 0, below = 0, most = 0;
+                for (const double term : terms) total += term, most = std::max(most, term);
+                if (!drawn) return close("heaviest", terms[i], most);
+                for (int64_t j = 0; j < i; ++j) below += terms[j];
+                const double limit = uniform * total, slack = 1e-5 * total;
+                if (below > limit + slack || below + terms[i] < limit - slack)
+                    close("drawn", limit, below);
+            };
+            const auto exp = [&](int64_t weight, int32_t left, int32_t right) {
+                return std::exp(double{w[weight]} + val[left * lanes + b] + val[right * lanes + b]);
+            };
+            const int64_t o = chosen[walk], i = leaf_of[walk * 3] - l,
+                          j = leaf_of[walk * 3 + 2] - l;
+            std::vector<double> of_root, of_sum;
+            for (int32_t k = 0; k < pairs; ++k)
+                of_root.push_back(exp(m * n + k, s + k / q, l + k % q));
+            for (int32_t k = 0; k < n; ++k) of_sum.push_back(exp(o * n + k, l + k, r + k));
+            taken(of_root, o * q + j, uniforms[walk * 2 + 1]);
+            taken(of_sum, i, uniforms[walk * 2]);
+            close("sides", leaf_of[walk * 3 + 1], r + i);
+        }
+    }
+    a.max_product = true;
+    launched(launch_layers_weights(a, nullptr));
+    launched(launch_layers_forward(a, nullptr));
+    for (int64_t b = 0; b < rows; ++b)
+        for (int32_t o = 0; o < m; ++o) {
+            double most = -1e30;
+            for (int32_t i = 0; i < n; ++i)
+                most = std::max(
+                    most, double{w[o * n + i]} + leaf[b * leaves + i] + leaf[b * leaves + n + i]);
+            close("most", val[(s + o) * lanes + b], most);
+        }
 }
 
 void check_tables(WeightNorm norm) {

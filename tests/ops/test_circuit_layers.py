@@ -7,38 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from backends import Backend
+from circuit_programs import GRAPHS, LEAF, case, roots_of, spoiled
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.circuits import Categorical, Circuit, RegionGraph
+from lora_ext.circuits import Circuit, RegionGraph
 from lora_ext.circuits.program import matrices_of
-
-LEAF = Categorical(2)
-GRAPHS: dict[str, Callable[[], RegionGraph]] = {
-    "one sum": lambda: RegionGraph.cp(1, 1, LEAF),
-    "chain": lambda: RegionGraph.hmm(4, 5, LEAF),
-    "chain, tied, wider than a tile": lambda: RegionGraph.hmm(3, 67, LEAF, homogeneous=True),
-    "tree": lambda: RegionGraph.hclt([-1, 0, 0, 1, 1, 1], 20, LEAF),
-    "pairs": lambda: RegionGraph.rat_spn(7, 2, 3, 3, 4, LEAF, num_roots=2),
-    "shared parts": lambda: RegionGraph.poon_domingos(2, 3, 2, LEAF),
-    "a stage a launch": lambda: RegionGraph.hmm(3, 140, LEAF),
-}
-
-
-def case(name: str, rows: int, seed: int = 0) -> tuple[ops.Program, Tensor, Tensor, int]:
-    """(program, leaf (B, N), w (W,), roots): a tenth of the leaves and weights is impossible."""
-    circuit = Circuit(GRAPHS[name]())
-    g = torch.Generator().manual_seed(seed)
-    program = circuit._execution.program
-    leaf = 4 * torch.randn(rows, program.plan[1], generator=g)
-    w = 2 * torch.randn(len(circuit.weights), generator=g)
-    leaf, w = (t.masked_fill(torch.rand(t.shape, generator=g) < 0.1, -torch.inf) for t in (leaf, w))
-    return program, leaf, w, program.plan[5]
-
-
-def roots_of(program: ops.Program) -> list[int]:
-    first = len(program.numbers) - program.plan[7] - 1 - program.plan[5]
-    return program.numbers[first : first + program.plan[5]].tolist()
 
 
 def run(backend: Backend, name: str, rows: int, norm: str, dtype: torch.dtype = torch.float32):
@@ -103,6 +77,25 @@ def test_certain_terms_are_added_exactly(backend: Backend) -> None:
     on_device = program.to(torch.device(backend.device))
     val = ops.circuit_layers(leaf.to(backend.device), w.to(backend.device), on_device)
     assert torch.equal(val.cpu(), expected)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_max_product_is_the_formula(backend: Backend, name: str) -> None:
+    if backend.small and name == "a stage a launch":
+        pytest.skip("the emulator that checks every access is slow")
+    program, leaf, w, _ = case(name, 5)
+    on_device = program.to(torch.device(backend.device))
+
+    def up(leaf: Tensor, w: Tensor, norm: str) -> Tensor:
+        leaf, w = leaf.to(backend.device), w.to(backend.device)
+        return ops.circuit_layers(leaf, w, on_device, norm, "max").cpu()
+
+    whole = leaf.round(), w.round()
+    expected = reference.circuit_layers(*whole, program.numbers, "none", "max")
+    assert torch.equal(up(*whole, "none"), expected)
+    exact = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "logits", "max")
+    # A normaliser has one rounding per term, a path at most 11 of weights and leaves.
+    torch.testing.assert_close(up(leaf, w, "logits").double(), exact, rtol=2e-6, atol=2e-5)
 
 
 def test_a_way_far_below_the_heavy_states_keeps_its_value(backend: Backend) -> None:
@@ -248,7 +241,7 @@ def test_layers_pass_opcheck() -> None:
     program, leaf, w, roots = case("pairs", 3)
     numbers, plan = program
     torch.library.opcheck(
-        torch.ops.lora_ext.circuit_layers.default, (leaf, w, numbers, plan, "logits")
+        torch.ops.lora_ext.circuit_layers.default, (leaf, w, numbers, plan, "logits", "sum")
     )
     val = ops.circuit_layers(leaf, w, program)
     torch.library.opcheck(
@@ -260,17 +253,11 @@ def test_layers_pass_opcheck() -> None:
 def test_sizes_whose_bytes_no_number_holds_are_refused() -> None:
     units, rows = 1_073_788_162, 2_147_390_976
     assert 8 * units * rows % 2**64 == 8 * 732_160
-    numbers = torch.tensor([units, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], dtype=torch.int32)
-    program = ops.Program(numbers, [units, 1, 0, 0, 0, 1, len(numbers), 0])
+    numbers = torch.tensor([units, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, -1], dtype=torch.int32)
+    program = ops.Program(numbers, [units, 1, 0, 0, 0, 1, len(numbers), 0, 1, 0])
     leaf = torch.zeros(1, 1, dtype=torch.float64).expand(rows, 1)
     with pytest.raises(RuntimeError, match="overflow"):
         ops.circuit_layers(leaf, leaf.new_zeros(0), program)
-
-
-def spoiled(program: ops.Program, at: int, number: int) -> ops.Program:
-    numbers = program.numbers.clone()
-    numbers[at] = number
-    return program._replace(numbers=numbers)
 
 
 def test_wrong_input_is_refused_by_name() -> None:
@@ -285,6 +272,7 @@ def test_wrong_input_is_refused_by_name() -> None:
         ("w: expected Float", lambda: up(leaf, w.double(), program)),
         ("program: expected matrices within the weights", lambda: up(leaf, w[1:], program)),
         ("norm: expected", lambda: up(leaf, w, program, "probs")),
+        ("semiring: expected", lambda: up(leaf, w, program, "none", "min")),
         ("plan: expected", lambda: up(leaf, w, program._replace(plan=program.plan[:-1]))),
         (
             "program: expected",

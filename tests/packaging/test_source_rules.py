@@ -223,6 +223,7 @@ TELLINGS = {
     "circuit_layers_backward": Tellings(
         "circuit_layers", "LayersCpu.backward", "launch_layers_backward"
     ),
+    "circuit_layers_walk": Tellings("circuit_layers_walk", "LayersCpu.walk", "launch_layers_walk"),
     "depth_mix_forward": Tellings("depth_mix", "DepthMixCpu.forward", "launch_depth_mix"),
     "depth_mix_backward": Tellings(
         "depth_mix", "DepthMixCpu.backward", "launch_depth_mix_backward"

@@ -3,17 +3,24 @@
 //
 //   up     l[u] of all units u, from those of the leaves
 //   down   flows dl[u], from those of the roots, and the flows of weights
+//   walk   from a root to a leaf of every variable, one term of every sum on the way
 //
 // A program of int32 says what is computed. Its nodes are regions in an order in which children
 // come first; a node has products, each the sum of log-values of child units, and sums over them:
 //
 //   l[out + o] = log sum_i W[o, i] exp(term[i])            circuit_sum.h has W, -inf and the rescue
 //
+// or, of the max-product, max_i (log W[o, i] + term[i]).
+//
 // Nodes without a matrix are their products. Products come in parts: `hadamard`, unit by unit of
 // any number of children, or `kronecker`, all pairs of the units of two. Nodes of one stage read
 // none of each other. Values are unit-major, val (U, L): lanes are the rows of data, filled up to
 // a multiple of kLaneGroup with rows of zeros. Column 0 of the values is always 0, column 1 always
 // -inf, and leaves follow from column kFirstLeaf on.
+//
+// A walk that comes to sum o weighs its terms by W[o, i] exp(term[i]). It takes the heaviest, of
+// several the first, or draws one: the first whose running sum exceeds its uniform times the total,
+// never one of weight zero, or the last with weight where rounding runs off the end.
 //
 // A row's bits depend neither on its batch nor on threads; sums over rows go through the lanes in
 // order.
@@ -69,7 +76,9 @@ struct LayersProgram {
     LX_HOST_DEVICE int64_t users_at() const { return matrices_at() + int64_t{6} * num_matrices(); }
     LX_HOST_DEVICE int64_t roots_at() const { return users_at() + num_users(); }
     LX_HOST_DEVICE int64_t stages_at() const { return roots_at() + num_roots(); }
-    LX_HOST_DEVICE int64_t size() const { return stages_at() + num_stages() + 1; }
+    LX_HOST_DEVICE int64_t owners_at() const { return stages_at() + num_stages() + 1; }
+    LX_HOST_DEVICE int64_t draws_at() const { return owners_at() + num_children() + num_roots(); }
+    LX_HOST_DEVICE int64_t size() const { return draws_at() + num_nodes(); }
 
     LX_HOST_DEVICE const LayersNode* nodes() const { return items<LayersNode>(kHeader); }
     LX_HOST_DEVICE const LayersPart* parts() const { return items<LayersPart>(parts_at()); }
@@ -80,15 +89,21 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* users() const { return at + users_at(); }    // nodes of a matrix
     LX_HOST_DEVICE const int32_t* roots() const { return at + roots_at(); }    // columns
     LX_HOST_DEVICE const int32_t* stages() const { return at + stages_at(); }  // their first nodes
+    // Of each child, then of each root: the node whose units it has, or -1 - the variable of its
+    // leaves.
+    LX_HOST_DEVICE const int32_t* owners() const { return at + owners_at(); }
+    // Of each node with a matrix, the place of its uniform among those of a walk.
+    LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
 };
 
 // What a launcher knows of a program, which lies where the values are: units, leaves, rows, nodes,
-// matrices, roots, numbers of the program, stages, then four numbers for each stage.
+// matrices, roots, numbers of the program, stages, variables, uniforms of a walk, then four numbers
+// for each stage.
 struct LayersStage {
     int64_t begin, end, units, width;  // nodes, and the most that one of them has
 };
 struct LayersPlan {
-    static constexpr int64_t kHeader = 8;
+    static constexpr int64_t kHeader = 10;
     const int64_t* at;
 
     int64_t units() const { return at[0]; }
@@ -99,6 +114,8 @@ struct LayersPlan {
     int64_t roots() const { return at[5]; }
     int64_t numbers() const { return at[6]; }  // of the program
     int64_t num_stages() const { return at[7]; }
+    int64_t variables() const { return at[8]; }
+    int64_t draws() const { return at[9]; }
     int64_t size() const { return kHeader + 4 * num_stages(); }
     int64_t most_terms() const {  // of the nodes of a stage
         int64_t most = 0;
@@ -114,10 +131,11 @@ struct LayersPlan {
     }
 };
 
-// Everything but leaf is contiguous, float or double as `dtype` says.
+// Everything but leaf and uniforms is contiguous, float or double as `dtype` says.
 struct LayersArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLogits;
+    bool max_product = false;
     LayersProgram program = {nullptr};  // where the values are
     LayersPlan plan = {nullptr};
     int64_t rows = 0, lanes = 0;
@@ -125,9 +143,9 @@ struct LayersArgs {
     int64_t leaf_row = 0, leaf_unit = 0;
     const void* w = nullptr;  // flat, each matrix (O, I)
     int64_t num_weights = 0;
-    void* weight = nullptr;                // as w, each row with maximum 1
-    void* shift = nullptr;                 // one per row
-    void* val = nullptr;                   // (U, L)
+    void* weight = nullptr;  // as w, each row with maximum 1; max-product: its logarithm
+    void* shift = nullptr;   // one per row
+    void* val = nullptr;     // (U, L)
     int64_t max_width = 0, max_units = 0;  // of a node
     // Backward.
     const void* droots = nullptr;  // (B, roots)
@@ -137,6 +155,14 @@ struct LayersArgs {
     // Kernels alone.
     void* terms = nullptr;  // (plan.most_terms(), L)
     void* tops = nullptr;   // (nodes, L)
+    // Walks: those of a row of data follow one another.
+    int64_t walks = 0, walks_per_row = 0;
+    const int64_t* root = nullptr;   // (B,) in [0, roots)
+    const void* uniforms = nullptr;  // (walks, plan.draws()), or null: the heaviest terms
+    int64_t uniforms_row = 0;
+    bool wide_uniforms = false;  // double
+    int32_t* chosen = nullptr;   // (nodes, walks), scratch: the unit that a walk is at, or -1
+    int64_t* leaves = nullptr;   // (walks, plan.variables()): columns of val, or -1
 };
 
 // CPU twins: `ops` splits [0, items) over threads; no bit depends on how. `scratch` holds
@@ -150,6 +176,7 @@ struct LayersCpu {
     void (*backward)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
     // Items: bands of kBandRows rows of the matrices, each matrix from a band of its own on.
     void (*dweights)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);
+    void (*walk)(const LayersArgs&, int64_t begin, int64_t end, void* scratch);  // items: walks
 };
 constexpr int64_t kBandRows = 128;
 
@@ -158,6 +185,7 @@ LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);  // units, and ratio
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
+LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);
 
 // Leaves of finite families: e[b, m, j] = log p[row[m] + j, x[b, m]], 0 where x is -1; m counts
 // blocks of `block` units, whose first rows are multiples of `block`. With norm kLog the table has
