@@ -14,6 +14,7 @@
 // in cache. With many rows both products are small GEMMs: shrink holds kDotRows x 4 dot products in
 // registers, expand transposes a block of B into a stack buffer and holds kTileRows rows x 2
 // vectors of y. Ranks above kRankSpan are large GEMMs, of packed blocks (lora_product.h).
+#include "dense_pages.h"
 #include "lora_product.h"
 #include "tiles.h"
 
@@ -114,13 +115,17 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
         store(y, load(y) + delta);
 }
 
+// How a tile finds its outputs: whole vectors of them side by side in full pages, whole vectors, or
+// the first n of one vector.
+enum class Outputs { kDense, kWhole, kPart };
+
 // kVecs vectors of outputs from o on, B transposed in registers: one where there are many pages, or
-// the lines that a tile touches and prefetches in all of them leave L1 before they are used. kPart:
-// only the first n outputs of one vector exist.
-template <typename T, int kRows, int kVecs, bool kPart>
+// the lines that a tile touches and prefetches in all of them leave L1 before they are used.
+template <typename T, int kRows, int kVecs, Outputs kOutputs>
 LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
                            int64_t n) {
     constexpr int L = kLanes<T>;
+    constexpr bool kPart = kOutputs == Outputs::kPart;
     Vec<T> acc[kVecs][kRows] = {};
     // Pages of a bank lie side by side: each prefetches its share of the next tile.
     const T* const bank = slot.table ? nullptr : slot.b + (o + kVecs * L) * slot.b_row;
@@ -130,10 +135,14 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
         const bool whole = ranks == 8 || slot.full_pages;
         if constexpr (!kPart)
             for (int i = 0; i < kVecs * L * 8; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
+        // Unrolled, or sums wait in memory between two pages.
+#pragma GCC unroll 4
         for (int c = 0; c < kVecs; ++c) {
             Vec<T> bt[8];
             const T* from = b + c * L * slot.b_row;
-            if (!kPart && whole)
+            if constexpr (kOutputs == Outputs::kDense)
+                load_quick(b + c * L * 8, bt);
+            else if (!kPart && whole)
                 load_transposed(from, slot.b_row, bt);
             else
                 load_transposed_part(from, slot.b_row, n, ranks, bt);
@@ -147,7 +156,10 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
     for (int64_t p = 0; p < pages; ++p) add_page(p, 8);
     if (slot.rank % 8) add_page(pages, slot.rank % 8);
     for (int c = 0; c < kVecs; ++c)
-        for (int i = 0; i < kRows; ++i) add_to<T, kPart>(y[i] + o + c * L, acc[c][i], n);
+        for (int i = 0; i < kRows; ++i) {
+            if constexpr (kOutputs == Outputs::kDense) acc[c][i] = in_order<T>(acc[c][i]);
+            add_to<T, kPart>(y[i] + o + c * L, acc[c][i], n);
+        }
 }
 
 template <typename T, int kRows, int kVecs>
@@ -157,10 +169,17 @@ void expand_direct(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y,
     const Acc<T>* vs[kRows];
     T* ys[kRows];
     for (int i = 0; i < kRows; ++i) vs[i] = v[i], ys[i] = y[i];
-    for (; o + kVecs * L <= o_end; o += kVecs * L)
-        direct_tile<T, kRows, kVecs, false>(slot, vs, ys, o, L);
-    for (; o + L <= o_end; o += L) direct_tile<T, kRows, 1, false>(slot, vs, ys, o, L);
-    if (o < o_end) direct_tile<T, kRows, 1, true>(slot, vs, ys, o, o_end - o);
+    const auto tiles = [&](auto vecs, auto outputs) __attribute__((always_inline)) {
+        for (; o + vecs.value * L <= o_end; o += vecs.value * L)
+            direct_tile<T, kRows, vecs.value, Outputs(outputs.value)>(slot, vs, ys, o, L);
+    };
+    constexpr Int<int(Outputs::kDense)> dense;
+    constexpr Int<int(Outputs::kWhole)> whole;
+    if constexpr (kQuick<T>)
+        if (slot.b_row == 8 && slot.full_pages) tiles(Int<kVecs>{}, dense), tiles(Int<1>{}, dense);
+    tiles(Int<kVecs>{}, whole);
+    tiles(Int<1>{}, whole);
+    if (o < o_end) direct_tile<T, kRows, 1, Outputs::kPart>(slot, vs, ys, o, o_end - o);
 }
 
 template <typename T, int kRows, int kVecs, bool kPart>

@@ -105,11 +105,12 @@ class PackedLinear(nn.Linear):
         """The same from the packed copy, or None where the plain product is to serve."""
         if compiles() or type(x) is not Tensor or self.training or _watched():
             return None
-        weight, bias = self.weight, self.bias
-        rows = x.numel() // self.in_features if self.in_features else 0
+        weight, bias, wide = self.weight, self.bias, self.in_features
+        rows = x.numel() // wide if wide else 0
         if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype:
             return None
-        if x.device.type != "cpu" or x.shape[-1] != self.in_features:
+        shape = x.shape
+        if not x.is_cpu or shape[-1] != wide:
             return None
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -118,9 +119,11 @@ class PackedLinear(nn.Linear):
         packed = self.__dict__[_STATE].of(weight)
         if packed is None:
             return None
-        x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (T, I)
+        if len(shape) == 2:
+            return ops.packed_linear(x, packed, bias, self.out_features)  # (T, O)
+        x2d = x.view(rows, wide) if x.is_contiguous() else x.reshape(rows, wide)  # (T, I)
         y = ops.packed_linear(x2d, packed, bias, self.out_features)  # (T, O)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y.view(*shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
         """As ``nn.Linear``'s; training gives the memory of the copy back."""

@@ -1,0 +1,76 @@
+// Eight ranks of a vector of outputs, transposed in registers where B lies densely. Built on vec.h
+// and, as that, per instruction set.
+#pragma once
+
+#include "transpose.h"
+
+namespace lora_ext::LX_ISA {
+namespace {
+
+// The lower or the upper halves of every 128 bits of two vectors, lane by lane in turn.
+template <int kUpper, typename V, int... kLane>
+LX_INLINE V interleave(V a, V b, LaneList<kLane...>) {
+    constexpr int L = sizeof...(kLane), kPer = 16 * L / sizeof(V);
+    return __builtin_shufflevector(
+        a, b, (kLane / kPer * kPer + (kUpper * kPer + kLane % kPer) / 2 + (kLane % 2 ? L : 0))...);
+}
+// 4x4 transposes in every 128 bits of four vectors: of lanes in pairs, then of pairs of lanes.
+template <typename V>
+LX_INLINE void transpose_quads(const V* r, V* out) {
+    using Pairs = VecN<uint64_t, sizeof(V) / 8>;
+    constexpr typename LanesBelow<sizeof(V) / 4>::type lanes{};
+    constexpr typename LanesBelow<sizeof(V) / 8>::type pairs{};
+    const auto finish = [&](V first, V second, V* to) __attribute__((always_inline)) {
+        const auto a = bit_cast<Pairs>(first), b = bit_cast<Pairs>(second);
+        to[0] = bit_cast<V>(interleave<0>(a, b, pairs));
+        to[1] = bit_cast<V>(interleave<1>(a, b, pairs));
+    };
+    finish(interleave<0>(r[0], r[1], lanes), interleave<0>(r[2], r[3], lanes), out);
+    finish(interleave<1>(r[0], r[1], lanes), interleave<1>(r[2], r[3], lanes), out + 2);
+}
+
+// As load_transposed of outputs that lie side by side, but in an order of its own, which in_order()
+// undoes: whole vectors are loaded, and most shuffles stay within 128 bits. It takes fewer of them
+// than joining two blocks of eight outputs.
+template <typename T>
+constexpr bool kQuick = false;
+#if LX_VEC_BYTES == 64
+template <>
+constexpr bool kQuick<float> = true;
+template <>
+constexpr bool kQuick<BFloat> = true;
+
+LX_INLINE void load_quick(const float* b, Vec<float>* out) {
+    using V = Vec<float>;
+    V low[4], high[4];  // columns of rows i, i + 8 and those after them
+    for (int i = 0; i < 4; ++i) {
+        const V r = load(b + 16 * i), s = load(b + 16 * (i + 4));
+        low[i] =
+            __builtin_shufflevector(r, s, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        high[i] = __builtin_shufflevector(r, s, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29,
+                                          30, 31);
+    }
+    transpose_quads(low, out);
+    transpose_quads(high, out + 4);
+}
+LX_INLINE void load_quick(const BFloat* b, Vec<float>* out) {
+    using U = VecN<uint32_t, 16>;
+    U rows[4], words[4];
+    for (int i = 0; i < 4; ++i) rows[i] = load_bits<U>(b + 32 * i);
+    transpose_quads(rows, words);
+    for (int p = 0; p < 4; ++p) {  // two ranks make a word
+        out[2 * p] = bit_cast<Vec<float>>(words[p] << 16);
+        out[2 * p + 1] = bit_cast<Vec<float>>(words[p] & 0xffff0000u);
+    }
+}
+template <typename T>
+LX_INLINE Vec<T> in_order(Vec<T> v) {
+    if constexpr (sizeof(T) == 4)
+        return __builtin_shufflevector(v, v, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    else
+        return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
+#endif
+
+}  // namespace
+}  // namespace lora_ext::LX_ISA
