@@ -68,8 +68,8 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
         });
     };
     if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
-        // Module by module: chunk by chunk would read x once, but leave the pages of one module for
-        // those of the next at every chunk, which costs more.
+        // Module by module. Chunk by chunk would read x once for all of them, but go from the pages
+        // of one module to those of the next at every chunk: which is faster is not measured.
         split(chunks, [&](int64_t begin, int64_t end) {
             for (const LoraArgs& args : modules) cpu.apply(args, begin, end);
         });

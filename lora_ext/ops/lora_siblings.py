@@ -32,8 +32,9 @@ def lora_apply_siblings_(
     :func:`lora_apply_` in one.
 
     ``y[m][t] = round(y[m][t] + scale[m][s] * b[m][s] @ (a[m][s] @ x[t]))``, with the bits that
-    module ``m`` gets alone. On a GPU up to 256 rows of modules that take the same kernels (ranks up
-    to 256, all aligned to 16 bytes or none) take the launches of one module; others take their own.
+    module ``m`` gets alone. On a GPU up to 256 rows take the launches of one module where each has
+    ranks up to 256, ``R`` and ``O`` multiples of 8, and rows of ``x``, ``y``, ``a`` and ``b`` on 16
+    bytes; else each takes its own.
 
     Args:
         y: 1 to 8 tensors ``(T, O)``, dtype and device of ``x``; any row stride, widths may differ.
