@@ -207,7 +207,7 @@ def _goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> b
         or slab.was_replaced
         or layer.tokens_first != leader.tokens_first
         or (kind is not nn.Linear and kind is not PackedLinear)
-        or type(base._parameters["weight"]) is not nn.Parameter
+        or type(base._parameters.get("weight")) is not nn.Parameter
         or "forward" in layer.__dict__
         or "forward" in base.__dict__
         or base._forward_hooks

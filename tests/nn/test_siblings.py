@@ -14,6 +14,7 @@ import pytest
 import torch
 from backends import Backend
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lora_ext
 from lora_ext import ops
@@ -304,6 +305,17 @@ def forward_of_its_own(model: Any) -> Iterator[None]:
         del k.forward
 
 
+@contextmanager
+def pruned(model: Any) -> Iterator[None]:
+    """A hook computes the weight, which is no parameter then."""
+    k = model.k.base
+    prune.random_unstructured(k, "weight", 0.0)
+    try:
+        yield
+    finally:
+        prune.remove(k, "weight")
+
+
 ELSEWHERE: dict[str, Callable[[Any], Any]] = {
     "gradients": lambda _: torch.enable_grad(),
     "autocast": lambda _: torch.autocast("cpu", torch.bfloat16),
@@ -334,7 +346,7 @@ def test_elsewhere_each_layer_computes_its_own(
     assert fused == [3]
 
 
-@pytest.mark.parametrize("where", [hooked, forward_of_its_own], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("where", [hooked, forward_of_its_own, pruned], ids=lambda f: f.__name__)
 def test_a_base_with_rules_of_its_own_computes_in_its_turn(where: Any, fused: list[int]) -> None:
     model, plain = taught()
 
