@@ -66,10 +66,12 @@ class _Call:
 
     def had(self, x: Tensor) -> bool:
         """Whether the same tensor comes again, not changed since, to the same place."""
+        block = self._block()  # None where it has ended
         return (
             self._x() is x
             and self._version == x._version
-            and self._block() is innermost()
+            and block is not None
+            and block is innermost()
             and _unwatched(x)
             and self._stream == _stream(x)
         )

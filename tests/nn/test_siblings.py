@@ -285,6 +285,16 @@ def test_a_block_in_between_has_its_own_adapters() -> None:
     agree(model, plain, run)
 
 
+@pytest.mark.parametrize("default", [None, "red"])
+def test_a_block_that_has_ended_hands_nothing_over(default: str | None) -> None:
+    model, plain = taught(default=default)
+    x = inputs()
+    with serving(model, ["blue"] * 3):
+        model.q(x)
+    with torch.no_grad():
+        assert torch.equal(model.k(x), plain.k(x))
+
+
 @contextmanager
 def hooked(model: Any) -> Iterator[None]:
     handle = model.k.base.register_forward_hook(lambda module, args, y: y * 2)
