@@ -132,7 +132,7 @@ def circuit_layers_backward(
 
     Args:
         droots: ``(B, R)``.
-        val: the result.
+        val: the result, of the sum.
         w, program, norm: as they went in.
         need_dw: whether the gradient of the weights is wanted.
 
@@ -204,7 +204,7 @@ def _fake_walk(
     require_shape(name, "root", root, "(B,)", val.shape[:1])
     require_dtype(name, "root", root, torch.int64)
     if uniforms is None:
-        return root.new_empty(len(root), plan[8])
+        return root.new_empty(root.shape[0], plan[8])
     require_dim(name, "uniforms", uniforms, "(M, sums)")
     require_dtype(name, "uniforms", uniforms, *_FLOATS)
     return root.new_empty(uniforms.shape[0], plan[8])

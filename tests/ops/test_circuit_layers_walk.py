@@ -9,6 +9,7 @@ import torch
 from backends import Backend
 from circuit_programs import GRAPHS, case, offsets, roots_of, spoiled
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_ext
 from lora_ext import ops, reference
@@ -200,6 +201,23 @@ def test_walks_pass_opcheck() -> None:
         torch.library.opcheck(
             torch.ops.lora_ext.circuit_layers_walk.default, (val, w, *program, root, u)
         )
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_one_graph_serves_any_number_of_rows(drawn: bool) -> None:
+    program, _, w, _ = case("pairs", 2)
+    compiled = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=compiled, dynamic=True, fullgraph=True)
+    def below(val: Tensor, root: Tensor, u: Tensor | None) -> Tensor:
+        return ops.circuit_layers_walk(val, w, program, root, u) - 2
+
+    for rows in (3, 4, 6):
+        val, root = torch.zeros(rows, program.plan[0]), start(program, rows)
+        u = uniforms_of(program, rows) if drawn else None
+        expected = ops.circuit_layers_walk(val, w, program, root, u) - 2
+        assert torch.equal(below(val, root, u), expected)
+    assert compiled.frame_count == 1
 
 
 @pytest.mark.cuda
