@@ -142,6 +142,7 @@ LX_INLINE void scale_tile(const A* w, int64_t n, A* to, A* tops, A* totals) {
         if (tops) tops[r] = largest;
         base[r] = largest == -kInfinity<A> ? A(0) : largest;
     }
+    if (!to && !totals) return;
     for_vectors<A>(0, n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         for (int r = 0; r < kRows; ++r) {
             const Vec<A> e =

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kWalkWarps * 32, 4)
 }  // namespace
 
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream) {
+    if (ceil_div(args.walks, kWalkWarps) > kMaxGridX) return kInvalidValue;
     const int64_t variables = args.plan.variables();
     declare_layers(args);
     declare_floats(args.w, args.num_weights, lx::Access::kConstant);

@@ -84,7 +84,10 @@ void run(const Shape& s) {
         for (int64_t i = 0; i < to.size; ++i)
             to[i] = lx::from_float<T>(static_cast<float>(below(2 * largest + 1) - largest));
     };
-    const Exact<T> y_too(y.size, s.shift);
+    const Exact<T> y_too(y.size, s.shift), y_three(y.size, s.shift);
+    // Of a sibling with half of the outputs.
+    const int64_t half = s.out < 16 ? s.out / 2 : s.out / 16 * 8, half_row = half + s.pad;
+    const Exact<T> y_half(half > 0 ? (s.tokens - 1) * half_row + half : 0, s.shift);
     fill(x, 2), fill(y, 9), fill(a, 1), fill(b, 1);
     for (int64_t t = 0; t < s.tokens; ++t) ids[t] = below(slots + 1) - 1;
     for (int i = 0; i < slots; ++i) ranks[i] = s.ranks[i], scale[i] = i % 2 ? 2.0f : 0.5f;
@@ -115,7 +118,9 @@ void run(const Shape& s) {
                         : slot * bank.b_slot_stride + r / 8 * bank.b_page_stride) +
                o * b_ranks + r % 8;
     };
-    for (int64_t i = 0; i < y.size; ++i) y_too[i] = y[i];
+    for (int64_t i = 0; i < y.size; ++i) y_too[i] = y_three[i] = y[i];
+    for (int64_t t = 0; t < s.tokens; ++t)
+        for (int64_t o = 0; o < half; ++o) y_half[t * half_row + o] = y[t * y_row + o];
     // What belongs to no rank is poisoned, or NaN where rows are loaded whole.
     std::vector<bool> a_owned(a_rows), b_owned(b.size);
     for (int slot = 0; slot < slots; ++slot)
@@ -171,10 +176,13 @@ void run(const Shape& s) {
         sized.workspace = bytes > 0 ? workspace.data() : nullptr;
         require(launch(sized, nullptr) == 0, s, what);
     };
-    auto check_y = [&](const Exact<T>& got, const char* what) {
+    auto check_rows = [&](const Exact<T>& got, int64_t row, int64_t out, const char* what) {
         for (int64_t t = 0; t < s.tokens; ++t)
-            for (int64_t o = 0; o < s.out; ++o)
-                require(lx::to_float(got[t * y_row + o]) == want_y[t * s.out + o], s, what, t, o);
+            for (int64_t o = 0; o < out; ++o)
+                require(lx::to_float(got[t * row + o]) == want_y[t * s.out + o], s, what, t, o);
+    };
+    auto check_y = [&](const Exact<T>& got, const char* what) {
+        check_rows(got, y_row, s.out, what);
     };
 
     // The halves, then the whole; rows of v end with their rank.
@@ -195,6 +203,16 @@ void run(const Shape& s) {
     };
     with_workspace(apply, args, "apply");
     check_y(y_too, "apply");
+    LoraArgs both[2] = {args, args};
+    both[0].y = y_three.data();
+    both[1].y = y_half.data(), both[1].y_row_stride = half_row;
+    both[1].bank.out_features = static_cast<int32_t>(half);
+    const Exact<float> first(lora_workspace_bytes(both[0]) / 4);
+    const Exact<float> second(lora_workspace_bytes(both[1]) / 4);
+    both[0].workspace = first.data(), both[1].workspace = second.data();
+    require(launch_lora_apply(both, nullptr) == 0, s, "siblings");
+    check_y(y_three, "siblings");
+    check_rows(y_half, half_row, half, "the second sibling");
 }
 
 }  // namespace
