@@ -14,6 +14,7 @@ import pytest
 import torch
 from backends import Backend
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lora_ext
 from lora_ext import ops
@@ -284,6 +285,25 @@ def test_a_block_in_between_has_its_own_adapters() -> None:
     agree(model, plain, run)
 
 
+def test_a_block_that_is_left_takes_its_outputs_with_it() -> None:
+    """Also where no block is around: a dead reference to a block is not the lack of one."""
+    for default in (None, "red"):
+        model, plain = taught(default=default)
+        x, found = inputs(), []
+        for m in (model, plain):
+            with serving(m, ["blue"] * 3):
+                m.q(x)
+            assert m is plain or kept(m) == []
+            with torch.no_grad():
+                found.append(m.k(x))
+        assert torch.equal(*found)
+    model, _ = taught(default="error")
+    with serving(model):
+        model.q(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected a block around"):
+        model.k(x)
+
+
 @contextmanager
 def hooked(model: Any) -> Iterator[None]:
     handle = model.k.base.register_forward_hook(lambda module, args, y: y * 2)
@@ -334,7 +354,17 @@ def test_elsewhere_each_layer_computes_its_own(
     assert fused == [3]
 
 
-@pytest.mark.parametrize("where", [hooked, forward_of_its_own], ids=lambda f: f.__name__)
+@contextmanager
+def pruned(model: Any) -> Iterator[None]:
+    """As old weight and spectral norms: a hook computes the weight, which is no parameter."""
+    prune.l1_unstructured(model.k.base, "weight", 0.5)
+    try:
+        yield
+    finally:
+        prune.remove(model.k.base, "weight")
+
+
+@pytest.mark.parametrize("where", [hooked, forward_of_its_own, pruned], ids=lambda f: f.__name__)
 def test_a_base_with_rules_of_its_own_computes_in_its_turn(where: Any, fused: list[int]) -> None:
     model, plain = taught()
 
@@ -406,6 +436,15 @@ def test_a_compiled_model_shares_nothing_and_is_right(fused: list[int]) -> None:
     with serving(model):
         torch.testing.assert_close(compiled(inputs()), expected)
     assert fused == []
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_recording_has_an_op_for_each_layer() -> None:
+    """torch.jit.trace follows no tensor into a list that an op changes."""
+    model, _ = taught()
+    with serving(model):
+        recorded: Any = torch.jit.trace(model, (inputs(),), check_trace=False)
+        assert torch.equal(recorded(inputs(8)), model(inputs(8)))
 
 
 def test_siblings_take_the_launches_of_one_layer(backend: Backend) -> None:
