@@ -208,6 +208,19 @@ def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[st
     return rows
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot be, before minutes of answers."""
+    needed = "answers.pt" if args.compare else "mtpc_config.json"
+    least = {"compare": 0, "cost": 0, "shortlist": 1, "longest": 1, "questions": 1, "new_tokens": 1}
+    for name, number in least.items():
+        found = getattr(args, name)
+        if not found >= number:  # nor NaN
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: expected at least {number}, found {found}")
+    if not (args.head / needed).is_file():
+        parser.error(f"--head: expected a folder with {needed}, found {args.head}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
@@ -219,6 +232,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="of their answers")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")
     args = parser.parse_args()
+    check(parser, args)
     texts = unseen_answers(args.head)
     if args.compare:
         rows = compare(texts, args)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,8 +67,8 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
         code = getattr(error, "status_code", code)
         refused[code] += 1
         told = getattr(error, "detail", None) or str(error.args[0] if error.args else error)
-        again = {"Retry-After": "1"} if code == 429 else None
-        return JSONResponse({"error": {"message": told, "code": code}}, code, again)
+        more = {"Retry-After": "1"} if code == 429 else getattr(error, "headers", None)
+        return JSONResponse({"error": {"message": told, "code": code}}, code, more)
 
     for kind in CODES:
         app.add_exception_handler(kind, refuse)

@@ -11,7 +11,7 @@ from lora_ext.circuits import checks
 from lora_ext.circuits.errors import require
 from lora_ext.circuits.layered import FIRST_LEAF
 from lora_ext.circuits.leaves import Indicator, Joint
-from lora_ext.circuits.parameters import Parameters
+from lora_ext.circuits.parameters import Parameters, require_tensor
 
 
 class MapResult(NamedTuple):
@@ -38,7 +38,7 @@ def sample(
     root: int | Tensor | None,
 ) -> Tensor:
     """``Circuit.sample``."""
-    whole = isinstance(num_samples, int) and num_samples >= 0
+    whole = type(num_samples) is int and num_samples >= 0
     require(whole, "sample: num_samples", "a whole number, at least 0", repr(num_samples))
     evidence = evidence_or_nothing(circuit, evidence, root)
     filled, missing = circuit._read("sample: evidence", evidence)
@@ -48,7 +48,7 @@ def sample(
     device, dtype = circuit.weights.device, circuit.weights.dtype
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
-    require(uniforms.shape == shape, "sample: uniforms", f"shape {shape}", tuple(uniforms.shape))
+    _check_uniforms(uniforms, shape, device)
     circuit._refuse_external("sample")
     execution, weights = circuit._run(), circuit._weights()
     val = execution.up(circuit._leaf_values_of("sample", filled, missing), weights)
@@ -63,6 +63,14 @@ def sample(
     x = room_for_values(circuit, evidence)[row]
     _fill(circuit, x, chosen, missing[row], u[:, inner:].to(dtype))
     return x.unflatten(0, (len(evidence), num_samples))
+
+
+def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    where, dtypes = "sample: uniforms", (torch.float32, torch.float64)
+    require_tensor(where, uniforms)
+    require(uniforms.shape == shape, where, f"shape {shape}", tuple(uniforms.shape))
+    require(uniforms.dtype in dtypes, where, "float32 or float64", uniforms.dtype)
+    require(uniforms.device == device, where, device, uniforms.device)
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:

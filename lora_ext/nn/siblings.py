@@ -9,7 +9,7 @@ A model calls ``q_proj(x)`` before ``k_proj(x)``. The first sibling therefore ca
 followers as well, runs one op for all, and keeps the others' outputs until they are called with the
 same tensor, unchanged, in the same block, thread and stream. Whatever else happens goes the way of
 single layers, and what was kept is dropped: at the next call with another tensor, at the latest
-when the tensor goes.
+when the tensor or the block goes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,22 +56,23 @@ class _Call:
 
     __slots__ = ("_block", "_stream", "_version", "_x", "leader", "outputs", "waiting")
 
-    def __init__(self, leader: str, x: Tensor):
+    def __init__(self, leader: str, x: Tensor, block: Block):
         self.leader = leader
         self.waiting = 0  # followers that were not called yet
         outputs: dict[str, Tensor] = {}
         self.outputs = outputs  # theirs
         self._x = weakref.ref(x, lambda _: outputs.clear())
-        self._version, self._block, self._stream = x._version, _where(), _stream(x)
+        self._block = weakref.ref(block, lambda _: outputs.clear())
+        self._version, self._stream = x._version, _stream(x)
 
     def had(self, x: Tensor) -> bool:
         """Whether the same tensor comes again, not changed since, to the same place."""
-        block = self._block()  # None where it has ended
+        block = innermost()
         return (
             self._x() is x
             and self._version == x._version
             and block is not None
-            and block is innermost()
+            and self._block() is block
             and _unwatched(x)
             and self._stream == _stream(x)
         )
@@ -123,7 +124,8 @@ class Siblings:
             self._adapted |= {layer.name}
             self._lessons = _LESSONS
         leads = layer.name in self._followers
-        if not (leads or self._lessons > 0) or not _plain(x):
+        block = innermost()  # none in a backward, which sees that of its forward
+        if not (leads or self._lessons > 0) or block is None or not _plain(x):
             return None
         first = self._here.first
         if first is not None:
@@ -131,7 +133,7 @@ class Siblings:
                 self._learn(first.leader, layer.name)
                 return None
             self._drop(first)
-        self._here.first = call = _Call(layer.name, x)
+        self._here.first = call = _Call(layer.name, x, block)
         names = self._followers.get(layer.name)
         if names is None:
             self._lessons -= 1
@@ -172,11 +174,6 @@ class Siblings:
                 self._followers.pop(first.leader, None)
 
 
-def _where() -> Callable[[], Block | None]:
-    block = innermost()
-    return (lambda: None) if block is None else weakref.ref(block)
-
-
 def _unwatched(x: Tensor) -> bool:
     """Whether nobody records products, or computes them in another way, at this moment."""
     return not (
@@ -184,6 +181,7 @@ def _unwatched(x: Tensor) -> bool:
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
         or modules_of_torch._has_any_global_hook()
     )
 

@@ -57,6 +57,13 @@ class HostCache(Mapping[str, PackedAdapter]):
         self.nbytes -= adapter.nbytes
         return adapter
 
+    def forget(self, name: str) -> None:
+        """Take an adapter out, if it is here, and no longer tell that one of that name was let
+        go."""
+        self._let_go.pop(name, None)
+        if name in self:
+            self.pop(name)
+
     def was_dropped(self, name: str) -> bool:
         """Whether the limit had no room for an adapter of that name, not long ago."""
         return name in self._let_go

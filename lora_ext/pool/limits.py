@@ -22,6 +22,11 @@ def check_limits(
             raise TypeError(f"AdapterPool: {argument}: expected an integer, found {value!r}")
         if value < 1:
             raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
+    check_host_cache_bytes(host_cache_bytes)
+
+
+def check_host_cache_bytes(host_cache_bytes: int) -> None:
+    """Refuse what is no number of bytes."""
     counted = isinstance(host_cache_bytes, int) and not isinstance(host_cache_bytes, bool)
     if not counted or host_cache_bytes < 0:
         raise ValueError(

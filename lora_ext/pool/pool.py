@@ -17,7 +17,7 @@ from lora_ext.adapter.live import live_adapter
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
 
-from .limits import check_limits, limit_bytes
+from .limits import check_host_cache_bytes, check_limits, limit_bytes
 from .lock import PoolLock
 from .packing import PackedAdapter, read_packed
 from .pages import page_count
@@ -341,11 +341,13 @@ class AdapterPool:
 
     @property
     def host_cache_bytes(self) -> int:
-        """How much of what is evicted is kept in host memory."""
+        """How much of what is evicted is kept in host memory; a change counts from the next
+        eviction on."""
         return self._residence.cache.limit
 
     @host_cache_bytes.setter
     def host_cache_bytes(self, value: int) -> None:
+        check_host_cache_bytes(value)
         self._residence.cache.limit = value
 
     @property

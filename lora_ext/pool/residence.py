@@ -66,9 +66,8 @@ class Residence:
 
     def forget(self, name: str) -> None:
         """The name is gone; so are slot and pages, now or with the last pin."""
-        if name in self.cache:
-            self.cache.pop(name)
-        else:
+        self.cache.forget(name)
+        if name in self.by_name:
             self._retire(self.by_name.pop(name))
 
     def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:

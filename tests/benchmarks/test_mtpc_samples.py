@@ -129,6 +129,27 @@ def test_a_draft_is_the_same_after_the_same_steps(model):
     assert any(value.any() for key, value in found[0].items() if "lora_B" in key)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--head nowhere", "--head: expected a folder with mtpc_config.json, found nowhere"),
+        ("--head nowhere --compare 5", "--head: expected a folder with answers.pt, found nowhere"),
+        ("--longest 0", "--longest: expected at least 1, found 0"),
+        ("--compare -1", "--compare: expected at least 0, found -1"),
+        ("--cost -1", "--cost: expected at least 0, found -1"),
+        ("--cost nan", "--cost: expected at least 0, found nan"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_minutes_of_answers(
+    arguments, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(mtpc_heldout, "unseen_answers", lambda _: pytest.fail("it answers"))
+    monkeypatch.setattr("sys.argv", ["mtpc_heldout.py", *arguments.split()])
+    with pytest.raises(SystemExit):
+        mtpc_heldout.main()
+    assert message in capsys.readouterr().err
+
+
 def test_a_call_yields_the_tokens_before_the_first_that_is_not_kept():
     kept = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
     assert mtpc_heldout.tokens_a_call(kept) == 1 + (1.5 + 0) / 2

@@ -142,6 +142,20 @@ def test_what_is_no_number_of_a_root_or_of_samples_is_refused_by_name():
     for root in (True, False, 0.0, "", []):
         with pytest.raises(ValueError, match=r"log_prob: root: expected one of 0 \.\. 2"):
             circuit.log_prob(x, root=root)
-    for number in (-1, 1.5):
+    for number in (-1, 1.5, True):
         with pytest.raises(ValueError, match="sample: num_samples: expected a whole number"):
             circuit.sample(number, root=0)  # pyright: ignore[reportArgumentType]
+
+
+def test_uniforms_that_cannot_be_are_refused_by_name():
+    circuit = classes()
+    shape = (1, 2, sum(bool(r.partitions) for r in circuit.graph.regions) + 5)
+    for uniforms, message in (
+        ([[0.5]], "a tensor, found builtins.list"),
+        (torch.rand(shape)[:, :1], "shape"),
+        (torch.rand(shape).half(), "float32 or float64, found torch.float16"),
+        (torch.zeros(shape, dtype=torch.long), "float32 or float64, found torch.int64"),
+        (torch.rand(shape, device="meta"), "cpu, found meta"),
+    ):
+        with pytest.raises(ValueError, match=f"sample: uniforms: expected {message}"):
+            circuit.sample(2, uniforms=uniforms, root=0)  # pyright: ignore[reportArgumentType]

@@ -232,6 +232,17 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     assert {"lora_ext_requests", "lora_ext_pool_pins"} <= set(found)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "code"), [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)]
+)
+def test_what_is_not_there_has_openais_error(
+    server: Any, method: str, path: str, code: int
+) -> None:
+    found = server.client.request(method, path)
+    assert found.status_code == code and found.json()["error"]["code"] == code
+    assert found.headers.get("Allow") == ("GET" if code == 405 else None)
+
+
 def test_the_server_is_on_the_loopback_and_says_when_it_is_ill(server: Any) -> None:
     """The last test: it ends the manager's thread."""
     assert server.host == "127.0.0.1" and server.port != 8000

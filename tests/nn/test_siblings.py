@@ -285,14 +285,23 @@ def test_a_block_in_between_has_its_own_adapters() -> None:
     agree(model, plain, run)
 
 
-@pytest.mark.parametrize("default", [None, "red"])
-def test_a_block_that_has_ended_hands_nothing_over(default: str | None) -> None:
-    model, plain = taught(default=default)
-    x = inputs()
-    with serving(model, ["blue"] * 3):
+def test_a_block_that_is_left_takes_its_outputs_with_it() -> None:
+    """Also where no block is around: a dead reference to a block is not the lack of one."""
+    for default in (None, "red"):
+        model, plain = taught(default=default)
+        x, found = inputs(), []
+        for m in (model, plain):
+            with serving(m, ["blue"] * 3):
+                m.q(x)
+            assert m is plain or kept(m) == []
+            with torch.no_grad():
+                found.append(m.k(x))
+        assert torch.equal(*found)
+    model, _ = taught(default="error")
+    with serving(model):
         model.q(x)
-    with torch.no_grad():
-        assert torch.equal(model.k(x), plain.k(x))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected a block around"):
+        model.k(x)
 
 
 @contextmanager
@@ -428,6 +437,15 @@ def test_a_compiled_model_shares_nothing_and_is_right(fused: list[int]) -> None:
     with serving(model):
         torch.testing.assert_close(compiled(inputs()), expected)
     assert fused == []
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_recording_has_an_op_for_each_layer() -> None:
+    """torch.jit.trace follows no tensor into a list that an op changes."""
+    model, _ = taught()
+    with serving(model):
+        recorded: Any = torch.jit.trace(model, (inputs(),), check_trace=False)
+        assert torch.equal(recorded(inputs(8)), model(inputs(8)))
 
 
 def test_siblings_take_the_launches_of_one_layer(backend: Backend) -> None:

@@ -133,6 +133,9 @@ def test_without_a_host_cache_an_evicted_adapter_is_gone_and_the_error_says_so()
     with pytest.raises(UnknownAdapterError, match="host_cache_bytes had no room"):
         pool.acquire(["x"])
     load(pool, "x", 0)
+    pool.unload("x")
+    with pytest.raises(UnknownAdapterError, match="'x' is not loaded; 0 are loaded"):
+        pool.acquire(["x"])
 
 
 def test_bringing_back_several_does_not_push_them_out_of_a_small_cache():

@@ -123,6 +123,11 @@ def test_a_pool_refuses_a_cache_of_less_than_nothing_and_a_device_that_is_not_th
         AdapterPool(Base(), host_cache_bytes=-1)
     with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found True"):
         AdapterPool(Base(), host_cache_bytes=True)
+    pool = AdapterPool(Base(), host_cache_bytes=7)
+    for wrong in (-1, True, 1.5, None):
+        with pytest.raises(ValueError, match=f"host_cache_bytes: expected .*, found {wrong}"):
+            pool.host_cache_bytes = wrong  # pyright: ignore[reportAttributeAccessIssue]
+    assert pool.host_cache_bytes == 7
     with pytest.raises((RuntimeError, AssertionError), match=r"(?i)device|cuda"):
         AdapterPool(Base(), device="cuda:77")
 
