@@ -124,8 +124,12 @@ class Siblings:
             self._adapted |= {layer.name}
             self._lessons = _LESSONS
         leads = layer.name in self._followers
-        block = innermost()  # none in a backward, which sees that of its forward
-        if not (leads or self._lessons > 0) or block is None or not _plain(x):
+        # There is none in a backward, which sees that of its forward; and where a generator waits
+        # inside another one, each layer looks whether it goes on.
+        block = innermost()
+        if not (leads or self._lessons > 0) or block is None or block.entry.suspended:
+            return None
+        if not _plain(x):
             return None
         first = self._here.first
         if first is not None:
