@@ -1,16 +1,23 @@
 """Kernels for many LoRA adapters and for probabilistic circuits, as drop-in PyTorch modules."""
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from lora_ext import _loader
 
 _C = _loader.load()
 
 # E402: the ops exist once the compiled module is in the process, and all that follows stands on
 # them.
-from lora_ext import adapter, circuits, federated, methods, nn, ops, pool  # noqa: E402
+from lora_ext import adapter, nn, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.interop.transformers import attach, detach  # noqa: E402
 from lora_ext.nn import LoraConfig, adapters  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
+
+if TYPE_CHECKING:
+    from lora_ext import circuits, federated, methods
 
 __all__ = [
     "AdapterPool",
@@ -28,3 +35,17 @@ __all__ = [
     "pool",
 ]
 __version__ = "0.1.0"
+
+# A server needs none of these, and they were half of the time that an import takes.
+_ON_DEMAND = frozenset({"circuits", "federated", "methods"})
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a package when it is first asked for."""
+    if name in _ON_DEMAND:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import lora_ext
@@ -39,6 +40,21 @@ def test_import_takes_under_300_ms_beyond_torch():
         "print(time.process_time() - t)"
     )
     assert min(float(python(code)) for _ in range(5)) < 0.3
+
+
+def test_large_packages_are_imported_on_demand():
+    code = (
+        "import sys, lora_ext\n"
+        "names = ['circuits', 'federated', 'methods']\n"
+        "assert not [n for n in names if f'lora_ext.{n}' in sys.modules]\n"
+        "assert set(names) <= set(dir(lora_ext))\n"
+        "print([getattr(lora_ext, n).__name__ for n in names])"
+    )
+    assert python(code).strip() == str(
+        [f"lora_ext.{n}" for n in ("circuits", "federated", "methods")]
+    )
+    with pytest.raises(AttributeError, match="module 'lora_ext' has no attribute 'nothing'"):
+        lora_ext.nothing  # noqa: B018
 
 
 def test_import_starts_nothing_on_a_gpu():
