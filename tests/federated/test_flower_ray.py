@@ -17,7 +17,7 @@ from flower_simulation import strategy
 from lora_ext.federated import LocalGrid, RoundLog, make_client_app
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240
+SECONDS = 400
 
 
 def deployment():

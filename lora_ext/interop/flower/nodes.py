@@ -23,7 +23,7 @@ PARTITION, CAPABILITY = "partition-id", "capability"
 
 Capability = Mapping[int, int] | Callable[[int], int] | None
 
-_PATIENCE = 60.0  # seconds for a query, within which a simulation with Ray has started
+_PATIENCE = 180.0  # seconds for a query: on a busy machine Ray took more than 60 to start
 
 _log = logging.getLogger("flwr")
 
