@@ -1,7 +1,6 @@
 """A server of one file: OpenAI's chat completions, where ``model`` names an adapter or the base.
 
-`pip install lora_ext[serve]`, then `python examples/serve.py --model DIR --adapters DIR`.
-"""
+`pip install lora_ext[serve]`, then `python examples/serve.py --model DIR --adapters DIR`."""
 
 import argparse
 import asyncio
@@ -28,17 +27,13 @@ CODES = {ValidationError: 422, UnknownAdapterError: 404, FileNotFoundError: 404}
 CODES |= {PoolFullError: 429, QueueFullError: 429, ValueError: 400, NotImplementedError: 400}
 CODES |= {RuntimeError: 500, HTTPException: 500, ClientDisconnect: 400}
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+STRICT = ConfigDict(extra="forbid", strict=True, populate_by_name=True)  # other fields are refused
+Message = create_model("Message", __config__=STRICT, role=(str, ...), content=(str, ...))
+Load = create_model("Load", __config__=STRICT, lora_name=(str, ...), lora_path=(str | None, None))
 
 
-class Fields(BaseModel):  # what is not named here is refused by its name
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
-
-
-Message = create_model("Message", __base__=Fields, role=(str, ...), content=(str, ...))
-Load = create_model("Load", __base__=Fields, lora_name=(str, ...), lora_path=(str | None, None))
-
-
-class Chat(Fields):
+class Chat(BaseModel):
+    model_config = STRICT
     model: str
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
@@ -52,7 +47,7 @@ class Chat(Fields):
 
 
 def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
-    app, refused = FastAPI(), Counter()
+    refused = Counter()
 
     async def read(kind: type[BaseModel], request: Request) -> Any:
         body = bytearray()
@@ -70,8 +65,7 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
         more = {"Retry-After": "1"} if code == 429 else getattr(error, "headers", None)
         return JSONResponse({"error": {"message": told, "code": code}}, code, more)
 
-    for kind in CODES:
-        app.add_exception_handler(kind, refuse)
+    app = FastAPI(exception_handlers=dict.fromkeys(CODES, refuse))
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Any:
@@ -79,10 +73,8 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
         if chat.stream_options and not chat.stream:
             raise ValueError("stream_options: expected beside stream: true, found without it")
         name, said = None if chat.model == base else chat.model, chat.model_dump()["messages"]
-        how = Sampling(
-            *(1.0 if x is None else x for x in (chat.temperature, chat.top_p)), chat.seed
-        )
-        stream = await engine.begin(said, name, chat.max_tokens, how)
+        heat = (1.0 if x is None else x for x in (chat.temperature, chat.top_p))
+        stream = await engine.begin(said, name, chat.max_tokens, Sampling(*heat, chat.seed))
         stream.until_gone(request.receive)
         texts = stream.texts(engine.tokenizer, chat.stop or ())
         head = {"id": stream.request_id, "created": int(time.time()), "model": chat.model}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch: threads that wait sleep instead of spinning, so that tests that run side by side, or
 # beside other work, do not take the cores from each other.
@@ -17,6 +18,7 @@ from backends import BACKENDS, OP_MODULES, Backend, closed
 from hypothesis import settings
 
 import lora_ext
+from lora_ext import ops
 from lora_ext.ops import _registration
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -71,3 +73,17 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
     yield chosen
     lora_ext._C.set_cpu_isa("")
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many modules each op that siblings share has had."""
+    found: list[int] = []
+    op = ops.lora_apply_siblings_
+
+    def counted(y: Any, *args: Any) -> Any:
+        found.append(len(y))
+        return op(y, *args)
+
+    monkeypatch.setattr(ops, "lora_apply_siblings_", counted)
+    return found

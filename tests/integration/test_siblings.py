@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
-from lora_ext import ops
 from lora_ext.interop import smollm2
 
 NAMES = ["green", None, "red"]
@@ -33,20 +32,6 @@ def attached(model: Any, configs: dict[str, Any], folder: Path, **how: Any) -> t
             pool.load(name, folder / name)
         both.append(lora_ext.attach(twin, pool, fuse_siblings=fuse, **how))
     return both[0], both[1]
-
-
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many modules each shared op had."""
-    found: list[int] = []
-    op = ops.lora_apply_siblings_
-
-    def counted(y: Any, *args: Any) -> Any:
-        found.append(len(y))
-        return op(y, *args)
-
-    monkeypatch.setattr(ops, "lora_apply_siblings_", counted)
-    return found
 
 
 def same_logits(model: Any, plain: Any, **inputs: Any) -> None:

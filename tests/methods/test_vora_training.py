@@ -48,7 +48,10 @@ def test_losses_are_what_they_say(n_blocks: int, pairing: str) -> None:
     torch.testing.assert_close(found.loss, found.lm_loss + 0.3 * found.distill_loss)
 
     hiddens: list[Tensor] = []  # by hand: hooks of our own on every block
-    take = lambda _, args, out: hiddens.append(out if pairing == "output" else args[0])  # noqa: E731
+
+    def take(_: Any, args: Any, out: Any) -> None:
+        hiddens.append(out if pairing == "output" else args[0])
+
     handles = [block.register_forward_hook(take) for block in model.model.model.layers]
     run(model, **given)
     for handle in handles:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_ext
-from lora_ext import ops
 
 WIDTH, OUTS = 24, {"q": 24, "k": 16, "v": 16, "o": 24}
 ROWS = ["red", None, "blue"]
@@ -63,20 +62,6 @@ def make(fuse: bool = True, red: Any = None, blue: Any = None, **how: Any) -> An
 
 def inputs(seed: int = 7) -> Tensor:
     return torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many modules each shared op had."""
-    found: list[int] = []
-    op = ops.lora_apply_siblings_
-
-    def counted(y: Any, *args: Any) -> Any:
-        found.append(len(y))
-        return op(y, *args)
-
-    monkeypatch.setattr(ops, "lora_apply_siblings_", counted)
-    return found
 
 
 @contextmanager
