@@ -30,8 +30,8 @@ constexpr int kPackColumns = 128;
 constexpr int kPackSize = 8192;      // elements of the transposed block of B
 constexpr int kVSize = 8192;         // elements of v in apply
 constexpr int64_t kOutBlock = 1024;  // outputs of an item of expand
-// Bytes, and vectors of y: how far ahead of use B and y are prefetched.
-constexpr int64_t kAheadB = 1024, kAheadY = 16;
+// Bytes, rows, and vectors of y: how far ahead of use pages of B, rows of B and y are prefetched.
+constexpr int64_t kAheadB = 2048, kAheadRows = 64, kAheadY = 16;
 
 // ------------------------------------------------------------------------------------------------
 // Shrink
@@ -51,7 +51,9 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
     for (int64_t r = 0; r < slot.rank; r += kDotRanks)
         with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
             Vec<T> acc[kRows][ranks.value] = {};
-            dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc);
+            const int64_t after = r + kDotRanks;
+            const T* next = after < slot.rank ? slot.a_at(after) : nullptr;
+            dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc, next);
             write_v<T>(acc, slot.scale, v, 0, r);
         });
 }
@@ -119,6 +121,21 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
 // the first n of one vector.
 enum class Outputs { kDense, kWhole, kPart };
 
+// Where a bank has room for larger ranks, an adapter's rows of B lie apart, and what lies between
+// them is not to be read; and rows may have many lines. The first page in each cache line of a row
+// prefetches that line of later rows: of the next tile to L1, and far ahead to L2, where more lines
+// can be under way. Measured on Zen 4, rows of 64: by L1 alone, ranks 32 and 64 take twice as long;
+// by L2 alone, or in turns, single lines are at times not fetched at all.
+template <int kCount, typename T>
+LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
+    if (one_line)
+        for (int i = 0; i < kCount; ++i) __builtin_prefetch(b + (kCount + i) * row);
+    for (int i = 0; i < kCount; ++i) {
+        __builtin_prefetch(b + (kAheadRows + i) * row, 0, kToL2);
+        if (!one_line) __builtin_prefetch(b + (kCount + i) * row);
+    }
+}
+
 // kVecs vectors of outputs from o on, B transposed in registers: one where there are many pages, or
 // the lines that a tile touches and prefetches in all of them leave L1 before they are used.
 template <typename T, int kRows, int kVecs, Outputs kOutputs>
@@ -127,14 +144,22 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
     constexpr int L = kLanes<T>;
     constexpr bool kPart = kOutputs == Outputs::kPart;
     Vec<T> acc[kVecs][kRows] = {};
-    // Pages of a bank lie side by side: each prefetches its share of the next tile.
-    const T* const bank = slot.table ? nullptr : slot.b + (o + kVecs * L) * slot.b_row;
+    constexpr int kTile = kVecs * L, kLine = 64 / sizeof(T);
+    const bool dense = slot.b_row == slot.rank && slot.rank <= 2 * kLine;
+    const T* const bank = slot.b + (o + kTile) * slot.b_row;
     const auto add_page = [&](int64_t p, int ranks) __attribute__((always_inline)) {
         const T* b = slot.b_page(p) + o * slot.b_row;
-        const T* next = bank ? bank + p * (kVecs * L * 8) : b + kAheadB / sizeof(T);
         const bool whole = ranks == 8 || slot.full_pages;
-        if constexpr (!kPart)
-            for (int i = 0; i < kVecs * L * 8; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
+        if constexpr (!kPart) {
+            if (slot.table)
+                for (int i = 0; i < kTile * 8; i += kLine)
+                    __builtin_prefetch(b + kAheadB / sizeof(T) + i, 0, kToL2);
+            else if (dense)  // pages lie side by side: each prefetches its share of the next tile
+                for (int i = 0; i < kTile * 8; i += kLine)
+                    __builtin_prefetch(bank + p * (kTile * 8) + i);
+            else if (8 * p % kLine == 0)
+                prefetch_rows<kTile>(b, slot.b_row, slot.rank <= kLine);
+        }
         // Unrolled, or sums wait in memory between two pages.
 #pragma GCC unroll 4
         for (int c = 0; c < kVecs; ++c) {

@@ -16,11 +16,13 @@ constexpr int kDotRows = 3;  // 12 accumulators of 16 registers
 #endif
 constexpr int kDotRanks = 4;
 constexpr int64_t kAheadA = 512;  // bytes ahead of use at which `a` is prefetched
+constexpr int kToL2 = 2;          // of __builtin_prefetch
 
-// acc[row][rank] += x[row] . a[rank] over [k, k_end)
+// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, reading `a` takes the time: the
+// ranks that follow these are prefetched where their rows are known as `next`.
 template <typename T, int kRows, int kRanks>
 LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
-                        Vec<T> (&acc)[kRows][kRanks]) {
+                        Vec<T> (&acc)[kRows][kRanks], const T* next = nullptr) {
     constexpr int L = kLanes<T>;
     const auto step = [&](auto&& get) {
         Vec<T> xs[kRows];
@@ -32,8 +34,12 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
     };
     const auto ahead = [&] {
         if constexpr (kRows <= 2)
-            for (int j = 0; j < kRanks; ++j)
-                __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAheadA);
+            for (int j = 0; j < kRanks; ++j) {
+                if (next)
+                    __builtin_prefetch(next + j * a_row + k, 0, kToL2);
+                else
+                    __builtin_prefetch(reinterpret_cast<const char*>(a + j * a_row + k) + kAheadA);
+            }
     };
     if constexpr (kPairs<T>)
         for (; k + 2 * L <= k_end; k += 2 * L) {
