@@ -45,8 +45,10 @@ TARGETS = {
     ("r16", "prefill"): 4.0,
     ("r8 to r64", "prefill"): 4.0,
 }
-# Largest difference of the twenty first log-probabilities of a row: rounding of sums of 30 layers.
-BOUND = {"float32": 1e-3, "bfloat16": 0.25}
+# Mean difference of the twenty first log-probabilities of a row: rounding of sums of 30 layers. In
+# bfloat16 either kernel is 0.05 from float32, rows are up to 0.09 apart, and 0.15 or more where a
+# row has another's adapter.
+BOUND = {"float32": 1e-4, "bfloat16": 0.12}
 
 
 def save_adapters(model: Path, folder: Path, ranks: list[int]) -> list[LoRARequest]:
@@ -158,22 +160,24 @@ class Engine:
 
 
 def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
-    """Largest difference of log-probabilities between the kernels, up to the first other token."""
+    """The mean difference of log-probabilities between the kernels, up to the first other token, in
+    the row in which it is largest."""
     found = []
     for theirs in (False, True):
         with engine.kernels(theirs):
             found.append(engine.run(requests, 8, 4)[1])
     worst = 0.0
     for ours, other in zip(*found, strict=True):
+        apart = []
         for a, b in zip(ours.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
-            both = a.keys() & b.keys()
-            worst = max([worst, *(abs(a[t].logprob - b[t].logprob) for t in both)])
+            apart += [abs(a[t].logprob - b[t].logprob) for t in a.keys() & b.keys()]
             if next(iter(a)) != next(iter(b)):
                 break  # two tokens within rounding: the rows go on apart
+        worst = max(worst, statistics.fmean(apart))
     if not worst <= BOUND[dtype]:
         raise SystemExit(
-            f"vllm_serving: {name}: expected log-probabilities within {BOUND[dtype]} of vLLM's "
-            f"kernels, found a difference of {worst:.3g}"
+            f"vllm_serving: {name}: expected rows' log-probabilities within {BOUND[dtype]} of vLLM's "
+            f"kernels on average, found a difference of {worst:.3g}"
         )
     return worst
 
