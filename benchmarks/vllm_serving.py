@@ -176,8 +176,8 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
         worst = max(worst, statistics.fmean(apart))
     if not worst <= BOUND[dtype]:
         raise SystemExit(
-            f"vllm_serving: {name}: expected rows' log-probabilities within {BOUND[dtype]} of vLLM's "
-            f"kernels on average, found a difference of {worst:.3g}"
+            f"vllm_serving: {name}: expected log-probabilities of a row on average within "
+            f"{BOUND[dtype]} of vLLM's kernels, found a difference of {worst:.3g}"
         )
     return worst
 
