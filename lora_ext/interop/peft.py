@@ -33,7 +33,7 @@ from lora_ext.nn.switches import forward_of_the_rest, switched_off
 from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
-from .peft_adapters import check_values, warn_of_frozen
+from .peft_adapters import check_values, refuse_names_of_a_reference, warn_of_frozen
 from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -313,6 +313,8 @@ class FusedLoraModel(LoraModel):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
+        if names is not None and self.training:
+            refuse_names_of_a_reference(self.active_adapters, _names(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         training = self.training
         self.training = training and names is None  # PEFT refuses names in training, nothing else

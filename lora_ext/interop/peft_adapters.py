@@ -12,6 +12,8 @@ from torch import nn
 
 from lora_ext.nn.assignment import Assignment
 
+_REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
+
 
 def check_values(model: nn.Module) -> None:
     """Refuse adapters that PEFT has put on ``meta``, where accelerate keeps an offloaded base.
@@ -36,6 +38,24 @@ def check_values(model: nn.Module) -> None:
                     "model its adapters first, then offload each layer's base_layer with "
                     "accelerate.cpu_offload(layer.base_layer, execution_device)"
                 )
+
+
+def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
+    """Refuse the forward in which TRL asks its reference, given the names of the batch.
+
+    Names win over the active adapter, so the reference would be the policy itself: its preferences
+    would stay zero, and nothing would tell.
+
+    Raises:
+        ValueError: the reference is active, no row names it, and no gradient is wanted.
+    """
+    if active == [_REFERENCE] and _REFERENCE not in names.names and not torch.is_grad_enabled():
+        found = ", ".join(map(repr, names.names))
+        raise ValueError(
+            f"from_peft: adapter_names: expected none while adapter {_REFERENCE!r} is active, as "
+            f"TRL has it to ask its reference, found {found}, whose answers would stand for the "
+            "reference's; give the trainer a ref_model, a base model without adapters"
+        )
 
 
 def warn_of_frozen(model: nn.Module, names: Assignment) -> None:

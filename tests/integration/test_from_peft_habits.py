@@ -172,3 +172,21 @@ def test_undone_everything_is_pefts_again() -> None:
     theirs, ours = pair()
     to_peft(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+
+
+# --- a frozen copy as the reference ---------------------------------------------------------------
+def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
+    """As TRL does: adapter ``ref``, a copy, is set active for a forward without gradients."""
+    _, ours = pair({**CONFIGS["llama"], "ref": CONFIGS["llama"]["red"]})
+    ours.train().set_adapter("ref")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"adapter_names: .*'ref' is active"):
+        logits(ours, adapter_names=NAMES)
+    with torch.no_grad():
+        alone = logits(ours)
+        assert torch.equal(logits(ours, adapter_names=["ref"] * 5), alone)
+        ours.set_adapter("red")
+        trained = logits(ours, adapter_names=NAMES)
+        ours.eval().set_adapter("ref")
+        assert torch.equal(logits(ours, adapter_names=NAMES), trained)
+    with torch.no_grad(), ours.train().disable_adapter():
+        assert torch.equal(logits(ours, adapter_names=NAMES), logits(ours))
