@@ -18,8 +18,8 @@ constexpr int kDotRanks = 4;
 constexpr int64_t kAheadA = 512;  // bytes ahead of use at which `a` is prefetched
 constexpr int kToL2 = 2;          // of __builtin_prefetch
 
-// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, reading `a` takes the time: the
-// ranks that follow these are prefetched where their rows are known as `next`.
+// acc[row][rank] += x[row] . a[rank] over [k, k_end). With few rows, reading `a` takes the time:
+// the ranks that follow these are prefetched where their rows are known as `next`.
 template <typename T, int kRows, int kRanks>
 LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
                         Vec<T> (&acc)[kRows][kRanks], const T* next = nullptr) {
