@@ -11,6 +11,7 @@ from cases import DEEP, LARGE, MEDIUM, SMALL, Inputs, Shape, make_inputs, replac
 from test_contract import assert_same_bits, off_grid, shapes, skip_large
 from torch import Tensor
 
+import lora_ext
 from lora_ext import ops, reference
 
 
@@ -263,3 +264,25 @@ def test_siblings_compile_without_a_graph_break(backend: Backend) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, plain in zip(compiled(modules[0]["x"], modules), expected, strict=True):
         assert_same_bits(got, plain)
+
+
+@pytest.mark.cuda
+@shapes(SMALL, DEEP, MEDIUM)
+def test_captured_siblings_replay_with_changed_contents(shape: Shape, request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    live = family(shape, torch.bfloat16, seed=13, paged=True, device="cuda")
+    together(live)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = together(live)
+    for seed in (14, 15):
+        fresh = family(shape, torch.bfloat16, seed=seed, paged=True, device="cuda")
+        for module, other in zip(live, fresh, strict=True):
+            for key, value in other.items():
+                module[key].copy_(value)
+        graph.replay()
+        for got, expected in zip(captured, together(fresh), strict=True):
+            assert_same_bits(got, expected)
