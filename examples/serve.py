@@ -32,8 +32,7 @@ Message = create_model("Message", __config__=STRICT, role=(str, ...), content=(s
 Load = create_model("Load", __config__=STRICT, lora_name=(str, ...), lora_path=(str | None, None))
 
 
-class Chat(BaseModel):
-    model_config = STRICT
+class Chat(BaseModel, **STRICT):
     model: str
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
@@ -47,8 +46,6 @@ class Chat(BaseModel):
 
 
 def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
-    refused = Counter()
-
     async def read(kind: type[BaseModel], request: Request) -> Any:
         body = bytearray()
         async for part in request.stream():
@@ -65,7 +62,7 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
         more = {"Retry-After": "1"} if code == 429 else getattr(error, "headers", None)
         return JSONResponse({"error": {"message": told, "code": code}}, code, more)
 
-    app = FastAPI(exception_handlers=dict.fromkeys(CODES, refuse))
+    app, refused = FastAPI(exception_handlers=dict.fromkeys(CODES, refuse)), Counter()
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Any:
@@ -86,12 +83,15 @@ def make_app(engine: Engine, base: str, max_body: int) -> FastAPI:
                 choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
                 return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
 
-            yield event(role="assistant", content="")
-            async for text in texts:
-                yield event(content=text)
-            yield event(stream.finish_reason)
-            if "usage" in head:
-                yield f"data: {json.dumps({**head, 'choices': [], 'usage': stream.usage})}\n\n"
+            try:
+                yield event(role="assistant", content="")
+                async for text in texts:
+                    yield event(content=text)
+                yield event(stream.finish_reason)
+                if "usage" in head:
+                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': stream.usage})}\n\n"
+            except RuntimeError as error:  # of the generation, behind a status of 200
+                yield f"data: {refuse(request, error).body.decode()}\n\n"
             yield "data: [DONE]\n\n"
 
         if chat.stream:

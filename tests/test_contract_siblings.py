@@ -11,6 +11,7 @@ from cases import DEEP, LARGE, MEDIUM, SMALL, Inputs, Shape, make_inputs, replac
 from test_contract import assert_same_bits, off_grid, shapes, skip_large
 from torch import Tensor
 
+import lora_ext
 from lora_ext import ops, reference
 
 
@@ -159,7 +160,7 @@ def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
     modules = family(Shape(4, 16, 24, (8, 3), "interleaved"), torch.float32, seed=8)
     y, a, b = (each(modules, k) for k in "yab")
     before = [t.clone() for t in y]
-    ranks = each(modules, "ranks")
+    ranks, rows = each(modules, "ranks"), torch.zeros(7, 32)
     wrong: list[tuple[str, dict[str, Any]]] = [
         (r"y: expected 1 to 8 tensors, found 0", {"y": []}),
         (r"y: expected 1 to 8 tensors, found 9", {"y": y * 3}),
@@ -187,6 +188,14 @@ def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
             {"y": [y[0], y[0], y[2]], "b": [b[0], b[0], b[2]]},
         ),
         (
+            r"module 1: y: expected memory apart from that of another y",
+            {"y": [y[0], rows[:4, :32], rows[3:, 20:]]},
+        ),
+        (
+            r"module 2: y: expected rows that do not overlap, found shape \[4, 12\]",
+            {"y": [*y[:2], torch.zeros(21).as_strided((4, 12), (3, 1))]},
+        ),
+        (
             r"module 0: y: expected memory apart from that of a, found an overlap",
             {"a": [a[0], a[1], y[0].new_zeros(0).set_(y[0].untyped_storage(), 0, (2, 8, 4))]},
         ),
@@ -195,6 +204,21 @@ def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
         with pytest.raises(ValueError, match="lora_apply_siblings_: " + message):
             call(modules, **changed)
     assert all(torch.equal(now, then) for now, then in zip(y, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["y", "x", "a", "b", "adapter_ids", "scale", "ranks"])
+def test_a_meta_tensor_among_siblings_is_named(name: str) -> None:
+    """The fake kernel runs where one of them is on meta, and would do nothing without a word."""
+    modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=8)
+    if name in ("x", "adapter_ids"):
+        changed = modules[0][name].to("meta")
+        message = "expected all tensors on one device, found x on .* and adapter_ids on"
+    else:
+        changed = each(modules, name)
+        changed[1] = changed[1].to("meta")
+        message = f"module 1: {name}: expected the device of x, cpu, found meta"
+    with pytest.raises(ValueError, match=f"lora_apply_siblings_: {message}"):
+        call(modules, **{name: changed})
 
 
 def test_siblings_refuse_gradients() -> None:
@@ -240,3 +264,25 @@ def test_siblings_compile_without_a_graph_break(backend: Backend) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, plain in zip(compiled(modules[0]["x"], modules), expected, strict=True):
         assert_same_bits(got, plain)
+
+
+@pytest.mark.cuda
+@shapes(SMALL, DEEP, MEDIUM)
+def test_captured_siblings_replay_with_changed_contents(shape: Shape, request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    live = family(shape, torch.bfloat16, seed=13, paged=True, device="cuda")
+    together(live)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = together(live)
+    for seed in (14, 15):
+        fresh = family(shape, torch.bfloat16, seed=seed, paged=True, device="cuda")
+        for module, other in zip(live, fresh, strict=True):
+            for key, value in other.items():
+                module[key].copy_(value)
+        graph.replay()
+        for got, expected in zip(captured, together(fresh), strict=True):
+            assert_same_bits(got, expected)

@@ -7,28 +7,6 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// The lower or the upper halves of every 128 bits of two vectors, lane by lane in turn.
-template <int kUpper, typename V, int... kLane>
-LX_INLINE V interleave(V a, V b, LaneList<kLane...>) {
-    constexpr int L = sizeof...(kLane), kPer = 16 * L / sizeof(V);
-    return __builtin_shufflevector(
-        a, b, (kLane / kPer * kPer + (kUpper * kPer + kLane % kPer) / 2 + (kLane % 2 ? L : 0))...);
-}
-// 4x4 transposes in every 128 bits of four vectors: of lanes in pairs, then of pairs of lanes.
-template <typename V>
-LX_INLINE void transpose_quads(const V* r, V* out) {
-    using Pairs = VecN<uint64_t, sizeof(V) / 8>;
-    constexpr typename LanesBelow<sizeof(V) / 4>::type lanes{};
-    constexpr typename LanesBelow<sizeof(V) / 8>::type pairs{};
-    const auto finish = [&](V first, V second, V* to) __attribute__((always_inline)) {
-        const auto a = bit_cast<Pairs>(first), b = bit_cast<Pairs>(second);
-        to[0] = bit_cast<V>(interleave<0>(a, b, pairs));
-        to[1] = bit_cast<V>(interleave<1>(a, b, pairs));
-    };
-    finish(interleave<0>(r[0], r[1], lanes), interleave<0>(r[2], r[3], lanes), out);
-    finish(interleave<1>(r[0], r[1], lanes), interleave<1>(r[2], r[3], lanes), out + 2);
-}
-
 // As load_transposed of outputs that lie side by side, but in an order of its own, which in_order()
 // undoes: whole vectors are loaded, and most shuffles stay within 128 bits. It takes fewer of them
 // than joining two blocks of eight outputs.

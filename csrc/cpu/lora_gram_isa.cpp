@@ -10,6 +10,7 @@
 
 #include "by_dtype.h"
 #include "tiles.h"
+#include "transpose.h"
 
 namespace lora_ext::LX_ISA {
 namespace {

@@ -13,6 +13,7 @@
 
 #include "dropout.h"
 #include "lora_rows.h"
+#include "transpose.h"
 
 namespace lora_ext::LX_ISA {
 namespace {

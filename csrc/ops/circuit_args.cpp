@@ -36,6 +36,20 @@ void check_range(const char* op, const char* name, const Tensor& t, int64_t leas
     }
 }
 
+void check_uniforms(const char* op, const Tensor& uniforms) {
+    if (launches_kernels(uniforms) && !debug_mode()) return;
+    const Tensor host = uniforms.to(at::kCPU).contiguous();
+    const auto check = [&](const auto* u) {
+        for (int64_t i = 0; i < host.numel(); ++i)
+            require(u[i] >= 0 && u[i] <= 1, op, "uniforms", expected("numbers in [0, 1]"),
+                    found(u[i], " at flat index ", i));
+    };
+    if (host.scalar_type() == at::kDouble)
+        check(host.const_data_ptr<double>());
+    else
+        check(host.const_data_ptr<float>());
+}
+
 void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token, int64_t vocab,
                   at::Device device) {
     check_dtype(op, "x", x, at::kLong);

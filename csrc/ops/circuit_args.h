@@ -17,6 +17,8 @@ Tensor batch_of_rows(const Tensor& t);
 
 // Values in [least, most): on the CPU, and in debug mode anywhere.
 void check_range(const char* op, const char* name, const Tensor& t, int64_t least, int64_t most);
+// Float32 or float64 in [0, 1], looked at likewise: 1 is what a double below it may round to.
+void check_uniforms(const char* op, const Tensor& uniforms);
 
 // Refuses x that is not (B, K) int64 in [-1, vocab).
 void check_tokens(const char* op, const Tensor& x, int64_t rows, int64_t n_token, int64_t vocab,

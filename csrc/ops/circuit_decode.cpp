@@ -94,17 +94,7 @@ Tensor checked_uniforms(const char* op, const Tensor& uniforms, const char* lett
     if (uniforms.scalar_type() != accumulator_of(logits))
         check_dtype(op, "uniforms", uniforms, at::kFloat);
     const Tensor wide = uniforms.to(accumulator_of(logits)).contiguous();
-    if (launches_kernels(wide) && !debug_mode()) return wide;
-    const Tensor host = wide.to(at::kCPU);
-    const auto check = [&](const auto* u) {
-        for (int64_t i = 0; i < host.numel(); ++i)
-            require(u[i] >= 0 && u[i] <= 1, op, "uniforms", expected("numbers in [0, 1]"),
-                    found(u[i], " at flat index ", i));
-    };
-    if (host.scalar_type() == at::kDouble)
-        check(host.const_data_ptr<double>());
-    else
-        check(host.const_data_ptr<float>());
+    check_uniforms(op, wide);
     return wide;
 }
 

@@ -12,6 +12,7 @@
 
 #include "lora_ext/circuit_layers.h"
 #include "ops/checks.h"
+#include "ops/circuit_args.h"
 #include "ops/reuse.h"
 #include "ops/scratch.h"
 #include "ops/settings.h"
@@ -321,6 +322,7 @@ Tensor circuit_layers_walk(const Tensor& val_in, const Tensor& w, const Tensor& 
         if (!args.wide_uniforms) check_dtype(op, "uniforms", *uniforms_in, at::kFloat);
         require(args.rows > 0 ? args.walks % args.rows == 0 : args.walks == 0, op, "uniforms",
                 expected("M a multiple of ", args.rows, " rows"), found(uniforms_in->sizes()));
+        check_uniforms(op, *uniforms_in);
     }
     const Tensor root = root_in.contiguous();
     if (val_in.is_cpu()) {

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext.ops._checks import require_flags
+
 from .base_weights import BaseWeights
 from .config import AdapterConfig
 from .live import live_adapter
@@ -67,10 +69,12 @@ class LoraAdapter:
             strict: False skips tensors and fields that nothing uses.
 
         Raises:
+            TypeError: ``strict`` is neither True nor False.
             ValueError: naming file, key, expected and found.
             NotImplementedError: what is legal in PEFT and not here: rows of embeddings, bare
                 parameters, initialisations that change the base weight.
         """
+        require_flags("LoraAdapter.load", strict=strict)
         with open_adapter(source) as (config, tensors):
             return cls._read(config, tensors, strict, copy=isinstance(source, tuple))
 

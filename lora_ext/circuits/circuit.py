@@ -253,8 +253,8 @@ class Circuit(Parameters):
             ``(B, S, n)``: int64, or floating where evidence or a family is.
 
         Raises:
-            ValueError: on wrong shapes, impossible evidence, external variables to be drawn, or
-                several roots that leave ``root`` open.
+            ValueError: on wrong shapes, impossible evidence, external variables to be drawn,
+                several roots that leave ``root`` open or, on the CPU, uniforms outside [0, 1].
         """
         return sampling.sample(self, num_samples, evidence, uniforms, generator, root)
 

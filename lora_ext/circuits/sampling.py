@@ -48,7 +48,8 @@ def sample(
     device, dtype = circuit.weights.device, circuit.weights.dtype
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
-    _check_uniforms(uniforms, shape, device)
+    else:
+        _check_uniforms(uniforms, shape, device)
     circuit._refuse_external("sample")
     execution, weights = circuit._run(), circuit._weights()
     val = execution.up(circuit._leaf_values_of("sample", filled, missing), weights)
@@ -71,6 +72,11 @@ def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.devi
     require(uniforms.shape == shape, where, f"shape {shape}", tuple(uniforms.shape))
     require(uniforms.dtype in dtypes, where, "float32 or float64", uniforms.dtype)
     require(uniforms.device == device, where, device, uniforms.device)
+    if device.type != "cpu":
+        return  # the host would wait for it
+    outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
+    if len(outside):
+        require(False, where, "numbers in [0, 1]", float(outside[0]))
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:

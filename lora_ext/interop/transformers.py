@@ -28,6 +28,7 @@ from lora_ext.nn.packed_linear import packed_layers, unpack
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.siblings import introduce
 from lora_ext.nn.swap import Swap, find_module
+from lora_ext.ops._checks import require_flags
 from lora_ext.ops._compiling import compiles
 from lora_ext.pool import AdapterPool
 
@@ -129,17 +130,18 @@ def attach(
         ``model``.
 
     Raises:
-        TypeError: no module, or no pool. UnknownAdapterError: a default that the pool lacks.
-        RuntimeError: the model, or a part of it, is attached or
-            carries PEFT's layers. ValueError: a module of the pool is missing or has another
-            size, or the model has one that the pool lacks; or what ``pack_linears`` refuses. The
-            model is unchanged then.
+        TypeError: no module, no pool, or a flag that is neither True nor False.
+            UnknownAdapterError: a default that the pool lacks. RuntimeError: the model, or a part
+            of it, is attached or carries PEFT's layers. ValueError: a module of the pool is missing
+            or has another size, or the model has one that the pool lacks; or what ``pack_linears``
+            refuses. The model is unchanged then.
     """
     _check_module("attach", model)
     if not isinstance(pool, AdapterPool):
         raise TypeError(
             f"attach: pool: expected an AdapterPool of the model, found {type(pool).__name__}"
         )
+    require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings)
     default = _checked_default(default, pool)
     if _KEY in model.__dict__:
         raise RuntimeError(

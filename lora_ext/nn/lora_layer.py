@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.ops._checks import require_flags
 
 from .dora import Magnitude
 from .init import FREE, decompose, init_lora_, known_scheme
@@ -118,8 +119,16 @@ class LoraLayer(Participants):
             ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
             unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
             cannot be read, or is computed from others and would have to change.
-            TypeError: r that is not an int. The layer is unchanged then.
+            TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
+            was.
         """
+        require_flags(
+            "add_adapter",
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            preserve_base_output=preserve_base_output,
+        )
         self._check_name(adapter_name)
         scaling = _check_settings(r, lora_alpha, lora_dropout, use_rslora)
         base = self.base_weight

@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_ext.ops._checks import require_flags
+
 from .adapted import adapted_layers, adapters_of
 from .blocks import block_name
 from .lora_layer import LoraLayer
@@ -51,10 +53,12 @@ def set_active(
         training_only: whether an adapter that is off is on while the layer is in evaluation mode.
 
     Raises:
+        TypeError: a flag neither True nor False.
         ValueError: an adapter that the layer lacks; or it is to be switched off and is merged into
             the base weight, or the layer's forward was replaced by somebody (accelerate's
             offloading, say).
     """
+    require_flags("set_active", active=active, training_only=training_only)
     _check(layer, adapter_name, active, "set_active")
     _switch(layer, adapter_name, _State(active or training_only, active))
 
@@ -118,9 +122,11 @@ class LayerGroups:
             training_only: whether the groups that are off are on in evaluation.
 
         Raises:
+            TypeError: ``training_only`` is neither True nor False.
             ValueError: a mask of another length or kind, or a layer that is to be switched off and
                 is merged, which it names; all layers are then as they were.
         """
+        require_flags("LayerGroups", training_only=training_only)
         for group, on in zip(self.layers, self.checked(mask), strict=True):
             for layer in group:
                 _switch(layer, self.adapter_name, _State(on or training_only, on))

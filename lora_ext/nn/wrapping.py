@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lora_ext.ops._checks import require_flags
+
 from .base_modules import READS_WEIGHTS, head_names, linear_size
 from .lora_config import LoraConfig
 from .lora_conv import LoraConv
@@ -60,16 +62,18 @@ def wrap(
         ``model``; :func:`unwrap` undoes it.
 
     Raises:
-        TypeError: ``config`` is no :class:`LoraConfig`. RuntimeError: the model carries adapters
-            that ``wrap`` did not put there. ValueError: the configuration matches no module, or one
-            that takes no adapter; or what :meth:`LoraLinear.add_adapter` refuses.
-            NotImplementedError: a convolution whose windows overlap, or a layer whose weight its
-            parent reads without calling it. The model is then as it was.
+        TypeError: ``config`` is no :class:`LoraConfig`, or a flag neither True nor False.
+            RuntimeError: the model carries adapters that ``wrap`` did not put there. ValueError:
+            the configuration matches no module, or one that takes no adapter; or what
+            :meth:`LoraLinear.add_adapter` refuses. NotImplementedError: a convolution whose windows
+            overlap, or a layer whose weight its parent reads without calling it. The model is then
+            as it was.
 
     Sources: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the rules.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"wrap: config: expected a lora_ext.LoraConfig, found {type(config)}")
+    require_flags("wrap", autocast_adapter_dtype=autocast_adapter_dtype)
     state: _Wrap | None = model.__dict__.get(_KEY)
     modules = _modules(model, {} if state is None else state.swap.placed)
     targets = _targets(model, modules, config)

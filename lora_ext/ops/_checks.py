@@ -19,6 +19,14 @@ def require(holds: bool, op: str, argument: str, expected: object, found: object
         raise ValueError(f"{op}: {argument}: expected {expected}, found {found}")
 
 
+def require_flags(where: str, **flags: object) -> None:
+    """Raise TypeError where one is neither True nor False: any other would count as one of them,
+    and "no" as True."""
+    for argument, found in flags.items():
+        if not isinstance(found, bool):
+            raise TypeError(f"{where}: {argument}: expected True or False, found {found!r:.200}")
+
+
 def require_dim(op: str, argument: str, t: Tensor, letters: str) -> None:
     """Refuse a tensor that has not as many dimensions as there are letters, as in ``(B, K)``."""
     dims = len(letters.strip("(,)").split(","))

@@ -186,7 +186,7 @@ def circuit_layers_walk(
 
     Raises:
         ValueError: if a shape, dtype or device disagrees or, on the CPU, the program does not hold
-            together or a root is out of range.
+            together, or a root or a uniform is out of range.
 
     Source: ancestral sampling given evidence, and max-product decoding, Peharz et al. 2017.
     """

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ext.ops._checks import require
 from lora_ext.ops._registration import fake
 
 _c = torch.ops.lora_ext
@@ -65,5 +66,19 @@ def lora_apply_siblings_(
 
 
 @fake("lora_apply_siblings_")
-def _fake_apply_siblings_(y: Sequence[Tensor], x: Tensor, *args: object) -> None:
-    pass
+def _fake_apply_siblings_(
+    y: Sequence[Tensor],
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    adapter_ids: Tensor,
+    scale: Sequence[Tensor],
+    ranks: Sequence[Tensor],
+    page_table: Sequence[Tensor],
+    plan: Tensor | None = None,
+) -> None:
+    lists = {"y": y, "a": a, "b": b, "scale": scale, "ranks": ranks, "page_table": page_table}
+    for name, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            module = f"lora_apply_siblings_: module {i}"
+            require(t.device == x.device, module, name, f"the device of x, {x.device}", t.device)

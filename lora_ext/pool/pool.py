@@ -16,6 +16,7 @@ from lora_ext.adapter import LoraAdapter
 from lora_ext.adapter.live import live_adapter
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.adapter.peft_files import AdapterSource
+from lora_ext.ops._checks import require_flags
 
 from .limits import check_host_cache_bytes, check_limits, limit_bytes
 from .lock import PoolLock
@@ -141,6 +142,7 @@ class AdapterPool:
             What was skipped; empty when strict.
 
         Raises:
+            TypeError: ``strict`` is neither True nor False.
             ValueError: bad name or content, naming file, key, expected and found.
             NotImplementedError: a PEFT feature that the pool cannot apply.
             PoolFullError: every adapter that could make way is pinned.
@@ -227,6 +229,7 @@ class AdapterPool:
     def _read(
         self, caller: str, source: Source, strict: bool, adapter_name: str | None = None
     ) -> PackedAdapter:
+        require_flags(f"AdapterPool.{caller}", strict=strict)
         where = f"AdapterPool.{caller}: source"
         if isinstance(source, nn.Module):
             source = live_adapter(source, adapter_name, where)

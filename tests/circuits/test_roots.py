@@ -156,6 +156,9 @@ def test_uniforms_that_cannot_be_are_refused_by_name():
         (torch.rand(shape).half(), "float32 or float64, found torch.float16"),
         (torch.zeros(shape, dtype=torch.long), "float32 or float64, found torch.int64"),
         (torch.rand(shape, device="meta"), "cpu, found meta"),
+        (torch.rand(shape) - 1, r"numbers in \[0, 1\], found -0\."),
+        (torch.ones(shape).index_fill(2, torch.tensor(shape[2] - 1), 1.5), ".*, found 1.5"),
+        (torch.full(shape, torch.nan), ".*, found nan"),
     ):
         with pytest.raises(ValueError, match=f"sample: uniforms: expected {message}"):
             circuit.sample(2, uniforms=uniforms, root=0)  # pyright: ignore[reportArgumentType]

@@ -224,7 +224,9 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     assert {sample.partition("{")[0] for sample in found} == set(kinds)
     assert set(kinds.values()) == {"counter", "gauge"}
     assert kinds["lora_ext_tokens_total"] == kinds["lora_ext_pool_loads"] == "counter"
-    assert kinds["lora_ext_requests"] == kinds["lora_ext_pool_pages_total"] == "gauge"
+    assert kinds["lora_ext_requests"] == kinds["lora_ext_pool_pages_limit"] == "gauge"
+    # Prometheus keeps the suffix for counters.
+    assert all(kind == "counter" for name, kind in kinds.items() if name.endswith("_total"))
     assert all(value >= 0 for value in found.values())
     assert found["lora_ext_tokens_total"] >= 8
     for code in (404, 422):
@@ -233,7 +235,8 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "code"), [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)]
+    ("method", "path", "code"),
+    [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405), ("OPTIONS", "/v1/models", 405)],
 )
 def test_what_is_not_there_has_openais_error(
     server: Any, method: str, path: str, code: int
@@ -249,7 +252,14 @@ def test_the_server_is_on_the_loopback_and_says_when_it_is_ill(server: Any) -> N
     assert server.client.get("/health").json() == {"healthy": True}
     asked = server.client.head("/health")
     assert asked.status_code == 200 and asked.content == b""
-    server.engine.manager.batch_processor.update_batch = None
+    body = chat("a1", stream=True, max_tokens=1900)
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.engine.manager.batch_processor.update_batch = None
+        *_, error, done = [line for line in lines if line]
+    assert done == "data: [DONE]"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 500
     assert ask(server, "a1").status_code == 500
     assert ask(server, "a1").status_code == 500
     assert server.client.get("/health").status_code == 503

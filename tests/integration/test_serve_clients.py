@@ -189,6 +189,31 @@ def test_slow_readers_stop_nobody(server: Any) -> None:
         connection.close()
 
 
+def test_a_stream_that_fails_midway_says_so_and_the_server_serves_on(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, told = text_of(ask(server, "a1")), metric(server, 'refused_total{code="500"}')
+    decode, left = server.engine.tokenizer.decode, iter(range(9))
+
+    def breaks(*given: Any, **how: Any) -> str:
+        if next(left, None) is None:
+            raise RuntimeError("no such token")
+        return decode(*given, **how)
+
+    body = chat("a1", stream=True, max_tokens=1900)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.engine.tokenizer, "decode", breaks)
+        with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            *events, error, done = [line for line in response.iter_lines() if line]
+    assert response.status_code == 200 and done == "data: [DONE]"
+    assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
+    found = json.loads(error.removeprefix("data: "))
+    assert found == {"error": {"message": "no such token", "code": 500}}
+    assert metric(server, 'refused_total{code="500"}') == told + 1
+    settle(server)  # what nobody reads is not generated
+    assert text_of(ask(server, "a1")) == expected
+
+
 def test_a_full_queue_says_when_to_come_again(server: Any) -> None:
     most = server.engine.max_requests
     waiting = [connect(server, model="a0", max_tokens=1900) for _ in range(most)]

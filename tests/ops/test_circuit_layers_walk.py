@@ -188,7 +188,10 @@ def test_no_value_leads_out_of_the_circuit(backend: Backend, fill: float) -> Non
     program, _, w, _ = case("pairs", 4)
     val = torch.full((4, program.plan[0]), fill)
     root, n = start(program, 4), program.plan[1]
-    for u in (None, uniforms_of(program, 8), torch.full((8, program.plan[9]), torch.nan)):
+    uniforms = [None, uniforms_of(program, 8)]
+    if not backend.is_twin:  # which look at their uniforms and refuse NaN
+        uniforms.append(torch.full((8, program.plan[9]), torch.nan))
+    for u in uniforms:
         for weights in (w, torch.full_like(w, fill)):
             found = walk(backend, program, val, weights, root, u)
             assert ((found >= 2) & (found < 2 + n)).all()
@@ -244,7 +247,9 @@ def test_wrong_input_is_refused_by_name() -> None:
     program, leaf, w, _ = case("pairs", 2)
     val, root, u = ops.circuit_layers(leaf, w, program), start(program, 2), uniforms_of(program, 4)
     at = offsets(program)
-    go = ops.circuit_layers_walk
+    beyond = u.clone()
+    beyond.view(-1)[3] = 1.5
+    go, unit = ops.circuit_layers_walk, r"uniforms: expected numbers in \[0, 1\]"
     refusals: list[tuple[str, Callable[[], object]]] = [
         ("val: expected U", lambda: go(val[:, 1:], w, program, root)),
         ("w: expected Float", lambda: go(val, w.double(), program, root)),
@@ -255,6 +260,9 @@ def test_wrong_input_is_refused_by_name() -> None:
         ("uniforms: expected shape", lambda: go(val, w, program, root, u[:, 1:])),
         ("uniforms: expected M a multiple of 2", lambda: go(val, w, program, root, u[1:])),
         ("uniforms: expected Float", lambda: go(val, w, program, root, u.half())),
+        (f"{unit}, found nan at flat index 0", lambda: go(val, w, program, root, u * torch.nan)),
+        (f"{unit}, found -0.5 at", lambda: go(val, w, program, root, 0 * u.double() - 0.5)),
+        (f"{unit}, found 1.5 at flat index 3", lambda: go(val, w, program, root, beyond)),
         (
             "program: expected owners of children and roots",
             lambda: go(val, w, spoiled(program, at["owners"], program.plan[3]), root),

@@ -1,0 +1,76 @@
+"""Arguments that are True or False: another value would count as True, "no" too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_ext
+from lora_ext.adapter import LoraAdapter
+from lora_ext.nn import LayerGroups, LoraConfig, LoraLinear, adapted_layers, set_active, wrap
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)})
+
+
+def adapter() -> LoraAdapter:
+    return LoraAdapter.from_model(wrap(model(), LoraConfig()))
+
+
+def attach(**flags: Any) -> object:
+    base = model()
+    return lora_ext.attach(base, lora_ext.AdapterPool(base, 1, 8), **flags)
+
+
+def in_pool(method: str, *flags: Any) -> object:
+    pool = lora_ext.AdapterPool(model(), 1, 8)
+    if method == "update":
+        pool.load("a", adapter())
+    given = [{"a": adapter()}] if method == "prefetch" else ["a", adapter()]
+    return getattr(pool, method)(*given, *flags)
+
+
+def some_layer() -> nn.Module:
+    return next(iter(adapted_layers(wrap(model(), LoraConfig())).values()))
+
+
+def linear(**flags: Any) -> None:
+    LoraLinear(nn.Linear(4, 8)).add_adapter("a", 2, **flags)
+
+
+CALLS: list[tuple[str, Callable[[Any], object]]] = [
+    ("attach: pack_base", lambda flag: attach(pack_base=flag)),
+    ("attach: fuse_siblings", lambda flag: attach(fuse_siblings=flag)),
+    ("AdapterPool.load: strict", lambda flag: in_pool("load", flag)),
+    ("AdapterPool.update: strict", lambda flag: in_pool("update", flag)),
+    ("AdapterPool.prefetch: strict", lambda flag: in_pool("prefetch", flag)),
+    ("LoraAdapter.load: strict", lambda flag: LoraAdapter.load((adapter().config, {}), flag)),
+    (
+        "wrap: autocast_adapter_dtype",
+        lambda f: wrap(model(), LoraConfig(), autocast_adapter_dtype=f),
+    ),
+    ("set_active: active", lambda flag: set_active(some_layer(), "default", flag)),
+    ("set_active: training_only", lambda f: set_active(some_layer(), "default", True, f)),
+    (
+        "LayerGroups: training_only",
+        lambda flag: LayerGroups(wrap(model(), LoraConfig())).set_mask([True, True], flag),
+    ),
+    *(
+        (f"add_adapter: {name}", lambda flag, name=name: linear(**{name: flag}))
+        for name in ("use_rslora", "use_dora", "lora_bias", "preserve_base_output")
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "call"), CALLS, ids=[argument for argument, _ in CALLS])
+def test_a_flag_that_is_no_bool_is_refused_by_name(
+    argument: str, call: Callable[[Any], object]
+) -> None:
+    for value in ("no", 1, None, torch.tensor(True)):
+        with pytest.raises(TypeError, match=rf"^{argument}: expected True or False, found "):
+            call(value)
