@@ -23,7 +23,7 @@ _GAUGES = {
     "pool_slots_pinned": "Adapters on the device that requests hold.",
     "pool_pins": "Requests that hold an adapter.",
     "pool_modules_targeted": "Modules that an adapter has touched.",
-    "pool_pages_limit": "Pages that these modules may have.",
+    "pool_pages_total": "Pages that these modules may have.",
     "pool_pages_free": "Pages of these that no adapter has.",
     "pool_limit_bytes": "Bytes that the pool may take from its devices.",
     "pool_reserved_bytes": "Bytes that it has taken: pages, tables and replaced modules.",
@@ -50,6 +50,8 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int]) -> str:
         kind, text = "gauge", _GAUGES.get(name)
         if text is None:
             kind, text = "counter", _COUNTERS[name]
+        else:
+            name = name.removesuffix("_total")  # Prometheus keeps it for counters
         lines += [f"# HELP lora_ext_{name} {text}", f"# TYPE lora_ext_{name} {kind}"]
         lines += [f"lora_ext_{name}{labels} {value}" for labels, value in values.items()]
     return "\n".join(lines) + "\n"

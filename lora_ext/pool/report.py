@@ -26,8 +26,8 @@ def stats(pool: AdapterPool, store: PageStore, residence: Residence, loads: int)
         ``pins`` and ``last_use`` (seconds since 1970, of the load or the last :meth:`acquire`);
         ``slot`` is None for one in the host cache, which has no ``last_use`` either.
 
-        The rest are counts: of slots, pins and pages (``pages_limit``: as many as the
-        modules that were touched may have), of the host cache, and of what has happened so far.
+        The rest are counts: of slots, pins and pages (``pages_total``: as many as the modules that
+        were touched may have), of the host cache, and of what has happened so far.
     """
     cache = residence.cache
     live = [r for r in store.residents if r is not None]
@@ -36,7 +36,7 @@ def stats(pool: AdapterPool, store: PageStore, residence: Residence, loads: int)
         "slots_pinned": sum(r.pins > 0 for r in live),
         "pins": sum(r.pins for r in live),
         "modules_targeted": len(store.slabs),
-        "pages_limit": sum(slab.pages for slab in store.slabs.values()),
+        "pages_total": sum(slab.pages for slab in store.slabs.values()),
         "pages_free": sum(len(slab.free) for slab in store.slabs.values()),
         "limit_bytes": limit_bytes(pool),
         "reserved_bytes": store.reserved_bytes,

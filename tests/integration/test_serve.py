@@ -224,7 +224,7 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     assert {sample.partition("{")[0] for sample in found} == set(kinds)
     assert set(kinds.values()) == {"counter", "gauge"}
     assert kinds["lora_ext_tokens_total"] == kinds["lora_ext_pool_loads"] == "counter"
-    assert kinds["lora_ext_requests"] == kinds["lora_ext_pool_pages_limit"] == "gauge"
+    assert kinds["lora_ext_requests"] == kinds["lora_ext_pool_pages"] == "gauge"
     # Prometheus keeps the suffix for counters.
     assert all(kind == "counter" for name, kind in kinds.items() if name.endswith("_total"))
     assert all(value >= 0 for value in found.values())

@@ -232,7 +232,7 @@ def test_a_pinned_adapter_is_unloaded_by_name_at_once_and_by_page_at_the_last_re
     pool.release(lease)
     assert pool.stats()["slots_used"] == 1
     pool.unload("x")
-    assert pool.stats()["pages_free"] == pool.stats()["pages_limit"]
+    assert pool.stats()["pages_free"] == pool.stats()["pages_total"]
 
 
 def test_a_pin_that_garbage_collection_releases_within_a_load_costs_no_page(monkeypatch):
@@ -255,7 +255,7 @@ def test_a_pin_that_garbage_collection_releases_within_a_load_costs_no_page(monk
         assert_slot_holds(pool, slots[0], state(1), 2.0)
     pool.unload("y")
     stats = pool.stats()
-    assert stats["pages_free"] == stats["pages_limit"] and stats["pins"] == stats["slots_used"] == 0
+    assert stats["pages_free"] == stats["pages_total"] and stats["pins"] == stats["slots_used"] == 0
 
 
 def test_a_pin_cannot_be_released_twice():
