@@ -3,8 +3,9 @@
 Shapes of SmolLM2-135M, 16 adapters of rank 16. `separate` is an op for each layer, `one op` is
 `ops.lora_apply_siblings_`, whose bits are the same, and `base` the products that both add to; `one
 shrink` (of all A stacked) against `shrinks` is how much of them reading x once could save. Launches
-are counted on the emulator, where it is built. The last lines are a decode step of the whole model,
-16 rows of 16 adapters, attached with and without `fuse_siblings`. Run
+are counted on the emulator, where it is built. The last line is a decode step of the whole model,
+16 rows of 16 adapters, attached with and without `fuse_siblings`, which is switched on for the CPU
+here alone. Run
 
     python benchmarks/lora_siblings.py [--threads 1] [--rounds 151] [--steps 15]
 """
@@ -23,6 +24,7 @@ from torch.nn.functional import linear
 
 import lora_ext
 from lora_ext import _loader, ops
+from lora_ext.nn import siblings
 from lora_ext.ops import _registration, lora_siblings
 from lora_ext.ops import lora as lora_ops
 
@@ -106,6 +108,7 @@ def decode_steps(rounds: int) -> dict[str, Timing]:
     """A decode step of a model of SmolLM2's shape, both ways, checked first."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
+    siblings._ON_CPU = True  # pyright: ignore[reportPrivateUsage]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         engines = build(Path(folder))
         fused = lora_ext.attach(_sharing_weights(engines.plain), engines.pool, fuse_siblings=True)

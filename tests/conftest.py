@@ -19,6 +19,7 @@ from hypothesis import settings
 
 import lora_ext
 from lora_ext import ops
+from lora_ext.nn import siblings
 from lora_ext.ops import _registration
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -73,6 +74,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
     yield chosen
     lora_ext._C.set_cpu_isa("")
+
+
+@pytest.fixture
+def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Siblings share ops on the CPU as they do on a GPU."""
+    monkeypatch.setattr(siblings, "_ON_CPU", True)
 
 
 @pytest.fixture

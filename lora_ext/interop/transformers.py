@@ -122,9 +122,9 @@ def attach(
         fuse_siblings: compute the updates of layers of one parent that are called with the very
             same tensor (q, k, v; gate, up) in one op, which takes the launches of one layer on a
             GPU: :mod:`lora_ext.nn.siblings`. The first of them calls the bases of the others too,
-            a little earlier than the model does. The bits are the same. It holds outside gradients,
-            autocast, ``torch.compile`` and ``torch.inference_mode``, beside plain linear bases
-            without hooks and adapters without DoRA; elsewhere each layer computes its own.
+            a little earlier than the model does. The bits are the same. It holds on a GPU, outside
+            gradients, autocast, ``torch.compile`` and ``torch.inference_mode``, beside plain linear
+            bases without hooks and adapters without DoRA; elsewhere each layer computes its own.
 
     Returns:
         ``model``.

@@ -36,6 +36,9 @@ _PATIENCE = 3
 #: Calls of a parent's layers after which those without followers are left alone, until an adapter
 #: comes to another of them.
 _LESSONS = 64
+#: Whether layers on the CPU share ops, too. There it saves no launches, and neither decode steps nor
+#: prefills of whole models gained by it (docs/lora.md).
+_ON_CPU = False
 
 
 def introduce(layers: Mapping[str, nn.Module]) -> None:
@@ -120,6 +123,8 @@ class Siblings:
         Raises:
             ValueError: what the op refuses.
         """
+        if not (x.is_cuda or _ON_CPU):
+            return None
         if layer.name not in self._adapted:
             self._adapted |= {layer.name}
             self._lessons = _LESSONS

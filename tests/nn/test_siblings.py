@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_ext
+from lora_ext.nn import siblings
 
 WIDTH, OUTS = 24, {"q": 24, "k": 16, "v": 16, "o": 24}
 ROWS = ["red", None, "blue"]
+
+pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 
 
 class Attention(nn.Module):
@@ -100,6 +103,15 @@ def test_the_first_forward_teaches_and_the_next_ones_share(fused: list[int]) -> 
     x = inputs()
     agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # the same tensor again is shared again
     assert fused == [3] * 4
+
+
+def test_on_the_cpu_each_layer_has_its_own(
+    fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(siblings, "_ON_CPU", False)
+    model, plain = taught()
+    agree(model, plain, lambda m: m(inputs()))
+    assert fused == [] and kept(model) == []
 
 
 def test_layers_share_nothing_unless_they_are_told_to(fused: list[int]) -> None:
