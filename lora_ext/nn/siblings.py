@@ -36,8 +36,8 @@ _PATIENCE = 3
 #: Calls of a parent's layers after which those without followers are left alone, until an adapter
 #: comes to another of them.
 _LESSONS = 64
-#: Whether layers on the CPU share ops, too. There it saves no launches, and neither decode steps nor
-#: prefills of whole models gained by it (docs/lora.md).
+#: Whether layers on the CPU share ops, too. It saves no launches there, and neither decode steps
+#: nor prefills of whole models gained by it (docs/lora.md).
 _ON_CPU = False
 
 
