@@ -47,9 +47,11 @@ def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
     would stay zero, and nothing would tell.
 
     Raises:
-        ValueError: the reference is active, no row names it, and no gradient is wanted.
+        ValueError: the reference is active, rows name adapters but none names it, and no gradient
+            is wanted. Rows of the base model alone are answered by no policy.
     """
-    if active == [_REFERENCE] and _REFERENCE not in names.names and not torch.is_grad_enabled():
+    others = names.names and _REFERENCE not in names.names
+    if active == [_REFERENCE] and others and not torch.is_grad_enabled():
         found = ", ".join(map(repr, names.names))
         raise ValueError(
             f"from_peft: adapter_names: expected none while adapter {_REFERENCE!r} is active, as "

@@ -184,6 +184,9 @@ def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
     with torch.no_grad():
         alone = logits(ours)
         assert torch.equal(logits(ours, adapter_names=["ref"] * 5), alone)
+        with ours.disable_adapter():
+            base = logits(ours)
+        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)  # is no policy
         ours.set_adapter("red")
         trained = logits(ours, adapter_names=NAMES)
         ours.eval().set_adapter("ref")
