@@ -20,10 +20,11 @@ def require(holds: bool, op: str, argument: str, expected: object, found: object
 
 
 def require_flags(where: str, **flags: object) -> None:
-    """Raise TypeError where one is neither True nor False: any other would count as one of them,
-    and "no" as True."""
+    """Raise TypeError where one is neither True nor False, of Python, numpy or torch: any other
+    would count as one of them, and "no" as True."""
     for argument, found in flags.items():
-        if not isinstance(found, bool):
+        of_an_array = str(getattr(found, "dtype", "")) in ("bool", "torch.bool")
+        if not (isinstance(found, bool) or (of_an_array and not getattr(found, "shape", ()))):
             raise TypeError(f"{where}: {argument}: expected True or False, found {found!r:.200}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,18 @@ CALLS: list[tuple[str, Callable[[Any], object]]] = [
 def test_a_flag_that_is_no_bool_is_refused_by_name(
     argument: str, call: Callable[[Any], object]
 ) -> None:
-    for value in ("no", 1, None, torch.tensor(True)):
+    for value in ("no", 1, None, torch.tensor(1), torch.tensor([True]), np.array([True])):
         with pytest.raises(TypeError, match=rf"^{argument}: expected True or False, found "):
             call(value)
+
+
+def test_flags_out_of_arrays_are_taken() -> None:
+    layer: Any = some_layer()
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    x = torch.ones(1, 4)
+    for on in (True, False):
+        for value in (torch.tensor(on), np.bool_(on)):
+            set_active(layer, "default", not on)
+            set_active(layer, "default", value)
+            assert torch.equal(layer(x), layer.get_base_layer()(x)) is not on
