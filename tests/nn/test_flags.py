@@ -85,5 +85,5 @@ def test_flags_out_of_arrays_are_taken() -> None:
     for on in (True, False):
         for value in (torch.tensor(on), np.bool_(on)):
             set_active(layer, "default", not on)
-            set_active(layer, "default", value)
+            set_active(layer, "default", value)  # pyright: ignore[reportArgumentType]
             assert torch.equal(layer(x), layer.get_base_layer()(x)) is not on
