@@ -24,7 +24,8 @@ template <typename T, int kRows, int kRanks>
 LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k, int64_t k_end,
                         Vec<T> (&acc)[kRows][kRanks], const T* next = nullptr) {
     constexpr int L = kLanes<T>;
-    const auto step = [&](auto&& get) {
+    // Inlined, or the sums go through memory at every step.
+    const auto step = [&](auto&& get) __attribute__((always_inline)) {
         Vec<T> xs[kRows];
         for (int i = 0; i < kRows; ++i) xs[i] = get(x[i] + k);
         for (int j = 0; j < kRanks; ++j) {
@@ -32,7 +33,7 @@ LX_INLINE void dot_tile(const T* const* x, const T* a, int64_t a_row, int64_t k,
             for (int i = 0; i < kRows; ++i) acc[i][j] = fma(as, xs[i], acc[i][j]);
         }
     };
-    const auto ahead = [&] {
+    const auto ahead = [&]() __attribute__((always_inline)) {
         if constexpr (kRows <= 2)
             for (int j = 0; j < kRanks; ++j) {
                 if (next)
