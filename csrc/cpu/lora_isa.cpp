@@ -51,8 +51,8 @@ void shrink_few(const Slot<T>& slot, const Rows<const T>& x, const Rows<Acc<T>>&
     for (int64_t r = 0; r < slot.rank; r += kDotRanks)
         with_constant<kDotRanks>(min(slot.rank - r, kDotRanks), [&](auto ranks) {
             Vec<T> acc[kRows][ranks.value] = {};
-            const int64_t after = r + kDotRanks;
-            const T* next = after < slot.rank ? slot.a_at(after) : nullptr;
+            const int64_t after = r + kDotRanks;  // a whole tile, or lines that nobody reads come
+            const T* next = after + kDotRanks <= slot.rank ? slot.a_at(after) : nullptr;
             dot_tile<T, kRows, ranks.value>(xs, slot.a_at(r), slot.a_row, 0, slot.in, acc, next);
             write_v<T>(acc, slot.scale, v, 0, r);
         });
@@ -145,16 +145,16 @@ LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const
     constexpr bool kPart = kOutputs == Outputs::kPart;
     Vec<T> acc[kVecs][kRows] = {};
     constexpr int kTile = kVecs * L, kLine = 64 / sizeof(T);
-    const bool dense = slot.b_row == slot.rank && slot.rank <= 2 * kLine;
+    const bool dense = slot.b_row <= min(blocks_of(slot.rank, 8) * 8, 2 * kLine);
     const T* const bank = slot.b + (o + kTile) * slot.b_row;
     const auto add_page = [&](int64_t p, int ranks) __attribute__((always_inline)) {
         const T* b = slot.b_page(p) + o * slot.b_row;
         const bool whole = ranks == 8 || slot.full_pages;
         if constexpr (!kPart) {
-            if (slot.table)
+            if (kVecs > 1 || slot.table)  // several vectors are read of tables alone
                 for (int i = 0; i < kTile * 8; i += kLine)
                     __builtin_prefetch(b + kAheadB / sizeof(T) + i, 0, kToL2);
-            else if (dense)  // pages lie side by side: each prefetches its share of the next tile
+            else if (dense)  // pages fill the rows: each prefetches its share of the next tile
                 for (int i = 0; i < kTile * 8; i += kLine)
                     __builtin_prefetch(bank + p * (kTile * 8) + i);
             else if (8 * p % kLine == 0)
