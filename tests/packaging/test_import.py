@@ -54,7 +54,7 @@ def test_large_packages_are_imported_on_demand():
         [f"lora_ext.{n}" for n in ("circuits", "federated", "methods")]
     )
     with pytest.raises(AttributeError, match="module 'lora_ext' has no attribute 'nothing'"):
-        lora_ext.nothing  # noqa: B018
+        lora_ext.nothing  # noqa: B018  # the access itself raises
 
 
 def test_import_starts_nothing_on_a_gpu():
