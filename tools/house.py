@@ -19,7 +19,7 @@ from typing import NamedTuple
 PACKAGE = "lora_ext"
 ROOT = Path(__file__).resolve().parents[1]
 
-# Bottom to top: each room with the rooms below that it may import. The rest is above it or beside it.
+# Bottom to top: each room with the rooms below it that it may import.
 BELOW: dict[str, str] = {
     "reference": "",
     "ops": "reference",
@@ -32,7 +32,7 @@ BELOW: dict[str, str] = {
     "control": "circuits rows ops",
     "federated": "adapter layers rows ops",
     "methods": "federated adapter layers rows control circuits ops reference",
-    "interop": "serving pool federated adapter layers rows ops",
+    "interop": "methods serving pool federated adapter layers rows ops",
     "nn": "methods serving adapter layers rows ops",
     "tenants": "serving pool adapter layers rows ops",
     "cli": "methods control interop federated pool adapter layers rows circuits ops",
@@ -63,7 +63,15 @@ def room_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def imports_of(module: str, path: Path, known: dict[str, Path]) -> list[Import]:
+def names_of(face: Path) -> set[str]:
+    """The names that a package's ``__init__`` imports: they hide files of the same name."""
+    nodes = [n for n in ast.walk(ast.parse(face.read_text())) if isinstance(n, ast.ImportFrom)]
+    return {alias.asname or alias.name for node in nodes for alias in node.names}
+
+
+def imports_of(
+    module: str, path: Path, known: dict[str, Path], shown: dict[str, set[str]]
+) -> list[Import]:
     """What a file imports from the package, in functions and for annotations too."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
@@ -79,7 +87,8 @@ def imports_of(module: str, path: Path, known: dict[str, Path]) -> list[Import]:
         else:
             continue
         for base, name in pairs:
-            target = f"{base}.{name}" if f"{base}.{name}" in known else base
+            is_file = f"{base}.{name}" in known and name not in shown.get(base, ())
+            target = f"{base}.{name}" if is_file else base
             if target in known and target != module:
                 found.append(Import(module, target, name))
     return found
@@ -141,17 +150,16 @@ def full_folders(root: Path) -> dict[str, int]:
 
 def methods_that_meet(imports: list[Import]) -> list[str]:
     """Imports from one method into another."""
-    methods = [i for i in imports if i.file.count(".") > 1 and i.target.count(".") > 1]
-    methods = [i for i in methods if room_of(i.file) == room_of(i.target) == "methods"]
-    return sorted(
-        {f"{i.file} -> {i.target}" for i in methods if i.file.split(".")[2] != i.target.split(".")[2]}
-    )
+    pairs = [(i.file.split("."), i.target.split(".")) for i in imports]
+    pairs = [(a, b) for a, b in pairs if len(a) > 2 and len(b) > 2 and a[1] == b[1] == "methods"]
+    return sorted({f"{'.'.join(a)} -> {'.'.join(b)}" for a, b in pairs if a[2] != b[2]})
 
 
 def survey(root: Path = ROOT) -> dict[str, object]:
     """All that this page says of the house, as one object."""
     known = modules(root)
-    imports = [i for module, path in known.items() for i in imports_of(module, path, known)]
+    shown = {m: names_of(path) for m, path in known.items() if path.name == "__init__.py"}
+    imports = [i for m, path in known.items() for i in imports_of(m, path, known, shown)]
     edges: dict[str, set[str]] = defaultdict(set)
     for i in imports:
         edges[i.file].add(i.target)
@@ -174,8 +182,7 @@ def survey(root: Path = ROOT) -> dict[str, object]:
         if here in BELOW and there in BELOW:
             if there not in BELOW[here].split():
                 up.add(f"{i.file} -> {i.target}")
-            # A method and a guest are rooms of their own inside the one that holds them.
-            if i.target.count(".") > (2 if there in ("methods", "interop") else 1):
+            if known[i.target].name != "__init__.py":
                 past.add(f"{i.file} -> {i.target}")
                 rooms[here]["past_the_face"] += 1
     return {
