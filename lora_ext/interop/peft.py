@@ -29,11 +29,13 @@ from lora_ext import ops
 from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
-from lora_ext.nn.switches import forward_of_the_rest, switched_off
+from lora_ext.nn.rows import several_processes, together
+from lora_ext.nn.switches import forward_of_the_rest
 from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
 from .peft_adapters import check_values, refuse_names_of_a_reference, warn_of_frozen
+from .peft_processes import no_gradients_without_rows, refuse_layers_of_peft, taking_part
 from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -218,28 +220,33 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.get("adapter_names")
-        rows = self._rows_of(names)
+        given = self._rows_of(names)
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
             return self._forward_of_peft(x, *args, **kwargs)
-        wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
-        present = tuple(name for name in wanted if name in self.lora_A and name not in off)
-        fits = rows is None or _fit(rows, x.shape[:-1])  # PEFT raises where they do not
-        if not fits or any(self.uncovered(name) is not None for name in present):
-            if rows is not None:
-                kwargs["adapter_names"] = rows.spelled()
+        present, rows, trained = taking_part(self, given)
+        fits = given is None or _fit(given, x.shape[:-1])  # PEFT raises where they do not
+        left = [reason for name in present if (reason := self.uncovered(name)) is not None]
+        if not fits or left:
+            if fits and trained:
+                raise no_gradients_without_rows("; ".join(left))
+            if given is not None:
+                kwargs["adapter_names"] = given.spelled()
             return self._forward_of_peft(x, *args, **kwargs)
         if not present:
             return self.base_layer(x)
-        of_rows = None if rows is None else rows.among(present, x.shape[:-1], x.device)
+        of_rows = None
+        if rows is not None:
+            of_rows = together(rows.among(present, x.shape[:-1], x.device), trained)
         factors = [self._factors(name) for name in present]
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         dense = dense_parameters(self.base_layer)
         assert dense is not None  # uncovered lets no other base pass
         magnitudes = [self._magnitude(name) for name in present]
+        in_use = [of_rows is None or i in of_rows.used for i in range(len(present))]
         norms = [
-            None if m is None else self._norm(name, dense[0], f)
-            for name, f, m in zip(present, factors, magnitudes, strict=True)
+            None if m is None or not used else self._norm(name, dense[0], f)
+            for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
         ]
         return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows, norms)
 
@@ -326,6 +333,8 @@ class FusedLoraModel(LoraModel):
         try:
             if names is not None and training:
                 warn_of_frozen(self.model, _names(names))
+                if several_processes() and torch.is_grad_enabled():
+                    refuse_layers_of_peft(self.model, report(self.model).left)
                 _let_checkpoints_keep_names(self.model)
                 token = _current.set(_names(names))
             yield

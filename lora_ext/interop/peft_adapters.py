@@ -67,7 +67,7 @@ def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
         if not frozen:
             return
         if isinstance(layer, LoraLayer):
-            frozen -= {name for name in frozen if _trains(layer, name)}
+            frozen -= {name for name in frozen if trains(layer, name)}
     if frozen:
         found = ", ".join(repr(name) for name in sorted(frozen))
         warnings.warn(
@@ -77,9 +77,10 @@ def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
         )
 
 
-def _trains(layer: Any, name: str) -> bool:
+def trains(layer: Any, name: str) -> bool:
+    """Whether any parameter of an adapter of a layer requires a gradient. All of them are read."""
     factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
-    return any(p.requires_grad for f in factors if name in f for p in _parameters(f[name]))
+    return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
 
 
 def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:

@@ -23,10 +23,10 @@ from lora_ext.nn.experts import (
     slots_of,
 )
 from lora_ext.nn.lora_forward import LoraFactors
-from lora_ext.nn.rows import Rows
-from lora_ext.nn.switches import switched_off
+from lora_ext.nn.rows import together
 
 from .peft import Fused, uncovered
+from .peft_processes import no_gradients_without_rows, taking_part
 
 
 class FusedExperts(Fused, ParamWrapper):
@@ -48,20 +48,27 @@ class FusedExperts(Fused, ParamWrapper):
             RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.pop("adapter_names", None)
-        rows = self._rows_of(names)
+        given = self._rows_of(names)
         wrappers = self._wrappers()
         if any(w._disable_adapters or w.merged for w in wrappers):
-            return self._left_to_peft(x, rows, *args, **kwargs)
-        present = {w.parameter_name: w._present(rows) for w in wrappers}
-        refused = any(w.uncovered(name) for w in wrappers for name in present[w.parameter_name])
-        if refused or kwargs or len(args) != 2:
-            return self._left_to_peft(x, rows, *args, **kwargs)
+            return self._left_to_peft(x, given, *args, **kwargs)
+        present = {w.parameter_name: taking_part(w, given) for w in wrappers}
+        left = [
+            reason
+            for w in wrappers
+            for name in present[w.parameter_name][0]
+            if (reason := w.uncovered(name)) is not None
+        ]
+        if left or kwargs or len(args) != 2:
+            if left and any(trained for _, _, trained in present.values()):
+                raise no_gradients_without_rows("; ".join(left))
+            return self._left_to_peft(x, given, *args, **kwargs)
         of_parameter = {w.parameter_name: w for w in wrappers}
         found: dict[Any, Slots] = {}
 
         def update(parameter: str, y: Tensor, inner: Tensor, routing: Routing) -> Tensor:
-            adapters = present.get(parameter, ())
-            for group, ids in _calls(adapters, rows, x):
+            adapters, rows, trained = present.get(parameter, ((), None, ()))
+            for group, ids in _calls(adapters, rows, trained, x):
                 layer = of_parameter[parameter]
                 key = None if rows is None else group
                 if key not in found:
@@ -90,10 +97,6 @@ class FusedExperts(Fused, ParamWrapper):
             found.append(found[-1].base_layer)
         return found
 
-    def _present(self, rows: Assignment | None) -> tuple[str, ...]:
-        wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
-        return tuple(name for name in wanted if name in self.lora_A and name not in off)
-
     def _factors(self, name: str) -> LoraFactors:
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
@@ -111,7 +114,7 @@ FusedExperts.__name__ = ParamWrapper.__name__  # what PEFT shows, and compares
 
 
 def _calls(
-    adapters: tuple[str, ...], rows: Assignment | None, x: Tensor
+    adapters: tuple[str, ...], rows: Assignment | None, trained: tuple[int, ...], x: Tensor
 ) -> list[tuple[tuple[str, ...], Tensor | None]]:
     """Which adapters share a call, and whose each row is: all rows have all of them, or their
     own."""
@@ -121,6 +124,7 @@ def _calls(
         return []
     tokens, sequences = len(x), len(rows.places)
     each = frozenset([tokens // sequences] if tokens % sequences == 0 else [])
-    of_rows: Rows = rows.among(adapters, x.shape[:-1], x.device, Batch(sequences, each))
+    of_rows = rows.among(adapters, x.shape[:-1], x.device, Batch(sequences, each))
+    of_rows = together(of_rows, trained)
     used = tuple(adapters[i] for i in of_rows.used)
     return [(used, of_rows.ids)] if used else []

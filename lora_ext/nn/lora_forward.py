@@ -18,7 +18,7 @@ from lora_ext import ops
 from lora_ext.ops._autocast import AUTOCASTS
 
 from .packed_linear import PackedLinear
-from .rows import Rows, all_rows, constant, rows_of, scales, subset
+from .rows import Rows, all_rows, constant, rows_of, scales, several_processes, subset, together
 
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
@@ -52,7 +52,9 @@ def lora_forward(
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``: over all adapters, or
     over the one that ``adapter_ids[t]`` names. An adapter without rows takes no part: it costs
-    nothing and its ``grad`` stays None. Without any, this is ``base(x)`` and nothing else.
+    nothing and its ``grad`` stays None. Without any, this is ``base(x)`` and nothing else. Where
+    torch.distributed has several processes, an adapter without rows that requires gradients gets
+    zeros, as its rows may be on another process.
 
     A plain ``nn.Linear`` or transformers ``Conv1D`` takes part in the fused op with its weight. Any
     other base (quantised, wrapped, with hooks) is called, and the update added in the dtype of the
@@ -154,12 +156,19 @@ def _participants(
     rows = adapter_ids
     if isinstance(rows, Tensor):
         rows = rows_of(rows, len(adapters), x.shape[:-1])
+        if several_processes() and torch.is_grad_enabled():
+            each = enumerate((f.a, f.b, f.bias) for f in adapters)
+            rows = together(rows, [i for i, own in each if any(map(_trains, own))])
     if rows.ids.shape[0] != x.shape[:-1].numel():
         raise ValueError(
             f"adapter_ids: expected one id for each of the {x.shape[:-1].numel()} rows of x, "
             f"found {rows.ids.shape[0]}"
         )
     return [adapters[i] for i in rows.used], rows
+
+
+def _trains(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _forward(
@@ -285,7 +294,7 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     groups: dict[tuple[float, bool], list[int]] = {}
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
-    for (p, _), members in groups.items():
+    for (p, _), members in sorted(groups.items()):  # in one order, whichever come first
         _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         a, b = [f.a for f in group], [f.b for f in group]

@@ -26,7 +26,8 @@ class LoraLinear(LoraLayer):
     Rows take the active adapters (:meth:`set_adapter`; several are summed), or the one that
     :func:`lora_ext.adapters` or ``adapter_ids`` names for them. An adapter whose ``adapter_active``
     is False takes no part: no allocation, no launch, no graph node, and ``grad`` stays None. So do
-    adapters that have no rows.
+    adapters that have no rows; where torch.distributed has several processes, those of them that
+    train get zero gradients, as another process may have their rows.
 
     Under ``torch.compile`` an adapter of a mixed batch that has no rows gets a zero gradient
     instead, and rows of DoRA adapters break the graph.

@@ -13,7 +13,7 @@ from . import context
 from .assignment import Assignment, Names
 from .layer_names import layer_names
 from .merging import Merging
-from .rows import Rows, rows_of
+from .rows import Rows, everywhere, rows_of, several_processes, together
 from .traced import layer_rows
 
 
@@ -57,9 +57,34 @@ class Participants(Merging):
                     "off; unmerge them first"
                 )
             return [], None
+        if several_processes():
+            rows = self._rows_of_all(rows, leading, device)
+            if rows is not None:
+                return list(self.adapter_names), rows
         if rows is None:
             return [n for n in self._active if self._is_on(n)], None
         return (list(self.adapter_names) if rows.used else []), rows
+
+    def _rows_of_all(
+        self, rows: Rows | None, leading: torch.Size, device: torch.device
+    ) -> Rows | None:
+        """The rows, and among the adapters used all that train: :func:`together` says why. None:
+        every row has all active adapters, and no other one trains."""
+        # Each is asked for its parameters, in one order on every process, though none need train:
+        # ZeRO-3 gathers a parameter when it is read, and all processes have to take part.
+        asked = [any(p.requires_grad for p in self._parameters_of(name)) for name in self.r]
+        trained: set[int] = set()
+        if torch.is_grad_enabled():
+            trained = {i for i, n in enumerate(self.r) if asked[i] and self._is_on(n)}
+        if rows is None:
+            active = {i for i, n in enumerate(self.r) if n in self._active and self._is_on(n)}
+            if len(active) > 1 or trained <= active:
+                return None
+            rows = everywhere(min(active, default=-1), leading.numel(), device)
+        return together(rows, tuple(trained))
+
+    def _parameters_of(self, name: str) -> list[Tensor]:
+        raise NotImplementedError
 
     def _is_on(self, name: str) -> bool:
         """Whether an adapter takes part in the mode that the layer is in."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_ext import ops
@@ -23,8 +23,9 @@ _KEPT = 64  # a training step has a few row counts; generation without a cache h
 class Rows(NamedTuple):
     """Which adapter has each row, and the rows grouped by adapter.
 
-    A layer with adapters of its own leaves out those without rows; a pool's layer knows its
-    adapters by their slots, so there all slots are used as soon as one row has an adapter.
+    A layer with adapters of its own leaves out those without rows, but where several processes
+    train (:func:`together`); a pool's layer knows its adapters by their slots, so there all slots
+    are used as soon as one row has an adapter.
     """
 
     used: tuple[int, ...]  # positions, rising, of the adapters that ids count
@@ -40,6 +41,66 @@ def subset(rows: Rows, slots: Sequence[int]) -> Rows:
         rows.ids.long()
     ]  # id -1 reads the last
     return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
+
+
+def everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
+    """Rows that all have the adapter at this position; -1: rows of the base."""
+    return keep(("everywhere", position, num_rows), device, _everywhere, position, num_rows, device)
+
+
+def _everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
+    if position < 0:
+        ids = repeated([-1], num_rows, torch.int32, device)
+        return Rows((), ids, ops.lora_plan(ids, 0))
+    ids, plan = all_rows(num_rows, device)
+    return Rows((position,), ids, ops.lora_plan(ids, 1) if plan is None else plan)
+
+
+# -------------------------------------------------------------------------------------------------
+# Several processes
+
+_HAS_GROUPS = distributed.is_available()
+
+
+def several_processes() -> bool:
+    """Whether this process is one of several: torch's default process group has more than one."""
+    return _HAS_GROUPS and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+_widened: Any = WeakTensorKeyDictionary()
+
+
+def together(rows: Rows, also: Sequence[int]) -> Rows:
+    """The same rows where the adapters at positions ``also`` are used, with rows or without.
+
+    Processes that train one model have different rows. FSDP2 and ZeRO put the gradients that a
+    process has one after another and sum the lot over the processes: an adapter that lacks its
+    gradient on one of them, or has it at another place, would be given that of another adapter. So
+    all that train are used on each of them, in the order of the layer; those without rows get
+    zeros.
+    """
+    used = tuple(sorted({*rows.used, *also}))
+    if used == rows.used:
+        return rows
+    if compiles():
+        return _with_used(rows, used)
+    known = _widened.get(rows.ids)
+    if known is None:
+        known = _widened[rows.ids] = Kept(_KEPT)
+    # Rows that all have one adapter share their ids, whichever it is.
+    return known.get((rows.used, used), rows.ids.device, _with_used, rows, used)
+
+
+def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
+    place = [used.index(position) for position in rows.used]
+    ids = constant([*place, -1], torch.int32, rows.ids.device)[
+        rows.ids.long()
+    ]  # id -1 reads the last
+    return Rows(used, ids, ops.lora_plan(ids, len(used)))
+
+
+# -------------------------------------------------------------------------------------------------
+# What layers share
 
 
 def capturing(device: torch.device) -> bool:

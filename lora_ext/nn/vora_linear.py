@@ -18,7 +18,7 @@ from .layer_names import layer_names
 from .lora_layer import LoraLayer
 from .lora_linear import LoraLinear
 from .modalities import modality, traced_vision_rows, vision_block, vision_rows
-from .rows import Rows, all_rows, constant, group, rows_of
+from .rows import Rows, constant, everywhere, group, rows_of
 
 #: Which tokens the adapter serves.
 Route = Literal["all", "vision"]
@@ -254,9 +254,11 @@ class VoraLinear(LoraLinear):
             vision = None if block is None else vision_rows(block, leading, device)
         text = self._default_position() if named is None else None
         if text == -1:
-            return _NOBODY if vision is None else vision._replace(used=vision.used and (own,))
+            if vision is None:
+                return everywhere(-1, leading.numel(), device)
+            return vision._replace(used=vision.used and (own,))
         if text is not None:
-            named = _everywhere(text, leading, device)
+            named = everywhere(text, leading.numel(), device)
         assert named is not None
         if vision is None:
             return named
@@ -283,15 +285,6 @@ class VoraLinear(LoraLinear):
     def extra_repr(self) -> str:
         """Adapters with their ranks, and the route."""
         return f"{super().extra_repr()}, route={self.route}"
-
-
-_NOBODY = Rows((), torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32))
-
-
-def _everywhere(position: int, leading: torch.Size, device: torch.device) -> Rows:
-    """Rows that all have the adapter at this position."""
-    ids, plan = all_rows(leading.numel(), device)
-    return Rows((position,), ids, ops.lora_plan(ids, 1) if plan is None else plan)
 
 
 def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
