@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import longer_than
-from .low_rank import check_matrices, rounded, truncated, wide, widest
+from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter, same_values
 
@@ -43,6 +43,7 @@ def merge_adapters(
 
     Sums are float64 on the CPU and are rounded once, to the widest dtype of the adapters. With
     "delta" and "delta_svd" a module counts that any of them has. A bias is summed like its update.
+    A rank that comes out as 0 in both factors gets a drawn row of A, so that training moves it.
 
     Args:
         adapters: values, folders, or (config, state dict). None of them changes.
@@ -138,6 +139,7 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
+    generator = torch.Generator().manual_seed(0)
     for name in progress(names):
         parts = [
             (w, value.modules[name])
@@ -148,11 +150,11 @@ def _merged(
         if mode == "delta_svd":
             a, b, _ = truncated(a, b, rank or max(f.a.shape[0] for _, f in parts))
         like = parts[0][1]
+        a = rounded(a, like.a, dtype, f"{where}: {name}: a")
+        b = rounded(b, like.b, dtype, f"{where}: {name}: b")
         modules[name] = Factors(
-            rounded(a, like.a, dtype, f"{where}: {name}: a").unflatten(1, like.a.shape[1:]),
-            rounded(b, like.b, dtype, f"{where}: {name}: b").reshape(
-                len(b), len(a), *like.b.shape[2:]
-            ),
+            able_to_learn(a, b, generator).unflatten(1, like.a.shape[1:]),
+            b.reshape(*b.shape, *like.b.shape[2:]),
             scaling,
             rounded(bias, like.b, dtype, f"{where}: {name}: bias") if has_bias else None,
             embedding=like.embedding,

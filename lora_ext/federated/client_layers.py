@@ -15,8 +15,8 @@ from lora_ext.ops._checks import require
 
 from .banks import Bank
 from .batches import Segment
+from .supported import WHERE, supported
 
-WHERE = "BatchedClients"
 _KEPT = 64
 
 
@@ -26,9 +26,13 @@ class BatchRows:
     A part of the batch may go through a block by itself: :meth:`only`. In the backward, a
     checkpoint may run it again without saying so: it is always the first sequences, as the others
     have no graph.
+
+    Attributes:
+        above: the shared module that the forward has come to, if any; no layer may follow it.
     """
 
     def __init__(self) -> None:
+        self.above: str | None = None
         self._step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
         self._backward = False
@@ -39,6 +43,21 @@ class BatchRows:
         self._part = slice(0, sum(segment.rows for segment in segments))
         if (places, segments) != self._step:
             self._step, self._kept = (places, segments), Kept(_KEPT)
+
+    @property
+    def step(self) -> tuple[Sequence[int], Sequence[Segment]]:
+        """The places of the clients of the step, and their segments."""
+        return self._step
+
+    def check_below(self, module: str) -> None:
+        """Refuse a layer that follows a shared module. What lies below the layers would take the
+        gradient of the rows that leave the graph in them.
+
+        Raises:
+            UnsupportedModule: naming the shared module.
+        """
+        if self.above is not None and not self._backward:
+            supported(False, self.above, "shared parameters above the layers", f"{module} after it")
 
     def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many sequences each client has, and for each sequence which of them has it."""
@@ -108,6 +127,7 @@ class ClientsLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(sequences, ..., I)`` to ``(sequences, ..., O)``, the dtype of ``base_layer(x)``."""
         bank = self.bank
+        self.rows.check_below(bank.pair.module)
         if not bank.size:
             return self.base_layer(x)
         ids, plan = self.rows.ids(bank, x.shape[:-1], x.device)

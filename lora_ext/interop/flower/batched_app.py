@@ -14,8 +14,9 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.federated.update import Client
 from lora_ext.ops._checks import require
 
-from .model import Model, check_scaling
-from .tasks import Settings, Task, failed, who
+from .model import Model, SharedTensors, check_scaling
+from .records import read_config
+from .tasks import Settings, Task, failed, shared_names, who
 
 State = Mapping[str, Tensor]
 #: Trains the clients of some tasks together, from the global adapter. With each task comes what
@@ -29,7 +30,8 @@ class BatchedApp(ClientApp):
     Args:
         prepare: what ``train`` needs of a task, such as its data; called for each by itself.
         train: gives the updates in the order of the tasks.
-        state: the adapter of the model, for names and shapes.
+        state: gives the adapter of the model and the shared parameters of these names, for names
+            and shapes.
         pattern: finds the index of a layer in a name.
     """
 
@@ -37,7 +39,7 @@ class BatchedApp(ClientApp):
         self,
         prepare: Callable[[Task], Any],
         train: TrainFn,
-        state: Callable[[], State],
+        state: Callable[[list[str]], State],
         pattern: str,
     ):
         super().__init__()
@@ -54,11 +56,12 @@ class BatchedApp(ClientApp):
         ``train-time-s`` is a client's even share of the time that all of them took.
         """
         began = time.perf_counter()
-        state = self._state()
+        state: State = {}
         replies: dict[int, Message] = {}
         tasks: dict[int, tuple[Task, Any]] = {}
         for place, (message, context) in enumerate(pairs):
             try:
+                state = self._state(shared_names(read_config(message)))
                 task = Task.read(message, context, state, self._pattern)
                 tasks[place] = task, self._prepare(task)
             except Exception as error:
@@ -103,12 +106,16 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
             [spec for _, spec in tasks],
             pattern=model.pattern,
             adapter=model.adapter,
+            shared=first.shared or None,
             others=first.others,
         )
         plans: dict[Client, LayerPlan] = {task.client: task.plan for task, _ in tasks}
         return batched.run_round(plans, state, first.round)
 
-    return BatchedApp(prepare, train, lambda: model.manager.state_slice(), model.pattern)
+    def state(shared: list[str]) -> State:
+        return _state_of(model.manager, shared)
+
+    return BatchedApp(prepare, train, state, model.pattern)
 
 
 def of_clients(batched: BatchedClients) -> BatchedApp:
@@ -120,6 +127,8 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
         check_scaling(manager, task.config)
         found, expected = task.others, batched.others
         require(found == expected, "LocalGrid", "client_app", f"others {found!r}", repr(expected))
+        asked, own = sorted(task.shared), sorted(batched.shared)
+        require(asked == own, "LocalGrid", "client_app", f"shared {asked}", own)
         return names[task.partition]
 
     def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:
@@ -127,7 +136,11 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
         updates = {u.client: u for u in batched.run_round(plans, state, tasks[0][0].round)}
         return [updates[name] for _, name in tasks]
 
-    return BatchedApp(prepare, train, manager.state_slice, batched.pattern)
+    return BatchedApp(prepare, train, lambda s: _state_of(manager, s), batched.pattern)
+
+
+def _state_of(manager: LoraLayerManager, shared: list[str]) -> State:
+    return {**manager.state_slice(), **SharedTensors(manager.model, shared).state()}
 
 
 def _union(tasks: Iterable[Task], state: State) -> dict[str, Tensor]:
