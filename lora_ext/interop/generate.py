@@ -16,7 +16,7 @@ from lora_ext.pool import AdapterPool
 
 from .continuous import continuous_hooks
 from .media import media_noted
-from .names import names_of_call
+from .names import names_of_call, refuse_singular
 
 
 def hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     handle = pool_handle(pool)
 
     def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        refuse_singular("generate", kwargs)
         adapter_names = names_of_call(adapter_names, pool, default)
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:

@@ -26,6 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.nn import layouts
 from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
@@ -33,7 +34,13 @@ from lora_ext.nn.switches import forward_of_the_rest, switched_off
 from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
-from .peft_adapters import check_values, refuse_names_of_a_reference, warn_of_frozen
+from .names import refuse_singular
+from .peft_adapters import (
+    check_values,
+    refuse_names_of_a_reference,
+    refuse_turned,
+    warn_of_frozen,
+)
 from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,6 +66,7 @@ def take_over(model: Model) -> Model:
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
     _swap(model, _fused_class)
+    layouts.tell(model)
     found = report(model)
     if not found.taken:
         warnings.warn(
@@ -74,6 +82,8 @@ def to_peft(model: Model) -> Model:
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
+        if isinstance(block, LoraLayer):
+            block.__dict__.pop("tokens_first", None)
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = checkpoint.checkpoint
@@ -166,9 +176,9 @@ def uncovered(module: Any, adapter: str) -> str | None:
 # Rows
 
 
-def _fit(names: Assignment, leading: torch.Size) -> bool:
+def _fit(names: Assignment, leading: torch.Size, tokens_first: bool) -> bool:
     """Whether there is one name for each sequence."""
-    return len(leading) > 0 and leading[0] == len(names.places)
+    return leading[1:2] == names.shape if tokens_first else leading[:1] == names.shape
 
 
 # A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
@@ -200,6 +210,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
     where that is a plain one. A mixin in front of the class :attr:`of_peft`."""
 
     asks_what_is_off = True
+    #: Whether the first dimension of the input counts tokens, the second sequences.
+    tokens_first = False
     of_peft: ClassVar[Any]
     uncovered = uncovered
 
@@ -223,14 +235,21 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             return self._forward_of_peft(x, *args, **kwargs)
         wanted, off = rows.names if rows is not None else self.active_adapters, switched_off(self)
         present = tuple(name for name in wanted if name in self.lora_A and name not in off)
-        fits = rows is None or _fit(rows, x.shape[:-1])  # PEFT raises where they do not
+        fits = rows is None or _fit(
+            rows, x.shape[:-1], self.tokens_first
+        )  # PEFT raises where they do not
         if not fits or any(self.uncovered(name) is not None for name in present):
             if rows is not None:
                 kwargs["adapter_names"] = rows.spelled()
+                if self.tokens_first and x.dim() > 2:  # PEFT's forward takes sequences first
+                    turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
+                    return turned.transpose(0, 1).contiguous()  # some models view it
             return self._forward_of_peft(x, *args, **kwargs)
         if not present:
             return self.base_layer(x)
-        of_rows = None if rows is None else rows.among(present, x.shape[:-1], x.device)
+        of_rows = (
+            None if rows is None else rows.among(present, x.shape[:-1], x.device, self.tokens_first)
+        )
         factors = [self._factors(name) for name in present]
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
@@ -308,11 +327,15 @@ class FusedLoraModel(LoraModel):
                 "generate_batch: expected no adapter_names on a PEFT model, whose requests all "
                 "have the active adapter, found some; lora_ext.attach serves one per request"
             )
+        refuse_singular("generate_batch", kwargs)
         return self.model.generate_batch(*args, **kwargs)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        refuse_singular("from_peft", kwargs)
         names = kwargs.get("adapter_names")
+        if names is not None and len(set(names)) > 1:
+            refuse_turned(self.model)
         if names is not None and self.training:
             refuse_names_of_a_reference(self.active_adapters, _names(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)

@@ -70,6 +70,7 @@ class Block:
     lease: Any
     assignment: Assignment
     slots: tuple[int, ...]  # one per name of the assignment
+        tokens_first: bool = False,
     num_slots: int
     outer: Block | None
     entry: Entry
@@ -91,7 +92,7 @@ class Block:
         if self.lease.released:
             raise _outlived()
         if of_tokens:
-            self.assignment.check_tokens(leading)
+            self.assignment.check_tokens(leading, tokens_first)
         key = (leading, tokens_first)
         return self.assignment.kept.get(key, device, self._rows, leading, device, tokens_first)
 
@@ -110,8 +111,8 @@ class Block:
         if self.lease.released:
             raise _outlived()
         if of_tokens:
-            self.assignment.check_tokens(leading)
-        return self.assignment.among(names, leading, device, _batch.get())
+            self.assignment.check_tokens(leading, tokens_first)
+        return self.assignment.among(names, leading, device, tokens_first, _batch.get())
 
     def rows_of_slots(
         self, slots: Set[int], leading: torch.Size, device: torch.device, tokens_first: bool
