@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_ext.nn.assignment import Names
 from lora_ext.nn.attachment import pool_handle
-from lora_ext.nn.context import adapters
+from lora_ext.nn.context import of_call
 from lora_ext.nn.generation import generation_scope, repeat_rows, select_rows
 from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.pool import AdapterPool
@@ -37,7 +37,7 @@ def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
         adapter_names = names_of_call(adapter_names, pool, default)
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(adapters(adapter_names, pool=pool))
+                stack.enter_context(of_call(adapter_names, pool=pool))
             stack.enter_context(generation_scope())
             stack.enter_context(media_noted(self, args, kwargs))
             own = self.__dict__.get("_lora_ext_own_generate")  # of a repository's custom_generate

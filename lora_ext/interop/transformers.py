@@ -24,7 +24,7 @@ from lora_ext.nn import (
 )
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
-from lora_ext.nn.context import adapters, forward_of, innermost
+from lora_ext.nn.context import forward_of, innermost, of_call
 from lora_ext.nn.packed_linear import packed_layers, unpack
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.siblings import introduce
@@ -40,7 +40,7 @@ from .gate import Gate
 from .generate import hooks
 from .media import has_media, media_hooks, media_noted
 from .names import names_of_call, refuse_singular
-from .pipelines import check_pipeline
+from .pipelines import check_pipeline, watch_pipelines
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -180,6 +180,7 @@ def attach(
             )
             attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
+    watch_pipelines()
     return model
 
 
@@ -280,8 +281,8 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate: Gate) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
-        run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
         refuse_singular("forward", kwargs)
+        run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
         if compiles():
             serve = uncompiled if gates.managers or has_media(self, kwargs) else _in_block
         else:
@@ -322,7 +323,7 @@ def _in_block(
 ) -> Any:
     if names is None:
         return _noted(run, model, args, kwargs)
-    with adapters(names, pool=pool):
+    with of_call(names, pool=pool):
         return _noted(run, model, args, kwargs)
 
 
