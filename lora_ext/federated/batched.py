@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import Swap, adapted_layers
+from lora_ext.nn import Swap, adapted_layers, layouts
 from lora_ext.nn.blocks import block_index, block_name
 from lora_ext.ops._checks import require
 
@@ -167,6 +167,7 @@ class BatchedClients:
         # Places: whoever leaves first comes last, so that those who go on are always the first.
         clients = sorted(states, key=lambda c: (-c.steps, c.settings))
         rows = BatchRows()
+        turned = layouts.tokens_first(self.model)
         banks: list[Bank] = []
         replacements: dict[str, nn.Module] = {}
         for pair in pairs:
@@ -176,7 +177,8 @@ class BatchedClients:
             scaling = float(layer.scaling[self.adapter])
             p = dropout_of(layer, self.adapter)
             banks.append(Bank(pair, clients, (a, b), self.others == "frozen", scaling, p))
-            replacements[name] = ClientsLayer(layer.get_base_layer(), banks[-1], rows)
+            base = layer.get_base_layer()
+            replacements[name] = ClientsLayer(base, banks[-1], rows, name in turned)
         heads = [
             SharedBank(name, start_of(name, self.model, global_lora, self.dtype), len(clients))
             for name in self.shared
@@ -275,11 +277,14 @@ class BatchedClients:
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
     ) -> Staircase | None:
         """Where some client trains nothing in the lowest block, and each index has one block."""
+        turned = layouts.tokens_first(self.model)
         blocks: dict[int, str] = {}
         for name, pair in names.items():
             block = block_name(f"{name}.lora_A.weight", self.pattern)
             if block is None or blocks.setdefault(pair.layer, block) != block:
                 return None
+            if name in turned:
+                return None  # the staircase cuts the first dimension, which counts tokens here
         needed = self.staircase and any(c.lowest > min(blocks) for c in clients)
         return Staircase(self.model, blocks, rows) if needed else None
 

@@ -86,17 +86,29 @@ class BatchRows:
         finally:
             self._backward = False
 
-    def ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For rows of shape ``leading``, sequences first: the index in the bank that the client of
-        each has, ``(rows,)``, and the op's plan of them.
+    def ids(
+        self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """For rows of shape ``leading``, sequences first or after the tokens: the index in the bank
+        that the client of each has, ``(rows,)``, and the op's plan of them.
 
         With dropout, what is padding for the sake of other clients has no adapter: a mask counts
         the rows of its adapter, and is to count those that the client has alone.
         """
-        key = bank.table, bank.size, bank.p > 0, leading, self._part.start, self._part.stop
-        return self._kept.get(key, device, self._ids, bank, leading, device)
+        key = (
+            *(bank.table, bank.size, bank.p > 0),
+            *(leading, tokens_first, self._part.start, self._part.stop),
+        )
+        return self._kept.get(key, device, self._ids, bank, leading, device, tokens_first)
 
-    def _ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _ids(
+        self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        if tokens_first and len(leading) > 1:
+            upright = torch.Size((leading[1], leading[0], *leading[2:]))
+            ids, _ = self._ids(bank, upright, device, False)
+            ids = ids.view(upright).transpose(0, 1).flatten()
+            return ids, ops.lora_plan(ids, bank.size)
         places, segments = self._step
         sizes = torch.tensor([segment.rows for segment in segments])
         own = torch.tensor([bank.table[place] for place in places], dtype=torch.int32)
@@ -117,11 +129,14 @@ class BatchRows:
 class ClientsLayer(nn.Module):
     """A base layer whose rows have the factors of their clients, the global ones, or none."""
 
-    def __init__(self, base_layer: nn.Module, bank: Bank, rows: BatchRows):
+    def __init__(
+        self, base_layer: nn.Module, bank: Bank, rows: BatchRows, tokens_first: bool = False
+    ):
         super().__init__()
         self.base_layer = base_layer
         self.bank = bank
         self.rows = rows
+        self.tokens_first = tokens_first
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +145,7 @@ class ClientsLayer(nn.Module):
         self.rows.check_below(bank.pair.module)
         if not bank.size:
             return self.base_layer(x)
-        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device)
+        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device, self.tokens_first)
         a, b = bank.leaves
         dense = dense_parameters(self.base_layer)
         compute = autocast_dtype(x)

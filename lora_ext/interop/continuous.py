@@ -30,7 +30,7 @@ from lora_ext.nn.packed import packed_block
 from lora_ext.pool import AdapterPool, Lease, PoolFullError
 
 from .gate import managers_changed
-from .names import NamedPrompt, named_prompts, request_names
+from .names import NamedPrompt, named_prompts, refuse_singular, request_names
 from .prefixes import marked
 from .sampling import Sampling
 from .settings import check_settings
@@ -370,6 +370,7 @@ def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     def generate_batch(
         self: Any, inputs: Any, *args: Any, adapter_names: Names = None, **kwargs: Any
     ) -> Any:
+        refuse_singular("generate_batch", kwargs)
         prompts = named_prompts(
             inputs, request_names("generate_batch", adapter_names, len(inputs), pool, default)
         )

@@ -9,14 +9,14 @@ from typing import Any
 
 from lora_ext.nn.assignment import Names
 from lora_ext.nn.attachment import pool_handle
-from lora_ext.nn.context import adapters
+from lora_ext.nn.context import of_call
 from lora_ext.nn.generation import generation_scope, repeat_rows, select_rows
 from lora_ext.nn.pool_layer import PoolLayer
 from lora_ext.pool import AdapterPool
 
 from .continuous import continuous_hooks
 from .media import media_noted
-from .names import names_of_call
+from .names import names_of_call, refuse_singular
 
 
 def hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
@@ -33,10 +33,11 @@ def _generate(pool: AdapterPool, default: str | None) -> dict[str, Any]:
     handle = pool_handle(pool)
 
     def generate(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        refuse_singular("generate", kwargs)
         adapter_names = names_of_call(adapter_names, pool, default)
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(adapters(adapter_names, pool=pool))
+                stack.enter_context(of_call(adapter_names, pool=pool))
             stack.enter_context(generation_scope())
             stack.enter_context(media_noted(self, args, kwargs))
             own = self.__dict__.get("_lora_ext_own_generate")  # of a repository's custom_generate

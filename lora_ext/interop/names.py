@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lora_ext.nn.assignment import BASE, Names
 from lora_ext.nn.attachment import pool_handle
 from lora_ext.nn.context import current
 from lora_ext.nn.pool_layer import ERROR, no_block
 from lora_ext.pool import AdapterPool
+
+
+def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
+    """Refuse what a model would swallow, as it does all arguments that it does not know: the base
+    model would answer.
+
+    Raises:
+        TypeError: ``adapter_name``.
+    """
+    if "adapter_name" in given:
+        raise TypeError(
+            f"{where}: expected adapter_names=, a name or one for each row, found "
+            f"adapter_name={given['adapter_name']!r:.200}"
+        )
 
 
 def names_of_call(given: Names, pool: AdapterPool, default: str | None) -> Names:

@@ -26,6 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext.nn import layouts
 from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
@@ -34,7 +35,13 @@ from lora_ext.nn.switches import forward_of_the_rest
 from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
-from .peft_adapters import check_values, refuse_names_of_a_reference, warn_of_frozen
+from .names import refuse_singular
+from .peft_adapters import (
+    check_values,
+    refuse_names_of_a_reference,
+    refuse_turned,
+    warn_of_frozen,
+)
 from .peft_processes import no_gradients_without_rows, refuse_layers_of_peft, taking_part
 from .peft_quantised import full_name
 
@@ -61,6 +68,7 @@ def take_over(model: Model) -> Model:
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
     _swap(model, _fused_class)
+    layouts.tell(model)
     found = report(model)
     if not found.taken:
         warnings.warn(
@@ -76,6 +84,8 @@ def to_peft(model: Model) -> Model:
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
+        if isinstance(block, LoraLayer):
+            block.__dict__.pop("tokens_first", None)
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = checkpoint.checkpoint
@@ -168,9 +178,9 @@ def uncovered(module: Any, adapter: str) -> str | None:
 # Rows
 
 
-def _fit(names: Assignment, leading: torch.Size) -> bool:
+def _fit(names: Assignment, leading: torch.Size, tokens_first: bool) -> bool:
     """Whether there is one name for each sequence."""
-    return len(leading) > 0 and leading[0] == len(names.places)
+    return leading[1:2] == names.shape if tokens_first else leading[:1] == names.shape
 
 
 # A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
@@ -202,6 +212,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
     where that is a plain one. A mixin in front of the class :attr:`of_peft`."""
 
     asks_what_is_off = True
+    #: Whether the first dimension of the input counts tokens, the second sequences.
+    tokens_first = False
     of_peft: ClassVar[Any]
     uncovered = uncovered
 
@@ -224,19 +236,24 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
             return self._forward_of_peft(x, *args, **kwargs)
         present, rows, trained = taking_part(self, given)
-        fits = given is None or _fit(given, x.shape[:-1])  # PEFT raises where they do not
+        # PEFT raises where they do not fit.
+        fits = given is None or _fit(given, x.shape[:-1], self.tokens_first)
         left = [reason for name in present if (reason := self.uncovered(name)) is not None]
         if not fits or left:
             if fits and trained:
                 raise no_gradients_without_rows("; ".join(left))
             if given is not None:
                 kwargs["adapter_names"] = given.spelled()
+                if self.tokens_first and x.dim() > 2:  # PEFT's forward takes sequences first
+                    turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
+                    return turned.transpose(0, 1).contiguous()  # some models view it
             return self._forward_of_peft(x, *args, **kwargs)
         if not present:
             return self.base_layer(x)
         of_rows = None
         if rows is not None:
-            of_rows = together(rows.among(present, x.shape[:-1], x.device), trained)
+            of_rows = rows.among(present, x.shape[:-1], x.device, self.tokens_first)
+            of_rows = together(of_rows, trained)
         factors = [self._factors(name) for name in present]
         if not any(name in self.lora_variant for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
@@ -315,11 +332,15 @@ class FusedLoraModel(LoraModel):
                 "generate_batch: expected no adapter_names on a PEFT model, whose requests all "
                 "have the active adapter, found some; lora_ext.attach serves one per request"
             )
+        refuse_singular("generate_batch", kwargs)
         return self.model.generate_batch(*args, **kwargs)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        refuse_singular("from_peft", kwargs)
         names = kwargs.get("adapter_names")
+        if names is not None and len(set(names)) > 1:
+            refuse_turned(self.model)
         if names is not None and self.training:
             refuse_names_of_a_reference(self.active_adapters, _names(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from lora_ext.nn import layouts
 from lora_ext.nn.assignment import Assignment
 
 _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
@@ -85,3 +86,17 @@ def trains(layer: Any, name: str) -> bool:
 
 def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
     return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
+
+
+def refuse_turned(model: nn.Module) -> None:
+    """Refuse names of rows for layers that PEFT runs and that see tokens first: PEFT gives the
+    tokens of one place the adapter of one sequence wherever there are as many of the one as of the
+    other."""
+    for name in layouts.tokens_first(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, LoraLayer) and not hasattr(type(layer), "tokens_first"):
+            raise ValueError(
+                f"from_peft: adapter_names: {name}: expected one name for all rows where PEFT runs "
+                f"a layer that sees tokens first, found several; leave the {type(layer).__name__} "
+                "out of target_modules"
+            )

@@ -124,7 +124,7 @@ def _calls(
         return []
     tokens, sequences = len(x), len(rows.places)
     each = frozenset([tokens // sequences] if tokens % sequences == 0 else [])
-    of_rows = rows.among(adapters, x.shape[:-1], x.device, Batch(sequences, each))
+    of_rows = rows.among(adapters, x.shape[:-1], x.device, batch=Batch(sequences, each))
     of_rows = together(of_rows, trained)
     used = tuple(adapters[i] for i in of_rows.used)
     return [(used, of_rows.ids)] if used else []

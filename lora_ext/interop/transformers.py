@@ -19,15 +19,17 @@ from lora_ext.nn import (
     MultiLoraEmbedding,
     MultiLoraExperts,
     MultiLoraLinear,
+    layouts,
     pack_linears,
 )
 from lora_ext.nn.assignment import BASE, Batch, Names
 from lora_ext.nn.attachment import UnknownAdapterError, attachments, pool_handle
-from lora_ext.nn.context import adapters, forward_of, innermost
+from lora_ext.nn.context import forward_of, innermost, of_call
 from lora_ext.nn.packed_linear import packed_layers, unpack
 from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.siblings import introduce
 from lora_ext.nn.swap import Swap, find_module
+from lora_ext.nn.traced import noted
 from lora_ext.ops._checks import require_flags
 from lora_ext.ops._compiling import compiles
 from lora_ext.pool import AdapterPool
@@ -37,8 +39,8 @@ from .continuous import requests_of
 from .gate import Gate
 from .generate import hooks
 from .media import has_media, media_hooks, media_noted
-from .names import names_of_call
-from .pipelines import check_pipeline
+from .names import names_of_call, refuse_singular
+from .pipelines import check_pipeline, watch_pipelines
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,15 +58,6 @@ _INPUTS = (
     "input_features",
 )
 _PACKED = ("read_index", "write_index", "block_table")
-
-# Modules whose input has its tokens in the first dimension, by model type. Others are recognised by
-# a batch with another number of sequences than tokens.
-_TOKENS_FIRST = {
-    "xlnet": r"(^|\.)(layer\.\d+\.|word_embedding$)",
-    "fsmt": r"(encoder|decoder)\.layers\.\d+\.",
-    "longformer": r"attention\.self\.",
-    "led": r"longformer_self_attn\.",
-}
 
 # Modules that see pairs of positions, or a learned prompt, and no sequences: of T5, MPNet, WavLM,
 # SpeechT5 and MVP.
@@ -154,12 +147,9 @@ def attach(
                 f"found {type(module).__name__} at {name!r}"
             )
     layers: dict[str, PoolLayer] = {}
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    tokens_first = _TOKENS_FIRST.get(str(model_type), "$^")
     for name in pool.modules:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
-        layers[name].tokens_first = bool(re.search(tokens_first, name))
         layers[name].shared = bool(_SHARED.search(name))
         layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
@@ -173,6 +163,7 @@ def attach(
     if fuse_siblings:
         introduce(layers)
     attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base, fuse_siblings)
+    layouts.tell(model)
     gate = Gate()
     for name, module in model.named_modules():
         replaced = hooks(pool, default) | media_hooks(type(module))
@@ -189,6 +180,7 @@ def attach(
             )
             attachment.hooked.append((name, "forward"))
     model.__dict__[_KEY] = attachment
+    watch_pipelines()
     return model
 
 
@@ -289,6 +281,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate: Gate) -> Any:
     @functools.wraps(kind.forward)  # transformers reads the signature
     def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
+        refuse_singular("forward", kwargs)
         run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
         if compiles():
             serve = uncompiled if gates.managers or has_media(self, kwargs) else _in_block
@@ -330,7 +323,7 @@ def _in_block(
 ) -> Any:
     if names is None:
         return _noted(run, model, args, kwargs)
-    with adapters(names, pool=pool):
+    with of_call(names, pool=pool):
         return _noted(run, model, args, kwargs)
 
 
@@ -368,12 +361,20 @@ def _noted(
             "which would serve the rows of this block, or the base model, at every later call; "
             "torch.export and torch.compile follow the blocks"
         )
-    if compiles() or innermost() is None:
+    traces = compiles()
+    if not traces and innermost() is None:
         return run(*args, **kwargs)
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
     if not tensors:
         return run(*args, **kwargs)
-    lengths = frozenset(x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point())
-    with forward_of(Batch(len(tensors[0]), lengths)), media_noted(model, args, kwargs):
+    lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
+    sequences = tensors[0].shape[0]
+    if traces:
+        before, noted.batch = noted.batch, (sequences, *lengths)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            noted.batch = before
+    with forward_of(Batch(sequences, frozenset(lengths))), media_noted(model, args, kwargs):
         return run(*args, **kwargs)

@@ -100,6 +100,13 @@ class Assignment:
         places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
         return [[*self.names, BASE][place] for place in sorted(places)]
 
+    def same_as(self, other: Assignment) -> bool:
+        """Whether both give every row of a batch the same adapter; tensors count as different."""
+        mine, others = self.places, other.places
+        if isinstance(mine, Tensor) or isinstance(others, Tensor):
+            return self is other
+        return (self.names, mine, self.shape) == (other.names, others, other.shape)
+
     def times(self, count: int) -> Assignment:
         """The same where every entry comes for ``count`` rows in a row."""
         return Assignment(self.names, self.places, self.shape, count)
@@ -122,22 +129,28 @@ class Assignment:
         names: tuple[str, ...],
         leading: torch.Size,
         device: torch.device,
+        tokens_first: bool = False,
         batch: Batch | None = None,
     ) -> Rows:
         """Rows for a layer with adapters ``names``, grouped; made once. Those that the layer lacks
         are rows of the base: adapters need not reach every layer."""
+        where = names, leading, device, tokens_first, batch
         if compiles():
-            return self._among(names, leading, device, batch)
-        key = (names, leading)
-        return self.kept.get(key, device, self._among, names, leading, device, batch)
+            return self._among(*where)
+        return self.kept.get((names, leading, tokens_first), device, self._among, *where)
 
     def _among(
-        self, names: tuple[str, ...], leading: torch.Size, device: torch.device, batch: Batch | None
+        self,
+        names: tuple[str, ...],
+        leading: torch.Size,
+        device: torch.device,
+        tokens_first: bool,
+        batch: Batch | None,
     ) -> Rows:
         known = [names.index(name) if name in names else -1 for name in self.names]
         used = tuple(sorted({known[place] for place in self.occurring} - {-1}))
         table = [used.index(position) if position in used else -1 for position in known]
-        return self.rows(used, table, leading, device, batch=batch)
+        return self.rows(used, table, leading, device, tokens_first, batch)
 
     def rows(
         self,
@@ -258,11 +271,11 @@ class Assignment:
             )
         self._readings[unit] = leading
 
-    def check_tokens(self, leading: torch.Size) -> None:
+    def check_tokens(self, leading: torch.Size, tokens_first: bool = False) -> None:
         """Refuse one list of names for one row of tokens: it may be of positions, which the
-        sequences that the names mean share."""
+        sequences that the names mean share. Where tokens come first, it is a token of each."""
         named = len(self.places)
-        if self.shape == (named,) != (1,) and leading == (1, named):
+        if self.shape == (named,) != (1,) and leading == (1, named) and not tokens_first:
             raise ValueError(
                 f"adapters: names: found {named} for an embedding that sees one row of {named} "
                 f"tokens or positions: expected [[...]], a list for each sequence, where each "

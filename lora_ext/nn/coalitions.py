@@ -68,8 +68,10 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
                 rows = _rows(groups.adapter_name, column.tolist(), sequences)
                 for name, layer in zip(names, layers, strict=True):
                     if _takes_part(name, layer, groups.adapter_name):
-                        hook = _GiveRows(name, layer, rows)
+                        hook = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
                         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                        if hook.turns:
+                            handles.append(layer.register_forward_hook(_turn_back))
             yield
         finally:
             for handle in handles:
@@ -115,9 +117,12 @@ def _takes_names(layer: Any, adapter_name: str) -> bool:
 class _GiveRows:
     """Hands a layer its rows; it stands before the forward, so the layer's own is left alone."""
 
-    def __init__(self, name: str, layer: nn.Module, rows: NamedRows):
+    def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
         self.name = name
         self.rows = rows
+        self.place = int(tokens_first)  # of the dimension that counts sequences
+        #: A layer of PEFT's own knows no other layout than sequences first.
+        self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
         self.dims = _dims(layer)
         self.ours = isinstance(layer, LoraLayer)
 
@@ -131,13 +136,20 @@ class _GiveRows:
                 f"{len(args)} arguments and {sorted(kwargs)}"
             )
         x = args[0]
-        if x.dim() < self.dims or x.shape[0] != len(self.rows):
+        if x.dim() < self.dims + self.place or x.shape[self.place] != len(self.rows):
+            place = "after the tokens" if self.place else "first"
             raise RowwiseError(
                 f"coalitions: {self.name}: expected activations of {len(self.rows)} sequences "
-                f"first, found shape {tuple(x.shape)}"
+                f"{place}, found shape {tuple(x.shape)}"
             )
+        if self.turns:
+            args = (x.transpose(0, 1),)
         rows = {"adapter_ids": self.rows.assignment} if self.ours else {"adapter_names": self.rows}
         return args, {**kwargs, **rows}
+
+
+def _turn_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.transpose(0, 1).contiguous()  # some models view it
 
 
 def _dims(layer: Any) -> int:

@@ -8,14 +8,11 @@ block.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Iterator, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,41 +21,10 @@ from torch import Tensor
 from . import past
 from .assignment import Assignment, Batch, Names, TokensFirstError
 from .attachment import Pool, UnknownAdapterError, only_pool, pool_handle
+from .entry import Entry
 from .rows import Rows, capturing
 
 __all__ = ["Block", "Names", "Pool", "TokensFirstError", "UnknownAdapterError", "adapters"]
-
-
-_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-class Entry:
-    """Where a block was entered, until it is left."""
-
-    def __init__(self, outer: Block | None):
-        self.thread = threading.get_ident()
-        self.left = False
-        #: Generators and coroutines inside which the block was entered.
-        self.resumable: list[FrameType] = []
-        #: Those of blocks around that were suspended then: they know nothing of this block.
-        self.suspended: list[FrameType] = []
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            code, caller = frame.f_code, frame.f_back
-            if code.co_flags & _RESUMABLE and contextlib.__file__ not in (
-                code.co_filename,
-                caller and caller.f_code.co_filename,  # it makes a block for its caller
-            ):
-                self.resumable.append(frame)
-            frame = caller
-        while outer is not None:
-            self.suspended += [f for f in outer.entry.resumable if f.f_back is None]
-            outer = outer.outer
-
-    def leave(self) -> None:
-        """Let the frames go, and what their variables hold."""
-        self.left = True
-        self.resumable, self.suspended = [], []
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +57,7 @@ class Block:
         if self.lease.released:
             raise _outlived()
         if of_tokens:
-            self.assignment.check_tokens(leading)
+            self.assignment.check_tokens(leading, tokens_first)
         key = (leading, tokens_first)
         return self.assignment.kept.get(key, device, self._rows, leading, device, tokens_first)
 
@@ -104,14 +70,15 @@ class Block:
         names: tuple[str, ...],
         leading: torch.Size,
         device: torch.device,
+        tokens_first: bool = False,
         of_tokens: bool = False,
     ) -> Rows:
         """Rows for a layer with these adapters of its own, likewise."""
         if self.lease.released:
             raise _outlived()
         if of_tokens:
-            self.assignment.check_tokens(leading)
-        return self.assignment.among(names, leading, device, _batch.get())
+            self.assignment.check_tokens(leading, tokens_first)
+        return self.assignment.among(names, leading, device, tokens_first, _batch.get())
 
     def rows_of_slots(
         self, slots: Set[int], leading: torch.Size, device: torch.device, tokens_first: bool
@@ -201,11 +168,11 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
         return _of_forward(handle, task, block, in_graph)
     if block is not past.here.last:
         past.note(block)
-    if block is not None and block.entry.suspended:
-        _refuse_a_resumed_generator(block)
     while block is not None and block.handle != handle:
         block = block.outer
-    if block is None and any_block:
+    if block is not None:
+        block.entry.served = True
+    elif any_block:
         _look_for_a_lost_block(handle)
     return block
 
@@ -249,11 +216,6 @@ _open: dict[int, Block] = {}  # by id
 _open_lock = threading.Lock()
 
 
-def ever_entered() -> bool:
-    """Whether a block has been open so far, in any thread."""
-    return _changes > 0
-
-
 @contextlib.contextmanager
 def adapters(
     names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None
@@ -281,6 +243,17 @@ def adapters(
             or several pools to choose from. And from the model's forward, when the batch has
             another size than ``names`` or another shape than ``token_ids``.
     """
+    with of_call(names, token_ids, pool=pool) as block:
+        if block.outer is not None:
+            _tell_of_a_block_inside_another(block)
+        yield
+
+
+@contextlib.contextmanager
+def of_call(
+    names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None
+) -> Iterator[Block]:
+    """:func:`adapters` around one call, which is over before anybody else goes on."""
     assignment = Assignment.of(names, token_ids)
     pool = only_pool() if pool is None else pool
     with pool.acquire(assignment.names) as lease:
@@ -292,11 +265,11 @@ def adapters(
             tuple(lease),
             pool.max_slots,
             outer,
-            Entry(outer),
+            Entry(),
             torch._C._current_graph_task_id(),
         )
         with _opened(block):
-            yield
+            yield block
 
 
 @contextlib.contextmanager
@@ -331,7 +304,7 @@ def _opened(block: Block) -> Iterator[None]:
             del _open[id(block)]
             any_block = bool(_open)
             _changes += 1
-        block.entry.leave()
+        block.entry.left = True
         _leave(block)
 
 
@@ -354,18 +327,40 @@ def _leave(block: Block) -> None:
 # Forwards that a block does not reach
 
 
-def _refuse_a_resumed_generator(block: Block) -> None:
-    """Two generators that yield inside blocks alternate: the one would serve the other's rows."""
-    if any(frame.f_back is not None for frame in block.entry.suspended):
-        raise RuntimeError(
-            f"adapters: expected the block that this code is in, found {block}, which was entered "
-            "while a generator was suspended that now goes on inside its own block; enter and "
-            "leave a block between two yields"
-        )
+# A generator that yields inside a block leaves it to whoever drives the generator: contextvars
+# belong to threads and tasks, and no block can see who runs inside it. Where two such generators
+# alternate, the block that was entered last serves both. What blocks do know by themselves is the
+# order in which they come and go. A block inside another one that has served already is what
+# alternating looks like, and rare otherwise: a warning tells of it once, before a row of it is
+# served. Leaving in another order than entering raises, in `_leave`.
+
+
+def _tell_of_a_block_inside_another(block: Block) -> None:
+    outer = block.outer
+    while outer is not None and outer.handle != block.handle:
+        outer = outer.outer
+    if (
+        outer is None
+        or block.handle in _told
+        or not (outer.entry.served and outer.entry.here)
+        or not block.assignment.names  # the base model by a block of its own: it is meant
+        or outer.assignment.same_as(block.assignment)
+    ):
+        return
+    _told.add(block.handle)
+    inner, around = block.assignment.each(), outer.assignment.each()
+    warnings.warn(
+        f"adapters: a block of {inner!r:.200} is entered inside one of {around!r:.200} that has "
+        "served: until it is left it serves every forward of this thread and task, also those of a "
+        "generator that has yielded inside the block around and goes on. Leave a block before a "
+        "yield, or give adapter_names= to each call",
+        stacklevel=4,
+    )
 
 
 _changes = 0  # of what is open
 _warned: set[int] = set()  # pools
+_told: set[int] = set()  # pools, of blocks inside blocks
 
 
 def _look_for_a_lost_block(handle: int) -> None:

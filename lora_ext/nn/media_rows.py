@@ -35,7 +35,7 @@ class _Units(Assignment):
         super().__init__(names, places, (len(places),))
         self._uniform = uniform
 
-    def check_tokens(self, leading: torch.Size) -> None:
+    def check_tokens(self, leading: torch.Size, tokens_first: bool = False) -> None:
         """Refuse an embedding that does not see units: its rows may be positions, which all
         share."""
         if leading[:1] != (len(self.places),):

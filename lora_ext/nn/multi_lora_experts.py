@@ -14,6 +14,7 @@ from .context import current
 from .experts import Routing, Slots, experts_forward, projections, slots_of
 from .multi_lora import add_adapters
 from .pool_layer import PoolLayer
+from .traced import noted
 
 
 class ExpertsPool(Pool, Protocol):
@@ -62,7 +63,8 @@ class MultiLoraExperts(PoolLayer):
         index, weights = (*args, *kwargs.values())
         if compiles():
             slots = torch.ops.lora_ext.active_adapter_ids(
-                self.handle, x.shape[:-1], x.device, self.tokens_first, False, self.default
+                *(self.handle, x.shape[:-1], x.device, self.tokens_first, False),
+                *(noted.batch, self.default),
             )
         else:
             block = current(self.handle)

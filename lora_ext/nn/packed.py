@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .assignment import Assignment
-from .context import Block, Entry, innermost
+from .context import Block, innermost
+from .entry import Entry
 from .layer_names import Places
 
 
@@ -44,7 +45,7 @@ def packed_block(
             tuple(distinct),
             num_slots,
             innermost(),
-            Entry(None),
+            Entry(),
             packed=True,
             head=head,
         )

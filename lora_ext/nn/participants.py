@@ -27,6 +27,9 @@ class Participants(Merging):
     off_in_training: frozenset[str]
     disable_adapters: bool
 
+    #: Whether the first dimension of the input counts tokens, the second sequences.
+    tokens_first = False
+
     #: Whether the rows are tokens, which all sequences may share: positions.
     _of_tokens = False
 
@@ -101,19 +104,19 @@ class Participants(Merging):
         names = self.adapter_names
         if isinstance(adapter_ids, Tensor):
             enabled = tuple(self._is_on(name) for name in names)
-            return rows_of(adapter_ids, len(names), leading, enabled)
+            return rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
         reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" is no name
         if adapter_ids is not None:
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)
             self._check_known(assignment.names)
-            return assignment.among(reachable, leading, device)
+            return assignment.among(reachable, leading, device, self.tokens_first)
         if block is not None:
-            return block.rows_among(reachable, leading, device, self._of_tokens)
+            return block.rows_among(reachable, leading, device, self.tokens_first, self._of_tokens)
         if not context.any_block:
             return None
         default = self._default_position()
-        return layer_rows(reachable, default, leading, device, self._of_tokens)
+        return layer_rows(reachable, default, leading, device, self.tokens_first, self._of_tokens)
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self._is_on(n)]

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 
-from .context import Block, current
+from .context import Block, current, forward_of
 from .lora_forward import readable_weight
 from .pool_layer import PoolLayer
+from .traced import batch_of, noted
 
 _READABLE = (
     torch.float16,
@@ -99,6 +100,7 @@ class DoraFactors:
             slab.magnitude.dtype,
             device,
             layer.tokens_first,
+            noted.batch,
         )
         return Rescale(None, c, self.bias)
 
@@ -152,7 +154,8 @@ class DoraFactors:
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
     "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
-    "ScalarType dtype, Device device, bool tokens_first) -> Tensor",
+    "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
@@ -165,12 +168,14 @@ def _active_dora_factors(
     dtype: torch.dtype,
     device: torch.device,
     tokens_first: bool,
+    batch: Sequence[int],
 ) -> Tensor:
     c = torch.ones(math.prod(leading), features, dtype=dtype, device=device)
     block, factors = current(handle, in_graph=True), _by_number[layer]
     if block is not None:
         dora, shape = factors.slab.dora.keys(), torch.Size(leading)
-        slots, rows, which = block.rows_of_slots(dora, shape, device, tokens_first)
+        with forward_of(batch_of(batch)):
+            slots, rows, which = block.rows_of_slots(dora, shape, device, tokens_first)
         if slots:
             c.index_copy_(0, rows, factors.table(slots)[which])
     return c
@@ -188,5 +193,6 @@ def _fake_active_dora_factors(
     dtype: torch.dtype,
     device: torch.device,
     tokens_first: bool,
+    batch: Sequence[int],
 ) -> Tensor:
     return torch.empty(math.prod(leading), features, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ from torch import nn
 
 from .assignment import TokensFirstError
 from .attachment import Pool, pool_handle
-from .context import adapters
+from .context import of_call
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class PoolLayer(nn.Module):
         """
         if self.default == ERROR:
             raise no_block(f" at {self.name!r}")
-        with adapters(self.default, pool=self.pool):
+        with of_call(self.default, pool=self.pool):
             return self(x, *args)
 
     def train(self, mode: bool = True) -> Self:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .context import Block
-from .traced import block_of_graph
+from .context import Block, forward_of
+from .traced import batch_of, block_of_graph, noted
 
 #: Weights that stand in for a module's own, by slot: ``weight`` and ``bias``.
 OfSlots = Mapping[int, Any]
@@ -53,30 +53,43 @@ def with_replaced(
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
     """:func:`with_replaced` for a graph: the rows of whatever block the graph will run in."""
     return torch.ops.lora_ext.replaced_rows(
-        y, x, layer.handle, layer.name, layer.tokens_first, layer.default
+        y, x, layer.handle, layer.name, layer.tokens_first, noted.batch, layer.default
     )
 
 
 # Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
-    "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, str? default) "
-    "-> Tensor",
+    "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
+    "str? default) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
 
 def _replaced_rows(
-    y: Tensor, x: Tensor, handle: int, name: str, tokens_first: bool, default: str | None
+    y: Tensor,
+    x: Tensor,
+    handle: int,
+    name: str,
+    tokens_first: bool,
+    batch: Sequence[int],
+    default: str | None,
 ) -> Tensor:
     block, y = block_of_graph(handle, default), y.clone()
     if block is None:
         return y
-    return with_replaced(y, x, block.lease.pool.modules[name].replaced, block, tokens_first)
+    with forward_of(batch_of(batch)):
+        return with_replaced(y, x, block.lease.pool.modules[name].replaced, block, tokens_first)
 
 
 def _fake_replaced_rows(
-    y: Tensor, x: Tensor, handle: int, name: str, tokens_first: bool, default: str | None
+    y: Tensor,
+    x: Tensor,
+    handle: int,
+    name: str,
+    tokens_first: bool,
+    batch: Sequence[int],
+    default: str | None,
 ) -> Tensor:
     return torch.empty_like(y)
 

@@ -205,6 +205,7 @@ def rows_of(
     num_adapters: int,
     leading: torch.Size | None = None,
     enabled: tuple[bool, ...] | None = None,
+    tokens_first: bool = False,
 ) -> Rows:
     """Group rows by the adapters that occur in ``adapter_ids``.
 
@@ -218,6 +219,7 @@ def rows_of(
         num_adapters: how many adapters the ids choose from.
         leading: the dimensions of ``x`` before the features; default is one row per id.
         enabled: False where an adapter's rows are to be rows of the base.
+        tokens_first: ``leading`` is ``(tokens, sequences, ...)``.
 
     Raises:
         TypeError: ids that are no integers. ValueError: ids of another number, or out of range.
@@ -226,7 +228,7 @@ def rows_of(
         raise TypeError(f"adapter_ids: expected int64 or int32, found {adapter_ids.dtype}")
 
     def make() -> Rows:
-        ids = _one_per_row(adapter_ids, leading)
+        ids = _one_per_row(adapter_ids, leading, tokens_first)
         if enabled is not None and not all(enabled):
             place = [i if on else -1 for i, on in enumerate(enabled)]
             ids = constant([*place, -1], torch.int32, ids.device)[
@@ -248,16 +250,18 @@ def rows_of(
     ):
         known = Kept(_KEPT)
         _by_ids[adapter_ids] = (adapter_ids.clone() if on_host else adapter_ids._version, known)
-    return known.get((num_adapters, leading, enabled), device, make)
+    return known.get((num_adapters, leading, enabled, tokens_first), device, make)
 
 
-def _one_per_row(ids: Tensor, leading: torch.Size | None) -> Tensor:
+def _one_per_row(ids: Tensor, leading: torch.Size | None, tokens_first: bool) -> Tensor:
     if leading is None:
         leading = torch.Size(ids.shape[:1])
     rows = leading.numel()
     if ids.shape == leading or (ids.dim() == 1 and ids.shape[0] == rows):
         return ids.reshape(rows)
-    if ids.dim() == 1 and leading and ids.shape[0] == leading[0]:
+    if tokens_first and leading[1:2] == ids.shape:
+        return ids.repeat_interleave(leading[2:].numel()).repeat(leading[0])
+    if ids.dim() == 1 and leading and not tokens_first and ids.shape[0] == leading[0]:
         return ids.repeat_interleave(rows // leading[0])
     expected = f"one id for each of {rows} rows"
     if len(leading) > 1:

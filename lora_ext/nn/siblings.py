@@ -129,10 +129,9 @@ class Siblings:
             self._adapted |= {layer.name}
             self._lessons = _LESSONS
         leads = layer.name in self._followers
-        # There is none in a backward, which sees that of its forward; and where a generator waits
-        # inside another one, each layer looks whether it goes on.
+        # There is none in a backward, which sees that of its forward.
         block = innermost()
-        if not (leads or self._lessons > 0) or block is None or block.entry.suspended:
+        if not (leads or self._lessons > 0) or block is None:
             return None
         if not _plain(x):
             return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_ext.ops._checks import require_flags
 
+from . import layouts
 from .adapted import adapted_layers, adapters_of
 from .blocks import block_name
 from .lora_layer import LoraLayer
@@ -98,6 +99,8 @@ class LayerGroups:
     ):
         self.adapter_name = adapter_name
         found = adapted_layers(model, adapter_name)
+        layouts.tell(model)
+        self._tokens_first = layouts.tokens_first(model)
         groups: dict[Any, list[str]] = {}
         for position, name in enumerate(found):
             groups.setdefault(_key(name, position, group_by, pattern), []).append(name)
@@ -107,6 +110,10 @@ class LayerGroups:
     def __len__(self) -> int:
         """How many groups."""
         return len(self.names)
+
+    def sees_tokens_first(self, name: str) -> bool:
+        """Whether the input of the layer of that name is ``(tokens, sequences, features)``."""
+        return name in self._tokens_first
 
     @property
     def mask(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_ext import ops
 
 from . import context
+from .assignment import Batch, TokensFirstError
 from .layer_names import layer_names
 from .rows import Rows, constant, rows_of
 
@@ -24,14 +25,26 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 _library.define(
     "active_adapter_ids(int handle, SymInt[] leading, Device device, bool tokens_first, "
-    "bool of_tokens, str? default) -> Tensor",
+    "bool of_tokens, SymInt[] batch, str? default) -> Tensor",
     tags=_TAGS,
 )
 _library.define(
-    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device, bool of_tokens) "
-    "-> Tensor",
+    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device, "
+    "bool tokens_first, bool of_tokens) -> Tensor",
     tags=_TAGS,
 )
+
+
+class _Noted:
+    """What the model's forward that is being traced was given: the number of sequences, then their
+    lengths in tokens; nothing where no attached model's forward is. An attribute, as dynamo traces
+    neither contextvars nor thread-locals: of two threads that trace, the one may read the other's,
+    which its names then do not fit, or fit as well."""
+
+    batch: tuple[int, ...] = ()
+
+
+noted = _Noted()
 
 
 def pool_rows(
@@ -45,7 +58,7 @@ def pool_rows(
 ) -> Rows:
     """Rows for a pool's layer in whatever block the graph will run; ids are slots."""
     ids = torch.ops.lora_ext.active_adapter_ids(
-        handle, leading, device, tokens_first, of_tokens, default
+        handle, leading, device, tokens_first, of_tokens, noted.batch, default
     )
     return Rows(tuple(range(num_slots)), ids, ops.lora_plan(ids, num_slots))
 
@@ -55,11 +68,14 @@ def layer_rows(
     default: int,
     leading: torch.Size,
     device: torch.device,
+    tokens_first: bool,
     of_tokens: bool,
 ) -> Rows:
     """Rows for a layer with these adapters of its own, all of which take part; outside a block
     every row has the adapter ``default``."""
-    ids = torch.ops.lora_ext.layer_adapter_ids(list(names), default, leading, device, of_tokens)
+    ids = torch.ops.lora_ext.layer_adapter_ids(
+        list(names), default, leading, device, tokens_first, of_tokens
+    )
     return rows_of(ids, len(names))
 
 
@@ -85,13 +101,23 @@ def _active_adapter_ids(
     device: torch.device,
     tokens_first: bool,
     of_tokens: bool,
+    batch: Sequence[int],
     default: str | None,
 ) -> Tensor:
     block = block_of_graph(handle, default)
     if block is None:
         return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
-    ids = block.rows(torch.Size(leading), device, tokens_first, of_tokens).ids
-    return ids.clone()  # a graph may reuse the memory of what an op returns
+    with context.forward_of(batch_of(batch)):
+        try:
+            rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
+        except TokensFirstError:
+            rows = block.rows(torch.Size(leading), device, True, of_tokens)
+    return rows.ids.clone()  # a graph may reuse the memory of what an op returns
+
+
+def batch_of(batch: Sequence[int]) -> Batch | None:
+    """:class:`Batch` as a graph holds it."""
+    return Batch(batch[0], frozenset(batch[1:])) if batch else None
 
 
 def _layer_adapter_ids(
@@ -99,12 +125,14 @@ def _layer_adapter_ids(
     default: int,
     leading: Sequence[int],
     device: torch.device,
+    tokens_first: bool,
     of_tokens: bool,
 ) -> Tensor:
     block = context.current(layer_names.handle, in_graph=True)
     if block is None:
         return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
-    rows = block.rows_among(tuple(names), torch.Size(leading), device, of_tokens)
+    shape = torch.Size(leading)
+    rows = block.rows_among(tuple(names), shape, device, tokens_first, of_tokens)
     return constant([*rows.used, -1], torch.int32, device)[rows.ids.long()]  # -1 finds the last
 
 
@@ -114,6 +142,7 @@ def _fake_active_adapter_ids(
     device: torch.device,
     tokens_first: bool,
     of_tokens: bool,
+    batch: Sequence[int],
     default: str | None,
 ) -> Tensor:
     return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
@@ -124,6 +153,7 @@ def _fake_layer_adapter_ids(
     default: int,
     leading: Sequence[int],
     device: torch.device,
+    tokens_first: bool,
     of_tokens: bool,
 ) -> Tensor:
     return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)

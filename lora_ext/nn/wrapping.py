@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_ext.ops._checks import require_flags
 
+from . import layouts
 from .base_modules import READS_WEIGHTS, head_names, linear_size
 from .lora_config import LoraConfig
 from .lora_conv import LoraConv
@@ -99,6 +100,7 @@ def wrap(
         state.swap.add(model, new)
         for layer in new.values():
             layer.set_adapter([])
+    layouts.tell(model)
     return model
 
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn import CircuitHead, TokenBridge, adapters
+from lora_ext.nn import CircuitHead, TokenBridge
 from lora_ext.nn.assignment import Names
 from lora_ext.nn.circuit_head import Circuit
+from lora_ext.nn.context import of_call
 from lora_ext.nn.generation import generation_scope
 from lora_ext.nn.pool_layer import pool_of
 from lora_ext.reference.lora import accumulator
@@ -236,7 +237,7 @@ class SpeculativeDecoder:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(adapters(adapter_names, pool=pool_of(self.model)))
+                stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
             return decoder._decode(trunk, Rows(input_ids, request, streamer))
