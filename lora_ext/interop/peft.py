@@ -33,7 +33,12 @@ from lora_ext.nn.switches import forward_of_the_rest, switched_off
 from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
-from .peft_adapters import check_values, refuse_names_of_a_reference, warn_of_frozen
+from .peft_adapters import (
+    check_values,
+    refuse_names_of_a_reference,
+    warn_of_frozen,
+    warn_of_other_bases,
+)
 from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,6 +63,7 @@ def take_over(model: Model) -> Model:
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
+    warn_of_other_bases(model)
     _swap(model, _fused_class)
     found = report(model)
     if not found.taken:
