@@ -43,7 +43,7 @@ def inspect(arguments: Namespace) -> int:
     if not arguments.json:
         rows = [{**row, "shape": " x ".join(map(str, row["shape"]))} for row in rows]
     show(summary, rows, arguments.json)
-    bad = [f"{name} ({count})" for name, count in counts.items() if count]
+    bad = [f"{name:.200} ({count})" for name, count in counts.items() if count]
     if bad:
         more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         raise Fault(
