@@ -126,6 +126,11 @@ class AdapterConfig(LoraConfig):
             read["base_bias"] = read.pop("bias")
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
 
+    @property
+    def base_model(self) -> Any:
+        """``base_model_name_or_path`` as it was read: a record that nobody has checked."""
+        return self.raw.get("base_model_name_or_path")
+
     def check_shared(self) -> None:
         """Refuse what changes the base model, which many adapters share.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .base_models import BaseModels
 from .config import longer_than
 from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
@@ -28,7 +29,7 @@ def merge_adapters(
     rank: int | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
-    """One adapter out of several of the same base model.
+    """One adapter out of several of the same base model; other names of it are warned of.
 
     ============= ======================================= ======================================
     mode          the update of a module                  its rank
@@ -83,6 +84,7 @@ def merge_adapters(
         raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ValueError(f"{where}: rank: expected a positive integer, found {rank!r}")
+    _warn_of_other_bases(where, values)
     return _merged(where, values, weights, mode, rank, progress)
 
 
@@ -115,6 +117,7 @@ def interpolate_adapters(
         raise ValueError(f"{where}: space: expected one of {get_args(Space)}, found {space!r}")
     lam = _finite(lam, f"{where}: lam")
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
+    _warn_of_other_bases(where, values)
     if lam in (0.0, 1.0):
         _check_shapes(where, values, equal=space == "factors")
         return values["second" if lam else "first"]
@@ -205,6 +208,13 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------
 # Refusals
+
+
+def _warn_of_other_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    bases = BaseModels()
+    for label, adapter in adapters.items():
+        # The caller of the public function, which torch.no_grad wraps.
+        bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
 
 
 def _finite(number: Any, where: str) -> float:

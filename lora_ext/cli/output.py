@@ -13,6 +13,10 @@ Item = TypeVar("Item")
 _DASH = "-"
 
 
+class Fault(Exception):
+    """What a command has shown is amiss: one sentence for standard error, and status 1."""
+
+
 def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """Print a summary, and below it a table of ``modules``; or one JSON object of both.
 

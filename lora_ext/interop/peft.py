@@ -41,6 +41,7 @@ from .peft_adapters import (
     refuse_names_of_a_reference,
     refuse_turned,
     warn_of_frozen,
+    warn_of_other_bases,
 )
 from .peft_processes import no_gradients_without_rows, refuse_layers_of_peft, taking_part
 from .peft_quantised import full_name
@@ -67,6 +68,7 @@ def take_over(model: Model) -> Model:
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
+    warn_of_other_bases(model)
     _swap(model, _fused_class)
     layouts.tell(model)
     found = report(model)

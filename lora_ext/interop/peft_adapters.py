@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from lora_ext.adapter.base_models import BaseModels, model_name
 from lora_ext.nn import layouts
 from lora_ext.nn.assignment import Assignment
 
@@ -29,7 +30,7 @@ def check_values(model: nn.Module) -> None:
         if not isinstance(layer, LoraLayer):
             continue
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-            lost = any(p.is_meta for p in factor.parameters()) and not hasattr(factor, "_hf_hook")
+            lost = any(p.is_meta for p in _parameters(factor)) and not hasattr(factor, "_hf_hook")
             if lost and getattr(
                 getattr(layer.get_base_layer(), "_hf_hook", None), "offload", False
             ):
@@ -39,6 +40,16 @@ def check_values(model: nn.Module) -> None:
                     "model its adapters first, then offload each layer's base_layer with "
                     "accelerate.cpu_offload(layer.base_layer, execution_device)"
                 )
+
+
+def warn_of_other_bases(model: nn.Module) -> None:
+    """Warn of adapters that were trained on another base model than this, once for each name."""
+    configs = getattr(model, "peft_config", None)
+    bases = BaseModels(model_name(model))
+    for name, config in (configs if isinstance(configs, Mapping) else {}).items():
+        other = getattr(config, "base_model_name_or_path", None)
+        # The caller of lora_ext.from_peft, which calls take_over.
+        bases.meet(f"from_peft: adapter {name!r}", other, stacklevel=4)
 
 
 def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext.adapter.base_models import model_name
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.nn import (
     MultiLoraEmbedding,
@@ -158,6 +159,7 @@ def attach(
             layers[name] = MultiLoraExperts(_module(model, name), pool, name)
             layers[name].default = default
     _check_same_modules(model, pool)
+    pool.base_models.meet("attach: model", model_name(model), stacklevel=2)
     if pack_base:
         pack_linears(model)
     if fuse_siblings:

@@ -193,3 +193,17 @@ def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
         assert torch.equal(logits(ours, adapter_names=NAMES), trained)
     with torch.no_grad(), ours.train().disable_adapter():
         assert torch.equal(logits(ours, adapter_names=NAMES), logits(ours))
+
+
+@pytest.mark.parametrize("name", ["default", "other-name"])
+def test_layers_whose_factors_are_bare_parameters_stay_pefts(name):
+    """AdaLora's layers are LoRA layers to PEFT, and have parameters where others have modules."""
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(target_modules=["0"], init_lora_weights=False, total_step=1)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    model = peft.get_peft_model(base, config, adapter_name=name).eval()
+    x = torch.randn(4, 6)
+    wanted = model(x)
+    with pytest.warns(UserWarning, match="found none; PEFT runs 1 of them .*adalora"):
+        lora_ext.from_peft(model)
+    assert torch.equal(model(x), wanted)
