@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+#: What a message says is expected; of a pair, the first of a value of another kind.
+Words = str | tuple[str, ...]
 
 #: What every op that computes takes, if not all in every place.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -59,7 +61,7 @@ def integer(
     minimum: int | None = None,
     maximum: int | None = None,
     *,
-    expected: str | None = None,
+    expected: Words | None = None,
 ) -> int:
     """The integer that ``value`` is, in ``[minimum, maximum]``; ``expected`` says it otherwise."""
     whole = value if type(value) is int else _whole(_plain(value))
@@ -68,8 +70,8 @@ def integer(
         or (minimum is not None and whole < minimum)
         or (maximum is not None and whole > maximum)
     ):
-        expected = expected or "an integer" + _bounds(minimum, maximum)
-        _refuse(where, argument, expected, value, whole is None)
+        words = expected or "an integer" + _bounds(minimum, maximum)
+        _refuse(where, argument, words, value, WrongKind if whole is None else ValueError)
     return whole
 
 
@@ -83,7 +85,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
     finite: bool = True,
-    expected: str | None = None,
+    expected: Words | None = None,
 ) -> float:
     """The number that ``value`` is, an int where it is one, within the bounds.
 
@@ -91,20 +93,22 @@ def number(
         where, argument: what the message speaks of. value: what was given.
         minimum, maximum: the least and the largest. above, below: bounds that are not reached.
         finite: False lets infinity through; NaN never passes.
-        expected: says the range in other words.
+        expected: says it in other words; of a pair, the first speaks of what is no number at all.
     """
     real = value if type(value) is float else _real(_plain(value))
+    words = expected or _interval(minimum, maximum, above, below)
+    if real is None:
+        _refuse(where, argument, words, value, WrongKind)
+    # Compared as it is: an integer may be too large for a float.
+    if not (abs(real) <= sys.float_info.max if finite else real == real):
+        _refuse(where, argument, words if isinstance(words, str) else words[:1], value)
     if (
-        real is None
-        # Compared as it is: an integer may be too large for a float.
-        or not (abs(real) <= sys.float_info.max if finite else real == real)
-        or (minimum is not None and real < minimum)
+        (minimum is not None and real < minimum)
         or (maximum is not None and real > maximum)
         or (above is not None and real <= above)
         or (below is not None and real >= below)
     ):
-        expected = expected or _interval(minimum, maximum, above, below)
-        _refuse(where, argument, expected, value, real is None)
+        _refuse(where, argument, words, value)
     return real
 
 
@@ -115,17 +119,14 @@ def choice(
     for each in choices:
         if isinstance(value, type(each)) and value == each:
             return each
-    raise ValueError(
-        f"{where}: {argument}: expected {expected or f'one of {tuple(choices)}'}, "
-        f"found {value!r:.200}"
-    )
+    _refuse(where, argument, expected or f"one of {tuple(choices)}", value)
 
 
 def flag(where: str, argument: str, value: object, *, expected: str = "True or False") -> bool:
     """The truth that ``value`` is; anything else would count as one, and "no" as True."""
     plain = _plain(value)
     if type(plain) is not bool:
-        _refuse(where, argument, expected, value, True)
+        _refuse(where, argument, expected, value, WrongKind)
     return plain
 
 
@@ -219,8 +220,15 @@ def require_dtype(op: str, argument: str, t: Tensor, *dtypes: torch.dtype) -> No
 # Kinds and words
 
 
-def _refuse(where: str, argument: str, expected: str, found: object, kind: bool) -> typing.NoReturn:
-    error = WrongKind if kind else ValueError
+def _refuse(
+    where: str,
+    argument: str,
+    expected: Words,
+    found: object,
+    error: type[ValueError] = ValueError,
+) -> typing.NoReturn:
+    if not isinstance(expected, str):
+        expected = expected[0 if error is WrongKind else -1]
     raise error(f"{where}: {argument}: expected {expected}, found {found!r:.200}")
 
 

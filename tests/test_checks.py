@@ -46,7 +46,7 @@ def test_flags_come_back_as_pythons(true):
 @pytest.mark.parametrize("value", [*NO_NUMBERS, torch.tensor([3]), torch.ones((), device="meta")])
 def test_what_is_no_number_is_of_the_wrong_kind_to_both_who_expect_a_type_and_a_value(value):
     for check in (integer, number):
-        with pytest.raises(WrongKind, match=r"^op: n: expected an? (finite number|integer), found "):
+        with pytest.raises(WrongKind, match=r"^op: n: expected an? (finite n|inte)"):
             check("op", "n", value)
     assert issubclass(WrongKind, TypeError)
     assert issubclass(WrongKind, ValueError)
