@@ -57,14 +57,14 @@ def instance(where: str, argument: str, value: object, kind: type | tuple[type, 
 def integer(
     where: str,
     argument: str,
-    value: object,
+    value: Any,
     minimum: int | None = None,
     maximum: int | None = None,
     *,
     expected: Words | None = None,
 ) -> int:
     """The integer that ``value`` is, in ``[minimum, maximum]``; ``expected`` says it otherwise."""
-    whole = value if type(value) is int else _whole(_plain(value))
+    whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
     if (
         whole is None
         or (minimum is not None and whole < minimum)
@@ -78,7 +78,7 @@ def integer(
 def number(
     where: str,
     argument: str,
-    value: object,
+    value: Any,
     minimum: float | None = None,
     maximum: float | None = None,
     *,
@@ -95,7 +95,7 @@ def number(
         finite: False lets infinity through; NaN never passes.
         expected: says it in other words; of a pair, the first speaks of what is no number at all.
     """
-    real = value if type(value) is float else _real(_plain(value))
+    real = value if type(value) in (float, torch.SymFloat, torch.SymInt) else _real(_plain(value))
     words = expected or _interval(minimum, maximum, above, below)
     if real is None:
         _refuse(where, argument, words, value, WrongKind)
@@ -209,6 +209,22 @@ def require_shape(op: str, argument: str, t: Tensor, letters: str, shape: Sequen
     """Refuse a tensor of another shape; ``letters`` are those of the sizes."""
     holds = t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
     require(holds, op, argument, f"shape {letters} = {list(shape)}", list(t.shape))
+
+
+def require_tensor(
+    op: str,
+    argument: str,
+    t: Tensor,
+    letters: str,
+    shape: Sequence[int] | None,
+    *dtypes: torch.dtype,
+) -> None:
+    """Refuse a tensor of another shape, or of as many dimensions where it is None, or dtype."""
+    if shape is None:
+        require_dim(op, argument, t, letters)
+    else:
+        require_shape(op, argument, t, letters, shape)
+    require_dtype(op, argument, t, *dtypes)
 
 
 def require_dtype(op: str, argument: str, t: Tensor, *dtypes: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import choice, integer, require
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 from lora_ext.reference.circuit import KINDS
 
 from .emission import EMISSIONS

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_ext._torch import READS_MORE, traced
+
 from .context import Block
 from .traced import block_of_graph
 
@@ -52,33 +54,7 @@ def with_replaced(
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
     """:func:`with_replaced` for a graph: the rows of whatever block the graph will run in."""
-    return torch.ops.lora_ext.replaced_rows(
-        y, x, layer.handle, layer.name, layer.tokens_first, layer.default
-    )
-
-
-# Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
-_library = torch.library.Library("lora_ext", "FRAGMENT")
-_library.define(
-    "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, str? default) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
-)
-
-
-def _replaced_rows(
-    y: Tensor, x: Tensor, handle: int, name: str, tokens_first: bool, default: str | None
-) -> Tensor:
-    block, y = block_of_graph(handle, default), y.clone()
-    if block is None:
-        return y
-    return with_replaced(y, x, block.lease.pool.modules[name].replaced, block, tokens_first)
-
-
-def _fake_replaced_rows(
-    y: Tensor, x: Tensor, handle: int, name: str, tokens_first: bool, default: str | None
-) -> Tensor:
-    return torch.empty_like(y)
+    return _replaced_rows(y, x, layer.handle, layer.name, layer.tokens_first, layer.default)
 
 
 def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
@@ -88,6 +64,18 @@ def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     )
 
 
-_library.impl("replaced_rows", _replaced_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_ext::replaced_rows", _fake_replaced_rows, lib=_library)
-torch.library.register_autograd("lora_ext::replaced_rows", _no_backward, lib=_library)
+# Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
+@traced(
+    "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, str? default) "
+    "-> Tensor",
+    fake=lambda y, *_: torch.empty_like(y),
+    backward=(_no_backward, None),
+    tags=READS_MORE,
+)
+def _replaced_rows(
+    y: Tensor, x: Tensor, handle: int, name: str, tokens_first: bool, default: str | None
+) -> Tensor:
+    block, y = block_of_graph(handle, default), y.clone()
+    if block is None:
+        return y
+    return with_replaced(y, x, block.lease.pool.modules[name].replaced, block, tokens_first)
