@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.adapter.peft_keys import PREFIX
 from lora_ext.nn import Swap, adapted_layers, layouts
 from lora_ext.nn.blocks import block_index, block_name
-from lora_ext.ops._checks import require
 
 from .banks import Bank, ClientsAdamW, SharedBank
 from .batches import logits_of, merged, own_outputs

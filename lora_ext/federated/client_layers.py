@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.nn.lora_forward import autocast_dtype, dense_parameters
 from lora_ext.nn.rows import Kept
-from lora_ext.ops._checks import require
 
 from .banks import Bank
 from .batches import Segment

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from lora_ext.adapter.peft_keys import parse_key
 from lora_ext.nn.blocks import block_index
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 from .banks import SharedBank
 from .client_layers import BatchRows

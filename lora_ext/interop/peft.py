@@ -26,13 +26,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._torch import compiles
 from lora_ext.nn import layouts
 from lora_ext.nn.assignment import Assignment, NamedRows
 from lora_ext.nn.dora import dora_forward
 from lora_ext.nn.lora_forward import LoraFactors, dense_parameters, is_plain, lora_forward
 from lora_ext.nn.rows import several_processes, together
 from lora_ext.nn.switches import forward_of_the_rest
-from lora_ext.ops._compiling import compiles
 
 from . import peft_quantised
 from .names import refuse_singular

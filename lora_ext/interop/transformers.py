@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require_flags
+from lora_ext._torch import compiles
 from lora_ext.adapter.base_models import model_name
 from lora_ext.adapter.model_index import ModelIndex
 from lora_ext.nn import (
@@ -31,8 +33,6 @@ from lora_ext.nn.pool_layer import ERROR, PoolLayer
 from lora_ext.nn.siblings import introduce
 from lora_ext.nn.swap import Swap, find_module
 from lora_ext.nn.traced import noted
-from lora_ext.ops._checks import require_flags
-from lora_ext.ops._compiling import compiles
 from lora_ext.pool import AdapterPool
 
 from . import gate as gates

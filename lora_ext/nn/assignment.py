@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 
 from .rows import Kept, Rows, capturing, constant, repeated
 

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_ext.ops._compiling import compiles
+from lora_ext._checks import choice, integer, require
+from lora_ext._torch import compiles
 from lora_ext.reference.circuit import KINDS
 
 from .emission import EMISSIONS
@@ -30,25 +31,18 @@ def check_structure(
     where: str, n_token: int, rank: int, kind: str, emission: str, adapter_rank: int
 ) -> None:
     """Raise ValueError where no head has this structure; ``where`` starts the message."""
-    _require(kind in KINDS, where, "kind", f"one of {KINDS}", kind)
-    _require(emission in EMISSIONS, where, "emission", f"one of {tuple(EMISSIONS)}", emission)
-    for name, size in (("n_token", n_token), ("rank", rank), ("adapter_rank", adapter_rank)):
-        _require(isinstance(size, int), where, name, "an int", size)
+    choice(where, "kind", kind, KINDS)
+    choice(where, "emission", emission, tuple(EMISSIONS))
     least = 2 if kind in ("hmm", "btree") else 1
-    _require(n_token >= least, where, "n_token", f"at least {least} for {kind!r}", n_token)
-    _require(rank >= least, where, "rank", f"at least {least} for {kind!r}", rank)
-    _require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
-    _require(adapter_rank >= 1, where, "adapter_rank", "at least 1", adapter_rank)
+    few = "an int", f"at least {least} for {kind!r}"
+    integer(where, "n_token", n_token, least, expected=few)
+    integer(where, "rank", rank, least, expected=few)
+    require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
+    integer(where, "adapter_rank", adapter_rank, 1, expected=("an int", "at least 1"))
 
 
 def check_tensors(where: str, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
     """Raise ValueError where no head has these sizes, NotImplementedError for other dtypes."""
-    _require(hidden_size >= 1, where, "hidden_size", "at least 1", hidden_size)
-    _require(vocab_size >= 2, where, "vocab_size", "at least 2", vocab_size)
-    if dtype not in _DTYPES:
-        raise NotImplementedError(f"{where}: dtype: expected one of {_DTYPES}, found {dtype}")
-
-
-def _require(ok: bool, where: str, name: str, expected: str, found: object) -> None:
-    if not ok:
-        raise ValueError(f"{where}: {name}: expected {expected}, found {found!r}")
+    integer(where, "hidden_size", hidden_size, 1, expected="at least 1")
+    integer(where, "vocab_size", vocab_size, 2, expected="at least 2")
+    require(dtype in _DTYPES, where, "dtype", f"one of {_DTYPES}", dtype, NotImplementedError)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lora_ext import ops
-from lora_ext.ops._autocast import exactly
+from lora_ext._torch import exactly
 
 from .grouped_mm import grouped_mm
 from .lora_forward import LoraFactors, is_plain

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles, traced
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is a
     kernel for it, autocast is ignored."""
-    if compiles():
+    if compiles():  # a graph cannot follow groups whose sizes are known only when it runs
         return torch.ops.lora_ext.experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
@@ -22,6 +22,10 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
 
 
+@traced(
+    "experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor",
+    fake=lambda x, dy, ends: x.new_empty(ends.shape[0], x.shape[1], dy.shape[1]),
+)
 def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     """``x^T dy`` of each group: ``(E, I, O)`` from ``x (P, I)`` and ``dy (P, O)``."""
     if x.device.type != "cpu":
@@ -29,24 +33,6 @@ def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     groups = zip(x.split(counts), dy.split(counts), strict=True)
     return torch.stack([rows.mT @ gradients for rows, gradients in groups])
-
-
-# A graph cannot follow groups whose sizes are known only when it runs.
-_library = torch.library.Library("lora_ext", "FRAGMENT")
-_library.define("experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor")
-_library.define("experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor")
-_library.impl("experts_mm", grouped_mm, "CompositeExplicitAutograd")
-_library.impl("experts_outer", _grouped_outer, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("lora_ext::experts_mm", lib=_library)
-def _fake_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
-
-
-@torch.library.register_fake("lora_ext::experts_outer", lib=_library)
-def _fake_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(ends.shape[0], x.shape[1], dy.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,11 +45,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]
     of_x, of_weight, _ = ctx.needs_input_grad
     return (
         torch.ops.lora_ext.experts_mm(dy, weight.mT, ends) if of_x else None,
-        torch.ops.lora_ext.experts_outer(x, dy, ends) if of_weight else None,
+        _grouped_outer(x, dy, ends) if of_weight else None,
         None,
     )
 
 
-torch.library.register_autograd(
-    "lora_ext::experts_mm", _backward, setup_context=_save, lib=_library
-)
+traced(
+    "experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    fake=lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]),
+    backward=(_backward, _save),
+)(grouped_mm)

@@ -6,14 +6,20 @@ The rules are those of PEFT's ``tuners_utils.check_target_module_exists`` and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from lora_ext._checks import WrongKind, check_fields, flag, integer, number, require, within
 
 from .init import known_scheme
 from .patterns import match_names
 
 ALL_LINEAR = "all-linear"
+_RANK = within(1, 2**31 - 1, expected="a positive integer")
+_ALPHA = within(above=-1e30, below=1e30, expected="a finite number")
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern")
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 _NOT_IN_FILES = ("where", "preserve_base_output")
 
@@ -75,35 +81,31 @@ class LoraConfig:
     where: str = field(default="LoraConfig", repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check = _Checks(self.where)
-        checked = {
-            "r": check.rank("r", self.r),
-            "lora_alpha": check.number("lora_alpha", self.lora_alpha),
-            "lora_dropout": check.probability("lora_dropout", self.lora_dropout),
-            "target_modules": check.names("target_modules", self.target_modules),
-            "exclude_modules": check.names("exclude_modules", self.exclude_modules),
-            "layers_to_transform": check.layers("layers_to_transform", self.layers_to_transform),
-            "layers_pattern": check.names("layers_pattern", self.layers_pattern),
-            "rank_pattern": check.table("rank_pattern", self.rank_pattern, check.rank),
-            "alpha_pattern": check.table("alpha_pattern", self.alpha_pattern, check.number),
-            "task_type": getattr(self.task_type, "value", self.task_type),
+        table: dict[str, Any] = {
+            "r": _RANK,
+            "lora_alpha": _ALPHA,
+            "lora_dropout": within(0, below=1, expected="a probability in [0, 1)"),
+            **dict.fromkeys(_NAMES, checked_names),
+            "layers_to_transform": _layers,
+            "rank_pattern": functools.partial(_table, check=integer, bounds=_RANK),
+            "alpha_pattern": functools.partial(_table, check=number, bounds=_ALPHA),
+            "task_type": lambda where, name, value: getattr(value, "value", value),
+            **dict.fromkeys((*_FLAGS, "preserve_base_output"), _flag),
         }
-        for name in (*_FLAGS, "preserve_base_output"):
-            checked[name] = check.flag(name, getattr(self, name))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        check_fields(self, table, self.where)
         known_scheme(self.init_lora_weights)
-        if self.bias != "none":
-            raise check.error("bias", "'none' (the base model's biases are shared)", self.bias)
-        if self.use_dora and self.lora_bias:
-            raise check.error("lora_bias", "false beside use_dora, as PEFT does", True)
         layers, pattern = self.layers_to_transform, self.layers_pattern
-        if isinstance(self.target_modules, str):
-            for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
-                if value not in (None, "", ()):
-                    raise check.error(name, "none of it beside a target_modules string", value)
-        if pattern and layers is None:
-            raise check.error("layers_pattern", "layers_to_transform beside it", None)
+        listed = not isinstance(self.target_modules, str)
+        alone = "none of it beside a target_modules string"
+        for ok, name, expected in (
+            (self.bias == "none", "bias", "'none' (the base model's biases are shared)"),
+            (not (self.use_dora and self.lora_bias), "lora_bias", "false beside use_dora, as PEFT"),
+            (listed or not layers, "layers_to_transform", alone),
+            (listed or not pattern, "layers_pattern", alone),
+        ):
+            require(ok, self.where, name, expected, repr(getattr(self, name)))
+        holds = layers is not None or not pattern
+        require(holds, self.where, "layers_pattern", "layers_to_transform beside it", None)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT's ``adapter_config.json`` has them."""
@@ -128,9 +130,8 @@ class LoraConfig:
         """
         wanted, names = self.target_modules, tuple(names)
         if wanted is None:
-            raise _Checks(self.where).error(
-                "target_modules", f"names, a regular expression or {ALL_LINEAR!r}", None
-            )
+            expected = f"names, a regular expression or {ALL_LINEAR!r}"
+            raise ValueError(f"{self.where}: target_modules: expected {expected}, found None")
         if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
             found = set(linear)
         elif isinstance(wanted, str):
@@ -219,56 +220,28 @@ def checked_names(where: str, field: str, value: Any) -> str | tuple[str, ...] |
     Raises:
         ValueError: it holds something else.
     """
-    return _Checks(where).names(field, value)
-
-
-class _Checks:
-    """The types of fields, which may come from an untrusted file."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def error(self, name: str, expected: str, found: Any) -> ValueError:
-        return ValueError(f"{self.where}: {name}: expected {expected}, found {found!r:.200}")
-
-    def rank(self, name: str, value: Any) -> int:
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self.error(name, "a positive integer", value)
+    if value is None or isinstance(value, str):
         return value
+    strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)
+    require(strings, where, field, "a string or a list of strings", f"{value!r:.200}", WrongKind)
+    return tuple(sorted(value)) if isinstance(value, set) else tuple(value)
 
-    def number(self, name: str, value: Any) -> float:
-        # Compared as it is: float() of a huge integer raises OverflowError.
-        if type(value) not in (int, float) or not abs(value) < 1e30:
-            raise self.error(name, "a finite number", value)
-        return value
 
-    def probability(self, name: str, value: Any) -> float:
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            raise self.error(name, "a probability in [0, 1)", value)
-        return value
+def _flag(where: str, name: str, value: Any) -> bool:
+    return value is not None and flag(where, name, value, expected="true or false")
 
-    def flag(self, name: str, value: Any) -> bool:
-        if not (value is None or isinstance(value, bool)):
-            raise self.error(name, "true or false", value)
-        return bool(value)
 
-    def table(self, name: str, value: Any, check: Any) -> dict[str, Any]:
-        value = value or {}
-        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise self.error(name, "an object from name patterns to numbers", value)
-        return {k: check(f"{name}[{k!r:.100}]", v) for k, v in value.items()}
+def _table(where: str, name: str, value: Any, check: Any, bounds: Any) -> dict[str, Any]:
+    value = value or {}
+    named = isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
+    expected = "an object from name patterns to numbers"
+    require(named, where, name, expected, f"{value!r:.200}", WrongKind)
+    return {k: check(where, f"{name}[{k!r:.100}]", v, **bounds) for k, v in value.items()}
 
-    def names(self, name: str, value: Any) -> str | tuple[str, ...] | None:
-        if value is None or isinstance(value, str):
-            return value
-        if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
-            raise self.error(name, "a string or a list of strings", value)
-        return tuple(sorted(value)) if isinstance(value, set) else tuple(value)
 
-    def layers(self, name: str, value: Any) -> tuple[int, ...] | None:
-        if value is None:
-            return None
-        numbers = tuple(value) if isinstance(value, list | tuple | set) else (value,)
-        if not all(type(n) is int for n in numbers):
-            raise self.error(name, "an integer or a list of integers", value)
-        return numbers
+def _layers(where: str, name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    values = tuple(value) if isinstance(value, list | tuple | set) else (value,)
+    expected = "an integer or a list of integers"
+    return tuple(integer(where, name, v, expected=expected) for v in values)

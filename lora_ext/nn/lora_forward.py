@@ -15,7 +15,7 @@ import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.ops._autocast import AUTOCASTS
+from lora_ext._torch import AUTOCASTS
 
 from .packed_linear import PackedLinear
 from .rows import Rows, all_rows, constant, rows_of, scales, several_processes, subset, together

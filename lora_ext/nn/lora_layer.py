@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.ops._checks import require_flags
+from lora_ext._checks import require_flags
 
 from .dora import Magnitude
 from .init import FREE, decompose, init_lora_, known_scheme

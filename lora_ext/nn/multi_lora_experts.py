@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 
 from .attachment import Pool
 from .context import current

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 
 from .pool_layer import PoolLayer
 

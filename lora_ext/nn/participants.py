@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 
 from . import context
 from .assignment import Assignment, Names

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._torch import READS_MORE, traced
 
 from .context import Block, current, forward_of
 from .lora_forward import readable_weight
@@ -92,7 +93,7 @@ class DoraFactors:
     ) -> Rescale:
         """:meth:`rescale` for a graph: the rows of whatever block the graph will run in."""
         slab = self.slab
-        c = torch.ops.lora_ext.active_dora_factors(
+        c = _active_dora_factors(
             layer.handle,
             self.number,
             leading,
@@ -151,15 +152,14 @@ class DoraFactors:
 
 
 # Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
-_library = torch.library.Library("lora_ext", "FRAGMENT")
-_library.define(
+@traced(
     "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
-    "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+    "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",
+    fake=lambda handle, layer, leading, features, dtype, device, *_: torch.empty(
+        math.prod(leading), features, dtype=dtype, device=device
+    ),
+    tags=READS_MORE,
 )
-
-
 def _active_dora_factors(
     handle: int,
     layer: int,
@@ -179,20 +179,3 @@ def _active_dora_factors(
         if slots:
             c.index_copy_(0, rows, factors.table(slots)[which])
     return c
-
-
-_library.impl("active_dora_factors", _active_dora_factors, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("lora_ext::active_dora_factors", lib=_library)
-def _fake_active_dora_factors(
-    handle: int,
-    layer: int,
-    leading: Sequence[int],
-    features: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens_first: bool,
-    batch: Sequence[int],
-) -> Tensor:
-    return torch.empty(math.prod(leading), features, dtype=dtype, device=device)

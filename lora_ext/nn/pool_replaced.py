@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_ext._torch import READS_MORE, traced
+
 from .context import Block, forward_of
 from .traced import batch_of, block_of_graph, noted
 
@@ -52,20 +54,26 @@ def with_replaced(
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
     """:func:`with_replaced` for a graph: the rows of whatever block the graph will run in."""
-    return torch.ops.lora_ext.replaced_rows(
+    return _replaced_rows(
         y, x, layer.handle, layer.name, layer.tokens_first, noted.batch, layer.default
     )
 
 
+def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
+    raise NotImplementedError(
+        "lora_ext: expected a compiled graph without gradients where an adapter replaces a module "
+        "(modules_to_save), found a backward; compile inside torch.no_grad(), or do not compile"
+    )
+
+
 # Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
-_library = torch.library.Library("lora_ext", "FRAGMENT")
-_library.define(
+@traced(
     "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
     "str? default) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+    fake=lambda y, *_: torch.empty_like(y),
+    backward=(_no_backward, None),
+    tags=READS_MORE,
 )
-
-
 def _replaced_rows(
     y: Tensor,
     x: Tensor,
@@ -80,27 +88,3 @@ def _replaced_rows(
         return y
     with forward_of(batch_of(batch)):
         return with_replaced(y, x, block.lease.pool.modules[name].replaced, block, tokens_first)
-
-
-def _fake_replaced_rows(
-    y: Tensor,
-    x: Tensor,
-    handle: int,
-    name: str,
-    tokens_first: bool,
-    batch: Sequence[int],
-    default: str | None,
-) -> Tensor:
-    return torch.empty_like(y)
-
-
-def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
-    raise NotImplementedError(
-        "lora_ext: expected a compiled graph without gradients where an adapter replaces a module "
-        "(modules_to_save), found a backward; compile inside torch.no_grad(), or do not compile"
-    )
-
-
-_library.impl("replaced_rows", _replaced_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_ext::replaced_rows", _fake_replaced_rows, lib=_library)
-torch.library.register_autograd("lora_ext::replaced_rows", _no_backward, lib=_library)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.ops._autocast import exactly
+from lora_ext._torch import exactly
 
 from .adapted import adapted_layers
 

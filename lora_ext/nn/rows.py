@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_ext import ops
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 
 _KEPT = 64  # a training step has a few row counts; generation without a cache has one per token
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.ops._checks import require_flags
+from lora_ext._checks import require_flags
 
 from . import layouts
 from .adapted import adapted_layers, adapters_of

@@ -13,26 +13,12 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._torch import READS_MORE, traced
 
 from . import context
 from .assignment import Batch, TokensFirstError
 from .layer_names import layer_names
 from .rows import Rows, constant, rows_of
-
-# A replay of a CUDA graph would not read the block again.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-
-_library = torch.library.Library("lora_ext", "FRAGMENT")
-_library.define(
-    "active_adapter_ids(int handle, SymInt[] leading, Device device, bool tokens_first, "
-    "bool of_tokens, SymInt[] batch, str? default) -> Tensor",
-    tags=_TAGS,
-)
-_library.define(
-    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device, "
-    "bool tokens_first, bool of_tokens) -> Tensor",
-    tags=_TAGS,
-)
 
 
 class _Noted:
@@ -57,7 +43,7 @@ def pool_rows(
     default: str | None = None,
 ) -> Rows:
     """Rows for a pool's layer in whatever block the graph will run; ids are slots."""
-    ids = torch.ops.lora_ext.active_adapter_ids(
+    ids = _active_adapter_ids(
         handle, leading, device, tokens_first, of_tokens, noted.batch, default
     )
     return Rows(tuple(range(num_slots)), ids, ops.lora_plan(ids, num_slots))
@@ -73,9 +59,7 @@ def layer_rows(
 ) -> Rows:
     """Rows for a layer with these adapters of its own, all of which take part; outside a block
     every row has the adapter ``default``."""
-    ids = torch.ops.lora_ext.layer_adapter_ids(
-        list(names), default, leading, device, tokens_first, of_tokens
-    )
+    ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
     return rows_of(ids, len(names))
 
 
@@ -95,6 +79,12 @@ def block_of_graph(handle: int, default: str | None) -> context.Block | None:
     return block
 
 
+@traced(
+    "active_adapter_ids(int handle, SymInt[] leading, Device device, bool tokens_first, "
+    "bool of_tokens, SymInt[] batch, str? default) -> Tensor",
+    fake=lambda handle, leading, device, *_: _empty_ids(leading, device),
+    tags=READS_MORE,
+)
 def _active_adapter_ids(
     handle: int,
     leading: Sequence[int],
@@ -120,6 +110,12 @@ def batch_of(batch: Sequence[int]) -> Batch | None:
     return Batch(batch[0], frozenset(batch[1:])) if batch else None
 
 
+@traced(
+    "layer_adapter_ids(str[] names, int default, SymInt[] leading, Device device, "
+    "bool tokens_first, bool of_tokens) -> Tensor",
+    fake=lambda names, default, leading, device, *_: _empty_ids(leading, device),
+    tags=READS_MORE,
+)
 def _layer_adapter_ids(
     names: Sequence[str],
     default: int,
@@ -136,32 +132,5 @@ def _layer_adapter_ids(
     return constant([*rows.used, -1], torch.int32, device)[rows.ids.long()]  # -1 finds the last
 
 
-def _fake_active_adapter_ids(
-    handle: int,
-    leading: Sequence[int],
-    device: torch.device,
-    tokens_first: bool,
-    of_tokens: bool,
-    batch: Sequence[int],
-    default: str | None,
-) -> Tensor:
+def _empty_ids(leading: Sequence[int], device: torch.device) -> Tensor:
     return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
-
-
-def _fake_layer_adapter_ids(
-    names: Sequence[str],
-    default: int,
-    leading: Sequence[int],
-    device: torch.device,
-    tokens_first: bool,
-    of_tokens: bool,
-) -> Tensor:
-    return torch.empty((math.prod(leading),), dtype=torch.int32, device=device)
-
-
-for _name, _run, _fake in (
-    ("active_adapter_ids", _active_adapter_ids, _fake_active_adapter_ids),
-    ("layer_adapter_ids", _layer_adapter_ids, _fake_layer_adapter_ids),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_ext::{_name}", _fake, lib=_library)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.ops._compiling import compiles
+from lora_ext._torch import compiles
 
 from . import context
 from .assignment import Assignment, Names

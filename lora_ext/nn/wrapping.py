@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_ext.ops._checks import require_flags
+from lora_ext._checks import require_flags
 
 from . import layouts
 from .base_modules import READS_WEIGHTS, head_names, linear_size

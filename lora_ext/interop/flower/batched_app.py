@@ -10,9 +10,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
 from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
 
 from .model import Model, SharedTensors, check_scaling
 from .records import read_config

@@ -12,9 +12,9 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.federated.batches import rows_in
 from lora_ext.federated.keys import PATTERN
-from lora_ext.ops._checks import require
 
 from .batched_app import in_one_batch
 from .model import Model, SharedTensors, check_scaling

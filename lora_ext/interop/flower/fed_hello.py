@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.federated import LoraLayerManager
 from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
 from lora_ext.federated.update import Client
 from lora_ext.methods.fed_hello import HLA, EmptyProxySet, FedHelloConfig, fim_scores
 from lora_ext.nn import block_index
-from lora_ext.ops._checks import require
 
 from .strategy import LoraStrategy
 

@@ -13,8 +13,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from lora_ext._checks import require
 from lora_ext.federated import BatchedClients
-from lora_ext.ops._checks import require
 
 from .batched_app import BatchedApp, of_clients
 from .tasks import failed

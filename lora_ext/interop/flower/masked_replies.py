@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import Aggregate, Update, aggregate_masked
 from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.masked import masked_shapes, weights_key
 from lora_ext.federated.update import Client, Rejected, same, weight_of
-from lora_ext.ops._checks import require
 
 
 def aggregate_replies(

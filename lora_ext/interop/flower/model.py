@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.federated import LoraLayerManager
 from lora_ext.nn import adapted_layers
-from lora_ext.ops._checks import require
 
 _kept: dict[str, LoraLayerManager] = {}  # one at most, in a worker of a simulation
 

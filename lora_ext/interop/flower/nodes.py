@@ -12,9 +12,9 @@ import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from lora_ext._checks import require
 from lora_ext.federated.logs import CommLog
 from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
 
 from .records import message_bytes
 

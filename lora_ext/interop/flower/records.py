@@ -20,9 +20,9 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated.payload import Payload, pack_tensors, read_npy, unpack_tensors
 from lora_ext.federated.plan import LayerPlan
-from lora_ext.ops._checks import require
 
 LORA, CONFIG, METRICS, ECHO = "lora", "config", "metrics", "echo"
 PROTOCOL = 1

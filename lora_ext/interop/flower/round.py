@@ -11,10 +11,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, 
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
 from lora_ext.federated.masked import masked_shapes
 from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
 
 from . import records
 

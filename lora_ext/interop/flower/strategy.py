@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import (
     Aggregate,
     CommLog,
@@ -24,7 +25,6 @@ from lora_ext.federated import (
 from lora_ext.federated.aggregation import RankAgg, check_settings
 from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
 from lora_ext.federated.update import Client, NanPolicy, Upload
-from lora_ext.ops._checks import require
 
 from . import records
 from .allocator import Allocator

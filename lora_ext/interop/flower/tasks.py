@@ -20,10 +20,10 @@ from flwr.app import (
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
 from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.layers import Others
-from lora_ext.ops._checks import require
 
 from . import records
 from .nodes import CAPABILITY, NODE, PARTITION

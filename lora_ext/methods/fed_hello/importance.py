@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.federated import LayerNotFound
 from lora_ext.federated.batches import logits_of, merged
 from lora_ext.federated.keys import check_layers
@@ -21,7 +22,6 @@ from lora_ext.nn import (
     is_active,
     shift_labels,
 )
-from lora_ext.ops._checks import require
 
 from .config import Reduce, Score
 from .patterns import whole

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
+from lora_ext._checks import require
 from lora_ext.federated.plan import LayerPlan
 from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
 
 from .capacity import Estimate, check_estimate
 from .ranks import integer

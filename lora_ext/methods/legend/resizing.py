@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.adapter.low_rank import resized
 from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
-from lora_ext.ops._checks import require
 
 
 @torch.no_grad()
