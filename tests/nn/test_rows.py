@@ -65,7 +65,7 @@ def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNames
     assignment = Assignment.of(["red", None])
     assignment.kept = Spy(8)
     assignment.among(("red",), torch.Size([2, 3]), torch.device("cpu"))
-    assert keys == [((("red",), (2, 3)), "cpu")]
+    assert keys == [((("red",), (2, 3), False), "cpu")]
     ids = torch.tensor([0, -1])
     assert rows_of(ids, 1) is rows_of(ids, 1)
 
