@@ -37,9 +37,11 @@ from lora_ext.nn.switches import forward_of_the_rest
 from . import peft_quantised
 from .names import refuse_singular
 from .peft_adapters import (
+    by_reason,
     check_values,
     refuse_names_of_a_reference,
     refuse_turned,
+    turned_layers,
     warn_of_frozen,
     warn_of_other_bases,
 )
@@ -47,8 +49,6 @@ from .peft_processes import no_gradients_without_rows, refuse_layers_of_peft, ta
 from .peft_quantised import full_name
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_LISTED = 8  # names of layers in a warning
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,14 @@ def take_over(model: Model) -> Model:
     warn_of_other_bases(model)
     _swap(model, _fused_class)
     layouts.tell(model)
+    for module in model.modules():
+        if isinstance(module, FusedLoraModel):
+            module.turned = turned_layers(module)
     found = report(model)
     if not found.taken:
         warnings.warn(
             "from_peft: model: expected layers that lora_ext can run, found none; PEFT runs "
-            f"{_by_reason(found.left)}",
+            f"{by_reason(found.left)}",
             stacklevel=3,  # the caller of lora_ext.from_peft
         )
     return model
@@ -86,8 +89,8 @@ def to_peft(model: Model) -> Model:
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
-        if isinstance(block, LoraLayer):
-            block.__dict__.pop("tokens_first", None)
+        for told in ("tokens_first", "turned") if isinstance(block, LoraLayer | LoraModel) else ():
+            block.__dict__.pop(told, None)
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _KeepsNames):
             block._gradient_checkpointing_func = checkpoint.checkpoint
@@ -138,18 +141,6 @@ def report(model: nn.Module) -> Report:
                 else f"only {peft_quantised.COVERED} are covered, found {full_name(kind)}"
             )
     return Report(tuple(taken), left)
-
-
-def _by_reason(left: dict[str, str]) -> str:
-    """Each reason once, with the first few of its layers: a large model has hundreds."""
-    layers: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        layers.setdefault(reason, []).append(name)
-    return "; ".join(
-        f"{len(names)} of them ({reason}: {', '.join(names[:_LISTED])}"
-        f"{', ...' if len(names) > _LISTED else ''})"
-        for reason, names in layers.items()
-    )
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
@@ -326,6 +317,8 @@ class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
 
     of_peft = LoraModel
+    #: Layers that PEFT runs and that see tokens first.
+    turned: tuple[str, ...] = ()
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own, which would swallow the names."""
@@ -341,8 +334,8 @@ class FusedLoraModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
         names = kwargs.get("adapter_names")
-        if names is not None and len(set(names)) > 1:
-            refuse_turned(self.model)
+        if names is not None:
+            refuse_turned(names, self.turned)
         if names is not None and self.training:
             refuse_names_of_a_reference(self.active_adapters, _names(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)

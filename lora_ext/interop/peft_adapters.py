@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lora_ext.adapter.base_models import BaseModels, model_name
 from lora_ext.nn import layouts
 from lora_ext.nn.assignment import Assignment
 
+_LISTED = 8  # names of layers in a warning
 _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
 
 
@@ -99,15 +100,37 @@ def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
     return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
 
 
-def refuse_turned(model: nn.Module) -> None:
-    """Refuse names of rows for layers that PEFT runs and that see tokens first: PEFT gives the
-    tokens of one place the adapter of one sequence wherever there are as many of the one as of the
-    other."""
-    for name in layouts.tokens_first(model):
-        layer = model.get_submodule(name)
-        if isinstance(layer, LoraLayer) and not hasattr(type(layer), "tokens_first"):
-            raise ValueError(
-                f"from_peft: adapter_names: {name}: expected one name for all rows where PEFT runs "
-                f"a layer that sees tokens first, found several; leave the {type(layer).__name__} "
-                "out of target_modules"
-            )
+def turned_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that PEFT runs and that see tokens first. PEFT gives the tokens of one place the
+    adapter of one sequence wherever there are as many of the one as of the other."""
+    layers = {name: model.get_submodule(name) for name in layouts.tokens_first(model)}
+    return tuple(
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, LoraLayer) and not hasattr(type(layer), "tokens_first")
+    )
+
+
+def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
+    """Refuse several names where there are such layers.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if turned and len(set(names)) > 1:
+        raise ValueError(
+            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "
+            "runs a layer that sees tokens first, found several; leave it out of target_modules"
+        )
+
+
+def by_reason(left: dict[str, str]) -> str:
+    """Each reason once, with the first few of its layers: a large model has hundreds."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{len(names)} of them ({reason}: {', '.join(names[:_LISTED])}"
+        f"{', ...' if len(names) > _LISTED else ''})"
+        for reason, names in layers.items()
+    )

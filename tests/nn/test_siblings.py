@@ -301,24 +301,6 @@ def test_a_block_that_is_left_takes_its_outputs_with_it() -> None:
         model.k(x)
 
 
-def test_a_generator_that_goes_on_in_another_block_is_refused_as_ever() -> None:
-    for model in taught():
-        x = inputs()
-
-        def theirs(m: Any = model, x: Tensor = x) -> Iterator[Tensor]:
-            with lora_ext.adapters(["red"] * 3, pool=m.q.pool):
-                yield x
-                yield m.k(x)
-
-        with torch.no_grad():
-            generator = theirs()
-            next(generator)
-            with lora_ext.adapters(["blue"] * 3, pool=model.q.pool):
-                model.q(x)
-                with pytest.raises(RuntimeError, match="expected the innermost block"):
-                    next(generator)
-
-
 @contextmanager
 def hooked(model: Any) -> Iterator[None]:
     handle = model.k.base.register_forward_hook(lambda module, args, y: y * 2)
