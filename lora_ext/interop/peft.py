@@ -231,7 +231,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         present, rows, trained = taking_part(self, given)
         # PEFT raises where they do not fit.
         fits = given is None or _fit(given, x.shape[:-1], self.tokens_first)
-        left = [reason for name in present if (reason := self.uncovered(name)) is not None]
+        left = [why for why in map(self.uncovered, present) if why is not None]
         if not fits or left:
             if fits and trained:
                 raise no_gradients_without_rows("; ".join(left))
