@@ -20,8 +20,8 @@ from processes import TwoProcesses
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.nn import siblings
 from lora_ext.ops import _registration
+from lora_ext.serving.layers import siblings
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lora_ext.nn.init import FREE
-from lora_ext.nn.lora_config import LoraConfig, checked_names, matches_suffix
+from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from .model_index import ModelIndex
 

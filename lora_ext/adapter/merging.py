@@ -16,7 +16,7 @@ from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, w
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter, same_values
 
-Mode = Literal["delta", "factors", "delta_svd"]
+MergeMode = Literal["delta", "factors", "delta_svd"]
 Space = Literal["factors", "delta"]
 Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
 
@@ -25,7 +25,7 @@ Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that h
 def merge_adapters(
     adapters: Sequence[LoraAdapter | AdapterSource],
     weights: Sequence[float],
-    mode: Mode = "delta",
+    mode: MergeMode = "delta",
     rank: int | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
@@ -77,8 +77,8 @@ def merge_adapters(
             f"{where}: weights: expected one for each of {len(values)} adapters, found "
             f"{len(weights)}"
         )
-    if mode not in get_args(Mode):
-        raise ValueError(f"{where}: mode: expected one of {get_args(Mode)}, found {mode!r}")
+    if mode not in get_args(MergeMode):
+        raise ValueError(f"{where}: mode: expected one of {get_args(MergeMode)}, found {mode!r}")
     weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
     if rank is not None and mode != "delta_svd":
         raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
@@ -128,7 +128,7 @@ def _merged(
     where: str,
     adapters: Mapping[str, LoraAdapter],
     weights: list[float],
-    mode: Mode,
+    mode: MergeMode,
     rank: int | None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:

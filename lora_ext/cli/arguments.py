@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
 import lora_ext
-from lora_ext.adapter.merging import Mode
-from lora_ext.adapter.ranks import KINDS
+from lora_ext.adapter import KINDS, MergeMode
 
 from . import changes, reports
 
@@ -145,7 +144,10 @@ def _add_merge(commands: Any) -> None:
         help="one for each adapter (default: equal ones that sum to 1)",
     )
     parser.add_argument(
-        "--mode", choices=get_args(Mode), default="delta", help="see above (default: %(default)s)"
+        "--mode",
+        choices=get_args(MergeMode),
+        default="delta",
+        help="see above (default: %(default)s)",
     )
     parser.add_argument(
         "--rank",

@@ -5,8 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from lora_ext.adapter import Factors, LoraAdapter, merge_adapters, prune_adapter, resize_adapter
-from lora_ext.adapter.low_rank import product_norm
+from lora_ext.adapter import (
+    Factors,
+    LoraAdapter,
+    merge_adapters,
+    product_norm,
+    prune_adapter,
+    resize_adapter,
+)
 
 from .output import progress, show
 from .reports import describe

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lora_ext.adapter.peft_keys import natural_order
+from lora_ext.adapter import natural_order
 
 Item = TypeVar("Item")
 _DASH = "-"

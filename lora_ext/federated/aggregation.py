@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.adapter.low_rank import able_to_learn, norm_of, padded, truncated
-from lora_ext.adapter.peft_keys import PREFIX
+from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
 
 from .keys import PATTERN, Pair, layer_pairs
 from .means import PairPart, Part, by_norm, mean_of, noise_of, normalised, stack_of

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import Swap, adapted_layers, layouts
-from lora_ext.nn.blocks import block_index, block_name
+from lora_ext.adapter import PREFIX
+from lora_ext.layers import Swap, adapted_layers, block_index, block_name
+from lora_ext.rows import layouts
 
 from .banks import Bank, ClientsAdamW, SharedBank
 from .batches import logits_of, merged, own_outputs

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
-from lora_ext.nn.lora_forward import autocast_dtype, dense_parameters
-from lora_ext.nn.rows import Kept
+from lora_ext.layers import autocast_dtype, dense_parameters
+from lora_ext.rows import Kept
 
 from .banks import Bank
 from .batches import Segment

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.low_rank import norm_of
+from lora_ext.adapter import norm_of
 
 
 class Part(NamedTuple):

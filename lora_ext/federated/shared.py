@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_ext.adapter.peft_keys import parse_key
-from lora_ext.nn.blocks import block_index
 from lora_ext._checks import require
+from lora_ext.adapter import parse_key
+from lora_ext.layers import block_index
 
 from .banks import SharedBank
 from .client_layers import BatchRows

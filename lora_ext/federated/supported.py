@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_ext.nn import adapted_layers
-from lora_ext.nn.blocks import block_index
+from lora_ext.layers import adapted_layers, block_index
 
 WHERE = "BatchedClients"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_ext._torch import refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require_flags
-from lora_ext.adapter import LoraAdapter
-from lora_ext.adapter.base_models import BaseModels, model_name
-from lora_ext.adapter.live import live_adapter
-from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.adapter.peft_files import AdapterSource
+from lora_ext.adapter import (
+    AdapterSource,
+    BaseModels,
+    LoraAdapter,
+    ModelIndex,
+    live_adapter,
+    model_name,
+)
 
 from .limits import check_host_cache_bytes, check_limits, limit_bytes
 from .lock import PoolLock

@@ -13,7 +13,7 @@ import torch
 from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
 
 from lora_ext.adapter import save_adapter
-from lora_ext.nn import patterns
+from lora_ext.layers.model import patterns
 from lora_ext.pool import AdapterPool
 
 

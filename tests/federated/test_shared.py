@@ -205,7 +205,7 @@ def test_flower_s_loop_flower_s_batch_and_clients_that_are_there_agree():
     import flower_apps as apps
 
     from lora_ext.federated import LocalGrid, LoraStrategy, make_client_app
-    from lora_ext.interop.flower import from_arrays
+    from lora_ext.federated.flower import from_arrays
 
     model = apps.Classifier()
     heads = {name: model.get_parameter(name).detach() for name in HEAD}

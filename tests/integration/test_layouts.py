@@ -10,7 +10,7 @@ from tiny import VOCAB, tokens
 from torch import Tensor
 
 import lora_ext
-from lora_ext.nn import layouts
+from lora_ext.rows import layouts
 
 NAMES = ["red", "blue", None, "green"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.adapter.low_rank import resized
-from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
+from lora_ext.adapter import resized
+from lora_ext.federated import PATTERN, check_layers, layer_pairs
 
 
 @torch.no_grad()

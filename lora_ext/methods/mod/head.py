@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.nn.chunks import recomputed
+from lora_ext.layers import recomputed
 
 #: What models call the number that their logits are multiplied by or divided by.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import DepthMixer, decoder_layers
+from lora_ext.layers import decoder_layers
 
 from .config import InexactMixError, ModConfig
 from .ensemble import Capture, Ensemble, Forward, Mix
 from .head import head_width, softcap_of
+from .layers import DepthMixer
 
 Model = TypeVar("Model", bound=nn.Module)
 

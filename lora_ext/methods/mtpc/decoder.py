@@ -26,18 +26,15 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn import CircuitHead, TokenBridge
-from lora_ext.nn.assignment import Names
-from lora_ext.nn.circuit_head import Circuit
-from lora_ext.nn.context import of_call
-from lora_ext.nn.generation import generation_scope
-from lora_ext.nn.pool_layer import pool_of
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
+from lora_ext.rows import Names, generation_scope, of_call, pool_of
 
 from .drafting import Chain, DraftedWindow, draw
+from .layers import Circuit, CircuitHead
 from .request import read_request
 from .rows import Rows
 from .tail import DraftTail
+from .token_bridge import TokenBridge
 from .trunk import Trunk
 
 #: Whether tokens follow the model's law or are its likeliest.

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import LoraLinear, Swap, decoder_layers
-from lora_ext.nn.base_modules import linear_size
-from lora_ext.nn.context import of_call
-from lora_ext.nn.pool_layer import pool_of
+from lora_ext.layers import LoraLinear, Swap, decoder_layers, linear_size
+from lora_ext.rows import of_call, pool_of
 
 NAME = "draft"
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.nn import IGNORE, decoder_layers, shift_labels
-from lora_ext.nn.modalities import modality
+from lora_ext.layers import IGNORE, decoder_layers, shift_labels
 
 from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
 from .embed import VisionPatchEmbed
-from .layers import KEY, Applied, apply
 from .mask import build_vision_mask
+from .modalities import modality
+from .placement import KEY, Applied, apply
 from .splice import Side, Spliced, splice_images
 from .states import block_states, prefill
 
