@@ -137,7 +137,8 @@ class Assignment:
         where = names, leading, device, tokens_first, batch
         if compiles():
             return self._among(*where)
-        return self.kept.get((names, leading, tokens_first), device, self._among, *where)
+        key = (names, leading, "tokens first") if tokens_first else (names, leading)
+        return self.kept.get(key, device, self._among, *where)
 
     def _among(
         self,
