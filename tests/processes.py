@@ -23,7 +23,9 @@ import torch
 from torch import distributed
 
 WORLD = 2
-_PATIENCE = 240.0  # seconds, for a function and its imports; a pair that waits for itself would not end
+_PATIENCE = (
+    240.0  # seconds, for a function and its imports; a pair that waits for itself would not end
+)
 
 
 class TwoProcesses:

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext import ops
 from lora_ext.ops._compiling import compiles
 
 from . import context

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_parallel import STEPS, WAYS, assert_same, trained
+from data_parallel import WAYS, assert_same, trained
 from processes import TwoProcesses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -63,9 +63,11 @@ def step(rank: int | None, way: str | None, case: str, **options: Any) -> dict[s
     """What the adapters become on a process, or on one that has all rows."""
     model = Model(**options)
     first, second = NAMES[case]
-    names = [first, second][rank] if rank is not None else [
-        *(first if isinstance(first, list) else [first or "red"] * 2), *second
-    ]
+    names = (
+        [first, second][rank]
+        if rank is not None
+        else [*(first if isinstance(first, list) else [first or "red"] * 2), *second]
+    )
     rows = ROWS if rank is None else ROWS.chunk(2)[rank]
 
     def loss(wrapped: nn.Module) -> Tensor:
