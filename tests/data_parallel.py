@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
@@ -63,9 +64,9 @@ def _by_deepspeed(
 ) -> dict[str, Tensor]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    from deepspeed.comm import torch as of_torch
 
-    of_torch.build_shm_op = lambda: None  # compiling faster sums for the CPU takes minutes
+    # Compiling faster sums for the CPU takes minutes.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
     config = {
         "train_micro_batch_size_per_gpu": 1,

@@ -133,7 +133,8 @@ def attach(
             UnknownAdapterError: a default that the pool lacks. RuntimeError: the model, or a part
             of it, is attached or carries PEFT's layers. ValueError: a module of the pool is missing
             or has another size, or the model has one that the pool lacks; or what ``pack_linears``
-            refuses. The model is unchanged then.
+            refuses. NotImplementedError: transformers' ``tp_plan`` has divided the weights. The
+            model is unchanged then.
     """
     _check_module("attach", model)
     if not isinstance(pool, AdapterPool):
@@ -145,6 +146,12 @@ def attach(
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
+        )
+    parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
+    if parts != 1:
+        raise NotImplementedError(
+            f"attach: model: expected one whose weights are whole, found one that tp_plan has "
+            f"divided between {parts} processes"
         )
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
