@@ -22,6 +22,7 @@ from lora_ext.adapter import (
 
 from .config import SploraConfig
 from .projection import (
+    Projected,
     ZeroAlignmentError,
     check_finite,
     check_floating,
@@ -113,8 +114,8 @@ def project_layers(
     progress: Progress,
     names: Iterable[str] | None = None,
     columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
-) -> tuple[list[Layer], list[Tensor]]:
-    """``P B`` of each layer, ``(m, r)`` float64 where it was computed, in the order of the model.
+) -> tuple[list[Layer], list[Projected]]:
+    """``P B`` of each layer, in the order of the model.
 
     All shapes are checked before any weight is read; then two weights are held at a time.
 
@@ -135,7 +136,7 @@ def project_layers(
     """
     _refuse_other_kinds(where, adapter)
     found: list[Layer] = []
-    projected: list[Tensor] = []
+    projected: list[Projected] = []
     identities: list[str] = []
     said = adapter.config.fan_in_fan_out
     with (
@@ -154,7 +155,7 @@ def project_layers(
             _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
             try:
-                wide, is_identity = _project(
+                one = _project(
                     where, layer, base_weights, aligned_weights, columns(layer.factors), config
                 )
             except ZeroAlignmentError:
@@ -162,8 +163,8 @@ def project_layers(
                     raise
                 continue
             found.append(layer)
-            projected.append(wide)
-            if is_identity:
+            projected.append(one)
+            if one.is_identity:
                 identities.append(layer.name)
     if identities:
         warn_of_identity(where, identities)
@@ -177,7 +178,7 @@ def _project(
     aligned: ModelWeights,
     columns: Tensor,
     config: SploraConfig,
-) -> tuple[Tensor, bool]:
+) -> Projected:
     """:func:`project_wide` of one layer; its two weights go before the next ones are read."""
     w0, wa = base.read(layer.base_key), aligned.read(layer.aligned_key)
     if layer.transposed:
