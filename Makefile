@@ -90,4 +90,4 @@ vllm: $(VLLM_VENV)/vllm.stamp
 	$(VLLM_VENV)/bin/pytest -q -rs tests/vllm
 
 clean:
-	rm -rf build dist out lora_ext/_build_info.py lora_ext/*.so
+	rm -rf build dist out lora_ext/_build_info.py lora_ext/_C.pyi lora_ext/*.so

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,8 @@ class CMakeBuild(build_ext):
         lines = ["# Written by setup.py: what this build was made of."]
         lines += [f"{key} = {value!r}" for key, value in info.items()]
         (package / "_build_info.py").write_text("\n".join(lines) + "\n")
+        stubs = runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]
+        (package / "_C.pyi").write_text(stubs())
 
     def compile(self, emulator: bool) -> tuple[list[Path], dict[str, object]]:
         torch = find_torch()

@@ -63,10 +63,12 @@ def room_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def names_of(face: Path) -> set[str]:
-    """The names that a package's ``__init__`` imports: they hide files of the same name."""
+def names_of(package: str, face: Path) -> set[str]:
+    """The names that a package's ``__init__`` shows: they hide files of the same name. A file may
+    be shown as a whole (``from . import layouts``)."""
     nodes = [n for n in ast.walk(ast.parse(face.read_text())) if isinstance(n, ast.ImportFrom)]
-    return {alias.asname or alias.name for node in nodes for alias in node.names}
+    shown = [node for node in nodes if node.level or node.module != package]
+    return {alias.asname or alias.name for node in shown for alias in node.names}
 
 
 def imports_of(
@@ -87,7 +89,8 @@ def imports_of(
         else:
             continue
         for base, name in pairs:
-            is_file = f"{base}.{name}" in known and name not in shown.get(base, ())
+            inside = room_of(base) == room_of(module)
+            is_file = f"{base}.{name}" in known and (inside or name not in shown.get(base, ()))
             target = f"{base}.{name}" if is_file else base
             if target in known and target != module:
                 found.append(Import(module, target, name))
@@ -158,7 +161,7 @@ def methods_that_meet(imports: list[Import]) -> list[str]:
 def survey(root: Path = ROOT) -> dict[str, object]:
     """All that this page says of the house, as one object."""
     known = modules(root)
-    shown = {m: names_of(path) for m, path in known.items() if path.name == "__init__.py"}
+    shown = {m: names_of(m, path) for m, path in known.items() if path.name == "__init__.py"}
     imports = [i for m, path in known.items() for i in imports_of(m, path, known, shown)]
     edges: dict[str, set[str]] = defaultdict(set)
     for i in imports:

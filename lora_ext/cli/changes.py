@@ -5,8 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, resize_adapter
-from lora_ext.adapter.low_rank import product_norm
+from lora_ext.adapter import (
+    Factors,
+    LoraAdapter,
+    merge_adapters,
+    product_norm,
+    prune_adapter,
+    resize_adapter,
+)
 
 from .output import progress, show
 from .reports import describe
@@ -39,6 +45,13 @@ def resize(arguments: Namespace) -> int:
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
     adapter = LoraAdapter.load(arguments.adapter)
+    most = max(map(_most_useful_rank, adapter.modules.values()))
+    if arguments.rank > most:
+        raise ValueError(
+            f"--rank: expected at most {most}, found {arguments.rank}: no module of "
+            f"{arguments.adapter} gains from more, as an update of I inputs and O outputs has rank "
+            "min(I, O) at most"
+        )
     resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
     _save(resized, arguments.out)
     rows: list[dict[str, Any]] = []
@@ -56,6 +69,11 @@ def resize(arguments: Namespace) -> int:
         )
     show({"out": arguments.out, **describe(resized)}, rows, arguments.json)
     return 0
+
+
+def _most_useful_rank(factors: Factors) -> int:
+    """min(I, O); or its own rank, where an adapter was trained with more, which may stay."""
+    return max(factors.a.shape[0], min(factors.a.flatten(1).shape[1], factors.b.shape[0]))
 
 
 def prune(arguments: Namespace) -> int:

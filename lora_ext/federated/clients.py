@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 from .plan import LayerPlan
 from .seeds import client_seed

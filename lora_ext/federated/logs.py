@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 from .aggregation import Aggregate
 from .plan import LayerPlan

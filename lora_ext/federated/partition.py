@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 Shares = list[NDArray[np.int64]]
 _TRIES = 100

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext._torch import refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -46,7 +46,7 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
 
 
 @fake("lora_plan")
-def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None) -> Tensor:
+def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None) -> Tensor:
     """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic number of rows is guarded."""
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
@@ -119,13 +119,7 @@ def lora_shrink(
 
 @fake("lora_shrink")
 def _fake_shrink(
-    x: Tensor,
-    a: Tensor,
-    adapter_ids: Tensor,
-    scale: Tensor | None = None,
-    ranks: Tensor | None = None,
-    page_table: Tensor | None = None,
-    plan: Tensor | None = None,
+    x: Tensor, a: Tensor, ids: Tensor, scale: Any, ranks: Any, page_table: Tensor | None, plan: Any
 ) -> Tensor:
     rank = a.shape[1] if page_table is None else 8 * page_table.shape[1]
     return x.new_empty(x.shape[0], rank, dtype=accumulator(x.dtype))

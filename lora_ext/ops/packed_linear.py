@@ -9,7 +9,7 @@ Letters: ``T`` rows, ``I`` in, ``O`` out.
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require, require_dim, require_shape
+from lora_ext._checks import require, require_dim, require_shape
 from lora_ext.ops._registration import fake
 
 _c = torch.ops.lora_ext

@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from lora_ext.nn.attachment import UnknownAdapterError
+from lora_ext.rows import UnknownAdapterError
 
 from .pool import AdapterPool
 from .residence import BASE

@@ -1,5 +1,6 @@
 """``lora-ext``, run on adapters that PEFT saved."""
 
+import json
 import re
 import warnings
 
@@ -37,20 +38,42 @@ def test_inspect_shows_every_module(case, run, run_json, tmp_path):
     assert found["ranks"] == sorted({f.a.shape[0] for f in value.modules.values()})
 
 
-def test_inspect_counts_what_is_not_finite(run, run_json, folders):
+def test_inspect_counts_what_is_not_finite_names_the_modules_and_fails(run, folders):
     path = folders[0] / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors[f"base_model.model.{Q}.lora_A.weight"][0, :3] = float("nan")
     tensors[f"base_model.model.{Q}.lora_B.weight"][0, 0] = float("inf")
     save_file(tensors, path)
-    found = run_json("inspect", folders[0])
+    status, out, err = run("inspect", folders[0], "--json")
+    found = json.loads(out)
+    sentence = (
+        f"lora-ext inspect: {folders[0]}: expected finite values, found NaN or inf in {Q} (4)"
+    )
+    assert (status, err) == (1, f"{sentence}\n")
     rows = {row["module"]: row for row in found["modules"]}
     assert found["bad_values"] == rows[Q]["bad"] == 4 and rows[Q]["norm"] is None
     others = [row for name, row in rows.items() if name != Q]
     assert all(row["bad"] == 0 and row["norm"] > 0 for row in others)
-    status, out, _ = run("inspect", folders[0], "--kinds", "participation", "absolute")
-    assert status == 0 and re.search(r"participation +absolute@0.01 +bad", out)
+    status, out, err = run("inspect", folders[0], "--kinds", "participation", "absolute")
+    assert (status, err) == (1, f"{sentence}\n")
+    assert re.search(r"participation +absolute@0.01 +bad", out)
     assert re.search(rf"{re.escape(Q)} .* - +- +- +4$", out, re.M)
+
+
+def test_inspect_names_bad_values_of_replaced_weights_and_no_more_than_a_line_holds(run, tmp_path):
+    shapes = {f"layers.{i}.up": (6, 5) for i in range(12)}
+    value = adapter(shapes=shapes, modules_to_save=["norm"])
+    for factors in value.modules.values():
+        factors.b[0, 0] = float("inf")
+    whole = {"base_model.model.norm.weight": torch.full((5,), float("nan"))}
+    LoraAdapter(value.config, value.modules, {}, whole).save(tmp_path)
+    status, _, err = run("inspect", tmp_path)
+    assert status == 1 and "layers.0.up (1)" in err and "and 5 more" in err and err.count("\n") == 1
+    for factors in value.modules.values():
+        factors.b[0, 0] = 0.0
+    LoraAdapter(value.config, value.modules, {}, whole).save(tmp_path)
+    status, _, err = run("inspect", tmp_path)
+    assert status == 1 and "base_model.model.norm.weight (5)" in err
 
 
 @pytest.mark.parametrize("case", ["plain", "patterns", "bias", "regex"])

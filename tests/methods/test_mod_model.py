@@ -282,3 +282,25 @@ def test_labels_of_another_shape_are_refused():
     for labels in (IDS[:, :-1], IDS[:1], IDS[0]):
         with pytest.raises(ValueError, match=r"mod: labels: expected shape \(B, T\) = \(2, 7\)"):
             model(input_ids=IDS, labels=labels)
+
+
+def test_a_head_of_another_width_is_refused_by_name():
+    """OPT-350m projects its hidden states down to its embeddings."""
+    model = make("opt", word_embed_proj_dim=8)
+    before = traces(model)
+    with pytest.raises(NotImplementedError, match=r"expected a head as wide as the 16.*found 8 in"):
+        mod.apply(model)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("how", ["auto", "chunked"])
+def test_a_first_forward_with_nan_says_so_and_a_later_one_serves(how: Any):
+    model, other = mod.apply(make(), ModConfig(backend=how)), make()
+    mod.apply(other, ModConfig(backend=how))
+    embeds = model.get_input_embeddings()(IDS).detach()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"mod: model: expected logits that are numbers in"):
+            model(inputs_embeds=embeds.clone().fill_(torch.nan))
+        found = model(inputs_embeds=embeds).logits
+        assert torch.equal(found, other(inputs_embeds=embeds).logits)
+        assert model(inputs_embeds=embeds.clone().fill_(torch.nan)).logits.isnan().all()

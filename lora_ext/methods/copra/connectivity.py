@@ -10,10 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapter import LoraAdapter, interpolate_adapters
-from lora_ext.adapter.peft_files import AdapterSource, Factors
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import adapted_layers, adapter_factors
+from lora_ext.adapter import PREFIX, AdapterSource, Factors, LoraAdapter, interpolate_adapters
+from lora_ext.layers import adapted_layers, adapter_factors
 
 from .evaluation import evaluating
 

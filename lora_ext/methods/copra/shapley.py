@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import RowwiseError, coalitions
-
+from .coalitions import RowwiseError, coalitions
 from .controller import CopraController
 from .estimators import Estimator, exact, owen, permutation
 from .evaluation import evaluating

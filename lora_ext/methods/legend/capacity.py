@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
 

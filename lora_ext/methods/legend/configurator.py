@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
-from lora_ext.federated.plan import LayerPlan
-from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.federated import Client, LayerPlan
 
 from .capacity import Estimate, check_estimate
 from .ranks import integer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_ext.nn.init import known_scheme
+from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
 #: gamma of Z_A = A x and of B before the first step.

@@ -6,7 +6,7 @@ import math
 import warnings
 from numbers import Real
 
-from lora_ext.nn.init import known_scheme
+from lora_ext.layers import known_scheme
 
 #: The largest stable rate goes like n to this power.
 _POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch.utils.data import Dataset
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 ALPHABET = string.ascii_lowercase + string.digits
 

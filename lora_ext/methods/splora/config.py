@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lora_ext.adapter.pruning import Mode
+from lora_ext.adapter import PruneMode
 
 Direction = Literal["smallest", "largest"]
 Granularity = Literal["module", "block"]
@@ -65,7 +65,7 @@ class SploraConfig:
     n_samples: int = 50
     seed: int = 0
     include_scaling: bool = True
-    mode: Mode = "remove"
+    mode: PruneMode = "remove"
     device: torch.device | str | None = None
     center: Center = "mean"
     on_zero_alignment: OnZeroAlignment = "raise"
@@ -83,7 +83,7 @@ class SploraConfig:
             ("projection", Projection),
             ("reference", Reference),
             ("stat", Stat),
-            ("mode", Mode),
+            ("mode", PruneMode),
             ("center", Center),
             ("on_zero_alignment", OnZeroAlignment),
         ):

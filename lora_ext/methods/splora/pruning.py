@@ -10,14 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.adapter import Factors, LoraAdapter, prune_adapter
-from lora_ext.adapter.model_weights import ModelSource
-from lora_ext.adapter.peft_keys import natural_order
+from lora_ext.adapter import Factors, LoraAdapter, ModelSource, natural_order, prune_adapter
 
 from .config import Direction, SploraConfig
-from .layers import Progress, Source, project_layers, read_adapter
 from .scores import LayerStats, Pairs, ediem_scores
 from .selection import select_layers
+from .weights import Progress, Source, project_layers, read_adapter
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.adapter.model_weights import ModelSource
+from lora_ext.adapter import ModelSource
 
 from .config import SploraConfig
 from .ediem import released_score, standardised
-from .layers import Progress, Source, project_layers, read_adapter
 from .projection import check_finite, check_floating, check_shapes
+from .weights import Progress, Source, project_layers, read_adapter
 
 #: Dense matrices X and Y of one shape.
 Pairs = Sequence[tuple[Tensor, Tensor]]

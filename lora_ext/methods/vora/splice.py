@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext.nn.labels import IGNORE
+from lora_ext.layers import IGNORE
 
 PLACEHOLDER = -200
 TEXT = -1  # in image_ids
