@@ -65,9 +65,9 @@ def init_lora_(
 
     Raises:
         ValueError: an unknown scheme, or one that needs the base weight (a layer's affair); unequal
-        r, or fewer than two dimensions; an odd r for "orthogonal". NotImplementedError: a scheme of
-        PEFT's that is not offered. TypeError: a dtype that is not floating. RuntimeError: factors
-        on the meta device.
+            r, or fewer than two dimensions; an odd r for "orthogonal". NotImplementedError: a
+            scheme of PEFT's that is not offered. TypeError: a dtype that is not floating.
+            RuntimeError: factors on the meta device.
 
     Sources: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics";
     "gaussian", "orthogonal" and False: PEFT.
@@ -115,7 +115,7 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
     Raises:
         ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
-        has and this package has not. TypeError: neither bool nor str.
+            has and this package has not. TypeError: neither bool nor str.
     """
     if scheme is True:
         return "init_a"

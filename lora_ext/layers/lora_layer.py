@@ -117,10 +117,10 @@ class LoraLayer(Participants):
 
         Raises:
             ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
-            unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
-            cannot be read, or is computed from others and would have to change.
+                unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
+                cannot be read, or is computed from others and would have to change.
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
-            was.
+                was.
         """
         require_flags(
             "add_adapter",
@@ -242,7 +242,7 @@ class LoraLayer(Participants):
 
         Raises:
             ValueError: no such adapter, or a scheme that splits the base weight (add an adapter for
-            that).
+                that).
         """
         self._check_known([adapter_name])
         a, b, bias = self._raw_factors(adapter_name)

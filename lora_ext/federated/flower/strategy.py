@@ -55,8 +55,9 @@ class LoraStrategy(FedAvg):
             a :meth:`plan_round` of its own.
         capability: by client how many layers it can train: a mapping, a function, or None for what
             the nodes say of themselves, and all layers where they say nothing. 0: never asked.
-        weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr,
-            partial_ok, pattern, shared: as for :func:`lora_ext.federated.aggregate`.
+        weighted_by: as for :func:`lora_ext.federated.aggregate`; so are ``rank_agg``, ``upload``,
+            ``max_update_norm``, ``nan_policy``, ``min_replies``, ``server_lr``, ``partial_ok``,
+            ``pattern`` and ``shared``.
         scaling: s of ``s B A``, for all modules or by each one's name. One number is compared with
             the client's model, which otherwise answers with an error; None is not compared.
         send_frozen: whether a client also gets the layers that it does not train, and applies them

@@ -73,8 +73,8 @@ class Merging(nn.Module):
 
         Raises:
             ValueError: a name this layer lacks, a base weight that cannot be read or that a
-            parametrization computes, a result that is not finite, or ``keep_copy`` where adapters
-            are merged without. RuntimeError: ``lora_bias`` on a base without a bias.
+                parametrization computes, a result that is not finite, or ``keep_copy`` where
+                adapters are merged without. RuntimeError: ``lora_bias`` on a base without a bias.
         """
         names = self._active if adapter_names is None else list(adapter_names)
         self._check_known(names)

@@ -48,7 +48,7 @@ def gamma_exponents(
 
     Raises:
         ValueError: an unknown scheme, or one without known exponents ("orthogonal", and those that
-        split the base weight); an exponent that is NaN or plus infinity; steps below 1.
+            split the base weight); an exponent that is NaN or plus infinity; steps below 1.
 
     Source: Hayou et al. 2024, sections 3 and 4.
     """

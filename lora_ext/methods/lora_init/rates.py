@@ -45,7 +45,7 @@ def suggest_lr(
 
     Raises:
         ValueError: an unknown scheme, or one for which no rule is known; a number that is not
-        positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
+            positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
 
     Warns:
         UserWarning: a ratio below 1; LoRA+ is for B learning faster.

@@ -357,7 +357,7 @@ class CircuitHead(nn.Module):
 
         Raises:
             TypeError: tokens that are not int64. ValueError: another shape than that of ``h`` asks
-            for, or (on the CPU) a token outside the vocabulary.
+                for, or (on the CPU) a token outside the vocabulary.
         """
         if x.dtype != torch.int64:
             raise TypeError(f"CircuitHead: tokens: expected int64, found {x.dtype}")
