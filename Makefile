@@ -5,10 +5,12 @@
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make bench   the microbenchmarks
+#   make docs    the pages and the reference of every public name, as a site in out/docs
 #   make vllm    the plug-in for vLLM: an environment of its own (3.5 GB) and the tests in it
 SHELL := /bin/bash
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 OUT ?= out
 PY = $(VENV)/bin/python
 
@@ -25,9 +27,9 @@ nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/
 build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
 
-.PHONY: help demo test check gpu bench vllm build build-emu clean
+.PHONY: help demo test check gpu bench docs vllm build build-emu clean
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -56,7 +58,7 @@ demo: $(VENV)/extras-demo.stamp build
 test: build-emu
 	$(PY) -m pytest -q -n 2 --require-emu
 
-check: $(VENV)/extras-test-dev-demo-peers-fed-serve.stamp $(VENV)/editable.stamp
+check: $(VENV)/extras-test-dev-demo-peers-fed-serve-docs.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:
@@ -64,6 +66,15 @@ gpu:
 
 bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py
+
+# An environment of its own, small and without torch. NO_MKDOCS_2_WARNING: the theme's advertisement.
+$(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py
+	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python tools/install_extras.py docs
+	@touch $@
+
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --site-dir "$(OUT)/docs"
 
 # torchaudio and torchcodec come as CUDA builds, beside a torch without CUDA they do not load.
 $(VLLM_VENV)/vllm.stamp: pyproject.toml

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lora_ext.nn.init import FREE
-from lora_ext.nn.lora_config import LoraConfig, checked_names, matches_suffix
+from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from .model_index import ModelIndex
 
@@ -125,6 +124,11 @@ class AdapterConfig(LoraConfig):
         if read.get("bias") in _TRAINED_BIASES:
             read["base_bias"] = read.pop("bias")
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
+
+    @property
+    def base_model(self) -> Any:
+        """``base_model_name_or_path`` as it was read: a record that nobody has checked."""
+        return self.raw.get("base_model_name_or_path")
 
     def check_shared(self) -> None:
         """Refuse what changes the base model, which many adapters share.

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.nn.lora_config import matches_suffix
-from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.layers import LoraLayer, matches_suffix
 
 from .config import OWN_INITS, alpha_of, patterns
 from .peft_keys import PREFIX, parse_key

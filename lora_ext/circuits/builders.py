@@ -13,7 +13,7 @@ from lora_ext.circuits.errors import PCStructureError, require
 from lora_ext.circuits.leaves import Leaf
 from lora_ext.circuits.regions import Input, Kind, Partition, Region
 from lora_ext.circuits.scopes import bits
-from lora_ext.reference.circuit import left_size
+from lora_ext.reference import left_size
 
 MAX_VARIABLE = 1 << 22
 

@@ -13,7 +13,7 @@ from lora_ext.circuits.leaves import Indicator
 from lora_ext.circuits.parameters import Parameters, require_tensor
 from lora_ext.circuits.sampling import evidence_or_nothing, room_for_values
 from lora_ext.circuits.scopes import variables
-from lora_ext.reference.circuit_sum import log_weights
+from lora_ext.reference import log_weights
 
 
 class KBest(NamedTuple):

@@ -21,7 +21,7 @@ from lora_ext.circuits.learning import Flows
 from lora_ext.circuits.parameters import Parameters, require_tensor, signed
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.sampling import MapResult
-from lora_ext.reference.circuit_sum import log_weights
+from lora_ext.reference import log_weights
 
 
 class Report(NamedTuple):

@@ -22,7 +22,7 @@ from lora_ext.circuits.leaves import External, Finite, Indicator, Joint, Leaf, f
 from lora_ext.circuits.program import compile_program, rows_of_one_width
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.scopes import variables
-from lora_ext.reference.circuit_sum import log_weights
+from lora_ext.reference import log_weights
 
 
 def require_tensor(where: str, x: object) -> None:

@@ -26,7 +26,7 @@ import torch
 from lora_ext.circuits.layered import FIRST_LEAF, Layered
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.regions import Region
-from lora_ext.ops.circuit_layers import Program
+from lora_ext.ops import Program
 
 
 def _inputs_of_many(graph: RegionGraph, layered: Layered) -> list[tuple[int, int, list[int]]]:

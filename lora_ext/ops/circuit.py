@@ -21,8 +21,7 @@ from lora_ext._checks import (
     require_tensor,
 )
 from lora_ext.ops._registration import fake
-from lora_ext.reference.circuit import KINDS, CircuitScan, num_transitions
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import KINDS, CircuitScan, accumulator, num_transitions
 
 _c = torch.ops.lora_ext
 

@@ -28,8 +28,7 @@ from lora_ext._checks import (
 )
 from lora_ext.ops._registration import fake
 from lora_ext.ops.circuit import check_circuit
-from lora_ext.reference.circuit import CircuitSample
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import CircuitSample, accumulator
 
 _c = torch.ops.lora_ext
 

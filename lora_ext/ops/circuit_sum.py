@@ -14,8 +14,7 @@ from lora_ext import reference
 from lora_ext._checks import choice, require
 from lora_ext._torch import refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import NORMS, LogMax, accumulator, log_weights
 
 _c = torch.ops.lora_ext
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_ext._torch import refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -38,7 +38,7 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
 
     Raises:
         ValueError: on an id out of range (always on the CPU; on CUDA in debug mode, else it counts
-        as -1).
+            as -1).
 
     Source: S-LoRA, section 5.3 (sort by adapter); stable, without atomics, without a host sync.
     """
@@ -69,7 +69,7 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
 
     Raises:
         ValueError: if shapes or dtypes disagree, or (CPU) if ``seg_indptr`` decreases or leaves
-        ``[0, T]``.
+            ``[0, T]``.
 
     Source: Punica, section 4 (segment indices of SGMV).
     """

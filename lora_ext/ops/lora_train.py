@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.ops._registration import fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 _LINEAR = "lora_linear"

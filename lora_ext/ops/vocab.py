@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_ext._checks import FLOATS, integer, number, require, require_dim, require_tensor
 from lora_ext._torch import AUTOCASTS, refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from lora_ext._checks import require
-from lora_ext.nn.attachment import UnknownAdapterError
+from lora_ext.rows import UnknownAdapterError
 
 from .pool import AdapterPool
 from .residence import BASE

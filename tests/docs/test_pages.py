@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ import transformers
 from tiny import make_model, make_peft
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))
+from wrap_docs import WIDTH, prose, wrapped  # noqa: E402
+
+ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {
     str(page.relative_to(ROOT)): blocks
@@ -66,6 +71,25 @@ def test_links_of_the_page_lead_somewhere(page: str) -> None:
     )
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
         assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
+    """Tables, code, pictures and a link that no space breaks are excepted."""
+    long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
+    assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
+
+
+def test_wrapping_changes_line_breaks_alone() -> None:
+    words = "a word " * 30
+    table, code = f"| {words} |", f"```\n{words}\n```"
+    text = f"# {words}\n\n* {words}\n  {words}\n\n{table}\n\n{code}\n{words} `{words}`\n"
+    new = wrapped(text)
+    assert new.split() == text.split() and wrapped(new) == new
+    lines = new.splitlines()
+    assert lines[0] == f"# {words}" and f"| {words} |" in lines and words in lines
+    assert max(len(line) for _, line in prose(new)) <= WIDTH
+    assert [line[:2] for line in lines[2:5]] == ["* ", "  ", "  "]
 
 
 @pytest.mark.parametrize("page", ["generating.md", "works_with.md"])

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import integer
-from lora_ext.adapter import LoraAdapter, interpolate_adapters
-from lora_ext.adapter.peft_files import AdapterSource, Factors
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import adapted_layers, adapter_factors
+from lora_ext.adapter import PREFIX, AdapterSource, Factors, LoraAdapter, interpolate_adapters
+from lora_ext.layers import adapted_layers, adapter_factors
 
 from .evaluation import evaluating
 

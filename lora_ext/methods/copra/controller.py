@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._checks import integer
-from lora_ext.nn import LayerGroups, adapted_layers
-from lora_ext.nn.switches import Mask
+from lora_ext.layers import LayerGroups, Mask, adapted_layers
 
 from .config import CopraConfig
 from .schedule import CopraSchedule

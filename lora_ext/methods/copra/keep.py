@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import integer, require
-from lora_ext.adapter import LoraAdapter
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import block_name
+from lora_ext.adapter import PREFIX, LoraAdapter
+from lora_ext.layers import block_name
 
 from .controller import CopraController
 from .shapley import Shapley

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import integer, require
-from lora_ext.nn import RowwiseError, coalitions
 
+from .coalitions import RowwiseError, coalitions
 from .controller import CopraController
 from .estimators import Estimator, exact, owen, permutation
 from .evaluation import evaluating

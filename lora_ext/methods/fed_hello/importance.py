@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.federated import LayerNotFound
-from lora_ext.federated.batches import logits_of, merged
-from lora_ext.federated.keys import check_layers
-from lora_ext.nn import (
+from lora_ext.federated import LayerNotFound, check_layers, logits_of, merged
+from lora_ext.layers import (
     IGNORE,
     LoraLinear,
     adapted_layers,

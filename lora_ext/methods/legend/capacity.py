@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from lora_ext._checks import integer, number, require
-from lora_ext.federated.update import Client
+from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
 

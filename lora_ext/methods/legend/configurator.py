@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from lora_ext._checks import choice, number, require
-from lora_ext.federated.plan import LayerPlan
-from lora_ext.federated.update import Client
+from lora_ext.federated import Client, LayerPlan
 
 from .capacity import Estimate, check_estimate
 from .ranks import integer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext.federated import LoraLayerManager
-from lora_ext.nn import Swap, adapted_layers, adapter_parameters, is_active
+from lora_ext.layers import Swap, adapted_layers, adapter_parameters, is_active
 
 WHERE = "PrefixCache"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ext._checks import choice, number, require
 from lora_ext._checks import integer as checked
-from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
+from lora_ext.federated import PATTERN, check_layers, layer_pairs
 
 Shape = Literal["arithmetic", "uniform", "reverse", "geometric"]
 

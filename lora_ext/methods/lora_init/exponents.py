@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lora_ext._checks import integer
-from lora_ext.nn.init import known_scheme
+from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
 #: gamma of Z_A = A x and of B before the first step.
@@ -49,7 +49,7 @@ def gamma_exponents(
 
     Raises:
         ValueError: an unknown scheme, or one without known exponents ("orthogonal", and those that
-        split the base weight); an exponent that is NaN or plus infinity; steps below 1.
+            split the base weight); an exponent that is NaN or plus infinity; steps below 1.
 
     Source: Hayou et al. 2024, sections 3 and 4.
     """

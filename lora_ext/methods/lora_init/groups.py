@@ -39,7 +39,7 @@ def loraplus_param_groups(
 
     Raises:
         ValueError: nothing of the model trains; a rate or ratio that is not positive and finite; a
-        negative weight decay.
+            negative weight decay.
 
     Warns:
         UserWarning: a ratio below 1.

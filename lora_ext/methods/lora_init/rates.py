@@ -6,7 +6,7 @@ import math
 import warnings
 
 from lora_ext._checks import number, require
-from lora_ext.nn.init import known_scheme
+from lora_ext.layers import known_scheme
 
 #: The largest stable rate goes like n to this power.
 _POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}
@@ -45,7 +45,7 @@ def suggest_lr(
 
     Raises:
         ValueError: an unknown scheme, or one for which no rule is known; a number that is not
-        positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
+            positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
 
     Warns:
         UserWarning: a ratio below 1; LoRA+ is for B learning faster.

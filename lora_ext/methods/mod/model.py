@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import DepthMixer, decoder_layers
+from lora_ext.layers import decoder_layers
 
 from .config import InexactMixError, ModConfig
 from .ensemble import Capture, Ensemble, Forward, Mix
-from .head import softcap_of
+from .head import head_width, softcap_of
+from .layers import DepthMixer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,7 +60,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
             ModConfig, or the final norm is like neither RMSNorm nor LayerNorm. ValueError: no
             causal LM, fewer layers than k, or a model with something else named ``mod``.
             InexactMixError: ``backend="hidden"`` where the head soft-caps its logits.
-            NotImplementedError: an encoder beside the decoder. The model is as it was then.
+            NotImplementedError: an encoder beside the decoder, or a projection between the final
+            norm and the head. The model is as it was then.
 
     Source: arXiv 2410.13077.
     """
@@ -87,6 +89,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
         )
     decoder = _parent(lm, stack[0])
     norm = _final_norm(decoder, lm)
+    _check_head(lm, norm)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
     mixer.requires_grad_(True).train(lm.training)
@@ -204,6 +207,16 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
             f"a weight of shape ({width},), found {children}"
         )
     return found
+
+
+def _check_head(lm: Any, norm: Any) -> None:
+    """Refuse a head that sees something else than normed hidden states (OPT-350m)."""
+    width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
+    if head != width:
+        raise NotImplementedError(
+            f"apply: model: expected a head as wide as the {width} features of the hidden states, "
+            f"found {head} in {type(lm).__name__}, which projects them in between"
+        )
 
 
 def _copy(norm: Any) -> nn.Module:

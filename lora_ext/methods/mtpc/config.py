@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lora_ext._checks import check_fields, require, within
-from lora_ext.nn.circuit_checks import EmissionName, Kind, check_structure
+
+from .circuit_checks import EmissionName, Kind, check_structure
 
 
 class HeadSettings(NamedTuple):

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lora_ext import reference
 from lora_ext._checks import require
-from lora_ext.nn import CircuitHead
-from lora_ext.nn.chunks import recomputed, rows_per_chunk
-from lora_ext.nn.labels import IGNORE
-from lora_ext.reference.circuit import log_softmax
+from lora_ext.layers import IGNORE, recomputed, rows_per_chunk
+from lora_ext.reference import log_softmax
+
+from .layers import CircuitHead
 
 
 def window_loss(

@@ -10,8 +10,7 @@ from torch import nn
 
 from lora_ext._checks import require
 from lora_ext.adapter import RankReport, rank_report
-from lora_ext.nn import LoraConfig, block_index, block_name, wrap
-from lora_ext.nn.lora_config import matches_suffix
+from lora_ext.layers import LoraConfig, block_index, block_name, matches_suffix, wrap
 
 Task = TypeVar("Task")
 

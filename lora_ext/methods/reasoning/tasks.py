@@ -108,7 +108,7 @@ class HashHop(_Task):
 
     Warns:
         UserWarning: ``max_hops`` reaches the end of the chain, whose last hash is the only one
-        without a successor and can be found without following the chain.
+            without a successor and can be found without following the chain.
 
     Sources: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
     2412.00029), its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.

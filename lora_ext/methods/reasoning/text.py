@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.nn import IGNORE
+from lora_ext.layers import IGNORE
 
 from .tasks import HashInstance
 

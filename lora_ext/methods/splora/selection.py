@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from lora_ext.nn import block_name
+from lora_ext.layers import block_name
 
 from .config import SploraConfig
 from .scores import LayerStats

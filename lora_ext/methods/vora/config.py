@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lora_ext._checks import check_fields, require, within
-from lora_ext.nn.vora_linear import Route
 
 from .embed import PosMode
+from .layers import Route
 from .splice import PLACEHOLDER
 
 Pairing = Literal["output", "released"]

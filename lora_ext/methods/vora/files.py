@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.adapter import Factors, LoraAdapter
-from lora_ext.adapter.config import AdapterConfig, alpha_of
-from lora_ext.adapter.peft_keys import base_name, parse_key
-from lora_ext.nn import UnmergeableRouteError, VoraLinear, block_index
+from lora_ext.adapter import AdapterConfig, Factors, LoraAdapter, alpha_of, base_name, parse_key
+from lora_ext.layers import block_index
 
 from .config import VoraConfig
-from .layers import KEY, Applied, applied, apply, language_model, remove
+from .layers import UnmergeableRouteError, VoraLinear
+from .placement import KEY, Applied, applied, apply, language_model, remove
 
 Model = TypeVar("Model", bound=nn.Module)
 

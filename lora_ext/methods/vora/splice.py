@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._checks import require
-from lora_ext.nn.labels import IGNORE
+from lora_ext.layers import IGNORE
 
 PLACEHOLDER = -200
 TEXT = -1  # in image_ids

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.nn import decoder_layers
+from lora_ext.layers import decoder_layers
 
 from .config import PAIRINGS, Pairing
 from .states import block_states
