@@ -15,12 +15,13 @@ import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._torch import AUTOCASTS
+from lora_ext._torch import AUTOCASTS, parameter
 from lora_ext.layers.base.packed_linear import PackedLinear
 from lora_ext.rows import (
     Rows,
     all_rows,
     constant,
+    keep,
     rows_of,
     scales,
     several_processes,
@@ -32,6 +33,8 @@ from lora_ext.rows import (
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
+_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
+_CONV1D = ("Conv1D", "transformers.pytorch_utils")
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 #: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
@@ -110,9 +113,14 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     """:func:`_forward` of the commonest case, without what only the others need: at decode its
     Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
-    ids, plan = all_rows(x2d.shape[0], x.device)
     a, b, scaling, p, _, own_seed = f
-    scale = scales((scaling,), x.device)
+    num_rows, device = x2d.shape[0], x.device
+    if isinstance(scaling, Tensor):
+        (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)
+    else:
+        ids, plan, scale = keep(
+            (_scaled_rows, num_rows, scaling), device, _scaled_rows, num_rows, scaling, device
+        )
     fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     y = None
     if isinstance(base, PackedLinear) and fixed and not p:
@@ -120,9 +128,15 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     if y is not None:
         ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
     else:
-        seed = _seed((own_seed,), x.device) if p else None
+        seed = _seed((own_seed,), device) if p else None
         y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _scaled_rows(
+    num_rows: int, scaling: float, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return *all_rows(num_rows, device), scales((scaling,), device)
 
 
 def lora_update(
@@ -364,19 +378,23 @@ def dense_parameters(base: BaseLayer) -> DenseParameters | None:
         return disguised(base)
     if not isinstance(base, nn.Module):
         return None
-    if kind is nn.Linear or kind is PackedLinear:
-        weight = base.weight
-    elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        weight = base.weight.t()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    else:
+    straight = kind is nn.Linear or kind is PackedLinear
+    if not straight and (kind.__name__, kind.__module__) != _CONV1D:
         return None
-    return (weight, base.bias) if is_plain(base) else None  # pyright: ignore[reportReturnType]
+    weight = parameter(base, "weight")
+    if not _is_plain(base, weight):
+        return None
+    return weight if straight else weight.t(), parameter(base, "bias")
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
+    return _is_plain(module, getattr(module, "weight", None))
+
+
+def _is_plain(module: nn.Module, weight: object) -> bool:
     return (
-        type(getattr(module, "weight", None)) in (nn.Parameter, Tensor, type(None))  # not quantised
+        type(weight) in _PLAIN
         and "forward" not in module.__dict__  # as accelerate's offloading leaves it
         and not _has_hooks(module)
     )
