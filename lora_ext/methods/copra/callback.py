@@ -38,9 +38,9 @@ class CopraCallback(TrainerCallback):
         self.controller = controller
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before the first micro-batch of an optimizer step."""
+        """Set the mask of the optimizer step whose first micro-batch comes next."""
         self.controller.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the last step."""
+        """Switch all layers on once the last step is done."""
         self.controller.activate_all()

@@ -20,7 +20,7 @@ from lora_ext.rows import BASE, Assignment, NamedRows
 
 
 class RowwiseError(ValueError):
-    """A layer that cannot be switched row by row; it can be switched as a whole."""
+    """Raised for a layer that cannot be switched row by row; it can be switched as a whole."""
 
 
 @contextlib.contextmanager
@@ -62,7 +62,9 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
             for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
                 if column.all() or not column.any():
                     continue
-                rows = _rows(groups.adapter_name, column.tolist(), sequences)
+                names_of = (groups.adapter_name if on else BASE for on in column.tolist())
+                entries = [entry for entry in names_of for _ in range(sequences)]
+                rows = NamedRows(Assignment.of_entries(entries, (len(entries),)))
                 for name, layer in zip(names, layers, strict=True):
                     if _takes_part(name, layer, groups.adapter_name):
                         hook = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
@@ -73,11 +75,6 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _rows(adapter_name: str, column: list[bool], sequences: int) -> NamedRows:
-    entries = [adapter_name if on else BASE for on in column for _ in range(sequences)]
-    return NamedRows(Assignment.of_entries(entries, (len(entries),)))
 
 
 def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_ext._checks import integer
+from lora_ext._checks import integer, require
+from lora_ext._torch import evaluating
 from lora_ext.adapter import PREFIX, AdapterSource, Factors, LoraAdapter, interpolate_adapters
 from lora_ext.layers import adapted_layers, adapter_factors
-
-from .evaluation import evaluating
 
 
 class Barrier(NamedTuple):
@@ -66,7 +65,7 @@ def lmc_barrier(
     layers = _layers(model, adapter)
     _check(layers, adapter, interpolate_adapters(*ends, 0.5, space))  # refuses what has no line
     losses: dict[float, float] = {}
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for lam in dict.fromkeys((0.0, 1.0, *grid)):
             value = interpolate_adapters(*ends, lam, space)
             with _in_place(layers, adapter, value):
@@ -86,10 +85,7 @@ def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
         return tuple(i / (lambdas - 1) for i in range(lambdas))
     grid = tuple(float(lam) for lam in lambdas)
     outside = [lam for lam in grid if not 0 <= lam <= 1]
-    if outside or not grid:
-        raise ValueError(
-            f"lmc_barrier: lambdas: expected numbers in [0, 1], found {outside or 'none'}"
-        )
+    require(not outside and grid, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside or "none")
     return grid
 
 
@@ -126,11 +122,8 @@ def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
         expected, found = (
             f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in (own, new[:2])
         )
-        if expected != found:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected {expected} as in the model, found {found} in the "
-                "adapters"
-            )
+        words = f"{expected} as in the model"
+        require(expected == found, "lmc_barrier", name, words, f"{found} in the adapters")
 
 
 @contextlib.contextmanager
@@ -166,14 +159,11 @@ def _put(
                 f"lmc_barrier: {name}: expected a layer with a bias beside B, as the adapters have "
                 "it, found one without"
             )
-        parameter = nn.Parameter(_like(new, own), requires_grad=own.requires_grad)
+        # Zeros, where an adapter has no bias.
+        value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
+        parameter = nn.Parameter(value, requires_grad=own.requires_grad)
         undo.append(lambda owner=owner, key=key, own=own: setattr(owner, key, own))
         setattr(owner, key, parameter)
     scale = layer.scaling[adapter]
     undo.append(lambda: layer.scaling.__setitem__(adapter, scale))
     layer.scaling[adapter] = factors.scaling
-
-
-def _like(new: Tensor | None, own: Tensor) -> Tensor:
-    """In the other's dtype and on its device; zeros, where an adapter has no bias."""
-    return torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)

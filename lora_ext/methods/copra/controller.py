@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext._checks import integer
+from lora_ext._checks import integer, require
 from lora_ext.layers import LayerGroups, Mask, adapted_layers
 
 from .config import CopraConfig
@@ -108,7 +108,7 @@ class CopraController:
         self._set(mask)
 
     def activate_all(self) -> None:
-        """Switch all groups on."""
+        """Switch all groups on, in training and evaluation; ends what :meth:`set_mask` set."""
         self._set([True] * len(self.layers))
 
     def coalition(self, mask: Mask) -> AbstractContextManager[None]:
@@ -137,10 +137,8 @@ class CopraController:
                 one), naming what differs. The controller is then as it was.
         """
         fixed, where = self._fixed(), "CopraController.load_state_dict"
-        if state.keys() != {"step", *fixed}:
-            raise ValueError(
-                f"{where}: state: expected the keys {['step', *fixed]}, found {list(state)}"
-            )
+        expected = f"the keys {['step', *fixed]}"
+        require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
             if state[name] != value:
                 raise ValueError(f"{where}: {name}: expected {value!r}, found {state[name]!r}")

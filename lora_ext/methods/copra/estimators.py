@@ -22,7 +22,8 @@ class Estimator(NamedTuple):
 
 
 def exact(n: int) -> Estimator:
-    """The definition: each player's gain over all coalitions of the others."""
+    """All ``2^n`` coalitions, by the definition: each player's weighted mean gain over those of
+    the others. The standard error is 0."""
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         number = torch.arange(2**n)

@@ -62,7 +62,7 @@ class CopraSchedule:
             TypeError: a step that is no int. ValueError: one below 0; a ramp whose value is below 0
                 or no number.
         """
-        _check_step(step)
+        integer("CopraSchedule", "step", step, 0, expected=("an int", "at least 0"))
         p0, p1 = self.config.p0, self.config.p1
         if step >= self.ramp_steps:
             return p1
@@ -120,10 +120,6 @@ class CopraSchedule:
         weights = [math.exp(value - highest) for value in logs]
         total = math.fsum(weights)
         return {k: weight / total for k, weight in enumerate(weights, least)}
-
-
-def _check_step(step: int) -> None:
-    integer("CopraSchedule", "step", step, 0, expected=("an int", "at least 0"))
 
 
 def _uniforms(seed: int, step: int, count: int) -> list[float]:

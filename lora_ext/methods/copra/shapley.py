@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import integer, require
+from lora_ext._torch import evaluating
 
 from .coalitions import RowwiseError, coalitions
 from .controller import CopraController
 from .estimators import Estimator, exact, owen, permutation
-from .evaluation import evaluating
 
 Method = Literal["exact", "permutation", "owen"]
 
@@ -159,7 +159,7 @@ def layer_shapley(
     if batch is not None:
         values = _Batched(model, controller, eval_fn, batch)
         at_once = coalitions_at_once(values.first, batched_coalitions)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         return _run(estimator, n, values, cache, at_once)
 
 
@@ -217,11 +217,8 @@ class _Batched:
         batch = {name: self._repeated(value, times) for name, value in self.batch.items()}
         found = self.eval_fn(self.model(**batch), batch)
         shape = tuple(found.shape) if isinstance(found, Tensor) else found
-        if shape != (times * self.rows,):
-            raise ValueError(
-                "layer_shapley: eval_fn: expected the utility of each row, of shape "
-                f"{(times * self.rows,)}, found {shape}"
-            )
+        expected = f"the utility of each row, of shape {(times * self.rows,)}"
+        require(shape == (times * self.rows,), "layer_shapley", "eval_fn", expected, shape)
         return found.double().view(times, self.rows).mean(1).tolist()
 
     def _repeated(self, value: Any, times: int) -> Any:
@@ -247,11 +244,8 @@ def _estimator(
     if method == "owen":
         return owen(n, samples or _DRAWS, levels, generator)
     require(method == "exact", where, "method", "'exact', 'permutation' or 'owen'", repr(method))
-    if n > _MOST_EXACT:
-        raise ValueError(
-            f"{where}: n: expected at most {_MOST_EXACT} players for method 'exact', found {n}; "
-            "'permutation' and 'owen' take samples"
-        )
+    expected = f"at most {_MOST_EXACT} players for method 'exact'"
+    require(n <= _MOST_EXACT, where, "n", expected, f"{n}; 'permutation' and 'owen' take samples")
     return exact(n)
 
 

@@ -100,13 +100,13 @@ class GatedGroups(LayerGroups):
         return self._state[modes, range(len(self))] > 0
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
-        """As that of :class:`LayerGroups`."""
+        """Write the mask ``(n,)`` into the gates; ``training_only`` leaves evaluation all on."""
         on = torch.tensor(self.checked(mask), dtype=torch.float32)
         self._set(torch.stack([torch.ones_like(on) if training_only else on, on]))
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """As that of :class:`LayerGroups`."""
+        """A block in which a mask holds; then the gates have what they had before."""
         before = self._state
         self.set_mask(mask)
         try:

@@ -72,7 +72,7 @@ class HLA:
 
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
-        """The allocation of a configuration, for L layers."""
+        """Return the allocation that a configuration describes, for a model of L layers."""
         found = cls.__new__(cls)
         found._set(config, L)
         return found

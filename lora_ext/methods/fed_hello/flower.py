@@ -94,7 +94,7 @@ class FedHello(LoraStrategy):
         return super().select(round, clients)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what ``state_dict`` gave, by way of JSON or not."""
+        """Continue from what ``state_dict`` gave, the allocation with it; JSON may lie between."""
         if "allocator" in state:
             self._allocation(state["allocator"]["L"])
         super().load_state_dict(state)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
+from lora_ext._torch import evaluating
 from lora_ext.federated import LayerNotFound, check_layers, logits_of, merged
 from lora_ext.layers import (
     IGNORE,
@@ -30,7 +31,7 @@ LayerOf = Callable[[str], int | None]
 
 
 class EmptyProxySet(ValueError):
-    """Importance is asked for, and there is no sample to compute it from."""
+    """Raised where importance is asked for, and no batch has a sample to compute it from."""
 
 
 def fim_scores(
@@ -121,7 +122,7 @@ def _scored(
         layer: Any = module
         for adapter in layer.active_adapters:
             own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT names some twice
-            scored = [p for p in own if _asked(layer_of, names, p)]
+            scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
             layers |= {p: whole(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
             require(apart, WHERE, name, "an adapter apart from the base weight", "it merged")
@@ -134,10 +135,6 @@ def _scored(
     require(layers, WHERE, "layer_of", expected, "none", LayerNotFound)
     check_layers(WHERE, set(layers.values()))
     return layers, pairs, alone
-
-
-def _asked(layer_of: LayerOf, names: Mapping[int, str], parameter: nn.Parameter) -> bool:
-    return id(parameter) in names and layer_of(names[id(parameter)]) is not None
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
@@ -157,17 +154,14 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 @contextlib.contextmanager
 def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     """A block in which the model evaluates and these parameters alone take gradients."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = {id(parameter) for parameter in trained}
     try:
-        model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in kept)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -181,7 +175,7 @@ def _add_pairs(
     chunk: int,
 ) -> int:
     """Add the squared gradients of a batch's samples; how many samples they are."""
-    pairs = [p for p in pairs if _takes_part(p)]
+    pairs = [p for p in pairs if is_active(p.layer, p.adapter) and not p.layer.disable_adapters]
     calls: dict[int, list[tuple[Tensor, Tensor]]] = {id(pair.layer): [] for pair in pairs}
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -214,10 +208,6 @@ def _add_pairs(
             )
             _add_squares(pair, x, g, squares, chunk)
     return n
-
-
-def _takes_part(pair: _Pair) -> bool:
-    return is_active(pair.layer, pair.adapter) and not pair.layer.disable_adapters
 
 
 def _by_sample(pair: _Pair, t: Tensor, n: int) -> Tensor:

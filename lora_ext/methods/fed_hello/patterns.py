@@ -168,7 +168,7 @@ def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tenso
 
 
 def normalised(weights: Weights) -> Tensor:
-    """Weights of sum 1, float64."""
+    """Return weights ``(L,)`` divided by their sum, float64."""
     g = torch.as_tensor(weights, dtype=torch.float64)
     return g / g.sum()
 

@@ -127,7 +127,10 @@ class LegendAllocator:
         return cls(config, sizes, ranks=found, **settings)
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """The plan of a device that is alone in its round."""
+        """Plan for a device that is alone in its round; one without layers if it rests.
+
+        Args and errors are those of :meth:`plan_round`; ``capability`` is its largest depth.
+        """
         return self.plan_round(round, {client: capability}).get(client, LayerPlan(()))
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
@@ -172,7 +175,8 @@ class LegendAllocator:
             self._depths.pop(client, None)
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """A client has not answered within so many seconds."""
+        """Take in that a client has not answered within so many seconds,
+        :meth:`CapacityTracker.update_timeout`."""
         self.tracker.update_timeout(client, self._reach(plan), seconds, round)
         self._depths.pop(client, None)
 

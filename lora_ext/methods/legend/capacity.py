@@ -210,7 +210,7 @@ class CapacityTracker:
         return state.repeats if state is not None and state.last == depth else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Lists and numbers, for JSON."""
+        """Return all that was learned of the devices as lists and numbers, which JSON holds."""
         return {
             "devices": [[d, state.to_dict()] for d, state in self._devices.items()],
             "dropped": [list(entry) for entry in self.dropped.items()],

@@ -168,7 +168,7 @@ class LegendConfigurator:
         return fits[-1]
 
     def ranks_of(self, device: Client) -> tuple[int, ...]:
-        """The rank of every layer, as a device trains it."""
+        """Return the rank of each of the L layers, cut to the device's cap where it has one."""
         cap = self.rank_caps.get(device)
         return self.ranks if cap is None else tuple(min(rank, cap) for rank in self.ranks)
 

@@ -51,31 +51,31 @@ class Legend(LoraStrategy):
         super().__init__(**{"send_frozen": self.config.send_frozen, **settings})
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Make the allocator, which the ranks and bytes of the adapter belong to."""
+        """Make the allocator before the first round, from the ranks and bytes of the adapter."""
         if self.allocator is None:
             self.allocator = LegendAllocator.of(self.config, state, self._pattern, **self._settings)
             if self._restored is not None:
                 self.allocator.load_state_dict(self._restored)
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Those of the clients that are asked; none that rests."""
+        """Draw the clients of a round from those that do not rest after a timeout."""
         tracker = self._allocator.tracker
         awake = {client: k for client, k in clients.items() if not tracker.rests(client, round)}
         return super().select(round, awake)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """The plans of a round, as the allocator makes them."""
+        """Plan a round as the allocator does; a client that rests has no plan."""
         plans = self._allocator.plan_round(round, clients)
         return {client: plans[client] for client in clients if client in plans}
 
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
     ) -> None:
-        """Let the allocator learn from a reply."""
+        """Let the allocator learn a client's speeds from the ``metrics`` of its reply."""
         self._allocator.observe(round, client, plan, metrics)
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Let the allocator learn from silence."""
+        """Let the allocator learn that a client has kept silent for ``seconds``."""
         self._allocator.timed_out(round, client, plan, seconds)
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +86,8 @@ class Legend(LoraStrategy):
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave, by way of JSON or not."""
+        """Continue from what :meth:`state_dict` gave, be it read back from JSON. The allocator is
+        made anew in the next round, since it belongs to an adapter."""
         rest = dict(state)
         self._restored = rest.pop("allocator", None)
         super().load_state_dict(rest)

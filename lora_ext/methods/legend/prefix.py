@@ -63,7 +63,7 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """How many bytes the kept activations take."""
         return sum(row.numel() * row.element_size() for row in self._rows.values())
 
     def clear(self) -> None:

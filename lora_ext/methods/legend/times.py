@@ -58,7 +58,7 @@ def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
 
 
 class RoundTime(NamedTuple):
-    """What a simulated round took."""
+    """The seconds that a simulated round took, as :meth:`SimulatedClock.advance` returns them."""
 
     times: dict[Client, float]  # seconds of each device
     seconds: float  # of the slowest
@@ -100,7 +100,7 @@ class SimulatedClock:
         self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
-        """What a device with such speeds reports of a round."""
+        """Return what the device would report of a round with this plan, its durations computed."""
         f, mu, beta = self.speeds[device][:3]
         up = plan_bytes(self.state, plan, self.pattern)
         whole = LayerPlan(tuple(range(self.L)))

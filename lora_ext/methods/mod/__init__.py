@@ -7,10 +7,9 @@ mixture of depths that lets tokens skip layers (arXiv 2404.02258).
 from typing import TYPE_CHECKING, Any
 
 from .config import InexactMixError, ModConfig
-from .files import load, load_state_dict, save, state_dict
+from .files import load, load_state_dict, save, state_dict, trainable_report
 from .layers import DepthMixer
 from .model import apply, remove
-from .report import trainable_report
 
 if TYPE_CHECKING:
     from .output import ModOutput

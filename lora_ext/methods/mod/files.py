@@ -1,4 +1,4 @@
-"""What MoD has learned: as a state dict, and in a folder.
+"""What MoD has learned: as a state dict, in a folder, and counted.
 
 A folder has ``mod_config.json`` and ``mod.safetensors``. It is not trusted: names, shapes and
 dtypes are compared with what the configuration asks for before memory is taken for them.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json, write_files
+from lora_ext.layers import adapted_layers, adapter_parameters, adapters_of
 
 from .config import ModConfig
 from .model import NAME, applied, apply, remove
@@ -141,3 +142,32 @@ def _read_config(path: Path) -> ModConfig:
         return ModConfig(**config)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error!s:.300}") from None
+
+
+def trainable_report(model: nn.Module) -> dict[str, Any]:
+    """Count the parameters of a model with MoD that are trained.
+
+    Returns:
+        By name: ``lora``, of adapters; ``mod``, of the mixture, the final norm with it where it is
+        trained; ``head``, of the output layer, tied embeddings with it; ``other``; ``total``, their
+        sum; ``all``, the model's parameters, trained or not; ``ratio``, total / all.
+
+    Raises:
+        RuntimeError: a model without MoD.
+    """
+    lm, _ = applied(model, "trainable_report")
+    trained = {p: p.numel() for p in model.parameters() if p.requires_grad}
+    groups = {
+        "lora": [
+            p
+            for layer in adapted_layers(model).values()
+            for name in adapters_of(layer)
+            for p in adapter_parameters(layer, name)
+        ],
+        "mod": mod_parameters(model, "trainable_report").values(),
+        "head": lm.get_output_embeddings().parameters(),
+    }
+    counts = {name: sum(trained.pop(p, 0) for p in found) for name, found in groups.items()}
+    counts["other"] = sum(trained.values())
+    total, everything = sum(counts.values()), sum(p.numel() for p in model.parameters())
+    return {**counts, "total": total, "all": everything, "ratio": total / everything}

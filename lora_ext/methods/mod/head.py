@@ -48,11 +48,12 @@ class Head:
         return self.scale * weight, None if bias is None else self.scale * bias
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Z ``(..., V)``, or a chunk of it, of the rows of W that are given."""
+        """Return the logits of normed states ``(..., d)``: ``(..., V)``, or those of the rows of W
+        that are given."""
         return self.capped(F.linear(normed, weight, bias))
 
     def capped(self, z: Tensor) -> Tensor:
-        """The scaled logits below the cap."""
+        """Return logits bounded by ``softcap tanh(z / softcap)``, or as they are without a cap."""
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
@@ -66,11 +67,11 @@ class Layers(NamedTuple):
     normed: Sequence[Tensor]
 
     def flat(self) -> Layers:
-        """All positions in one dimension, ``(N, d)``."""
+        """Return the same with all positions in one dimension: states ``(N, d)``."""
         return self._replace(normed=[n.flatten(0, -2) for n in self.normed])
 
     def late(self) -> Layers:
-        """Without the last layer."""
+        """Return the same without the last layer, from which the others are distilled."""
         return self._replace(normed=self.normed[:-1])
 
 
@@ -178,7 +179,7 @@ def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
 
 
 def softcap_of(lm: Any) -> float | None:
-    """The bound of the model's logits, or None."""
+    """Return the ``final_logit_softcapping`` of a model or its configuration, None without one."""
     for holder in (lm, lm.config.get_text_config(decoder=True), lm.config):
         found = getattr(holder, "final_logit_softcapping", None)
         if found is not None:
@@ -195,7 +196,7 @@ def _scales(lm: Any) -> Iterator[float]:
 
 
 def head_width(layer: Any) -> int:
-    """How many features an output layer takes, with adapters or without."""
+    """Return how many features an output layer takes, below PEFT's wrappers where it has them."""
     base = getattr(layer, "get_base_layer", lambda: layer)()
     base = getattr(base, "original_module", base)
     return getattr(base, "in_features", base.weight.shape[1])

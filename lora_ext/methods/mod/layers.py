@@ -23,7 +23,7 @@ class MixerSettings(Protocol):
 
     @property
     def k(self) -> int:
-        """Hidden states that are mixed."""
+        """How many hidden states are mixed."""
         ...
 
     @property
@@ -33,12 +33,12 @@ class MixerSettings(Protocol):
 
     @property
     def final_mass(self) -> float:
-        """Weight of the last one at the start."""
+        """The weight of the last hidden state before any training."""
         ...
 
     @property
     def fixed_weights(self) -> Sequence[float] | None:
-        """Of the router "fixed"."""
+        """The k weights of the router "fixed"; other routers ask for none."""
         ...
 
     @property

@@ -90,7 +90,8 @@ def distillation(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
 
 
 def layer_losses(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
-    """Mean cross entropy of each layer by itself, ``(k,)``."""
+    """Return the mean cross entropy of each layer's own prediction, ``(k,)``, by the targets'
+    labels; no logits of the whole vocabulary are held."""
     head, weight, bias, normed = layers
     losses = [
         ops.chunked_cross_entropy(

@@ -109,7 +109,7 @@ class MtpcConfig:
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 
     def of_head(self) -> HeadSettings:
-        """What the head's structure follows from."""
+        """Return the arguments of a :class:`CircuitHead` that follow from the settings."""
         return HeadSettings(
             self.n_token,
             self.rank,

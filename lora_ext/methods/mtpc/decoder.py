@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.reference import accumulator
 from lora_ext.rows import Names, generation_scope, of_call, pool_of
 
@@ -64,12 +65,12 @@ class Generation:
 
     @property
     def accepted_per_call(self) -> float:
-        """Mean over all calls of all rows."""
+        """How many drafted tokens a call keeps: the mean over all calls of all rows."""
         return sum(self.accepted) / max(1, sum(self.calls))
 
     @property
     def emitted_per_call(self) -> float:
-        """Tokens that a call yields, on average."""
+        """How many tokens a call yields, the verifier's own among them: the mean over all calls."""
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
@@ -142,8 +143,7 @@ class SpeculativeDecoder:
         self._check()
 
     def _check(self) -> None:
-        if type(self.chain) is not int:
-            raise ValueError(f"SpeculativeDecoder: chain: expected an int, found {self.chain!r}")
+        require(type(self.chain) is int, "SpeculativeDecoder", "chain", "an int", repr(self.chain))
         for ok, name, expected in (
             (self.mode in get_args(Mode), "mode", f"one of {get_args(Mode)}"),
             (self.window in get_args(WindowRule), "window", f"one of {get_args(WindowRule)}"),

@@ -81,7 +81,7 @@ class FullEmission(Emission):
         self.emit = nn.Parameter(torch.empty(sizes[:4], **options))
 
     def reset_parameters(self, bound: float) -> None:
-        """Every unembedding is drawn."""
+        """Draw the unembedding of every position and component."""
         nn.init.uniform_(self.emit, -bound, bound)
 
     def start_from(self, blocks: Tensor) -> None:
@@ -140,13 +140,13 @@ class ExpanderEmission(SharedEmission):
         self.unembed = nn.Parameter(torch.empty(num_leaves, d, **options))
 
     def reset_parameters(self, bound: float) -> None:
-        """The maps become identities."""
+        """Make every map the identity and draw the one unembedding."""
         identity = torch.eye(self.sizes.hidden_size, device=self.maps.device)
         self.maps.copy_(identity.expand_as(self.maps))
         nn.init.uniform_(self.unembed, -bound, bound)
 
     def start_from(self, blocks: Tensor) -> None:
-        """The unembedding becomes a copy of block 0."""
+        """Make the unembedding a copy of block 0; the maps stay."""
         self.unembed.copy_(blocks[0])
 
     def states(self, rows: Tensor) -> Tensor:

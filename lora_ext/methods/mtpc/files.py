@@ -211,5 +211,5 @@ class DraftFile:
         return {k: self._file.read(k) if k in infos else t for k, t in state.items()}
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; what was read from it stays."""
         self._file.close()

@@ -179,7 +179,7 @@ class CircuitHead(nn.Module):
 
     @property
     def listed(self) -> Shortlist:
-        """The tokens that have leaves."""
+        """The tokens that have leaves: those of the shortlist, or the whole vocabulary."""
         return Shortlist(self.shortlist, self.vocab_size)
 
     @torch.no_grad()
@@ -388,7 +388,7 @@ class CircuitHead(nn.Module):
         return given
 
     def extra_repr(self) -> str:
-        """Sizes and kind."""
+        """What ``print`` shows: width, vocabulary, window, rank, kind, emission and shortlist."""
         listed = "" if self.shortlist is None else f", shortlist of {self.num_leaves}"
         return (
             f"{self.hidden_size}, {self.vocab_size}, n_token={self.n_token}, rank={self.rank}, "

@@ -57,7 +57,8 @@ class TokenBridge(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """New initial values, from torch's generator."""
+        """Draw new values from torch's generator; ``skip`` and ``down`` become zero, so that the
+        bridge changes nothing."""
         self.read.reset_parameters()
         nn.init.zeros_(self.read.weight[2 * self.width :])
         nn.init.zeros_(self.down.weight)
@@ -76,5 +77,5 @@ class TokenBridge(nn.Module):
         return torch.addcmul(h, size, moved)
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """What ``print`` shows: both sizes."""
         return f"{self.hidden_size}, width={self.width}"

@@ -38,7 +38,7 @@ class HashInstance:
 
     @property
     def text(self) -> str:
-        """What a model is trained on: prompt, a space, target."""
+        """The text that a model is trained on: prompt, a space, target."""
         return f"{self.prompt} {self.target}"
 
 

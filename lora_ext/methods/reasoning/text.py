@@ -106,7 +106,8 @@ def evaluate(
     prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
     new_tokens = _room(where, model, tokenizer, instances, prompts)
     answers: list[str] = []
-    training = [m for m in _modules(model) if m.training]
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    training = [module for module in modules if module.training]
     try:
         for module in training:
             module.training = False
@@ -187,10 +188,6 @@ def _context(model: Any) -> int | None:
     if callable(text_config):
         config = text_config()
     return getattr(config, "max_position_embeddings", None)
-
-
-def _modules(model: Any) -> list[torch.nn.Module]:
-    return list(model.modules()) if isinstance(model, torch.nn.Module) else []
 
 
 def _prompt_ids(tokenizer: Any, instance: HashInstance) -> list[int]:

@@ -8,9 +8,8 @@ from .config import SploraConfig
 from .ediem import DegenerateReferenceError, diem
 from .live import apply_to, remove
 from .projection import ZeroAlignmentError, project_factor
-from .pruning import SploraResult, apply, project
+from .pruning import SploraResult, apply, project, select_layers
 from .scores import LayerStats, ediem_scores, pair_stats, size_correlation
-from .selection import select_layers
 
 __all__ = [
     "DegenerateReferenceError",

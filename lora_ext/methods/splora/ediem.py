@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .config import SploraConfig
 
 EPS = 1e-12
@@ -46,23 +48,17 @@ def diem(
 
     Source: "Surpassing Cosine Similarity for Multidimensional Comparisons" (arXiv 2407.08623).
     """
-    if a.shape != b.shape or a.numel() == 0:
-        raise ValueError(
-            f"diem: b: expected as many entries as in a {tuple(a.shape)}, at least 1, found "
-            f"{tuple(b.shape)}"
-        )
+    words = f"as many entries as in a {tuple(a.shape)}, at least 1"
+    require(a.shape == b.shape and a.numel() != 0, "diem", "b", words, tuple(b.shape))
     for name, t in (("a", a), ("b", b)):
-        if not bool(torch.isfinite(t).all()):
-            raise ValueError(f"diem: {name}: expected finite values, found NaN or infinity")
+        require(bool(torch.isfinite(t).all()), "diem", name, "finite values", "NaN or infinity")
     width, n = v_max - v_min, a.numel()
-    if not 0 < width < math.inf:
-        raise ValueError(f"diem: v_max: expected a number above v_min={v_min}, found {v_max}")
+    require(0 < width < math.inf, "diem", "v_max", f"a number above v_min={v_min}", v_max)
     if expected is None:
         expected = width * math.sqrt(n / 6) * (1 - 7 / (40 * n))
     if var is None:
         var = width**2 * _UNIFORM_VARIANCE
-    if not 0 < var < math.inf:
-        raise ValueError(f"diem: var: expected a number above 0, found {var}")
+    require(0 < var < math.inf, "diem", "var", "a number above 0", var)
     distance = torch.linalg.vector_norm(a.double() - b.double()).item()
     return width / var * (distance - expected)
 
@@ -78,7 +74,8 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
     Raises:
         DegenerateReferenceError: S has no spread.
     """
-    centre = sample.mean() if config.center == "mean" else _median(sample)
+    # The median of an even number is the mean of the middle two.
+    centre = sample.mean() if config.center == "mean" else torch.quantile(sample, 0.5)
     spread = _iqr(sample) if config.stat == "iqr" else sample.std(correction=1)
     if spread.item() < 1e-12 * max(1.0, abs(centre.item())):
         if config.allow_degenerate:
@@ -121,7 +118,3 @@ def lower_quartile(t: Tensor) -> Tensor:
 def _iqr(sample: Tensor) -> Tensor:
     quartiles = torch.quantile(sample, torch.tensor([0.25, 0.75], dtype=sample.dtype))
     return quartiles[1] - quartiles[0]
-
-
-def _median(sample: Tensor) -> Tensor:
-    return torch.quantile(sample, 0.5)  # of an even number, the mean of the middle two

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .config import Projection, SploraConfig
 
 
@@ -114,11 +116,12 @@ class WeightPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sizes m and n."""
+        """The sizes ``(m, n)`` of either weight."""
         return self.base.shape[0], self.base.shape[1]
 
     def blocks(self, transposed: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of V, or of its transpose, and where they lie."""
+        """Yield ``V = aligned - base``, or its transpose, as blocks of rows: where they lie, and
+        what they hold, float64. No more than a block is in memory."""
         pair = (self.aligned, self.base)
         aligned, base = (t.T for t in pair) if transposed else pair
         rows, width = aligned.shape
@@ -153,7 +156,7 @@ class WeightPair:
         return product, square.sqrt()
 
     def times(self, factor: Tensor) -> Tensor:
-        """``V factor``, ``(m, k)``, of ``(n, k)``."""
+        """Return the product of V with a factor ``(n, k)``: ``(m, k)`` float64."""
         return torch.cat([v @ factor for _, v in self.blocks()])
 
     def gram(self) -> tuple[Tensor, bool]:
@@ -244,5 +247,4 @@ def check_finite(where: str, name: str, t: Tensor) -> None:
         ValueError: naming the tensor.
     """
     for part in t.split(max(1, len(t) // 8)):
-        if not bool(torch.isfinite(part).all()):
-            raise ValueError(f"{where}: {name}: expected finite values, found NaN or infinity")
+        require(bool(torch.isfinite(part).all()), where, name, "finite values", "NaN or infinity")

@@ -1,20 +1,23 @@
-"""SPLoRA on an adapter as a value: layers pruned, or, as Safe LoRA does, projected."""
+"""SPLoRA on an adapter as a value: layers chosen by their scores and pruned, or, as Safe LoRA does,
+projected."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.adapter import Factors, LoraAdapter, ModelSource, natural_order, prune_adapter
+from lora_ext.layers import block_name
 
 from .config import Direction, SploraConfig
 from .scores import LayerStats, Pairs, ediem_scores, size_correlation
-from .selection import select_layers
 from .weights import Progress, Source, project_layers, read_adapter
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class SploraResult(NamedTuple):
 
     @property
     def direction(self) -> Direction:
-        """Which end of the scores was pruned."""
+        """Which end of the scores was pruned, "smallest" or "largest": the configuration's."""
         return self.config.direction
 
     @property
@@ -151,3 +154,40 @@ def _replaced(factors: Factors, columns: Tensor) -> Factors:
     b = columns[:, : factors.b.shape[1]].to(factors.b)
     bias = None if factors.bias is None else columns[:, -1].to(factors.bias)
     return factors._replace(b=b, bias=bias)
+
+
+def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str]:
+    """Return the names of the layers that are to be pruned, in the order of ``stats``.
+
+    A unit is a module, or with ``granularity="block"`` a block, whose score is the mean of its
+    modules' and which is pruned whole. Modules outside all blocks are units of their own.
+
+    Args:
+        stats: from :func:`ediem_scores`.
+        config: num, threshold, direction and granularity count.
+
+    Raises:
+        ValueError: neither num nor threshold is given, or num is above the number of units.
+    """
+    where = "select_layers"
+    units: dict[str, list[LayerStats]] = {}
+    for layer in stats:
+        block = block_name(layer.name) if config.granularity == "block" else None
+        units.setdefault(layer.name if block is None else block, []).append(layer)
+    scores = {unit: fmean(layer.score for layer in layers) for unit, layers in units.items()}
+    sign = -1 if config.direction == "largest" else 1
+    if config.num is not None:
+        expected = f"at most {len(units)}, the number of {config.granularity}s that were scored"
+        require(config.num <= len(units), where, "num", expected, config.num)
+        # The sort is stable: of equal scores the first in the model is taken.
+        chosen = set(sorted(scores, key=lambda unit: sign * scores[unit])[: config.num])
+    elif config.threshold is not None:
+        limit = sign * config.threshold
+        chosen = {unit for unit, score in scores.items() if sign * score <= limit}
+    else:
+        raise ValueError(
+            f"{where}: config: expected one of num and threshold, to know how many to prune, found "
+            "neither"
+        )
+    names = {layer.name for unit in chosen for layer in units[unit]}
+    return [layer.name for layer in stats if layer.name in names]

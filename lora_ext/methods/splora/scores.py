@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.adapter import ModelSource
 
 from .config import SploraConfig
@@ -22,7 +23,10 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class LayerStats(NamedTuple):
-    """One layer, with ``D = s B A``."""
+    """What was measured of one layer, whose update is ``D = s B A``, and its score.
+
+    P is :attr:`SploraConfig.projection` of ``V = aligned - base``; norms are Frobenius norms.
+    """
 
     name: str
     n_entries: int  # m n
@@ -57,11 +61,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         check_floating(where, name, t)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
-    if projected_b.shape != b.shape:
-        raise ValueError(
-            f"{where}: projected_b: expected the shape of b {tuple(b.shape)}, found "
-            f"{tuple(projected_b.shape)}"
-        )
+    expected = f"the shape of b {tuple(b.shape)}"
+    require(projected_b.shape == b.shape, where, "projected_b", expected, tuple(projected_b.shape))
     for name, t in named:
         check_finite(where, name, t)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
@@ -245,11 +246,8 @@ def _permuted(
 def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
     """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
-        if pairs is not None:
-            raise ValueError(
-                f"{where}: pairs: expected None with reference={config.reference!r}, found "
-                f"{len(pairs)} pairs"
-            )
+        expected = f"None with reference={config.reference!r}"
+        require(pairs is None, where, "pairs", expected, f"{len(pairs or ())} pairs")
         return None
     if not pairs:
         raise ValueError(
@@ -261,10 +259,7 @@ def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tens
         for t in (x, y):
             check_floating(where, name, t)
             check_finite(where, name, t)
-        if x.shape != y.shape:
-            raise ValueError(
-                f"{where}: {name}: expected matrices of one shape, found {tuple(x.shape)} and "
-                f"{tuple(y.shape)}"
-            )
+        expected = "matrices of one shape"
+        require(x.shape == y.shape, where, name, expected, f"{tuple(x.shape)} and {tuple(y.shape)}")
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)

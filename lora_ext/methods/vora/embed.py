@@ -41,13 +41,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., width)`` to the same shape."""
+        """Return ``x (..., width)`` divided by its root mean square, times the weight."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return scaled.to(x.dtype) * self.weight
 
     def extra_repr(self) -> str:
-        """Width and eps."""
+        """What ``print`` shows: width and eps."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
@@ -162,7 +162,11 @@ class VisionPatchEmbed(nn.Module):
         return height // self.patch, width // self.patch
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Positions of a grid: ``(rows * columns, C)``."""
+        """Return the position embeddings of a grid of patches, row by row: ``(rows * columns, C)``.
+
+        The grid of the configuration has its own; another has them resampled, or, with the rule
+        "released" and where they suffice, the first of them.
+        """
         table, count = self.pos_embed[0], rows * columns
         if (rows, columns) == (self.side, self.side):
             return table

@@ -31,7 +31,7 @@ _TEACHER = "aux_vision.aux_model."  # which they save as well, though it is froz
 
 
 class Loaded(NamedTuple):
-    """Keys that ``strict=False`` let pass."""
+    """The keys that ``load_state_dict(strict=False)`` let pass."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -318,17 +318,13 @@ def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
         factors = adapter.modules.get(name)
         if factors is None:
             raise ValueError(f"{where}: {name}: expected factors, found none in the folder")
-        if factors.magnitude is not None:
-            raise ValueError(f"{where}: {name}: expected plain LoRA, found the magnitude of DoRA")
+        require(factors.magnitude is None, where, name, "plain LoRA", "the magnitude of DoRA")
         for factor, found, expected in (
             ("lora_A", factors.a.shape, layer.A.shape),
             ("lora_B", factors.b.shape, layer.B.shape),
         ):
-            if found != expected:
-                raise ValueError(
-                    f"{where}: {name}: {factor}: expected shape {tuple(expected)}, found "
-                    f"{tuple(found)}"
-                )
+            words = f"shape {tuple(expected)}"
+            require(found == expected, f"{where}: {name}", factor, words, tuple(found))
         if not math.isclose(factors.scaling, layer.scale, rel_tol=1e-12):
             raise ValueError(
                 f"{where}: {name}: scale: expected {layer.scale}, found {factors.scaling}"

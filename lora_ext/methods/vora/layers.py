@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import choice, integer
+from lora_ext._checks import choice, integer, require
 from lora_ext._torch import compiles
 from lora_ext.layers import LoraLayer, LoraLinear, linear_size
 from lora_ext.rows import (
@@ -99,17 +99,17 @@ class VoraLinear(LoraLinear):
 
     @property
     def A(self) -> Tensor:
-        """``(rank, I)``."""
+        """The factor ``(rank, I)`` that reads the input; the parameter itself."""
         return self._raw_factors(self.adapter_name)[0]
 
     @property
     def B(self) -> Tensor:
-        """``(O, rank)``."""
+        """The factor ``(O, rank)`` that writes the output; the parameter itself."""
         return self._raw_factors(self.adapter_name)[1]
 
     @property
     def scale(self) -> float:
-        """Of the update."""
+        """By what the update ``B A`` is multiplied."""
         return self.scaling[self.adapter_name]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
@@ -133,11 +133,8 @@ class VoraLinear(LoraLinear):
         """
         if token_mask is None or self.route == "all":
             return super().forward(x, adapter_ids)
-        if adapter_ids is not None:
-            raise ValueError(
-                "VoraLinear: token_mask: expected None beside adapter_ids, which say the adapter "
-                "of every row, found a mask"
-            )
+        expected = "None beside adapter_ids, which say the adapter of every row"
+        require(adapter_ids is None, "VoraLinear", "token_mask", expected, "a mask")
         with modality(token_mask):
             return super().forward(x)
 
@@ -231,12 +228,12 @@ class VoraLinear(LoraLinear):
 
     @property
     def has_extra_bias(self) -> bool:
-        """Whether :meth:`set_extra_bias` gave one."""
+        """Whether the adapter has a bias of its own, from :meth:`set_extra_bias`."""
         return self.lora_bias[self.adapter_name]
 
     @property
     def extra_bias(self) -> Tensor | None:
-        """What :meth:`set_extra_bias` was given."""
+        """The adapter's own bias ``(O,)`` as it is added, detached; None without one."""
         bias = self._raw_factors(self.adapter_name)[2]
         return None if bias is None else bias.detach() * self.scale
 
@@ -288,7 +285,7 @@ class VoraLinear(LoraLinear):
         return self.adapter_names.index(active[0]) if active else -1
 
     def extra_repr(self) -> str:
-        """Adapters with their ranks, and the route."""
+        """What ``print`` shows: adapters with their ranks, and the route."""
         return f"{super().extra_repr()}, route={self.route}"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
 from lora_ext.layers import IGNORE, decoder_layers, shift_labels
 
 from .config import VoraConfig
@@ -82,12 +83,12 @@ class VoraForCausalLM(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Of the language model."""
+        """The configuration of the language model."""
         return self.model.config
 
     @property
     def device(self) -> torch.device:
-        """Of the language model."""
+        """The device of the language model."""
         return self.model.device
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
@@ -95,11 +96,11 @@ class VoraForCausalLM(nn.Module):
         self.model.activation_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """The same under transformers' older name, with its arguments."""
+        """As :meth:`activation_checkpointing_enable`, by the name that transformers had before."""
         self.model.gradient_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep what the blocks computed, as usual."""
+        """Keep what the blocks computed for the backward, as a model does that nobody asked."""
         self.model.gradient_checkpointing_disable()
 
     def forward(
@@ -201,11 +202,8 @@ class VoraForCausalLM(nn.Module):
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
         cache = options.get("cache_implementation", given.cache_implementation)
-        if chunk is not None:
-            raise ValueError(
-                "VoraForCausalLM.generate: prefill_chunk_size: expected None, as an image must lie "
-                f"whole in one call, found {chunk}"
-            )
+        expected = "None, as an image must lie whole in one call"
+        require(chunk is None, "VoraForCausalLM.generate", "prefill_chunk_size", expected, chunk)
         if cache not in _GROWING:
             raise ValueError(
                 "VoraForCausalLM.generate: cache_implementation: expected a cache that grows, as "

@@ -138,11 +138,8 @@ def _images(
     """The images of each sample, as many as it has placeholders."""
     batch = len(input_ids)
     given = [None] * batch if image_tokens is None else list(image_tokens)
-    if len(given) != batch:
-        raise ValueError(
-            f"splice_images: image_tokens: expected a list for each of {batch} samples, found "
-            f"{len(given)}"
-        )
+    expected = f"a list for each of {batch} samples"
+    require(len(given) == batch, "splice_images", "image_tokens", expected, len(given))
     images = [[] if t is None else [t] if _is_image(t) else list(t) for t in given]
     places = ((input_ids == placeholder) & valid).sum(1).tolist()
     for sample, (expected, tokens) in enumerate(zip(places, images, strict=True)):
@@ -225,10 +222,8 @@ def build_vision_mask(
             "build_vision_mask: image_ids: expected shape (B, T), that of attention_mask "
             f"{tuple(attention_mask.shape)}, found {tuple(image_ids.shape)}"
         )
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(
-            f"build_vision_mask: dtype: expected a floating one or None, found {dtype}"
-        )
+    expected = "a floating one or None"
+    require(dtype is None or dtype.is_floating_point, "build_vision_mask", "dtype", expected, dtype)
     length = attention_mask.shape[1]
     expected = f"0 to {length}"
     require(0 <= past_length <= length, "build_vision_mask", "past_length", expected, past_length)

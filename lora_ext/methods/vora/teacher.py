@@ -17,7 +17,7 @@ from .states import block_states
 
 
 class TeacherStates(NamedTuple):
-    """Of the images of a batch, in their order."""
+    """What a teacher made of the images of a batch, in their order."""
 
     states: list[Tensor]  # for each block (M, d_v), without class token and registers
     grids: list[tuple[int, int]]  # rows and columns of patches of each image
