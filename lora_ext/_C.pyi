@@ -183,7 +183,14 @@ def circuit_table_backward(
     de: Tensor, table: Tensor, x: Tensor, row: Tensor, block: int, norm: str, /
 ) -> Tensor: ...
 def circuit_layers(
-    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, semiring: str, /
+    leaf: Tensor,
+    w: Tensor,
+    program: Tensor,
+    plan: list[int],
+    norm: str,
+    semiring: str,
+    precision: str,
+    /,
 ) -> Tensor: ...
 def circuit_layers_backward(
     droots: Tensor,

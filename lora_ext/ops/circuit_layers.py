@@ -81,7 +81,12 @@ def _fake_table_backward(
 
 
 def circuit_layers(
-    leaf: Tensor, w: Tensor, program: Program, norm: str = "logits", semiring: str = "sum"
+    leaf: Tensor,
+    w: Tensor,
+    program: Program,
+    norm: str = "logits",
+    semiring: str = "sum",
+    precision: str = "fp32",
 ) -> Tensor:
     """Log-values of all units of a circuit, from those of its leaves.
 
@@ -96,6 +101,8 @@ def circuit_layers(
         norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
             are.
         semiring: ``"max"`` takes the largest term in place of their sum, and passes over NaN.
+        precision: of sums of at most 256 terms on CUDA, as :func:`log_einsum_exp` takes it; the
+            CPU and ``"max"`` know ``"fp32"`` alone.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
@@ -104,12 +111,20 @@ def circuit_layers(
         ValueError: if a shape, dtype, device or name disagrees or, on the CPU, the program does not
             hold together.
     """
-    return _c.circuit_layers.default(leaf, w, program.numbers, program.plan, norm, semiring)
+    return _c.circuit_layers.default(
+        leaf, w, program.numbers, program.plan, norm, semiring, precision
+    )
 
 
 @fake("circuit_layers")
 def _fake_layers(
-    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, semiring: str
+    leaf: Tensor,
+    w: Tensor,
+    program: Tensor,
+    plan: list[int],
+    norm: str,
+    semiring: str,
+    precision: str = "fp32",
 ) -> Tensor:
     require_dim("circuit_layers", "leaf", leaf, "(B, units)")
     require_dtype("circuit_layers", "leaf", leaf, *_FLOATS)
