@@ -201,8 +201,22 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument(
         "--direction",
         choices=("smallest", "largest"),
-        default="smallest",
-        help="which scores are pruned (default: %(default)s)",
+        required=True,
+        help="which scores are pruned; what they mean depends on --score",
+    )
+    parser.add_argument(
+        "--score",
+        choices=("distance", "angle", "alignment"),
+        default="distance",
+        help="distance from the map of the update, which is mostly its size; the angle "
+        "between them; or its cosine with what alignment did, below 0 where it undoes "
+        "that (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=("population", "permutation", "released"),
+        default="population",
+        help="what a distance is compared with (default: %(default)s)",
     )
     parser.add_argument(
         "--granularity",
@@ -224,6 +238,17 @@ def _add_prune(commands: Any) -> None:
         type=float,
         metavar="E",
         help="only the directions with this share of the change (orthogonal)",
+    )
+    parser.add_argument(
+        "--on-zero-alignment",
+        choices=("raise", "skip"),
+        default="raise",
+        help="a layer that both models have alike is an error, or is kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-degenerate",
+        action="store_true",
+        help="all scores are 0 where distances do not differ, instead of an error",
     )
     parser.add_argument(
         "--project",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -16,6 +17,11 @@ from lora_ext.adapter import (
 
 from .output import progress, show
 from .reports import describe
+
+_REMEDIES = {
+    "SploraConfig(on_zero_alignment='skip')": "--on-zero-alignment skip",
+    "SploraConfig(allow_degenerate=True)": "--allow-degenerate",
+}
 
 
 def merge(arguments: Namespace) -> int:
@@ -86,6 +92,10 @@ def prune(arguments: Namespace) -> int:
         threshold=arguments.threshold,
         direction=arguments.direction,
         granularity=arguments.granularity,
+        score=arguments.score,
+        reference=arguments.reference,
+        on_zero_alignment=arguments.on_zero_alignment,
+        allow_degenerate=arguments.allow_degenerate,
         projection=arguments.projection,
         rank=arguments.rank,
         energy=arguments.energy,
@@ -98,8 +108,12 @@ def prune(arguments: Namespace) -> int:
             found = splora.project(adapter, *models, chosen, config, progress=progress)
         else:
             found = prune_adapter(adapter, lambda name: name not in chosen)
-    except (TypeError, KeyError) as error:  # quantised weights; layers that a model lacks
-        raise ValueError(error.args[0]) from error
+    except (TypeError, KeyError, ValueError) as error:
+        # Quantised weights, layers that a model lacks; and remedies in the words of this command.
+        message = str(error.args[0])
+        for setting, option in _REMEDIES.items():
+            message = message.replace(setting, option)
+        raise ValueError(message) from error
     _save(found, arguments.out)
     what = "projected" if arguments.project else "pruned"
     rows = [
@@ -109,11 +123,18 @@ def prune(arguments: Namespace) -> int:
             "distance": each.dist,
             "norm": each.norm,
             "cosine": each.cos,
+            "alignment": each.alignment,
             "verdict": what if each.name in chosen else "kept",
         }
         for each in stats
     ]
-    used = {"direction": arguments.direction, what: len(chosen)}
+    correlation = splora.size_correlation(stats)
+    used = {
+        "direction": arguments.direction,
+        "score": arguments.score,
+        "size correlation": None if math.isnan(correlation) else correlation,
+        what: len(chosen),
+    }
     show({"out": arguments.out, **used, **describe(found)}, rows, arguments.json)
     return 0
 

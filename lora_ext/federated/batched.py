@@ -32,7 +32,7 @@ from .payload import shapes_of
 from .plan import LayerPlan
 from .seeds import step_seeds
 from .shared import SharedModules, shared_names, start_of
-from .staircase import Staircase
+from .staircase import Staircase, Unfit
 from .supported import WHERE, UnsupportedModule, check_model, dropout_of
 from .update import Client, Update
 
@@ -262,7 +262,7 @@ class BatchedClients:
         try:
             with stairs.forward(lowest):
                 return call(), stairs
-        except Exception as error:  # from any model: what is wrong of itself is so again below
+        except Unfit as error:  # anything else is not of the staircase's doing
             stairs.remove()
             inputs, _ = merged(batches, WHERE)  # anew: blocks may have written into them
             output = call()

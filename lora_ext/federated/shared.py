@@ -98,10 +98,9 @@ class SharedModules:
             yield
         finally:
             for owner, module in self._modules.items():
-                if before[owner] is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = before[owner]
+                module.__dict__.pop("forward", None)
+                if (own := before[owner]) is not None:
+                    module.forward = own
 
     def check_called(self) -> None:
         """Refuse modules that the model's forward has not called: it reads their parameters in

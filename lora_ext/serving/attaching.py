@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import require, require_flags
 from lora_ext._torch import compiles
 from lora_ext.adapter import ModelIndex, model_name
 from lora_ext.layers import Swap, find_module, pack_linears, packed_layers, unpack
@@ -133,7 +133,8 @@ def attach(
             UnknownAdapterError: a default that the pool lacks. RuntimeError: the model, or a part
             of it, is attached or carries PEFT's layers. ValueError: a module of the pool is missing
             or has another size, or the model has one that the pool lacks; or what ``pack_linears``
-            refuses. The model is unchanged then.
+            refuses. NotImplementedError: transformers' ``tp_plan`` has divided the weights. The
+            model is unchanged then.
     """
     _check_module("attach", model)
     if not isinstance(pool, AdapterPool):
@@ -145,6 +146,12 @@ def attach(
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
+        )
+    parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
+    if parts != 1:
+        raise NotImplementedError(
+            f"attach: model: expected one whose weights are whole, found one that tp_plan has "
+            f"divided between {parts} processes"
         )
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
@@ -275,8 +282,7 @@ def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    if not name:
-        raise ValueError("attach: pool: expected a module inside the model, found the model itself")
+    require(name, "attach", "pool", "a module inside the model", "the model itself")
     module = find_module(model, name)
     if module is None:
         raise ValueError(

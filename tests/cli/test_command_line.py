@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 
 import peft
@@ -155,13 +156,14 @@ def models(tmp_path_factory):
 
 
 def of(models):
-    return models / "adapter", "--base", models / "base", "--aligned", models / "aligned"
+    folders = "--base", models / "base", "--aligned", models / "aligned"
+    return models / "adapter", *folders, "--direction", "smallest"
 
 
 def test_prune_takes_out_what_splora_singles_out(run, run_json, models, tmp_path):
     out = tmp_path / "out"
     found = run_json("prune", *of(models), "--num", 3, "--out", out)
-    config = splora.SploraConfig(num=3)
+    config = splora.SploraConfig(direction="smallest", num=3)
     value = LoraAdapter.load(models / "adapter")
     wanted = splora.apply(value, models / "base", models / "aligned", config)
     assert LoraAdapter.load(out) == wanted.adapter and len(wanted.adapter.modules) == 5
@@ -200,8 +202,44 @@ def test_prune_can_project_instead(run_json, models, tmp_path):
     assert len(wanted.modules) == 8
 
 
-def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
+def test_a_direction_is_asked_for_and_remedies_are_options_of_the_command(
+    run, run_json, models, tmp_path
+):
+    folders = ("--base", models / "base", "--aligned", models / "base", "--num", 0)
     out = ("--out", tmp_path / "out")
+    found = run("prune", models / "adapter", *folders, *out)
+    assert_refused(found, "lora-ext prune: ", "--direction")
+    asked = ("prune", models / "adapter", *folders, *out, "--direction", "smallest")
+    assert_refused(run(*asked), "equal ones", "(--on-zero-alignment skip leaves such layers alone)")
+    skipping = (*asked, "--on-zero-alignment", "skip", "--score", "alignment")
+    assert run_json(*skipping)["modules"] == []
+    shutil.rmtree(tmp_path / "out")
+    same = ("prune", *of(models), "--num", 0, "--projection", "orthogonal", *out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the identity
+        status, text, err = run(*same)
+        assert status == 2 and text == "" and "(--allow-degenerate makes all scores 0)" in err
+        found = run_json(*same, "--allow-degenerate")
+    assert {row["score"] for row in found["modules"]} == {0.0}
+    assert found["size_correlation"] is None
+
+
+@pytest.mark.parametrize("score", ["angle", "alignment", "distance"])
+def test_prune_by_a_score_that_knows_the_sign(run_json, models, tmp_path, score):
+    out = ("--score", score, "--out", tmp_path / "out")
+    found = run_json("prune", *of(models), "--num", 2, *out)
+    config = splora.SploraConfig(num=2, direction="smallest", score=score)
+    folders = models / "adapter", models / "base", models / "aligned"
+    wanted = splora.apply(*folders, config)
+    assert LoraAdapter.load(tmp_path / "out") == wanted.adapter
+    assert found["score"] == score
+    assert found["size_correlation"] == pytest.approx(wanted.size_correlation)
+    by_module = {row["module"]: row["alignment"] for row in found["modules"]}
+    assert by_module == pytest.approx({row.name: row.alignment for row in wanted.stats})
+
+
+def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
+    out = ("--direction", "largest", "--out", tmp_path / "out")
     other = adapter()
     other.save(tmp_path / "other")
     save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")

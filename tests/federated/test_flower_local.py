@@ -73,6 +73,20 @@ def test_one_client_whose_loss_is_nan_is_an_error_reply_of_its_own():
     assert log.accepted == (0, 2) and "is not finite" in log.rejected[1]
 
 
+def test_an_app_that_returns_no_message_is_an_error_reply_that_says_so():
+    silent = ClientApp()
+
+    @silent.train()
+    def train(message: Message, context: Context) -> Message:
+        return None
+
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+    run(strategy, LocalGrid(silent, 3), rounds=1)
+    (log,) = strategy.history
+    expected = "LocalGrid: client_app: expected an app that returns a Message, found one that"
+    assert all(f"{expected} returns NoneType" in log.rejected[node] for node in range(3))
+
+
 def test_a_node_keeps_its_context_and_gets_records_of_its_own():
     counted = ClientApp()
 

@@ -122,6 +122,64 @@ def test_a_changed_weight_is_packed_anew(
     assert uses_copy(module, monkeypatch, x)
 
 
+# What is written where torch does not count it: parts of a weight (O, I).
+WRITES = {
+    "odd rows": (slice(1, None, 2),),
+    "even rows": (slice(0, None, 2),),
+    "every third row": (slice(2, None, 3),),
+    "the first half of all rows": (slice(None, 96),),
+    "the last eight rows": (slice(-8, None),),
+    "eight rows": (slice(13, 21),),
+    "odd columns": (slice(None), slice(1, None, 2)),
+    "every fourth column": (slice(None), slice(3, None, 4)),
+    "all but the first columns": (slice(None), slice(16, None)),
+    "the last sixteen columns": (slice(None), slice(-16, None)),
+    "sixteen columns": (slice(None), slice(101, 117)),
+    "the white fields of a chess board": (slice(None, None, 2), slice(1, None, 2)),
+    "its black fields": (slice(1, None, 2), slice(1, None, 2)),
+    "a quarter": (slice(96, None), slice(96, None)),
+    "a square": (slice(50, 90), slice(40, 140)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(192, 576), (576, 192), (400, 400)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", WRITES)
+def test_parts_that_are_written_past_torch_are_seen(
+    name: str, turned: bool, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    module = nn.Linear(shape[1], shape[0], False, dtype=dtype).eval().requires_grad_(False)
+    module.weight.copy_(small_integers(*shape))
+    if turned:
+        module.weight.data = module.weight.t().contiguous().t()
+    x = small_integers(2, shape[1], dtype=dtype)
+    pack_linears(module)
+    module.weight.data.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy()[
+        WRITES[name]
+    ] = 0
+    expected = nn.functional.linear(x, module.weight)
+    assert torch.equal(module(x), expected)
+
+
+def test_single_values_of_small_weights_are_seen() -> None:
+    module = pack_linears(layer(bias=False))
+    x = small_integers(1, 48)
+    for place in [(0, 0), (17, 29), (32, 47)]:
+        module.weight.data[place] += 1
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight))
+        module(x), module(x)
+
+
+def test_weights_whose_numbers_are_not_in_order_are_seen_whole() -> None:
+    module = layer(bias=False)
+    module.weight.data = small_integers(200, 96)[:, ::2]
+    pack_linears(module)
+    x = small_integers(1, 48)
+    module.weight.data[101, 31] += 1
+    assert torch.equal(module(x), nn.functional.linear(x, module.weight))
+
+
 def test_a_weight_that_changes_before_every_product_is_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -137,6 +137,25 @@ def test_a_head_that_is_something_else_is_refused():
         logits(model)
 
 
+@pytest.mark.parametrize("scale", [0.985, 0.9999, 1.01])
+def test_a_scale_close_to_one_is_no_scale_of_one(scale: float):
+    model = make("cohere", logit_scale=scale)
+    base = logits(model)
+    mod.apply(model, ModConfig(**FIXED))
+    torch.testing.assert_close(logits(model), base, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_nothing_names_is_refused(family: str, dtype: torch.dtype):
+    model = make(family, dtype)
+    mod.apply(model)
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: 1.015 * own(x)
+    with pytest.raises(NotImplementedError, match=r"mod: model: expected logits that are the head"):
+        logits(model)
+
+
 # -------------------------------------------------------------------------------------------------
 # What a model returns
 

@@ -151,7 +151,13 @@ class LocalGrid(Grid):
 
     def _one(self, message: Message, context: Context) -> Message:
         try:
-            return self._app(message, context)
+            reply = self._app(message, context)
+            if not isinstance(reply, Message):
+                raise TypeError(
+                    "LocalGrid: client_app: expected an app that returns a Message, found one that "
+                    f"returns {type(reply).__name__}"
+                )
+            return reply
         except Exception as error:
             return failed(message, error)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.rows import PoolLayer
 
@@ -34,6 +36,11 @@ MOST_ROWS = 32
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _STATE = "_packed_weight"
+
+#: A sample has one value of about so many rows or columns, whichever are more.
+_APART = 4
+#: Weights of so few values are looked at whole.
+_WHOLE = 4096
 
 
 class _Seen:
@@ -162,8 +169,9 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     ``torch.compile``; all others are torch's. It takes the weight's bytes once more; tied weights
     share one. It is made here, and made anew where the weight has changed: at its second product
     after that. A change is seen by the weight's identity, address, dtype, shape and version, and by
-    a sample of its values, which change where an adapter is merged through ``weight.data``, as PEFT
-    does. A change of single values through ``weight.data`` is not seen: unpack first.
+    a sample of its values out of every few rows and columns, which change where an adapter is
+    merged through ``weight.data``, as PEFT does. A change of single rows, columns or values through
+    ``weight.data`` or ``weight.numpy()`` may be missed: unpack first.
 
     Args:
         model: in evaluation mode; it may be a layer itself.
@@ -180,8 +188,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
         RuntimeError: one is packed already. The model is unchanged then.
     """
     chosen = dict(_linears(model)) if names is None else _named(model, names)
-    if not chosen:
-        raise ValueError("pack_linears: model: expected a model with linear layers, found none")
+    require(chosen, "pack_linears", "model", "a model with linear layers", "none")
     for name, module in chosen.items():
         _check(name, module)
     shared: dict[int, PackedWeight] = {}
@@ -205,8 +212,7 @@ def unpack_linears(model: Model) -> Model:
             has a class of its own. The model is unchanged then.
     """
     packed = packed_layers(model, "unpack_linears")
-    if not packed:
-        raise RuntimeError("unpack_linears: model: expected one with packed layers, found none")
+    require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
     unpack(packed)
     return model
 
@@ -257,11 +263,8 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     linears = dict(_linears(model))
     chosen: dict[str, nn.Linear] = {}
     for name in names:
-        if name not in linears:
-            raise ValueError(
-                f"pack_linears: names: expected the name of a linear layer of the model, "
-                f"found {name!r}"
-            )
+        expected = "the name of a linear layer of the model"
+        require(name in linears, "pack_linears", "names", expected, repr(name))
         chosen[name] = linears[name]
     return chosen
 
@@ -289,10 +292,35 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """The bits of a few values out of all parts of a weight, in its own memory: what is added
-    through ``weight.data`` is counted by nobody. To compare them takes a microsecond."""
+    """The bits of a few values of a weight, in its own memory: what is written through
+    ``weight.data`` is counted by nobody. To compare them takes a few microseconds.
+
+    Small weights, and those whose numbers do not lie one behind the other, are sampled whole.
+    """
     bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
-    return bits[:: max(1, len(bits) // 16), :16]
+    if bits.numel() <= _WHOLE:
+        return bits
+    for lines in (bits, bits.t()):
+        if lines.is_contiguous():
+            return lines.view(-1)[:: _step(*lines.shape)]
+    return bits
+
+
+def _step(rows: int, width: int) -> int:
+    """How far apart the values of a sample lie, in numbers of a matrix that are in order.
+
+    A step of ``width (k + 0.38)`` or ``width / (k + 0.38)`` with a whole k spreads the values as
+    the seeds of a sunflower: they come to every ``_APART + 1`` neighbouring rows and to nearly as
+    few neighbouring columns, and to every second, third ... row or column as often as to the
+    others. Without a common divisor with the width, they come to all columns in turn.
+    """
+    apart = _APART * min(rows, width) / width
+    golden = 0.381966
+    step = width * (int(apart) + golden) if apart >= 1 else width / (int(1 / apart) + golden)
+    found = max(1, round(step))
+    while math.gcd(found, width) > 1:
+        found -= 1
+    return found
 
 
 def _watched() -> bool:

@@ -49,7 +49,10 @@ class Head:
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Z ``(..., V)``, or a chunk of it, of the rows of W that are given."""
-        z = F.linear(normed, weight, bias)
+        return self.capped(F.linear(normed, weight, bias))
+
+    def capped(self, z: Tensor) -> Tensor:
+        """The scaled logits below the cap."""
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
@@ -147,18 +150,31 @@ def measured_head(lm: Any, softcap: float | None, entered: Tensor, logits: Tenso
                 "mod: model: expected logits that are numbers in the first forward, which shows "
                 f"what the head does, found NaN among those of {type(lm).__name__}"
             )
-        # Half precision, or autocast in the head alone, is the coarsest that is to be told apart.
-        bound = 0.02 * wanted.abs().max() + 1e-5
-        for scale in _scales(lm):
-            found = z * scale
-            if softcap is not None:
-                found = softcap * torch.tanh(found / softcap)
-            if bool(((found - wanted).abs() <= bound).all()):
-                return Head(softcap, scale)
+        heads = [Head(softcap, scale) for scale in _scales(lm)]
+        nearest = min(heads, key=lambda h: float((h.capped(z * h.scale) - wanted).norm()))
+        if _explains(nearest, z * nearest.scale, wanted):
+            return nearest
     raise NotImplementedError(
         f"mod: model: expected logits that are the head's product with the hidden state, scaled or "
         f"soft-capped, found others in {type(lm).__name__}"
     )
+
+
+def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
+    """Whether the logits ``(V,)`` of a head, scaled but not capped, are those of the model but for
+    rounding.
+
+    Half precision, or autocast in the head alone, is the coarsest that is to be told apart. What
+    rounding does points anywhere; another scale moves the logits along their derivative in it, and
+    is seen where they move farther that way than rounding explains by what they do otherwise.
+    """
+    found, off = head.capped(z), wanted - head.capped(z)
+    if not bool((off.abs() <= 0.02 * wanted.abs().max() + 1e-5).all()):
+        return False
+    slope = z if head.softcap is None else z * (1 - (found / head.softcap).square())
+    along = F.normalize(slope, dim=0) @ off
+    rest = (off.square().sum() - along.square()).clamp(min=0).sqrt()
+    return bool(along.abs() <= 3 * rest + 1e-5 * slope.norm())
 
 
 def softcap_of(lm: Any) -> float | None:

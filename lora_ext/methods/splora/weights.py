@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.adapter import (
     AdapterSource,
     Factors,
@@ -22,6 +23,7 @@ from lora_ext.adapter import (
 
 from .config import SploraConfig
 from .projection import (
+    Projected,
     ZeroAlignmentError,
     check_finite,
     check_floating,
@@ -64,8 +66,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
         check_floating(where, key, state[key])
         if role in ("A.weight", "embedding_A"):
             ranks[module] = state[key].shape[0] if state[key].dim() else 0
-            if ranks[module] == 0:
-                raise ValueError(f"{where}: {key}: expected a rank of at least 1, found 0")
+            require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
     for key, (module, role, _) in keys.items():
         shape = tuple(state[key].shape)
         if role == "B.weight" and len(shape) == 2 and shape[1] != ranks[module]:
@@ -113,8 +114,8 @@ def project_layers(
     progress: Progress,
     names: Iterable[str] | None = None,
     columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
-) -> tuple[list[Layer], list[Tensor]]:
-    """``P B`` of each layer, ``(m, r)`` float64 where it was computed, in the order of the model.
+) -> tuple[list[Layer], list[Projected]]:
+    """``P B`` of each layer, in the order of the model.
 
     All shapes are checked before any weight is read; then two weights are held at a time.
 
@@ -135,7 +136,7 @@ def project_layers(
     """
     _refuse_other_kinds(where, adapter)
     found: list[Layer] = []
-    projected: list[Tensor] = []
+    projected: list[Projected] = []
     identities: list[str] = []
     said = adapter.config.fan_in_fan_out
     with (
@@ -154,7 +155,7 @@ def project_layers(
             _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
             try:
-                wide, is_identity = _project(
+                one = _project(
                     where, layer, base_weights, aligned_weights, columns(layer.factors), config
                 )
             except ZeroAlignmentError:
@@ -162,8 +163,8 @@ def project_layers(
                     raise
                 continue
             found.append(layer)
-            projected.append(wide)
-            if is_identity:
+            projected.append(one)
+            if one.is_identity:
                 identities.append(layer.name)
     if identities:
         warn_of_identity(where, identities)
@@ -177,7 +178,7 @@ def _project(
     aligned: ModelWeights,
     columns: Tensor,
     config: SploraConfig,
-) -> tuple[Tensor, bool]:
+) -> Projected:
     """:func:`project_wide` of one layer; its two weights go before the next ones are read."""
     w0, wa = base.read(layer.base_key), aligned.read(layer.aligned_key)
     if layer.transposed:
