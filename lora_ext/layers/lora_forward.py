@@ -11,16 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.modules.module as module_globals
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._torch import AUTOCASTS
-from lora_ext.layers.base.packed_linear import PackedLinear
 from lora_ext.rows import (
     Rows,
     all_rows,
     constant,
+    keep,
     rows_of,
     scales,
     several_processes,
@@ -28,15 +27,14 @@ from lora_ext.rows import (
     together,
 )
 
+from .base.dense import BaseLayer, DenseParameters, dense_parameters
+from .base.packed_linear import PackedLinear
+
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
-
-#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
-BaseLayer = nn.Module | Callable[[Tensor], Tensor]
-DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 class LoraFactors(NamedTuple):
@@ -110,9 +108,14 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     """:func:`_forward` of the commonest case, without what only the others need: at decode its
     Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
-    ids, plan = all_rows(x2d.shape[0], x.device)
     a, b, scaling, p, _, own_seed = f
-    scale = scales((scaling,), x.device)
+    num_rows, device = x2d.shape[0], x.device
+    if isinstance(scaling, Tensor):
+        (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)
+    else:
+        ids, plan, scale = keep(
+            (_scaled_rows, num_rows, scaling), device, _scaled_rows, num_rows, scaling, device
+        )
     fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     y = None
     if isinstance(base, PackedLinear) and fixed and not p:
@@ -120,9 +123,15 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     if y is not None:
         ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
     else:
-        seed = _seed((own_seed,), x.device) if p else None
+        seed = _seed((own_seed,), device) if p else None
         y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _scaled_rows(
+    num_rows: int, scaling: float, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return *all_rows(num_rows, device), scales((scaling,), device)
 
 
 def lora_update(
@@ -344,75 +353,9 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
     return y
 
 
-# -------------------------------------------------------------------------------------------------
-# The base layer
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes a linear layer compute, or None where it is off."""
     kind = x.device.type
     if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
-
-
-def dense_parameters(base: BaseLayer) -> DenseParameters | None:
-    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
-    kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
-    if disguised is not None:
-        return disguised(base)
-    if not isinstance(base, nn.Module):
-        return None
-    if kind is nn.Linear or kind is PackedLinear:
-        weight = base.weight
-    elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        weight = base.weight.t()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    else:
-        return None
-    return (weight, base.bias) if is_plain(base) else None  # pyright: ignore[reportReturnType]
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
-    return (
-        type(getattr(module, "weight", None)) in (nn.Parameter, Tensor, type(None))  # not quantised
-        and "forward" not in module.__dict__  # as accelerate's offloading leaves it
-        and not _has_hooks(module)
-    )
-
-
-def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
-
-    Args:
-        base: the layer. purpose: opens the message of an error.
-        fan_in_fan_out: the layer stores its weight as ``(I, O)``.
-
-    Raises:
-        ValueError: the weight is not a floating matrix: a quantised one, say.
-    """
-    dense = dense_parameters(base)
-    if dense is not None:
-        return dense
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        return (weight.t() if fan_in_fan_out else weight), bias
-    found = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
-    raise ValueError(
-        f"{purpose}: expected a base layer with a floating (O, I) weight to read, "
-        f"found {type(base).__name__} with {found}"
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module_globals._global_forward_hooks
-        or module_globals._global_forward_pre_hooks
-        or module_globals._global_backward_hooks
-        or module_globals._global_backward_pre_hooks
-    )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import require, require_flags
 from lora_ext._torch import compiles
 from lora_ext.adapter import ModelIndex, model_name
 from lora_ext.layers import Swap, find_module, pack_linears, packed_layers, unpack
@@ -282,8 +282,7 @@ def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    if not name:
-        raise ValueError("attach: pool: expected a module inside the model, found the model itself")
+    require(name, "attach", "pool", "a module inside the model", "the model itself")
     module = find_module(model, name)
     if module is None:
         raise ValueError(

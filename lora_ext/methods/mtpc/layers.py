@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops, reference
+from lora_ext._checks import require
 from lora_ext.layers import IGNORE
 
 from .circuit_checks import EmissionName, Kind, check_structure, check_tensors, looked_at
@@ -273,8 +274,7 @@ class CircuitHead(nn.Module):
         """
         rows, tokens = self.rows(h), self.tokens(h, x)
         k = torch.as_tensor(k, device=h.device)
-        if k.dtype != torch.int64:
-            raise TypeError(f"CircuitHead: k: expected int64, found {k.dtype}")
+        require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
         if k.dim() and k.shape != h.shape[:-1]:
             raise ValueError(
                 f"CircuitHead: k: expected one position or shape {tuple(h.shape[:-1])}, "
@@ -343,8 +343,7 @@ class CircuitHead(nn.Module):
         Raises:
             TypeError: hidden states that are not floating. ValueError: another width.
         """
-        if not h.is_floating_point():
-            raise TypeError(f"CircuitHead: h: expected a floating dtype, found {h.dtype}")
+        require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
         if h.dim() == 0 or h.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"CircuitHead: h: expected shape (..., {self.hidden_size}), found {tuple(h.shape)}"
@@ -359,8 +358,7 @@ class CircuitHead(nn.Module):
             TypeError: tokens that are not int64. ValueError: another shape than that of ``h`` asks
                 for, or (on the CPU) a token outside the vocabulary.
         """
-        if x.dtype != torch.int64:
-            raise TypeError(f"CircuitHead: tokens: expected int64, found {x.dtype}")
+        require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
         expected = (*h.shape[:-1], self.n_token)
         if tuple(x.shape) != expected:
             raise ValueError(

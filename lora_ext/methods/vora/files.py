@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.adapter import AdapterConfig, Factors, LoraAdapter, alpha_of, base_name, parse_key
 from lora_ext.layers import block_index
 
@@ -126,10 +127,8 @@ def load_state_dict(
         else:
             unexpected.append(key)
     for name, (owner, _) in biases.items():
-        if owner.scale == 0:
-            raise ValueError(
-                f"vora.load_state_dict: {name}: expected no bias where the scale is 0, found one"
-            )
+        expected = "no bias where the scale is 0"
+        require(owner.scale != 0, "vora.load_state_dict", name, expected, "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     if strict and missing:
         raise ValueError(

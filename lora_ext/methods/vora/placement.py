@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.layers import Swap, decoder_layers, is_adapted, matches_suffix
 from lora_ext.rows import PoolLayer
 
@@ -194,11 +195,8 @@ def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
                 f"at {name!r}"
             )
     blocks = decoder_layers(model)
-    if config.n_blocks > len(blocks):
-        raise ValueError(
-            f"vora.apply: n_blocks: expected at most the model's {len(blocks)} blocks, found "
-            f"{config.n_blocks}"
-        )
+    expected = f"at most the model's {len(blocks)} blocks"
+    require(config.n_blocks <= len(blocks), "vora.apply", "n_blocks", expected, config.n_blocks)
     names = {module: name for name, module in model.named_modules()}
     targets: dict[str, nn.Module] = {}
     for block in blocks[: config.n_blocks]:
@@ -220,10 +218,8 @@ def _check_shared(language: nn.Module, layers: dict[str, VoraLinear]) -> None:
         holders.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         found = holders[id(layer.base_layer.weight)]
-        if len(found) > 1:
-            raise ValueError(
-                f"vora.merge: {name}: expected a weight of its own, found that it is all of {found}"
-            )
+        expected = "a weight of its own"
+        require(len(found) <= 1, "vora.merge", name, expected, f"that it is all of {found}")
 
 
 def _restore_flags(language: nn.Module, state: Applied) -> None:
