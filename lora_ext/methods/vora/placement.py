@@ -36,6 +36,15 @@ class Applied:
         placed: Any = self.swap.placed
         return placed
 
+    def require_apart(self, where: str) -> None:
+        """Raise RuntimeError where a layer's adapter is merged into its base weight by hand."""
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise RuntimeError(
+                    f"vora.{where}: {name}: expected an adapter apart from the base weight, found "
+                    f"{layer.merged_adapters} merged into it; unmerge it first"
+                )
+
 
 def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = True) -> Model:
     """Let the first blocks of a language model see, and freeze all else.
@@ -97,12 +106,7 @@ def remove(model: Model) -> Model:
     """
     language = language_model(model)
     state = applied("remove", model)
-    for name, layer in state.layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.remove: {name}: expected an adapter apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it; unmerge it first"
-            )
+    state.require_apart("remove")
     state.swap.restore(language, "vora.remove")
     _restore_flags(language, state)
     del language.__dict__[KEY]
@@ -132,13 +136,9 @@ def merge(model: Model, force: bool = False) -> Model:
     """
     language = language_model(model)
     state = applied("merge", model)
+    state.require_apart("merge")
     layers = state.layers
     for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.merge: {name}: expected an adapter apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it already"
-            )
         try:
             layer.check_merge(force)
             layer.base_weight.check_writable("merge")
