@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lora_ext.layers.base.weight import ConvWeight
 from lora_ext.rows import Names
 
+from .base.dense import DenseParameters, is_plain
 from .dora import dora_forward
-from .lora_forward import DenseParameters, LoraFactors, is_plain, lora_forward
+from .lora_forward import LoraFactors, lora_forward
 from .lora_layer import LoraLayer
 
 

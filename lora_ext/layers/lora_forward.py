@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.modules.module as module_globals
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._torch import AUTOCASTS
+from lora_ext.layers.base.dense import BaseLayer, DenseParameters, dense_parameters
 from lora_ext.layers.base.packed_linear import PackedLinear
 from lora_ext.rows import (
     Rows,
@@ -33,10 +33,6 @@ from lora_ext.rows import (
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
-
-#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
-BaseLayer = nn.Module | Callable[[Tensor], Tensor]
-DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 class LoraFactors(NamedTuple):
@@ -154,6 +150,14 @@ def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> boo
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
     """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
+    kind = x.device.type
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
 
 
 def _participants(
@@ -342,77 +346,3 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
             own = (call.ids == slot)[:, None]
             y = torch.where(own, y + bias * call.scaling[slot], y)
     return y
-
-
-# -------------------------------------------------------------------------------------------------
-# The base layer
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
-    kind = x.device.type
-    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
-
-
-def dense_parameters(base: BaseLayer) -> DenseParameters | None:
-    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
-    kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
-    if disguised is not None:
-        return disguised(base)
-    if not isinstance(base, nn.Module):
-        return None
-    if kind is nn.Linear or kind is PackedLinear:
-        weight = base.weight
-    elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        weight = base.weight.t()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    else:
-        return None
-    return (weight, base.bias) if is_plain(base) else None  # pyright: ignore[reportReturnType]
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
-    return (
-        type(getattr(module, "weight", None)) in (nn.Parameter, Tensor, type(None))  # not quantised
-        and "forward" not in module.__dict__  # as accelerate's offloading leaves it
-        and not _has_hooks(module)
-    )
-
-
-def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
-
-    Args:
-        base: the layer. purpose: opens the message of an error.
-        fan_in_fan_out: the layer stores its weight as ``(I, O)``.
-
-    Raises:
-        ValueError: the weight is not a floating matrix: a quantised one, say.
-    """
-    dense = dense_parameters(base)
-    if dense is not None:
-        return dense
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        return (weight.t() if fan_in_fan_out else weight), bias
-    found = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
-    raise ValueError(
-        f"{purpose}: expected a base layer with a floating (O, I) weight to read, "
-        f"found {type(base).__name__} with {found}"
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module_globals._global_forward_hooks
-        or module_globals._global_forward_pre_hooks
-        or module_globals._global_backward_hooks
-        or module_globals._global_backward_pre_hooks
-    )
