@@ -2,6 +2,7 @@
 come into a model. Their base layers lie in :mod:`.base`, what is done to a whole model in
 :mod:`.model`."""
 
+from .base.dense import dense_parameters, is_plain, readable_weight
 from .base.modules import READS_WEIGHTS, bypassed, head_names, linear_size
 from .base.packed_linear import (
     PackedLinear,
@@ -26,15 +27,7 @@ from .init import FREE, init_lora_, known_scheme
 from .labels import IGNORE, shift_labels
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
-from .lora_forward import (
-    LoraFactors,
-    autocast_dtype,
-    dense_parameters,
-    is_plain,
-    lora_forward,
-    lora_update,
-    readable_weight,
-)
+from .lora_forward import LoraFactors, autocast_dtype, lora_forward, lora_update
 from .lora_layer import LoraLayer
 from .lora_linear import LoraLinear
 from .model.adapted import (

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext.rows import Rows, subset
 
+from .base.dense import BaseLayer, DenseParameters, dense_parameters
 from .lora_forward import (
-    BaseLayer,
-    DenseParameters,
     LoraFactors,
-    dense_parameters,
     draw_seed,
     fused_forward,
     fuses,
@@ -52,7 +50,7 @@ def dora_forward(
     Args:
         x: ``(..., I)``.
         base: maps ``(..., I)`` to ``(..., O)``.
-        dense: :func:`lora_ext.layers.lora_forward.readable_weight` of ``base``.
+        dense: :func:`lora_ext.layers.base.dense.readable_weight` of ``base``.
         adapters: as :func:`lora_forward`.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.
@@ -120,6 +118,11 @@ def _in_order(
 
 
 def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
+    if weight.dim() != 2:
+        raise NotImplementedError(
+            f"dora_forward: base: expected a weight (O, I), found one of {list(weight.shape)}, as "
+            "DeepSpeed's ZeRO-3 leaves it behind the base's forward: train under ZeRO-2 or FSDP2"
+        )
     if norm is None:
         norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
     return magnitude / norm.to(magnitude.dtype)

@@ -25,7 +25,8 @@ from lora_ext._torch import exactly
 from lora_ext.ops import grouped_mm
 from lora_ext.rows import constant, scales
 
-from .lora_forward import LoraFactors, is_plain
+from .base.dense import is_plain
+from .lora_forward import LoraFactors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

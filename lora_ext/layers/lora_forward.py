@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.modules.module as module_globals
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext import ops
-from lora_ext._torch import AUTOCASTS, parameter
-from lora_ext.layers.base.packed_linear import PackedLinear
+from lora_ext._torch import AUTOCASTS
 from lora_ext.rows import (
     Rows,
     all_rows,
@@ -29,17 +27,14 @@ from lora_ext.rows import (
     together,
 )
 
+from .base.dense import BaseLayer, DenseParameters, dense_parameters
+from .base.packed_linear import PackedLinear
+
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
-_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
-_CONV1D = ("Conv1D", "transformers.pytorch_utils")
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
-
-#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
-BaseLayer = nn.Module | Callable[[Tensor], Tensor]
-DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 class LoraFactors(NamedTuple):
@@ -168,6 +163,14 @@ def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> boo
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
     """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
+    kind = x.device.type
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
 
 
 def _participants(
@@ -356,81 +359,3 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
             own = (call.ids == slot)[:, None]
             y = torch.where(own, y + bias * call.scaling[slot], y)
     return y
-
-
-# -------------------------------------------------------------------------------------------------
-# The base layer
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
-    kind = x.device.type
-    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
-
-
-def dense_parameters(base: BaseLayer) -> DenseParameters | None:
-    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
-    kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
-    if disguised is not None:
-        return disguised(base)
-    if not isinstance(base, nn.Module):
-        return None
-    straight = kind is nn.Linear or kind is PackedLinear
-    if not straight and (kind.__name__, kind.__module__) != _CONV1D:
-        return None
-    weight = parameter(base, "weight")
-    if not _is_plain(base, weight):
-        return None
-    return weight if straight else weight.t(), parameter(base, "bias")
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
-    return _is_plain(module, getattr(module, "weight", None))
-
-
-def _is_plain(module: nn.Module, weight: object) -> bool:
-    return (
-        type(weight) in _PLAIN
-        and "forward" not in module.__dict__  # as accelerate's offloading leaves it
-        and not _has_hooks(module)
-    )
-
-
-def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
-
-    Args:
-        base: the layer. purpose: opens the message of an error.
-        fan_in_fan_out: the layer stores its weight as ``(I, O)``.
-
-    Raises:
-        ValueError: the weight is not a floating matrix: a quantised one, say.
-    """
-    dense = dense_parameters(base)
-    if dense is not None:
-        return dense
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        return (weight.t() if fan_in_fan_out else weight), bias
-    found = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
-    raise ValueError(
-        f"{purpose}: expected a base layer with a floating (O, I) weight to read, "
-        f"found {type(base).__name__} with {found}"
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module_globals._global_forward_hooks
-        or module_globals._global_forward_pre_hooks
-        or module_globals._global_backward_hooks
-        or module_globals._global_backward_pre_hooks
-    )

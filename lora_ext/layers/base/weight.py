@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.layers.lora_forward import readable_weight
+from .dense import readable_weight
 
 #: What holds one factor under PEFT's key: a module with a ``weight``, or the parameter itself.
 Factor = nn.Module | nn.Parameter

@@ -249,10 +249,8 @@ def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tens
         expected = f"None with reference={config.reference!r}"
         require(pairs is None, where, "pairs", expected, f"{len(pairs or ())} pairs")
         return None
-    if not pairs:
-        raise ValueError(
-            f"{where}: pairs: expected pairs of matrices with reference='pairs', found {pairs!r}"
-        )
+    found = None if pairs is None else "none"
+    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", found)
     distances = []
     for i, (x, y) in enumerate(pairs):
         name = f"pairs[{i}]"

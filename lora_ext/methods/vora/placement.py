@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, require
 from lora_ext.layers import Swap, decoder_layers, is_adapted, matches_suffix
 from lora_ext.rows import PoolLayer
 
@@ -69,9 +69,7 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
 
     Source: arXiv 2503.20680.
     """
-    if not isinstance(config, VoraConfig):
-        found = type(config).__name__
-        raise TypeError(f"vora.apply: config: expected a VoraConfig, found {found}")
+    instance("vora.apply", "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
     if state is not None and not state.merged:
         raise RuntimeError(
