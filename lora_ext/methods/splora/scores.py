@@ -249,8 +249,10 @@ def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tens
         expected = f"None with reference={config.reference!r}"
         require(pairs is None, where, "pairs", expected, f"{len(pairs or ())} pairs")
         return None
-    found = None if pairs is None else "none"
-    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", found)
+    if not pairs:
+        raise ValueError(
+            f"{where}: pairs: expected pairs of matrices with reference='pairs', found {pairs!r}"
+        )
     distances = []
     for i, (x, y) in enumerate(pairs):
         name = f"pairs[{i}]"
