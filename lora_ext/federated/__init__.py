@@ -8,22 +8,19 @@ import importlib
 from typing import Any
 
 from .aggregation import Aggregate, aggregate
-from .batched import BatchedClients
-from .batches import logits_of as logits_of
-from .batches import merged as merged
-from .clients import ClientSpec
-from .keys import PATTERN as PATTERN
-from .keys import LayerNotFound
-from .keys import check_layers as check_layers
-from .keys import layer_pairs as layer_pairs
+from .batched import BatchedClients, ClientSpec, UnsupportedModule
+from .batched import logits_of as logits_of
+from .batched import merged as merged
 from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog
 from .masked import aggregate_masked, masked_payload
 from .partition import partition_dirichlet, partition_pathological
 from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
-from .plan import LayerPlan
-from .supported import UnsupportedModule
-from .update import Client as Client
+from .plan import PATTERN as PATTERN
+from .plan import Client as Client
+from .plan import LayerNotFound, LayerPlan
+from .plan import check_layers as check_layers
+from .plan import layer_pairs as layer_pairs
 from .update import Update
 
 __all__ = [

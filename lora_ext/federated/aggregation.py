@@ -11,15 +11,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, integer, number, require
 from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
 
-from .keys import PATTERN, Pair, layer_pairs
 from .means import PairPart, Part, by_norm, mean_of, noise_of, normalised, stack_of
+from .plan import PATTERN, Pair, layer_pairs
 from .update import Client, NanPolicy, Reply, Rules, Update, Upload, accept
 
 RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
 WHERE = "aggregate"
+_POSITIVE = "a finite number above 0"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,13 @@ def aggregate(
     "stack".
     """
     check_settings(
-        rank_agg, upload, weighted_by, server_lr, nan_policy, max_update_norm, min_replies
+        rank_agg=rank_agg,
+        upload=upload,
+        weighted_by=weighted_by,
+        nan_policy=nan_policy,
+        server_lr=server_lr,
+        max_update_norm=max_update_norm,
+        min_replies=min_replies,
     )
     pairs = layer_pairs(f"{WHERE}: state", state, pattern)
     for key in shared:
@@ -296,28 +303,22 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
 
 
 def check_settings(
+    *,
     rank_agg: Any,
     upload: Any,
     weighted_by: Any,
-    server_lr: Any,
     nan_policy: Any,
+    server_lr: Any,
     max_update_norm: Any,
     min_replies: Any,
+    **_: Any,
 ) -> None:
     """Check the arguments of :func:`aggregate` of these names, which raises for them."""
-    choices = {
-        "rank_agg": (rank_agg, get_args(RankAgg)),
-        "upload": (upload, get_args(Upload)),
-        "weighted_by": (weighted_by, ("num-examples", None)),
-        "nan_policy": (nan_policy, get_args(NanPolicy)),
-    }
-    for name, (value, allowed) in choices.items():
-        require(value in allowed, WHERE, name, f"one of {allowed}", repr(value))
-    for name, value in {"server_lr": server_lr, "max_update_norm": max_update_norm}.items():
-        if name == "max_update_norm" and value is None:
-            continue
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        holds = real and math.isfinite(value) and value > 0
-        require(holds, WHERE, name, "a finite number above 0", repr(value))
-    least = isinstance(min_replies, int) and not isinstance(min_replies, bool) and min_replies > 0
-    require(least, WHERE, "min_replies", "an integer from 1", repr(min_replies))
+    choice(WHERE, "rank_agg", rank_agg, get_args(RankAgg))
+    choice(WHERE, "upload", upload, get_args(Upload))
+    choice(WHERE, "weighted_by", weighted_by, ("num-examples", None))
+    choice(WHERE, "nan_policy", nan_policy, get_args(NanPolicy))
+    number(WHERE, "server_lr", server_lr, above=0, expected=_POSITIVE)
+    if max_update_norm is not None:
+        number(WHERE, "max_update_norm", max_update_norm, above=0, expected=_POSITIVE)
+    integer(WHERE, "min_replies", min_replies, 1)

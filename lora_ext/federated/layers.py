@@ -14,8 +14,7 @@ from lora_ext._checks import instance, require
 from lora_ext.adapter import PREFIX, Key, parse_key
 from lora_ext.layers import LayerGroups, adapted_layers, adapter_parameters, block_name
 
-from .keys import PATTERN, LayerNotFound, Pair, check_layers, layer_pairs
-from .plan import LayerPlan
+from .plan import PATTERN, LayerNotFound, LayerPlan, Pair, check_layers, layer_pairs
 
 Mode = Literal["train", "eval"]
 Others = Literal["frozen", "disabled"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_ext._checks import number, require
 
-from .keys import PATTERN, Pair, layer_pairs
+from .plan import PATTERN, Pair, layer_pairs
 from .update import Rules, Update, Upload, accept
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .keys import PATTERN, Pair, layer_pairs
-from .plan import LayerPlan
+from .plan import PATTERN, LayerPlan, Pair, layer_pairs
 
 Manifest = dict[str, list[str] | list[int]]
 

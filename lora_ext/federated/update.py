@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .keys import Pair
-from .plan import LayerPlan
+from .plan import Client, LayerPlan, Pair
 
-Client = int | str
 Upload = Literal["delta", "value"]
 NanPolicy = Literal["drop_client", "drop_tensor", "raise"]
 

@@ -21,7 +21,7 @@ from federated_rounds import same_bits
 from torch import Tensor, nn
 
 from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager
-from lora_ext.federated.seeds import client_seed, step_seeds
+from lora_ext.federated.batched import client_seed, step_seeds
 from lora_ext.nn import adapted_layers
 
 PLANS = [LayerPlan((2,)), LayerPlan((0, 2), (3, 2)), LayerPlan((1,)), LayerPlan((0, 1, 2))]

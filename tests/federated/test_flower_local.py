@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from lora_ext import federated
 from lora_ext.federated import (
+    PATTERN,
     BatchedClients,
     ClientSpec,
     LayerPlan,
@@ -32,7 +33,6 @@ from lora_ext.federated import (
 from lora_ext.federated.flower import from_arrays, to_arrays
 from lora_ext.federated.flower import model as model_of_apps
 from lora_ext.federated.flower.model import Model
-from lora_ext.federated.keys import PATTERN
 
 ROOT = Path(__file__).parents[2]
 CAPABILITY = {0: 1, 1: 2, 2: 3}

@@ -13,8 +13,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.federated.batches import rows_in
-from lora_ext.federated.keys import PATTERN
+from lora_ext.federated.batched import rows_in
+from lora_ext.federated.plan import PATTERN
 
 from .batched_app import in_one_batch
 from .model import Model, SharedTensors, check_scaling

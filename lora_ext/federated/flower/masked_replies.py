@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lora_ext._checks import require
 from lora_ext.federated import Aggregate, Update, aggregate_masked
-from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.masked import masked_shapes, weights_key
+from lora_ext.federated.plan import layer_pairs
 from lora_ext.federated.update import Client, Rejected, same, weight_of
 
 

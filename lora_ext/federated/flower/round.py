@@ -60,6 +60,17 @@ class Sending:
     max_update_norm: float | None
     scaling: float | None
 
+    @classmethod
+    def of(cls, rules: Mapping[str, Any], scaling: Any, **own: Any) -> Sending:
+        """What goes beside the arguments of :func:`lora_ext.federated.aggregate`, ``rules``.
+
+        Args:
+            scaling: as the strategy got it; only one number can be told to clients.
+        """
+        shown = {name: rules[name] for name in ("pattern", "shared", "upload", "max_update_norm")}
+        scaling = scaling if isinstance(scaling, int | float) else None
+        return cls(**shown, **own, scaling=scaling, weighted=rules["weighted_by"] is not None)
+
     def settings(self) -> dict[str, Any]:
         """What a client must know of it."""
         found: dict[str, Any] = {

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from lora_ext.federated import LayerPlan
-from lora_ext.federated.keys import PATTERN
+from lora_ext.federated.plan import PATTERN
 
 from .model import Model, SharedTensors
 from .records import from_arrays, to_arrays

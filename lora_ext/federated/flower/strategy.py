@@ -23,11 +23,10 @@ from lora_ext.federated import (
     aggregate,
 )
 from lora_ext.federated.aggregation import RankAgg, check_settings
-from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
+from lora_ext.federated.plan import PATTERN, Allocator, check_layers, layer_pairs
 from lora_ext.federated.update import Client, NanPolicy, Upload
 
 from . import records
-from .allocator import Allocator
 from .masked_replies import aggregate_replies
 from .nodes import Capability, Nodes, connected, drawn
 from .round import Round, Sending
@@ -35,6 +34,13 @@ from .round import Round, Sending
 WHERE = "LoraStrategy"
 Payload = Literal["sliced", "dense_masked"]
 
+_OWN = {"arrayrecord_key": records.LORA, "configrecord_key": records.CONFIG}
+_LEAST = {
+    "min_train_nodes": 1,
+    "min_available_nodes": 1,
+    "train_metrics_aggr_fn": records.mean_metrics,
+    "evaluate_metrics_aggr_fn": records.mean_metrics,
+}
 _log = logging.getLogger("flwr")
 
 
@@ -107,43 +113,15 @@ class LoraStrategy(FedAvg):
         on_reject: Callable[[int, Client, str], None] | None = None,
         **fedavg: Any,
     ):
-        own = {"arrayrecord_key": records.LORA, "configrecord_key": records.CONFIG}
-        least = {
-            "min_train_nodes": 1,
-            "min_available_nodes": 1,
-            "train_metrics_aggr_fn": records.mean_metrics,
-            "evaluate_metrics_aggr_fn": records.mean_metrics,
-        }
-        super().__init__(**{**least, **fedavg, **own})
+        super().__init__(**{**_LEAST, **fedavg, **_OWN})
         if "fraction_evaluate" not in fedavg:
             self.fraction_evaluate, self.min_evaluate_nodes = 0.0, 0
         fraction = self.fraction_train
         require(0 < fraction <= 1, WHERE, "fraction_train", "above 0, up to 1", fraction)
-        integer(WHERE, "seed", seed, 0)
-        check_settings(
-            rank_agg, upload, weighted_by, server_lr, nan_policy, max_update_norm, min_replies
-        )
-        require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
-        require(payload in get_args(Payload), WHERE, "payload", get_args(Payload), repr(payload))
-        if payload == "dense_masked":
-            require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
-            require(not shared, WHERE, "shared", "none where masked", [*shared])
+        self.seed = integer(WHERE, "seed", seed, 0)
         self.allocator = allocator
         self.on_reject = on_reject
-        self.seed = seed
         self.shared = tuple(shared)
-        self._sending = Sending(
-            pattern=pattern,
-            shared=self.shared,
-            upload=upload,
-            send_frozen=send_frozen,
-            pack=pack,
-            seed=seed,
-            payload=payload,
-            weighted=weighted_by is not None,
-            max_update_norm=max_update_norm,
-            scaling=scaling if isinstance(scaling, int | float) else None,
-        )
         self._rules: dict[str, Any] = {
             "rank_agg": rank_agg,
             "upload": upload,
@@ -157,6 +135,9 @@ class LoraStrategy(FedAvg):
             "pattern": pattern,
             "shared": self.shared,
         }
+        _check_rules(self._rules, payload)
+        own = {"send_frozen": send_frozen, "pack": pack, "payload": payload, "seed": self.seed}
+        self._sending = Sending.of(self._rules, scaling, **own)
         self.comm = CommLog()
         self.history: list[RoundLog] = []
         self.round = 0
@@ -395,3 +376,13 @@ class LoraStrategy(FedAvg):
         rejected = {c: why for c, why in reasons.items() if c not in result.accepted}
         self.history.append(dataclasses.replace(entry, rejected=rejected))
         self.round = number
+
+
+def _check_rules(rules: Mapping[str, Any], payload: Any) -> None:
+    check_settings(**rules)
+    rank_agg, shared = rules["rank_agg"], [*rules["shared"]]
+    require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
+    require(payload in get_args(Payload), WHERE, "payload", get_args(Payload), repr(payload))
+    if payload == "dense_masked":
+        require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
+        require(not shared, WHERE, "shared", "none where masked", shared)

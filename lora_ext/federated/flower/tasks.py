@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lora_ext._checks import integer, number, require
 from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
-from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.layers import Others
+from lora_ext.federated.plan import layer_pairs
 
 from . import records
 from .nodes import CAPABILITY, NODE, PARTITION

@@ -21,20 +21,23 @@ from lora_ext.adapter import PREFIX
 from lora_ext.layers import Swap, adapted_layers, block_index, block_name
 from lora_ext.rows import layouts
 
+from ..layers import Others
+from ..payload import shapes_of
+from ..plan import PATTERN, Client, LayerPlan, Pair, layer_pairs
+from ..update import Update
 from .banks import Bank, ClientsAdamW, SharedBank
-from .batches import logits_of, merged, own_outputs
-from .client_layers import BatchRows, ClientsLayer
-from .clients import ClientRound, ClientSpec
-from .keys import PATTERN, Pair, layer_pairs
-from .layers import Others
-from .losses import LossFn, cross_entropies, own_losses
-from .payload import shapes_of
-from .plan import LayerPlan
-from .seeds import step_seeds
+from .batches import LossFn, cross_entropies, logits_of, merged, own_losses, own_outputs
+from .client_layers import (
+    WHERE,
+    BatchRows,
+    ClientsLayer,
+    UnsupportedModule,
+    check_model,
+    dropout_of,
+)
+from .clients import ClientRound, ClientSpec, step_seeds
 from .shared import SharedModules, shared_names, start_of
 from .staircase import Staircase, Unfit
-from .supported import WHERE, UnsupportedModule, check_model, dropout_of
-from .update import Client, Update
 
 
 class BatchedClients:
@@ -225,7 +228,7 @@ class BatchedClients:
         output, stairs = self._forward(inputs, batches, stairs, lowest, rows)
         logits = logits_of(output, segments, WHERE)
         if self.loss_fn is None:
-            losses = cross_entropies(logits, batches, segments, rows, WHERE)
+            losses = cross_entropies(logits, batches, segments, rows.owners(logits.device), WHERE)
         else:
             losses = own_losses(self.loss_fn, own_outputs(logits, segments), batches, WHERE)
         values = losses.values.tolist()

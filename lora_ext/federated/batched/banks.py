@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..plan import Pair
 from .clients import ClientRound, ClientSpec
-from .keys import Pair
 
 _CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 

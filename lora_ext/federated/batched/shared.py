@@ -21,8 +21,7 @@ from lora_ext.adapter import parse_key
 from lora_ext.layers import block_index
 
 from .banks import SharedBank
-from .client_layers import BatchRows
-from .supported import WHERE, supported
+from .client_layers import WHERE, BatchRows, supported
 
 
 def shared_names(

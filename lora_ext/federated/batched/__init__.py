@@ -1,0 +1,17 @@
+"""Many clients trained as the rows of one batch, on one base model."""
+
+from .batches import logits_of, merged, rows_in
+from .client_layers import UnsupportedModule
+from .clients import ClientSpec, client_seed, step_seeds
+from .training import BatchedClients
+
+__all__ = [
+    "BatchedClients",
+    "ClientSpec",
+    "UnsupportedModule",
+    "client_seed",
+    "logits_of",
+    "merged",
+    "rows_in",
+    "step_seeds",
+]
