@@ -52,7 +52,7 @@ def dora_forward(
     Args:
         x: ``(..., I)``.
         base: maps ``(..., I)`` to ``(..., O)``.
-        dense: :func:`lora_ext.layers.lora_forward.readable_weight` of ``base``.
+        dense: :func:`lora_ext.layers.readable_weight` of ``base``.
         adapters: as :func:`lora_forward`.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.
