@@ -33,7 +33,7 @@ class WrongKind(TypeError, ValueError):
 
 
 def require(
-    holds: bool,
+    holds: object,
     where: str,
     argument: str,
     expected: object,

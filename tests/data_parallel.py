@@ -15,16 +15,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-_DEEPSPEED = pytest.mark.skipif(
+needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
 WAYS = [
     "ddp",
     "fsdp2",
-    pytest.param("zero2", marks=_DEEPSPEED),
-    pytest.param("zero3", marks=_DEEPSPEED),
+    pytest.param("zero2", marks=needs_deepspeed),
+    pytest.param("zero3", marks=needs_deepspeed),
 ]
+WAYS_WITHOUT_ZERO3 = WAYS[:3]
 STEPS, RATE = 2, 0.5
+# DeepSpeed keeps what it optimizes in float32, whose sums lie 1e-6 to 1e-5 apart after two steps;
+# gradients of other adapters in the sum put it off by more than 0.1.
+BOUND = {"zero2": 1e-4, "zero3": 1e-4}
 
 LossOf = Callable[[nn.Module], Tensor]
 
@@ -71,6 +75,7 @@ def _by_deepspeed(
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # which is 1 otherwise
         "zero_optimization": {
             "stage": stage,
             "stage3_param_persistence_threshold": 0,  # small parameters would not be partitioned

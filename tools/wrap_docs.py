@@ -20,45 +20,42 @@ _WHOLE = re.compile(r"^ *(#|\||!\[|<|:::|---+$|===+$|\[[^\]]+\]: )")
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
     """The lines that are wrapped, with their numbers."""
-    fence = ""
-    for number, line in enumerate(text.split("\n"), 1):
-        mark = _FENCE.match(line)
-        if mark and (not fence or mark[1].startswith(fence)):
-            fence = "" if fence else mark[1]
-        elif not fence and not _WHOLE.match(line):
+    for number, (line, wraps) in enumerate(_lines(text), 1):
+        if wraps:
             yield number, line
+
+
+def _lines(text: str) -> Iterator[tuple[str, bool]]:
+    """Every line, and whether it is prose."""
+    fence, before, in_list = "", "", False
+    for line in text.split("\n"):
+        mark = _FENCE.match(line)
+        if fence or mark:
+            yield line, False
+            if mark and (not fence or mark[1].startswith(fence)):
+                fence = "" if fence else mark[1]
+        else:
+            in_list = bool(_ITEM.match(line)) or (in_list and (not line or line[0] == " "))
+            code = line.startswith("    ") and not in_list and not before
+            yield line, bool(line.strip()) and not code and not _WHOLE.match(line)
+            if code:
+                continue  # and so is the next line that is indented as far
+        before = line.strip()
 
 
 def wrapped(text: str) -> str:
     """The text with its paragraphs and items wrapped."""
     out: list[str] = []
     paragraph: list[str] = []
-    fence = ""
-
-    def flush() -> None:
-        if paragraph:
+    for line, wraps in _lines(text):
+        if paragraph and (not wraps or _ITEM.match(line)):
             out.extend(_wrap(paragraph))
-            paragraph.clear()
-
-    for line in text.split("\n"):
-        mark = _FENCE.match(line)
-        if fence or mark:
-            flush()
-            if mark and not fence:
-                fence = mark[1]
-            elif mark and mark[1].startswith(fence):
-                fence = ""
-            out.append(line)
-        elif not line.strip() or _WHOLE.match(line) or line.startswith("    options:"):
-            flush()
-            out.append(line)
-        elif _ITEM.match(line):
-            flush()
+            paragraph = []
+        if wraps:
             paragraph.append(line)
         else:
-            paragraph.append(line)
-    flush()
-    return "\n".join(out)
+            out.append(line)
+    return "\n".join([*out, *(_wrap(paragraph) if paragraph else [])])
 
 
 def _wrap(lines: list[str]) -> list[str]:

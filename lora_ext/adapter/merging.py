@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .base_models import BaseModels
-from .config import longer_than
+from lora_ext._checks import require
+
+from .config import BaseModels, longer_than
 from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter, same_values
@@ -69,14 +70,10 @@ def merge_adapters(
     if isinstance(adapters, str | os.PathLike | Mapping):
         raise TypeError(f"{where}: adapters: expected a list of adapters, found {adapters!r:.200}")
     values = {f"adapters[{i}]": LoraAdapter.of(each) for i, each in enumerate(adapters)}
-    if not values:
-        raise ValueError(f"{where}: adapters: expected at least one, found none")
+    require(values, where, "adapters", "at least one", "none")
     weights = list(weights)
-    if len(weights) != len(values):
-        raise ValueError(
-            f"{where}: weights: expected one for each of {len(values)} adapters, found "
-            f"{len(weights)}"
-        )
+    expected = f"one for each of {len(values)} adapters"
+    require(len(weights) == len(values), where, "weights", expected, len(weights))
     if mode not in get_args(MergeMode):
         raise ValueError(f"{where}: mode: expected one of {get_args(MergeMode)}, found {mode!r}")
     weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]

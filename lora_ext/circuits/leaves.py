@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext.circuits._sums import sums_at
-from lora_ext.circuits.errors import require
+from lora_ext.circuits.scopes import require
 from lora_ext.reference import log_softmax
 
 Table = dict[str, Tensor]

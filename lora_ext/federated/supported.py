@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.layers import adapted_layers, block_index
 
 WHERE = "BatchedClients"
@@ -67,5 +68,4 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
 
 def supported(holds: bool, name: str, expected: object, found: object) -> None:
     """Raise :class:`UnsupportedModule` where that does not hold of a module or parameter."""
-    if not holds:
-        raise UnsupportedModule(f"{WHERE}: {name}: expected {expected}, found {found}")
+    require(holds, WHERE, name, expected, found, UnsupportedModule)

@@ -27,12 +27,7 @@ from .init import FREE, init_lora_, known_scheme
 from .labels import IGNORE, shift_labels
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
-from .lora_forward import (
-    LoraFactors,
-    autocast_dtype,
-    lora_forward,
-    lora_update,
-)
+from .lora_forward import LoraFactors, autocast_dtype, lora_forward, lora_update
 from .lora_layer import LoraLayer
 from .lora_linear import LoraLinear
 from .model.adapted import (

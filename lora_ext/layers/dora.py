@@ -118,6 +118,11 @@ def _in_order(
 
 
 def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
+    if weight.dim() != 2:
+        raise NotImplementedError(
+            f"dora_forward: base: expected a weight (O, I), found one of {list(weight.shape)}, as "
+            "DeepSpeed's ZeRO-3 leaves it behind the base's forward: train under ZeRO-2 or FSDP2"
+        )
     if norm is None:
         norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
     return magnitude / norm.to(magnitude.dtype)

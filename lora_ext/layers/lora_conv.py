@@ -116,9 +116,9 @@ class _OnPatches:
 
     def __call__(self, patches: Tensor) -> Tensor:
         """``(..., C k k)`` to ``(..., O)``, through the module itself, one patch an image."""
-        weight = self.conv.weight
-        images = patches.reshape(-1, *weight.shape[1:])
-        return self.conv(images).view(*patches.shape[:-1], weight.shape[0])
+        # Not by the weight's shape: ZeRO-3 leaves none of it but inside the forward.
+        images = patches.reshape(-1, self.conv.in_channels, *self.conv.kernel_size)
+        return self.conv(images).view(*patches.shape[:-1], self.conv.out_channels)
 
 
 def _patches(images: Tensor, grid: list[int], kernel: tuple[int, ...]) -> Tensor:

@@ -15,18 +15,20 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._torch import AUTOCASTS
-from lora_ext.layers.base.dense import BaseLayer, DenseParameters, dense_parameters
-from lora_ext.layers.base.packed_linear import PackedLinear
 from lora_ext.rows import (
     Rows,
     all_rows,
     constant,
+    keep,
     rows_of,
     scales,
     several_processes,
     subset,
     together,
 )
+
+from .base.dense import BaseLayer, DenseParameters, dense_parameters
+from .base.packed_linear import PackedLinear
 
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
@@ -106,9 +108,14 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     """:func:`_forward` of the commonest case, without what only the others need: at decode its
     Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
-    ids, plan = all_rows(x2d.shape[0], x.device)
     a, b, scaling, p, _, own_seed = f
-    scale = scales((scaling,), x.device)
+    num_rows, device = x2d.shape[0], x.device
+    if isinstance(scaling, Tensor):
+        (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)
+    else:
+        ids, plan, scale = keep(
+            (_scaled_rows, num_rows, scaling), device, _scaled_rows, num_rows, scaling, device
+        )
     fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     y = None
     if isinstance(base, PackedLinear) and fixed and not p:
@@ -116,9 +123,15 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     if y is not None:
         ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
     else:
-        seed = _seed((own_seed,), x.device) if p else None
+        seed = _seed((own_seed,), device) if p else None
         y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _scaled_rows(
+    num_rows: int, scaling: float, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return *all_rows(num_rows, device), scales((scaling,), device)
 
 
 def lora_update(

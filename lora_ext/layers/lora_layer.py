@@ -343,7 +343,7 @@ class LoraLayer(Participants):
         return found
 
     def _dropout_of(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
+        dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 

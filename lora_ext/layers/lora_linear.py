@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext._torch import parameter
 from lora_ext.layers.base.weight import LinearWeight
 from lora_ext.rows import Names
 
@@ -79,14 +80,17 @@ class LoraLinear(LoraLayer):
             ValueError: ids or names that do not fit, or given while adapters are merged.
         """
         names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
+        base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
         if not names:
-            return self.base_layer(x)
+            return base(x)
+        if len(names) == 1 and not self.use_dora[names[0]]:
+            return lora_forward(x, base, (self.factors(names[0]),), rows)
         factors = [self.factors(name) for name in names]
         if any(self.use_dora[name] for name in names):
             magnitudes = [self._magnitude(n) if self.use_dora[n] else None for n in names]
             dense = self.base_weight.matrix(), self.bias
-            return dora_forward(x, self.base_layer, dense, factors, magnitudes, rows)
-        return lora_forward(x, self.base_layer, factors, rows)
+            return dora_forward(x, base, dense, factors, magnitudes, rows)
+        return lora_forward(x, base, factors, rows)
 
     def factors(self, adapter_name: str) -> LoraFactors:
         """An adapter as :func:`lora_forward` takes it."""
@@ -102,6 +106,7 @@ class LoraLinear(LoraLayer):
         return LinearWeight(self.base_layer, self.fan_in_fan_out)
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Of every forward: without asking the base weight where the factors are.
-        lora_b = self.lora_B[name]
-        return self.lora_A[name].weight, lora_b.weight, lora_b.bias  # pyright: ignore[reportReturnType]
+        # Of every forward: without asking the base weight where the factors are, and without
+        # nn.Module's lookups, which would take as long as the op.
+        a, b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # pyright: ignore[reportOptionalMemberAccess]
+        return parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")  # pyright: ignore[reportArgumentType]

@@ -76,7 +76,12 @@ def _fake_table_backward(de: Tensor, table: Tensor, *_: Any) -> Tensor:
 
 
 def circuit_layers(
-    leaf: Tensor, w: Tensor, program: Program, norm: str = "logits", semiring: str = "sum"
+    leaf: Tensor,
+    w: Tensor,
+    program: Program,
+    norm: str = "logits",
+    semiring: str = "sum",
+    precision: str = "fp32",
 ) -> Tensor:
     """Log-values of all units of a circuit, from those of its leaves.
 
@@ -91,6 +96,8 @@ def circuit_layers(
         norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
             are.
         semiring: ``"max"`` takes the largest term in place of their sum, and passes over NaN.
+        precision: of sums of at most 256 terms on CUDA, as :func:`log_einsum_exp` takes it; the
+            CPU and ``"max"`` know ``"fp32"`` alone.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
@@ -99,7 +106,9 @@ def circuit_layers(
         ValueError: if a shape, dtype, device or name disagrees or, on the CPU, the program does not
             hold together.
     """
-    return _c.circuit_layers.default(leaf, w, program.numbers, program.plan, norm, semiring)
+    return _c.circuit_layers.default(
+        leaf, w, program.numbers, program.plan, norm, semiring, precision
+    )
 
 
 @fake("circuit_layers")

@@ -14,7 +14,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is a
     kernel for it, autocast is ignored."""
     if compiles():  # a graph cannot follow groups whose sizes are known only when it runs
-        return torch.ops.lora_ext.experts_mm(x, weight, ends)
+        return _experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -44,13 +44,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]
     x, weight, ends = ctx.saved_tensors
     of_x, of_weight, _ = ctx.needs_input_grad
     return (
-        torch.ops.lora_ext.experts_mm(dy, weight.mT, ends) if of_x else None,
+        _experts_mm(dy, weight.mT, ends) if of_x else None,
         _grouped_outer(x, dy, ends) if of_weight else None,
         None,
     )
 
 
-traced(
+_experts_mm = traced(
     "experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor",
     fake=lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]),
     backward=(_backward, _save),

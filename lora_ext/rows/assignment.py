@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 
 from .rows import Kept, Rows, capturing, constant, repeated
@@ -71,11 +72,8 @@ class Assignment:
         assignment = cls.of_entries(flat, shape)
         if token_ids is None:
             return assignment
-        if len(shape) > 1:
-            raise ValueError(
-                "adapters: names: expected one list of names beside token_ids, found a list of "
-                "lists"
-            )
+        expected = "one list of names beside token_ids"
+        require(len(shape) <= 1, "adapters", "names", expected, "a list of lists")
         _check_token_ids(token_ids, len(flat))
         with torch.inference_mode(False), torch.no_grad():
             # A copy: the caller may fill the next batch in before the backward of this one.
@@ -344,13 +342,9 @@ def _check_token_ids(token_ids: Tensor, named: int) -> None:
         raise ValueError(
             f"adapters: token_ids: expected a tensor of integers, found {type(token_ids).__name__}"
         )
-    if token_ids.dtype not in _INTEGERS:
-        raise ValueError(f"adapters: token_ids: expected integers, found {token_ids.dtype}")
-    if token_ids.dim() == 0:
-        raise ValueError(
-            "adapters: token_ids: expected the activations' shape without features, (B, T) or "
-            "(rows,), found a single number"
-        )
+    require(token_ids.dtype in _INTEGERS, "adapters", "token_ids", "integers", token_ids.dtype)
+    expected = "the activations' shape without features, (B, T) or (rows,)"
+    require(token_ids.dim() != 0, "adapters", "token_ids", expected, "a single number")
     if token_ids.numel():
         low, high = (int(v) for v in token_ids.aminmax())
         if low < -1 or high >= named:

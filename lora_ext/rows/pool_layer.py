@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_ext._checks import require
+
 from .assignment import TokensFirstError
 from .attachment import Pool, pool_handle
 from .context import of_call
@@ -64,10 +66,8 @@ class PoolLayer(nn.Module):
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__()
-        if name not in pool.modules:
-            raise ValueError(
-                f"{type(self).__name__}: name: expected a module of the pool, found {name!r}"
-            )
+        expected = "a module of the pool"
+        require(name in pool.modules, type(self).__name__, "name", expected, repr(name))
         slab = pool.modules[name]
         found = _features(base)
         if found is not None and found != (slab.in_features, slab.out_features):

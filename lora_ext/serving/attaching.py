@@ -225,8 +225,7 @@ def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    if not name:
-        raise ValueError("attach: pool: expected a module inside the model, found the model itself")
+    require(name, "attach", "pool", "a module inside the model", "the model itself")
     module = find_module(model, name)
     if module is None:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
 
 from .attaching import attach
@@ -120,11 +121,8 @@ class Engine:
                 ids = await asyncio.to_thread(self.encode, messages)
             room = self.context - len(ids)
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
-            if new > room:
-                raise ValueError(
-                    f"begin: max_new_tokens: expected at most {self.context} tokens of prompt and "
-                    f"answer, found {len(ids)} and {new}"
-                )
+            expected = f"at most {self.context} tokens of prompt and answer"
+            require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "ended": self._count}
             for left in reversed(range(_TRIES)):
                 if adapter_name is not None and adapter_name not in self.pool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lora_ext._checks import check_fields, within
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        t, p, seed = self.temperature, self.top_p, self.seed
-        if not (isinstance(t, numbers.Real) and 0 <= t < float("inf")):
-            raise ValueError(f"Sampling: temperature: expected a number from 0, found {t!r}")
-        if not (isinstance(p, numbers.Real) and 0 < p <= 1):
-            raise ValueError(f"Sampling: top_p: expected a number in (0, 1], found {p!r}")
-        if seed is not None and not (isinstance(seed, int) and -(1 << 63) <= seed < 1 << 63):
-            raise ValueError(
-                f"Sampling: seed: expected None or an integer of 64 bits, found {seed!r}"
-            )
+        seed = within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits")
+        top_p = within(above=0, maximum=1)
+        check_fields(self, {"temperature": within(0), "top_p": top_p, "seed": seed})
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A new one of the seed."""

@@ -20,7 +20,7 @@ ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {
     str(page.relative_to(ROOT)): blocks
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in ALL
     if (blocks := _BLOCK.findall(page.read_text()))
 }
 
@@ -58,13 +58,16 @@ def test_code_of_the_page_runs(page: str) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
-    listed = set(re.findall(r"\]\(([\w]+\.md)", index))
-    assert listed == {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    listed = set(re.findall(r"\]\(((?:notes/)?\w+\.md)", index))
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/notes").glob("*.md")]
+    assert listed == {p.relative_to(ROOT / "docs").as_posix() for p in pages} - {"index.md"}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in ALL])
 def test_links_of_the_page_lead_somewhere(page: str) -> None:
     prose = re.sub(
         r"^ *```.*?^ *```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
@@ -83,11 +86,13 @@ def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
 def test_wrapping_changes_line_breaks_alone() -> None:
     words = "a word " * 30
     table, code = f"| {words} |", f"```\n{words}\n```"
-    text = f"# {words}\n\n* {words}\n  {words}\n\n{table}\n\n{code}\n{words} `{words}`\n"
+    formula = f"    y = {words}\n\n        x = {words}\n"
+    text = f"# {words}\n\n* {words}\n  {words}\n\n{table}\n\n{code}\n\n{words}\n\n{formula}"
     new = wrapped(text)
     assert new.split() == text.split() and wrapped(new) == new
     lines = new.splitlines()
-    assert lines[0] == f"# {words}" and f"| {words} |" in lines and words in lines
+    assert lines[0] == f"# {words}" and table in lines and words in lines
+    assert new.endswith(formula)
     assert max(len(line) for _, line in prose(new)) <= WIDTH
     assert [line[:2] for line in lines[2:5]] == ["* ", "  ", "  "]
 

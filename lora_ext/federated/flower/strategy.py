@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 from lora_ext.federated import (
     Aggregate,
     CommLog,
@@ -119,8 +119,7 @@ class LoraStrategy(FedAvg):
             self.fraction_evaluate, self.min_evaluate_nodes = 0.0, 0
         fraction = self.fraction_train
         require(0 < fraction <= 1, WHERE, "fraction_train", "above 0, up to 1", fraction)
-        whole = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-        require(whole, WHERE, "seed", "an integer from 0", repr(seed))
+        integer(WHERE, "seed", seed, 0)
         check_settings(
             rank_agg, upload, weighted_by, server_lr, nan_policy, max_update_norm, min_replies
         )

@@ -20,7 +20,7 @@ from flwr.app import (
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, number, require
 from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
 from lora_ext.federated.keys import layer_pairs
 from lora_ext.federated.layers import Others
@@ -57,11 +57,8 @@ class Settings:
         """
         found: dict[str, float] = {}
         for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
-            value = config.get(name, default)
-            real = isinstance(value, int | float) and not isinstance(value, bool)
-            holds = real and 0 <= value < float("inf")
-            require(holds, "message", name, "a finite number from 0", f"{value!r:.50}")
-            found[name] = value
+            value, expected = config.get(name, default), "a finite number from 0"
+            found[name] = number("message", name, value, 0, expected=expected)
         epochs, seed = _integer({"epochs": found["epochs"]}, "epochs"), _integer(config, "seed")
         return cls(found["lr"], found["weight-decay"], epochs, seed)
 
@@ -230,9 +227,7 @@ def failed(message: Message, error: Exception) -> Message:
 
 
 def _integer(config: Mapping[str, Any], name: str) -> int:
-    found = config.get(name)
-    require(type(found) is int, "message", name, "an integer", f"{found!r:.50}")
-    return cast(int, found)
+    return integer("message", name, config.get(name))
 
 
 def _one_of(config: ConfigRecord, name: str, choices: tuple[str, ...]) -> str:

@@ -142,6 +142,9 @@ class FusedLoraModel(LoraModel):
         refuse_singular("generate_batch", kwargs)
         return self.model.generate_batch(*args, **kwargs)
 
+    def _is_fused(self, name: str) -> bool:
+        return isinstance(self.model.get_submodule(name), Fused)
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
@@ -162,7 +165,10 @@ class FusedLoraModel(LoraModel):
                 if names is not None and training:
                     warn_of_frozen(self.model, assignment_of(names))
                     if several_processes() and torch.is_grad_enabled():
-                        refuse_layers_of_peft(self.model, report(self.model).left)
+                        # A fused layer looks itself: FSDP2 lays its parameters whole only then.
+                        left = report(self.model).left.items()
+                        others = {n: why for n, why in left if not self._is_fused(n)}
+                        refuse_layers_of_peft(self.model, others)
                     stack.enter_context(kept_by_checkpoints(self.model, assignment_of(names)))
                 yield
         finally:

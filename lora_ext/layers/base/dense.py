@@ -1,4 +1,4 @@
-"""The weight and bias of a linear base layer, where it is no more than that."""
+"""The matrix and the bias of a layer that is linear and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Callable
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
+from lora_ext._torch import parameter
+
 from .packed_linear import PackedLinear
+
+_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
+_CONV1D = ("Conv1D", "transformers.pytorch_utils")
 
 #: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
 BaseLayer = nn.Module | Callable[[Tensor], Tensor]
@@ -22,19 +27,23 @@ def dense_parameters(base: BaseLayer) -> DenseParameters | None:
         return disguised(base)
     if not isinstance(base, nn.Module):
         return None
-    if kind is nn.Linear or kind is PackedLinear:
-        weight = base.weight
-    elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        weight = base.weight.t()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    else:
+    straight = kind is nn.Linear or kind is PackedLinear
+    if not straight and (kind.__name__, kind.__module__) != _CONV1D:
         return None
-    return (weight, base.bias) if is_plain(base) else None  # pyright: ignore[reportReturnType]
+    weight = parameter(base, "weight")
+    if not _is_plain(base, weight):
+        return None
+    return weight if straight else weight.t(), parameter(base, "bias")
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
+    return _is_plain(module, getattr(module, "weight", None))
+
+
+def _is_plain(module: nn.Module, weight: object) -> bool:
     return (
-        type(getattr(module, "weight", None)) in (nn.Parameter, Tensor, type(None))  # not quantised
+        type(weight) in _PLAIN
         and "forward" not in module.__dict__  # as accelerate's offloading leaves it
         and not _has_hooks(module)
     )

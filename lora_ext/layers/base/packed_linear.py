@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.rows import PoolLayer
 
@@ -187,8 +188,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
         RuntimeError: one is packed already. The model is unchanged then.
     """
     chosen = dict(_linears(model)) if names is None else _named(model, names)
-    if not chosen:
-        raise ValueError("pack_linears: model: expected a model with linear layers, found none")
+    require(chosen, "pack_linears", "model", "a model with linear layers", "none")
     for name, module in chosen.items():
         _check(name, module)
     shared: dict[int, PackedWeight] = {}
@@ -212,8 +212,7 @@ def unpack_linears(model: Model) -> Model:
             has a class of its own. The model is unchanged then.
     """
     packed = packed_layers(model, "unpack_linears")
-    if not packed:
-        raise RuntimeError("unpack_linears: model: expected one with packed layers, found none")
+    require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
     unpack(packed)
     return model
 
@@ -264,11 +263,8 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     linears = dict(_linears(model))
     chosen: dict[str, nn.Linear] = {}
     for name in names:
-        if name not in linears:
-            raise ValueError(
-                f"pack_linears: names: expected the name of a linear layer of the model, "
-                f"found {name!r}"
-            )
+        expected = "the name of a linear layer of the model"
+        require(name in linears, "pack_linears", "names", expected, repr(name))
         chosen[name] = linears[name]
     return chosen
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext._checks import require
+
 #: The first number of a module's name: that of an expert, or of a part of the block, comes later.
 _FIRST_NUMBER = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?=\.|$)"
 
@@ -84,11 +86,8 @@ def _find(module_name: str, pattern: str | None) -> re.Match[str] | None:
         raise ValueError(
             f"block_index: pattern: expected a regular expression, found {pattern!r}: {error}"
         ) from None
-    if compiled.groups < 1:
-        raise ValueError(
-            "block_index: pattern: expected a group around the index, as in "
-            rf"'layers\.(\d+)\.', found {pattern!r}"
-        )
+    expected = "a group around the index, as in 'layers\\.(\\d+)\\.'"
+    require(compiled.groups >= 1, "block_index", "pattern", expected, repr(pattern))
     match = compiled.search(module_name)
     if match is not None and not (match[1] or "").isdecimal():
         raise ValueError(

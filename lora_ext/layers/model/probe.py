@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext._torch import exactly
 
 from .adapted import adapted_layers
@@ -74,18 +75,15 @@ class LoraProbe:
         every: int = 1,
         track_decomposition: bool = False,
     ):
-        if every < 1:
-            raise ValueError(f"LoraProbe: every: expected at least 1, found {every}")
+        require(every >= 1, "LoraProbe", "every", "at least 1", every)
         self.model = model
         self.adapter = adapter
         self.every = every
         self.track_decomposition = track_decomposition
         self.mask: Tensor | None = None
         self._layers = list(_linear_layers(model, adapter))
-        if not self._layers:
-            raise ValueError(
-                f"LoraProbe: model: expected linear layers with an adapter {adapter!r}, found none"
-            )
+        expected = f"linear layers with an adapter {adapter!r}"
+        require(self._layers, "LoraProbe", "model", expected, "none")
         self._step = -1
         self._records: list[tuple[int, str, dict[str, Tensor]]] = []
         self._before: dict[str, tuple[Tensor, Tensor]] = {}

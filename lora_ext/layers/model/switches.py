@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import require, require_flags
 from lora_ext.layers.lora_layer import LoraLayer
 from lora_ext.rows import layouts
 
@@ -164,11 +164,8 @@ class LayerGroups:
         if not isinstance(values, list) or not all(isinstance(v, bool) for v in values):
             kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(f"LayerGroups: mask: expected bools, found {kind}")
-        if len(values) != len(self):
-            raise ValueError(
-                f"LayerGroups: mask: expected one value for each of the {len(self)} groups, "
-                f"found {len(values)}"
-            )
+        expected = f"one value for each of the {len(self)} groups"
+        require(len(values) == len(self), "LayerGroups", "mask", expected, len(values))
         for names, group, on in zip(self.names, self.layers, values, strict=True):
             for name, layer in zip(names, group, strict=True):
                 _check(layer, self.adapter_name, on, f"LayerGroups: mask: {name}")

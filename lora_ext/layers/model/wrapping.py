@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import require, require_flags
 from lora_ext.layers.base.modules import READS_WEIGHTS, head_names, linear_size
 from lora_ext.layers.lora_conv import LoraConv
 from lora_ext.layers.lora_embedding import LoraEmbedding
@@ -176,11 +176,8 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
         if linear_size(_base(module)) is not None and name != head and name not in uncalled
     )
     found = config.targeted(modules, linear)
-    if not found:
-        raise ValueError(
-            f"wrap: target_modules: expected a module of {type(model).__name__} to match "
-            f"{config.target_modules!r}, found none"
-        )
+    expected = f"a module of {type(model).__name__} to match {config.target_modules!r}"
+    require(found, "wrap", "target_modules", expected, "none")
     for name in sorted(found & uncalled):
         raise NotImplementedError(
             f"wrap: target_modules: expected layers that are called, found {name!r}, whose weight "

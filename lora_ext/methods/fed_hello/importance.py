@@ -90,8 +90,7 @@ def fim_scores(
             samples += rows
             if alone and rows:
                 _add_alone(model, batch, alone, squares, score)
-    if not samples:
-        raise EmptyProxySet(f"{WHERE}: batches: expected at least one sample, found none")
+    require(samples, WHERE, "batches", "at least one sample", "none", EmptyProxySet)
     found = torch.zeros(max(layers.values()) + 1, dtype=torch.float64)
     for parameter, layer in layers.items():
         diagonal = squares[id(parameter)] / samples
@@ -131,11 +130,8 @@ def _scored(
                 pairs.append(_Pair(name, layer, adapter, a, b, layer.scaling[adapter]))
             else:
                 alone += scored
-    if not layers:
-        raise LayerNotFound(
-            f"{WHERE}: layer_of: expected an index for some LoRA tensor of an active adapter of "
-            f"{type(model).__name__}, found none"
-        )
+    expected = f"an index for some LoRA tensor of an active adapter of {type(model).__name__}"
+    require(layers, WHERE, "layer_of", expected, "none", LayerNotFound)
     check_layers(WHERE, set(layers.values()))
     return layers, pairs, alone
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.rows import constant
 
 from .norms import norm_form
@@ -81,14 +82,12 @@ class DepthMixer(nn.Module):
     def __init__(self, norms: Sequence[nn.Module], config: MixerSettings):
         super().__init__()
         k = config.k
-        if len(norms) != k:
-            raise ValueError(f"DepthMixer: norms: expected k = {k} modules, found {len(norms)}")
+        require(len(norms) == k, "DepthMixer", "norms", f"k = {k} modules", len(norms))
         forms = [norm_form(norm, f"DepthMixer: norms: {e}") for e, norm in enumerate(norms)]
         weights: list[Any] = [norm.weight for norm in norms]
         for e in range(k):
             found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
-            if found != wanted:
-                raise ValueError(f"DepthMixer: norms: {e}: expected {wanted}, found {found}")
+            require(found == wanted, "DepthMixer: norms", str(e), wanted, found)
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
@@ -169,15 +168,12 @@ class DepthMixer(nn.Module):
         return logits.softmax(-1)
 
     def _check(self, hiddens: Sequence[Tensor]) -> None:
-        if len(hiddens) != self.config.k:
-            raise ValueError(
-                f"DepthMixer: hiddens: expected k = {self.config.k} tensors, found {len(hiddens)}"
-            )
+        expected = f"k = {self.config.k} tensors"
+        require(len(hiddens) == self.config.k, "DepthMixer", "hiddens", expected, len(hiddens))
         wanted = hiddens[-1].shape, hiddens[-1].dtype, hiddens[-1].device
         for e, hidden in enumerate(hiddens):
             found = hidden.shape, hidden.dtype, hidden.device
-            if found != wanted:
-                raise ValueError(f"DepthMixer: hiddens: {e}: expected {wanted}, found {found}")
+            require(found == wanted, "DepthMixer: hiddens", str(e), wanted, found)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DepthMixer:
         if self.config.share_final_norm:

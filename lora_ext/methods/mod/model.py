@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import instance, require
 from lora_ext.layers import decoder_layers
 
 from .config import InexactMixError, ModConfig
@@ -66,21 +67,17 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     Source: arXiv 2410.13077.
     """
     config = ModConfig() if config is None else config
-    if not isinstance(config, ModConfig):
-        raise TypeError(f"apply: config: expected a ModConfig, found {type(config).__name__}")
+    instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
     if Ensemble.KEY in lm.__dict__:
         raise RuntimeError(
             "apply: model: expected a model without MoD, found one that has it; call "
             "mod.remove(model) first"
         )
-    if hasattr(lm, NAME):
-        raise ValueError(f"apply: model: expected no attribute {NAME!r}, found one")
+    require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
     stack = list(decoder_layers(lm))
-    if config.k > len(stack):
-        raise ValueError(
-            f"apply: k: expected at most the model's {len(stack)} layers, found {config.k}"
-        )
+    expected = f"at most the model's {len(stack)} layers"
+    require(config.k <= len(stack), "apply", "k", expected, config.k)
     softcap = softcap_of(lm)
     if config.backend == "hidden" and softcap is not None and config.k > 1:
         raise InexactMixError(

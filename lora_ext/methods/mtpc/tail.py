@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import LoraLinear, Swap, decoder_layers, linear_size
 from lora_ext.rows import of_call, pool_of
 
@@ -39,10 +40,8 @@ class DraftTail(nn.Module):
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
         super().__init__()
         stack = decoder_layers(model)
-        if not 1 <= num_layers <= len(stack):
-            raise ValueError(
-                f"DraftTail: num_layers: expected 1 to {len(stack)}, found {num_layers}"
-            )
+        expected = f"1 to {len(stack)}"
+        require(1 <= num_layers <= len(stack), "DraftTail", "num_layers", expected, num_layers)
         if pool_of(model) is not None:
             raise ValueError(
                 "DraftTail: model: expected a model that is not attached, found an attached one, "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
 from lora_ext.reference import accumulator
 
 
@@ -47,8 +48,7 @@ class TokenBridge(nn.Module):
     ):
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("width", width)):
-            if size < 1:
-                raise ValueError(f"TokenBridge: {name}: expected at least 1, found {size}")
+            require(size >= 1, "TokenBridge", name, "at least 1", size)
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.hidden_size, self.width = hidden_size, width
         self.read = nn.Linear(2 * hidden_size, 2 * width + hidden_size, bias=False, **options)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .config import SploraConfig
 
 EPS = 1e-12
@@ -52,17 +54,14 @@ def diem(
             f"{tuple(b.shape)}"
         )
     for name, t in (("a", a), ("b", b)):
-        if not bool(torch.isfinite(t).all()):
-            raise ValueError(f"diem: {name}: expected finite values, found NaN or infinity")
+        require(bool(torch.isfinite(t).all()), "diem", name, "finite values", "NaN or infinity")
     width, n = v_max - v_min, a.numel()
-    if not 0 < width < math.inf:
-        raise ValueError(f"diem: v_max: expected a number above v_min={v_min}, found {v_max}")
+    require(0 < width < math.inf, "diem", "v_max", f"a number above v_min={v_min}", v_max)
     if expected is None:
         expected = width * math.sqrt(n / 6) * (1 - 7 / (40 * n))
     if var is None:
         var = width**2 * _UNIFORM_VARIANCE
-    if not 0 < var < math.inf:
-        raise ValueError(f"diem: var: expected a number above 0, found {var}")
+    require(0 < var < math.inf, "diem", "var", "a number above 0", var)
     distance = torch.linalg.vector_norm(a.double() - b.double()).item()
     return width / var * (distance - expected)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .config import Projection, SploraConfig
 
 
@@ -244,5 +246,4 @@ def check_finite(where: str, name: str, t: Tensor) -> None:
         ValueError: naming the tensor.
     """
     for part in t.split(max(1, len(t) // 8)):
-        if not bool(torch.isfinite(part).all()):
-            raise ValueError(f"{where}: {name}: expected finite values, found NaN or infinity")
+        require(bool(torch.isfinite(part).all()), where, name, "finite values", "NaN or infinity")

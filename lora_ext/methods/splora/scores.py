@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.adapter import ModelSource
 
 from .config import SploraConfig
@@ -57,11 +58,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         check_floating(where, name, t)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
-    if projected_b.shape != b.shape:
-        raise ValueError(
-            f"{where}: projected_b: expected the shape of b {tuple(b.shape)}, found "
-            f"{tuple(projected_b.shape)}"
-        )
+    expected = f"the shape of b {tuple(b.shape)}"
+    require(projected_b.shape == b.shape, where, "projected_b", expected, tuple(projected_b.shape))
     for name, t in named:
         check_finite(where, name, t)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
@@ -251,20 +249,15 @@ def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tens
                 f"{len(pairs)} pairs"
             )
         return None
-    if not pairs:
-        raise ValueError(
-            f"{where}: pairs: expected pairs of matrices with reference='pairs', found {pairs!r}"
-        )
+    found = None if pairs is None else "none"
+    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", found)
     distances = []
     for i, (x, y) in enumerate(pairs):
         name = f"pairs[{i}]"
         for t in (x, y):
             check_floating(where, name, t)
             check_finite(where, name, t)
-        if x.shape != y.shape:
-            raise ValueError(
-                f"{where}: {name}: expected matrices of one shape, found {tuple(x.shape)} and "
-                f"{tuple(y.shape)}"
-            )
+        expected = "matrices of one shape"
+        require(x.shape == y.shape, where, name, expected, f"{tuple(x.shape)} and {tuple(y.shape)}")
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)

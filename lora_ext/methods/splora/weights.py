@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.adapter import (
     AdapterSource,
     Factors,
@@ -65,8 +66,7 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
         check_floating(where, key, state[key])
         if role in ("A.weight", "embedding_A"):
             ranks[module] = state[key].shape[0] if state[key].dim() else 0
-            if ranks[module] == 0:
-                raise ValueError(f"{where}: {key}: expected a rank of at least 1, found 0")
+            require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
     for key, (module, role, _) in keys.items():
         shape = tuple(state[key].shape)
         if role == "B.weight" and len(shape) == 2 and shape[1] != ranks[module]:

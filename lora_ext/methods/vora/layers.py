@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import choice, integer
 from lora_ext._torch import compiles
 from lora_ext.layers import LoraLayer, LoraLinear, linear_size
 from lora_ext.rows import (
@@ -318,7 +319,5 @@ def _check(base_layer: nn.Module, rank: int, route: str) -> None:
             "VoraLinear: base_layer: expected nn.Linear, Conv1D or a quantised linear layer, found "
             f"{type(base_layer).__name__}"
         )
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"VoraLinear: rank: expected an int, at least 1, found {rank!r}")
-    if route not in ROUTES:
-        raise ValueError(f"VoraLinear: route: expected one of {ROUTES}, found {route!r}")
+    integer("VoraLinear", "rank", rank, 1, expected="an int, at least 1")
+    choice("VoraLinear", "route", route, ROUTES)

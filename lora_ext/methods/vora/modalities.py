@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.rows import Block, Places, Rows, attachment, context, pool_rows
 
 _NAME = "vision"
@@ -68,11 +69,8 @@ def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows
         ValueError: activations that the mask of the block does not fit.
     """
     shape = tuple(block.assignment.shape)
-    if shape != tuple(leading):
-        raise ValueError(
-            "modality: vision_mask: expected the activations' shape without features, "
-            f"{tuple(leading)}, found {shape}"
-        )
+    expected = f"the activations' shape without features, {tuple(leading)}"
+    require(shape == tuple(leading), "modality", "vision_mask", expected, shape)
     return block.rows(leading, device)
 
 

@@ -1,0 +1,259 @@
+"""PEFT's tensors: what their names say, and their values out of a safetensors file, a ``.bin`` file
+or a state dict, none of them trusted.
+
+Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
+allocating for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json
+
+PREFIX = "base_model.model."
+MAGNITUDE = "magnitude_vector"
+
+# Files carry no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
+# The magnitude of DoRA is a bare parameter in files and in older models, a module in newer ones;
+# the factors of an embedding are bare everywhere.
+_KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?:"
+    r"(?P<factor>[AB])(?:\.(?P<owner>[^.]+))?\.(?P<kind>weight|bias)"
+    r"|(?P<bare>embedding_[AB])(?:\.(?P<owner_of_bare>[^.]+))?"
+    r"|(?P<magnitude>magnitude_vector)(?:\.(?!weight$)(?P<owner_of_magnitude>[^.]+))?(?:\.weight)?)",
+    re.DOTALL,
+)
+
+MAX_JSON_BYTES = 4 << 20
+_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+
+
+# -------------------------------------------------------------------------------------------------
+# Names
+
+
+class Key(NamedTuple):
+    """What the name of a tensor says."""
+
+    module: str  # in the base model
+    role: str  # A.weight, B.weight, B.bias, embedding_A, embedding_B or magnitude_vector
+    adapter: str | None  # None in files
+
+    @property
+    def in_file(self) -> str:
+        """The name that PEFT writes."""
+        return f"{PREFIX}{self.module}.lora_{self.role}"
+
+
+def parse_key(name: str) -> Key | None:
+    """Read the name of a LoRA tensor, in a file or in a model; None: it names something else."""
+    match = _KEY.fullmatch(name.removeprefix(PREFIX))
+    if match is None:
+        return None
+    role = match["magnitude"] or match["bare"] or f"{match['factor']}.{match['kind']}"
+    owner = match["owner"] or match["owner_of_bare"] or match["owner_of_magnitude"]
+    return Key(match["module"], role, owner)
+
+
+def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
+    """Expert parameters by the module under whose name PEFT keeps their factors.
+
+    A module with two adapted parameters is wrapped twice, in the order in which it has them: the
+    last one's factors are found under the module's own name, those before it one ``base_layer``
+    deeper each.
+
+    Args:
+        parameters: of each experts module, in its order. targeted: those that are adapted.
+    """
+    return {
+        module + ".base_layer" * depth: name
+        for module, names in parameters.items()
+        for depth, name in enumerate(n for n in reversed(names) if n in targeted)
+    }
+
+
+def base_name(name: str) -> str:
+    """The name that a weight has in the base model, whether or not PEFT has wrapped its module."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Sorts names of modules as they follow one another: layers.2 before layers.10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def roles_of(embedding: bool) -> dict[str, str]:
+    """The roles of A (r, I), B (O, r), the bias and DoRA's magnitude, by the names of the fields of
+    :class:`lora_ext.adapter.Factors`."""
+    a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+    return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
+
+
+# -------------------------------------------------------------------------------------------------
+# Values
+
+
+class TensorSource(Protocol):
+    """Keys with shapes, and the tensors one at a time."""
+
+    where: str
+    infos: dict[str, TensorInfo]
+
+    def read(self, key: str) -> Tensor:
+        """The tensor, on the CPU or wherever the state dict has it."""
+        ...
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        ...
+
+
+def adapter_directory(source: str | os.PathLike[str]) -> Path:
+    """Refuse what is no directory with an adapter; the error says what helps.
+
+    Raises:
+        TypeError: no path at all. ValueError: no such directory, or nothing to read in it.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            "adapter: expected a directory as PEFT saves it, or (config, state dict), "
+            f"found {type(source).__name__}"
+        )
+    path = Path(source)
+    expected = "expected a directory with adapter_config.json"
+    try:
+        names = directory_names(path, expected)
+    except NotADirectoryError:
+        raise ValueError(f"{path}: {expected}, found a file; name its directory") from None
+    if "adapter_config.json" not in names:
+        inner = sorted(n for n in names if os.path.lexists(path / n / "adapter_config.json"))
+        found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without"
+        raise ValueError(f"{path}: {expected}, found {found}")
+    return path
+
+
+def directory_names(path: Path, expected: str) -> set[str]:
+    """What a directory holds. ``expected`` opens what an error says of the path.
+
+    Raises:
+        ValueError: it cannot be opened, or looks like a name on the Hub: nothing is downloaded.
+        NotADirectoryError: a file.
+    """
+    try:
+        return set(os.listdir(path))
+    except NotADirectoryError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        remedy = ""
+        if _HUB_NAME.fullmatch(str(path)):
+            remedy = (
+                "; nothing is downloaded here: "
+                f"huggingface_hub.snapshot_download({str(path)!r}) returns a directory"
+            )
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file of at most ``limit`` bytes."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes, found more")
+    return parse_json(data, str(path))
+
+
+def read_config(directory: Path) -> tuple[Any, str]:
+    """The parsed ``adapter_config.json`` and its path."""
+    path = directory / "adapter_config.json"
+    return read_json(path), str(path)
+
+
+def open_tensors(directory: Path) -> TensorSource:
+    """``adapter_model.safetensors`` if it is there, else ``adapter_model.bin``."""
+    path = directory / "adapter_model.safetensors"
+    if os.path.lexists(path):
+        return SafetensorsFile(path)
+    pickled = directory / "adapter_model.bin"
+    if os.path.lexists(pickled):
+        return _read_bin(pickled)
+    raise ValueError(f"{directory}: expected adapter_model.safetensors or .bin, found neither")
+
+
+class StateDict:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, Any], where: str):
+        self.where = where
+        self._tensors = tensors
+        self.infos = {}
+        for key, value in tensors.items():
+            if not isinstance(key, str) or not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{where}: expected names with tensors, "
+                    f"found {key!r:.100}: {type(value).__name__}"
+                )
+            if value.layout != torch.strided or value.is_meta:
+                found = "one on meta, without values" if value.is_meta else value.layout
+                raise ValueError(f"{where}: {key}: expected a dense tensor, found {found}")
+            self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor without its graph."""
+        tensor: Tensor = self._tensors[key]
+        return tensor.detach() if tensor.requires_grad else tensor
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _refusal(error: str) -> str:
+    """What torch.load found, without its words: they tell how to load the file all the same."""
+    asked = re.search(r"GLOBAL ([\w.]{1,200})", error)
+    if asked is None:
+        return "expected tensors as torch.save writes them, found a damaged file, or other objects"
+    return (
+        f"expected tensors alone, found a pickle that asks for {asked[1]}; it is not loaded, as a "
+        "pickle can run code: ask whoever made it for adapter_model.safetensors"
+    )
+
+
+def _read_bin(path: Path) -> StateDict:
+    """A zip of ``torch.save``, its entries stored and no larger than the file; ``weights_only``."""
+    where = str(path)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+        except Exception as error:  # zipfile raises many kinds on a damaged directory
+            raise ValueError(f"{where}: expected a zip written by torch.save: {error}") from None
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
+            sum(e.file_size for e in entries) > size
+        ):
+            raise ValueError(
+                f"{where}: expected stored zip entries, found compressed or oversize ones"
+            )
+        file.seek(0)
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises whatever the bytes provoke
+            raise ValueError(f"{where}: {_refusal(str(error))}") from None
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
+    source = StateDict(tensors, where)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
+    }
+    if sum(storages.values()) > size:
+        raise ValueError(f"{where}: expected at most {size} bytes of tensors, found more")
+    return source
