@@ -32,7 +32,7 @@ class Lease(list[int]):
     """Pinned slot ids, -1 for the base model; a context manager that releases them."""
 
     def __init__(
-        self, pool: AdapterPool, slots: Iterable[int] = (), residents: Iterable[Resident] = ()
+        self, pool: AdapterPool, slots: Iterable[int] = (), residents: Sequence[Resident] = ()
     ):
         super().__init__(slots)
         self.pool = pool

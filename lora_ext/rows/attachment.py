@@ -32,6 +32,8 @@ class Pool(Protocol):
         the same again with ``renew()``."""
 
 
+# A pool that nobody holds any more takes its number with it. No number is given twice, so that a
+# graph compiled for one pool cannot meet another one under it.
 _handles: weakref.WeakKeyDictionary[Pool, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
 

@@ -164,8 +164,9 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
     """
     block = _block.get()
     task = torch._C._current_graph_task_id()
-    if task >= 0:
+    if task >= 0:  # inside a backward, whose thread may be autograd's own, without our contextvars
         return _of_forward(handle, task, block, in_graph)
+    # A switch between tasks changes the context where nobody enters or leaves a block.
     if block is not past.here.last:
         past.note(block)
     while block is not None and block.handle != handle:
@@ -190,8 +191,8 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
             "has no node in the forward's graph; give use_reentrant=False"
         )
-    if block.lease.released:
-        block.lease.renew()
+    if block.lease.released:  # the forward's block was left: its adapters are pinned again until
+        block.lease.renew()  # the backward ends, which is when autograd calls what is queued
         torch.autograd.Variable._execution_engine.queue_callback(block.lease.__exit__)
     return block
 
@@ -295,6 +296,7 @@ def _opened(block: Block) -> Iterator[None]:
         _open[id(block)] = block
         any_block = True
         _changes += 1
+    # Without a token: it would put back the block around, which may have been left before this one.
     _block.set(block)
     try:
         _note(block)

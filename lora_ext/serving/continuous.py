@@ -4,7 +4,7 @@ The way of a request:
 
 1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
 2. A step packs tokens of many requests into one row; a block around it says whose each token is.
-3. Blocks of keys and values that requests share are told apart by adapter (``prefixes.py``).
+3. Blocks of keys and values that requests share are told apart by adapter.
 4. A request may choose its tokens in a way of its own (``sampling.py``).
 5. The pin goes when the result is delivered, or the request is cancelled.
 
@@ -26,15 +26,17 @@ from torch import Tensor, nn
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, context, packed_block
 
-from .gate import managers_changed
 from .names import CallNames, NamedPrompt, named_prompts
-from .prefixes import marked
 from .sampling import Sampling
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
+_DIGITS = 4  # tokens that carry an adapter's number; a page holds at least as many
 _NOT_GIVEN: Any = object()
 
+#: Managers of attached models that run. Compiled forwards are guarded by it.
+managers = 0
+_count = threading.Lock()
 _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
 
@@ -80,7 +82,7 @@ class AdapterRequests:
         self._wrap(own, manager, "_create_batch_processor", self._create_batch_processor)
         self._wrap(own, manager, "_generation_step", self._step)
         for name in ("deliver", "deliver_batch"):
-            self._wrap(own, manager.output_router, name, getattr(self, f"_{name}"))
+            self._wrap(own, manager.output_router, name, self._deliver)
         if manager.batch_processor is not None:
             self._watch(manager.batch_processor)
         manager.__dict__[_OWN] = self
@@ -219,13 +221,8 @@ class AdapterRequests:
             _release(self._requests)
             self._freed.notify_all()
 
-    def _deliver(self, original: Callable[..., Any], output: Any) -> None:
-        if output.is_finished():
-            self._end(output.request_id)
-        original(output)
-
-    def _deliver_batch(self, original: Callable[..., Any], outputs: list[Any]) -> None:
-        for output in outputs:
+    def _deliver(self, original: Callable[..., Any], outputs: Any) -> None:
+        for output in outputs if isinstance(outputs, list) else [outputs]:  # of deliver_batch
             if output.is_finished():
                 self._end(output.request_id)
         original(outputs)
@@ -253,8 +250,10 @@ class AdapterRequests:
         self._runs(True)
 
     def _runs(self, now: bool) -> None:
-        managers_changed(now - self._running)
-        self._running = now
+        global managers
+        with _count:
+            managers += now - self._running
+            self._running = now
 
     def stop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """The manager's own; requests that it has forgotten are pinned no more."""
@@ -341,8 +340,14 @@ class AdapterRequests:
             original(request_id, tokens, *args)
 
     def _marked(self, request_id: str, tokens: list[int]) -> list[int] | None:
-        vocab_size = self.manager.model.config.get_text_config().vocab_size
-        return marked(tokens, self._request(request_id).number, vocab_size)
+        """A prompt's tokens with the number of the adapter's version in bits that no token has, as
+        a block is found by a hash of its tokens; None where the first page has no room for it."""
+        bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
+        number, result = self._request(request_id).number, list(tokens)
+        for i in range(min(_DIGITS, len(result))):
+            number, digit = divmod(number, 1 << (31 - bits))
+            result[i] = int(result[i]) + (digit << bits)  # a tensor would change in place
+        return None if number else result
 
 
 def _release(requests: dict[str, _Request]) -> None:

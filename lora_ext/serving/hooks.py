@@ -6,9 +6,11 @@ reaches the layers, and what cannot be served is refused.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -30,9 +32,7 @@ from lora_ext.rows import (
     select_rows,
 )
 
-from . import gate as gates
-from .continuous import follow
-from .gate import Gate
+from . import continuous
 from .media import KINDS, has_media, media_noted, of_media
 from .names import CallNames, named_prompts
 
@@ -64,7 +64,7 @@ class Hooks:
 
     def __init__(self, names: CallNames):
         self.names = names
-        self._gate = Gate()
+        self._gate = _Gate()
         # Made here, as a decorator would import dynamo, which takes a second, with this file.
         self._uncompiled: Any = torch.compiler.disable(
             self._in_turn,
@@ -113,7 +113,7 @@ class Hooks:
         if not compiles():
             return self._in_turn(own, model, args, kw, adapter_names)
         # No graph waits, and none looks at the tokens: such a forward runs outside of it.
-        if gates.managers or has_media(model, kw):
+        if continuous.managers or has_media(model, kw):
             return self._uncompiled(own, model, args, kw, adapter_names)
         with self.names.block(adapter_names):
             return _noted(own, model, args, kw)
@@ -189,7 +189,7 @@ class Hooks:
     def init_continuous_batching(self, _model: Any, own: _Run, /, *args: Any, **kwargs: Any) -> Any:
         """A manager whose requests have adapters."""
         manager = own(*args, **kwargs)
-        follow(manager, self.names)
+        continuous.follow(manager, self.names)
         return manager
 
     def generate_batch(
@@ -313,3 +313,54 @@ def _noted(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             noted.batch = before
     with forward_of(Batch(sequences, frozenset(lengths))), media_noted(model, args, kwargs):
         return run(*args, **kwargs)
+
+
+class _Gate:
+    """What the forwards of one model pass: many at once, or one alone. First come, first served.
+
+    transformers writes the ``is_causal=`` of a call into the model's configuration and takes it out
+    again when the call ends; masks of every thread are made by it. Each step of continuous batching
+    is such a call. So a forward with ``is_causal=`` runs alone, and others run side by side.
+    """
+
+    def __init__(self) -> None:
+        self._entrance = threading.Lock()
+        self._left = threading.Condition()
+        self._inside = 0
+        self._thread = threading.local()
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is."""
+        return getattr(self._thread, "inside", False)
+
+    @contextlib.contextmanager
+    def passed(self, alone: bool) -> Iterator[None]:
+        """Wait, then be inside. A thread that is inside already stays so."""
+        if self.inside:
+            yield
+            return
+        self._thread.inside = True
+        try:
+            with self._alone() if alone else self._among_others():
+                yield
+        finally:
+            self._thread.inside = False
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._entrance:  # nobody else comes in
+            with self._left:
+                self._left.wait_for(lambda: self._inside == 0)
+            yield
+
+    @contextlib.contextmanager
+    def _among_others(self) -> Iterator[None]:
+        with self._entrance, self._left:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._left:
+                self._inside -= 1
+                self._left.notify_all()

@@ -65,7 +65,11 @@ def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNames
     assignment = Assignment.of(["red", None])
     assignment.kept = Spy(8)
     assignment.among(("red",), torch.Size([2, 3]), torch.device("cpu"))
-    assert keys == [((("red",), (2, 3), False), "cpu")]
+    assignment.among(("red",), torch.Size([2, 2]), torch.device("cpu"))
+    assignment.among(("red",), torch.Size([2, 2]), torch.device("cpu"), tokens_first=True)
+    assert {device for _, device in keys} == {"cpu"}
+    assert [key[:2] for key, _ in keys] == [(("red",), (2, 3)), *[(("red",), (2, 2))] * 2]
+    assert len({key for key, _ in keys}) == 3  # a square of rows is another one where it is turned
     ids = torch.tensor([0, -1])
     assert rows_of(ids, 1) is rows_of(ids, 1)
 

@@ -78,7 +78,7 @@ def to_peft(model: Model) -> Model:
     block: Any
     for block in model.modules():
         for told in ("tokens_first", "turned") if isinstance(block, LoraLayer | LoraModel) else ():
-            block.__dict__.pop(told, None)
+            vars(block).pop(told, None)
         forget_checkpoints(block)
     return model
 

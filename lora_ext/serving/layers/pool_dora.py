@@ -30,6 +30,8 @@ _READABLE = (
     torch.float32,
     torch.float64,
 )  # without scales elsewhere
+# A graph holds numbers and tensors, no objects: its op finds a layer's factors by number, and the
+# registry keeps no layer alive.
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDictionary()
 
