@@ -17,7 +17,7 @@ from lora_ext.nn import LoraConfig, adapters  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 
 if TYPE_CHECKING:
-    from lora_ext import circuits, federated, methods
+    from lora_ext import circuits, control, federated, methods
 
 __all__ = [
     "AdapterPool",
@@ -26,6 +26,7 @@ __all__ = [
     "adapters",
     "attach",
     "circuits",
+    "control",
     "detach",
     "federated",
     "from_peft",
@@ -37,7 +38,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
-_ON_DEMAND = frozenset({"circuits", "federated", "methods"})
+_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods"})
 
 
 def __getattr__(name: str) -> ModuleType:
