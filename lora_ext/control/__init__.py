@@ -1,6 +1,7 @@
 """Constraints on generation that always hold, and guides that look ahead for them."""
 
 from lora_ext.control.automaton import Constraint
+from lora_ext.control.distil import distil
 from lora_ext.control.guide import Guide
 from lora_ext.control.limits import ConstraintTooLarge, Limits
 from lora_ext.control.processor import ConstraintProcessor
@@ -11,4 +12,5 @@ __all__ = [
     "ConstraintTooLarge",
     "Guide",
     "Limits",
+    "distil",
 ]

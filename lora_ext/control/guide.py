@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._files import SafetensorsFile, parse_json, write_files
+from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 from .limits import require
 
+_FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
+_NAMES = ("initial", "transition", "emission")
 _SUM = 1e-3  # how far probabilities may sum from one: many of them in float32
 
 
@@ -25,6 +32,9 @@ class Guide:
         initial: ``(H,)``, the law of the state at the first new token.
         transition: ``(H, H)``, rows sum to one.
         emission: ``(H, V)``, rows sum to one.
+
+    Attributes:
+        measures: what was measured of it, by name; :func:`distil` says what.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit, and numbers that are no probabilities.
@@ -50,6 +60,81 @@ class Guide:
         self.initial = initial.detach()
         self.transition = transition.detach()
         self.emission = emission.detach()
+        self.measures: dict[str, float] = {}
+
+    # --- from elsewhere ---------------------------------------------------------------------------
+    @classmethod
+    def from_circuit(cls, circuit: Circuit) -> Guide:
+        """The guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
+
+        Args:
+            circuit: of ``Categorical`` leaves, such as ``train_em`` has learned.
+
+        Raises:
+            ValueError: for another graph, or one of fewer than two variables.
+        """
+        graph = circuit.graph
+        where, expected = "Guide.from_circuit: circuit", "RegionGraph.hmm(..., homogeneous=True)"
+        leaves = {r.leaf for r in graph.regions if r.leaf is not None}
+        one = len(leaves) == 1 and isinstance(next(iter(leaves)), Categorical)
+        require(
+            one and graph.num_variables >= 2,
+            where,
+            f"{expected} of Categorical",
+            _graph_told(graph),
+        )
+        (leaf,) = leaves
+        assert leaf is not None
+        rank = next(r.units for r in graph.regions if r.leaf is not None)
+        wanted = RegionGraph.hmm(graph.num_variables, rank, leaf, homogeneous=True)
+        require(graph.regions == wanted.regions, where, expected, _graph_told(graph))
+        # z0 is the root; every other latent shares the transitions, every input the leaves.
+        root = graph.roots[0]
+        latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
+        inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
+        norm = (lambda w: w.softmax(-1)) if circuit.norm == "logits" else torch.exp
+        emission = leaf.log_table(circuit.region_leaves(inputs)).exp()
+        tensors = norm(circuit.region_weights(root))[0], norm(circuit.region_weights(latent))
+        return cls(*(t.detach().clone() for t in (*tensors, emission)))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``guide.safetensors`` into a folder, whole or not at all."""
+        from safetensors.torch import save  # not with lora_ext: only this needs it
+
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _NAMES}
+        data = save(tensors, {_METADATA: json.dumps({"measures": self.measures})})
+        write_files(folder, {_FILE: data})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Guide:
+        """Read what :meth:`save` wrote; nothing of it is trusted.
+
+        Raises:
+            ValueError: for a file that is none, or numbers that are no probabilities.
+        """
+        file = SafetensorsFile(Path(folder) / _FILE)
+        try:
+            found = {name: info.shape for name, info in file.infos.items()}
+            right = found.keys() == set(_NAMES) and len(found["initial"]) == 1
+            require(right, file.where, f"tensors {', '.join(_NAMES)}", f"{found!r:.200}")
+            (states,) = found["initial"]
+            tokens = found["emission"][-1] if found["emission"] else 0
+            wanted = {
+                "initial": (states,),
+                "transition": (states, states),
+                "emission": (states, tokens),
+            }
+            require(found == wanted, file.where, f"{wanted!r:.200}", f"{found!r:.200}")
+            kept = parse_json(file.metadata.get(_METADATA, "{}").encode(), file.where)
+            guide = cls(*(file.read(name) for name in _NAMES))
+        finally:
+            file.close()
+        measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
+        if isinstance(measures, dict):
+            guide.measures = {
+                str(k): float(v) for k, v in measures.items() if isinstance(v, (int, float))
+            }
+        return guide
 
     @property
     def num_states(self) -> int:
@@ -105,6 +190,21 @@ class Guide:
             law = torch.where((token >= 0)[:, None], self.step(law, token.clamp(min=0)), law)
         return law
 
+    def log_prob(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
+        """``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
+
+        Args:
+            tokens: ``(B, T)``. prior: as :meth:`filter` takes them.
+        """
+        law = self.initial.expand(len(tokens), -1) if prior is None else prior
+        total = law.new_zeros(len(tokens))
+        for token in tokens.to(self.initial.device).unbind(1):
+            given, known = token.clamp(min=0), token >= 0
+            seen = (law * self.by_token[given]).sum(-1).log()
+            total = total + torch.where(known, seen, 0.0)
+            law = torch.where(known[:, None], self.step(law, given), law)
+        return total
+
     # --- products ---------------------------------------------------------------------------------
     @cached_property
     def by_token(self) -> Tensor:
@@ -134,6 +234,10 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
     if packed is None:
         return rows @ matrix
     return ops.packed_linear(rows.contiguous(), packed, None, matrix.shape[1])
+
+
+def _graph_told(graph: RegionGraph) -> str:
+    return f"{len(graph.regions)} regions over {graph.num_variables} variables"
 
 
 def _told(value: Any) -> str:
