@@ -141,18 +141,19 @@ def apply(
     bits. ``scores`` is not changed.
     """
     blocks = [Block(places, r.to(scores.device)) for places, r in log_ratios(rows)]
-    return _moved(blocks, scores, temperature), blocks
+    return moved(blocks, scores, temperature), blocks
 
 
-def _moved(blocks: list[Block], scores: Tensor, temperature: float) -> Tensor:
+def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """``scores (B, V) + temperature * log r`` of the blocks, ``-inf`` where that is."""
     if not blocks:
         return scores
     scores = scores.clone()
     for places, ratio in blocks:
         ratio = ratio.to(scores.device)
         # -inf - -inf would be NaN where the model itself holds a token impossible
-        moved = scores[places] + temperature * ratio.to(scores.dtype)
-        scores[places] = torch.where(ratio > -torch.inf, moved, -torch.inf)
+        shifted = scores[places] + temperature * ratio.to(scores.dtype)
+        scores[places] = torch.where(ratio > -torch.inf, shifted, -torch.inf)
     return scores
 
 
@@ -279,7 +280,7 @@ def draw(
     Returns:
         the tokens, and how many were drawn for them in all.
     """
-    proposed = _moved(bounds(rows), scores, temperature)
+    proposed = moved(bounds(rows), scores, temperature)
     sums = (proposed.double() / temperature).softmax(-1).cumsum(-1)
     tokens, drawn = [-1] * len(rows), 0
     waiting = list(range(len(rows)))
@@ -298,7 +299,7 @@ def draw(
         waiting = [i for i, good in zip(waiting, kept, strict=True) if not good]
         if not waiting:
             return tokens, drawn
-    dense = _moved(log_ratios([rows[i] for i in waiting]), scores[waiting], temperature)
+    dense = moved(log_ratios([rows[i] for i in waiting]), scores[waiting], temperature)
     sums = (dense.double() / temperature).softmax(-1).cumsum(-1)
     found = _at(sums, uniforms(waiting).double().cpu()[:, 0])
     for i, token in zip(waiting, found, strict=True):
@@ -312,7 +313,7 @@ def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> l
     Tokens are looked at in the order of ``p(x) b(x)`` until that is below the best ``p(x) r(x)``;
     after ``tries`` the row takes the dense way.
     """
-    proposed = _moved(bounds(rows), scores, 1.0)
+    proposed = moved(bounds(rows), scores, 1.0)
     first = proposed.argmax(-1).tolist()
     for i, row in enumerate(rows):
         if row is None or row.lost or row.ended or row.plan.guide is None:

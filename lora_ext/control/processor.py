@@ -64,23 +64,10 @@ class ConstraintProcessor:
         prior: Tensor | None = None,
         limits: Limits = DEFAULT,
     ):
-        one = constraints is None or isinstance(constraints, Constraint)
-        listed = [constraints] if one else list(constraints)
-        good = all(c is None or isinstance(c, Constraint) for c in listed)
-        require(
-            bool(listed) and good,
-            f"{_WHERE}: constraints",
-            "a Constraint or None, or a list of them",
-            repr(constraints)[:80],
-        )
         right = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
         require(right, f"{_WHERE}: temperature", "a number above 0", repr(temperature))
-        plans: dict[Constraint, Plan] = {}
-        for c in listed:
-            if c is not None and c not in plans:
-                plans[c] = Plan(c, max_new_tokens, min_new_tokens, guide, limits)
-        self._plans = [None if c is None else plans[c] for c in listed]
-        self._one = one
+        self._plans = plans_of(_WHERE, constraints, guide, max_new_tokens, min_new_tokens, limits)
+        self._one = not isinstance(constraints, Sequence)
         self._guide = guide
         self._prior = self._checked_prior(prior)
         self.temperature = float(temperature)
@@ -233,3 +220,27 @@ class ConstraintProcessor:
     def _at_end(self, i: int) -> bool:
         row = self._rows[i]
         return row is not None and row.ended
+
+
+def plans_of(
+    where: str,
+    constraints: Constraints,
+    guide: Guide | None,
+    budget: int,
+    least: int = 0,
+    limits: Limits = DEFAULT,
+) -> list[Plan | None]:
+    """The plan of each constraint of a list, or of the one that all rows have.
+
+    Raises:
+        ValueError: for what is no constraint, and as :class:`Plan`.
+    """
+    listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
+    good = bool(listed) and all(c is None or isinstance(c, Constraint) for c in listed)
+    expected = "a Constraint or None, or a list of them"
+    require(good, f"{where}: constraints", expected, repr(constraints)[:80])
+    plans: dict[Constraint, Plan] = {}
+    for c in listed:
+        if c is not None and c not in plans:
+            plans[c] = Plan(c, budget, least, guide, limits)
+    return [None if c is None else plans[c] for c in listed]

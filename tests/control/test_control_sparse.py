@@ -31,7 +31,7 @@ def normal(scores: Tensor) -> Tensor:
 @pytest.mark.parametrize("prefix", [p for p in PREFIXES if not row_at(p).lost])
 def test_what_is_proposed_and_kept_follows_the_guided_law(prefix: Prefix) -> None:
     row, scores = row_at(prefix), table_model()(prefix).log()[None]
-    proposed = normal(law._moved(law.bounds([row]), scores, 1.0))[0]
+    proposed = normal(law.moved(law.bounds([row]), scores, 1.0))[0]
     live = (proposed > 0).nonzero()[:, 0].tolist()
     keep = torch.zeros(V, dtype=torch.float64)
     keep[live] = law.keep_probabilities([row] * len(live), live)
