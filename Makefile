@@ -4,12 +4,16 @@
 #   make test    build, emulator included, and run the tests
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
+#   make asan    before a release: the ops' contract on the CPU, built with AddressSanitizer and UBSan
 #   make bench   the microbenchmarks
+#   make docs    the pages and the reference of every public name, as a site in out/docs
 #   make vllm    the plug-in for vLLM: an environment of its own (3.5 GB) and the tests in it
 SHELL := /bin/bash
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 OUT ?= out
+ASAN_TESTS ?= $(wildcard tests/test_contract*.py) -k "not emu and not cuda"
 PY = $(VENV)/bin/python
 
 # The first python that can make a virtual environment.
@@ -25,9 +29,9 @@ nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/
 build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
 
-.PHONY: help demo test check gpu bench vllm build build-emu clean
+.PHONY: help demo test check gpu asan bench docs vllm build build-emu clean
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,11s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -56,14 +60,33 @@ demo: $(VENV)/extras-demo.stamp build
 test: build-emu
 	$(PY) -m pytest -q -n 2 --require-emu
 
-check: $(VENV)/extras-test-dev-demo-peers-fed-serve.stamp $(VENV)/editable.stamp
+check: $(VENV)/extras-test-dev-demo-peers-fed-serve-docs.stamp $(VENV)/editable.stamp
 	$(PY) tools/check.py
 
 gpu:
 	@python=$${PYTHON:-$$($(find_cuda_python))} && $$python tools/gpu_leg.py --out "$(OUT)"
 
+# A copy of the package in build/asan: the build in place stays what it is. Python has none of the sanitizers'
+# libraries, so they are loaded before it; what it and torch do not give back by the end is not our leak.
+asan: export LORA_EXT_SANITIZE = 1
+asan: export LORA_EXT_CUDA = 0
+asan: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
+	$(PY) setup.py -q build --build-lib build/asan
+	LD_PRELOAD="$$(for l in libasan.so libubsan.so libstdc++.so.6; do g++ -print-file-name=$$l; done | xargs)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan \
+	  $(VENV)/bin/pytest -q -p no:cacheprovider $(ASAN_TESTS)
+
 bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py
+
+# An environment of its own, small and without torch. NO_MKDOCS_2_WARNING: the theme's advertisement.
+$(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py
+	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python tools/install_extras.py docs
+	@touch $@
+
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --site-dir "$(OUT)/docs"
 
 # torchaudio and torchcodec come as CUDA builds, beside a torch without CUDA they do not load.
 $(VLLM_VENV)/vllm.stamp: pyproject.toml
@@ -79,4 +102,4 @@ vllm: $(VLLM_VENV)/vllm.stamp
 	$(VLLM_VENV)/bin/pytest -q -rs tests/vllm
 
 clean:
-	rm -rf build dist out lora_ext/_build_info.py lora_ext/*.so
+	rm -rf build dist out lora_ext/_build_info.py lora_ext/_C.pyi lora_ext/*.so

@@ -3,7 +3,8 @@
 Environment: LORA_EXT_CUDA=0|1 (default: CUDA where torch is a CUDA build and nvcc is found; beside
 a CPU build of torch, where kernels cannot run, they are compiled only when asked for),
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1 (test-only emulator
-modules, in-place builds alone).
+modules, in-place builds alone), LORA_EXT_SANITIZE=1 (AddressSanitizer and
+UndefinedBehaviorSanitizer; whoever loads the module loads their libraries first: `make asan`).
 Nothing is downloaded, no git is called, no GPU is asked for.
 """
 
@@ -14,6 +15,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -228,6 +230,10 @@ def jobs() -> int:
     return max(1, min(cores, int(free[1]) // (3 << 20) if free else 1))
 
 
+def sanitized() -> bool:
+    return os.environ.get("LORA_EXT_SANITIZE") == "1"
+
+
 def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: bool) -> dict[str, str]:
     """What CMakeLists.txt is told of this machine."""
     from torch.utils.cpp_extension import include_paths
@@ -237,6 +243,7 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: bool) -> d
         "CMAKE_CXX_COMPILER": cxx,
         "LORA_EXT_CUDA": "ON" if toolkit else "OFF",
         "LORA_EXT_EMU": "ON" if emulator else "OFF",
+        "LORA_EXT_SANITIZE": "ON" if sanitized() else "OFF",
         "LORA_EXT_TORCH_INCLUDE": ";".join(include_paths()),
         "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
         "LORA_EXT_PYTHON_INCLUDE": find_python_include(),
@@ -269,6 +276,8 @@ class CMakeBuild(build_ext):
         lines = ["# Written by setup.py: what this build was made of."]
         lines += [f"{key} = {value!r}" for key, value in info.items()]
         (package / "_build_info.py").write_text("\n".join(lines) + "\n")
+        stubs = runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]
+        (package / "_C.pyi").write_text(stubs())
 
     def compile(self, emulator: bool) -> tuple[list[Path], dict[str, object]]:
         torch = find_torch()
@@ -277,7 +286,8 @@ class CMakeBuild(build_ext):
         options = cmake_options(torch, cxx, toolkit, emulator)
         archs = options["LORA_EXT_ARCHITECTURES"].split(";") if toolkit else []
         suffix = options["LORA_EXT_MODULE_SUFFIX"]
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        name = f"cmake-{sys.implementation.cache_tag}{'-asan' if sanitized() else ''}"
+        folder = ROOT / "build" / name
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in options.items()]
         build = [cmake, "--build", str(folder), "-j", str(jobs())] + (

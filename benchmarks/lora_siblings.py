@@ -24,9 +24,9 @@ from torch.nn.functional import linear
 
 import lora_ext
 from lora_ext import _loader, ops
-from lora_ext.nn import siblings
 from lora_ext.ops import _registration, lora_siblings
 from lora_ext.ops import lora as lora_ops
+from lora_ext.serving.layers import siblings
 
 IN, RANK, ADAPTERS = 576, 16, 16
 SIBLINGS = {"q k v": (576, 192, 192), "gate up": (1536, 1536)}

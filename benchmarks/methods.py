@@ -24,6 +24,9 @@ from common import ROOT
 from lora_ext import methods
 
 HERE = Path(__file__).parent
+sys.path.append(str(ROOT / "tools"))
+from wrap_docs import wrapped  # noqa: E402  (it is beside the package)
+
 PAGE = ROOT / "docs" / "reproduction.md"
 INTRODUCTION = """# What the papers claim, and what came out here
 
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = []
     if not args.from_results:
         failed = [name for name in args.only or known if not check(name, args.seeds)]
-    args.page.write_text(page(known))
+    args.page.write_text(wrapped(page(known)))
     print(f"wrote {args.page}")
     if failed:
         print(f"criteria not met, or no result: {', '.join(failed)}")

@@ -1,15 +1,16 @@
 """Does pruning by distance bring refusals back? `python benchmarks/splora.py --check`.
 
 A toy model that was taught to refuse (splora_toy.py) loses that to an adapter. K of its 16 adapted
-modules are then pruned, by SPLoRA in both directions and with both projections, by cosine and at
-random, or projected as Safe LoRA does. Reported are refusals, accuracy on the adapter's own task,
-and accuracy on the task that all three models know.
+modules are then pruned, by SPLoRA in both directions and with both projections, by the size of the
+update, by its cosine with the map and with the alignment, and at random, or projected as Safe LoRA
+does. Reported are refusals, accuracy on the adapter's own task, and accuracy on the task that all
+three models know.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
-from lora_ext.methods.splora import SploraConfig
+from lora_ext.methods.splora import LayerStats, SploraConfig
 from lora_ext.nn import LayerGroups, adapted_layers
 
 CLAIM = Claim(
@@ -41,13 +42,19 @@ PROJECTIONS: dict[str, dict[str, Any]] = {
     "orthogonal": {"projection": "orthogonal", "energy": 0.9},
 }
 NAMES = ("refusal", "utility", "benign")
+# Rivals that need no data either: whoever has the lowest of these is pruned.
+RULES: dict[str, Callable[[LayerStats], float]] = {
+    "lowest cosine": lambda layer: layer.cos,
+    "smallest updates": lambda layer: layer.norm / layer.n_entries**0.5,
+    "most against V": lambda layer: layer.alignment,
+}
 GAP = 0.3  # of mean refusal at K = 4
 
 
 def measure(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
     """One row for every way to choose, every K and every seed."""
     sizes = QUICK if quick else Sizes()
-    each = 2 + len(PROJECTIONS) * 2 * (2 * len(KS)) + (len(KS) - 1) * (1 + DRAWS)
+    each = 2 + len(PROJECTIONS) * 2 * (2 * len(KS)) + (len(KS) - 1) * (len(RULES) + DRAWS)
     total = len(seeds) * (sizes.steps + each)
     with tqdm(total=total, desc="splora", unit="step", disable=None) as bar:
         for seed in seeds:
@@ -81,12 +88,12 @@ def pruned(toy: Toy, seed: int, sizes: Sizes) -> Iterator[Row]:
                     yield _row("safe lora", figures(model, sizes), k=k, **kind)
                     load(model, adapter)
     stats = splora.ediem_scores(adapter, toy.base, toy.aligned)
+    orders = {rule: sorted(stats, key=key) for rule, key in RULES.items()}
     groups = LayerGroups(model, "default", "module")
     order = [name for (name,) in groups.names]
-    lowest = sorted(stats, key=lambda layer: layer.cos)
     g = torch.Generator().manual_seed(seed)
     for k in KS[1:]:
-        choices = [("lowest cosine", {layer.name for layer in lowest[:k]})]
+        choices = [(rule, {layer.name for layer in found[:k]}) for rule, found in orders.items()]
         for _ in range(DRAWS):
             drawn = torch.randperm(count, generator=g)[:k].tolist()
             choices.append(("random", {order[i] for i in drawn}))
@@ -212,7 +219,8 @@ def draw(rows: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"smallest": "#0072B2", "largest": "#D55E00", "cosine": "#009E73", "random": "0.5"}
+    colours = {"updates": "#CC79A7", "against": "#E69F00", "cosine": "#009E73", "random": "0.5"}
+    colours |= {"smallest": "#0072B2", "largest": "#D55E00"}
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), layout="constrained", sharey=True)
     titles = ("refusals of the harmful task", "new task right", "benign task right")
     for row_of_axes, projection in zip(axes, PROJECTIONS, strict=True):

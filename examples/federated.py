@@ -88,7 +88,7 @@ def in_flower(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: 
     """The same in Flower's simulation, which trains one client after another."""
     from flwr.simulation import run_simulation
 
-    from lora_ext.interop import flower
+    from lora_ext.federated import flower
 
     strategy, results = flower.LoraStrategy(allocator, capability=allocator.depths), list[Any]()
     server = flower.make_server_app(

@@ -22,11 +22,11 @@ from matplotlib import pyplot
 from tqdm import tqdm
 
 from lora_ext.federated import LayerPlan, LoraLayerManager
-from lora_ext.interop.flower import LocalGrid, from_arrays, make_client_app, to_arrays
-from lora_ext.interop.flower.client import adamw
-from lora_ext.interop.flower.legend import Legend
+from lora_ext.federated.flower import LocalGrid, from_arrays, make_client_app, to_arrays
+from lora_ext.federated.flower.client import adamw
 from lora_ext.methods import legend
 from lora_ext.methods.legend import Estimate, LegendConfig, SimulatedClock
+from lora_ext.methods.legend.flower import Legend
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "legend"

@@ -18,10 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_ext.interop.engine import Engine, QueueFullError
-from lora_ext.interop.metrics import CONTENT_TYPE, prometheus
-from lora_ext.interop.sampling import Sampling
 from lora_ext.pool import PoolFullError, UnknownAdapterError
+from lora_ext.serving.engine import Engine, QueueFullError
+from lora_ext.serving.metrics import CONTENT_TYPE, prometheus
+from lora_ext.serving.sampling import Sampling
 
 CODES = {ValidationError: 422, UnknownAdapterError: 404, FileNotFoundError: 404}
 CODES |= {PoolFullError: 429, QueueFullError: 429, ValueError: 400, NotImplementedError: 400}

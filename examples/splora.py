@@ -45,7 +45,7 @@ def main() -> None:
     toy.base.save_pretrained(folders[1])
     toy.aligned.save_pretrained(folders[2])
 
-    result = splora.apply(*folders, SploraConfig(num=4), progress=tqdm)
+    result = splora.apply(*folders, SploraConfig(direction="smallest", num=4), progress=tqdm)
     result.adapter.save(args.out / "pruned")
     console.print(str(result))
     show(result)
@@ -70,7 +70,9 @@ def by_count(toy: Toy, folders: list[Path], count: int, sizes: Sizes) -> list[Fi
     """What the live model does with 0, 1, ... layers switched off."""
     found = []
     for k in tqdm(range(count + 1), desc="prune the live model", unit="K"):
-        splora.apply_to(toy.adapted, folders[1], folders[2], SploraConfig(num=k))
+        splora.apply_to(
+            toy.adapted, folders[1], folders[2], SploraConfig(direction="smallest", num=k)
+        )
         found.append(figures(toy.adapted, sizes))
         splora.remove(toy.adapted)
     return found

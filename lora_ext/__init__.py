@@ -10,14 +10,15 @@ _C = _loader.load()
 
 # E402: the ops exist once the compiled module is in the process, and all that follows stands on
 # them.
-from lora_ext import adapter, nn, ops, pool  # noqa: E402
+from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
-from lora_ext.interop.transformers import attach, detach  # noqa: E402
-from lora_ext.nn import LoraConfig, adapters  # noqa: E402
+from lora_ext.layers import LoraConfig  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
+from lora_ext.rows import adapters  # noqa: E402
+from lora_ext.serving import attach, detach  # noqa: E402
 
 if TYPE_CHECKING:
-    from lora_ext import circuits, control, federated, methods
+    from lora_ext import circuits, control, federated, methods, nn
 
 __all__ = [
     "AdapterPool",
@@ -38,7 +39,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
-_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods"})
+_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn"})
 
 
 def __getattr__(name: str) -> ModuleType:

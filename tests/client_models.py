@@ -58,14 +58,22 @@ def cross_entropy(model: nn.Module, batch) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def loop(model, manager, state, spec, plan, others="frozen", loss_of=cross_entropy) -> Update:
-    """One client by itself."""
-    manager.load_slice(state)
+def loop(
+    model, manager, state, spec, plan, others="frozen", loss_of=cross_entropy, shared=()
+) -> Update:
+    """One client by itself; parameters of the names ``shared`` come back as they were."""
+    heads = {name: model.get_parameter(name) for name in shared}
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in heads.items()}
+    with torch.no_grad():
+        for name, parameter in heads.items():
+            parameter.copy_(state[name]).requires_grad_()
+    manager.load_slice({k: v for k, v in state.items() if k not in heads})
     start = manager.state_slice(plan.layers, plan.ranks)
     if plan.ranks is not None:
         manager.load_slice(start)
     manager.apply(plan, others=others)
     parameters = [p for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n]
+    parameters += heads.values()
     optimizer = torch.optim.AdamW(
         parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
     )
@@ -80,6 +88,10 @@ def loop(model, manager, state, spec, plan, others="frozen", loss_of=cross_entro
         losses.append(loss.item())
     end = manager.state_slice(plan.layers, plan.ranks)
     changes = {k: end[k] - start[k] for k in end}
+    changes |= {name: (p - state[name]).detach() for name, p in heads.items()}
+    with torch.no_grad():
+        for name, (value, flag) in before.items():
+            heads[name].copy_(value).requires_grad_(flag).grad = None
     return Update(spec.client, 0, changes, plan, sum(losses) / len(losses))
 
 

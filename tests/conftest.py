@@ -16,11 +16,12 @@ import pytest
 import torch
 from backends import BACKENDS, OP_MODULES, Backend, closed
 from hypothesis import settings
+from processes import TwoProcesses
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.nn import siblings
 from lora_ext.ops import _registration
+from lora_ext.serving.layers import siblings
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -74,6 +75,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
     yield chosen
     lora_ext._C.set_cpu_isa("")
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[TwoProcesses]:
+    """A pair of processes that trains together; it starts with its first test."""
+    pair = TwoProcesses()
+    yield pair
+    pair.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from lora_ext.federated import LayerPlan, LoraLayerManager
-from lora_ext.interop.flower import LocalGrid, LoraStrategy, to_arrays
+from lora_ext.federated.flower import LocalGrid, LoraStrategy, to_arrays
 from lora_ext.nn import LoraLinear
 
 WIDTH, RANK, LAYERS, CLASSES = 6, 3, 3, 4

@@ -30,6 +30,16 @@ def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> Modu
     return module
 
 
+def tool(name: str) -> ModuleType:
+    """A module of the folder ``tools``, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def run_quickly(monkeypatch: pytest.MonkeyPatch, name: str, out: Path) -> ModuleType:
     """An example, run with ``--quick --out``."""
     example = load_script(monkeypatch, "examples", name)

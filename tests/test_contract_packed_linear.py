@@ -139,6 +139,10 @@ X, W = torch.zeros(3, 4), torch.zeros(40, 4)
          lambda: ops.packed_linear(X.bfloat16(), ops.pack_weight(W))),
         (r"packed: expected pack_weight of a weight \(40, 3\), shape \[2, 3, 32\], found \[2, 4",
          lambda: ops.packed_linear(X[:, :3], ops.pack_weight(W), None, 40)),
+        (r"pack_weight of a weight \(40, 4\), shape \[2, 2, 32, 2\], found \[2, 2, 64",
+         lambda: ops.packed_linear(X.bfloat16(), ops.pack_weight(W[:, :3].bfloat16()), None, 40)),
+        (r"pack_weight of a weight \(40, 3\), shape \[2, 2, 64\], found \[2, 2, 32",
+         lambda: ops.packed_linear(X[:, :3].bfloat16(), ops.pack_weight(W.bfloat16()), None, 40)),
         (r"packed: expected pack_weight of a weight \(65, 4\)",
          lambda: ops.packed_linear(X, ops.pack_weight(W), None, 65)),
         ("packed_linear: packed: expected contiguous numbers",
@@ -149,7 +153,7 @@ X, W = torch.zeros(3, 4), torch.zeros(40, 4)
         ("packed_linear: out_features: expected at least 0, found -1",
          lambda: ops.packed_linear(X, ops.pack_weight(W), None, -1)),
     ],
-    ids=range(10),
+    ids=range(12),
 )  # fmt: skip
 def test_refusals_name_the_argument(
     backend: Backend, message: str, call: Callable[[], Tensor]

@@ -24,6 +24,8 @@ def main() -> int:
     ]
     if cuda == "1":
         legs.append(Leg("machine code", [PY, "tools/sass_gate.py"], 600, after="build"))
+    docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
+    legs.append(Leg("docs", docs, 300, env={"NO_MKDOCS_2_WARNING": "1"}))
     tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
     tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
     legs.append(Leg("tests", tests, 3600, after="build"))

@@ -4,7 +4,8 @@
 //   leaves    rows of data become lanes
 //   up        a block per tile of 16 lanes walks all nodes, one after another: what it reads it has
 //             written itself, so no block waits for another. Where a node has more than 2^14
-//             weights, a launch per stage gives each part of its results a block
+//             weights, a launch per stage gives each part of its results a block. Lower
+//             precisions have a kernel a stage as well: circuit_layers_fused.cu
 //
 // A product takes its terms from shared memory and its weights from L2, four lanes and one sum to a
 // thread. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.
@@ -62,20 +63,6 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
     static_cast<float*>(args.val)[at] = l;
 }
 
-// log sum W_i exp(l_i) of one sum and lane, its terms shifted by their maximum.
-LX_DEVICE float rescued_sum(const LayerTile& tile, const LayersNode& node, const LayersMatrix& m,
-                            int64_t o, int lane) {
-    const float* w = tile.weights_of(m, o);
-    const float base = row_base(w, m.width);
-    float top = kImpossible, sum = 0;
-    tile.for_terms(node, lane, 0, m.width, 1,
-                   [&](int i, float l) { top = fmaxf(top, w[i] - base + l); });
-    if (top == kImpossible) return top;
-    tile.for_terms(node, lane, 0, m.width, 1,
-                   [&](int i, float l) { sum += expf(w[i] - base + l - top); });
-    return top + logf(sum) + tile.shift_of(m, o);
-}
-
 // Nodes begin + blockIdx.y, ... below `end`; of each the results that blockIdx.z owns. kMax: of the
 // max-product, whose terms and weights stay logarithms.
 template <bool kMax>
@@ -89,9 +76,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     for (int64_t n = begin + blockIdx.y; n < end; n += gridDim.y) {
         const LayersNode node = args.program.nodes()[n];
         if (node.matrix < 0) {
-            if (blockIdx.z == 0)
-                tile.for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
-                               [&](int i, float l) { tile.at(args.val, node.out + i)[lane] = l; });
+            if (blockIdx.z == 0) tile.copy_products(node);
             lx::syncthreads();
             continue;
         }
@@ -142,7 +127,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
                     lost &= lost - 1;
                     const int64_t o = result + bit / 4 * kGroups;
                     const int own = quad + bit % 4;
-                    tile.at(args.val, node.out + o)[own] = rescued_sum(tile, node, m, o, own);
+                    tile.at(args.val, node.out + o)[own] = tile.rescued_sum(node, m, o, own);
                 }
             });
     }
@@ -180,11 +165,15 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
                              end);
         return LX_LAUNCH(layers_up_kernel<false>, grid, kLayerThreads, 0, stream, args, begin, end);
     };
-    if (one_walk(args.plan)) return status ? status : up(0, args.plan.nodes(), 1, 1);
+    const bool reduced = args.precision != LayersPrecision::kFloat32 && !args.max_product;
+    if (one_walk(args.plan) && !reduced) return status ? status : up(0, args.plan.nodes(), 1, 1);
     for (int64_t s = 0; s < args.plan.num_stages() && status == 0; ++s) {
         const LayersStage stage = args.plan.stage(s);
-        status = up(stage.begin, stage.end, along_grid(stage.end - stage.begin),
-                    along_grid(ceil_div(stage.units, kGroups)));
+        if (reduced && stage.width <= kMmaTerms)
+            status = launch_layers_fused(args, stage, stream);
+        else
+            status = up(stage.begin, stage.end, along_grid(stage.end - stage.begin),
+                        along_grid(ceil_div(stage.units, kGroups)));
     }
     return status;
 }

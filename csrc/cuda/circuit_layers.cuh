@@ -76,6 +76,15 @@ struct LayerTile {
         for (int w = 0; w < kLayerWarps; ++w) top = fmaxf(top, partial[w * kTile + lane]);
         return top;
     }
+    // A node without a matrix is its products.
+    LX_DEVICE void copy_products(const LayersNode& node) const {
+        const int rank = lx::thread_rank(), lane = rank % kTile;
+        for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
+                  [&](int i, float l) { at(args.val, node.out + i)[lane] = l; });
+    }
+    // log sum W_i exp(l_i) of one sum and lane, its terms shifted by their maximum.
+    LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
+                                int lane) const;
 };
 
 // A weight and a term come to a result.
@@ -161,6 +170,19 @@ LX_DEVICE float row_base(const float* w, int n) {
     return shift_of(top);
 }
 
+LX_DEVICE float LayerTile::rescued_sum(const LayersNode& node, const LayersMatrix& m,
+                                              int64_t o, int lane) const {
+    const float* w = weights_of(m, o);
+    const float base = row_base(w, m.width);
+    float top = kImpossible, sum = 0;
+    for_terms(node, lane, 0, m.width, 1,
+              [&](int i, float l) { top = fmaxf(top, w[i] - base + l); });
+    if (top == kImpossible) return top;
+    for_terms(node, lane, 0, m.width, 1,
+              [&](int i, float l) { sum += expf(w[i] - base + l - top); });
+    return top + logf(sum) + shift_of(m, o);
+}
+
 // Nodes above this number of weights have blocks for each part of their results, in a launch a
 // stage; up to it, one launch walks all nodes.
 constexpr int64_t kWalkedWeights = 1 << 14;
@@ -176,6 +198,9 @@ inline unsigned along_grid(int64_t items) {
 inline int64_t lane_tiles(const LayersArgs& args) {
     return args.lanes / kTile;
 }
+
+// The sums and products of a stage of at most kMmaTerms terms, in one of the two lower precisions.
+LaunchStatus launch_layers_fused(const LayersArgs& args, const LayersStage& stage, void* stream);
 
 // float values (rows, columns) of any strides, read alone.
 inline void declare_strided([[maybe_unused]] const void* values, int64_t rows, int64_t row,

@@ -95,7 +95,8 @@ LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
 }
 // Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; what lies beyond n
 // reads as -inf. `aligned`: p lies on 16 bytes and n is a multiple of a piece. Then kBatch pieces
-// are on their way at once: the last piece stands in for those beyond the end, which f never sees.
+// are on their way at once: a lane's own piece stands in for those beyond the end, which f never
+// sees. Nobody else's is touched, so f may write where it has read.
 template <int kBatch = 4, class T, class F>
 LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {
     constexpr int kSize = kPiece<T>;
@@ -104,9 +105,10 @@ LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, 
         for (int i = first * kSize; i < n; i += kBatch * step * kSize) {
             uint4 words[kBatch];
 #pragma unroll
-            for (int k = 0; k < kBatch; ++k)
-                words[k] = lx::load_global(
-                    reinterpret_cast<const uint4*>(p + lx::min(i + k * step * kSize, n - kSize)));
+            for (int k = 0; k < kBatch; ++k) {
+                const int at = i + k * step * kSize;
+                words[k] = lx::load_global(reinterpret_cast<const uint4*>(p + (at < n ? at : i)));
+            }
 #pragma unroll
             for (int k = 0; k < kBatch; ++k) {
                 const int at = i + k * step * kSize;

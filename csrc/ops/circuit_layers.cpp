@@ -234,13 +234,19 @@ Tensor unit_major_values(const Tensor& val) {
 }  // namespace
 
 Tensor circuit_layers(const Tensor& leaf, const Tensor& w, const Tensor& program,
-                      at::IntArrayRef plan, std::string_view norm, std::string_view semiring) {
+                      at::IntArrayRef plan, std::string_view norm, std::string_view semiring,
+                      std::string_view precision) {
     constexpr auto op = "circuit_layers";
     Call call(op, leaf, "leaf", w, program, plan, norm);
     LayersArgs& args = call.args;
     require(semiring == "sum" || semiring == "max", op, "semiring", expected("'sum' or 'max'"),
             found("'", semiring, "'"));
     args.max_product = semiring == "max";
+    require(precision == "fp32" || precision == "high" || precision == "fp16s", op, "precision",
+            expected("'fp32', 'high' or 'fp16s'"), found("'", precision, "'"));
+    args.precision = precision == "fp32"   ? LayersPrecision::kFloat32
+                     : precision == "high" ? LayersPrecision::kHigh
+                                           : LayersPrecision::kHalf;
     require(leaf.size(1) == call.plan.leaves(), op, "leaf",
             expected("N = ", call.plan.leaves(), " leaf units"), found(leaf.sizes()));
     const Tensor val = unit_major(call.plan.units(), args.rows, call.options);

@@ -17,7 +17,8 @@ Tensor circuit_table_backward(const Tensor& de, const Tensor& table, const Tenso
 // val (B, U) of leaf (B, N) and w (W,), of which the memory is unit-major. `plan` repeats the
 // program's sizes for the host: circuit_layers.h.
 Tensor circuit_layers(const Tensor& leaf, const Tensor& w, const Tensor& program,
-                      at::IntArrayRef plan, std::string_view norm, std::string_view semiring);
+                      at::IntArrayRef plan, std::string_view norm, std::string_view semiring,
+                      std::string_view precision);
 // Flows (B, U) and dw, empty if it is not needed, of droots (B, roots).
 std::tuple<Tensor, Tensor> circuit_layers_backward(const Tensor& droots, const Tensor& val,
                                                    const Tensor& w, const Tensor& program,

@@ -21,10 +21,12 @@ DType packed_dtype(const char* op, const char* name, const Tensor& t) {
     return wide ? DType::kFloat32 : DType::kBFloat16;
 }
 
+// Pairs of an odd I have one axis less: only by that are they told from those of I + 1.
 at::DimVector packed_sizes(const PackedLinearArgs& args) {
-    at::DimVector sizes{ceil_div(args.out_features, kPanel), panel_steps(args), kPanel};
-    if (args.dtype == DType::kBFloat16) sizes.push_back(2);
-    return sizes;
+    const int64_t panels = ceil_div(args.out_features, kPanel), steps = panel_steps(args);
+    if (args.dtype == DType::kFloat32) return {panels, steps, kPanel};
+    if (args.in_features % 2) return {panels, steps, 2 * kPanel};
+    return {panels, steps, kPanel, 2};
 }
 
 void for_panels(const PackedLinearArgs& args,

@@ -180,7 +180,8 @@ inline constexpr std::tuple kOps{
         "(Tensor de, Tensor table, Tensor x, Tensor row, int block, str norm) -> Tensor"},
     NoGradient<&circuit_layers, kLayers>{
         "circuit_layers",
-        "(Tensor leaf, Tensor w, Tensor program, int[] plan, str norm, str semiring) -> Tensor"},
+        "(Tensor leaf, Tensor w, Tensor program, int[] plan, str norm, str semiring, "
+        "str precision='fp32') -> Tensor"},
     NoGradient<&circuit_layers_backward, kLayers>{
         "circuit_layers_backward",
         "(Tensor droots, Tensor val, Tensor w, Tensor program, int[] plan, str norm, bool need_dw)"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext._files import TensorInfo
 
 from .peft_keys import base_name
@@ -126,10 +127,8 @@ def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
 
 def _check_dtype(where: str, info: TensorInfo, expected: torch.dtype) -> None:
     floating = isinstance(info.dtype, torch.dtype) and info.dtype.is_floating_point
-    if not (floating and expected.is_floating_point):
-        raise ValueError(
-            f"{where}: dtype: expected {expected} as in the base model, found {info.dtype}"
-        )
+    fits = floating and expected.is_floating_point
+    require(fits, where, "dtype", f"{expected} as in the base model", info.dtype)
 
 
 def _equal(found: Tensor, own: Tensor) -> bool:

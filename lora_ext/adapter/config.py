@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lora_ext.nn.init import FREE
-from lora_ext.nn.lora_config import LoraConfig, checked_names, matches_suffix
+from lora_ext._checks import require
+from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from .model_index import ModelIndex
 
@@ -98,8 +98,7 @@ class AdapterConfig(LoraConfig):
         if not isinstance(raw, Mapping):
             raise ValueError(f"{where}: expected a JSON object, found {type(raw).__name__}")
         kind = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
-        if kind != "LORA":
-            raise ValueError(f"{where}: peft_type: expected 'LORA', found {kind!r:.200}")
+        require(kind == "LORA", where, "peft_type", "'LORA'", f"{kind!r:.200}")
         for name, reason in _REFUSED.items():
             if raw.get(name):
                 raise NotImplementedError(f"{where}: {name} is not supported: {reason}")
@@ -126,17 +125,19 @@ class AdapterConfig(LoraConfig):
             read["base_bias"] = read.pop("bias")
         return cls(where=where, unknown=unknown, raw=dict(raw), **read)
 
+    @property
+    def base_model(self) -> Any:
+        """``base_model_name_or_path`` as it was read: a record that nobody has checked."""
+        return self.raw.get("base_model_name_or_path")
+
     def check_shared(self) -> None:
         """Refuse what changes the base model, which many adapters share.
 
         Raises:
             ValueError: biases of the base model.
         """
-        if self.base_bias != "none":
-            raise ValueError(
-                f"{self.where}: bias: expected 'none' (the base model's biases are shared), found "
-                f"{self.base_bias!r}"
-            )
+        expected = "'none' (the base model's biases are shared)"
+        require(self.base_bias == "none", self.where, "bias", expected, repr(self.base_bias))
 
     def saves_whole(self, weight: str) -> bool:
         """Whether this weight of the base model lies in a module of ``modules_to_save``.

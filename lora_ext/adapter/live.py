@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext.nn.lora_config import matches_suffix
-from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext._checks import require
+from lora_ext.layers import LoraLayer, matches_suffix
 
 from .config import OWN_INITS, alpha_of, patterns
 from .peft_keys import PREFIX, parse_key
@@ -61,14 +61,10 @@ def live_adapter(
 def _chosen(adapter: str | None, known: Iterable[str], active: Iterable[str], where: str) -> str:
     if adapter is None:
         active = list(active)
-        if len(active) != 1:
-            raise ValueError(
-                f"{where}: adapter_name: expected a name, where not one adapter is active but "
-                f"{active}, found None"
-            )
+        expected = f"a name, where not one adapter is active but {active}"
+        require(len(active) == 1, where, "adapter_name", expected, "None")
         return active[0]
-    if adapter not in known:
-        raise ValueError(f"{where}: adapter: expected one of {list(known)}, found {adapter!r}")
+    require(adapter in known, where, "adapter", f"one of {list(known)}", repr(adapter))
     return adapter
 
 

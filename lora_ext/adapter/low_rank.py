@@ -1,4 +1,7 @@
-"""``b @ a`` by its thin factors: cut to a smaller rank, or widened. The product is never formed."""
+"""``b @ a`` by its thin factors: cut to a smaller rank, or widened, and always able to learn.
+
+The product is never formed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The nearest product of a rank.
 
     ``b = Q_b R_b``, ``a^T = Q_a R_a`` and ``R_b R_a^T = U S V^T``, an r x r matrix, give the
-    singular values of ``b @ a``. The largest stay, ``sqrt(S)`` in either factor.
+    singular values of ``b @ a``. The largest stay, ``sqrt(S)`` in either factor; one that is no
+    more than rounding is 0 in both, for :func:`able_to_learn` to see.
 
     Args:
         a: ``(r, I)`` float64. b: ``(O, r)`` float64.
@@ -47,25 +51,82 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    dropped = math.sqrt(float(s[rank:].square().sum()))
-    root = s[:rank].sqrt()
+    # QR and SVD err by this much of the sum of the ranks' own products, even where those cancel.
+    noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1])
+    noise *= float((a.norm(dim=1) * b.norm(dim=0)).sum())
+    kept = s[:rank].where(s[:rank] > noise, 0)
+    dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))
+    root = kept.sqrt()
     return root[:, None] * (vh[: len(root)] @ q_a.T), q_b @ u[:, : len(root)] * root, dropped
 
 
-def grown(a: Tensor, b: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The same product with more ranks, which training can use.
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with zeros for the ranks that are missing, if any are."""
+    missing = rank - len(a)
+    if missing == 0:
+        return a, b
+    return (
+        torch.cat([a, a.new_zeros(missing, *a.shape[1:])]),
+        torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], 1),
+    )
+
+
+def asleep(a: Tensor, b: Tensor) -> Tensor:
+    """``(r,)``: whether both the row of A and the column of B are 0. See :func:`able_to_learn`."""
+    return ~(a.flatten(1).any(1) | b.transpose(0, 1).flatten(1).any(1).to(a.device))
+
+
+def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A in which every rank can learn, where the product is what it was.
+
+    The gradient of a row of A is a multiple of the column of B, and that of the column one of the
+    row. Where both are 0 neither ever moves, so the row is drawn as those of a new adapter are,
+    from ``U(-1/sqrt(I), 1/sqrt(I))``; the column stays 0. All that makes factors ends here. Our
+    choice.
 
     Args:
-        a: ``(r, I)``. b: ``(O, r)``. They keep every bit.
-        rank: at least r. New columns of b are 0, new rows of a are drawn as those of a new adapter
-            are, from U(-1/sqrt(I), 1/sqrt(I)).
-        generator: on the CPU.
+        a: ``(r, I)``, or a convolution's kernel. b: ``(O, r)``, likewise. Both as they are stored:
+            rounding can make zeros.
+        generator: on the CPU; default is one of seed 0.
+
+    Returns:
+        ``a`` itself where nothing is drawn.
     """
-    missing = rank - a.shape[0]
-    rows = torch.rand(missing, a.shape[1], generator=generator, dtype=torch.float32)
-    rows = ((2 * rows - 1) / math.sqrt(max(1, a.shape[1]))).to(a.device, a.dtype)
-    columns = torch.zeros(b.shape[0], missing, dtype=b.dtype, device=b.device)
-    return torch.cat([a, rows]), torch.cat([b, columns], 1)
+    lost = asleep(a, b)
+    count = int(lost.sum())
+    if count == 0:
+        return a
+    generator = generator or torch.Generator().manual_seed(0)
+    rows = 2 * torch.rand(count, *a.shape[1:], generator=generator, dtype=torch.float32) - 1
+    found = a.clone()
+    found[lost] = (rows / math.sqrt(max(1, a[0].numel()))).to(a.device, a.dtype)
+    return found
+
+
+def resized(
+    where: str, a: Tensor, b: Tensor, rank: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Matrices of another rank: the same product, or the nearest that the rank allows.
+
+    Args:
+        where: opens the message of an error.
+        a: ``(r, I)``. b: ``(O, r)``. Finite.
+        rank: above r, every bit stays, and the new ranks are those of a new adapter.
+        generator: as for :func:`able_to_learn`.
+
+    Returns:
+        a and b in their dtypes, and the Frobenius norm of the change of the product.
+
+    Raises:
+        ValueError: a value that is finite is not so in its dtype.
+    """
+    error = 0.0
+    if rank < len(a):
+        near_a, near_b, error = truncated(wide(a), wide(b), rank)
+        a = rounded(near_a, a, a.dtype, f"{where}: a")
+        b = rounded(near_b, b, b.dtype, f"{where}: b")
+    a, b = padded(a, b, rank)
+    return able_to_learn(a, b, generator), b, error
 
 
 def widest(*tensors: Tensor) -> torch.dtype:

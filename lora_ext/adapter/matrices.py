@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_ext.nn.adapted import adapted_layers, adapter_factors
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.layers import adapted_layers, adapter_factors
 
 from .peft_files import AdapterSource, open_adapter
 from .peft_keys import PREFIX, factor_roles, parse_key

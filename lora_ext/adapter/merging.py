@@ -10,12 +10,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
+from .base_models import BaseModels
 from .config import longer_than
-from .low_rank import check_matrices, rounded, truncated, wide, widest
+from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter, same_values
 
-Mode = Literal["delta", "factors", "delta_svd"]
+MergeMode = Literal["delta", "factors", "delta_svd"]
 Space = Literal["factors", "delta"]
 Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
 
@@ -24,11 +27,11 @@ Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that h
 def merge_adapters(
     adapters: Sequence[LoraAdapter | AdapterSource],
     weights: Sequence[float],
-    mode: Mode = "delta",
+    mode: MergeMode = "delta",
     rank: int | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
-    """One adapter out of several of the same base model.
+    """One adapter out of several of the same base model; other names of it are warned of.
 
     ============= ======================================= ======================================
     mode          the update of a module                  its rank
@@ -43,6 +46,7 @@ def merge_adapters(
 
     Sums are float64 on the CPU and are rounded once, to the widest dtype of the adapters. With
     "delta" and "delta_svd" a module counts that any of them has. A bias is summed like its update.
+    A rank that comes out as 0 in both factors gets a drawn row of A, so that training moves it.
 
     Args:
         adapters: values, folders, or (config, state dict). None of them changes.
@@ -67,21 +71,18 @@ def merge_adapters(
     if isinstance(adapters, str | os.PathLike | Mapping):
         raise TypeError(f"{where}: adapters: expected a list of adapters, found {adapters!r:.200}")
     values = {f"adapters[{i}]": LoraAdapter.of(each) for i, each in enumerate(adapters)}
-    if not values:
-        raise ValueError(f"{where}: adapters: expected at least one, found none")
+    require(values, where, "adapters", "at least one", "none")
     weights = list(weights)
-    if len(weights) != len(values):
-        raise ValueError(
-            f"{where}: weights: expected one for each of {len(values)} adapters, found "
-            f"{len(weights)}"
-        )
-    if mode not in get_args(Mode):
-        raise ValueError(f"{where}: mode: expected one of {get_args(Mode)}, found {mode!r}")
+    expected = f"one for each of {len(values)} adapters"
+    require(len(weights) == len(values), where, "weights", expected, len(weights))
+    if mode not in get_args(MergeMode):
+        raise ValueError(f"{where}: mode: expected one of {get_args(MergeMode)}, found {mode!r}")
     weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
     if rank is not None and mode != "delta_svd":
         raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ValueError(f"{where}: rank: expected a positive integer, found {rank!r}")
+    _warn_of_other_bases(where, values)
     return _merged(where, values, weights, mode, rank, progress)
 
 
@@ -114,6 +115,7 @@ def interpolate_adapters(
         raise ValueError(f"{where}: space: expected one of {get_args(Space)}, found {space!r}")
     lam = _finite(lam, f"{where}: lam")
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
+    _warn_of_other_bases(where, values)
     if lam in (0.0, 1.0):
         _check_shapes(where, values, equal=space == "factors")
         return values["second" if lam else "first"]
@@ -124,7 +126,7 @@ def _merged(
     where: str,
     adapters: Mapping[str, LoraAdapter],
     weights: list[float],
-    mode: Mode,
+    mode: MergeMode,
     rank: int | None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> LoraAdapter:
@@ -138,6 +140,7 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
+    generator = torch.Generator().manual_seed(0)
     for name in progress(names):
         parts = [
             (w, value.modules[name])
@@ -148,11 +151,11 @@ def _merged(
         if mode == "delta_svd":
             a, b, _ = truncated(a, b, rank or max(f.a.shape[0] for _, f in parts))
         like = parts[0][1]
+        a = rounded(a, like.a, dtype, f"{where}: {name}: a")
+        b = rounded(b, like.b, dtype, f"{where}: {name}: b")
         modules[name] = Factors(
-            rounded(a, like.a, dtype, f"{where}: {name}: a").unflatten(1, like.a.shape[1:]),
-            rounded(b, like.b, dtype, f"{where}: {name}: b").reshape(
-                len(b), len(a), *like.b.shape[2:]
-            ),
+            able_to_learn(a, b, generator).unflatten(1, like.a.shape[1:]),
+            b.reshape(*b.shape, *like.b.shape[2:]),
             scaling,
             rounded(bias, like.b, dtype, f"{where}: {name}: bias") if has_bias else None,
             embedding=like.embedding,
@@ -203,6 +206,13 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------
 # Refusals
+
+
+def _warn_of_other_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    bases = BaseModels()
+    for label, adapter in adapters.items():
+        # The caller of the public function, which torch.no_grad wraps.
+        bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
 
 
 def _finite(number: Any, where: str) -> float:

@@ -11,11 +11,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.base_modules import READS_WEIGHTS, bypassed, head_names, linear_size
-from lora_ext.nn.experts import projections
-from lora_ext.nn.lora_config import matches_suffix
-from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext.layers import (
+    READS_WEIGHTS,
+    LoraLayer,
+    bypassed,
+    head_names,
+    linear_size,
+    matches_suffix,
+    projections,
+)
+from lora_ext.rows import PoolLayer
 
 from .base_weights import BaseWeights
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo
-from lora_ext.nn.adapted import is_adapted
+from lora_ext.layers import is_adapted
 
 from .base_weights import offloaded_values
 from .model_index import PAGE_DTYPES

@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._files import write_files
 
 from .config import AdapterConfig
@@ -169,11 +170,8 @@ def read_factors(
         )
     for module, keys in grouped.items():  # all headers before the first byte of the first tensor
         rank, _ = ranks[module]
-        if rank > max_rank:
-            raise ValueError(
-                f"{config.where}: rank of {module}: expected at most max_rank={max_rank}, "
-                f"found {rank}"
-            )
+        expected = f"at most max_rank={max_rank}"
+        require(rank <= max_rank, config.where, f"rank of {module}", expected, rank)
         _check_headers(tensors, keys, rank, module, index, config)
     replaced = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():

@@ -10,14 +10,14 @@ import torch
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
 
-Mode = Literal["remove", "zero"]
+PruneMode = Literal["remove", "zero"]
 
 
 @torch.no_grad()
 def prune_adapter(
     adapter: LoraAdapter | AdapterSource,
     keep: Iterable[str] | Callable[[str], bool],
-    mode: Mode = "remove",
+    mode: PruneMode = "remove",
 ) -> LoraAdapter:
     """Keep an adapter in some modules, and take its update off the others.
 
@@ -38,8 +38,8 @@ def prune_adapter(
     """
     where = "prune_adapter"
     adapter = LoraAdapter.of(adapter)
-    if mode not in get_args(Mode):
-        raise ValueError(f"{where}: mode: expected one of {get_args(Mode)}, found {mode!r}")
+    if mode not in get_args(PruneMode):
+        raise ValueError(f"{where}: mode: expected one of {get_args(PruneMode)}, found {mode!r}")
     kept = _names(adapter, keep)
     if mode == "remove":
         return adapter.with_modules({n: f for n, f in adapter.modules.items() if n in kept})

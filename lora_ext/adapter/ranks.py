@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.ops import lora_gram
-from lora_ext.ops._checks import require
 
 from .matrices import Source, check_floating, factor_matrices
 

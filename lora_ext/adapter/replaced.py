@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ModelIndex
 from .tensor_files import TensorSource
@@ -65,16 +67,11 @@ def find_replaced(
                 f"{tensors.where}: {key}: modules_to_save is not supported on {module}, which has "
                 "LoRA factors as well"
             )
-        if name not in index.weights:
-            raise ValueError(
-                f"{tensors.where}: {key}: expected weights that the base model has, found another"
-            )
+        expected = "weights that the base model has"
+        require(name in index.weights, tensors.where, key, expected, "another")
         info, shape = tensors.infos[key], index.weights.shape(name)
-        if info.dtype not in PAGE_DTYPES:
-            raise ValueError(
-                f"{tensors.where}: {key}: dtype: expected float16, bfloat16, float32 or float64, "
-                f"found {info.dtype}"
-            )
+        expected = "float16, bfloat16, float32 or float64"
+        require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", expected, info.dtype)
         if info.shape != shape:
             raise ValueError(
                 f"{tensors.where}: {key}: shape: expected {shape} as in the base model, found "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from .low_rank import check_matrices, grown, rounded, truncated, wide
+from .low_rank import asleep, check_matrices, resized
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
 
@@ -23,8 +23,9 @@ def resize_adapter(
     """The same adapter with other ranks: its update exactly, or the nearest that the rank allows.
 
     A smaller rank keeps the largest singular values of ``B A``, with their roots in either factor.
-    A larger one keeps every bit, and adds rows to ``A`` and zeros to ``B``. The scale stays, so
-    alpha changes. Rank 0 takes the module out. A bias and DoRA's magnitude stay as they are.
+    A larger one keeps every bit, and adds rows to ``A`` and zeros to ``B``. A rank that would be 0
+    in both gets a row as well, so that training moves every rank. The scale stays, so alpha
+    changes. Rank 0 takes the module out. A bias and DoRA's magnitude stay as they are.
 
     Args:
         adapter: a value, a folder, or (config, state dict). It does not change.
@@ -51,7 +52,9 @@ def resize_adapter(
     for name in progress(list(adapter.modules)):
         found = factors = adapter.modules[name]
         errors[name] = 0.0
-        if ranks[name] != factors.a.shape[0]:
+        product = factors.a.shape[0] == factors.b.shape[1]  # else a grouped convolution
+        asks = ranks[name] != factors.a.shape[0]
+        if asks or (product and bool(asleep(factors.a, factors.b).any())):
             found, errors[name] = _resized(name, factors, ranks[name], generator)
         if ranks[name]:
             modules[name] = found
@@ -63,15 +66,10 @@ def _resized(
 ) -> tuple[Factors, float]:
     where = f"resize_adapter: {name}"
     check_matrices(factors, where)
-    a, b, error = factors.a.flatten(1), factors.b.flatten(1), 0.0
-    if rank < a.shape[0]:
-        near_a, near_b, dropped = truncated(wide(a), wide(b), rank)
-        error = abs(factors.scaling) * dropped
-        a = rounded(near_a, a, a.dtype, f"{where}: a")
-        b = rounded(near_b, b, b.dtype, f"{where}: b")
-    a, b = grown(a, b, rank, generator)  # also what is narrower than its new rank
+    a, b, error = resized(where, factors.a.flatten(1), factors.b.flatten(1), rank, generator)
     a = a.unflatten(1, factors.a.shape[1:])
-    return factors._replace(a=a, b=b.reshape(len(b), rank, *factors.b.shape[2:])), error
+    b = b.reshape(len(b), rank, *factors.b.shape[2:])
+    return factors._replace(a=a, b=b), abs(factors.scaling) * error
 
 
 def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int]:

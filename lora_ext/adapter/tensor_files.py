@@ -136,6 +136,17 @@ class StateDict:
         """Nothing to close."""
 
 
+def _refusal(error: str) -> str:
+    """What torch.load found, without its words: they tell how to load the file all the same."""
+    asked = re.search(r"GLOBAL ([\w.]{1,200})", error)
+    if asked is None:
+        return "expected tensors as torch.save writes them, found a damaged file, or other objects"
+    return (
+        f"expected tensors alone, found a pickle that asks for {asked[1]}; it is not loaded, as a "
+        "pickle can run code: ask whoever made it for adapter_model.safetensors"
+    )
+
+
 def _read_bin(path: Path) -> StateDict:
     """A zip of ``torch.save``, its entries stored and no larger than the file; ``weights_only``."""
     where = str(path)
@@ -156,9 +167,7 @@ def _read_bin(path: Path) -> StateDict:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever the bytes provoke
-            raise ValueError(
-                f"{where}: refused by torch.load(weights_only=True): {error!s:.300}"
-            ) from None
+            raise ValueError(f"{where}: {_refusal(str(error))}") from None
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
     source = StateDict(tensors, where)

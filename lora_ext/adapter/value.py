@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.ops._checks import require_flags
+from lora_ext._checks import require_flags
 
 from .base_weights import BaseWeights
 from .config import AdapterConfig

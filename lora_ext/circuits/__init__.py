@@ -1,11 +1,8 @@
 """Probabilistic circuits over any region graph: structure, checks, queries, sampling, EM."""
 
-from lora_ext.circuits.chain import KBest
-from lora_ext.circuits.chow_liu import chow_liu_parents
+from lora_ext.circuits.builders import chow_liu_parents
 from lora_ext.circuits.circuit import Circuit, Report
-from lora_ext.circuits.errors import PCStructureError
-from lora_ext.circuits.layered import Layered, compile_graph
-from lora_ext.circuits.learning import Flows
+from lora_ext.circuits.flows import Flows, Marginals
 from lora_ext.circuits.leaves import (
     Bernoulli,
     Binomial,
@@ -16,11 +13,11 @@ from lora_ext.circuits.leaves import (
     Leaf,
 )
 from lora_ext.circuits.multivariate import MultivariateGaussian
-from lora_ext.circuits.picture import draw_graph
-from lora_ext.circuits.queries import Marginals
+from lora_ext.circuits.program import Layered, compile_graph
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.regions import Input, Partition, Region
-from lora_ext.circuits.sampling import MapResult
+from lora_ext.circuits.sampling import KBest, MapResult
+from lora_ext.circuits.scopes import PCStructureError
 from lora_ext.circuits.training import Epoch, pad_sequences, train_em, train_gradient
 
 __all__ = [
@@ -47,7 +44,6 @@ __all__ = [
     "Report",
     "chow_liu_parents",
     "compile_graph",
-    "draw_graph",
     "pad_sequences",
     "train_em",
     "train_gradient",

@@ -12,16 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.circuits import chain, checks, files, learning, queries, sampling
-from lora_ext.circuits._execution import Evaluate, Weights
-from lora_ext.circuits.chain import KBest
-from lora_ext.circuits.errors import require
-from lora_ext.circuits.layered import MAX_BLOCK
-from lora_ext.circuits.learning import Flows
-from lora_ext.circuits.parameters import Parameters, require_tensor, signed
+from lora_ext.circuits import checks, flows, sampling
+from lora_ext.circuits.flows import Flows, Marginals
+from lora_ext.circuits.parameters import Parameters, read_file, require_tensor, signed
+from lora_ext.circuits.program import Evaluate, Weights
 from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.sampling import MapResult
-from lora_ext.reference.circuit_sum import log_weights
+from lora_ext.circuits.sampling import KBest, MapResult
+from lora_ext.circuits.scopes import require
+from lora_ext.reference import log_weights
 
 
 class Report(NamedTuple):
@@ -48,8 +46,7 @@ class Circuit(Parameters):
         graph: the structure.
         norm: ``"logits"``: weights are log-softmaxed over each sum; ``"none"``: log-weights as they
             are, and :meth:`log_partition` is not zero.
-        block: largest tile of the layered form; no result depends on it.
-        precision: of ``log_prob``, as ``ops.log_einsum_exp`` takes it; may be set later.
+        precision: of ``log_prob``, as ``ops.circuit_layers`` takes it; may be set later.
 
     Attributes:
         weights: all log-weights, flat; :meth:`region_weights` views those of a region.
@@ -60,14 +57,8 @@ class Circuit(Parameters):
             data would mean anything.
     """
 
-    def __init__(
-        self,
-        graph: RegionGraph,
-        norm: str = "logits",
-        block: int = MAX_BLOCK,
-        precision: str = "fp32",
-    ):
-        super().__init__(graph, norm, block, precision)
+    def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
+        super().__init__(graph, norm, precision)
 
     # --- evaluation -------------------------------------------------------------------------------
     def log_prob(
@@ -142,9 +133,7 @@ class Circuit(Parameters):
         return self.log_prob(torch.where(kept, x, nothing), external, root)
 
     @torch.no_grad()
-    def univariate_marginals(
-        self, evidence: Tensor, root: int | Tensor | None = None
-    ) -> queries.Marginals:
+    def univariate_marginals(self, evidence: Tensor, root: int | Tensor | None = None) -> Marginals:
         """The law of every variable by itself given the evidence, in one pass up and one down.
 
         Args:
@@ -160,7 +149,7 @@ class Circuit(Parameters):
             ValueError: as :meth:`log_prob`, for external variables, and if several roots leave
                 ``root`` open.
         """
-        return queries.univariate_marginals(self, evidence, root)
+        return flows.univariate_marginals(self, evidence, root)
 
     @torch.no_grad()
     def entropy(self, root: int | None = None) -> Tensor:
@@ -175,7 +164,7 @@ class Circuit(Parameters):
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
         """
-        return queries.entropy(self, root)
+        return flows.entropy(self, root)
 
     @torch.no_grad()
     def kl_divergence(self, other: Circuit, root: int | None = None) -> Tensor:
@@ -190,7 +179,7 @@ class Circuit(Parameters):
 
         Source: as :meth:`entropy`.
         """
-        return queries.kl_divergence(self, other, root)
+        return flows.kl_divergence(self, other, root)
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
@@ -302,7 +291,7 @@ class Circuit(Parameters):
 
         Source: list Viterbi decoding, Seshadri and Sundberg 1994.
         """
-        return chain.k_best(self, k, evidence, lengths, root)
+        return sampling.k_best(self, k, evidence, lengths, root)
 
     # --- learning ---------------------------------------------------------------------------------
     @torch.no_grad()
@@ -323,7 +312,7 @@ class Circuit(Parameters):
             ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
         """
         leaf = self._leaf_values("flows", x, external)
-        return learning.flows(self, "flows", leaf, self._log_weights(), root)
+        return flows.flows(self, "flows", leaf, self._log_weights(), root)
 
     @torch.no_grad()
     def em_step(
@@ -362,7 +351,7 @@ class Circuit(Parameters):
             ValueError: for unnormalised circuits, wrong data or a wrong step, or if several roots
                 leave ``root`` open.
         """
-        return learning.em_step(self, x, step, pseudocount, keep_zero, root)
+        return flows.em_step(self, x, step, pseudocount, keep_zero, root)
 
     # --- structure and files ----------------------------------------------------------------------
     @torch.no_grad()
@@ -380,19 +369,15 @@ class Circuit(Parameters):
             error,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write parameters and structure into one safetensors file."""
-        files.save(self, path)
-
     @staticmethod
-    def load(path: str | Path, block: int = MAX_BLOCK) -> Circuit:
+    def load(path: str | Path) -> Circuit:
         """Read a file of :meth:`save`, which is not trusted.
 
         Raises:
             ValueError: on anything unexpected, before memory is taken for it.
         """
-        graph, norm, tensors = files.load(path, block)
-        circuit = Circuit(graph, norm, block).to(tensors["weights"].dtype)
+        graph, norm, tensors = read_file(path)
+        circuit = Circuit(graph, norm).to(tensors["weights"].dtype)
         circuit.load_state_dict(tensors)
         return circuit
 

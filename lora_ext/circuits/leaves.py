@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext.circuits._sums import sums_at
-from lora_ext.circuits.errors import require
-from lora_ext.reference.circuit import log_softmax
+from lora_ext.circuits.scopes import require
+from lora_ext.reference import log_softmax
 
 Table = dict[str, Tensor]
 LOG_TAU = math.log(2 * math.pi)

@@ -1,4 +1,4 @@
-"""The parameters of a compiled graph, where they lie, and the values of its leaves on data.
+"""The parameters of a compiled graph, where they lie, their files, and values of leaves on data.
 
 What queries, sampling, learning and files share: all of them stand above this.
 """
@@ -8,21 +8,31 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.circuits import checks
-from lora_ext.circuits._execution import Execution, Weights
 from lora_ext.circuits._sums import in_rows
-from lora_ext.circuits.errors import require
-from lora_ext.circuits.layered import FIRST_LEAF, compile_graph
 from lora_ext.circuits.leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
-from lora_ext.circuits.program import compile_program, rows_of_one_width
+from lora_ext.circuits.program import (
+    FIRST_LEAF,
+    Execution,
+    Weights,
+    compile_graph,
+    compile_program,
+    root_columns,
+    rows_of_one_width,
+)
 from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import variables
-from lora_ext.reference.circuit_sum import log_weights
+from lora_ext.circuits.scopes import require, variables
+from lora_ext.reference import log_weights
+
+_METADATA = "lora_ext.circuit"
+_MAX_UNITS = 1 << 24  # leaf, sum and product units: a small file may describe many
 
 
 def require_tensor(where: str, x: object) -> None:
@@ -39,15 +49,14 @@ def signed(x: Tensor) -> Tensor:
 class Parameters(nn.Module):
     """Weights of the sums and tables of the leaves; see ``Circuit``, which answers the queries."""
 
-    def __init__(self, graph: RegionGraph, norm: str, block: int, precision: str):
+    def __init__(self, graph: RegionGraph, norm: str, precision: str):
         super().__init__()
         require(norm in ("logits", "none"), "Circuit: norm", "'logits' or 'none'", repr(norm))
         checks.check_tractable(graph, "Circuit")
         self.graph, self.norm, self.precision = graph, norm, precision
-        self.layered = compile_graph(graph, block)
-        roots = [c for r in graph.roots for c in self.columns(r)]
-        program = compile_program(graph, self.layered, roots)
-        self._execution = Execution(self.layered, program, roots)
+        self.layered = compile_graph(graph)
+        program = compile_program(graph, self.layered)
+        self._execution = Execution(program, root_columns(graph, self.layered))
         self._matrices = rows_of_one_width(program)
         self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
         self.leaves = nn.ModuleList()
@@ -75,6 +84,16 @@ class Parameters(nn.Module):
         self._row: Tensor
         self._indicators: Tensor
         self._places: tuple[Tensor | None, Tensor, int] | None = None  # of a single family, on CPU
+
+    def __repr__(self) -> str:
+        total, sums = sum(p.numel() for p in self.parameters()), self.weights.numel()
+        lines = [
+            ", ".join(self.graph.counts()),
+            f"{total} parameters ({sums} of sums, {total - sums} of leaves), {self.weights.dtype} "
+            f"on {self.weights.device}",
+            f"norm {self.norm!r}, precision {self.precision!r}, semirings 'sum' and, of map, 'max'",
+        ]
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
 
     # --- where things lie -------------------------------------------------------------------------
     @property
@@ -109,11 +128,7 @@ class Parameters(nn.Module):
 
     def _first_leaf(self, region: int) -> int:
         """The first leaf unit of an input region, counted from the first of all."""
-        unit, factors = self.layered.first_unit[region], self.layered.factors
-        begin = FIRST_LEAF + len(self.layered.inputs.var)
-        if unit >= begin:
-            unit = int(factors.child_idx[factors.child_ptr[unit - begin]])
-        return unit - FIRST_LEAF
+        return self.layered.first_leaves[region][0] - FIRST_LEAF
 
     def _family(self, region: int) -> int:
         """The family of an input region, -1 for a sum."""
@@ -291,3 +306,47 @@ class Parameters(nn.Module):
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
             require(own, f"{name}: variable {variable}", "a leaf with parameters", "External")
+
+    # --- files ------------------------------------------------------------------------------------
+    def save(self, path: str | Path) -> None:
+        """Write parameters and structure into one safetensors file."""
+        from safetensors.torch import save_file  # not with lora_ext: only this needs it
+
+        tensors = {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}
+        text = f'{{"norm": "{self.norm}", "graph": {self.graph.to_json()}}}'
+        save_file(tensors, str(path), {_METADATA: text})
+
+
+def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
+    """Graph, norm and state of the circuit in a file; nothing is read before all is checked."""
+    file = SafetensorsFile(Path(path))
+    try:
+        where = file.where
+        data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
+        known = isinstance(data, dict) and data.keys() == {"norm", "graph"}
+        require(known, where, "a circuit", f"metadata {[*file.metadata]}")
+        norm = data["norm"]
+        require(norm in ("logits", "none"), f"{where}: norm", "logits or none", f"{norm!r:.80}")
+        graph = RegionGraph.from_json(data["graph"], where)
+        units = sum(
+            r.units * max(1, r.variables.bit_count()) + graph.num_products(r) for r in graph.regions
+        )
+        require(units <= _MAX_UNITS, f"{where}: regions", f"at most {_MAX_UNITS} units", units)
+        wanted = _state_shapes(graph)
+        found = {k: info.shape for k, info in file.infos.items()}
+        dtypes = {info.dtype for info in file.infos.values()}
+        require(found == wanted, where, f"{wanted!r:.300}", f"{found!r:.300}")
+        one = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+        require(one, where, "tensors in float32 or in float64", dtypes)
+        return graph, norm, {k: file.read(k) for k in found}
+    finally:
+        file.close()
+
+
+def _state_shapes(graph: RegionGraph) -> dict[str, tuple[int, ...]]:
+    layered = compile_graph(graph)
+    shapes: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
+    for i, family in enumerate(layered.families):
+        for k, t in fresh_table(family.leaf, 0, family.size).items():
+            shapes[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
+    return shapes

@@ -19,15 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_ext.circuits import builders, graph_json
+from lora_ext.circuits import builders, regions
 from lora_ext.circuits.builders import Leaves
-from lora_ext.circuits.errors import PCStructureError, require
 from lora_ext.circuits.leaves import Indicator
 from lora_ext.circuits.regions import Input, Kind, Partition, Region
-from lora_ext.circuits.scopes import variables
+from lora_ext.circuits.scopes import PCStructureError, require, variables
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RegionGraph:
     """Regions, children before parents; whether it is smooth and so on is for ``checks``.
 
@@ -45,8 +44,8 @@ class RegionGraph:
 
     regions: tuple[Region, ...]
     multi_root: bool = False
-    scopes: tuple[int, ...] = field(init=False, compare=False, repr=False)
-    roots: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    scopes: tuple[int, ...] = field(init=False, compare=False)
+    roots: tuple[int, ...] = field(init=False, compare=False)
     num_variables: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +106,14 @@ class RegionGraph:
     def num_products(self, region: Region) -> int:
         """Product units over which each unit of the region sums; 0 for an input."""
         return sum(self.partition_units(p) for p in region.partitions)
+
+    def depths(self) -> list[int]:
+        """Of each region, the longest distance from the inputs, which have 0."""
+        found: list[int] = []
+        for region in self.regions:
+            below = (found[c] for p in region.partitions for c in p.children)
+            found.append(1 + max(below, default=-1))
+        return found
 
     def _check_region(self, i: int, region: Region) -> None:
         where = f"unit {self.label(i)}"
@@ -249,9 +256,30 @@ class RegionGraph:
         return RegionGraph(regions, multi_root)
 
     # --- text -------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        return f"RegionGraph({', '.join(self.counts())})"
+
+    def counts(self) -> list[str]:
+        """What there is, in words: variables, inputs, sums, partitions, layers, roots, families."""
+        inputs = sum(r.leaf is not None for r in self.regions)
+        partitions = sum(len(r.partitions) for r in self.regions)
+        families = list(dict.fromkeys(repr(r.leaf) for r in self.regions if r.leaf is not None))
+        more = f" and {len(families) - 3} more" if len(families) > 3 else ""
+        roots = sum(self.regions[r].units for r in self.roots)
+        numbers = [
+            (self.num_variables, "variable", "variables"),
+            (inputs, "input", "inputs"),
+            (len(self.regions) - inputs, "region of sums", "regions of sums"),
+            (partitions, "partition", "partitions"),
+            (1 + max(self.depths()), "layer", "layers"),
+            (roots, "root unit", "root units"),
+        ]
+        words = [f"{n} {one if n == 1 else many}" for n, one, many in numbers]
+        return [*words, f"leaves {', '.join(families[:3])}{more}"]
+
     def to_json(self) -> str:
         """A description that :meth:`from_json` reads."""
-        return graph_json.regions_to_json(self.regions, self.multi_root)
+        return regions.regions_to_json(self.regions, self.multi_root)
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
@@ -260,7 +288,7 @@ class RegionGraph:
         Raises:
             ValueError: naming the region and the field.
         """
-        return RegionGraph(*graph_json.regions_from_json(data, where))
+        return RegionGraph(*regions.regions_from_json(data, where))
 
     def to_dot(self) -> str:
         """The graph in Graphviz' language; a partition is a point."""

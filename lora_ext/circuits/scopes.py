@@ -1,8 +1,20 @@
-"""Scopes: sets of variables as bitsets in Python integers, whatever their number."""
+"""Scopes, which are sets of variables as bitsets in Python integers, and errors that name them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+
+class PCStructureError(ValueError):
+    """The graph is not the circuit that somebody asked for; names the unit and the variables."""
+
+
+def require(
+    ok: bool, where: str, expected: object, found: object, error: type[ValueError] = ValueError
+) -> None:
+    """Raise ``error`` with ``"<where>: expected <expected>, found <found>"`` unless ``ok``."""
+    if not ok:
+        raise error(f"{where}: expected {expected}, found {found}")
 
 
 def bits(scope: int) -> Iterator[int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_ext.circuits.circuit import Circuit
-from lora_ext.circuits.errors import require
 from lora_ext.circuits.parameters import require_tensor
+from lora_ext.circuits.scopes import require
 
 # Batches as a DataLoader gives them: rows, or rows and the root of each.
 Batches = Tensor | Iterable[Any]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from .arguments import make_parser
-from .output import printable
+from .output import Fault, printable
 
 __all__ = ["main"]
 
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: default are those of the process.
 
     Returns:
-        the exit status: 0; 1 where doctor finds a fault; 2 on bad input, after one sentence on
-        standard error; 130 after Ctrl-C.
+        the exit status: 0; 1 where doctor finds a fault or inspect a value that is not finite; 2 on
+        bad input, after one sentence on standard error; 130 after Ctrl-C.
 
     Raises:
         SystemExit: after ``--help`` (0), ``--version`` (0) and arguments that are none (2).
@@ -38,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
-            status = parsed.run(parsed)
+            try:
+                status = parsed.run(parsed)
+            except Fault as fault:
+                complain(fault)
+                status = 1
         if sys.stdout is not None:
             sys.stdout.flush()
         return status

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
 import lora_ext
-from lora_ext.adapter.merging import Mode
-from lora_ext.adapter.ranks import KINDS
+from lora_ext.adapter import KINDS, MergeMode
 
 from . import changes, guides, reports
 
@@ -29,8 +28,8 @@ examples:
   lora-ext diff both both-16 --json | jq .distance
 
 `lora-ext COMMAND --help` explains a command. What a command writes is there
-whole, or not at all. The exit status is 0; 1 if doctor finds a fault; 2 on bad
-input, with one sentence on standard error."""
+whole, or not at all. The exit status is 0; 1 if doctor finds a fault or inspect
+a value that is not finite; 2 on bad input, with one sentence on standard error."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -103,7 +102,8 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         "show the modules of an adapter: ranks, norms, bad values",
         "  norm  Frobenius norm of the update, scaling * B A\n"
-        "  bad   how many values are NaN or infinite; nothing else is measured then\n\n"
+        "  bad   how many values are NaN or infinite; nothing else is measured then, and\n"
+        "        the exit status is 1\n\n"
         "The other columns are effective ranks: how many directions the update uses.",
         reports.inspect,
     )
@@ -146,7 +146,10 @@ def _add_merge(commands: Any) -> None:
         help="one for each adapter (default: equal ones that sum to 1)",
     )
     parser.add_argument(
-        "--mode", choices=get_args(Mode), default="delta", help="see above (default: %(default)s)"
+        "--mode",
+        choices=get_args(MergeMode),
+        default="delta",
+        help="see above (default: %(default)s)",
     )
     parser.add_argument(
         "--rank",
@@ -165,7 +168,8 @@ def _add_resize(commands: Any) -> None:
         "give an adapter another rank, and say what that loses",
         "A smaller rank keeps the largest singular values of each update, the nearest\n"
         "that there is; `error` is the Frobenius norm of the change. A larger rank\n"
-        "changes nothing.",
+        "changes nothing, and is refused where no module gains from it: an update of I\n"
+        "inputs and O outputs has rank min(I, O) at most.",
         changes.resize,
     )
     _add_adapter(parser, "adapter", "ADAPTER")
@@ -199,8 +203,22 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument(
         "--direction",
         choices=("smallest", "largest"),
-        default="smallest",
-        help="which scores are pruned (default: %(default)s)",
+        required=True,
+        help="which scores are pruned; what they mean depends on --score",
+    )
+    parser.add_argument(
+        "--score",
+        choices=("distance", "angle", "alignment"),
+        default="distance",
+        help="distance from the map of the update, which is mostly its size; the angle "
+        "between them; or its cosine with what alignment did, below 0 where it undoes "
+        "that (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=("population", "permutation", "released"),
+        default="population",
+        help="what a distance is compared with (default: %(default)s)",
     )
     parser.add_argument(
         "--granularity",
@@ -222,6 +240,17 @@ def _add_prune(commands: Any) -> None:
         type=float,
         metavar="E",
         help="only the directions with this share of the change (orthogonal)",
+    )
+    parser.add_argument(
+        "--on-zero-alignment",
+        choices=("raise", "skip"),
+        default="raise",
+        help="a layer that both models have alike is an error, or is kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-degenerate",
+        action="store_true",
+        help="all scores are 0 where distances do not differ, instead of an error",
     )
     parser.add_argument(
         "--project",

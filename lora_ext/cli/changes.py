@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
-from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, resize_adapter
-from lora_ext.adapter.low_rank import product_norm
+from lora_ext.adapter import (
+    Factors,
+    LoraAdapter,
+    merge_adapters,
+    product_norm,
+    prune_adapter,
+    resize_adapter,
+)
 
 from .output import progress, show
 from .reports import describe
+
+_REMEDIES = {
+    "SploraConfig(on_zero_alignment='skip')": "--on-zero-alignment skip",
+    "SploraConfig(allow_degenerate=True)": "--allow-degenerate",
+}
 
 
 def merge(arguments: Namespace) -> int:
@@ -39,6 +51,13 @@ def resize(arguments: Namespace) -> int:
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
     adapter = LoraAdapter.load(arguments.adapter)
+    most = max(map(_most_useful_rank, adapter.modules.values()))
+    if arguments.rank > most:
+        raise ValueError(
+            f"--rank: expected at most {most}, found {arguments.rank}: no module of "
+            f"{arguments.adapter} gains from more, as an update of I inputs and O outputs has rank "
+            "min(I, O) at most"
+        )
     resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
     _save(resized, arguments.out)
     rows: list[dict[str, Any]] = []
@@ -58,6 +77,11 @@ def resize(arguments: Namespace) -> int:
     return 0
 
 
+def _most_useful_rank(factors: Factors) -> int:
+    """min(I, O); or its own rank, where an adapter was trained with more, which may stay."""
+    return max(factors.a.shape[0], min(factors.a.flatten(1).shape[1], factors.b.shape[0]))
+
+
 def prune(arguments: Namespace) -> int:
     """``lora-ext prune``: SPLoRA, or with ``--project`` Safe LoRA."""
     from lora_ext.methods import splora
@@ -68,6 +92,10 @@ def prune(arguments: Namespace) -> int:
         threshold=arguments.threshold,
         direction=arguments.direction,
         granularity=arguments.granularity,
+        score=arguments.score,
+        reference=arguments.reference,
+        on_zero_alignment=arguments.on_zero_alignment,
+        allow_degenerate=arguments.allow_degenerate,
         projection=arguments.projection,
         rank=arguments.rank,
         energy=arguments.energy,
@@ -80,8 +108,12 @@ def prune(arguments: Namespace) -> int:
             found = splora.project(adapter, *models, chosen, config, progress=progress)
         else:
             found = prune_adapter(adapter, lambda name: name not in chosen)
-    except (TypeError, KeyError) as error:  # quantised weights; layers that a model lacks
-        raise ValueError(error.args[0]) from error
+    except (TypeError, KeyError, ValueError) as error:
+        # Quantised weights, layers that a model lacks; and remedies in the words of this command.
+        message = str(error.args[0])
+        for setting, option in _REMEDIES.items():
+            message = message.replace(setting, option)
+        raise ValueError(message) from error
     _save(found, arguments.out)
     what = "projected" if arguments.project else "pruned"
     rows = [
@@ -91,11 +123,18 @@ def prune(arguments: Namespace) -> int:
             "distance": each.dist,
             "norm": each.norm,
             "cosine": each.cos,
+            "alignment": each.alignment,
             "verdict": what if each.name in chosen else "kept",
         }
         for each in stats
     ]
-    used = {"direction": arguments.direction, what: len(chosen)}
+    correlation = splora.size_correlation(stats)
+    used = {
+        "direction": arguments.direction,
+        "score": arguments.score,
+        "size correlation": None if math.isnan(correlation) else correlation,
+        what: len(chosen),
+    }
     show({"out": arguments.out, **used, **describe(found)}, rows, arguments.json)
     return 0
 

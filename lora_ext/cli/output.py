@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lora_ext.adapter.peft_keys import natural_order
+from lora_ext.adapter import natural_order
 
 Item = TypeVar("Item")
 _DASH = "-"
+
+
+class Fault(Exception):
+    """What a command has shown is amiss: one sentence for standard error, and status 1."""
 
 
 def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from lora_ext import doctor as devices
 from lora_ext.adapter import Factors, LoraAdapter, compare_adapters, rank_report
 
-from .output import progress, show
+from .output import Fault, progress, show
+
+_LISTED = 8  # places of bad values in a sentence
 
 
 def doctor(arguments: Namespace) -> int:
@@ -18,7 +20,7 @@ def doctor(arguments: Namespace) -> int:
 
 
 def inspect(arguments: Namespace) -> int:
-    """``lora-ext inspect``: one row a module."""
+    """``lora-ext inspect``: one row a module; :class:`Fault` where values are not finite."""
     adapter = LoraAdapter.load(arguments.adapter)
     rows: list[dict[str, Any]] = []
     for name in progress(list(adapter.modules)):
@@ -34,11 +36,20 @@ def inspect(arguments: Namespace) -> int:
         }
         rows.append(row)
     summary = {"adapter": str(arguments.adapter), **describe(adapter)}
-    whole = [*adapter.base_weights.values(), *adapter.replacements.values()]
-    summary["bad values"] = sum(row["bad"] for row in rows) + sum(map(_bad, whole))
+    counts = {row["module"]: row["bad"] for row in rows}
+    whole = {**adapter.base_weights, **adapter.replacements}
+    counts |= {key: _bad(value) for key, value in whole.items()}
+    summary["bad values"] = sum(counts.values())
     if not arguments.json:
         rows = [{**row, "shape": " x ".join(map(str, row["shape"]))} for row in rows]
     show(summary, rows, arguments.json)
+    bad = [f"{name:.200} ({count})" for name, count in counts.items() if count]
+    if bad:
+        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        raise Fault(
+            f"{arguments.adapter}: expected finite values, found NaN or inf in "
+            f"{', '.join(bad[:_LISTED])}{more}"
+        )
     return 0
 
 
@@ -99,7 +110,7 @@ def describe(adapter: LoraAdapter) -> dict[str, Any]:
         f"bias={config.base_bias}": config.base_bias != "none",
     }
     return {
-        "base model": config.raw.get("base_model_name_or_path") or None,
+        "base model": config.base_model or None,
         "modules": len(adapter.modules),
         "ranks": sorted({factors.a.shape[0] for factors in adapter.modules.values()}),
         "parameters": sum(t.numel() for t in tensors),

@@ -11,12 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.low_rank import norm_of
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
 
 from .keys import PATTERN, Pair, layer_pairs
-from .means import PairPart, Part, by_norm, mean_of, nearest, noise_of, normalised, stack_of
+from .means import PairPart, Part, by_norm, mean_of, noise_of, normalised, stack_of
 from .update import Client, NanPolicy, Reply, Rules, Update, Upload, accept
 
 RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
@@ -85,6 +84,10 @@ def aggregate(
                 either factor
     "stack"     the same sum exactly, in ``stacked``, for the base weight; B becomes 0, A stays
     =========== ===================================================================================
+
+    A rank that comes out as 0 in both factors, where the clients cancel or "svd" finds no more
+    directions, gets a drawn row of A and keeps its product, so that training moves it; "zero_pad"
+    alone has the zeros that it asks for.
 
     Sums are float64, in the order of the clients, and rounded once to the dtype of the state: no
     order of the replies changes a bit. Bad replies are rejected one by one; nothing is broadcast.
@@ -168,6 +171,7 @@ class _Round:
         self.server_lr = server_lr
         self.new: dict[str, Tensor] = {}
         self.stacked: dict[str, tuple[Tensor, Tensor]] = {}
+        self._generator = torch.Generator().manual_seed(0)
         self._squares: dict[int, tuple[float, float]] = {}  # of error and size, by layer
 
     def add(self, pair: Pair, scale: float) -> None:
@@ -181,6 +185,10 @@ class _Round:
             self.rank_agg, self._add_means
         )
         error, size = add(pair, parts)
+        if self.rank_agg != "zero_pad" and not self.new.keys().isdisjoint((pair.a, pair.b)):
+            a, b = (self.new.get(key, self.rules.state[key]) for key in (pair.a, pair.b))
+            if (found := able_to_learn(a, b, self._generator)) is not a:
+                self.new[pair.a] = found
         if parts:
             errors, sizes = self._squares.get(pair.layer, (0.0, 0.0))
             self._squares[pair.layer] = errors + (scale * error) ** 2, sizes + (scale * size) ** 2
@@ -230,7 +238,8 @@ class _Round:
         size = norm_of(a, b)
         if not math.isfinite(size):
             raise _TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
-        near_a, near_b, dropped = nearest(a, b, start_a.shape[0])
+        near_a, near_b, dropped = truncated(a, b, start_a.shape[0])
+        near_a, near_b = padded(near_a, near_b, start_a.shape[0])
         self._write(pair.a, near_a.reshape(start_a.shape), moved=True)
         self._write(pair.b, near_b.reshape(start_b.shape), moved=True)
         return dropped, size

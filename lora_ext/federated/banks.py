@@ -1,4 +1,4 @@
-"""The factors of all clients of a module as one tensor each, and one AdamW over them.
+"""What all clients train, of each tensor as one, and one AdamW over it.
 
 A layer's call then copies nothing together, and a step of the optimizer is a few calls however many
 clients there are. Letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` in, ``O`` out.
@@ -77,6 +77,11 @@ class Bank:
         self.moments = [torch.zeros_like(t) for t in own for _ in range(2)]
         self.activate(len(clients))
 
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """All that the optimizer changes."""
+        return self.a, self.b
+
     def activate(self, places: int) -> None:
         """Take the clients at the first places into the calls from now on, and no others."""
         self.trained = sum(place < places for place in self.members)
@@ -92,9 +97,8 @@ class Bank:
         """Take the seeds of a step's masks, one for each place."""
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
-    def changes(self) -> tuple[Tensor, Tensor, list[bool]]:
-        """What training changed, on the CPU: ``(members, R, I)``, ``(members, O, R)``, and for each
-        member whether all of it is finite."""
+    def give(self, clients: Sequence[ClientRound]) -> None:
+        """Tell every client what training changed of its factors, each in memory of its own."""
         found: list[Tensor] = []
         for values, start in zip((self.a, self.b), self.start, strict=True):
             own = values[self.shared :].cpu()
@@ -104,13 +108,51 @@ class Bank:
             beyond = self._beyond(self.shared).cpu()
             a.masked_fill_(beyond[:, :, None], 0)
             b.masked_fill_(beyond[:, None, :], 0)
-        finite = a.isfinite().flatten(1).all(1) & b.isfinite().flatten(1).all(1)
-        return a, b, finite.tolist()
+        finite = (a.isfinite().flatten(1).all(1) & b.isfinite().flatten(1).all(1)).tolist()
+        for i, place in enumerate(self.members):
+            client, rank = clients[place], self.ranks[self.shared + i]
+            client.finite &= finite[i]
+            for key, own in ((self.pair.a, a[i, :rank]), (self.pair.b, b[i, :, :rank])):
+                client.changes[key] = own.clone(memory_format=torch.contiguous_format)
 
     def _beyond(self, first: int) -> Tensor:
         """``(A - first, R)``: what is beyond the rank of its adapter."""
         ranks = torch.tensor(self.ranks[first:], device=self.a.device)
         return torch.arange(self.a.shape[1], device=self.a.device) >= ranks[:, None]
+
+
+class SharedBank:
+    """The copies of one parameter outside the adapters, each client's at its place.
+
+    Args:
+        name: of the parameter. start: its global value, where the parameter is.
+        count: how many clients there are.
+
+    Attributes:
+        values: ``(A, ...)`` alone. members, shared, moments, trained, leaves: as of :class:`Bank`.
+    """
+
+    shared = 0
+
+    def __init__(self, name: str, start: Tensor, count: int):
+        self.name = name
+        self.start = start
+        self.members = list(range(count))
+        self.values = (start.expand(count, *start.shape).clone(),)
+        self.moments = [torch.zeros_like(self.values[0]) for _ in range(2)]
+        self.activate(count)
+
+    def activate(self, places: int) -> None:
+        """Let the clients at the first places train from now on, and no others."""
+        self.trained = places
+        self.leaves = [self.values[0][:places].detach().requires_grad_()]
+
+    def give(self, clients: Sequence[ClientRound]) -> None:
+        """Tell every client what training changed of its copy."""
+        changes = self.values[0].cpu() - self.start.cpu()
+        for client, own in zip(clients, changes, strict=True):
+            client.finite &= bool(own.isfinite().all())
+            client.changes[self.name] = own.clone()
 
 
 class _Run(NamedTuple):
@@ -136,7 +178,7 @@ class ClientsAdamW:
         banks: whose values are changed in place. clients: in the order of their places.
     """
 
-    def __init__(self, banks: Sequence[Bank], clients: Sequence[ClientRound]):
+    def __init__(self, banks: Sequence[Bank | SharedBank], clients: Sequence[ClientRound]):
         self.banks = banks
         self.clients = clients
         self._done = 0
@@ -192,21 +234,23 @@ class ClientsAdamW:
     def _runs_of(self, first: int, last: int) -> list[_Run]:
         """Of the clients from one place to another, one for each factor that any of them has."""
         runs: list[_Run] = []
-        for place, bank in enumerate(self._trained):
+        gradients = itertools.count()
+        for bank in self._trained:
+            places = [next(gradients) for _ in bank.values]
             begin, end = (bisect.bisect_left(bank.members, p) for p in (first, last))
             if begin == end:
                 continue
             at = slice(bank.shared + begin, bank.shared + end)
-            for axis, values in enumerate((bank.a, bank.b)):
+            for axis, (place, values) in enumerate(zip(places, bank.values, strict=True)):
                 average, square = (t[begin:end] for t in bank.moments[2 * axis :][:2])
                 steps = torch.full((), float(self._done), device=values.device)
-                runs.append(_Run(2 * place + axis, at, values[at], average, square, steps))
+                runs.append(_Run(place, at, values[at], average, square, steps))
         return runs
 
     def _clip(self, gradients: Sequence[Tensor | None]) -> None:
         """Scale each client's gradient down to its bound, as ``clip_grad_norm_`` does."""
-        owners = [bank for bank in self._trained for _ in range(2)]
-        home = owners[0].a.device if owners else torch.device("cpu")
+        owners = [bank for bank in self._trained for _ in bank.values]
+        home = owners[0].values[0].device if owners else torch.device("cpu")
         parts = [
             (g[bank.shared :], torch.tensor(bank.members[: bank.trained], device=home))
             for bank, g in zip(owners, gradients, strict=True)
@@ -214,22 +258,12 @@ class ClientsAdamW:
         ]
         total = torch.zeros(len(self.clients), dtype=torch.float64, device=home)
         for g, members in parts:
-            norms = torch.linalg.vector_norm(g, dim=(1, 2)).to(home, torch.float64)
+            norms = torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1).to(home, torch.float64)
             total.index_add_(0, members, norms.square())
         bounds = [c.spec.max_grad_norm for c in self.clients]
         most = total.new_tensor([math.inf if bound is None else bound for bound in bounds])
         factors = (most / (total.sqrt() + _CLIP_EPS)).clamp(max=1)
         factors = torch.where(most.isinf(), 1.0, factors)
         for g, members in parts:
-            g.mul_(factors[members].to(g.device, g.dtype)[:, None, None])
-
-
-def own_changes(banks: Sequence[Bank], clients: Sequence[ClientRound]) -> None:
-    """Give every client what training changed of its factors, each in memory of its own."""
-    for bank in banks:
-        a, b, finite = bank.changes()
-        for i, place in enumerate(bank.members):
-            client, rank = clients[place], bank.ranks[bank.shared + i]
-            client.finite &= finite[i]
-            for key, own in ((bank.pair.a, a[i, :rank]), (bank.pair.b, b[i, :, :rank])):
-                client.changes[key] = own.clone(memory_format=torch.contiguous_format)
+            own = factors[members].to(g.device, g.dtype)
+            g.mul_(own.view(-1, *[1] * (g.dim() - 1)))

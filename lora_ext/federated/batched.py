@@ -16,14 +16,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import Swap, adapted_layers
-from lora_ext.nn.blocks import block_index, block_name
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.adapter import PREFIX
+from lora_ext.layers import Swap, adapted_layers, block_index, block_name
+from lora_ext.rows import layouts
 
-from .banks import Bank, ClientsAdamW, own_changes
+from .banks import Bank, ClientsAdamW, SharedBank
 from .batches import logits_of, merged, own_outputs
-from .client_layers import WHERE, BatchRows, ClientsLayer
+from .client_layers import BatchRows, ClientsLayer
 from .clients import ClientRound, ClientSpec
 from .keys import PATTERN, Pair, layer_pairs
 from .layers import Others
@@ -31,8 +31,9 @@ from .losses import LossFn, cross_entropies, own_losses
 from .payload import shapes_of
 from .plan import LayerPlan
 from .seeds import step_seeds
-from .staircase import Staircase
-from .supported import UnsupportedModule, check_model, dropout_of
+from .shared import SharedModules, shared_names, start_of
+from .staircase import Staircase, Unfit
+from .supported import WHERE, UnsupportedModule, check_model, dropout_of
 from .update import Client, Update
 
 
@@ -59,6 +60,11 @@ class BatchedClients:
             ``(x, y)``.
         dtype: of the clients' factors; default is that of the global adapter.
         pattern: finds the index of a layer in a name. adapter: the one whose layers are trained.
+        shared: parameters outside the adapters that every client trains besides, such as a head:
+            a pattern that is searched for in their names, or the names. Each client has its own
+            copy, and one AdamW and one bound for all that it trains; its update has the changes,
+            which ``aggregate(shared=batched.shared)`` averages as Flower's path does. They lie
+            above the adapted layers.
         others: what layers outside a client's plan are for its rows, "frozen" or "disabled".
         staircase: let rows leave the graph below the lowest layer that their client trains. A block
             in which they differ then runs in two calls. Where blocks do not run once each in order,
@@ -67,8 +73,9 @@ class BatchedClients:
     Raises:
         UnsupportedModule: dropout in training, batch normalisation over the batch, DoRA, a bias of
             the adapter, a merged one, another one that is active, or a layer that is not linear,
-            naming the module.
-        ValueError: settings out of range, a name twice.
+            naming the module; a shared parameter in or below the layers, tied to another, or of
+            integers, naming it.
+        ValueError: settings out of range, a name twice; ``shared`` that finds nothing.
 
     Source: Fed-HeLLo's and LEGEND's simulations, as segments of one batch (our choice).
     """
@@ -84,6 +91,7 @@ class BatchedClients:
         dtype: torch.dtype | None = None,
         pattern: str = PATTERN,
         adapter: str = "default",
+        shared: str | Sequence[str] | None = None,
         others: Others = "frozen",
         staircase: bool = True,
     ):
@@ -103,6 +111,7 @@ class BatchedClients:
         self.others: Literal["frozen", "disabled"] = others
         self.staircase = staircase
         check_model(model, adapter, pattern)
+        self.shared = shared_names(model, shared, pattern)
 
     def run_round(
         self,
@@ -114,12 +123,15 @@ class BatchedClients:
 
         Args:
             plans: by client, or one for each in their order.
-            global_lora: the whole global adapter, as ``LoraLayerManager.state_slice()`` gives it.
+            global_lora: the whole global adapter, as ``LoraLayerManager.state_slice()`` gives it,
+                and the shared parameters under their names; one that it lacks begins as the model
+                has it.
             round: with a client's name and its seed, what the masks of its dropout follow from.
 
         Returns:
-            the changes of the planned layers, in the order of the clients: num_examples counts the
-            rows of all steps, loss is the mean over the steps. A failed one has no tensors.
+            the changes of the planned layers and of the shared parameters, in the order of the
+            clients: num_examples counts the rows of all steps, loss is the mean over the steps. A
+            failed one has no tensors.
 
         Raises:
             ValueError: a plan or a global adapter that does not fit; batches that do not go
@@ -155,6 +167,7 @@ class BatchedClients:
         # Places: whoever leaves first comes last, so that those who go on are always the first.
         clients = sorted(states, key=lambda c: (-c.steps, c.settings))
         rows = BatchRows()
+        turned = layouts.tokens_first(self.model)
         banks: list[Bank] = []
         replacements: dict[str, nn.Module] = {}
         for pair in pairs:
@@ -164,20 +177,29 @@ class BatchedClients:
             scaling = float(layer.scaling[self.adapter])
             p = dropout_of(layer, self.adapter)
             banks.append(Bank(pair, clients, (a, b), self.others == "frozen", scaling, p))
-            replacements[name] = ClientsLayer(layer.get_base_layer(), banks[-1], rows)
+            base = layer.get_base_layer()
+            replacements[name] = ClientsLayer(base, banks[-1], rows, name in turned)
+        heads = [
+            SharedBank(name, start_of(name, self.model, global_lora, self.dtype), len(clients))
+            for name in self.shared
+        ]
+        modules = SharedModules(self.model, heads, rows)
         with contextlib.ExitStack() as stack:
             swap = Swap(self.model, replacements, WHERE)
             stack.callback(swap.restore, self.model, WHERE)
             stack.enter_context(_without_cache(self.model))
+            stack.enter_context(modules.divided())
             stairs = self._stairs(clients, {layers[p.module][0]: p for p in pairs}, rows)
             if stairs is not None:
                 stack.callback(stairs.remove)
-            optimizer = ClientsAdamW(banks, clients)
+            optimizer = ClientsAdamW([*banks, *heads], clients)
             while active := [place for place, c in enumerate(clients) if c.has_batch]:
                 optimizer.activate(active[-1] + 1)
                 active.sort(key=lambda place: (clients[place].lowest, place))
                 stairs = self._step(clients, active, rows, optimizer, stairs)
-        own_changes(banks, clients)
+                modules.check_called()
+        for bank in (*banks, *heads):
+            bank.give(clients)
 
     def _step(
         self,
@@ -193,13 +215,14 @@ class BatchedClients:
         inputs, segments = merged(batches, WHERE)
         sizes = [segment.rows for segment in segments]
         rows.set(active, segments)
-        if any(bank.p for bank in optimizer.banks):
+        banks = [bank for bank in optimizer.banks if isinstance(bank, Bank)]
+        if any(bank.p for bank in banks):
             step = len(going[0].losses)  # of all: they began together
-            seeds = step_seeds([c.seed for c in clients], step, len(optimizer.banks))
-            for module, bank in enumerate(optimizer.banks):
+            seeds = step_seeds([c.seed for c in clients], step, len(banks))
+            for module, bank in enumerate(banks):
                 bank.draw(seeds[:, module])
         lowest = [c.lowest for c, size in zip(going, sizes, strict=True) for _ in range(size)]
-        output, stairs = self._forward(inputs, batches, stairs, lowest)
+        output, stairs = self._forward(inputs, batches, stairs, lowest, rows)
         logits = logits_of(output, segments, WHERE)
         if self.loss_fn is None:
             losses = cross_entropies(logits, batches, segments, rows, WHERE)
@@ -211,7 +234,8 @@ class BatchedClients:
         training = any(
             c.plan.layers and math.isfinite(v) for c, v in zip(going, values, strict=True)
         )
-        if training and all(gradient is None for gradient in gradients):
+        factors = gradients[: sum(len(bank.leaves) for bank in banks if bank.trained)]
+        if training and all(gradient is None for gradient in factors):
             raise UnsupportedModule(
                 f"{WHERE}: model: expected losses that depend on the factors that train, found "
                 "none that does; checkpointing must not be the reentrant kind"
@@ -227,8 +251,10 @@ class BatchedClients:
         batches: Sequence[Any],
         stairs: Staircase | None,
         lowest: list[float],
+        rows: BatchRows,
     ) -> tuple[Any, Staircase | None]:
         def call() -> Any:
+            rows.above = None
             return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
 
         if stairs is None:
@@ -236,7 +262,7 @@ class BatchedClients:
         try:
             with stairs.forward(lowest):
                 return call(), stairs
-        except Exception as error:  # from any model: what is wrong of itself is so again below
+        except Unfit as error:  # anything else is not of the staircase's doing
             stairs.remove()
             inputs, _ = merged(batches, WHERE)  # anew: blocks may have written into them
             output = call()
@@ -251,11 +277,14 @@ class BatchedClients:
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
     ) -> Staircase | None:
         """Where some client trains nothing in the lowest block, and each index has one block."""
+        turned = layouts.tokens_first(self.model)
         blocks: dict[int, str] = {}
         for name, pair in names.items():
             block = block_name(f"{name}.lora_A.weight", self.pattern)
             if block is None or blocks.setdefault(pair.layer, block) != block:
                 return None
+            if name in turned:
+                return None  # the staircase cuts the first dimension, which counts tokens here
         needed = self.staircase and any(c.lowest > min(blocks) for c in clients)
         return Staircase(self.model, blocks, rows) if needed else None
 

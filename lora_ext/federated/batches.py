@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 _MASK, _IDS = "attention_mask", "input_ids"
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.nn.lora_forward import autocast_dtype, dense_parameters
-from lora_ext.nn.rows import Kept
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.layers import autocast_dtype, dense_parameters
+from lora_ext.rows import Kept
 
 from .banks import Bank
 from .batches import Segment
+from .supported import WHERE, supported
 
-WHERE = "BatchedClients"
 _KEPT = 64
 
 
@@ -26,9 +26,13 @@ class BatchRows:
     A part of the batch may go through a block by itself: :meth:`only`. In the backward, a
     checkpoint may run it again without saying so: it is always the first sequences, as the others
     have no graph.
+
+    Attributes:
+        above: the shared module that the forward has come to, if any; no layer may follow it.
     """
 
     def __init__(self) -> None:
+        self.above: str | None = None
         self._step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
         self._backward = False
@@ -39,6 +43,21 @@ class BatchRows:
         self._part = slice(0, sum(segment.rows for segment in segments))
         if (places, segments) != self._step:
             self._step, self._kept = (places, segments), Kept(_KEPT)
+
+    @property
+    def step(self) -> tuple[Sequence[int], Sequence[Segment]]:
+        """The places of the clients of the step, and their segments."""
+        return self._step
+
+    def check_below(self, module: str) -> None:
+        """Refuse a layer that follows a shared module. What lies below the layers would take the
+        gradient of the rows that leave the graph in them.
+
+        Raises:
+            UnsupportedModule: naming the shared module.
+        """
+        if self.above is not None and not self._backward:
+            supported(False, self.above, "shared parameters above the layers", f"{module} after it")
 
     def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many sequences each client has, and for each sequence which of them has it."""
@@ -67,17 +86,29 @@ class BatchRows:
         finally:
             self._backward = False
 
-    def ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For rows of shape ``leading``, sequences first: the index in the bank that the client of
-        each has, ``(rows,)``, and the op's plan of them.
+    def ids(
+        self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """For rows of shape ``leading``, sequences first or after the tokens: the index in the bank
+        that the client of each has, ``(rows,)``, and the op's plan of them.
 
         With dropout, what is padding for the sake of other clients has no adapter: a mask counts
         the rows of its adapter, and is to count those that the client has alone.
         """
-        key = bank.table, bank.size, bank.p > 0, leading, self._part.start, self._part.stop
-        return self._kept.get(key, device, self._ids, bank, leading, device)
+        key = (
+            *(bank.table, bank.size, bank.p > 0),
+            *(leading, tokens_first, self._part.start, self._part.stop),
+        )
+        return self._kept.get(key, device, self._ids, bank, leading, device, tokens_first)
 
-    def _ids(self, bank: Bank, leading: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _ids(
+        self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        if tokens_first and len(leading) > 1:
+            upright = torch.Size((leading[1], leading[0], *leading[2:]))
+            ids, _ = self._ids(bank, upright, device, False)
+            ids = ids.view(upright).transpose(0, 1).flatten()
+            return ids, ops.lora_plan(ids, bank.size)
         places, segments = self._step
         sizes = torch.tensor([segment.rows for segment in segments])
         own = torch.tensor([bank.table[place] for place in places], dtype=torch.int32)
@@ -98,19 +129,23 @@ class BatchRows:
 class ClientsLayer(nn.Module):
     """A base layer whose rows have the factors of their clients, the global ones, or none."""
 
-    def __init__(self, base_layer: nn.Module, bank: Bank, rows: BatchRows):
+    def __init__(
+        self, base_layer: nn.Module, bank: Bank, rows: BatchRows, tokens_first: bool = False
+    ):
         super().__init__()
         self.base_layer = base_layer
         self.bank = bank
         self.rows = rows
+        self.tokens_first = tokens_first
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(sequences, ..., I)`` to ``(sequences, ..., O)``, the dtype of ``base_layer(x)``."""
         bank = self.bank
+        self.rows.check_below(bank.pair.module)
         if not bank.size:
             return self.base_layer(x)
-        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device)
+        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device, self.tokens_first)
         a, b = bank.leaves
         dense = dense_parameters(self.base_layer)
         compute = autocast_dtype(x)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import check_fields, require, within
 
 from .plan import LayerPlan
 from .seeds import client_seed
@@ -43,17 +43,12 @@ class ClientSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps}
-        if self.max_grad_norm is not None:
-            bounds["max_grad_norm"] = self.max_grad_norm
-        for name, value in bounds.items():
-            holds = isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0
-            require(holds, "ClientSpec", name, "a finite number from 0", repr(value))
+        bounds = ("lr", "weight_decay", "eps", "max_grad_norm")
+        table = dict.fromkeys(bounds, within(0, expected="a finite number from 0"))
+        check_fields(self, {**table, "seed": {}})
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
         holds = pair and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in self.betas)
         require(holds, "ClientSpec", "betas", "two numbers from 0, below 1", repr(self.betas))
-        whole = isinstance(self.seed, numbers.Integral)
-        require(whole, "ClientSpec", "seed", "an integer", repr(self.seed))
 
 
 class ClientRound:

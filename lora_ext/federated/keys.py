@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_ext.adapter.matrices import factor_keys
-from lora_ext.adapter.peft_keys import natural_order
-from lora_ext.nn.blocks import block_index
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.adapter import factor_keys, natural_order
+from lora_ext.layers import block_index
 
 #: Where the index of a layer stands in a name, as most models of transformers have it.
 PATTERN = r"layers\.(\d+)\."

@@ -10,10 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapter.peft_keys import PREFIX, Key, parse_key
-from lora_ext.nn import LayerGroups, adapted_layers, adapter_parameters
-from lora_ext.nn.blocks import block_name
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.adapter import PREFIX, Key, parse_key
+from lora_ext.layers import LayerGroups, adapted_layers, adapter_parameters, block_name
 
 from .keys import PATTERN, LayerNotFound, Pair, check_layers, layer_pairs
 from .plan import LayerPlan

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import integer, require
 
 from .aggregation import Aggregate
 from .plan import LayerPlan
@@ -56,9 +56,7 @@ class CommLog:
         row = self._rows.get((round, client), CommRow(round, client))
         sums: dict[str, int] = {}
         for name, value in {"up": up, "down": down, "frames": frames, "full": full}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"CommLog.record: {name}: expected an int, found {value!r:.100}")
-            require(value >= 0, "CommLog.record", name, "bytes from 0", value)
+            integer("CommLog.record", name, value, 0, expected=("an int", "bytes from 0"))
             sums[name] = getattr(row, name) + value
         self._rows[round, client] = row._replace(**sums)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_ext.nn import IGNORE, shift_labels
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE, shift_labels
 
 from .batches import Segment
 from .client_layers import BatchRows

@@ -8,14 +8,13 @@ rules and whose rejections need the single reply.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import number, require
 
 from .keys import PATTERN, Pair, layer_pairs
 from .update import Rules, Update, Upload, accept
@@ -96,8 +95,7 @@ def aggregate_masked(
             values that are not finite, or that the state's dtype cannot hold.
     """
     where = "aggregate_masked"
-    real = isinstance(server_lr, int | float) and math.isfinite(server_lr) and server_lr > 0
-    require(real, where, "server_lr", "a finite number above 0", repr(server_lr))
+    number(where, "server_lr", server_lr, above=0, expected="a finite number above 0")
     pairs = layer_pairs(f"{where}: state", state, pattern)
     shapes = masked_shapes(state, pattern)
     odd = sorted(shapes.keys() ^ sums.keys())

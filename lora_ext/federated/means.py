@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.low_rank import norm_of, truncated
+from lora_ext.adapter import norm_of
 
 
 class Part(NamedTuple):
@@ -95,15 +95,6 @@ def normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
     """The same with weights that sum up to ``to``."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=to * (part.weight / total)) for part in parts]
-
-
-def nearest(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """``(rank, I)`` and ``(O, rank)``: the nearest product to ``b @ a``, and how far it is."""
-    near_a, near_b, dropped = truncated(a, b, rank)
-    missing = rank - len(near_a)  # where b @ a cannot have so many
-    near_a = torch.cat([near_a, near_a.new_zeros(missing, near_a.shape[1])])
-    near_b = torch.cat([near_b, near_b.new_zeros(len(near_b), missing)], 1)
-    return near_a, near_b, dropped
 
 
 def noise_of(parts: Sequence[PairPart], mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import integer, number, require
 
 Shares = list[NDArray[np.int64]]
 _TRIES = 100
@@ -46,10 +44,10 @@ def partition_pathological(
     """
     where = "partition_pathological"
     classes, members = _by_class(where, labels)
-    _check_count(where, "n_clients", n_clients, 1)
-    _check_count(where, "classes_per_client", classes_per_client, 1)
-    _check_count(where, "min_per_share", min_per_share, 0)
-    _check_count(where, "seed", seed, 0)
+    integer(where, "n_clients", n_clients, 1)
+    integer(where, "classes_per_client", classes_per_client, 1)
+    integer(where, "min_per_share", min_per_share, 0)
+    integer(where, "seed", seed, 0)
     most = len(classes)
     require(
         classes_per_client <= most,
@@ -99,11 +97,10 @@ def partition_dirichlet(
     """
     where = "partition_dirichlet"
     _, members = _by_class(where, labels)
-    _check_count(where, "n_clients", n_clients, 1)
-    _check_count(where, "min_size", min_size, 0)
-    _check_count(where, "seed", seed, 0)
-    real = isinstance(alpha, Real) and not isinstance(alpha, bool)
-    require(real and 0 < alpha < math.inf, where, "alpha", "a finite number above 0", repr(alpha))
+    integer(where, "n_clients", n_clients, 1)
+    integer(where, "min_size", min_size, 0)
+    integer(where, "seed", seed, 0)
+    number(where, "alpha", alpha, above=0, expected="a finite number above 0")
     samples = sum(map(len, members))
     least = n_clients * min_size
     require(samples >= least, where, "labels", f"at least {least} samples", samples)
@@ -129,12 +126,6 @@ def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
     require(array.ndim == 1 and array.size > 0, where, "labels", "(samples,)", array.shape)
     classes, inverse = np.unique(array, return_inverse=True)
     return classes.tolist(), [np.flatnonzero(inverse == i) for i in range(len(classes))]
-
-
-def _check_count(where: str, name: str, value: object, least: int) -> None:
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    holds = whole and operator.index(value) >= least  # pyright: ignore[reportArgumentType]
-    require(holds, where, name, f"an integer from {least}", repr(value))
 
 
 def _rounded(wanted: NDArray[np.float64], total: int) -> NDArray[np.int64]:

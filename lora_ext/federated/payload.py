@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 from .keys import PATTERN, Pair, layer_pairs
 from .plan import LayerPlan

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from lora_ext._checks import integer
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,5 @@ class LayerPlan:
 def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
         raise TypeError(f"LayerPlan: {name}: expected integers, found {values!r:.100}")
-    found: list[int] = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"LayerPlan: {name}: expected integers, found {value!r:.100}")
-        found.append(operator.index(value))
-        if found[-1] < least:
-            raise ValueError(
-                f"LayerPlan: {name}: expected integers from {least}, found {found[-1]}"
-            )
-    return tuple(found)
+    words = "integers", f"integers from {least}"
+    return tuple(integer("LayerPlan", name, v, least, expected=words) for v in values)

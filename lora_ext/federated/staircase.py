@@ -78,7 +78,7 @@ class Staircase:
                 return forward(*args, **kwargs)
             if going == 0:
                 with torch.no_grad():
-                    return forward(*args, **kwargs)
+                    return _run(forward, args, kwargs)
             return self._in_two(index, forward, (args, kwargs), going)
 
         return divided
@@ -88,9 +88,9 @@ class Staircase:
         division = _Division(going, len(self._lowest))
         (args, kwargs), (free_args, free_kwargs) = division.of(call)
         with self.rows.only(0, going):
-            first = forward(*args, **kwargs)
+            first = _run(forward, args, kwargs)
         with torch.no_grad(), self.rows.only(going, len(self._lowest)):
-            rest = forward(*free_args, **free_kwargs)
+            rest = _run(forward, free_args, free_kwargs)
         division.check_unchanged()
         output = division.joined(first, rest)
         # Where the hidden state has another dimension of that size, a tensor that has one row for
@@ -102,6 +102,16 @@ class Staircase:
                 _check_close(output, forward(*call[0], **call[1]))
             self._compared.add(kind)
         return output
+
+
+def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A block's forward as the staircase runs it; what it raises there, it may not raise whole."""
+    try:
+        return forward(*args, **kwargs)
+    except (Unfit, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unfit(str(error)) from error
 
 
 class _Division:

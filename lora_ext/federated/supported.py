@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_ext.nn import adapted_layers
-from lora_ext.nn.blocks import block_index
+from lora_ext._checks import require
+from lora_ext.layers import adapted_layers, block_index
 
 WHERE = "BatchedClients"
 
@@ -30,20 +30,20 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             alone = not module.training and module.running_mean is not None
-            _supported(alone, name, "rows that do not see each other", "batch normalisation")
+            supported(alone, name, "rows that do not see each other", "batch normalisation")
         for setting, p in _dropouts(module) if id(module) not in own else []:
             off = not module.training or p == 0
-            _supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
+            supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
     for name, layer in _layers(model, adapter, pattern):
         linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
         linear &= not hasattr(layer, "parameter_name")  # PEFT's target_parameters: of experts, say
-        _supported(linear, name, "a linear layer", type(layer).__name__)
-        _supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
-        _supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
+        supported(linear, name, "a linear layer", type(layer).__name__)
+        supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
+        supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
         active = [other for other in layer.active_adapters if other in layer.lora_A]
-        _supported({*active} <= {adapter}, name, f"no adapter active but {adapter!r}", active)
+        supported({*active} <= {adapter}, name, f"no adapter active but {adapter!r}", active)
         merged_in = list(layer.merged_adapters)
-        _supported(not merged_in, name, "adapters apart from the weight", merged_in)
+        supported(not merged_in, name, "adapters apart from the weight", merged_in)
 
 
 def dropout_of(layer: Any, adapter: str) -> float:
@@ -66,6 +66,6 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
     return [(name, p) for name, p in own if "drop" in name and isinstance(p, float)]
 
 
-def _supported(holds: bool, name: str, expected: object, found: object) -> None:
-    if not holds:
-        raise UnsupportedModule(f"{WHERE}: {name}: expected {expected}, found {found}")
+def supported(holds: bool, name: str, expected: object, found: object) -> None:
+    """Raise :class:`UnsupportedModule` where that does not hold of a module or parameter."""
+    require(holds, WHERE, name, expected, found, UnsupportedModule)

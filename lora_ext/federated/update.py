@@ -203,8 +203,9 @@ def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
             planned = rules.layers[key] in plan.layers
             _need(planned, key, f"one of layers {plan.layers}", f"layer {rules.layers[key]}")
         _need(isinstance(value, Tensor), key, "a tensor", type(value).__name__)
-        dense = value.layout == torch.strided and not value.is_meta
-        _need(dense, key, "a dense tensor", "one on meta" if value.is_meta else value.layout)
+        found = "a nested one" if value.is_nested else value.layout
+        dense = value.layout == torch.strided and not (value.is_meta or value.is_nested)
+        _need(dense, key, "a dense tensor", "one on meta" if value.is_meta else found)
         _need(value.dtype in _DTYPES, key, f"one of {_DTYPES}", value.dtype)
         shape = list(rules.state[key].shape)
         if key in rules.axes:
@@ -267,9 +268,9 @@ def _spelled(*values: Any) -> list[str]:
 def _equal(first: Any, second: Any) -> bool:
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return False
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    if any(t.layout != torch.strided or t.is_meta or t.is_nested for t in (first, second)):
         return False
-    if any(t.layout != torch.strided or t.is_meta for t in (first, second)):
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     if not first.numel():
         return True

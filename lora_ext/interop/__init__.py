@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 if TYPE_CHECKING:
-    from lora_ext.interop.copra import CopraCallback
+    from lora_ext.methods.copra import CopraCallback
 
 __all__ = ["CopraCallback", "from_peft"]
 
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def __getattr__(name: str) -> Any:
     """What needs another package is imported when it is asked for."""
     if name == "CopraCallback":
-        from lora_ext.interop.copra import CopraCallback
+        from lora_ext.methods.copra import CopraCallback
 
         return CopraCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -47,6 +47,6 @@ def from_peft(model: Model) -> Model:
 
     Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.
     """
-    from lora_ext.interop import peft
+    from .peft import layers as peft
 
     return peft.take_over(model)

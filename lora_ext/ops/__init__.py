@@ -42,6 +42,8 @@ from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
 from lora_ext.ops.packed_linear import pack_weight, packed_linear
 from lora_ext.ops.vocab import chunked_cross_entropy, chunked_kl
 
+from .grouped_mm import grouped_mm as grouped_mm
+
 __all__ = [
     "MOST_SIBLINGS",
     "CircuitSample",

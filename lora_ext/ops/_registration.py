@@ -5,9 +5,7 @@ them to a library: once to the shipped one, and in tests once more to each emula
 """
 
 import functools
-import inspect
-from collections.abc import Callable
-from itertools import chain, repeat
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -22,22 +20,12 @@ _backwards: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 def fake(op: str) -> Callable[[F], F]:
     """Mark a function as the fake kernel of ``op``: it returns empty tensors, computing nothing.
 
-    It takes the op's arguments, and sees them on one device only: torch runs it too where meta
-    tensors are mixed with others, and these are refused here.
+    It takes the op's arguments by position, defaults included, and sees them on one device only:
+    torch runs it too where meta tensors are mixed with others, and these are refused here.
     """
-    name = op.removesuffix("_forward")
 
     def mark(function: F) -> F:
-        parameters = inspect.signature(function).parameters.values()
-        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            named = zip(chain(names, repeat("another")), args, strict=False)
-            _same_device(name, *named, *kwargs.items())
-            return function(*args, **kwargs)
-
-        _fakes[op] = checked
+        _fakes[op] = function
         return function
 
     return mark
@@ -62,19 +50,34 @@ def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
 
 def register(library: str) -> None:
     """Give every fake kernel and backward to the ops of ``torch.ops.<library>``."""
+    ops = getattr(torch.ops, library)
     # torch annotates neither of the two in full.
     for op, function in _fakes.items():
-        torch.library.register_fake(f"{library}::{op}", function)  # pyright: ignore[reportUnknownMemberType]
+        torch.library.register_fake(  # pyright: ignore[reportUnknownMemberType]
+            f"{library}::{op}", _checked(op, getattr(ops, op).default._schema, function)
+        )
     for op, (function, save) in _backwards.items():
         torch.library.register_autograd(  # pyright: ignore[reportUnknownMemberType]
-            f"{library}::{op}",
-            functools.partial(function, getattr(torch.ops, library)),
-            setup_context=save,
+            f"{library}::{op}", functools.partial(function, ops), setup_context=save
         )
 
 
-def _same_device(op: str, *args: tuple[str, object]) -> None:
-    devices = [(name, t.device) for name, t in args if isinstance(t, Tensor)]
+def _checked(op: str, schema: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake kernel of tensors on one device, with every argument of the schema in its place."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        rest = schema.arguments[len(args) :]
+        values = [*args, *(kwargs.get(each.name, each.default_value) for each in rest)]
+        names = (each.name for each in schema.arguments)
+        _same_device(op.removesuffix("_forward"), zip(names, values, strict=True))
+        return function(*values)
+
+    return checked
+
+
+def _same_device(op: str, arguments: Iterable[tuple[str, object]]) -> None:
+    devices = [(name, t.device) for name, t in arguments if isinstance(t, Tensor)]
     for name, device in devices:
         first, expected = devices[0]
         if device != expected:

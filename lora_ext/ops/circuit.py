@@ -7,16 +7,47 @@ Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits"
 The one-pass scan is ours (docs/circuits.md).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import FLOATS, require_dim, require_dtype, require_shape
-from lora_ext.ops._circuit_checks import check_circuit
+from lora_ext._checks import (
+    FLOATS,
+    require,
+    require_dim,
+    require_dtype,
+    require_shape,
+    require_tensor,
+)
 from lora_ext.ops._registration import fake
-from lora_ext.reference.circuit import CircuitScan
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import KINDS, CircuitScan, accumulator, num_transitions
 
 _c = torch.ops.lora_ext
+
+
+def check_circuit(
+    op: str, kind: str, leaf: Tensor, name: str, prior: Tensor | None, trans: Tensor | None
+) -> None:
+    """Refuse a kind that does not exist, and parameters that do not fit to ``leaf (B, K, C, ...)``.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    require(kind in KINDS, op, "kind", "'ff', 'cp', 'hmm' or 'btree'", repr(kind))
+    require_dtype(op, name, leaf, *FLOATS)
+    rows, n_token, components = leaf.shape[:3]
+    require(kind != "ff" or components == 1, op, name, "one component for kind 'ff'", components)
+    matrices = num_transitions(kind, n_token)
+    what = f"the transitions of kind '{kind}' over {n_token} positions"
+    require(matrices <= 0 or trans is not None, op, "trans", what, None)
+    if prior is not None:
+        require_dtype(op, "prior", prior, *FLOATS)
+        require_shape(op, "prior", prior, "(B, C)", (rows, components))
+    if trans is not None:
+        require_dtype(op, "trans", trans, *(FLOATS if prior is None else (prior.dtype,)))
+        shape = rows, max(matrices, 0), components, components
+        require_shape(op, "trans", trans, "(B, M, C, C)", shape)
 
 
 def circuit_scan(
@@ -66,26 +97,20 @@ def circuit_scan(
 
 @fake("circuit_leaf")
 def _fake_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    require_dim("circuit_leaf", "leaf", leaf, "(B, K, C, V)")
-    require_dtype("circuit_leaf", "leaf", leaf, *FLOATS)
-    require_shape("circuit_leaf", "x", x, "(B, K)", leaf.shape[:2])
-    require_dtype("circuit_leaf", "x", x, torch.int64)
+    require_tensor("circuit_leaf", "leaf", leaf, "(B, K, C, V)", None, *FLOATS)
+    require_tensor("circuit_leaf", "x", x, "(B, K)", leaf.shape[:2], torch.int64)
     e = leaf.new_empty(leaf.shape[:3], dtype=accumulator(leaf.dtype))
     return e, e.new_empty(2, *e.shape)
 
 
 @fake("circuit_leaf_backward")
-def _fake_leaf_backward(de: Tensor, leaf: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+def _fake_leaf_backward(de: Tensor, leaf: Tensor, *_: Any) -> Tensor:
     return leaf.new_empty(leaf.shape)
 
 
 @fake("circuit_scan")
 def _fake_scan(
-    kind: str,
-    e: Tensor,
-    prior: Tensor | None = None,
-    trans: Tensor | None = None,
-    save: bool = False,
+    kind: str, e: Tensor, prior: Tensor | None, trans: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require_dtype("circuit_scan", "e", e, torch.float32, torch.float64)
     require_dim("circuit_scan", "e", e, "(B, K, C)")
@@ -103,16 +128,9 @@ def _fake_scan(
 
 @fake("circuit_scan_backward")
 def _fake_scan_backward(
-    dprefix: Tensor | None,
-    dconditional: Tensor | None,
-    kind: str,
-    e: Tensor,
-    prior: Tensor | None,
-    trans: Tensor | None,
-    states: Tensor,
-    need_prior: bool,
-    need_trans: bool,
+    dprefix: Any, dconditional: Any, kind: str, e: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    prior, trans, _, need_prior, need_trans = rest
     dprior, dtrans = (
         t.new_empty(t.shape) if need and t is not None else e.new_empty(0)
         for t, need in ((prior, need_prior), (trans, need_trans))
@@ -151,13 +169,10 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
 
 @fake("emission_gather")
 def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    require_dim("emission_gather", "h", h, "(B, D)")
-    require_dtype("emission_gather", "h", h, *FLOATS)
-    require_dim("emission_gather", "emit", emit, "(K, C, V, D)")
-    require_dtype("emission_gather", "emit", emit, h.dtype)
+    require_tensor("emission_gather", "h", h, "(B, D)", None, *FLOATS)
+    require_tensor("emission_gather", "emit", emit, "(K, C, V, D)", None, h.dtype)
     require_shape("emission_gather", "h", h, "(B, D)", (h.shape[0], emit.shape[3]))
-    require_shape("emission_gather", "x", x, "(B, K)", (h.shape[0], emit.shape[0]))
-    require_dtype("emission_gather", "x", x, torch.int64)
+    require_tensor("emission_gather", "x", x, "(B, K)", (h.shape[0], emit.shape[0]), torch.int64)
     return h.new_empty(h.shape[0], *emit.shape[:2], dtype=accumulator(h.dtype))
 
 

@@ -13,14 +13,22 @@ gets some token of the vocabulary. The ops have no gradient.
 Sources: arXiv 2511.11346; speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import FLOATS, require, require_dim, require_dtype, require_shape
-from lora_ext.ops._circuit_checks import check_circuit
+from lora_ext._checks import (
+    FLOATS,
+    number,
+    require_dim,
+    require_dtype,
+    require_shape,
+    require_tensor,
+)
 from lora_ext.ops._registration import fake
-from lora_ext.reference.circuit import CircuitSample
-from lora_ext.reference.lora import accumulator
+from lora_ext.ops.circuit import check_circuit
+from lora_ext.reference import CircuitSample, accumulator
 
 _c = torch.ops.lora_ext
 
@@ -51,14 +59,15 @@ def circuit_conditional_dist(
 
 
 def _check(
-    op: str, kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, **tokens: Tensor
+    op: str, kind: str, leaf: Tensor, prior: Any, trans: Any, **tokens: Tensor | None
 ) -> None:
     """What the ops over logits have in common; ``tokens`` are ``(B, K)`` int64."""
     require_dim(op, "leaf", leaf, "(B, K, C, V)")
     check_circuit(op, kind, leaf, "leaf", prior, trans)
     for name, t in tokens.items():
-        require_shape(op, name, t, "(B, K)", leaf.shape[:2])
-        require_dtype(op, name, t, torch.int64)
+        if t is None:
+            continue
+        require_tensor(op, name, t, "(B, K)", leaf.shape[:2], torch.int64)
 
 
 def _check_uniforms(
@@ -74,8 +83,7 @@ def _fake_conditional_dist(
 ) -> Tensor:
     op = "circuit_conditional_dist"
     _check(op, kind, leaf, prior, trans, x=x)
-    require_shape(op, "k", k, "(B,)", leaf.shape[:1])
-    require_dtype(op, "k", k, torch.int64)
+    require_tensor(op, "k", k, "(B,)", leaf.shape[:1], torch.int64)
     return leaf.new_empty(leaf.shape[0], leaf.shape[3], dtype=accumulator(leaf.dtype))
 
 
@@ -110,15 +118,9 @@ def circuit_sample(
 
 @fake("circuit_sample")
 def _fake_sample(
-    kind: str,
-    leaf: Tensor,
-    prior: Tensor | None,
-    trans: Tensor | None,
-    uniforms: Tensor,
-    evidence: Tensor | None = None,
+    kind: str, leaf: Tensor, prior: Any, trans: Any, uniforms: Tensor, evidence: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = {} if evidence is None else {"evidence": evidence}
-    _check("circuit_sample", kind, leaf, prior, trans, **given)
+    _check("circuit_sample", kind, leaf, prior, trans, evidence=evidence)
     shape, dtype = leaf.shape, accumulator(leaf.dtype)
     _check_uniforms("circuit_sample", uniforms, "(B, K, 2)", (*shape[:2], 2), leaf)
     tokens = leaf.new_empty(shape[:2], dtype=torch.long)
@@ -151,14 +153,9 @@ def circuit_argmax(
 
 @fake("circuit_argmax")
 def _fake_argmax(
-    kind: str,
-    leaf: Tensor,
-    prior: Tensor | None,
-    trans: Tensor | None,
-    evidence: Tensor | None = None,
+    kind: str, leaf: Tensor, prior: Any, trans: Any, evidence: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    given = {} if evidence is None else {"evidence": evidence}
-    _check("circuit_argmax", kind, leaf, prior, trans, **given)
+    _check("circuit_argmax", kind, leaf, prior, trans, evidence=evidence)
     value = leaf.new_empty(leaf.shape[0], dtype=accumulator(leaf.dtype))
     return leaf.new_empty(leaf.shape[:2], dtype=torch.long), value
 
@@ -210,26 +207,20 @@ def _fake_verify(
     posterior: Tensor,
     leaf: Tensor,
     uniforms: Tensor,
-    num_evidence: Tensor | None = None,
-    temperature: float = 1.0,
+    num_evidence: Tensor | None,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     op = "spec_verify"
-    require_dim(op, "leaf", leaf, "(B, K, C, V)")
-    require_dtype(op, "leaf", leaf, *FLOATS)
+    require_tensor(op, "leaf", leaf, "(B, K, C, V)", None, *FLOATS)
     rows, n_token, components, vocab = leaf.shape
-    wide, double = accumulator(leaf.dtype), torch.float64
-    require_shape(op, "target", target, "(B, K + 1, V)", (rows, n_token + 1, vocab))
-    require_dtype(op, "target", target, *((double,) if wide == double else FLOATS[:3]))
-    require_shape(op, "tokens", tokens, "(B, K)", (rows, n_token))
-    require_dtype(op, "tokens", tokens, torch.int64)
-    require_shape(op, "conditional", conditional, "(B, K)", (rows, n_token))
-    require_dtype(op, "conditional", conditional, wide)
-    require_shape(op, "posterior", posterior, "(B, K, C)", (rows, n_token, components))
-    require_dtype(op, "posterior", posterior, wide)
+    wide = accumulator(leaf.dtype)
+    floats = (wide,) if wide == torch.float64 else FLOATS[:3]
+    require_tensor(op, "target", target, "(B, K + 1, V)", (rows, n_token + 1, vocab), *floats)
+    require_tensor(op, "tokens", tokens, "(B, K)", (rows, n_token), torch.int64)
+    require_tensor(op, "conditional", conditional, "(B, K)", (rows, n_token), wide)
+    require_tensor(op, "posterior", posterior, "(B, K, C)", (rows, n_token, components), wide)
     _check_uniforms(op, uniforms, "(B, K + 1)", (rows, n_token + 1), leaf)
     if num_evidence is not None:
-        require_shape(op, "num_evidence", num_evidence, "(B,)", (rows,))
-        require_dtype(op, "num_evidence", num_evidence, torch.int64)
-    finite = 0 <= temperature < float("inf")
-    require(finite, op, "temperature", "a finite number of at least 0", temperature)
+        require_tensor(op, "num_evidence", num_evidence, "(B,)", (rows,), torch.int64)
+    number(op, "temperature", temperature, 0, expected="a finite number of at least 0")
     return tokens.new_empty(rows), tokens.new_empty(rows)

@@ -9,12 +9,12 @@ Sources: expected flows as gradients, Darwiche 2003; layers of one shape, Peharz
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require_dim, require_dtype, require_shape
+from lora_ext._checks import require_dtype, require_tensor
 from lora_ext.ops._registration import fake
 
 _c = torch.ops.lora_ext
@@ -64,24 +64,24 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
 
 @fake("circuit_table")
 def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str) -> Tensor:
-    require_dim("circuit_table", "table", table, "(R, V)")
-    require_dtype("circuit_table", "table", table, *_FLOATS)
-    require_dim("circuit_table", "x", x, "(B, M)")
-    require_dtype("circuit_table", "x", x, torch.int64)
-    require_shape("circuit_table", "row", row, "(M,)", x.shape[1:])
-    require_dtype("circuit_table", "row", row, torch.int64)
+    require_tensor("circuit_table", "table", table, "(R, V)", None, *_FLOATS)
+    require_tensor("circuit_table", "x", x, "(B, M)", None, torch.int64)
+    require_tensor("circuit_table", "row", row, "(M,)", x.shape[1:], torch.int64)
     return _unit_major(table, x.shape[0], x.shape[1] * block)
 
 
 @fake("circuit_table_backward")
-def _fake_table_backward(
-    de: Tensor, table: Tensor, x: Tensor, row: Tensor, block: int, norm: str
-) -> Tensor:
+def _fake_table_backward(de: Tensor, table: Tensor, *_: Any) -> Tensor:
     return de.new_empty(table.shape)
 
 
 def circuit_layers(
-    leaf: Tensor, w: Tensor, program: Program, norm: str = "logits", semiring: str = "sum"
+    leaf: Tensor,
+    w: Tensor,
+    program: Program,
+    norm: str = "logits",
+    semiring: str = "sum",
+    precision: str = "fp32",
 ) -> Tensor:
     """Log-values of all units of a circuit, from those of its leaves.
 
@@ -96,6 +96,8 @@ def circuit_layers(
         norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
             are.
         semiring: ``"max"`` takes the largest term in place of their sum, and passes over NaN.
+        precision: of sums of at most 256 terms on CUDA, as :func:`log_einsum_exp` takes it; the
+            CPU and ``"max"`` know ``"fp32"`` alone.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
@@ -104,17 +106,15 @@ def circuit_layers(
         ValueError: if a shape, dtype, device or name disagrees or, on the CPU, the program does not
             hold together.
     """
-    return _c.circuit_layers.default(leaf, w, program.numbers, program.plan, norm, semiring)
+    return _c.circuit_layers.default(
+        leaf, w, program.numbers, program.plan, norm, semiring, precision
+    )
 
 
 @fake("circuit_layers")
-def _fake_layers(
-    leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], norm: str, semiring: str
-) -> Tensor:
-    require_dim("circuit_layers", "leaf", leaf, "(B, units)")
-    require_dtype("circuit_layers", "leaf", leaf, *_FLOATS)
-    require_dim("circuit_layers", "w", w, "(W,)")
-    require_dtype("circuit_layers", "w", w, leaf.dtype)
+def _fake_layers(leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], *_: str) -> Tensor:
+    require_tensor("circuit_layers", "leaf", leaf, "(B, units)", None, *_FLOATS)
+    require_tensor("circuit_layers", "w", w, "(W,)", None, leaf.dtype)
     return _unit_major(leaf, leaf.shape[0], plan[0])
 
 
@@ -151,15 +151,9 @@ def circuit_layers_backward(
 
 @fake("circuit_layers_backward")
 def _fake_layers_backward(
-    droots: Tensor,
-    val: Tensor,
-    w: Tensor,
-    program: Tensor,
-    plan: list[int],
-    norm: str,
-    need_dw: bool,
+    droots: Tensor, val: Tensor, w: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return _unit_major(val, val.shape[0], val.shape[1]), w.new_empty(w.numel() if need_dw else 0)
+    return _unit_major(val, *val.shape), w.new_empty(w.numel() if rest[-1] else 0)
 
 
 def circuit_layers_walk(
@@ -198,15 +192,12 @@ def _fake_walk(
     val: Tensor, w: Tensor, program: Tensor, plan: list[int], root: Tensor, uniforms: Tensor | None
 ) -> Tensor:
     name = "circuit_layers_walk"
-    require_dim(name, "val", val, "(B, U)")
-    require_dtype(name, "val", val, *_FLOATS)
+    require_tensor(name, "val", val, "(B, U)", None, *_FLOATS)
     require_dtype(name, "w", w, val.dtype)
-    require_shape(name, "root", root, "(B,)", val.shape[:1])
-    require_dtype(name, "root", root, torch.int64)
+    require_tensor(name, "root", root, "(B,)", val.shape[:1], torch.int64)
     if uniforms is None:
         return root.new_empty(root.shape[0], plan[8])
-    require_dim(name, "uniforms", uniforms, "(M, sums)")
-    require_dtype(name, "uniforms", uniforms, *_FLOATS)
+    require_tensor(name, "uniforms", uniforms, "(M, sums)", None, *_FLOATS)
     return root.new_empty(uniforms.shape[0], plan[8])
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_ext import reference
-from lora_ext.ops._checks import require
-from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext._checks import choice, require
+from lora_ext._torch import refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.circuit_sum import NORMS, LogMax, log_weights
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import NORMS, LogMax, accumulator, log_weights
 
 _c = torch.ops.lora_ext
 
@@ -115,11 +114,8 @@ def log_einsum_exp(
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
     """
-    require(norm in NORMS, "log_einsum_exp", "norm", f"one of {NORMS}", repr(norm))
-    semirings = ("sum", "max")
-    require(
-        semiring in semirings, "log_einsum_exp", "semiring", f"one of {semirings}", repr(semiring)
-    )
+    choice("log_einsum_exp", "norm", norm, NORMS)
+    choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
     leaf = w.requires_grad and w.is_leaf  # whose gradient belongs to each row
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
@@ -138,9 +134,7 @@ def log_einsum_exp(
 
 
 @fake("log_einsum_exp")
-def _fake_exp(
-    w: Tensor, values: Tensor, norm: str, precision: str, *scaled: Tensor | None
-) -> Tensor:
+def _fake_exp(w: Tensor, values: Tensor, *_: Any) -> Tensor:
     return values.new_empty(*values.shape[:-1], w.shape[-2])
 
 
@@ -202,15 +196,9 @@ def log_einsum_exp_backward(
 
 @fake("log_einsum_exp_backward")
 def _fake_exp_backward(
-    dout: Tensor,
-    w: Tensor,
-    values: Tensor,
-    out: Tensor,
-    norm: str,
-    need_dw: bool,
-    need_dvalues: bool,
-    *scaled: Tensor | None,
+    dout: Tensor, w: Tensor, values: Tensor, out: Tensor, norm: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    need_dw, need_dvalues = rest[:2]
     dw = w.new_empty(w.shape if need_dw else 0)
     return dw, values.new_empty(values.shape if need_dvalues else 0)
 

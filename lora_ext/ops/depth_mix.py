@@ -13,13 +13,14 @@ states and a mix of logits the same, if the weights sum to 1 or the head has no 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import FLOATS, require, require_dtype, require_shape
+from lora_ext._checks import FLOATS, choice, number, require, require_dtype, require_shape
 from lora_ext.ops._registration import fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -137,8 +138,8 @@ def _fake_mix(
             require(len(scales) == count, op, name, f"as many as hiddens, {count}", len(scales))
         for e, t in enumerate(scales):
             _require_like(op, f"{name}[{e}]", t, "(d,)", width, sums, h.device)
-    require(eps >= 0, op, "eps", "at least 0", eps)
-    require(norm in ("rms", "layer"), op, "norm", "'rms' or 'layer'", repr(norm))
+    number(op, "eps", eps, 0, finite=False, expected="at least 0")
+    choice(op, "norm", norm, ("rms", "layer"), expected="'rms' or 'layer'")
     each = (*h.shape[:-1], count)
     one = (weights is None) != (router is None) and (router is None) == (bias is None)
     require(one, op, "weights", "weights, or a router and its bias", "neither or both")
@@ -179,18 +180,10 @@ def _require_like(
 
 @fake("depth_mix_backward")
 def _fake_mix_backward(
-    dmixed: Tensor,
-    dweights: Tensor | None,
-    hiddens: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    weights: Tensor,
-    router: Tensor | None,
-    rinv: Tensor,
-    mean: Tensor,
-    need_hiddens: bool,
+    dmixed: Tensor, dweights: Any, hiddens: list[Tensor], gammas: Any, betas: Any, *rest: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     h, count = hiddens[0], len(hiddens)
+    _, router, rinv, _, need_hiddens = rest
     vectors = count + len(betas) + (0 if router is None else count)
     size = vectors * h.shape[-1] + (0 if router is None else count)
     dhiddens = [t.new_empty(t.shape) for t in hiddens] if need_hiddens else []

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext._torch import refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -38,7 +38,7 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
 
     Raises:
         ValueError: on an id out of range (always on the CPU; on CUDA in debug mode, else it counts
-        as -1).
+            as -1).
 
     Source: S-LoRA, section 5.3 (sort by adapter); stable, without atomics, without a host sync.
     """
@@ -46,7 +46,7 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
 
 
 @fake("lora_plan")
-def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None) -> Tensor:
+def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None) -> Tensor:
     """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic number of rows is guarded."""
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
@@ -69,7 +69,7 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
 
     Raises:
         ValueError: if shapes or dtypes disagree, or (CPU) if ``seg_indptr`` decreases or leaves
-        ``[0, T]``.
+            ``[0, T]``.
 
     Source: Punica, section 4 (segment indices of SGMV).
     """
@@ -96,15 +96,7 @@ def lora_shrink(
     first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.
 
     Args:
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
-            ``x``.
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). Rows of ``a``
-            beyond the rank are not read.
-        page_table: ``(A, R / 8)`` int32, the page of each eight ranks, -1 where there is none.
-        plan: :func:`lora_plan` of the same ids, to save grouping them again.
+        x, a, adapter_ids, scale, ranks, page_table, plan: as for :func:`lora_apply`.
 
     Returns:
         ``(T, R)`` float32 (float64 for float64); zero beyond a row's rank.
@@ -119,13 +111,7 @@ def lora_shrink(
 
 @fake("lora_shrink")
 def _fake_shrink(
-    x: Tensor,
-    a: Tensor,
-    adapter_ids: Tensor,
-    scale: Tensor | None = None,
-    ranks: Tensor | None = None,
-    page_table: Tensor | None = None,
-    plan: Tensor | None = None,
+    x: Tensor, a: Tensor, ids: Tensor, scale: Any, ranks: Any, page_table: Tensor | None, plan: Any
 ) -> Tensor:
     rank = a.shape[1] if page_table is None else 8 * page_table.shape[1]
     return x.new_empty(x.shape[0], rank, dtype=accumulator(x.dtype))
@@ -148,12 +134,7 @@ def lora_expand_(
         y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It shares
             no memory with another argument, as in :func:`lora_apply_`.
         v: ``(T, R)`` float32 (float64 for float64), from :func:`lora_shrink`.
-        b: bank ``(A, O, R)``, or pages ``(P, O, 8)`` with ``page_table``; dtype and device of
-            ``y``.
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages).
-        page_table: ``(A, R / 8)`` int32.
-        plan: :func:`lora_plan` of the same ids.
+        b, adapter_ids, ranks, page_table, plan: as for :func:`lora_apply`; b has the dtype of y.
 
     Returns:
         ``y``.
@@ -198,8 +179,8 @@ def lora_apply(
         scale: ``(A,)`` float32, or None for 1.
         ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages). What lies
             beyond an adapter's rank is neither read nor given a gradient.
-        page_table: ``(A, R / 8)`` int32.
-        plan: :func:`lora_plan` of the same ids.
+        page_table: ``(A, R / 8)`` int32, the page of each eight ranks, -1 where there is none.
+        plan: :func:`lora_plan` of the same ids, to save grouping them again.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``, accumulated in float32 (float64 stays float64).
@@ -271,15 +252,7 @@ def lora_apply_(
     Args:
         y: ``(T, O)``, dtype and device of ``x``; any row stride. It shares no memory with another
             argument, though it may lie between their rows, as the columns of one buffer do.
-        x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
-        a: bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
-            ``x``.
-        b: bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
-        adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
-        scale: ``(A,)`` float32, or None for 1.
-        ranks: ``(A,)`` int32 in ``[0, R]``, or None for ``R`` (required with pages).
-        page_table: ``(A, R / 8)`` int32.
-        plan: :func:`lora_plan` of the same ids.
+        x, a, b, adapter_ids, scale, ranks, page_table, plan: as for :func:`lora_apply`.
 
     Returns:
         ``y``.
@@ -322,14 +295,10 @@ def sgmv_(
     """Segmented gather matrix-vector product: :func:`lora_apply_` on contiguous segments.
 
     Args:
-        y: ``(T, O)``, changed in place.
-        x: ``(T, I)``.
-        a: ``(A, R, I)``.
-        b: ``(A, O, R)``.
+        y, x, a, b, scale: as for :func:`lora_apply_`, banks alone.
         seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are left
             alone.
         seg_adapter: ``(S,)`` int32, the adapter of each segment, -1 for none.
-        scale: ``(A,)`` float32, or None for 1.
 
     Returns:
         ``y``.

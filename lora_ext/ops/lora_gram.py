@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import FLOATS, require, require_shape
+from lora_ext._checks import FLOATS, require, require_shape
 from lora_ext.ops._registration import fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 

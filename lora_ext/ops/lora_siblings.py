@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 from lora_ext.ops._registration import fake
 
 _c = torch.ops.lora_ext
@@ -71,11 +71,11 @@ def _fake_apply_siblings_(
     x: Tensor,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
-    adapter_ids: Tensor,
+    ids: Tensor,
     scale: Sequence[Tensor],
     ranks: Sequence[Tensor],
     page_table: Sequence[Tensor],
-    plan: Tensor | None = None,
+    plan: Tensor | None,
 ) -> None:
     lists = {"y": y, "a": a, "b": b, "scale": scale, "ranks": ranks, "page_table": page_table}
     for name, tensors in lists.items():

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_ext.ops._checks import require
-from lora_ext.ops._compiling import compiles
+from lora_ext._checks import require
+from lora_ext._torch import compiles
 from lora_ext.ops._registration import fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 _LINEAR = "lora_linear"
@@ -90,18 +90,9 @@ def lora_linear(
 
 @fake("lora_linear_forward")
 def _fake_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    adapter_ids: Tensor,
-    scale: Tensor | None = None,
-    ranks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    plan: Tensor | None = None,
+    x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    *_, dropout_p, seed, _ = rest
     if dropout_p:
         _check_seed(seed, a.shape[0])
     y = x.new_empty(x.shape[0], b.shape[1])
@@ -120,16 +111,10 @@ def _check_seed(seed: Tensor | None, adapters: int) -> None:
 
 @fake("lora_linear_backward")
 def _fake_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *args: Any,
+    dy: Tensor, x: Tensor, v: Tensor, weight: Any, a: Tensor, b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, da, db = (
-        t.new_empty(t.shape if need else 0) for t, need in zip((x, a, b), args[-3:], strict=True)
+        t.new_empty(t.shape if need else 0) for t, need in zip((x, a, b), rest[-3:], strict=True)
     )
     return dx, da, db
 

@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora_ext.ops._autocast import exactly
-from lora_ext.ops._checks import require, require_shape
-from lora_ext.reference.lora import accumulator
+from lora_ext._checks import require, require_shape
+from lora_ext._torch import exactly
+from lora_ext.reference import accumulator
 
 
 def _check(op: str, a: Tensor, b: Tensor, weight: Tensor | None = None) -> None:

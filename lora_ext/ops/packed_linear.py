@@ -9,7 +9,7 @@ Letters: ``T`` rows, ``I`` in, ``O`` out.
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require, require_dim, require_shape
+from lora_ext._checks import require, require_dim, require_shape
 from lora_ext.ops._registration import fake
 
 _c = torch.ops.lora_ext
@@ -26,7 +26,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     Returns:
         float32: ``(ceil(O / 32), I, 32)``, the in-features of a panel one after the other.
-        bfloat16: ``(ceil(O / 32), ceil(I / 2), 32, 2)``, two in-features together.
+        bfloat16: ``(ceil(O / 32), ceil(I / 2), 32, 2)``, two in-features together, the last two
+        axes as one where ``I`` is odd, which tells them from those of ``I + 1``.
 
     Raises:
         ValueError: if shape, dtype or device disagrees, naming the argument.
@@ -97,4 +98,5 @@ def _packed_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tu
     panels = -(-out_features // PANEL)
     if dtype == torch.float32:
         return panels, in_features, PANEL
-    return panels, -(-in_features // 2), PANEL, 2
+    pairs = (PANEL, 2) if in_features % 2 == 0 else (2 * PANEL,)
+    return panels, -(-in_features // 2), *pairs

@@ -9,18 +9,16 @@ the backward. docs/chunked_loss.md has the formulas and the figures.
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext.ops._autocast import AUTOCASTS
-from lora_ext.ops._checks import FLOATS, require, require_dim, require_dtype, require_shape
-from lora_ext.ops._forward_mode import refuse_tangents
+from lora_ext._checks import FLOATS, integer, number, require, require_dim, require_tensor
+from lora_ext._torch import AUTOCASTS, refuse_tangents
 from lora_ext.ops._registration import backward, fake
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
 
 _c = torch.ops.lora_ext
 
@@ -67,20 +65,11 @@ def chunked_cross_entropy(
     Dao et al. 2022, with the output layer as keys and values.
     """
     _check_output_layer("chunked_cross_entropy", "hidden", hidden, weight, bias, chunk, softcap)
-    require_shape("chunked_cross_entropy", "labels", labels, "(N,)", hidden.shape[:1])
-    require_dtype("chunked_cross_entropy", "labels", labels, torch.int64)
+    require_tensor("chunked_cross_entropy", "labels", labels, "(N,)", hidden.shape[:1], torch.int64)
     refuse_tangents("chunked_cross_entropy", hidden, weight, bias)
-    rows: Tensor = _c.vocab_cross_entropy.default(
-        hidden,
-        weight,
-        bias,
-        labels,
-        chunk,
-        ignore_index,
-        softcap or 0.0,
-        _product_dtype(hidden, weight),
-        _gradient_on_the_way(hidden, weight, bias),
-    )[0]
+    dtype, early = _product_dtype(hidden, weight), _gradient_on_the_way(hidden, weight, bias)
+    rest = chunk, ignore_index, softcap or 0.0, dtype, early
+    rows: Tensor = _c.vocab_cross_entropy.default(hidden, weight, bias, labels, *rest)[0]
     return rows.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
@@ -122,31 +111,21 @@ def chunked_kl(
     """
     op = "chunked_kl"
     require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
-    require(0 < tau < math.inf, op, "tau", "a number above 0", tau)
+    number(op, "tau", tau, above=0)
     first = hiddens[0]
     _check_output_layer(op, "hiddens[0]", first, weight, bias, chunk, softcap)
     for e, h in enumerate(hiddens):
-        require_shape(op, f"hiddens[{e}]", h, "(N, d)", first.shape)
-        require_dtype(op, f"hiddens[{e}]", h, first.dtype)
+        require_tensor(op, f"hiddens[{e}]", h, "(N, d)", first.shape, first.dtype)
         require(
             h.device == first.device, op, f"hiddens[{e}]", f"a tensor on {first.device}", h.device
         )
     if mask is not None:
-        require_shape(op, "mask", mask, "(N,)", first.shape[:1])
-        require_dtype(op, "mask", mask, torch.bool)
+        require_tensor(op, "mask", mask, "(N,)", first.shape[:1], torch.bool)
     refuse_tangents(op, *hiddens, weight, bias)
     together = torch.stack(list(hiddens))  # (k, N, d)
-    rows: Tensor = _c.vocab_kl.default(
-        together,
-        weight,
-        bias,
-        mask,
-        tau,
-        chunk,
-        softcap or 0.0,
-        _product_dtype(together, weight),
-        softcap is None and _gradient_on_the_way(together, weight, bias),
-    )[0]
+    early = softcap is None and _gradient_on_the_way(together, weight, bias)
+    rest = tau, chunk, softcap or 0.0, _product_dtype(together, weight), early
+    rows: Tensor = _c.vocab_kl.default(together, weight, bias, mask, *rest)[0]
     count = rows.numel() if mask is None else mask.sum()
     return rows.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
@@ -172,48 +151,27 @@ def _check_output_layer(
     chunk: int,
     softcap: float | None,
 ) -> None:
-    require_dim(op, name, hidden, "(N, d)")
-    require_dtype(op, name, hidden, *FLOATS)
+    require_tensor(op, name, hidden, "(N, d)", None, *FLOATS)
     require_dim(op, "weight", weight, "(V, d)")
-    require_shape(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]))
-    require_dtype(op, "weight", weight, *FLOATS)
+    require_tensor(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]), *FLOATS)
     if bias is not None:
-        require_shape(op, "bias", bias, "(V,)", weight.shape[:1])
-        require_dtype(op, "bias", bias, *FLOATS)
-    require(chunk > 0, op, "chunk", "at least 1", chunk)
-    capped = softcap is None or 0 < softcap < math.inf
-    require(capped, op, "softcap", "None or a number above 0", softcap)
+        require_tensor(op, "bias", bias, "(V,)", weight.shape[:1], *FLOATS)
+    integer(op, "chunk", chunk, 1, expected="at least 1")
+    if softcap is not None:
+        number(op, "softcap", softcap, above=0, expected="None or a number above 0")
 
 
 @fake("vocab_cross_entropy")
-def _fake_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chunk: int,
-    ignore_index: int,
-    softcap: float,
-    dtype: torch.dtype,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_cross_entropy(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, with_gradient = rest[-2:]
     loss = hidden.new_empty(hidden.shape[:1], dtype=accumulator(dtype))
     dhidden = hidden.new_empty(hidden.shape if with_gradient else 0)
     return loss, torch.empty_like(loss), dhidden
 
 
 @fake("vocab_kl")
-def _fake_kl(
-    hiddens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    tau: float,
-    chunk: int,
-    softcap: float,
-    dtype: torch.dtype,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_kl(hiddens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, with_gradient = rest[-2:]
     k, n, d = hiddens.shape
     loss = hiddens.new_empty(n, dtype=accumulator(dtype))
     return loss, loss.new_empty(k, n), hiddens.new_empty((k - 1, n, d) if with_gradient else 0)
@@ -248,27 +206,11 @@ def _kl_backward(
 
 
 @fake("vocab_cross_entropy_backward")
-def _fake_cross_entropy_backward(
+@fake("vocab_kl_backward")
+def _fake_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, bias, *rest[-3:])
-
-
-@fake("vocab_kl_backward")
-def _fake_kl_backward(
-    dloss: Tensor, hiddens: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hiddens, weight, bias, *rest[-3:])
-
-
-def _empty_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_dhidden, need_dweight, need_dbias = rest[-3:]
     dbias = weight.new_empty(0) if bias is None or not need_dbias else torch.empty_like(bias)
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
     return dhidden, weight.new_empty(weight.shape if need_dweight else 0), dbias

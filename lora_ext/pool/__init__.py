@@ -1,7 +1,8 @@
 """Adapters of one base model in pages that rows of a batch share."""
 
-from lora_ext.nn.attachment import UnknownAdapterError
+from lora_ext.rows import UnknownAdapterError
 
+from .folder import AdapterFolder as AdapterFolder
 from .pages import ModuleSlab, unpack
 from .plan import PoolFullError
 from .pool import AdapterPool, Lease

@@ -7,7 +7,8 @@ import os
 import threading
 from pathlib import Path
 
-from lora_ext.nn.attachment import UnknownAdapterError
+from lora_ext._checks import require
+from lora_ext.rows import UnknownAdapterError
 
 from .pool import AdapterPool
 from .residence import BASE
@@ -104,11 +105,8 @@ class AdapterFolder:
             missing = inside and not found.is_dir()
         except (OSError, RuntimeError, ValueError):  # a loop of links, a path that cannot be one
             found, inside, missing = self.root, False, False
-        if not inside:
-            raise ValueError(
-                f"AdapterFolder: path: expected a folder below {self.root.name!r} without links "
-                f"that lead out of it, found {str(path)!r:.200}"
-            )
+        expected = f"a folder below {self.root.name!r} without links that lead out of it"
+        require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
         if missing:
             raise FileNotFoundError(
                 f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "

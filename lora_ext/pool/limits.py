@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_ext._checks import integer
+
 from .pages import page_bytes
 
 if TYPE_CHECKING:
@@ -18,21 +20,14 @@ def check_limits(
     for argument, value in given.items():
         if argument in ("pages", "max_bytes") and value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"AdapterPool: {argument}: expected an integer, found {value!r}")
-        if value < 1:
-            raise ValueError(f"AdapterPool: {argument}: expected at least 1, found {value}")
+        integer("AdapterPool", argument, value, 1, expected=("an integer", "at least 1"))
     check_host_cache_bytes(host_cache_bytes)
 
 
 def check_host_cache_bytes(host_cache_bytes: int) -> None:
     """Refuse what is no number of bytes."""
-    counted = isinstance(host_cache_bytes, int) and not isinstance(host_cache_bytes, bool)
-    if not counted or host_cache_bytes < 0:
-        raise ValueError(
-            "AdapterPool: host_cache_bytes: expected a number of bytes, 0 or more, "
-            f"found {host_cache_bytes!r}"
-        )
+    expected = "a number of bytes, 0 or more"
+    integer("AdapterPool", "host_cache_bytes", host_cache_bytes, 0, expected=expected)
 
 
 def limit_bytes(pool: AdapterPool) -> int:

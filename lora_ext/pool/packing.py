@@ -7,11 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.config import AdapterConfig
-from lora_ext.adapter.model_index import LinearSpec, ModelIndex
-from lora_ext.adapter.peft_files import AdapterSource, Factors, NonFiniteError, read_adapter
-from lora_ext.adapter.peft_keys import MAGNITUDE
-from lora_ext.adapter.replaced import Replaced
+from lora_ext.adapter import (
+    MAGNITUDE,
+    AdapterConfig,
+    AdapterSource,
+    Factors,
+    LinearSpec,
+    ModelIndex,
+    NonFiniteError,
+    Replaced,
+    read_adapter,
+)
 
 from .pages import PackedModule, PackedReplaced, pack
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.model_index import LinearSpec
-from lora_ext.adapter.replaced import Replaced
+from lora_ext.adapter import LinearSpec, Replaced
 
 from .memory import memory_on
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.replaced import Replaced
+from lora_ext.adapter import Replaced
 
 from .packing import PackedAdapter
 from .pages import PackedReplaced, Slab, TableBlock, descending, in_words, magnitude_dtype

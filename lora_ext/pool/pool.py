@@ -12,11 +12,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapter import LoraAdapter
-from lora_ext.adapter.live import live_adapter
-from lora_ext.adapter.model_index import ModelIndex
-from lora_ext.adapter.peft_files import AdapterSource
-from lora_ext.ops._checks import require_flags
+from lora_ext._checks import require_flags
+from lora_ext.adapter import (
+    AdapterSource,
+    BaseModels,
+    LoraAdapter,
+    ModelIndex,
+    live_adapter,
+    model_name,
+)
 
 from .limits import check_host_cache_bytes, check_limits, limit_bytes
 from .lock import PoolLock
@@ -72,7 +76,8 @@ class AdapterPool:
             modules together; beyond it the least recently used adapters make way. Default no limit
             but ``pages``.
 
-    Every method may be called from any thread. A method that raises leaves the pool as it was.
+    Every method may be called from any thread. A method that raises leaves the pool as it was. An
+    adapter whose configuration names another base model is served, and warned of once.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class AdapterPool:
         self.pages = pages if pages is not None else max_slots * page_count(max_rank)
         self.max_bytes = max_bytes
         self.index = ModelIndex.build(model, self.targets, dtype, device)
+        self.base_models = BaseModels(model_name(model))
         self._store = PageStore(self.index, max_slots, max_rank, self.pages, max_bytes)
         self.modules = {name: self._store.modules[name] for name in self.index.modules}
         #: What the layer of an experts module reads, by the parameter's name.
@@ -241,7 +247,9 @@ class AdapterPool:
             )
         elif isinstance(source, LoraAdapter):
             source = source.config, source.state_dict()
-        return read_packed(source, self.index, self.max_rank, strict)
+        packed = read_packed(source, self.index, self.max_rank, strict)
+        self.base_models.meet(where, packed.config.base_model, stacklevel=3)
+        return packed
 
     # ---------------------------------------------------------------------------------------------
     # Pins

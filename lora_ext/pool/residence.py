@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from lora_ext.nn.attachment import UnknownAdapterError
+from lora_ext.rows import UnknownAdapterError
 
 from .host_cache import HostCache
 from .packing import PackedAdapter

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.config import AdapterConfig
-from lora_ext.adapter.model_index import ModelIndex
+from lora_ext.adapter import AdapterConfig, ModelIndex
 
 from .cuda_memory import give_back
 from .packing import PackedAdapter

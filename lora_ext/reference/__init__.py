@@ -43,6 +43,14 @@ from lora_ext.reference.lora_weights import (
 from lora_ext.reference.packed_linear import pack_weight, packed_linear
 from lora_ext.reference.vocab import chunked_cross_entropy, chunked_kl, vocab_logits
 
+from .circuit import KINDS as KINDS
+from .circuit import left_size as left_size
+from .circuit import log_softmax as log_softmax
+from .circuit import num_transitions as num_transitions
+from .circuit_sum import NORMS as NORMS
+from .circuit_sum import log_weights as log_weights
+from .lora import accumulator as accumulator
+
 __all__ = [
     "CircuitSample",
     "CircuitScan",

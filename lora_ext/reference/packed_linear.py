@@ -7,17 +7,17 @@ from torch.nn.functional import pad
 
 def pack_weight(weight: Tensor) -> Tensor:
     """``(O, I)`` in panels of 32 outputs: ``(panels, I, 32)``, or two in-features together:
-    ``(panels, ceil(I / 2), 32, 2)`` in bfloat16."""
+    ``(panels, ceil(I / 2), 32, 2)`` in bfloat16, ``(panels, ceil(I / 2), 64)`` of an odd I."""
     together = 2 if weight.dtype == torch.bfloat16 else 1
     padded = pad(weight, (0, -weight.shape[1] % together, 0, -weight.shape[0] % 32))
     panels = padded.view(padded.shape[0] // 32, 32, padded.shape[1] // together, together)
     packed = panels.transpose(1, 2).contiguous()  # (panels, steps, 32, together)
-    return packed if together == 2 else packed.squeeze(-1)
+    return packed.flatten(2) if weight.shape[1] % together or together == 1 else packed
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """``x @ weight.T + bias`` in float64, ``(T, O)``."""
-    panels = packed if packed.dim() == 4 else packed.unsqueeze(-1)
+    panels = packed.view(*packed.shape[:2], 32, 2 if packed.dtype == torch.bfloat16 else 1)
     padded = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # (32 panels, I or one more)
     y = x.double() @ padded[:out_features, : x.shape[1]].double().t()
     return y if bias is None else y + bias.double()

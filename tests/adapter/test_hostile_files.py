@@ -13,7 +13,7 @@ import torch
 from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
 
 from lora_ext.adapter import save_adapter
-from lora_ext.nn import patterns
+from lora_ext.layers.model import patterns
 from lora_ext.pool import AdapterPool
 
 
@@ -163,13 +163,16 @@ def test_pickles_are_not_executed(pool, folder, monkeypatch, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     path = folder / "adapter_model.bin"
     torch.save({KEY: _Runs()}, path)
-    refused(pool, folder, "weights_only")
+    refused(pool, folder, r"expected tensors alone, found a pickle that asks for \w+\.mkdir")
     path.write_bytes(pickle.dumps(_Runs()))
     refused(pool, folder, "expected a zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"garbage")
+    refused(pool, folder, "expected tensors as torch.save writes them, found a damaged file")
     torch.save([state(1)], path)
     refused(pool, folder, "expected a dict of tensors")
     torch.save({KEY: torch.zeros(3).to_sparse()}, path)
-    refused(pool, folder, "dense tensor|weights_only")
+    refused(pool, folder, "dense tensor|expected tensors alone")
     assert not (tmp_path / "executed").exists()
 
 

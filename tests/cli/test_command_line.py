@@ -1,6 +1,8 @@
 """``lora-ext``, run on adapters that PEFT saved."""
 
+import json
 import re
+import shutil
 import warnings
 
 import peft
@@ -37,20 +39,42 @@ def test_inspect_shows_every_module(case, run, run_json, tmp_path):
     assert found["ranks"] == sorted({f.a.shape[0] for f in value.modules.values()})
 
 
-def test_inspect_counts_what_is_not_finite(run, run_json, folders):
+def test_inspect_counts_what_is_not_finite_names_the_modules_and_fails(run, folders):
     path = folders[0] / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors[f"base_model.model.{Q}.lora_A.weight"][0, :3] = float("nan")
     tensors[f"base_model.model.{Q}.lora_B.weight"][0, 0] = float("inf")
     save_file(tensors, path)
-    found = run_json("inspect", folders[0])
+    status, out, err = run("inspect", folders[0], "--json")
+    found = json.loads(out)
+    sentence = (
+        f"lora-ext inspect: {folders[0]}: expected finite values, found NaN or inf in {Q} (4)"
+    )
+    assert (status, err) == (1, f"{sentence}\n")
     rows = {row["module"]: row for row in found["modules"]}
     assert found["bad_values"] == rows[Q]["bad"] == 4 and rows[Q]["norm"] is None
     others = [row for name, row in rows.items() if name != Q]
     assert all(row["bad"] == 0 and row["norm"] > 0 for row in others)
-    status, out, _ = run("inspect", folders[0], "--kinds", "participation", "absolute")
-    assert status == 0 and re.search(r"participation +absolute@0.01 +bad", out)
+    status, out, err = run("inspect", folders[0], "--kinds", "participation", "absolute")
+    assert (status, err) == (1, f"{sentence}\n")
+    assert re.search(r"participation +absolute@0.01 +bad", out)
     assert re.search(rf"{re.escape(Q)} .* - +- +- +4$", out, re.M)
+
+
+def test_inspect_names_bad_values_of_replaced_weights_and_no_more_than_a_line_holds(run, tmp_path):
+    shapes = {f"layers.{i}.up": (6, 5) for i in range(12)}
+    value = adapter(shapes=shapes, modules_to_save=["norm"])
+    for factors in value.modules.values():
+        factors.b[0, 0] = float("inf")
+    whole = {"base_model.model.norm.weight": torch.full((5,), float("nan"))}
+    LoraAdapter(value.config, value.modules, {}, whole).save(tmp_path)
+    status, _, err = run("inspect", tmp_path)
+    assert status == 1 and "layers.0.up (1)" in err and "and 5 more" in err and err.count("\n") == 1
+    for factors in value.modules.values():
+        factors.b[0, 0] = 0.0
+    LoraAdapter(value.config, value.modules, {}, whole).save(tmp_path)
+    status, _, err = run("inspect", tmp_path)
+    assert status == 1 and "base_model.model.norm.weight (5)" in err
 
 
 @pytest.mark.parametrize("case", ["plain", "patterns", "bias", "regex"])
@@ -132,13 +156,14 @@ def models(tmp_path_factory):
 
 
 def of(models):
-    return models / "adapter", "--base", models / "base", "--aligned", models / "aligned"
+    folders = "--base", models / "base", "--aligned", models / "aligned"
+    return models / "adapter", *folders, "--direction", "smallest"
 
 
 def test_prune_takes_out_what_splora_singles_out(run, run_json, models, tmp_path):
     out = tmp_path / "out"
     found = run_json("prune", *of(models), "--num", 3, "--out", out)
-    config = splora.SploraConfig(num=3)
+    config = splora.SploraConfig(direction="smallest", num=3)
     value = LoraAdapter.load(models / "adapter")
     wanted = splora.apply(value, models / "base", models / "aligned", config)
     assert LoraAdapter.load(out) == wanted.adapter and len(wanted.adapter.modules) == 5
@@ -177,8 +202,44 @@ def test_prune_can_project_instead(run_json, models, tmp_path):
     assert len(wanted.modules) == 8
 
 
-def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
+def test_a_direction_is_asked_for_and_remedies_are_options_of_the_command(
+    run, run_json, models, tmp_path
+):
+    folders = ("--base", models / "base", "--aligned", models / "base", "--num", 0)
     out = ("--out", tmp_path / "out")
+    found = run("prune", models / "adapter", *folders, *out)
+    assert_refused(found, "lora-ext prune: ", "--direction")
+    asked = ("prune", models / "adapter", *folders, *out, "--direction", "smallest")
+    assert_refused(run(*asked), "equal ones", "(--on-zero-alignment skip leaves such layers alone)")
+    skipping = (*asked, "--on-zero-alignment", "skip", "--score", "alignment")
+    assert run_json(*skipping)["modules"] == []
+    shutil.rmtree(tmp_path / "out")
+    same = ("prune", *of(models), "--num", 0, "--projection", "orthogonal", *out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the identity
+        status, text, err = run(*same)
+        assert status == 2 and text == "" and "(--allow-degenerate makes all scores 0)" in err
+        found = run_json(*same, "--allow-degenerate")
+    assert {row["score"] for row in found["modules"]} == {0.0}
+    assert found["size_correlation"] is None
+
+
+@pytest.mark.parametrize("score", ["angle", "alignment", "distance"])
+def test_prune_by_a_score_that_knows_the_sign(run_json, models, tmp_path, score):
+    out = ("--score", score, "--out", tmp_path / "out")
+    found = run_json("prune", *of(models), "--num", 2, *out)
+    config = splora.SploraConfig(num=2, direction="smallest", score=score)
+    folders = models / "adapter", models / "base", models / "aligned"
+    wanted = splora.apply(*folders, config)
+    assert LoraAdapter.load(tmp_path / "out") == wanted.adapter
+    assert found["score"] == score
+    assert found["size_correlation"] == pytest.approx(wanted.size_correlation)
+    by_module = {row["module"]: row["alignment"] for row in found["modules"]}
+    assert by_module == pytest.approx({row.name: row.alignment for row in wanted.stats})
+
+
+def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
+    out = ("--direction", "largest", "--out", tmp_path / "out")
     other = adapter()
     other.save(tmp_path / "other")
     save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")

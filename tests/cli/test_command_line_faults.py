@@ -6,12 +6,14 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 from cli.commands import assert_refused
 from made_adapters import Q, adapter
 from safetensors.torch import load_file, save_file
 from test_saving import contents, full_disk
 
 from lora_ext import cli
+from lora_ext.adapter import LoraAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,7 +99,7 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
         "rank: expected 4": ("merge", one, tmp_path / "other", "--mode", "factors", *out),
         "rank: expected None": ("merge", one, two, "--rank", 3, *out),
         "--rank: expected at least 1, found 0": ("resize", one, "--rank", 0, *out),
-        "expected an integer from 0 to 2147483647": ("resize", one, "--rank", 10**30, *out),
+        "--rank: expected at most 20": ("resize", one, "--rank", 10**30, *out),
         "--out: expected a folder, found ''": ("merge", one, two, "--out", ""),
         "expected finite": ("resize", tmp_path / "bad", "--rank", 2, *out),
         "tau": ("inspect", one, "--tau", 2),
@@ -130,12 +132,13 @@ def test_arguments_that_are_none_are_one_sentence(arguments, run):
     assert_refused(run(*arguments), "--help)")
 
 
-def test_more_than_memory_holds_is_one_sentence(run, folders, tmp_path):
+def test_more_than_memory_holds_is_one_sentence(run, tmp_path):
+    adapter(ranks=1, shapes={Q: (40_000, 40_000)}).save(tmp_path / "wide")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
     try:
-        found = run("resize", folders[0], "--rank", 10**8, "--out", tmp_path / "out")
+        found = run("resize", tmp_path / "wide", "--rank", 4000, "--out", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert_refused(found, "lora-ext resize: ", "memory")
@@ -175,3 +178,38 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folders):
     monkeypatch.setattr("lora_ext.cli.reports.compare_adapters", broken)
     with pytest.raises(TypeError):
         cli.main(["diff", *map(str, folders)])
+
+
+def test_a_rank_that_no_module_can_use_is_refused_before_anything_is_made(run, folders, tmp_path):
+    out = tmp_path / "out"
+    found = run("resize", folders[0], "--rank", 1_000_000, "--out", out)  # of (24, 20) and (12, 20)
+    assert_refused(found, "--rank: expected at most 20", "1000000", str(folders[0]), "min(I, O)")
+    assert_refused(run("resize", folders[0], "--rank", 21, "--out", out), "expected at most 20")
+    assert not out.exists()
+    status, _, _ = run("resize", folders[0], "--rank", 20, "--out", out)
+    assert status == 0, "one rank for all modules, though the smaller one can use 12"
+    assert {f.a.shape[0] for f in LoraAdapter.load(out).modules.values()} == {20}
+
+
+def test_a_rank_that_is_too_large_already_may_stay_or_fall(run, tmp_path):
+    adapter(ranks=40).save(tmp_path / "large")
+    for rank in (40, 30, 20):
+        out = tmp_path / str(rank)
+        assert run("resize", tmp_path / "large", "--rank", rank, "--out", out)[0] == 0
+        assert {f.a.shape[0] for f in LoraAdapter.load(out).modules.values()} == {rank}
+    found = run("resize", tmp_path / "large", "--rank", 41, "--out", tmp_path / "out")
+    assert_refused(found, "--rank: expected at most 40")
+
+
+def test_a_pickle_that_wants_code_is_refused_in_our_own_words(run, folders):
+    (folders[0] / "adapter_model.safetensors").unlink()
+    torch.save({"lora_A": _Runs()}, folders[0] / "adapter_model.bin")
+    found = run("inspect", folders[0])
+    assert_refused(found, "adapter_model.bin", "mkdir", "adapter_model.safetensors")
+    for advice in ("weights_only", "torch.load", "add_safe_globals", "trust", "Re-running"):
+        assert advice not in found[2], "nothing that leads to loading it all the same"
+
+
+class _Runs:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)

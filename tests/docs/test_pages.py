@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ import transformers
 from tiny import make_model, make_peft
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))
+from wrap_docs import WIDTH, prose, wrapped  # noqa: E402
+
+ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {
     str(page.relative_to(ROOT)): blocks
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in ALL
     if (blocks := _BLOCK.findall(page.read_text()))
 }
 
@@ -53,19 +58,43 @@ def test_code_of_the_page_runs(page: str) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
-    listed = set(re.findall(r"\]\(([\w]+\.md)", index))
-    assert listed == {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    listed = set(re.findall(r"\]\(((?:notes/)?\w+\.md)", index))
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/notes").glob("*.md")]
+    assert listed == {p.relative_to(ROOT / "docs").as_posix() for p in pages} - {"index.md"}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in ALL])
 def test_links_of_the_page_lead_somewhere(page: str) -> None:
     prose = re.sub(
         r"^ *```.*?^ *```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
     )
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
         assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
+    """Tables, code, pictures and a link that no space breaks are excepted."""
+    long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
+    assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
+
+
+def test_wrapping_changes_line_breaks_alone() -> None:
+    words = "a word " * 30
+    table, code = f"| {words} |", f"```\n{words}\n```"
+    formula = f"    y = {words}\n\n        x = {words}\n"
+    text = f"# {words}\n\n* {words}\n  {words}\n\n{table}\n\n{code}\n\n{words}\n\n{formula}"
+    new = wrapped(text)
+    assert new.split() == text.split() and wrapped(new) == new
+    lines = new.splitlines()
+    assert lines[0] == f"# {words}" and table in lines and words in lines
+    assert new.endswith(formula)
+    assert max(len(line) for _, line in prose(new)) <= WIDTH
+    assert [line[:2] for line in lines[2:5]] == ["* ", "  ", "  "]
 
 
 @pytest.mark.parametrize("page", ["generating.md", "works_with.md"])

@@ -32,8 +32,8 @@ float number(int64_t i) {
     return static_cast<float>(i * 7919 % 31) / 8 - 2;
 }
 
-void close(const char* what, double found, double expected) {
-    if (std::abs(found - expected) <= 2e-4 * (1 + std::abs(expected))) return;
+void close(const char* what, double found, double expected, double bound = 2e-4) {
+    if (std::abs(found - expected) <= bound * (1 + std::abs(expected))) return;
     std::printf("%s: %g instead of %g\n", what, found, expected);
     std::exit(1);
 }
@@ -120,6 +120,17 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
         for (int32_t i = 0; i < leaves; ++i) close("leaf", at(grad, l + i), dleaf[i]);
     }
     for (int64_t i = 0; i < a.num_weights; ++i) close("weight", dw[i], weights[i]);
+
+    for (const auto precision : {LayersPrecision::kHigh, LayersPrecision::kHalf}) {
+        LayersArgs low = a;
+        const ExactBuffer<float> found(units * lanes);
+        low.precision = precision, low.val = found.data();
+        launched(launch_layers_forward(low, nullptr));
+        const double bound = precision == LayersPrecision::kHigh ? 5e-5 : 2e-3;
+        for (int32_t u = s; u < units; ++u)
+            for (int64_t b = 0; b < rows; ++b)
+                close("low precision", found[u * lanes + b], val[u * lanes + b], bound);
+    }
 
     // From the copy to a pair, from s to one of its terms; l is two variables, r another.
     for (const bool drawn : {false, true}) {

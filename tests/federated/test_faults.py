@@ -42,6 +42,10 @@ FAULTS = {
         dataclasses.replace(make_update(7), failed=True),
         "reply: expected a trained update, found one that says it failed",
     ),
+    "nested": (
+        with_tensor(A0, torch.nested.nested_tensor([torch.ones(5), torch.ones(2)])),
+        f"{A0}: expected a dense tensor, found a nested one",
+    ),
     "one row is not broadcast": (
         with_tensor(A0, torch.ones(1, 5)),
         rf"{A0}: expected shape \[3, 5\], found shape \[1, 5\]",

@@ -15,7 +15,7 @@ from flower_apps import MODULE, Classifier, Meddled, Suffixes, Wire, batches, in
 from flwr.app import Array, Message, RecordDict
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
-from lora_ext.interop.flower import from_arrays, to_arrays
+from lora_ext.federated.flower import from_arrays, to_arrays
 
 A2, B2 = MODULE.format(2, "A"), MODULE.format(2, "B")
 CAPABILITY = {0: 1, 1: 1, 2: 2}

@@ -29,10 +29,10 @@ from lora_ext.federated import (
     make_client_app,
     make_server_app,
 )
+from lora_ext.federated.flower import from_arrays, to_arrays
+from lora_ext.federated.flower import model as model_of_apps
+from lora_ext.federated.flower.model import Model
 from lora_ext.federated.keys import PATTERN
-from lora_ext.interop.flower import from_arrays, to_arrays
-from lora_ext.interop.flower import model as model_of_apps
-from lora_ext.interop.flower.model import Model
 
 ROOT = Path(__file__).parents[2]
 CAPABILITY = {0: 1, 1: 2, 2: 3}
@@ -71,6 +71,20 @@ def test_one_client_whose_loss_is_nan_is_an_error_reply_of_its_own():
     run(strategy, LocalGrid(make_client_app(Classifier, data, backend="batched"), 3), rounds=1)
     (log,) = strategy.history
     assert log.accepted == (0, 2) and "is not finite" in log.rejected[1]
+
+
+def test_an_app_that_returns_no_message_is_an_error_reply_that_says_so():
+    silent = ClientApp()
+
+    @silent.train()
+    def train(message: Message, context: Context) -> Message:
+        return None
+
+    strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
+    run(strategy, LocalGrid(silent, 3), rounds=1)
+    (log,) = strategy.history
+    expected = "LocalGrid: client_app: expected an app that returns a Message, found one that"
+    assert all(f"{expected} returns NoneType" in log.rejected[node] for node in range(3))
 
 
 def test_a_node_keeps_its_context_and_gets_records_of_its_own():

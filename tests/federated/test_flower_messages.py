@@ -25,7 +25,7 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
-from lora_ext.interop.flower import from_arrays, to_arrays
+from lora_ext.federated.flower import from_arrays, to_arrays
 
 CAPABILITY = {0: 1, 1: 2, 2: 3}
 

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
-from lora_ext.interop.flower import from_arrays
+from lora_ext.federated.flower import from_arrays
 
 CAPABILITY = {0: 1, 1: 1, 2: 2}
 

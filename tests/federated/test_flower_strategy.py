@@ -11,7 +11,7 @@ from flower_apps import Classifier, Meddled, Suffixes, batches, initial, run
 from flwr.app import Message
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
-from lora_ext.interop.flower import from_arrays
+from lora_ext.federated.flower import from_arrays
 
 
 def local(nodes: int = 3, **settings: Any) -> LocalGrid:

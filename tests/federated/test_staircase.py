@@ -256,3 +256,36 @@ def test_blocks_that_write_into_what_they_get_are_left_whole():
     with pytest.warns(UserWarning, match="found a block changes a tensor that it gets"):
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
+
+
+def test_what_a_model_raises_outside_its_blocks_is_raised_though_it_raises_it_but_once():
+    calls: list[int] = []
+
+    def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 1:
+            raise OSError("the file of the tokens has gone")
+        return in_order(blocks, x)
+
+    model = Stack(run).double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    with pytest.raises(OSError, match="the file of the tokens has gone"):
+        BatchedClients(model, clients).run_round(PLANS, state)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_block_that_finds_no_memory_says_so():
+    calls: list[int] = []
+
+    def compute(y: Tensor) -> Tensor:
+        calls.append(len(y))
+        if len(calls) == 1:
+            raise MemoryError("of the device")
+        return y
+
+    model = Stack(in_order, compute).double()
+    state = LoraLayerManager(model).state_slice()
+    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    with pytest.raises(MemoryError, match="of the device"):
+        BatchedClients(model, clients).run_round(PLANS, state)

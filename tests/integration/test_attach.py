@@ -274,6 +274,10 @@ def test_attach_refuses_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=message):
         lora_ext.attach(small, pool)
     assert snapshot(other) == before and snapshot(small) == before_small
+    divided = make_model("llama")
+    divided._tp_size = 2  # as transformers marks a model that tp_plan= has divided
+    with pytest.raises(NotImplementedError, match="tp_plan has divided between 2 processes"):
+        lora_ext.attach(divided, pool)
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(RuntimeError, match="expected a model without adapter layers, found PeftM"):
         lora_ext.attach(wrapped, pool)

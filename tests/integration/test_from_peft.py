@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
-from lora_ext.interop.peft import FusedLinear, report, to_peft
+from lora_ext.interop.peft.layers import FusedLinear, report, to_peft
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert"]
 NAMES = ["red", "green", "__base__", "blue", "green"]

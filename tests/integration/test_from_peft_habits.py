@@ -17,7 +17,7 @@ from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.interop.peft import FusedLinear, FusedLoraModel, report, to_peft
+from lora_ext.interop.peft.layers import FusedLinear, FusedLoraModel, report, to_peft
 
 NAMES = ["red", "green", "__base__", "blue", "green"]
 ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
@@ -193,3 +193,17 @@ def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
         assert torch.equal(logits(ours, adapter_names=NAMES), trained)
     with torch.no_grad(), ours.train().disable_adapter():
         assert torch.equal(logits(ours, adapter_names=NAMES), logits(ours))
+
+
+@pytest.mark.parametrize("name", ["default", "other-name"])
+def test_layers_whose_factors_are_bare_parameters_stay_pefts(name):
+    """AdaLora's layers are LoRA layers to PEFT, and have parameters where others have modules."""
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(target_modules=["0"], init_lora_weights=False, total_step=1)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    model = peft.get_peft_model(base, config, adapter_name=name).eval()
+    x = torch.randn(4, 6)
+    wanted = model(x)
+    with pytest.warns(UserWarning, match="found none; PEFT runs 1 of them .*adalora"):
+        lora_ext.from_peft(model)
+    assert torch.equal(model(x), wanted)

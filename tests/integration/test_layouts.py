@@ -5,65 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from layout_families import FLATTENING, TOKENS_FIRST
 from tiny import VOCAB, tokens
 from torch import Tensor
 
 import lora_ext
-from lora_ext.interop import transformers as interop
+from lora_ext.rows import layouts
 
-COMMON: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0}
-
-
-def _xlnet() -> Any:
-    config = transformers.XLNetConfig(**COMMON, d_model=32, n_layer=2, n_head=4, d_inner=48)
-    return transformers.XLNetLMHeadModel(config)
-
-
-def _longformer() -> Any:
-    config = transformers.LongformerConfig(
-        **COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        attention_window=4, max_position_embeddings=64,
-    )  # fmt: skip
-    return transformers.LongformerForMaskedLM(config)
-
-
-def _led() -> Any:
-    config = transformers.LEDConfig(
-        **COMMON, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, attention_window=4,
-        max_encoder_position_embeddings=64, max_decoder_position_embeddings=64,
-    )  # fmt: skip
-    return transformers.LEDForConditionalGeneration(config)
-
-
-def _fsmt() -> Any:
-    config = transformers.FSMTConfig(
-        langs=["en", "de"], src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, d_model=32,
-        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, max_length=20,
-    )  # fmt: skip
-    return transformers.FSMTForConditionalGeneration(config)
-
-
-def _opt() -> Any:
-    config = transformers.OPTConfig(
-        **COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
-        max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=True,
-    )  # fmt: skip
-    return transformers.OPTForCausalLM(config)
-
-
-def _jetmoe() -> Any:
-    config = transformers.JetMoeConfig(
-        **COMMON, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
-        intermediate_size=48, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
-    return transformers.JetMoeForCausalLM(config)
-
-
-TOKENS_FIRST = {"xlnet": _xlnet, "longformer": _longformer, "led": _led, "fsmt": _fsmt}
-FLATTENING = {"opt": _opt, "jetmoe": _jetmoe}
 NAMES = ["red", "blue", None, "green"]
 
 
@@ -106,7 +54,7 @@ def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) 
 def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tokens as sequences, too: from the first batch on where the model is known."""
     if not known:
-        monkeypatch.setattr(interop, "_TOKENS_FIRST", {})
+        monkeypatch.setattr(layouts, "TOKENS_FIRST", {})
     model = attached(TOKENS_FIRST[family])
     shapes = [(4, 4), (4, 8), (4, 4)][0 if known else 1 :]
     for shape in shapes:
@@ -130,7 +78,7 @@ def test_flattened_batches(family: str) -> None:
 
 
 def test_fsmt_generates_with_each_row_its_own() -> None:
-    model = attached(_fsmt)
+    model = attached(TOKENS_FIRST["fsmt"])
     ids, how = tokens(4, 4), {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
     with lora_ext.adapters(NAMES):
         mixed = model.generate(ids, **how)
@@ -165,3 +113,34 @@ def test_a_copy_of_an_attached_model_knows_its_layout(family: str) -> None:
     copied = copy.deepcopy(model)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         assert torch.equal(copied(ids).logits, model(ids).logits)
+
+
+def test_a_compiled_model_that_flattens_its_batch_serves_names() -> None:
+    """A graph asks for its rows as it runs, and hands on what the model was given."""
+    model = attached(FLATTENING["opt"])
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for shape in [(4, 5), (4, 7), (4, 4), (2, 6)]:
+            ids, names = tokens(*shape), NAMES[: shape[0]]
+            with lora_ext.adapters(names):
+                expected = model(ids).logits
+                torch.testing.assert_close(compiled(ids).logits, expected, rtol=0, atol=2e-5)
+            given = compiled(ids, adapter_names=names).logits
+            torch.testing.assert_close(given, expected, rtol=0, atol=2e-5)
+        with pytest.raises(ValueError, match="expected a batch of 2 sequences"):
+            with lora_ext.adapters(NAMES[:2]):
+                compiled(tokens(4, 6))
+
+
+def test_one_token_of_each_sequence_reaches_an_embedding_that_sees_tokens_first() -> None:
+    torch.manual_seed(0)
+    model = TOKENS_FIRST["xlnet"]().eval()
+    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8, targets=["word_embedding"])
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["word_embedding"]}
+    for name in ("red", "blue", "green"):
+        stem = "base_model.model.transformer.word_embedding.lora_embedding"
+        state = {f"{stem}_A": torch.randn(2, VOCAB), f"{stem}_B": torch.randn(32, 2)}
+        pool.load(name, (config, state))
+    lora_ext.attach(model, pool)
+    for length in (1, 4, 5):
+        assert_rows_are_their_own(model, tokens(4, length), NAMES)

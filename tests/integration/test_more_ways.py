@@ -230,9 +230,13 @@ def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tokenizer: Any, tmp_
         assert scores(pipe(texts())) == base == pytest.approx(scores(pipe(TEXTS)), abs=1e-6)
     twin, _, other = make_pair("bert", tmp_path / "other")
     pipe = transformers.pipeline("text-classification", model=twin, tokenizer=tokenizer)
-    with warnings.catch_warnings(), lora_ext.adapters(None, pool=other):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
+        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # called outside, too
+        with lora_ext.adapters(None, pool=other):
+            assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
+            lazy = pipe(texts())
+        assert scores(lazy) == pytest.approx(base, abs=1e-6)
     with pytest.raises(ValueError, match="adapter_names: expected a block around the pipeline"):
         scores(pipe(texts(), adapter_names=NAMES))
 

@@ -5,6 +5,7 @@ Data are small integers, so that every sum is exact.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ from torch import Tensor
 from lora_ext import ops, reference
 from lora_ext.interop import vllm as plugin
 from lora_ext.interop.vllm import owners, updates
+from lora_ext.interop.vllm.activation import follow_activations
 from lora_ext.interop.vllm.updates import Updates
 
 SLOTS, RANK, IN = 3, 8, 6
@@ -318,39 +320,150 @@ def test_a_compiled_graph_follows_steps_and_adapters():
 
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    """A vllm of version 0.32.1 with a CPU platform."""
+    """A vllm of version 0.33.1 with what the plug-in asks for, by name."""
+
+    class PunicaWrapperCPU:
+        def __init__(self):
+            self._token_lora_indices = self._sampler_indices = None
+
+        def update_metadata(self, mapping, lora_index_to_id, max_loras, **kwargs): ...
+        def add_shrink(self, y, x, lora_a_stacked, scale): ...
+        def add_expand(self, y, x, lora_b_stacked, output_slices, offset_start, add_inputs): ...
+        def add_lora_embedding(self, y, x, lora_b_stacked, add_inputs=True): ...
+        def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs): ...
+        def add_lora_linear(
+            self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None
+        ): ...
+
+    class LoRAModelManager:
+        def activate_adapter(self, lora_id):
+            return self.lora_index_to_id, self.punica_wrapper_mapping
+
+    class EngineCore:
+        def preprocess_add_request(self, request): ...
+        def add_lora(self, lora_request): ...
+        def remove_lora(self, lora_id): ...
+        def pin_lora(self, lora_id): ...
+        def list_loras(self): ...
+
     platform = type("CpuPlatform", (), {"get_punica_wrapper": classmethod(lambda cls: "own")})
-    modules = {"vllm": ModuleType("vllm"), "vllm.platforms.cpu": ModuleType("cpu")}
-    modules["vllm"].__version__ = "0.32.1"
-    modules["vllm.platforms.cpu"].CpuPlatform = platform
-    for name, module in modules.items():
+    found = SimpleNamespace(vllm=ModuleType("vllm"))
+    found.vllm.__version__ = "0.33.1"
+    monkeypatch.setitem(sys.modules, "vllm", found.vllm)
+    for name, member in {
+        "vllm.platforms.cpu": platform,
+        "vllm.lora.punica_wrapper.punica_cpu": PunicaWrapperCPU,
+        "vllm.lora.model_manager": LoRAModelManager,
+        "vllm.v1.engine.core": EngineCore,
+    }.items():
+        module = ModuleType(name)
+        setattr(module, member.__name__, member)
+        setattr(found, member.__name__, member)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("LORA_EXT_VLLM", raising=False)
-    return modules["vllm"], platform
+    return found
+
+
+OURS = "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"
 
 
 def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
     with warnings.catch_warnings(action="error"):
         plugin.register()
+        once = fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora
         plugin.register()
-    name = fake_vllm[1].get_punica_wrapper()
-    assert name == "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"
+        assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
+    assert once == (fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora)
 
 
-def test_another_version_is_left_alone_with_one_sentence(fake_vllm):
-    fake_vllm[0].__version__ = "0.33.0"
-    with pytest.warns(UserWarning, match=r"expected vLLM 0\.32, found 0\.33\.0: vLLM's own"):
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        ("PunicaWrapperCPU", "add_lora_linear", None),
+        ("PunicaWrapperCPU", "add_shrink", lambda self, y, x, scale, lora_a_stacked: None),
+        ("PunicaWrapperCPU", "__init__", lambda self: None),
+        ("LoRAModelManager", "activate_adapter", lambda self, lora_id: None),
+    ],
+)
+def test_a_vllm_with_another_interface_is_left_alone_with_one_sentence(
+    owner, name, other, fake_vllm
+):
+    setattr(getattr(fake_vllm, owner), name, other)
+    plugin.register()
+    words = rf"expected the interface of vLLM 0\.32, found vLLM 0\.33\.1 without .*{owner}"
+    with pytest.warns(UserWarning, match=words):
+        assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
+
+
+def test_a_method_that_another_plug_in_has_wrapped_without_its_parameters_serves(fake_vllm):
+    inner = fake_vllm.PunicaWrapperCPU.add_shrink
+    fake_vllm.PunicaWrapperCPU.add_shrink = lambda *args, **kwargs: inner(*args, **kwargs)
+    plugin.register()
+    with warnings.catch_warnings(action="error"):
+        assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
+
+
+def test_a_module_of_vllm_that_is_gone_is_named(fake_vllm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", None)
+    with pytest.warns(UserWarning, match=r"vllm\.v1\.engine\.core.*blocks of the prefix cache"):
         plugin.register()
-    assert fake_vllm[1].get_punica_wrapper() == "own"
+    monkeypatch.setitem(sys.modules, "vllm.lora.model_manager", None)
+    with pytest.warns(UserWarning, match=r"vllm\.lora\.model_manager.*own LoRA kernels serve"):
+        assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
+    monkeypatch.setitem(sys.modules, "vllm.platforms.cpu", None)
+    with pytest.warns(UserWarning, match=r"vllm\.platforms\.cpu.*own LoRA kernels serve"):
+        plugin.register()
 
 
 def test_the_switch_turns_it_off(fake_vllm, monkeypatch):
     monkeypatch.setenv("LORA_EXT_VLLM", "0")
     plugin.register()
-    assert fake_vllm[1].get_punica_wrapper() == "own"
+    assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
 
 
 def test_an_unknown_switch_raises(fake_vllm, monkeypatch):
     monkeypatch.setenv("LORA_EXT_VLLM", "gpu")
     with pytest.raises(ValueError, match="LORA_EXT_VLLM: expected 0, 1 or cuda, found 'gpu'"):
         plugin.register()
+
+
+@pytest.mark.parametrize("wraps", [functools.wraps, lambda inner: lambda outer: outer])
+def test_slots_are_read_though_another_plug_in_wrapped_the_manager_first(wraps, fake_vllm):
+    manager = fake_vllm.LoRAModelManager
+    manager.activate_adapter = lambda self, lora_id: self.moved
+    inner = manager.activate_adapter
+
+    @wraps(inner)
+    def others(self, lora_id):
+        return inner(self, lora_id)
+
+    manager.activate_adapter = others
+    for _ in range(2):
+        follow_activations()
+    wrapper = wrapper_for(TOKENS)
+    a, _ = stacks()
+    read = wrapper._stacks.of_a(a)
+    a[1] = a[0]
+    held = SimpleNamespace(
+        moved=True, lora_index_to_id=[30, 10, 20], punica_wrapper_mapping={"model": wrapper}
+    )
+    assert manager.activate_adapter(held, 10)
+    assert read.ranks.tolist() == [8, 8, 5]
+
+    read.read = None  # would raise: what did not move is not read
+    held.moved = False
+    assert not manager.activate_adapter(held, 10)
+
+
+def test_a_wrapper_that_another_plug_in_puts_around_ours_is_followed_once(fake_vllm):
+    manager = fake_vllm.LoRAModelManager
+    follow_activations()
+    ours = manager.activate_adapter
+
+    @functools.wraps(ours)
+    def others(self, lora_id):
+        return ours(self, lora_id)
+
+    manager.activate_adapter = others
+    follow_activations()
+    assert manager.activate_adapter is others

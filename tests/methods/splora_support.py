@@ -45,3 +45,14 @@ def scaled(adapter: LoraAdapter, by: dict[str, float]) -> LoraAdapter:
     """The adapter with some B multiplied."""
     modules = {n: f._replace(b=f.b * by.get(n, 1.0)) for n, f in adapter.modules.items()}
     return LoraAdapter(adapter.config, modules)
+
+
+def dense_map(base: Tensor, aligned: Tensor, projection: str, q: int | None = None) -> Tensor:
+    """P as the specification writes it, m x m in float64."""
+    v = aligned.double() - base.double()
+    if projection == "frobenius":
+        return v @ v.T / v.norm()
+    u, s, _ = torch.linalg.svd(v)
+    kept = int((s > max(v.shape) * torch.finfo(torch.float32).eps * s[0]).sum())
+    u = u[:, : kept if q is None else q]
+    return u @ u.T

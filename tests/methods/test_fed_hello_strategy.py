@@ -16,7 +16,7 @@ from federated_rounds import same_bits
 from flower_apps import Classifier, batches, initial, run
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraLayerManager, make_client_app
-from lora_ext.interop.flower import from_arrays
+from lora_ext.federated.flower import from_arrays
 from lora_ext.methods import fed_hello
 from lora_ext.methods.fed_hello import HLA, EmptyProxySet, FedHelloConfig, fim_scores
 from lora_ext.nn import block_index

@@ -24,7 +24,7 @@ if MISSING:
 from flower_apps import CLASSES, LAYERS, RANK, WIDTH, Classifier, batches, initial, run  # noqa: E402
 
 from lora_ext.federated import LocalGrid, make_client_app  # noqa: E402
-from lora_ext.interop.flower import from_arrays  # noqa: E402
+from lora_ext.federated.flower import from_arrays  # noqa: E402
 
 BYTES = 4 * RANK * 2 * WIDTH  # of a layer, one way
 SPEEDS = [Estimate(1, 0.2, 1e-4), Estimate(1.2, 0.4, 2e-4), Estimate(1.5, 1.0, 5e-4)]
@@ -203,7 +203,7 @@ def test_ranks_of_the_config_are_those_of_the_adapter():
 
 
 def test_legend_is_imported_when_it_is_asked_for():
-    assert legend.Legend.__module__ == "lora_ext.interop.flower.legend"
+    assert legend.Legend.__module__ == "lora_ext.methods.legend.flower"
     with pytest.raises(AttributeError, match="no attribute 'Legends'"):
         legend.Legends  # noqa: B018
     with pytest.raises(ValueError, match="expected before_round to come first"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lora_ext.layers.model.probe import decompose_step
 from lora_ext.methods.lora_init import gamma_exponents, init_lora_
-from lora_ext.nn.probe import decompose_step
 
 INF = math.inf
 # scheme, gamma of the rates; Z_A, Z_B, d1, d2

@@ -137,6 +137,25 @@ def test_a_head_that_is_something_else_is_refused():
         logits(model)
 
 
+@pytest.mark.parametrize("scale", [0.985, 0.9999, 1.01])
+def test_a_scale_close_to_one_is_no_scale_of_one(scale: float):
+    model = make("cohere", logit_scale=scale)
+    base = logits(model)
+    mod.apply(model, ModConfig(**FIXED))
+    torch.testing.assert_close(logits(model), base, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_nothing_names_is_refused(family: str, dtype: torch.dtype):
+    model = make(family, dtype)
+    mod.apply(model)
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: 1.015 * own(x)
+    with pytest.raises(NotImplementedError, match=r"mod: model: expected logits that are the head"):
+        logits(model)
+
+
 # -------------------------------------------------------------------------------------------------
 # What a model returns
 
@@ -282,3 +301,25 @@ def test_labels_of_another_shape_are_refused():
     for labels in (IDS[:, :-1], IDS[:1], IDS[0]):
         with pytest.raises(ValueError, match=r"mod: labels: expected shape \(B, T\) = \(2, 7\)"):
             model(input_ids=IDS, labels=labels)
+
+
+def test_a_head_of_another_width_is_refused_by_name():
+    """OPT-350m projects its hidden states down to its embeddings."""
+    model = make("opt", word_embed_proj_dim=8)
+    before = traces(model)
+    with pytest.raises(NotImplementedError, match=r"expected a head as wide as the 16.*found 8 in"):
+        mod.apply(model)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("how", ["auto", "chunked"])
+def test_a_first_forward_with_nan_says_so_and_a_later_one_serves(how: Any):
+    model, other = mod.apply(make(), ModConfig(backend=how)), make()
+    mod.apply(other, ModConfig(backend=how))
+    embeds = model.get_input_embeddings()(IDS).detach()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"mod: model: expected logits that are numbers in"):
+            model(inputs_embeds=embeds.clone().fill_(torch.nan))
+        found = model(inputs_embeds=embeds).logits
+        assert torch.equal(found, other(inputs_embeds=embeds).logits)
+        assert model(inputs_embeds=embeds.clone().fill_(torch.nan)).logits.isnan().all()

@@ -46,10 +46,16 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
         ({"num": 2.0}, "num: expected an integer of at least 0, found 2.0"),
         ({"num": True}, "num: expected an integer of at least 0, found True"),
         ({"threshold": float("nan")}, "threshold: expected a number, found nan"),
+        ({"direction": None}, r"direction: expected one of \('smallest', 'largest'\), found None"),
         ({"direction": "up"}, r"direction: expected one of \('smallest', 'largest'\), found 'up'"),
         ({"granularity": "row"}, r"granularity: expected one of \('module', 'block'\)"),
         ({"projection": "svd"}, r"projection: expected one of \('frobenius', 'orthogonal'\)"),
         ({"reference": "none"}, r"reference: expected one of \('population', 'permutation'"),
+        ({"score": "norm"}, r"score: expected one of \('distance', 'angle', 'alignment'\)"),
+        (
+            {"score": "angle", "reference": "released"},
+            "reference: expected 'population' beside score='angle', found 'released'",
+        ),
         ({"stat": "mad"}, r"stat: expected one of \('iqr', 'std'\), found 'mad'"),
         ({"mode": "drop"}, r"mode: expected one of \('remove', 'zero'\), found 'drop'"),
         ({"center": "mode"}, r"center: expected one of \('mean', 'median'\)"),
@@ -67,18 +73,24 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
 )
 def test_a_setting_out_of_range_is_named(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"^SploraConfig: {message}"):
-        SploraConfig(**fields)
+        SploraConfig(**{"direction": "smallest", **fields})
+
+
+def test_a_direction_is_asked_for():
+    for fields in ({}, {"num": 3}, {"threshold": 0.0, "score": "alignment"}):
+        with pytest.raises(ValueError, match=r"direction: expected one of \('smallest', 'largest'"):
+            SploraConfig(**fields)
 
 
 def test_a_selection_needs_num_or_threshold_and_no_more_units_than_there_are():
     adapter, base, aligned = made(blocks())
     stats = ediem_scores(adapter, base, aligned)  # scoring needs neither
     with pytest.raises(ValueError, match="select_layers: config: expected one of num and threshol"):
-        select_layers(stats, SploraConfig())
+        select_layers(stats, SploraConfig(direction="smallest"))
     with pytest.raises(ValueError, match=r"select_layers: num: expected at most 8, .*found 9"):
-        splora.apply(adapter, base, aligned, SploraConfig(num=9))
+        splora.apply(adapter, base, aligned, SploraConfig(direction="smallest", num=9))
     with pytest.raises(ValueError, match="expected one of num and threshold"):
-        splora.apply(adapter, base, aligned, SploraConfig())
+        splora.apply(adapter, base, aligned, SploraConfig(direction="smallest"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -163,7 +175,7 @@ def test_equal_weights_are_a_zero_alignment():
     adapter, base, aligned = made(blocks())
     aligned[KEY] = base[KEY].clone()
     for projection in ("frobenius", "orthogonal"):
-        config = SploraConfig(projection=projection, rank=2)
+        config = SploraConfig(direction="smallest", projection=projection, rank=2)
         with pytest.raises(ZeroAlignmentError, match=rf"{Q}: expected .*differs.*equal ones"):
             ediem_scores(adapter, base, aligned, config)
     assert issubclass(ZeroAlignmentError, ValueError)
@@ -177,7 +189,14 @@ def test_fewer_than_four_layers_are_no_population():
         ValueError, match=r"reference='population': expected at least 4 layers.*d 3"
     ):
         ediem_scores(adapter, base, aligned)
-    assert len(ediem_scores(adapter, base, aligned, SploraConfig(reference="permutation"))) == 3
+    assert (
+        len(
+            ediem_scores(
+                adapter, base, aligned, SploraConfig(direction="smallest", reference="permutation")
+            )
+        )
+        == 3
+    )
 
 
 def test_a_reference_without_spread_is_degenerate():
@@ -189,18 +208,18 @@ def test_a_reference_without_spread_is_degenerate():
         DegenerateReferenceError, match="reference='population': expected distances"
     ):
         ediem_scores(same, *alike)
-    found = ediem_scores(same, *alike, SploraConfig(allow_degenerate=True))
+    found = ediem_scores(same, *alike, SploraConfig(direction="smallest", allow_degenerate=True))
     assert [row.score for row in found] == [0.0] * 4
     assert issubclass(DegenerateReferenceError, ValueError)
     single, base, aligned = made({Q: (1, 4)})  # one row has one order
-    config = SploraConfig(reference="permutation")
+    config = SploraConfig(direction="smallest", reference="permutation")
     with pytest.raises(DegenerateReferenceError, match=rf"ediem_scores: {Q}: reference='permut"):
         ediem_scores(single, base, aligned, config)
 
 
 def test_the_identity_as_a_projection_is_a_warning():
     adapter, base, aligned = made({name_of(i): (4, 6) for i in range(5)})
-    config = SploraConfig(projection="orthogonal", allow_degenerate=True)
+    config = SploraConfig(direction="smallest", projection="orthogonal", allow_degenerate=True)
     with pytest.warns(
         UserWarning, match=r"full row rank: .*and 1 more|and 1 more has full row rank"
     ):
@@ -319,7 +338,7 @@ def test_pairs_belong_to_their_reference():
         ValueError, match="pairs: expected None with reference='population', found 1"
     ):
         ediem_scores(adapter, base, aligned, pairs=pairs)
-    config = SploraConfig(reference="pairs")
+    config = SploraConfig(direction="smallest", reference="pairs")
     with pytest.raises(ValueError, match=r"pairs: expected pairs of matrices .*found None"):
         ediem_scores(adapter, base, aligned, config)
     bad = [(torch.ones(2, 2), torch.ones(2, 3))]

@@ -30,7 +30,7 @@ def test_a_map_has_a_field_for_each_block_and_module_and_crosses_what_was_pruned
 
     matplotlib.use("Agg")
     adapter, base, aligned = made({**blocks(3), "model.score": (12, 10)})
-    result = splora.apply(adapter, base, aligned, splora.SploraConfig(num=2))
+    result = splora.apply(adapter, base, aligned, splora.SploraConfig(direction="smallest", num=2))
     axes = splora.draw_scores(result)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["q_proj", "v_proj"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1", "2"]

@@ -28,7 +28,7 @@ def off(model: nn.Module, adapter: str = "default") -> list[str]:
 def test_chosen_layers_are_the_base_layers_to_the_bit_and_remove_restores_all(kind: str):
     model, (base, aligned) = adapted(kind), models()
     before, flags = logits(model), {n: p.requires_grad for n, p in model.named_parameters()}
-    result = splora.apply_to(model, base, aligned, SploraConfig(num=2))
+    result = splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     assert sorted(off(model)) == sorted(result.pruned) and len(result.pruned) == 2
     x = torch.randn(3, 16)
     for name, layer in adapted_layers(model).items():
@@ -39,24 +39,26 @@ def test_chosen_layers_are_the_base_layers_to_the_bit_and_remove_restores_all(ki
     splora.remove(model)
     assert not off(model) and torch.equal(logits(model), before)
     assert "_lora_ext_splora" not in model.__dict__
-    splora.apply_to(model, base, aligned, SploraConfig(num=1))  # and once more
+    splora.apply_to(
+        model, base, aligned, SploraConfig(direction="smallest", num=1)
+    )  # and once more
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_none_is_no_change_and_all_are_the_base_model_to_the_bit(kind: str):
     model, (base, aligned) = adapted(kind), models()
     before = logits(model)
-    splora.apply_to(model, base, aligned, SploraConfig(num=0))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=0))
     assert torch.equal(logits(model), before)
     splora.remove(model)
-    splora.apply_to(model, base, aligned, SploraConfig(num=6))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=6))
     assert torch.equal(logits(model), logits(llama()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_that_is_off_costs_its_base_layer_and_no_more(kind: str):
     model, (base, aligned) = adapted(kind), models()
-    splora.apply_to(model, base, aligned, SploraConfig(num=6))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=6))
     layer = next(m for n, m in adapted_layers(model).items() if n.endswith("0.mlp.down_proj"))
     x = torch.randn(5, 24, requires_grad=True)
 
@@ -70,7 +72,10 @@ def test_a_layer_that_is_off_costs_its_base_layer_and_no_more(kind: str):
 
 def test_the_same_layers_are_chosen_for_every_kind():
     base, aligned = models()
-    results = [splora.apply_to(adapted(k), base, aligned, SploraConfig(num=3)) for k in KINDS]
+    results = [
+        splora.apply_to(adapted(k), base, aligned, SploraConfig(direction="smallest", num=3))
+        for k in KINDS
+    ]
     assert results[0].pruned == results[1].pruned == results[2].pruned
     assert results[0].stats == results[1].stats == results[2].stats
 
@@ -83,7 +88,7 @@ def test_the_model_may_be_its_own_aligned_one():
         for name, p in model.named_parameters():
             if "lora" not in name:
                 p += 0.01
-    result = splora.apply_to(model, base, model, SploraConfig(num=1))
+    result = splora.apply_to(model, base, model, SploraConfig(direction="smallest", num=1))
     assert result.pruned == off(model)
 
 
@@ -91,9 +96,9 @@ def test_a_second_apply_names_remove_and_remove_needs_an_apply():
     model, (base, aligned) = adapted("ours"), models()
     with pytest.raises(RuntimeError, match=r"remove: model: expected a model of splora.apply_to"):
         splora.remove(model)
-    splora.apply_to(model, base, aligned, SploraConfig(num=1))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=1))
     with pytest.raises(RuntimeError, match=r"apply_to: model: .*call splora.remove\(model\) first"):
-        splora.apply_to(model, base, aligned, SploraConfig(num=1))
+        splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=1))
     assert len(off(model)) == 1
 
 
@@ -102,7 +107,7 @@ def test_what_was_off_before_stays_off(kind: str):
     model, (base, aligned) = adapted(kind), models()
     name, layer = next(iter(adapted_layers(model).items()))
     set_active(layer, "default", False)
-    splora.apply_to(model, base, aligned, SploraConfig(num=6))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=6))
     assert len(off(model)) == 6
     splora.remove(model)
     assert off(model) == [base_name(name)]
@@ -111,14 +116,14 @@ def test_what_was_off_before_stays_off(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_adapters_of_the_model_are_left_alone(kind: str):
     model, (base, aligned) = adapted(kind, "red", "blue"), models()
-    splora.apply_to(model, base, aligned, SploraConfig(num=6), adapter="blue")
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=6), adapter="blue")
     assert len(off(model, "blue")) == 6 and not off(model, "red")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_given_back_by_itself(kind: str):
     model, (base, aligned) = adapted(kind), models()
-    splora.apply_to(model, base, aligned, SploraConfig(num=2))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     twin = copy.deepcopy(model)
     splora.remove(twin)
     assert not off(twin) and len(off(model)) == 2
@@ -126,7 +131,7 @@ def test_a_copy_is_given_back_by_itself(kind: str):
 
 def test_from_peft_after_pruning_keeps_what_is_off():
     model, (base, aligned) = adapted("peft"), models()
-    splora.apply_to(model, base, aligned, SploraConfig(num=2))
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     pruned, expected = off(model), logits(model)
     model = lora_ext.from_peft(model)
     assert off(model) == pruned
@@ -142,19 +147,21 @@ def test_a_model_whose_adapter_is_merged_is_refused_as_it_is(kind: str):
         layer.merge()
     before = logits(model)
     with pytest.raises(ValueError, match="merged into it; unmerge it first"):
-        splora.apply_to(model, base, aligned, SploraConfig(num=2))
+        splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     assert not off(model) and torch.equal(logits(model), before)
     assert "_lora_ext_splora" not in model.__dict__
 
 
 def test_an_adapter_that_the_model_lacks_is_named():
     with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], found 'gone'"):
-        splora.apply_to(adapted("ours"), *models(), SploraConfig(num=1), adapter="gone")
+        splora.apply_to(
+            adapted("ours"), *models(), SploraConfig(direction="smallest", num=1), adapter="gone"
+        )
 
 
 def test_an_adapter_deleted_since_is_no_obstacle_to_remove():
     model, (base, aligned) = adapted("ours", "red", "blue"), models()
-    splora.apply_to(model, base, aligned, SploraConfig(num=3), adapter="blue")
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=3), adapter="blue")
     for layer in adapted_layers(model).values():
         layer.delete_adapter("blue")
     splora.remove(model)

@@ -50,7 +50,7 @@ def score(a: torch.Tensor, b: torch.Tensor, base: torch.Tensor, aligned: torch.T
         {"up.lora_A.weight": a, "up.lora_B.weight": b},
         {"up.weight": base},
         {"up.weight": aligned},
-        SploraConfig(reference="permutation", n_samples=2),
+        SploraConfig(direction="smallest", reference="permutation", n_samples=2),
     )
 
 

@@ -63,19 +63,24 @@ SCORES = rows(3, 1, 2, 1, 5)
     ids=str,
 )
 def test_exactly_the_layers_at_one_end_are_selected(fields: dict, chosen: list[int]):
-    assert select_layers(SCORES, SploraConfig(**fields)) == [name_of(i) for i in chosen]
+    assert select_layers(SCORES, SploraConfig(**{"direction": "smallest", **fields})) == [
+        name_of(i) for i in chosen
+    ]
 
 
 def test_blocks_are_pruned_whole_by_the_mean_of_their_modules():
     names = [*blocks(2), "model.score"]
     stats = rows(1, 5, 2, 3, 4, names=names)  # means 3, 2.5, and 4 of the module outside
-    found = select_layers(stats, SploraConfig(num=1, granularity="block"))
+    found = select_layers(stats, SploraConfig(direction="smallest", num=1, granularity="block"))
     assert found == [name_of(1), name_of(1, "v_proj")]
     largest = SploraConfig(num=1, granularity="block", direction="largest")
     assert select_layers(stats, largest) == ["model.score"]
-    assert select_layers(stats, SploraConfig(threshold=3, granularity="block")) == names[:4]
+    assert (
+        select_layers(stats, SploraConfig(direction="smallest", threshold=3, granularity="block"))
+        == names[:4]
+    )
     with pytest.raises(ValueError, match="num: expected at most 3, the number of blocks"):
-        select_layers(stats, SploraConfig(num=4, granularity="block"))
+        select_layers(stats, SploraConfig(direction="smallest", num=4, granularity="block"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -88,7 +93,9 @@ def test_what_is_kept_is_the_very_tensors_and_nothing_is_written(mode: str):
     before = [
         {k: (t, t.clone()) for k, t in s.items()} for s in (adapter.state_dict(), base, aligned)
     ]
-    result = splora.apply(adapter, base, aligned, SploraConfig(num=3, mode=mode))
+    result = splora.apply(
+        adapter, base, aligned, SploraConfig(direction="smallest", num=3, mode=mode)
+    )
     assert len(result.pruned) == 3 and set(result.pruned) | set(result.kept) == set(blocks())
     assert result.pruned == select_layers(result.stats, result.config)
     for name in result.kept:
@@ -107,15 +114,15 @@ def test_what_is_kept_is_the_very_tensors_and_nothing_is_written(mode: str):
 
 def test_none_changes_nothing_and_all_leave_nothing():
     adapter, base, aligned = made(blocks())
-    none = splora.apply(adapter, base, aligned, SploraConfig(num=0))
+    none = splora.apply(adapter, base, aligned, SploraConfig(direction="smallest", num=0))
     assert none.adapter == adapter and none.pruned == [] and none.kept == [*blocks()]
-    every = splora.apply(adapter, base, aligned, SploraConfig(num=8))
+    every = splora.apply(adapter, base, aligned, SploraConfig(direction="smallest", num=8))
     assert not every.adapter.modules and every.kept == []
 
 
 def test_the_survivors_are_named_in_full():
     adapter, base, aligned = made(blocks(), r=2)
-    result = splora.apply(adapter, base, aligned, SploraConfig(num=3))
+    result = splora.apply(adapter, base, aligned, SploraConfig(direction="smallest", num=3))
     assert sorted(result.adapter.config.target_modules) == sorted(result.kept)
 
 
@@ -137,7 +144,7 @@ def test_equal_layers_are_left_alone_where_that_is_asked_for():
     adapter, base, aligned = made(blocks())
     same = name_of(1)
     aligned[f"{same}.weight"] = base[f"{same}.weight"].clone()
-    config = SploraConfig(num=7, on_zero_alignment="skip")
+    config = SploraConfig(direction="smallest", num=7, on_zero_alignment="skip")
     result = splora.apply(adapter, base, aligned, config)
     assert result.kept == result.unscored == [same] and len(result.stats) == 7
     assert "1 not scored" in str(result)
@@ -153,7 +160,9 @@ def test_progress_sees_every_layer():
             seen.append(layer.name)
             yield layer
 
-    splora.apply(adapter, base, aligned, SploraConfig(num=1), progress=progress)
+    splora.apply(
+        adapter, base, aligned, SploraConfig(direction="smallest", num=1), progress=progress
+    )
     assert seen == [*blocks()]
 
 
@@ -199,7 +208,7 @@ def test_a_pruned_adapter_goes_through_its_folder_to_peft_and_back(tmp_path: Pat
         model.save_pretrained(tmp_path / name)
     adapted("peft").save_pretrained(tmp_path / "adapter")
     folders = [tmp_path / each for each in ("adapter", "base", "aligned")]
-    config = SploraConfig(num=2)
+    config = SploraConfig(direction="smallest", num=2)
     result = splora.apply(*folders, config)
     live = splora.apply(LoraAdapter.from_model(adapted("ours")), base, aligned, config)
     assert (live.stats, live.pruned) == (result.stats, result.pruned)
@@ -228,8 +237,8 @@ def test_zeroed_layers_compute_what_removed_ones_do(tmp_path: Path):
     adapter = LoraAdapter.from_model(adapted("peft"))
     found = []
     for mode in ("remove", "zero"):
-        splora.apply(adapter, base, aligned, SploraConfig(num=2, mode=mode)).adapter.save(
-            tmp_path / mode
-        )
+        splora.apply(
+            adapter, base, aligned, SploraConfig(direction="smallest", num=2, mode=mode)
+        ).adapter.save(tmp_path / mode)
         found.append(logits(peft.PeftModel.from_pretrained(models()[1], tmp_path / mode)))
     torch.testing.assert_close(*found)

@@ -10,8 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods.splora_support import blocks, made, name_of, scaled
-from torch import Tensor
+from methods.splora_support import blocks, dense_map, made, name_of, scaled
 
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
@@ -20,17 +19,6 @@ from lora_ext.methods.splora import SploraConfig, diem, ediem_scores, pair_stats
 V = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
 ZERO = torch.zeros(2, 2, dtype=torch.float64)
 A = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-
-
-def dense_map(base: Tensor, aligned: Tensor, projection: str, q: int | None = None) -> Tensor:
-    """P as the specification writes it, m x m in float64."""
-    v = aligned.double() - base.double()
-    if projection == "frobenius":
-        return v @ v.T / v.norm()
-    u, s, _ = torch.linalg.svd(v)
-    kept = int((s > max(v.shape) * torch.finfo(torch.float32).eps * s[0]).sum())
-    u = u[:, : kept if q is None else q]
-    return u @ u.T
 
 
 # -------------------------------------------------------------------------------------------------
@@ -74,7 +62,7 @@ def test_scores_of_five_distances(fields: dict, expected: list[float]):
         state[f"{name}.lora_A.weight"] = A / 5
         state[f"{name}.lora_B.weight"] = torch.tensor([[0.0], [d]], dtype=torch.float64)
     base, aligned = ({f"{n}.weight": w for n in names} for w in (ZERO, V))
-    stats = ediem_scores(state, base, aligned, SploraConfig(**fields))
+    stats = ediem_scores(state, base, aligned, SploraConfig(**{"direction": "smallest", **fields}))
     assert [s.name for s in stats] == names and {s.n_entries for s in stats} == {4}
     assert [s.dist for s in stats] == pytest.approx([1, 2, 3, 4, 10])
     assert [s.score for s in stats] == pytest.approx(expected, abs=1e-6)
@@ -93,7 +81,9 @@ def test_gram_path_equals_dense_path(size: tuple[int, int, int], projection: str
     m, n, r = size
     adapter, base, aligned = made({name_of(i): (m, n) for i in range(4)}, r)
     q = None if projection == "frobenius" else max(1, min(m, n) // 2)
-    config = SploraConfig(projection=projection, rank=q, allow_degenerate=True)
+    config = SploraConfig(
+        direction="smallest", projection=projection, rank=q, allow_degenerate=True
+    )
     for row in ediem_scores(adapter, base, aligned, config):
         a, b, s, *_ = adapter.modules[row.name]
         key = f"{row.name}.weight"
@@ -191,7 +181,7 @@ def test_another_basis_of_the_factors_changes_nothing(projection: str):
         adapter.config,
         {n: f._replace(a=q @ f.a, b=f.b @ torch.linalg.inv(q)) for n, f in adapter.modules.items()},
     )
-    config = SploraConfig(projection=projection, rank=4)
+    config = SploraConfig(direction="smallest", projection=projection, rank=4)
     for one, two in zip(
         ediem_scores(adapter, base, aligned, config),
         ediem_scores(turned, base, aligned, config),
@@ -217,7 +207,7 @@ def test_scaling_the_alignment_moves_distances_of_frobenius_alone():
     adapter, base, aligned = made(blocks())
     further = {k: base[k] + 3 * (aligned[k] - base[k]) for k in base}
     for projection, moves in (("frobenius", True), ("orthogonal", False)):
-        config = SploraConfig(projection=projection, rank=4)
+        config = SploraConfig(direction="smallest", projection=projection, rank=4)
         for one, two in zip(
             ediem_scores(adapter, base, aligned, config),
             ediem_scores(adapter, base, further, config),
@@ -253,7 +243,7 @@ def test_a_layer_with_as_many_outputs_as_ranks_and_biases_beside_weights():
     shapes = {name_of(i): (3, 3) for i in range(3)} | {"model.score": (3, 7)}
     adapter, base, aligned = made(shapes, r=3)
     biased = [{**m, **{f"{n}.bias": torch.ones(3) for n in shapes}} for m in (base, aligned)]
-    rows = ediem_scores(adapter, *biased, SploraConfig())
+    rows = ediem_scores(adapter, *biased, SploraConfig(direction="smallest"))
     assert [r.n_entries for r in rows] == [9, 9, 9, 21]
     for row in rows:
         a, b, s, *_ = adapter.modules[row.name]
@@ -263,7 +253,9 @@ def test_a_layer_with_as_many_outputs_as_ranks_and_biases_beside_weights():
 def test_the_scale_of_a_layer_counts_unless_it_is_left_out():
     adapter, base, aligned = made(blocks(), alpha_pattern={name_of(1): 18})
     with_s = ediem_scores(adapter, base, aligned)
-    without = ediem_scores(adapter, base, aligned, SploraConfig(include_scaling=False))
+    without = ediem_scores(
+        adapter, base, aligned, SploraConfig(direction="smallest", include_scaling=False)
+    )
     ratios = {a.name: a.dist / b.dist for a, b in zip(with_s, without, strict=True)}
     assert ratios.pop(name_of(1)) == pytest.approx(6)
     assert list(ratios.values()) == pytest.approx([2] * 7)
@@ -274,7 +266,9 @@ def test_a_state_dict_may_come_from_a_live_model_or_from_a_file():
     saved = adapter.state_dict()
     live = {k.replace(".weight", ".default.weight"): t for k, t in saved.items()}
     whole = {**live, **{f"base_model.model.{k}": t for k, t in base.items()}}
-    expected = ediem_scores(adapter, base, aligned, SploraConfig(include_scaling=False))
+    expected = ediem_scores(
+        adapter, base, aligned, SploraConfig(direction="smallest", include_scaling=False)
+    )
     for state in (saved, live, whole):
         assert ediem_scores(state, base, aligned) == expected
 
@@ -285,7 +279,9 @@ def test_a_state_dict_may_come_from_a_live_model_or_from_a_file():
 
 def test_permutation_compares_a_layer_with_its_own_shuffled_rows():
     adapter, base, aligned = made({name_of(0): (12, 10)})
-    config = SploraConfig(reference="permutation", n_samples=20, seed=3, stat="std")
+    config = SploraConfig(
+        direction="smallest", reference="permutation", n_samples=20, seed=3, stat="std"
+    )
     (row,) = ediem_scores(adapter, base, aligned, config)
     a, b, s, *_ = adapter.modules[name_of(0)]
     key = f"{name_of(0)}.weight"
@@ -299,7 +295,7 @@ def test_permutation_compares_a_layer_with_its_own_shuffled_rows():
 
 def test_permutation_scores_a_layer_whatever_others_there_are():
     adapter, base, aligned = made(blocks())
-    config = SploraConfig(reference="permutation")
+    config = SploraConfig(direction="smallest", reference="permutation")
     alone = LoraAdapter(adapter.config, {name_of(2): adapter.modules[name_of(2)]})
     (row,) = ediem_scores(alone, base, aligned, config)
     assert row in ediem_scores(adapter, base, aligned, config)
@@ -309,7 +305,9 @@ def test_pairs_give_the_released_formula():
     adapter, base, aligned = made({name_of(0): (12, 10)})
     g = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randn(2, 12, 10, generator=g)) for _ in range(9)]
-    (row,) = ediem_scores(adapter, base, aligned, SploraConfig(reference="pairs"), pairs=pairs)
+    (row,) = ediem_scores(
+        adapter, base, aligned, SploraConfig(direction="smallest", reference="pairs"), pairs=pairs
+    )
     a, b, s, *_ = adapter.modules[name_of(0)]
     key = f"{name_of(0)}.weight"
     update = s * b @ a
@@ -331,7 +329,7 @@ def test_pairs_that_repeat_the_layer_itself_give_one_less_the_quartiles():
     key = f"{name_of(0)}.weight"
     update = s * b @ a
     mapped = dense_map(base[key], aligned[key], "frobenius") @ update
-    config = SploraConfig(reference="pairs")
+    config = SploraConfig(direction="smallest", reference="pairs")
     (row,) = ediem_scores(adapter, base, aligned, config, pairs=[(mapped, update)] * 50)
     shift = torch.quantile(mapped, 0.25) - torch.quantile(update, 0.25)
     assert row.score == pytest.approx(1 - shift.item(), abs=1e-6)
@@ -380,6 +378,8 @@ def test_twice_the_same_bits():
     for reference, projection in itertools.product(
         ("population", "permutation"), ("frobenius", "orthogonal")
     ):
-        config = SploraConfig(reference=reference, projection=projection, rank=4)
+        config = SploraConfig(
+            direction="smallest", reference=reference, projection=projection, rank=4
+        )
         once = ediem_scores(adapter, base, aligned, config)
         assert ediem_scores(adapter, base, aligned, config) == once

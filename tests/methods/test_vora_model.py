@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from methods.vora_support import (
     PATCH,
     PLACEHOLDER,
@@ -267,3 +268,53 @@ def test_a_model_keeps_the_configuration_that_was_applied() -> None:
     assert vora.VoraForCausalLM(model, settings()).model is model
     with pytest.raises(ValueError, match="VoraForCausalLM: config: expected the one"):
         vora.VoraForCausalLM(model, settings(rank=3))
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention that no mask for each pair of tokens reaches
+
+
+def _other(family: str) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 37, "hidden_size": 16}
+    if family == "gpt_neo":
+        config: Any = transformers.GPTNeoConfig(
+            **sizes, num_layers=2, num_heads=4, max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1]],
+        )  # fmt: skip
+        return transformers.GPTNeoForCausalLM(config).eval(), ("q_proj", "c_fc")
+    if family == "bloom":
+        config = transformers.BloomConfig(**sizes, n_layer=2, n_head=4)
+        return transformers.BloomForCausalLM(config).eval(), ("query_key_value",)
+    config = transformers.FalconConfig(
+        **sizes, num_hidden_layers=2, num_attention_heads=4, alibi=family == "falcon with alibi"
+    )
+    return transformers.FalconForCausalLM(config).eval(), ("query_key_value",)
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        ("gpt_neo", r"GPTNeo\w+, which hides the tokens to come by itself \(transformer.h.0."),
+        ("bloom", r"Bloom\w+, which makes its ALiBi of a mask for each token"),
+        ("falcon with alibi", r"Falcon\w+, which makes its ALiBi of a mask for each token"),
+        ("falcon", None),
+    ],
+)
+def test_attention_that_takes_no_mask_for_each_pair_is_refused_by_name(
+    family: str, found: str | None
+) -> None:
+    language_model, targets = _other(family)
+    how: dict[str, Any] = {"n_blocks": 1, "target_modules": targets}
+    model = vora.VoraForCausalLM(language_model, settings(**how))
+    given = batch()
+    if found is None:
+        assert run(model, **given).logits.isfinite().all()
+        return
+    for call in (run, lambda model, **given: model.generate(**given, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=rf"mask for each pair of tokens, found {found}"):
+            call(model, **given)
+    assert run(model, **text()).logits.isfinite().all()
+    vora.remove(language_model)
+    one_way = vora.VoraForCausalLM(language_model, settings(bidirectional=False, **how))
+    assert run(one_way, **given).logits.isfinite().all()

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import tool
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str):
-    """A module of the folder `tools`, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 loops = tool("sass_loops")  # first: the gate imports it by this name

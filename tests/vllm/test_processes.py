@@ -6,8 +6,10 @@ All slots are full and some rows are the base's: vLLM's own kernels would not pa
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,6 +51,7 @@ def server(folder, tmp_path):
     command += ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "16", "--lora-modules"]
     command += [f"{name}={folder / name}" for name in ("a", "b", "d", "head")]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     log = tmp_path / "server.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=tmp_path)
@@ -74,28 +77,54 @@ def wait_for(address, process, log):
     raise AssertionError(log.read_text()[-2000:])
 
 
+def post(address, path, **body):
+    request = urllib.request.Request(
+        f"{address}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return urllib.request.urlopen(request, timeout=120).read()
+
+
+def complete(address, name, prompt):
+    how = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    found = post(address, "completions", model=name, prompt=prompt, **how)
+    return json.loads(found)["choices"][0]["token_ids"]
+
+
+def check(peft_model, name, prompt, tokens):
+    wanted = peft_model.logprobs(name, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    assert tokens == wanted.argmax(-1).tolist()
+
+
 def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, peft_model):
     address, log = server
-
-    def complete(name, prompt):
-        body = {"model": name or str(folder / "base"), "prompt": prompt, "max_tokens": 8}
-        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        request = urllib.request.Request(
-            f"{address}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        return json.load(urllib.request.urlopen(request, timeout=120))["choices"][0]["token_ids"]
 
     from served_llama import PROMPTS
 
     names, prompts = NAMES * 3, PROMPTS * 3
     with concurrent.futures.ThreadPoolExecutor(len(names)) as clients:
-        found = list(clients.map(complete, names, prompts))
+        models = [name or str(folder / "base") for name in names]
+        found = list(clients.map(functools.partial(complete, address), models, prompts))
     for name, prompt, tokens in zip(names, prompts, found, strict=True):
-        wanted = peft_model.logprobs(name, [*prompt, *tokens])[len(prompt) - 1 : -1]
-        assert tokens == wanted.argmax(-1).tolist()
+        check(peft_model, name, prompt, tokens)
     assert "Using LoraExtWrapperCPU" in log.read_text()
+
+
+def test_the_server_takes_changed_files_at_one_path(server, folder, peft_model):
+    """The prompt is longer than a block of the prefix cache."""
+    address, log = server
+    prompt = [2 + i % 90 for i in range(100)]
+    path = folder / "served"
+    for name, in_place in (("a", False), ("a2", True), ("b", True)):
+        shutil.copytree(folder / name, path, dirs_exist_ok=True)
+        load = {"lora_name": "moving", "lora_path": str(path), "load_inplace": in_place}
+        post(address, "load_lora_adapter", **load)
+        for _ in range(2):
+            check(peft_model, name, prompt, complete(address, "moving", prompt))
+    post(address, "unload_lora_adapter", lora_name="moving")
+    shutil.copytree(folder / "a", path, dirs_exist_ok=True)
+    post(address, "load_lora_adapter", lora_name="moving", lora_path=str(path))
+    check(peft_model, "a", prompt, complete(address, "moving", prompt))
+    assert "EngineDeadError" not in log.read_text()
 
 
 def test_the_switch_leaves_vllm_with_its_own_kernels(tmp_path):

@@ -34,6 +34,7 @@ namespace lora_ext {
 
 constexpr int64_t kLaneGroup = 16;
 constexpr int32_t kFirstLeaf = 2;
+constexpr int kMmaTerms = 256;  // more of them are summed in float32, whatever is asked for
 
 struct LayersNode {
     int32_t out, units, width, matrix, part_begin, part_end;
@@ -131,12 +132,17 @@ struct LayersPlan {
     }
 };
 
+// What sums are made of where kernels run: of float32, or on tensor cores of two bfloat16 each
+// (kHigh) or of scaled float16 (kHalf), up to kMmaTerms terms. Twins know one precision.
+enum class LayersPrecision { kFloat32, kHigh, kHalf };
+
 // Everything but leaf and uniforms is contiguous, float or double as `dtype` says.
 struct LayersArgs {
     DType dtype = DType::kFloat32;
     WeightNorm norm = WeightNorm::kLogits;
     bool max_product = false;
-    LayersProgram program = {nullptr};  // where the values are
+    LayersPrecision precision = LayersPrecision::kFloat32;  // of the forward
+    LayersProgram program = {nullptr};                      // where the values are
     LayersPlan plan = {nullptr};
     int64_t rows = 0, lanes = 0;
     const void* leaf = nullptr;  // (B, N)

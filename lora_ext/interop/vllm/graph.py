@@ -12,11 +12,8 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
+from lora_ext._torch import compiles, traced
 
-from lora_ext.ops._compiling import compiles
-
-_library = torch.library.Library("lora_ext", "FRAGMENT")
 _wrappers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _handles = itertools.count()
 
@@ -41,10 +38,7 @@ def in_graph(arguments: str) -> Callable[[Callable[..., None]], Callable[..., No
         def run(handle: int, *args: Any) -> None:
             method(_wrappers[handle], *args)
 
-        _library.define(f"{name}(int handle, {arguments}) -> ()")
-        _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lora_ext::{name}", lambda *args: None, lib=_library)
-        op = getattr(torch.ops.lora_ext, name)
+        op = traced(f"{name}(int handle, {arguments}) -> ()", fake=lambda *args: None)(run)
 
         @functools.wraps(method)
         def call(self: Any, *args: Any) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn.rows import capturing
+from lora_ext.rows import capturing
 
 
 class Rows(NamedTuple):

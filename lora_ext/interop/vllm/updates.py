@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn.rows import capturing
+from lora_ext.rows import capturing
 
 from .graph import in_graph, known
 from .owners import Owners, Rows

@@ -4,8 +4,11 @@ linear mode connectivity, merging, pruning.
 Source: "CopRA: A Progressive LoRA Training Strategy" (arXiv 2410.22911).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lora_ext.adapter import interpolate_adapters, merge_adapters, prune_adapter
 
+from .coalitions import RowwiseError, coalitions
 from .config import CopraConfig
 from .connectivity import Barrier, lmc_barrier
 from .controller import CopraController
@@ -13,14 +16,20 @@ from .keep import at_random, by_suffix, every_other, thirds, top_by_shapley
 from .schedule import CopraSchedule
 from .shapley import Shapley, layer_shapley, shapley_values
 
+if TYPE_CHECKING:
+    from .callback import CopraCallback
+
 __all__ = [
     "Barrier",
+    "CopraCallback",
     "CopraConfig",
     "CopraController",
     "CopraSchedule",
+    "RowwiseError",
     "Shapley",
     "at_random",
     "by_suffix",
+    "coalitions",
     "every_other",
     "interpolate_adapters",
     "layer_shapley",
@@ -31,3 +40,12 @@ __all__ = [
     "thirds",
     "top_by_shapley",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback needs transformers, and is imported when it is asked for."""
+    if name == "CopraCallback":
+        from .callback import CopraCallback
+
+        return CopraCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

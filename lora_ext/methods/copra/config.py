@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from lora_ext._checks import check_fields, choice, require, within
 
 Shape = Literal["linear", "sine", "exponential", "constant"]
-SHAPES: tuple[Shape, ...] = ("linear", "sine", "exponential", "constant")
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 Sync = Literal["seed", "touch", "tensor"]
-SYNCS: tuple[Sync, ...] = ("seed", "touch", "tensor")
+SYNCS: tuple[Sync, ...] = get_args(Sync)
 
 
 @dataclass(frozen=True)
@@ -50,27 +52,19 @@ class CopraConfig:
     sync: Sync = "seed"
 
     def __post_init__(self) -> None:
-        for name in ("p0", "p1", "ramp_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                self._refuse(name, "a number")
-        for ok, name, expected in (
-            (0 <= self.p0 <= 1, "p0", "a probability in [0, 1]"),
-            (0 <= self.p1 <= 1, "p1", "a probability in [0, 1]"),
-            (self.p0 <= self.p1, "p0", f"at most p1 = {self.p1}"),
-            (0 < self.ramp_ratio <= 1, "ramp_ratio", "a part in (0, 1]"),
-            (callable(self.ramp) or self.ramp in SHAPES, "ramp", f"a function or one of {SHAPES}"),
-            (_is_int(self.min_active) and self.min_active >= 0, "min_active", "an int, at least 0"),
-            (_is_int(self.seed), "seed", "an int"),
-            (self.sync in SYNCS, "sync", f"one of {SYNCS}"),
-        ):
-            if not ok:
-                self._refuse(name, expected)
-
-    def _refuse(self, name: str, expected: str) -> None:
-        found = getattr(self, name)
-        raise ValueError(f"CopraConfig: {name}: expected {expected}, found {found!r}")
+        probability = within(0, 1, expected=("a number", "a probability in [0, 1]"))
+        table = {
+            "p0": probability,
+            "p1": probability,
+            "ramp_ratio": within(above=0, maximum=1, expected="a part in (0, 1]"),
+            "ramp": _ramp,
+            "min_active": within(0, expected="an int, at least 0"),
+            "seed": {"expected": "an int"},
+        }
+        check_fields(self, table)
+        require(self.p0 <= self.p1, "CopraConfig", "p0", f"at most p1 = {self.p1}", self.p0)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _ramp(where: str, name: str, value: Any) -> Any:
+    expected = f"a function or one of {SHAPES}"
+    return value if callable(value) else choice(where, name, value, SHAPES, expected=expected)

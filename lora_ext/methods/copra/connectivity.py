@@ -10,10 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapter import LoraAdapter, interpolate_adapters
-from lora_ext.adapter.peft_files import AdapterSource, Factors
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import adapted_layers, adapter_factors
+from lora_ext._checks import integer
+from lora_ext.adapter import PREFIX, AdapterSource, Factors, LoraAdapter, interpolate_adapters
+from lora_ext.layers import adapted_layers, adapter_factors
 
 from .evaluation import evaluating
 
@@ -83,8 +82,7 @@ def lmc_barrier(
 
 def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
     if isinstance(lambdas, int):
-        if isinstance(lambdas, bool) or lambdas < 2:
-            raise ValueError(f"lmc_barrier: lambdas: expected at least 2, found {lambdas}")
+        integer("lmc_barrier", "lambdas", lambdas, 2, expected="at least 2")
         return tuple(i / (lambdas - 1) for i in range(lambdas))
     grid = tuple(float(lam) for lam in lambdas)
     outside = [lam for lam in grid if not 0 <= lam <= 1]

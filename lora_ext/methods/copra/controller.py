@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext.nn import LayerGroups, adapted_layers
-from lora_ext.nn.switches import Mask
+from lora_ext._checks import integer
+from lora_ext.layers import LayerGroups, Mask, adapted_layers
 
 from .config import CopraConfig
 from .schedule import CopraSchedule
@@ -145,8 +145,7 @@ class CopraController:
             if state[name] != value:
                 raise ValueError(f"{where}: {name}: expected {value!r}, found {state[name]!r}")
         step = state["step"]
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"{where}: step: expected an int, at least 0, found {step!r}")
+        step = integer(where, "step", step, 0, expected="an int, at least 0")
         if step:
             self.step(step - 1)
         self._next = step

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_ext.adapter import LoraAdapter
-from lora_ext.adapter.peft_keys import PREFIX
-from lora_ext.nn import block_name
+from lora_ext._checks import integer, require
+from lora_ext.adapter import PREFIX, LoraAdapter
+from lora_ext.layers import block_name
 
 from .controller import CopraController
 from .shapley import Shapley
@@ -32,8 +32,7 @@ def every_other(source: Source, first: int = 0) -> list[str]:
     Raises:
         ValueError: another ``first``, or a source without modules.
     """
-    if first not in (0, 1):
-        raise ValueError(f"every_other: first: expected 0 or 1, found {first!r}")
+    require(first in (0, 1), "every_other", "first", "0 or 1", repr(first))
     return _names(_groups(source, "every_other")[first::2])
 
 
@@ -44,8 +43,7 @@ def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
         ValueError: another part, or a source without modules.
     """
     parts = ("low", "middle", "high")
-    if part not in parts:
-        raise ValueError(f"thirds: part: expected one of {parts}, found {part!r}")
+    require(part in parts, "thirds", "part", f"one of {parts}", repr(part))
     groups = _groups(source, "thirds")
     start, end = (len(groups) * (parts.index(part) + i) // 3 for i in (0, 1))
     return _names(groups[start:end])
@@ -61,10 +59,7 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
     kept: list[str] = []
     for suffix in suffixes:
         found = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
-        if not found:
-            raise ValueError(
-                f"by_suffix: suffixes: expected the end of a module's name, found {suffix!r}"
-            )
+        require(found, "by_suffix", "suffixes", "the end of a module's name", repr(suffix))
         kept += found
     return [name for name in names if name in kept]
 
@@ -81,11 +76,8 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
     """
     groups = _groups(source, "top_by_shapley")
     worth = torch.as_tensor(values.values if isinstance(values, Shapley) else values).tolist()
-    if len(worth) != len(groups):
-        raise ValueError(
-            f"top_by_shapley: values: expected one for each of {len(groups)} groups, "
-            f"found {len(worth)}"
-        )
+    expected = f"one for each of {len(groups)} groups"
+    require(len(worth) == len(groups), "top_by_shapley", "values", expected, len(worth))
     _check_count("top_by_shapley", k, len(groups))
     best = sorted(range(len(groups)), key=worth.__getitem__, reverse=True)[:k]
     return _names([groups[i] for i in sorted(best)])
@@ -118,8 +110,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
     for name in names:
         by_block.setdefault(block_name(name) or name, []).append(name)
     groups += by_block.values()
-    if not groups:
-        raise ValueError(f"{where}: source: expected modules, found none")
+    require(groups, where, "source", "modules", "none")
     return groups
 
 
@@ -128,5 +119,4 @@ def _names(groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _check_count(where: str, k: int, groups: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= groups:
-        raise ValueError(f"{where}: k: expected an int from 0 to {groups}, found {k!r}")
+    integer(where, "k", k, 0, groups, expected=f"an int from 0 to {groups}")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_ext._checks import integer, require
+
 from .config import CopraConfig
 
 _RAMPS: dict[str, Callable[[float], float]] = {
@@ -44,15 +46,9 @@ class CopraSchedule:
 
     def __init__(self, config: CopraConfig, num_groups: int, total_steps: int):
         for name, value in (("num_groups", num_groups), ("total_steps", total_steps)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"CopraSchedule: {name}: expected an int, found {value!r}")
-            if value < 1:
-                raise ValueError(f"CopraSchedule: {name}: expected at least 1, found {value}")
-        if config.min_active > num_groups:
-            raise ValueError(
-                f"CopraSchedule: min_active: expected at most the {num_groups} groups, "
-                f"found {config.min_active}"
-            )
+            integer("CopraSchedule", name, value, 1, expected=("an int", "at least 1"))
+        least, expected = config.min_active, f"at most the {num_groups} groups"
+        require(least <= num_groups, "CopraSchedule", "min_active", expected, least)
         self.config = config
         self.num_groups = num_groups
         self.total_steps = total_steps
@@ -72,10 +68,8 @@ class CopraSchedule:
             return p1
         ramp, fraction = self.config.ramp, step / self.ramp_steps
         value = ramp(fraction) if callable(ramp) else _RAMPS[ramp](fraction)
-        if not value >= 0:
-            raise ValueError(
-                f"CopraSchedule: ramp: expected a fraction in [0, 1], found {value!r} at {fraction}"
-            )
+        expected = "a fraction in [0, 1]"
+        require(value >= 0, "CopraSchedule", "ramp", expected, f"{value!r} at {fraction}")
         return min(p1, p0 + (p1 - p0) * value)
 
     def mask(self, step: int) -> Tensor:
@@ -129,10 +123,7 @@ class CopraSchedule:
 
 
 def _check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"CopraSchedule: step: expected an int, found {step!r}")
-    if step < 0:
-        raise ValueError(f"CopraSchedule: step: expected at least 0, found {step}")
+    integer("CopraSchedule", "step", step, 0, expected=("an int", "at least 0"))
 
 
 def _uniforms(seed: int, step: int, count: int) -> list[float]:

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import RowwiseError, coalitions
+from lora_ext._checks import integer, require
 
+from .coalitions import RowwiseError, coalitions
 from .controller import CopraController
 from .estimators import Estimator, exact, owen, permutation
 from .evaluation import evaluating
@@ -190,10 +191,7 @@ class _Batched:
         self.eval_fn = eval_fn
         self.batch = batch
         tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-        if not tensors:
-            raise ValueError(
-                f"layer_shapley: batch: expected tensors with rows, found {sorted(batch)}"
-            )
+        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
         self.first = tensors[0]
         self.rows = self.first.shape[0]
         self.row_by_row = True
@@ -242,16 +240,13 @@ def _estimator(
 ) -> Estimator:
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise ValueError(f"{where}: {name}: expected at least 1, found {value}")
+        if value is not None:
+            integer(where, name, value, 1, expected="at least 1")
     if method == "permutation":
         return permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":
         return owen(n, samples or _DRAWS, levels, generator)
-    if method != "exact":
-        raise ValueError(
-            f"{where}: method: expected 'exact', 'permutation' or 'owen', found {method!r}"
-        )
+    require(method == "exact", where, "method", "'exact', 'permutation' or 'owen'", repr(method))
     if n > _MOST_EXACT:
         raise ValueError(
             f"{where}: n: expected at most {_MOST_EXACT} players for method 'exact', found {n}; "

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import LayerGroups, adapter_parameters, is_active
-from lora_ext.nn.switches import Mask
+from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
 class TouchedGroups(LayerGroups):

@@ -36,5 +36,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "FedHello":  # needs Flower, and is of the floor above
-        return importlib.import_module("lora_ext.interop.flower.fed_hello").FedHello
+        return importlib.import_module("lora_ext.methods.fed_hello.flower").FedHello
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

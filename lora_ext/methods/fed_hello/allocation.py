@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import LayerPlan
-from lora_ext.ops._checks import require
 
 from .clusters import cluster_weights
 from .config import FedHelloConfig, Kind

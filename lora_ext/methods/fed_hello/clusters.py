@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 from .patterns import normalised, whole
 

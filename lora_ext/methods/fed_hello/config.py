@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import check_fields, require, within
 
 from .patterns import Pattern, as_pattern, checked_weights, whole
 
@@ -59,18 +59,10 @@ class FedHelloConfig:
 
     def __post_init__(self) -> None:
         where = "FedHelloConfig"
-        object.__setattr__(self, "pattern", as_pattern(where, self.pattern))
-        for name, options in (("kind", Kind), ("score", Score), ("reduce", Reduce)):
-            value, allowed = getattr(self, name), get_args(options)
-            require(value in allowed, where, name, f"one of {allowed}", repr(value))
-        for name in ("prior_rounds", "every", "k", "chunk"):
-            object.__setattr__(self, name, whole(where, name, getattr(self, name), 1))
-        object.__setattr__(self, "seed", whole(where, "seed", self.seed, 0))
-        require(isinstance(self.hold, bool), where, "hold", "True or False", repr(self.hold))
-        real = isinstance(self.mix, Real) and not isinstance(self.mix, bool)
-        inside = real and 0 <= self.mix <= 1
-        require(inside, where, "mix", "a number in [0, 1]", repr(self.mix))
-        object.__setattr__(self, "mix", float(self.mix))  # JSON holds no number of NumPy's
+        count = functools.partial(whole, least=1)
+        table: dict[str, Any] = dict.fromkeys(("prior_rounds", "every", "k", "chunk"), count)
+        table |= {"seed": functools.partial(whole, least=0), "mix": within(0, 1)}
+        check_fields(self, {"pattern": lambda w, _, p: as_pattern(w, p), **table})
         levels = tuple(self.levels)
         positive = all(math.isfinite(level) and level > 0 for level in levels)
         holds = positive and len(levels) >= self.k

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext.federated import LayerNotFound
-from lora_ext.federated.batches import logits_of, merged
-from lora_ext.federated.keys import check_layers
-from lora_ext.nn import (
+from lora_ext._checks import require
+from lora_ext.federated import LayerNotFound, check_layers, logits_of, merged
+from lora_ext.layers import (
     IGNORE,
     LoraLinear,
     adapted_layers,
@@ -21,7 +20,6 @@ from lora_ext.nn import (
     is_active,
     shift_labels,
 )
-from lora_ext.ops._checks import require
 
 from .config import Reduce, Score
 from .patterns import whole
@@ -92,8 +90,7 @@ def fim_scores(
             samples += rows
             if alone and rows:
                 _add_alone(model, batch, alone, squares, score)
-    if not samples:
-        raise EmptyProxySet(f"{WHERE}: batches: expected at least one sample, found none")
+    require(samples, WHERE, "batches", "at least one sample", "none", EmptyProxySet)
     found = torch.zeros(max(layers.values()) + 1, dtype=torch.float64)
     for parameter, layer in layers.items():
         diagonal = squares[id(parameter)] / samples
@@ -133,11 +130,8 @@ def _scored(
                 pairs.append(_Pair(name, layer, adapter, a, b, layer.scaling[adapter]))
             else:
                 alone += scored
-    if not layers:
-        raise LayerNotFound(
-            f"{WHERE}: layer_of: expected an index for some LoRA tensor of an active adapter of "
-            f"{type(model).__name__}, found none"
-        )
+    expected = f"an index for some LoRA tensor of an active adapter of {type(model).__name__}"
+    require(layers, WHERE, "layer_of", expected, "none", LayerNotFound)
     check_layers(WHERE, set(layers.values()))
     return layers, pairs, alone
 

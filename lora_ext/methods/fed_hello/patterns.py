@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import integer, require
 
 #: What layers' weights are given as: ``(L,)``, of any sum above 0.
 Weights = Tensor | Sequence[float]
@@ -179,13 +179,9 @@ def whole(where: str, name: str, value: object, least: int, most: int | None = N
     Raises:
         TypeError: no integer, a bool say. ValueError: one out of range.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{where}: {name}: expected an integer, found {value!r:.100}")
-    found = operator.index(value)  # pyright: ignore[reportArgumentType]
-    inside = found >= least and (most is None or found <= most)
     limits = f"at least {least}" if most is None else f"from {least} to {most}"
-    require(inside, where, name, f"an integer {limits}", found)
-    return found
+    expected = "an integer", f"an integer {limits}"
+    return integer(where, name, value, least, most, expected=expected)
 
 
 def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:

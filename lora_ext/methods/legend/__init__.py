@@ -42,5 +42,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """``Legend``, which needs Flower and is of the floor above."""
     if name == "Legend":
-        return importlib.import_module("lora_ext.interop.flower.legend").Legend
+        return importlib.import_module("lora_ext.methods.legend.flower").Legend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext.federated.keys import PATTERN, layer_pairs
-from lora_ext.federated.plan import LayerPlan
-from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.federated import PATTERN, Client, LayerPlan, layer_pairs
 
 from .capacity import CapacityReport, CapacityTracker, Estimate
 from .config import LegendConfig

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
+from lora_ext._checks import integer, number, require
+from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
 
@@ -90,16 +90,14 @@ class CapacityTracker:
         prior: Mapping[Client, Estimate] | None = None,
     ):
         where = "CapacityTracker"
-        if isinstance(L, bool) or not isinstance(L, int):
-            raise TypeError(f"{where}: L: expected an int, found {L!r}")
-        require(L >= 1, where, "L", "at least 1", L)
-        require(0 <= rho < 1, where, "rho", "a number in [0, 1)", rho)
-        require(0 < forgetting <= 1, where, "forgetting", "a number in (0, 1]", forgetting)
-        require(outlier > 1, where, "outlier", "a number above 1", outlier)
-        require(most_seconds > 0, where, "most_seconds", "a number above 0", most_seconds)
+        integer(where, "L", L, 1, expected=("an int", "at least 1"))
+        number(where, "rho", rho, 0, below=1)
+        number(where, "forgetting", forgetting, above=0, maximum=1)
+        number(where, "outlier", outlier, above=1, finite=False)
+        number(where, "most_seconds", most_seconds, above=0, finite=False)
         counts = {"max_bad": max_bad, "max_timeouts": max_timeouts, "cooldown": cooldown}
         for name, value in counts.items():
-            require(isinstance(value, int) and value >= 1, where, name, "an integer from 1", value)
+            integer(where, name, value, 1)
         self.L = L
         self.rho = rho
         self.forgetting = forgetting
@@ -333,8 +331,7 @@ def check_estimate(where: str, name: str, estimate: Estimate) -> None:
         ValueError: naming the entry.
     """
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
-        proper = isinstance(value, Real) and math.isfinite(value) and value >= 0
-        require(proper, where, f"{name}.{part}", "a finite number from 0", value)
+        number(where, f"{name}.{part}", value, 0, expected="a finite number from 0")
 
 
 def _plain(report: CapacityReport) -> CapacityReport:

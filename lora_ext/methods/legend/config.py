@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from lora_ext._checks import check_fields, require, within
 
 from .configurator import Mode
 from .ranks import Shape, rank_distribution
@@ -63,30 +64,25 @@ class LegendConfig:
     depth_as_count: bool = False
 
     def __post_init__(self) -> None:
-        for name, options in (("shape", Shape), ("mode", Mode), ("warmup", Warmup)):
-            allowed = get_args(options)
-            self._check(name, getattr(self, name) in allowed, f"one of {allowed}")
-        optional = ("total", "r_max", "k_max", "byte_budget", "deadline")
-        whole = ("total", "r_max", "k_max", "r_min", "multiple", "k_min", "max_step")
-        for name in (*whole, "cover_every", "every", "cooldown", "explore_every"):
-            value = getattr(self, name)
-            fits = type(value) is int and value >= 1
-            self._check(name, fits or (value is None and name in optional), "an integer from 1")
-        for name in ("byte_budget", "deadline"):
-            value = getattr(self, name)
-            self._check(
-                name, value is None or (_is_number(value) and value > 0), "a number above 0"
-            )
-        self._check("r_max", self.r_max is None or self.r_max >= self.r_min, "at least r_min")
-        self._check("k_max", self.k_max is None or self.k_max >= self.k_min, "at least k_min")
-        rises = _is_number(self.step) and (self.step >= 0 or self.shape in ("uniform", "geometric"))
-        self._check("step", rises, f"a number from 0 with shape {self.shape!r}")
-        self._check("eps", _is_number(self.eps) and self.eps >= 0, "a number from 0")
-        self._check("rho", _is_number(self.rho) and 0 <= self.rho < 1, "a number in [0, 1)")
-        inside = _is_number(self.forgetting) and 0 < self.forgetting <= 1
-        self._check("forgetting", inside, "a number in (0, 1]")
-        for name in ("send_frozen", "depth_as_count"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        counts = ("total", "r_max", "k_max", "r_min", "multiple", "k_min", "max_step")
+        counts += ("cover_every", "every", "cooldown", "explore_every")
+        rises = f"a number from 0 with shape {self.shape!r}"
+        table = {
+            **dict.fromkeys(counts, within(1)),
+            "byte_budget": within(above=0),
+            "deadline": within(above=0),
+            "step": {"expected": rises},
+            "eps": within(0),
+            "rho": within(0, below=1),
+            "forgetting": within(above=0, maximum=1),
+        }
+        check_fields(self, table)
+        for holds, name, expected in (
+            (self.r_max is None or self.r_max >= self.r_min, "r_max", "at least r_min"),
+            (self.k_max is None or self.k_max >= self.k_min, "k_max", "at least k_min"),
+            (self.step >= 0 or self.shape in ("uniform", "geometric"), "step", rises),
+        ):
+            require(holds, "LegendConfig", name, expected, getattr(self, name))
 
     def ranks(self, L: int) -> tuple[int, ...]:
         """The ranks of L layers, :func:`rank_distribution` of ``total``.
@@ -98,13 +94,3 @@ class LegendConfig:
             raise ValueError("LegendConfig: total: expected a sum of ranks, found None")
         bounds = {"step": self.step, "r_min": self.r_min, "r_max": self.r_max}
         return rank_distribution(L, self.total, shape=self.shape, multiple=self.multiple, **bounds)
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"LegendConfig: {name}: expected {expected}, found {getattr(self, name)!r}"
-            )
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]

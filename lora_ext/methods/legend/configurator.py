@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
-from lora_ext.federated.plan import LayerPlan
-from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
+from lora_ext._checks import choice, number, require
+from lora_ext.federated import Client, LayerPlan
 
 from .capacity import Estimate, check_estimate
 from .ranks import integer
@@ -120,20 +119,20 @@ class LegendConfigurator:
         for name, values in (("bytes_per_layer", bytes_per_layer), ("ranks", ranks)):
             require(len(values) == L, where, name, f"one for each of {L} layers", len(values))
         for layer, size in enumerate(bytes_per_layer):
-            require(_positive(size), where, f"bytes_per_layer[{layer}]", "a number above 0", size)
+            number(where, f"bytes_per_layer[{layer}]", size, above=0)
         self.ranks = tuple(integer(where, f"ranks[{i}]", r, 1) for i, r in enumerate(ranks))
-        require(mode in get_args(Mode), where, "mode", f"one of {get_args(Mode)}", repr(mode))
+        choice(where, "mode", mode, get_args(Mode))
         self.k_min = integer(where, "k_min", k_min, 1, L)
         self.k_max = integer(where, "k_max", L if k_max is None else k_max, k_min, L)
         self.max_step = integer(where, "max_step", max_step, 1)
         self.cover_every = integer(where, "cover_every", cover_every, 1)
-        require(math.isfinite(eps) and eps >= 0, where, "eps", "a number from 0", eps)
+        number(where, "eps", eps, 0)
         for name, value in (("byte_budget", byte_budget), ("deadline", deadline)):
-            require(value is None or _positive(value), where, name, "a number above 0", value)
+            if value is not None:
+                number(where, name, value, above=0)
         require(memory is None or mem is not None, where, "mem", "mem(k) beside memory", "None")
         for device, share in (shares or {}).items():
-            proper = math.isfinite(share) and share >= 0
-            require(proper, where, f"shares[{device!r}]", "a number from 0", share)
+            number(where, f"shares[{device!r}]", share, 0)
         self.rank_caps = {
             device: integer(where, f"rank_caps[{device!r}]", cap, 1)
             for device, cap in (rank_caps or {}).items()
@@ -383,7 +382,3 @@ def _bytes(devices: Sequence[_Device], depths: Sequence[int]) -> float:
 
 def _depth(plan: LayerPlan | int) -> int:
     return len(plan.layers) if isinstance(plan, LayerPlan) else operator.index(plan)
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_ext.federated import LayerPlan
-from lora_ext.federated.update import Client
+from lora_ext.federated import Client, LayerPlan
 
 from .configurator import Configuration
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.federated import LoraLayerManager
-from lora_ext.nn import Swap, adapted_layers, adapter_parameters, is_active
-from lora_ext.ops._checks import require
+from lora_ext.layers import Swap, adapted_layers, adapter_parameters, is_active
 
 WHERE = "PrefixCache"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
-from lora_ext.ops._checks import require
+from lora_ext._checks import choice, number, require
+from lora_ext._checks import integer as checked
+from lora_ext.federated import PATTERN, check_layers, layer_pairs
 
 Shape = Literal["arithmetic", "uniform", "reverse", "geometric"]
 
@@ -62,11 +62,11 @@ def rank_distribution(
     r_min = integer(where, "r_min", r_min, 0)
     r_max = None if r_max is None else integer(where, "r_max", r_max, 0)
     multiple = integer(where, "multiple", multiple, 1)
-    require(shape in get_args(Shape), where, "shape", f"one of {get_args(Shape)}", repr(shape))
-    require(math.isfinite(step), where, "step", "a finite number", step)
+    choice(where, "shape", shape, get_args(Shape))
+    number(where, "step", step)
     rises = step >= 0 or shape in ("uniform", "geometric")
     require(rises, where, "step", f"at least 0 with shape {shape!r}", step)
-    require(math.isfinite(ratio) and ratio >= 1, where, "ratio", "a number from 1", ratio)
+    number(where, "ratio", ratio, 1)
     require(r_max is None or r_max >= r_min, where, "r_max", f"at least r_min = {r_min}", r_max)
 
     low = -(-r_min // multiple)  # in units of ``multiple``
@@ -121,12 +121,8 @@ def integer(where: str, name: str, value: Any, least: int, most: int | None = No
     Raises:
         TypeError: no integer, a bool say. ValueError: one out of range.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{where}: {name}: expected an int, found {value!r}")
-    found = operator.index(value)
     wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
-    require(least <= found and (most is None or found <= most), where, name, wanted, found)
-    return found
+    return checked(where, name, value, least, most, expected=("an int", wanted))
 
 
 def _nearest(total: int, multiple: int) -> int:

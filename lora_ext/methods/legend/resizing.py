@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_ext.adapter.low_rank import grown, rounded, truncated, wide
-from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.adapter import resized
+from lora_ext.federated import PATTERN, check_layers, layer_pairs
 
 
 @torch.no_grad()
@@ -21,7 +21,8 @@ def resize_lora(
     """Factors of another rank: the same ``B A``, or the nearest that the rank allows.
 
     A larger rank adds drawn rows to A and columns of zeros to B. A smaller one keeps the largest
-    singular values, their roots in either factor. The scale is one for all ranks, and stays.
+    singular values, their roots in either factor; a rank for which none is left gets a drawn row
+    as well, so that training moves every rank. The scale is one for all ranks, and stays.
 
     Args:
         a: ``(r, I)``. b: ``(O, r)``.
@@ -44,14 +45,7 @@ def resize_lora(
     require(a.shape[0] == b.shape[1], where, "b", f"(O, {a.shape[0]})", list(b.shape))
     proper = hasattr(r_new, "__index__") and not isinstance(r_new, bool) and r_new >= 0
     require(proper, where, "r_new", "an integer from 0", repr(r_new))
-    r_new = operator.index(r_new)
-    error = 0.0
-    if r_new < a.shape[0]:
-        near_a, near_b, error = truncated(wide(a), wide(b), r_new)
-        a = rounded(near_a, a, a.dtype, f"{where}: a")
-        b = rounded(near_b, b, b.dtype, f"{where}: b")
-    generator = generator or torch.Generator().manual_seed(0)
-    return *grown(a, b, r_new, generator), error
+    return resized(where, a, b, operator.index(r_new), generator)
 
 
 def resize_state(

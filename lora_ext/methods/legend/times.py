@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lora_ext.federated.keys import PATTERN, check_layers, layer_pairs
-from lora_ext.federated.payload import plan_bytes
-from lora_ext.federated.plan import LayerPlan
-from lora_ext.federated.update import Client
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.federated import PATTERN, Client, LayerPlan, check_layers, layer_pairs, plan_bytes
 
 from .capacity import CapacityReport, Estimate
 

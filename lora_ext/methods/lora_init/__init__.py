@@ -4,7 +4,7 @@ Sources: "The Impact of Initialization on LoRA Finetuning Dynamics" (Hayou, Ghos
 2406.08447); "LoRA+: Efficient Low Rank Adaptation of Large Models" (the same, arXiv 2402.12354).
 """
 
-from lora_ext.nn import LoraProbe, init_lora_
+from lora_ext.layers import LoraProbe, init_lora_
 
 from .exponents import gamma_exponents
 from .groups import loraplus_param_groups

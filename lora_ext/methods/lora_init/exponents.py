@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lora_ext.nn.init import known_scheme
+from lora_ext._checks import integer
+from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
 #: gamma of Z_A = A x and of B before the first step.
@@ -48,7 +49,7 @@ def gamma_exponents(
 
     Raises:
         ValueError: an unknown scheme, or one without known exponents ("orthogonal", and those that
-        split the base weight); an exponent that is NaN or plus infinity; steps below 1.
+            split the base weight); an exponent that is NaN or plus infinity; steps below 1.
 
     Source: Hayou et al. 2024, sections 3 and 4.
     """
@@ -63,10 +64,7 @@ def gamma_exponents(
             raise ValueError(
                 f"gamma_exponents: {argument}: expected a number or minus infinity, found {value}"
             )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"gamma_exponents: steps: expected an integer of at least 1, found {steps!r}"
-        )
+    integer("gamma_exponents", "steps", steps, 1, expected="an integer of at least 1")
     z_a, b = _STARTS[name]
     d1 = d2 = _ZERO
     for _ in range(steps):

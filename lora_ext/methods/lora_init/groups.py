@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
+
+from lora_ext._checks import number
 
 from .rates import check_positive, check_ratio
 
@@ -38,7 +39,7 @@ def loraplus_param_groups(
 
     Raises:
         ValueError: nothing of the model trains; a rate or ratio that is not positive and finite; a
-        negative weight decay.
+            negative weight decay.
 
     Warns:
         UserWarning: a ratio below 1.
@@ -49,10 +50,8 @@ def loraplus_param_groups(
     check_positive(where, "lr", lr)
     check_positive(where, "lr_embedding", lr_embedding)
     check_ratio(where, "loraplus_lr_ratio", loraplus_lr_ratio)
-    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise ValueError(
-            f"{where}: weight_decay: expected a finite number of at least 0, found {weight_decay!r}"
-        )
+    expected = "a finite number of at least 0"
+    number(where, "weight_decay", weight_decay, 0, expected=expected)
     rest, embeddings, faster, faster_undecayed = [], [], [], []
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     for name, parameter in model.named_parameters():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from numbers import Real
 
-from lora_ext.nn.init import known_scheme
+from lora_ext._checks import number, require
+from lora_ext.layers import known_scheme
 
 #: The largest stable rate goes like n to this power.
 _POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}
@@ -45,7 +45,7 @@ def suggest_lr(
 
     Raises:
         ValueError: an unknown scheme, or one for which no rule is known; a number that is not
-        positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
+            positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
 
     Warns:
         UserWarning: a ratio below 1; LoRA+ is for B learning faster.
@@ -61,8 +61,7 @@ def suggest_lr(
             f"{where}: scheme: expected True or one of {', '.join(map(repr, _POWERS))}, "
             f"found {scheme!r}, for which no rule is known"
         )
-    if rank_rule not in _RANK_RULES:
-        raise ValueError(f"{where}: rank_rule: expected one of {_RANK_RULES}, found {rank_rule!r}")
+    require(rank_rule in _RANK_RULES, where, "rank_rule", f"one of {_RANK_RULES}", repr(rank_rule))
     of_rank = 1.0
     if rank_rule == "inverse":
         for name, value in (("rank", rank), ("base_rank", base_rank)):
@@ -85,10 +84,9 @@ def check_positive(where: str, name: str, value: float) -> None:
     Raises:
         TypeError: no number. ValueError: zero, negative, infinite or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{where}: {name}: expected a positive number, found {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{where}: {name}: expected a positive finite number, found {value!r}")
+    expected = "a positive number", "a positive finite number"
+    number(where, name, value, above=0, finite=False, expected=expected)
+    require(value < math.inf, where, name, expected[1], value)
 
 
 def check_ratio(where: str, name: str, value: float) -> None:

@@ -6,10 +6,9 @@ mixture of depths that lets tokens skip layers (arXiv 2404.02258).
 
 from typing import TYPE_CHECKING, Any
 
-from lora_ext.nn import DepthMixer
-
 from .config import InexactMixError, ModConfig
 from .files import load, load_state_dict, save, state_dict
+from .layers import DepthMixer
 from .model import apply, remove
 from .report import trainable_report
 

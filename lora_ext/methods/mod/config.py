@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from lora_ext._checks import check_fields, require, within
 
 Router = Literal["token", "static", "fixed"]
 Mix = Literal["logit", "prob"]
 Positions = Literal["labels", "all"]
 Backend = Literal["auto", "hidden", "chunked"]
 
-ROUTERS: tuple[Router, ...] = ("token", "static", "fixed")
-MIXES: tuple[Mix, ...] = ("logit", "prob")
-POSITIONS: tuple[Positions, ...] = ("labels", "all")
-BACKENDS: tuple[Backend, ...] = ("auto", "hidden", "chunked")
+ROUTERS: tuple[Router, ...] = get_args(Router)
+MIXES: tuple[Mix, ...] = get_args(Mix)
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _SUM_TOLERANCE = 1e-6
 
@@ -67,68 +69,37 @@ class ModConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        for ok, name, expected in (
-            (_is_int(self.k) and self.k >= 1, "k", "an int, at least 1"),
-            (self.router in ROUTERS, "router", f"one of {ROUTERS}"),
-            (self.mix in MIXES, "mix", f"one of {MIXES}"),
-            (self.distill_on in POSITIONS, "distill_on", f"one of {POSITIONS}"),
-            (self.backend in BACKENDS, "backend", f"one of {BACKENDS}"),
-            (_is_number(self.final_mass), "final_mass", "a number"),
-            (_is_number(self.distill_weight), "distill_weight", "a number"),
-            (_is_number(self.tau), "tau", "a number"),
-            (_is_number(self.layer_ce), "layer_ce", "a number"),
-        ):
-            self._check(ok, name, expected)
-        chunk = self.vocab_chunk
-        for ok, name, expected in (
-            (self.k == 1 or 0 < self.final_mass < 1, "final_mass", "a number in (0, 1)"),
-            (self.distill_weight >= 0, "distill_weight", "at least 0"),
-            (self.tau > 0, "tau", "a number above 0"),
-            (self.layer_ce >= 0, "layer_ce", "at least 0"),
-            (_is_int(chunk) and 1 <= chunk < 1 << 63, "vocab_chunk", "an int in [1, 2^63)"),
-            (isinstance(self.share_final_norm, bool), "share_final_norm", "a bool"),
-            (isinstance(self.train_final_norm, bool), "train_final_norm", "a bool"),
-        ):
-            self._check(ok, name, expected)
-        self._check_weights()
+        from_0 = within(0, expected=("a number", "at least 0"))
+        table = {
+            "k": within(1, expected="an int, at least 1"),
+            "final_mass": {"expected": "a number"},
+            "fixed_weights": self._weights,
+            "distill_weight": from_0,
+            "tau": within(above=0, expected=("a number", "a number above 0")),
+            "layer_ce": from_0,
+            "share_final_norm": {"expected": "a bool"},
+            "train_final_norm": {"expected": "a bool"},
+            "vocab_chunk": within(1, (1 << 63) - 1, expected="an int in [1, 2^63)"),
+        }
+        check_fields(self, table)
+        fits = self.k == 1 or 0 < self.final_mass < 1
+        require(fits, "ModConfig", "final_mass", "a number in (0, 1)", self.final_mass)
         if self.mix == "prob" and self.backend == "hidden" and self.k > 1:
             raise InexactMixError(
                 "ModConfig: backend: expected 'auto' or 'chunked' with mix='prob', found 'hidden': "
                 "a mix of hidden states is no mix of probabilities"
             )
 
-    def _check_weights(self) -> None:
-        given = self.fixed_weights
+    def _weights(self, where: str, name: str, given: Any) -> tuple[float, ...] | None:
         if self.router != "fixed":
-            expected = "None unless the router is 'fixed'"
-            self._check(given is None, "fixed_weights", expected)
-            return
-        expected = f"k = {self.k} numbers of at least 0 that sum to 1"
+            require(given is None, where, name, "None unless the router is 'fixed'", repr(given))
+            return None
         try:
-            # Neither of the two below is a row of numbers, though their elements may pass for it.
-            if given is None or isinstance(given, str | Mapping):
-                given = ()
-            weights = tuple(float(w) for w in given)
+            # A string and a mapping are no rows of numbers, though their elements may pass for it.
+            weights = () if isinstance(given, str | Mapping) else tuple(map(float, given or ()))
         except (TypeError, ValueError, OverflowError):
             weights = ()
         ok = len(weights) == self.k and all(0 <= w < math.inf for w in weights)
-        self._check(ok and abs(sum(weights) - 1) <= _SUM_TOLERANCE, "fixed_weights", expected)
-        object.__setattr__(self, "fixed_weights", weights)  # a list may be given, and is kept apart
-
-    def _check(self, ok: bool, name: str, expected: str) -> None:
-        if not ok:
-            found = getattr(self, name)
-            raise ValueError(f"ModConfig: {name}: expected {expected}, found {found!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that is no float
-        return False
+        expected = f"k = {self.k} numbers of at least 0 that sum to 1"
+        require(ok and abs(sum(weights) - 1) <= _SUM_TOLERANCE, where, name, expected, repr(given))
+        return weights  # a list may be given, and is kept apart

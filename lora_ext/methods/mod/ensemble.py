@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import DepthMixer
-
 from .config import ModConfig
 from .head import Head, Layers, measured_head, mixed_logits, still
+from .layers import DepthMixer
 from .objective import Targets, distillation, kept, layer_losses
 
 

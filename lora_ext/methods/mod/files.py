@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json, write_files
 
 from .config import ModConfig
@@ -115,8 +116,7 @@ def _compare(
     for name in sorted(own.keys() | found.keys()):
         wanted = tuple(own[name].shape) if name in own else "no such key"
         shape = tuple(found[name].shape) if name in found else "none"
-        if wanted != shape:
-            raise ValueError(f"{where}: {name:.200}: expected {wanted}, found {shape}")
+        require(wanted == shape, where, f"{name:.200}", wanted, shape)
         dtype = found[name].dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.nn.chunks import recomputed
+from lora_ext.layers import recomputed
 
 #: What models call the number that their logits are multiplied by or divided by.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -39,7 +39,7 @@ class Head:
         if type(layer) is nn.Linear:
             weight, bias = layer.weight, layer.bias
         else:
-            width, like = _width(layer), next(layer.parameters())
+            width, like = head_width(layer), next(layer.parameters())
             units = torch.eye(width, dtype=like.dtype, device=like.device)
             columns = layer(torch.cat([units, units.new_zeros(1, width)]))  # (d + 1, V)
             weight, bias = (columns[:-1] - columns[-1:]).T, columns[-1]
@@ -49,7 +49,10 @@ class Head:
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Z ``(..., V)``, or a chunk of it, of the rows of W that are given."""
-        z = F.linear(normed, weight, bias)
+        return self.capped(F.linear(normed, weight, bias))
+
+    def capped(self, z: Tensor) -> Tensor:
+        """The scaled logits below the cap."""
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
@@ -132,7 +135,7 @@ def measured_head(lm: Any, softcap: float | None, entered: Tensor, logits: Tenso
         entered: ``(..., d)``, what entered the head. logits: ``(..., V)``, what came out.
 
     Raises:
-        NotImplementedError: the logits are no such function of ``W n + b``.
+        NotImplementedError: the logits are no such function of ``W n + b``. ValueError: one is NaN.
     """
     layer: Any = lm.get_output_embeddings()
     with torch.no_grad():
@@ -142,18 +145,36 @@ def measured_head(lm: Any, softcap: float | None, entered: Tensor, logits: Tenso
         else:  # each row may have adapters of its own, so that one alone would be another's
             z = layer(entered).flatten(0, -2)[-1].float()
         wanted = logits.flatten(0, -2)[-1].float()
-        # Half precision, or autocast in the head alone, is the coarsest that is to be told apart.
-        bound = 0.02 * wanted.abs().max() + 1e-5
-        for scale in _scales(lm):
-            found = z * scale
-            if softcap is not None:
-                found = softcap * torch.tanh(found / softcap)
-            if bool(((found - wanted).abs() <= bound).all()):
-                return Head(softcap, scale)
+        if bool(wanted.isnan().any()):
+            raise ValueError(
+                "mod: model: expected logits that are numbers in the first forward, which shows "
+                f"what the head does, found NaN among those of {type(lm).__name__}"
+            )
+        heads = [Head(softcap, scale) for scale in _scales(lm)]
+        nearest = min(heads, key=lambda h: float((h.capped(z * h.scale) - wanted).norm()))
+        if _explains(nearest, z * nearest.scale, wanted):
+            return nearest
     raise NotImplementedError(
         f"mod: model: expected logits that are the head's product with the hidden state, scaled or "
         f"soft-capped, found others in {type(lm).__name__}"
     )
+
+
+def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
+    """Whether the logits ``(V,)`` of a head, scaled but not capped, are those of the model but for
+    rounding.
+
+    Half precision, or autocast in the head alone, is the coarsest that is to be told apart. What
+    rounding does points anywhere; another scale moves the logits along their derivative in it, and
+    is seen where they move farther that way than rounding explains by what they do otherwise.
+    """
+    found, off = head.capped(z), wanted - head.capped(z)
+    if not bool((off.abs() <= 0.02 * wanted.abs().max() + 1e-5).all()):
+        return False
+    slope = z if head.softcap is None else z * (1 - (found / head.softcap).square())
+    along = F.normalize(slope, dim=0) @ off
+    rest = (off.square().sum() - along.square()).clamp(min=0).sqrt()
+    return bool(along.abs() <= 3 * rest + 1e-5 * slope.norm())
 
 
 def softcap_of(lm: Any) -> float | None:
@@ -173,7 +194,8 @@ def _scales(lm: Any) -> Iterator[float]:
             yield from (float(value), 1 / value)
 
 
-def _width(layer: Any) -> int:
+def head_width(layer: Any) -> int:
+    """How many features an output layer takes, with adapters or without."""
     base = getattr(layer, "get_base_layer", lambda: layer)()
     base = getattr(base, "original_module", base)
-    return base.weight.shape[1]
+    return getattr(base, "in_features", base.weight.shape[1])

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import DepthMixer, decoder_layers
+from lora_ext._checks import require
+from lora_ext.layers import decoder_layers
 
 from .config import InexactMixError, ModConfig
 from .ensemble import Capture, Ensemble, Forward, Mix
-from .head import softcap_of
+from .head import head_width, softcap_of
+from .layers import DepthMixer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,7 +61,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
             ModConfig, or the final norm is like neither RMSNorm nor LayerNorm. ValueError: no
             causal LM, fewer layers than k, or a model with something else named ``mod``.
             InexactMixError: ``backend="hidden"`` where the head soft-caps its logits.
-            NotImplementedError: an encoder beside the decoder. The model is as it was then.
+            NotImplementedError: an encoder beside the decoder, or a projection between the final
+            norm and the head. The model is as it was then.
 
     Source: arXiv 2410.13077.
     """
@@ -72,13 +75,10 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
             "apply: model: expected a model without MoD, found one that has it; call "
             "mod.remove(model) first"
         )
-    if hasattr(lm, NAME):
-        raise ValueError(f"apply: model: expected no attribute {NAME!r}, found one")
+    require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
     stack = list(decoder_layers(lm))
-    if config.k > len(stack):
-        raise ValueError(
-            f"apply: k: expected at most the model's {len(stack)} layers, found {config.k}"
-        )
+    expected = f"at most the model's {len(stack)} layers"
+    require(config.k <= len(stack), "apply", "k", expected, config.k)
     softcap = softcap_of(lm)
     if config.backend == "hidden" and softcap is not None and config.k > 1:
         raise InexactMixError(
@@ -87,6 +87,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
         )
     decoder = _parent(lm, stack[0])
     norm = _final_norm(decoder, lm)
+    _check_head(lm, norm)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
     mixer.requires_grad_(True).train(lm.training)
@@ -204,6 +205,16 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
             f"a weight of shape ({width},), found {children}"
         )
     return found
+
+
+def _check_head(lm: Any, norm: Any) -> None:
+    """Refuse a head that sees something else than normed hidden states (OPT-350m)."""
+    width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
+    if head != width:
+        raise NotImplementedError(
+            f"apply: model: expected a head as wide as the {width} features of the hidden states, "
+            f"found {head} in {type(lm).__name__}, which projects them in between"
+        )
 
 
 def _copy(norm: Any) -> nn.Module:

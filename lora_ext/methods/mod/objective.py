@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn import IGNORE, shift_labels
+from lora_ext.layers import IGNORE, shift_labels
 
 from .config import ModConfig
 from .head import Layers

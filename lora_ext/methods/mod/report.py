@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_ext.nn import adapted_layers, adapter_parameters, adapters_of
+from lora_ext.layers import adapted_layers, adapter_parameters, adapters_of
 
 from .files import mod_parameters
 from .model import applied

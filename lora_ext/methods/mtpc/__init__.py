@@ -3,13 +3,15 @@
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
 """
 
-from lora_ext.nn.labels import shift_labels
+from lora_ext.layers import shift_labels
 
 from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
+from .layers import CircuitHead
 from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
+from .token_bridge import TokenBridge
 from .windows import (
     frequent_tokens,
     pack_documents,
@@ -18,11 +20,13 @@ from .windows import (
 )
 
 __all__ = [
+    "CircuitHead",
     "Draft",
     "DraftTail",
     "Generation",
     "MtpcConfig",
     "SpeculativeDecoder",
+    "TokenBridge",
     "frequent_tokens",
     "pack_documents",
     "retrofit",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lora_ext.nn.circuit_checks import EmissionName, Kind, check_structure
+from lora_ext._checks import check_fields, require, within
+
+from .circuit_checks import EmissionName, Kind, check_structure
 
 
 class HeadSettings(NamedTuple):
@@ -67,28 +68,23 @@ class MtpcConfig:
     draft_alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        check_structure("MtpcConfig", *self.of_head()[:5])
-        for name in ("bridge", "chain", "draft_layers", "draft_rank"):
-            if type(found := getattr(self, name)) is not int:
-                raise ValueError(f"MtpcConfig: {name}: expected an int, found {found!r}")
-        for ok, name, expected in (
-            (0 < self.gamma <= 1, "gamma", "a number in (0, 1]"),
-            (0 <= self.beta <= 1, "beta", "a number in [0, 1]"),
-            (self.bridge >= 0, "bridge", "at least 0"),
-            (
-                self.chain == 1 or (self.chain > 1 and self.bridge > 0),
-                "chain",
-                "1, or more with a bridge",
-            ),
+        size = {"expected": "an int"}
+        from_0 = within(0, expected=("an int", "at least 0"))
+        table = {
+            **{"n_token": size, "rank": size, "adapter_rank": size},
+            "gamma": within(above=0, maximum=1),
+            "beta": within(0, 1),
+            "bridge": from_0,
             # No tensor of a file shows this number, and memory is taken for all windows.
-            (self.chain <= 1024, "chain", "at most 1024"),
-            (self.draft_layers >= 0, "draft_layers", "at least 0"),
-            (self.draft_rank >= 1, "draft_rank", "at least 1"),
-            (0 < self.draft_alpha < math.inf, "draft_alpha", "a number above 0"),
-        ):
-            if not ok:
-                found = getattr(self, name)
-                raise ValueError(f"MtpcConfig: {name}: expected {expected}, found {found!r}")
+            "chain": within(maximum=1024, expected=("an int", "at most 1024")),
+            "draft_layers": from_0,
+            "draft_rank": within(1, expected=("an int", "at least 1")),
+            "draft_alpha": within(above=0),
+        }
+        check_fields(self, table)
+        check_structure("MtpcConfig", *self.of_head()[:5])
+        fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
+        require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 
     def of_head(self) -> HeadSettings:
         """What the head's structure follows from."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lora_ext import control, ops
 from lora_ext.control import Block, Constraints, Guide, Plan, Row
-from lora_ext.nn.circuit_head import Circuit
-from lora_ext.nn.shortlist import Shortlist
-from lora_ext.reference.circuit import log_softmax
+from lora_ext.reference import log_softmax
 
 from .drafting import DraftedWindow, draw
+from .layers import Circuit
 from .request import Request
+from .shortlist import Shortlist
 
 _WHERE = "SpeculativeDecoder"
 

@@ -28,18 +28,16 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext.control import Constraints, Guide
-from lora_ext.nn import CircuitHead, TokenBridge, adapters
-from lora_ext.nn.assignment import Names
-from lora_ext.nn.circuit_head import Circuit
-from lora_ext.nn.generation import generation_scope
-from lora_ext.nn.pool_layer import pool_of
-from lora_ext.reference.lora import accumulator
+from lora_ext.reference import accumulator
+from lora_ext.rows import Names, generation_scope, of_call, pool_of
 
 from .constrained import Constrained
 from .drafting import Chain, DraftedWindow, draw, nucleus
+from .layers import Circuit, CircuitHead
 from .request import read_request
 from .rows import Rows
 from .tail import DraftTail
+from .token_bridge import TokenBridge
 from .trunk import Trunk
 
 #: Whether tokens follow the model's law or are its likeliest.
@@ -246,7 +244,7 @@ class SpeculativeDecoder:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
-                stack.enter_context(adapters(adapter_names, pool=pool_of(self.model)))
+                stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
             control = Constrained.of(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.nn import CircuitHead, TokenBridge
-from lora_ext.nn.circuit_head import Circuit
-from lora_ext.reference.circuit import log_softmax
+from lora_ext.reference import log_softmax
+
+from .layers import Circuit, CircuitHead
+from .token_bridge import TokenBridge
 
 
 class DraftedWindow(NamedTuple):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from lora_ext import reference
-from lora_ext.nn import CircuitHead
-from lora_ext.nn.chunks import recomputed, rows_per_chunk
-from lora_ext.nn.labels import IGNORE
-from lora_ext.reference.circuit import log_softmax
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE, recomputed, rows_per_chunk
+from lora_ext.reference import log_softmax
+
+from .layers import CircuitHead
 
 
 def window_loss(
@@ -51,10 +52,8 @@ def window_loss(
         ValueError: gamma or beta out of range, a teacher that is missing or of another shape; or
             as :meth:`CircuitHead.log_prob`.
     """
-    if not 0 < gamma <= 1:
-        raise ValueError(f"window_loss: gamma: expected a number in (0, 1], found {gamma}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"window_loss: beta: expected a number in [0, 1], found {beta}")
+    require(0 < gamma <= 1, "window_loss", "gamma", "a number in (0, 1]", gamma)
+    require(0 <= beta <= 1, "window_loss", "beta", "a number in [0, 1]", beta)
     lacking = head.listed.lacks(head.tokens(h, windows)).view(windows.shape)
     targets = torch.where(lacking, IGNORE, windows)
     count = (targets != IGNORE).reshape(-1, head.n_token).sum(0).clamp(min=1)

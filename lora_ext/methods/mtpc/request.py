@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 _WHERE = "SpeculativeDecoder"
 _HONOURED = {
     "max_new_tokens",
@@ -168,8 +170,7 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     if one:
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
-    if len(seeds) != batch:
-        raise ValueError(f"{_WHERE}: seed: expected None, one or {batch}, found {len(seeds)}")
+    require(len(seeds) == batch, _WHERE, "seed", f"None, one or {batch}", len(seeds))
     return seeds
 
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext.control import Constraints, Guide
-from lora_ext.nn import CircuitHead, TokenBridge
-from lora_ext.nn.labels import IGNORE, shift_labels
+from lora_ext.layers import IGNORE, shift_labels
 
 from .config import MtpcConfig
 from .decoder import Mode, SpeculativeDecoder, WindowRule
-from .draft_files import DraftFile, read_config, write_draft
+from .files import DraftFile, read_config, write_draft
+from .layers import CircuitHead
 from .objective import window_loss
 from .tail import DraftTail
+from .token_bridge import TokenBridge
 from .windows import unfold_teacher, unfold_windows
 
 

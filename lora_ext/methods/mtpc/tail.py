@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import LoraLinear, Swap, adapters, decoder_layers
-from lora_ext.nn.base_modules import linear_size
-from lora_ext.nn.pool_layer import pool_of
+from lora_ext._checks import require
+from lora_ext.layers import LoraLinear, Swap, decoder_layers, linear_size
+from lora_ext.rows import of_call, pool_of
 
 NAME = "draft"
 
@@ -40,10 +40,8 @@ class DraftTail(nn.Module):
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
         super().__init__()
         stack = decoder_layers(model)
-        if not 1 <= num_layers <= len(stack):
-            raise ValueError(
-                f"DraftTail: num_layers: expected 1 to {len(stack)}, found {num_layers}"
-            )
+        expected = f"1 to {len(stack)}"
+        require(1 <= num_layers <= len(stack), "DraftTail", "num_layers", expected, num_layers)
         if pool_of(model) is not None:
             raise ValueError(
                 "DraftTail: model: expected a model that is not attached, found an attached one, "
@@ -82,7 +80,7 @@ class DraftTail(nn.Module):
 
     def everywhere(self) -> contextlib.AbstractContextManager[Any]:
         """A block in which every row is a row of the draft path: for training."""
-        return adapters(NAME)
+        return of_call(NAME)
 
     @contextlib.contextmanager
     def beside_the_verifier(self, batch: int) -> Iterator[None]:
@@ -109,5 +107,5 @@ class DraftTail(nn.Module):
             for layer in self._layers:
                 handle = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(handle.remove)
-            stack.enter_context(adapters([None] * batch + [NAME] * batch))
+            stack.enter_context(of_call([None] * batch + [NAME] * batch))
             yield

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.generation import select_rows
+from lora_ext.rows import select_rows
 
 from .cache import roomy_cache
 from .tail import DraftTail

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext.nn.labels import IGNORE
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE
 
 
 def unfold_windows(
@@ -30,12 +31,8 @@ def unfold_windows(
     Raises:
         ValueError: n below 1, or labels that are no matrix.
     """
-    if n < 1:
-        raise ValueError(f"unfold_windows: n: expected at least 1, found {n}")
-    if labels.dim() != 2:
-        raise ValueError(
-            f"unfold_windows: labels: expected shape (B, S), found {tuple(labels.shape)}"
-        )
+    require(n >= 1, "unfold_windows", "n", "at least 1", n)
+    require(labels.dim() == 2, "unfold_windows", "labels", "shape (B, S)", tuple(labels.shape))
     windows = F.pad(labels, (0, n - 1), value=ignore).unfold(1, n, 1)  # (B, S, K)
     if eos_id is None:
         return windows
@@ -62,8 +59,7 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int)
     Raises:
         ValueError: length below 1.
     """
-    if length < 1:
-        raise ValueError(f"pack_documents: length: expected at least 1, found {length}")
+    require(length >= 1, "pack_documents", "length", "at least 1", length)
     stream = [token for document in documents for token in (*document, eos_id)]
     rows = len(stream) // length
     return torch.tensor(stream[: rows * length], dtype=torch.int64).view(rows, length)
@@ -83,10 +79,8 @@ def frequent_tokens(ids: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: size below 1. TypeError: another dtype.
     """
-    if size < 1:
-        raise ValueError(f"frequent_tokens: size: expected at least 1, found {size}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"frequent_tokens: ids: expected int64, found {ids.dtype}")
+    require(size >= 1, "frequent_tokens", "size", "at least 1", size)
+    require(ids.dtype == torch.int64, "frequent_tokens", "ids", "int64", ids.dtype, TypeError)
     tokens, counts = ids[ids >= 0].unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     return tokens[order[:size]].sort().values

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext.adapter.ranks import gram_figures
-from lora_ext.nn import adapted_layers, adapter_factors, adapters_of
-from lora_ext.nn.probe import recomputing
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.adapter import gram_figures
+from lora_ext.layers import adapted_layers, adapter_factors, adapters_of, recomputing
 
 
 class RankMonitor:

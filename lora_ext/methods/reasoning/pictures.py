@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_ext.adapter import RankReport
-from lora_ext.nn import block_index, block_name
+from lora_ext.layers import block_index, block_name
 
 
 def draw_map(

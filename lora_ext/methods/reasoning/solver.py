@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from lora_ext._checks import require
+
 from .tasks import HashInstance
 
 _PROMPT = re.compile(
@@ -42,8 +44,7 @@ def solve(instance: HashInstance | str) -> str:
 def _walk(successors: dict[str, list[str]], place: str, hops: int) -> str:
     for _ in range(hops):
         following = successors.get(place, [])
-        if len(following) > 1:
-            raise ValueError(f"solve: prompt: expected one way on from {place}, found {following}")
+        require(len(following) <= 1, "solve", "prompt", f"one way on from {place}", following)
         if not following:
             break  # the end of the chain stays the answer
         (place,) = following
@@ -56,8 +57,7 @@ def _nearest_end(successors: dict[str, list[str]], start: str) -> str:
         ends = [place for place in level if place not in successors]
         if len(ends) == 1:
             return ends[0]
-        if ends:
-            raise ValueError(f"solve: prompt: expected one nearest end, found {ends}")
+        require(not ends, "solve", "prompt", "one nearest end", ends)
         level = [following for place in level for following in successors[place]]
         level = [place for place in dict.fromkeys(level) if place not in seen]
         seen.update(level)

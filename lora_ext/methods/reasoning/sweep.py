@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.adapter import RankReport, rank_report
-from lora_ext.nn import LoraConfig, block_index, block_name, wrap
-from lora_ext.nn.lora_config import matches_suffix
-from lora_ext.ops._checks import require
+from lora_ext.layers import LoraConfig, block_index, block_name, matches_suffix, wrap
 
 Task = TypeVar("Task")
 

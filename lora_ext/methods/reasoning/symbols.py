@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.nn import IGNORE
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE
 
 from .tasks import HashInstance
 

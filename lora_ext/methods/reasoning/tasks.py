@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch.utils.data import Dataset
 
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
 
 ALPHABET = string.ascii_lowercase + string.digits
 
@@ -108,7 +108,7 @@ class HashHop(_Task):
 
     Warns:
         UserWarning: ``max_hops`` reaches the end of the chain, whose last hash is the only one
-        without a successor and can be found without following the chain.
+            without a successor and can be found without following the chain.
 
     Sources: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
     2412.00029), its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.nn import IGNORE
-from lora_ext.ops._checks import require
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE
 
 from .tasks import HashInstance
 

@@ -10,7 +10,7 @@ from .live import apply_to, remove
 from .pictures import draw_scores
 from .projection import ZeroAlignmentError, project_factor
 from .pruning import SploraResult, apply, project
-from .scores import LayerStats, ediem_scores, pair_stats
+from .scores import LayerStats, ediem_scores, pair_stats, size_correlation
 from .selection import select_layers
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "project_factor",
     "remove",
     "select_layers",
+    "size_correlation",
 ]

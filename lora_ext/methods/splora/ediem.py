@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .config import SploraConfig
 
 EPS = 1e-12
@@ -52,17 +54,14 @@ def diem(
             f"{tuple(b.shape)}"
         )
     for name, t in (("a", a), ("b", b)):
-        if not bool(torch.isfinite(t).all()):
-            raise ValueError(f"diem: {name}: expected finite values, found NaN or infinity")
+        require(bool(torch.isfinite(t).all()), "diem", name, "finite values", "NaN or infinity")
     width, n = v_max - v_min, a.numel()
-    if not 0 < width < math.inf:
-        raise ValueError(f"diem: v_max: expected a number above v_min={v_min}, found {v_max}")
+    require(0 < width < math.inf, "diem", "v_max", f"a number above v_min={v_min}", v_max)
     if expected is None:
         expected = width * math.sqrt(n / 6) * (1 - 7 / (40 * n))
     if var is None:
         var = width**2 * _UNIFORM_VARIANCE
-    if not 0 < var < math.inf:
-        raise ValueError(f"diem: var: expected a number above 0, found {var}")
+    require(0 < var < math.inf, "diem", "var", "a number above 0", var)
     distance = torch.linalg.vector_norm(a.double() - b.double()).item()
     return width / var * (distance - expected)
 
@@ -91,16 +90,22 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
     return (x - centre) / (spread + EPS)
 
 
-def released_score(distance: Tensor, sample: Tensor, projected: Tensor, update: Tensor) -> float:
+def released_score(
+    distance: Tensor, sample: Tensor | None, projected: Tensor, update: Tensor
+) -> float:
     """The score of the authors' code, which also compares the lower quartiles of the entries.
 
     Args:
         distance: of the layer, float64.
-        sample: ``(N,)`` float64, the distances of the caller's pairs.
+        sample: ``(N,)`` float64, the distances of the caller's pairs. None is what the authors'
+            script passes, 50 copies of the layer itself: ``(d + eps - d) / (0 + eps)`` is 1 then,
+            which the script's float32 does not come near.
         projected, update: ``P D`` and D, dense.
     """
-    score = (distance + EPS_PAIRS - sample.mean()) / (_iqr(sample) + EPS_PAIRS)
-    return score.item() - (lower_quartile(projected) - lower_quartile(update)).item()
+    score = 1.0
+    if sample is not None:
+        score = ((distance + EPS_PAIRS - sample.mean()) / (_iqr(sample) + EPS_PAIRS)).item()
+    return score - (lower_quartile(projected) - lower_quartile(update)).item()
 
 
 def lower_quartile(t: Tensor) -> Tensor:

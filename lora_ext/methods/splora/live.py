@@ -6,15 +6,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lora_ext.adapter import LoraAdapter
-from lora_ext.adapter.model_weights import ModelSource
-from lora_ext.adapter.peft_keys import base_name
-from lora_ext.nn import LayerGroups, adapted_layers, adapters_of, set_active
+from lora_ext.adapter import LoraAdapter, ModelSource, base_name
+from lora_ext.layers import LayerGroups, adapted_layers, adapters_of, set_active
 
 from .config import SploraConfig
-from .layers import Progress
 from .pruning import SploraResult, apply
 from .scores import Pairs
+from .weights import Progress
 
 _KEY = "_lora_ext_splora"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_ext.nn import block_index, block_name
+from lora_ext.layers import block_index, block_name
 
 from .pruning import SploraResult
 

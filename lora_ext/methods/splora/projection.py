@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lora_ext._checks import require
 
 from .config import Projection, SploraConfig
 
@@ -53,33 +56,40 @@ def project_factor(
 
     Source: arXiv 2506.18931; "orthogonal" is the ideal form of Safe LoRA (arXiv 2405.16833).
     """
-    config = SploraConfig(projection=projection, rank=rank, energy=energy)
+    # No layer is selected here: the direction says nothing.
+    config = SploraConfig(direction="smallest", projection=projection, rank=rank, energy=energy)
     where = "project_factor"
     for name, t in (("B", B), ("base_w", base_w), ("aligned_w", aligned_w)):
         check_floating(where, name, t)
     check_shapes(where, B.shape, base_w.shape, aligned_w.shape)
     check_finite(where, "B", B)
-    projected, is_identity = project_wide(where, B, base_w, aligned_w, config)
-    if is_identity:
+    projected = project_wide(where, B, base_w, aligned_w, config)
+    if projected.is_identity:
         warn_of_identity(where, ["this layer"])
     dtype = torch.promote_types(torch.promote_types(B.dtype, base_w.dtype), aligned_w.dtype)
-    return projected.to(B.device, dtype)
+    return projected.columns.to(B.device, dtype)
+
+
+class Projected(NamedTuple):
+    """The factor B of a layer beside its alignment V, float64 where it was computed."""
+
+    columns: Tensor  # P B, (m, r)
+    is_identity: bool  # whether P is the identity
+    along: Tensor  # V^T B / |V|, (n, r)
 
 
 def project_wide(
     where: str, b: Tensor, base: Tensor, aligned: Tensor, config: SploraConfig
-) -> tuple[Tensor, bool]:
-    """:func:`project_factor` of arguments that were checked, but not for NaN in the weights.
-
-    Returns:
-        ``(m, r)`` float64 where it was computed; and whether P is the identity.
-    """
+) -> Projected:
+    """:func:`project_factor` of arguments that were checked, but not for NaN in the weights."""
     device = base.device if config.device is None else torch.device(config.device)
     pair = WeightPair(where, base, aligned, device)
     wide = b.to(device, torch.float64)
+    inner, norm = pair.inner(wide)  # also refuses what is zero or not finite
+    along = inner / norm
     if config.projection == "frobenius":
-        return _frobenius(pair, wide), False
-    return _orthogonal(pair, wide, config)
+        return Projected(pair.times(along), False, along)
+    return Projected(*_orthogonal(pair, wide, inner, config), along)
 
 
 def warn_of_identity(where: str, layers: list[str]) -> None:
@@ -158,15 +168,11 @@ class WeightPair:
         return gram, narrow
 
 
-def _frobenius(pair: WeightPair, b: Tensor) -> Tensor:
-    inner, norm = pair.inner(b)
-    return pair.times(inner / norm)
-
-
-def _orthogonal(pair: WeightPair, b: Tensor, config: SploraConfig) -> tuple[Tensor, bool]:
+def _orthogonal(
+    pair: WeightPair, b: Tensor, inner: Tensor, config: SploraConfig
+) -> tuple[Tensor, bool]:
     """By the eigenvectors of a Gram matrix. It squares the condition number, which float64 bears:
     what lies below the square of the cut, 1e-14 of the largest eigenvalue at least, is not used."""
-    inner, _ = pair.inner(b)  # also refuses what is zero or not finite
     gram, narrow = pair.gram()
     squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # largest first
@@ -240,5 +246,4 @@ def check_finite(where: str, name: str, t: Tensor) -> None:
         ValueError: naming the tensor.
     """
     for part in t.split(max(1, len(t) // 8)):
-        if not bool(torch.isfinite(part).all()):
-            raise ValueError(f"{where}: {name}: expected finite values, found NaN or infinity")
+        require(bool(torch.isfinite(part).all()), where, name, "finite values", "NaN or infinity")

@@ -10,14 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.adapter import Factors, LoraAdapter, prune_adapter
-from lora_ext.adapter.model_weights import ModelSource
-from lora_ext.adapter.peft_keys import natural_order
+from lora_ext.adapter import Factors, LoraAdapter, ModelSource, natural_order, prune_adapter
 
 from .config import Direction, SploraConfig
-from .layers import Progress, Source, project_layers, read_adapter
-from .scores import LayerStats, Pairs, ediem_scores
+from .scores import LayerStats, Pairs, ediem_scores, size_correlation
 from .selection import select_layers
+from .weights import Progress, Source, project_layers, read_adapter
 
 log = logging.getLogger(__name__)
 
@@ -40,21 +38,27 @@ class SploraResult(NamedTuple):
         return self.config.direction
 
     @property
+    def size_correlation(self) -> float:
+        """How much the scores rank layers by the size of their update, :func:`size_correlation`."""
+        return size_correlation(self.stats)
+
+    @property
     def unscored(self) -> list[str]:
         """Layers in which both models are equal, kept by ``on_zero_alignment="skip"``."""
         scored = {layer.name for layer in self.stats}
         return [name for name in self.kept if name not in scored]
 
     def __str__(self) -> str:
-        """Both numbers, the direction and the rule."""
+        """Both numbers, the direction and the rule, and how much the scores say beyond sizes."""
         config, total = self.config, len(self.pruned) + len(self.kept)
         rule = f"threshold={config.threshold}" if config.num is None else f"num={config.num}"
         unscored = f", {len(self.unscored)} not scored" if self.unscored else ""
         return (
             f"SPLoRA pruned {len(self.pruned)} of {total} layers, those with the "
             f"{self.direction} scores (direction={self.direction!r}, {rule}, "
-            f"granularity={config.granularity!r}, projection={config.projection!r}, "
-            f"reference={config.reference!r}){unscored}"
+            f"granularity={config.granularity!r}, score={config.score!r}, "
+            f"projection={config.projection!r}, reference={config.reference!r}; rank correlation "
+            f"of score and size {self.size_correlation:.2f}){unscored}"
         )
 
 
@@ -82,7 +86,7 @@ def apply(
         ValueError: neither num nor threshold, or num above the number of units; and what
             :func:`ediem_scores` raises.
 
-    Source: arXiv 2506.18931, with its code for the direction.
+    Source: arXiv 2506.18931.
     """
     value = read_adapter("apply: adapter", adapter)
     stats = ediem_scores(value, base, aligned, config, pairs=pairs, progress=progress)
@@ -122,7 +126,7 @@ def project(
     Source: Safe LoRA (arXiv 2405.16833), eq. 2 and its code.
     """
     where = "project"
-    config = SploraConfig() if config is None else config
+    config = SploraConfig(direction="smallest") if config is None else config
     value = read_adapter(f"{where}: adapter", adapter)
     chosen = [names] if isinstance(names, str) else list(names)
     value.check_names(f"{where}: names", chosen)
@@ -130,8 +134,8 @@ def project(
         where, value, base, aligned, config, progress, set(chosen), _columns
     )
     modules = dict(value.modules)
-    for layer, wide in zip(layers, projected, strict=True):
-        modules[layer.name] = _replaced(value.modules[layer.name], wide)
+    for layer, one in zip(layers, projected, strict=True):
+        modules[layer.name] = _replaced(value.modules[layer.name], one.columns)
     return dataclasses.replace(value, modules=modules)
 
 

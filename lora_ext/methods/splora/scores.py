@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.adapter.model_weights import ModelSource
+from lora_ext._checks import require
+from lora_ext.adapter import ModelSource
 
 from .config import SploraConfig
 from .ediem import released_score, standardised
-from .layers import Progress, Source, project_layers, read_adapter
 from .projection import check_finite, check_floating, check_shapes
+from .weights import Progress, Source, project_layers, read_adapter
 
 #: Dense matrices X and Y of one shape.
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -30,7 +31,8 @@ class LayerStats(NamedTuple):
     norm: float  # |D|
     norm_proj: float  # |P D|
     cos: float  # between P D and D; 0 where one of them is 0
-    score: float  # E-DIEM
+    score: float  # what selects, see SploraConfig.score
+    alignment: float = math.nan  # <D, V> / (|D| |V|): below 0 D undoes what alignment did
 
 
 def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) -> Tensor:
@@ -56,11 +58,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         check_floating(where, name, t)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
-    if projected_b.shape != b.shape:
-        raise ValueError(
-            f"{where}: projected_b: expected the shape of b {tuple(b.shape)}, found "
-            f"{tuple(projected_b.shape)}"
-        )
+    expected = f"the shape of b {tuple(b.shape)}"
+    require(projected_b.shape == b.shape, where, "projected_b", expected, tuple(projected_b.shape))
     for name, t in named:
         check_finite(where, name, t)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
@@ -76,7 +75,7 @@ def ediem_scores(
     pairs: Pairs | None = None,
     progress: Progress = iter,
 ) -> list[LayerStats]:
-    """Return the distance of every adapted layer from its projection, and its E-DIEM score.
+    """Return the distance of every adapted layer from its projection, and its score.
 
     Two weights are read at a time, those of one layer. Layers are paired by name; their order is
     that of the model, whatever order the sources have.
@@ -87,7 +86,8 @@ def ediem_scores(
         base: W0, the model before it was aligned: a folder of safetensors, tensors by name, or a
             model; see :class:`lora_ext.adapter.model_weights.ModelWeights`.
         aligned: Wa, the model on which the adapter was trained; likewise.
-        config: how to score; default is :class:`SploraConfig` as it stands.
+        config: how to score; default is :class:`SploraConfig` as it stands. Its direction has no
+            part here.
         pairs: for ``reference="pairs"``, and only there.
         progress: wraps the layers as they are read, ``tqdm.tqdm`` say.
 
@@ -96,7 +96,7 @@ def ediem_scores(
 
     Raises:
         ValueError: shapes that do not fit, naming the layer and both; NaN or infinity, naming the
-            tensor; fewer than 4 layers with ``reference="population"``.
+            tensor; fewer than 4 layers that are to be compared with one another.
         ZeroAlignmentError: a layer in which both models are equal.
         DegenerateReferenceError: a reference without spread.
         KeyError: layers that a model lacks; a factor without the other.
@@ -104,40 +104,100 @@ def ediem_scores(
 
     Sources: arXiv 2506.18931, arXiv 2407.08623; docs/splora.md has the formulas.
     """
-    config = SploraConfig() if config is None else config
+    config = SploraConfig(direction="smallest") if config is None else config
     where = "ediem_scores"
     samples = _distances_of(where, pairs, config)
     value = read_adapter(f"{where}: adapter", adapter)
     layers, projected = project_layers(where, value, base, aligned, config, progress)
-    factors = [layer.factors for layer in layers]
-    scalings = [f.scaling if config.include_scaling else 1.0 for f in factors]
-    device = projected[0].device if projected else torch.device("cpu")
-    a, b = [f.a.to(device) for f in factors], [f.b.to(device) for f in factors]
-    projected = [p.to(device) for p in projected]
+    scalings = [f.factors.scaling if config.include_scaling else 1.0 for f in layers]
+    device = projected[0].columns.device if projected else torch.device("cpu")
+    a, b = ([getattr(layer.factors, k).to(device) for layer in layers] for k in "ab")
+    columns = [one.columns.to(device) for one in projected]
     # None is below 0 but by rounding: <P D, D> is not either, since P is positive semi-definite.
-    stats = ops.lora_pair_stats(a, b, projected, scalings).cpu().clamp(min=0)  # (L, 4)
+    stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
-    sizes = torch.tensor([f.b.shape[0] * f.a.shape[1] for f in factors], dtype=torch.float64)
-    if config.reference == "population":
+    sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])
+    alignments = [
+        _alignment(a_l, one.along, s_l, norm)
+        for a_l, one, s_l, norm in zip(a, projected, scalings, stats[:, 0].sqrt(), strict=True)
+    ]
+    if config.score == "alignment":
+        scores = alignments
+    elif config.reference == "population":
         if len(layers) < 4:
             raise ValueError(
                 f"{where}: reference='population': expected at least 4 layers, which are compared "
                 f"with one another, found {len(layers)}; 'permutation' scores a layer by itself"
             )
-        x = distances / sizes.sqrt()
+        x = distances / sizes.double().sqrt()
+        if config.score == "angle":
+            x = _angles(a, b, columns, scalings, stats)
         scores = standardised(where, x, x, config).tolist()
     else:
-        each = zip(layers, distances, a, b, projected, scalings, strict=True)
+        each = zip(layers, distances, a, b, columns, scalings, strict=True)
         scores = [
             _score_alone(f"{where}: {layer.name}", d, a_l, b_l, p_l, s_l, samples, config)
             for layer, d, a_l, b_l, p_l, s_l in each
         ]
+    found = zip(layers, sizes.tolist(), distances.tolist(), stats.tolist(), strict=True)
     return [
-        LayerStats(layer.name, int(n), d, *_figures(row), score)
-        for layer, n, d, row, score in zip(
-            layers, sizes.tolist(), distances.tolist(), stats.tolist(), scores, strict=True
+        LayerStats(layer.name, n, d, *_figures(row), score, alignment)
+        for (layer, n, d, row), score, alignment in zip(found, scores, alignments, strict=True)
+    ]
+
+
+def size_correlation(stats: Sequence[LayerStats]) -> float:
+    """Return Spearman's rank correlation between the scores and the sizes ``|D| / sqrt(m n)``.
+
+    Near 1 or -1 the scores rank layers by the size of their update and say little of alignment.
+
+    Args:
+        stats: from :func:`ediem_scores`.
+
+    Returns:
+        from -1 to 1; NaN where the scores or the sizes do not differ.
+    """
+    ranks = [
+        _ranks(values)
+        for values in (
+            [layer.score for layer in stats],
+            [layer.norm / math.sqrt(layer.n_entries) for layer in stats],
         )
     ]
+    score, size = (r - r.mean() for r in ranks)
+    product = (score.norm() * size.norm()).item()
+    return (score @ size).item() / product if product > 0 else math.nan
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    """The places in rising order, equal values sharing the mean of theirs."""
+    _, inverse, counts = torch.tensor(values, dtype=torch.float64).unique(
+        return_inverse=True, return_counts=True
+    )
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _alignment(a: Tensor, along: Tensor, scaling: float, norm: Tensor) -> float:
+    """``<D, V> / (|D| |V|)``, of ``along = V^T B / |V|``; 0 where D is 0."""
+    if norm == 0:
+        return 0.0
+    inner = scaling * (along.to(a.device) * a.double().T).sum().item()
+    return min(1.0, max(-1.0, inner / norm.item()))
+
+
+def _angles(
+    a: list[Tensor], b: list[Tensor], columns: list[Tensor], scalings: list[float], stats: Tensor
+) -> Tensor:
+    """``|c P D - D| / |D|`` with the c that makes it least: the sine of the angle between the two.
+
+    It comes from the difference itself, so that small angles do not cancel. D = 0 has 0.
+    """
+    norms, images, inner = stats[:, 0], stats[:, 1], stats[:, 2]
+    c = torch.where(images > 0, inner / images, 0).to(columns[0].device)
+    scaled = [c_l * p for c_l, p in zip(c, columns, strict=True)]
+    rest = ops.lora_pair_stats(a, b, scaled, scalings).cpu()[:, 3].clamp(min=0)
+    return torch.where(norms > 0, rest / norms, 0).sqrt()
 
 
 def _figures(row: Sequence[float]) -> tuple[float, float, float]:
@@ -154,7 +214,7 @@ def _score_alone(
     b: Tensor,
     projected: Tensor,
     scaling: float,
-    samples: Tensor,
+    samples: Tensor | None,
     config: SploraConfig,
 ) -> float:
     """The score of a layer that is not compared with others."""
@@ -180,29 +240,24 @@ def _permuted(
     return torch.stack(found).cpu().clamp(min=0).sqrt()
 
 
-def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor:
-    """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; empty for other references."""
+def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
+    """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
         if pairs is not None:
             raise ValueError(
                 f"{where}: pairs: expected None with reference={config.reference!r}, found "
                 f"{len(pairs)} pairs"
             )
-        return torch.empty(0, dtype=torch.float64)
-    if not pairs:
-        raise ValueError(
-            f"{where}: pairs: expected pairs of matrices with reference='pairs', found {pairs!r}"
-        )
+        return None
+    found = None if pairs is None else "none"
+    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", found)
     distances = []
     for i, (x, y) in enumerate(pairs):
         name = f"pairs[{i}]"
         for t in (x, y):
             check_floating(where, name, t)
             check_finite(where, name, t)
-        if x.shape != y.shape:
-            raise ValueError(
-                f"{where}: {name}: expected matrices of one shape, found {tuple(x.shape)} and "
-                f"{tuple(y.shape)}"
-            )
+        expected = "matrices of one shape"
+        require(x.shape == y.shape, where, name, expected, f"{tuple(x.shape)} and {tuple(y.shape)}")
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from lora_ext.nn import block_name
+from lora_ext._checks import require
+from lora_ext.layers import block_name
 
 from .config import SploraConfig
 from .scores import LayerStats
@@ -32,11 +33,8 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
     scores = {unit: fmean(layer.score for layer in layers) for unit, layers in units.items()}
     sign = -1 if config.direction == "largest" else 1
     if config.num is not None:
-        if config.num > len(units):
-            raise ValueError(
-                f"{where}: num: expected at most {len(units)}, the number of {config.granularity}s "
-                f"that were scored, found {config.num}"
-            )
+        expected = f"at most {len(units)}, the number of {config.granularity}s that were scored"
+        require(config.num <= len(units), where, "num", expected, config.num)
         # The sort is stable: of equal scores the first in the model is taken.
         chosen = set(sorted(scores, key=lambda unit: sign * scores[unit])[: config.num])
     elif config.threshold is not None:

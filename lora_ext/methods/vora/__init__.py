@@ -5,16 +5,15 @@ Source: "Vision as LoRA" (arXiv 2503.20680).
 
 from typing import TYPE_CHECKING, Any
 
-from lora_ext.nn.modalities import modality
-from lora_ext.nn.vora_linear import UnmergeableRouteError, VoraLinear
-
 from .config import VoraConfig
 from .distill import DistillHeads, block_distill_loss
 from .embed import VisionPatchEmbed
 from .files import from_peft, load_state_dict, state_dict, to_peft
-from .layers import apply, merge, remove
+from .layers import UnmergeableRouteError, VoraLinear
 from .mask import build_vision_mask
+from .modalities import modality
 from .model import VoraForCausalLM
+from .placement import apply, merge, remove
 from .resolution import smart_resize
 from .splice import Spliced, splice_images
 from .teacher import TeacherStates, teacher_states

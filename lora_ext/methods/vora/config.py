@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lora_ext.nn.vora_linear import ROUTES, Route
+from lora_ext._checks import check_fields, require, within
 
-from .embed import POS_MODES, PosMode
+from .embed import PosMode
+from .layers import Route
 from .splice import PLACEHOLDER
 
 Pairing = Literal["output", "released"]
@@ -63,43 +63,23 @@ class VoraConfig:
     placeholder: int = PLACEHOLDER
 
     def __post_init__(self) -> None:
-        for name in ("n_blocks", "rank", "patch", "image_size", "embed_dim"):
-            value = getattr(self, name)
-            self._check(_is_int(value) and value >= 1, name, "an int, at least 1")
-        for ok, name, expected in (
-            (_is_number(self.scale), "scale", "a finite number"),
-            (self.route in ROUTES, "route", f"one of {ROUTES}"),
-            (
-                self.image_size % self.patch == 0,
-                "image_size",
-                f"a multiple of the patch {self.patch}",
-            ),
-            (self.pos_mode in POS_MODES, "pos_mode", f"one of {POS_MODES}"),
-            (isinstance(self.bidirectional, bool), "bidirectional", "a bool"),
-            (self.pairing in PAIRINGS, "pairing", f"one of {PAIRINGS}"),
-            (
-                _is_number(self.distill_weight) and self.distill_weight >= 0,
-                "distill_weight",
-                "a number, at least 0",
-            ),
-            (_is_int(self.placeholder), "placeholder", "an int"),
-        ):
-            self._check(ok, name, expected)
-        given: Any = self.target_modules
-        names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
-        ok = bool(names) and all(isinstance(name, str) and name for name in names)
-        self._check(ok, "target_modules", "at least one name of linear layers")
-        object.__setattr__(self, "target_modules", names)  # a list may be given
-
-    def _check(self, ok: bool, name: str, expected: str) -> None:
-        if not ok:
-            found = getattr(self, name)
-            raise ValueError(f"VoraConfig: {name}: expected {expected}, found {found!r}")
+        sizes = ("n_blocks", "rank", "image_size", "patch", "embed_dim")
+        table = {
+            **dict.fromkeys(sizes, within(1, expected="an int, at least 1")),
+            "scale": {"expected": "a finite number"},
+            "target_modules": _names,
+            "bidirectional": {"expected": "a bool"},
+            "distill_weight": within(0, expected="a number, at least 0"),
+            "placeholder": {"expected": "an int"},
+        }
+        check_fields(self, table)
+        expected = f"a multiple of the patch {self.patch}"
+        fits = self.image_size % self.patch == 0
+        require(fits, "VoraConfig", "image_size", expected, self.image_size)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _names(where: str, name: str, given: Any) -> tuple[str, ...]:
+    names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+    ok = bool(names) and all(isinstance(each, str) and each for each in names)
+    require(ok, where, name, "at least one name of linear layers", repr(given))
+    return names  # a list may be given

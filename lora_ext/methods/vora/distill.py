@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
+
 from .embed import RMSNorm, resample_grid
 
 Grid = tuple[int, int]
@@ -35,8 +37,7 @@ class DistillHeads(nn.ModuleList):
     def __init__(self, n_blocks: int, hidden_size: int, teacher_width: int, eps: float = 1e-5):
         sizes = {"n_blocks": n_blocks, "hidden_size": hidden_size, "teacher_width": teacher_width}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"DistillHeads: {name}: expected at least 1, found {size}")
+            require(size >= 1, "DistillHeads", name, "at least 1", size)
         super().__init__(
             nn.Sequential(
                 RMSNorm(hidden_size, eps), nn.Linear(hidden_size, teacher_width, bias=False)
@@ -83,10 +84,8 @@ def block_distill_loss(
     blocks = max(1, len(hiddens)) if heads is None else len(heads)
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)
     tokens = [len(hidden) for hidden in hiddens]
-    if len(set(tokens)) != 1:
-        raise ValueError(
-            f"block_distill_loss: hiddens: expected as many tokens in every block, found {tokens}"
-        )
+    expected = "as many tokens in every block"
+    require(len(set(tokens)) == 1, "block_distill_loss", "hiddens", expected, tokens)
     predictions = list(hiddens) if heads is None else heads(hiddens)
     predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
     if teachers is None and tokens[0] == 0:
@@ -149,7 +148,4 @@ def _aligned(
 
 
 def _check_count(where: str, name: str, tensors: Sequence[Tensor], blocks: int) -> None:
-    if len(tensors) != blocks:
-        raise ValueError(
-            f"{where}: {name}: expected one for each of {blocks} blocks, found {len(tensors)}"
-        )
+    require(len(tensors) == blocks, where, name, f"one for each of {blocks} blocks", len(tensors))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
+
 PosMode = Literal["interp", "released"]
 POS_MODES: tuple[PosMode, ...] = ("interp", "released")
 
@@ -84,17 +86,11 @@ class VisionPatchEmbed(nn.Module):
         super().__init__()
         sizes = {"hidden_size": hidden_size, "embed_dim": embed_dim, "patch": patch}
         for name, size in (*sizes.items(), ("image_size", image_size)):
-            if size < 1:
-                raise ValueError(f"VisionPatchEmbed: {name}: expected at least 1, found {size}")
-        if image_size % patch:
-            raise ValueError(
-                f"VisionPatchEmbed: image_size: expected a multiple of the patch {patch}, found "
-                f"{image_size}"
-            )
-        if pos_mode not in POS_MODES:
-            raise ValueError(
-                f"VisionPatchEmbed: pos_mode: expected one of {POS_MODES}, found {pos_mode!r}"
-            )
+            require(size >= 1, "VisionPatchEmbed", name, "at least 1", size)
+        expected = f"a multiple of the patch {patch}"
+        require(not image_size % patch, "VisionPatchEmbed", "image_size", expected, image_size)
+        expected = f"one of {POS_MODES}"
+        require(pos_mode in POS_MODES, "VisionPatchEmbed", "pos_mode", expected, repr(pos_mode))
         self.patch, self.side, self.pos_mode = patch, image_size // patch, pos_mode
         self.patchifier = nn.ModuleDict(
             {"proj": nn.Conv2d(3, embed_dim, patch, patch), "norm": RMSNorm(embed_dim, eps)}

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapter import Factors, LoraAdapter
-from lora_ext.adapter.config import AdapterConfig, alpha_of
-from lora_ext.adapter.peft_keys import base_name, parse_key
-from lora_ext.nn import UnmergeableRouteError, VoraLinear, block_index
+from lora_ext._checks import require
+from lora_ext.adapter import AdapterConfig, Factors, LoraAdapter, alpha_of, base_name, parse_key
+from lora_ext.layers import block_index
 
 from .config import VoraConfig
-from .layers import KEY, Applied, applied, apply, language_model, remove
+from .layers import UnmergeableRouteError, VoraLinear
+from .placement import KEY, Applied, applied, apply, language_model, remove
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -127,10 +127,8 @@ def load_state_dict(
         else:
             unexpected.append(key)
     for name, (owner, _) in biases.items():
-        if owner.scale == 0:
-            raise ValueError(
-                f"vora.load_state_dict: {name}: expected no bias where the scale is 0, found one"
-            )
+        expected = "no bias where the scale is 0"
+        require(owner.scale != 0, "vora.load_state_dict", name, expected, "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     if strict and missing:
         raise ValueError(

@@ -1,233 +1,323 @@
-"""The layers of a model that see: put in, folded into its weights, taken out."""
+"""VoraLinear: a linear layer whose adapter makes a language model see."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_ext.nn import Swap, VoraLinear, decoder_layers
-from lora_ext.nn.adapted import is_adapted
-from lora_ext.nn.lora_config import matches_suffix
-from lora_ext.nn.pool_layer import PoolLayer
+from lora_ext._checks import choice, integer
+from lora_ext._torch import compiles
+from lora_ext.layers import LoraLayer, LoraLinear, linear_size
+from lora_ext.rows import (
+    Assignment,
+    Names,
+    Rows,
+    constant,
+    context,
+    everywhere,
+    group,
+    layer_names,
+    rows_of,
+)
 
-from .config import VoraConfig
+from .modalities import modality, traced_vision_rows, vision_block, vision_rows
 
-Model = TypeVar("Model", bound=nn.Module)
+#: Which tokens the adapter serves.
+Route = Literal["all", "vision"]
+ROUTES: tuple[Route, ...] = get_args(Route)
 
-KEY = "_lora_ext_vora"
-_HALVES = (torch.float16, torch.bfloat16)
+
+class UnmergeableRouteError(RuntimeError):
+    """An adapter that serves vision tokens alone is no change of a weight, which serves all."""
 
 
-@dataclass(eq=False)
-class Applied:
-    """Kept on the language model; a deep copy of the model has a copy."""
+class VoraLinear(LoraLinear):
+    """``y = base(x) + scale * m * (x A^T) B^T``, the layer of Vision as LoRA.
 
-    config: VoraConfig
-    swap: Swap
-    requires_grad: dict[str, bool]  # of the model's own parameters, as it was
-    merged: bool = False
+    A :class:`LoraLinear` whose own adapter serves all tokens (route "all", m = 1), or those alone
+    that a :func:`modality` block calls vision tokens (route "vision"). Outside such a block a layer
+    of route "vision" takes all tokens for text: it is the base layer, bit for bit.
+
+    Everything of :class:`LoraLinear` works here. Text may have adapters too: with route "vision", a
+    second adapter that is active as well serves the tokens that are not vision; an
+    :func:`lora_ext.adapters` block names adapters for them, sequence by sequence. Image, text and
+    base rows of a batch then share one launch.
+
+    Args:
+        base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised layer with
+            ``in_features`` and ``out_features``. It stays the very object, and so does its bias: a
+            layer without one gets none.
+        rank: of the adapter: A is ``(rank, I)``, Kaiming-uniform, and B ``(O, rank)``, zero.
+        route: "all" or "vision".
+        scale: of the update; LoRA's alpha is ``rank * scale``.
+        adapter_name: without dots.
+        adapter_dtype: default is that of the base weight, float32 where that is quantised.
+        generator: of the initial values.
+
+    Raises:
+        ValueError: a rank below 1, another route. TypeError: a layer of another kind.
+
+    Sources: "Vision as LoRA" (arXiv 2503.20680), route "all"; InternLM-XComposer2's Partial LoRA,
+    route "vision". The authors' layer gives layers without a bias a random one, which this does
+    not.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        route: Route = "all",
+        scale: float = 1.0,
+        adapter_name: str = "default",
+        **options: Any,
+    ):
+        _check(base_layer, rank, route)
+        super().__init__(base_layer, adapter_name, rank, lora_alpha=rank * scale, **options)
+        self.scaling[adapter_name] = float(scale)  # rank * scale / rank is that up to rounding
+        self.adapter_name = adapter_name
+        self.route: Route = route
+        self._lent_bias = False  # to the base layer, while the adapter's bias is merged
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        route: Route = "all",
+        scale: float = 1.0,
+        adapter_name: str = "default",
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VoraLinear:
+        """The layer around a linear layer; arguments and errors are the class's."""
+        options = {"adapter_dtype": adapter_dtype, "generator": generator}
+        return cls(linear, rank, route, scale, adapter_name, **options)
 
     @property
-    def layers(self) -> dict[str, VoraLinear]:
-        """By name in the language model, in its order."""
-        placed: Any = self.swap.placed
-        return placed
+    def A(self) -> Tensor:
+        """``(rank, I)``."""
+        return self._raw_factors(self.adapter_name)[0]
 
+    @property
+    def B(self) -> Tensor:
+        """``(O, rank)``."""
+        return self._raw_factors(self.adapter_name)[1]
 
-def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = True) -> Model:
-    """Let the first blocks of a language model see, and freeze all else.
+    @property
+    def scale(self) -> float:
+        """Of the update."""
+        return self.scaling[self.adapter_name]
 
-    Works in place: each target in the first ``n_blocks`` blocks becomes a :class:`VoraLinear`
-    around the very module. At first the model is what it was, bit for bit; the factors of these
-    layers are all that is trained.
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        adapter_ids: Tensor | Names = None,
+    ) -> Tensor:
+        """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
 
-    Args:
-        model: a causal LM of transformers, without adapters.
-        config: which layers, their rank and route.
-        autocast_adapter_dtype: beside a base weight of 16 bits, hold the factors in float32. False
-            takes the dtype of the base weight, which is faster.
+        Args:
+            x: floating.
+            token_mask: ``x.shape[:-1]``, which tokens are vision tokens, in the place of the
+                surrounding :func:`modality` block's mask; as there. Route "all" ignores it.
+            adapter_ids: an adapter for each row, as :class:`LoraLinear` takes them, in the place of
+                all of that.
 
-    Returns:
-        ``model``; :func:`remove` undoes it, :func:`merge` makes it one model.
-
-    Raises:
-        ValueError: the model has fewer blocks than ``n_blocks``, or none of ``target_modules`` in
-            them. TypeError: a target that is no linear layer. RuntimeError: applied already, or
-            the model has adapters of another kind. The model is then as it was.
-
-    Source: arXiv 2503.20680.
-    """
-    if not isinstance(config, VoraConfig):
-        found = type(config).__name__
-        raise TypeError(f"vora.apply: config: expected a VoraConfig, found {found}")
-    state: Applied | None = model.__dict__.get(KEY)
-    if state is not None and not state.merged:
-        raise RuntimeError(
-            "vora.apply: model: expected one without VoRA's layers, found them; call vora.remove "
-            "first"
-        )
-    targets = _targets(model, config)
-    layers: dict[str, nn.Module] = {}
-    for name, module in targets.items():
-        dtype = getattr(getattr(module, "weight", None), "dtype", None)
-        wide = torch.float32 if autocast_adapter_dtype and dtype in _HALVES else None
-        try:
-            layers[name] = VoraLinear.from_linear(
-                module, config.rank, config.route, config.scale, adapter_dtype=wide
-            )
-        except TypeError as error:
-            raise TypeError(f"vora.apply: target_modules: {name}: {error}") from error
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    model.__dict__[KEY] = Applied(config, Swap(model, layers, "vora.apply"), flags)
-    return model
-
-
-def remove(model: Model) -> Model:
-    """Undo :func:`apply`: every module is the very object that it was, and trains if it did.
-
-    Args:
-        model: what was given to :func:`apply`, or the :class:`VoraForCausalLM` around it.
-
-    Raises:
-        RuntimeError: nothing was applied, it was merged (:func:`merge`), layers of it are merged
-            by hand, or a layer was replaced since. The model is then as it was.
-    """
-    language = language_model(model)
-    state = applied("remove", model)
-    for name, layer in state.layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.remove: {name}: expected an adapter apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it; unmerge it first"
-            )
-    state.swap.restore(language, "vora.remove")
-    _restore_flags(language, state)
-    del language.__dict__[KEY]
-    return model
-
-
-def merge(model: Model, force: bool = False) -> Model:
-    """Fold the adapters into the weights of the language model: ``W + scale B A``, rounded once.
-
-    No :class:`VoraLinear` is left, every parameter is trained that was before :func:`apply`, and
-    there is no way back. What reads images stays: embedding and mask are the model's eyes still.
-
-    Args:
-        model: as for :func:`remove`.
-        force: merge route "vision" too, which changes what text tokens compute.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        UnmergeableRouteError: route "vision" without ``force``. RuntimeError: nothing was applied,
-            it is merged already, or layers of it are merged by hand. NotImplementedError: a
-            quantised base weight. ValueError: a weight that is computed from others, or that
-            other modules have too. The model is then as it was.
-
-    Source: arXiv 2503.20680.
-    """
-    language = language_model(model)
-    state = applied("merge", model)
-    layers = state.layers
-    for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.merge: {name}: expected an adapter apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it already"
-            )
-        try:
-            layer.check_merge(force)
-            layer.base_weight.check_writable("merge")
-        except (RuntimeError, ValueError) as error:
-            raise type(error)(f"vora.merge: {name}: {error}") from error
-    state.swap.check(language, "vora.merge")
-    _check_shared(language, layers)
-    for layer in layers.values():
-        layer.merge(force, keep_copy=False)
-    state.swap.restore(language, "vora.merge")
-    _restore_flags(language, state)
-    for layer in layers.values():
-        base: Any = layer.base_layer
-        if layer.has_extra_bias:  # it may be a new parameter of the model
-            base.bias.requires_grad_(base.weight.requires_grad)
-    # What is gone is not kept alive; that it was merged is remembered.
-    language.__dict__[KEY] = Applied(state.config, Swap(language, {}, "vora.apply"), {}, True)
-    return model
-
-
-def language_model(model: Any) -> Any:
-    """The language model inside a :class:`VoraForCausalLM`, and any other model as it is."""
-    return model.model if getattr(model, "is_vora_wrapper", False) else model
-
-
-def applied(where: str, model: nn.Module) -> Applied:
-    """What :func:`apply` left on a model.
-
-    Raises:
-        RuntimeError: nothing, or it was merged since. ``where`` is the function that asks.
-    """
-    state: Applied | None = language_model(model).__dict__.get(KEY)
-    if state is None:
-        raise RuntimeError(
-            f"vora.{where}: model: expected one with VoRA's layers, found none; call vora.apply "
-            "first"
-        )
-    if state.merged:
-        raise RuntimeError(
-            f"vora.{where}: model: expected one with VoRA's layers, found that vora.merge has "
-            "folded them into its weights"
-        )
-    return state
-
-
-def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
-    """The modules to adapt, by name."""
-    for name, module in model.named_modules():
-        if is_adapted(module) or isinstance(module, PoolLayer):
-            raise RuntimeError(
-                f"vora.apply: model: expected one without adapters, found {type(module).__name__} "
-                f"at {name!r}"
-            )
-    blocks = decoder_layers(model)
-    if config.n_blocks > len(blocks):
-        raise ValueError(
-            f"vora.apply: n_blocks: expected at most the model's {len(blocks)} blocks, found "
-            f"{config.n_blocks}"
-        )
-    names = {module: name for name, module in model.named_modules()}
-    targets: dict[str, nn.Module] = {}
-    for block in blocks[: config.n_blocks]:
-        for inner, module in block.named_modules():
-            if inner and matches_suffix(inner, config.target_modules):
-                targets[names[module]] = module
-    if not targets:
-        raise ValueError(
-            f"vora.apply: target_modules: expected modules in the first {config.n_blocks} blocks "
-            f"of {type(model).__name__} to match {config.target_modules}, found none"
-        )
-    return targets
-
-
-def _check_shared(language: nn.Module, layers: dict[str, VoraLinear]) -> None:
-    """Refuse a weight that other modules have too: they would compute with its update as well."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in language.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    for name, layer in layers.items():
-        found = holders[id(layer.base_layer.weight)]
-        if len(found) > 1:
+        Raises:
+            ValueError: a mask that is none or does not fit, or one beside ``adapter_ids``; ids or
+                names that do not fit.
+        """
+        if token_mask is None or self.route == "all":
+            return super().forward(x, adapter_ids)
+        if adapter_ids is not None:
             raise ValueError(
-                f"vora.merge: {name}: expected a weight of its own, found that it is all of {found}"
+                "VoraLinear: token_mask: expected None beside adapter_ids, which say the adapter "
+                "of every row, found a mask"
+            )
+        with modality(token_mask):
+            return super().forward(x)
+
+    # ---------------------------------------------------------------------------------------------
+    # Merging
+
+    def merge(  # pyright: ignore[reportIncompatibleMethodOverride]  (force comes first here)
+        self,
+        force: bool = False,
+        *,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        keep_copy: bool = True,
+    ) -> nn.Module:
+        """Fold the adapter into the base layer's weight: ``round(W + scale B A)``, rounded once.
+
+        Args:
+            force: merge route "vision" too, which changes what text tokens compute.
+            safe_merge, keep_copy: as :meth:`LoraLinear.merge` has them; the weight as it was is
+                kept, so that :meth:`unmerge` brings every bit back.
+            adapter_names: default is the layer's own adapter.
+
+        Returns:
+            ``base_layer``. An extra bias goes there too, where it has none as well.
+
+        Raises:
+            UnmergeableRouteError: route "vision" without ``force``. RuntimeError: the adapter is
+                merged already. NotImplementedError: a quantised base weight. ValueError: as
+                :meth:`LoraLinear.merge`. The layer is then as it was.
+        """
+        names = [self.adapter_name] if adapter_names is None else list(adapter_names)
+        self.check_merge(force, names)
+        base: Any = self.base_layer
+        lends = base.bias is None and any(self.lora_bias[name] for name in names)
+        if lends:
+            weight = base.weight
+            zeros = torch.zeros(self.out_features, dtype=weight.dtype, device=weight.device)
+            base.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+        try:
+            super().merge(safe_merge, names, keep_copy=keep_copy)
+        except BaseException:
+            if lends:
+                base.bias = None
+            raise
+        self._lent_bias = self._lent_bias or lends
+        return self.base_layer
+
+    def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Refuse what :meth:`merge` refuses, before anything is changed."""
+        names = [self.adapter_name] if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        if self.route == "vision" and not force:
+            raise UnmergeableRouteError(
+                "merge: route: expected 'all', found 'vision': one weight cannot serve vision "
+                "tokens with the adapter and text tokens without; force=True merges it for all "
+                "tokens, which changes what text computes"
+            )
+        if self.adapter_name in self.merged_adapters and self.adapter_name in names:
+            raise RuntimeError(
+                f"merge: expected an adapter apart from the base weight, found "
+                f"{self.adapter_name!r} merged already"
+            )
+        if is_quantised(self.base_layer):
+            raise NotImplementedError(
+                "merge: base_layer: expected a weight of floating numbers to add to, found the "
+                f"quantised one of {type(self.base_layer).__name__}"
             )
 
+    def unmerge(self) -> None:
+        """Take the adapter out of the base weight, every bit of which comes back."""
+        super().unmerge()
+        if self._lent_bias:
+            base: Any = self.base_layer
+            base.bias = None
+            self._lent_bias = False
 
-def _restore_flags(language: nn.Module, state: Applied) -> None:
-    for name, parameter in language.named_parameters():
-        if name in state.requires_grad:
-            parameter.requires_grad_(state.requires_grad[name])
+    def set_extra_bias(self, bias: Tensor | None) -> None:
+        """Give the adapter a bias ``(O,)`` that is added as it is, or take it away.
+
+        Checkpoints of the authors' have one on layers whose base has none.
+        """
+        name = self.adapter_name
+        value = None
+        if bias is not None:
+            _, b, _ = self._raw_factors(name)
+            unscaled = bias.to(b) / self.scale  # the layer scales what an adapter adds
+            value = nn.Parameter(unscaled, requires_grad=b.requires_grad)
+        lora_b: Any = self.lora_B[name]
+        lora_b.bias = value
+        self.lora_bias[name] = bias is not None
+
+    @property
+    def has_extra_bias(self) -> bool:
+        """Whether :meth:`set_extra_bias` gave one."""
+        return self.lora_bias[self.adapter_name]
+
+    @property
+    def extra_bias(self) -> Tensor | None:
+        """What :meth:`set_extra_bias` was given."""
+        bias = self._raw_factors(self.adapter_name)[2]
+        return None if bias is None else bias.detach() * self.scale
+
+    # ---------------------------------------------------------------------------------------------
+    # Who takes part
+
+    def _rows(
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
+    ) -> Rows | None:
+        named = super()._rows(leading, device, adapter_ids)
+        if self.route == "all" or self.merged or adapter_ids is not None:
+            return named
+        own = self.adapter_names.index(self.adapter_name)
+        sees = self.adapter_name in self._active and self._is_on(self.adapter_name)
+        block = None
+        if compiles():
+            vision = traced_vision_rows(leading, device) if sees else None
+        else:
+            block = vision_block() if sees else None
+            vision = None if block is None else vision_rows(block, leading, device)
+        text = self._default_position() if named is None else None
+        if text == -1:
+            if vision is None:
+                return everywhere(-1, leading.numel(), device)
+            return vision._replace(used=vision.used and (own,))
+        if text is not None:
+            named = everywhere(text, leading.numel(), device)
+        assert named is not None
+        if vision is None:
+            return named
+        if block is None:
+            return _overlaid(vision, named, own, len(self.r))
+        # Made once for all layers, for each block of names around.
+        names = context.current(layer_names.handle)
+        key = (self.adapter_names, own, named.used, leading, names and names.assignment)
+        kept = block.assignment.kept
+        return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
+
+    def _default_position(self) -> int:
+        """Of the adapter that serves rows which nobody names: with route "vision", text rows."""
+        if self.route == "all":
+            return super()._default_position()
+        active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
+        if len(active) > 1:
+            raise NotImplementedError(
+                "VoraLinear: set_adapter: expected one active adapter for text, beside the layer's "
+                f"own, found {active}"
+            )
+        return self.adapter_names.index(active[0]) if active else -1
+
+    def extra_repr(self) -> str:
+        """Adapters with their ranks, and the route."""
+        return f"{super().extra_repr()}, route={self.route}"
+
+
+def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
+    """The adapter at position ``own`` on vision rows, and on all others what ``text`` says."""
+    table = constant([*text.used, -1], torch.int32, text.ids.device)
+    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # -1 reads the last
+    traced = compiles()
+    return rows_of(ids, num_adapters) if traced else group(ids, num_adapters)
+
+
+def is_quantised(base_layer: nn.Module) -> bool:
+    """Whether a linear layer has no plain weight of floating numbers to which one could add."""
+    weight = getattr(base_layer, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
+        return True
+    return not weight.is_floating_point() or weight.element_size() < 2
+
+
+def _check(base_layer: nn.Module, rank: int, route: str) -> None:
+    sizes = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
+    linear = isinstance(base_layer, nn.Module) and (
+        linear_size(base_layer) is not None
+        or (all(isinstance(size, int) for size in sizes) and is_quantised(base_layer))
+    )
+    if not linear or isinstance(base_layer, LoraLayer):
+        raise TypeError(
+            "VoraLinear: base_layer: expected nn.Linear, Conv1D or a quantised linear layer, found "
+            f"{type(base_layer).__name__}"
+        )
+    integer("VoraLinear", "rank", rank, 1, expected="an int, at least 1")
+    choice("VoraLinear", "route", route, ROUTES)

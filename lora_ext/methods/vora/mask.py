@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .splice import as_bool
 
 
@@ -54,10 +56,8 @@ def build_vision_mask(
             f"build_vision_mask: dtype: expected a floating one or None, found {dtype}"
         )
     length = attention_mask.shape[1]
-    if not 0 <= past_length <= length:
-        raise ValueError(
-            f"build_vision_mask: past_length: expected 0 to {length}, found {past_length}"
-        )
+    expected = f"0 to {length}"
+    require(0 <= past_length <= length, "build_vision_mask", "past_length", expected, past_length)
     if window is not None and window < 1:
         raise ValueError(f"build_vision_mask: window: expected at least 1 or None, found {window}")
     valid = as_bool("build_vision_mask", "attention_mask", attention_mask)

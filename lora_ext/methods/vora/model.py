@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.nn import IGNORE, decoder_layers, shift_labels
-from lora_ext.nn.modalities import modality
+from lora_ext.layers import IGNORE, decoder_layers, shift_labels
 
 from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
 from .embed import VisionPatchEmbed
-from .layers import KEY, Applied, apply
 from .mask import build_vision_mask
+from .modalities import modality
+from .placement import KEY, Applied, apply
 from .splice import Side, Spliced, splice_images
 from .states import block_states, prefill
 
@@ -262,6 +262,7 @@ class VoraForCausalLM(nn.Module):
                 f"mask for each pair of tokens, found {implementation!r} (bidirectional=False does "
                 "without)"
             )
+        self._check_attention()
         text = self.config.get_text_config()
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
         windows = {"full_attention": None, "sliding_attention": sliding}
@@ -282,6 +283,33 @@ class VoraForCausalLM(nn.Module):
         if kinds is None or "sliding_attention" not in kinds:
             return mask(sliding if kinds is None else None)
         return {kind: mask(window) for kind, window in windows.items()}
+
+    def _check_attention(self) -> None:
+        """Refuse attention that a mask for each pair of tokens says nothing to."""
+        text, found = self.config.get_text_config(), None
+        own = [
+            name for name, buffer in self.model.named_buffers() if _hides_by_itself(name, buffer)
+        ]
+        if own:
+            found = f"hides the tokens to come by itself ({own[0]})"
+        elif getattr(text, "alibi", text.model_type == "bloom"):
+            found = "makes its ALiBi of a mask for each token"
+        if found is not None:
+            raise ValueError(
+                "VoraForCausalLM: model: expected attention that takes a mask for each pair of "
+                f"tokens, found {type(self.model).__name__}, which {found} (bidirectional=False "
+                "does without)"
+            )
+
+
+def _hides_by_itself(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer is the triangle that an attention of GPT-Neo's kind is masked with."""
+    return (
+        name.endswith(".bias")
+        and buffer.dim() == 4
+        and buffer.shape[:2] == (1, 1)
+        and buffer.shape[2] == buffer.shape[3]
+    )
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_ext._checks import flag, integer, number, require
+
 from .resolution import MAX_PIXELS, MIN_PIXELS, smart_resize
 
 EXTRA = "run `pip install lora_ext[vision]`"
@@ -102,27 +104,20 @@ class VoraImageProcessor(BaseImageProcessor):
             "image_mean": image_mean,
             "image_std": image_std,
         }
+        where, size = "VoraImageProcessor", "an int, at least 1"
+        integer(where, "patch", patch, 1, expected=size)
+        integer(where, "max_pixels", max_pixels, 1, expected=size)
+        expected = f"1 to max_pixels = {max_pixels}"
+        integer(where, "min_pixels", min_pixels, 1, max_pixels, expected=expected)
+        number(where, "rescale_factor", rescale_factor)
         for ok, name, expected in (
-            (_is_int(patch) and patch >= 1, "patch", "an int, at least 1"),
-            (_is_int(max_pixels) and max_pixels >= 1, "max_pixels", "an int, at least 1"),
-            (
-                _is_int(min_pixels) and 0 < min_pixels <= max_pixels,
-                "min_pixels",
-                f"1 to max_pixels = {max_pixels}",
-            ),
-            (_is_int(resample) and resample in FILTERS, "resample", f"one of {FILTERS}"),
-            (_are_numbers([rescale_factor], 1), "rescale_factor", "a finite number"),
+            (type(resample) is not bool and resample in FILTERS, "resample", f"one of {FILTERS}"),
             (_are_numbers(image_mean, 3), "image_mean", "a number for each of 3 channels"),
             (_are_numbers(image_std, 3) and all(image_std), "image_std", "3 numbers, none 0"),
-            *(
-                (isinstance(given[name], bool), name, "a bool")
-                for name in ("do_resize", "do_rescale", "do_normalize")
-            ),
         ):
-            if not ok:
-                raise ValueError(
-                    f"VoraImageProcessor: {name}: expected {expected}, found {given[name]!r}"
-                )
+            require(ok, where, name, expected, repr(given[name]))
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            flag(where, name, given[name], expected="a bool")
         self.patch, self.do_resize = patch, do_resize
         self.min_pixels, self.max_pixels, self.resample = min_pixels, max_pixels, int(resample)
         self.do_rescale, self.rescale_factor = do_rescale, rescale_factor
@@ -161,8 +156,7 @@ class VoraImageProcessor(BaseImageProcessor):
                 for. TypeError: something else than an image, images of bools, an unknown setting.
             ModuleNotFoundError: a path, without Pillow.
         """
-        if args:
-            raise TypeError(f"VoraImageProcessor: images: expected alone, found {len(args)} more")
+        require(not args, "VoraImageProcessor", "images", "alone", f"{len(args)} more", TypeError)
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
@@ -225,10 +219,6 @@ class VoraImageProcessor(BaseImageProcessor):
             )
             pixels = (pixels - mean) / std
         return pixels
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _are_numbers(values: Any, count: int) -> bool:

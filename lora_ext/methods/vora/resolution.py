@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lora_ext._checks import require
+
 MIN_PIXELS, MAX_PIXELS = 3136, 784000  # 56 x 56; 4000 patches of 14 x 14
 MAX_RATIO = 200
 
@@ -35,16 +37,11 @@ def smart_resize(
 
     Source: repository Hon-Wong/VoRA, as in Qwen2-VL.
     """
-    if factor < 1:
-        raise ValueError(f"smart_resize: factor: expected at least 1, found {factor}")
-    if not 0 < min_pixels <= max_pixels:
-        raise ValueError(
-            "smart_resize: min_pixels: expected above 0 and at most max_pixels = "
-            f"{max_pixels}, found {min_pixels}"
-        )
+    require(factor >= 1, "smart_resize", "factor", "at least 1", factor)
+    expected = f"above 0 and at most max_pixels = {max_pixels}"
+    require(0 < min_pixels <= max_pixels, "smart_resize", "min_pixels", expected, min_pixels)
     for name, side in (("height", height), ("width", width)):
-        if side < factor:
-            raise ValueError(f"smart_resize: {name}: expected at least {factor}, found {side}")
+        require(side >= factor, "smart_resize", name, f"at least {factor}", side)
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(
             f"smart_resize: height, width: expected a ratio of at most {MAX_RATIO}, found "
@@ -58,9 +55,6 @@ def smart_resize(
     elif math.prod(resized) < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         resized = [math.ceil(side * beta / factor) * factor for side in sides]
-    if not all(resized):
-        raise ValueError(
-            f"smart_resize: max_pixels: expected enough for patches of side {factor} in an image "
-            f"of {height} x {width}, found {max_pixels}"
-        )
+    expected = f"enough for patches of side {factor} in an image of {height} x {width}"
+    require(all(resized), "smart_resize", "max_pixels", expected, max_pixels)
     return resized[0], resized[1]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext.nn.labels import IGNORE
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE
 
 PLACEHOLDER = -200
 TEXT = -1  # in image_ids
@@ -60,10 +61,8 @@ def splice_images(
             both; another number of samples; tokens of another width; shapes that disagree; another
             ``padding_side``. TypeError: ids that are no integers.
     """
-    if padding_side not in SIDES:
-        raise ValueError(
-            f"splice_images: padding_side: expected one of {SIDES}, found {padding_side!r}"
-        )
+    expected = f"one of {SIDES}"
+    require(padding_side in SIDES, "splice_images", "padding_side", expected, repr(padding_side))
     if input_ids.dim() != 2 or not len(input_ids):
         raise ValueError(
             "splice_images: input_ids: expected shape (B, S), B at least 1, found "

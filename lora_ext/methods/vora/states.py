@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.modalities import modality
-
 from .config import Pairing
+from .modalities import modality
 
 
 @contextlib.contextmanager

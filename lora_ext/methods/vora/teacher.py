@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn import decoder_layers
+from lora_ext._checks import require
+from lora_ext.layers import decoder_layers
 
 from .config import PAIRINGS, Pairing
 from .states import block_states
@@ -48,19 +49,15 @@ def teacher_states(
         ValueError: a teacher of fewer blocks, in training mode, or that drops patches; images whose
             sides are no multiples of its patches; another pairing.
     """
-    if pairing not in PAIRINGS:
-        raise ValueError(f"teacher_states: pairing: expected one of {PAIRINGS}, found {pairing!r}")
+    require(pairing in PAIRINGS, "teacher_states", "pairing", f"one of {PAIRINGS}", repr(pairing))
     if teacher.training:
         raise ValueError(
             "teacher_states: teacher: expected one in evaluation mode, found it in training mode; "
             "call teacher.eval()"
         )
     blocks = list(decoder_layers(teacher))
-    if len(blocks) < n_blocks:
-        raise ValueError(
-            f"teacher_states: teacher: expected at least n_blocks = {n_blocks} blocks, found "
-            f"{len(blocks)}"
-        )
+    expected = f"at least n_blocks = {n_blocks} blocks"
+    require(len(blocks) >= n_blocks, "teacher_states", "teacher", expected, len(blocks))
     flat: list[Tensor] = []
     for one in images:
         flat += [one] if isinstance(one, Tensor) else one

@@ -1,0 +1,292 @@
+"""Checks of arguments, in one dialect: ``<where>: <argument>: expected ..., found ...``.
+
+A value of the right kind that is out of range is a ValueError; one of another kind a
+:class:`WrongKind`, which is a TypeError and a ValueError. Scalars of numpy and torch, which have
+no dimension, count as Python's numbers and flags, and come back as those; a bool is no number,
+NaN is in no range, and an array or a tensor with a dimension is no scalar, be it of one element.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+#: What a message says is expected; of a pair, the first of a value of another kind.
+Words = str | tuple[str, ...]
+
+#: What every op that computes takes, if not all in every place.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class WrongKind(TypeError, ValueError):
+    """An argument of another type than the one that is wanted."""
+
+
+def require(
+    holds: object,
+    where: str,
+    argument: str,
+    expected: object,
+    found: object,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise ``error`` unless ``holds``."""
+    if not holds:
+        raise error(f"{where}: {argument}: expected {expected}, found {found}")
+
+
+def instance(where: str, argument: str, value: object, kind: type | tuple[type, ...]) -> None:
+    """Refuse a value of another type, which the message names instead of showing the value."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        name = " or ".join(each.__name__ for each in kinds)
+        article = "an" if name[0] in "AEIOUaeiou" else "a"
+        require(False, where, argument, f"{article} {name}", type(value).__name__, WrongKind)
+
+
+def integer(
+    where: str,
+    argument: str,
+    value: Any,
+    minimum: int | None = None,
+    maximum: int | None = None,
+    *,
+    expected: Words | None = None,
+) -> int:
+    """The integer that ``value`` is, in ``[minimum, maximum]``; ``expected`` says it otherwise."""
+    whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
+    if (
+        whole is None
+        or (minimum is not None and whole < minimum)
+        or (maximum is not None and whole > maximum)
+    ):
+        words = expected or "an integer" + _bounds(minimum, maximum)
+        _refuse(where, argument, words, value, WrongKind if whole is None else ValueError)
+    return whole
+
+
+def number(
+    where: str,
+    argument: str,
+    value: Any,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    finite: bool = True,
+    expected: Words | None = None,
+) -> float:
+    """The number that ``value`` is, an int where it is one, within the bounds.
+
+    Args:
+        where, argument: what the message speaks of. value: what was given.
+        minimum, maximum: the least and the largest. above, below: bounds that are not reached.
+        finite: False lets infinity through; NaN never passes.
+        expected: says it in other words; of a pair, the first speaks of what is no number at all.
+    """
+    real = value if type(value) in (float, torch.SymFloat, torch.SymInt) else _real(_plain(value))
+    words = expected or _interval(minimum, maximum, above, below)
+    if real is None:
+        _refuse(where, argument, words, value, WrongKind)
+    # Compared as it is: an integer may be too large for a float.
+    if not (abs(real) <= sys.float_info.max if finite else real == real):
+        _refuse(where, argument, words if isinstance(words, str) else words[:1], value)
+    if (
+        (minimum is not None and real < minimum)
+        or (maximum is not None and real > maximum)
+        or (above is not None and real <= above)
+        or (below is not None and real >= below)
+    ):
+        _refuse(where, argument, words, value)
+    return real
+
+
+def choice(
+    where: str, argument: str, value: object, choices: Sequence[T], *, expected: str | None = None
+) -> T:
+    """The one of ``choices`` that ``value`` is."""
+    for each in choices:
+        if isinstance(value, type(each)) and value == each:
+            return each
+    _refuse(where, argument, expected or f"one of {tuple(choices)}", value)
+
+
+def flag(where: str, argument: str, value: object, *, expected: str = "True or False") -> bool:
+    """The truth that ``value`` is; anything else would count as one, and "no" as True."""
+    plain = _plain(value)
+    if type(plain) is not bool:
+        _refuse(where, argument, expected, value, WrongKind)
+    return plain
+
+
+def require_flags(where: str, **flags: object) -> None:
+    """Refuse those of ``flags`` that are none."""
+    for argument, found in flags.items():
+        flag(where, argument, found)
+
+
+# -------------------------------------------------------------------------------------------------
+# Frozen dataclasses
+
+#: A check of one field: of where, its name and its value; returns what the field keeps.
+Rule = Callable[[str, str, Any], Any]
+
+
+def within(
+    minimum: float | None = None, maximum: float | None = None, **more: Any
+) -> Mapping[str, Any]:
+    """Bounds of a field, the arguments of :func:`integer` and :func:`number` after its value."""
+    return {"minimum": minimum, "maximum": maximum, **more}
+
+
+def check_fields(
+    config: Any, table: Mapping[str, Rule | Mapping[str, Any]], where: str | None = None
+) -> None:
+    """Check the fields of a frozen dataclass, which keeps Python's own numbers and flags.
+
+    An annotation says the kind of a field: int, float, bool or a Literal, each also ``| None``.
+    What the table has for a field are its bounds (:func:`within`) or a rule that replaces this;
+    fields of other annotations have rules or are left alone.
+
+    Args:
+        config: the dataclass, in its ``__post_init__``.
+        table: bounds and rules, by fields.
+        where: what messages speak of; the name of the class.
+    """
+    where = where or type(config).__name__
+    kinds = _kinds(type(config))
+    for name in {**kinds, **table}:
+        value, entry = getattr(config, name), table.get(name, {})
+        if callable(entry):
+            kept = entry(where, name, value)
+        else:
+            rule, optional = kinds[name]
+            kept = None if value is None and optional else rule(where, name, value, **entry)
+        object.__setattr__(config, name, kept)
+
+
+@functools.cache
+def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
+    """The check of each field whose annotation says one, and whether it may be None."""
+    found: dict[str, tuple[Callable[..., Any], bool]] = {}
+    for name, hint in typing.get_type_hints(config).items():
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        parts = typing.get_args(hint) if union else (hint,)
+        rest = [part for part in parts if part is not types.NoneType]
+        if len(rest) == 1 and (rule := _rule(rest[0])) is not None:
+            found[name] = rule, len(rest) < len(parts)
+    return found
+
+
+def _rule(hint: Any) -> Callable[..., Any] | None:
+    if typing.get_origin(hint) is Literal:
+        return functools.partial(choice, choices=typing.get_args(hint))
+    return {int: integer, float: number, bool: flag}.get(hint)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def require_dim(op: str, argument: str, t: Tensor, letters: str) -> None:
+    """Refuse a tensor that has not as many dimensions as there are letters, as in ``(B, K)``."""
+    dims = len(letters.strip("(,)").split(","))
+    require(t.dim() == dims, op, argument, f"shape {letters}", list(t.shape))
+
+
+def require_shape(op: str, argument: str, t: Tensor, letters: str, shape: Sequence[int]) -> None:
+    """Refuse a tensor of another shape; ``letters`` are those of the sizes."""
+    holds = t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
+    require(holds, op, argument, f"shape {letters} = {list(shape)}", list(t.shape))
+
+
+def require_tensor(
+    op: str,
+    argument: str,
+    t: Tensor,
+    letters: str,
+    shape: Sequence[int] | None,
+    *dtypes: torch.dtype,
+) -> None:
+    """Refuse a tensor of another shape, or of as many dimensions where it is None, or dtype."""
+    if shape is None:
+        require_dim(op, argument, t, letters)
+    else:
+        require_shape(op, argument, t, letters, shape)
+    require_dtype(op, argument, t, *dtypes)
+
+
+def require_dtype(op: str, argument: str, t: Tensor, *dtypes: torch.dtype) -> None:
+    """Refuse a tensor whose dtype is none of these."""
+    require(t.dtype in dtypes, op, argument, " or ".join(map(str, dtypes)), t.dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# Kinds and words
+
+
+def _refuse(
+    where: str,
+    argument: str,
+    expected: Words,
+    found: object,
+    error: type[ValueError] = ValueError,
+) -> typing.NoReturn:
+    if not isinstance(expected, str):
+        expected = expected[0 if error is WrongKind else -1]
+    raise error(f"{where}: {argument}: expected {expected}, found {found!r:.200}")
+
+
+def _plain(value: Any) -> Any:
+    """The Python scalar that a scalar of numpy or torch holds; anything else as it is."""
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without values
+            return value
+    return value
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, bool) or hasattr(value, "dtype") or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
+
+
+def _real(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    whole = _whole(value)
+    return float(value) if whole is None else whole
+
+
+def _bounds(minimum: float | None, maximum: float | None) -> str:
+    if minimum is None:
+        return "" if maximum is None else f" up to {maximum}"
+    return f" from {minimum}" + ("" if maximum is None else f" to {maximum}")
+
+
+def _interval(
+    minimum: float | None, maximum: float | None, above: float | None, below: float | None
+) -> str:
+    low = above if minimum is None else minimum
+    high = below if maximum is None else maximum
+    if low is not None and high is not None:
+        opens, closes = "(" if minimum is None else "[", ")" if maximum is None else "]"
+        return f"a number in {opens}{low}, {high}{closes}"
+    if high is not None:
+        return f"a number below {high}" if maximum is None else f"a number up to {high}"
+    if low is None:
+        return "a finite number"
+    return f"a number above {low}" if minimum is None else f"a number from {low}"

@@ -1,0 +1,176 @@
+"""Flower's grid in this process: no server, no socket, no thread."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from lora_ext._checks import require
+from lora_ext.federated import BatchedClients
+
+from .batched_app import BatchedApp, of_clients
+from .tasks import failed
+
+RUN, SERVER = 1, 1  # the node id of Flower's own server is 1, too
+
+
+class LocalGrid(Grid):
+    """Runs the clients of a federation here, when the strategy sends them messages.
+
+    ``strategy.start(grid=LocalGrid(app, 10), ...)`` is the whole simulation. Clients run one after
+    another in the order of the messages, or all in one batch where the app can do that; replies
+    come in that order. An exception becomes an error reply, as Flower has it. The clock is looked
+    at between clients: after the timeout nobody else starts, and a reply that took longer is lost.
+
+    Node i is partition i, has a ``Context`` of its own that it keeps, and gets its own copies of
+    the records.
+
+    Args:
+        client_app: a ``ClientApp``, or ``BatchedClients``, whose clients are the nodes in their
+            order and train by their own ``ClientSpec``.
+        num_nodes: from 1; as many as there are clients.
+        run_config: of every node's context.
+        clock: seconds, for the timeout.
+
+    Raises:
+        ValueError: a number of nodes that does not fit. TypeError: another kind of app.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp | BatchedClients,
+        num_nodes: int,
+        *,
+        run_config: dict[str, bool | float | int | str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        where = "LocalGrid"
+        if isinstance(client_app, BatchedClients):
+            found = len(client_app.clients)
+            require(num_nodes == found, where, "num_nodes", f"{found}, as clients", num_nodes)
+            client_app = of_clients(client_app)
+        if not callable(client_app):
+            kind = type(client_app).__name__
+            raise TypeError(f"{where}: client_app: expected a ClientApp, found {kind}")
+        require(num_nodes > 0, where, "num_nodes", "from 1", num_nodes)
+        self._app = client_app
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._pushed: dict[str, Message] = {}
+        _identify()
+        self._run = Run.create_empty(RUN)
+        self.contexts = {
+            node: Context(
+                run_id=RUN,
+                node_id=node,
+                node_config={"partition-id": node, "num-partitions": num_nodes},
+                state=RecordDict(),
+                run_config=dict(run_config or {}),
+            )
+            for node in range(num_nodes)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Set the run, which nothing here looks at."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to a node; Flower's ``Message`` does the same."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes, 0 to ``num_nodes - 1``."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep messages until their replies are pulled."""
+        ids: list[str] = []
+        for message in messages:
+            ids.append(f"local-{next(self._numbers)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]  # as Flower's own grids do
+            self._pushed[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the clients that were sent these messages, and return their replies."""
+        found = [self._pushed.pop(each) for each in message_ids if each in self._pushed]
+        return self._answers(found, None)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run the clients that are sent messages, and return their replies in that order."""
+        pushed = self.push_messages(messages)
+        return self._answers([self._pushed.pop(each) for each in pushed], timeout)
+
+    def _answers(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        end = None if timeout is None else self._clock() + timeout
+        replies: list[Message] = []
+        for group in self._groups(messages):
+            if end is not None and self._clock() >= end:
+                break
+            answered = self._run_group(group)
+            if end is None or self._clock() < end:
+                replies += answered
+        return replies
+
+    def _groups(self, messages: list[Message]) -> list[list[Message]]:
+        """What runs at once: all training in one, where the app can."""
+        if not isinstance(self._app, BatchedApp):
+            return [[message] for message in messages]
+        train = [m for m in messages if m.metadata.message_type == "train"]
+        others = [[m] for m in messages if m.metadata.message_type != "train"]
+        return others + ([train] if train else [])
+
+    def _run_group(self, messages: list[Message]) -> list[Message]:
+        known = [m for m in messages if m.metadata.dst_node_id in self.contexts]
+        pairs = [(_own(m), self.contexts[m.metadata.dst_node_id]) for m in known]
+        if isinstance(self._app, BatchedApp) and len(pairs) > 1:
+            return self._app.train_together(pairs)
+        return [self._one(*pair) for pair in pairs]
+
+    def _one(self, message: Message, context: Context) -> Message:
+        try:
+            reply = self._app(message, context)
+            if not isinstance(reply, Message):
+                raise TypeError(
+                    "LocalGrid: client_app: expected an app that returns a Message, found one that "
+                    f"returns {type(reply).__name__}"
+                )
+            return reply
+        except Exception as error:
+            return failed(message, error)
+
+
+def _own(message: Message) -> Message:
+    """A message whose records are the receiver's, to do with as it likes."""
+    records = {name: record.copy() for name, record in message.content.items()}
+    return make_message(message.metadata, RecordDict(records))
+
+
+def _identify() -> None:
+    """Say who makes messages in this process, which Flower's engines do and ``Message`` needs."""
+    try:
+        _ = TaskIdentity.run_id
+    except RuntimeError:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, 1

@@ -1,0 +1,108 @@
+"""Replies of which the server needs the sums alone, added up and divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext.federated import Aggregate, Update, aggregate_masked
+from lora_ext.federated.keys import layer_pairs
+from lora_ext.federated.masked import masked_shapes, weights_key
+from lora_ext.federated.update import Client, Rejected, same, weight_of
+
+
+def aggregate_replies(
+    state: Mapping[str, Tensor],
+    updates: Sequence[Update],
+    *,
+    weighted_by: Literal["num-examples"] | None,
+    server_lr: float,
+    min_replies: int,
+    pattern: str,
+) -> Aggregate:
+    """The "covered" mean of replies that :func:`lora_ext.federated.masked_payload` made.
+
+    A reply is rejected where it is not finite, or has another weight than its plan and its number
+    of examples give. Sums are float64, in the order of the clients.
+
+    Args:
+        updates: their tensors have the names and shapes of ``masked_shapes``.
+    """
+    by_client: dict[Client, list[Update]] = {}
+    for update in updates:
+        by_client.setdefault(update.client, []).append(update)
+    accepted: dict[Client, Update] = {}
+    rejected: dict[Client, str] = {}
+    for client, (first, *others) in by_client.items():
+        where = f"client {client}"
+        try:
+            once = all(same(first, other) for other in others)
+            require(once, where, "reply", "one, or equal ones", "two that differ")
+            _check(where, state, first, weighted_by, pattern)
+            accepted[client] = first
+        except Rejected as error:
+            rejected[client] = f"{where}: {error}"
+        except ValueError as error:
+            rejected[client] = str(error)
+    clients = tuple(sorted(accepted, key=int))
+    layers = {pair.layer for pair in layer_pairs("state", state, pattern)}
+    trained = {layer for update in accepted.values() for layer in update.plan.layers}
+    result = Aggregate(dict(state), clients, rejected, tuple(sorted(layers - trained)))
+    if len(clients) < min_replies:
+        reason = f"replies: expected at least {min_replies}, found {len(clients)}"
+        return _skipped(result, reason)
+    sums = {
+        key: sum(
+            (accepted[client].tensors[key].double() for client in clients),
+            torch.zeros(shape, dtype=torch.float64),
+        )
+        for key, shape in masked_shapes(state, pattern).items()
+    }
+    try:
+        new = aggregate_masked(state, sums, server_lr=server_lr, pattern=pattern)
+    except ValueError as error:  # sums that the dtype of the state cannot hold
+        return _skipped(result, str(error))
+    return Aggregate(new, clients, rejected, result.uncovered)
+
+
+def _check(
+    where: str,
+    state: Mapping[str, Tensor],
+    update: Update,
+    weighted_by: Literal["num-examples"] | None,
+    pattern: str,
+) -> None:
+    weight = weight_of(update.num_examples) if weighted_by is not None else 1.0
+    shapes = masked_shapes(state, pattern)
+    for key in shapes:
+        require(key in update.tensors, where, key, "a tensor of every client", "none")
+        finite = bool(update.tensors[key].isfinite().all())
+        require(finite, where, key, "finite values", "others")
+    for pair in layer_pairs(where, state, pattern):
+        full = state[pair.a].shape[0]
+        planned = pair.layer in update.plan.layers
+        rank = update.plan.rank_of(pair.layer, full) if planned else 0
+        key = weights_key(pair)
+        weights = update.tensors[key]
+        expected = torch.zeros_like(weights)
+        expected[:rank] = weight
+        holds = torch.equal(weights, expected)
+        require(holds, where, key, f"{weight:g} for {rank} ranks, and zeros", "others")
+        for axis, key in enumerate((pair.a, pair.b)):
+            beyond = update.tensors[key].narrow(axis, rank, full - rank)
+            require(not bool(beyond.any()), where, key, f"zeros beyond rank {rank}", "others")
+
+
+def _skipped(result: Aggregate, reason: str) -> Aggregate:
+    return Aggregate(
+        result.state,
+        result.accepted,
+        result.rejected,
+        result.uncovered,
+        skipped=True,
+        reason=reason,
+    )

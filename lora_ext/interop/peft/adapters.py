@@ -1,0 +1,135 @@
+"""What may be amiss with the adapters of a PEFT model, and is said in time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_ext.adapter import BaseModels, model_name
+from lora_ext.rows import Assignment, layouts
+
+_LISTED = 8  # names of layers in a warning
+_REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse adapters that PEFT has put on ``meta``, where accelerate keeps an offloaded base.
+
+    They have no values; PEFT would compute with whatever comes. Adapters that accelerate has
+    offloaded itself have a hook that brings them back.
+
+    Raises:
+        ValueError: naming the layer and the remedy.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+            lost = any(p.is_meta for p in _parameters(factor)) and not hasattr(factor, "_hf_hook")
+            if lost and getattr(
+                getattr(layer.get_base_layer(), "_hf_hook", None), "offload", False
+            ):
+                raise ValueError(
+                    f"from_peft: {name}: expected adapters with values, found them on meta, where "
+                    "PEFT puts adapters of a base layer that accelerate has offloaded; give the "
+                    "model its adapters first, then offload each layer's base_layer with "
+                    "accelerate.cpu_offload(layer.base_layer, execution_device)"
+                )
+
+
+def warn_of_other_bases(model: nn.Module) -> None:
+    """Warn of adapters that were trained on another base model than this, once for each name."""
+    configs = getattr(model, "peft_config", None)
+    bases = BaseModels(model_name(model))
+    for name, config in (configs if isinstance(configs, Mapping) else {}).items():
+        other = getattr(config, "base_model_name_or_path", None)
+        # The caller of lora_ext.from_peft, which calls take_over.
+        bases.meet(f"from_peft: adapter {name!r}", other, stacklevel=4)
+
+
+def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
+    """Refuse the forward in which TRL asks its reference, given the names of the batch.
+
+    Names win over the active adapter, so the reference would be the policy itself: its preferences
+    would stay zero, and nothing would tell.
+
+    Raises:
+        ValueError: the reference is active, rows name adapters but none names it, and no gradient
+            is wanted. Rows of the base model alone are answered by no policy.
+    """
+    others = names.names and _REFERENCE not in names.names
+    if active == [_REFERENCE] and others and not torch.is_grad_enabled():
+        found = ", ".join(map(repr, names.names))
+        raise ValueError(
+            f"from_peft: adapter_names: expected none while adapter {_REFERENCE!r} is active, as "
+            f"TRL has it to ask its reference, found {found}, whose answers would stand for the "
+            "reference's; give the trainer a ref_model, a base model without adapters"
+        )
+
+
+def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
+    """PEFT trains the active adapter only, until it is told otherwise."""
+    frozen = set(names.names) if torch.is_grad_enabled() else set()
+    for layer in model.modules():
+        if not frozen:
+            return
+        if isinstance(layer, LoraLayer):
+            frozen -= {name for name in frozen if trains(layer, name)}
+    if frozen:
+        found = ", ".join(repr(name) for name in sorted(frozen))
+        warnings.warn(
+            f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
+            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
+            stacklevel=1,
+        )
+
+
+def trains(layer: Any, name: str) -> bool:
+    """Whether any parameter of an adapter of a layer requires a gradient. All of them are read."""
+    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
+    return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
+
+
+def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
+    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
+
+
+def turned_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that PEFT runs and that see tokens first. PEFT gives the tokens of one place the
+    adapter of one sequence wherever there are as many of the one as of the other."""
+    layers = {name: model.get_submodule(name) for name in layouts.tokens_first(model)}
+    return tuple(
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, LoraLayer) and not hasattr(type(layer), "tokens_first")
+    )
+
+
+def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
+    """Refuse several names where there are such layers.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if turned and len(set(names)) > 1:
+        raise ValueError(
+            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "
+            "runs a layer that sees tokens first, found several; leave it out of target_modules"
+        )
+
+
+def by_reason(left: dict[str, str]) -> str:
+    """Each reason once, with the first few of its layers: a large model has hundreds."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{len(names)} of them ({reason}: {', '.join(names[:_LISTED])}"
+        f"{', ...' if len(names) > _LISTED else ''})"
+        for reason, names in layers.items()
+    )

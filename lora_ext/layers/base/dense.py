@@ -1,0 +1,85 @@
+"""The matrix and the bias of a layer that is linear and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.modules.module as module_globals
+from torch import Tensor, nn
+
+from lora_ext._torch import parameter
+
+from .packed_linear import PackedLinear
+
+_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
+_CONV1D = ("Conv1D", "transformers.pytorch_utils")
+
+#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
+BaseLayer = nn.Module | Callable[[Tensor], Tensor]
+DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
+
+
+def dense_parameters(base: BaseLayer) -> DenseParameters | None:
+    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
+    kind = type(base)
+    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
+    if disguised is not None:
+        return disguised(base)
+    if not isinstance(base, nn.Module):
+        return None
+    straight = kind is nn.Linear or kind is PackedLinear
+    if not straight and (kind.__name__, kind.__module__) != _CONV1D:
+        return None
+    weight = parameter(base, "weight")
+    if not _is_plain(base, weight):
+        return None
+    return weight if straight else weight.t(), parameter(base, "bias")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
+    return _is_plain(module, getattr(module, "weight", None))
+
+
+def _is_plain(module: nn.Module, weight: object) -> bool:
+    return (
+        type(weight) in _PLAIN
+        and "forward" not in module.__dict__  # as accelerate's offloading leaves it
+        and not _has_hooks(module)
+    )
+
+
+def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
+    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
+
+    Args:
+        base: the layer. purpose: opens the message of an error.
+        fan_in_fan_out: the layer stores its weight as ``(I, O)``.
+
+    Raises:
+        ValueError: the weight is not a floating matrix: a quantised one, say.
+    """
+    dense = dense_parameters(base)
+    if dense is not None:
+        return dense
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        return (weight.t() if fan_in_fan_out else weight), bias
+    found = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
+    raise ValueError(
+        f"{purpose}: expected a base layer with a floating (O, I) weight to read, "
+        f"found {type(base).__name__} with {found}"
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module_globals._global_forward_hooks
+        or module_globals._global_forward_pre_hooks
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
+    )

@@ -1,0 +1,344 @@
+"""Base weights kept packed for products of few rows: what decoding and verification consist of.
+
+A product of 1 to 32 rows waits for its weight to come from memory, unless the product itself is in
+the way, as that of torch is: see ``docs/serving.md``. A second copy of the weight, laid out as the
+product reads it, brings it near to what memory gives.
+
+    pack_linears(model)        # every linear layer, in place; the model may have adapters or none
+    model.generate(...)        # outside gradients; everything else is as before
+    unpack_linears(model)      # the very modules, as they were
+
+``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model with a pool's adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import math
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext._torch import compiles
+from lora_ext.rows import PoolLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: Products of more rows are torch's.
+MOST_ROWS = 32
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_STATE = "_packed_weight"
+
+#: A sample has one value of about so many rows or columns, whichever are more.
+_APART = 4
+#: Weights of so few values are looked at whole.
+_WHOLE = 4096
+
+
+class _Seen:
+    """A weight as it was at a product, and the copy that was made of it then."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._state = weakref.ref(weight), _state(weight)
+        self.packed: Tensor | None = None
+        self._places: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def is_now(self, weight: Tensor) -> bool:
+        """Whether the weight is the same still."""
+        if self._weight() is not weight or self._state != _state(weight):
+            return False
+        places, values = self._places, self._values
+        return places is None or values is None or torch.equal(places, values)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Make the copy."""
+        places = _sample(weight.detach())
+        self._values, self._places = places.clone(), places
+        self.packed = ops.pack_weight(weight.detach())
+        return self.packed
+
+
+class PackedWeight:
+    """The packed copy of one weight, made again where the weight is another.
+
+    The copy is made for the second product in a row that sees the same weight: one that changes
+    before every product is never packed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return PackedWeight()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copy."""
+        seen = self._seen
+        return 0 if seen is None or seen.packed is None else seen.packed.nbytes
+
+    def of(self, weight: Tensor) -> Tensor | None:
+        """The copy of ``weight``, or None where there is none yet."""
+        seen = self._seen  # once: another thread may see another weight
+        if seen is not None and seen.is_now(weight):
+            return seen.pack(weight) if seen.packed is None else seen.packed
+        self._seen = _Seen(weight) if _refusal(weight) is None else None
+        return None
+
+    def drop(self) -> None:
+        """Forget the copy."""
+        self._seen = None
+
+
+class PackedLinear(nn.Linear):
+    """What :func:`pack_linears` makes of an ``nn.Linear``, which stays the same object."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        y = self.packed_product(input)
+        return F.linear(input, self.weight, self.bias) if y is None else y
+
+    def packed_product(self, x: Tensor) -> Tensor | None:
+        """The same from the packed copy, or None where the plain product is to serve."""
+        if compiles() or type(x) is not Tensor or self.training or _watched():
+            return None
+        weight, bias, wide = self.weight, self.bias, self.in_features
+        rows = x.numel() // wide if wide else 0
+        if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype:
+            return None
+        shape = x.shape
+        if not x.is_cpu or shape[-1] != wide:
+            return None
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return None
+        packed = self.__dict__[_STATE].of(weight)
+        if packed is None:
+            return None
+        if len(shape) == 2:
+            return ops.packed_linear(x, packed, bias, self.out_features)  # (T, O)
+        x2d = x.view(rows, wide) if x.is_contiguous() else x.reshape(rows, wide)  # (T, I)
+        y = ops.packed_linear(x2d, packed, bias, self.out_features)  # (T, O)
+        return y.view(*shape[:-1], self.out_features)
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """As ``nn.Linear``'s; training gives the memory of the copy back."""
+        if mode:
+            self.__dict__[_STATE].drop()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
+        """``to`` and its like leave nothing behind that products elsewhere would never drop."""
+        self.__dict__[_STATE].drop()
+        return super()._apply(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        """Packed too, with a copy of its own as soon as it is used."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file of the model is that of the plain one: whoever opens it needs no packing."""
+        if type(self) is not PackedLinear:  # parametrized since: torch has a class for it
+            return super().__reduce_ex__(protocol)
+        state = {key: value for key, value in self.__dict__.items() if key != _STATE}
+        return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
+
+
+def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
+    """Keep packed copies of the weights of linear layers, for products of at most 32 rows.
+
+    Works in place and on any model, with adapters or without: ``nn.Linear`` layers, also the base
+    layers of :class:`LoraLinear`, of PEFT and of an attached model; adapters' factors are left
+    alone. They stay the same objects, and so do their parameters, names, hooks, state dicts and
+    pickled files. :func:`unpack_linears` undoes it.
+
+    A copy serves products without gradient, in evaluation mode, in the weight's own dtype, outside
+    ``torch.compile``; all others are torch's. It takes the weight's bytes once more; tied weights
+    share one. It is made here, and made anew where the weight has changed: at its second product
+    after that. A change is seen by the weight's identity, address, dtype, shape and version, and by
+    a sample of its values out of every few rows and columns, which change where an adapter is
+    merged through ``weight.data``, as PEFT does. A change of single rows, columns or values through
+    ``weight.data`` or ``weight.numpy()`` may be missed: unpack first.
+
+    Args:
+        model: in evaluation mode; it may be a layer itself.
+        names: of the modules to pack, as ``model.named_modules()`` has them; None for all that are
+            exactly ``nn.Linear``, but for adapters' factors. Subclasses with a forward of their own
+            are left alone.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no such module, or one that is in training mode, not on the CPU, not of float32
+            or bfloat16 (quantised, say), made in inference mode, or has a forward of its own.
+        RuntimeError: one is packed already. The model is unchanged then.
+    """
+    chosen = dict(_linears(model)) if names is None else _named(model, names)
+    require(chosen, "pack_linears", "model", "a model with linear layers", "none")
+    for name, module in chosen.items():
+        _check(name, module)
+    shared: dict[int, PackedWeight] = {}
+    for module in chosen.values():
+        packed = shared.setdefault(id(module.weight), PackedWeight())
+        module.__class__ = PackedLinear
+        module.__dict__[_STATE] = packed
+        if packed.of(module.weight) is None:
+            packed.of(module.weight)
+    return model
+
+
+def unpack_linears(model: Model) -> Model:
+    """Undo :func:`pack_linears` in all of a model.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: nothing in it is packed, or a layer was parametrized since, for which torch
+            has a class of its own. The model is unchanged then.
+    """
+    packed = packed_layers(model, "unpack_linears")
+    require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
+    unpack(packed)
+    return model
+
+
+def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
+    """What :func:`unpack` takes: all packed layers of a model.
+
+    Raises:
+        RuntimeError: one has parametrizations; ``where`` starts the message.
+    """
+    packed = {name: m for name, m in _linears(model) if isinstance(m, PackedLinear)}
+    for name, module in packed.items():
+        if type(module) is not PackedLinear:
+            raise RuntimeError(
+                f"{where}: model: {name!r}: expected a layer without parametrizations, found a "
+                f"{type(module).__name__}; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+    return list(packed.values())
+
+
+def unpack(layers: Iterable[PackedLinear]) -> None:
+    """Make them ``nn.Linear`` again."""
+    for module in layers:
+        del module.__dict__[_STATE]
+        module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """How many bytes the packed copies of a model take."""
+    states = {m.__dict__[_STATE] for _, m in _linears(model) if isinstance(m, PackedLinear)}
+    return sum(state.nbytes for state in states)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Plain and packed layers. Adapters' factors are small, and change."""
+    factors: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        for store in ("lora_A", "lora_B"):
+            if isinstance(held := getattr(module, store, None), nn.Module):
+                factors.update(held.modules())
+        base = module.base if isinstance(module, PoolLayer) else module
+        if base not in factors and (type(base) is nn.Linear or isinstance(base, PackedLinear)):
+            yield name, base  # pyright: ignore[reportReturnType]
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    linears = dict(_linears(model))
+    chosen: dict[str, nn.Linear] = {}
+    for name in names:
+        expected = "the name of a linear layer of the model"
+        require(name in linears, "pack_linears", "names", expected, repr(name))
+        chosen[name] = linears[name]
+    return chosen
+
+
+def _check(name: str, module: nn.Linear) -> None:
+    where = f"pack_linears: model: {name!r}: expected "
+    if type(module) is PackedLinear:
+        raise RuntimeError(
+            f"{where}a layer that is not packed, found one that is packed already; call "
+            "unpack_linears(model) first"
+        )
+    if module.training:
+        raise ValueError(f"{where}evaluation mode, found training; call model.eval() first")
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{where}nn.Linear's forward, found a forward of its own (accelerate's offloading?)"
+        )
+    refusal = _refusal(module.weight)
+    if refusal is not None:
+        raise ValueError(where + refusal)
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """The bits of a few values of a weight, in its own memory: what is written through
+    ``weight.data`` is counted by nobody. To compare them takes a few microseconds.
+
+    Small weights, and those whose numbers do not lie one behind the other, are sampled whole.
+    """
+    bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+    if bits.numel() <= _WHOLE:
+        return bits
+    for lines in (bits, bits.t()):
+        if lines.is_contiguous():
+            return lines.view(-1)[:: _step(*lines.shape)]
+    return bits
+
+
+def _step(rows: int, width: int) -> int:
+    """How far apart the values of a sample lie, in numbers of a matrix that are in order.
+
+    A step of ``width (k + 0.38)`` or ``width / (k + 0.38)`` with a whole k spreads the values as
+    the seeds of a sunflower: they come to every ``_APART + 1`` neighbouring rows and to nearly as
+    few neighbouring columns, and to every second, third ... row or column as often as to the
+    others. Without a common divisor with the width, they come to all columns in turn.
+    """
+    apart = _APART * min(rows, width) / width
+    golden = 0.381966
+    step = width * (int(apart) + golden) if apart >= 1 else width / (int(1 / apart) + golden)
+    found = max(1, round(step))
+    while math.gcd(found, width) > 1:
+        found -= 1
+    return found
+
+
+def _watched() -> bool:
+    """Whether somebody computes with the product of whom its kernel knows nothing."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _refusal(weight: Tensor) -> str | None:
+    """What is expected of a weight that cannot be packed, and what is found."""
+    if weight.device.type != "cpu":
+        return f"a weight on the CPU, found one on {weight.device}"
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
+        return f"a weight of float32 or bfloat16, found {type(weight).__name__} of {weight.dtype}"
+    if weight.is_inference():
+        return "a weight made outside inference_mode, whose changes are counted, found one inside"
+    return None

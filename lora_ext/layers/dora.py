@@ -1,0 +1,138 @@
+"""DoRA: the direction of ``W + s B A`` with a magnitude of its own per output.
+
+``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row, a constant for
+the backward. Forward and gradients are those of PEFT's layer, its order of several adapters
+included: a DoRA adapter scales what the adapters before it have added.
+
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext.rows import Rows, subset
+
+from .lora_forward import (
+    BaseLayer,
+    DenseParameters,
+    LoraFactors,
+    dense_parameters,
+    draw_seed,
+    fused_forward,
+    fuses,
+    lora_forward,
+    lora_update,
+)
+
+
+class Magnitude(nn.Module):
+    """The magnitude of one adapter, under PEFT's key ``lora_magnitude_vector.<name>.weight``."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def dora_forward(
+    x: Tensor,
+    base: BaseLayer,
+    dense: DenseParameters,
+    adapters: Sequence[LoraFactors],
+    magnitudes: Sequence[Tensor | None],
+    rows: Rows | None = None,
+    norms: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """:func:`lora_forward` where some adapters have a magnitude.
+
+    Args:
+        x: ``(..., I)``.
+        base: maps ``(..., I)`` to ``(..., O)``.
+        dense: :func:`lora_ext.layers.lora_forward.readable_weight` of ``base``.
+        adapters: as :func:`lora_forward`.
+        magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
+        rows: of these adapters; None: every adapter on every row, in their order.
+        norms: ``(O,)`` for each adapter with a magnitude, where they are known already: those of
+            :func:`lora_ext.ops.lora_dora_norm`. They are computed otherwise.
+
+    Returns:
+        ``(..., O)``. Where ``b`` is zero and the magnitudes are the norms of the base weight, as
+        in a fresh adapter, that is ``base(x)`` to the bit.
+    """
+    norms = [None] * len(adapters) if norms is None else norms
+    if rows is None:
+        return _in_order(x, base, dense, adapters, magnitudes, norms)
+    # The rows of the plain adapters in one go, those of each DoRA adapter on their own.
+    plain = [i for i in rows.used if magnitudes[i] is None]
+    plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
+    y = lora_forward(x, base, adapters, plain_rows)
+    x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    for slot, i in enumerate(rows.used):
+        if i not in plain:
+            own = (rows.ids == slot).nonzero()[:, 0]
+            part = _in_order(x2d[own], base, dense, [adapters[i]], [magnitudes[i]], [norms[i]])
+            y2d = y2d.index_copy(0, own, part.to(y2d.dtype))
+    return y2d.view(y.shape)
+
+
+def _in_order(
+    x: Tensor,
+    base: BaseLayer,
+    dense: DenseParameters,
+    adapters: Sequence[LoraFactors],
+    magnitudes: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
+) -> Tensor:
+    weight, bias = dense
+    first, magnitude = adapters[0], magnitudes[0]
+    plain_base = dense_parameters(base)
+    if (
+        len(adapters) == 1
+        and magnitude is not None
+        and first.p == 0
+        and fuses(x, plain_base, first)
+    ):
+        y = fused_forward(x, dense, first)
+        scale = _scale(weight, first, magnitude, norms[0])
+        scaled = y * scale
+        # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
+        return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
+    y = base(x)
+    dtype = y.dtype
+    for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
+        if magnitude is None:
+            y = y + lora_update(x, [f])
+            continue
+        scale = _scale(weight, f, magnitude, norm)
+        if f.p == 0:
+            inner = y if bias is None else y - bias
+            update = lora_update(x, [f])
+        else:  # the base takes part in the direction, so it sees the dropped input too
+            dropped = _dropped(x.to(f.a.dtype), f)
+            inner = F.linear(dropped, weight.to(dropped.dtype))
+            update = lora_update(dropped, [f._replace(p=0.0)])
+        y = y + (scale - 1) * inner + scale * update
+    return y.to(dtype)
+
+
+def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
+    if weight.dim() != 2:
+        raise NotImplementedError(
+            f"dora_forward: base: expected a weight (O, I), found one of {list(weight.shape)}, as "
+            "DeepSpeed's ZeRO-3 leaves it behind the base's forward: train under ZeRO-2 or FSDP2"
+        )
+    if norm is None:
+        norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
+    return magnitude / norm.to(magnitude.dtype)
+
+
+def _dropped(x: Tensor, f: LoraFactors) -> Tensor:
+    """The rows are those of the adapter, in their order: the mask of its own seed is that of
+    :func:`lora_forward`."""
+    x2d = x.reshape(-1, x.shape[-1])
+    seed = draw_seed(x.device) if f.seed is None else f.seed
+    return ops.lora_dropout(x2d, f.p, seed).view(x.shape)

@@ -1,0 +1,215 @@
+"""Initial values of LoRA factors: what training starts from, and how fast each factor learns.
+
+With ``B A = 0`` the adapted model starts as the base model. Which factor is zero decides which one
+moves first, and at what learning rates training is stable (``docs/layers.md``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+#: Schemes that need the two factors alone.
+FREE = (
+    "init_a",
+    "init_b",
+    "init_a_normal",
+    "init_b_normal",
+    "init_b_unit",
+    "init_ab",
+    "gaussian",
+    "orthogonal",
+)
+#: Schemes that split the base weight between itself and the adapter.
+DECOMPOSING = ("pissa", "pissa_niter_<K>", "olora")
+#: PEFT's schemes that look at data, or at a quantised weight.
+_ELSEWHERE = ("loftq", "eva", "corda", "lora_ga", "mica")
+
+
+def init_lora_(
+    A: Tensor,
+    B: Tensor,
+    scheme: bool | str = True,
+    *,
+    fan_in: int | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Fill the factors of one adapter, in place.
+
+    ==================== ============================== =========================
+    scheme               A                              B
+    ==================== ============================== =========================
+    True, "init_a"       U(-1/sqrt(n), 1/sqrt(n))       0
+    "init_a_normal"      N(0, 1/n)                      0
+    "gaussian"           N(0, 1/r^2), whatever n        0
+    "init_b"             0                              U(-1/sqrt(r), 1/sqrt(r))
+    "init_b_normal"      0                              N(0, 1/r)
+    "init_b_unit"        0                              N(0, 1), PEFT's for embeddings
+    "init_ab", False     as "init_a"                    as "init_b": B A is not 0
+    "orthogonal"         randn(n, r/2) by odd rows of   even rows likewise:
+                         an orthogonal matrix, over 10  B A = 0, neither is 0
+    ==================== ============================== =========================
+
+    Drawn in float32 on the device of ``A`` and then rounded, so that one seed gives factors of any
+    dtype the same values up to that rounding. True equals ``nn.init.kaiming_uniform_(A,
+    a=sqrt(5))``, PEFT's law, bit for bit. False is what two ``nn.Linear`` would start with.
+
+    Args:
+        A: ``(r, n)``, any further dimensions belong to n; float16, bfloat16, float32 or float64.
+        B: ``(m, r)``, likewise.
+        scheme: a row of the table.
+        fan_in: n of the laws, where it is not what follows from the shape of ``A``.
+        generator: default is torch's own for the device of ``A``.
+
+    Raises:
+        ValueError: an unknown scheme, or one that needs the base weight (a layer's affair); unequal
+            r, or fewer than two dimensions; an odd r for "orthogonal". NotImplementedError: a
+            scheme of PEFT's that is not offered. TypeError: a dtype that is not floating.
+            RuntimeError: factors on the meta device.
+
+    Sources: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics";
+    "gaussian", "orthogonal" and False: PEFT.
+    """
+    name = known_scheme(scheme, "init_lora_: scheme")
+    if name not in FREE:
+        raise ValueError(
+            f"init_lora_: scheme: {scheme!r} splits the base weight, which a layer has; expected "
+            f"one of True, False, {', '.join(map(repr, FREE))}"
+        )
+    a, b = check_factors("init_lora_", A, B)
+    if A.is_meta or B.is_meta:
+        raise RuntimeError("init_lora_: expected factors with memory, found the meta device")
+    r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
+    zero_a, zero_b = (
+        torch.zeros_like(a, dtype=torch.float32),
+        torch.zeros_like(b, dtype=torch.float32),
+    )
+    if name == "init_a":
+        new_a, new_b = _uniform(a, n, generator), zero_b
+    elif name == "init_a_normal":
+        new_a, new_b = _normal(a.shape, a, generator) / math.sqrt(n), zero_b
+    elif name == "gaussian":
+        new_a, new_b = zero_a.normal_(std=1 / r, generator=generator), zero_b
+    elif name == "init_b":
+        new_a, new_b = zero_a, _uniform(b, r, generator)
+    elif name == "init_b_normal":
+        new_a, new_b = zero_a, _normal(b.shape, b, generator) / math.sqrt(r)
+    elif name == "init_b_unit":
+        new_a, new_b = zero_a, _normal(b.shape, b, generator)
+    elif name == "init_ab":
+        new_a, new_b = _uniform(a, n, generator), _uniform(b, r, generator)
+    else:
+        new_a, new_b = _orthogonal(a, b, generator)
+    with torch.no_grad():
+        a.copy_(new_a)
+        b.copy_(new_b)
+
+
+def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
+    """The scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it is.
+
+    Args:
+        scheme: as a caller gives it. where: opens the message of an error.
+
+    Raises:
+        ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
+            has and this package has not. TypeError: neither bool nor str.
+    """
+    if scheme is True:
+        return "init_a"
+    if scheme is False:
+        return "init_ab"
+    if not isinstance(scheme, str):
+        raise TypeError(f"{where}: expected a bool or a str, found {scheme!r}")
+    name = scheme.lower()
+    niter = name.removeprefix("pissa_niter_")
+    if name in FREE or name in ("pissa", "olora") or (niter != name and niter.isdecimal()):
+        return name
+    if name in _ELSEWHERE or name.startswith("corda"):
+        raise NotImplementedError(
+            f"{where}: {scheme!r} is not offered here; let PEFT initialise the adapter, "
+            "and load what it saves"
+        )
+    raise ValueError(
+        f"{where}: expected True, False or one of "
+        f"{', '.join(map(repr, FREE + DECOMPOSING))}, found {scheme!r}"
+    )
+
+
+def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
+    """Factors that carry the leading part of the base weight, ``scaling * B A``.
+
+    "pissa": the top r of the singular value decomposition, each factor with the square root of the
+    singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first
+    r columns of Q and rows of R. The caller takes ``scaling * B A`` off the base weight.
+
+    Args:
+        weight: ``(m, n)``, floating. r: at most ``min(m, n)``.
+
+    Returns:
+        A ``(r, n)`` and B ``(m, r)``, float32.
+
+    Raises:
+        ValueError: r above ``min(m, n)``.
+
+    Sources: PiSSA (Meng et al. 2024), eqs. 2 and 3; OLoRA (Büyükakyüz 2024), algorithm 1; both as
+    in PEFT.
+    """
+    if r > min(weight.shape):
+        raise ValueError(
+            f"init_lora_weights: {scheme!r} needs r of at most {min(weight.shape)}, the smaller "
+            f"side of the base weight, found {r}"
+        )
+    weight = weight.detach().float()
+    if scheme == "olora":
+        q, upper = torch.linalg.qr(weight)
+        return upper[:r].contiguous(), q[:, :r].contiguous()
+    if scheme == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, s, vh = u[:, :r], s[:r], vh[:r]
+    else:
+        u, s, v = torch.svd_lowrank(weight, r, niter=int(scheme.rpartition("_")[2]))
+        vh = v.t()
+    root = (s / scaling).sqrt()
+    return root[:, None] * vh, u * root
+
+
+def check_factors(op: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A as ``(r, n)`` and B as ``(m, r)``, views of what was given."""
+    for name, factor in (("A", A), ("B", B)):
+        if not factor.is_floating_point() or factor.element_size() < 2:
+            raise TypeError(
+                f"{op}: {name}: expected float16, bfloat16, float32 or float64, "
+                f"found {factor.dtype}"
+            )
+    a, b = (f.detach().flatten(1) if f.dim() >= 2 else f for f in (A, B))
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        raise ValueError(
+            f"{op}: expected A (r, n) and B (m, r) with the same r > 0, "
+            f"found {tuple(A.shape)} and {tuple(B.shape)}"
+        )
+    return a, b
+
+
+def _uniform(like: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
+    # The bound of kaiming_uniform_(a=sqrt(5)), by the very expression that torch evaluates.
+    std = nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(fan_in)
+    bound = math.sqrt(3.0) * std
+    new = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return new.uniform_(-bound, bound, generator=generator)
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32)
+
+
+def _orthogonal(a: Tensor, b: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    r = a.shape[0]
+    if r % 2:
+        raise ValueError(f'init_lora_: "orthogonal" needs an even r, found {r}')
+    q, _ = torch.linalg.qr(_normal((r, r), a, generator))
+    new_a = (_normal((a.shape[1], r // 2), a, generator) @ q[0::2]).T / 10
+    new_b = _normal((r // 2, b.shape[0]), a, generator).T @ q[1::2] / 10
+    return new_a, new_b

@@ -1,0 +1,146 @@
+"""LoraConv: a convolution that cuts its input into patches, with trainable low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.layers.base.weight import ConvWeight
+from lora_ext.rows import Names
+
+from .base.dense import DenseParameters, is_plain
+from .dora import dora_forward
+from .lora_forward import LoraFactors, lora_forward
+from .lora_layer import LoraLayer
+
+
+class LoraConv(LoraLayer):
+    """PEFT's layer for convolutions whose stride is their kernel: the patches of a vision model.
+
+    Such a convolution is a linear layer on patches, ``(N, C, H, W)`` to ``(N, H/k, W/k, C k k)``,
+    and so is its adapter: ``y = base(x) + scaling * B A dropout(patch)``. Pixels that fill no patch
+    are left out, as the convolution leaves them out.
+
+    Parameters have PEFT's names and shapes: ``lora_A.<name>.weight (r, C, k, k)``,
+    ``lora_B.<name>.weight (O, r, 1, 1)``, ``lora_magnitude_vector.<name>.weight (1, O, 1, 1)``.
+    Which adapters serve a row, and what an inactive one costs, is as in
+    :class:`lora_ext.nn.LoraLinear`; a row is a patch, a sequence an image.
+
+    Args:
+        base_layer: ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
+        adapter_name: of the first adapter, which is active.
+        r, options: as :meth:`add_adapter`.
+
+    Raises:
+        NotImplementedError: a convolution with overlapping or spaced windows, padding, dilation or
+            groups. ValueError: no convolution, or what :meth:`add_adapter` refuses.
+
+    Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        r: int = 8,
+        **options: Any,
+    ):
+        if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise ValueError(
+                "LoraConv: base_layer: expected nn.Conv1d, nn.Conv2d or nn.Conv3d, "
+                f"found {type(base_layer).__name__}"
+            )
+        _check_patches(base_layer)
+        self.kernel_size: tuple[int, ...] = tuple(base_layer.kernel_size)
+        super().__init__(base_layer)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.add_adapter(adapter_name, r, **options)
+        self.set_adapter(adapter_name)
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
+        """``(N, C, *S)`` or ``(C, *S)`` to ``(N, O, *S / k)`` or ``(O, *S / k)``.
+
+        Args:
+            x: floating.
+            adapter_ids: as :meth:`lora_ext.nn.LoraLinear.forward`, one per patch or image.
+
+        Raises:
+            ValueError: ids or names that do not fit, or given while adapters are merged.
+        """
+        batched = x.dim() == len(self.kernel_size) + 2
+        images = x if batched else x[None]
+        grid = [s // k for s, k in zip(images.shape[2:], self.kernel_size, strict=True)]
+        leading = torch.Size([images.shape[0], *grid])
+        names, rows = self._participants(leading, x.device, adapter_ids)
+        if not names:
+            return self.base_layer(x)
+        patches = _patches(images, grid, self.kernel_size)  # (N, *grid, C k k)
+        base = _OnPatches(self.base_layer)
+        factors = [self._factors_of(name) for name in names]
+        if any(self.use_dora[name] for name in names):
+            magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+            dense = self.base_weight.matrix(), self.bias
+            y = dora_forward(patches, base, dense, factors, magnitudes, rows)
+        else:
+            y = lora_forward(patches, base, factors, rows)
+        y = y.movedim(-1, 1).contiguous()  # (N, O, *grid)
+        return y if batched else y[0]
+
+    def _factors_of(self, name: str) -> LoraFactors:
+        a, b, bias = self._raw_factors(name)
+        p = self._dropout_of(name)
+        return LoraFactors(
+            a.flatten(1), b.flatten(1), self.scaling[name], p, bias, self.dropout_seed.get(name)
+        )
+
+    @property
+    def base_weight(self) -> ConvWeight:
+        """The weight of the base layer, as a matrix on patches."""
+        return ConvWeight(self.base_layer)
+
+
+class _OnPatches:
+    """The convolution as a linear layer on patches."""
+
+    def __init__(self, conv: nn.Module):
+        self.conv: Any = conv
+
+    def dense_parameters(self) -> DenseParameters | None:
+        """Where nothing else happens in the convolution's forward."""
+        if type(self.conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(self.conv):
+            return None
+        return self.conv.weight.flatten(1), self.conv.bias
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """``(..., C k k)`` to ``(..., O)``, through the module itself, one patch an image."""
+        # Not by the weight's shape: ZeRO-3 leaves none of it but inside the forward.
+        images = patches.reshape(-1, self.conv.in_channels, *self.conv.kernel_size)
+        return self.conv(images).view(*patches.shape[:-1], self.conv.out_channels)
+
+
+def _patches(images: Tensor, grid: list[int], kernel: tuple[int, ...]) -> Tensor:
+    split = [images.shape[0], images.shape[1]]
+    for dim, (n, k) in enumerate(zip(grid, kernel, strict=True)):
+        images = images.narrow(dim + 2, 0, n * k)
+        split += [n, k]
+    dims = len(kernel)
+    cells, inside = [2 + 2 * d for d in range(dims)], [3 + 2 * d for d in range(dims)]
+    return images.reshape(split).permute(0, *cells, 1, *inside).flatten(1 + dims)
+
+
+def _check_patches(conv: Any) -> None:
+    wrong = {
+        "stride": tuple(conv.stride) != tuple(conv.kernel_size),
+        "padding": conv.padding != "valid" and any(p != 0 for p in conv.padding),
+        "dilation": any(d != 1 for d in conv.dilation),
+        "groups": conv.groups != 1,
+    }
+    found = [f"{name}={getattr(conv, name)}" for name, bad in wrong.items() if bad]
+    if found:
+        raise NotImplementedError(
+            f"LoraConv: base_layer: expected stride equal to the kernel {tuple(conv.kernel_size)}, "
+            f"no padding, dilation or groups, found {', '.join(found)}"
+        )

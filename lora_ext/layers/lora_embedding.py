@@ -1,0 +1,129 @@
+"""LoraEmbedding: an embedding with trainable low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext.layers.base.weight import EmbeddingWeight
+from lora_ext.rows import Names
+
+from .lora_layer import LoraLayer
+
+
+class LoraEmbedding(LoraLayer):
+    """``y[t] = base(x)[t] + embed_scale * scaling * B A[:, x[t]]``, PEFT's layer.
+
+    The adapter reads one column of A per token; the product with the one-hot row is never formed.
+    Parameters have PEFT's names: ``base_layer.weight (V, O)``, ``lora_embedding_A.<name> (r, V)``,
+    ``lora_embedding_B.<name> (O, r)``, ``lora_magnitude_vector.<name>.weight (O,)``. A base that
+    scales what it looks up (an attribute ``embed_scale``, as Gemma's) scales the update too.
+
+    Which adapters serve a row, and what an inactive one costs, is as in
+    :class:`lora_ext.nn.LoraLinear`.
+
+    Args:
+        base_layer: ``nn.Embedding`` or a subclass.
+        adapter_name: of the first adapter, which is active.
+        r, options: as :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's law for embeddings:
+            A zero, B from N(0, 1). Dropout is kept for PEFT's sake and does nothing: there is no
+            input to drop.
+
+    Raises:
+        ValueError: a base that is no embedding, ``lora_bias``, or what :meth:`add_adapter` refuses.
+
+    Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        r: int = 8,
+        **options: Any,
+    ):
+        if not isinstance(base_layer, nn.Embedding):
+            raise ValueError(
+                f"LoraEmbedding: base_layer: expected nn.Embedding, "
+                f"found {type(base_layer).__name__}"
+            )
+        super().__init__(base_layer, fan_in_fan_out=True)
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.add_adapter(adapter_name, r, **options)
+        self.set_adapter(adapter_name)
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
+        """``(...)`` to ``(..., O)``.
+
+        Args:
+            x: token numbers, int64 or int32.
+            adapter_ids: as :meth:`lora_ext.nn.LoraLinear.forward`, one per token or sequence.
+
+        Raises:
+            ValueError: ids or names that do not fit, or given while adapters are merged.
+        """
+        names, rows = self._participants(x.shape, x.device, adapter_ids)
+        y = self.base_layer(x)
+        if not names:
+            return y
+        if rows is None:
+            total = y
+            for name in names:
+                total = self._add(name, x, total)
+            return total.to(y.dtype)
+        tokens, flat = x.reshape(-1), y.reshape(-1, self.out_features)  # (T,), (T, O)
+        for slot, position in enumerate(rows.used):
+            own = (rows.ids == slot).nonzero()[:, 0]
+            part = self._add(names[position], tokens[own], flat[own])
+            flat = flat.index_copy(0, own, part.to(flat.dtype))
+        return flat.view(y.shape)
+
+    def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` with one adapter added; DoRA scales what was added before it too."""
+        a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
+        update = (self._look_up(x, a.t()) @ b.t()) * self.scaling[name]  # (..., O)
+        scale = self._embed_scale(update.dtype)
+        if scale is not None:
+            update = update * scale
+        if not self.use_dora[name]:
+            return y + update
+        norm = ops.lora_dora_norm(self.base_weight.matrix(), a, b, self.scaling[name])
+        magnitude = self._magnitude(name)
+        return magnitude / norm.to(magnitude.dtype) * (y + update)
+
+    def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
+        base: Any = self.base_layer
+        return F.embedding(
+            x,
+            table,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+
+    def _embed_scale(self, dtype: torch.dtype) -> Tensor | float | None:
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if isinstance(scale, Tensor):
+            if scale.numel() != 1:
+                raise ValueError(
+                    "LoraEmbedding: base_layer.embed_scale: expected one number, found shape "
+                    f"{tuple(scale.shape)}"
+                )
+            return scale.to(dtype)
+        return scale
+
+    # Of LoraLayer
+
+    _of_tokens = True
+
+    @property
+    def base_weight(self) -> EmbeddingWeight:
+        """The weight of the base layer, as a matrix on one-hot rows."""
+        return EmbeddingWeight(self.base_layer)

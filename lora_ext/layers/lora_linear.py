@@ -1,0 +1,112 @@
+"""LoraLinear: a linear layer with trainable low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext._torch import parameter
+from lora_ext.layers.base.weight import LinearWeight
+from lora_ext.rows import Names
+
+from .dora import dora_forward
+from .lora_forward import LoraFactors, lora_forward
+from .lora_layer import LoraLayer
+
+
+class LoraLinear(LoraLayer):
+    """``y = base(x) + scaling * (B A dropout(x) + bias)``, PEFT's layer on fused ops.
+
+    Parameters have PEFT's names, so a state dict of the one loads into the other:
+    ``base_layer.*``, ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``,
+    ``lora_B.<name>.bias``, ``lora_magnitude_vector.<name>.weight (O,)``. The base layer is never
+    changed, but by :meth:`merge` and by the schemes that say so. It is left trainable, as PEFT's
+    layer leaves it: freeze it with ``layer.base_layer.requires_grad_(False)``, or adapt the model
+    with :func:`lora_ext.nn.wrap`, which freezes all but the adapters.
+
+    Rows take the active adapters (:meth:`set_adapter`; several are summed), or the one that
+    :func:`lora_ext.adapters` or ``adapter_ids`` names for them. An adapter whose ``adapter_active``
+    is False takes no part: no allocation, no launch, no graph node, and ``grad`` stays None. So do
+    adapters that have no rows; where torch.distributed has several processes, those of them that
+    train get zero gradients, as another process may have their rows.
+
+    Under ``torch.compile`` an adapter of a mixed batch that has no rows gets a zero gradient
+    instead, and rows of DoRA adapters break the graph.
+
+    Args:
+        base_layer: maps ``(..., I)`` to ``(..., O)``: ``nn.Linear`` and transformers' ``Conv1D``
+            take part in the fused op, anything else is called.
+        adapter_name: of the first adapter, which is active.
+        r, options: as :meth:`add_adapter`.
+        fan_in_fan_out: the base stores its weight as ``(I, O)``. ``Conv1D`` is known to.
+
+    Raises:
+        ValueError: sizes that cannot be read off the base layer, ``fan_in_fan_out`` for an
+            ``nn.Linear``, or what :meth:`add_adapter` refuses.
+
+    Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        r: int = 8,
+        *,
+        fan_in_fan_out: bool = False,
+        **options: Any,
+    ):
+        if fan_in_fan_out and isinstance(base_layer, nn.Linear):
+            raise ValueError(
+                "LoraLinear: fan_in_fan_out: expected False for nn.Linear, whose weight is (O, I)"
+            )
+        super().__init__(base_layer, LinearWeight(base_layer, fan_in_fan_out).fan_in_fan_out)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.add_adapter(adapter_name, r, **options)
+        self.set_adapter(adapter_name)
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
+        """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
+
+        Args:
+            x: floating.
+            adapter_ids: positions in :attr:`adapter_names`, int64 or int32, -1 for none, or names
+                (None and ``"__base__"`` for none): one per row or one per sequence. Default is the
+                surrounding :func:`lora_ext.adapters` block, then the active adapters.
+
+        Raises:
+            ValueError: ids or names that do not fit, or given while adapters are merged.
+        """
+        names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
+        base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
+        if not names:
+            return base(x)
+        if len(names) == 1 and not self.use_dora[names[0]]:
+            return lora_forward(x, base, (self.factors(names[0]),), rows)
+        factors = [self.factors(name) for name in names]
+        if any(self.use_dora[name] for name in names):
+            magnitudes = [self._magnitude(n) if self.use_dora[n] else None for n in names]
+            dense = self.base_weight.matrix(), self.bias
+            return dora_forward(x, base, dense, factors, magnitudes, rows)
+        return lora_forward(x, base, factors, rows)
+
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it."""
+        a, b, bias = self._raw_factors(adapter_name)
+        p = self._dropout_of(adapter_name)
+        return LoraFactors(
+            a, b, self.scaling[adapter_name], p, bias, self.dropout_seed.get(adapter_name)
+        )
+
+    @property
+    def base_weight(self) -> LinearWeight:
+        """The weight of the base layer, as a matrix."""
+        return LinearWeight(self.base_layer, self.fan_in_fan_out)
+
+    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Of every forward: without asking the base weight where the factors are, and without
+        # nn.Module's lookups, which would take as long as the op.
+        a, b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # pyright: ignore[reportOptionalMemberAccess]
+        return parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")  # pyright: ignore[reportArgumentType]

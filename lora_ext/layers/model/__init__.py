@@ -1,0 +1,1 @@
+"""What is done to all layers of a model: adapted, switched, measured, put back."""

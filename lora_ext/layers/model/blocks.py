@@ -1,0 +1,97 @@
+"""Blocks of a model: the list of its layers, and the block that a module's name lies in."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from lora_ext._checks import require
+
+#: The first number of a module's name: that of an expert, or of a part of the block, comes later.
+_FIRST_NUMBER = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?=\.|$)"
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The stack of layers of a transformers model, the very list that its forward walks.
+
+    It is the outermost ``nn.ModuleList`` of as many modules as the configuration has layers, looked
+    for in the decoder first. Of a model with an encoder alone (BERT, ViT) it is the encoder's, of a
+    model with both (T5, Whisper) the decoder's, of a model of several modalities that of the text.
+
+    Args:
+        model: a transformers model, with a head or without, or one that PEFT has wrapped.
+
+    Raises:
+        ValueError: a model without a transformers configuration, or without such a list.
+    """
+    found = type(model).__name__
+    text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    if not isinstance(model, nn.Module) or text_config is None:
+        raise ValueError(f"decoder_layers: model: expected a model of transformers, found {found}")
+    config: Any = text_config(decoder=True)
+    count = getattr(config, "num_decoder_layers", None) or getattr(
+        config, "num_hidden_layers", None
+    )
+    find_decoder = getattr(model, "get_decoder", None)
+    decoder = find_decoder() if callable(find_decoder) else None
+    for root in (decoder, model):
+        if not isinstance(root, nn.Module):
+            continue
+        for module in root.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+    raise ValueError(
+        f"decoder_layers: model: expected a list of {count} layers, as its configuration says, "
+        f"found none in {found}"
+    )
+
+
+def block_name(module_name: str, pattern: str | None = None) -> str | None:
+    """The name of the block that a module lies in: ``model.layers.7`` of
+    ``model.layers.7.mlp.up_proj``.
+
+    Two stacks of one model, its vision and its text say, have blocks of the same index and of
+    different names.
+
+    Args:
+        module_name: as ``named_modules()`` or ``named_parameters()`` has it.
+        pattern: a regular expression whose first group is the index, to be found anywhere in the
+            name; default is the first part of the name that is a number.
+
+    Returns:
+        None for a module outside all blocks.
+
+    Raises:
+        ValueError: a pattern that is no regular expression, or has no group that is a number.
+    """
+    match = _find(module_name, pattern)
+    return None if match is None else module_name[: match.end(1)]
+
+
+def block_index(module_name: str, pattern: str | None = None) -> int | None:
+    """The index of the block that a module lies in: 7 of ``model.layers.7.mlp.up_proj``.
+
+    Arguments, the None and errors are :func:`block_name`'s.
+    """
+    match = _find(module_name, pattern)
+    return None if match is None else int(match[1])
+
+
+def _find(module_name: str, pattern: str | None) -> re.Match[str] | None:
+    try:
+        compiled = re.compile(_FIRST_NUMBER if pattern is None else pattern)
+    except re.error as error:
+        raise ValueError(
+            f"block_index: pattern: expected a regular expression, found {pattern!r}: {error}"
+        ) from None
+    expected = "a group around the index, as in 'layers\\.(\\d+)\\.'"
+    require(compiled.groups >= 1, "block_index", "pattern", expected, repr(pattern))
+    match = compiled.search(module_name)
+    if match is not None and not (match[1] or "").isdecimal():
+        raise ValueError(
+            "block_index: pattern: expected a first group that matches a number, "
+            f"found {match[1]!r} in {module_name!r}"
+        )
+    return match

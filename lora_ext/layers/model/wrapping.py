@@ -1,0 +1,232 @@
+"""``wrap`` and ``unwrap``: trainable adapters in a model, without PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lora_ext._checks import require, require_flags
+from lora_ext.layers.base.modules import READS_WEIGHTS, head_names, linear_size
+from lora_ext.layers.lora_conv import LoraConv
+from lora_ext.layers.lora_embedding import LoraEmbedding
+from lora_ext.layers.lora_layer import LoraLayer
+from lora_ext.layers.lora_linear import LoraLinear
+from lora_ext.rows import PoolLayer, layouts
+
+from .lora_config import LoraConfig
+from .swap import Swap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_KEY = "_lora_ext_wrap"
+
+
+@dataclass(eq=False)
+class _Wrap:
+    """Kept on the wrapped model."""
+
+    swap: Swap
+    requires_grad: dict[str, bool]  # of the model's own parameters, as it was
+
+
+def wrap(
+    model: Model,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> Model:
+    """Give a model trainable adapters, as PEFT's ``get_peft_model`` does, and freeze all else.
+
+    Works in place, and needs no peft. Linear layers (transformers' ``Conv1D`` too), embeddings and
+    convolutions of patches become :class:`LoraLinear`, :class:`LoraEmbedding` and
+    :class:`LoraConv`. The adapter's parameters are all that trains: a classifier, which PEFT trains
+    as well for some tasks, stays frozen. The keys of ``state_dict`` are PEFT's without
+    ``base_model.model.``.
+
+    A wrapped model takes further adapters under other names. They are not active, and do not train,
+    until each layer's ``set_adapter`` says so.
+
+    Args:
+        model: any module that carries no adapters of somebody else's.
+        config: which modules get which adapter.
+        adapter_name: without dots.
+        autocast_adapter_dtype: beside a base weight of 16 bits, hold the adapter in float32, as
+            PEFT does. False takes the dtype of the base weight, which is faster.
+
+    Returns:
+        ``model``; :func:`unwrap` undoes it.
+
+    Raises:
+        TypeError: ``config`` is no :class:`LoraConfig`, or a flag neither True nor False.
+            RuntimeError: the model carries adapters that ``wrap`` did not put there. ValueError:
+            the configuration matches no module, or one that takes no adapter; or what
+            :meth:`LoraLinear.add_adapter` refuses. NotImplementedError: a convolution whose windows
+            overlap, or a layer whose weight its parent reads without calling it. The model is then
+            as it was.
+
+    Sources: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the rules.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"wrap: config: expected a lora_ext.LoraConfig, found {type(config)}")
+    require_flags("wrap", autocast_adapter_dtype=autocast_adapter_dtype)
+    state: _Wrap | None = model.__dict__.get(_KEY)
+    modules = _modules(model, {} if state is None else state.swap.placed)
+    targets = _targets(model, modules, config)
+    sizes, unused = config.ranks_and_alphas(targets)
+    if unused:
+        warnings.warn(f"wrap: config: {', '.join(unused)} matches no adapted module", stacklevel=2)
+    done: dict[str, LoraLayer] = {}
+    try:
+        for name in targets:
+            settings = _settings(config, *sizes[name], modules[name], autocast_adapter_dtype)
+            done[name] = _adapt(name, modules[name], adapter_name, settings)
+    except BaseException:
+        for layer in done.values():
+            layer.delete_adapter(adapter_name)  # and put back the base weight, if it changed
+        raise
+    new = {name: layer for name, layer in done.items() if layer is not modules[name]}
+    if state is None:
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.__dict__[_KEY] = _Wrap(Swap(model, new, "wrap"), flags)
+    else:
+        state.swap.add(model, new)
+        for layer in new.values():
+            layer.set_adapter([])
+    layouts.tell(model)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undo :func:`wrap`: every module is the very object that it was, and trains if it did.
+
+    A base weight that an initialisation ("pissa", say) has changed gets its own bits back. The
+    adapters are gone from the model.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: the model is not wrapped, a layer was replaced since, or adapters are merged.
+            The model is then as it was.
+    """
+    state: _Wrap | None = model.__dict__.get(_KEY)
+    if state is None:
+        raise RuntimeError("unwrap: model: expected a wrapped model, found one that is not")
+    layers: dict[str, Any] = state.swap.placed
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(
+                f"unwrap: {name}: expected adapters apart from the base weight, found "
+                f"{layer.merged_adapters} merged into it; unmerge them first"
+            )
+    state.swap.restore(model, "unwrap")
+    for layer in layers.values():
+        if layer._before_init is not None:
+            layer.restore_base_weight()
+    for name, parameter in model.named_parameters():
+        if name in state.requires_grad:
+            parameter.requires_grad_(state.requires_grad[name])
+    del model.__dict__[_KEY]
+    return model
+
+
+def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that may be adapted: all but the model, what lies in adapted layers, and what its
+    parent does not call."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        ours = wrapped.get(name) is module
+        peft = any(base.__module__.startswith("peft.") for base in type(module).__mro__)
+        if peft or isinstance(module, PoolLayer) or (isinstance(module, LoraLayer) and not ours):
+            raise RuntimeError(
+                "wrap: model: expected a model without adapters of somebody else's, found "
+                f"{type(module).__name__} at {name!r}"
+            )
+        if ours:
+            inside.update(module.modules())
+        if name:
+            found[name] = module
+    return found
+
+
+def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+    """Names of the modules that the configuration matches, in the model's order."""
+    uncalled = {
+        name
+        for name, module in modules.items()
+        if isinstance(modules.get(name.rpartition(".")[0], model), READS_WEIGHTS)
+        and linear_size(module) is not None
+    }
+    head, classifier = head_names(model)
+    if head is None and config.task_type == "SEQ_CLS":
+        head = classifier
+    linear = (
+        name
+        for name, module in modules.items()
+        if linear_size(_base(module)) is not None and name != head and name not in uncalled
+    )
+    found = config.targeted(modules, linear)
+    expected = f"a module of {type(model).__name__} to match {config.target_modules!r}"
+    require(found, "wrap", "target_modules", expected, "none")
+    for name in sorted(found & uncalled):
+        raise NotImplementedError(
+            f"wrap: target_modules: expected layers that are called, found {name!r}, whose weight "
+            "the module around it reads: its adapter would be ignored"
+        )
+    return [name for name in modules if name in found]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def _settings(
+    config: LoraConfig, r: int, alpha: float, module: nn.Module, autocast_adapter_dtype: bool
+) -> dict[str, Any]:
+    dtype = getattr(getattr(_base(module), "weight", None), "dtype", None)
+    wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": config.lora_dropout,
+        "init_lora_weights": config.init_lora_weights,
+        "preserve_base_output": config.preserve_base_output,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "adapter_dtype": torch.float32 if wide else None,
+    }
+
+
+def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
+    """The module as a layer with the adapter; errors name it."""
+    try:
+        if isinstance(module, LoraLayer):
+            module.add_adapter(adapter_name, **settings)
+            return module
+        return _kind(module)(module, adapter_name, **settings)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(f"wrap: {name}: {error}") from error
+
+
+def _kind(module: nn.Module) -> Any:
+    if linear_size(module) is not None:
+        return LoraLinear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return LoraConv
+    raise ValueError(
+        "target_modules: expected Linear, Conv1D, Embedding and convolutions, found a "
+        f"{type(module).__name__}"
+    )

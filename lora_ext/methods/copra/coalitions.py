@@ -1,0 +1,157 @@
+"""Many masks in one forward: every sequence of a batch has its own set of adapted layers.
+
+K masks over the layers of a model cost K forwards of a batch, or one forward of K times the batch,
+which reads each weight once. Row by row, a layer is then what many adapters on one layer are: an
+adapter id for each row, -1 where the row's mask leaves the layer out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.layers import LayerGroups, LoraLayer, adapters_of, dense_parameters, is_active
+from lora_ext.rows import BASE, Assignment, NamedRows
+
+
+class RowwiseError(ValueError):
+    """A layer that cannot be switched row by row; it can be switched as a whole."""
+
+
+@contextlib.contextmanager
+def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) -> Iterator[None]:
+    """A block in which the sequences of every batch have masks of their own.
+
+    The batch of each forward has ``K * sequences`` sequences; those from ``k * sequences`` on have
+    the groups of ``masks[k]``. A group that all masks agree about is switched as a whole: off, it
+    costs the base layers, on, the plain forward. The rows of the others are grouped by adapter
+    once per group and shape. After the block every layer is as it was.
+
+    Args:
+        groups: the layers. Each that the masks disagree about has the groups' adapter alone as its
+            active one, or not at all.
+        masks: ``(K, n)`` bool.
+        sequences: of the batch before it was repeated for each mask.
+
+    Raises:
+        ValueError: masks of another shape or kind, ``sequences`` below 1, or a layer that is to be
+            switched off and is merged. RowwiseError: a layer with further active adapters, or of a
+            kind of PEFT's that takes one adapter for all rows; and from the model's forward, one
+            that sees other rows than the sequences of the batch. The layers are as they were then.
+    """
+    table = torch.as_tensor(masks)
+    if table.dtype != torch.bool or table.dim() != 2 or table.shape[1] != len(groups):
+        raise ValueError(
+            f"coalitions: masks: expected bools of shape (K, {len(groups)}), found "
+            f"{table.dtype} of shape {tuple(table.shape)}"
+        )
+    if not len(table) or sequences < 1:
+        raise ValueError(
+            "coalitions: expected at least one mask and one sequence, found "
+            f"{len(table)} and {sequences}"
+        )
+    groups.checked(table.all(0))  # what cannot be off as a whole cannot be for some rows either
+    handles: list[Any] = []
+    with groups.masked(table.any(0)):
+        try:
+            for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
+                if column.all() or not column.any():
+                    continue
+                rows = _rows(groups.adapter_name, column.tolist(), sequences)
+                for name, layer in zip(names, layers, strict=True):
+                    if _takes_part(name, layer, groups.adapter_name):
+                        hook = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
+                        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                        if hook.turns:
+                            handles.append(layer.register_forward_hook(_turn_back))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _rows(adapter_name: str, column: list[bool], sequences: int) -> NamedRows:
+    entries = [adapter_name if on else BASE for on in column for _ in range(sequences)]
+    return NamedRows(Assignment.of_entries(entries, (len(entries),)))
+
+
+def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
+    """Whether a layer's rows have the adapter at all, now that its group is on."""
+    asked = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
+    if layer.disable_adapters or adapter_name not in asked:
+        return False
+    if len(asked) > 1:
+        raise RowwiseError(
+            f"coalitions: {name}: expected {adapter_name!r} as its one active adapter, found "
+            f"{asked}: a row has one adapter"
+        )
+    if not isinstance(layer, LoraLayer) and not _takes_names(layer, adapter_name):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        dora = " with a DoRA adapter" if layer.use_dora[adapter_name] else ""
+        raise RowwiseError(
+            f"coalitions: {name}: expected a layer that takes an adapter for each row, found "
+            f"{kind}{dora}"
+        )
+    return True
+
+
+def _takes_names(layer: Any, adapter_name: str) -> bool:
+    """Whether a layer of PEFT's takes ``adapter_names``; those of ``from_peft`` do for DoRA too."""
+    theirs: Any = sys.modules["peft.tuners.lora.layer"]
+    if not isinstance(layer, theirs.Linear | theirs.Embedding | theirs._ConvNd):
+        return False
+    fused = getattr(type(layer), "asks_what_is_off", False)
+    return not layer.use_dora[adapter_name] or (
+        fused and dense_parameters(layer.base_layer) is not None
+    )
+
+
+class _GiveRows:
+    """Hands a layer its rows; it stands before the forward, so the layer's own is left alone."""
+
+    def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
+        self.name = name
+        self.rows = rows
+        self.place = int(tokens_first)  # of the dimension that counts sequences
+        #: A layer of PEFT's own knows no other layout than sequences first.
+        self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
+        self.dims = _dims(layer)
+        self.ours = isinstance(layer, LoraLayer)
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = kwargs.get("adapter_ids"), kwargs.get("adapter_names")
+        if len(args) != 1 or any(value is not None for value in given):
+            raise RowwiseError(
+                f"coalitions: {self.name}: expected a call with activations alone, found "
+                f"{len(args)} arguments and {sorted(kwargs)}"
+            )
+        x = args[0]
+        if x.dim() < self.dims + self.place or x.shape[self.place] != len(self.rows):
+            place = "after the tokens" if self.place else "first"
+            raise RowwiseError(
+                f"coalitions: {self.name}: expected activations of {len(self.rows)} sequences "
+                f"{place}, found shape {tuple(x.shape)}"
+            )
+        if self.turns:
+            args = (x.transpose(0, 1),)
+        rows = {"adapter_ids": self.rows.assignment} if self.ours else {"adapter_names": self.rows}
+        return args, {**kwargs, **rows}
+
+
+def _turn_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.transpose(0, 1).contiguous()  # some models view it
+
+
+def _dims(layer: Any) -> int:
+    """The fewest dimensions of an input with sequences first."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return 1
+    return base.weight.dim() if hasattr(base, "stride") else 2

@@ -1,0 +1,208 @@
+"""DepthMixer: the last hidden states of a language model, each with a norm of its own, made one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext.rows import constant
+
+from .norms import norm_form
+
+_MOST = 8  # hidden states that one call of the kernel takes
+
+
+class MixerSettings(Protocol):
+    """What a mixer needs of a configuration, :class:`lora_ext.methods.mod.ModConfig` for one."""
+
+    @property
+    def k(self) -> int:
+        """Hidden states that are mixed."""
+        ...
+
+    @property
+    def router(self) -> str:
+        """What the weights follow from: "token", "static" or "fixed"."""
+        ...
+
+    @property
+    def final_mass(self) -> float:
+        """Weight of the last one at the start."""
+        ...
+
+    @property
+    def fixed_weights(self) -> Sequence[float] | None:
+        """Of the router "fixed"."""
+        ...
+
+    @property
+    def share_final_norm(self) -> bool:
+        """Whether the last norm belongs to somebody else."""
+        ...
+
+
+class DepthMixer(nn.Module):
+    """A norm for each of k hidden states, a router that weighs them, and their sum.
+
+    ``u[t] = sum_e w[t, e] norm_e(h_e[t])``, with ``w[t] = softmax(R norm_k(h_k[t]) + c)`` of the
+    router "token", ``softmax(c)`` of "static", and given weights of "fixed". At first ``R = 0``,
+    and ``c`` gives the last hidden state the weight ``final_mass``, the others equal parts.
+
+    With ``k = 1`` the norm itself runs, and the weight is 1.
+
+    Args:
+        norms: k modules of one form, :func:`lora_ext.methods.mod.norms.norm_form`, the model's
+            final norm last. They are held, not copied.
+        config: k, router, final_mass, fixed_weights, share_final_norm. With the latter the last
+            norm is another module's child: its parameters are not this module's, nor is it in the
+            state dict, but it follows where the mixer is moved to.
+
+    Attributes:
+        norms: those that are the mixer's own.
+        final_norm: the last of all.
+        router: R, ``(k, d)``, of the router "token". bias: c, ``(k,)``, of "token" and "static".
+
+    Raises:
+        TypeError: a norm that is like neither RMSNorm nor LayerNorm. ValueError: another number of
+            norms than k, or norms of different widths or forms.
+
+    Source: arXiv 2410.13077; router and start are ours (docs/mod.md).
+    """
+
+    final_norm: nn.Module
+    router: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, norms: Sequence[nn.Module], config: MixerSettings):
+        super().__init__()
+        k = config.k
+        require(len(norms) == k, "DepthMixer", "norms", f"k = {k} modules", len(norms))
+        forms = [norm_form(norm, f"DepthMixer: norms: {e}") for e, norm in enumerate(norms)]
+        weights: list[Any] = [norm.weight for norm in norms]
+        for e in range(k):
+            found, wanted = (forms[e], *weights[e].shape), (forms[-1], *weights[-1].shape)
+            require(found == wanted, "DepthMixer: norms", str(e), wanted, found)
+        self.config = config
+        self.form = forms[-1]
+        self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
+        # Not a child: where it is the model's, it is in the model's state dict already.
+        self.__dict__["final_norm"] = norms[-1]
+        last = weights[-1]
+        settings: Any = {
+            "dtype": torch.promote_types(last.dtype, torch.float32),
+            "device": last.device,
+        }
+        routed = config.router == "token"
+        self.router = nn.Parameter(torch.zeros(k, *last.shape, **settings)) if routed else None
+        bias = None
+        if config.router != "fixed":
+            bias = torch.zeros(k, **settings)
+            if k > 1:
+                bias[-1] = math.log(config.final_mass * (k - 1) / (1 - config.final_mass))
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, hiddens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mix.
+
+        Args:
+            hiddens: k tensors ``(..., d)``, not normed, the last layer's last.
+
+        Returns:
+            The mix ``(..., d)`` in their dtype, in the place of the normed last hidden state; and
+            the weights ``(..., k)``, in float32 (float64 for float64).
+
+        Raises:
+            ValueError: another number of hidden states than k, or hidden states of different
+                shapes, dtypes or devices.
+        """
+        self._check(hiddens)
+        if self.config.k == 1:
+            return self.final_norm(hiddens[0]), self.weights(hiddens)
+        gammas, betas = self._affine()
+        rest = (self.form.eps, betas, self.form.kind)
+        if self.router is not None and self.bias is not None and len(hiddens) <= _MOST:
+            return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, *rest)
+        weights = self.weights(hiddens)
+        return _mix(hiddens, gammas, weights, *rest), weights
+
+    def weights(self, hiddens: Sequence[Tensor]) -> Tensor:
+        """The weights alone; arguments, result and errors as in :meth:`forward`."""
+        self._check(hiddens)
+        last = hiddens[-1]
+        wide = torch.promote_types(last.dtype, torch.float32)
+        return self._weights(last, wide).expand(*last.shape[:-1], self.config.k)
+
+    def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
+        """Each hidden state through its norm, as it is in the mix: what the head makes a layer's
+        own logits of. Arguments and errors as in :meth:`forward`."""
+        self._check(hiddens)
+        return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
+
+    def _normed(self, hidden: Tensor, place: int) -> Tensor:
+        gammas, betas = self._affine()
+        shift = None if betas is None else [betas[place]]
+        one = hidden.new_ones(1).expand(*hidden.shape[:-1], 1)
+        return ops.depth_mix([hidden], [gammas[place]], one, self.form.eps, shift, self.form.kind)
+
+    def _affine(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Gammas, and betas where the norms have them."""
+        norms = [*self.norms[: self.config.k - 1], self.final_norm]
+        betas: list[Any] = [getattr(norm, "bias", None) for norm in norms]
+        return [self.form.gamma(norm) for norm in norms], None if betas[-1] is None else betas
+
+    def _weights(self, last: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.config.k == 1:
+            return torch.ones(1, dtype=dtype, device=last.device)
+        if self.bias is None:
+            return constant(tuple(self.config.fixed_weights or ()), dtype, last.device)
+        logits = self.bias.to(dtype)
+        if self.router is not None:
+            with torch.autocast(last.device.type, enabled=False):
+                logits = self._normed(last, -1).to(dtype) @ self.router.to(dtype).T + logits
+        return logits.softmax(-1)
+
+    def _check(self, hiddens: Sequence[Tensor]) -> None:
+        expected = f"k = {self.config.k} tensors"
+        require(len(hiddens) == self.config.k, "DepthMixer", "hiddens", expected, len(hiddens))
+        wanted = hiddens[-1].shape, hiddens[-1].dtype, hiddens[-1].device
+        for e, hidden in enumerate(hiddens):
+            found = hidden.shape, hidden.dtype, hidden.device
+            require(found == wanted, "DepthMixer: hiddens", str(e), wanted, found)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DepthMixer:
+        if self.config.share_final_norm:
+            self.final_norm._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """The router, and how many hidden states it weighs."""
+        return f"k={self.config.k}, router={self.config.router!r}, form={tuple(self.form)}"
+
+
+def _mix(
+    hiddens: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    weights: Tensor,
+    eps: float,
+    betas: Sequence[Tensor] | None,
+    kind: str,
+) -> Tensor:
+    """``ops.depth_mix``, as many hidden states at once as it takes."""
+    parts = [
+        ops.depth_mix(
+            hiddens[part],
+            gammas[part],
+            weights[..., part],
+            eps,
+            None if betas is None else betas[part],
+            kind,
+        )
+        for part in (slice(start, start + _MOST) for start in range(0, len(hiddens), _MOST))
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -1,0 +1,204 @@
+"""Three ways from hidden states to the leaves of a circuit.
+
+An emission holds the parameters of the leaves and answers two questions about rows ``(N, D)``:
+
+* :meth:`Emission.logits`: all leaves, ``(N, K, C, L)``, for decoding, where rows are few;
+* :meth:`Emission.observed`: the log-probability of one token a position, ``(N, K, C)``, for
+  training, where the logits of all rows would not fit in memory.
+
+Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``L`` tokens that have
+leaves, ``R`` rank of an adapter. Rows have the dtype of the parameters. The softmax runs in float32
+(float64 stays).
+
+Sources: ``full`` and ``expander`` are the authors' (arXiv 2511.11346 and its code); ``adapter`` is
+ours (docs/mtpc.md, "Head").
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext import ops
+from lora_ext.layers import recomputed, rows_per_chunk
+from lora_ext.rows import keep
+
+
+class LeafSizes(NamedTuple):
+    """The sizes of a head's leaves."""
+
+    n_token: int  # K
+    rank: int  # C
+    num_leaves: int  # L
+    hidden_size: int  # D
+    adapter_rank: int  # R, of AdapterEmission alone
+
+
+class Emission(nn.Module):
+    """Parameters of the leaves of a circuit. A subclass makes them, without values, from sizes and
+    the options (dtype, device) of :func:`torch.empty`."""
+
+    def __init__(self, sizes: LeafSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def reset_parameters(self, bound: float) -> None:
+        """Draw new values from torch's generator; fresh logits are uniform in ``±bound``."""
+        raise NotImplementedError
+
+    def start_from(self, blocks: Tensor) -> None:
+        """Start from a language model's unembedding, one block ``(L, D)`` for each position that
+        the model predicts: ``blocks (positions, L, D)``."""
+        raise NotImplementedError
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits of all leaves of rows ``(N, D)``: ``(N, K, C, L)``."""
+        raise NotImplementedError
+
+    def observed(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Log-probabilities of one token a position under every component, ``(N, K, C)``.
+
+        Differentiable once. Memory is bounded: the logits of all rows are never there at once.
+
+        Args:
+            rows: ``(N, D)``. places: ``(N, K)`` int64 in [-1, L); -1 marginalises its position.
+        """
+        raise NotImplementedError
+
+
+class FullEmission(Emission):
+    """``emit[k, z] @ h``: an unembedding of its own for every position and component."""
+
+    def __init__(self, sizes: LeafSizes, **options: Any) -> None:
+        super().__init__(sizes)
+        self.emit = nn.Parameter(torch.empty(sizes[:4], **options))
+
+    def reset_parameters(self, bound: float) -> None:
+        """Every unembedding is drawn."""
+        nn.init.uniform_(self.emit, -bound, bound)
+
+    def start_from(self, blocks: Tensor) -> None:
+        """Every component of position k becomes block k; positions beyond the blocks keep their
+        values."""
+        for position, block in zip(self.emit, blocks, strict=False):
+            position.copy_(block.expand_as(position))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """One product with all unembeddings."""
+        return F.linear(rows, self.emit.flatten(0, 2)).unflatten(-1, self.emit.shape[:3])
+
+    def observed(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Product and softmax of a position and a chunk of rows at a time, inside the op."""
+        return ops.emission_gather(rows, self.emit, places)
+
+
+class SharedEmission(Emission):
+    """``unembed @ states[k, z](h)``: one unembedding under a state for every position and
+    component."""
+
+    unembed: Tensor  # (L, D)
+
+    def states(self, rows: Tensor) -> Tensor:
+        """A hidden state for every row, position and component, ``(N K C, D)``."""
+        raise NotImplementedError
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The unembedding of every state."""
+        k, c, num_leaves = self.sizes[:3]
+        return F.linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
+
+    def observed(self, rows: Tensor, places: Tensor) -> Tensor:
+        """As :meth:`Emission.observed`; where the states of all rows are too many to be kept for
+        the backward, it computes them again, chunk by chunk."""
+        chunk = rows_per_chunk(self.sizes.n_token * self.sizes.rank * self.sizes.hidden_size)
+        if len(rows) <= chunk:
+            return self._observed(rows, places)
+        parts = zip(rows.split(chunk), places.split(chunk), strict=True)
+        return torch.cat([recomputed(self._observed, *part) for part in parts])
+
+    def _observed(self, rows: Tensor, places: Tensor) -> Tensor:
+        shape = len(rows), self.sizes.n_token, self.sizes.rank
+        targets = places[:, :, None].expand(shape).reshape(-1, 1)
+        states = self.states(rows).to(self.unembed.dtype)  # autocast may have made them narrower
+        return ops.emission_gather(states, self.unembed[None, None], targets).view(shape)
+
+
+class ExpanderEmission(SharedEmission):
+    """``unembed @ (maps[k, z] @ h)``: a square map for every position and component."""
+
+    def __init__(self, sizes: LeafSizes, **options: Any) -> None:
+        super().__init__(sizes)
+        k, c, num_leaves, d, _ = sizes
+        self.maps = nn.Parameter(torch.empty(k, c, d, d, **options))
+        self.unembed = nn.Parameter(torch.empty(num_leaves, d, **options))
+
+    def reset_parameters(self, bound: float) -> None:
+        """The maps become identities."""
+        identity = torch.eye(self.sizes.hidden_size, device=self.maps.device)
+        self.maps.copy_(identity.expand_as(self.maps))
+        nn.init.uniform_(self.unembed, -bound, bound)
+
+    def start_from(self, blocks: Tensor) -> None:
+        """The unembedding becomes a copy of block 0."""
+        self.unembed.copy_(blocks[0])
+
+    def states(self, rows: Tensor) -> Tensor:
+        """One product with all maps."""
+        return F.linear(rows, self.maps.flatten(0, 2)).view(-1, self.sizes.hidden_size)
+
+
+class AdapterEmission(SharedEmission):
+    """``unembed @ (h + B[k, z] @ A[k, z] @ h)``: an adapter for every position and component on a
+    frozen unembedding, which may be the language model's own memory and is then never written."""
+
+    def __init__(self, sizes: LeafSizes, **options: Any) -> None:
+        super().__init__(sizes)
+        k, c, num_leaves, d, r = sizes
+        self.lora_A = nn.Parameter(torch.empty(k * c, r, d, **options))
+        self.lora_B = nn.Parameter(torch.empty(k * c, d, r, **options))
+        self.register_buffer("unembed", torch.empty(num_leaves, d, **options))
+
+    def reset_parameters(self, bound: float) -> None:
+        """The adapters start as LoRA does: A is random, B is zero."""
+        self.unembed = torch.empty_like(self.unembed).uniform_(-bound, bound)
+        bound = 1 / math.sqrt(self.sizes.hidden_size)  # what "init_a" of init_lora_ draws
+        nn.init.uniform_(self.lora_A, -bound, bound)
+        nn.init.zeros_(self.lora_B)
+
+    def start_from(self, blocks: Tensor) -> None:
+        """The unembedding becomes block 0 itself where dtype and device agree, else a copy."""
+        self.unembed = blocks[0].to(self.unembed)
+
+    def states(self, rows: Tensor) -> Tensor:
+        """Every row once under each of the ``K C`` adapters: adapter ``k C + z`` gives the state of
+        position k and component z."""
+        adapters = len(self.lora_A)
+        x = rows[:, None].expand(-1, adapters, -1).reshape(-1, self.sizes.hidden_size)
+
+        def make() -> tuple[Tensor, Tensor]:
+            ids = torch.arange(adapters, dtype=torch.int32, device=rows.device).repeat(len(rows))
+            return ids, ops.lora_plan(ids, adapters)
+
+        ids, plan = keep(("circuit_head", adapters, len(rows)), rows.device, make)
+        return x + ops.lora_apply(x, self.lora_A, self.lora_B, ids, plan=plan)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "unembed")
+        if saved is not None and not self.unembed.is_meta:
+            same = saved.shape == self.unembed.shape
+            if not (same and torch.equal(saved.to(self.unembed), self.unembed)):
+                self.unembed = torch.empty_like(self.unembed)  # the old one may be the model's own
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+EMISSIONS: dict[str, type[Emission]] = {
+    "full": FullEmission,
+    "expander": ExpanderEmission,
+    "adapter": AdapterEmission,
+}

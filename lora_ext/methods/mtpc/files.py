@@ -1,0 +1,215 @@
+"""A draft in a folder: ``mtpc_config.json`` and ``mtpc.safetensors``.
+
+The JSON has the configuration and the shortlist, the other file the parameters. An unembedding that
+is the model's own is not written; it comes from the model again. A folder is not trusted: sizes,
+names and dtypes are compared with what the configuration asks for before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._files import SafetensorsFile, open_regular, parse_json
+
+from .config import MtpcConfig
+from .layers import CircuitHead
+from .token_bridge import TokenBridge
+
+CONFIG, TENSORS = "mtpc_config.json", "mtpc.safetensors"
+_MAX_CONFIG_BYTES = 16 << 20  # a shortlist of a million tokens
+_VERSION = 1
+_SHORTLIST, _UNEMBED = "head.shortlist", "head.unembed"
+_BRIDGE, _FACTORS = "bridge.", "tail.factors."
+
+
+def write_draft(
+    folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
+) -> None:
+    """Write both files; each appears whole or not at all.
+
+    Args:
+        folder: made where it does not exist.
+        config, state: of the draft.
+        unembedding: the model's, ``(V, D)``.
+    """
+    from safetensors.torch import save_file  # not with lora_ext: only this needs it
+
+    kept = dict(state)
+    ids = kept.pop(_SHORTLIST, None)
+    if config.emission == "adapter":
+        rows = unembedding if ids is None else unembedding[ids.to(unembedding.device)]
+        if torch.equal(rows.to(kept[_UNEMBED]), kept[_UNEMBED]):
+            del kept[_UNEMBED]
+    data = {
+        "version": _VERSION,
+        "config": dataclasses.asdict(config),
+        "shortlist": None if ids is None else ids.tolist(),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in kept.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    new_tensors, new_config = folder / f"{TENSORS}.new", folder / f"{CONFIG}.new"
+    try:
+        save_file(tensors, str(new_tensors))
+        new_config.write_text(json.dumps(data, indent=1))
+        os.replace(new_tensors, folder / TENSORS)
+        os.replace(new_config, folder / CONFIG)
+    finally:
+        new_tensors.unlink(missing_ok=True)
+        new_config.unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
+    """The configuration and the shortlist.
+
+    Raises:
+        ValueError: what is no configuration, naming file and field.
+    """
+    path = folder / CONFIG
+    with open_regular(path) as file:
+        raw = file.read(_MAX_CONFIG_BYTES + 1)
+    if len(raw) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found more")
+    data = parse_json(raw, str(path))
+    if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
+        raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
+    if data["version"] != _VERSION:
+        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
+    ids = data["shortlist"]
+    if ids is not None and not (
+        isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    ):
+        raise ValueError(f"{path}: shortlist: expected token ids or null, found {ids!r:.80}")
+    return _config(data["config"], path), ids
+
+
+def _config(data: Any, path: Path) -> MtpcConfig:
+    fields = {field.name: type(field.default) for field in dataclasses.fields(MtpcConfig)}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: config: expected an object, found {data!r:.80}")
+    for name, value in data.items():
+        if name not in fields:
+            raise ValueError(f"{path}: config: expected some of {[*fields]}, found {name!r:.80}")
+        wanted = fields[name]
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}")
+    try:
+        return MtpcConfig(**data)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error!s:.300}") from None
+
+
+class DraftFile:
+    """The parameters of a draft, checked against a configuration without reading them.
+
+    Args:
+        folder, config, shortlist: where the draft lies, and what :func:`read_config` found there.
+        vocab_size, hidden_size: of the model.
+
+    Attributes:
+        head_dtype, bridge_dtype, tail_dtype: of the parameters; None for a bridge or tail that is
+            not there.
+
+    Raises:
+        ValueError: keys, shapes or dtypes that are not those of such a draft, by file and key.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: MtpcConfig,
+        shortlist: list[int] | None,
+        vocab_size: int,
+        hidden_size: int,
+    ):
+        self._file = file = SafetensorsFile(folder / TENSORS)
+        try:
+            head = {k: v for k, v in file.infos.items() if not k.startswith(_FACTORS)}
+            tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
+            bridge = {k: v for k, v in head.items() if k.startswith(_BRIDGE)}
+            own = {info.dtype for k, info in head.items() if k not in bridge}
+            self.head_dtype = self._dtype("head", own)
+            self.bridge_dtype = self.tail_dtype = None
+            wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
+            found = {k: info.shape for k, info in head.items()}
+            if config.emission == "adapter":
+                found.setdefault(_UNEMBED, wanted[_UNEMBED])
+            self._compare(wanted, found)
+            if bridge:
+                self.bridge_dtype = self._dtype("bridge", {info.dtype for info in bridge.values()})
+            if bool(tail) != bool(config.draft_layers):
+                raise ValueError(
+                    f"{file.where}: expected factors of {config.draft_layers} layers, "
+                    f"found {len(tail)} tensors"
+                )
+            if tail:
+                self.tail_dtype = self._dtype("tail", {info.dtype for info in tail.values()})
+                # Memory for the tail is taken layer by layer, all of this rank.
+                first = tail.get(f"{_FACTORS}0")
+                if first is None or first.shape[:1] != (config.draft_rank,):
+                    raise ValueError(
+                        f"{file.where}: {_FACTORS}0: expected rank {config.draft_rank}, "
+                        f"found {None if first is None else first.shape}"
+                    )
+        except BaseException:
+            file.close()
+            raise
+
+    def _dtype(self, part: str, found: set[torch.dtype | str]) -> torch.dtype:
+        if len(found) == 1:
+            (dtype,) = found
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                return dtype
+        raise ValueError(
+            f"{self._file.where}: {part}: expected one floating dtype, found {found!r:.200}"
+        )
+
+    def _head_shapes(
+        self, config: MtpcConfig, shortlist: list[int] | None, vocab_size: int, hidden_size: int
+    ) -> dict[str, tuple[int, ...]]:
+        try:
+            with torch.device("meta"):
+                head = CircuitHead(hidden_size, vocab_size, *config.of_head(), shortlist=shortlist)
+                bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
+            raise ValueError(f"{self._file.where}: {error!s:.300}") from None
+        shapes = {f"head.{name}": tuple(t.shape) for name, t in head.state_dict().items()}
+        shapes.pop(_SHORTLIST, None)
+        if bridge is not None:
+            shapes |= {f"bridge.{name}": tuple(t.shape) for name, t in bridge.state_dict().items()}
+        return shapes
+
+    def _compare(
+        self, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"{self._file.where}: {name:.200}: expected {wanted.get(name, 'no such key')}, "
+                    f"found {found.get(name, 'none')}"
+                )
+
+    def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with the file's values; what it does not hold is taken from ``state``.
+
+        Args:
+            state: of a draft that was made by the same configuration.
+
+        Raises:
+            ValueError: factors of another number or shape than those of this model's layers.
+        """
+        infos = self._file.infos
+        own = {k: tuple(t.shape) for k, t in state.items() if k.startswith(_FACTORS)}
+        self._compare(own, {k: i.shape for k, i in infos.items() if k.startswith(_FACTORS)})
+        return {k: self._file.read(k) if k in infos else t for k, t in state.items()}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

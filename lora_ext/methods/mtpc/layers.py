@@ -1,0 +1,399 @@
+"""CircuitHead: hidden states to a joint distribution over the next tokens.
+
+The way of a hidden state:
+
+1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and lays it out as rows ``(N, D)``;
+2. its :class:`~lora_ext.methods.mtpc.emission.Emission` makes the leaves of every row's circuit,
+   over the tokens of its :class:`~lora_ext.methods.mtpc.shortlist.Shortlist`;
+3. its :class:`~lora_ext.methods.mtpc.sum_weights.SumWeights` make the prior and the transitions;
+4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
+   next token, ``circuit_sample`` and ``circuit_argmax`` a window.
+
+A likelihood reads one leaf a position (:meth:`Emission.observed`), so that training never holds the
+logits over the vocabulary; the other queries read all of them (:meth:`CircuitHead.circuit`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops, reference
+from lora_ext._checks import require
+from lora_ext.layers import IGNORE
+
+from .circuit_checks import EmissionName, Kind, check_structure, check_tensors, looked_at
+from .emission import EMISSIONS, LeafSizes
+from .shortlist import Shortlist, checked_ids
+from .sum_weights import SumWeights
+
+# Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
+_INIT_BOUND = 0.01275 * 64
+# The parts that have parameters, by attribute, and the names under which the head has these.
+_PARTS = {
+    "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
+    "sums": ("prior", "trans_bias", "trans"),
+}
+
+
+class Circuit(NamedTuple):
+    """Logits of the circuits of ``N`` rows, as the circuit ops take them."""
+
+    leaf: Tensor  # (N, K, C, V), or L instead of V
+    prior: Tensor | None  # (N, C)
+    trans: Tensor | None  # (N, M, C, C)
+
+
+def _of(part: str, name: str) -> Any:
+    """A parameter of a part as an attribute of the head."""
+    return property(lambda head: getattr(getattr(head, part), name))
+
+
+def _flatten_keys(
+    _head: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """A state dict has the parts' parameters under the head's own names."""
+    for part, names in _PARTS.items():
+        for name in names:
+            if f"{prefix}{part}.{name}" in state_dict:
+                state_dict[prefix + name] = state_dict.pop(f"{prefix}{part}.{name}")
+
+
+def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object) -> None:
+    """The inverse of :func:`_flatten_keys`."""
+    for part, names in _PARTS.items():
+        for name in names:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{part}.{name}"] = state_dict.pop(prefix + name)
+
+
+class CircuitHead(nn.Module):
+    """``q(x_1 .. x_K | h)``: a probabilistic circuit whose parameters are functions of ``h``.
+
+    Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V`` vocabulary,
+    ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. Sum weights
+    are ``softmax(w @ h)``; leaves are ``softmax(logits)``:
+
+    ============  ===========================================  ================================
+    emission      logits of position k, component z            parameters
+    ============  ===========================================  ================================
+    ``full``      ``emit[k, z] @ h``                           ``emit (K, C, L, D)``
+    ``expander``  ``unembed @ (maps[k, z] @ h)``               ``maps (K, C, D, D)``,
+                                                               ``unembed (L, D)``
+    ``adapter``   ``unembed @ (h + B[k, z] @ A[k, z] @ h)``    ``lora_A (K C, R, D)``,
+                                                               ``lora_B (K C, D, R)``; ``unembed``
+                                                               is a frozen buffer
+    ============  ===========================================  ================================
+
+    They live in the part ``leaves``; ``prior``, ``trans`` and ``trans_bias`` live in ``sums``. The
+    head and its state dict have all of them under these names.
+
+    Hidden states are ``(..., D)`` and windows ``(..., K)``, with the same leading dimensions, which
+    results keep. A token :data:`IGNORE` is marginalised.
+
+    Args:
+        hidden_size: ``D``. vocab_size: ``V``, at least 2. n_token: ``K``. rank: ``C``.
+        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
+        emission: see the table. ``full`` for small vocabularies, ``adapter`` for large ones.
+        adapter_rank: ``R`` of ``adapter``, at least 1.
+        contextual: whether transitions depend on ``h``; otherwise they are free parameters.
+        share_transitions: one transition matrix instead of ``M``.
+        init_identity: transitions start by keeping the state with probability 0.99, so that an HMM
+            or tree starts near the mixture CP; otherwise they start near uniform.
+        shortlist: ``(L,)`` int64, distinct ids of at least 2 tokens: all others have probability
+            exactly 0, no parameters and no products. As evidence they are impossible: what follows
+            one has log-probability ``-inf``. Default is the whole vocabulary. The ids are a buffer:
+            after ``to_empty()`` they are undefined until a state dict brings them.
+        dtype, device: of the parameters; float16, bfloat16, float32 or float64.
+
+    Raises:
+        ValueError: sizes out of range, an unknown kind or emission, ``ff`` with a rank other than
+            1, ``hmm`` or ``btree`` with rank or n_token below 2, a shortlist with fewer than 2
+            tokens, a token twice or one outside the vocabulary. NotImplementedError: other dtypes.
+
+    Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv
+    2511.11346) and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the draft:
+    FR-Spec (arXiv 2502.14856).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        n_token: int,
+        rank: int,
+        kind: Kind,
+        emission: EmissionName = "full",
+        adapter_rank: int = 16,
+        contextual: bool = True,
+        share_transitions: bool = False,
+        init_identity: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        shortlist: Tensor | Sequence[int] | None = None,
+    ):
+        super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
+        check_tensors("CircuitHead", hidden_size, vocab_size, dtype)
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.n_token = n_token
+        self.rank = rank
+        self.kind = kind
+        self.emission = emission
+        self.adapter_rank = adapter_rank
+        self.contextual = contextual
+        self.share_transitions = share_transitions
+        self.init_identity = init_identity
+        ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
+        if ids is not None:
+            ids = ids.to(torch.empty(0, device=device).device)  # the default device, for None
+        self.shortlist: Tensor | None
+        self.register_buffer("shortlist", ids)
+        self.num_leaves = self.listed.size
+
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
+        self.leaves = EMISSIONS[emission](sizes, **options)
+        structure = kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity
+        self.sums = SumWeights(*structure, **options)
+        self.register_state_dict_post_hook(_flatten_keys)
+        self.register_load_state_dict_pre_hook(_nest_keys)
+        self.reset_parameters()
+
+    emit = _of("leaves", "emit")
+    maps = _of("leaves", "maps")
+    unembed = _of("leaves", "unembed")
+    lora_A = _of("leaves", "lora_A")
+    lora_B = _of("leaves", "lora_B")
+    prior = _of("sums", "prior")
+    trans_bias = _of("sums", "trans_bias")
+    trans = _of("sums", "trans")
+
+    @property
+    def listed(self) -> Shortlist:
+        """The tokens that have leaves."""
+        return Shortlist(self.shortlist, self.vocab_size)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """New initial values, from torch's generator.
+
+        :meth:`init_from_lm_head` makes the components of some positions equal; random sum weights
+        and later positions tell them apart.
+        """
+        bound = _INIT_BOUND / math.sqrt(self.hidden_size)
+        self.leaves.reset_parameters(bound)
+        self.sums.reset_parameters(bound)
+
+    @torch.no_grad()
+    def init_from_lm_head(self, weight: Tensor, num_blocks: int = 1) -> None:
+        """Start from the unembedding of a language model.
+
+        ``full``: every component of position k becomes block k; positions beyond the blocks keep
+        their values. ``expander``: a copy of block 0. ``adapter``: block 0 itself; without
+        a shortlist and where dtype and device agree it shares the model's memory.
+
+        Args:
+            weight: ``(num_blocks * V, D)``. num_blocks: how many positions the model predicts.
+
+        Raises:
+            ValueError: another shape.
+        """
+        expected = (num_blocks * self.vocab_size, self.hidden_size)
+        if num_blocks < 1 or tuple(weight.shape) != expected:
+            raise ValueError(
+                f"CircuitHead.init_from_lm_head: weight: expected shape {expected} for "
+                f"{num_blocks} blocks, found {tuple(weight.shape)}"
+            )
+        blocks = weight.detach().unflatten(0, (num_blocks, self.vocab_size))
+        self.leaves.start_from(self.listed.narrow(blocks, 1))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        ids = state_dict.get(prefix + "shortlist")
+        if ids is not None and not torch.equal(
+            ids, checked_ids(ids, self.vocab_size).to(ids.device)
+        ):
+            raise ValueError(
+                "CircuitHead: shortlist: expected ascending ids in a state dict, found another "
+                "order"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------
+    # Queries
+
+    def circuit(self, h: Tensor) -> Circuit:
+        """The circuits of all rows, for the circuit ops: ``N K C V`` logits, so for few rows.
+        Those of tokens outside the shortlist are ``-inf``."""
+        circuit = self.narrow_circuit(h)
+        return circuit._replace(leaf=self.listed.widen(circuit.leaf))
+
+    def narrow_circuit(self, h: Tensor) -> Circuit:
+        """As :meth:`circuit`, over the places of the shortlist: ``N K C L`` logits."""
+        rows = self.rows(h)
+        return Circuit(self.leaves.logits(rows), *self.sums(rows))
+
+    def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
+        """``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``; the last is the whole window's.
+        ``-inf`` from the first token outside the shortlist on.
+
+        Differentiable. Memory is ``N K C`` and a bounded chunk: no logits over the vocabulary.
+
+        Args:
+            h: ``(..., D)`` floating. x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
+
+        Raises:
+            ValueError: a shape that does not fit, or (on the CPU) a token outside the vocabulary.
+            TypeError: hidden states that are not floating, tokens that are not int64.
+        """
+        return self.scan(h, x).prefix.view(x.shape)
+
+    def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
+        """``log q(x_k | x_<k, h)``, ``(..., K)``; 0 where ``x_k`` is ignored. As
+        :meth:`log_prob`."""
+        conditional = self.scan(h, x).conditional.view(x.shape)
+        return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
+
+    @torch.no_grad()
+    def full_conditional(self, h: Tensor, x: Tensor, k: int | Tensor) -> Tensor:
+        """``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``; without gradient.
+
+        Args:
+            h, x: as in :meth:`log_prob`. k: one position from 0, or one per row, ``(...)`` int64.
+
+        Raises:
+            ValueError: k outside [0, K), or as :meth:`log_prob`.
+        """
+        rows, tokens = self.rows(h), self.tokens(h, x)
+        k = torch.as_tensor(k, device=h.device)
+        require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
+        if k.dim() and k.shape != h.shape[:-1]:
+            raise ValueError(
+                f"CircuitHead: k: expected one position or shape {tuple(h.shape[:-1])}, "
+                f"found {tuple(k.shape)}"
+            )
+        k = k.expand(h.shape[:-1]).reshape(-1)
+        wrong = (k < 0) | (k >= self.n_token)
+        if looked_at(k) and bool(wrong.any()):
+            raise ValueError(
+                f"CircuitHead: k: expected positions in [0, {self.n_token}), "
+                f"found {int(k[wrong][0])}"
+            )
+        dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
+        return dist.view(*h.shape[:-1], self.vocab_size)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        h: Tensor,
+        evidence: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        uniforms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Exact samples of the window.
+
+        Args:
+            h: ``(..., D)``.
+            evidence: ``(..., K)`` int64, given tokens first, then :data:`IGNORE`.
+            generator: of the uniforms, on the device of ``h``.
+            uniforms: ``(..., K, 2)`` in [0, 1) instead: equal uniforms, equal tokens.
+
+        Returns:
+            tokens ``(..., K)`` int64, and their log conditionals ``(..., K)``.
+        """
+        rows, shape = self.rows(h), (*h.shape[:-1], self.n_token)
+        if uniforms is None:
+            options = {"dtype": torch.float32, "device": h.device}
+            uniforms = torch.rand(*shape, 2, generator=generator, **options)
+        elif tuple(uniforms.shape) != (*shape, 2):
+            raise ValueError(
+                f"CircuitHead: uniforms: expected shape {(*shape, 2)}, "
+                f"found {tuple(uniforms.shape)}"
+            )
+        given = self._evidence(h, evidence)
+        tokens, conditional, *_ = ops.circuit_sample(
+            self.kind, *self.circuit(rows), uniforms.reshape(-1, self.n_token, 2), given
+        )
+        return tokens.view(shape), conditional.view(shape)
+
+    @torch.no_grad()
+    def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The most probable tokens and latents: tokens ``(..., K)``, log-probability ``(...)``.
+
+        Not the mode over tokens alone. Evidence is as in :meth:`sample`.
+        """
+        rows, given = self.rows(h), self._evidence(h, evidence)
+        tokens, value = ops.circuit_argmax(self.kind, *self.circuit(rows), given)
+        return tokens.view(*h.shape[:-1], self.n_token), value.view(h.shape[:-1])
+
+    # ---------------------------------------------------------------------------------------------
+    # Steps
+
+    def rows(self, h: Tensor) -> Tensor:
+        """Hidden states ``(..., D)`` as rows ``(N, D)`` in the dtype of the parameters.
+
+        Raises:
+            TypeError: hidden states that are not floating. ValueError: another width.
+        """
+        require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
+        if h.dim() == 0 or h.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"CircuitHead: h: expected shape (..., {self.hidden_size}), found {tuple(h.shape)}"
+            )
+        return h.reshape(-1, self.hidden_size).to(next(self.leaves.parameters()).dtype)
+
+    def tokens(self, h: Tensor, x: Tensor) -> Tensor:
+        """Windows ``(..., K)`` as ``(N, K)`` tokens of the vocabulary, with -1 for what is
+        marginalised, as the circuit ops have it.
+
+        Raises:
+            TypeError: tokens that are not int64. ValueError: another shape than that of ``h`` asks
+                for, or (on the CPU) a token outside the vocabulary.
+        """
+        require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
+        expected = (*h.shape[:-1], self.n_token)
+        if tuple(x.shape) != expected:
+            raise ValueError(
+                f"CircuitHead: tokens: expected shape {expected}, found {tuple(x.shape)}"
+            )
+        if looked_at(x):
+            wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"CircuitHead: tokens: expected ids in [0, {self.vocab_size}) or {IGNORE}, "
+                    f"found {int(x[wrong][0])}"
+                )
+        return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
+
+    def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
+        """The scan over the windows' own tokens: prefix marginals and conditionals ``(N, K)``,
+        posteriors ``(N, K, C)``; arguments and errors as in :meth:`log_prob`."""
+        rows, tokens = self.rows(h), self.tokens(h, x)
+        observed = self.leaves.observed(rows, self.listed.places(tokens))
+        if self.shortlist is not None:
+            observed = observed.masked_fill(self.listed.lacks(tokens)[..., None], -torch.inf)
+        return ops.circuit_scan(self.kind, observed, *self.sums(rows))
+
+    def _evidence(self, h: Tensor, evidence: Tensor | None) -> Tensor | None:
+        if evidence is None:
+            return None
+        given = self.tokens(h, evidence)
+        if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
+            raise ValueError("CircuitHead: evidence: expected given tokens first, found a gap")
+        return given
+
+    def extra_repr(self) -> str:
+        """Sizes and kind."""
+        listed = "" if self.shortlist is None else f", shortlist of {self.num_leaves}"
+        return (
+            f"{self.hidden_size}, {self.vocab_size}, n_token={self.n_token}, rank={self.rank}, "
+            f"kind={self.kind!r}, emission={self.emission!r}{listed}"
+        )

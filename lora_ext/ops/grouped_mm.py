@@ -1,0 +1,57 @@
+"""Products of groups of rows, each group with a matrix of its own: a mixture's experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._torch import compiles, traced
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is a
+    kernel for it, autocast is ignored."""
+    if compiles():  # a graph cannot follow groups whose sizes are known only when it runs
+        return _experts_mm(x, weight, ends)
+    if x.device.type != "cpu":
+        return torch.nn.functional.grouped_mm(x, weight, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = [rows @ w for rows, w in zip(x.split(counts), weight, strict=True) if len(rows)]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
+
+
+@traced(
+    "experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor",
+    fake=lambda x, dy, ends: x.new_empty(ends.shape[0], x.shape[1], dy.shape[1]),
+)
+def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
+    """``x^T dy`` of each group: ``(E, I, O)`` from ``x (P, I)`` and ``dy (P, O)``."""
+    if x.device.type != "cpu":
+        return torch.nn.functional.grouped_mm(x.mT, dy, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    groups = zip(x.split(counts), dy.split(counts), strict=True)
+    return torch.stack([rows.mT @ gradients for rows, gradients in groups])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ends = inputs
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, ends)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    of_x, of_weight, _ = ctx.needs_input_grad
+    return (
+        _experts_mm(dy, weight.mT, ends) if of_x else None,
+        _grouped_outer(x, dy, ends) if of_weight else None,
+        None,
+    )
+
+
+_experts_mm = traced(
+    "experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    fake=lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]),
+    backward=(_backward, _save),
+)(grouped_mm)

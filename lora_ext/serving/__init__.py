@@ -1,0 +1,17 @@
+"""A pool's adapters served by somebody else's model: its layers, ``attach``, ``generate``, streams
+and continuous batching."""
+
+from .attaching import attach, detach
+from .layers.multi_lora import MultiLoraLinear
+from .layers.multi_lora_embedding import MultiLoraEmbedding
+from .layers.multi_lora_experts import MultiLoraExperts
+from .names import refuse_singular
+
+__all__ = [
+    "MultiLoraEmbedding",
+    "MultiLoraExperts",
+    "MultiLoraLinear",
+    "attach",
+    "detach",
+    "refuse_singular",
+]

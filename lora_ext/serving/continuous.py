@@ -1,0 +1,391 @@
+"""Continuous batching of transformers on an attached model: every request has its adapter.
+
+The way of a request:
+
+1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
+2. A step packs tokens of many requests into one row; a block around it says whose each token is.
+3. Blocks of keys and values that requests share are told apart by adapter (``prefixes.py``).
+4. A request may choose its tokens in a way of its own (``sampling.py``).
+5. The pin goes when the result is delivered, or the request is cancelled.
+
+Methods of a manager, and of what it makes, are wrapped on the instance; no class is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.pool import AdapterPool, Lease, PoolFullError
+from lora_ext.rows import Names, context, packed_block, pool_handle
+
+from .gate import managers_changed
+from .names import NamedPrompt, named_prompts, refuse_singular, request_names
+from .prefixes import marked
+from .sampling import Sampling
+from .settings import check_settings
+
+_OWN = "_lora_ext_requests"
+_CHILD = "__child#"  # what transformers appends to the id of a request that it forks
+_NOT_GIVEN: Any = object()
+
+_all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
+
+
+@dataclass
+class _Request:
+    name: str | None
+    lease: Lease
+    sampling: Sampling | None = None
+    generator: torch.Generator | None = None
+    cancelled: bool = False
+
+    @property
+    def number(self) -> int:
+        """Of the adapter's version; 0 is the base model."""
+        return self.lease.residents[0].serial if self.lease.residents else 0
+
+
+class AdapterRequests:
+    """The adapters of a manager's requests.
+
+    Args:
+        manager: transformers' ``ContinuousBatchingManager`` of an attached model.
+        pool: of the model. default: of ``attach``.
+
+    Raises:
+        NotImplementedError: tensor parallelism, compiled steps, or a transformers whose manager is
+            another one.
+    """
+
+    def __init__(self, manager: Any, pool: AdapterPool, default: str | None):
+        self.manager, self.pool, self.default = manager, pool, default
+        self._requests: dict[str, _Request] = {}
+        self._freed = threading.Condition(threading.RLock())
+        self._last: tuple[Any, context.Block] | None = None  # the block of the last step
+        self._running = False
+        self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
+        self._wrapped: list[tuple[Any, str]] = []
+        self._wrapped_in_processor: list[tuple[Any, str]] = []
+        check_settings(manager)
+        own = self._wrapped
+        for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
+            self._wrap(own, manager, name, getattr(self, name))
+        self._wrap(own, manager, "_create_batch_processor", self._create_batch_processor)
+        self._wrap(own, manager, "_generation_step", self._step)
+        for name in ("deliver", "deliver_batch"):
+            self._wrap(own, manager.output_router, name, getattr(self, f"_{name}"))
+        if manager.batch_processor is not None:
+            self._watch(manager.batch_processor)
+        manager.__dict__[_OWN] = self
+        _all.add(self)
+        weakref.finalize(self, _release, self._requests).atexit = False
+
+    def remove(self) -> None:
+        """Give the manager its own methods back."""
+        for thing, name in (*self._wrapped, *self._wrapped_in_processor):
+            thing.__dict__.pop(name, None)
+        self.manager.__dict__.pop(_OWN, None)
+        self._release_all()
+        _all.discard(self)
+
+    def _wrap(
+        self, done: list[tuple[Any, str]], thing: Any, name: str, wrapper: Callable[..., Any]
+    ) -> None:
+        original = getattr(thing, name, None)
+        if original is None:
+            import transformers
+
+            self.remove()
+            raise NotImplementedError(
+                f"init_continuous_batching: expected {type(thing).__name__}.{name} as in "
+                f"transformers 5.24, found none in {transformers.__version__}"
+            )
+        thing.__dict__[name] = functools.partial(wrapper, original)
+        done.append((thing, name))
+
+    # ---------------------------------------------------------------------------------------------
+    # Requests come and go
+
+    def add_request(
+        self,
+        original: Callable[..., Any],
+        input_ids: Sequence[int],
+        request_id: str | None = None,
+        *args: Any,
+        adapter_name: str | None = _NOT_GIVEN,
+        sampling: Sampling | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The manager's own, with a pinned adapter, and a way of its own to choose tokens. A pool
+        without room raises :class:`~lora_ext.pool.PoolFullError`."""
+        prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
+        if len(input_ids) == 0:  # it would end the thread that serves all others
+            error = ValueError("add_request: input_ids: expected at least one token, found none")
+            if prompt is not None:
+                prompt.errors.append(error)
+            raise error
+        if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
+            raise NotImplementedError(
+                "add_request: sampling: expected None beside return_logprobs, which tells the "
+                f"probabilities of the manager's own tokens, found {sampling}"
+            )
+        if prompt is not None:
+            adapter_name = prompt.adapter
+        elif adapter_name is _NOT_GIVEN:
+            (adapter_name,) = self.names("add_request", None, 1)
+        if request_id is None:
+            with self.manager._request_lock:
+                request_id = f"req_{self.manager._request_counter}"
+                self.manager._request_counter += 1
+        try:
+            self._begin(request_id, adapter_name, sampling, wait=prompt is not None)
+            try:
+                accepted = original(input_ids, request_id, *args, **kwargs)
+            except BaseException:
+                self._end(request_id)
+                raise
+        except BaseException as error:
+            if prompt is not None:
+                prompt.errors.append(error)
+            raise
+        if accepted is None:
+            self._end(request_id)
+        return accepted
+
+    def add_requests(
+        self,
+        original: Callable[..., Any],
+        inputs: Sequence[Sequence[int]],
+        *args: Any,
+        adapter_names: Names = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The manager's own, a name per request. Where the pool is full it waits for requests that
+        run."""
+        if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
+            inputs = named_prompts(inputs, self.names("add_requests", adapter_names, len(inputs)))
+        return original(inputs, *args, **kwargs)
+
+    def names(self, where: str, given: Names, count: int) -> list[str | None]:
+        """A name per request, see :func:`request_names`."""
+        return request_names(where, given, count, self.pool, self.default)
+
+    def _begin(
+        self, request_id: str, name: str | None, sampling: Sampling | None, wait: bool
+    ) -> None:
+        with self._freed:
+            if request_id in self._requests:
+                raise ValueError(
+                    "add_request: request_id: expected one that is not in use, found "
+                    f"{request_id!r}"
+                )
+            while True:
+                try:
+                    lease = self.pool.acquire([name])
+                    break
+                except PoolFullError:
+                    if not (wait and self._requests and self.manager.is_running()):
+                        raise
+                self._freed.wait(1.0)
+            generator = sampling and sampling.generator(self.manager.model.device)
+            self._requests[request_id] = _Request(name, lease, sampling, generator)
+
+    def _end(self, request_id: str) -> None:
+        with self._freed:
+            first = self._first(request_id)
+            if first not in self._requests or self._has_others(first, request_id):
+                return
+            self._requests.pop(first).lease.__exit__()
+            self._freed.notify_all()
+
+    def _first(self, request_id: str) -> str:
+        """The request that was forked into this one."""
+        return request_id if request_id in self._requests else request_id.rpartition(_CHILD)[0]
+
+    def _has_others(self, first: str, request_id: str) -> bool:
+        processor = self.manager.batch_processor
+        if self.manager.num_return_sequences == 1 or processor is None:
+            return False
+        scheduler = processor.scheduler
+        known = {*scheduler.active_requests, *scheduler.waiting_requests} - {request_id}
+        return any(self._first(other) == first for other in known)
+
+    def _release_all(self) -> None:
+        with self._freed:
+            _release(self._requests)
+            self._freed.notify_all()
+
+    def _deliver(self, original: Callable[..., Any], output: Any) -> None:
+        if output.is_finished():
+            self._end(output.request_id)
+        original(output)
+
+    def _deliver_batch(self, original: Callable[..., Any], outputs: list[Any]) -> None:
+        for output in outputs:
+            if output.is_finished():
+                self._end(output.request_id)
+        original(outputs)
+
+    def cancel_request(self, original: Callable[[str], None], request_id: str) -> None:
+        """The manager's own."""
+        with self._freed:
+            if request_id in self._requests:
+                self._requests[request_id].cancelled = True
+        original(request_id)
+
+    def _clear_cancelled_requests(self, original: Callable[[], list[Any]]) -> list[Any]:
+        with self._freed:  # the loop forgets a cancellation that is there before its request
+            again = [each for each, request in self._requests.items() if request.cancelled]
+        for request_id in again:
+            self.manager.batch_processor.scheduler.set_request_cancellation(request_id)
+        cancelled = original()
+        for state in cancelled:
+            self._end(state.request_id)
+        return cancelled
+
+    def start(self, original: Callable[[], None]) -> None:
+        """The manager's own."""
+        original()
+        self._runs(True)
+
+    def _runs(self, now: bool) -> None:
+        managers_changed(now - self._running)
+        self._running = now
+
+    def stop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """The manager's own; requests that it has forgotten are pinned no more."""
+        original(*args, **kwargs)
+        if not self.manager.is_running():
+            self._runs(False)
+            self._release_all()
+        if self.manager.batch_processor is None:
+            self._wrapped_in_processor.clear()
+
+    def destroy(self, original: Callable[[], None]) -> None:
+        """The manager's own, which does not stop a manager that was never started."""
+        original()
+        if not self.manager.is_running():
+            self._release_all()
+
+    # ---------------------------------------------------------------------------------------------
+    # Steps
+
+    def _create_batch_processor(self, original: Callable[[], Any]) -> Any:
+        processor = original()
+        self._watch(processor)
+        return processor
+
+    def _watch(self, processor: Any) -> None:
+        if (processor.cache, "search_prefix_match") in self._wrapped_in_processor:
+            return
+        own = self._wrapped_in_processor = []
+        self._wrap(own, processor.cache, "search_prefix_match", self._search_prefix_match)
+        for allocator in processor.cache.cache_allocators.values():
+            self._wrap(own, allocator, "mark_complete_blocks", self._mark_complete_blocks)
+        scheduler = processor.scheduler
+        self._wrap(own, scheduler, "clear_cancelled_requests", self._clear_cancelled_requests)
+        self._wrap(own, processor.model_runner, "_sample", self._sample)
+
+    def _step(self, original: Callable[[], None]) -> None:
+        processor, model = self.manager.batch_processor, self.manager.model
+        batch = processor.inputs_and_outputs.requests_in_batch
+        kept = None
+        if processor.model_runner.supports_logits_to_keep(model):
+            kept = [i for i, request in enumerate(batch) if request.has_new_token]
+            kept += [0] * (len(batch) - len(kept))  # transformers reads the first token for them
+        requests = [self._request(each.state.request_id) for each in batch]
+        new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
+        self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
+        slots = tuple(request.lease[0] for request in requests)
+        lengths = tuple(each.query_length for each in batch)
+        key = slots, lengths, kept
+        if self._last is None or self._last[0] != key:  # decoding asks for the same rows again
+            names = [request.name for request in requests]
+            block = packed_block(
+                pool_handle(self.pool), self.pool.max_slots, names, slots, lengths, kept
+            )
+            self._last = key, block
+        with context.entered(self._last[1]):
+            original()
+
+    def _sample(
+        self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
+    ) -> None:
+        original(scores, output_ids, *args)
+        for row, request in self._drawing:
+            assert request.sampling is not None
+            output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
+
+    def _request(self, request_id: str) -> _Request:
+        with self._freed:
+            return self._requests[self._first(request_id)]
+
+    # ---------------------------------------------------------------------------------------------
+    # Shared prefixes
+
+    def _search_prefix_match(
+        self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
+    ) -> int:
+        tokens = self._marked(request_id, prompt_ids)
+        return 0 if tokens is None else original(request_id, tokens)
+
+    def _mark_complete_blocks(
+        self, original: Callable[..., None], request_id: str, token_ids: list[int], *args: Any
+    ) -> None:
+        tokens = self._marked(request_id, token_ids)
+        if tokens is not None:
+            original(request_id, tokens, *args)
+
+    def _marked(self, request_id: str, tokens: list[int]) -> list[int] | None:
+        vocab_size = self.manager.model.config.get_text_config().vocab_size
+        return marked(tokens, self._request(request_id).number, vocab_size)
+
+
+def _release(requests: dict[str, _Request]) -> None:
+    """Unpin them; also those of a manager that is gone."""
+    while requests:
+        requests.popitem()[1].lease.__exit__()
+
+
+def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
+    """What stands in for a model's methods of continuous batching."""
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = type(self).init_continuous_batching(self, *args, **kwargs)
+        if _OWN not in manager.__dict__:
+            AdapterRequests(manager, pool, default)
+        return manager
+
+    def generate_batch(
+        self: Any, inputs: Any, *args: Any, adapter_names: Names = None, **kwargs: Any
+    ) -> Any:
+        refuse_singular("generate_batch", kwargs)
+        prompts = named_prompts(
+            inputs, request_names("generate_batch", adapter_names, len(inputs), pool, default)
+        )
+        results = type(self).generate_batch(self, prompts, *args, **kwargs)
+        if prompts and prompts[0].errors:
+            raise prompts[0].errors[0]
+        return results
+
+    found = init_continuous_batching, generate_batch
+    return {hook.__name__: hook for hook in found}
+
+
+def unfinished(manager: Any) -> int:
+    """How many requests of an attached model's manager wait or run: each pins its adapter."""
+    return len(manager.__dict__[_OWN]._requests)
+
+
+def requests_of(model: nn.Module) -> list[AdapterRequests]:
+    """Those of the managers that a model, or a part of it, has."""
+    parts = set(model.modules())
+    return [requests for requests in list(_all) if requests.manager.model in parts]

@@ -1,0 +1,84 @@
+"""MultiLoraEmbedding: an embedding whose rows may each use another adapter of a pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+from lora_ext._torch import compiles
+from lora_ext.rows import PoolLayer, current, pool_rows
+
+from .pool_replaced import traced_replaced, with_replaced
+
+
+class MultiLoraEmbedding(PoolLayer):
+    """``y[t] = base(x[t]) + scale[s] * B[s] A[s][:, x[t]]``, ``s`` the adapter of row ``t``.
+
+    To :class:`MultiLoraLinear` what ``nn.Embedding`` is to ``nn.Linear``: the product with a
+    one-hot row picks a column of ``A``. Not differentiable in the adapters.
+
+    Args:
+        base: ``nn.Embedding``. pool: :class:`lora_ext.AdapterPool`. name: the module's name in the
+            pool.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Token ids (...) to (..., O)."""
+        y = self.base(x)
+        slab = self.slab
+        if slab.a_pages is None and not slab.was_replaced:
+            return y
+        if compiles():
+            return self._traced(y, x)
+        block = current(self.handle)
+        if block is None:
+            return y if self.default is None else self.by_default(x)
+        rows = self.rows_in(block, x.shape, x.device, of_tokens=True)
+        if not rows.used:  # all rows belong to the base model
+            return y
+        if slab.a_pages is not None:
+            y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+        if slab.replaced:
+            y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
+        return y
+
+    def _traced(self, y: Tensor, x: Tensor) -> Tensor:
+        slab = self.slab
+        if slab.a_pages is not None:
+            rows = pool_rows(
+                self.handle,
+                x.shape,
+                x.device,
+                self.pool.max_slots,
+                self.tokens_first,
+                True,
+                self.default,
+            )
+            y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+        return traced_replaced(y, x, self) if slab.was_replaced else y
+
+
+def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) -> Tensor:
+    b, ranks, table = slab.b_pages, slab.ranks, slab.page_table
+    with torch.no_grad():
+        slot = ids.clamp(min=0)
+        # Missing pages are -1. Any page will do there: nothing beyond a slot's rank is read below.
+        pages = table[slot].clamp(min=0).long()  # (T, n)
+        v = slab.a_pages[pages, :, x.long().unsqueeze(1)]  # (T, n, 8)
+        v = v.to(torch.promote_types(v.dtype, torch.float32)).flatten(1)  # (T, R)
+        v = v * slab.scale[slot].unsqueeze(1)
+    if (
+        y.dtype == b.dtype
+        and y.is_contiguous()
+        and not (torch.is_grad_enabled() and y.requires_grad)
+    ):
+        # y is fresh from base, so it is ours to change.
+        ops.lora_expand_(y.view(-1, y.shape[-1]), v, b, ids, ranks, table, plan)
+        return y
+    delta = torch.zeros(len(x), slab.out_features, dtype=b.dtype, device=x.device)
+    ops.lora_expand_(delta, v, b, ids, ranks, table, plan)
+    uses = ((ids >= 0) & (ranks[slot] > 0)).view(*y.shape[:-1], 1)
+    return torch.where(uses, (y + delta.view(y.shape)).to(y.dtype), y)

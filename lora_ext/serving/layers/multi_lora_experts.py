@@ -1,0 +1,84 @@
+"""MultiLoraExperts: routed experts whose rows may each use another adapter of a pool."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._torch import compiles
+from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
+from lora_ext.rows import Pool, PoolLayer, current, noted
+
+from .multi_lora import add_adapters
+
+
+class ExpertsPool(Pool, Protocol):
+    """What is needed of a pool besides."""
+
+    experts: Any
+
+
+class MultiLoraExperts(PoolLayer):
+    """An experts module of transformers, with ``scale[s] * B[s, e] A[s, e] x[t]`` added to both of
+    its products: ``s`` the adapter of row ``t``, ``e`` each of the experts that it is sent to.
+
+    Rows get their adapters from :func:`lora_ext.adapters`; where no row has one this is ``base``
+    and nothing else. An expert of an adapter is a slot of the kernels: the router's choice and the
+    row's adapter give its number on the device, and all pairs of row and expert share one launch
+    for each product. The router itself is not adapted.
+
+    Args:
+        base: see :mod:`lora_ext.layers.experts`. pool: :class:`lora_ext.AdapterPool`.
+        name: the module's name in the model; its parameters are the pool's.
+    """
+
+    def __init__(self, base: nn.Module, pool: ExpertsPool, name: str):
+        nn.Module.__init__(self)
+        self.slabs = {
+            parameter: pool.experts[f"{name}.{parameter}"]
+            for parameter in projections(base)
+            if f"{name}.{parameter}" in pool.experts
+        }
+        expected = {p: (s.experts, s.in_features, s.out_features) for p, s in self.slabs.items()}
+        sizes = projections(base)
+        found = {p: (len(getattr(base, p)), *sizes[p]) for p in self.slabs}
+        if not expected or found != expected:
+            raise ValueError(
+                f"MultiLoraExperts: {name}: expected experts, in and out features as in the "
+                f"pool, {expected}, found a {type(base).__name__} with {found}"
+            )
+        self.stand_in(base, pool, name)
+
+    def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """As the base module's: ``x (T, H)``, then the experts of each row and their weights, both
+        ``(T, k)``. Returns ``(T, H)``."""
+        slabs = {name: slab for name, slab in self.slabs.items() if slab.a_pages is not None}
+        if not slabs:
+            return self.base(x, *args, **kwargs)
+        index, weights = (*args, *kwargs.values())
+        if compiles():
+            slots = torch.ops.lora_ext.active_adapter_ids(
+                *(self.handle, x.shape[:-1], x.device, self.tokens_first, False),
+                *(noted.batch, self.default),
+            )
+        else:
+            block = current(self.handle)
+            if block is None and self.default is not None:
+                return self.by_default(x, index, weights)
+            rows = None if block is None else self.rows_in(block, x.shape[:-1], x.device)
+            if rows is None or not rows.used:  # all rows belong to the base model
+                return self.base(x, index, weights)
+            slots = rows.ids  # (T,)
+
+        def update(name: str, y: Tensor, rows: Tensor, routing: Routing) -> Tensor:
+            if name not in slabs:
+                return y
+            if not found:
+                found.append(slots_of(routing, slots, self.pool.max_slots, experts))
+            return add_adapters(y, rows, slabs[name], *found[0], None)
+
+        experts: Any = self.base.num_experts
+        found: list[Slots] = []  # which both products share
+        return experts_forward(self.base, x, index, weights, update)

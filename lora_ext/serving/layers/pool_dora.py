@@ -1,0 +1,178 @@
+"""DoRA adapters of a pool: the rows they serve get outputs of the lengths that the adapter learned.
+
+``y = c[s] * ((W + scale[s] B[s] A[s]) x) + bias`` with a factor for each output,
+``c[s] = m[s] / || W + scale[s] B[s] A[s] ||``, ``m`` the magnitude in the pool. The pool has no
+base weight, so each layer computes ``c`` from its own when a slot is first used, and keeps it until
+slot or weight change.
+
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._torch import READS_MORE, traced
+from lora_ext.layers import readable_weight
+from lora_ext.rows import Block, PoolLayer, batch_of, current, forward_of, noted
+
+_READABLE = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # without scales elsewhere
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDictionary()
+
+
+class Rescale(NamedTuple):
+    """Rows and their factors."""
+
+    rows: Tensor | None  # (D,), or None in a graph: all T rows, with factors 1 where there are none
+    c: Tensor  # (D, O)
+    bias: Tensor | None  # (O,)
+
+
+def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
+    """``c * (y - bias) + bias`` for some rows of ``y`` ``(..., O)``, rounded once to its dtype.
+
+    Other rows keep every bit. ``y`` itself is changed where it is contiguous.
+    """
+    rows, c, bias = rescale
+    flat = y.reshape(-1, y.shape[-1])  # (T, O)
+    part = flat if rows is None else flat[rows]  # (D, O)
+    wide = part.to(torch.promote_types(part.dtype, c.dtype))
+    total = wide * c if bias is None else (wide - bias) * c + bias
+    if rows is None:
+        flat = torch.where(c == 1, flat, total.to(y.dtype))
+    else:
+        flat.index_copy_(0, rows, total.to(y.dtype))
+    return flat.view(y.shape)
+
+
+class DoraFactors:
+    """``c`` of one layer, slot by slot.
+
+    Any thread may ask. A pinned slot does not change, so threads that compute the same factor at
+    once compute the same bits, and it does not matter which of them is kept.
+
+    Args:
+        base: the layer that the adapters are added to. slab: its half in the pool. name: for
+            errors.
+    """
+
+    def __init__(self, base: nn.Module, slab: Any, name: str):
+        self.base, self.slab, self.name = base, slab, name
+        self.number = next(_numbers)  # what a compiled graph can hold of this object
+        self._known: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+        _by_number[self.number] = self
+
+    def rescale(
+        self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> Rescale | None:
+        """What :func:`rescaled` does to activations ``(*leading, O)``; None: no row needs it."""
+        slots, rows, which = block.rows_of_slots(
+            self.slab.dora.keys(), leading, device, tokens_first
+        )
+        return Rescale(rows, self.table(slots)[which], self.bias) if slots else None
+
+    def traced_rescale(
+        self, layer: PoolLayer, leading: Sequence[int], device: torch.device
+    ) -> Rescale:
+        """:meth:`rescale` for a graph: the rows of whatever block the graph will run in."""
+        slab = self.slab
+        c = _active_dora_factors(
+            layer.handle,
+            self.number,
+            leading,
+            slab.out_features,
+            slab.magnitude.dtype,
+            device,
+            layer.tokens_first,
+            noted.batch,
+        )
+        return Rescale(None, c, self.bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's, which is not scaled."""
+        return getattr(self.base, "bias", None)
+
+    def table(self, slots: Sequence[int]) -> Tensor:
+        """The factors of these slots, ``(len(slots), O)``."""
+        return torch.stack([self._factor(slot) for slot in slots])
+
+    def _factor(self, slot: int) -> Tensor:
+        weight = self._weight()
+        changes = 0 if weight.is_inference() else weight._version
+        key = (self.slab.dora[slot], weight.data_ptr(), changes, weight.dtype, weight.device)
+        known = self._known.get(slot)
+        if known is not None and known[0] == key:
+            return known[1]
+        slab = self.slab
+        # An ordinary tensor even inside inference mode: a later forward may need gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            pages = slab.page_table[slot]
+            pages = pages[pages >= 0].long()
+            a = slab.a_pages[pages].flatten(0, 1)  # (8n, I): what fills the last page is zero
+            b = slab.b_pages[pages].permute(1, 0, 2).flatten(1)  # (O, 8n)
+            a, b = a.to(weight.device), b.to(weight.device)
+            norm = ops.lora_dora_norm(weight.detach(), a, b, float(slab.scale[slot]))  # (O,)
+            magnitude = slab.magnitude[slot]
+            c = magnitude / norm.to(magnitude)
+        if c.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return c  # the graph computes it again: nothing outside may read its memory
+            torch.cuda.current_stream(c.device).synchronize()  # other streams will read it
+        self._known[slot] = key, c
+        return c
+
+    def _weight(self) -> Tensor:
+        purpose = f"MultiLoraLinear: {self.name}: DoRA"
+        linear = isinstance(self.base, nn.Linear)
+        weight, _ = readable_weight(self.base, purpose, fan_in_fan_out=not linear)
+        if weight.is_meta or weight.dtype not in _READABLE:
+            raise ValueError(
+                f"{purpose}: expected a base weight of float16, bfloat16, float32 or float64 to "
+                f"take norms of, found {weight.dtype} on {weight.device}"
+            )
+        return weight
+
+
+# Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
+@traced(
+    "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
+    "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",
+    fake=lambda handle, layer, leading, features, dtype, device, *_: torch.empty(
+        math.prod(leading), features, dtype=dtype, device=device
+    ),
+    tags=READS_MORE,
+)
+def _active_dora_factors(
+    handle: int,
+    layer: int,
+    leading: Sequence[int],
+    features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens_first: bool,
+    batch: Sequence[int],
+) -> Tensor:
+    c = torch.ones(math.prod(leading), features, dtype=dtype, device=device)
+    block, factors = current(handle, in_graph=True), _by_number[layer]
+    if block is not None:
+        dora, shape = factors.slab.dora.keys(), torch.Size(leading)
+        with forward_of(batch_of(batch)):
+            slots, rows, which = block.rows_of_slots(dora, shape, device, tokens_first)
+        if slots:
+            c.index_copy_(0, rows, factors.table(slots)[which])
+    return c

@@ -1,0 +1,59 @@
+"""How a request of continuous batching chooses its tokens, whatever its neighbours do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import check_fields, within
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One request's way to choose tokens.
+
+    Args:
+        temperature: 0 takes the largest logit, of equals the first; larger is more random.
+        top_p: draw from the fewest tokens whose probabilities, the largest first, reach it.
+        seed: of the request's own generator: the same draws whatever is in the batch. None: torch's
+            generator for all. Requests forked from one share its generator.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was found.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", for ``top_p``.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        seed = within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits")
+        top_p = within(above=0, maximum=1)
+        check_fields(self, {"temperature": within(0), "top_p": top_p, "seed": seed})
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """A new one of the seed."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A token.
+
+        Args:
+            logits: ``(V,)``, floating. generator: on their device; None is torch's own.
+
+        Returns:
+            Its number, ``()`` int64.
+        """
+        if self.temperature == 0:
+            return logits.argmax()
+        # The largest becomes 0 first, so that no quotient overflows.
+        probabilities = ((logits - logits.max()).double() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            falling, order = probabilities.sort(descending=True)
+            before = falling.cumsum(-1) - falling
+            probabilities[order[before >= self.top_p]] = 0
+        return torch.multinomial(probabilities, 1, generator=generator)[0]

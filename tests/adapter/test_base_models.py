@@ -1,0 +1,135 @@
+"""Adapters of different base models that come together: one warning, and none that is false."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+from made_adapters import adapter
+
+import lora_ext
+from lora_ext.adapter import interpolate_adapters, merge_adapters
+from lora_ext.adapter.base_models import BaseModels
+from lora_ext.pool import AdapterPool
+
+OTHER = "expected adapters of one base model, found base_model_name_or_path "
+
+
+def of(name, seed=0):
+    return adapter(seed, base_model_name_or_path=name)
+
+
+def found(call):
+    """The warnings of a call, and that each points at the caller."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    ours = [each for each in caught if OTHER in str(each.message)]
+    assert all(each.category is UserWarning and each.filename == __file__ for each in ours)
+    return [str(each.message) for each in ours]
+
+
+SAME = [
+    (None, "meta-llama/Llama-3-8B"),
+    ("", "meta-llama/Llama-3-8B"),
+    (".", "./"),
+    (["a"], "b"),
+    ("meta-llama/Llama-3-8B", "/data/models/llama-3-8b/"),
+    ("meta-llama/Llama-3-8B", r"C:\models\Llama-3-8B"),
+    ("a/b", "/root/.cache/huggingface/hub/models--a--b/snapshots/0123abc"),
+    ("b", "/cache/models--b/snapshots/0123abc/"),
+    ("meta-llama/Llama-3-8B", "unsloth/llama-3-8b-unsloth-bnb-4bit"),
+    ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-AWQ"),
+]
+
+
+@pytest.mark.parametrize("names", SAME)
+def test_one_model_under_two_names_is_no_reason_to_warn(names):
+    bases = BaseModels(names[0])
+    assert found(lambda: bases.meet("here", names[1], 1)) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a/llama", "a/mistral"), ("a/b", "/c/models--a--c/snapshots/b"), ("q-4B", "q-4B-Instruct")],
+)
+def test_another_model_is_named_once(names):
+    bases = BaseModels()
+    first, second, third = ([] for _ in range(3))
+    first += found(lambda: bases.meet("here", names[0], 1))
+    second += found(lambda: bases.meet("here", names[1], 1))
+    third += found(lambda: bases.meet("here", names[1], 1))
+    assert not first and not third and len(second) == 1
+    assert second[0].startswith(f"here: {OTHER}{names[0]!r} and {names[1]!r}: ")
+
+
+@pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])
+def test_merging_adapters_of_two_models_is_warned_of_once_a_pair(mode):
+    values = [of("a/llama"), of("a/mistral", 1), of("b/mistral", 2), of(None, 3)]
+    said = found(lambda: merge_adapters(values, [0.25] * 4, mode))
+    assert len(said) == 1 and "adapters[1]: " in said[0]
+    assert "'a/llama' and 'a/mistral'" in said[0]
+    assert found(lambda: merge_adapters([values[0], values[3]], [0.5, 0.5], mode)) == []
+
+
+def test_interpolating_adapters_of_two_models_is_warned_of():
+    said = found(lambda: interpolate_adapters(of("a/llama"), of("a/mistral", 1), 0.5))
+    assert len(said) == 1 and said[0].startswith("interpolate_adapters: second: ")
+
+
+def llama(name=""):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads)
+    config.name_or_path = name
+    return transformers.LlamaForCausalLM(config)
+
+
+def saved(folder, base):
+    model = peft.get_peft_model(llama(base), peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder, save_embedding_layers=False)  # else it asks the Hub
+    return folder
+
+
+def test_a_pool_warns_of_the_adapters_of_another_model_and_serves_them(tmp_path):
+    one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
+    model = llama("a/llama")
+    pool = AdapterPool(model, max_rank=8)
+    assert found(lambda: pool.load("one", one)) == []
+    said = found(lambda: pool.load("other", other))
+    assert len(said) == 1 and said[0].startswith("AdapterPool.load: source: ")
+    assert "'a/llama' and 'a/mistral'" in said[0]
+    assert found(lambda: pool.prefetch({"again": other})) == [], "once for each name"
+    assert pool.names == ["one", "other", "again"]
+    assert found(lambda: lora_ext.attach(model, pool)) == []
+
+
+def test_a_pool_of_a_model_without_a_name_compares_its_adapters_and_what_it_is_attached_to(
+    tmp_path,
+):
+    one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
+    pool = AdapterPool(llama(), max_rank=8)
+    assert found(lambda: pool.load("one", one)) == []
+    assert len(found(lambda: pool.load("other", other))) == 1
+    pool = AdapterPool(llama(), max_rank=8)
+    pool.load("one", one)
+    said = found(lambda: lora_ext.attach(llama("a/gemma"), pool))
+    assert len(said) == 1 and said[0].startswith("attach: model: ")
+
+
+def test_from_peft_warns_of_an_adapter_that_was_trained_on_another_model(tmp_path):
+    one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
+    model = peft.PeftModel.from_pretrained(llama("b/llama"), one, adapter_name="one")
+    assert found(lambda: lora_ext.from_peft(model)) == []
+    model.load_adapter(other, "other")
+    model.load_adapter(other, "third")
+    said = found(lambda: lora_ext.from_peft(model))
+    assert len(said) == 1 and said[0].startswith("from_peft: adapter 'other': ")
+    assert "'b/llama' and 'a/mistral'" in said[0]
+
+
+def test_a_model_that_was_adapted_here_is_no_reason_to_warn():
+    model = peft.get_peft_model(llama("a/llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    assert found(lambda: lora_ext.from_peft(model)) == []

@@ -1,0 +1,106 @@
+"""Training in this process, or as one of two, with whatever spreads a model over processes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+WAYS = [
+    "ddp",
+    "fsdp2",
+    pytest.param("zero2", marks=needs_deepspeed),
+    pytest.param("zero3", marks=needs_deepspeed),
+]
+WAYS_WITHOUT_ZERO3 = WAYS[:3]
+STEPS, RATE = 2, 0.5
+# DeepSpeed keeps what it optimizes in float32, whose sums lie 1e-6 to 1e-5 apart after two steps;
+# gradients of other adapters in the sum put it off by more than 0.1.
+BOUND = {"zero2": 1e-4, "zero3": 1e-4}
+
+LossOf = Callable[[nn.Module], Tensor]
+
+
+def trained(
+    model: Any, way: str | None, units: Iterable[nn.Module], loss_of: LossOf
+) -> dict[str, Tensor]:
+    """The adapters after some steps of SGD.
+
+    Args:
+        way: of :data:`WAYS`; None for one process.
+        units: parts of the model that FSDP2 shards by themselves.
+        loss_of: the mean over this process's rows, of the model as it then is.
+    """
+    own = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    if way in ("zero2", "zero3"):
+        return _by_deepspeed(model, own, int(way[-1]), loss_of)
+    wrapped = model
+    if way == "ddp":
+        wrapped = DistributedDataParallel(model)
+    elif way == "fsdp2":
+        mesh = init_device_mesh("cpu", (2,))
+        for unit in (*units, model):
+            fully_shard(unit, mesh=mesh)
+        own = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(own.values(), lr=RATE)
+    for _ in range(STEPS):
+        loss_of(wrapped).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = {k: p.full_tensor() if way == "fsdp2" else p for k, p in own.items()}
+    return {k: p.detach().clone() for k, p in whole.items()}
+
+
+def _by_deepspeed(
+    model: Any, own: dict[str, nn.Parameter], stage: int, loss_of: LossOf
+) -> dict[str, Tensor]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Compiling faster sums for the CPU takes minutes.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # which is 1 otherwise
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,  # small parameters would not be partitioned
+        },
+    }
+    optimizer = torch.optim.SGD(own.values(), lr=RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for _ in range(STEPS):
+        engine.backward(loss_of(engine))
+        engine.step()
+    with deepspeed.zero.GatheredParameters([*own.values()] if stage == 3 else []):
+        return {k: p.detach().clone() for k, p in own.items()}
+
+
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor], bound: float
+) -> None:
+    """Every parameter changed by what it would have changed by in one process.
+
+    Args:
+        bound: on the distance of the two changes, beside the largest change of all parameters.
+    """
+    assert found.keys() == expected.keys() == start.keys()
+    largest = max((expected[k] - start[k]).abs().max().item() for k in start)
+    assert largest > 0
+    for key in start:
+        apart = (found[key] - expected[key]).abs().max().item()
+        assert apart <= bound * largest, f"{key}: {apart / largest} of the largest change"

@@ -1,0 +1,135 @@
+"""Names and numbers of loads, without vLLM: an engine that notes what comes through its doors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from lora_ext.interop.vllm.loads import follow_loads
+
+
+@dataclasses.dataclass
+class Request:
+    """The fields of vLLM's LoRARequest that count."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = "/nowhere"
+    load_inplace: bool = False
+
+
+@pytest.fixture
+def engine():
+    class EngineCore:
+        def __init__(self):
+            self.loaded, self.pinned, self.fails = {}, [], False
+
+        def preprocess_add_request(self, request):
+            return request.lora_request, 0
+
+        def add_lora(self, lora_request):
+            if self.fails:
+                raise ValueError("no such file")
+            self.loaded[lora_request.lora_int_id] = lora_request
+            return True
+
+        def remove_lora(self, lora_id):
+            return self.loaded.pop(lora_id, None) is not None
+
+        def pin_lora(self, lora_id):
+            self.pinned.append(lora_id)
+            return True
+
+        def list_loras(self):
+            return set(self.loaded)
+
+    follow_loads(EngineCore)
+    follow_loads(EngineCore)
+    return EngineCore()
+
+
+def asked(engine, request):
+    """How the engine knows the adapter of a request."""
+    return engine.preprocess_add_request(SimpleNamespace(lora_request=request))[0]
+
+
+def test_whoever_reloads_nothing_sees_no_difference(engine):
+    assert asked(engine, None) is None
+    for request in (Request("a", 1), Request("b", 2, load_inplace=False), Request("a", 1)):
+        assert asked(engine, request) == request
+    assert engine.add_lora(Request("a", 1)) and engine.loaded == {1: Request("a", 1)}
+    assert asked(engine, Request("a", 1)) == Request("a", 1)
+    assert engine.list_loras() == {1}
+    assert engine.pin_lora(1) and engine.pin_lora(7) and engine.pinned == [1, 7]
+    assert engine.remove_lora(1) and not engine.remove_lora(1) and not engine.remove_lora(7)
+
+
+def test_a_name_under_another_number_gets_a_name_of_its_own(engine):
+    """As vLLM's server gives it after unload and load, though the old one still answers."""
+    old, new = asked(engine, Request("a", 1)), asked(engine, Request("a", 2))
+    assert (old.lora_name, old.lora_int_id) == ("a", 1)
+    assert (new.lora_name, new.lora_int_id) == ("a#2", 2)
+    assert asked(engine, Request("a", 1)) == old and asked(engine, Request("a", 2)) == new
+    assert asked(engine, Request("a#2", 3)).lora_name == "a#2#2"
+
+
+def test_a_load_in_place_is_another_adapter_to_the_engine(engine):
+    first = asked(engine, Request("a", 1, "/one"))
+    assert engine.add_lora(Request("a", 1, "/one", load_inplace=True))
+    second = asked(engine, Request("a", 1, "/one"))
+    assert engine.add_lora(Request("a", 1, "/two", load_inplace=True))
+    third = asked(engine, Request("a", 1, "/two"))
+    assert asked(engine, Request("a", 1, "/one")) == second, "those that were queued before"
+    known = [first, second, third]
+    assert [each.lora_name for each in known] == ["a", "a#2", "a#3"]
+    assert len({each.lora_int_id for each in known}) == 3
+    assert not any(each.load_inplace for each in (*known, *engine.loaded.values()))
+    assert engine.list_loras() == {1}, "the number that the caller knows"
+    assert asked(engine, third) == third, "a request that comes a second time"
+    assert engine.pin_lora(1) and engine.pinned == [third.lora_int_id]
+    assert engine.remove_lora(1) and not engine.loaded
+
+
+def test_a_number_of_several_adapters_is_several_loads(engine):
+    """Several servers on one engine count each for itself."""
+    a, b = asked(engine, Request("a", 1, "/a")), asked(engine, Request("b", 1, "/b"))
+    assert (b.lora_name, a.lora_int_id) == ("b", 1) and b.lora_int_id != 1
+    assert asked(engine, Request("a", 1, "/a")) == a and asked(engine, Request("b", 1, "/b")) == b
+
+
+def test_a_load_that_fails_leaves_the_one_before(engine):
+    first = asked(engine, Request("a", 1))
+    engine.fails = True
+    with pytest.raises(ValueError, match="no such file"):
+        engine.add_lora(Request("a", 1, load_inplace=True))
+    assert asked(engine, Request("a", 1)) == first
+    assert engine.pin_lora(1) and engine.pinned == [1]
+
+
+def test_what_was_removed_is_another_load_when_it_comes_back(engine):
+    engine.add_lora(Request("a", 1))
+    assert engine.remove_lora(1)
+    assert asked(engine, Request("a", 1)).lora_name == "a#2"
+
+
+def test_a_request_that_says_in_place_loads_again_only_what_has_changed(engine, tmp_path):
+    """vLLM's server hands the flag of a load on to every request after it."""
+    file = tmp_path / "one" / "adapter_model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"one")
+    request = Request("a", 1, str(file.parent), load_inplace=True)
+    first = asked(engine, request)
+    assert asked(engine, request) == first and first.lora_name == "a"
+    times = os.stat(file)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` leaves it
+    second = asked(engine, request)
+    assert second.lora_name == "a#2" and asked(engine, request) == second
+    file.write_bytes(b"three")
+    assert asked(engine, dataclasses.replace(request, load_inplace=False)) == second
+    shutil.rmtree(file.parent)
+    assert asked(engine, request).lora_name == "a#3" and not os.path.exists(request.lora_path)

@@ -1,0 +1,133 @@
+"""Adapters per row where two processes train one model: each process has other rows."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from data_parallel import (
+    BOUND,
+    WAYS,
+    WAYS_WITHOUT_ZERO3,
+    assert_same,
+    needs_deepspeed,
+    trained,
+)
+from processes import TwoProcesses
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear
+
+RANKS = {"red": 4, "green": 2, "blue": 3}
+ROWS = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(1))
+
+#: Names of the rows of the first process, and of those of the second; None: no block at all.
+NAMES: dict[str, tuple[Any, Any]] = {
+    "disjoint": (["red", "red"], ["green", "blue"]),
+    "in another order": (["green", "red"], ["red", "green"]),
+    "base alone": ([None, None], ["blue", "red"]),
+    "no block": (None, ["green", "blue"]),
+    "one name": ("blue", ["red", "green"]),
+}
+
+
+class Model(nn.Module):
+    """A layer of each kind, each of them with three adapters of unequal ranks that train."""
+
+    def __init__(self, dora: tuple[str, ...] = (), checkpoints: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = LoraEmbedding(nn.Embedding(11, 8), "red", RANKS["red"])
+        self.patches = LoraConv(nn.Conv1d(8, 10, 2, 2), "red", RANKS["red"])
+        self.first = LoraLinear(nn.Linear(10, 12), "red", RANKS["red"], use_dora="red" in dora)
+        self.last = LoraLinear(nn.Linear(12, 5), "red", RANKS["red"])
+        for layer in self.children():
+            for name in ("green", "blue"):
+                use_dora = layer is self.first and name in dora
+                layer.add_adapter(name, RANKS[name], use_dora=use_dora)
+            layer.base_layer.requires_grad_(False)
+        self.checkpoints = checkpoints
+        for key, parameter in self.double().named_parameters():
+            if "lora_" in key:
+                parameter.requires_grad_(True)
+                if "magnitude" not in key:
+                    nn.init.normal_(parameter, std=0.4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.patches(self.embed(tokens).mT).mT  # (B, L / 2, 10)
+        if self.checkpoints:
+            x = checkpoint(self.first, torch.tanh(x), use_reentrant=False)
+        else:
+            x = self.first(torch.tanh(x))
+        return self.last(torch.tanh(x)).square().mean((1, 2))  # (B,)
+
+
+def step(rank: int | None, way: str | None, case: str, **options: Any) -> dict[str, Tensor]:
+    """What the adapters become on a process, or on one that has all rows."""
+    model = Model(**options)
+    first, second = NAMES[case]
+    names = (
+        [first, second][rank]
+        if rank is not None
+        else [*(first if isinstance(first, list) else [first or "red"] * 2), *second]
+    )
+    rows = ROWS if rank is None else ROWS.chunk(2)[rank]
+
+    def loss(wrapped: nn.Module) -> Tensor:
+        with contextlib.nullcontext() if names is None else lora_ext.adapters(names):
+            return wrapped(rows).mean()
+
+    return trained(model, way, [model.first, model.last], loss)
+
+
+def start(model: nn.Module) -> dict[str, Tensor]:
+    return {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", NAMES)
+def test_adapters_learn_on_two_processes_what_they_learn_on_one(
+    way: str, case: str, two_processes: TwoProcesses
+):
+    found, other = two_processes.run(step, way, case)
+    assert all(torch.equal(found[key], other[key]) for key in found)
+    assert_same(found, step(None, None, case), start(Model()), BOUND.get(way, 1e-9))
+
+
+@pytest.mark.parametrize("way", WAYS_WITHOUT_ZERO3)
+def test_so_do_dora_adapters(way: str, two_processes: TwoProcesses):
+    options = {"dora": ("red", "blue")}
+    found, _ = two_processes.run(_step, way, "disjoint", options)
+    assert_same(
+        found,
+        step(None, None, "disjoint", **options),
+        start(Model(**options)),
+        BOUND.get(way, 1e-9),
+    )
+
+
+@needs_deepspeed
+def test_dora_is_refused_where_zero3_has_divided_the_base_weight(two_processes: TwoProcesses):
+    for found in two_processes.run(_refused_dora):
+        assert "found one of [0], as DeepSpeed's ZeRO-3 leaves it" in found
+
+
+def _refused_dora(rank: int) -> str:
+    with pytest.raises(NotImplementedError) as caught:
+        step(rank, "zero3", "disjoint", dora=("red", "green", "blue"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_so_do_checkpointed_layers(way: str, two_processes: TwoProcesses):
+    options = {"checkpoints": True}
+    found, _ = two_processes.run(_step, way, "disjoint", options)
+    assert_same(found, step(None, None, "disjoint"), start(Model()), BOUND.get(way, 1e-9))
+
+
+def _step(rank: int, way: str, case: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    return step(rank, way, case, **options)

@@ -1,0 +1,99 @@
+"""The rooms of the package, as ``tools/house.py`` finds them, and what it must not overlook."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import tool
+
+ROOT = Path(__file__).resolve().parents[2]
+house = tool("house")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list]:
+    return house.faults(house.survey())
+
+
+@pytest.mark.parametrize("what", sorted(house.faults(house.survey(ROOT / "no such folder"))))
+def test_the_house_has_no_fault(found: dict[str, list], what: str) -> None:
+    assert not found[what]
+
+
+def test_every_room_has_a_floor() -> None:
+    folders = {p.parent.name for p in (ROOT / "lora_ext").glob("*/__init__.py")}
+    assert folders <= house.BELOW.keys()
+
+
+def test_a_floor_is_below_all_that_may_import_it() -> None:
+    order = list(house.BELOW)
+    for room, below in house.BELOW.items():
+        assert all(order.index(other) < order.index(room) for other in below.split()), room
+
+
+def planted(tmp_path: Path, files: dict[str, str]) -> dict[str, list]:
+    for name, text in files.items():
+        path = tmp_path / "lora_ext" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return {what: places for what, places in house.faults(house.survey(tmp_path)).items() if places}
+
+
+def test_circles_are_found_in_annotations_and_functions_too(tmp_path: Path) -> None:
+    files = {
+        "rows/__init__.py": "",
+        "rows/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B\n",
+        "rows/b.py": "def f():\n    from lora_ext.rows import a\n",
+    }
+    assert planted(tmp_path, files) == {
+        "circles of imports": ["lora_ext.rows.a <-> lora_ext.rows.b"]
+    }
+
+
+def test_arrows_up_and_past_a_face_are_found(tmp_path: Path) -> None:
+    files = {
+        "ops/__init__.py": "from .lora import f\n",
+        "ops/lora.py": "from lora_ext.rows import g\n\ndef f(): ...\n",
+        "rows/__init__.py": "from .ids import g\n",
+        "rows/ids.py": "def g():\n    from lora_ext.ops.lora import f\n",
+        "layers/a.py": "from lora_ext.rows import g\nfrom lora_ext.ops import f\n",
+    }
+    assert planted(tmp_path, files) == {
+        "circles of imports": [
+            "lora_ext.ops.lora <-> lora_ext.rows <-> lora_ext.rows.ids",
+        ],
+        "imports that run up": ["lora_ext.ops.lora -> lora_ext.rows"],
+        "imports past the face of a room": ["lora_ext.rows.ids -> lora_ext.ops.lora"],
+    }
+
+
+def test_a_method_that_imports_a_method_is_found(tmp_path: Path) -> None:
+    files = {f"methods/{m}/__init__.py": "" for m in ("one", "two")}
+    files["methods/one/a.py"] = "from lora_ext.methods import two\n"
+    assert planted(tmp_path, files) == {
+        "methods that import a method": ["lora_ext.methods.one.a -> lora_ext.methods.two"]
+    }
+
+
+def test_full_folders_and_long_functions_are_found(tmp_path: Path) -> None:
+    body = "    # said\n    x = 1\n"
+    files = {f"pool/f{i}.py": "" for i in range(16)}
+    files["rows/a.py"] = f'def short():\n    """\n{60 * "said"}\n    """\n{59 * body}'
+    files["rows/b.py"] = f"def long():\n{60 * body}"
+    assert planted(tmp_path, files) == {
+        "folders with more than 15 files": ["lora_ext/pool: 16"],
+        "functions above 60 lines of code": ["lora_ext.rows.b.long: 61"],
+    }
+
+
+def test_the_program_prints_one_object() -> None:
+    command = [sys.executable, "tools/house.py", "--json"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = json.loads(out.stdout)
+    assert {"files", "lines", "circles", "arrows_up", "rooms"} <= found.keys()
+    assert found["files"] == sum(room["files"] for room in found["rooms"].values())
+    assert found["lines"] == sum(room["lines"] for room in found["rooms"].values())

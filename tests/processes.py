@@ -1,0 +1,127 @@
+"""Two processes of one group, for tests of what several processes do together.
+
+They start once and then take one function after another: most of a short test would be their start.
+A function is found by its file and name, so that it may lie in a test whose module a new process
+cannot import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import distributed
+
+WORLD = 2
+_PATIENCE = (
+    240.0  # seconds, for a function and its imports; a pair that waits for itself would not end
+)
+
+
+class TwoProcesses:
+    """A group of two on the CPU, with gloo. Use :meth:`close` in the end."""
+
+    def __init__(self) -> None:
+        self._members: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``function(rank, *args)`` in each of the two, and what they return, by rank.
+
+        Args:
+            function: at the top of a module. args: that pickle can take.
+
+        Raises:
+            RuntimeError: with the traceback of a process in which the function raises, or where
+                they take too long. The next call has new processes.
+        """
+        if not self._members:
+            self._start()
+        module = sys.modules[function.__module__]
+        work = pickle.dumps((module.__file__, function.__qualname__, args))
+        results: list[Any] = []
+        failures: list[str] = []
+        for _, pipe in self._members:
+            pipe.send_bytes(work)
+        for rank, (_, pipe) in enumerate(self._members):
+            # The other of a pair that has failed waits for ever.
+            if not pipe.poll(5.0 if failures else _PATIENCE):
+                failures.append(f"process {rank}: no answer")
+                continue
+            try:
+                failure, result = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                failure, result = "it ended", None
+            if failure:
+                failures.append(f"process {rank}: {failure}")
+            results.append(result)
+        if failures:
+            self.close()
+            raise RuntimeError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._members:
+            pipe.close()
+            process.terminate()
+        for process, _ in self._members:
+            process.join()
+        self._members = []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, ours))
+
+
+def _serve(pipe: Connection, rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+    )
+    distributed.init_process_group(
+        "gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_PATIENCE)
+    )
+    while True:
+        try:
+            path, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            answer = None, getattr(_module(path), name)(rank, *args)
+            distributed.barrier()  # nobody goes on while the other still needs it
+        except Exception:
+            answer = traceback.format_exc(), None
+        pipe.send_bytes(pickle.dumps(answer))
+
+
+def _module(path: str) -> Any:
+    name = "of_processes_" + path.replace(os.sep, "_").removesuffix(".py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

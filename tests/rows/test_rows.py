@@ -1,0 +1,116 @@
+"""What layers share: by shape, device and stream, and never across the border of a graph."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from two_layers import RANKS, adapter, inputs, make
+
+import lora_ext
+from lora_ext.rows import context
+from lora_ext.rows.assignment import Assignment
+from lora_ext.rows.rows import Kept, repeated, rows_of
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What torch.cuda says of streams, to be set by a test."""
+    state = SimpleNamespace(stream=1, capturing=False)
+
+    def current(_device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=state.stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    return state
+
+
+def test_what_one_stream_makes_another_does_not_find(streams: SimpleNamespace) -> None:
+    kept, made = Kept(8), iter(range(9))
+
+    def get() -> int:
+        return kept.get("key", CUDA, lambda: next(made) + 1)
+
+    assert get() == get() == 1
+    streams.stream = 2
+    assert get() == get() == 2
+    streams.stream = 1
+    assert get() == 1
+    streams.capturing = True  # a graph owns what it reads: nothing found, nothing kept
+    assert (get(), get()) == (3, 4)
+    streams.capturing = False
+    assert get() == 1 and len(kept) == 2
+
+
+def test_the_oldest_goes_first() -> None:
+    kept = Kept(2)
+    device = torch.device("cpu")
+    assert [kept.get(key, device, lambda k=key: k) for key in "abca"] == list("abca")
+    assert len(kept) == 2
+
+
+def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNamespace) -> None:
+    """``Kept`` adds the stream: test_what_one_stream_makes_another_does_not_find."""
+    keys: list[Any] = []
+
+    class Spy(Kept):
+        def get(self, key: Any, device: torch.device, make: Any, *args: Any) -> Any:
+            keys.append((key, device.type))
+            return super().get(key, device, make, *args)
+
+    assignment = Assignment.of(["red", None])
+    assignment.kept = Spy(8)
+    assignment.among(("red",), torch.Size([2, 3]), torch.device("cpu"))
+    assert keys == [((("red",), (2, 3), False), "cpu")]
+    ids = torch.tensor([0, -1])
+    assert rows_of(ids, 1) is rows_of(ids, 1)
+
+
+def test_a_capture_needs_no_copy_from_the_host(streams: SimpleNamespace) -> None:
+    """Filled where they are wanted, in as many pieces as there are runs."""
+    for values, times in (([3, 3, -1, 0, 0], 2), ([5], 7), ([1, 2], 0)):
+        expected = torch.tensor(values, dtype=torch.int32).repeat_interleave(times)
+        assert torch.equal(repeated(values, times, torch.int32, torch.device("cpu")), expected)
+    assignment, shape = Assignment.of(["red", None, "red"]), torch.Size([3, 2])
+    streams.capturing = True
+    with torch.device("meta"):  # there is no device here: what matters is that nothing is copied
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lora_ext.rows.assignment.capturing", lambda _device: True)
+            ids = assignment.per_row([4], shape, torch.device("meta"))
+            tokens = Assignment.of(["red"], torch.zeros(3, 2, dtype=torch.int64, device="cpu"))
+            with pytest.raises(RuntimeError, match=r"token_ids: .* captured in a CUDA graph"):
+                tokens.per_row([4], shape, torch.device("meta"))
+    assert ids.shape == (6,) and ids.dtype == torch.int32
+
+
+def test_a_capture_with_dora_rows_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = adapter("red")
+    vectors = {
+        f"base_model.model.{name}.lora_magnitude_vector.weight": torch.ones(size)
+        for name, size in (("up", 40), ("down", 9))
+    }
+    model = make()
+    model.up.pool.load("dora", (config | {"use_dora": True}, state | vectors))
+    monkeypatch.setattr(context, "capturing", lambda _device: True)
+    with torch.no_grad(), lora_ext.adapters("red"):
+        model(inputs(2, 3))
+    with torch.no_grad(), lora_ext.adapters("dora"):
+        with pytest.raises(
+            RuntimeError,
+            match="no DoRA adapter and no replaced module while a CUDA graph is captured",
+        ):
+            model(inputs(2, 3))
+
+
+def test_a_fake_forward_leaves_nothing_behind() -> None:
+    model, x = make(), inputs(2, 3)
+    names = list(RANKS)[:2]
+    with torch.no_grad(), lora_ext.adapters(names):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(x)).shape == (2, 3, 9)
+        y = model(x)
+    assert type(y) is torch.Tensor and bool(torch.isfinite(y).all())

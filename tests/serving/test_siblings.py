@@ -1,0 +1,465 @@
+"""Layers of one parent share an op where they see the very same tensor, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import lora_ext
+from lora_ext.serving.layers import siblings
+
+WIDTH, OUTS = 24, {"q": 24, "k": 16, "v": 16, "o": 24}
+ROWS = ["red", None, "blue"]
+
+pytestmark = pytest.mark.usefixtures("shared_on_cpu")
+
+
+class Attention(nn.Module):
+    """Four layers of which three have the same input, or two of them another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, out in OUTS.items():
+            setattr(self, name, nn.Linear(WIDTH, out))
+
+    def forward(self, x: Tensor, states: Tensor | None = None) -> Tensor:
+        seen = x if states is None else states
+        y = torch.cat([self.q(x), self.k(seen), self.v(seen)], -1)
+        return torch.cat([y, self.o(y[..., :WIDTH])], -1)
+
+
+def adapter(rank: int, targets: str, **fields: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(rank)
+    state: dict[str, Tensor] = {}
+    for name in targets:
+        stem = f"base_model.model.{name}.lora_"
+        state[stem + "A.weight"] = torch.randn(rank, WIDTH, generator=g) / 5
+        state[stem + "B.weight"] = torch.randn(OUTS[name], rank, generator=g)
+        if fields.get("lora_bias"):
+            state[stem + "B.bias"] = torch.randn(OUTS[name], generator=g)
+        if fields.get("use_dora"):
+            state[stem + "magnitude_vector"] = torch.rand(OUTS[name], generator=g) + 0.5
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(targets)}
+    return {**config, **fields}, state
+
+
+def make(fuse: bool = True, red: Any = None, blue: Any = None, **how: Any) -> Any:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
+    pool.load("red", red or adapter(3, "qkvo"))
+    pool.load("blue", blue or adapter(12, "qkvo", lora_bias=True))
+    return lora_ext.attach(model, pool, fuse_siblings=fuse, **how)
+
+
+def inputs(seed: int = 7) -> Tensor:
+    return torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def serving(model: Any, names: Any = ROWS) -> Iterator[None]:
+    with torch.no_grad(), lora_ext.adapters(names, pool=model.q.pool):
+        yield
+
+
+def kept(model: Any) -> list[Tensor]:
+    first = model.q.siblings._here.first
+    return [] if first is None else list(first.outputs.values())
+
+
+def taught(**how: Any) -> tuple[Any, Any]:
+    """A model that has learned who its siblings are, and one that shares nothing."""
+    model, plain = make(**how), make(**{**how, "fuse": False})
+    with serving(model):
+        model(inputs())
+    return model, plain
+
+
+def agree(model: Any, plain: Any, run: Callable[[Any], Tensor], names: Any = ROWS) -> None:
+    with serving(plain, names):
+        expected = run(plain)
+    with serving(model, names):
+        assert torch.equal(run(model), expected)
+
+
+# --- who are siblings ---------------------------------------------------------------------------
+def test_the_first_forward_teaches_and_the_next_ones_share(fused: list[int]) -> None:
+    model, plain = make(), make(fuse=False)
+    for seed in range(3):
+        agree(model, plain, lambda m, seed=seed: m(inputs(seed)))
+        assert fused == [3] * seed
+        assert kept(model) == []
+    x = inputs()
+    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # the same tensor again is shared again
+    assert fused == [3] * 4
+
+
+def test_on_the_cpu_each_layer_has_its_own(
+    fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(siblings, "_ON_CPU", False)
+    model, plain = taught()
+    agree(model, plain, lambda m: m(inputs()))
+    assert fused == [] and kept(model) == []
+
+
+def test_layers_share_nothing_unless_they_are_told_to(fused: list[int]) -> None:
+    model = make(fuse=False)
+    with serving(model):
+        model(inputs()), model(inputs())
+    assert fused == [] and model.q.siblings is None
+
+
+def test_states_of_others_are_shared_by_those_who_see_them(fused: list[int]) -> None:
+    model, plain = make(), make(fuse=False)
+    for seed in range(3):
+        agree(model, plain, lambda m, seed=seed: m(inputs(seed), inputs(9)))
+    assert fused == [2, 2]
+    for _ in range(3):  # now and then all see the same
+        agree(model, plain, lambda m: m(inputs()))
+        agree(model, plain, lambda m: m(inputs(), inputs(9)))
+
+
+def test_modules_that_an_adapter_comes_to_later_join(fused: list[int]) -> None:
+    model = make(red=adapter(3, "qv"), blue=adapter(12, "qv"))
+    plain = make(False, red=adapter(3, "qv"), blue=adapter(12, "qv"))
+    for _ in range(2):
+        agree(model, plain, lambda m: m(inputs()))
+    assert fused == [2]
+    for each in (model, plain):
+        each.q.pool.load("late", adapter(5, "qk"))
+    for _ in range(2):
+        agree(model, plain, lambda m: m(inputs()), ["late", "red", None])
+    assert fused == [2, 2, 3]
+
+
+def test_a_layer_that_was_alone_for_long_gets_a_sibling_with_an_adapter(fused: list[int]) -> None:
+    how: dict[str, Any] = {"red": adapter(3, "q"), "blue": adapter(12, "q")}
+    model, plain = make(**how), make(False, **how)
+    with serving(model):
+        for _ in range(70):
+            model(inputs())
+    assert model.q.siblings._lessons == 0
+    for each in (model, plain):
+        each.q.pool.load("late", adapter(5, "qk"))
+    for _ in range(3):  # one to notice, one to learn
+        agree(model, plain, lambda m: m(inputs()), ["late", "red", None])
+    assert fused == [2]
+
+
+@pytest.mark.parametrize("order", ["qkv", "vqk", "kk", "qqkkvv", "qok", "kqv"])
+def test_any_order_of_calls_gives_the_bits_of_single_layers(order: str) -> None:
+    model, plain = taught()
+    x = inputs()
+    for _ in range(3):
+        agree(model, plain, lambda m: torch.cat([getattr(m, n)(x) for n in order], -1))
+
+
+# --- what must not be handed over ---------------------------------------------------------------
+def q_then_k(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    def run(model: Any) -> Tensor:
+        x = inputs()
+        first = model.q(x)
+        x = change(x)
+        return torch.cat([y.flatten() for y in (first, model.k(x), model.v(x))])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.add_(1),
+        lambda x: x.mul(2),
+        lambda x: x.clone(),
+        lambda x: x.view(x.shape),
+        lambda x: x[:, :3],
+        lambda x: x.requires_grad_(),
+    ],
+    ids=["changed in place", "another", "equal", "a view", "a part", "wants gradients"],
+)
+def test_a_tensor_that_is_not_the_same_gets_its_own(change: Any, fused: list[int]) -> None:
+    model, plain = taught()
+    agree(model, plain, q_then_k(change))
+    assert fused == [3]
+
+
+def test_a_sibling_that_never_comes_leaves_nothing_behind(fused: list[int]) -> None:
+    model, plain = taught()
+    ends: list[Any] = []
+    gc.disable()
+    try:
+        for _ in range(5):
+            with serving(plain):
+                expected = plain.q(inputs())
+            with serving(model):
+                x = inputs()
+                assert torch.equal(model.q(x), expected)
+                ends += [weakref.ref(y) for y in kept(model)]
+                del x
+                assert kept(model) == []
+        assert len(ends) == 6 and not any(end() is not None for end in ends)
+    finally:
+        gc.enable()
+    assert fused == [3] * 3, "its leader waits three times for a sibling, then no more"
+    agree(model, plain, lambda m: m(inputs()))
+    assert fused == [3] * 3
+
+
+def test_a_call_that_comes_after_a_miss_is_forgiven(fused: list[int]) -> None:
+    model, plain = taught()
+    for _ in range(4):
+        agree(model, plain, lambda m: m.q(inputs()))
+        agree(model, plain, lambda m: m(inputs()))
+    assert fused == [3] * 8
+
+
+def test_threads_do_not_take_each_others_outputs() -> None:
+    model, plain = taught()
+    x = inputs()
+    with serving(plain):
+        expected = plain.k(x)
+    found: list[Tensor] = []
+
+    def other() -> None:
+        with serving(model, ["blue"] * 3):
+            found.append(model.k(x))
+
+    with serving(plain, ["blue"] * 3):
+        theirs = plain.k(x)
+    with serving(model):
+        model.q(x)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert torch.equal(found[0], theirs)
+        (mine,) = (y for y in kept(model) if torch.equal(y, expected))
+        assert model.k(x) is mine
+
+
+def test_threads_at_once_get_the_bits_of_single_layers() -> None:
+    model, plain = make(), make(fuse=False)
+    names = [["red", None, "blue"], ["blue", "red", "red"], [None, "blue", "red"]]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        for seed in range(40):
+            with serving(plain, names[i]):
+                expected = plain(inputs(seed))
+            with serving(model, names[i]):
+                if not torch.equal(model(inputs(seed)), expected):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_block_in_between_has_its_own_adapters() -> None:
+    model, plain = taught()
+
+    def run(m: Any) -> Tensor:
+        x = inputs()
+        first = m.q(x)
+        with lora_ext.adapters(["blue"] * 3, pool=m.q.pool):
+            inside = m.k(x)
+        return torch.cat([first, inside, m.k(x), m.v(x)], -1)
+
+    agree(model, plain, run)
+
+
+def test_a_block_that_is_left_takes_its_outputs_with_it() -> None:
+    """Also where no block is around: a dead reference to a block is not the lack of one."""
+    for default in (None, "red"):
+        model, plain = taught(default=default)
+        x, found = inputs(), []
+        for m in (model, plain):
+            with serving(m, ["blue"] * 3):
+                m.q(x)
+            assert m is plain or kept(m) == []
+            with torch.no_grad():
+                found.append(m.k(x))
+        assert torch.equal(*found)
+    model, _ = taught(default="error")
+    with serving(model):
+        model.q(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected a block around"):
+        model.k(x)
+
+
+@contextmanager
+def hooked(model: Any) -> Iterator[None]:
+    handle = model.k.base.register_forward_hook(lambda module, args, y: y * 2)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def forward_of_its_own(model: Any) -> Iterator[None]:
+    """As accelerate's offloading."""
+    k = model.k.base
+    k.forward = lambda x: nn.functional.linear(x, k.weight * 2)
+    try:
+        yield
+    finally:
+        del k.forward
+
+
+@contextmanager
+def pruned(model: Any) -> Iterator[None]:
+    """A hook computes the weight, which is no parameter then."""
+    k = model.k.base
+    prune.random_unstructured(k, "weight", 0.0)
+    try:
+        yield
+    finally:
+        prune.remove(k, "weight")
+
+
+ELSEWHERE: dict[str, Callable[[Any], Any]] = {
+    "gradients": lambda _: torch.enable_grad(),
+    "autocast": lambda _: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": lambda _: torch.inference_mode(),
+    "everyone's hook": lambda _: torch.nn.modules.module.register_module_forward_hook(
+        lambda *_: None
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_elsewhere_each_layer_computes_its_own(
+    where: str, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = taught()
+    products: list[Any] = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: products.append(a) or linear(*a))
+
+    def run(m: Any) -> Tensor:
+        products.clear()
+        with ELSEWHERE[where](m):
+            return m(inputs())
+
+    agree(model, plain, run)
+    assert fused == [] and len(products) == 4
+    agree(model, plain, lambda m: m(inputs()))
+    assert fused == [3]
+
+
+@pytest.mark.parametrize("where", [hooked, forward_of_its_own, pruned], ids=lambda f: f.__name__)
+def test_a_base_with_rules_of_its_own_computes_in_its_turn(where: Any, fused: list[int]) -> None:
+    model, plain = taught()
+
+    def run(m: Any) -> Tensor:
+        with where(m):
+            return m(inputs())
+
+    agree(model, plain, run)
+    assert fused == [2]
+
+
+def test_a_grad_mode_in_between_is_followed() -> None:
+    model, _ = taught()
+    with serving(model):
+        x = inputs()
+        model.q(x)
+        with torch.enable_grad():
+            assert model.k(x).requires_grad
+        assert not model.v(x).requires_grad
+
+
+def test_dora_goes_its_own_way(fused: list[int]) -> None:
+    how: dict[str, Any] = {"blue": adapter(12, "k", use_dora=True)}
+    model, plain = taught(**how)
+    agree(model, plain, lambda m: m(inputs()))
+    assert fused == [2]
+
+
+# --- around it ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", [{"pack_base": True}, {"default": "red"}], ids=str)
+def test_siblings_go_together_with_the_other_settings(
+    how: dict[str, Any], fused: list[int]
+) -> None:
+    model, plain = taught(**how)
+    agree(model, plain, lambda m: m(inputs()[:, :1]))
+    assert fused == [3]
+    with torch.no_grad():
+        assert torch.equal(model(inputs()), plain(inputs()))
+
+
+def test_copies_share_among_themselves_and_detach_leaves_nothing(fused: list[int]) -> None:
+    model, plain = taught()
+    twin = copy.deepcopy(model)
+    assert twin.q.siblings is twin.k.siblings is not model.q.siblings
+    with torch.no_grad():
+        twin.k.weight.neg_()
+    for _ in range(2):
+        agree(model, plain, lambda m: m(inputs()))
+    with torch.no_grad():
+        plain.k.weight.neg_()
+    for _ in range(2):
+        agree(twin, plain, lambda m: m(inputs()))
+    assert fused == [3] * 3
+    gc.disable()
+    try:
+        layer = weakref.ref(model.q)
+        lora_ext.detach(model)
+        assert layer() is None
+        assert type(model.q) is nn.Linear and "siblings" not in model.q.__dict__
+    finally:
+        gc.enable()
+
+
+def test_a_compiled_model_shares_nothing_and_is_right(fused: list[int]) -> None:
+    model, plain = taught()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with serving(plain):
+        expected = plain(inputs())
+    with serving(model):
+        torch.testing.assert_close(compiled(inputs()), expected)
+    assert fused == []
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_recording_has_an_op_for_each_layer() -> None:
+    """torch.jit.trace follows no tensor into a list that an op changes."""
+    model, _ = taught()
+    with serving(model):
+        recorded: Any = torch.jit.trace(model, (inputs(),), check_trace=False)
+        assert torch.equal(recorded(inputs(8)), model(inputs(8)))
+
+
+def test_siblings_take_the_launches_of_one_layer(backend: Backend) -> None:
+    if backend.is_twin or backend.device == "cuda":
+        pytest.skip("the emulator counts launches")
+    model, plain = make(), make(fuse=False)
+
+    def launches(m: Any) -> int:
+        before = backend.module.launches()
+        m(x)
+        return backend.module.launches() - before
+
+    x = inputs()
+    with serving(plain):
+        expected = plain(x)
+        assert launches(plain) == 4 * 2
+    with serving(model):
+        model(x)
+        assert launches(model) == 2 * 2  # of q, k and v together, and of o
+        assert torch.equal(model(x), expected)

@@ -1,0 +1,108 @@
+"""Adapters that are loaded again, under their name or at their path, while others are answered.
+
+Prompts are longer than a block of the prefix cache, which has 32 tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import pytest
+from served_llama import VOCABULARY, Answer
+
+ATOL = 3e-4  # as in test_against_peft.py
+LONG = [2 + i % 90 for i in range(100)]
+_numbers = itertools.count(100)
+
+
+@pytest.fixture
+def number(engine):
+    engine.forget()
+    return next(_numbers)
+
+
+@pytest.fixture
+def put(folder):
+    """``put(name)``: the adapter's files at one path, which comes back."""
+
+    def put(name):
+        return str(shutil.copytree(folder / name, folder / "moving", dirs_exist_ok=True))
+
+    return put
+
+
+def request(name, number, path, **how):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(path), **how)
+
+
+def start(engine, name, lora):
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=VOCABULARY)
+    engine.llm.llm_engine.add_request(name, {"prompt_token_ids": LONG}, how, lora_request=lora)
+
+
+def finish(engine, steps=None):
+    """Answers by the request's name, of those that end within the steps."""
+    found = {}
+    for _ in range(steps) if steps else itertools.count():
+        if not engine.llm.llm_engine.has_unfinished_requests():
+            break
+        for output in engine.llm.llm_engine.step():
+            if output.finished:
+                found[output.request_id] = Answer(output)
+    return found
+
+
+def answer(engine, lora):
+    start(engine, "one", lora)
+    return finish(engine)["one"]
+
+
+def test_a_name_under_two_numbers_is_two_adapters_of_one_step(engine, number, folder, peft_model):
+    """As vLLM's server has it after unload and load: without a name of its own, vLLM leaves one of
+    them out, and the engine ends."""
+    start(engine, "old", request("same", number, folder / "a"))
+    start(engine, "new", request("same", next(_numbers), folder / "b"))
+    found = finish(engine)
+    peft_model.check([found["old"], found["new"]], ["a", "b"], ATOL)
+
+
+def test_changed_files_at_one_path_meet_no_block_of_the_old_ones(engine, number, put, peft_model):
+    first = answer(engine, request("moving", number, put("a")))
+    again = answer(engine, request("moving", number, put("a")))
+    assert (first.cached, again.cached) == (0, 96)
+    lora = request("moving", next(_numbers), put("a2"))  # as after unload and load
+    found = answer(engine, lora)
+    peft_model.check([first, found], ["a", "a2"], ATOL)
+    assert found.cached == 0 and answer(engine, lora).cached == 96
+
+
+def test_files_that_changed_are_loaded_in_place_with_no_cache_to_reset(
+    engine, number, put, peft_model
+):
+    lora = request("place", number, put("a"))
+    peft_model.check([answer(engine, lora)], ["a"], ATOL)
+    in_place = request("place", number, put("a2"), load_inplace=True)
+    assert engine.llm.llm_engine.add_lora(in_place)
+    found = answer(engine, lora)
+    peft_model.check([found], ["a2"], ATOL)
+    assert found.cached == 0 and answer(engine, in_place).cached == 96
+    put("a")
+    peft_model.check([answer(engine, in_place)], ["a"], ATOL)  # the flag alone loads again
+    assert engine.llm.llm_engine.list_loras() == {number}
+    assert engine.llm.llm_engine.remove_lora(number)
+    assert engine.llm.llm_engine.list_loras() == set()
+
+
+def test_a_request_keeps_the_adapter_that_was_there_when_it_came(engine, number, put, peft_model):
+    lora = request("kept", number, put("a"))
+    start(engine, "old", lora)
+    assert finish(engine, steps=5) == {}
+    assert engine.llm.llm_engine.add_lora(request("kept", number, put("a2"), load_inplace=True))
+    start(engine, "new", lora)
+    found = finish(engine)
+    peft_model.check([found["old"], found["new"]], ["a", "a2"], ATOL)

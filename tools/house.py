@@ -1,0 +1,239 @@
+"""The structure of ``lora_ext``: its rooms, their floors, and what imports what.
+
+``python tools/house.py`` prints a table and what is wrong, and exits with 1 where something is;
+``--json`` prints one object. ``docs/house.md`` says what the rooms are for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import sys
+import tokenize
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = "lora_ext"
+ROOT = Path(__file__).resolve().parents[1]
+
+# Bottom to top: each room with the rooms below it that it may import.
+BELOW: dict[str, str] = {
+    "reference": "",
+    "ops": "reference",
+    "rows": "ops",
+    "layers": "rows ops",
+    "adapter": "layers rows ops",
+    "pool": "adapter layers rows ops",
+    "serving": "pool adapter layers rows ops",
+    "circuits": "ops reference",
+    "control": "circuits rows ops",
+    "federated": "adapter layers rows ops",
+    "methods": "federated adapter layers rows control circuits ops reference",
+    "interop": "methods serving pool federated adapter layers rows ops",
+    "nn": "methods serving adapter layers rows ops",
+    "tenants": "serving pool adapter layers rows ops",
+    "cli": "methods control interop federated pool adapter layers rows circuits ops",
+}
+MOST_FILES = 15  # that a reader meets in one folder
+MOST_LINES = 60  # of code in one function
+
+
+class Import(NamedTuple):
+    """One name that a file takes from another file of the package."""
+
+    file: str  # dotted names of modules, `lora_ext.rows.context`
+    target: str
+    name: str
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every file of the package under the dotted name that imports it."""
+    found = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room of a module; files that stand in no room are each a room of that name."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def names_of(package: str, face: Path) -> set[str]:
+    """The names that a package's ``__init__`` shows: they hide files of the same name. A file may
+    be shown as a whole (``from . import layouts``)."""
+    nodes = [n for n in ast.walk(ast.parse(face.read_text())) if isinstance(n, ast.ImportFrom)]
+    shown = [node for node in nodes if node.level or node.module != package]
+    return {alias.asname or alias.name for node in shown for alias in node.names}
+
+
+def imports_of(
+    module: str, path: Path, known: dict[str, Path], shown: dict[str, set[str]]
+) -> list[Import]:
+    """What a file imports from the package, in functions and for annotations too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            pairs = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                stem = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*stem, *([base] if base else [])])
+            pairs = [(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for base, name in pairs:
+            inside = room_of(base) == room_of(module)
+            is_file = f"{base}.{name}" in known and (inside or name not in shown.get(base, ()))
+            target = f"{base}.{name}" if is_file else base
+            if target in known and target != module:
+                found.append(Import(module, target, name))
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files that import each other: strongly connected components above one file."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(file: str) -> None:
+        index[file] = low[file] = len(index)
+        stack.append(file)
+        for target in sorted(edges.get(file, ())):
+            if target not in index:
+                visit(target)
+                low[file] = min(low[file], low[target])
+            elif target in stack:
+                low[file] = min(low[file], index[target])
+        if low[file] == index[file]:
+            group = stack[stack.index(file) :]
+            del stack[stack.index(file) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for file in sorted(edges):
+        if file not in index:
+            visit(file)
+    return sorted(found)
+
+
+def long_functions(path: Path) -> dict[str, int]:
+    """Functions with more lines of code than one screen: comments and docstrings do not count."""
+    text = path.read_text()
+    code: set[int] = set()
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped:
+            code.update(range(token.start[0], token.end[0] + 1))
+    long = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = code & set(range(node.lineno, (node.end_lineno or 0) + 1))
+            first = node.body[0]
+            if ast.get_docstring(node) is not None:
+                lines -= set(range(first.lineno, (first.end_lineno or 0) + 1))
+            if len(lines) > MOST_LINES:
+                long[node.name] = len(lines)
+    return long
+
+
+def full_folders(root: Path) -> dict[str, int]:
+    """Folders in which a reader meets too many files."""
+    counts = Counter(path.parent.relative_to(root) for path in (root / PACKAGE).rglob("*.py"))
+    return {str(folder): n for folder, n in sorted(counts.items()) if n > MOST_FILES}
+
+
+def methods_that_meet(imports: list[Import]) -> list[str]:
+    """Imports from one method into another."""
+    pairs = [(i.file.split("."), i.target.split(".")) for i in imports]
+    pairs = [(a, b) for a, b in pairs if len(a) > 2 and len(b) > 2 and a[1] == b[1] == "methods"]
+    return sorted({f"{'.'.join(a)} -> {'.'.join(b)}" for a, b in pairs if a[2] != b[2]})
+
+
+def survey(root: Path = ROOT) -> dict[str, object]:
+    """All that this page says of the house, as one object."""
+    known = modules(root)
+    shown = {m: names_of(m, path) for m, path in known.items() if path.name == "__init__.py"}
+    imports = [i for m, path in known.items() for i in imports_of(m, path, known, shown)]
+    edges: dict[str, set[str]] = defaultdict(set)
+    for i in imports:
+        edges[i.file].add(i.target)
+    rooms: dict[str, dict] = {}
+    for module, path in known.items():
+        room = rooms.setdefault(
+            room_of(module),
+            {"files": 0, "lines": 0, "long_functions": {}, "arrows": Counter(), "past_the_face": 0},
+        )
+        room["files"] += 1
+        room["lines"] += len(path.read_text().splitlines())
+        for name, lines in long_functions(path).items():
+            room["long_functions"][f"{module}.{name}"] = lines
+    up, past = set(), set()
+    for i in imports:
+        here, there = room_of(i.file), room_of(i.target)
+        if here == there:
+            continue
+        rooms[here]["arrows"][there] += 1
+        if here in BELOW and there in BELOW:
+            if there not in BELOW[here].split():
+                up.add(f"{i.file} -> {i.target}")
+            if known[i.target].name != "__init__.py":
+                past.add(f"{i.file} -> {i.target}")
+                rooms[here]["past_the_face"] += 1
+    return {
+        "files": len(known),
+        "lines": sum(room["lines"] for room in rooms.values()),
+        "circles": circles(edges),
+        "arrows_up": sorted(up),
+        "past_the_face": sorted(past),
+        "methods_that_meet": methods_that_meet(imports),
+        "full_folders": full_folders(root),
+        "rooms": {name: rooms[name] for name in sorted(rooms)},
+    }
+
+
+def faults(house: dict) -> dict[str, list]:
+    """What the house does not allow, each with the places where it was found."""
+    long = {k: n for room in house["rooms"].values() for k, n in room["long_functions"].items()}
+    return {
+        "circles of imports": [" <-> ".join(group) for group in house["circles"]],
+        "imports that run up": house["arrows_up"],
+        "imports past the face of a room": house["past_the_face"],
+        "methods that import a method": house["methods_that_meet"],
+        f"folders with more than {MOST_FILES} files": [
+            f"{folder}: {n}" for folder, n in house["full_folders"].items()
+        ],
+        f"functions above {MOST_LINES} lines of code": [f"{k}: {n}" for k, n in long.items()],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    house = survey()
+    wrong = {what: places for what, places in faults(house).items() if places}
+    if parser.parse_args().json:
+        print(json.dumps(house, indent=1))
+        return 1 if wrong else 0
+    print(f"{'room':12}{'files':>6}{'lines':>7}  imports from")
+    for name in [*BELOW, *(r for r in house["rooms"] if r not in BELOW)]:
+        if name in house["rooms"]:
+            room = house["rooms"][name]
+            arrows = ", ".join(f"{to} {n}" for to, n in sorted(room["arrows"].items()))
+            print(f"{name:12}{room['files']:6}{room['lines']:7}  {arrows}")
+    print(f"{'all':12}{house['files']:6}{house['lines']:7}")
+    for what, places in wrong.items():
+        print(f"\n{len(places)} {what}:", *places, sep="\n  ")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
