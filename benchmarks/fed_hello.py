@@ -20,6 +20,7 @@ import numpy as np
 import study
 import torch
 from federated_digits import QUICK, Planner, Run, Sizes, World, federate, make_world
+from federated_pictures import draw_accuracy, draw_bytes, draw_heights
 from study import DIRECTION, NOT_REPRODUCED, REPRODUCED, Claim, Criterion, Row, Rows, Verdict
 from torch import Tensor
 from tqdm import tqdm
@@ -28,9 +29,6 @@ from lora_ext.federated import LayerPlan, LoraLayerManager
 from lora_ext.methods.fed_hello import (
     HLA,
     Pattern,
-    draw_accuracy,
-    draw_bytes,
-    draw_heights,
     fim_scores,
     gd_layers,
 )

@@ -267,8 +267,7 @@ def show(rows: Rows) -> None:
 def draw(rows: Rows, path: Path) -> None:
     """Accuracy by rank; maps of effective rank and of norm over rank and block."""
     from matplotlib.figure import Figure
-
-    from lora_ext.methods.reasoning.pictures import draw_map
+    from number_map import draw_map
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     blocks = range(4)

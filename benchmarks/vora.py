@@ -20,13 +20,13 @@ from typing import Any
 import study
 import torch
 import transformers
+from coloured_shapes import COLOURS, QUADRANTS, SHAPES, draw_picture
 from study import DIRECTION, NOT_REPRODUCED, REPRODUCED, Claim, Criterion, Row, Rows, Verdict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lora_ext.methods import vora
-from lora_ext.methods.vora.shapes import COLOURS, QUADRANTS, SHAPES, draw_picture
 
 CLAIM = Claim(
     paper="Vision as LoRA (arXiv 2503.20680)",

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 import matplotlib
 import torch
+from copra_pictures import COLORS, draw_shapley
 from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,6 @@ from lora_ext import nn
 from lora_ext.adapter import LoraAdapter, merge_adapters, prune_adapter, rank_report
 from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.methods import copra
-from lora_ext.methods.copra.pictures import COLORS, draw_barriers, draw_shapley
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "adapter_care"
@@ -196,7 +196,7 @@ def draw(
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.2), layout="constrained")
     draw_barriers(lines, "loss on both texts, nats a token", axes[0])
     axes[0].set_title(f"from {TEXTS[0]} to {TEXTS[1]}")
-    draw_shapley({"merged": game}, "nats a token", axes=axes[1])
+    draw_shapley({"merged": game}, "nats a token", axes[1])
     axes[1].set(title="blocks of the merged adapter, on both texts", xlabel="block")
     for place, text in enumerate(TEXTS):
         x = [i + 0.4 * place - 0.2 for i in range(len(losses))]
@@ -208,6 +208,17 @@ def draw(
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def draw_barriers(lines: dict[str, copra.Barrier], unit: str, axes: Any) -> None:
+    """The loss along lines between two adapters, and dotted the line between its ends."""
+    for color, (label, line) in zip(COLORS, lines.items(), strict=False):
+        label = f"{label}, barrier {line.barrier:.3g}"
+        axes.plot(line.lambdas, line.losses, marker="o", color=color, label=label)
+        ends = [(line.lambdas[i], line.losses[i]) for i in (0, -1)]
+        axes.plot(*zip(*ends, strict=True), linestyle=":", color=color)
+    axes.set(xlabel="lambda, from the first adapter to the second", ylabel=unit)
+    axes.legend()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 import matplotlib
 import torch
+from copra_pictures import COLORS, draw_shapley
 from matplotlib import pyplot
 from training import answer_losses, collate, read_examples, take_steps
 
 from lora_ext import nn
 from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.methods import copra
-from lora_ext.methods.copra.pictures import COLORS, draw_shapley
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "copra"
@@ -79,7 +79,7 @@ def main() -> None:
         nn.unwrap(model)
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    draw_shapley(games, "nats a token", axes=axes[0])
+    draw_shapley(games, "nats a token", axes[0])
     axes[0].set_xlabel("block")
     for color, (method, losses) in zip(COLORS, kept.items(), strict=False):
         axes[1].plot(keep, losses, marker="o", color=color, label=method)

@@ -17,11 +17,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import numpy as np
 from federated_digits import QUICK, Plans, Run, Sizes, federate, make_world
+from federated_pictures import draw_accuracy, draw_bytes, draw_heights
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from lora_ext.methods.fed_hello import HLA, draw_accuracy, draw_bytes, draw_heights
+from lora_ext.methods.fed_hello import HLA
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "fed_hello"
 console = Console()

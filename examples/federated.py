@@ -19,9 +19,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 sys.path.append(str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import matplotlib
 import torch
+from federated_pictures import draw_bytes, draw_heights
 from matplotlib import pyplot
 from rich import print
 from tqdm import tqdm
@@ -121,8 +123,8 @@ def draw(losses: Any, log: federated.CommLog, heights: Any, path: Path) -> None:
     axes[0].set(xlabel="round", ylabel="loss on unseen answers, nats a token")
     axes[0].legend(ncols=2, fontsize="small", frameon=False)
     rounds = range(1, len(heights) + 1)
-    fed_hello.draw_bytes({"eight clients": [log.cumulative("up")[r] for r in rounds]}, axes[1])
-    fed_hello.draw_heights(heights, axes[2])
+    draw_bytes({"eight clients": [log.cumulative("up")[r] for r in rounds]}, axes[1])
+    draw_heights(heights, axes[2])
     axes[0].figure.savefig(path, dpi=120)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from federated_digits import QUICK, Sizes, accuracy, client_spec, make_world
 from matplotlib import pyplot
 from tqdm import tqdm
 
-from lora_ext.federated import LayerPlan, LoraLayerManager
+from lora_ext.federated import Client, LayerPlan, LoraLayerManager
 from lora_ext.federated.flower import LocalGrid, from_arrays, make_client_app, to_arrays
 from lora_ext.federated.flower.client import adamw
-from lora_ext.methods import legend
-from lora_ext.methods.legend import Estimate, LegendConfig, SimulatedClock
+from lora_ext.methods.legend import Configuration, Estimate, LegendConfig, SimulatedClock
 from lora_ext.methods.legend.flower import Legend
 
 matplotlib.use("Agg")
@@ -86,11 +86,42 @@ def main() -> None:
 def draw(strategy: Legend, layers: int, path: Path) -> Path:
     """Depths over rounds, and the times of the last."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    legend.draw_depths([log.plans for log in strategy.history], layers, left)
-    legend.draw_times(strategy.allocator.last, right)
+    draw_depths([log.plans for log in strategy.history], layers, left)
+    draw_times(strategy.allocator.last, right)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def draw_depths(rounds: Sequence[Mapping[Client, LayerPlan]], layers: int, axes: Any) -> None:
+    """How many layers each device trained in each round; empty where it was not asked."""
+    devices = sorted({d for plans in rounds for d in plans}, key=lambda d: (isinstance(d, str), d))
+    depths = [
+        [len(plans[device].layers) if device in plans else float("nan") for plans in rounds]
+        for device in devices
+    ]
+    extent = (0.5, len(rounds) + 0.5, len(devices) - 0.5, -0.5)
+    image = axes.imshow(depths, cmap="cividis", aspect="auto", vmin=0, vmax=layers, extent=extent)
+    axes.figure.colorbar(image, ax=axes, label="layers trained")
+    axes.set_yticks(range(len(devices)), [str(device) for device in devices])
+    axes.set(xlabel="round", ylabel="device")
+
+
+def draw_times(configuration: Configuration, axes: Any) -> None:
+    """The predicted time of each device as a bar with its depth in it, what it waits on top, and
+    the target as a line."""
+    times = list(configuration.times.values())
+    places = range(len(times))
+    waits = [configuration.seconds - value for value in times]
+    bars = axes.bar(places, times, color="#0072B2", label="trains (so many layers) and sends")
+    depths = [str(depth) for depth in configuration.depths.values()]
+    axes.bar_label(bars, depths, label_type="center", color="white")
+    axes.bar(places, waits, bottom=times, color="0.85", label="waits")
+    axes.axhline(configuration.target, color="#D55E00", label="target")
+    axes.set_xticks(places, [str(device) for device in configuration])
+    axes.set(xlabel="device", ylabel="seconds", ylim=(0, 1.35 * configuration.seconds))
+    axes.legend(frameon=False, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

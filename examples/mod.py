@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.colors import LogNorm
 from rich.console import Console
 from rich.table import Table
 from training import collate, read_examples, take_steps
@@ -26,7 +27,6 @@ from training import collate, read_examples, take_steps
 from lora_ext import nn
 from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.methods import mod
-from lora_ext.methods.mod.pictures import draw_routing
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "mod"
@@ -41,6 +41,18 @@ def measure(model: Any, batch: dict[str, Any]) -> tuple[float, list[float], Any]
     if not isinstance(out, mod.ModOutput):
         return out.loss.item(), [], None
     return out.ce_loss.item(), out.layer_losses.tolist(), out.routing_weights
+
+
+def draw_routing(weights: torch.Tensor, tokens: list[str], first_layer: int, axes: Any) -> None:
+    """The weights ``(T, k)`` of the late layers over the tokens that are predicted, as a map of
+    logarithmic colours. The last layer's are left out: they are what the others lack."""
+    late = weights[:, :-1].float().T.cpu().numpy()  # (k - 1, T)
+    scale = LogNorm(1e-4, 1, clip=True)
+    shown = axes.imshow(late, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
+    axes.set_yticks(range(len(late)), [str(first_layer + e) for e in range(len(late))])
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+    axes.set(xlabel="token that is predicted", ylabel="layer")
+    axes.figure.colorbar(shown, ax=axes, label="weight")
 
 
 def main() -> None:
@@ -88,7 +100,8 @@ def main() -> None:
     texts = [tokenizer.decode([token]).replace("\n", " ") for token in answer]
     figure, axes = pyplot.subplots(len(routing), 1, figsize=(11, 5), layout="constrained")
     for axis, (arm, weights) in zip(axes, routing.items(), strict=True):
-        draw_routing(weights, texts, layers - CONFIG.k + 1, axis).set_title(arm)
+        draw_routing(weights, texts, layers - CONFIG.k + 1, axis)
+        axis.set_title(arm)
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "mod.png", dpi=120)
     pyplot.close(figure)

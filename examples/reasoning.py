@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from number_map import draw_map
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from lora_ext import nn
 from lora_ext.methods import reasoning
-from lora_ext.methods.reasoning.pictures import draw_report
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "reasoning"
 VOCAB, BATCH = 32, 128
@@ -51,13 +54,28 @@ def accuracy(model: Any, task: Any) -> float:
     return (model(**batch).argmax(1) == batch["target"]).float().mean().item()
 
 
+def draw_report(report: Any, figure: str, axes: Any, top: float) -> None:
+    """One figure of a report over blocks and modules; those outside all blocks are left out."""
+    places: dict[tuple[str, int], float] = {}
+    for row in report:
+        block, index = nn.block_name(row["module"]), nn.block_index(row["module"])
+        if block is not None and index is not None:
+            places[row["module"][len(block) + 1 :], index] = row[figure]
+    modules = list(dict.fromkeys(module for module, _ in places))
+    blocks = sorted({index for _, index in places})
+    values = [[places.get((module, block), float("nan")) for block in blocks] for module in modules]
+    draw_map(axes, values, modules, blocks, top)
+    axes.set(xlabel="block", title=figure)
+
+
 def draw(reports: dict[str, Any], histories: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 6), layout="constrained")
     for line, (name, report) in zip(figure.subplots(len(reports), 3), reports.items(), strict=True):
         titles = {"entropy": "entropy rank", "fro": "norm of the update"}
         for axis, (column, title) in zip(line, titles.items(), strict=False):
             top = max(row[column] for each in reports.values() for row in each)  # the same scale
-            draw_report(report, column, axis, top).set_title(f"{title}, {name}")
+            draw_report(report, column, axis, top)
+            axis.set_title(f"{title}, {name}")
         rows = histories[name]
         for i, module in enumerate(dict.fromkeys(row["module"] for row in rows)):
             own = [(r["step"], r["participation"]) for r in rows if r["module"] == module]

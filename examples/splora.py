@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
 from lora_ext.methods.splora import SploraConfig, SploraResult
+from lora_ext.nn import block_index, block_name
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "splora"
 LINES = (
@@ -86,7 +88,7 @@ def draw(result: SploraResult, curve: list[Figures], path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    splora.draw_scores(result, left)
+    draw_scores(result, left)
     for name, colour, label in LINES:
         right.plot([getattr(f, name) for f in curve], "o-", ms=3, color=colour, label=label)
     right.set(xlabel="layers pruned, K", ylabel="share of answer tokens", ylim=(-0.03, 1.05))
@@ -95,6 +97,33 @@ def draw(result: SploraResult, curve: list[Figures], path: Path) -> Path:
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     return path
+
+
+def draw_scores(result: SploraResult, axes: Any) -> None:
+    """The score of every layer inside a block as a colour, and a cross on what was pruned."""
+    places = {}
+    for layer in result.stats:
+        block, index = block_name(layer.name), block_index(layer.name)
+        if block is not None and index is not None:
+            places[layer.name] = index, layer.name[len(block) + 1 :].rpartition(".")[2]
+    rows = sorted({row for row, _ in places.values()})
+    columns = list(dict.fromkeys(column for _, column in places.values()))
+    values = [[float("nan")] * len(columns) for _ in rows]
+    for layer in result.stats:
+        if layer.name in places:
+            row, column = places[layer.name]
+            i, j = rows.index(row), columns.index(column)
+            values[i][j] = layer.score
+            if layer.name in result.pruned:
+                axes.plot(j, i, "x", color="white", ms=11, mew=5)
+                axes.plot(j, i, "x", color="black", ms=9, mew=2)
+    image = axes.imshow(values, cmap="cividis", aspect="auto")
+    axes.figure.colorbar(image, ax=axes, label="E-DIEM score")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(ylabel="block", title=f"{result.direction} scores pruned (crosses)")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ where lora_ext[demo] is installed; `--quick` shows only that it works.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
 import torch
+from coloured_shapes import Picture, draw_picture
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.methods import vora
-from lora_ext.methods.vora.shapes import Picture, draw_picture
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "vora"
 BEFORE, PLACEHOLDER, BATCH, RATE = " A picture of a", -200, 8, 1e-3

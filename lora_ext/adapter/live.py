@@ -12,7 +12,7 @@ from lora_ext._checks import require
 from lora_ext.layers import LoraLayer, matches_suffix
 
 from .config import OWN_INITS, alpha_of, patterns
-from .peft_keys import PREFIX, parse_key
+from .peft_tensors import PREFIX, parse_key
 
 # Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
 _SAVED_WHOLE = ("embed_tokens", "lm_head")

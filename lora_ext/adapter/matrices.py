@@ -12,7 +12,7 @@ from lora_ext._checks import require
 from lora_ext.layers import adapted_layers, adapter_factors
 
 from .peft_files import AdapterSource, open_adapter
-from .peft_keys import PREFIX, factor_roles, parse_key
+from .peft_tensors import PREFIX, parse_key, roles_of
 from .value import LoraAdapter
 
 #: An adapter, a model, a state dict, a folder, or (config, state dict).
@@ -119,10 +119,10 @@ def _read_key(key: str) -> _FactorKey | None:
     """What the name of a factor says; None: it names something else."""
     parsed = parse_key(key)
     if parsed is not None:
-        roles = (*factor_roles(embedding=False), *factor_roles(embedding=True))
-        if parsed.role not in roles:
+        a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
+        if parsed.role not in (a, b):
             return None
-        return _FactorKey(parsed.module, "AB"[roles.index(parsed.role) % 2], parsed.adapter)
+        return _FactorKey(parsed.module, "A" if parsed.role == a else "B", parsed.adapter)
     match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
     return None if match is None else _FactorKey(match["module"], match["factor"], None)
 

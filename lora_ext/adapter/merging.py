@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .base_models import BaseModels
-from .config import longer_than
+from .config import BaseModels, longer_than
 from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter, same_values

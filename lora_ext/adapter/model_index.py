@@ -1,16 +1,26 @@
-"""Which modules of a base model an adapter may touch, and their sizes."""
+"""What reading an adapter needs of a base model: which modules it may touch, and own weights.
+
+Beside an adapted or resized embedding or output head, PEFT saves that module's weight. All adapters
+of a pool share one base model. So such a weight is right where it is the model's own; where it is
+not, the adapter was trained with another head than the one it would be served with.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
+from lora_ext._files import TensorInfo
 from lora_ext.layers import (
     READS_WEIGHTS,
     LoraLayer,
@@ -22,7 +32,9 @@ from lora_ext.layers import (
 )
 from lora_ext.rows import PoolLayer
 
-from .base_weights import BaseWeights
+from .peft_tensors import TensorSource, base_name
+
+_CHUNK = 1 << 24  # elements that are compared at once
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -98,15 +110,10 @@ class ModelIndex:
             TypeError: no module. ValueError: a module that carries adapters, or has none that may;
                 a weight on ``meta`` that nobody brings elsewhere.
         """
-        if dtype is not None and dtype not in PAGE_DTYPES:
-            raise ValueError(f"AdapterPool: dtype: expected one of {PAGE_DTYPES}, found {dtype}")
+        known = (None, *PAGE_DTYPES)
+        require(dtype in known, "AdapterPool", "dtype", f"one of {PAGE_DTYPES}", dtype)
         _check_model(model)
-        names = None if targets is None or isinstance(targets, str) else tuple(targets)
-
-        def wanted(name: str) -> bool:
-            if isinstance(targets, str):
-                return bool(re.fullmatch(targets, name))
-            return names is None or matches_suffix(name, names)
+        targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
         def stored(weight: Tensor, name: str) -> tuple[torch.dtype, torch.device]:
             own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
@@ -122,12 +129,12 @@ class ModelIndex:
         modules = dict(model.named_modules())
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
-            if isinstance(module, nn.Linear) and isinstance(parent, READS_WEIGHTS):
-                unsupported[name] = f"{type(module).__name__} of {type(parent).__name__}"
-                continue
-            if isinstance(module, nn.Linear) and in_routed_experts(name):
-                unsupported[name] = f"{type(module).__name__} of {ROUTED}"
-                continue
+            if isinstance(module, nn.Linear):
+                owner = type(parent).__name__ if isinstance(parent, READS_WEIGHTS) else None
+                owner = owner or (ROUTED if in_routed_experts(name) else None)
+                if owner is not None:
+                    unsupported[name] = f"{type(module).__name__} of {owner}"
+                    continue
             found, size = linear, linear_size(module)
             if type(module) is nn.Embedding and module.max_norm is None:
                 found, size = embedding, (module.num_embeddings, module.embedding_dim)
@@ -137,34 +144,32 @@ class ModelIndex:
                 for parameter, sizes in projections(module).items() if name else ():
                     full = f"{name}.{parameter}"
                     parameters[name] = (*parameters.get(name, ()), full)
-                    if wanted(full):
+                    if _wanted(full, targets):
                         weight: Tensor = getattr(module, parameter)
                         experts[full] = LinearSpec(
                             full, *sizes, *stored(weight, name), experts=len(weight)
                         )
                 continue
-            if not wanted(name):
+            if not _wanted(name, targets):
                 continue
             weight = cast(Tensor, module.weight)
             plain = type(module) in (nn.Linear, nn.Embedding)
             found[name] = LinearSpec(name, *size, *stored(weight, name), plain=plain)
             if parent is not None and name.rpartition(".")[2] in bypassed(parent):
                 skipped[name] = type(parent).__name__
-        if not linear and not embedding and not experts:
-            raise ValueError(
-                "AdapterPool: model: expected at least one Linear, Conv1D or Embedding module "
-                f"matching targets={targets!r}, found none"
-            )
-        return cls(
-            linear,
-            embedding,
-            unsupported,
-            *head_names(model),
-            BaseWeights(model),
-            experts=experts,
-            parameters=parameters,
-            bypassed=skipped,
-        )
+        expected = "at least one Linear, Conv1D or Embedding module matching targets="
+        some = linear or embedding or experts
+        require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
+        heads, own = head_names(model), BaseWeights(model)
+        index = cls(linear, embedding, unsupported, *heads, own, experts=experts)
+        return replace(index, parameters=parameters, bypassed=skipped)
+
+
+def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
+    """Whether ``targets`` mean the module of this name."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, name))
+    return targets is None or matches_suffix(name, targets)
 
 
 def in_routed_experts(name: str) -> bool:
@@ -219,3 +224,121 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
             "pass device=, or load the model's weights first"
         )
     return weight.device
+
+
+# -------------------------------------------------------------------------------------------------
+# The base model's own weights
+
+
+class BaseWeights:
+    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it.
+
+    Args:
+        model: may die; its weights can then no longer be compared.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        self._shapes = {base_name(name): tuple(t.shape) for name, t in _tensors(model)}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the model has a weight of that :func:`base_name`."""
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the model's weight of that name, when the index was made."""
+        return self._shapes[name]
+
+    def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
+        """Refuse a weight that has not the size of the model's, before it is read.
+
+        Raises:
+            ValueError: naming file, key, expected and found.
+        """
+        info, shape = tensors.infos[key], self._shapes[name]
+        if info.shape != shape:
+            raise ValueError(
+                f"{tensors.where}: {key}: shape: expected {shape} as in the base model, found "
+                f"{info.shape}; give the base model this weight (resize_token_embeddings, then "
+                "copy it) before the pool is made"
+            )
+
+    def check(self, tensors: TensorSource, key: str, name: str) -> None:
+        """Refuse a weight that would change a bit of the model if it were loaded into it.
+
+        Args:
+            tensors: where the weight is. key: its name there.
+            name: its :func:`base_name`, which the model has.
+
+        Raises:
+            ValueError: naming file, key, expected and found.
+        """
+        where = f"{tensors.where}: {key}"
+        own = self._values(where, name)
+        _check_dtype(where, tensors.infos[key], own.dtype)
+        if own.shape != tensors.infos[key].shape:  # the model was changed after the pool was made
+            self._shapes[name] = tuple(own.shape)
+            self.check_header(tensors, key, name)
+        if not _equal(tensors.read(key), own.detach()):
+            raise ValueError(
+                f"{where}: expected the base model's own values, found others: the adapter was "
+                "trained beside this weight, and all adapters share the base model; copy it into "
+                "the model first if it is to be everybody's"
+            )
+
+    def _values(self, where: str, name: str) -> Tensor:
+        model = self._model()
+        if model is None:
+            raise ValueError(
+                f"{where}: expected the model that the pool was made for, to compare this weight "
+                "with its own; the model is gone: keep it, or make a pool for the one that is used"
+            )
+        for full, tensor in _tensors(model):
+            if base_name(full) == name:
+                if not tensor.is_meta:
+                    return tensor
+                offloaded = offloaded_values(model, full)
+                if offloaded is not None:
+                    return offloaded
+        raise ValueError(
+            f"{where}: expected {name} of the base model to compare this weight with; "
+            "it has no values there (it is on meta, or was taken away)"
+        )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Also those that share memory: a tied head has a name of its own."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return itertools.chain(
+        model.named_parameters(remove_duplicate=False),
+        ((name, buffer) for name, buffer in buffers if buffer.is_floating_point()),
+    )
+
+
+def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
+    """The values that accelerate keeps elsewhere while a module does not run."""
+    owner, _, parameter = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        values = getattr(each, "weights_map", None)
+        if values is not None:
+            with contextlib.suppress(KeyError):
+                return values[parameter]
+    return None
+
+
+def _check_dtype(where: str, info: TensorInfo, expected: torch.dtype) -> None:
+    floating = isinstance(info.dtype, torch.dtype) and info.dtype.is_floating_point
+    fits = floating and expected.is_floating_point
+    require(fits, where, "dtype", f"{expected} as in the base model", info.dtype)
+
+
+def _equal(found: Tensor, own: Tensor) -> bool:
+    """Whether ``found``, rounded to the dtype of ``own``, has its values; a few rows at a time."""
+    rows = max(1, _CHUNK // max(1, own[:1].numel())) if own.dim() else 1
+    pairs = zip(torch.atleast_1d(found).split(rows), torch.atleast_1d(own).split(rows), strict=True)
+    return all(torch.equal(part.to(wanted.device, wanted.dtype), wanted) for part, wanted in pairs)

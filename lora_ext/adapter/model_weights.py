@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo
 from lora_ext.layers import is_adapted
 
-from .base_weights import offloaded_values
-from .model_index import PAGE_DTYPES
-from .peft_keys import PREFIX, base_name
-from .tensor_files import StateDict, TensorSource, directory_names, read_json
+from .model_index import PAGE_DTYPES, offloaded_values
+from .peft_tensors import PREFIX, StateDict, TensorSource, base_name, directory_names, read_json
 
 #: A folder of safetensors shards or one such file, weights by name, or a live model.
 ModelSource = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module

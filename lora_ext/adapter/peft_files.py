@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,18 @@ from lora_ext._files import write_files
 
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
-from .peft_keys import MAGNITUDE, base_name, factor_roles, parse_key, wrapped_names
+from .peft_tensors import (
+    StateDict,
+    TensorSource,
+    adapter_directory,
+    base_name,
+    open_tensors,
+    parse_key,
+    read_config,
+    roles_of,
+    wrapped_names,
+)
 from .replaced import Replaced, find_replaced, read_replaced
-from .tensor_files import StateDict, TensorSource, adapter_directory, open_tensors, read_config
 
 # A directory, or (config, state dict).
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
@@ -28,8 +37,6 @@ CONFIG = "adapter config"  # what errors call a config that is no file
 _REFUSED_KEYS = {
     "modules_to_save": "replaced modules (modules_to_save)",
 }
-
-Converted = TypeVar("Converted")
 
 
 class Factors(NamedTuple):
@@ -49,36 +56,63 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdapterParts(Generic[Converted]):
-    """What :func:`read_adapter` found.
+class CheckedAdapter:
+    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet.
 
     Attributes:
-        config: parsed. modules: what was kept of each adapted one. replaced: of each whole one.
-        leftover: what ``strict=False`` skipped.
+        config: parsed. leftover: what ``strict=False`` skipped.
+        tensors: the file or state dict, open. index: the base model's modules.
+        keys: of each adapted module, its keys by role. scalings: of each.
+        whole: of each module that is replaced, its keys by ``weight`` and ``bias``.
     """
 
     config: AdapterConfig
-    modules: dict[str, Converted]
-    replaced: dict[str, Replaced]
     leftover: tuple[str, ...]
+    tensors: TensorSource
+    index: ModelIndex
+    keys: dict[str, dict[str, str]]
+    scalings: dict[str, float]
+    whole: dict[str, dict[str, str]]
+
+    def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
+        """Read one adapted module after the other, so that whoever converts each has no more than
+        one in memory twice.
+
+        Raises:
+            NotImplementedError: factors of a module that nobody calls.
+        """
+        for module, keys in self.keys.items():
+            embedding = module in self.index.embedding
+            parts = {
+                part: self.tensors.read(keys[role])
+                for part, role in roles_of(embedding).items()
+                if role in keys
+            }
+            if module in self.index.bypassed and parts["b"].any():
+                raise NotImplementedError(
+                    f"{self.where_is(module, 'b')}: expected zeros, found others: "
+                    f"{self.index.bypassed[module]} reads the weight of this module and never "
+                    "calls it, so that an adapter on it would not be served"
+                )
+            factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
+            yield self.index.specs[module], factors
+
+    def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
+        """Read one module after the other that the adapter brings along."""
+        for module, keys in self.whole.items():
+            yield self.index.modules[module], read_replaced(self.tensors, keys)
+
+    def where_is(self, module: str, part: str) -> str:
+        """File and key of a field of :class:`Factors`, for messages."""
+        role = roles_of(module in self.index.embedding)[part]
+        return f"{self.tensors.where}: {self.keys[module].get(role, role)}"
 
 
-class NonFiniteError(ValueError):
-    """Raised by a conversion that met NaN or infinity: in which role, and in which dtype."""
-
-    def __init__(self, role: str, dtype: torch.dtype):
-        super().__init__(f"{role}: expected finite values in {dtype}, found NaN or inf")
-        self.role, self.dtype = role, dtype
-
-
+@contextlib.contextmanager
 def read_adapter(
-    source: AdapterSource,
-    index: ModelIndex,
-    max_rank: int,
-    strict: bool,
-    convert: Callable[[LinearSpec, Factors], Converted],
-) -> AdapterParts[Converted]:
-    """Read and check an adapter; nothing of it is trusted.
+    source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool
+) -> Iterator[CheckedAdapter]:
+    """Open and check an adapter; nothing of it is trusted.
 
     Args:
         source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
@@ -86,15 +120,13 @@ def read_adapter(
         index: the base model's modules.
         max_rank: the largest rank that is accepted.
         strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
-        convert: what to keep of a module; called as soon as its tensors are read, so that no more
-            than one module lies in memory twice.
 
     Raises:
         ValueError: naming file, key, expected and found.
         NotImplementedError: convolutions and other things that are legal in PEFT and not here.
     """
     with open_adapter(source) as (config, tensors):
-        return read_factors(config, tensors, index, max_rank, strict, convert)
+        yield check_adapter(config, tensors, index, max_rank, strict)
 
 
 @contextlib.contextmanager
@@ -119,14 +151,9 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
         tensors.close()
 
 
-def read_factors(
-    config: AdapterConfig,
-    tensors: TensorSource,
-    index: ModelIndex,
-    max_rank: int,
-    strict: bool,
-    convert: Callable[[LinearSpec, Factors], Converted],
-) -> AdapterParts[Converted]:
+def check_adapter(
+    config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
+) -> CheckedAdapter:
     """:func:`read_adapter` of what :func:`open_adapter` opened."""
     if index.shared:
         config.check_shared()
@@ -143,20 +170,7 @@ def read_factors(
         saved = {key: name for key, name in other.items() if config.saves_whole(name)}
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
-    targets = config.targets(index)
-    if targets is not None:
-        stray = sorted(grouped.keys() - targets)
-        if stray:  # also where strict=False: what was trained with them is another adapter
-            raise ValueError(
-                f"{tensors.where}: expected factors of modules that {config.where} targets, found "
-                f"{_some(key for module in stray for key in grouped[module].values())}"
-            )
-        missing = sorted(targets - grouped.keys())
-        if missing:
-            raise ValueError(
-                f"{tensors.where}: expected lora_A and lora_B for each of {len(targets)} targeted "
-                f"modules, found none for {_some(missing)}"
-            )
+    _check_targets(config, tensors, index, grouped)
     if not grouped:
         raise ValueError(
             f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
@@ -173,38 +187,37 @@ def read_factors(
         expected = f"at most max_rank={max_rank}"
         require(rank <= max_rank, config.where, f"rank of {module}", expected, rank)
         _check_headers(tensors, keys, rank, module, index, config)
-    replaced = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
+    whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():
         index.weights.check_header(tensors, key, name)
     for key, name in base.items():
         index.weights.check(tensors, key, name)
-    modules: dict[str, Converted] = {}
-    for module, keys in grouped.items():
+    scalings = {module: scaling for module, (_, scaling) in ranks.items()}
+    return CheckedAdapter(config, tuple(leftover), tensors, index, grouped, scalings, whole)
 
-        def read(role: str, keys: dict[str, str] = keys) -> Tensor | None:
-            return tensors.read(keys[role]) if role in keys else None
 
-        embedding = module in index.embedding
-        roles = factor_roles(embedding)
-        a, b = (tensors.read(keys[role]) for role in roles)
-        if module in index.bypassed and b.any():
-            raise NotImplementedError(
-                f"{tensors.where}: {keys[roles[1]]}: expected zeros, found others: "
-                f"{index.bypassed[module]} reads the weight of this module and never calls it, so "
-                "that an adapter on it would not be served"
-            )
-        scaling = ranks[module][1]
-        factors = Factors(a, b, scaling, read("B.bias"), read(MAGNITUDE), embedding)
-        try:
-            modules[module] = convert(index.specs[module], factors)
-        except NonFiniteError as error:
-            role = dict(zip("ab", roles, strict=True)).get(error.role, error.role)
-            raise ValueError(
-                f"{tensors.where}: {keys[role]}: expected finite values in {error.dtype}, "
-                "found NaN or inf"
-            ) from None
-    whole = {module: read_replaced(tensors, keys) for module, keys in replaced.items()}
-    return AdapterParts(config, modules, whole, tuple(leftover))
+def _check_targets(
+    config: AdapterConfig,
+    tensors: TensorSource,
+    index: ModelIndex,
+    grouped: dict[str, dict[str, str]],
+) -> None:
+    """The modules that have factors are those that the config targets, where it says which."""
+    targets = config.targets(index)
+    if targets is None:
+        return
+    stray = sorted(grouped.keys() - targets)
+    if stray:  # also where strict=False: what was trained with them is another adapter
+        raise ValueError(
+            f"{tensors.where}: expected factors of modules that {config.where} targets, found "
+            f"{_some(key for module in stray for key in grouped[module].values())}"
+        )
+    missing = sorted(targets - grouped.keys())
+    if missing:
+        raise ValueError(
+            f"{tensors.where}: expected lora_A and lora_B for each of {len(targets)} targeted "
+            f"modules, found none for {_some(missing)}"
+        )
 
 
 def _group_keys(
@@ -260,11 +273,11 @@ def _check_headers(
     config: AdapterConfig,
 ) -> None:
     spec = index.specs[module]
-    factor_a, factor_b = factor_roles(module in index.embedding)
+    roles = roles_of(module in index.embedding)
     ones = (1,) * len(spec.kernel)
     expected: dict[str, tuple[int, ...]] = {
-        factor_a: (rank * spec.experts, spec.in_features, *spec.kernel),
-        factor_b: (spec.out_features, rank * spec.experts // spec.groups, *ones),
+        roles["a"]: (rank * spec.experts, spec.in_features, *spec.kernel),
+        roles["b"]: (spec.out_features, rank * spec.experts // spec.groups, *ones),
     }
     if module in index.embedding and config.use_dora and index.shared:
         raise NotImplementedError(
@@ -276,9 +289,11 @@ def _check_headers(
             "as PEFT does, found True"
         )
     if config.lora_bias:
-        expected["B.bias"] = (spec.out_features,)
+        expected[roles["bias"]] = (spec.out_features,)
     if config.use_dora:
-        expected[MAGNITUDE] = (1, spec.out_features, *ones) if ones else (spec.out_features,)
+        expected[roles["magnitude"]] = (
+            (1, spec.out_features, *ones) if ones else (spec.out_features,)
+        )
     if keys.keys() != expected.keys():
         raise ValueError(
             f"{tensors.where}: {module}: expected lora_{{{', '.join(expected)}}}, "

@@ -11,7 +11,7 @@ from lora_ext._checks import require
 
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ModelIndex
-from .tensor_files import TensorSource
+from .peft_tensors import TensorSource
 
 
 class Replaced(NamedTuple):

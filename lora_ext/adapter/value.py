@@ -15,21 +15,11 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require_flags
 
-from .base_weights import BaseWeights
 from .config import AdapterConfig
 from .live import live_adapter
-from .model_index import LinearSpec, ModelIndex
-from .peft_files import (
-    AdapterSource,
-    Factors,
-    open_adapter,
-    read_factors,
-    write_adapter,
-)
-from .peft_keys import MAGNITUDE, PREFIX, Key, base_name, factor_roles, parse_key
-from .tensor_files import TensorSource
-
-_FACTORS = (*factor_roles(embedding=False), *factor_roles(embedding=True))
+from .model_index import BaseWeights, LinearSpec, ModelIndex
+from .peft_files import AdapterSource, Factors, check_adapter, open_adapter, write_adapter
+from .peft_tensors import PREFIX, Key, TensorSource, base_name, parse_key, roles_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,14 +167,8 @@ class LoraAdapter:
         """All tensors under the names that PEFT gives them in a file."""
         tensors: dict[str, Tensor] = {}
         for name, factors in self.modules.items():
-            role_a, role_b = factor_roles(factors.embedding)
-            parts = {
-                role_a: factors.a,
-                role_b: factors.b,
-                "B.bias": factors.bias,
-                MAGNITUDE: factors.magnitude,
-            }
-            for role, value in parts.items():
+            for part, role in roles_of(factors.embedding).items():
+                value = getattr(factors, part)
                 if value is not None:
                     tensors[Key(name, role, None).in_file] = value
         return {**tensors, **self.base_weights, **self.replacements}
@@ -194,8 +178,8 @@ class LoraAdapter:
         cls, config: AdapterConfig, tensors: TensorSource, strict: bool, copy: bool
     ) -> LoraAdapter:
         index = _implied_index(config, tensors)
-        convert = _copied if copy else _as_read
-        modules = read_factors(config, tensors, index, sys.maxsize, strict, convert).modules
+        checked = check_adapter(config, tensors, index, sys.maxsize, strict)
+        modules = {spec.name: _copied(f) if copy else f for spec, f in checked.modules()}
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
@@ -249,18 +233,8 @@ def same_values(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and bool((left == right.to(left.device)).all())
 
 
-def _as_read(_: LinearSpec, factors: Factors) -> Factors:
-    return factors
-
-
-def _copied(_: LinearSpec, factors: Factors) -> Factors:
-    a, b, _scaling, bias, magnitude, _embedding = factors
-    return factors._replace(
-        a=a.clone(),
-        b=b.clone(),
-        bias=None if bias is None else bias.clone(),
-        magnitude=None if magnitude is None else magnitude.clone(),
-    )
+def _copied(factors: Factors) -> Factors:
+    return Factors(*(t.clone() if isinstance(t, Tensor) else t for t in factors))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -301,14 +275,15 @@ def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
     for key, info in tensors.infos.items():
         parsed = parse_key(key)
         if parsed is not None:
-            if parsed.role in _FACTORS and len(info.shape) < 2:
+            is_factor = parsed.role.endswith(("A.weight", "B.weight", "embedding_A", "embedding_B"))
+            if is_factor and len(info.shape) < 2:
                 raise ValueError(f"{tensors.where}: {key}: expected a matrix, found {info.shape}")
             shapes.setdefault(parsed.module, {})[parsed.role] = info.shape
     linear: dict[str, LinearSpec] = {}
     embedding: dict[str, LinearSpec] = {}
     for name, found in shapes.items():
-        is_embedding = not found.keys().isdisjoint(factor_roles(embedding=True))
-        role_a, role_b = factor_roles(is_embedding)
+        is_embedding = not found.keys().isdisjoint(("embedding_A", "embedding_B"))
+        role_a, role_b, *_ = roles_of(is_embedding).values()
         rank, inputs, *kernel = found.get(role_a, (0, 0))
         out, columns, *_ = found.get(role_b, (0, 0))
         groups = rank // columns if kernel and columns and rank % columns == 0 else 1

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, require
 from lora_ext.adapter import PREFIX, Key, parse_key
 from lora_ext.layers import LayerGroups, adapted_layers, adapter_parameters, block_name
 
@@ -227,8 +227,7 @@ class LoraLayerManager:
         return a, b
 
     def _check_plan(self, where: str, plan: LayerPlan) -> None:
-        if not isinstance(plan, LayerPlan):
-            raise TypeError(f"{where}: plan: expected a LayerPlan, found {type(plan).__name__}")
+        instance(where, "plan", plan, LayerPlan)
         for layer in plan.layers:
             require(
                 layer < self.num_layers, where, "plan.layers", f"below {self.num_layers}", layer

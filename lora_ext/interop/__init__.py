@@ -47,6 +47,6 @@ def from_peft(model: Model) -> Model:
 
     Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.
     """
-    from .peft import layers as peft
+    from .peft import take_over
 
-    return peft.take_over(model)
+    return take_over(model)

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext.rows import Rows, subset
 
+from .base.dense import BaseLayer, DenseParameters, dense_parameters
 from .lora_forward import (
-    BaseLayer,
-    DenseParameters,
     LoraFactors,
-    dense_parameters,
     draw_seed,
     fused_forward,
     fuses,
@@ -52,7 +50,7 @@ def dora_forward(
     Args:
         x: ``(..., I)``.
         base: maps ``(..., I)`` to ``(..., O)``.
-        dense: :func:`lora_ext.layers.lora_forward.readable_weight` of ``base``.
+        dense: :func:`lora_ext.layers.base.dense.readable_weight` of ``base``.
         adapters: as :func:`lora_forward`.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.

@@ -165,6 +165,14 @@ def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Te
     return _forward(x, None, dense, [factors], None)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
+    kind = x.device.type
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
+
+
 def _participants(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None
 ) -> tuple[Sequence[LoraFactors], Rows | None]:
@@ -351,11 +359,3 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
             own = (call.ids == slot)[:, None]
             y = torch.where(own, y + bias * call.scaling[slot], y)
     return y
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
-    kind = x.device.type
-    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None

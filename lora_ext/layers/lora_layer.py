@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._checks import require_flags
+from lora_ext._checks import integer, number, require_flags
 from lora_ext.rows import LayerNames, layer_names
 
 from .dora import Magnitude
@@ -122,15 +122,10 @@ class LoraLayer(Participants):
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
                 was.
         """
-        require_flags(
-            "add_adapter",
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            lora_bias=lora_bias,
-            preserve_base_output=preserve_base_output,
-        )
+        flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
+        require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
-        scaling = _check_settings(r, lora_alpha, lora_dropout, use_rslora)
+        scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
         base = self.base_weight
         if lora_bias and (use_dora or not base.takes_bias):
             where = "a DoRA adapter" if base.takes_bias else f"a {type(self).__name__}"
@@ -138,8 +133,8 @@ class LoraLayer(Participants):
         scheme = self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
-        a, b = self._new_factors(r, scaling, scheme, generator, device)
-        a, b = a.to(device, dtype), b.to(device, dtype)
+        factors = self._new_factors(r, scaling, scheme, generator, device)
+        a, b = (factor.to(device, dtype) for factor in factors)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
         flat_a, flat_b = a.flatten(1), b.flatten(1)
         changed = magnitude = None
@@ -155,16 +150,14 @@ class LoraLayer(Participants):
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = scaling
-        self.use_rslora[adapter_name] = use_rslora
-        self.use_dora[adapter_name] = use_dora
-        self.lora_bias[adapter_name] = lora_bias
+        settings: dict[str, Any] = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        for setting, value in settings.items():
+            getattr(self, setting)[adapter_name] = value
         self.init_lora_weights[adapter_name] = init_lora_weights
         self.adapter_active[adapter_name] = True
-        dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        self.lora_dropout[adapter_name] = dropout
+        self.lora_dropout[adapter_name] = (
+            nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        )
         for store, factor in zip(self._stores(), base.factors(a, b, bias), strict=True):
             store[adapter_name] = factor
         if magnitude is not None:
@@ -358,13 +351,9 @@ def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def _check_settings(r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> float:
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: expected an int, found {r!r}")
-    if r <= 0:
-        raise ValueError(f"r: expected a positive rank, found {r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, found {lora_alpha}")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout: expected a probability in [0, 1), found {lora_dropout}")
-    return _scaling(r, lora_alpha, use_rslora)
+def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:
+    where = "add_adapter"
+    integer(where, "r", r, 1, expected=("an int", "a positive rank"))
+    number(where, "lora_alpha", alpha)
+    number(where, "lora_dropout", dropout, 0, below=1, expected="a probability in [0, 1)")
+    return _scaling(r, alpha, use_rslora)

@@ -4,7 +4,7 @@ from lora_ext.rows import UnknownAdapterError
 
 from .folder import AdapterFolder as AdapterFolder
 from .pages import ModuleSlab, unpack
-from .plan import PoolFullError
+from .placement import PoolFullError
 from .pool import AdapterPool, Lease
 
 __all__ = [

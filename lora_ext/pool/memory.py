@@ -2,18 +2,34 @@
 
 A kernel gets one pointer for all pages of a module, and a captured graph keeps it. So the address
 space of every page is reserved at once, which costs nothing, and the front of it is backed: on the
-CPU by the operating system, which backs what is touched; on CUDA by the driver
-(:mod:`lora_ext.pool.cuda_memory`). Elsewhere all of it is allocated at once.
+CPU by the operating system, which backs what is touched; on CUDA by the driver's virtual memory,
+where nothing is copied and no address changes. Elsewhere all of it is allocated at once.
+
+The driver's functions are called through ctypes: torch has no door to them. That half has run
+against a stand-in that is compiled from ``cuda.h``, and not on a device yet.
+
+Source: CUDA Driver API, "Virtual Memory Management".
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
+import os
+import weakref
+from collections import deque
+from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint64, c_ulonglong, c_ushort
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cuda_memory import Driver, Reservation
+_SUPPORTED = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED: memory that stays on its device
+_DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
+_READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 
 class Memory:
@@ -99,3 +115,207 @@ def memory_on(device: torch.device, nbytes: int) -> Memory:
         if driver is not None:
             return CudaMemory(nbytes, index, driver)
     return Memory(nbytes, device)
+
+
+# -------------------------------------------------------------------------------------------------
+# CUDA's driver
+
+
+class _Location(ctypes.Structure):  # CUmemLocation
+    _fields_ = (("type", c_int), ("id", c_int))
+
+
+class _Flags(ctypes.Structure):  # CUmemAllocationProp.allocFlags
+    _fields_ = (
+        ("compression_type", c_ubyte),
+        ("gpu_direct_rdma_capable", c_ubyte),
+        ("usage", c_ushort),
+        ("reserved", c_ubyte * 4),
+    )
+
+
+class _Properties(ctypes.Structure):  # CUmemAllocationProp
+    _fields_ = (
+        ("type", c_int),
+        ("requested_handle_types", c_int),
+        ("location", _Location),
+        ("win32_handle_meta_data", ctypes.c_void_p),
+        ("flags", _Flags),
+    )
+
+
+class _Access(ctypes.Structure):  # CUmemAccessDesc
+    _fields_ = (("location", _Location), ("flags", c_int))
+
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (ctypes.c_uint,),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuMemGetAllocationGranularity": (POINTER(c_size_t), POINTER(_Properties), c_int),
+    "cuMemAddressReserve": (POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_ulonglong),
+    "cuMemAddressFree": (c_uint64, c_size_t),
+    "cuMemCreate": (POINTER(c_ulonglong), c_size_t, POINTER(_Properties), c_ulonglong),
+    "cuMemRelease": (c_ulonglong,),
+    "cuMemMap": (c_uint64, c_size_t, c_size_t, c_ulonglong, c_ulonglong),
+    "cuMemUnmap": (c_uint64, c_size_t),
+    "cuMemSetAccess": (c_uint64, c_size_t, POINTER(_Access), c_size_t),
+}
+
+
+class Driver:
+    """The driver's functions that are needed, each raising RuntimeError with its name."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._functions = {name: getattr(library, name) for name in _SIGNATURES}
+        for name, types in _SIGNATURES.items():
+            self._functions[name].argtypes, self._functions[name].restype = types, c_int
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        """Call a function; RuntimeError where it returns an error."""
+        code = self.code(name, *arguments)
+        if code:
+            raise RuntimeError(f"{name} returned CUresult {code}")
+
+    def code(self, name: str, *arguments: Any) -> int:
+        """What a function returns."""
+        return self._functions[name](*arguments)
+
+    @staticmethod
+    @functools.cache
+    def load(index: int) -> Driver | None:
+        """The machine's driver; None where it, or the device of that index, has no virtual
+        memory."""
+        try:
+            driver = Driver(ctypes.CDLL("libcuda.so.1"))
+        except (OSError, AttributeError):
+            return None
+        supported = c_int(0)
+        failed = driver.code("cuInit", 0) or driver.code(
+            "cuDeviceGetAttribute", byref(supported), _SUPPORTED, index
+        )
+        return driver if supported.value and not failed else None
+
+    def granularity(self, index: int) -> int:
+        """Bytes of the smallest piece of a device's memory."""
+        found = c_size_t(0)
+        self("cuMemGetAllocationGranularity", byref(found), byref(_properties(index)), 0)
+        return found.value
+
+
+def _properties(index: int) -> _Properties:
+    return _Properties(type=_PINNED, location=_Location(_DEVICE, index))
+
+
+class Reservation:
+    """Addresses of ``size`` bytes, whose front is backed piece by piece. When neither this object
+    nor a tensor on it is held any more, :func:`give_back` may have all of it.
+
+    Args:
+        driver: the functions. index: of the device. size: a multiple of ``piece``, the granularity.
+    """
+
+    def __init__(self, driver: Driver, index: int, size: int, piece: int):
+        give_back()
+        self._driver, self._index, self._size, self._piece = driver, index, size, piece
+        address = c_uint64(0)
+        driver("cuMemAddressReserve", byref(address), size, 0, 0, 0)
+        self.address: int = address.value
+        self._handles: list[int] = []
+        rest = _Rest(driver, index, self.address, size, self._handles, piece, os.getpid())
+        weakref.finalize(self, _left.append, rest).atexit = False  # the process gives all back
+
+    def tensor(self) -> Tensor:
+        """uint8 ``(size,)`` on these addresses, which keeps them."""
+        return torch.as_tensor(self, device=torch.device("cuda", self._index))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": (self._size,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "version": 3,
+        }
+
+    def grow(self, nbytes: int) -> None:
+        """Back the first ``nbytes``, a multiple of the piece; RuntimeError leaves all as it was."""
+        before = len(self._handles)
+        try:
+            while len(self._handles) * self._piece < nbytes:
+                self._add_piece()
+        except RuntimeError:
+            self.shrink(before * self._piece)
+            raise
+
+    def _add_piece(self) -> None:
+        driver, piece = self._driver, self._piece
+        handle, properties = c_ulonglong(0), _properties(self._index)
+        create = ("cuMemCreate", byref(handle), piece, byref(properties), 0)
+        code = driver.code(*create)
+        if code == _OUT_OF_MEMORY:
+            give_back()
+            torch.cuda.empty_cache()  # what torch keeps for later may do
+        if code:
+            driver(*create)
+        at = self.address + len(self._handles) * piece
+        try:
+            driver("cuMemMap", at, piece, 0, handle, 0)
+        except RuntimeError:
+            driver("cuMemRelease", handle)
+            raise
+        self._handles.append(handle.value)
+        access = _Access(_Location(_DEVICE, self._index), _READ_WRITE)
+        driver("cuMemSetAccess", at, piece, byref(access), 1)
+
+    def shrink(self, nbytes: int) -> None:
+        """Give back what lies beyond ``nbytes``; nobody reads it any more."""
+        _unmap(self._driver, self.address, self._handles, self._piece, nbytes)
+
+
+def _unmap(driver: Driver, address: int, handles: list[int], piece: int, nbytes: int) -> None:
+    while len(handles) * piece > nbytes:
+        handle = handles.pop()
+        driver("cuMemUnmap", address + len(handles) * piece, piece)
+        driver("cuMemRelease", handle)
+
+
+class _Rest(NamedTuple):
+    """What a reservation that is gone has left."""
+
+    driver: Driver
+    device: int
+    address: int
+    size: int
+    handles: list[int]
+    piece: int
+    process: int
+
+
+_left: deque[_Rest] = deque()
+
+
+def give_back() -> None:
+    """Give back what nobody holds any more, behind the work that its devices have queued.
+
+    Pools call this before they reserve addresses for a module, where a device has no room, and in
+    ``trim()``. A finalizer must not: it runs wherever Python happens to collect garbage, inside the
+    capture of a graph, which fails when somebody waits for the device, or before a launch that the
+    queued work waits for, such as the other half of a collective.
+
+    Raises:
+        RuntimeError: the device or its driver failed; what is left is kept for the next call.
+    """
+    while _left:
+        try:
+            rest = _left.popleft()
+        except IndexError:  # another thread was first
+            return
+        if rest.process != os.getpid():  # it is the parent's
+            continue
+        try:
+            torch.cuda.synchronize(rest.device)
+            _unmap(rest.driver, rest.address, rest.handles, rest.piece, 0)
+            rest.driver("cuMemAddressFree", rest.address, rest.size)
+        except BaseException:
+            _left.appendleft(rest)
+            raise

@@ -1,4 +1,4 @@
-"""Pages of eight ranks: packing, unpacking, and what a module keeps of them.
+"""Pages of eight ranks: adapters read into them, and what a module keeps of them.
 
 A page holds 8 consecutive ranks of one module, the last one of an adapter filled up with zeros::
 
@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_ext.adapter import LinearSpec, Replaced
+from lora_ext.adapter import (
+    AdapterConfig,
+    AdapterSource,
+    Factors,
+    LinearSpec,
+    ModelIndex,
+    Replaced,
+    read_adapter,
+)
 
 from .memory import memory_on
 
@@ -80,40 +88,84 @@ class PackedReplaced:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
+@dataclass(frozen=True)
+class PackedAdapter:
+    """A whole adapter in host memory, checked and packed."""
+
+    config: AdapterConfig
+    modules: dict[str, PackedModule]
+    replaced: dict[str, PackedReplaced] = field(default_factory=dict)
+    leftover: tuple[str, ...] = ()  # what strict=False skipped
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max((part.rank for part in self.modules.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages, biases, magnitudes and replaced modules."""
+        return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))
+
+
+def read_packed(
+    source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
+) -> PackedAdapter:
+    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other.
+
+    Raises:
+        ValueError: also for values that the dtype of the pages cannot hold.
+    """
+    modules: dict[str, PackedModule] = {}
+    replaced: dict[str, PackedReplaced] = {}
+    with read_adapter(source, index, max_rank, strict) as adapter:
+        for spec, factors in adapter.modules():
+            packed = modules[spec.name] = pack(spec, factors)
+            for part in ("a", "b", "bias", "magnitude"):
+                # After the conversion, so that what float16 cannot hold is found as well.
+                _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
+        for spec, whole in adapter.replaced():
+            weight, bias = (_host(spec, t, spec.dtype) for t in whole)
+            assert weight is not None
+            for values in (weight, bias):
+                _check_finite(values, f"AdapterPool: modules_to_save: {spec.name}")
+            replaced[spec.name] = PackedReplaced(weight, bias)
+    return PackedAdapter(adapter.config, modules, replaced, adapter.leftover)
+
+
+def _check_finite(values: Tensor | None, where: str) -> None:
+    if values is not None and not torch.isfinite(values).all():
+        raise ValueError(f"{where}: expected finite values in {values.dtype}, found NaN or inf")
+
+
+def _host(spec: LinearSpec, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A copy in host memory, pinned where it goes on to a CUDA device."""
+    if values is None:
+        return None
+    pin = spec.device.type == "cuda"
+    return torch.empty(values.shape, dtype=dtype, pin_memory=pin).copy_(values)
+
+
 def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of DoRA's magnitudes beside pages of ``dtype``: never less than float32, as in PEFT."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def pack(
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    dtype: torch.dtype,
-    pin: bool = False,
-    magnitude: Tensor | None = None,
-    experts: int = 1,
-) -> PackedModule:
-    """Cut ``a`` (E * r, I) and ``b`` (O, r * E) into pages of ``dtype`` in (pinned) host memory."""
+def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
+    """Cut ``a`` (E * r, I) and ``b`` (O, r * E) into pages in (pinned) host memory."""
+    a, b, experts, pin = factors.a, factors.b, spec.experts, spec.device.type == "cuda"
     rank = a.shape[0] // experts
     n, count = page_count(rank), page_count(rank) * experts
-    a_pages = torch.zeros(count, PAGE, a.shape[1], dtype=dtype, pin_memory=pin)
-    b_pages = torch.zeros(count, b.shape[0], PAGE, dtype=dtype, pin_memory=pin)
+    a_pages = torch.zeros(count, PAGE, a.shape[1], dtype=spec.dtype, pin_memory=pin)
+    b_pages = torch.zeros(count, b.shape[0], PAGE, dtype=spec.dtype, pin_memory=pin)
     a_pages.view(experts, n * PAGE, -1)[:, :rank].copy_(a.view(experts, rank, -1))
     each_b = b.view(-1, rank, experts).permute(2, 0, 1)  # (E, O, r)
     for p in range(n):
         ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
         b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
-    host_bias = None
-    if bias is not None:
-        host_bias = torch.empty(bias.shape, dtype=dtype, pin_memory=pin).copy_(bias)
-    host_magnitude = None
-    if magnitude is not None:
-        host_magnitude = torch.empty(
-            magnitude.shape, dtype=magnitude_dtype(dtype), pin_memory=pin
-        ).copy_(magnitude)
-    return PackedModule(a_pages, b_pages, host_bias, rank, scale, host_magnitude)
+    bias = _host(spec, factors.bias, spec.dtype)
+    magnitude = _host(spec, factors.magnitude, magnitude_dtype(spec.dtype))
+    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude)
 
 
 def unpack(

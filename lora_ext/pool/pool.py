@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import integer, require_flags
 from lora_ext.adapter import (
     AdapterSource,
     BaseModels,
@@ -22,26 +21,23 @@ from lora_ext.adapter import (
     model_name,
 )
 
-from .limits import check_host_cache_bytes, check_limits, limit_bytes
-from .lock import PoolLock
-from .packing import PackedAdapter, read_packed
-from .pages import page_count
-from .report import stats, summary
-from .residence import BASE, Residence
+from .pages import PackedAdapter, in_words, page_count, read_packed
+from .residence import Residence
 from .store import PageStore, Resident
 
-NO_SLOT = -1
 Source = AdapterSource | LoraAdapter | nn.Module
 
 
 class Lease(list[int]):
     """Pinned slot ids, -1 for the base model; a context manager that releases them."""
 
-    def __init__(self, pool: AdapterPool):
-        super().__init__()
+    def __init__(
+        self, pool: AdapterPool, slots: Iterable[int] = (), residents: Iterable[Resident] = ()
+    ):
+        super().__init__(slots)
         self.pool = pool
         self.released = False
-        self.residents: list[Resident] = []  # what is pinned
+        self.residents = residents  # what is pinned
 
     def renew(self) -> None:
         """Pin the same again after the release: a backward may compute layers once more.
@@ -93,7 +89,11 @@ class AdapterPool:
         *,
         max_bytes: int | None = None,
     ):
-        check_limits(max_slots, max_rank, pages, max_bytes, host_cache_bytes)
+        counts = {"max_slots": max_slots, "max_rank": max_rank, "pages": pages}
+        for argument, value in {**counts, "max_bytes": max_bytes}.items():
+            if value is not None or argument in ("max_slots", "max_rank"):
+                integer("AdapterPool", argument, value, 1, expected=("an integer", "at least 1"))
+        _check_host_cache_bytes(host_cache_bytes)
         if device is not None:
             device = torch.empty(0, device=device).device  # a device that is not there says so now
         self.max_slots = max_slots
@@ -107,9 +107,8 @@ class AdapterPool:
         self.modules = {name: self._store.modules[name] for name in self.index.modules}
         #: What the layer of an experts module reads, by the parameter's name.
         self.experts = {name: self._store.modules[name] for name in self.index.experts}
-        self._lock = PoolLock()
         self._residence = Residence(self._store, host_cache_bytes)
-        self._loads = 0
+        self._lock = self._residence.lock
 
     def __reduce__(self) -> NoReturn:
         """Slots and pins belong to one process: refuse to be copied or pickled, by name."""
@@ -158,7 +157,7 @@ class AdapterPool:
         with self._lock:
             self._residence.check_new(name)
             self._residence.install(name, packed)
-            self._loads += 1
+            self._residence.counts["loads"] += 1
         return packed.leftover
 
     def update(
@@ -187,7 +186,7 @@ class AdapterPool:
         with self._lock:
             self._residence.check_known([name])
             self._residence.install(name, packed)
-            self._loads += 1
+            self._residence.counts["loads"] += 1
         return packed.leftover
 
     def unload(self, name: str) -> None:
@@ -269,77 +268,28 @@ class AdapterPool:
                 f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
             )
         self._store.check_outside_capture()
-        lease, now = Lease(self), time.time()
         with self._lock:
-            by_name = self._residence.by_name
-            absent = [n for n in names if n is not None and n != BASE and n not in by_name]
-            if absent:
-                self._residence.bring_back(names, absent)
-            for name in names:
-                if name is None or name == BASE:
-                    lease.append(NO_SLOT)
-                    continue
-                resident = by_name[name]
-                if resident.written:
-                    self._store.before_reading(resident)
-                resident.pins += 1
-                resident.last_use = now
-                by_name.move_to_end(name)
-                lease.append(resident.slot)
-                lease.residents.append(resident)
-        return lease
+            return Lease(self, *self._residence.pin(names))
 
     def renew(self, lease: Lease) -> None:
         """:meth:`Lease.renew`; a lease that is not released stays as it is."""
         with self._lock:
-            if not lease.released:
-                return
-            for resident in lease.residents:
-                if self._store.residents[resident.slot] is not resident:
-                    raise RuntimeError(
-                        f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
-                        "after the block of a forward that the backward computes again; keep the "
-                        "block open until after backward()"
-                    )
-            for resident in lease.residents:
-                resident.pins += 1
-            lease.released = False
+            if lease.released:
+                self._residence.pin_again(lease.residents)
+                lease.released = False
 
     def release(self, slots: Iterable[int]) -> None:
         """Undo one :meth:`acquire`: its lease, or any slots out of leases, one pin per entry."""
         with self._lock:
-            if isinstance(slots, Lease):
+            leased = isinstance(slots, Lease)
+            if leased:
                 if slots.released or slots.pool is not self:
                     raise ValueError(
                         "AdapterPool.release: expected a lease of this pool, not released yet"
                     )
                 slots.released = True
-            else:
-                slots = list(slots)
-            self._lock.at_end(functools.partial(self._unpin, slots))
-
-    def _unpin(self, slots: list[int]) -> None:
-        if not isinstance(slots, Lease):
-            self._check_pins(slots)
-        self._store.mark_use()
-        for slot in slots:
-            if slot == NO_SLOT:
-                continue
-            resident = self._store.residents[slot]
-            assert resident is not None  # pinned, so still there
-            resident.pins -= 1
-            if resident.retired and resident.pins == 0:
-                self._store.vacate(resident)
-
-    def _check_pins(self, slots: list[int]) -> None:
-        for slot in set(slots) - {NO_SLOT}:
-            resident = self._store.residents[slot] if 0 <= slot < self.max_slots else None
-            pins = resident.pins if resident else 0
-            if slots.count(slot) > pins:
-                raise ValueError(
-                    f"AdapterPool.release: slot {slot}: expected {slots.count(slot)} pins, "
-                    f"found {pins}"
-                )
+            unpin = functools.partial(self._residence.unpin, list(slots), checked=leased)
+            self._lock.at_end(unpin)
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
@@ -358,13 +308,13 @@ class AdapterPool:
 
     @host_cache_bytes.setter
     def host_cache_bytes(self, value: int) -> None:
-        check_host_cache_bytes(value)
+        _check_host_cache_bytes(value)
         self._residence.cache.limit = value
 
     @property
     def limit_bytes(self) -> int:
         """Bytes of pages that the pool may come to: what to leave free for it."""
-        return limit_bytes(self)
+        return self._store.limit_bytes
 
     def nbytes(self) -> int:
         """Bytes taken for pages so far. They grow by eight pages of a module at least."""
@@ -372,9 +322,23 @@ class AdapterPool:
             return self._store.page_bytes
 
     def stats(self) -> dict[str, Any]:
-        """Counters, occupancy, bytes, and each adapter: :func:`lora_ext.pool.report.stats`."""
+        """Numbers of this moment.
+
+        Returns:
+            ``limit_bytes``, ``reserved_bytes`` and ``used_bytes``: what the pool may take, has
+            taken from its devices (``page_bytes + table_bytes + replaced_bytes``), and what its
+            adapters fill, those included that are pinned but have lost their name.
+
+            ``adapters``: by name, a dict with ``rank`` (the largest of its modules), ``bytes``,
+            ``pins`` and ``last_use`` (seconds since 1970, of the load or the last
+            :meth:`acquire`); ``slot`` is None for one in the host cache, which has no ``last_use``
+            either.
+
+            The rest are counts: of slots, pins and pages (``pages_total``: as many as the modules
+            that were touched may have), of the host cache, and of what has happened so far.
+        """
         with self._lock:
-            return stats(self, self._store, self._residence, self._loads)
+            return self._residence.stats()
 
     def trim(self) -> int:
         """Give memory back to the devices, where adapters have left it.
@@ -389,4 +353,15 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         """Settings, and the memory that they mean."""
-        return summary(self)
+        count = len(self.names)
+        return (
+            f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "
+            f"pages={self.pages}; {len(self.modules)} modules: up to "
+            f"{in_words(self.limit_bytes)} of pages, {in_words(self.nbytes())} so far; "
+            f"{count} adapter{'s' * (count != 1)})"
+        )
+
+
+def _check_host_cache_bytes(value: int) -> None:
+    expected = "a number of bytes, 0 or more"
+    integer("AdapterPool", "host_cache_bytes", value, 0, expected=expected)

@@ -1,38 +1,135 @@
-"""Where each adapter of a pool is, in a slot or in host memory, and which one makes way."""
+"""Where each adapter of a pool is, in a slot or in host memory, who holds it, and which one makes
+way."""
 
 from __future__ import annotations
 
 import difflib
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.rows import UnknownAdapterError
 
-from .host_cache import HostCache
-from .packing import PackedAdapter
-from .plan import Plan, backed_bytes, make_plan, resize, resize_back
-from .store import PageStore, Resident
+from .pages import PackedAdapter
+from .placement import backed_bytes, find_place, resize, set_sizes
+from .store import PageStore, Placement, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
+NO_SLOT = -1
+_REMEMBERED = 1024  # names of adapters that were let go, for errors
+
+
+class PoolLock:
+    """One thread at a time, as often as it likes.
+
+    Python may collect garbage anywhere: a generator that was dropped inside a block then lets its
+    adapters go in the middle of a load by the same thread, which this lock does not stop. So what
+    lets adapters go is put off until the thread is done: :meth:`at_end`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._jobs: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            while self._depth == 1 and self._jobs:
+                self._jobs.popleft()()
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def at_end(self, job: Callable[[], None]) -> None:
+        """Do something when the thread, which has the lock, leaves it; what it raises is raised
+        there."""
+        self._jobs.append(job)
+
+
+class HostCache(Mapping[str, PackedAdapter]):
+    """Adapters by name, the least recently used first.
+
+    Args:
+        limit: bytes of pages above which :meth:`put` lets adapters go.
+
+    Attributes:
+        nbytes: of all that is here. dropped: how many were let go so far.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.nbytes = self.dropped = 0
+        self._adapters: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._let_go: OrderedDict[str, None] = OrderedDict()
+
+    def __getitem__(self, name: str) -> PackedAdapter:
+        return self._adapters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def put(self, name: str, adapter: PackedAdapter) -> None:
+        """Keep an adapter; let the least recently used go until all fits, itself at last."""
+        self.keep(name, adapter)
+        while self.nbytes > self.limit:
+            gone = next(iter(self._adapters))
+            self.pop(gone)
+            self.dropped += 1
+            self._let_go[gone] = None
+            while len(self._let_go) > _REMEMBERED:
+                self._let_go.popitem(last=False)
+
+    def keep(self, name: str, adapter: PackedAdapter) -> None:
+        """Keep an adapter, even above the limit: after a failure nothing is lost."""
+        self._adapters[name] = adapter
+        self.nbytes += adapter.nbytes
+
+    def pop(self, name: str) -> PackedAdapter:
+        """Take an adapter out."""
+        adapter = self._adapters.pop(name)
+        self.nbytes -= adapter.nbytes
+        return adapter
+
+    def forget(self, name: str) -> None:
+        """Take an adapter out, if it is here, and no longer tell that one of that name was let
+        go."""
+        self._let_go.pop(name, None)
+        if name in self:
+            self.pop(name)
+
+    def was_dropped(self, name: str) -> bool:
+        """Whether the limit had no room for an adapter of that name, not long ago."""
+        return name in self._let_go
 
 
 class Residence:
-    """Adapters by name. The pool holds its lock around every method.
+    """Adapters by name. Its lock is held around every method.
 
     Args:
         store: slots and pages. host_cache_bytes: how much of what is evicted is kept.
 
     Attributes:
-        by_name: what is in a slot, the least recently used first. cache: what is not.
-        counts: of evictions and of returns from the cache.
+        lock: of all that the pool has. by_name: what is in a slot, the least recently used first.
+        cache: what is not. counts: of loads, of evictions and of returns from the cache.
     """
 
     def __init__(self, store: PageStore, host_cache_bytes: int):
+        self.lock = PoolLock()
         self.by_name: OrderedDict[str, Resident] = OrderedDict()
         self.cache = HostCache(host_cache_bytes)
-        self.counts = Counter(evictions=0, cache_hits=0)
+        self.counts = Counter(loads=0, evictions=0, cache_hits=0)
         self._store = store
 
     @property
@@ -99,42 +196,42 @@ class Residence:
         """Write an adapter into a free slot, then publish the name, new or moved."""
         old = self.by_name.get(name)
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
-        plan = make_plan(self._store, name, packed, order)
-        saved = [self._store.download(victim) for victim in plan.victims]
-        sizes = backed_bytes(self._store, plan)
+        place = find_place(self._store, name, packed, order)
+        saved = [self._store.download(victim) for victim in place.victims]
+        sizes = backed_bytes(self._store, place)
         try:
-            resize(self._store, plan)
-            written = self._store.upload(plan.slot, plan.pages, packed, plan)
+            resize(self._store, place)
+            written = self._store.upload(place.slot, place.pages, packed, place)
         except BaseException:
-            self._undo(plan, sizes, saved)
+            self._undo(place, sizes, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
         resident = Resident(
-            name, plan.slot, packed.config, plan.pages, packed.rank, packed.nbytes, written
+            name, place.slot, packed.config, place.pages, packed.rank, packed.nbytes, written
         )
-        self._store.commit(plan, resident)
-        for victim in plan.victims:
+        self._store.commit(place, resident)
+        for victim in place.victims:
             del self.by_name[victim.name]
-        if old is not None and old not in plan.victims:
+        if old is not None and old not in place.victims:
             self._retire(old)
         if name in self.cache:
             self.cache.pop(name)
         self.by_name[name] = resident
         self.by_name.move_to_end(name)
-        for victim, adapter in zip(plan.victims, saved, strict=True):
+        for victim, adapter in zip(place.victims, saved, strict=True):
             if victim is not old:
                 self.counts["evictions"] += 1
                 self.cache.put(victim.name, adapter)
 
-    def _undo(self, plan: Plan, sizes: dict[str, int], saved: list[PackedAdapter]) -> None:
+    def _undo(self, place: Placement, sizes: dict[str, int], saved: list[PackedAdapter]) -> None:
         """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
         try:
-            resize_back(self._store, plan, sizes)
+            set_sizes(self._store, place, sizes)
         except RuntimeError:
-            for victim, adapter in zip(plan.victims, saved, strict=True):
+            for victim, adapter in zip(place.victims, saved, strict=True):
                 self._give_up(victim, adapter)
             return
-        for victim, adapter in zip(plan.victims, saved, strict=True):
+        for victim, adapter in zip(place.victims, saved, strict=True):
             try:
                 victim.written = self._store.upload(victim.slot, victim.pages, adapter)
             except BaseException:
@@ -149,3 +246,93 @@ class Residence:
         resident.retired = True
         if resident.pins == 0:
             self._store.vacate(resident)
+
+    # ---------------------------------------------------------------------------------------------
+    # Pins
+
+    def pin(self, names: Sequence[str | None]) -> tuple[list[int], list[Resident]]:
+        """Pin one adapter per entry, all or none: the slots, -1 for the base model, and what is in
+        the others."""
+        now, slots, pinned = time.time(), [], []
+        absent = [n for n in names if n is not None and n != BASE and n not in self.by_name]
+        if absent:
+            self.bring_back(names, absent)
+        for name in names:
+            if name is None or name == BASE:
+                slots.append(NO_SLOT)
+                continue
+            resident = self.by_name[name]
+            if resident.written:
+                self._store.before_reading(resident)
+            resident.pins += 1
+            resident.last_use = now
+            self.by_name.move_to_end(name)
+            slots.append(resident.slot)
+            pinned.append(resident)
+        return slots, pinned
+
+    def pin_again(self, residents: Sequence[Resident]) -> None:
+        """Pin what was pinned before; RuntimeError where one of them is there no more."""
+        for resident in residents:
+            if self._store.residents[resident.slot] is not resident:
+                raise RuntimeError(
+                    f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
+                    "after the block of a forward that the backward computes again; keep the "
+                    "block open until after backward()"
+                )
+        for resident in residents:
+            resident.pins += 1
+
+    def unpin(self, slots: Sequence[int], checked: bool) -> None:
+        """Take one pin off each entry; unless ``checked``, refuse more pins than there are."""
+        residents = self._store.residents
+        for slot in () if checked else {*slots} - {NO_SLOT}:
+            resident = residents[slot] if 0 <= slot < len(residents) else None
+            pins, asked = resident.pins if resident else 0, slots.count(slot)
+            require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
+        self._store.mark_use()
+        for slot in slots:
+            if slot == NO_SLOT:
+                continue
+            resident = residents[slot]
+            assert resident is not None  # pinned, so still there
+            resident.pins -= 1
+            if resident.retired and resident.pins == 0:
+                self._store.vacate(resident)
+
+    # ---------------------------------------------------------------------------------------------
+    # Numbers
+
+    def stats(self) -> dict[str, Any]:
+        """:meth:`AdapterPool.stats`."""
+        cache, store = self.cache, self._store
+        live = [r for r in store.residents if r is not None]
+        absent = {"pins": 0, "last_use": None, "slot": None}
+        on_device = {
+            name: {k: getattr(resident, k) for k in ("rank", "pins", "last_use", "slot")}
+            | {"bytes": resident.nbytes}
+            for name, resident in self.by_name.items()
+        }
+        on_host = {
+            name: {"rank": adapter.rank, "bytes": adapter.nbytes, **absent}
+            for name, adapter in cache.items()
+        }
+        return {
+            "slots_used": len(live),
+            "slots_pinned": sum(r.pins > 0 for r in live),
+            "pins": sum(r.pins for r in live),
+            "modules_targeted": len(store.slabs),
+            "pages_total": sum(slab.pages for slab in store.slabs.values()),
+            "pages_free": sum(len(slab.free) for slab in store.slabs.values()),
+            "limit_bytes": store.limit_bytes,
+            "reserved_bytes": store.reserved_bytes,
+            "used_bytes": sum(r.nbytes for r in live),
+            "page_bytes": store.page_bytes,
+            "table_bytes": store.table_bytes,
+            "replaced_bytes": store.replaced_bytes,
+            "cached": len(cache),
+            "cache_bytes": cache.nbytes,
+            **self.counts,
+            "dropped": cache.dropped,
+            "adapters": on_device | on_host,
+        }

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.adapter import AdapterConfig, ModelIndex
+from lora_ext.adapter import AdapterConfig, ModelIndex, Replaced
 
-from .cuda_memory import give_back
-from .packing import PackedAdapter
+from .memory import give_back
 from .pages import (
     ModuleSlab,
+    PackedAdapter,
     PackedModule,
     PackedReplaced,
     Slab,
     TableBlock,
     descending,
+    page_bytes,
     page_count,
 )
-from .plan import Plan
 from .transfer import StreamTransfer, Transfer, to_host, transfer_to
 
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
@@ -50,6 +50,35 @@ class Resident:
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
     #: No other adapter of the process has it, nor a later version of this one.
     serial: int = field(default_factory=itertools.count(1).__next__)
+
+
+@dataclass
+class Placement:
+    """Where a new adapter goes, made without touching anything."""
+
+    slot: int
+    pages: dict[str, list[int]]
+    free: dict[str, list[int]]  # free pages afterwards, of the modules that change
+    victims: list[Resident]
+    slabs: dict[str, Slab]  # new ones, unknown to the store until commit
+    blocks: list[TableBlock]
+    biases: dict[str, Tensor]  # as are these
+    magnitudes: dict[str, Tensor]
+    replaced: dict[str, Replaced] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes behind pages, where they change
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What was allocated for it."""
+        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
+        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
+        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of tables, biases and magnitudes."""
+        vectors = (*self.biases.values(), *self.magnitudes.values())
+        return sum(block.nbytes for block in self.blocks) + sum(v.nbytes for v in vectors)
 
 
 class PageStore:
@@ -134,6 +163,13 @@ class PageStore:
         return self.page_bytes + self.table_bytes + self.replaced_bytes
 
     @property
+    def limit_bytes(self) -> int:
+        """All ``pages`` of every module, or ``max_bytes`` where that is less."""
+        specs = self.index.specs.values()
+        pages = sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
+        return pages if self.max_bytes is None else min(pages, self.max_bytes)
+
+    @property
     def free_slots(self) -> list[int]:
         """Slots without an adapter, the next one last."""
         return list(self._free_slots)
@@ -154,18 +190,18 @@ class PageStore:
         slot: int,
         pages: dict[str, list[int]],
         packed: PackedAdapter,
-        plan: Plan | None = None,
+        place: Placement | None = None,
     ) -> Written:
         """Write pages, and the slot's rows of every table: no row of an earlier owner survives.
-        Without a plan, what the adapter replaces is where it was.
+        Without one, what the adapter replaces is where it was.
 
         Returns:
             the copies, which may still be queued; :attr:`Resident.written`. They are done where the
-            plan brings new memory: whoever has pinned another slot reads it without waiting.
+            placement brings new memory: whoever has pinned another slot reads it without waiting.
         """
         modules, replaced = packed.modules, packed.replaced
-        slabs = self.slabs | plan.slabs if plan else self.slabs
-        blocks = self.blocks + plan.blocks if plan else self.blocks
+        slabs = self.slabs | place.slabs if place else self.slabs
+        blocks = self.blocks + place.blocks if place else self.blocks
         jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
         for module, part in modules.items():
             slab = slabs[module]
@@ -173,8 +209,8 @@ class PageStore:
                 jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
         for module, slab in slabs.items():
             part = modules.get(module)
-            bias = plan.biases.get(module, slab.bias) if plan else slab.bias
-            magnitude = plan.magnitudes.get(module, slab.magnitude) if plan else slab.magnitude
+            bias = place.biases.get(module, slab.bias) if place else slab.bias
+            magnitude = place.magnitudes.get(module, slab.magnitude) if place else slab.magnitude
             for table, own in (
                 (bias, part.bias if part else None),
                 (magnitude, part.magnitude if part else None),
@@ -183,16 +219,16 @@ class PageStore:
                     jobs[table.device].append((table[slot], _row(table[slot], own)))
         for block in blocks:
             jobs[block.ranks.device] += block.rows(slot, pages, modules)
-        for module, room in (plan.replaced if plan else {}).items():
+        for module, room in (place.replaced if place else {}).items():
             whole = replaced[module]
             jobs[room.weight.device].append((room.weight, whole.weight))
             if room.bias is not None and whole.bias is not None:
                 jobs[room.weight.device].append((room.bias, whole.bias))
-        new = plan.memory if plan else []
+        new = place.memory if place else []
         written: Written = []
         for device, transfer in self.transfers.items():
             written.append((transfer, transfer.run(jobs[device], wait=bool(new))))
-            whole = [t for each in (plan.replaced.values() if plan else ()) for t in each]
+            whole = [t for each in (place.replaced.values() if place else ()) for t in each]
             own = [tensor for tensor in (*new, *whole) if tensor is not None]
             transfer.keep(tensor for tensor in own if tensor.device == device)
         return written
@@ -229,43 +265,43 @@ class PageStore:
     # ---------------------------------------------------------------------------------------------
     # Bookkeeping that cannot fail
 
-    def commit(self, plan: Plan, resident: Resident) -> None:
-        """Make a plan's memory the store's, and let the modules see it."""
-        self.slabs |= plan.slabs
-        self.blocks += plan.blocks
-        for module, free in plan.free.items():
+    def commit(self, place: Placement, resident: Resident) -> None:
+        """Make a placement's memory the store's, and let the modules see it."""
+        self.slabs |= place.slabs
+        self.blocks += place.blocks
+        for module, free in place.free.items():
             self.slabs[module].free = free
-        for victim in plan.victims:
+        for victim in place.victims:
             self.residents[victim.slot] = None
             self._free_slots.append(victim.slot)
             self._forget_replaced(victim.slot)
-        self._free_slots.remove(plan.slot)
-        self.residents[plan.slot] = resident
-        for block in plan.blocks:
+        self._free_slots.remove(place.slot)
+        self.residents[place.slot] = resident
+        for block in place.blocks:
             for i, name in enumerate(block.names):
                 view = self.modules[name]
                 view.page_table, view.ranks = block.page_table[i], block.ranks[i]
                 view.scale = block.scale[i]
-        for name, bias in plan.biases.items():
+        for name, bias in place.biases.items():
             self.slabs[name].bias = self.modules[name].bias = bias
-        for name, magnitude in plan.magnitudes.items():
+        for name, magnitude in place.magnitudes.items():
             self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
-        for name, slab in plan.slabs.items():  # last: a forward that sees the pages sees the rest
+        for name, slab in place.slabs.items():  # last: a forward that sees the pages sees the rest
             self.modules[name].b_pages = slab.b
             self.modules[name].a_pages = slab.a
         for name in resident.pages:
             self.modules[name].version += 1
-        for name, whole in plan.replaced.items():
+        for name, whole in place.replaced.items():
             view = self.modules[name]
-            view.replaced = {**view.replaced, plan.slot: whole}
+            view.replaced = {**view.replaced, place.slot: whole}
             view.was_replaced = True
             self._replacing.add(name)
         for name, slab in self.slabs.items():
             if slab.magnitude is not None:
                 view = self.modules[name]
-                dora = {slot: v for slot, v in view.dora.items() if slot != plan.slot}
+                dora = {slot: v for slot, v in view.dora.items() if slot != place.slot}
                 if resident.config.use_dora and name in resident.pages:
-                    dora[plan.slot] = view.version
+                    dora[place.slot] = view.version
                 view.dora = dora
 
     def vacate(self, resident: Resident) -> None:

@@ -1,13 +1,18 @@
 """Which adapter has each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows."""
 
 from . import attachment, context, layouts
-from .assignment import BASE, Assignment, Batch, NamedRows, Names
-from .attachment import Pool, UnknownAdapterError, attachments, pool_handle
+from .assignment import BASE, Assignment, Batch, NamedRows, Names, refuse_singular
+from .attachment import (
+    LayerNames,
+    Places,
+    Pool,
+    UnknownAdapterError,
+    attachments,
+    layer_names,
+    pool_handle,
+)
 from .context import Block, adapters, current, forward_of, innermost, of_call
-from .generation import generation_scope, repeat_rows, select_rows
-from .layer_names import LayerNames, Places, layer_names
-from .media_rows import Owners, mixes_names, serve_media
-from .packed_rows import packed_block
+from .generation import change_blocks, generation_scope, packed_block, repeat_rows, select_rows
 from .pool_layer import ERROR, PoolLayer, no_block, pool_of
 from .rows import (
     Kept,
@@ -36,7 +41,6 @@ __all__ = [
     "LayerNames",
     "NamedRows",
     "Names",
-    "Owners",
     "Places",
     "Pool",
     "PoolLayer",
@@ -49,6 +53,7 @@ __all__ = [
     "batch_of",
     "block_of_graph",
     "capturing",
+    "change_blocks",
     "constant",
     "context",
     "current",
@@ -61,7 +66,6 @@ __all__ = [
     "layer_names",
     "layer_rows",
     "layouts",
-    "mixes_names",
     "no_block",
     "noted",
     "of_call",
@@ -69,11 +73,11 @@ __all__ = [
     "pool_handle",
     "pool_of",
     "pool_rows",
+    "refuse_singular",
     "repeat_rows",
     "rows_of",
     "scales",
     "select_rows",
-    "serve_media",
     "several_processes",
     "subset",
     "together",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -289,6 +289,20 @@ class NamedRows(list[str]):
     def __init__(self, assignment: Assignment):
         super().__init__(assignment.spelled())
         self.assignment = assignment
+
+
+def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
+    """Refuse what a model would swallow, as it does all arguments that it does not know: the base
+    model would answer.
+
+    Raises:
+        TypeError: ``adapter_name``.
+    """
+    if "adapter_name" in given:
+        raise TypeError(
+            f"{where}: expected adapter_names=, a name or one for each row, found "
+            f"adapter_name={given['adapter_name']!r:.200}"
+        )
 
 
 def _activations(leading: torch.Size) -> str:

@@ -17,7 +17,7 @@ from lora_ext._torch import READS_MORE, traced
 
 from . import context
 from .assignment import Batch, TokensFirstError
-from .layer_names import layer_names
+from .attachment import layer_names
 from .rows import Rows, constant, rows_of
 
 

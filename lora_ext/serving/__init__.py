@@ -5,7 +5,6 @@ from .attaching import attach, detach
 from .layers.multi_lora import MultiLoraLinear
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
-from .names import refuse_singular
 
 __all__ = [
     "MultiLoraEmbedding",
@@ -13,5 +12,4 @@ __all__ = [
     "MultiLoraLinear",
     "attach",
     "detach",
-    "refuse_singular",
 ]

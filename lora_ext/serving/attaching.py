@@ -4,65 +4,30 @@ imported."""
 from __future__ import annotations
 
 import copy
-import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import MethodType
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext._torch import compiles
 from lora_ext.adapter import ModelIndex, model_name
 from lora_ext.layers import Swap, find_module, pack_linears, packed_layers, unpack
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import (
-    BASE,
-    ERROR,
-    Batch,
-    Names,
-    PoolLayer,
-    UnknownAdapterError,
-    attachments,
-    forward_of,
-    innermost,
-    layouts,
-    noted,
-    of_call,
-    pool_handle,
-)
+from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, attachments, layouts
 from lora_ext.serving.layers.multi_lora import MultiLoraLinear
 from lora_ext.serving.layers.multi_lora_embedding import MultiLoraEmbedding
 from lora_ext.serving.layers.multi_lora_experts import MultiLoraExperts
 from lora_ext.serving.layers.siblings import introduce
 
-from . import gate as gates
 from .continuous import requests_of
-from .gate import Gate
-from .generate import hooks
-from .media import has_media, media_hooks, media_noted
-from .names import names_of_call, refuse_singular
-from .pipelines import check_pipeline, watch_pipelines
+from .hooks import Hooks, is_hook, take_away
+from .names import CallNames
+from .pipelines import watch_pipelines
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_attachment"
-_OWN = "_lora_ext_own_"  # and the method that an instance has of its own
-
-# What a model calls its tokens, and what transformers' continuous batching gives besides.
-_INPUTS = (
-    "input_ids",
-    "inputs_embeds",
-    "decoder_input_ids",
-    "decoder_inputs_embeds",
-    "labels",
-    "pixel_values",
-    "input_features",
-)
-_PACKED = ("read_index", "write_index", "block_table")
 
 # Modules that see pairs of positions, or a learned prompt, and no sequences: of T5, MPNet, WavLM,
 # SpeechT5 and MVP.
@@ -79,8 +44,8 @@ class _Attachment:
     pool: AdapterPool
     swap: Swap
     packed: bool
-    fused: bool = False
-    hooked: list[tuple[str, str]] = field(default_factory=list)  # module, method
+    fused: bool
+    hooked: list[tuple[str, str]]  # what Hooks.put has put
 
     def __post_init__(self) -> None:
         attachments.add(self)
@@ -89,6 +54,7 @@ class _Attachment:
         swap = copy.deepcopy(self.swap, memo)
         if self.fused:
             introduce(swap.placed)
+        # The copied methods are hooks already, bound to the copied modules.
         return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked))
 
 
@@ -137,63 +103,33 @@ def attach(
             model is unchanged then.
     """
     _check_module("attach", model)
-    if not isinstance(pool, AdapterPool):
-        raise TypeError(
-            f"attach: pool: expected an AdapterPool of the model, found {type(pool).__name__}"
-        )
+    found = type(pool).__name__
+    fits = isinstance(pool, AdapterPool)
+    require(fits, "attach", "pool", "an AdapterPool of the model", found, TypeError)
     require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings)
     default = _checked_default(default, pool)
-    if _KEY in model.__dict__:
-        raise RuntimeError(
-            "attach: expected a model that is not attached, found an attached one; detach it first"
-        )
-    parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
-    if parts != 1:
-        raise NotImplementedError(
-            f"attach: model: expected one whose weights are whole, found one that tp_plan has "
-            f"divided between {parts} processes"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
-            raise RuntimeError(
-                f"attach: expected a model without adapter layers, "
-                f"found {type(module).__name__} at {name!r}"
-            )
+    _check_free(model)
     layers: dict[str, PoolLayer] = {}
     for name in pool.modules:
         kind = MultiLoraEmbedding if name in pool.index.embedding else MultiLoraLinear
         layers[name] = kind(_module(model, name), pool, name)
         layers[name].shared = bool(_SHARED.search(name))
-        layers[name].default = default
         layers[name].is_head = name == pool.index.output_head
     for name in pool.index.parameters:
         if any(parameter in pool.experts for parameter in pool.index.parameters[name]):
             layers[name] = MultiLoraExperts(_module(model, name), pool, name)
-            layers[name].default = default
+    for layer in layers.values():
+        layer.default = default
     _check_same_modules(model, pool)
     pool.base_models.meet("attach: model", model_name(model), stacklevel=2)
     if pack_base:
         pack_linears(model)
     if fuse_siblings:
         introduce(layers)
-    attachment = _Attachment(pool, Swap(model, layers, "attach"), pack_base, fuse_siblings)
+    swap = Swap(model, layers, "attach")
     layouts.tell(model)
-    gate = Gate()
-    for name, module in model.named_modules():
-        replaced = hooks(pool, default) | media_hooks(type(module))
-        for method, hook in replaced.items():
-            # An instance with a method of its own is left alone, but for a repository's generate.
-            free = method == "generate" or method not in module.__dict__
-            if free and callable(getattr(type(module), method, None)):
-                _replace(module, method, MethodType(hook, module))
-                attachment.hooked.append((name, method))
-        if hasattr(type(module), "get_input_embeddings") or (default is not None and not name):
-            # A model of transformers swallows arguments that it does not know: names would be lost.
-            _replace(
-                module, "forward", MethodType(_forward(type(module), pool, default, gate), module)
-            )
-            attachment.hooked.append((name, "forward"))
-    model.__dict__[_KEY] = attachment
+    hooked = Hooks(CallNames(pool, default)).put(model)
+    model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked)
     watch_pipelines()
     return model
 
@@ -222,28 +158,16 @@ def detach(model: Model) -> Model:
     attachment.swap.restore(model, "detach")
     for requests in managers:
         requests.remove()
-    for name, method in attachment.hooked:
-        module = find_module(model, name)
-        if module is not None:
-            module.__dict__.pop(method, None)
-            if _OWN + method in module.__dict__:
-                module.__dict__[method] = module.__dict__.pop(_OWN + method)
+    take_away(model, attachment.hooked)
     unpack(packed)
     del model.__dict__[_KEY]
     attachments.discard(attachment)
     return model
 
 
-def _replace(module: nn.Module, method: str, hook: MethodType) -> None:
-    """Keep what the instance has of its own: accelerate's forward, a repository's generate."""
-    if method in module.__dict__:
-        module.__dict__[_OWN + method] = module.__dict__[method]
-    setattr(module, method, hook)
-
-
 def _check_module(where: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model: expected a torch.nn.Module, found {type(model).__name__}")
+    found = type(model).__name__
+    require(isinstance(model, nn.Module), where, "model", "a torch.nn.Module", found, TypeError)
 
 
 def _checked_default(default: str | None, pool: AdapterPool) -> str | None:
@@ -257,12 +181,31 @@ def _checked_default(default: str | None, pool: AdapterPool) -> str | None:
     return default
 
 
+def _check_free(model: nn.Module) -> None:
+    """Refuse a model that is attached, divided, or has adapter layers of somebody else."""
+    if _KEY in model.__dict__:
+        raise RuntimeError(
+            "attach: expected a model that is not attached, found an attached one; detach it first"
+        )
+    parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
+    if parts != 1:
+        raise NotImplementedError(
+            f"attach: model: expected one whose weights are whole, found one that tp_plan has "
+            f"divided between {parts} processes"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
+            raise RuntimeError(
+                f"attach: expected a model without adapter layers, "
+                f"found {type(module).__name__} at {name!r}"
+            )
+
+
 def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
     """Refuse to take away what accelerate has put hooks on: weights would stay on meta."""
     for name, module in model.named_modules():
-        old = getattr(module.__dict__.get("_old_forward"), "__func__", None)
         on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
-        if on_layer or getattr(old, "of_attach", False):
+        if on_layer or is_hook(module.__dict__.get("_old_forward")):
             raise RuntimeError(
                 f"detach: {name or 'model'}: expected modules as attach left them, found "
                 "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
@@ -289,105 +232,3 @@ def _module(model: nn.Module, name: str) -> nn.Module:
             f"attach: pool: expected a pool of this model, found {name!r}, which the model lacks"
         )
     return module
-
-
-def _forward(kind: type[nn.Module], pool: AdapterPool, default: str | None, gate: Gate) -> Any:
-    @functools.wraps(kind.forward)  # transformers reads the signature
-    def forward(self: Any, *args: Any, adapter_names: Names = None, **kwargs: Any) -> Any:
-        refuse_singular("forward", kwargs)
-        run = self.__dict__.get(_OWN + "forward") or functools.partial(kind.forward, self)
-        if compiles():
-            serve = uncompiled if gates.managers or has_media(self, kwargs) else _in_block
-        else:
-            serve = in_turn
-        return serve(run, self, args, kwargs, adapter_names, pool)
-
-    def in_turn(
-        run: Callable[..., Any],
-        model: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        names: Names,
-        pool: AdapterPool,
-    ) -> Any:
-        _check_attention(model, kwargs)
-        names = names_of_call(names, pool, default)
-        if names is None and not gate.inside:
-            check_pipeline(pool_handle(pool))
-        with gate.passed(alone=kwargs.get("is_causal") is not None):
-            return _in_block(run, model, args, kwargs, names, pool)
-
-    uncompiled: Any = torch.compiler.disable(
-        in_turn,
-        reason="a manager of continuous batching runs, and a compiled forward would not wait; "
-        "or there are images, videos or sounds, whose sequences the tokens have to tell",
-    )
-    forward.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
-    return forward
-
-
-def _in_block(
-    run: Callable[..., Any],
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    names: Names,
-    pool: AdapterPool,
-) -> Any:
-    if names is None:
-        return _noted(run, model, args, kwargs)
-    with of_call(names, pool=pool):
-        return _noted(run, model, args, kwargs)
-
-
-def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse a manager's attention outside its steps: transformers makes no mask for it."""
-    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if str(found).startswith("paged|") and not any(name in kwargs for name in _PACKED):
-        raise RuntimeError(
-            "attach: attention: expected one that hides the tokens to come, found "
-            f"{found!r}, which a manager of continuous batching has set; stop the manager, or give "
-            "the model 'sdpa', which serves both, with set_attn_implementation"
-        )
-
-
-def _check_packed() -> None:
-    block = innermost()
-    if block is None or not block.packed:
-        raise NotImplementedError(
-            "attach: expected a batch with a row for each sequence, found transformers' continuous "
-            "batching, which packs requests into one row, by a manager that knows no adapters; "
-            "take the one of the attached model's init_continuous_batching or generate_batch"
-        )
-
-
-def _noted(
-    run: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run a model's forward; what it is given tells its layers' rows, where it turns or flattens
-    the batch."""
-    if any(name in kwargs for name in _PACKED):
-        _check_packed()
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        raise NotImplementedError(
-            "attach: expected a model that is not recorded by torch.jit.trace, found a recording, "
-            "which would serve the rows of this block, or the base model, at every later call; "
-            "torch.export and torch.compile follow the blocks"
-        )
-    traces = compiles()
-    if not traces and innermost() is None:
-        return run(*args, **kwargs)
-    given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
-    tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
-    if not tensors:
-        return run(*args, **kwargs)
-    lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
-    sequences = tensors[0].shape[0]
-    if traces:
-        before, noted.batch = noted.batch, (sequences, *lengths)
-        try:
-            return run(*args, **kwargs)
-        finally:
-            noted.batch = before
-    with forward_of(Batch(sequences, frozenset(lengths))), media_noted(model, args, kwargs):
-        return run(*args, **kwargs)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_ext import control
 from lora_ext._checks import require
-from lora_ext.control import Block, Constraint, Guide, Plan, Row
 
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint, Guide, Plan, Row
+
+# lora_ext.control is imported where a request has a constraint: circuits, on which it stands, are
+# half of the time that an import of the package takes.
 
 _WHERE = "add_request"
 _NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # of the manager's
@@ -28,12 +32,16 @@ class RequestConstraint:
     """
 
     def __init__(self, plan: Plan, temperature: float):
+        from lora_ext.control import Row
+
         self.temperature = temperature
         self._first = Row.first(plan)
         self._known: dict[str, tuple[list[int], Row | None]] = {}
 
     def row(self, state: Any) -> Row | None:
         """The row of a request's state, which transformers keeps."""
+        from lora_ext import control
+
         tokens = state.generated_tokens
         if state._true_initial_tokens:  # it was put back and will be read again as a prompt
             tokens = state.initial_tokens[state._true_initial_tokens :] + tokens
@@ -70,6 +78,8 @@ def request_constraint(
     if constraint is None:
         require(guide is None, _WHERE, "guide", "None without a constraint", guide)
         return None
+    from lora_ext import control
+
     plain = dict(zip(_NAMES, arguments, strict=False)) | settings
     config = manager.generation_config
     budget, eos = (
@@ -120,11 +130,12 @@ def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     """
     if not rows:
         return scores
+    from lora_ext import control
+
+    ratios = control.log_ratios([each.row for each in rows])
+    warm = torch.tensor([each.temperature for each in rows])
     blocks = [
-        Block(
-            inside, ratio * torch.tensor([rows[i].temperature for i in inside])[:, None].to(ratio)
-        )
-        for inside, ratio in control.log_ratios([each.row for each in rows])
+        control.Block(inside, ratio * warm[inside, None].to(ratio)) for inside, ratio in ratios
     ]
     places = [each.place for each in rows]
     changed = scores.clone()

@@ -18,21 +18,22 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.control import Constraint, Guide
-from lora_ext.pool import AdapterPool, Lease, PoolFullError
-from lora_ext.rows import Names, context, packed_block, pool_handle
+from lora_ext.pool import Lease, PoolFullError
+from lora_ext.rows import Names, context, packed_block
 
 from .constraining import RequestConstraint, Standing, constrained, request_constraint, standing
 from .gate import managers_changed
-from .names import NamedPrompt, named_prompts, refuse_singular, request_names
+from .names import CallNames, NamedPrompt, named_prompts
 from .prefixes import marked
 from .sampling import Sampling
-from .settings import check_settings
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint, Guide
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -61,15 +62,15 @@ class AdapterRequests:
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
-        pool: of the model. default: of ``attach``.
+        names: of the calls of the model.
 
     Raises:
         NotImplementedError: tensor parallelism, compiled steps, or a transformers whose manager is
             another one.
     """
 
-    def __init__(self, manager: Any, pool: AdapterPool, default: str | None):
-        self.manager, self.pool, self.default = manager, pool, default
+    def __init__(self, manager: Any, names: CallNames):
+        self.manager, self.names, self.pool = manager, names, names.pool
         self._requests: dict[str, _Request] = {}
         self._freed = threading.Condition(threading.RLock())
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
@@ -78,7 +79,7 @@ class AdapterRequests:
         self._constrained: list[Standing] = []
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
-        check_settings(manager)
+        _check_settings(manager)
         own = self._wrapped
         for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
             self._wrap(own, manager, name, getattr(self, name))
@@ -146,7 +147,7 @@ class AdapterRequests:
         if prompt is not None:
             adapter_name = prompt.adapter
         elif adapter_name is _NOT_GIVEN:
-            (adapter_name,) = self.names("add_request", None, 1)
+            (adapter_name,) = self.names.of_requests("add_request", None, 1)
         if request_id is None:
             with self.manager._request_lock:
                 request_id = f"req_{self.manager._request_counter}"
@@ -179,12 +180,9 @@ class AdapterRequests:
         """The manager's own, a name per request. Where the pool is full it waits for requests that
         run."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
-            inputs = named_prompts(inputs, self.names("add_requests", adapter_names, len(inputs)))
+            names = self.names.of_requests("add_requests", adapter_names, len(inputs))
+            inputs = named_prompts(inputs, names)
         return original(inputs, *args, **kwargs)
-
-    def names(self, where: str, given: Names, count: int) -> list[str | None]:
-        """A name per request, see :func:`request_names`."""
-        return request_names(where, given, count, self.pool, self.default)
 
     def _begin(
         self, request_id: str, name: str | None, sampling: Sampling | None, wait: bool
@@ -319,7 +317,7 @@ class AdapterRequests:
         if self._last is None or self._last[0] != key:  # decoding asks for the same rows again
             names = [request.name for request in requests]
             block = packed_block(
-                pool_handle(self.pool), self.pool.max_slots, names, slots, lengths, kept
+                self.names.handle, self.pool.max_slots, names, slots, lengths, kept
             )
             self._last = key, block
         with context.entered(self._last[1]):
@@ -365,29 +363,29 @@ def _release(requests: dict[str, _Request]) -> None:
         requests.popitem()[1].lease.__exit__()
 
 
-def continuous_hooks(pool: AdapterPool, default: str | None) -> dict[str, Any]:
-    """What stands in for a model's methods of continuous batching."""
+def follow(manager: Any, names: CallNames) -> None:
+    """Give a manager of an attached model adapters for its requests, once."""
+    if _OWN not in manager.__dict__:
+        AdapterRequests(manager, names)
 
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        manager = type(self).init_continuous_batching(self, *args, **kwargs)
-        if _OWN not in manager.__dict__:
-            AdapterRequests(manager, pool, default)
-        return manager
 
-    def generate_batch(
-        self: Any, inputs: Any, *args: Any, adapter_names: Names = None, **kwargs: Any
-    ) -> Any:
-        refuse_singular("generate_batch", kwargs)
-        prompts = named_prompts(
-            inputs, request_names("generate_batch", adapter_names, len(inputs), pool, default)
-        )
-        results = type(self).generate_batch(self, prompts, *args, **kwargs)
-        if prompts and prompts[0].errors:
-            raise prompts[0].errors[0]
-        return results
-
-    found = init_continuous_batching, generate_batch
-    return {hook.__name__: hook for hook in found}
+def _check_settings(manager: Any) -> None:
+    """Refuse what would run a step without its block; switch off what would replay an old one."""
+    config = manager.continuous_batching_config
+    refused = {
+        "tensor parallelism": manager.distributed_helper.tp_size > 1,
+        "varlen_compile_config": config.varlen_compile_config is not None,
+        "decode_compile_config": config.decode_compile_config is not None,
+    }
+    for what, found in refused.items():
+        if found:
+            if manager._original_attn_impl is not None:
+                manager.model.set_attn_implementation(manager._original_attn_impl)
+            raise NotImplementedError(
+                f"init_continuous_batching: expected an attached model without {what}, found it: "
+                "the rows of a step would not find their adapters"
+            )
+    config.use_cuda_graph, config.use_async_batching = (False, False), False
 
 
 def unfinished(manager: Any) -> int:

@@ -9,7 +9,7 @@ block with several names is refused, at the first layer of the tower that has ad
 from __future__ import annotations
 
 import contextlib
-import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.rows import Owners, generation_scope, mixes_names, serve_media
+from lora_ext.rows import Assignment, Batch, change_blocks, generation_scope, innermost
 
 
 class _Kind(NamedTuple):
@@ -29,16 +29,31 @@ class _Kind(NamedTuple):
     token: str  # of the configuration, for the token that stands for a part of one
 
 
-_KINDS = (
+KINDS = (
     _Kind("get_image_features", "pixel_values", "image_token_id"),
     _Kind("get_video_features", "pixel_values_videos", "video_token_id"),
     _Kind("get_audio_features", "input_features", "audio_token_id"),
 )
 
+
+class _Owners(NamedTuple):
+    """Whose the media of a batch are."""
+
+    rows: list[int] | None  # the sequence of each unit, in order; None: nobody can tell
+    uniform: bool  # a tower has as many rows for each unit
+    given: int  # rows of the argument that has them
+    sequences: int
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each sequence has one."""
+        return self.rows == list(range(self.sequences))
+
+
 #: Arguments that tell sizes: what differs from image to image there may differ in its tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
 
-_noted: ContextVar[Mapping[str, Owners] | None] = ContextVar("lora_ext.media", default=None)
+_noted: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", default=None)
 
 
 @contextlib.contextmanager
@@ -66,45 +81,39 @@ def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
-        for kind in _KINDS
+        for kind in KINDS
     )
 
 
-def media_hooks(kind: type) -> dict[str, Any]:
-    """What stands in for a class's methods that run its towers: the blocks follow the media."""
-    return {
-        each.method: _features(getattr(kind, each.method), each)
-        for each in _KINDS
-        if callable(getattr(kind, each.method, None))
-    }
+def of_media(
+    kind: _Kind, _hooks: Any, model: Any, own: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Stand in for a method that runs a tower: the blocks follow the media.
+
+    Args:
+        kind: of the media. model: whose method it is. own: the method. And then its arguments.
+    """
+    owners = (_noted.get() or {}).get(kind.method)
+    if owners is None:
+        return own(*args, **kwargs)
+    given = kwargs.get(kind.given, args[0] if args else None)
+    if not isinstance(given, Tensor) or len(given) != owners.given:
+        owners = owners._replace(rows=None)
+    token = _noted.set(None)  # they follow once: a model hands them to a part of it
+    try:
+        with generation_scope():
+            change_blocks(lambda block: _assigned(block.assignment, owners))
+            return own(*args, **kwargs)
+    finally:
+        _noted.reset(token)
 
 
-def _features(method: Callable[..., Any], kind: _Kind) -> Any:
-    @functools.wraps(method)
-    def features(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is read
-        owners = (_noted.get() or {}).get(kind.method)
-        if owners is None:
-            return method(self, *args, **kwargs)
-        given = kwargs.get(kind.given, args[0] if args else None)
-        if not isinstance(given, Tensor) or len(given) != owners.given:
-            owners = owners._replace(rows=None)
-        token = _noted.set(None)  # they follow once: a model hands them to a part of it
-        try:
-            with generation_scope():
-                serve_media(owners)
-                return method(self, *args, **kwargs)
-        finally:
-            _noted.reset(token)
-
-    return features
-
-
-def _check_served_apart(model: nn.Module, found: Mapping[str, Owners]) -> None:
-    for kind in _KINDS:
+def _check_served_apart(model: nn.Module, found: Mapping[str, _Owners]) -> None:
+    for kind in KINDS:
         owners = found.get(kind.method)
         if owners is None or owners.given != owners.sequences or owners.in_order:
             continue
-        if mixes_names() and not any(
+        if _mixes_names() and not any(
             callable(getattr(part, kind.method, None)) for part in model.modules()
         ):
             raise ValueError(
@@ -114,12 +123,12 @@ def _check_served_apart(model: nn.Module, found: Mapping[str, Owners]) -> None:
             )
 
 
-def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Owners]:
+def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
     config = getattr(model, "config", None)
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else kwargs.get("inputs_embeds")
     found = {}
-    for kind in _KINDS:
+    for kind in KINDS:
         mark, given = getattr(config, kind.token, None), kwargs.get(kind.given)
         if mark is None or not isinstance(given, Tensor) or not isinstance(tokens, Tensor):
             continue
@@ -127,7 +136,7 @@ def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
         rows, uniform = None, False
         if counts is not None:
             rows, uniform = _rows(counts, given, kwargs)
-        found[kind.method] = Owners(rows, uniform, len(given), len(tokens))
+        found[kind.method] = _Owners(rows, uniform, len(given), len(tokens))
     return found
 
 
@@ -188,3 +197,66 @@ def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
         if len(value) == number and value.dim() > 1 and not (value == value[:1]).all():
             return False
     return True
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows of media
+
+
+class _Units(Assignment):
+    """A name for each unit: an image, or a token that stands for a part of one."""
+
+    def __init__(self, names: tuple[str, ...], places: tuple[int, ...], uniform: bool):
+        super().__init__(names, places, (len(places),))
+        self._uniform = uniform
+
+    def check_tokens(self, leading: torch.Size, tokens_first: bool = False) -> None:
+        """Refuse an embedding that does not see units: its rows may be positions, which all
+        share."""
+        if leading[:1] != (len(self.places),):
+            raise self._misfit(leading)
+
+    def _spread(
+        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
+    ) -> tuple[int, int]:
+        rows, units = math.prod(leading), len(self.places)
+        packed = leading[0] if len(leading) == 1 or leading[0] > 1 else rows
+        if leading[0] == units or (self._uniform and packed % units == 0):
+            return rows // units, 1
+        raise self._misfit(leading)
+
+
+class _Unknown(Assignment):
+    """Names of sequences, in a layer that sees something else."""
+
+    def _spread(
+        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
+    ) -> tuple[int, int]:
+        raise ValueError(
+            "adapters: names: expected one name for all sequences, as their tokens do not tell "
+            f"whose each image, video or sound is, found {self.each()!r:.200}"
+        )
+
+
+def _mixes_names() -> bool:
+    """Whether a block around has several names."""
+    block = innermost()
+    while block is not None:
+        if len(block.assignment.each()) > 1:
+            return True
+        block = block.outer
+    return False
+
+
+def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:
+    names, places, repeat = assignment.names, assignment.places, assignment.repeat
+    if assignment.shape == ():
+        return assignment
+    each = tuple(places.tolist() if isinstance(places, Tensor) else places)
+    chosen: tuple[int, ...] = ()
+    by_sequence = assignment.shape == (len(each),) and not isinstance(places, Tensor)
+    if by_sequence and owners.rows and len(each) * repeat == owners.sequences:
+        chosen = tuple(each[row // repeat] for row in owners.rows)
+    if len(set(chosen or each)) == 1:
+        return Assignment(names, (chosen or each)[:1], ())
+    return _Units(names, chosen, owners.uniform) if chosen else _Unknown(names, each, (len(each),))

@@ -1,76 +1,99 @@
-"""Whose names a call of an attached model goes by."""
+"""Whose names a call of an attached model goes by: this is the one place that says it.
+
+A call goes by names of its own, ``adapter_names=``; without them by those of the block around it;
+without a block by the default of ``attach``. Calls whose names somebody else has dropped on the way
+are refused, as the base model would answer them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import BASE, ERROR, Names, current, no_block, pool_handle
+from lora_ext.rows import BASE, ERROR, Names, current, no_block, of_call, pool_handle
+
+from .pipelines import check_pipeline
 
 
-def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Refuse what a model would swallow, as it does all arguments that it does not know: the base
-    model would answer.
-
-    Raises:
-        TypeError: ``adapter_name``.
-    """
-    if "adapter_name" in given:
-        raise TypeError(
-            f"{where}: expected adapter_names=, a name or one for each row, found "
-            f"adapter_name={given['adapter_name']!r:.200}"
-        )
-
-
-def names_of_call(given: Names, pool: AdapterPool, default: str | None) -> Names:
-    """The names of a call: those that it gives, or the default of ``attach`` outside every block.
-
-    Raises:
-        RuntimeError: the default is "error".
-    """
-    if given is not None or default is None or current(pool_handle(pool)) is not None:
-        return given
-    if default == ERROR:
-        raise no_block()
-    return default
-
-
-def request_names(
-    where: str, given: Names, count: int, pool: AdapterPool, default: str | None
-) -> list[str | None]:
-    """A name per request: those given, or those of the block around, or the default of ``attach``.
+class CallNames:
+    """The names of the calls of an attached model.
 
     Args:
-        where: the function, for messages. given: one name for all, one per request, or None.
-        count: of requests. pool, default: of the attached model.
-
-    Raises:
-        ValueError: another number of names, or a block that names tokens. UnknownAdapterError: a
-            name that the pool lacks. RuntimeError: no name anywhere, and the default is "error".
+        pool: of the model. default: of ``attach``.
     """
-    given = names_of_call(given, pool, default)
-    block = current(pool_handle(pool)) if given is None else None
-    if block is not None:
-        shape = block.assignment.shape
-        if len(shape) > 1 or not isinstance(block.assignment.places, tuple):
+
+    def __init__(self, pool: AdapterPool, default: str | None):
+        self.pool, self.default = pool, default
+        self.handle = pool_handle(pool)
+
+    def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
+        """The block of a call that goes by these names; None stays in the block around."""
+        return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
+
+    def of_call(self, given: Names) -> Names:
+        """The names of a call: those that it gives, or the default outside every block.
+
+        Raises:
+            RuntimeError: the default is "error".
+        """
+        if given is not None or self.default is None or current(self.handle) is not None:
+            return given
+        if self.default == ERROR:
+            raise no_block()
+        return self.default
+
+    def of_forward(self, given: Names, nested: bool) -> Names:
+        """The names of a forward, likewise; a pipeline may have dropped those that it was given.
+
+        Args:
+            given: ``adapter_names=`` of the forward.
+            nested: it is called by another forward of the model, which has been asked already.
+
+        Raises:
+            RuntimeError: the default is "error". ValueError: what :func:`check_pipeline` refuses.
+        """
+        names = self.of_call(given)
+        if names is None and not nested:
+            check_pipeline(self.handle)
+        return names
+
+    def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
+        """A name for each request: those given, or those of the block around, or the default.
+
+        Args:
+            where: the function, for messages. given: one name for all, one per request, or None.
+            count: of requests.
+
+        Raises:
+            ValueError: another number of names, or a block that names tokens. UnknownAdapterError:
+                a name that the pool lacks. RuntimeError: no name, and the default is "error".
+        """
+        given = self.of_call(given)
+        block = current(self.handle) if given is None else None
+        if block is not None:
+            shape = block.assignment.shape
+            if len(shape) > 1 or not isinstance(block.assignment.places, tuple):
+                raise ValueError(
+                    f"{where}: expected a block with one name per request, found names of tokens"
+                )
+            given = block.assignment.spelled()
+            given = given if shape else given[0]
+        names = [given] * count if given is None or isinstance(given, str) else list(given)
+        if len(names) != count:
+            source = "adapter_names" if block is None else "names of the block"
             raise ValueError(
-                f"{where}: expected a block with one name per request, found names of tokens"
+                f"{where}: {source}: expected one for each of {count} requests, found {len(names)}"
             )
-        given = block.assignment.spelled()
-        given = given if shape else given[0]
-    names = [given] * count if given is None or isinstance(given, str) else list(given)
-    if len(names) != count:
-        source = "adapter_names" if block is None else "names of the block"
-        raise ValueError(
-            f"{where}: {source}: expected one for each of {count} requests, found {len(names)}"
-        )
-    for name in names:
-        if name is not None and not isinstance(name, str):
-            raise ValueError(f"{where}: adapter_names: expected str or None, found {name!r:.200}")
-        if name not in (None, BASE) and name not in pool:
-            pool.acquire([name])  # says what is wrong with it
-    return names  # pyright: ignore[reportReturnType]
+        for name in names:
+            if name is not None and not isinstance(name, str):
+                raise ValueError(
+                    f"{where}: adapter_names: expected str or None, found {name!r:.200}"
+                )
+            if name not in (None, BASE) and name not in self.pool:
+                self.pool.acquire([name])  # says what is wrong with it
+        return names  # pyright: ignore[reportReturnType]
 
 
 class NamedPrompt(list[int]):

@@ -32,8 +32,9 @@ DOORS = {
     part.split("\n")[0]: _STEP.findall(part)
     for part in section("The five doors").split("\n### ")[1:]
 }
+LOADING = _STEP.findall(section("How an adapter gets into a pool"))
 PLACES = [
-    *(step for steps in DOORS.values() for step in steps),
+    *(step for steps in (*DOORS.values(), LOADING) for step in steps),
     *((file.strip("`"), name.strip("`")) for _, file, name in rows("Where to find it")),
 ]
 
@@ -66,6 +67,11 @@ def test_there_are_five_doors_of_at_most_eight_steps() -> None:
     for door, part in zip(DOORS, section("The five doors").split("\n### ")[1:], strict=True):
         items = re.findall(r"^\d+\.", part, re.MULTILINE)
         assert 1 < len(DOORS[door]) == len(items) <= 8, door
+
+
+def test_the_way_into_a_pool_has_at_most_ten_stays_and_never_goes_back() -> None:
+    files = [file for file, _ in LOADING]
+    assert 1 < len(files) <= 10 and len(set(files)) == len(files)
 
 
 def test_the_glossary_has_at_most_forty_words_and_each_once() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.methods.mtpc.circuit_checks import looked_at
+from lora_ext.methods.mtpc.shortlist import looked_at
 from lora_ext.nn import LoraLinear
 from lora_ext.ops.grouped_mm import grouped_mm
 from lora_ext.rows.rows import rows_of

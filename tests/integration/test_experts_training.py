@@ -15,7 +15,7 @@ from same_steps import assert_close, assert_same_gradients, gradients, step
 from torch import Tensor
 
 import lora_ext
-from lora_ext.interop.peft.layers import report, to_peft
+from lora_ext.interop.peft import report, to_peft
 from lora_ext.nn import LayerGroups, adapter_factors
 
 NAMES = ["red", "green", "__base__", "blue", "green"]

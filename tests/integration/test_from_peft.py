@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
-from lora_ext.interop.peft.layers import FusedLinear, report, to_peft
+from lora_ext.interop.peft import report, to_peft
+from lora_ext.interop.peft.layers import FusedLinear
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert"]
 NAMES = ["red", "green", "__base__", "blue", "green"]

@@ -13,7 +13,8 @@ from tiny import VOCAB, make_model, make_peft
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.interop.peft.layers import FusedLinear, report
+from lora_ext.interop.peft import report
+from lora_ext.interop.peft.layers import FusedLinear
 
 ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]

@@ -17,7 +17,9 @@ from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.interop.peft.layers import FusedLinear, FusedLoraModel, report, to_peft
+from lora_ext.interop.peft import report, to_peft
+from lora_ext.interop.peft.layers import FusedLinear
+from lora_ext.interop.peft.model import FusedLoraModel
 
 NAMES = ["red", "green", "__base__", "blue", "green"]
 ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))

@@ -14,7 +14,7 @@ from tiny import VOCAB, make_model
 from torch import Tensor
 
 import lora_ext
-from lora_ext.interop.peft.layers import report
+from lora_ext.interop.peft import report
 
 CPU = torch.device("cpu")
 CONFIG = {

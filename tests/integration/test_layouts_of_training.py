@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lora_ext
 from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager
-from lora_ext.interop.peft.layers import to_peft
+from lora_ext.interop.peft import to_peft
 from lora_ext.nn import LayerGroups, LoraConfig, RowwiseError, coalitions, unwrap, wrap
 
 #: Two kinds of layers that see tokens first, and (by XLNet's) an embedding that does.

@@ -17,7 +17,7 @@ from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor
 
 import lora_ext
-from lora_ext.interop.peft.layers import report, to_peft
+from lora_ext.interop.peft import report, to_peft
 
 trl = pytest.importorskip(
     "trl", reason="trl is not installed: the extra `test` has it (Python 3.11)"

@@ -46,20 +46,21 @@ def test_the_reproduction_measures_judges_and_draws(tmp_path, monkeypatch, capsy
     assert "16 coalitions" in capsys.readouterr().out
 
 
-def test_shapley_values_are_bars_with_their_errors():
+def test_shapley_values_are_bars_and_a_line_is_drawn_with_that_between_its_ends(monkeypatch):
     from matplotlib import pyplot
 
-    from lora_ext.methods.copra.pictures import draw_barriers, draw_shapley
-
+    bars = load_script(monkeypatch, "examples", "copra_pictures")
+    care = load_script(monkeypatch, "examples", "adapter_care")
+    axes, beside = pyplot.subplots(1, 2)[1]
     values, error = torch.tensor([0.2, -0.1, 0.4]), torch.tensor([0.01, float("nan"), 0.02])
     games = {"one": Shapley(values, error, 8), "two": Shapley(-values, error, 8)}
-    axes = draw_shapley(games, "accuracy", ["a", "b", "c"])
+    bars.draw_shapley(games, "accuracy", axes)
     assert [bar.get_height() for bar in axes.patches] == [*values.tolist(), *(-values).tolist()]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["one", "two"]
     assert axes.get_ylabel() == "Shapley value, accuracy"
     lines = {"factors": Barrier(0.5, (0.0, 0.5, 1.0), (1.0, 2.0, 2.0))}
-    axes = draw_barriers(lines)
-    curve, straight = axes.get_lines()
+    care.draw_barriers(lines, "loss", beside)
+    curve, straight = beside.get_lines()
     assert curve.get_ydata().tolist() == [1, 2, 2] and straight.get_ydata().tolist() == [1, 2]
-    assert axes.get_legend().get_texts()[0].get_text() == "factors, barrier 0.5"
+    assert beside.get_legend().get_texts()[0].get_text() == "factors, barrier 0.5"
     pyplot.close("all")

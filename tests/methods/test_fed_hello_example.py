@@ -1,13 +1,11 @@
-"""examples/fed_hello.py with its smallest sizes, and the pictures of the method."""
+"""examples/fed_hello.py with its smallest sizes, and the pictures of a federation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from scripts import missing, run_quickly
-
-from lora_ext.methods.fed_hello import draw_accuracy, draw_bytes, draw_heights
+from scripts import load_script, missing, run_quickly
 
 MISSING = missing("matplotlib", "rich", "sklearn", "tqdm")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
@@ -24,15 +22,16 @@ def test_two_federations_are_told_of_and_drawn(
     assert "│ 1.00" in printed  # strong clients send all layers
 
 
-def test_pictures_say_what_they_show() -> None:
-    import matplotlib
+def test_pictures_say_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    lines = draw_accuracy({"a": [0.1, 0.2], "b": [0.3]})
+    pictures = load_script(monkeypatch, "benchmarks", "federated_pictures")
+    lines, sent, heights = Figure().subplots(1, 3)
+    pictures.draw_accuracy({"a": [0.1, 0.2], "b": [0.3]}, lines)
     assert [line.get_xdata().tolist() for line in lines.lines] == [[1, 2], [1]]
     assert [t.get_text() for t in lines.get_legend().get_texts()] == ["a", "b"]
-    sent = draw_bytes({"a": [2_000_000, 5_000_000]})
+    pictures.draw_bytes({"a": [2_000_000, 5_000_000]}, sent)
     assert sent.lines[0].get_ydata().tolist() == [2, 5] and "MB" in sent.get_ylabel()
-    heights = draw_heights([(1, 0, 3), (2, 0, 1)])
+    pictures.draw_heights([(1, 0, 3), (2, 0, 1)], heights)
     assert heights.images[0].get_array().tolist() == [[1, 2], [0, 0], [3, 1]]
     assert heights.images[0].origin == "lower"

@@ -9,7 +9,6 @@ import pytest
 from scripts import load_script, missing, run_quickly
 
 from lora_ext.federated import LayerPlan
-from lora_ext.methods import legend
 from lora_ext.methods.legend import Estimate, LegendConfigurator
 
 MISSING = missing("matplotlib", "tqdm", "sklearn")
@@ -72,22 +71,20 @@ def test_other_methods_are_measured_beside_it(tmp_path: Path, monkeypatch, capsy
     assert "as many layers drawn at random" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(bool(missing("matplotlib")), reason="not installed: matplotlib")
-def test_pictures_show_depths_times_and_waits():
-    import matplotlib
+@pytest.mark.skipif(bool(MISSING + WITHOUT_FLOWER), reason=f"not installed: {MISSING}, flwr?")
+def test_pictures_show_depths_times_and_waits(monkeypatch):
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    example = load_script(monkeypatch, "examples", "legend")
+    axes, beside = Figure().subplots(1, 2)
     rounds = [{0: LayerPlan((2,)), "b": LayerPlan((1, 2))}, {0: LayerPlan((0, 1, 2))}]
-    axes = legend.draw_depths(rounds, 3)
+    example.draw_depths(rounds, 3, axes)
     shown = axes.images[0].get_array()
     assert shown.filled(-1).tolist() == [[1, 3], [2, -1]]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "b"]
     one = LegendConfigurator(3, (1, 1, 1), ranks=(1, 1, 1))
     found = one.configure({0: Estimate(1, 1, 0), 1: Estimate(2, 3, 0)}, (0, 1))
-    axes = legend.draw_times(found)
-    assert [bar.get_height() for bar in axes.patches] == [4, 5, 1, 0]
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1"]
-    assert [t.get_text() for t in axes.texts] == ["3", "1"]
-    pyplot.close("all")
+    example.draw_times(found, beside)
+    assert [bar.get_height() for bar in beside.patches] == [4, 5, 1, 0]
+    assert [t.get_text() for t in beside.get_xticklabels()] == ["0", "1"]
+    assert [t.get_text() for t in beside.texts] == ["3", "1"]

@@ -1,7 +1,7 @@
 """examples/reasoning.py with its smallest sizes; and the pictures that it and the study draw."""
 
 import pytest
-from scripts import missing, run_quickly
+from scripts import load_script, missing, run_quickly
 
 from lora_ext.adapter import RankReport
 
@@ -17,21 +17,22 @@ def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, cap
         assert f"{task}: accuracy " in printed
 
 
-def test_a_map_has_a_field_for_each_block_and_module():
-    from lora_ext.methods.reasoning.pictures import draw_report
+def test_a_map_has_a_field_for_each_block_and_module(monkeypatch):
+    from matplotlib.figure import Figure
+
+    example = load_script(monkeypatch, "examples", "reasoning")
+    axes, other = Figure().subplots(1, 2)
 
     names = ("h.0.mlp.up", "h.0.mlp.down", "h.2.mlp.down", "head")
     report = RankReport(
         tuple({"module": name, "entropy": 1.5 + i, "fro": 0.0} for i, name in enumerate(names))
     )
-    axes = draw_report(report)
+    example.draw_report(report, "entropy", axes, 3.5)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "2"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["mlp.up", "mlp.down"]
     assert sorted(t.get_text() for t in axes.texts) == ["1.5", "2.5", "3.5"]
     assert (axes.get_xlabel(), axes.get_title()) == ("block", "entropy")
     (image,) = axes.get_images()
     assert image.get_clim() == (0, 3.5)
-    (image,) = draw_report(report, top=7).get_images()
-    assert image.get_clim() == (0, 7)
-    zeros = draw_report(report, "fro").get_images()[0]
-    assert zeros.get_clim() == (0, 1)  # all zero: any scale but an empty one
+    example.draw_report(report, "fro", other, 0.0)
+    assert other.get_images()[0].get_clim() == (0, 1)  # all zero: any scale but an empty one

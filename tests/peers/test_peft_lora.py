@@ -25,7 +25,8 @@ from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 from tiny import VOCAB, make_model  # noqa: E402
 
 import lora_ext  # noqa: E402
-from lora_ext.interop.peft.layers import FusedLinear, report  # noqa: E402
+from lora_ext.interop.peft import report  # noqa: E402
+from lora_ext.interop.peft.layers import FusedLinear  # noqa: E402
 
 CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 IDS = torch.randint(2, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5))

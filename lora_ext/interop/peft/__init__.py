@@ -1,5 +1,5 @@
 """PEFT's models, run by lora_ext's kernels: :func:`lora_ext.from_peft`, and the way back."""
 
-from .layers import Report, report, take_over, to_peft
+from .model import Report, report, take_over, to_peft
 
 __all__ = ["Report", "report", "take_over", "to_peft"]

@@ -24,8 +24,9 @@ from lora_ext.layers import (
 )
 from lora_ext.rows import Assignment, Batch, together
 
+from .adapters import no_gradients_without_rows, taking_part
 from .layers import Fused, uncovered
-from .processes import no_gradients_without_rows, taking_part
+from .names import names_of_layer
 
 
 class FusedExperts(Fused, ParamWrapper):
@@ -47,7 +48,7 @@ class FusedExperts(Fused, ParamWrapper):
             RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.pop("adapter_names", None)
-        given = self._rows_of(names)
+        given = names_of_layer(self, names)
         wrappers = self._wrappers()
         if any(w._disable_adapters or w.merged for w in wrappers):
             return self._left_to_peft(x, given, *args, **kwargs)

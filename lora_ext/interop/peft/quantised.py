@@ -11,6 +11,8 @@ import functools
 import importlib
 from typing import Any
 
+from .layers import Fused
+
 _MODULES = "peft.tuners.lora."
 _CLASSES = {  # name here: PEFT's
     "FusedLinear8bitLt": "bnb.Linear8bitLt",
@@ -35,8 +37,6 @@ def fused_class(kind: type) -> type:
 
 @functools.cache
 def _made(name: str) -> type:
-    from .layers import Fused
-
     module, _, of_peft = _CLASSES[name].rpartition(".")
     peft_class = getattr(importlib.import_module(_MODULES + module), of_peft)
     doc = f"PEFT's ``{of_peft}`` with the updates and their gradients fused."

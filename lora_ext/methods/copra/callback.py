@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         "CopraCallback: transformers is not installed; run `pip install transformers`"
     ) from error
 
-from lora_ext.methods.copra import CopraController
+from .controller import CopraController
 
 
 class CopraCallback(TrainerCallback):

@@ -14,7 +14,6 @@ from .clusters import cluster_weights
 from .config import FedHelloConfig
 from .importance import EmptyProxySet, fim_scores
 from .patterns import Pattern, gd_layers, pattern_weights, rgd_layers
-from .pictures import draw_accuracy, draw_bytes, draw_heights
 
 __all__ = [
     "HLA",
@@ -22,9 +21,6 @@ __all__ = [
     "FedHelloConfig",
     "Pattern",
     "cluster_weights",
-    "draw_accuracy",
-    "draw_bytes",
-    "draw_heights",
     "fim_scores",
     "gd_layers",
     "partition_dirichlet",

@@ -12,7 +12,6 @@ from .allocator import LegendAllocator
 from .capacity import CapacityReport, CapacityTracker, Estimate
 from .config import LegendConfig
 from .configurator import Configuration, LegendConfigurator
-from .pictures import draw_depths, draw_times
 from .prefix import PrefixCache
 from .ranks import layer_bytes, rank_distribution
 from .resizing import resize_lora, resize_state
@@ -29,8 +28,6 @@ __all__ = [
     "PrefixCache",
     "RoundTime",
     "SimulatedClock",
-    "draw_depths",
-    "draw_times",
     "layer_bytes",
     "rank_distribution",
     "resize_lora",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, require
 from lora_ext.layers import decoder_layers
 
 from .config import InexactMixError, ModConfig
@@ -67,8 +67,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     Source: arXiv 2410.13077.
     """
     config = ModConfig() if config is None else config
-    if not isinstance(config, ModConfig):
-        raise TypeError(f"apply: config: expected a ModConfig, found {type(config).__name__}")
+    instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
     if Ensemble.KEY in lm.__dict__:
         raise RuntimeError(

@@ -1,13 +1,35 @@
-"""Settings of multi-token prediction with circuits, under the paper's symbols."""
+"""Settings of multi-token prediction with circuits, under the paper's symbols; which heads there
+are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from lora_ext._checks import check_fields, require, within
+from lora_ext._checks import check_fields, choice, integer, require, within
+from lora_ext.reference import KINDS
 
-from .circuit_checks import EmissionName, Kind, check_structure
+from .emission import EMISSIONS
+
+#: The families of circuits.
+Kind = Literal["ff", "cp", "hmm", "btree"]
+#: How leaves follow from hidden states: the keys of
+#: :data:`~lora_ext.methods.mtpc.emission.EMISSIONS`.
+EmissionName = Literal["full", "expander", "adapter"]
+
+
+def check_structure(
+    where: str, n_token: int, rank: int, kind: str, emission: str, adapter_rank: int
+) -> None:
+    """Raise ValueError where no head has this structure; ``where`` starts the message."""
+    choice(where, "kind", kind, KINDS)
+    choice(where, "emission", emission, tuple(EMISSIONS))
+    least = 2 if kind in ("hmm", "btree") else 1
+    few = "an int", f"at least {least} for {kind!r}"
+    integer(where, "n_token", n_token, least, expected=few)
+    integer(where, "rank", rank, least, expected=few)
+    require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
+    integer(where, "adapter_rank", adapter_rank, 1, expected=("an int", "at least 1"))
 
 
 class HeadSettings(NamedTuple):

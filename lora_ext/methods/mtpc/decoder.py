@@ -9,8 +9,8 @@ The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`
    verifier's logits and new hidden states;
 3. :meth:`SpeculativeDecoder.verify` accepts a prefix and draws one token of the verifier's law;
 4. :meth:`Trunk.keep <lora_ext.methods.mtpc.trunk.Trunk.keep>` makes the cache forget the rest, and
-   :meth:`Rows.take <lora_ext.methods.mtpc.rows.Rows.take>` applies the stop rules; rows that ended
-   leave with :meth:`Trunk.select <lora_ext.methods.mtpc.trunk.Trunk.select>`.
+   :meth:`Rows.take <lora_ext.methods.mtpc.request.Rows.take>` applies the stop rules; rows that
+   ended leave with :meth:`Trunk.select <lora_ext.methods.mtpc.trunk.Trunk.select>`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from lora_ext.rows import Names, generation_scope, of_call, pool_of
 from .constrained import Constrained
 from .drafting import Chain, DraftedWindow, draw, nucleus
 from .layers import Circuit, CircuitHead
-from .request import read_request
-from .rows import Rows
+from .request import Rows, read_request
 from .tail import DraftTail
 from .token_bridge import TokenBridge
 from .trunk import Trunk

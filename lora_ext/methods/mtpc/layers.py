@@ -5,7 +5,7 @@ The way of a hidden state:
 1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and lays it out as rows ``(N, D)``;
 2. its :class:`~lora_ext.methods.mtpc.emission.Emission` makes the leaves of every row's circuit,
    over the tokens of its :class:`~lora_ext.methods.mtpc.shortlist.Shortlist`;
-3. its :class:`~lora_ext.methods.mtpc.sum_weights.SumWeights` make the prior and the transitions;
+3. its :class:`~lora_ext.methods.mtpc.emission.SumWeights` make the prior and the transitions;
 4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
    next token, ``circuit_sample`` and ``circuit_argmax`` a window.
 
@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops, reference
-from lora_ext._checks import require
+from lora_ext._checks import FLOATS, integer, require
 from lora_ext.layers import IGNORE
 
-from .circuit_checks import EmissionName, Kind, check_structure, check_tensors, looked_at
-from .emission import EMISSIONS, LeafSizes
-from .shortlist import Shortlist, checked_ids
-from .sum_weights import SumWeights
+from .config import EmissionName, Kind, check_structure
+from .emission import EMISSIONS, LeafSizes, SumWeights
+from .shortlist import Shortlist, checked_ids, looked_at
 
 # Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
 _INIT_BOUND = 0.01275 * 64
@@ -139,7 +138,10 @@ class CircuitHead(nn.Module):
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
-        check_tensors("CircuitHead", hidden_size, vocab_size, dtype)
+        integer("CircuitHead", "hidden_size", hidden_size, 1, expected="at least 1")
+        integer("CircuitHead", "vocab_size", vocab_size, 2, expected="at least 2")
+        floats = f"one of {FLOATS}"
+        require(dtype in FLOATS, "CircuitHead", "dtype", floats, dtype, NotImplementedError)
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.n_token = n_token
@@ -205,12 +207,10 @@ class CircuitHead(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        expected = (num_blocks * self.vocab_size, self.hidden_size)
-        if num_blocks < 1 or tuple(weight.shape) != expected:
-            raise ValueError(
-                f"CircuitHead.init_from_lm_head: weight: expected shape {expected} for "
-                f"{num_blocks} blocks, found {tuple(weight.shape)}"
-            )
+        expected, found = (num_blocks * self.vocab_size, self.hidden_size), tuple(weight.shape)
+        words = f"shape {expected} for {num_blocks} blocks"
+        fits = num_blocks >= 1 and found == expected
+        require(fits, "CircuitHead.init_from_lm_head", "weight", words, found)
         blocks = weight.detach().unflatten(0, (num_blocks, self.vocab_size))
         self.leaves.start_from(self.listed.narrow(blocks, 1))
 
@@ -218,13 +218,10 @@ class CircuitHead(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         ids = state_dict.get(prefix + "shortlist")
-        if ids is not None and not torch.equal(
-            ids, checked_ids(ids, self.vocab_size).to(ids.device)
-        ):
-            raise ValueError(
-                "CircuitHead: shortlist: expected ascending ids in a state dict, found another "
-                "order"
-            )
+        if ids is not None:
+            ascends = torch.equal(ids, checked_ids(ids, self.vocab_size).to(ids.device))
+            expected = "ascending ids in a state dict"
+            require(ascends, "CircuitHead", "shortlist", expected, "another order")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------

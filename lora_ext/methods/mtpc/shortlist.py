@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_ext._torch import compiles
+
 
 @dataclass(frozen=True)
 class Shortlist:
@@ -70,6 +72,12 @@ class Shortlist:
 
     def _in_vocabulary(self, tokens: Tensor) -> Tensor:
         return (tokens >= 0) & (tokens < self.vocab_size)
+
+
+def looked_at(t: Tensor) -> bool:
+    """Whether the numbers of tokens may be checked here, on the host. The ops check them again
+    when they run."""
+    return t.device.type == "cpu" and not compiles()
 
 
 def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:

@@ -7,7 +7,6 @@ LLMs" (arXiv 2506.18931); E-DIEM after arXiv 2407.08623; the projection of Safe 
 from .config import SploraConfig
 from .ediem import DegenerateReferenceError, diem
 from .live import apply_to, remove
-from .pictures import draw_scores
 from .projection import ZeroAlignmentError, project_factor
 from .pruning import SploraResult, apply, project
 from .scores import LayerStats, ediem_scores, pair_stats, size_correlation
@@ -22,7 +21,6 @@ __all__ = [
     "apply",
     "apply_to",
     "diem",
-    "draw_scores",
     "ediem_scores",
     "pair_stats",
     "project",

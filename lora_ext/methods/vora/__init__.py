@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from .config import VoraConfig
 from .distill import DistillHeads, block_distill_loss
-from .embed import VisionPatchEmbed
+from .embed import VisionPatchEmbed, smart_resize
 from .files import from_peft, load_state_dict, state_dict, to_peft
 from .layers import UnmergeableRouteError, VoraLinear
-from .mask import build_vision_mask
 from .modalities import modality
 from .model import VoraForCausalLM
 from .placement import apply, merge, remove
-from .resolution import smart_resize
-from .splice import Spliced, splice_images
+from .splice import Spliced, build_vision_mask, splice_images
 from .teacher import TeacherStates, teacher_states
 
 if TYPE_CHECKING:

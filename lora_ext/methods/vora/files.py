@@ -90,13 +90,9 @@ def load_state_dict(
 
     Source: the names of the repository Hon-Wong/VoRA.
     """
-    layers = applied("load_state_dict", model).layers
-    for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.load_state_dict: {name}: expected an adapter apart from the base weight, "
-                f"found {layer.merged_adapters} merged into it; unmerge it first"
-            )
+    where, state = "vora.load_state_dict", applied("load_state_dict", model)
+    state.require_apart("load_state_dict")
+    layers = state.layers
     wanted, base = _expected(model, layers), _base_tensors(language_model(model))
     copies: dict[str, tuple[Tensor, Tensor]] = {}  # from, to
     biases: dict[str, tuple[VoraLinear, Tensor]] = {}
@@ -105,10 +101,8 @@ def load_state_dict(
     for key, value in sd.items():
         name = _ours(key)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        if name in copies or name in biases:
-            raise ValueError(
-                f"vora.load_state_dict: {key}: expected one tensor for {name}, found a second"
-            )
+        once = name not in copies and name not in biases
+        require(once, where, key, f"one tensor for {name}", "a second")
         if name in wanted:
             copies[name] = _fitting(key, value, wanted[name]), wanted[name]
         elif name in base:
@@ -120,7 +114,7 @@ def load_state_dict(
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         elif owner is not None and strict:
             raise ValueError(
-                f"vora.load_state_dict: {key}: expected no bias, as the layer of the language "
+                f"{where}: {key}: expected no bias, as the layer of the language "
                 "model has none, found one; allow_extra_bias=True honours it, strict=False leaves "
                 "it out"
             )
@@ -128,16 +122,16 @@ def load_state_dict(
             unexpected.append(key)
     for name, (owner, _) in biases.items():
         expected = "no bias where the scale is 0"
-        require(owner.scale != 0, "vora.load_state_dict", name, expected, "one")
+        require(owner.scale != 0, where, name, expected, "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     if strict and missing:
         raise ValueError(
-            f"vora.load_state_dict: {missing[0]}: expected a tensor, found none"
+            f"{where}: {missing[0]}: expected a tensor, found none"
             f"{_and_more(missing)} (strict=False lets that pass)"
         )
     if strict and unexpected:
         raise ValueError(
-            f"vora.load_state_dict: {unexpected[0]}: expected only tensors that the model has a "
+            f"{where}: {unexpected[0]}: expected only tensors that the model has a "
             f"place for, found this one{_and_more(unexpected)} (strict=False lets that pass)"
         )
     with torch.no_grad():
@@ -270,6 +264,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     try:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
+        state.require_apart("from_peft")
         _check_modules(adapter, state)
     except BaseException:
         if new:
@@ -320,11 +315,6 @@ def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
                 f"that match {state.config.target_modules}, found another"
             )
     for name, layer in state.layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"{where}: {name}: expected an adapter apart from the base weight, found it merged "
-                "into it; unmerge it first"
-            )
         factors = adapter.modules.get(name)
         if factors is None:
             raise ValueError(f"{where}: {name}: expected factors, found none in the folder")

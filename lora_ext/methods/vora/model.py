@@ -15,10 +15,9 @@ from lora_ext.layers import IGNORE, decoder_layers, shift_labels
 from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
 from .embed import VisionPatchEmbed
-from .mask import build_vision_mask
 from .modalities import modality
 from .placement import KEY, Applied, apply
-from .splice import Side, Spliced, splice_images
+from .splice import Side, Spliced, build_vision_mask, splice_images
 from .states import block_states, prefill
 
 #: Caches of transformers that have as many keys as there are tokens. "hybrid", which old generation

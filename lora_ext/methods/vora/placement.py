@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, require
 from lora_ext.layers import Swap, decoder_layers, is_adapted, matches_suffix
 from lora_ext.rows import PoolLayer
 
@@ -36,6 +36,15 @@ class Applied:
         placed: Any = self.swap.placed
         return placed
 
+    def require_apart(self, where: str) -> None:
+        """Raise RuntimeError where a layer's adapter is merged into its base weight by hand."""
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise RuntimeError(
+                    f"vora.{where}: {name}: expected an adapter apart from the base weight, found "
+                    f"{layer.merged_adapters} merged into it; unmerge it first"
+                )
+
 
 def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = True) -> Model:
     """Let the first blocks of a language model see, and freeze all else.
@@ -60,9 +69,7 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
 
     Source: arXiv 2503.20680.
     """
-    if not isinstance(config, VoraConfig):
-        found = type(config).__name__
-        raise TypeError(f"vora.apply: config: expected a VoraConfig, found {found}")
+    instance("vora.apply", "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
     if state is not None and not state.merged:
         raise RuntimeError(
@@ -99,12 +106,7 @@ def remove(model: Model) -> Model:
     """
     language = language_model(model)
     state = applied("remove", model)
-    for name, layer in state.layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.remove: {name}: expected an adapter apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it; unmerge it first"
-            )
+    state.require_apart("remove")
     state.swap.restore(language, "vora.remove")
     _restore_flags(language, state)
     del language.__dict__[KEY]
@@ -134,13 +136,9 @@ def merge(model: Model, force: bool = False) -> Model:
     """
     language = language_model(model)
     state = applied("merge", model)
+    state.require_apart("merge")
     layers = state.layers
     for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"vora.merge: {name}: expected an adapter apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it already"
-            )
         try:
             layer.check_merge(force)
             layer.base_weight.check_writable("merge")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lora_ext._checks import flag, integer, number, require
 
-from .resolution import MAX_PIXELS, MIN_PIXELS, smart_resize
+from .embed import MAX_PIXELS, MIN_PIXELS, smart_resize
 
 EXTRA = "run `pip install lora_ext[vision]`"
 try:

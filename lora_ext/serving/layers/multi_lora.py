@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._torch import compiles
-from lora_ext.rows import Pool, PoolLayer, current, pool_rows
+from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows
 
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_replaced import traced_replaced, with_replaced
 
-if TYPE_CHECKING:
-    from .siblings import Siblings
+
+class Siblings(Protocol):
+    """What a layer asks of :mod:`lora_ext.serving.layers.siblings`, which builds on this file."""
+
+    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+        """What a sibling has computed for the layer already."""
+
+    def together(self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows) -> Tensor | None:
+        """The layer's output, computed with those of its followers."""
 
 
 class MultiLoraLinear(PoolLayer):

@@ -1,5 +1,7 @@
 """Pictures to learn to see with: one coloured shape on noise, of any size, and its caption.
 
+The example and the benchmark of VoRA learn from them.
+
 Six colours, four shapes and four quadrants make 96 captions; where exactly a shape lies, how large
 it is and the noise behind it differ from picture to picture.
 

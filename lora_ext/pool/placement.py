@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lora_ext.adapter import Replaced
 
-from .packing import PackedAdapter
-from .pages import PackedReplaced, Slab, TableBlock, descending, in_words, magnitude_dtype
-
-if TYPE_CHECKING:
-    from .store import PageStore, Resident
+from .pages import (
+    PackedAdapter,
+    PackedReplaced,
+    Slab,
+    TableBlock,
+    descending,
+    in_words,
+    magnitude_dtype,
+)
+from .store import PageStore, Placement, Resident
 
 _AHEAD = 8  # memory grows by so many pages of a module: 64 ranks
 
@@ -24,38 +27,9 @@ class PoolFullError(RuntimeError):
     """No room, and nothing unpinned that could make way."""
 
 
-@dataclass
-class Plan:
-    """Where a new adapter goes, made without touching anything."""
-
-    slot: int
-    pages: dict[str, list[int]]
-    free: dict[str, list[int]]  # free pages afterwards, of the modules that change
-    victims: list[Resident]
-    slabs: dict[str, Slab]  # new ones, unknown to the store until commit
-    blocks: list[TableBlock]
-    biases: dict[str, Tensor]  # as are these
-    magnitudes: dict[str, Tensor]
-    replaced: dict[str, Replaced] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)  # bytes behind pages, where they change
-
-    @property
-    def memory(self) -> list[Tensor]:
-        """What was allocated for this plan."""
-        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
-        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
-        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of tables, biases and magnitudes."""
-        vectors = (*self.biases.values(), *self.magnitudes.values())
-        return sum(block.nbytes for block in self.blocks) + sum(v.nbytes for v in vectors)
-
-
-def make_plan(
+def find_place(
     store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
-) -> Plan:
+) -> Placement:
     """Choose slot, pages and victims.
 
     Args:
@@ -94,7 +68,7 @@ def make_plan(
         wanted.append(f"{in_words(search.missing_bytes())} more than max_bytes leaves")
     if wanted:
         raise PoolFullError(_full(store, name, wanted))
-    return search.plan(slots[-1], victims, packed)
+    return search.placement(slots[-1], victims, packed)
 
 
 def _full(store: PageStore, name: str, wanted: list[str]) -> str:
@@ -128,7 +102,7 @@ class _Search:
         self.slabs = store.slabs | self.new
         self.free = {module: list(self.slabs[module].free) for module in need}
         self.tables = _new_blocks(store, self.new), *_new_vectors(store, self.slabs, packed)
-        new_tables = Plan(-1, {}, {}, [], {}, *self.tables).table_bytes
+        new_tables = Placement(-1, {}, {}, [], {}, *self.tables).table_bytes
         whole = sum(each.nbytes for each in packed.replaced.values())
         self.others = store.table_bytes + store.replaced_bytes + new_tables + whole
 
@@ -155,12 +129,12 @@ class _Search:
             free = self.free.get(module, self.store.slabs[module].free)
             self.free[module] = descending([*free, *pages])
 
-    def plan(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Plan:
+    def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
         """What was found."""
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
-        return Plan(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
+        return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
 
     def _sizes(self) -> dict[str, int]:
         """Bytes behind the pages of each module whose bytes change: in steps of some pages where
@@ -218,23 +192,23 @@ def _new_vectors(
     return biases, magnitudes
 
 
-def backed_bytes(store: PageStore, plan: Plan) -> dict[str, int]:
-    """Bytes behind the pages of each module whose bytes a plan changes, as they are."""
-    slabs = store.slabs | plan.slabs
-    return {module: slabs[module].memory.backed for module in plan.sizes}
+def backed_bytes(store: PageStore, place: Placement) -> dict[str, int]:
+    """Bytes behind the pages of each module whose bytes change, as they are."""
+    slabs = store.slabs | place.slabs
+    return {module: slabs[module].memory.backed for module in place.sizes}
 
 
-def resize(store: PageStore, plan: Plan) -> None:
-    """Give pages the bytes that a plan asks for. What is taken away has belonged to its victims.
+def resize(store: PageStore, place: Placement) -> None:
+    """Give pages the bytes that it needs there. What is taken away has belonged to its victims.
 
     Raises:
-        MemoryError: the device has no room; what was changed by then is for :func:`resize_back`.
+        MemoryError: the device has no room; what was changed by then is for :func:`set_sizes`.
     """
-    before = sum(backed_bytes(store, plan).values())
+    before = sum(backed_bytes(store, place).values())
     try:
-        _set_sizes(store, plan, plan.sizes)
+        set_sizes(store, place, place.sizes)
     except RuntimeError as error:
-        more = in_words(sum(plan.sizes.values()) - before)
+        more = in_words(sum(place.sizes.values()) - before)
         raise MemoryError(
             f"AdapterPool: expected room for {more} of pages beside the "
             f"{in_words(store.reserved_bytes)} that are reserved, found less ({error}); unload "
@@ -242,13 +216,13 @@ def resize(store: PageStore, plan: Plan) -> None:
         ) from error
 
 
-def resize_back(store: PageStore, plan: Plan, sizes: dict[str, int]) -> None:
-    """Undo :func:`resize`; RuntimeError where the device has no room any more."""
-    _set_sizes(store, plan, sizes)
+def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
+    """Back the pages of each module by so many bytes; with :func:`backed_bytes`, undo a resize.
 
-
-def _set_sizes(store: PageStore, plan: Plan, sizes: dict[str, int]) -> None:
-    slabs = store.slabs | plan.slabs
+    Raises:
+        RuntimeError: the device has no room.
+    """
+    slabs = store.slabs | place.slabs
     # What is given back comes first, for what is taken.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):
         slabs[module].memory.resize(size)

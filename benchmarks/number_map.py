@@ -1,0 +1,34 @@
+"""A table of numbers as colours, which the example and the benchmark of reasoning draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def draw_map(
+    axes: Any,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[object],
+    columns: Sequence[object],
+    top: float,
+) -> None:
+    """Draw a table of numbers as colours, each number written in its field.
+
+    Args:
+        axes: matplotlib axes.
+        values: by row, then column; NaN leaves a field empty.
+        rows, columns: what the fields are of.
+        top: the number of the darkest colour; 0, where all are zero, leaves all as light.
+    """
+    top = top or 1.0
+    axes.imshow(values, cmap="cividis_r", vmin=0, vmax=top, aspect="auto")
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            if value == value:
+                color = "white" if value > 0.55 * top else "black"
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)

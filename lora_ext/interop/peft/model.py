@@ -1,0 +1,179 @@
+"""``from_peft``: a model of PEFT's, run by lora_ext's kernels.
+
+Nothing is copied and nothing is replaced: the layers keep their parameters, buffers and names, and
+only their class changes, to a subclass whose ``forward`` is ours. All that PEFT does with a layer
+(checkpoints, ``set_adapter``, merging, deleting) is PEFT's own code, on PEFT's own objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from lora_ext.rows import layouts, refuse_singular, several_processes
+
+from . import quantised
+from .adapters import (
+    by_reason,
+    check_values,
+    refuse_layers_of_peft,
+    refuse_names_of_a_reference,
+    refuse_turned,
+    turned_layers,
+    warn_of_frozen,
+    warn_of_other_bases,
+)
+from .experts import FusedExperts
+from .layers import Fused, FusedLinear
+from .names import assignment_of, forget_checkpoints, kept_by_checkpoints
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Names of modules with LoRA adapters."""
+
+    taken: tuple[str, ...]  # lora_ext runs these
+    left: dict[str, str] = field(default_factory=dict)  # PEFT runs these, for the reason given
+
+
+def take_over(model: Model) -> Model:
+    """:func:`lora_ext.from_peft`, where peft is known to be there."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"from_peft: model: expected a torch.nn.Module, found a {type(model).__name__}"
+        )
+    if not any(isinstance(m, LoraLayer) for m in model.modules()):
+        raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
+    check_values(model)
+    warn_of_other_bases(model)
+    _swap(model, _fused_class)
+    layouts.tell(model)
+    for module in model.modules():
+        if isinstance(module, FusedLoraModel):
+            module.turned = turned_layers(module)
+    found = report(model)
+    if not found.taken:
+        warnings.warn(
+            "from_peft: model: expected layers that lora_ext can run, found none; PEFT runs "
+            f"{by_reason(found.left)}",
+            stacklevel=3,  # the caller of lora_ext.from_peft
+        )
+    return model
+
+
+def to_peft(model: Model) -> Model:
+    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
+    _swap(model, lambda kind: getattr(kind, "of_peft", kind))
+    block: Any
+    for block in model.modules():
+        for told in ("tokens_first", "turned") if isinstance(block, LoraLayer | LoraModel) else ():
+            block.__dict__.pop(told, None)
+        forget_checkpoints(block)
+    return model
+
+
+def _fused_class(kind: type) -> type:
+    plain = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: FusedLoraModel}
+    return plain.get(kind) or quantised.fused_class(kind)
+
+
+def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
+    never_called = _never_called(model)
+    module: Any
+    for module in model.modules():
+        if module not in never_called:
+            module.__class__ = other(type(module))
+
+
+def _never_called(model: nn.Module) -> set[nn.Module]:
+    """Output projections of ``nn.MultiheadAttention``, which takes their weight instead."""
+    return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def report(model: nn.Module) -> Report:
+    """Which LoRA layers of ``model`` lora_ext runs, and which PEFT still does."""
+    taken: list[str] = []
+    left: dict[str, str] = {}
+    never_called = _never_called(model)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module in never_called:
+            left[name] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif isinstance(module, Fused):
+            reasons = {module.uncovered(adapter) for adapter in module.lora_A} - {None}
+            if reasons:
+                left[name] = "; ".join(sorted(str(r) for r in reasons))
+            else:
+                taken.append(name)
+        elif isinstance(module, LoraLayer):
+            kind = type(module)
+            left[name] = (
+                "from_peft has not seen it yet"
+                if _fused_class(kind) is not kind
+                else f"only {quantised.COVERED} are covered, found {quantised.full_name(kind)}"
+            )
+    return Report(tuple(taken), left)
+
+
+class FusedLoraModel(LoraModel):
+    """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
+
+    of_peft = LoraModel
+    #: Layers that PEFT runs and that see tokens first.
+    turned: tuple[str, ...] = ()
+
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The model's own, which would swallow the names."""
+        if adapter_names is not None:
+            raise NotImplementedError(
+                "generate_batch: expected no adapter_names on a PEFT model, whose requests all "
+                "have the active adapter, found some; lora_ext.attach serves one per request"
+            )
+        refuse_singular("generate_batch", kwargs)
+        return self.model.generate_batch(*args, **kwargs)
+
+    def _is_fused(self, name: str) -> bool:
+        return isinstance(self.model.get_submodule(name), Fused)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        refuse_singular("from_peft", kwargs)
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            refuse_turned(names, self.turned)
+        if names is not None and self.training:
+            refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        training = self.training
+        self.training = training and names is None  # PEFT refuses names in training, nothing else
+        try:
+            hooks.__enter__()
+        finally:
+            self.training = training
+        try:
+            with contextlib.ExitStack() as stack:
+                if names is not None and training:
+                    warn_of_frozen(self.model, assignment_of(names))
+                    if several_processes() and torch.is_grad_enabled():
+                        # A fused layer looks itself: FSDP2 lays its parameters whole only then.
+                        left = report(self.model).left.items()
+                        others = {n: why for n, why in left if not self._is_fused(n)}
+                        refuse_layers_of_peft(self.model, others)
+                    stack.enter_context(kept_by_checkpoints(self.model, assignment_of(names)))
+                yield
+        finally:
+            # PEFT's context does not see an exception: it would leave its hooks on the layers.
+            hooks.__exit__(None, None, None)
+
+
+FusedLoraModel.__name__ = LoraModel.__name__  # as FusedLinear has its own

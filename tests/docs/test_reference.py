@@ -1,0 +1,29 @@
+"""Every room and every method has a page of the reference. `make docs` builds and checks them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
+ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+ROOMS = [f"lora_ext.{p.parent.name}" for p in sorted((ROOT / "lora_ext").glob("*/__init__.py"))]
+METHODS = [
+    f"lora_ext.methods.{p.parent.name}"
+    for p in sorted((ROOT / "lora_ext/methods").glob("*/__init__.py"))
+]
+
+
+@pytest.mark.parametrize("package", ["lora_ext", *ROOMS, *METHODS])
+def test_a_page_of_the_reference_asks_for_the_names_of(package: str) -> None:
+    assert package in ASKED, f"write docs/reference/{package.partition('.')[2]}.md with its line"
+
+
+def test_the_navigation_has_every_page_of_the_reference_and_the_notes() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = [*PAGES, *(ROOT / "docs/notes").glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    names = {page.relative_to(ROOT / "docs").as_posix() for page in pages}
+    assert names == set(re.findall(r"^ *- ([\w/]+\.md)$", navigation, re.M))
