@@ -18,7 +18,7 @@ from lora_ext.rows import adapters  # noqa: E402
 from lora_ext.serving import attach, detach  # noqa: E402
 
 if TYPE_CHECKING:
-    from lora_ext import circuits, federated, methods, nn
+    from lora_ext import circuits, control, federated, methods, nn
 
 __all__ = [
     "AdapterPool",
@@ -27,6 +27,7 @@ __all__ = [
     "adapters",
     "attach",
     "circuits",
+    "control",
     "detach",
     "federated",
     "from_peft",
@@ -38,7 +39,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
-_ON_DEMAND = frozenset({"circuits", "federated", "methods", "nn"})
+_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn"})
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -27,7 +27,7 @@ BELOW: dict[str, str] = {
     "layers": "rows ops",
     "adapter": "layers rows ops",
     "pool": "adapter layers rows ops",
-    "serving": "pool adapter layers rows ops",
+    "serving": "pool adapter layers rows control ops",
     "circuits": "ops reference",
     "control": "circuits rows ops",
     "federated": "adapter layers rows ops",

@@ -10,14 +10,15 @@ from typing import Any, NoReturn, get_args
 import lora_ext
 from lora_ext.adapter import KINDS, MergeMode
 
-from . import changes, reports
+from . import changes, guides, reports
 
 _DESCRIPTION = """\
-Look at LoRA adapters, merge them, resize them, prune them and compare them.
+Look at LoRA adapters, merge them, resize them, prune them and compare them;
+learn a guide for constraints on what a model writes.
 
 An adapter is a folder as PEFT saves it, with adapter_config.json and
-adapter_model.safetensors (or .bin). Nothing is downloaded, and only `prune`
-needs a model."""
+adapter_model.safetensors (or .bin). Nothing is downloaded, and only `prune` and
+`distil-guide` need a model."""
 
 _EPILOG = """\
 examples:
@@ -66,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_resize(commands)
     _add_prune(commands)
     _add_diff(commands)
+    _add_distil_guide(commands)
     return parser
 
 
@@ -298,3 +300,30 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers, found {text!r}") from None
+
+
+def _add_distil_guide(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "distil-guide",
+        "learn a guide, by which constraints look ahead, from what a model writes",
+        "Writes DIR/guide.safetensors for lora_ext.control.Guide.load. The measures are nats\n"
+        "a token on texts that were held out: of the guide, and of the model itself.",
+        guides.distil_guide,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a causal LM and its tokenizer")
+    parser.add_argument(
+        "--states", type=int, default=512, metavar="N", help="states (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line (default: a few plain requests)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=4096, metavar="N", help="texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=32, metavar="N", help="tokens of each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    _add_out(parser)
+    _add_json(parser)

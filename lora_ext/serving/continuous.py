@@ -5,7 +5,7 @@ The way of a request:
 1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
 2. A step packs tokens of many requests into one row; a block around it says whose each token is.
 3. Blocks of keys and values that requests share are told apart by adapter.
-4. A request may choose its tokens in a way of its own (``sampling.py``).
+4. A request may choose its tokens in a way of its own (``sampling.py``, ``constraining.py``).
 5. The pin goes when the result is delivered, or the request is cancelled.
 
 Methods of a manager, and of what it makes, are wrapped on the instance; no class is touched.
@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,12 @@ from torch import Tensor, nn
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, context, packed_block
 
+from .constraining import RequestConstraint, Standing, constrained, request_constraint, standing
 from .names import CallNames, NamedPrompt, named_prompts
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint, Guide
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -46,6 +50,7 @@ class _Request:
     lease: Lease
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
+    constraint: RequestConstraint | None = None
     cancelled: bool = False
 
     @property
@@ -73,6 +78,7 @@ class AdapterRequests:
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
         self._running = False
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
+        self._constrained: list[Standing] = []
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
         _check_settings(manager)
@@ -123,10 +129,12 @@ class AdapterRequests:
         *args: Any,
         adapter_name: str | None = _NOT_GIVEN,
         sampling: Sampling | None = None,
+        constraint: Constraint | None = None,
+        guide: Guide | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The manager's own, with a pinned adapter, and a way of its own to choose tokens. A pool
-        without room raises :class:`~lora_ext.pool.PoolFullError`."""
+        """The manager's own, with a pinned adapter and a way and constraint of its own for tokens.
+        A pool without room raises :class:`~lora_ext.pool.PoolFullError`."""
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
         if len(input_ids) == 0:  # it would end the thread that serves all others
             error = ValueError("add_request: input_ids: expected at least one token, found none")
@@ -147,7 +155,9 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
+            own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             self._begin(request_id, adapter_name, sampling, wait=prompt is not None)
+            self._requests[request_id].constraint = own
             try:
                 accepted = original(input_ids, request_id, *args, **kwargs)
             except BaseException:
@@ -299,6 +309,7 @@ class AdapterRequests:
         requests = [self._request(each.state.request_id) for each in batch]
         new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
         self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
+        self._constrained = standing([e.state for e in batch if e.has_new_token], new)
         slots = tuple(request.lease[0] for request in requests)
         lengths = tuple(each.query_length for each in batch)
         key = slots, lengths, kept
@@ -314,6 +325,7 @@ class AdapterRequests:
     def _sample(
         self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
+        scores = constrained(scores, self._constrained)
         original(scores, output_ids, *args)
         for row, request in self._drawing:
             assert request.sampling is not None

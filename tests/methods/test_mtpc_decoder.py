@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_ext import reference
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc import decoder as decoder_module
+from lora_ext.methods.mtpc.drafting import nucleus
 from lora_ext.nn import CircuitHead
 
 KINDS = ("ff", "cp", "hmm", "btree")
@@ -314,7 +314,7 @@ def test_tokens_that_the_verifier_forbids_are_never_emitted():
 
 def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
     p = torch.tensor([0.05, 0.5, 0.2, 0.25])
-    kept = [decoder_module.nucleus(p.log(), top_p).softmax(-1) for top_p in (0.4, 0.5, 0.51, 1.0)]
+    kept = [nucleus(p.log(), top_p).softmax(-1) for top_p in (0.4, 0.5, 0.51, 1.0)]
     torch.testing.assert_close(kept[0], torch.tensor([0, 1.0, 0, 0]))
     torch.testing.assert_close(kept[1], torch.tensor([0, 1.0, 0, 0]))
     torch.testing.assert_close(kept[2], torch.tensor([0, 2 / 3, 0, 1 / 3]))

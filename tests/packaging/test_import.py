@@ -46,13 +46,13 @@ def test_import_takes_under_300_ms_beyond_torch():
 def test_large_packages_are_imported_on_demand():
     code = (
         "import sys, lora_ext\n"
-        "names = ['circuits', 'federated', 'methods']\n"
+        "names = ['circuits', 'control', 'federated', 'methods']\n"
         "assert not [n for n in names if f'lora_ext.{n}' in sys.modules]\n"
         "assert set(names) <= set(dir(lora_ext))\n"
         "print([getattr(lora_ext, n).__name__ for n in names])"
     )
     assert python(code).strip() == str(
-        [f"lora_ext.{n}" for n in ("circuits", "federated", "methods")]
+        [f"lora_ext.{n}" for n in ("circuits", "control", "federated", "methods")]
     )
     with pytest.raises(AttributeError, match="module 'lora_ext' has no attribute 'nothing'"):
         lora_ext.nothing  # noqa: B018  # the access itself raises

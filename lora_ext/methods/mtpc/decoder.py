@@ -20,6 +20,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._checks import require
+from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator
 from lora_ext.rows import Names, generation_scope, of_call, pool_of
 
-from .drafting import Chain, DraftedWindow, draw
+from .constrained import Constrained
+from .drafting import Chain, DraftedWindow, draw, nucleus
 from .layers import Circuit, CircuitHead
 from .request import Rows, read_request
 from .tail import DraftTail
@@ -99,6 +102,9 @@ class SpeculativeDecoder:
             window then starts behind that token. The first token is the verifier's own, without a
             call.
         chain: with a bridge, how many windows of n tokens a call drafts one behind the other.
+        constraint: that every row satisfies at the end of its budget, or a list with one (or None)
+            per row; "sample" and "greedy" are then those of the law in docs/control.md.
+        guide: by which constraints look ahead.
 
     Raises:
         ValueError: a setting out of range, or a head of another width or vocabulary.
@@ -118,6 +124,8 @@ class SpeculativeDecoder:
         tail: DraftTail | None = None,
         bridge: TokenBridge | None = None,
         chain: int = 1,
+        constraint: Constraints = None,
+        guide: Guide | None = None,
     ):
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
         if (head.vocab_size, head.hidden_size) != (vocab_size, hidden_size):
@@ -140,6 +148,8 @@ class SpeculativeDecoder:
         self.tail = tail
         self.bridge = bridge
         self.chain = chain
+        self.constraint = constraint
+        self.guide = guide
         self._check()
 
     def _check(self) -> None:
@@ -235,10 +245,11 @@ class SpeculativeDecoder:
             if adapter_names is not None:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
+            control = Constrained.of(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
-            return decoder._decode(trunk, Rows(input_ids, request, streamer))
+            return decoder._decode(trunk, Rows(input_ids, request, streamer), control)
 
-    def _decode(self, trunk: Trunk, rows: Rows) -> Generation:
+    def _decode(self, trunk: Trunk, rows: Rows, control: Constrained | None) -> Generation:
         n, seeds = self.drafted, rows.request.seeds
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         first, hidden, passes = trunk.first_logits, trunk.first_hidden, 0
@@ -246,6 +257,8 @@ class SpeculativeDecoder:
 
         def go_on(stay: list[int]) -> None:
             nonlocal first, hidden, pending
+            if control is not None:
+                control.select(stay)
             if stay and len(stay) < len(hidden):
                 index = torch.tensor(stay, device=hidden.device)
                 trunk.select(index)
@@ -253,7 +266,10 @@ class SpeculativeDecoder:
                 pending = None if pending is None else pending[index]
 
         if self.bridge is not None:
-            pending = self.first_token(first, self.uniforms(generators, first.device)[:, -1])
+            law = first if control is None else control.first(first)
+            pending = self.first_token(law, self.uniforms(generators, first.device)[:, -1])
+            if control is not None:
+                control.start(pending)
             go_on(rows.start(pending))
         while rows.live:
             if pending is not None and self.window == "restart":
@@ -262,7 +278,8 @@ class SpeculativeDecoder:
                 first, hidden, pending = logits[:, 0], states[:, 0], None
                 passes += 1
             uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
-            draft = self.draft(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
+            make = self.draft if control is None else partial(control.drafted, self)
+            draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
             passes += 1
             if self.bridge is not None and pending is not None:
                 target, states = trunk.feed(torch.cat([pending[:, None], draft.tokens], 1))
@@ -273,7 +290,11 @@ class SpeculativeDecoder:
                 target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
                 states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
                 given = pending
+            if control is not None:
+                target = control.target(target)
             accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
+            if control is not None:
+                control.take(accepted, token)
             fed = n if self.bridge is None else n + 1
             trunk.keep(accepted + (fed - n), fed)
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
@@ -374,11 +395,3 @@ class SpeculativeDecoder:
         return ops.spec_verify(
             target, draft.tokens, conditional, posterior, leaf, uniforms, evidence, temperature
         )
-
-
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Logits with ``-inf`` outside the smallest set of likeliest tokens that has ``top_p``."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-    return logits.masked_fill(dropped, -torch.inf)

@@ -103,3 +103,11 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     sums = logits.double().softmax(-1).cumsum(-1)
     limit = uniforms[:, None].to(sums) * sums[:, -1:]
     return torch.searchsorted(sums, limit, right=True)[:, 0]
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits with ``-inf`` outside the smallest set of likeliest tokens that has ``top_p``."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return logits.masked_fill(dropped, -torch.inf)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
 from .config import MtpcConfig
@@ -125,6 +126,8 @@ class Draft(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
         chain: int | None = None,
+        constraint: Constraints = None,
+        guide: Guide | None = None,
     ) -> SpeculativeDecoder:
         """A decoder that drafts with this; arguments as in :class:`SpeculativeDecoder`, and
         ``chain`` is the configuration's where it is not given."""
@@ -138,6 +141,8 @@ class Draft(nn.Module):
             self.tail,
             self.bridge,
             self.config.chain if chain is None else chain,
+            constraint,
+            guide,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:

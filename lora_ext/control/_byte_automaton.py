@@ -1,0 +1,78 @@
+"""A program of its own: reads a regular expression or a schema, writes its automaton over bytes.
+
+It runs as a child process, for outlines-core cannot be told to stop: a few characters can ask it
+for more states than there is memory. It imports nothing of this package and sees no token.
+
+Standard input: a JSON object with ``folder`` (of outlines_core), ``seconds``, ``bytes``,
+``pattern`` or ``schema``, and ``inner``: patterns that must stay inside a JSON string. Standard
+output: a line of JSON, ``{"states": S, "start": s}`` or ``{"error": text}``, then S times 256 next
+states and S flags, int32 in the machine's order.
+"""
+
+import sys
+
+sys.path = sys.path[1:]  # not this folder, whose names are no modules of anybody else
+
+import array  # noqa: E402
+import json  # noqa: E402
+import resource  # noqa: E402
+
+# Behind the end of the expression: outlines-core drops tokens that end one byte behind a place
+# where a match may end, and with this byte there is one such place, and no token ends behind it.
+SENTINEL = 0
+# What ends a JSON string or must be escaped in it.
+UNSAFE = [*range(1, 32), 34, 92, 127]
+
+
+def automaton(index_of, pattern):
+    """Next states of every state, the start, and where a text may end."""
+    index = index_of(f"(?:{pattern})\\x00")
+    moves, ends = index.get_transitions(), set(index.get_final_states())
+    start = index.get_initial_state()
+    order, number = [start], {start: 0}
+    table, final = array.array("i"), array.array("i")
+    for state in order:
+        after = moves.get(state, {})
+        final.append(int(after.get(SENTINEL) in ends))
+        row = [-1] * 256
+        for byte, target in after.items():
+            if byte == SENTINEL or byte > 255:
+                continue
+            if target not in number:
+                number[target] = len(order)
+                order.append(target)
+            row[byte] = number[target]
+        table.extend(row)
+    return table, final
+
+
+def main():
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    seconds = max(1, int(request["seconds"]) + 1)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (request["bytes"], request["bytes"]))
+    sys.path.insert(0, request["folder"])
+    from outlines_core import Index, Vocabulary
+
+    every = Vocabulary(256, {bytes([b]): [b] for b in range(256)})
+    try:
+        pattern = request.get("pattern")
+        if pattern is None:
+            from outlines_core.json_schema import build_regex_from_schema
+
+            pattern = build_regex_from_schema(request["schema"])
+        for inner in request.get("inner", ()):
+            table, final = automaton(lambda rx: Index(rx, every), inner)
+            if any(table[256 * s + b] >= 0 for s in range(len(final)) for b in UNSAFE):
+                raise ValueError(f"unsafe: {inner}")
+        table, final = automaton(lambda rx: Index(rx, every), pattern)
+    except ValueError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return
+    print(json.dumps({"states": len(final)}), flush=True)
+    sys.stdout.buffer.write(table.tobytes() + final.tobytes())
+
+
+if __name__ == "__main__":
+    main()

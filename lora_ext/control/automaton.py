@@ -1,0 +1,225 @@
+"""Constraints: regular languages over the tokens of a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import algebra
+from .algebra import Automaton
+from .limits import DEFAULT, Clock, Limits, require
+from .vocabulary import end_tokens
+from .written import Written
+
+_MOST_CLASSES = 1 << 15  # what int16 holds
+
+
+class Constraint(Written):
+    """Which sequences of tokens a text may be: a regular language, kept as its smallest automaton.
+
+    Constraints of one vocabulary combine: ``a & b`` is both, ``a | b`` either, ``~a`` every other
+    text. Two constraints with the same texts are equal, however they were written.
+
+    Attributes:
+        vocab_size: ``V``. eos: the tokens that end a text.
+        class_of: ``(V,)`` int16 on the CPU; tokens of a class lead to the same states everywhere.
+        table: ``(S, classes)`` int16 on the CPU, the next state, -1 forbidden, ``S`` the end.
+            Class 0 is that of the tokens that end a text.
+    """
+
+    def __init__(self, content: Automaton, vocab_size: int, eos: tuple[int, ...]):
+        states = len(content.table)
+        ends = np.where(content.final, states, -1)
+        class_of = content.class_of.astype(np.int16) + 1
+        class_of[list(eos)] = 0
+        table = np.concatenate([ends[:, None], content.table], 1).astype(np.int16)
+        self.vocab_size = vocab_size
+        self.eos = eos
+        self.class_of = torch.from_numpy(class_of)
+        self.table = torch.from_numpy(table)
+        self._content = content
+
+    # --- making -----------------------------------------------------------------------------------
+    @classmethod
+    def _of(
+        cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
+    ) -> Constraint:
+        """The constraint of an automaton over tokens."""
+        automaton.class_of[list(eos)] = -1
+        content = algebra.minimal(automaton, clock)
+        clock.states(len(content.table), part)
+        if content.table.shape[1] >= _MOST_CLASSES:
+            clock.refuse(
+                f"{_MOST_CLASSES} classes of tokens", f"{content.table.shape[1]}, from {part}"
+            )
+        some = bool(content.final.any())
+        require(some, what, "a language with a text", "an empty one: nothing satisfies it")
+        return cls(content, len(automaton.class_of), eos)
+
+    @classmethod
+    def from_edges(
+        cls,
+        edges: Iterable[tuple[int, int, int]],
+        start: int,
+        final: Iterable[int],
+        vocab_size: int,
+        eos_token_id: int | Sequence[int],
+        *,
+        limits: Limits = DEFAULT,
+    ) -> Constraint:
+        """A constraint from its automaton.
+
+        Args:
+            edges: triples (state, token, next state). A state is any number from 0 on.
+            start: the state before the first token.
+            final: states in which a text may end.
+            vocab_size: ``V``.
+            eos_token_id: the token, or tokens, that end a text; no edge has one.
+            limits: of states, bytes and seconds.
+
+        Raises:
+            ValueError: for states or tokens out of range, two edges of one token that leave a state
+                for different ones, and a language without any text.
+            ConstraintTooLarge: above the limits.
+        """
+        what = "from_edges"
+        whole = type(vocab_size) is int and vocab_size >= 1
+        require(whole, f"{what}: vocab_size", "a whole number, at least 1", repr(vocab_size))
+        eos = end_tokens(what, eos_token_id, vocab_size)
+        clock = Clock(what, limits)
+        listed = [tuple(edge) for edge in edges]
+        good = all(len(e) == 3 and all(_whole(n) for n in e) for e in listed)
+        require(
+            good, f"{what}: edges", "triples (state, token, next state) of whole numbers", "others"
+        )
+        ends = list(final)
+        require(_whole(start), f"{what}: start", "a state, a whole number from 0 on", repr(start))
+        require(all(map(_whole, ends)), f"{what}: final", "states, whole numbers from 0 on", ends)
+        states = {start, *ends, *(e[0] for e in listed), *(e[2] for e in listed)}
+        clock.states(len(states), "edges", merged=False)
+        number = {s: i for i, s in enumerate(sorted(states))}
+        tokens = sorted({e[1] for e in listed})
+        wrong = [t for t in tokens if t >= vocab_size]
+        require(not wrong, f"{what}: edges", f"tokens below vocab_size {vocab_size}", wrong[:1])
+        both = [t for t in tokens if t in eos]
+        expected = "no edge of a token that ends a text (name its state in final)"
+        require(not both, f"{what}: edges", expected, f"token {both[:1]}")
+        place = {t: i for i, t in enumerate(tokens)}
+        clock.table(4 * len(states) * (len(tokens) + 1), "states times tokens")
+        table = np.full((len(states), len(tokens)), -1, np.int32)
+        for s, t, after in listed:
+            at = number[s], place[t]
+            one = table[at] in (-1, number[after])
+            require(one, f"{what}: edges", f"one state behind state {s} and token {t}", "two")
+            table[at] = number[after]
+        class_of = np.full(vocab_size, -1, np.int32)
+        class_of[tokens] = np.arange(len(tokens))
+        flags = np.zeros(len(states), bool)
+        flags[[number[s] for s in ends]] = True
+        return cls._of(what, Automaton(class_of, table, flags, number[start]), eos, clock, "edges")
+
+    # --- combining --------------------------------------------------------------------------------
+    def __and__(self, other: Constraint) -> Constraint:
+        return self._joined(other, "&", np.logical_and)
+
+    def __or__(self, other: Constraint) -> Constraint:
+        return self._joined(other, "|", np.logical_or)
+
+    def __invert__(self) -> Constraint:
+        content = algebra.complement(self._content)
+        return self._of("~", content, self.eos, Clock("~"), "the complement")
+
+    def _joined(self, other: Constraint, sign: str, both: Any) -> Constraint:
+        if not isinstance(other, Constraint):
+            return NotImplemented
+        mine, theirs = (self.vocab_size, self.eos), (other.vocab_size, other.eos)
+        where = f"{sign}: other vocabulary"
+        require(mine == theirs, where, f"size and ends {mine} as on the left", theirs)
+        clock = Clock(sign)
+        joined = algebra.joined(self._content, other._content, both, clock)
+        part = f"{self.num_states} states times {other.num_states}"
+        return self._of(sign, joined, self.eos, clock, part)
+
+    # --- asking -----------------------------------------------------------------------------------
+    @property
+    def num_states(self) -> int:
+        """States of the smallest automaton, the end left out."""
+        return len(self.table)
+
+    @property
+    def end(self) -> int:
+        """The state behind the end of a text."""
+        return len(self.table)
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """The table as lists, for a look-up of one token."""
+        return self.table.tolist()
+
+    @cached_property
+    def classes(self) -> list[int]:
+        """The class of each token as a list."""
+        return self.class_of.tolist()
+
+    def next_state(self, state: int, token: int) -> int:
+        """The state behind a token, -1 where it is forbidden; the end stays the end."""
+        if state in (-1, self.end):
+            return state
+        if not 0 <= token < self.vocab_size:
+            return -1
+        return self.rows[state][self.classes[token]]
+
+    def accepts(self, tokens: Iterable[int] | Tensor) -> bool:
+        """Whether a text is one of the language; ``tokens`` are those before the end."""
+        state = 0
+        for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
+            state = self.next_state(state, int(token))
+            if state in (-1, self.end):
+                return False
+        return self.rows[state][0] == self.end
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """The fewest tokens to the end from each state, the one that ends included, ``(S + 1,)``;
+        of the end 0."""
+        table = np.concatenate([self.table.numpy(), np.full((1, self.table.shape[1]), -1)])
+        sources, targets = algebra.edges(table)
+        seeds = np.array([self.end])
+        return torch.from_numpy(algebra.distances(sources, targets, seeds, len(table)))
+
+    @cached_property
+    def tokens_by_class(self) -> tuple[Tensor, Tensor]:
+        """All tokens ordered by class, and where each class begins, ``(classes + 1,)``."""
+        counts = torch.bincount(self.class_of.long(), minlength=self.table.shape[1])
+        first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return self.class_of.argsort(stable=True), first
+
+    @cached_property
+    def key(self) -> bytes:
+        """The content: equal for equal languages over equal vocabularies."""
+        digest = hashlib.blake2b(repr((self.vocab_size, self.eos)).encode(), digest_size=24)
+        digest.update(self.class_of.numpy().tobytes())
+        digest.update(self.table.numpy().tobytes())
+        return digest.digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constraint) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return (
+            f"Constraint(num_states={self.num_states}, classes={self.table.shape[1]}, "
+            f"vocab_size={self.vocab_size})"
+        )
+
+
+def _whole(n: object) -> bool:
+    return type(n) is int and n >= 0

@@ -1,0 +1,264 @@
+"""Learning a guide from a language model's own text and laws.
+
+The model writes texts; its hidden states are clustered into the guide's states. What a state emits
+is the mean of the model's own laws over its cluster, not a count of tokens: a few thousand hidden
+states say more that way than as many tokens do. Transitions are counted, and then learned by EM for
+as long as texts that were held out become likelier.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.circuits import Categorical, Circuit, RegionGraph
+
+from .guide import Guide
+from .limits import require
+
+#: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.
+Progress = Callable[..., Iterable[Any]]
+_WHERE = "distil"
+_CHUNK = 256
+
+
+@torch.no_grad()
+def distil(
+    model: Any,
+    prompts: Tensor | Sequence[Sequence[int]],
+    states: int = 512,
+    *,
+    samples: int = 4096,
+    length: int = 32,
+    batch: int = 16,
+    em_steps: int = 10,
+    held_out: float = 0.1,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Guide:
+    """Learn a guide from what a model writes behind prompts.
+
+    Args:
+        model: a transformers causal LM, in evaluation mode.
+        prompts: ``(N, S)``, or lists of tokens of any lengths; used in turn.
+        states: ``H``.
+        samples: texts to write, at least 2. length: tokens of each at most.
+        batch: rows of a call of the model.
+        em_steps: of the transitions at most; fewer once held-out texts become less likely.
+        held_out: the share of texts to measure by.
+        eos_token_id: what ends a text; None: that of the model's ``generation_config``.
+        seed: of the samples and the clusters; torch's own generator is left as it was.
+        progress: ``progress(iterable, desc=..., total=...)`` shows how far it is, such as
+            ``tqdm.tqdm``.
+
+    Returns:
+        a guide whose ``measures`` are ``held_out_nats`` a token under the guide,
+        ``model_nats`` under the model, and ``tokens`` that it learned from.
+
+    Raises:
+        ValueError: for numbers out of range, naming the argument.
+    """
+    for name, value, low in (
+        ("states", states, 1),
+        ("samples", samples, 2),
+        ("length", length, 2),
+        ("batch", batch, 1),
+        ("em_steps", em_steps, 0),
+    ):
+        whole = type(value) is int and value >= low
+        require(whole, f"{_WHERE}: {name}", f"a whole number, at least {low}", repr(value))
+    require(0 < held_out < 1, f"{_WHERE}: held_out", "a share between 0 and 1", held_out)
+    rows = [list(map(int, p)) for p in prompts]
+    good = bool(rows) and all(rows)
+    require(good, f"{_WHERE}: prompts", "at least one prompt of at least one token", "none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        written = _Written(model, rows, samples, length, batch, eos_token_id, progress)
+        return _learned(written, states, em_steps, held_out, progress)
+
+
+class _Written:
+    """Texts of a model, and what it held of each token.
+
+    Attributes:
+        tokens: ``(N, L)``, -1 behind the end of a text.
+        hidden: ``(N, L, D)`` float32, of the place that each token was drawn from.
+        nats: ``(N, L)``, of each token under the model; 0 behind the end.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        samples: int,
+        length: int,
+        batch: int,
+        eos_token_id: int | Sequence[int] | None,
+        progress: Progress | None,
+    ):
+        self.head = model.get_output_embeddings()
+        config = getattr(model, "generation_config", None)
+        eos = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
+        self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        # Rows of one call have prompts of one length, so that nothing is padded.
+        order = sorted((prompts[i % len(prompts)] for i in range(samples)), key=len)
+        calls: list[list[list[int]]] = []
+        for prompt in order:
+            if not calls or len(calls[-1]) == batch or len(calls[-1][0]) != len(prompt):
+                calls.append([])
+            calls[-1].append(prompt)
+        caught: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            for call in _shown(calls, progress, "texts"):
+                parts.append(self._write(model, torch.tensor(call), length, caught))
+        finally:
+            hook.remove()
+        self.tokens, self.hidden, self.nats = (torch.cat(p) for p in zip(*parts, strict=True))
+
+    def _write(
+        self, model: Any, ids: Tensor, length: int, caught: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One batch of texts, drawn token by token from the model's plain law."""
+        device = model.get_input_embeddings().weight.device
+        fed, cache = ids.to(device), _new_cache(model)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        out: list[tuple[Tensor, Tensor, Tensor]] = []
+        ends = torch.tensor(self.eos, device=device, dtype=torch.long)
+        for _ in range(length):
+            caught.clear()
+            logits = model(fed, use_cache=True, **cache).logits
+            law = logits[:, -1].float().log_softmax(-1)
+            token = torch.multinomial(law.exp(), 1)
+            nats = -law.gather(1, token)[:, 0]
+            out.append(
+                (
+                    torch.where(ended, -1, token[:, 0]).cpu(),
+                    caught[-1][:, -1].float().cpu(),
+                    torch.where(ended, 0.0, nats).cpu(),
+                )
+            )
+            ended = ended | torch.isin(token[:, 0], ends)
+            fed = token
+        tokens, hidden, nats = (torch.stack(p, 1) for p in zip(*out, strict=True))
+        return tokens, hidden, nats
+
+    def laws(self, hidden: Tensor) -> Tensor:
+        """The model's laws of the next token at hidden states ``(n, D)``, ``(n, V)``."""
+        weight = self.head.weight
+        return self.head(hidden.to(weight.device, weight.dtype)).float().softmax(-1).cpu()
+
+
+def _new_cache(model: Any) -> dict[str, Any]:
+    """An empty cache under the name that the model's forward has for it; it grows in place."""
+    from transformers import DynamicCache
+
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": DynamicCache()}
+
+
+def _learned(
+    written: _Written, states: int, em_steps: int, held_out: float, progress: Progress | None
+) -> Guide:
+    """The guide of texts: clusters, laws, counts, and EM."""
+    tokens, order = written.tokens, torch.randperm(len(written.tokens))
+    apart = min(len(order) - 1, max(1, round(held_out * len(order))))
+    train, test = tokens[order[:-apart]], tokens[order[-apart:]]
+    seen = train >= 0
+    hidden = written.hidden[order[:-apart]][seen]
+    require(len(hidden) >= states, f"{_WHERE}: states", f"at most {len(hidden)} tokens", states)
+    cluster = torch.full(train.shape, -1)
+    cluster[seen] = _clusters(hidden, states, progress)
+    emission = _emission(written, hidden, cluster[seen], states, progress)
+    before, after = cluster[:, :-1].flatten(), cluster[:, 1:].flatten()
+    both = after >= 0  # then the one before it is, too
+    transition = torch.full((states, states), 1 / states)
+    transition.index_put_((before[both], after[both]), torch.ones(int(both.sum())), accumulate=True)
+    first = torch.bincount(cluster[:, 0], minlength=states).float() + 0.1
+    guide = Guide(first / first.sum(), transition / transition.sum(1, keepdim=True), emission)
+    count = int((test >= 0).sum())
+    guide, best = _with_transitions(guide, train, test, em_steps, progress)
+    guide.measures = {
+        "held_out_nats": -best / count,
+        "model_nats": float(written.nats[order[-apart:]].sum()) / count,
+        "tokens": float(seen.sum()),
+    }
+    return guide
+
+
+def _clusters(points: Tensor, count: int, progress: Progress | None, rounds: int = 15) -> Tensor:
+    """k-means: which cluster each point belongs to, ``(n,)``."""
+    centres = points[torch.randperm(len(points))[:count]].clone()
+    for _ in _shown(range(rounds), progress, "clusters"):
+        nearest = _nearest(points, centres)
+        size = torch.bincount(nearest, minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where(size[:, None] > 0, sums / size.clamp(min=1)[:, None], centres)
+    return _nearest(points, centres)
+
+
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    square = centres.square().sum(1)
+    parts = [(square - 2 * part @ centres.t()).argmin(1) for part in points.split(4096)]
+    return torch.cat(parts)
+
+
+def _emission(
+    written: _Written, hidden: Tensor, cluster: Tensor, states: int, progress: Progress | None
+) -> Tensor:
+    """The mean of the model's laws over each cluster, and a little of their mean over all."""
+    sums: Tensor | None = None
+    parts = list(zip(hidden.split(_CHUNK), cluster.split(_CHUNK), strict=True))
+    for points, places in _shown(parts, progress, "laws"):
+        laws = written.laws(points)
+        if sums is None:
+            sums = laws.new_zeros(states, laws.shape[1])
+        sums.index_add_(0, places, laws)
+    assert sums is not None
+    mean = sums.sum(0) / sums.sum()
+    mixed = sums + mean
+    return mixed / mixed.sum(1, keepdim=True)
+
+
+def _with_transitions(
+    guide: Guide, train: Tensor, test: Tensor, steps: int, progress: Progress | None
+) -> tuple[Guide, float]:
+    """EM of the transitions and the first state while held-out texts become likelier.
+
+    Emissions stay: EM would fit them to the few tokens that were drawn.
+    """
+    best = float(guide.log_prob(test).double().sum())
+    if steps == 0:
+        return guide, best
+    rank, vocab = guide.emission.shape
+    graph = RegionGraph.hmm(train.shape[1], rank, Categorical(vocab), homogeneous=True)
+    circuit = Circuit(graph)
+    latents = {
+        "initial": graph.roots[0],
+        "transition": next(i for i, r in enumerate(graph.regions) if r.tie == "transition"),
+    }
+    table = circuit.region_leaves(
+        next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
+    )["logits"]
+    table.copy_(guide.emission.log())
+    circuit.region_weights(latents["initial"]).copy_(guide.initial.log()[None])
+    circuit.region_weights(latents["transition"]).copy_(guide.transition.log())
+    for _ in _shown(range(steps), progress, "EM steps"):
+        circuit.em_step(train, pseudocount=1.0)
+        table.copy_(guide.emission.log())
+        found = Guide.from_circuit(circuit)
+        value = float(found.log_prob(test).double().sum())
+        if value <= best:
+            break
+        guide, best = found, value
+    return guide, best
+
+
+def _shown(items: Any, progress: Progress | None, what: str) -> Iterable[Any]:
+    return items if progress is None else progress(items, desc=what, total=len(items))

@@ -1,0 +1,244 @@
+"""Guides: a hidden Markov model of a language model's text, by which a constraint looks ahead."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+from lora_ext._files import SafetensorsFile, parse_json, write_files
+from lora_ext.circuits import Categorical, Circuit, RegionGraph
+
+from .limits import require
+
+_FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
+_NAMES = ("initial", "transition", "emission")
+_SUM = 1e-3  # how far probabilities may sum from one: many of them in float32
+
+
+class Guide:
+    """A hidden Markov model over tokens.
+
+    ``p(x_1 .. x_n) = sum_z initial(z_1) emission(z_1, x_1) prod transition(z_t, z_t+1) ...``.
+    Letters: ``H`` states, ``V`` tokens.
+
+    Args:
+        initial: ``(H,)``, the law of the state at the first new token.
+        transition: ``(H, H)``, rows sum to one.
+        emission: ``(H, V)``, rows sum to one.
+
+    Attributes:
+        measures: what was measured of it, by name; :func:`distil` says what.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, and numbers that are no probabilities.
+    """
+
+    def __init__(self, initial: Tensor, transition: Tensor, emission: Tensor):
+        given = {"initial": initial, "transition": transition, "emission": emission}
+        wide = initial.numel() if isinstance(initial, Tensor) else 0
+        sizes = {"initial": (wide,), "transition": (wide, wide), "emission": (wide, -1)}
+        for name, tensor in given.items():
+            where = f"Guide: {name}"
+            known = isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)
+            require(known, where, "float32 or float64 probabilities", _told(tensor))
+            shape = tuple(tensor.shape)
+            fits = len(shape) == len(sizes[name]) and tensor.numel() > 0
+            fits = fits and all(n in (-1, m) for n, m in zip(sizes[name], shape, strict=True))
+            require(fits, where, f"shape {sizes[name]}, -1 free", tuple(tensor.shape))
+            require(tensor.dtype == initial.dtype, where, initial.dtype, tensor.dtype)
+            require(tensor.device == initial.device, where, initial.device, tensor.device)
+            sums = tensor.double().sum(-1)
+            right = bool((tensor >= 0).all()) and bool(((sums - 1).abs() <= _SUM).all())
+            require(right, where, "probabilities whose rows sum to one", "other numbers")
+        self.initial = initial.detach()
+        self.transition = transition.detach()
+        self.emission = emission.detach()
+        self.measures: dict[str, float] = {}
+
+    # --- from elsewhere ---------------------------------------------------------------------------
+    @classmethod
+    def from_circuit(cls, circuit: Circuit) -> Guide:
+        """The guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
+
+        Args:
+            circuit: of ``Categorical`` leaves, such as ``train_em`` has learned.
+
+        Raises:
+            ValueError: for another graph, or one of fewer than two variables.
+        """
+        graph = circuit.graph
+        where, expected = "Guide.from_circuit: circuit", "RegionGraph.hmm(..., homogeneous=True)"
+        leaves = {r.leaf for r in graph.regions if r.leaf is not None}
+        one = len(leaves) == 1 and isinstance(next(iter(leaves)), Categorical)
+        require(
+            one and graph.num_variables >= 2,
+            where,
+            f"{expected} of Categorical",
+            _graph_told(graph),
+        )
+        (leaf,) = leaves
+        assert leaf is not None
+        rank = next(r.units for r in graph.regions if r.leaf is not None)
+        wanted = RegionGraph.hmm(graph.num_variables, rank, leaf, homogeneous=True)
+        require(graph.regions == wanted.regions, where, expected, _graph_told(graph))
+        # z0 is the root; every other latent shares the transitions, every input the leaves.
+        root = graph.roots[0]
+        latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
+        inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
+        norm = (lambda w: w.softmax(-1)) if circuit.norm == "logits" else torch.exp
+        emission = leaf.log_table(circuit.region_leaves(inputs)).exp()
+        tensors = norm(circuit.region_weights(root))[0], norm(circuit.region_weights(latent))
+        return cls(*(t.detach().clone() for t in (*tensors, emission)))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``guide.safetensors`` into a folder, whole or not at all."""
+        from safetensors.torch import save  # not with lora_ext: only this needs it
+
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _NAMES}
+        data = save(tensors, {_METADATA: json.dumps({"measures": self.measures})})
+        write_files(folder, {_FILE: data})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Guide:
+        """Read what :meth:`save` wrote; nothing of it is trusted.
+
+        Raises:
+            ValueError: for a file that is none, or numbers that are no probabilities.
+        """
+        file = SafetensorsFile(Path(folder) / _FILE)
+        try:
+            found = {name: info.shape for name, info in file.infos.items()}
+            right = found.keys() == set(_NAMES) and len(found["initial"]) == 1
+            require(right, file.where, f"tensors {', '.join(_NAMES)}", f"{found!r:.200}")
+            (states,) = found["initial"]
+            tokens = found["emission"][-1] if found["emission"] else 0
+            wanted = {
+                "initial": (states,),
+                "transition": (states, states),
+                "emission": (states, tokens),
+            }
+            require(found == wanted, file.where, f"{wanted!r:.200}", f"{found!r:.200}")
+            kept = parse_json(file.metadata.get(_METADATA, "{}").encode(), file.where)
+            guide = cls(*(file.read(name) for name in _NAMES))
+        finally:
+            file.close()
+        measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
+        if isinstance(measures, dict):
+            guide.measures = {
+                str(k): float(v) for k, v in measures.items() if isinstance(v, (int, float))
+            }
+        return guide
+
+    @property
+    def num_states(self) -> int:
+        """``H``."""
+        return len(self.initial)
+
+    @property
+    def vocab_size(self) -> int:
+        """``V``."""
+        return self.emission.shape[1]
+
+    def __repr__(self) -> str:
+        return f"Guide(states={self.num_states}, vocab_size={self.vocab_size})"
+
+    # --- following a text -------------------------------------------------------------------------
+    def step(self, law: Tensor, tokens: Tensor) -> Tensor:
+        """The law of the state after one more token of each row.
+
+        A token that the guide holds impossible says nothing of the state.
+
+        Args:
+            law: ``(B, H)`` before it. tokens: ``(B,)`` int64.
+        """
+        seen = law * self.by_token[tokens]
+        total = seen.sum(-1, keepdim=True)
+        law = torch.where(total > 0, seen / total.clamp(min=torch.finfo(law.dtype).tiny), law)
+        moved = _product(law, self._packed_transition, self.transition)
+        return moved / moved.sum(-1, keepdim=True)
+
+    def filter(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
+        """The law of the state behind each row of tokens, such as a prompt: ``(B, H)``.
+
+        Args:
+            tokens: ``(B, T)`` integers; -1 is padding and leaves the law alone.
+            prior: ``(B, H)`` before the first token; None: :attr:`initial`.
+
+        Raises:
+            ValueError: tokens out of range, or another shape.
+        """
+        where = "Guide.filter: tokens"
+        whole = isinstance(tokens, Tensor) and not tokens.is_floating_point()
+        require(whole and tokens.dim() == 2, where, "integers (B, T)", _told(tokens))
+        inside = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
+        require(inside, where, f"values in -1 .. {self.vocab_size - 1}", "others")
+        law = self.initial.expand(len(tokens), -1) if prior is None else prior
+        require(
+            law.shape == (len(tokens), self.num_states),
+            "Guide.filter: prior",
+            f"shape {(len(tokens), self.num_states)}",
+            tuple(law.shape),
+        )
+        for token in tokens.to(self.initial.device, torch.long).unbind(1):
+            law = torch.where((token >= 0)[:, None], self.step(law, token.clamp(min=0)), law)
+        return law
+
+    def log_prob(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
+        """``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
+
+        Args:
+            tokens: ``(B, T)``. prior: as :meth:`filter` takes them.
+        """
+        law = self.initial.expand(len(tokens), -1) if prior is None else prior
+        total = law.new_zeros(len(tokens))
+        for token in tokens.to(self.initial.device).unbind(1):
+            given, known = token.clamp(min=0), token >= 0
+            seen = (law * self.by_token[given]).sum(-1).log()
+            total = total + torch.where(known, seen, 0.0)
+            law = torch.where(known[:, None], self.step(law, given), law)
+        return total
+
+    # --- products ---------------------------------------------------------------------------------
+    @cached_property
+    def by_token(self) -> Tensor:
+        """The emission with a row per token, ``(V, H)``."""
+        return self.emission.t().contiguous()
+
+    @cached_property
+    def _packed_emission(self) -> Tensor | None:
+        return _packed(self.by_token)
+
+    @cached_property
+    def _packed_transition(self) -> Tensor | None:
+        return _packed(self.transition.t().contiguous())
+
+    def over_vocabulary(self, vectors: Tensor) -> Tensor:
+        """``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's bits are
+        its own."""
+        return _product(vectors, self._packed_emission, self.emission)
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    one = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return ops.pack_weight(weight) if one else None
+
+
+def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
+    if packed is None:
+        return rows @ matrix
+    return ops.packed_linear(rows.contiguous(), packed, None, matrix.shape[1])
+
+
+def _graph_told(graph: RegionGraph) -> str:
+    return f"{len(graph.regions)} regions over {graph.num_variables} variables"
+
+
+def _told(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

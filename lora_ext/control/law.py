@@ -1,0 +1,339 @@
+"""Where each row of a batch stands, and its law of the next token: a number for every token.
+
+The mask law is ``p(x) 1[END can be reached]``. The guided law is ``p(x) r(x)``, where
+
+    r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)
+
+is the probability that the guide gives to a text that satisfies the constraint, given the tokens so
+far and ``x``. Both are told as ``log r``, 0 on live tokens for the mask law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .guide import Guide
+from .messages import Plan, Step
+
+_PART = 8  # a successor with more than V / 8 tokens has a product of its own, others are gathered
+_FAR = 50.0  # how far below the others what the guide holds impossible stands, in nats
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row between two tokens; a value, so that rows are forked and rolled back by keeping it.
+
+    Attributes:
+        plan: the constraint and its budget.
+        state: of the constraint; -1 behind a forbidden token.
+        left: ``k``, the tokens that may still come.
+        law: ``A (H,)``, the guide's law of its next state; None without a guide.
+    """
+
+    plan: Plan
+    state: int
+    left: int
+    law: Tensor | None = None
+
+    @classmethod
+    def first(cls, plan: Plan, prior: Tensor | None = None) -> Row:
+        """Before the first token; ``prior (H,)`` is the guide's law there, None: its initial."""
+        if plan.guide is None:
+            return cls(plan, 0, plan.budget)
+        return cls(plan, 0, plan.budget, plan.guide.initial if prior is None else prior)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete and its end has come."""
+        return self.state == self.plan.constraint.end
+
+    @property
+    def lost(self) -> bool:
+        """Whether a token came that the constraint forbids."""
+        return self.state < 0
+
+
+def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | None]:
+    """Every row behind one more token of its own; rows of one guide move in one product."""
+    moved: list[Row | None] = []
+    guided: dict[Guide, list[int]] = {}
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        if row is None or row.lost or row.ended:
+            moved.append(row)
+            continue
+        constraint = row.plan.constraint
+        inside = 0 <= token < constraint.vocab_size
+        kind = constraint.classes[token] if inside else -1
+        alive = inside and row.plan.step(row.state, row.left).allows[kind]
+        state = constraint.rows[row.state][kind] if alive else -1
+        moved.append(replace(row, state=state, left=row.left - 1))
+        if row.plan.guide is not None and state >= 0 and state != constraint.end:
+            guided.setdefault(row.plan.guide, []).append(i)
+    for guide, places in guided.items():
+        before = torch.stack([_law(rows[i]) for i in places])
+        chosen = torch.tensor([tokens[i] for i in places], device=before.device)
+        for i, law in zip(places, guide.step(before, chosen).unbind(), strict=True):
+            row = moved[i]
+            assert row is not None
+            moved[i] = replace(row, law=law)
+    return moved
+
+
+def _law(row: Row | None) -> Tensor:
+    assert row is not None and row.law is not None
+    return row.law
+
+
+class Block(NamedTuple):
+    """Rows with one constraint, state and budget: their places in the batch, and ``log r (n, V)``,
+    ``-inf`` on forbidden tokens."""
+
+    places: list[int]
+    ratio: Tensor
+
+
+def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
+    """``log r`` of all rows but those that are left alone: without a constraint, lost, or with
+    every token alive under the mask law. A row's bits are its own where the guide is in float32 on
+    the CPU.
+    """
+    groups: dict[tuple[Plan, int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row is not None and not row.lost:
+            left = 0 if row.ended else row.left
+            groups.setdefault((row.plan, row.state, left), []).append(i)
+    out: list[Block] = []
+    guided: dict[Guide, list[tuple[list[int], _Group]]] = {}
+    for (plan, state, left), places in groups.items():
+        guide = plan.guide
+        if guide is None or state == plan.constraint.end:
+            step = plan.step(state, left)
+            if not step.live.all():
+                mask = torch.where(step.live, 0.0, -torch.inf)[plan.constraint.class_of.long()]
+                out.append(Block(places, mask.expand(len(places), -1)))
+            continue
+        laws = torch.stack([row.law for i in places if (row := rows[i]) and row.law is not None])
+        guided.setdefault(guide, []).append((places, _Group(plan, state, left, laws)))
+    for guide, works in guided.items():
+        parts = [work.vectors for _, work in works if len(work.vectors)]
+        products = guide.over_vocabulary(torch.cat(parts)) if parts else None
+        first = 0
+        for places, work in works:
+            last = first + len(work.vectors)
+            out.append(
+                Block(places, work.ratio(None if products is None else products[first:last]))
+            )
+            first = last
+    return out
+
+
+def apply(
+    rows: Sequence[Row | None], scores: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, list[Block]]:
+    """``scores (B, V) + temperature * log r``, and ``log r``.
+
+    Then ``softmax(scores / temperature)`` is the stated law. Rows that are left alone keep their
+    bits. ``scores`` is not changed.
+    """
+    blocks = [Block(places, r.to(scores.device)) for places, r in log_ratios(rows)]
+    return moved(blocks, scores, temperature), blocks
+
+
+def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """``scores (B, V) + temperature * log r`` of the blocks, ``-inf`` where that is."""
+    if not blocks:
+        return scores
+    scores = scores.clone()
+    for places, ratio in blocks:
+        ratio = ratio.to(scores.device)
+        # -inf - -inf would be NaN where the model itself holds a token impossible
+        shifted = scores[places] + temperature * ratio.to(scores.dtype)
+        scores[places] = torch.where(ratio > -torch.inf, shifted, -torch.inf)
+    return scores
+
+
+def _floored(scale: Tensor, step: Step) -> Tensor:
+    """Scales in which a live state that the guide holds impossible stands below all others."""
+    known = scale[step.states.to(scale.device)]
+    known = known[known > -torch.inf]
+    lowest = float(known.min()) - _FAR if len(known) else 0.0
+    return torch.where(scale > -torch.inf, scale, lowest)
+
+
+class _Group:
+    """Guided rows with one state and budget.
+
+    Attributes:
+        vectors: ``(v, H)``, what is multiplied with the emission: the law of each row, then the law
+            times the message of each successor with many tokens.
+    """
+
+    def __init__(self, plan: Plan, state: int, left: int, laws: Tensor):
+        self.plan, self.laws, self.step = plan, laws, plan.step(state, left)
+        self.table, scale = plan.messages(left - 1)
+        self.scale = _floored(scale, self.step)
+        wide = self.step.wide(plan.constraint.vocab_size // _PART)
+        self.wide = wide
+        parts = [laws, *(laws * self.table[s] for s in wide)] if wide else [laws[:0]]
+        self.vectors = torch.cat(parts)
+
+    def ratio(self, products: Tensor | None) -> Tensor:
+        """``log r (n, V)``, from the products of the vectors."""
+        assert self.plan.guide is not None
+        constraint, device, rows = self.plan.constraint, self.laws.device, len(self.laws)
+        after = self.step.after[constraint.class_of.long()].to(device)  # (V,)
+        shape = (rows, constraint.vocab_size)
+        out = torch.full(shape, -torch.inf, dtype=self.laws.dtype, device=device)
+        if self.wide:
+            assert products is not None
+            total, *joint = products.split(rows)
+            for s, value in zip(self.wide, joint, strict=True):
+                value = _log_ratio(value, total, self.laws, self.table[s]) + self.scale[s]
+                out = value if len(self.step.states) == 1 else torch.where(after == s, value, out)
+        tokens = self.step.tokens_outside(self.wide).to(device)
+        if len(tokens):
+            ahead, emitted = self.table[after[tokens]], self.plan.guide.by_token[tokens]  # (t, H)
+            for i, one in enumerate(self.laws):
+                joint = one * emitted
+                value = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), one, ahead)
+                out[i, tokens] = value + self.scale[after[tokens]]
+        out = torch.where(after == constraint.end, 0.0, out)
+        return torch.where(after < 0, -torch.inf, out)
+
+
+def _log_ratio(joint: Tensor, total: Tensor, laws: Tensor, ahead: Tensor) -> Tensor:
+    """``log (joint / total)``; live tokens stay alive where a product is too small for the dtype.
+
+    A token that the guide holds impossible says nothing of the state: ``laws`` times ``ahead``.
+    """
+    smallest = torch.finfo(joint.dtype).tiny
+    ratio = joint / total.clamp(min=smallest)
+    if not bool((total > 0).all()):
+        unseen = (laws * ahead).sum(-1)
+        ratio = torch.where(total > 0, ratio, unseen if laws.dim() == 1 else unseen[:, None])
+    return ratio.clamp(smallest, 1.0).log()
+
+
+# --- sparse: where we draw ourselves --------------------------------------------------------------
+def bounds(rows: Sequence[Row | None]) -> list[Block]:
+    """As :func:`log_ratios`, with ``log b`` for ``log r``: ``r(x) <= b(x) = max_z C_{k-1}(s', z)``.
+
+    A look-up by the class of a token; nothing is multiplied with the vocabulary. Under the mask law
+    ``b`` is ``r``.
+    """
+    out: list[Block] = []
+    for i, row in enumerate(rows):
+        if row is None or row.lost:
+            continue
+        constraint = row.plan.constraint
+        step = row.plan.step(row.state, 0 if row.ended else row.left)
+        by_class = torch.where(step.live, 0.0, -torch.inf)
+        if not row.ended and row.plan.guide is not None:
+            scale = _floored(row.plan.messages(row.left - 1)[1], step)
+            scale = scale[step.after.to(scale.device)]
+            by_class = torch.where(step.live, scale.cpu().to(torch.float64), -torch.inf)
+        elif step.live.all():
+            continue
+        out.append(Block([i], by_class[constraint.class_of.long()][None]))
+    return out
+
+
+def keep_probabilities(rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
+    """``r(x) / b(x)`` of one live token of each row, ``(n,)`` float64 on the CPU: 4 H flops."""
+    out = torch.ones(len(rows), dtype=torch.float64)
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        guide, constraint = row.plan.guide, row.plan.constraint
+        if guide is None or row.ended or row.law is None:
+            continue
+        step = row.plan.step(row.state, row.left)
+        after = int(step.after[constraint.classes[token]])
+        if after != constraint.end:
+            ahead = row.plan.messages(row.left - 1)[0][after]
+            joint = row.law * guide.by_token[token]
+            ratio = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), row.law, ahead)
+            out[i] = float(ratio.exp())
+    return out
+
+
+def draw(
+    rows: Sequence[Row | None],
+    scores: Tensor,
+    temperature: float,
+    uniforms: Callable[[list[int]], Tensor],
+    tries: int = 32,
+) -> tuple[list[int], int]:
+    """A token of every row by its law, without a product with the vocabulary where that works out.
+
+    ``x`` is drawn from ``p(x) b(x)`` and kept with probability ``r(x) / b(x)``; rows that fail
+    ``tries`` times are drawn from the dense law. So the law is the stated one exactly.
+
+    Args:
+        rows, scores, temperature: as :func:`apply` takes them.
+        uniforms: gives ``(n, 2)`` numbers of [0, 1) for a list of n rows, new ones at every call.
+        tries: before the dense law.
+
+    Returns:
+        the tokens, and how many were drawn for them in all.
+    """
+    proposed = moved(bounds(rows), scores, temperature)
+    sums = (proposed.double() / temperature).softmax(-1).cumsum(-1)
+    tokens, drawn = [-1] * len(rows), 0
+    waiting = list(range(len(rows)))
+    for _ in range(tries):
+        numbers = uniforms(waiting).double().cpu()
+        found = _at(sums[waiting], numbers[:, 0])
+        drawn += len(found)
+        guided = [j for j, i in enumerate(waiting) if (row := rows[i]) and not row.lost]
+        keep = torch.ones(len(waiting), dtype=torch.float64)
+        some = [row for j in guided if (row := rows[waiting[j]]) is not None]
+        keep[guided] = keep_probabilities(some, [found[j] for j in guided])
+        kept = (numbers[:, 1] < keep).tolist()
+        for i, token, good in zip(waiting, found, kept, strict=True):
+            if good:
+                tokens[i] = token
+        waiting = [i for i, good in zip(waiting, kept, strict=True) if not good]
+        if not waiting:
+            return tokens, drawn
+    dense = moved(log_ratios([rows[i] for i in waiting]), scores[waiting], temperature)
+    sums = (dense.double() / temperature).softmax(-1).cumsum(-1)
+    found = _at(sums, uniforms(waiting).double().cpu()[:, 0])
+    for i, token in zip(waiting, found, strict=True):
+        tokens[i] = token
+    return tokens, drawn + len(waiting)
+
+
+def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
+    """The likeliest token of every row under its law at temperature 1.
+
+    Tokens are looked at in the order of ``p(x) b(x)`` until that is below the best ``p(x) r(x)``;
+    after ``tries`` the row takes the dense way.
+    """
+    proposed = moved(bounds(rows), scores, 1.0)
+    first = proposed.argmax(-1).tolist()
+    for i, row in enumerate(rows):
+        if row is None or row.lost or row.ended or row.plan.guide is None:
+            continue
+        value, order = proposed[i].topk(min(tries, proposed.shape[1]))
+        best, chosen, done = -float("inf"), -1, False
+        for bound, token in zip(value.tolist(), order.tolist(), strict=True):
+            if bound <= best or bound == -float("inf"):
+                done = True
+                break
+            here = bound + float(keep_probabilities([row], [token]).log())
+            if here > best:
+                best, chosen = here, token
+        if not done and tries < proposed.shape[1]:
+            chosen = int(apply([row], scores[i : i + 1])[0].argmax())
+        first[i] = chosen
+    return first
+
+
+def _at(sums: Tensor, numbers: Tensor) -> list[int]:
+    """Where running sums of laws ``(n, V)`` pass uniform numbers ``(n,)``."""
+    limit = numbers[:, None].to(sums) * sums[:, -1:]
+    return torch.searchsorted(sums, limit, right=True)[:, 0].tolist()

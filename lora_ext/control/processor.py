@@ -1,0 +1,246 @@
+"""Constraints in transformers' ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import law
+from .automaton import Constraint
+from .guide import Guide
+from .law import Row, advance
+from .limits import DEFAULT, Limits, require
+from .messages import Plan
+
+#: One constraint, or None, for all rows, or one of them per row.
+Constraints = Constraint | None | Sequence[Constraint | None]
+_WHERE = "ConstraintProcessor"
+
+
+class ConstraintProcessor:
+    """Makes every row of ``generate`` satisfy its constraint at the end of its budget.
+
+    ``model.generate(..., logits_processor=[ConstraintProcessor(...)])`` samples, takes the
+    likeliest or searches beams. ``softmax(scores / temperature)`` of what it returns is the mask
+    law, or with a guide the guided law (docs/control.md). No row ends by its length: the last token
+    of the budget ends a text that has not ended before. Rows without a constraint keep their bits.
+
+    One processor serves one call of ``generate`` after the other. Whatever else changes the scores
+    afterwards, such as top_p, changes the law but not the satisfaction; penalties,
+    ``min_new_tokens`` of ``generate`` and stop rules may take away what a constraint needs.
+
+    Args:
+        constraints: one for all rows, or a list with one (or None) per prompt.
+        guide: looks ahead; None: the mask law.
+        max_new_tokens: the budget of every row, the token that ends it included, as ``generate``
+            takes it.
+        min_new_tokens: tokens that come before the end at least.
+        temperature: as ``generate`` takes it, whose warper divides by it afterwards.
+        prior: ``(B, H)``, the guide's law of the state at the first new token of every row, such as
+            ``guide.filter(prompts)``; None: its ``initial``.
+        limits: of the guide's tables.
+
+    Attributes:
+        log_weight: ``(B,)``, after a run: ``log (p / p_drawn)`` of each row, with ``p`` the law of
+            the scores at the temperature. Drawn rows weighted by it follow ``p`` given the
+            constraint, but for one factor.
+
+    Raises:
+        ValueError: if a constraint cannot be met within the budget, and for a guide or numbers that
+            do not fit, naming the argument.
+    """
+
+    def __init__(
+        self,
+        constraints: Constraints,
+        guide: Guide | None = None,
+        *,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        prior: Tensor | None = None,
+        limits: Limits = DEFAULT,
+    ):
+        right = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
+        require(right, f"{_WHERE}: temperature", "a number above 0", repr(temperature))
+        self._plans = plans_of(_WHERE, constraints, guide, max_new_tokens, min_new_tokens, limits)
+        self._one = not isinstance(constraints, Sequence)
+        self._guide = guide
+        self._prior = self._checked_prior(prior)
+        self.temperature = float(temperature)
+        self._prompt: Tensor | None = None
+        self._before = torch.empty(0)
+        self._rows: list[Row | None] = []
+        self._weight = self._next = torch.empty(0)
+        self._blocks: list[law.Block] = []
+
+    def _checked_prior(self, prior: Tensor | None) -> Tensor | None:
+        if prior is None:
+            return None
+        where = f"{_WHERE}: prior"
+        require(self._guide is not None, where, "none without a guide", tuple(prior.shape))
+        assert self._guide is not None
+        shape, states = tuple(prior.shape), self._guide.num_states
+        require(len(shape) == 2 and shape[1] == states, where, f"shape (B, {states})", shape)
+        good = bool((prior >= 0).all()) and bool(((prior.double().sum(1) - 1).abs() < 1e-3).all())
+        require(good, where, "probabilities whose rows sum to one", "other numbers")
+        return prior.to(self._guide.initial)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores of the next token of every row.
+
+        Args:
+            input_ids: ``(B, T)``, prompts and what came behind them.
+            scores: ``(B, V)``.
+
+        Raises:
+            ValueError: rows or a vocabulary that do not fit, or scores that leave no live token.
+        """
+        batch = len(input_ids)
+        if self._goes_on(input_ids):
+            parents = self._parents(input_ids)
+            self._follow(parents, input_ids[:, -1].tolist())
+        else:
+            self._begin(input_ids, scores)
+        self._before = input_ids.clone()
+        changed, self._blocks = law.apply(self._rows, scores, self.temperature)
+        self._next = torch.zeros(batch, dtype=torch.float64)
+        for places, ratio in self._blocks:
+            before, after = scores[places], changed[places]
+            gone = (after == -torch.inf).all(1) & ~(before == -torch.inf).all(1)
+            require(
+                not bool(gone.any()),
+                f"{_WHERE}: scores",
+                "a finite score for a token that the constraint allows",
+                f"none in rows {[i for i, g in zip(places, gone.tolist(), strict=True) if g][:4]}: "
+                "something else, such as a penalty or min_new_tokens, forbids them all",
+            )
+            p = before.to(torch.promote_types(before.dtype, torch.float32)) / self.temperature
+            total = (p + ratio.to(p)).logsumexp(-1) - p.logsumexp(-1)
+            self._next[places] = total.double().cpu().nan_to_num(0.0)
+        ended = [i for i in range(batch) if self._at_end(i)]
+        self._next[ended] = 0.0
+        return changed
+
+    @property
+    def log_weight(self) -> Tensor:
+        """``(B,)`` float64; see the class. Rows that have not ended are taken to end with the token
+        that this call decides."""
+        return self._weight + self._next
+
+    # --- one run and the next ---------------------------------------------------------------------
+    def _goes_on(self, input_ids: Tensor) -> bool:
+        """Whether the rows are those of the last call with one token more."""
+        if self._prompt is None or len(input_ids) != len(self._rows):
+            return False
+        start, length = self._prompt.shape[1], input_ids.shape[1]
+        if length <= start or not torch.equal(input_ids[:, :start], self._prompt):
+            return False
+        if length == self._before.shape[1] + 1:
+            return True
+        require(
+            length > self._before.shape[1],
+            f"{_WHERE}: input_ids",
+            "the rows of the last call with one token more, or other prompts",
+            f"{length} columns behind {self._before.shape[1]} (a new processor starts again)",
+        )
+        return False
+
+    def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
+        batch = len(input_ids)
+        count = 1 if self._one else len(self._plans)
+        require(
+            batch % count == 0,
+            f"{_WHERE}: constraints",
+            f"one, or one per prompt, for {batch} rows",
+            count,
+        )
+        plans = [self._plans[i * count // batch] for i in range(batch)]
+        for plan in plans:
+            size = scores.shape[1]
+            fits = plan is None or plan.constraint.vocab_size == size
+            found = f"{0 if plan is None else plan.constraint.vocab_size}"
+            require(fits, f"{_WHERE}: constraints", f"the vocabulary of the scores, {size}", found)
+        if self._prior is not None:
+            rows = len(self._prior)
+            require(batch % rows == 0, f"{_WHERE}: prior", f"a row for each of {batch}", rows)
+            priors: list[Any] = [self._prior[i * rows // batch] for i in range(batch)]
+        else:
+            priors = [None] * batch
+        self._rows = [
+            None if plan is None else Row.first(plan, prior)
+            for plan, prior in zip(plans, priors, strict=True)
+        ]
+        self._prompt = input_ids.clone()
+        self._weight = torch.zeros(batch, dtype=torch.float64)
+
+    def _parents(self, input_ids: Tensor) -> list[int]:
+        """Which row of the last call each row goes on from: beams change places."""
+        batch = len(input_ids)
+        if torch.equal(input_ids[:, :-1], self._before):
+            return list(range(batch))
+        count = 1 if self._one else len(self._plans)
+        known: dict[tuple[int, ...], int] = {}
+        for i, tokens in enumerate(self._before.tolist()):
+            known.setdefault((i * count // batch, *tokens), i)
+        parents: list[int] = []
+        for i, tokens in enumerate(input_ids[:, :-1].tolist()):
+            found = known.get((i * count // batch, *tokens))
+            require(
+                found is not None,
+                f"{_WHERE}: input_ids: row {i}",
+                "a row of the last call with one token more",
+                "another one",
+            )
+            assert found is not None
+            parents.append(found)
+        return parents
+
+    def _follow(self, parents: list[int], tokens: list[int]) -> None:
+        chosen = torch.zeros(len(parents), dtype=torch.float64)
+        children: dict[int, list[int]] = {}
+        for i, parent in enumerate(parents):
+            children.setdefault(parent, []).append(i)
+        for places, ratio in self._blocks:
+            pairs = [
+                (j, i)
+                for j, parent in enumerate(places)
+                if not self._at_end(parent)
+                for i in children.get(parent, ())
+            ]
+            if pairs:
+                at, into = (list(side) for side in zip(*pairs, strict=True))
+                chosen[into] = ratio[at, [tokens[i] for i in into]].double().cpu()
+        self._weight = self._weight[parents] + self._next[parents] - chosen
+        self._rows = advance([self._rows[p] for p in parents], tokens)
+
+    def _at_end(self, i: int) -> bool:
+        row = self._rows[i]
+        return row is not None and row.ended
+
+
+def plans_of(
+    where: str,
+    constraints: Constraints,
+    guide: Guide | None,
+    budget: int,
+    least: int = 0,
+    limits: Limits = DEFAULT,
+) -> list[Plan | None]:
+    """The plan of each constraint of a list, or of the one that all rows have.
+
+    Raises:
+        ValueError: for what is no constraint, and as :class:`Plan`.
+    """
+    listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
+    good = bool(listed) and all(c is None or isinstance(c, Constraint) for c in listed)
+    expected = "a Constraint or None, or a list of them"
+    require(good, f"{where}: constraints", expected, repr(constraints)[:80])
+    plans: dict[Constraint, Plan] = {}
+    for c in listed:
+        if c is not None and c not in plans:
+            plans[c] = Plan(c, budget, least, guide, limits)
+    return [None if c is None else plans[c] for c in listed]

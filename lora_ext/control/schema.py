@@ -1,0 +1,193 @@
+"""Which JSON schemas a regular language can hold to, checked word by word.
+
+outlines-core turns a schema into a regular expression and passes over words that it does not know.
+A constraint that says it holds a schema must not, so every word is looked at here first: what is
+left out, or is only nearly right there, is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .limits import require
+
+_SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs"}
+_SAID |= {"definitions", "deprecated", "readOnly", "writeOnly"}
+_WORDS = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "integer": set(),
+    "number": set(),
+    "boolean": set(),
+    "null": set(),
+}
+# Of the others some let a quote or a backslash into the string, and some are no formats there.
+_FORMATS = ("date", "date-time", "uuid")
+_WHERE = "json_schema"
+_MOST_DEPTH = 32
+
+
+def check(schema: Any) -> list[str]:
+    """Refuse what the automaton would not hold to.
+
+    Returns:
+        the patterns in it, which must stay inside a JSON string.
+
+    Raises:
+        NotImplementedError: for a word that would be ignored, by its name and place.
+        ValueError: for something that is no schema.
+    """
+    patterns: list[str] = []
+    _check(schema, schema, "#", (), patterns)
+    return patterns
+
+
+def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: list[str]) -> None:
+    require(isinstance(schema, Mapping), f"{_WHERE}: {at}", "an object", repr(schema)[:80])
+    if at.count("/") > 2 * _MOST_DEPTH:
+        _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
+    words = {w: v for w, v in schema.items() if w not in _SAID}
+    for choice in ("$ref", "enum", "const", "anyOf", "oneOf", "allOf"):
+        if choice not in words:
+            continue
+        allowed = {choice, "type"} if choice in ("enum", "const") else {choice}
+        if others := sorted(set(words) - allowed):
+            _refuse(at, f"{others[0]} beside {choice}")
+        if choice == "$ref":
+            name = words["$ref"]
+            if name in refs:
+                _refuse(at, f"$ref {name!r}, which leads to itself: no finite depth")
+            _check(_resolved(name, root, at), root, f"{at}/$ref", (*refs, name), patterns)
+        elif choice in ("enum", "const"):
+            values = words["enum"] if choice == "enum" else [words["const"]]
+            listed = isinstance(values, list) and bool(values)
+            require(listed, f"{_WHERE}: {at}/enum", "a list of values", repr(values)[:80])
+            kinds = words.get("type")
+            wrong = [v for v in values if kinds is not None and _kind(v) not in _wide(kinds)]
+            require(not wrong, f"{_WHERE}: {at}/{choice}", f"values of type {kinds}", wrong[:1])
+        else:
+            parts = words[choice]
+            listed = isinstance(parts, list) and bool(parts)
+            require(listed, f"{_WHERE}: {at}/{choice}", "a list of schemas", repr(parts)[:80])
+            if choice == "allOf" and len(parts) > 1:
+                _refuse(at, "allOf of several schemas")
+            for i, part in enumerate(parts):
+                _check(part, root, f"{at}/{choice}/{i}", refs, patterns)
+            if choice == "oneOf" and not _apart(parts, root):
+                _refuse(at, "oneOf whose schemas may hold together (anyOf says either)")
+        return
+    kinds = words.pop("type", "object" if "properties" in words else None)
+    if kinds is None:
+        _refuse(
+            at, "no type (any value at all)" if not words else f"{sorted(words)[0]} without type"
+        )
+    for kind in [kinds] if isinstance(kinds, str) else list(kinds):
+        require(kind in _WORDS, f"{_WHERE}: {at}/type", f"one of {sorted(_WORDS)}", repr(kind)[:80])
+    allowed = {w for k in ([kinds] if isinstance(kinds, str) else kinds) for w in _WORDS[k]}
+    if others := sorted(set(words) - allowed):
+        _refuse(at, others[0])
+    if not isinstance(kinds, str):
+        if words:
+            _refuse(at, f"{sorted(words)[0]} beside several types (anyOf says it)")
+        if {"object", "array"} & set(kinds):
+            _refuse(at, "an object or array among several types (anyOf says it)")
+        return
+    for child, where in _children(kinds, words, at, patterns):
+        _check(child, root, where, refs, patterns)
+
+
+def _children(
+    kind: str, words: Mapping[str, Any], at: str, patterns: list[str]
+) -> Iterator[tuple[Any, str]]:
+    """Schemas inside an object or array, after the words of the value itself were looked at."""
+    if kind == "object":
+        inside = words.get("properties", {})
+        good = isinstance(inside, Mapping)
+        require(good, f"{_WHERE}: {at}/properties", "an object", repr(inside)[:80])
+        required = words.get("required", [])
+        if missing := [name for name in required if name not in inside]:
+            _refuse(at, f"required {missing[0]!r}, which is no property")
+        more = words.get("additionalProperties", True)
+        if not inside:
+            if not isinstance(more, Mapping):
+                _refuse(at, "an object without properties or additionalProperties as a schema")
+            yield more, f"{at}/additionalProperties"
+        for name, child in inside.items():
+            yield child, f"{at}/properties/{name}"
+    elif kind == "array":
+        fixed = "prefixItems" in words
+        if fixed == ("items" in words):
+            _refuse(at, "an array with neither or both of items and prefixItems")
+        if fixed and {"minItems", "maxItems"} & set(words):
+            _refuse(at, "minItems or maxItems beside prefixItems")
+        for i, child in enumerate(words["prefixItems"] if fixed else [words["items"]]):
+            yield child, f"{at}/prefixItems/{i}" if fixed else f"{at}/items"
+    elif kind == "string":
+        if len([w for w in ("pattern", "format", "minLength", "maxLength") if w in words]) > 1 and (
+            "pattern" in words or "format" in words
+        ):
+            _refuse(at, "pattern or format beside another word for strings")
+        if "format" in words and words["format"] not in _FORMATS:
+            _refuse(at, f"format {words['format']!r:.40}")
+        if "pattern" in words:
+            pattern = words["pattern"]
+            require(isinstance(pattern, str), f"{_WHERE}: {at}/pattern", "a text", repr(pattern))
+            patterns.append(pattern.removeprefix("^").removesuffix("$"))
+
+
+def _refuse(at: str, what: str) -> None:
+    raise NotImplementedError(
+        f"{_WHERE}: {at}: expected words that an automaton holds to, found {what}"
+    )
+
+
+def _resolved(name: Any, root: Any, at: str) -> Any:
+    good = isinstance(name, str) and (name == "#" or name.startswith("#/"))
+    require(good, f"{_WHERE}: {at}/$ref", "a place in this schema, #/...", repr(name)[:80])
+    found = root
+    for part in name.split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        known = isinstance(found, Mapping) and part in found
+        require(known, f"{_WHERE}: {at}/$ref", "a place that the schema has", repr(name)[:80])
+        found = found[part]
+    return found
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    names = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return names[type(value)]
+
+
+def _wide(kinds: str | Sequence[str]) -> set[str]:
+    listed = {kinds} if isinstance(kinds, str) else set(kinds)
+    return listed | ({"integer"} if "number" in listed else set())
+
+
+def _apart(parts: Sequence[Any], root: Any) -> bool:
+    """Whether no value satisfies two of the schemas, as far as types and constants say."""
+    resolved = [p if "$ref" not in p else _resolved(p["$ref"], root, "#") for p in parts]
+    pairs = ((a, b) for i, a in enumerate(resolved) for b in resolved[:i])
+    return all(_differ(a, b) for a, b in pairs)
+
+
+def _differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    values = [_values(s) for s in (a, b)]
+    if values[0] is not None and values[1] is not None:
+        return not any(x == y for x in values[0] for y in values[1])
+    kinds = [_wide(s["type"]) if "type" in s else None for s in (a, b)]
+    if kinds[0] is not None and kinds[1] is not None and not kinds[0] & kinds[1]:
+        return True
+    shared = set(a.get("required", ())) & set(b.get("required", ()))
+    inside = [s.get("properties", {}) for s in (a, b)]
+    told = [(_values(inside[0].get(n, {})), _values(inside[1].get(n, {}))) for n in shared]
+    return any(x is not None and y is not None and not any(v in y for v in x) for x, y in told)
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any] | None:
+    if "const" in schema:
+        return [schema["const"]]
+    return schema.get("enum")

@@ -1,0 +1,134 @@
+"""The bytes that each token of a tokenizer writes.
+
+Three ways of writing are known: byte-level BPE (a letter per byte), SentencePiece (``\u2581`` for a
+space, ``<0x0A>`` for a byte), and tokens that are the text itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from .limits import require
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+_SPACE = "\u2581"
+
+
+def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text, ascending and checked."""
+    ends = (eos,) if isinstance(eos, int) else tuple(eos)
+    whole = bool(ends) and all(type(e) is int and 0 <= e < vocab_size for e in ends)
+    require(whole, f"{where}: eos_token_id", f"tokens in 0 .. {vocab_size - 1}", repr(eos))
+    return tuple(sorted(set(ends)))
+
+
+class Vocabulary:
+    """Tokens as bytes.
+
+    Attributes:
+        tokens: the bytes of each token; None for one that is no text: ends, padding, the marks of
+            a chat, and ids that the tokenizer does not have.
+        eos: the tokens that end a text.
+        key: equal for equal vocabularies.
+    """
+
+    def __init__(self, tokens: Sequence[bytes | None], eos: tuple[int, ...]):
+        self.tokens = [None if i in eos else t for i, t in enumerate(tokens)]
+        self.eos = eos
+        self.key = hashlib.blake2b(repr((self.tokens, eos)).encode(), digest_size=24).digest()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+_read: weakref.WeakKeyDictionary[Any, dict[tuple[object, ...], Vocabulary]]
+_read = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def vocabulary_of(
+    where: str,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Vocabulary:
+    """The vocabulary of a transformers tokenizer; read once as long as the tokenizer lives.
+
+    Args:
+        where: names the caller in messages.
+        tokenizer: has ``get_vocab``.
+        vocab_size: ``V`` of the model, whose last ids may be no tokens; None: as many as the
+            tokenizer has.
+        eos_token_id: what ends a text; None: the tokenizer's own.
+
+    Raises:
+        ValueError: for an object that is no tokenizer, one without an end, or a ``vocab_size``
+            below its tokens.
+    """
+    if isinstance(tokenizer, Vocabulary):
+        return tokenizer
+    known = callable(getattr(tokenizer, "get_vocab", None))
+    expected = "a transformers tokenizer, with get_vocab"
+    require(known, f"{where}: tokenizer", expected, type(tokenizer).__name__)
+    eos = getattr(tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
+    require(eos is not None, f"{where}: tokenizer", "an eos_token_id, here or as argument", "none")
+    assert eos is not None
+    ids = tokenizer.get_vocab()
+    fewest = max(ids.values()) + 1
+    size = fewest if vocab_size is None else vocab_size
+    require(size >= fewest, f"{where}: vocab_size", f"at least {fewest}, the tokenizer's", size)
+    ends = end_tokens(where, eos, size)
+    key = (len(ids), size, ends)
+    with _lock:
+        kept = _read.setdefault(tokenizer, {})
+        if key not in kept:
+            kept[key] = Vocabulary(_token_bytes(tokenizer, ids, size), ends)
+        return kept[key]
+
+
+def _token_bytes(tokenizer: Any, ids: dict[str, int], size: int) -> list[bytes | None]:
+    letters = _byte_letters() if _is_byte_level(tokenizer, ids) else None
+    special = {int(i) for i in getattr(tokenizer, "all_special_ids", ())}
+    added: dict[int, str] = {}
+    for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        added[int(i)] = str(getattr(token, "content", token))
+        if getattr(token, "special", False):
+            special.add(int(i))
+    pieces = any(_SPACE in text for text in ids)
+    tokens: list[bytes | None] = [None] * size
+    for text, i in ids.items():
+        if i in special or not 0 <= i < size:
+            continue
+        if i in added:
+            tokens[i] = added[i].encode()
+        elif letters is not None:
+            if all(c in letters for c in text):
+                tokens[i] = bytes(letters[c] for c in text)
+        elif pieces and (byte := _BYTE.match(text)):
+            tokens[i] = bytes([int(byte[1], 16)])
+        else:
+            tokens[i] = (text.replace(_SPACE, " ") if pieces else text).encode()
+    return tokens
+
+
+def _is_byte_level(tokenizer: Any, ids: dict[str, int]) -> bool:
+    """Whether tokens are written in the alphabet of byte-level BPE."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        return '"ByteLevel"' in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
+    return hasattr(tokenizer, "byte_decoder") or "\u0120" in ids  # how a space is written there
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter of each byte in byte-level BPE: printable ones are themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(b): b for b in plain}
+    others = (b for b in range(256) if b not in set(plain))
+    return letters | {chr(256 + i): b for i, b in enumerate(others)}

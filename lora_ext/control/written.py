@@ -1,0 +1,184 @@
+"""Constraints from what people write: texts, words, regular expressions, JSON schemas."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import algebra, keywords, regex
+from .algebra import Automaton
+from .limits import DEFAULT, Clock, Limits
+from .vocabulary import vocabulary_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MOST_KEPT = 64
+_kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_kept_lock = threading.Lock()
+
+
+class Written:
+    """What :class:`~lora_ext.control.Constraint` can be made from, given a tokenizer.
+
+    A constraint is built once and kept by its content and vocabulary.
+    """
+
+    @classmethod
+    def _of(
+        cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
+    ) -> Self:
+        raise NotImplementedError
+
+    @classmethod
+    def choice(
+        cls,
+        texts: Sequence[str],
+        tokenizer: Any,
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Self:
+        """Exactly one of the texts, in any way that tokens spell it.
+
+        Args:
+            texts: at least one.
+            tokenizer: of transformers.
+            vocab_size: ``V`` of the model, where it has more ids than the tokenizer.
+            eos_token_id: what ends a text; None: the tokenizer's own.
+            limits: of states, bytes and seconds.
+
+        Raises:
+            ValueError: for no texts, or an unusable tokenizer.
+            ConstraintTooLarge: above the limits.
+        """
+        return cls._spelled(
+            "choice", (texts,), keywords.choice, tokenizer, vocab_size, eos_token_id, limits
+        )
+
+    @classmethod
+    def keywords(
+        cls,
+        tokenizer: Any,
+        all_of: Sequence[str | Sequence[str]] = (),
+        none_of: Sequence[str] = (),
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Self:
+        """Texts that contain all of some words and none of others.
+
+        A word is contained if its letters stand in the text one behind the other, whatever tokens
+        spell them and whatever stands around them: "dog" is contained in "a dog" and in "dogma".
+
+        Args:
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes them.
+            all_of: words, or lists of words of which one must occur.
+            none_of: words that must not occur.
+
+        Raises:
+            ValueError: for an empty word, words that rule each other out, or an unusable tokenizer.
+            ConstraintTooLarge: above the limits.
+        """
+        return cls._spelled(
+            "keywords",
+            (all_of, none_of),
+            keywords.keywords,
+            tokenizer,
+            vocab_size,
+            eos_token_id,
+            limits,
+        )
+
+    @classmethod
+    def regex(
+        cls,
+        pattern: str,
+        tokenizer: Any,
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Self:
+        r"""Texts that match a regular expression from end to end, however tokens spell them.
+
+        The syntax is that of Rust's regex crate, without ``\b`` and without ``^`` and ``$`` inside.
+        A text with a NUL byte matches nothing. Needs the extra ``control``.
+
+        Args:
+            pattern: the expression.
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes them.
+
+        Raises:
+            ValueError: for something that is no expression, or an unusable tokenizer.
+            ConstraintTooLarge: above the limits.
+            ImportError: without outlines-core, with the line that installs it.
+        """
+        return cls._spelled(
+            "regex", (pattern,), regex.pattern, tokenizer, vocab_size, eos_token_id, limits
+        )
+
+    @classmethod
+    def json_schema(
+        cls,
+        schema: dict[str, Any] | str,
+        tokenizer: Any,
+        *,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Self:
+        """JSON texts of a schema, with at most one space between their parts.
+
+        Properties come in the order of the schema, and no others come. ``date`` and ``date-time``
+        are held to their shape, not to the calendar. Needs the extra ``control``.
+
+        Args:
+            schema: as a dictionary or as JSON.
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes them.
+
+        Raises:
+            NotImplementedError: for a word that the automaton would not hold to, by its name, such
+                as ``minimum`` or ``uniqueItems``.
+            ValueError: for something that is no schema, or an unusable tokenizer.
+            ConstraintTooLarge: above the limits.
+            ImportError: without outlines-core, with the line that installs it.
+        """
+        return cls._spelled(
+            "json_schema", (schema,), regex.json_schema, tokenizer, vocab_size, eos_token_id, limits
+        )
+
+    @classmethod
+    def _spelled(
+        cls,
+        what: str,
+        content: tuple[Any, ...],
+        build: Callable[..., Automaton],
+        tokenizer: Any,
+        vocab_size: int | None,
+        eos_token_id: int | Sequence[int] | None,
+        limits: Limits,
+    ) -> Self:
+        """The constraint of an automaton over bytes, kept by what it was built from."""
+        vocabulary = vocabulary_of(what, tokenizer, vocab_size, eos_token_id)
+        told = hashlib.blake2b(repr(content).encode(), digest_size=24).digest()
+        key = (what, told, vocabulary.key, limits)
+        with _kept_lock:
+            if (found := _kept.get(key)) is not None:
+                _kept.move_to_end(key)
+                return found
+        clock = Clock(what, limits)
+        byte = algebra.minimal(build(*content, clock), clock)
+        part = f"{len(byte.table)} states over bytes times the vocabulary"
+        tokens = algebra.over_tokens(byte, vocabulary.tokens, clock, part)
+        made = cls._of(what, tokens, vocabulary.eos, clock, part)
+        with _kept_lock:
+            _kept[key] = made
+            while len(_kept) > _MOST_KEPT:
+                _kept.popitem(last=False)
+        return made

@@ -1,0 +1,211 @@
+"""Constraints beside speculation: drafts that a constraint allows, verified under its law.
+
+The states of the rows follow the drafted tokens. At every position the draft's law is the circuit's
+conditional times the target's own ``r`` (:mod:`lora_ext.control`), or the mask; target and draft
+share it, and ``ops.spec_verify`` stays as it is. Behind the end both hold the end alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext import control, ops
+from lora_ext.control import Block, Constraints, Guide, Plan, Row
+from lora_ext.reference import log_softmax
+
+from .drafting import DraftedWindow, draw
+from .layers import Circuit
+from .request import Request
+from .shortlist import Shortlist
+
+_WHERE = "SpeculativeDecoder"
+
+
+class _Position(NamedTuple):
+    """Rows before a position of a window, and their ``log r`` there."""
+
+    rows: list[Row | None]
+    blocks: list[Block]
+
+
+class Constrained:
+    """The constraints of the rows of one call, while they are decoded.
+
+    Args:
+        constraint: one for all rows, or a list with one (or None) per row.
+        guide: looks ahead; None: the mask law.
+        request: the budget, and what ends a row.
+        batch: rows. vocab_size: ``V``.
+        temperature: of the model's law.
+
+    Raises:
+        ValueError: for rows, ends or a vocabulary that do not fit, stop strings, and constraints
+            that cannot be met within the budget.
+    """
+
+    def __init__(
+        self,
+        constraint: Constraints,
+        guide: Guide | None,
+        request: Request,
+        batch: int,
+        vocab_size: int,
+        temperature: float,
+    ):
+        plans = control.plans_of(_WHERE, constraint, guide, request.budget)
+        count = len(plans)
+        if count not in (1, batch):
+            raise ValueError(
+                f"{_WHERE}: constraint: expected one, or one per row of {batch}, found {count}"
+            )
+        for plan in plans:
+            if plan is not None:
+                _check(plan, request, vocab_size)
+        listed = plans * batch if count == 1 else plans
+        self.rows: list[Row | None] = [None if p is None else Row.first(p) for p in listed]
+        self.temperature = temperature
+        self._window: list[_Position] = []
+        self._behind = self.rows  # the rows behind what is drafted so far
+
+    @classmethod
+    def of(cls, decoder: Any, request: Request, batch: int) -> Constrained | None:
+        """What a decoder's own ``constraint`` and ``guide`` ask of a call; None without one."""
+        if decoder.constraint is None:
+            return None
+        temperature = decoder.temperature if decoder.mode == "sample" else 1.0
+        size = decoder.head.vocab_size
+        return cls(decoder.constraint, decoder.guide, request, batch, size, temperature)
+
+    def first(self, logits: Tensor) -> Tensor:
+        """Logits of the first token ``(B, V)`` under the constraints."""
+        return control.moved(control.log_ratios(self.rows), logits, self.temperature)
+
+    def start(self, token: Tensor) -> None:
+        """Take the first token of every row, which no call has decided."""
+        self.rows = control.advance(self.rows, token.tolist())
+
+    def drafted(
+        self, decoder: Any, hidden: Tensor, pending: Tensor | None, uniforms: Tensor
+    ) -> DraftedWindow:
+        """A window that the constraints allow; arguments as those of ``draft``."""
+        self._window, self._behind = [], self.rows
+        head, greedy = decoder.head, decoder.mode == "greedy"
+        # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
+        self._free = torch.tensor([row is None for row in self.rows], device=hidden.device)
+        some = bool(self._free.any())
+        free = decoder.draft(hidden, pending, uniforms).tokens if some else None
+        if decoder.bridge is None or pending is None:
+            every = Shortlist(None, head.vocab_size)
+            circuit = decoder.circuit(hidden, pending)
+            parts = [self._drawn(head.kind, every, circuit, uniforms, pending, greedy, free)]
+            return _joined(parts)
+        parts, state, before = [], hidden, pending[:, None]
+        embed = decoder.model.get_input_embeddings()
+        for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
+            for token in before.unbind(1):
+                state = decoder.bridge(state, embed(token))
+            circuit = head.narrow_circuit(state)
+            own = None if free is None else free[:, j * head.n_token :]
+            parts.append(self._drawn(head.kind, head.listed, circuit, numbers, None, greedy, own))
+            before = parts[-1][0]
+        return _joined(parts)
+
+    def _drawn(
+        self,
+        kind: str,
+        listed: Shortlist,
+        circuit: Circuit,
+        uniforms: Tensor,
+        pending: Tensor | None,
+        greedy: bool,
+        free: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of a window ``(B, n)``, their log-probabilities, and the laws ``(B, n, V)``."""
+        batch, n = uniforms.shape[:2]
+        rows = self._behind
+        places = torch.full((batch, n), -1, device=uniforms.device)
+        tokens, laws = [], []
+        for k in range(n):
+            at = torch.full((batch,), k, device=uniforms.device)
+            q = listed.widen(ops.circuit_conditional_dist(kind, *circuit, places, at))  # (B, V)
+            if k == 0 and pending is not None:  # decided already, and not tested
+                self._window.append(_Position(rows, []))
+                token, law = pending, torch.zeros_like(q)
+            else:
+                blocks = control.log_ratios(rows)
+                self._window.append(_Position(rows, blocks))
+                law = control.moved(blocks, q)
+                # Where the draft has none of the tokens that may come, r alone says which.
+                nothing = (law == -torch.inf).all(1, keepdim=True)
+                if bool(nothing.any()):
+                    law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
+                law = log_softmax(law)
+                token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
+                if free is not None:
+                    token = torch.where(self._free, free[:, k], token)
+                rows = control.advance(rows, token.tolist())
+            known = q.gather(1, token[:, None])[:, 0] > -torch.inf
+            places[:, k] = torch.where(known, listed.places(token), -1)
+            tokens.append(token)
+            laws.append(law)
+        self._behind = rows
+        law, token = torch.stack(laws, 1), torch.stack(tokens, 1)
+        return token, law.gather(2, token[..., None])[..., 0], law
+
+    def target(self, target: Tensor) -> Tensor:
+        """The verifier's logits ``(B, K + 1, V)`` under the constraints, at every position."""
+        self._window.append(_Position(self._behind, control.log_ratios(self._behind)))
+        places = [
+            control.moved(position.blocks, target[:, k], self.temperature)
+            for k, position in enumerate(self._window)
+        ]
+        return torch.stack(places, 1)
+
+    def take(self, accepted: Tensor, token: Tensor) -> None:
+        """Go on behind the tokens that were kept and the one that the verifier drew."""
+        rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
+        self.rows = control.advance(rows, token.tolist())
+
+    def select(self, stay: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.rows = [self.rows[i] for i in stay]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
+    tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    one = torch.ones_like(conditional)[..., None]
+    return DraftedWindow(Circuit(law[:, :, None], None, None), tokens, conditional, one)
+
+
+def _check(plan: Plan, request: Request, vocab_size: int) -> None:
+    constraint = plan.constraint
+    for ok, name, expected, found in (
+        (
+            constraint.vocab_size == vocab_size,
+            "constraint",
+            f"the model's vocabulary, {vocab_size}",
+            constraint.vocab_size,
+        ),
+        (request.stops is None, "stop_strings", "none beside a constraint", "some"),
+        (
+            set(constraint.eos) <= request.ends,
+            "eos_token_id",
+            f"those of the constraint, {list(constraint.eos)}, to end a row",
+            sorted(request.ends),
+        ),
+        (
+            all(_never(constraint, t) for t in request.ends - set(constraint.eos)),
+            "eos_token_id",
+            "no token that the constraint has inside a text",
+            sorted(request.ends),
+        ),
+    ):
+        if not ok:
+            raise ValueError(f"{_WHERE}: {name}: expected {expected}, found {found}")
+
+
+def _never(constraint: control.Constraint, token: int) -> bool:
+    return bool((constraint.table[:, constraint.classes[token]] < 0).all())

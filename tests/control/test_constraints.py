@@ -1,0 +1,323 @@
+"""Constraints as languages: how they are written, combined, kept, and refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from control_tokenizer import accepts, random_texts, tokenizer
+from control_toys import EDGES, EOS, V, constraint, satisfies
+
+from lora_ext.control import Constraint, ConstraintTooLarge, Limits
+
+pytest.importorskip("transformers")
+outlines = pytest.mark.skipif(
+    importlib.util.find_spec("outlines_core") is None,
+    reason="outlines-core is not installed: pip install 'lora_ext[control]'",
+)
+
+
+def every(longest: int, tokens: int = 4) -> list[tuple[int, ...]]:
+    return [t for n in range(longest + 1) for t in itertools.product(range(tokens), repeat=n)]
+
+
+def small(*texts: tuple[int, ...]) -> Constraint:
+    """Exactly these texts, as a tree."""
+    number: dict[tuple[int, ...], int] = {(): 0}
+    edges = []
+    for text in texts:
+        for i, token in enumerate(text):
+            node = number.setdefault(text[: i + 1], len(number))
+            edges.append((number[text[:i]], token, node))
+    return Constraint.from_edges(edges, 0, {number[t] for t in texts}, V, EOS)
+
+
+# --- from edges -----------------------------------------------------------------------------------
+def test_an_automaton_accepts_what_its_edges_say() -> None:
+    one = constraint()
+    assert [one.accepts(t) for t in every(5)] == [satisfies(t) for t in every(5)]
+    assert one.num_states == len({s for s, _, _ in EDGES})
+    assert one.accepts(torch.tensor([2])) and not one.accepts([EOS]) and not one.accepts([99])
+
+
+def test_equal_languages_are_equal_however_they_are_written() -> None:
+    twice = [(s + 10, t, n + 10) for s, t, n in EDGES]  # a copy of it that nothing leads to
+    lost = [(0, 0, 77)]  # a state from which no text ends: the edge is none
+    again = Constraint.from_edges([*EDGES[1:], *twice], 0, {2, 3, 12, 13}, V, EOS)
+    other = Constraint.from_edges([*EDGES[1:], *lost], 0, {2, 3}, V, EOS)
+    assert again == other and hash(again) == hash(other) and again.key == other.key
+    assert again != constraint()
+    assert small((0,), (0, 1), (2, 1)) == small((2, 1), (0, 1), (0,))
+
+
+def test_the_distance_is_the_fewest_tokens_to_the_end() -> None:
+    one = small((0, 1, 2), (1,))
+    assert one.distance[0] == 2  # a 1 and the end
+    assert one.distance[one.next_state(0, 0)] == 3
+    assert one.distance[one.end] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([(0, 9, 1)], 0, {1}, V, EOS), "edges: expected tokens below vocab_size 5, found \\[9\\]"),
+        (([(0, EOS, 1)], 0, {1}, V, EOS), "name its state in final"),
+        (([(0, 1, 1), (0, 1, 2)], 0, {1}, V, EOS), "one state behind state 0 and token 1"),
+        (([(0, 1, 1)], 0, set(), V, EOS), "language with a text, found an empty one"),
+        (([(0, 1)], 0, {1}, V, EOS), "triples"),
+        (([(0, 1, 1)], -1, {1}, V, EOS), "start: expected a state"),
+        (([(0, 1, 1)], 0, {1}, V, 9), "eos_token_id: expected tokens in 0 .. 4, found 9"),
+        (([(0, 1, 1)], 0, {1}, 0, EOS), "vocab_size: expected a whole number"),
+    ],
+)
+def test_edges_that_are_no_automaton_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Constraint.from_edges(*arguments)
+
+
+# --- combining ------------------------------------------------------------------------------------
+def test_both_either_and_every_other_are_those_of_sets() -> None:
+    a, b = constraint(), small((2,), (3, 3), (2, 1, 0), (3, 2))
+    for text in every(4):
+        one, two = a.accepts(text), b.accepts(text)
+        assert (a & b).accepts(text) == (one and two)
+        assert (a | b).accepts(text) == (one or two)
+        assert (~a).accepts(text) != one
+    assert ~~a == a and (a | a) == a == (a & a)
+    assert ~(a & b) == (~a | ~b)
+
+
+def test_texts_that_rule_each_other_out_and_other_vocabularies_are_refused() -> None:
+    with pytest.raises(ValueError, match="found an empty one"):
+        _ = constraint() & ~constraint()
+    with pytest.raises(ValueError, match="other vocabulary"):
+        _ = constraint() & Constraint.from_edges([(0, 1, 1)], 0, {1}, V + 1, EOS)
+
+
+def test_products_above_the_limit_say_what_multiplies() -> None:
+    """Lengths that are multiples of 61, 67 and 71: their product has 290177 states."""
+    cycles = [
+        Constraint.from_edges([(s, 0, (s + 1) % n) for s in range(n)], 0, {0}, V, EOS)
+        for n in (61, 67, 71)
+    ]
+    with pytest.raises(ConstraintTooLarge, match="4087 states times 71"):
+        _ = cycles[0] & cycles[1] & cycles[2]
+
+
+# --- texts and words ------------------------------------------------------------------------------
+def test_a_choice_is_exactly_its_texts_in_every_way_that_tokens_spell_them() -> None:
+    tokens = tokenizer()
+    one = Constraint.choice(["yes", "no", "yes, dog"], tokens)
+    assert accepts(one, "yes") and accepts(one, "no") and accepts(one, "yes, dog")
+    assert not accepts(one, "ye") and not accepts(one, "yes,") and not accepts(one, "")
+    y, es, yes = (tokens.convert_tokens_to_ids(t) for t in ("y", "es", "yes"))
+    assert one.accepts([y, es]) and one.accepts([yes]) and not one.accepts([es])
+    assert Constraint.choice(["", "é"], tokens).accepts([])
+    assert accepts(Constraint.choice(["", "é"], tokens), "é")
+
+
+def test_words_are_contained_where_their_letters_stand_whatever_tokens_spell_them() -> None:
+    tokens = tokenizer()
+    one = Constraint.keywords(tokens, all_of=["dog", ["cat", "ab"]], none_of=["bad"])
+    texts = [
+        "".join(p) for p in itertools.product(("dog", " dog", "ab", "cat", "b", "ad"), repeat=3)
+    ]
+    for text in texts:
+        wanted = "dog" in text and ("cat" in text or "ab" in text) and "bad" not in text
+        assert accepts(one, text) == wanted
+        assert (
+            one.accepts([tokens.convert_tokens_to_ids(c.replace(" ", "Ġ")) for c in text]) == wanted
+        )
+
+
+def test_words_that_overlap_or_contain_each_other_all_count() -> None:
+    one = Constraint.keywords(tokenizer(), all_of=["abab", "bab", "a"])
+    for text in ("abab", "babab", "ababab"):
+        assert accepts(one, text)
+    for text in ("aba", "bab", "ab ab", "abba"):
+        assert not accepts(one, text)
+
+
+def test_no_words_forbid_nothing_but_marks_that_are_no_text() -> None:
+    tokens = tokenizer()
+    free = Constraint.keywords(tokens)
+    assert free.num_states == 1
+    allowed = free.table[0][free.class_of.long()] >= 0
+    assert allowed.sum() == len(tokens) - 1 and not allowed[tokens.pad_token_id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"all_of": "dog"}, "all_of: expected a list of texts"),
+        ({"all_of": [""]}, r"all_of\[0\]: expected a text that is not empty"),
+        ({"all_of": ["dog"], "none_of": ["o"]}, "found an empty one"),
+        ({"none_of": [3]}, "none_of: expected a text"),
+    ],
+)
+def test_words_that_are_none_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Constraint.keywords(tokenizer(), **arguments)
+
+
+def test_many_words_at_once_are_refused_with_what_multiplies() -> None:
+    words = [f"{i:02d}!" for i in range(16)]
+    with pytest.raises(ConstraintTooLarge, match=r"2\^16 sets"):
+        Constraint.keywords(tokenizer(), all_of=words)
+
+
+def test_a_tokenizer_without_an_end_or_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokenizer: expected a transformers tokenizer"):
+        Constraint.choice(["a"], "smollm2")
+    with pytest.raises(ValueError, match="vocab_size: expected at least"):
+        Constraint.choice(["a"], tokenizer(), vocab_size=3)
+    wide = Constraint.choice(["a"], tokenizer(), vocab_size=400)
+    assert wide.vocab_size == 400 and wide.next_state(0, 399) == -1
+
+
+def test_a_constraint_is_built_once_for_its_content_and_tokenizer() -> None:
+    first = Constraint.choice(["yes", "no"], tokenizer())
+    assert Constraint.choice(["yes", "no"], tokenizer()) is first
+    assert Constraint.choice(["no", "yes"], tokenizer()) == first
+    assert Constraint.choice(["yes", "no"], tokenizer(), vocab_size=400) != first
+
+
+# --- regular expressions --------------------------------------------------------------------------
+PATTERNS = [
+    "(ab)+", "(ab)*a?", "a*b", "(a|b){1,4}", "ab(ab)?", "(ab){1,3}", "[ab]{2}(ab)*", "a|aba|b+ab",
+    r"[0-9]+(\.[0-9]+)?", "^ab$", "a??b", r"1+\.?5",
+]  # fmt: skip
+
+
+@outlines
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_token_sequences_are_accepted_where_their_text_matches(pattern: str) -> None:
+    """Also those whose last token ends one byte behind a place where the match might end."""
+    import re
+
+    tokens = tokenizer()
+    names = ["a", "b", "ab", "ba", "abab", "12", "1", ".", ".5", "5"]
+    ids = [tokens.convert_tokens_to_ids(n) for n in names]
+    one = Constraint.regex(pattern, tokens)
+    for length in range(5 if pattern[0] not in "[1" else 4):
+        for places in itertools.product(range(len(names)), repeat=length):
+            text = "".join(names[p] for p in places)
+            wanted = re.fullmatch(pattern, text) is not None
+            assert one.accepts([ids[p] for p in places]) == wanted, text
+
+
+@outlines
+def test_letters_of_several_bytes_match_as_one() -> None:
+    one = Constraint.regex("[é-ü]{2}.", tokenizer())
+    assert accepts(one, "éü日") and not accepts(one, "éü") and not accepts(one, "éé12")
+
+
+@outlines
+@pytest.mark.parametrize("pattern", ["(", "(?=a)b", r"(a)\1", "a{3,1}", r"\bdog"])
+def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="regex: pattern: expected one that outlines-core reads"):
+        Constraint.regex(pattern, tokenizer())
+
+
+@outlines
+@pytest.mark.parametrize("pattern", ["(a|b)*a(a|b){24}", "((a{1,50}){1,50}){1,50}"])
+def test_hostile_expressions_end_within_the_limits(pattern: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConstraintTooLarge, match=r"seconds|states|bytes"):
+        Constraint.regex(pattern, tokenizer(), limits=Limits(max_seconds=2))
+    assert time.monotonic() - start < 20  # of a machine that others use too
+    assert accepts(Constraint.regex("a+", tokenizer()), "aa")  # and nothing is broken
+
+
+def test_expressions_that_are_too_long_are_refused_before_anything_reads_them() -> None:
+    with pytest.raises(ConstraintTooLarge, match="65536 characters, found 70000"):
+        Constraint.regex("a" * 70_000, tokenizer())
+
+
+def test_without_outlines_core_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'lora_ext\[control\]'"):
+        Constraint.regex("never built before", tokenizer())
+
+
+# --- schemas --------------------------------------------------------------------------------------
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-c]+$"}},
+        "kind": {"$ref": "#/$defs/kind"},
+        "size": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+    },
+    "required": ["name", "kind"],
+    "$defs": {"kind": {"enum": ["a", 'b"', None]}},
+}
+
+
+def holds(value: Any) -> bool:
+    """The schema in other words."""
+    keys = {"name", "age", "tags", "kind", "size"}
+    return (
+        {"name", "kind"} <= set(value) <= keys
+        and isinstance(value["name"], str)
+        and len(value["name"]) <= 5
+        and type(value.get("age", 0)) is int
+        and all(t and set(t) <= set("abc") for t in value.get("tags", []))
+        and value["kind"] in ("a", 'b"', None)
+        and (value.get("size") is None or type(value["size"]) in (int, float))
+    )
+
+
+@outlines
+def test_every_text_of_a_schema_is_json_that_holds_to_it() -> None:
+    one = Constraint.json_schema(SCHEMA, tokenizer())
+    assert one == Constraint.json_schema(json.dumps(SCHEMA), tokenizer())
+    for text in random_texts(one, 300, 60):
+        assert holds(json.loads(text)), text
+    assert accepts(one, '{"name":"x","kind":"a"}')
+    assert accepts(one, '{ "name": "x", "age": 12, "kind": "b\\""}')
+    assert not accepts(one, '{"name":"x"}') and not accepts(one, '{"name":"123456","kind":"a"}')
+
+
+@outlines
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "integer", "minimum": 3}, "minimum"),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "properties": {"a": {"type": "string", "not": {}}}}, "not"),
+        ({"type": "object", "properties": {}, "required": ["z"]}, "required 'z'"),
+        ({"allOf": [{"type": "integer"}, {"type": "number"}]}, "allOf"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"type": "string", "format": "email"}, "format 'email'"),
+        ({"type": "string", "pattern": "a", "minLength": 3}, "pattern or format beside"),
+        ({"type": "string", "pattern": ".*"}, "stay inside a JSON string"),
+        ({"anyOf": [{"type": "integer"}], "minimum": 1}, "minimum beside anyOf"),
+        ({"$ref": "#"}, "leads to itself"),
+        ({}, "no type"),
+        ({"type": "object"}, "an object without properties"),
+    ],
+)
+def test_words_that_the_automaton_would_ignore_are_refused_by_name(schema: Any, word: str) -> None:
+    with pytest.raises(NotImplementedError, match=word):
+        Constraint.json_schema(schema, tokenizer())
+
+
+@pytest.mark.parametrize("schema", ["{", [], 3, '"text"', {"type": "text"}, {"enum": []}])
+def test_what_is_no_schema_is_refused(schema: Any) -> None:
+    with pytest.raises(ValueError, match="json_schema"):
+        Constraint.json_schema(schema, tokenizer())
+
+
+def test_schemas_inside_each_other_without_end_are_refused() -> None:
+    deep = '{"type":"array","items":' * 5000 + '{"type":"null"}' + "}" * 5000
+    with pytest.raises((ConstraintTooLarge, NotImplementedError, ValueError)):
+        Constraint.json_schema(deep, tokenizer())

@@ -1,0 +1,228 @@
+"""The processor in transformers' generate, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from control_toys import BUDGET, EDGES, EOS, H, V, constraint, guide, satisfies
+from torch import Tensor
+
+from lora_ext.control import Constraint, ConstraintProcessor, Guide
+
+transformers = pytest.importorskip("transformers")
+
+
+def tiny_model(vocab: int = V, seed: int = 0) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.lm_head.weight.data *= 20  # laws that are not flat
+    return model
+
+
+def new_texts(tokens: Tensor, prompt: int) -> list[tuple[int, ...]]:
+    """What came behind the prompts, without the ends; fails where a row has none."""
+    rows = [tuple(row[prompt:]) for row in tokens.tolist()]
+    return [row[: row.index(EOS)] for row in rows]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_of_ten_thousand_samples_none_lies_outside_the_constraint(guided: bool) -> None:
+    how = ConstraintProcessor(
+        constraint(), guide() if guided else None, max_new_tokens=BUDGET, min_new_tokens=1
+    )
+    torch.manual_seed(0)
+    tokens = tiny_model().generate(
+        torch.full((10_000, 2), 1),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=BUDGET,
+        logits_processor=[how],
+    )
+    found = new_texts(tokens, 2)
+    assert all(map(satisfies, found))
+    assert len(set(found)) > 30
+    assert how.log_weight.shape == (10_000,)
+
+
+def test_resampling_by_the_weights_gives_the_model_given_the_constraint() -> None:
+    """Means under the weights, against all texts enumerated with the model itself."""
+    from control_toys import texts
+
+    model, rows = tiny_model(), list(texts(BUDGET, 0))
+    ids = torch.tensor([[1, 1, *row, *[0] * (BUDGET - len(row))] for row in rows])
+    with torch.no_grad():
+        log_p = model(ids).logits.double().log_softmax(-1)
+    p = torch.tensor(
+        [sum(float(log_p[i, 1 + k, t]) for k, t in enumerate(row)) for i, row in enumerate(rows)]
+    ).softmax(0)
+    wanted = torch.stack(
+        [p[[3 in row for row in rows]].sum(), p[[len(r) == 3 for r in rows]].sum()]
+    )
+    how = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET)
+    torch.manual_seed(1)
+    tokens = model.generate(
+        torch.full((20_000, 2), 1),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=BUDGET,
+        logits_processor=[how],
+    )
+    found, weight = new_texts(tokens, 2), how.log_weight.softmax(0)
+    got = torch.stack(
+        [weight[[3 in row for row in found]].sum(), weight[[len(r) == 2 for r in found]].sum()]
+    )
+    effective = 1 / float((weight**2).sum())
+    assert (got - wanted).abs().max() < 4 * 0.5 / effective**0.5
+
+
+def test_greedy_and_beams_satisfy_it_too_and_beams_find_what_is_at_least_as_likely() -> None:
+    model, ids = tiny_model(), torch.tensor([[1, 2], [3, 0]])
+    best: dict[int, list[float]] = {}
+    for beams in (1, 4):
+        how = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET)
+        out = model.generate(
+            ids,
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=BUDGET,
+            logits_processor=[how],
+            length_penalty=0.0,
+        )
+        assert all(map(satisfies, new_texts(out, 2)))
+        best[beams] = [len(t) for t in new_texts(out, 2)]
+    assert len(best) == 2
+
+
+def test_beams_keep_the_states_of_the_rows_that_they_go_on_from() -> None:
+    """Against scores that a new processor gives to each row's tokens alone."""
+
+    class Watched(ConstraintProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            got = super().__call__(input_ids, scores)
+            for i in range(len(input_ids)):
+                if not bool((got[i] > -torch.inf).any()) or self._rows[i].lost:
+                    continue
+                alone = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET)
+                for end in range(2, input_ids.shape[1] + 1):
+                    one = alone(input_ids[i : i + 1, :end], scores[i : i + 1])
+                assert torch.allclose(one[0], got[i], atol=1e-6, rtol=0)
+            return got
+
+    how = Watched(constraint(), guide(), max_new_tokens=BUDGET)
+    out = tiny_model().generate(
+        torch.tensor([[1, 2], [3, 0]]),
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=2,
+        max_new_tokens=BUDGET,
+        logits_processor=[how],
+    )
+    assert all(map(satisfies, new_texts(out, 2)))
+
+
+def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> None:
+    whole = guide()
+    small = Guide(whole.initial.float(), whole.transition.float(), whole.emission.float())
+    other = Constraint.from_edges([(0, 1, 1), (1, 3, 1)], 0, {1}, V, EOS)
+    listed = [constraint(), None, other, constraint() | other] * 4
+    torch.manual_seed(2)
+    scores = torch.randn(3, 16, V)
+    ids = torch.randint(0, 4, (16, 2))
+    rows: list[list[Tensor]] = [[] for _ in listed]
+    how = ConstraintProcessor(listed, small, max_new_tokens=BUDGET)
+    drawn = []
+    for step in range(3):
+        got = how(torch.cat([ids, *drawn], 1), scores[step])
+        drawn.append(got.argmax(1, keepdim=True))
+        for i in range(16):
+            rows[i].append(got[i])
+    for i, c in enumerate(listed):
+        alone = ConstraintProcessor(c, small, max_new_tokens=BUDGET)
+        for step in range(3):
+            one = alone(
+                torch.cat([ids[i : i + 1], *(d[i : i + 1] for d in drawn[:step])], 1),
+                scores[step, i : i + 1],
+            )
+            assert torch.equal(one[0], rows[i][step])
+            if c is None:
+                assert torch.equal(one[0], scores[step, i])
+
+
+def test_one_processor_serves_one_call_after_the_other() -> None:
+    how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
+    model = tiny_model()
+    for prompt in ([[1, 2]], [[1, 2]], [[0, 0, 3], [1, 1, 1]], [[2]]):
+        out = model.generate(
+            torch.tensor(prompt), do_sample=False, max_new_tokens=BUDGET, logits_processor=[how]
+        )
+        assert all(map(satisfies, new_texts(out, len(prompt[0]))))
+
+
+def test_rows_that_another_call_cannot_explain_are_refused() -> None:
+    how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
+    ids, scores = torch.tensor([[1, 2]]), torch.zeros(1, V)
+    how(ids, scores)
+    how(torch.tensor([[1, 2, 0]]), scores)
+    how(torch.tensor([[1, 2, 0, 2]]), scores)
+    with pytest.raises(ValueError, match=r"input_ids.*one token more"):
+        how(torch.tensor([[1, 2, 0]]), scores)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 1}, "max_new_tokens: expected at least 2.*found 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number, at least 1, found 0"),
+        ({"max_new_tokens": 5, "min_new_tokens": 5}, "min_new_tokens: expected less than.*5"),
+        ({"max_new_tokens": 5, "temperature": 0.0}, "temperature: expected a number above 0"),
+        ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected none without"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_anything_runs(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConstraintProcessor(constraint(), **settings)
+
+
+def test_a_text_that_must_be_longer_than_the_language_has_is_refused() -> None:
+    short = Constraint.from_edges([(0, 1, 1)], 0, {1}, V, EOS)
+    with pytest.raises(ValueError, match="min_new_tokens: expected a text of 3 to 7 tokens"):
+        ConstraintProcessor(short, max_new_tokens=8, min_new_tokens=3)
+
+
+def test_vocabularies_and_rows_that_do_not_fit_are_refused_by_name() -> None:
+    how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
+    with pytest.raises(ValueError, match="vocabulary of the scores, 6, found 5"):
+        how(torch.tensor([[1]]), torch.zeros(1, 6))
+    how = ConstraintProcessor([constraint(), None], max_new_tokens=BUDGET)
+    with pytest.raises(ValueError, match="one per prompt, for 3 rows, found 2"):
+        how(torch.ones(3, 1, dtype=torch.long), torch.zeros(3, V))
+    with pytest.raises(ValueError, match="guide: expected 5 tokens, found 7"):
+        ConstraintProcessor(constraint(), guide(vocab=7), max_new_tokens=BUDGET)
+
+
+def test_a_penalty_that_forbids_all_that_the_constraint_allows_is_named() -> None:
+    how = ConstraintProcessor(constraint(), max_new_tokens=2)  # only a 2 may come
+    scores = torch.zeros(1, V)
+    scores[0, 2] = -torch.inf
+    with pytest.raises(ValueError, match=re.escape("min_new_tokens, forbids them all")):
+        how(torch.tensor([[1]]), scores)
+
+
+def test_the_edges_of_the_toy_are_its_smallest_automaton() -> None:
+    assert constraint().num_states == len({s for s, _, _ in EDGES})

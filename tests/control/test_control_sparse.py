@@ -1,0 +1,86 @@
+"""The sparse way: the same law, without a product with the vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from control_toys import BUDGET, LEAST, Prefix, V, constraint, guide, table_model
+from torch import Tensor
+
+from lora_ext.control import law
+from lora_ext.control.law import Row
+from lora_ext.control.messages import Plan
+
+PREFIXES = [p for n in range(4) for p in itertools.product(range(4), repeat=n)]
+
+
+def row_at(prefix: Prefix, guided: bool = True) -> Row:
+    row: Row | None = Row.first(Plan(constraint(), BUDGET, LEAST, guide() if guided else None))
+    for token in prefix:
+        (row,) = law.advance([row], [token])
+    assert row is not None
+    return row
+
+
+def normal(scores: Tensor) -> Tensor:
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("prefix", [p for p in PREFIXES if not row_at(p).lost])
+def test_what_is_proposed_and_kept_follows_the_guided_law(prefix: Prefix) -> None:
+    row, scores = row_at(prefix), table_model()(prefix).log()[None]
+    proposed = normal(law.moved(law.bounds([row]), scores, 1.0))[0]
+    live = (proposed > 0).nonzero()[:, 0].tolist()
+    keep = torch.zeros(V, dtype=torch.float64)
+    keep[live] = law.keep_probabilities([row] * len(live), live)
+    assert keep.max() <= 1 and keep.min() >= 0
+    wanted = normal(law.apply([row], scores)[0])[0]
+    got = proposed * keep
+    assert torch.allclose(got / got.sum(), wanted, atol=1e-14)
+
+
+def test_a_draw_follows_its_uniforms_and_falls_back_to_the_dense_law() -> None:
+    row, scores = row_at(()), table_model()(()).log()[None]
+    dense = normal(law.apply([row], scores)[0])[0].cumsum(-1)
+    for u in torch.linspace(0.01, 0.99, 25).tolist():
+        token, drawn = law.draw([row], scores, 1.0, lambda rows, u=u: torch.tensor([[u, 1.0]]))
+        assert token == [int(torch.searchsorted(dense, torch.tensor(u).double(), right=True))]
+        assert drawn == 33  # 1.0 keeps nothing
+
+
+def test_many_draws_of_mixed_rows_have_the_dense_laws() -> None:
+    kinds: list[Row | None] = [
+        row_at(()),
+        None,
+        row_at((2,), guided=False),
+        row_at((0,)),
+        row_at((2, 3)),
+    ]
+    prefixes: list[Prefix] = [(), (), (2,), (0,), (2, 3)]
+    scores = torch.stack([table_model()(p).log() for p in prefixes])
+    wanted = normal(law.apply(kinds, scores * 0.8, 0.8)[0] / 0.8)
+    copies, generator = 3000, torch.Generator().manual_seed(0)
+    tokens, drawn = law.draw(
+        kinds * copies,
+        (scores * 0.8).repeat(copies, 1),
+        0.8,
+        lambda rows: torch.rand(len(rows), 2, generator=generator),
+        tries=2,
+    )
+    found = torch.tensor(tokens).view(copies, len(kinds))
+    counts = torch.stack([torch.bincount(c, minlength=V) for c in found.unbind(1)]) / copies
+    assert (counts - wanted).abs().max() < 4 * 0.5 / copies**0.5
+    assert drawn < 3 * len(tokens)
+
+
+@pytest.mark.parametrize("tries", [1, 2, 5])
+def test_the_likeliest_token_is_that_of_the_dense_law(tries: int) -> None:
+    for prefix in PREFIXES:
+        row = row_at(prefix)
+        if row.lost:
+            continue
+        scores = table_model()(prefix).log()[None]
+        wanted = int(law.apply([row], scores)[0].argmax())
+        assert law.likeliest([row], scores, tries) == [wanted]

@@ -1,0 +1,157 @@
+"""Guides: from circuits, in files, and learned from a model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from control_toys import V, guide
+
+from lora_ext.circuits import Bernoulli, Categorical, Circuit, RegionGraph
+from lora_ext.control import Guide, distil
+
+
+def test_a_circuit_and_its_guide_give_every_text_the_same_probability() -> None:
+    torch.manual_seed(0)
+    circuit = Circuit(RegionGraph.hmm(4, 3, Categorical(V), homogeneous=True)).double()
+    found = Guide.from_circuit(circuit)
+    texts = torch.tensor(list(itertools.product(range(V), repeat=4)))
+    assert torch.allclose(found.log_prob(texts), circuit.log_prob(texts), atol=1e-12)
+    shorter = texts.clone()
+    shorter[:, 2:] = -1
+    assert torch.allclose(found.log_prob(shorter), circuit.log_prob(shorter), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        RegionGraph.hmm(4, 3, Categorical(V)),
+        RegionGraph.hmm(4, 3, Bernoulli(), homogeneous=True),
+        RegionGraph.cp(4, 3, Categorical(V)),
+        RegionGraph.hmm(1, 3, Categorical(V), homogeneous=True),
+    ],
+)
+def test_circuits_that_are_no_homogeneous_chain_of_tokens_are_refused(graph: RegionGraph) -> None:
+    with pytest.raises(ValueError, match=r"from_circuit: circuit: expected RegionGraph\.hmm"):
+        Guide.from_circuit(Circuit(graph))
+
+
+def test_a_saved_guide_is_the_same_guide(tmp_path: Path) -> None:
+    one = guide()
+    one.measures = {"held_out_nats": 3.5}
+    one.save(tmp_path / "guide")
+    again = Guide.load(tmp_path / "guide")
+    for name in ("initial", "transition", "emission"):
+        assert torch.equal(getattr(again, name), getattr(one, name))
+    assert again.measures == one.measures
+
+
+def test_files_that_are_no_guide_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(ValueError, match="cannot be opened"):
+        Guide.load(tmp_path)
+    good = {"initial": torch.ones(2) / 2, "transition": torch.ones(2, 2) / 2}
+    for bad in (
+        good,
+        good | {"emission": torch.ones(3, 4) / 4},
+        good | {"emission": torch.ones(2, 4)},
+        good | {"emission": torch.full((2, 4), torch.nan)},
+        good | {"emission": torch.ones(2, 4) / 4, "more": torch.ones(1)},
+    ):
+        save_file(bad, tmp_path / "guide.safetensors")
+        with pytest.raises(ValueError, match="expected"):
+            Guide.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"initial": torch.ones(3)}, "initial: expected probabilities"),
+        ({"initial": torch.ones(3, dtype=torch.long)}, "initial: expected float32 or float64"),
+        ({"transition": torch.ones(3, 2) / 2}, "transition: expected shape"),
+        ({"emission": torch.ones(2, 5) / 5}, "emission: expected shape"),
+        ({"emission": -torch.ones(3, 5, dtype=torch.float64)}, "emission: expected probabilities"),
+        ({"emission": torch.ones(3, 5) / 5}, "emission: expected torch.float64"),
+    ],
+)
+def test_numbers_that_are_no_guide_are_refused_by_name(change: Any, message: str) -> None:
+    whole = guide()
+    given = {k: getattr(whole, k) for k in ("initial", "transition", "emission")}
+    with pytest.raises(ValueError, match=message):
+        Guide(**(given | change))
+
+
+# --- learning -------------------------------------------------------------------------------------
+def cyclic_model(vocab: int = 12) -> Any:
+    """A model whose next token nearly follows from the last one: a few states hold it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=vocab - 1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:  # the hidden state is that of the last token alone
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    table = torch.linalg.qr(torch.randn(16, 16))[0][:vocab]
+    model.model.embed_tokens.weight.data.copy_(table)
+    model.lm_head.weight.data.copy_(1.2 * table.roll(1, 0))
+    return model
+
+
+def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_measured() -> None:
+    model, said = cyclic_model(), []
+
+    def bar(items: Any, desc: str, total: int) -> Any:
+        said.append((desc, total))
+        return items
+
+    before = torch.random.get_rng_state()
+    arguments = {"samples": 200, "length": 8, "batch": 50, "em_steps": 4}
+    one = distil(model, [[0], [1, 2]], 1, **arguments)
+    many = distil(model, [[0], [1, 2]], 12, **arguments, progress=bar)
+    assert torch.equal(before, torch.random.get_rng_state())
+    nats = [g.measures["held_out_nats"] for g in (one, many)]
+    assert nats[1] < nats[0] - 0.5
+    model_nats = many.measures["model_nats"]
+    assert nats[1] - model_nats < 0.2 * (nats[0] - model_nats)
+    assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps"}
+    again = distil(model, [[0], [1, 2]], 12, **arguments)
+    assert torch.equal(again.transition, many.transition)
+    assert torch.equal(again.emission, many.emission)
+
+
+def test_a_guide_of_one_state_emits_the_mean_of_the_models_laws() -> None:
+    model = cyclic_model()
+    one = distil(model, torch.tensor([[3]]), 1, samples=40, length=2, em_steps=0)
+    with torch.no_grad():
+        start = model(torch.tensor([[3]])).logits[0, -1].softmax(-1)
+    # Half of the places are the first, whose law is the prompt's.
+    assert torch.all(one.emission[0] >= 0.45 * start)
+    assert math.isclose(float(one.emission.sum()), 1, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"states": 0}, "states: expected a whole number, at least 1, found 0"),
+        ({"states": 999}, "states: expected at most"),
+        ({"prompts": []}, "prompts: expected at least one"),
+        ({"held_out": 1.0}, "held_out: expected a share"),
+        ({"length": 1}, "length: expected a whole number, at least 2"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_by_name(settings: Any, message: str) -> None:
+    given = {"prompts": [[1]], "states": 2, "samples": 4, "length": 2} | settings
+    with pytest.raises(ValueError, match=message):
+        distil(cyclic_model(), **given)

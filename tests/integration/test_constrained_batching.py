@@ -1,0 +1,118 @@
+"""Constraints of requests of continuous batching, beside their adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_continuous_batching import MANY, alone, attached, batching, pool_of, prompts
+
+import lora_ext
+from lora_ext.control import Constraint, ConstraintProcessor, Guide
+from lora_ext.serving.sampling import Sampling
+
+EOS, NEW = 2, 6
+
+
+def three_of(vocab: int, allowed: tuple[int, ...]) -> Constraint:
+    """Texts of three tokens, all of a few."""
+    edges = [(s, t, s + 1) for s in range(3) for t in allowed]
+    return Constraint.from_edges(edges, 0, {3}, vocab, EOS)
+
+
+def guide(vocab: int) -> Guide:
+    torch.manual_seed(0)
+    return Guide(torch.ones(3) / 3, torch.ones(3, 3) / 3, torch.randn(3, vocab).softmax(-1))
+
+
+def constrained_alone(model: Any, prompt: list[int], name: str | None, how: Any) -> list[int]:
+    ids = torch.tensor([prompt])
+    with lora_ext.adapters(name, pool=pool_of(model)):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=EOS,
+            logits_processor=[how],
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
+    model, _ = attached()
+    vocab = model.get_output_embeddings().weight.shape[0]
+    given, names = prompts(8), [*MANY[:7], None]
+    constraints = [
+        None if i % 3 == 0 else three_of(vocab, (5 + i, 20, 21)) for i in range(len(given))
+    ]
+    look = guide(vocab)
+    guides = [look if i % 2 and c is not None else None for i, c in enumerate(constraints)]
+    expected = []
+    for prompt, name, c, g in zip(given, names, constraints, guides, strict=True):
+        if c is None:
+            expected.append(alone(model, prompt, name))
+        else:
+            how = ConstraintProcessor(c, g, max_new_tokens=NEW)
+            expected.append(constrained_alone(model, prompt, name, how))
+            assert c.accepts(expected[-1][:-1]) and expected[-1][-1] == EOS
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        ids = [
+            manager.add_request(
+                prompt,
+                adapter_name=name,
+                constraint=c,
+                guide=g,
+                max_new_tokens=NEW,
+                eos_token_id=-1 if c is None else EOS,
+            )
+            for prompt, name, c, g in zip(given, names, constraints, guides, strict=True)
+        ]
+        found = {}
+        while len(found) < len(ids):
+            result = manager.get_result(timeout=60)
+            if result is not None:
+                assert result.error is None
+                found[result.request_id] = result.generated_tokens
+    assert [found[i] for i in ids] == expected
+
+
+def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
+    model, _ = attached()
+    vocab = model.get_output_embeddings().weight.shape[0]
+    one = three_of(vocab, (5, 20, 21))
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        for seed in range(3):
+            manager.add_request(
+                prompts(1)[0],
+                adapter_name="a1",
+                sampling=Sampling(temperature=1.5, top_p=0.9, seed=seed),
+                constraint=one,
+                eos_token_id=EOS,
+            )
+            *text, end = manager.get_result(timeout=60).generated_tokens
+            assert one.accepts(text) and end == EOS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 3}, "max_new_tokens: expected at least 4"),
+        ({"eos_token_id": 3}, r"eos_token_id: expected those of the constraint, \[2\]"),
+        ({"constraint": None, "guide": guide(11)}, "guide: expected None without a constraint"),
+        ({"guide": guide(11)}, "guide: expected"),
+    ],
+)
+def test_requests_that_cannot_be_met_fail_before_they_wait(
+    settings: dict[str, Any], message: str
+) -> None:
+    model, pool = attached(slots=2)
+    vocab = model.get_output_embeddings().weight.shape[0]
+    given = {"constraint": three_of(vocab, (5,)), "eos_token_id": EOS} | settings
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        with pytest.raises(ValueError, match=message):
+            manager.add_request(prompts(1)[0], adapter_name="a0", **given)
+        manager.add_request(prompts(1)[0], adapter_name="a0")  # it still serves
+        assert manager.get_result(timeout=60).error is None
+    assert pool.stats()["pins"] == 0
