@@ -178,6 +178,28 @@ def _add_resize(commands: Any) -> None:
     _add_json(parser)
 
 
+_PRUNE_CHOICES = (  # option, what it may be, the default first, and help
+    (
+        "score",
+        ("distance", "angle", "alignment"),
+        "distance from the map of the update, which is mostly its size; the angle between them; "
+        "or its cosine with what alignment did, below 0 where it undoes that",
+    ),
+    (
+        "reference",
+        ("population", "permutation", "released"),
+        "what a distance is compared with",
+    ),
+    ("granularity", ("module", "block"), "what a layer is"),
+    ("projection", ("frobenius", "orthogonal"), "map onto the aligned directions"),
+    (
+        "on-zero-alignment",
+        ("raise", "skip"),
+        "a layer that both models have alike is an error, or is kept",
+    ),
+)
+
+
 def _add_prune(commands: Any) -> None:
     parser = _command(
         commands,
@@ -206,32 +228,9 @@ def _add_prune(commands: Any) -> None:
         required=True,
         help="which scores are pruned; what they mean depends on --score",
     )
-    parser.add_argument(
-        "--score",
-        choices=("distance", "angle", "alignment"),
-        default="distance",
-        help="distance from the map of the update, which is mostly its size; the angle "
-        "between them; or its cosine with what alignment did, below 0 where it undoes "
-        "that (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--reference",
-        choices=("population", "permutation", "released"),
-        default="population",
-        help="what a distance is compared with (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--granularity",
-        choices=("module", "block"),
-        default="module",
-        help="what a layer is (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--projection",
-        choices=("frobenius", "orthogonal"),
-        default="frobenius",
-        help="map onto the aligned directions (default: %(default)s)",
-    )
+    for name, choices, text in _PRUNE_CHOICES:
+        text += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0], help=text)
     parser.add_argument(
         "--rank", type=int, metavar="Q", help="at most so many directions (orthogonal)"
     )
@@ -240,12 +239,6 @@ def _add_prune(commands: Any) -> None:
         type=float,
         metavar="E",
         help="only the directions with this share of the change (orthogonal)",
-    )
-    parser.add_argument(
-        "--on-zero-alignment",
-        choices=("raise", "skip"),
-        default="raise",
-        help="a layer that both models have alike is an error, or is kept (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-degenerate",

@@ -7,11 +7,11 @@ from lora_ext.layers import shift_labels
 
 from .config import MtpcConfig
 from .decoder import Generation, SpeculativeDecoder
+from .drafting import TokenBridge
 from .layers import CircuitHead
 from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
-from .token_bridge import TokenBridge
 from .windows import (
     frequent_tokens,
     pack_documents,

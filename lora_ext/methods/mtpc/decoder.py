@@ -33,11 +33,10 @@ from lora_ext.reference import accumulator
 from lora_ext.rows import Names, generation_scope, of_call, pool_of
 
 from .constrained import Constrained
-from .drafting import Chain, DraftedWindow, draw, nucleus
+from .drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
 from .layers import Circuit, CircuitHead
 from .request import Rows, read_request
 from .tail import DraftTail
-from .token_bridge import TokenBridge
 from .trunk import Trunk
 
 #: Whether tokens follow the model's law or are its likeliest.

@@ -20,8 +20,8 @@ from torch import Tensor
 from lora_ext._files import SafetensorsFile, open_regular, parse_json
 
 from .config import MtpcConfig
+from .drafting import TokenBridge
 from .layers import CircuitHead
-from .token_bridge import TokenBridge
 
 CONFIG, TENSORS = "mtpc_config.json", "mtpc.safetensors"
 _MAX_CONFIG_BYTES = 16 << 20  # a shortlist of a million tokens

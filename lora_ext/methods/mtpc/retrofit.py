@@ -16,11 +16,11 @@ from lora_ext.layers import IGNORE, shift_labels
 
 from .config import MtpcConfig
 from .decoder import Mode, SpeculativeDecoder, WindowRule
+from .drafting import TokenBridge
 from .files import DraftFile, read_config, write_draft
 from .layers import CircuitHead
 from .objective import window_loss
 from .tail import DraftTail
-from .token_bridge import TokenBridge
 from .windows import unfold_teacher, unfold_windows
 
 
