@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ class Way:
         self.returns: set[str] = set()
 
     def __enter__(self) -> Way:
+        gc.collect()  # what earlier tests left is finalised now, and not on the way
         sys.setprofile(self._on)
         return self
 
