@@ -115,7 +115,7 @@ def test_samples_follow_the_law_of_the_processor(options: dict[str, Any], guided
 def test_a_bridge_and_a_chain_of_windows_are_constrained_too() -> None:
     ids, mask = prompts(2)
     for mode, guided in itertools.product(("greedy", "sample"), (False, True)):
-        found = decoder("cp", mode, guided, n_token=2, bridge=True, chain=2).generate(
+        found = decoder("cp", mode, guided, n_token=2, bridge=8, chain=2).generate(
             ids, mask, max_new_tokens=9, eos_token_id=EOS, seed=1
         )
         assert all(satisfies(text(r)) for r in found.sequences[:, ids.shape[1] :].tolist())
