@@ -234,7 +234,8 @@ def same_values(left: Tensor, right: Tensor) -> bool:
 
 
 def _copied(factors: Factors) -> Factors:
-    return Factors(*(t.clone() if isinstance(t, Tensor) else t for t in factors))
+    values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
+    return Factors(*values)
 
 
 # -------------------------------------------------------------------------------------------------

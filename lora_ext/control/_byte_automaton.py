@@ -59,7 +59,10 @@ def main():
     try:
         pattern = request.get("pattern")
         if pattern is None:
-            from outlines_core.json_schema import build_regex_from_schema
+            # The package makes this module as it is imported: no file of that name is there.
+            from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports]
+                build_regex_from_schema,
+            )
 
             pattern = build_regex_from_schema(request["schema"])
         for inner in request.get("inner", ()):

@@ -8,7 +8,7 @@ left out, or is only nearly right there, is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .limits import require
 
@@ -78,7 +78,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
             if choice == "oneOf" and not _apart(parts, root):
                 _refuse(at, "oneOf whose schemas may hold together (anyOf says either)")
         return
-    kinds = words.pop("type", "object" if "properties" in words else None)
+    kinds: Any = words.pop("type", "object" if "properties" in words else None)
     if kinds is None:
         _refuse(
             at, "no type (any value at all)" if not words else f"{sorted(words)[0]} without type"
@@ -137,7 +137,7 @@ def _children(
             patterns.append(pattern.removeprefix("^").removesuffix("$"))
 
 
-def _refuse(at: str, what: str) -> None:
+def _refuse(at: str, what: str) -> NoReturn:
     raise NotImplementedError(
         f"{_WHERE}: {at}: expected words that an automaton holds to, found {what}"
     )

@@ -17,21 +17,26 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return _experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = [rows @ w for rows, w in zip(x.split(counts), weight, strict=True) if len(rows)]
+    groups = zip(_groups(x, ends), weight, strict=True)
+    parts = [rows @ w for rows, w in groups if len(rows)]
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
 
 
-@traced(
-    "experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor",
-    fake=lambda x, dy, ends: x.new_empty(ends.shape[0], x.shape[1], dy.shape[1]),
-)
+def _groups(x: Any, ends: Tensor) -> list[Tensor]:
+    sizes: Any = ends.diff(prepend=ends.new_zeros(1))
+    return list(x.split(sizes.tolist()))
+
+
+def _fake_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], x.shape[1], dy.shape[1])
+
+
+@traced("experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor", fake=_fake_outer)
 def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     """``x^T dy`` of each group: ``(E, I, O)`` from ``x (P, I)`` and ``dy (P, O)``."""
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x.mT, dy, offs=ends)
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    groups = zip(x.split(counts), dy.split(counts), strict=True)
+    groups = zip(_groups(x, ends), _groups(dy, ends), strict=True)
     return torch.stack([rows.mT @ gradients for rows, gradients in groups])
 
 
@@ -50,8 +55,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]
     )
 
 
+def _fake_mm(x: Tensor, weight: Tensor, _ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
 _experts_mm = traced(
     "experts_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor",
-    fake=lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]),
+    fake=_fake_mm,
     backward=(_backward, _save),
 )(grouped_mm)
