@@ -170,8 +170,8 @@ LX_DEVICE float row_base(const float* w, int n) {
     return shift_of(top);
 }
 
-LX_DEVICE float LayerTile::rescued_sum(const LayersNode& node, const LayersMatrix& m,
-                                              int64_t o, int lane) const {
+LX_DEVICE float LayerTile::rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
+                                       int lane) const {
     const float* w = weights_of(m, o);
     const float base = row_base(w, m.width);
     float top = kImpossible, sum = 0;
