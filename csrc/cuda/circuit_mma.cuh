@@ -1,5 +1,5 @@
-// What makes the sums of a sum layer on tensor cores: operands of two precisions, and the product of
-// 16 rows of values with the weights of a warp.
+// What makes the sums of a sum layer on tensor cores: operands of two precisions, and the product
+// of 16 rows of values with the weights of a warp.
 //
 //   fp16s  both operands times 2^14 in float16: 11 bits, terms below 2^-38 of the largest vanish
 //   high   both as high + low bfloat16, three products: 16 bits, the range of float32
@@ -65,8 +65,9 @@ LX_DEVICE void load_eight(const float* p, int k, int n, bool aligned, float (&v)
     }
 }
 
-// The 16 rows of values in `shared`, high parts then low ones, with the weights (sums, n) of the sums
-// from `first_sum` on. Result i of a lane belongs to row mma_row(i) and to sum mma_sum(i, first_sum).
+// The 16 rows of values in `shared`, high parts then low ones, with the weights (sums, n) of the
+// sums from `first_sum` on. Result i of a lane belongs to row mma_row(i) and to sum
+// mma_sum(i, first_sum).
 template <bool kHigh>
 LX_DEVICE void mma_products(const unsigned char* shared, const float* weight, int n, int sums,
                             int first_sum, bool aligned, float (&acc)[kWarpTiles][4]) {
