@@ -150,7 +150,8 @@ def test_parts_that_are_written_past_torch_are_seen(
     name: str, turned: bool, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     module = nn.Linear(shape[1], shape[0], False, dtype=dtype).eval().requires_grad_(False)
-    module.weight.copy_(small_integers(*shape))
+    values = small_integers(*shape)
+    module.weight.copy_(torch.where(values == 0, 1.0, values))  # zeros over zeros are no change
     if turned:
         module.weight.data = module.weight.t().contiguous().t()
     x = small_integers(2, shape[1], dtype=dtype)
