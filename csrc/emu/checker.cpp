@@ -225,11 +225,10 @@ void touch(const void* pointer, size_t bytes, Touch how, bool must_align, const 
         Buffer* found = nullptr;
         for (Buffer& b : m.buffers) {
             if (!in_one_row(b, p, bytes)) continue;
-            // Where memory is an input and written in place, the declaration that says so counts.
-            const bool counts = b.access == Access::kReadWrite ||
-                                (how != Touch::kRead && b.access == Access::kWrite);
-            if (!found || counts) found = &b;
-            if (counts) break;
+            const bool allowed =
+                how == Touch::kRead || b.access == Access::kWrite || b.access == Access::kReadWrite;
+            if (!found || allowed) found = &b;
+            if (allowed) break;
         }
         if (found) {
             name = found->name;
