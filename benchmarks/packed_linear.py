@@ -15,7 +15,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,20 +54,25 @@ class OwnTime:
         return time.thread_time() - start
 
 
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype here: bfloat16 asks for AVX-512."""
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
     """Each provider's products of x with all weights, one after the other."""
     rows = x.shape[0]
     packed = [ops.pack_weight(w) for w in weights]
-    onednn = [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in weights]
     out = weights[0].shape[0]
-    each = {
+    each: dict[str, tuple[list[Tensor], Callable[[Tensor], Tensor]]] = {
         "F.linear": (weights, lambda w: F.linear(x, w)),
-        "oneDNN": (
-            onednn,
-            lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-        ),
         "packed": (packed, lambda w: ops.packed_linear(x, w, None, out)),
     }
+    if has_onednn(x.dtype):
+        each["oneDNN"] = (
+            [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in weights],
+            lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+        )
     exact = x.double() @ weights[0].double().t()
     bound = x.shape[1] * torch.finfo(x.dtype).eps * exact.abs().max()
     for name, (kept, call) in each.items():
