@@ -35,10 +35,10 @@ def main() -> int:
 
 
 def share_compilations() -> None:
-    """Let the builds of the wheel and beside a CUDA torch take objects from the first build: twins
-    and kernels do not see torch. Without ccache each build compiles all it needs."""
+    """Let the builds of the wheel and beside a CUDA torch take objects from the first build, or
+    from one before: twins and kernels do not see torch. Without ccache each build compiles all it
+    needs."""
     if shutil.which("ccache"):
-        os.environ.setdefault("CCACHE_DIR", str(ROOT / "out/check/ccache"))
         for language in ("CXX", "CUDA"):
             os.environ.setdefault(f"CMAKE_{language}_COMPILER_LAUNCHER", "ccache")
 
