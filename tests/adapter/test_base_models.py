@@ -37,7 +37,7 @@ SAME = [
     (["a"], "b"),
     ("meta-llama/Llama-3-8B", "/data/models/llama-3-8b/"),
     ("meta-llama/Llama-3-8B", r"C:\models\Llama-3-8B"),
-    ("a/b", "/root/.cache/huggingface/hub/models--a--b/snapshots/0123abc"),
+    ("a/b", "/home/ann/.cache/huggingface/hub/models--a--b/snapshots/0123abc"),
     ("b", "/cache/models--b/snapshots/0123abc/"),
     ("meta-llama/Llama-3-8B", "unsloth/llama-3-8b-unsloth-bnb-4bit"),
     ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-AWQ"),
