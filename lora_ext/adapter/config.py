@@ -82,10 +82,8 @@ class AdapterConfig(LoraConfig):
         names = (names,) if isinstance(names, str) else names
         object.__setattr__(self, "modules_to_save", names or None)
         names = checked_names(self.where, "target_parameters", self.target_parameters)
-        if isinstance(names, str):
-            raise ValueError(
-                f"{self.where}: target_parameters: expected a list of strings, found {names!r:.200}"
-            )
+        found, listed = f"{names!r:.200}", not isinstance(names, str)
+        require(listed, self.where, "target_parameters", "a list of strings", found)
         object.__setattr__(self, "target_parameters", tuple(sorted(names or ())))
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import LayerGroups, LoraLayer, adapters_of, dense_parameters, is_active
 from lora_ext.rows import BASE, Assignment, NamedRows
 
@@ -82,11 +83,9 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     asked = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
     if layer.disable_adapters or adapter_name not in asked:
         return False
-    if len(asked) > 1:
-        raise RowwiseError(
-            f"coalitions: {name}: expected {adapter_name!r} as its one active adapter, found "
-            f"{asked}: a row has one adapter"
-        )
+    expected = f"{adapter_name!r} as its one active adapter"
+    found = f"{asked}: a row has one adapter"
+    require(len(asked) <= 1, "coalitions", name, expected, found, RowwiseError)
     if not isinstance(layer, LoraLayer) and not _takes_names(layer, adapter_name):
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
         dora = " with a DoRA adapter" if layer.use_dora[adapter_name] else ""

@@ -70,11 +70,8 @@ def lmc_barrier(
             value = interpolate_adapters(*ends, lam, space)
             with _in_place(layers, adapter, value):
                 losses[lam] = float(eval_fn(model))
-            if not math.isfinite(losses[lam]):
-                raise ValueError(
-                    f"lmc_barrier: eval_fn: expected a finite loss, found {losses[lam]} at "
-                    f"lambda = {lam}"
-                )
+            found = f"{losses[lam]} at lambda = {lam}"
+            require(math.isfinite(losses[lam]), "lmc_barrier", "eval_fn", "a finite loss", found)
     rises = [losses[lam] - ((1 - lam) * losses[0.0] + lam * losses[1.0]) for lam in grid]
     return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
 
@@ -93,11 +90,9 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     """The layers with the adapter, by their names in the base model."""
     layers: dict[str, Any] = adapted_layers(model, adapter)
     for name, layer in layers.items():
-        if adapter in layer.merged_adapters:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected an adapter apart from the base weight, found "
-                f"{adapter!r} merged into it; unmerge it first"
-            )
+        expected = "an adapter apart from the base weight"
+        found = f"{adapter!r} merged into it; unmerge it first"
+        require(adapter not in layer.merged_adapters, "lmc_barrier", name, expected, found)
         if adapter not in layer.active_adapters or layer.disable_adapters:
             raise ValueError(
                 f"lmc_barrier: {name}: expected {adapter!r} to be active, found "
@@ -109,11 +104,9 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
 def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
     """Refuse a value that is not one of these layers."""
     for name in (*layers, *value.modules):
-        if name not in layers or name not in value.modules:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected the same modules in model and adapters, found it "
-                f"in {'the model' if name in layers else 'the adapters'} alone"
-            )
+        expected = "the same modules in model and adapters"
+        found = f"it in {'the model' if name in layers else 'the adapters'} alone"
+        require(name in layers and name in value.modules, "lmc_barrier", name, expected, found)
         if layers[name].use_dora[adapter]:
             raise NotImplementedError(
                 f"lmc_barrier: {name}: expected no DoRA, found a magnitude in the model's layer"

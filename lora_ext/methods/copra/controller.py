@@ -140,8 +140,7 @@ class CopraController:
         expected = f"the keys {['step', *fixed]}"
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
-            if state[name] != value:
-                raise ValueError(f"{where}: {name}: expected {value!r}, found {state[name]!r}")
+            require(state[name] == value, where, name, repr(value), repr(state[name]))
         step = state["step"]
         step = integer(where, "step", step, 0, expected="an int, at least 0")
         if step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_ext._checks import integer
+from lora_ext._checks import integer, require
 from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
@@ -54,11 +54,8 @@ def gamma_exponents(
     Source: Hayou et al. 2024, sections 3 and 4.
     """
     name = known_scheme(scheme, "gamma_exponents: scheme")
-    if name not in _STARTS:
-        raise ValueError(
-            f"gamma_exponents: scheme: expected True, False or one of "
-            f"{', '.join(map(repr, _STARTS))}, found {scheme!r}"
-        )
+    expected = f"True, False or one of {', '.join(map(repr, _STARTS))}"
+    require(name in _STARTS, "gamma_exponents", "scheme", expected, repr(scheme))
     for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
         if math.isnan(value) or value == math.inf:
             raise ValueError(

@@ -69,11 +69,9 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     config = ModConfig() if config is None else config
     instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
-    if Ensemble.KEY in lm.__dict__:
-        raise RuntimeError(
-            "apply: model: expected a model without MoD, found one that has it; call "
-            "mod.remove(model) first"
-        )
+    expected = "a model without MoD"
+    found = "one that has it; call mod.remove(model) first"
+    require(Ensemble.KEY not in lm.__dict__, "apply", "model", expected, found, RuntimeError)
     require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
     stack = list(decoder_layers(lm))
     expected = f"at most the model's {len(stack)} layers"
@@ -209,11 +207,9 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
 def _check_head(lm: Any, norm: Any) -> None:
     """Refuse a head that sees something else than normed hidden states (OPT-350m)."""
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
-    if head != width:
-        raise NotImplementedError(
-            f"apply: model: expected a head as wide as the {width} features of the hidden states, "
-            f"found {head} in {type(lm).__name__}, which projects them in between"
-        )
+    expected = f"a head as wide as the {width} features of the hidden states"
+    found = f"{head} in {type(lm).__name__}, which projects them in between"
+    require(head == width, "apply", "model", expected, found, NotImplementedError)
 
 
 def _copy(norm: Any) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, open_regular, parse_json
 
 from .config import MtpcConfig
@@ -92,11 +93,10 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
 
 def _config(data: Any, path: Path) -> MtpcConfig:
     fields = {field.name: type(field.default) for field in dataclasses.fields(MtpcConfig)}
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: config: expected an object, found {data!r:.80}")
+    where = str(path)
+    require(isinstance(data, dict), where, "config", "an object", f"{data!r:.80}")
     for name, value in data.items():
-        if name not in fields:
-            raise ValueError(f"{path}: config: expected some of {[*fields]}, found {name!r:.80}")
+        require(name in fields, where, "config", f"some of {[*fields]}", f"{name!r:.80}")
         wanted = fields[name]
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}")

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.adapter import PruneMode
 
 Direction = Literal["smallest", "largest"]
@@ -116,10 +117,7 @@ class SploraConfig:
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"SploraConfig: {name}: expected {expected}, found {getattr(self, name)!r}"
-            )
+        require(holds, "SploraConfig", name, expected, repr(getattr(self, name)))
 
 
 def _is_number(value: Any) -> bool:

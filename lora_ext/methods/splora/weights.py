@@ -204,8 +204,6 @@ def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
         "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
     }
     for kind, names in kinds.items():
-        if names:
-            raise NotImplementedError(
-                f"{where}: adapter: expected plain LoRA on linear layers, found {kind} at "
-                f"{', '.join(names[:4])}"
-            )
+        expected = "plain LoRA on linear layers"
+        found = f"{kind} at {', '.join(names[:4])}"
+        require(not names, where, "adapter", expected, found, NotImplementedError)

@@ -119,14 +119,11 @@ class VisionPatchEmbed(nn.Module):
             ValueError: another shape, sides that are no multiples of the patch. TypeError: images
                 of integers, which are not normalised.
         """
-        expected = 4 if isinstance(images, Tensor) else 3
-        for given in [images] if isinstance(images, Tensor) else images:
-            if given.dim() != expected:
-                raise ValueError(
-                    "VisionPatchEmbed: images: expected shape (B, 3, H, W), or a list of "
-                    f"(3, H, W), found {tuple(given.shape)}"
-                )
-        parts = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        batch = isinstance(images, Tensor)
+        for given in [images] if batch else images:
+            fits, shapes = given.dim() == 3 + batch, "shape (B, 3, H, W), or a list of (3, H, W)"
+            require(fits, "VisionPatchEmbed", "images", shapes, tuple(given.shape))
+        parts = [images] if batch else [image[None] for image in images]
         grids = [self.grid(part) for part in parts]
         if not parts:
             return []
@@ -149,10 +146,8 @@ class VisionPatchEmbed(nn.Module):
                 "VisionPatchEmbed: images: expected three channels, (3, H, W), found "
                 f"{tuple(image.shape)}"
             )
-        if not image.is_floating_point():
-            raise TypeError(
-                f"VisionPatchEmbed: images: expected floating numbers, found {image.dtype}"
-            )
+        real, found = image.is_floating_point(), image.dtype
+        require(real, "VisionPatchEmbed", "images", "floating numbers", found, TypeError)
         height, width = image.shape[-2:]
         if height % self.patch or width % self.patch or not height * width:
             raise ValueError(

@@ -293,11 +293,8 @@ def _config_of(adapter: LoraAdapter) -> VoraConfig:
     blocks = {block_index(name) for name in adapter.modules} - {None}
     names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
     first = next(iter(adapter.modules.values()))
-    if not blocks:
-        raise ValueError(
-            "vora.from_peft: folder: expected an adapter of modules in blocks, found "
-            f"{list(adapter.modules)[:4]}"
-        )
+    expected = "an adapter of modules in blocks"
+    require(blocks, "vora.from_peft", "folder", expected, list(adapter.modules)[:4])
     return VoraConfig(
         n_blocks=max(i for i in blocks if i is not None) + 1,
         rank=first.a.shape[0],

@@ -277,11 +277,8 @@ class VoraLinear(LoraLinear):
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
-        if len(active) > 1:
-            raise NotImplementedError(
-                "VoraLinear: set_adapter: expected one active adapter for text, beside the layer's "
-                f"own, found {active}"
-            )
+        one, words = len(active) <= 1, "one active adapter for text, beside the layer's own"
+        require(one, "VoraLinear", "set_adapter", words, active, NotImplementedError)
         return self.adapter_names.index(active[0]) if active else -1
 
     def extra_repr(self) -> str:

@@ -194,11 +194,9 @@ class VoraForCausalLM(nn.Module):
             ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"VoraForCausalLM.generate: {name}: expected None, as it follows from "
-                    "input_ids and images, found a value"
-                )
+            expected = "None, as it follows from input_ids and images"
+            found = "a value"
+            require(options.get(name) is None, "VoraForCausalLM.generate", name, expected, found)
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
         cache = options.get("cache_implementation", given.cache_implementation)
@@ -291,12 +289,9 @@ class VoraForCausalLM(nn.Module):
             found = f"hides the tokens to come by itself ({own[0]})"
         elif getattr(text, "alibi", text.model_type == "bloom"):
             found = "makes its ALiBi of a mask for each token"
-        if found is not None:
-            raise ValueError(
-                "VoraForCausalLM: model: expected attention that takes a mask for each pair of "
-                f"tokens, found {type(self.model).__name__}, which {found} (bidirectional=False "
-                "does without)"
-            )
+        expected = "attention that takes a mask for each pair of tokens"
+        found = f"{type(self.model).__name__}, which {found} (bidirectional=False does without)"
+        require(found is None, "VoraForCausalLM", "model", expected, found)
 
 
 def _hides_by_itself(name: str, buffer: Tensor) -> bool:

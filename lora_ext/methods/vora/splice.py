@@ -254,11 +254,9 @@ def _check_images(image_ids: Tensor, past_length: int) -> None:
     for sample, ids in enumerate(image_ids.tolist()):
         starts = [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or ids[n - 1] != i)]
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
-        if apart is not None:
-            raise ValueError(
-                f"build_vision_mask: image_ids: sample {sample}: expected the tokens of image "
-                f"{apart} side by side, found them apart"
-            )
+        expected = f"the tokens of image {apart} side by side"
+        found = "them apart"
+        require(apart is None, "build_vision_mask: image_ids", f"sample {sample}", expected, found)
         if 0 < past_length < len(ids) and ids[past_length] == ids[past_length - 1] >= 0:
             image = ids[past_length]
             raise ValueError(
