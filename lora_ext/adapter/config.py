@@ -231,12 +231,10 @@ class AdapterConfig(LoraConfig):
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         for each in wanted:
-            if not any(matches_suffix(name, (each,)) for name in known):
-                raise NotImplementedError(
-                    f"{self.where}: target_parameters: expected matrices of routed experts, as "
-                    f"{known[:2] or 'this model has none'}, found {each!r:.200}; adapters on other "
-                    "parameters are not supported"
-                )
+            fits = any(matches_suffix(name, (each,)) for name in known)
+            expected = f"matrices of routed experts, as {known[:2] or 'this model has none'}"
+            found = f"{each!r:.200}; adapters on other parameters are not supported"
+            require(fits, self.where, "target_parameters", expected, found, NotImplementedError)
         return {name for name in known if matches_suffix(name, wanted)}
 
     def ranks_and_scales(

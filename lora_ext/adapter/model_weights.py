@@ -294,9 +294,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: weight_map: expected files by tensor, found {placed!r:.100}")
     for key, name in placed.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
-        if not plain or Path(name).name != name or "\\" in name:
-            raise ValueError(
-                f"{path}: weight_map: {key:.200}: expected the name of a safetensors file beside "
-                f"it, found {name!r:.200}"
-            )
+        fits = plain and Path(name).name == name and "\\" not in name
+        expected = "the name of a safetensors file beside it"
+        require(fits, f"{path}: weight_map", f"{key:.200}", expected, f"{name!r:.200}")
     return placed

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lora_ext._checks import choice, integer
+from lora_ext._checks import choice, integer, require
 
 from .low_rank import asleep, check_matrices, resized
 from .peft_files import AdapterSource, Factors
@@ -118,11 +118,10 @@ def prune_adapter(
 
 
 def _zero(name: str, factors: Factors) -> Factors:
-    if factors.magnitude is not None:
-        raise NotImplementedError(
-            f"prune_adapter: mode: expected 'remove' for {name}, which has a DoRA magnitude, found "
-            "'zero': the base weight would still be scaled to it"
-        )
+    fits = factors.magnitude is None
+    expected = f"'remove' for {name}, which has a DoRA magnitude"
+    found = "'zero': the base weight would still be scaled to it"
+    require(fits, "prune_adapter", "mode", expected, found, NotImplementedError)
     bias = None if factors.bias is None else torch.zeros_like(factors.bias)
     return factors._replace(b=torch.zeros_like(factors.b), bias=bias)
 

@@ -47,11 +47,8 @@ class LoraEmbedding(LoraLayer):
         r: int = 8,
         **options: Any,
     ):
-        if not isinstance(base_layer, nn.Embedding):
-            raise ValueError(
-                f"LoraEmbedding: base_layer: expected nn.Embedding, "
-                f"found {type(base_layer).__name__}"
-            )
+        fits = isinstance(base_layer, nn.Embedding)
+        require(fits, "LoraEmbedding", "base_layer", "nn.Embedding", type(base_layer).__name__)
         super().__init__(base_layer, fan_in_fan_out=True)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()

@@ -194,11 +194,9 @@ def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
     found = "one that is merged into it; unmerge it first"
     require(adapter_name not in layer.merged_adapters, where, repr(adapter_name), expected, found)
     forward = layer.__dict__.get("forward")
-    if not isinstance(layer, LoraLayer) and not isinstance(forward, _Switch | None):
-        raise ValueError(
-            f"{where}: layer: expected a {type(layer).__name__} with the forward of its class, "
-            "found one with a forward of its own, as accelerate's offloading leaves it"
-        )
+    fits = isinstance(layer, LoraLayer) or isinstance(forward, _Switch | None)
+    other = "one with a forward of its own, as accelerate's offloading leaves it"
+    require(fits, where, "layer", f"a {type(layer).__name__} with the forward of its class", other)
 
 
 def _state(layer: nn.Module, adapter_name: str) -> _State:

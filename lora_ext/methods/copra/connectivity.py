@@ -93,11 +93,9 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
         expected = "an adapter apart from the base weight"
         found = f"{adapter!r} merged into it; unmerge it first"
         require(adapter not in layer.merged_adapters, "lmc_barrier", name, expected, found)
-        if adapter not in layer.active_adapters or layer.disable_adapters:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected {adapter!r} to be active, found "
-                f"{'disabled adapters' if layer.disable_adapters else layer.active_adapters}"
-            )
+        fits = adapter in layer.active_adapters and not layer.disable_adapters
+        other = "disabled adapters" if layer.disable_adapters else layer.active_adapters
+        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
 
 
@@ -107,10 +105,9 @@ def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
         expected = "the same modules in model and adapters"
         found = f"it in {'the model' if name in layers else 'the adapters'} alone"
         require(name in layers and name in value.modules, "lmc_barrier", name, expected, found)
-        if layers[name].use_dora[adapter]:
-            raise NotImplementedError(
-                f"lmc_barrier: {name}: expected no DoRA, found a magnitude in the model's layer"
-            )
+        fits = not layers[name].use_dora[adapter]
+        other = "a magnitude in the model's layer"
+        require(fits, "lmc_barrier", name, "no DoRA", other, NotImplementedError)
         own, new = adapter_factors(layers[name], adapter), value.modules[name]
         expected, found = (
             f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in (own, new[:2])

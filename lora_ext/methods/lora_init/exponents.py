@@ -57,10 +57,8 @@ def gamma_exponents(
     expected = f"True, False or one of {', '.join(map(repr, _STARTS))}"
     require(name in _STARTS, "gamma_exponents", "scheme", expected, repr(scheme))
     for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
-        if math.isnan(value) or value == math.inf:
-            raise ValueError(
-                f"gamma_exponents: {argument}: expected a number or minus infinity, found {value}"
-            )
+        fits = not math.isnan(value) and value != math.inf
+        require(fits, "gamma_exponents", argument, "a number or minus infinity", value)
     integer("gamma_exponents", "steps", steps, 1, expected="an integer of at least 1")
     z_a, b = _STARTS[name]
     d1 = d2 = _ZERO

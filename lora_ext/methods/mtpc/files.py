@@ -153,11 +153,9 @@ class DraftFile:
                 self.tail_dtype = self._dtype("tail", {info.dtype for info in tail.values()})
                 # Memory for the tail is taken layer by layer, all of this rank.
                 first = tail.get(f"{_FACTORS}0")
-                if first is None or first.shape[:1] != (config.draft_rank,):
-                    raise ValueError(
-                        f"{file.where}: {_FACTORS}0: expected rank {config.draft_rank}, "
-                        f"found {None if first is None else first.shape}"
-                    )
+                fits = first is not None and first.shape[:1] == (config.draft_rank,)
+                other = None if first is None else first.shape
+                require(fits, file.where, f"{_FACTORS}0", f"rank {config.draft_rank}", other)
         except BaseException:
             file.close()
             raise
@@ -190,11 +188,9 @@ class DraftFile:
         self, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
     ) -> None:
         for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"{self._file.where}: {name:.200}: expected {wanted.get(name, 'no such key')}, "
-                    f"found {found.get(name, 'none')}"
-                )
+            fits = wanted.get(name) == found.get(name)
+            other = found.get(name, "none")
+            require(fits, self._file.where, f"{name:.200}", wanted.get(name, "no such key"), other)
 
     def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict with the file's values; what it does not hold is taken from ``state``.

@@ -339,10 +339,8 @@ class CircuitHead(nn.Module):
             TypeError: hidden states that are not floating. ValueError: another width.
         """
         require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
-        if h.dim() == 0 or h.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"CircuitHead: h: expected shape (..., {self.hidden_size}), found {tuple(h.shape)}"
-            )
+        fits = h.dim() != 0 and h.shape[-1] == self.hidden_size
+        require(fits, "CircuitHead", "h", f"shape (..., {self.hidden_size})", tuple(h.shape))
         return h.reshape(-1, self.hidden_size).to(next(self.leaves.parameters()).dtype)
 
     def tokens(self, h: Tensor, x: Tensor) -> Tensor:

@@ -82,11 +82,9 @@ class SploraConfig:
     allow_degenerate: bool = False
 
     def __post_init__(self) -> None:
-        if self.num is not None and self.threshold is not None:
-            raise ValueError(
-                "SploraConfig: num and threshold: expected one of them, found both, "
-                f"{self.num!r} and {self.threshold!r}"
-            )
+        holds = self.num is None or self.threshold is None
+        found = f"both, {self.num!r} and {self.threshold!r}"
+        require(holds, "SploraConfig", "num and threshold", "one of them", found)
         for name, options in (
             ("direction", Direction),
             ("granularity", Granularity),

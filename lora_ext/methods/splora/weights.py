@@ -69,11 +69,8 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
             require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
     for key, (module, role, _) in keys.items():
         shape = tuple(state[key].shape)
-        if role == "B.weight" and len(shape) == 2 and shape[1] != ranks[module]:
-            raise ValueError(
-                f"{where}: {key}: expected B (m, r) of the rank of A, which is {ranks[module]}, "
-                f"found {shape}"
-            )
+        fits = role != "B.weight" or len(shape) != 2 or shape[1] == ranks[module]
+        require(fits, where, key, f"B (m, r) of the rank of A, which is {ranks[module]}", shape)
     r, rank_pattern = patterns(ranks)
     roles = {role for _, role, _ in keys.values()}
     config = {

@@ -141,11 +141,8 @@ class VisionPatchEmbed(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""
-        if image.dim() < 3 or image.shape[-3] != 3:
-            raise ValueError(
-                "VisionPatchEmbed: images: expected three channels, (3, H, W), found "
-                f"{tuple(image.shape)}"
-            )
+        fits = image.dim() >= 3 and image.shape[-3] == 3
+        require(fits, "VisionPatchEmbed", "images", "three channels, (3, H, W)", tuple(image.shape))
         real, found = image.is_floating_point(), image.dtype
         require(real, "VisionPatchEmbed", "images", "floating numbers", found, TypeError)
         height, width = image.shape[-2:]
@@ -225,11 +222,9 @@ def smart_resize(
     require(0 < min_pixels <= max_pixels, "smart_resize", "min_pixels", expected, min_pixels)
     for name, side in (("height", height), ("width", width)):
         require(side >= factor, "smart_resize", name, f"at least {factor}", side)
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise ValueError(
-            f"smart_resize: height, width: expected a ratio of at most {MAX_RATIO}, found "
-            f"{height} x {width}"
-        )
+    fits = max(height, width) <= MAX_RATIO * min(height, width)
+    found = f"{height} x {width}"
+    require(fits, "smart_resize", "height, width", f"a ratio of at most {MAX_RATIO}", found)
     sides = height, width
     resized = [round(side / factor) * factor for side in sides]
     if math.prod(resized) > max_pixels:

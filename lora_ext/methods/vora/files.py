@@ -282,10 +282,9 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _check_route(where: str, config: VoraConfig) -> None:
-    if config.route == "vision":
-        raise UnmergeableRouteError(
-            f"vora.{where}: route: expected 'all', found 'vision': PEFT's layers serve every token"
-        )
+    fits = config.route != "vision"
+    found = "'vision': PEFT's layers serve every token"
+    require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)
 
 
 def _config_of(adapter: LoraAdapter) -> VoraConfig:
@@ -322,7 +321,5 @@ def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
         ):
             words = f"shape {tuple(expected)}"
             require(found == expected, f"{where}: {name}", factor, words, tuple(found))
-        if not math.isclose(factors.scaling, layer.scale, rel_tol=1e-12):
-            raise ValueError(
-                f"{where}: {name}: scale: expected {layer.scale}, found {factors.scaling}"
-            )
+        fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
+        require(fits, f"{where}: {name}", "scale", layer.scale, factors.scaling)

@@ -181,11 +181,9 @@ def applied(where: str, model: nn.Module) -> Applied:
 def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
     """The modules to adapt, by name."""
     for name, module in model.named_modules():
-        if is_adapted(module) or isinstance(module, PoolLayer):
-            raise RuntimeError(
-                f"vora.apply: model: expected one without adapters, found {type(module).__name__} "
-                f"at {name!r}"
-            )
+        fits = not is_adapted(module) and not isinstance(module, PoolLayer)
+        found = f"{type(module).__name__} at {name!r}"
+        require(fits, "vora.apply", "model", "one without adapters", found, RuntimeError)
     blocks = decoder_layers(model)
     expected = f"at most the model's {len(blocks)} blocks"
     require(config.n_blocks <= len(blocks), "vora.apply", "n_blocks", expected, config.n_blocks)
