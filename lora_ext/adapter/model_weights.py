@@ -246,8 +246,11 @@ class _Shards:
         for key, info in shard.infos.items():
             if placed is not None and placed.get(key) != path.name:
                 continue
-            found = f"in {Path(self._owner[key].where).name} and {path.name}"
-            require(key not in self.infos, self.where, f"{key:.200}", "in one file", found)
+            if key in self.infos:
+                raise ValueError(
+                    f"{self.where}: {key:.200}: expected in one file, found in "
+                    f"{Path(self._owner[key].where).name} and {path.name}"
+                )
             self.infos[key], self._owner[key] = info, shard
 
     def read(self, key: str) -> Tensor:
