@@ -34,9 +34,7 @@ from .replaced import Replaced, find_replaced, read_replaced
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 CONFIG = "adapter config"  # what errors call a config that is no file
-_REFUSED_KEYS = {
-    "modules_to_save": "replaced modules (modules_to_save)",
-}
+_REFUSED_KEYS = {"modules_to_save": "replaced modules (modules_to_save)"}
 
 
 class Factors(NamedTuple):

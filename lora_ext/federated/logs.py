@@ -121,11 +121,7 @@ class RoundLog:
 
     @classmethod
     def of(
-        cls,
-        round: int,
-        plans: Mapping[Client, LayerPlan],
-        result: Aggregate,
-        num_layers: int,
+        cls, round: int, plans: Mapping[Client, LayerPlan], result: Aggregate, num_layers: int
     ) -> RoundLog:
         """The entry of a round.
 

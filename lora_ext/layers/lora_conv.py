@@ -41,11 +41,7 @@ class LoraConv(LoraLayer):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str = "default",
-        r: int = 8,
-        **options: Any,
+        self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
         if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise ValueError(

@@ -269,10 +269,7 @@ class LegendConfigurator:
         return found
 
     def _steadied(
-        self,
-        devices: list[_Device],
-        depths: list[int],
-        previous: Mapping[Client, LayerPlan | int],
+        self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
         """The depths of before where they are even enough, else a step of at most ``max_step``."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
@@ -293,10 +290,7 @@ class LegendConfigurator:
         ]
 
     def _cover(
-        self,
-        devices: list[_Device],
-        depths: list[int],
-        previous: Mapping[Client, LayerPlan | int],
+        self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> Client | None:
         """Let somebody train as many layers as anybody can: the fastest of those who can, and of
         those whose step is not too large for it where there are any."""

@@ -196,9 +196,7 @@ class Draft(nn.Module):
 
 
 def retrofit(
-    model: Any,
-    config: MtpcConfig | None = None,
-    shortlist: Tensor | Sequence[int] | None = None,
+    model: Any, config: MtpcConfig | None = None, shortlist: Tensor | Sequence[int] | None = None
 ) -> Draft:
     """Freeze a transformers causal LM and put a circuit head beside its LM head.
 

@@ -113,10 +113,7 @@ class VoraLinear(LoraLinear):
         return self.scaling[self.adapter_name]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
-        self,
-        x: Tensor,
-        token_mask: Tensor | None = None,
-        adapter_ids: Tensor | Names = None,
+        self, x: Tensor, token_mask: Tensor | None = None, adapter_ids: Tensor | Names = None
     ) -> Tensor:
         """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
 
