@@ -69,10 +69,7 @@ def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -
 
     A module with two adapted parameters is wrapped twice, in the order in which it has them: the
     last one's factors are found under the module's own name, those before it one ``base_layer``
-    deeper each.
-
-    Args:
-        parameters: of each experts module, in its order. targeted: those that are adapted.
+    deeper each. ``parameters`` has those of each experts module in its order.
     """
     return {
         module + ".base_layer" * depth: name

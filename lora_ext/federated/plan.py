@@ -133,11 +133,7 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
 
 
 def check_layers(where: str, layers: set[int]) -> int:
-    """The number of layers, whose indices are to be 0, 1, ... without a gap.
-
-    Raises:
-        LayerNotFound: they are not, with the indices that were found.
-    """
+    """The number of layers, whose indices are to be 0, 1, ... without a gap."""
     if layers != set(range(len(layers))):
         raise LayerNotFound(
             f"{where}: pattern: expected the indices 0 to {max(layers)} without a gap, found "

@@ -53,11 +53,7 @@ class BatchRows:
 
     def check_below(self, module: str) -> None:
         """Refuse a layer that follows a shared module. What lies below the layers would take the
-        gradient of the rows that leave the graph in them.
-
-        Raises:
-            UnsupportedModule: naming the shared module.
-        """
+        gradient of the rows that leave the graph in them."""
         if self.above is not None and not self._backward:
             supported(False, self.above, "shared parameters above the layers", f"{module} after it")
 

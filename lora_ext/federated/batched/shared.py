@@ -102,12 +102,8 @@ class SharedModules:
                     module.forward = own
 
     def check_called(self) -> None:
-        """Refuse modules that the model's forward has not called: it reads their parameters in
-        some other way, and no client's copy would count.
-
-        Raises:
-            UnsupportedModule: naming the first.
-        """
+        """Refuse modules that the model's forward has not called: it reads their parameters in some
+        other way, and no client's copy would count."""
         for owner in self._owners:
             supported(owner in self._called, owner, "a module that the forward calls", "it unused")
 

@@ -113,14 +113,7 @@ class Round:
     _asked: list[Metadata] = dataclasses.field(default_factory=list)
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
-        """One for each node that is asked.
-
-        Args:
-            config: further settings for the clients.
-
-        Raises:
-            ValueError: a plan that does not fit the global adapter.
-        """
+        """One for each node that is asked; ``config`` has further settings for the clients."""
         messages = [self._message(node, client, config) for node, client in self.nodes.items()]
         for message in messages:
             self._asked.append(message.metadata)

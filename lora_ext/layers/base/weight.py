@@ -111,12 +111,8 @@ class BaseWeight:
 
 
 class LinearWeight(BaseWeight):
-    """Of a layer that computes ``x W^T``.
-
-    Args:
-        layer: ``nn.Linear``, transformers' ``Conv1D``, or anything with sizes or a matrix.
-        fan_in_fan_out: the weight is stored as ``(I, O)``. ``Conv1D`` is known to.
-    """
+    """Of a layer that computes ``x W^T``: ``nn.Linear``, transformers' ``Conv1D``, or anything with
+    sizes or a matrix. ``fan_in_fan_out``: stored as ``(I, O)``; ``Conv1D`` is known to."""
 
     def __init__(self, layer: nn.Module, fan_in_fan_out: bool = False):
         super().__init__(layer)

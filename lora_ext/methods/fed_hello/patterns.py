@@ -153,12 +153,7 @@ def rgd_layers(
 
 
 def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:
-    """Weights as float64, of any sum above 0.
-
-    Raises:
-        ValueError: another shape than ``(L,)``, a weight that is negative or not finite, or none
-            above 0.
-    """
+    """Weights as float64 of the shape ``(L,)``, finite, none negative, of any sum above 0."""
     g = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
     fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
     require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))

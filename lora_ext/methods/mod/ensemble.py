@@ -121,14 +121,8 @@ class Ensemble:
         self.explicit = config.k > 1 and not linear
 
     def run(self, lm: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """The model's forward with the mixture.
-
-        Args:
-            lm: the causal LM. forward: its own. given: the arguments, by name.
-
-        Returns:
-            a :class:`ModOutput`, or a tuple where that is asked for.
-        """
+        """The forward of the causal LM ``lm``, which ``forward`` is without us, with the mixture: a
+        :class:`ModOutput`, or a tuple where ``given`` asks for that."""
         from .output import mod_output
 
         asked = given.pop("return_dict", None)

@@ -121,14 +121,12 @@ class Chain:
     length: int
 
     def drawn(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Samples of all windows behind a token, as one window.
+        """Samples of all windows behind a token, as one window of one component: the mixture,
+        position by position.
 
         Args:
             hidden: ``(B, D)``, of the token before that one. token: ``(B,)``.
             uniforms: ``(B, K, 2)`` with ``K`` the tokens of all windows.
-
-        Returns:
-            a window whose circuit has one component: the mixture, position by position.
         """
         parts: list[tuple[Tensor, ...]] = []
         state, before = hidden, token[:, None]

@@ -313,13 +313,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def zero_loss(parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them.
-
-    Data parallel training waits for a gradient of every parameter.
-
-    Args:
-        parameters: those that are trained. like: says device, and dtype where it is float64.
-    """
+    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them: data
+    parallel training waits for a gradient of every parameter. ``like`` says device and dtype."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return _Zero.apply(torch.zeros((), dtype=dtype, device=like.device), *parameters)  # pyright: ignore[reportReturnType]
 
