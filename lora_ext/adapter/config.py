@@ -128,11 +128,7 @@ class AdapterConfig(LoraConfig):
         return self.raw.get("base_model_name_or_path")
 
     def check_shared(self) -> None:
-        """Refuse what changes the base model, which many adapters share.
-
-        Raises:
-            ValueError: biases of the base model.
-        """
+        """Refuse what changes the base model, which many adapters share: trained biases."""
         expected = "'none' (the base model's biases are shared)"
         require(self.base_bias == "none", self.where, "bias", expected, repr(self.base_bias))
 
@@ -215,11 +211,8 @@ class AdapterConfig(LoraConfig):
         return found | parameters
 
     def targeted_parameters(self, index: ModelIndex) -> set[str]:
-        """The expert parameters that PEFT would adapt, in full.
-
-        Raises:
-            NotImplementedError: an entry that means none of them.
-        """
+        """The expert parameters that PEFT would adapt, in full; an entry that means none is
+        refused."""
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         for each in wanted:

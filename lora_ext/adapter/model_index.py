@@ -225,11 +225,8 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
 
 
 class BaseWeights:
-    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it.
-
-    Args:
-        model: may die; its weights can then no longer be compared.
-    """
+    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it;
+    once it is gone, weights can no longer be compared."""
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)

@@ -199,11 +199,8 @@ class Parameters(nn.Module):
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
 
     def _read(self, where: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)`` each.
-
-        Raises:
-            ValueError: on shape, device and values out of range, naming the variable.
-        """
+        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)``
+        each."""
         n, device = self.num_variables, self.weights.device
         require_tensor(where, x)
         require(x.dim() == 2 and x.shape[1] == n, where, f"shape (B, {n})", tuple(x.shape))

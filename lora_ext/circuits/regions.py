@@ -72,11 +72,7 @@ class Input:
 
 # --- leaves ---------------------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """The family's name and fields.
-
-    Raises:
-        ValueError: for a family that is not ours, which no reader would know.
-    """
+    """The family's name and fields, of one of ours: no reader would know another."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
     require(known, "leaf: family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
@@ -85,11 +81,7 @@ def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaf_from_json(data: Any, where: str) -> Leaf:
-    """Parse an untrusted description.
-
-    Raises:
-        ValueError: naming the field.
-    """
+    """Parse an untrusted description."""
     known = isinstance(data, dict) and data.get("family") in list(FAMILIES)
     require(known, f"{where}: family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
     family = FAMILIES[data["family"]]
@@ -136,11 +128,7 @@ def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
 
 
 def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
-    """Regions and ``multi_root`` of a parsed description, which is not trusted.
-
-    Raises:
-        ValueError: naming the region and the field.
-    """
+    """Regions and ``multi_root`` of a parsed description, which is not trusted."""
     whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
     require(whole, where, "multi_root and regions", f"{data!r:.100}")
     listed, multi_root = data["regions"], data["multi_root"]

@@ -182,11 +182,7 @@ class UnsupportedModule(ValueError):
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
-    """Refuse modules in which rows meet or draw, and adapters that no payload carries.
-
-    Raises:
-        UnsupportedModule: naming the module, what was expected and what was found.
-    """
+    """Refuse modules in which rows meet or draw, and adapters that no payload carries."""
     own = {
         id(layer.lora_dropout[adapter])
         for name, layer in _layers(model, adapter, pattern)

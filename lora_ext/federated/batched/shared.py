@@ -164,11 +164,8 @@ def _rows(value: Any, part: slice, total: int) -> Any:
 def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
-    """The value from which clients begin: the state's, or the model's own where that has none.
-
-    Raises:
-        ValueError: another shape than the parameter's.
-    """
+    """The value from which clients begin: the state's, of the parameter's shape, or the model's own
+    where that has none."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))

@@ -98,11 +98,7 @@ def plan_of(settings: Mapping[str, Any]) -> LayerPlan:
 
 
 def read_config(message: Message) -> ConfigRecord:
-    """The settings of a message from the server.
-
-    Raises:
-        ValueError: none, or those of another protocol.
-    """
+    """The settings of a message from the server."""
     records = message.content.config_records
     require(CONFIG in records, "message", "records", f"{CONFIG!r}", sorted(message.content))
     config = records[CONFIG]

@@ -156,11 +156,7 @@ class Round:
         return reply.metadata.src_node_id
 
     def read(self, reply: Message) -> Update:
-        """A reply as the aggregation takes it.
-
-        Raises:
-            ValueError: what only the wire shows is wrong, naming node, key, expected and found.
-        """
+        """A reply as the aggregation takes it, without what only the wire shows to be wrong."""
         node = self.sender(reply)
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")

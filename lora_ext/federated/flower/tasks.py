@@ -50,11 +50,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Read them.
-
-        Raises:
-            ValueError: one that is no number, or out of range.
-        """
+        """Read them from a message's config."""
         found: dict[str, float] = {}
         for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
             value, expected = config.get(name, default), "a finite number from 0"

@@ -160,11 +160,7 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Refuse several names where there are such layers.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
+    """Refuse several names where there are such layers."""
     if turned and len(set(names)) > 1:
         raise ValueError(
             f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "

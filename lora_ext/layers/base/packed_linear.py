@@ -218,11 +218,8 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """What :func:`unpack` takes: all packed layers of a model.
-
-    Raises:
-        RuntimeError: one has parametrizations; ``where`` starts the message.
-    """
+    """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
+    one that has parametrizations."""
     packed = {name: m for name, m in _linears(model) if isinstance(m, PackedLinear)}
     for name, module in packed.items():
         if type(module) is not PackedLinear:

@@ -140,11 +140,7 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """The causal LM in a model with MoD, and what it keeps.
-
-    Raises:
-        RuntimeError: a model without MoD.
-    """
+    """The causal LM in a model with MoD, and what it keeps; a RuntimeError without."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)
         if ensemble is not None:
@@ -153,11 +149,8 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
 
 
 def causal_lm(model: Any, where: str) -> Any:
-    """The causal LM of transformers in a model, which may be wrapped by PEFT or by others.
-
-    Raises:
-        ValueError: there is none. NotImplementedError: one with an encoder beside its decoder.
-    """
+    """The causal LM of transformers in a model, a decoder alone, which may be wrapped by PEFT or by
+    others."""
     found = type(model).__name__
     module: Any
     for module in model.modules() if isinstance(model, nn.Module) else ():

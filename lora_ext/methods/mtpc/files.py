@@ -63,11 +63,7 @@ def write_draft(
 
 
 def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
-    """The configuration and the shortlist.
-
-    Raises:
-        ValueError: what is no configuration, naming file and field.
-    """
+    """The configuration and the shortlist."""
     path = folder / CONFIG
     with open_regular(path) as file:
         raw = file.read(_MAX_CONFIG_BYTES + 1)

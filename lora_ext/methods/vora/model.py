@@ -301,11 +301,8 @@ def _hides_by_itself(name: str, buffer: Tensor) -> bool:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next tokens, in float32 (float64 stays); 0 where none counts.
-
-    Args:
-        logits: ``(B, T, V)``. labels: ``(B, T)`` under their inputs, -100 for none.
-    """
+    """Mean cross entropy of the next tokens, in float32 (float64 stays), 0 where none counts, of
+    logits ``(B, T, V)`` and labels ``(B, T)`` under their inputs, -100 for none."""
     targets = shift_labels(labels).flatten().to(logits.device)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
