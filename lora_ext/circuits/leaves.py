@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import integer, require
 from lora_ext.circuits._sums import sums_at
-from lora_ext.circuits.scopes import require
 from lora_ext.reference import log_softmax
 
 Table = dict[str, Tensor]
 LOG_TAU = math.log(2 * math.pi)
+COUNT = "a whole number, at least 1"
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,10 @@ def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
     return (1 - step) * old + step * new
 
 
-def _require_count(where: str, count: object) -> None:
-    whole = isinstance(count, int) and count >= 1
-    require(whole, where, "a whole number, at least 1", repr(count))
-
-
 def require_min_std(where: str, min_std: float) -> None:
     """Refuse what is no bound of a deviation."""
     positive = 0 < min_std < math.inf
-    require(positive, f"{where}: min_std", "a positive number", min_std)
+    require(positive, where, "min_std", "a positive number", min_std)
 
 
 class Finite(Leaf):
@@ -212,7 +208,7 @@ class Categorical(Finite):
     num_categories: int
 
     def __post_init__(self) -> None:
-        _require_count("Categorical: num_categories", self.num_categories)
+        integer("Categorical", "num_categories", self.num_categories, 1, expected=COUNT)
 
     def num_values(self) -> int | None:
         return self.num_categories
@@ -264,7 +260,7 @@ class Binomial(Finite):
     total: int
 
     def __post_init__(self) -> None:
-        _require_count("Binomial: total", self.total)
+        integer("Binomial", "total", self.total, 1, expected=COUNT)
 
     def num_values(self) -> int | None:
         return self.total + 1
@@ -374,7 +370,7 @@ class Indicator(Leaf):
 
     def __post_init__(self) -> None:
         known = all(isinstance(v, int) and v >= 0 for v in self.values)
-        require(known, "Indicator: values", "whole numbers from 0", self.values)
+        require(known, "Indicator", "values", "whole numbers from 0", self.values)
         object.__setattr__(self, "values", tuple(self.values))
 
 

@@ -19,11 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_ext._checks import require
 from lora_ext.circuits import builders, regions
 from lora_ext.circuits.builders import Leaves
 from lora_ext.circuits.leaves import Indicator
 from lora_ext.circuits.regions import Input, Kind, Partition, Region
-from lora_ext.circuits.scopes import PCStructureError, require, variables
+from lora_ext.circuits.scopes import PCStructureError, variables
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,26 +64,18 @@ class RegionGraph:
             if region.tie is not None:
                 self._check_tie(i, region, ties)
         roots = tuple(i for i, free in enumerate(parentless) if free)
-        require(bool(roots), "RegionGraph: regions", "at least one", "none", PCStructureError)
-        names = ", ".join(map(self.label, roots[:8]))
-        require(
-            len(roots) == 1 or self.multi_root,
-            "RegionGraph: regions",
-            "a single root (multi_root=True allows several)",
-            f"{len(roots)}: units {names}",
-            PCStructureError,
-        )
+        require(bool(roots), "RegionGraph", "regions", "at least one", "none", PCStructureError)
+        single = len(roots) == 1 or self.multi_root
+        expected = "a single root (multi_root=True allows several)"
+        found = f"{len(roots)}: units {', '.join(map(self.label, roots[:8]))}"
+        require(single, "RegionGraph", "regions", expected, found, PCStructureError)
         union = 0
         for root in roots:
             union |= scopes[root]
         missing = variables(~union & ((1 << union.bit_length()) - 1))
-        require(
-            not missing,
-            "RegionGraph: regions",
-            f"all variables 0 .. {union.bit_length() - 1}",
-            f"variables {missing[:12]} in no input region",
-            PCStructureError,
-        )
+        expected = f"all variables 0 .. {union.bit_length() - 1}"
+        found = f"variables {missing[:12]} in no input region"
+        require(not missing, "RegionGraph", "regions", expected, found, PCStructureError)
         object.__setattr__(self, "scopes", tuple(scopes))
         object.__setattr__(self, "roots", roots)
         object.__setattr__(self, "num_variables", union.bit_length())
@@ -119,7 +112,7 @@ class RegionGraph:
         where = f"unit {self.label(i)}"
 
         def check(ok: bool, argument: str, expected: object, found: object) -> None:
-            require(ok, f"{where}: {argument}", expected, found, PCStructureError)
+            require(ok, where, argument, expected, found, PCStructureError)
 
         leaf, given = region.leaf, region.variables
         check(region.units >= 1, "units", "at least 1", region.units)
@@ -150,14 +143,9 @@ class RegionGraph:
         width = region.variables.bit_count() if region.leaf else self.num_products(region)
         shape = (region.leaf, region.units, width)
         first = ties.setdefault(region.tie, shape)
-        where = f"unit {self.label(i)}: tie {region.tie!r}"
-        require(
-            shape == first,
-            where,
-            f"leaf, units and width of the regions tied to it, {first}",
-            shape,
-            PCStructureError,
-        )
+        where, name = f"unit {self.label(i)}", f"tie {region.tie!r}"
+        expected = f"leaf, units and width of the regions tied to it, {first}"
+        require(shape == first, where, name, expected, shape, PCStructureError)
 
     # --- builders: `leaf` is one family for all variables, or a list of one for each -------------
     @staticmethod
