@@ -23,7 +23,16 @@ from lora_ext.reference import log_weights
 
 
 class Report(NamedTuple):
-    """What :meth:`Circuit.check` finds."""
+    """What :meth:`Circuit.check` finds.
+
+    Attributes:
+        smooth: every term of a sum has the scope of the sum.
+        decomposable: the factors of a product share no variable.
+        structured_decomposable: products split a scope in one way, as one vtree does.
+        deterministic: at most one term of each sum is nonzero, where that can be told; else
+            "unknown".
+        normalisation_error: how far the worst sum of weights is from 1.
+    """
 
     smooth: bool
     decomposable: bool
@@ -372,6 +381,12 @@ class Circuit(Parameters):
     @staticmethod
     def load(path: str | Path) -> Circuit:
         """Read a file of :meth:`save`, which is not trusted.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            the circuit on the CPU, in the dtype that was saved.
 
         Raises:
             ValueError: on anything unexpected, before memory is taken for it.

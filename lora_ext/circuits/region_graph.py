@@ -81,23 +81,24 @@ class RegionGraph:
         object.__setattr__(self, "num_variables", union.bit_length())
 
     def label(self, i: int) -> str:
-        """How errors and pictures name a region."""
+        """Name region ``i`` as errors and pictures do: its own name, or its index."""
         return self.regions[i].name or str(i)
 
     def partition_scope(self, partition: Partition) -> int:
-        """Union of the children's scopes."""
+        """The union of the scopes of the children of ``partition``, a bitset of variables."""
         scope = 0
         for c in partition.children:
             scope |= self.scopes[c]
         return scope
 
     def partition_units(self, partition: Partition) -> int:
-        """Product units of one partition."""
+        """How many product units a partition has: those of a child, or of a Kronecker product n
+        times m."""
         counts = [self.regions[c].units for c in partition.children]
         return counts[0] if partition.kind == "hadamard" else counts[0] * counts[1]
 
     def num_products(self, region: Region) -> int:
-        """Product units over which each unit of the region sums; 0 for an input."""
+        """How many product units each unit of a region sums over; 0 for an input."""
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
@@ -150,12 +151,28 @@ class RegionGraph:
     # --- builders: `leaf` is one family for all variables, or a list of one for each -------------
     @staticmethod
     def cp(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """A mixture of ``rank`` fully factorised distributions: one latent for all variables."""
+        """Build a mixture of ``rank`` fully factorised distributions: one latent for all variables.
+
+        Args:
+            num_variables: n. rank: states of the latent.
+            leaf: the family of every variable, or one for each.
+
+        Raises:
+            PCStructureError: a size below 1, another number of families.
+        """
         return RegionGraph(builders.cp(num_variables, rank, leaf))
 
     @staticmethod
     def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool = False) -> RegionGraph:
-        """A hidden Markov model; ``homogeneous`` shares transitions and emissions over time."""
+        """Build a hidden Markov model over ``num_variables`` steps with ``rank`` states.
+
+        Args:
+            num_variables, rank: above. leaf: the emissions' family, or one for each step.
+            homogeneous: transitions, and emissions, are shared by all steps.
+
+        Raises:
+            PCStructureError: as :meth:`hclt`.
+        """
         return RegionGraph(builders.hmm(num_variables, rank, leaf, homogeneous))
 
     @staticmethod
@@ -179,7 +196,16 @@ class RegionGraph:
 
     @staticmethod
     def btree(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """Recursive halving in variable order, the tree of ``reference.circuit_scan``."""
+        """Build the tree of ``reference.circuit_scan``: variables in their order, halved again and
+        again.
+
+        Args:
+            num_variables: n. rank: units of every region but the root.
+            leaf: the family of every variable, or one for each.
+
+        Raises:
+            PCStructureError: a size below 1, another number of families.
+        """
         return RegionGraph(builders.btree(num_variables, rank, leaf))
 
     @staticmethod
@@ -193,7 +219,17 @@ class RegionGraph:
         seed: int = 0,
         num_roots: int = 1,
     ) -> RegionGraph:
-        """Random binary splits to ``depth``, ``repetitions`` times, below ``num_roots`` roots.
+        """Split the variables at random into halves to ``depth``, ``repetitions`` times, below
+        common roots.
+
+        Args:
+            num_variables: n, at least 2. depth: of a repetition's tree. repetitions: trees.
+            num_sums: units of a region of sums. num_inputs: units of an input region.
+            leaf: the family of every variable, or one for each.
+            seed: of the splits. num_roots: root units, one per class, say.
+
+        Raises:
+            PCStructureError: a size out of range, another number of families.
 
         Source: RAT-SPN, Peharz et al. 2019.
         """
@@ -204,9 +240,17 @@ class RegionGraph:
     def poon_domingos(
         height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
     ) -> RegionGraph:
-        """All rectangles of an image and all their cuts at multiples of ``delta``.
+        """Build all rectangles of an image, and all their cuts at multiples of ``delta``.
 
         Variable ``y * width + x`` is the pixel at (y, x). A rectangle that has no cut is an input.
+
+        Args:
+            height, width: of the image, in pixels. num_units: of every rectangle but the whole
+                image.
+            leaf: the family of every pixel, or one for each. delta: of the cuts, in pixels.
+
+        Raises:
+            PCStructureError: a size below 1, another number of families.
 
         Source: Poon and Domingos 2011.
         """
@@ -271,7 +315,11 @@ class RegionGraph:
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
-        """The graph of a parsed description, which is not trusted.
+        """Read the graph of a parsed description, which is not trusted.
+
+        Args:
+            data: what ``json.loads`` made of :meth:`to_json`'s text. where: opens the message of an
+                error.
 
         Raises:
             ValueError: naming the region and the field.

@@ -40,7 +40,13 @@ _MAX_SCOPE_BITS = 1 << 33
 
 @dataclass(frozen=True)
 class Partition:
-    """A product: child regions by index, and how their units are combined."""
+    """A product of regions.
+
+    Attributes:
+        children: their indices in the graph, each below the region's own.
+        kind: "hadamard", unit u of the product is that of the children's units u; or "kronecker",
+            of two children each unit of one with each of the other.
+    """
 
     children: tuple[int, ...]
     kind: Kind = "hadamard"
@@ -63,7 +69,12 @@ class Region:
 
 @dataclass(frozen=True)
 class Input:
-    """An input region of ``RegionGraph.from_edges``."""
+    """An input region, as :meth:`RegionGraph.from_edges` takes it.
+
+    Attributes:
+        variables: their numbers. leaf: the family. units: distributions for each variable.
+        tie: input regions with the same word share their parameters; None shares nothing.
+    """
 
     variables: Sequence[int]
     leaf: Leaf

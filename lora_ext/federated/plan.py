@@ -52,7 +52,8 @@ class LayerPlan:
         object.__setattr__(self, "ranks", tuple(ranks[i] for i in order) if ranks else None)
 
     def rank_of(self, layer: int, full: int) -> int:
-        """The rank at which a planned layer is trained, ``full`` being the global adapter's."""
+        """The rank at which the planned ``layer`` is trained; ``full`` is the global adapter's,
+        which holds where the plan has no ranks."""
         return full if self.ranks is None else self.ranks[self.layers.index(layer)]
 
     def to_config(self) -> dict[str, list[int]]:
@@ -65,6 +66,9 @@ class LayerPlan:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LayerPlan:
         """Read what :meth:`to_config` wrote; other keys of a message are left alone.
+
+        Args:
+            config: has "layers", and "ranks" where the plan has some: lists of integers.
 
         Raises:
             ValueError: no ``layers``, or what the class refuses. TypeError: likewise.

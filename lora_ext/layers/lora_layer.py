@@ -210,7 +210,8 @@ class LoraLayer(Participants):
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as PEFT's layers do. Off also stops their training."""
+        """Switch all adapters on (``enabled``) or off, as PEFT's layers do; off, they do not train
+        either."""
         self.disable_adapters = not enabled
         if enabled:
             self.set_adapter(self._active)
@@ -220,7 +221,8 @@ class LoraLayer(Participants):
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the update by ``scale`` from now on; 1 is what the adapter was made with."""
+        """Multiply the update of ``adapter_name`` by ``scale`` from now on; 1 is what the adapter
+        was made with."""
         self._check_known([adapter_name])
         r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
         self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])

@@ -147,7 +147,8 @@ class LegendConfigurator:
         self.deadline = deadline
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
-        """The last ``depth`` layers, with the ranks at which the device trains them."""
+        """Plan the last ``depth`` of the L layers, from 1 to L, with the ranks at which ``device``
+        trains them."""
         layers = tuple(range(self.L - depth, self.L))
         return LayerPlan(layers, tuple(self.ranks_of(device)[self.L - depth :]))
 

@@ -74,8 +74,15 @@ class TokenBridge(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
-        """States ``(..., D)`` and the embeddings of the tokens that follow, ``(..., D)``, to states
-        ``(..., D)`` in the dtype of the parameters."""
+        """Move states to where one more token brings them.
+
+        Args:
+            h: ``(..., D)``, hidden states. embedded: ``(..., D)``, embeddings of the tokens that
+                follow.
+
+        Returns:
+            ``(..., D)`` in the dtype of the parameters.
+        """
         h, embedded = (t.to(self.down.weight.dtype) for t in (h, embedded))
         shape = (self.hidden_size,)
         z = torch.cat([F.rms_norm(h, shape), F.rms_norm(embedded, shape)], -1)
