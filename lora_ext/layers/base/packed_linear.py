@@ -1,7 +1,7 @@
 """Base weights kept packed for products of few rows: what decoding and verification consist of.
 
 A product of 1 to 32 rows waits for its weight to come from memory, unless the product itself is in
-the way, as that of torch is: see ``docs/serving.md``. A second copy of the weight, laid out as the
+the way, as that of torch is: see ``docs/packed.md``. A second copy of the weight, laid out as the
 product reads it, brings it near to what memory gives.
 
     pack_linears(model)        # every linear layer, in place; the model may have adapters or none
