@@ -44,7 +44,7 @@ class LoraStrategy(FedAvg):
     layer is averaged over the clients that trained it (:func:`lora_ext.federated.aggregate`). A
     reply that does not hold what its plan says is rejected by itself, with the reason in
     ``history``; a round with too few replies leaves the global adapter as it was, and the run goes
-    on. ``start`` takes the global adapter as :func:`lora_ext.interop.flower.to_arrays` gives it.
+    on. ``start`` takes the global adapter as :func:`lora_ext.federated.flower.to_arrays` gives it.
 
     A subclass says what differs by overriding the hooks :meth:`select`, :meth:`plan_round`,
     :meth:`before_round`, :meth:`observe` and :meth:`timed_out`.
@@ -209,7 +209,7 @@ class LoraStrategy(FedAvg):
 
         Args:
             grid: Flower's, or a :class:`LocalGrid`.
-            initial_arrays: the global adapter, of :func:`lora_ext.interop.flower.to_arrays`.
+            initial_arrays: the global adapter, of :func:`lora_ext.federated.flower.to_arrays`.
             num_rounds: how many. timeout: seconds that a round waits for replies.
             train_config, evaluate_config: further settings for the clients, ``lr`` and ``epochs``
                 say.
