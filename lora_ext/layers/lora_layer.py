@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import integer, number, require, require_flags
-from lora_ext.rows import LayerNames, layer_names
+from lora_ext.rows import LayerNames, Rows, layer_names
 
-from .dora import Magnitude
+from .base.dense import BaseLayer
+from .dora import Magnitude, dora_forward
 from .init import FREE, decompose, init_lora_, known_scheme
+from .lora_forward import LoraFactors, lora_forward
 from .participants import Participants
 
 
@@ -339,6 +341,23 @@ class LoraLayer(Participants):
         if self.use_dora[name]:
             found.append(self._magnitude(name))
         return found
+
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        a, b, bias = self._raw_factors(adapter_name)
+        scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
+        return LoraFactors(a, b, scaling, self._dropout_of(adapter_name), bias, seed)
+
+    def _adapted(
+        self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
+    ) -> Tensor:
+        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        factors = [self.factors(name) for name in names]
+        if not any(self.use_dora[name] for name in names):
+            return lora_forward(x, base, factors, rows)
+        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+        dense = self.base_weight.matrix(), self.bias
+        return dora_forward(x, base, dense, factors, magnitudes, rows)
 
     def _dropout_of(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
