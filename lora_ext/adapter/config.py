@@ -82,10 +82,8 @@ class AdapterConfig(LoraConfig):
         names = (names,) if isinstance(names, str) else names
         object.__setattr__(self, "modules_to_save", names or None)
         names = checked_names(self.where, "target_parameters", self.target_parameters)
-        if isinstance(names, str):
-            raise ValueError(
-                f"{self.where}: target_parameters: expected a list of strings, found {names!r:.200}"
-            )
+        found, listed = f"{names!r:.200}", not isinstance(names, str)
+        require(listed, self.where, "target_parameters", "a list of strings", found)
         object.__setattr__(self, "target_parameters", tuple(sorted(names or ())))
 
     @classmethod
@@ -233,12 +231,10 @@ class AdapterConfig(LoraConfig):
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         for each in wanted:
-            if not any(matches_suffix(name, (each,)) for name in known):
-                raise NotImplementedError(
-                    f"{self.where}: target_parameters: expected matrices of routed experts, as "
-                    f"{known[:2] or 'this model has none'}, found {each!r:.200}; adapters on other "
-                    "parameters are not supported"
-                )
+            fits = any(matches_suffix(name, (each,)) for name in known)
+            expected = f"matrices of routed experts, as {known[:2] or 'this model has none'}"
+            found = f"{each!r:.200}; adapters on other parameters are not supported"
+            require(fits, self.where, "target_parameters", expected, found, NotImplementedError)
         return {name for name in known if matches_suffix(name, wanted)}
 
     def ranks_and_scales(

@@ -218,11 +218,8 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
             device = getattr(each, "execution_device", None)
             if device is not None:
                 return torch.device(device)
-    if weight.is_meta:
-        raise ValueError(
-            f"AdapterPool: device: expected a device for the pages, found {name}'s weight on meta; "
-            "pass device=, or load the model's weights first"
-        )
+    found = f"{name}'s weight on meta; pass device=, or load the model's weights first"
+    require(not weight.is_meta, "AdapterPool", "device", "a device for the pages", found)
     return weight.device
 
 

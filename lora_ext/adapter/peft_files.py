@@ -294,23 +294,14 @@ def _check_headers(
         expected[roles["magnitude"]] = (
             (1, spec.out_features, *ones) if ones else (spec.out_features,)
         )
-    if keys.keys() != expected.keys():
-        raise ValueError(
-            f"{tensors.where}: {module}: expected lora_{{{', '.join(expected)}}}, "
-            f"found lora_{{{', '.join(keys)}}} "
-            f"(lora_bias={config.lora_bias}, use_dora={config.use_dora})"
-        )
+    wanted = f"lora_{{{', '.join(expected)}}}"
+    found = f"lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias}, use_dora={config.use_dora})"
+    require(keys.keys() == expected.keys(), tensors.where, module, wanted, found)
     for role, shape in expected.items():
         info = tensors.infos[keys[role]]
-        if info.dtype not in PAGE_DTYPES:
-            raise ValueError(
-                f"{tensors.where}: {keys[role]}: dtype: expected float16, bfloat16, float32 "
-                f"or float64, found {info.dtype}"
-            )
-        if info.shape != shape:
-            raise ValueError(
-                f"{tensors.where}: {keys[role]}: shape: expected {shape}, found {info.shape}"
-            )
+        where, known = f"{tensors.where}: {keys[role]}", "float16, bfloat16, float32 or float64"
+        require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
+        require(info.shape == shape, where, "shape", shape, info.shape)
 
 
 def _some(items: Iterable[str], limit: int = 4) -> str:
@@ -337,10 +328,8 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
             )
-        if parsed.in_file in tensors:
-            raise ValueError(
-                f"save_adapter: state: expected one adapter, found {parsed.in_file} twice"
-            )
+        found = f"{parsed.in_file} twice"
+        require(parsed.in_file not in tensors, "save_adapter", "state", "one adapter", found)
         tensors[parsed.in_file] = value
     write_adapter(directory, config, tensors)
 

@@ -72,11 +72,9 @@ def find_replaced(
         info, shape = tensors.infos[key], index.weights.shape(name)
         expected = "float16, bfloat16, float32 or float64"
         require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", expected, info.dtype)
-        if info.shape != shape:
-            raise ValueError(
-                f"{tensors.where}: {key}: shape: expected {shape} as in the base model, found "
-                f"{info.shape}; a head with another number of labels needs a model of its own"
-            )
+        expected = f"{shape} as in the base model"
+        other = f"{info.shape}; a head with another number of labels needs a model of its own"
+        require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, other)
         found.setdefault(module, {})[role] = key
     return found
 

@@ -43,11 +43,9 @@ class LayerPlan:
         if len(set(layers)) < len(layers):
             twice = next(layer for layer in layers if layers.count(layer) > 1)
             raise ValueError(f"LayerPlan: layers: expected each layer once, found {twice} twice")
-        if ranks is not None and len(ranks) != len(layers):
-            raise ValueError(
-                f"LayerPlan: ranks: expected one for each of {len(layers)} layers, found "
-                f"{len(ranks)}"
-            )
+        if ranks is not None:
+            expected = f"one for each of {len(layers)} layers"
+            require(len(ranks) == len(layers), "LayerPlan", "ranks", expected, len(ranks))
         order = sorted(range(len(layers)), key=layers.__getitem__)
         object.__setattr__(self, "layers", tuple(layers[i] for i in order))
         # A plan of no layer has no ranks, so that it equals what its message is read as.
@@ -71,10 +69,7 @@ class LayerPlan:
         Raises:
             ValueError: no ``layers``, or what the class refuses. TypeError: likewise.
         """
-        if "layers" not in config:
-            raise ValueError(
-                f"LayerPlan: config: expected layers, found {sorted(map(str, config))}"
-            )
+        require("layers" in config, "LayerPlan", "config", "layers", sorted(map(str, config)))
         return cls(config["layers"], config.get("ranks"))
 
 

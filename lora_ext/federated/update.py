@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .plan import Client, LayerPlan, Pair
 
 Upload = Literal["delta", "value"]
@@ -114,10 +116,8 @@ def accept(
     """
     by_client: dict[Client, list[Update]] = {}
     for update in updates:
-        if not isinstance(update, Update):
-            raise TypeError(
-                f"aggregate: updates: expected Update values, found {type(update).__name__}"
-            )
+        found, known = type(update).__name__, isinstance(update, Update)
+        require(known, "aggregate", "updates", "Update values", found, TypeError)
         by_client.setdefault(update.client, []).append(update)
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}

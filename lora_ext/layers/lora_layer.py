@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._checks import integer, number, require_flags
+from lora_ext._checks import integer, number, require, require_flags
 from lora_ext.rows import LayerNames, layer_names
 
 from .dora import Magnitude
@@ -266,16 +266,12 @@ class LoraLayer(Participants):
     # Checks
 
     def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not name or "." in name or name == "__base__":
-            raise ValueError(
-                f"{type(self).__name__}: adapter_name: expected a name without dots that is not "
-                f'"__base__", found {name!r}'
-            )
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(
-                f"{type(self).__name__}: adapter_name: expected a name that is no attribute of "
-                f"nn.ModuleDict, found {name!r}"
-            )
+        fits = isinstance(name, str) and name and "." not in name and name != "__base__"
+        expected = 'a name without dots that is not "__base__"'
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        fits = not hasattr(nn.ModuleDict(), name)
+        expected = "a name that is no attribute of nn.ModuleDict"
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
         if name in self.r:
             raise ValueError(
                 f"{type(self).__name__}: adapter {name!r} exists already; give the new one another "

@@ -152,11 +152,10 @@ class LocalGrid(Grid):
     def _one(self, message: Message, context: Context) -> Message:
         try:
             reply = self._app(message, context)
-            if not isinstance(reply, Message):
-                raise TypeError(
-                    "LocalGrid: client_app: expected an app that returns a Message, found one that "
-                    f"returns {type(reply).__name__}"
-                )
+            fits = isinstance(reply, Message)
+            expected = "an app that returns a Message"
+            found = f"one that returns {type(reply).__name__}"
+            require(fits, "LocalGrid", "client_app", expected, found, TypeError)
             return reply
         except Exception as error:
             return failed(message, error)

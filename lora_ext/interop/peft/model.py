@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
 from . import quantised
@@ -49,10 +50,8 @@ class Report:
 
 def take_over(model: Model) -> Model:
     """:func:`lora_ext.from_peft`, where peft is known to be there."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"from_peft: model: expected a torch.nn.Module, found a {type(model).__name__}"
-        )
+    found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
+    require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
@@ -74,11 +75,9 @@ class GatedGroups(LayerGroups):
             for name, layer in zip(names, group, strict=True)
         }
         for name, layer in layers.items():
-            if layer.use_dora[self.adapter_name]:
-                raise ValueError(
-                    f"CopraController: sync='tensor': {name}: expected an adapter that its scale "
-                    "can switch off, found DoRA"
-                )
+            fits = not layer.use_dora[self.adapter_name]
+            expected = "an adapter that its scale can switch off"
+            require(fits, "CopraController: sync='tensor'", name, expected, "DoRA")
         devices = {adapter_parameters(m, self.adapter_name)[0].device for m in layers.values()}
         #: By device, ``(2, n)``: in evaluation, in training.
         self._gates = {device: torch.ones(2, len(self), device=device) for device in devices}

@@ -197,10 +197,8 @@ class CapacityTracker:
         Raises:
             KeyError: none of its reports was a measurement so far.
         """
-        if device not in self:
-            raise KeyError(
-                f"CapacityTracker.estimate: device: expected one that reported, found {device!r}"
-            )
+        where, found = "CapacityTracker.estimate", repr(device)
+        require(device in self, where, "device", "one that reported", found, KeyError)
         state = self._devices[device]
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 

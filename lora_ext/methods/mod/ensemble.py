@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
+
 from .config import ModConfig
 from .head import Head, Layers, measured_head, mixed_logits, still
 from .layers import DepthMixer
@@ -244,8 +246,5 @@ def _check_labels(given: dict[str, Any]) -> None:
     inputs = given.get("inputs_embeds") if inputs is None else inputs
     if not isinstance(labels, Tensor) or not isinstance(inputs, Tensor):
         return
-    if isinstance(keep, int) and keep == 0 and labels.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"mod: labels: expected shape (B, T) = {tuple(inputs.shape[:2])}, found "
-            f"{tuple(labels.shape)}"
-        )
+    fits = not isinstance(keep, int) or keep != 0 or labels.shape == inputs.shape[:2]
+    require(fits, "mod", "labels", f"shape (B, T) = {tuple(inputs.shape[:2])}", tuple(labels.shape))

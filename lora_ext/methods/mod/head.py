@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
 from lora_ext.layers import recomputed
 
 #: What models call the number that their logits are multiplied by or divided by.
@@ -146,11 +147,9 @@ def measured_head(lm: Any, softcap: float | None, entered: Tensor, logits: Tenso
         else:  # each row may have adapters of its own, so that one alone would be another's
             z = layer(entered).flatten(0, -2)[-1].float()
         wanted = logits.flatten(0, -2)[-1].float()
-        if bool(wanted.isnan().any()):
-            raise ValueError(
-                "mod: model: expected logits that are numbers in the first forward, which shows "
-                f"what the head does, found NaN among those of {type(lm).__name__}"
-            )
+        expected = "logits that are numbers in the first forward, which shows what the head does"
+        found = f"NaN among those of {type(lm).__name__}"
+        require(not bool(wanted.isnan().any()), "mod", "model", expected, found)
         heads = [Head(softcap, scale) for scale in _scales(lm)]
         nearest = min(heads, key=lambda h: float((h.capped(z * h.scale) - wanted).norm()))
         if _explains(nearest, z * nearest.scale, wanted):

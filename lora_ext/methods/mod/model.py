@@ -69,21 +69,18 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     config = ModConfig() if config is None else config
     instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
-    if Ensemble.KEY in lm.__dict__:
-        raise RuntimeError(
-            "apply: model: expected a model without MoD, found one that has it; call "
-            "mod.remove(model) first"
-        )
+    expected = "a model without MoD"
+    found = "one that has it; call mod.remove(model) first"
+    require(Ensemble.KEY not in lm.__dict__, "apply", "model", expected, found, RuntimeError)
     require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
     stack = list(decoder_layers(lm))
     expected = f"at most the model's {len(stack)} layers"
     require(config.k <= len(stack), "apply", "k", expected, config.k)
     softcap = softcap_of(lm)
-    if config.backend == "hidden" and softcap is not None and config.k > 1:
-        raise InexactMixError(
-            "apply: backend: expected 'auto' or 'chunked' for a head that soft-caps its logits at "
-            f"{softcap}, found 'hidden': a mix of hidden states is no mix of such logits"
-        )
+    fits = config.backend != "hidden" or softcap is None or config.k <= 1
+    wanted = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
+    other = "'hidden': a mix of hidden states is no mix of such logits"
+    require(fits, "apply", "backend", wanted, other, InexactMixError)
     decoder = _parent(lm, stack[0])
     norm = _final_norm(decoder, lm)
     _check_head(lm, norm)
@@ -166,11 +163,9 @@ def causal_lm(model: Any, where: str) -> Any:
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if not hasattr(type(module), "get_output_embeddings"):
             continue
-        if getattr(module.config, "is_encoder_decoder", False):
-            raise NotImplementedError(
-                f"{where}: model: expected a decoder alone, found an encoder beside it in "
-                f"{type(module).__name__}"
-            )
+        fits = not getattr(module.config, "is_encoder_decoder", False)
+        other = f"an encoder beside it in {type(module).__name__}"
+        require(fits, where, "model", "a decoder alone", other, NotImplementedError)
         if module.get_output_embeddings() is not None:
             return module
         found = f"{type(module).__name__}, which has no output embeddings"
@@ -209,11 +204,9 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
 def _check_head(lm: Any, norm: Any) -> None:
     """Refuse a head that sees something else than normed hidden states (OPT-350m)."""
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
-    if head != width:
-        raise NotImplementedError(
-            f"apply: model: expected a head as wide as the {width} features of the hidden states, "
-            f"found {head} in {type(lm).__name__}, which projects them in between"
-        )
+    expected = f"a head as wide as the {width} features of the hidden states"
+    found = f"{head} in {type(lm).__name__}, which projects them in between"
+    require(head == width, "apply", "model", expected, found, NotImplementedError)
 
 
 def _copy(norm: Any) -> nn.Module:

@@ -127,17 +127,12 @@ class SpeculativeDecoder:
         guide: Guide | None = None,
     ):
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-        if (head.vocab_size, head.hidden_size) != (vocab_size, hidden_size):
-            raise ValueError(
-                "SpeculativeDecoder: head: expected vocabulary and width "
-                f"{(vocab_size, hidden_size)} as in the model's LM head, found "
-                f"{(head.vocab_size, head.hidden_size)}"
-            )
-        if bridge is not None and bridge.hidden_size != hidden_size:
-            raise ValueError(
-                f"SpeculativeDecoder: bridge: expected width {hidden_size} as in the model, found "
-                f"{bridge.hidden_size}"
-            )
+        fits = (head.vocab_size, head.hidden_size) == (vocab_size, hidden_size)
+        expected = f"vocabulary and width {(vocab_size, hidden_size)} as in the model's LM head"
+        require(fits, "SpeculativeDecoder", "head", expected, (head.vocab_size, head.hidden_size))
+        if bridge is not None:
+            expected, found = f"width {hidden_size} as in the model", bridge.hidden_size
+            require(found == hidden_size, "SpeculativeDecoder", "bridge", expected, found)
         self.model = model
         self.head = head
         self.mode = mode

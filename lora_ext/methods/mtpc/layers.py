@@ -272,11 +272,9 @@ class CircuitHead(nn.Module):
         rows, tokens = self.rows(h), self.tokens(h, x)
         k = torch.as_tensor(k, device=h.device)
         require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
-        if k.dim() and k.shape != h.shape[:-1]:
-            raise ValueError(
-                f"CircuitHead: k: expected one position or shape {tuple(h.shape[:-1])}, "
-                f"found {tuple(k.shape)}"
-            )
+        expected = f"one position or shape {tuple(h.shape[:-1])}"
+        fits = k.dim() == 0 or k.shape == h.shape[:-1]
+        require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(h.shape[:-1]).reshape(-1)
         wrong = (k < 0) | (k >= self.n_token)
         if looked_at(k) and bool(wrong.any()):
@@ -341,10 +339,8 @@ class CircuitHead(nn.Module):
             TypeError: hidden states that are not floating. ValueError: another width.
         """
         require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
-        if h.dim() == 0 or h.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"CircuitHead: h: expected shape (..., {self.hidden_size}), found {tuple(h.shape)}"
-            )
+        fits = h.dim() != 0 and h.shape[-1] == self.hidden_size
+        require(fits, "CircuitHead", "h", f"shape (..., {self.hidden_size})", tuple(h.shape))
         return h.reshape(-1, self.hidden_size).to(next(self.leaves.parameters()).dtype)
 
     def tokens(self, h: Tensor, x: Tensor) -> Tensor:
@@ -356,11 +352,8 @@ class CircuitHead(nn.Module):
                 for, or (on the CPU) a token outside the vocabulary.
         """
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
-        expected = (*h.shape[:-1], self.n_token)
-        if tuple(x.shape) != expected:
-            raise ValueError(
-                f"CircuitHead: tokens: expected shape {expected}, found {tuple(x.shape)}"
-            )
+        shape, found = (*h.shape[:-1], self.n_token), tuple(x.shape)
+        require(found == shape, "CircuitHead", "tokens", f"shape {shape}", found)
         if looked_at(x):
             wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
             if bool(wrong.any()):

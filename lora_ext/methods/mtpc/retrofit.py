@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
@@ -245,8 +246,6 @@ def retrofit(
 
 def _unembedding(model: Any) -> Any:
     found = model.get_output_embeddings()
-    if found is None:
-        raise ValueError(
-            f"retrofit: model: expected a causal LM with output embeddings, found {type(model)}"
-        )
+    expected = "a causal LM with output embeddings"
+    require(found is not None, "retrofit", "model", expected, type(model))
     return found

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.adapter import PruneMode
 
 Direction = Literal["smallest", "largest"]
@@ -81,11 +82,9 @@ class SploraConfig:
     allow_degenerate: bool = False
 
     def __post_init__(self) -> None:
-        if self.num is not None and self.threshold is not None:
-            raise ValueError(
-                "SploraConfig: num and threshold: expected one of them, found both, "
-                f"{self.num!r} and {self.threshold!r}"
-            )
+        holds = self.num is None or self.threshold is None
+        found = f"both, {self.num!r} and {self.threshold!r}"
+        require(holds, "SploraConfig", "num and threshold", "one of them", found)
         for name, options in (
             ("direction", Direction),
             ("granularity", Granularity),
@@ -116,10 +115,7 @@ class SploraConfig:
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"SploraConfig: {name}: expected {expected}, found {getattr(self, name)!r}"
-            )
+        require(holds, "SploraConfig", name, expected, repr(getattr(self, name)))
 
 
 def _is_number(value: Any) -> bool:

@@ -197,11 +197,10 @@ class VoraLinear(LoraLinear):
                 f"merge: expected an adapter apart from the base weight, found "
                 f"{self.adapter_name!r} merged already"
             )
-        if is_quantised(self.base_layer):
-            raise NotImplementedError(
-                "merge: base_layer: expected a weight of floating numbers to add to, found the "
-                f"quantised one of {type(self.base_layer).__name__}"
-            )
+        fits = not is_quantised(self.base_layer)
+        expected = "a weight of floating numbers to add to"
+        found = f"the quantised one of {type(self.base_layer).__name__}"
+        require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
         """Take the adapter out of the base weight, every bit of which comes back."""
@@ -277,11 +276,8 @@ class VoraLinear(LoraLinear):
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
-        if len(active) > 1:
-            raise NotImplementedError(
-                "VoraLinear: set_adapter: expected one active adapter for text, beside the layer's "
-                f"own, found {active}"
-            )
+        one, words = len(active) <= 1, "one active adapter for text, beside the layer's own"
+        require(one, "VoraLinear", "set_adapter", words, active, NotImplementedError)
         return self.adapter_names.index(active[0]) if active else -1
 
     def extra_repr(self) -> str:
@@ -311,10 +307,8 @@ def _check(base_layer: nn.Module, rank: int, route: str) -> None:
         linear_size(base_layer) is not None
         or (all(isinstance(size, int) for size in sizes) and is_quantised(base_layer))
     )
-    if not linear or isinstance(base_layer, LoraLayer):
-        raise TypeError(
-            "VoraLinear: base_layer: expected nn.Linear, Conv1D or a quantised linear layer, found "
-            f"{type(base_layer).__name__}"
-        )
+    fits = linear and not isinstance(base_layer, LoraLayer)
+    expected = "nn.Linear, Conv1D or a quantised linear layer"
+    require(fits, "VoraLinear", "base_layer", expected, type(base_layer).__name__, TypeError)
     integer("VoraLinear", "rank", rank, 1, expected="an int, at least 1")
     choice("VoraLinear", "route", route, ROUTES)

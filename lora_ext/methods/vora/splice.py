@@ -143,11 +143,9 @@ def _images(
     images = [[] if t is None else [t] if _is_image(t) else list(t) for t in given]
     places = ((input_ids == placeholder) & valid).sum(1).tolist()
     for sample, (expected, tokens) in enumerate(zip(places, images, strict=True)):
-        if expected != len(tokens):
-            raise ValueError(
-                f"splice_images: image_tokens: sample {sample}: expected as many images as "
-                f"placeholders, {expected}, found {len(tokens)}"
-            )
+        fits = expected == len(tokens)
+        wanted = f"as many images as placeholders, {expected}"
+        require(fits, "splice_images: image_tokens", f"sample {sample}", wanted, len(tokens))
     return images
 
 
@@ -217,11 +215,9 @@ def build_vision_mask(
 
     Source: arXiv 2503.20680. The released code takes images that touch for one; here they are two.
     """
-    if attention_mask.dim() != 2 or image_ids.shape != attention_mask.shape:
-        raise ValueError(
-            "build_vision_mask: image_ids: expected shape (B, T), that of attention_mask "
-            f"{tuple(attention_mask.shape)}, found {tuple(image_ids.shape)}"
-        )
+    fits = attention_mask.dim() == 2 and image_ids.shape == attention_mask.shape
+    wanted = f"shape (B, T), that of attention_mask {tuple(attention_mask.shape)}"
+    require(fits, "build_vision_mask", "image_ids", wanted, tuple(image_ids.shape))
     expected = "a floating one or None"
     require(dtype is None or dtype.is_floating_point, "build_vision_mask", "dtype", expected, dtype)
     length = attention_mask.shape[1]
@@ -254,11 +250,9 @@ def _check_images(image_ids: Tensor, past_length: int) -> None:
     for sample, ids in enumerate(image_ids.tolist()):
         starts = [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or ids[n - 1] != i)]
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
-        if apart is not None:
-            raise ValueError(
-                f"build_vision_mask: image_ids: sample {sample}: expected the tokens of image "
-                f"{apart} side by side, found them apart"
-            )
+        expected = f"the tokens of image {apart} side by side"
+        found = "them apart"
+        require(apart is None, "build_vision_mask: image_ids", f"sample {sample}", expected, found)
         if 0 < past_length < len(ids) and ids[past_length] == ids[past_length - 1] >= 0:
             image = ids[past_length]
             raise ValueError(
