@@ -20,11 +20,8 @@ import torch
 from common import ROOT, append_rows, interleaved
 from lora_layers import MODULES, RANK, base_model, optimizer_of, with_adapters
 from row import Row, timing_columns
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import lora_ext
-from lora_ext import ops
 
 #: Of losses near log(vocabulary): float32, and the two digits that bfloat16 leaves.
 LOSS_BOUND = {"float32": 1e-4, "autocast": 3e-2}
@@ -65,72 +62,62 @@ class Steps:
 
     def __init__(self, case: Case, layers: int):
         self.case = case
-        self.ids = torch.randint(
-            0, 49152, (case.rows, case.length), generator=torch.manual_seed(1)
-        )
+        self.ids = torch.randint(0, 49152, (case.rows, case.length), generator=torch.manual_seed(1))
         base = base_model(layers)
         names = [f"adapter{i}" for i in range(case.adapters)]
         modules = TARGETS[case.targets]
         self.bare = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        theirs = with_adapters(base, names, case.dropout, modules)
-        ours = with_adapters(base, names, case.dropout, modules)
-        ours.load_state_dict(theirs.state_dict())
-        lora_ext.from_peft(ours)
-        for model in (theirs, ours):
+        self.models: dict[str, Any] = {}
+        for way in ("peft", "lora_ext", "lora_ext, chunked loss"):
+            model = with_adapters(base, names, case.dropout, modules)
+            if self.models:
+                model.load_state_dict(self.models["peft"].state_dict())
+                lora_ext.from_peft(model)
             model.set_requires_grad(names)
-        self.theirs, self.ours, self.names = theirs, ours, names
-        self.optimizers = {m: [optimizer_of(m, n) for n in names] for m in (theirs, ours)}
-        self.share = case.rows // case.adapters
+            self.models[way] = model
+        lora_ext.chunked_loss(model)
+        self.names, self.share = names, case.rows // case.adapters
+        self.optimizers = {
+            way: [optimizer_of(model, n) for n in names] for way, model in self.models.items()
+        }
 
     def calls(self) -> dict[str, Callable[[], float]]:
         """By provider, in the order of the rows."""
-        ways = {"base": self._bare, "peft": self._peft, "lora_ext": self._ours}
-        if self.case.adapters == 1:
-            ways["lora_ext, chunked loss"] = lambda: self._ours(chunked=True)
-        return ways
+        ours = {way: (lambda way=way: self._ours(way)) for way in self.models if way != "peft"}
+        return {"base": self._bare, "peft": self._peft, **ours}
 
     def _bare(self) -> float:
         embeddings = self.bare.get_input_embeddings()(self.ids).requires_grad_()
-        return self._backward(lambda: self.bare(inputs_embeds=embeddings).logits)
+        return self._backward(self.bare, 1, inputs_embeds=embeddings)
 
     def _peft(self) -> float:
-        total = 0.0
+        total, model = 0.0, self.models["peft"]
         for i, name in enumerate(self.names):
             ids = self.ids[i * self.share : (i + 1) * self.share]
             if len(self.names) > 1:
-                self.theirs.set_adapter(name)
-            total += self._backward(lambda ids=ids: self.theirs(input_ids=ids).logits, ids)
-            self._update(self.optimizers[self.theirs][i])
+                model.set_adapter(name)
+            total += self._backward(model, 1, input_ids=ids)
+            self._update(self.optimizers["peft"][i])
         return total / len(self.names)
 
-    def _ours(self, chunked: bool = False) -> float:
+    def _ours(self, way: str) -> float:
         extra = {}
         if len(self.names) > 1:
             extra["adapter_names"] = [n for n in self.names for _ in range(self.share)]
-        if chunked:
-            loss = self._backward(lambda: self.ours.base_model.model.model(self.ids)[0], head=True)
-        else:
-            loss = self._backward(lambda: self.ours(input_ids=self.ids, **extra).logits)
-        for optimizer in self.optimizers[self.ours]:
+        loss = self._backward(self.models[way], len(self.names), input_ids=self.ids, **extra)
+        for optimizer in self.optimizers[way]:
             self._update(optimizer)
         return loss
 
-    def _backward(
-        self, forward: Callable[[], Tensor], ids: Tensor | None = None, head: bool = False
-    ) -> float:
-        """Mean loss over the rows; each adapter's is summed, so that steps of one are the same."""
-        labels = (self.ids if ids is None else ids)[:, 1:].flatten()
+    def _backward(self, model: Any, times: int, **given: Any) -> float:
+        """The mean loss, of which ``times`` as much goes backward: the sum of so many adapters'."""
+        labels = given.get("input_ids", self.ids)
         autocast: Any = contextlib.nullcontext()
         if self.case.dtype == "autocast":
             autocast = torch.autocast("cpu", torch.bfloat16)
         with autocast:
-            out = forward()[:, :-1].flatten(0, 1)
-            if head:
-                weight = self.ours.get_output_embeddings().weight
-                loss = ops.chunked_cross_entropy(out, weight, None, labels)
-            else:
-                loss = cross_entropy(out.float(), labels)
-        (loss * (len(self.names) if ids is None else 1)).backward()
+            loss = model(**given, labels=labels, use_cache=False).loss
+        (loss * times).backward()
         return loss.item()
 
     @staticmethod
@@ -168,8 +155,8 @@ def _check(case: Case, calls: dict[str, Callable[[], float]]) -> float:
     bound = LOSS_BOUND[case.dtype]
     worst = 0.0
     for _ in range(2):
-        found = {name: call() for name, call in calls.items() if name in ("peft", "lora_ext")}
-        worst = max(worst, abs(found["peft"] - found["lora_ext"]) / bound)
+        found = {name: call() for name, call in calls.items() if name != "base"}
+        worst = max(worst, *(abs(loss - found["peft"]) / bound for loss in found.values()))
     if not worst <= 1:
         raise SystemExit(f"whole_steps: {case}: losses differ from PEFT's by {worst:.3g} bounds")
     return worst

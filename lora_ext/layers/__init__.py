@@ -38,6 +38,9 @@ from .model.adapted import (
     is_adapted,
 )
 from .model.blocks import block_index, block_name, decoder_layers
+from .model.chunked_loss import chunked_loss
+from .model.forwards import Forward
+from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing
 from .model.swap import Swap, find_module
@@ -55,6 +58,8 @@ __all__ = [
     "FREE",
     "IGNORE",
     "READS_WEIGHTS",
+    "Forward",
+    "Head",
     "LayerGroups",
     "LoraConfig",
     "LoraConv",
@@ -76,7 +81,9 @@ __all__ = [
     "block_index",
     "block_name",
     "bypassed",
+    "causal_lm",
     "checked_names",
+    "chunked_loss",
     "decoder_layers",
     "dense_parameters",
     "dora_forward",
@@ -85,6 +92,7 @@ __all__ = [
     "find_module",
     "forward_of_the_rest",
     "head_names",
+    "head_width",
     "init_lora_",
     "is_active",
     "is_adapted",
@@ -94,6 +102,7 @@ __all__ = [
     "lora_forward",
     "lora_update",
     "matches_suffix",
+    "measured_head",
     "obstacle_of",
     "pack_linears",
     "packed_bytes",
@@ -106,6 +115,7 @@ __all__ = [
     "set_active",
     "shift_labels",
     "slots_of",
+    "softcap_of",
     "switched_off",
     "unpack",
     "unpack_linears",
