@@ -38,6 +38,9 @@ from .model.adapted import (
     is_adapted,
 )
 from .model.blocks import block_index, block_name, decoder_layers
+from .model.chunked_loss import chunked_loss
+from .model.forwards import Forward
+from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing
 from .model.swap import Swap, find_module
@@ -54,7 +57,7 @@ from .model.wrapping import unwrap, wrap
 __all__ = [
     "IGNORE", "LayerGroups", "LoraConfig", "LoraConv", "LoraEmbedding", "LoraFactors", "LoraLayer",
     "LoraLinear", "LoraProbe", "Mask", "PackedLinear", "Swap", "adapted_layers", "adapter_factors",
-    "adapter_parameters", "adapters_of", "block_index", "block_name", "decoder_layers",
-    "init_lora_", "is_active", "lora_forward", "lora_update", "pack_linears", "packed_bytes",
-    "set_active", "shift_labels", "unpack_linears", "unwrap", "wrap",
+    "adapter_parameters", "adapters_of", "block_index", "block_name", "chunked_loss",
+    "decoder_layers", "init_lora_", "is_active", "lora_forward", "lora_update", "pack_linears",
+    "packed_bytes", "set_active", "shift_labels", "unpack_linears", "unwrap", "wrap",
 ]  # fmt: skip

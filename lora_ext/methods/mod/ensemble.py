@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
+from lora_ext.layers import Head, measured_head
 
 from .config import ModConfig
-from .head import Head, Layers, measured_head, mixed_logits, still
+from .head import Layers, mixed_logits, still
 from .layers import DepthMixer
 from .objective import Targets, distillation, kept, layer_losses
 
@@ -134,7 +133,7 @@ class Ensemble:
                 output = forward(**own, return_dict=True)
             if unknown and output.logits.numel():
                 entered = kept(call.last, own.get("logits_to_keep", 0))
-                self.head = measured_head(lm, self.softcap, entered, output.logits)
+                self.head = measured_head("mod", lm, self.softcap, entered, output.logits)
 
         added: dict[str, Any] = {"routing_weights": call.weights}
         loss = output.loss
@@ -184,47 +183,10 @@ class Ensemble:
         return Layers(head, weight, bias, normed)
 
 
-class Forward:
-    """Stands in a model's ``__dict__`` as its ``forward``; a copy of the model gets its own.
-
-    Args:
-        lm: the model, which is not kept alive. before: the ``forward`` that stood there, or None.
-    """
-
-    def __init__(self, lm: nn.Module, before: Callable[..., Any] | None):
-        self._lm = weakref.ref(lm)
-        self.before = before
-
-    @property
-    def own(self) -> Callable[..., Any]:
-        """The model's own forward."""
-        lm: Any = self._lm()
-        return self.before or types.MethodType(type(lm).forward, lm)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.own)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments are the model's own; returns what :meth:`Ensemble.run` does."""
-        lm: Any = self._lm()
-        ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
-        if ensemble is None:  # it was removed, and somebody kept the forward
-            return self.own(*args, **kwargs)
-        given = kwargs
-        if args:
-            parameters = self.__signature__.parameters
-            given = dict(self.__signature__.bind(*args, **kwargs).arguments)
-            for name, parameter in parameters.items():
-                if parameter.kind is parameter.VAR_KEYWORD:
-                    given |= given.pop(name, {})
-        return ensemble.run(lm, self.own, given)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"lm": self._lm(), "before": self.before}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lm, self.before = weakref.ref(state["lm"]), state["before"]
+def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Run the forward of a causal LM that has MoD, or has had it: somebody may have kept it."""
+    ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
+    return own(**given) if ensemble is None else ensemble.run(lm, own, given)
 
 
 def _check_labels(given: dict[str, Any]) -> None:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import instance, require
-from lora_ext.layers import decoder_layers
+from lora_ext.layers import Forward, causal_lm, decoder_layers, head_width, softcap_of
 
 from .config import InexactMixError, ModConfig
-from .ensemble import Capture, Ensemble, Forward, Mix
-from .head import head_width, softcap_of
+from .ensemble import Capture, Ensemble, Mix, with_mixture
 from .layers import DepthMixer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -102,7 +101,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     ignored = lm.config.__dict__.get(_IGNORED)
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
-    lm.__dict__["forward"] = Forward(lm, lm.__dict__.get("forward"))
+    Forward.put_before(lm, with_mixture)
     _ignore_what_is_added(lm.config)
     return model
 
@@ -127,11 +126,7 @@ def remove(model: Model) -> Model:
     with torch.no_grad():
         for parameter, value in zip(own, before.values, strict=False):
             parameter.copy_(value)
-    forward = lm.__dict__["forward"]
-    if isinstance(forward, Forward):  # else somebody has wrapped it, and it passes calls on
-        lm.__dict__.pop("forward")
-        if forward.before is not None:
-            lm.__dict__["forward"] = forward.before
+    Forward.remove(lm, lambda run: run is with_mixture)
     delattr(lm, NAME)
     lm.config.__dict__.pop(_IGNORED, None)
     if before.ignored is not None:
@@ -146,24 +141,6 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
         if ensemble is not None:
             return module, ensemble
     raise RuntimeError(f"{where}: model: expected a model of mod.apply, found another")
-
-
-def causal_lm(model: Any, where: str) -> Any:
-    """The causal LM of transformers in a model, a decoder alone, which may be wrapped by PEFT or by
-    others."""
-    found = type(model).__name__
-    module: Any
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        if not hasattr(type(module), "get_output_embeddings"):
-            continue
-        fits = not getattr(module.config, "is_encoder_decoder", False)
-        other = f"an encoder beside it in {type(module).__name__}"
-        require(fits, where, "model", "a decoder alone", other, NotImplementedError)
-        if module.get_output_embeddings() is not None:
-            return module
-        found = f"{type(module).__name__}, which has no output embeddings"
-        break
-    raise ValueError(f"{where}: model: expected a causal LM of transformers, found {found}")
 
 
 def _parent(lm: nn.Module, block: nn.Module) -> nn.Module:
