@@ -240,6 +240,7 @@ def _read_bin(path: Path) -> StateDict:
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
     source = StateDict(tensors, where)
+    # Views may share a storage; a small one may stand on a storage of any promised size.
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }

@@ -184,7 +184,7 @@ def weight_of(examples: Any) -> float:
     expected = f"a number above 0, up to {_MOST_EXAMPLES}"
     real = isinstance(examples, numbers.Real) and not isinstance(examples, bool | np.bool_)
     _need(real, "num-examples", expected, type(examples).__name__)
-    found = float(min(max(examples, -1e300), 1e300))
+    found = float(min(max(examples, -1e300), 1e300))  # an integer may be too large for a float
     _need(0 < found <= _MOST_EXAMPLES, "num-examples", expected, found)
     return found
 

@@ -152,6 +152,7 @@ class PackedLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Packed too, with a copy of its own as soon as it is used."""
+        # copy's own way leads through __reduce_ex__ below, which makes a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -294,6 +295,7 @@ def _check(name: str, module: nn.Linear) -> None:
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
+    # torch counts writes in place, but none through .data or numpy: samples look for those.
     return weight.data_ptr(), weight._version, weight.dtype, weight.shape
 
 

@@ -73,7 +73,7 @@ class HLA:
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
         """Return the allocation that a configuration describes, for a model of L layers."""
-        found = cls.__new__(cls)
+        found = cls.__new__(cls)  # __init__ takes the settings one by one
         found._set(config, L)
         return found
 
@@ -192,4 +192,4 @@ class HLA:
         for round, weights in state["importance"]:
             g = checked_weights(where, weights, self.L)
             fresh._importance[whole(where, "round", round, 0)] = g
-        self.__dict__.update(fresh.__dict__)
+        self.__dict__.update(fresh.__dict__)  # at once, now that nothing can raise
