@@ -110,7 +110,7 @@ class ModelWeights:
         return found
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a weight, without reading it."""
+        """The shape of the weight of a ``key`` that :meth:`keys` gave, without reading it."""
         return self._tensors.infos[key].shape
 
     def is_transposed(self, key: str) -> bool:
@@ -119,8 +119,8 @@ class ModelWeights:
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:
-        """The weight, without a graph, where it lies or on the CPU: of a model or a mapping the
-        very memory, of a file a new tensor."""
+        """Read the weight of a ``key`` that :meth:`keys` gave, without a graph, where it lies or on
+        the CPU: of a model or a mapping the very memory, of a file a new tensor."""
         return self._tensors.read(key)
 
     def _check_dtype(self, key: str) -> None:
@@ -246,8 +246,11 @@ class _Shards:
         for key, info in shard.infos.items():
             if placed is not None and placed.get(key) != path.name:
                 continue
-            found = f"in {Path(self._owner[key].where).name} and {path.name}"
-            require(key not in self.infos, self.where, f"{key:.200}", "in one file", found)
+            if key in self.infos:
+                raise ValueError(
+                    f"{self.where}: {key:.200}: expected in one file, found in "
+                    f"{Path(self._owner[key].where).name} and {path.name}"
+                )
             self.infos[key], self._owner[key] = info, shard
 
     def read(self, key: str) -> Tensor:

@@ -34,9 +34,7 @@ from .replaced import Replaced, find_replaced, read_replaced
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 CONFIG = "adapter config"  # what errors call a config that is no file
-_REFUSED_KEYS = {
-    "modules_to_save": "replaced modules (modules_to_save)",
-}
+_REFUSED_KEYS = {"modules_to_save": "replaced modules (modules_to_save)"}
 
 
 class Factors(NamedTuple):
@@ -76,10 +74,7 @@ class CheckedAdapter:
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
         """Read one adapted module after the other, so that whoever converts each has no more than
-        one in memory twice.
-
-        Raises:
-            NotImplementedError: factors of a module that nobody calls.
+        one in memory twice. A NotImplementedError tells of factors of a module that nobody calls.
         """
         for module, keys in self.keys.items():
             embedding = module in self.index.embedding
@@ -131,12 +126,7 @@ def read_adapter(
 
 @contextlib.contextmanager
 def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
-    """The parsed config, and the tensors, of which none is read yet.
-
-    Raises:
-        ValueError: no such directory, or one without an adapter; a bad config or header.
-        NotImplementedError: the config asks for something that is not supported.
-    """
+    """The parsed config, and the tensors, of which none is read yet; errors name the file."""
     if isinstance(source, tuple):
         raw, state = source
         config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)

@@ -28,18 +28,13 @@ def find_replaced(
     saved: Mapping[str, str],
     adapted: Iterable[str],
 ) -> dict[str, dict[str, str]]:
-    """The modules that an adapter replaces, by name, and their keys by ``weight`` and ``bias``.
-    All headers are checked, and no tensor is read.
+    """The modules that an adapter replaces, by name, and their keys by ``weight`` and ``bias``. All
+    headers are checked, and no tensor is read.
 
     Args:
         config: names modules in ``modules_to_save``, by the ends of their names as PEFT does.
         tensors: the adapter's. saved: their keys that lie in such modules, with the weights' names
             in the base model. adapted: modules that have LoRA factors.
-
-    Raises:
-        ValueError: a weight is missing, or has another shape than the base model's.
-        NotImplementedError: a module, or a part of it, is neither a plain Linear nor a plain
-            Embedding that the pool serves.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:

@@ -81,7 +81,8 @@ class LoraAdapter:
 
     @classmethod
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
-        """A value as it is, and anything else as :meth:`load` reads it."""
+        """Take ``source`` as a value: itself where it is one, and anything else as :meth:`load`
+        reads it."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
 
     def check_names(self, where: str, names: Iterable[str]) -> None:

@@ -52,7 +52,8 @@ class LayerPlan:
         object.__setattr__(self, "ranks", tuple(ranks[i] for i in order) if ranks else None)
 
     def rank_of(self, layer: int, full: int) -> int:
-        """The rank at which a planned layer is trained, ``full`` being the global adapter's."""
+        """The rank at which the planned ``layer`` is trained; ``full`` is the global adapter's,
+        which holds where the plan has no ranks."""
         return full if self.ranks is None else self.ranks[self.layers.index(layer)]
 
     def to_config(self) -> dict[str, list[int]]:
@@ -65,6 +66,9 @@ class LayerPlan:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LayerPlan:
         """Read what :meth:`to_config` wrote; other keys of a message are left alone.
+
+        Args:
+            config: has "layers", and "ranks" where the plan has some: lists of integers.
 
         Raises:
             ValueError: no ``layers``, or what the class refuses. TypeError: likewise.
@@ -133,11 +137,7 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
 
 
 def check_layers(where: str, layers: set[int]) -> int:
-    """The number of layers, whose indices are to be 0, 1, ... without a gap.
-
-    Raises:
-        LayerNotFound: they are not, with the indices that were found.
-    """
+    """The number of layers, whose indices are to be 0, 1, ... without a gap."""
     if layers != set(range(len(layers))):
         raise LayerNotFound(
             f"{where}: pattern: expected the indices 0 to {max(layers)} without a gap, found "

@@ -105,10 +105,8 @@ class Rejected(ValueError):
 def accept(
     updates: Iterable[Update], rules: Rules
 ) -> tuple[list[Reply], dict[Client, str], dict[Client, float]]:
-    """Sort replies into those that count, in the order of the clients, and the reasons of the rest.
-
-    Returns:
-        replies, reasons by client, and by client the factor of an update that was too long.
+    """Sort replies into those that count, in the order of the clients, and the reasons of the rest;
+    and tell by client the factor of an update that was too long.
 
     Raises:
         ValueError: a value that is not finite, with ``nan_policy="raise"``. TypeError: what is no

@@ -41,11 +41,7 @@ class LoraEmbedding(LoraLayer):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str = "default",
-        r: int = 8,
-        **options: Any,
+        self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
         fits = isinstance(base_layer, nn.Embedding)
         require(fits, "LoraEmbedding", "base_layer", "nn.Embedding", type(base_layer).__name__)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import integer, number, require, require_flags
-from lora_ext.rows import LayerNames, layer_names
+from lora_ext.rows import LayerNames, Rows, layer_names
 
-from .dora import Magnitude
+from .base.dense import BaseLayer
+from .dora import Magnitude, dora_forward
 from .init import FREE, decompose, init_lora_, known_scheme
+from .lora_forward import LoraFactors, lora_forward
 from .participants import Participants
 
 
@@ -210,7 +212,8 @@ class LoraLayer(Participants):
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as PEFT's layers do. Off also stops their training."""
+        """Switch all adapters on (``enabled``) or off, as PEFT's layers do; off, they do not train
+        either."""
         self.disable_adapters = not enabled
         if enabled:
             self.set_adapter(self._active)
@@ -220,7 +223,8 @@ class LoraLayer(Participants):
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the update by ``scale`` from now on; 1 is what the adapter was made with."""
+        """Multiply the update of ``adapter_name`` by ``scale`` from now on; 1 is what the adapter
+        was made with."""
         self._check_known([adapter_name])
         r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
         self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
@@ -337,6 +341,23 @@ class LoraLayer(Participants):
         if self.use_dora[name]:
             found.append(self._magnitude(name))
         return found
+
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        a, b, bias = self._raw_factors(adapter_name)
+        scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
+        return LoraFactors(a, b, scaling, self._dropout_of(adapter_name), bias, seed)
+
+    def _adapted(
+        self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
+    ) -> Tensor:
+        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        factors = [self.factors(name) for name in names]
+        if not any(self.use_dora[name] for name in names):
+            return lora_forward(x, base, factors, rows)
+        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+        dense = self.base_weight.matrix(), self.bias
+        return dora_forward(x, base, dense, factors, magnitudes, rows)
 
     def _dropout_of(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]

@@ -72,7 +72,15 @@ def take_over(model: Model) -> Model:
 
 
 def to_peft(model: Model) -> Model:
-    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
+    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again, with the parameters that it
+    has now.
+
+    Args:
+        model: is changed in place.
+
+    Returns:
+        ``model``.
+    """
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
@@ -101,7 +109,8 @@ def _never_called(model: nn.Module) -> set[nn.Module]:
 
 
 def report(model: nn.Module) -> Report:
-    """Which LoRA layers of ``model`` lora_ext runs, and which PEFT still does."""
+    """Tell which LoRA layers of ``model`` lora_ext runs, by name, and which PEFT still does, with
+    the reason of each."""
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)

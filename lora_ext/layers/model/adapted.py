@@ -51,7 +51,8 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def adapters_of(layer: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that an adapted layer has, active or not."""
+    """List the names of the adapters that ``layer`` has, active or not; none of a layer without
+    any."""
     ranks: Any = layer.r
     return tuple(ranks)
 

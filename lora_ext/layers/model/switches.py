@@ -31,7 +31,7 @@ def is_active(layer: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter of a layer is switched on in the mode that the layer is in, training or
     evaluation; it is, until :func:`set_active` switches it off.
 
-    That says nothing about whether the adapter is among the active ones of the layer, which
+    That says nothing about whether ``adapter_name`` is among the active ones of ``layer``, which
     ``set_adapter`` chooses.
     """
     state = _state(layer, adapter_name)
@@ -140,7 +140,8 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """A block in which :meth:`set_mask` holds; after it every layer is as it was before."""
+        """A ``with`` block in which :meth:`set_mask` of ``mask`` holds; after it, also after an
+        exception, every layer is as it was before."""
         before = [
             (layer, _state(layer, self.adapter_name)) for group in self.layers for layer in group
         ]

@@ -17,7 +17,13 @@ from lora_ext.layers import adapted_layers, adapter_factors
 
 
 class Barrier(NamedTuple):
-    """How much higher than the line between the ends the loss rises between two adapters."""
+    """How much higher than the line between the ends the loss rises between two adapters.
+
+    Attributes:
+        barrier: the largest rise, in the unit of the loss; 0 where nothing rises.
+        lambdas: where the loss was taken, from 0, the first adapter, to 1, the second.
+        losses: at each of them.
+    """
 
     barrier: float
     lambdas: tuple[float, ...]

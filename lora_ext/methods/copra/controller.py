@@ -112,8 +112,8 @@ class CopraController:
         self._set([True] * len(self.layers))
 
     def coalition(self, mask: Mask) -> AbstractContextManager[None]:
-        """A block in which :meth:`set_mask` holds, in both modes; after it, also after an
-        exception, every layer is as it was before."""
+        """A ``with`` block in which :meth:`set_mask` of ``mask`` holds, in both modes; after it,
+        also after an exception, every layer is as it was before."""
         self._check_in_use()
         return self.layers.masked(mask)
 

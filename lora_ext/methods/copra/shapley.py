@@ -160,12 +160,8 @@ def layer_shapley(
 
 
 def coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """How many copies of a batch a forward is to have, at most so many.
-
-    Args:
-        inputs: token numbers ``(rows, ...)``, or features ``(rows, ..., I)``.
-        most: copies; on the CPU fewer, but one, where they have more than 1024 tokens.
-    """
+    """How many copies of a batch a forward is to have: at most ``most``; on the CPU fewer, but one,
+    where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
     if inputs.device.type != "cpu":
         return most
     tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()

@@ -61,10 +61,8 @@ class GatedGroups(LayerGroups):
     """Groups whose masks are numbers on the device, 0 or 1, that the layers' scales are multiplied
     by: a layer that is off computes a zero, and a graph compiled once serves every mask.
 
-    Nothing is saved, and gradients of what is off are zeros.
-
-    Raises:
-        ValueError: a DoRA adapter, which a scale of zero does not turn into the base layer.
+    Nothing is saved, and gradients of what is off are zeros. DoRA is refused: a scale of zero does
+    not turn it into the base layer.
     """
 
     def __init__(self, *args: Any):

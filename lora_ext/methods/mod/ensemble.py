@@ -49,21 +49,14 @@ def _call_of(mixer: DepthMixer) -> Call | None:
 
 
 class Capture:
-    """Forward hook of a block: keeps its output for the mixture.
-
-    Args:
-        mixer: of the model. place: of the block in the ensemble.
-    """
+    """Forward hook of a block, at a ``place`` of the ensemble: keeps its output for the mixture."""
 
     def __init__(self, mixer: DepthMixer, place: int):
         self.mixer, self.place = mixer, place
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Does nothing outside a forward of the model, as where a checkpoint runs a block again.
-
-        Raises:
-            RuntimeError: a reentrant checkpoint around the hook, which cuts the gradient.
-        """
+        """Does nothing outside a forward of the model, as where a checkpoint runs a block again; a
+        reentrant one around the hook, which cuts the gradient, is refused."""
         call = _call_of(self.mixer)
         if call is None:
             return
@@ -120,14 +113,8 @@ class Ensemble:
         self.explicit = config.k > 1 and not linear
 
     def run(self, lm: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """The model's forward with the mixture.
-
-        Args:
-            lm: the causal LM. forward: its own. given: the arguments, by name.
-
-        Returns:
-            a :class:`ModOutput`, or a tuple where that is asked for.
-        """
+        """The forward of the causal LM ``lm``, which ``forward`` is without us, with the mixture: a
+        :class:`ModOutput`, or a tuple where ``given`` asks for that."""
         from .output import mod_output
 
         asked = given.pop("return_dict", None)

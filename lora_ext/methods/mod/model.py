@@ -135,11 +135,7 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """The causal LM in a model with MoD, and what it keeps.
-
-    Raises:
-        RuntimeError: a model without MoD.
-    """
+    """The causal LM in a model with MoD, and what it keeps; a RuntimeError without."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)
         if ensemble is not None:

@@ -94,7 +94,7 @@ class SpeculativeDecoder:
         model: a transformers causal LM with full attention, in evaluation mode.
         head: a trained head for it.
         mode: "sample" or "greedy".
-        window: "condition" or "restart", see above and docs/mtpc.md.
+        window: "condition" or "restart", see above and docs/mtpc.md, "Decoding".
         temperature: of the model's law, above 0. top_p: nucleus of it, in (0, 1].
         tail: the draft path's own layers, if the head was trained with them.
         bridge: takes the decided token into the hidden state, if the head was trained with one. A

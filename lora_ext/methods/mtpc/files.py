@@ -34,13 +34,8 @@ _BRIDGE, _FACTORS = "bridge.", "tail.factors."
 def write_draft(
     folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
 ) -> None:
-    """Write both files; each appears whole or not at all.
-
-    Args:
-        folder: made where it does not exist.
-        config, state: of the draft.
-        unembedding: the model's, ``(V, D)``.
-    """
+    """Write both files, each whole or not at all, into a folder that is made where it does not
+    exist; ``unembedding`` is the model's, ``(V, D)``."""
     from safetensors.torch import save_file  # not with lora_ext: only this needs it
 
     kept = dict(state)
@@ -68,11 +63,7 @@ def write_draft(
 
 
 def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
-    """The configuration and the shortlist.
-
-    Raises:
-        ValueError: what is no configuration, naming file and field.
-    """
+    """The configuration and the shortlist."""
     path = folder / CONFIG
     with open_regular(path) as file:
         raw = file.read(_MAX_CONFIG_BYTES + 1)
@@ -193,14 +184,8 @@ class DraftFile:
             require(fits, self._file.where, f"{name:.200}", wanted.get(name, "no such key"), other)
 
     def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict with the file's values; what it does not hold is taken from ``state``.
-
-        Args:
-            state: of a draft that was made by the same configuration.
-
-        Raises:
-            ValueError: factors of another number or shape than those of this model's layers.
-        """
+        """A state dict with the file's values; what it does not hold is taken from ``state``, that
+        of a draft that was made by the same configuration."""
         infos = self._file.infos
         own = {k: tuple(t.shape) for k, t in state.items() if k.startswith(_FACTORS)}
         self._compare(own, {k: i.shape for k, i in infos.items() if k.startswith(_FACTORS)})

@@ -228,13 +228,13 @@ class CircuitHead(nn.Module):
     # Queries
 
     def circuit(self, h: Tensor) -> Circuit:
-        """The circuits of all rows, for the circuit ops: ``N K C V`` logits, so for few rows.
-        Those of tokens outside the shortlist are ``-inf``."""
+        """Make the circuits of all rows of ``h (..., D)``, for the circuit ops: ``N K C V`` logits,
+        so for few rows. Those of tokens outside the shortlist are ``-inf``."""
         circuit = self.narrow_circuit(h)
         return circuit._replace(leaf=self.listed.widen(circuit.leaf))
 
     def narrow_circuit(self, h: Tensor) -> Circuit:
-        """As :meth:`circuit`, over the places of the shortlist: ``N K C L`` logits."""
+        """As :meth:`circuit`, over the L places of the shortlist alone: ``N K C L`` logits."""
         rows = self.rows(h)
         return Circuit(self.leaves.logits(rows), *self.sums(rows))
 
@@ -254,8 +254,8 @@ class CircuitHead(nn.Module):
         return self.scan(h, x).prefix.view(x.shape)
 
     def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
-        """``log q(x_k | x_<k, h)``, ``(..., K)``; 0 where ``x_k`` is ignored. As
-        :meth:`log_prob`."""
+        """Compute ``log q(x_k | x_<k, h)`` of every token, ``(..., K)``; 0 where ``x_k`` is
+        ignored. Arguments and errors are :meth:`log_prob`'s."""
         conditional = self.scan(h, x).conditional.view(x.shape)
         return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
 
@@ -321,9 +321,14 @@ class CircuitHead(nn.Module):
 
     @torch.no_grad()
     def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The most probable tokens and latents: tokens ``(..., K)``, log-probability ``(...)``.
+        """Find the most probable tokens and latents together, which need not be the mode over
+        tokens alone.
 
-        Not the mode over tokens alone. Evidence is as in :meth:`sample`.
+        Args:
+            h: ``(..., D)``. evidence: as in :meth:`sample`.
+
+        Returns:
+            tokens ``(..., K)`` int64, and their log-probability with the latents ``(...)``.
         """
         rows, given = self.rows(h), self._evidence(h, evidence)
         tokens, value = ops.circuit_argmax(self.kind, *self.circuit(rows), given)
@@ -364,8 +369,8 @@ class CircuitHead(nn.Module):
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
 
     def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
-        """The scan over the windows' own tokens: prefix marginals and conditionals ``(N, K)``,
-        posteriors ``(N, K, C)``; arguments and errors as in :meth:`log_prob`."""
+        """Scan the windows' own tokens in one pass: prefix marginals and conditionals ``(N, K)``,
+        posteriors ``(N, K, C)``; arguments and errors are :meth:`log_prob`'s."""
         rows, tokens = self.rows(h), self.tokens(h, x)
         observed = self.leaves.observed(rows, self.listed.places(tokens))
         if self.shortlist is not None:

@@ -149,12 +149,8 @@ def read_request(
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     """A seed for every row.
 
-    One seed gives the first numbers of its own generator, so that neighbouring seeds share no
-    row; None takes them from torch's.
-
-    Raises:
-        ValueError: another number of seeds than of rows, or one out of range. TypeError: seeds that
-            are no integers.
+    One seed gives the first numbers of its own generator, so that neighbouring seeds share no row;
+    None takes them from torch's.
     """
     one = not isinstance(seed, Iterable)
     if seed is None:

@@ -20,10 +20,8 @@ def roomy_cache(room: int) -> Any:
     """A transformers cache whose layers write new keys and values into buffers that they keep.
 
     transformers' own copies a layer's whole past to append to it, at every pass. Here ``keys`` and
-    ``values`` of a layer are views of buffers; one that is full grows to twice its size.
-
-    Args:
-        room: slots that a layer has from the beginning, at least 1.
+    ``values`` of a layer are views of buffers, of ``room`` slots in the beginning; one that is full
+    grows to twice its size.
     """
     from transformers.cache_utils import Cache, DynamicLayer
 

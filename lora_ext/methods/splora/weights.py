@@ -37,12 +37,7 @@ Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
 def read_adapter(where: str, source: Source) -> LoraAdapter:
-    """The adapter as a value.
-
-    Raises:
-        KeyError: a factor without the other. ValueError, NotImplementedError: what
-            :meth:`lora_ext.adapter.LoraAdapter.load` refuses.
-    """
+    """The adapter as a value; a factor without the other is a KeyError."""
     if isinstance(source, LoraAdapter):
         return source
     if isinstance(source, Mapping):

@@ -174,14 +174,8 @@ class VisionPatchEmbed(nn.Module):
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Tokens of one grid, interpolated as an image to another; bilinear, ``align_corners=False``.
-
-    Args:
-        tokens: ``(h * w, C)``, row by row. grid: ``(h, w)``. target: ``(h', w')``.
-
-    Returns:
-        ``(h' * w', C)``, the dtype of ``tokens``; ``tokens`` themselves where the grids are equal.
-    """
+    """Tokens ``(h * w, C)`` of one grid, interpolated as an image to another, in their dtype;
+    bilinear, ``align_corners=False``. Of equal grids they are the very tokens."""
     if grid == target:
         return tokens
     image = tokens.T.reshape(1, -1, *grid)

@@ -93,7 +93,12 @@ class VoraLinear(LoraLinear):
         adapter_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> VoraLinear:
-        """The layer around a linear layer; arguments and errors are the class's."""
+        """Make the layer around a linear layer.
+
+        Args:
+            linear: the base layer, kept as the very object. rank, route, scale, adapter_name,
+                adapter_dtype, generator: as for the class, whose errors it has.
+        """
         options = {"adapter_dtype": adapter_dtype, "generator": generator}
         return cls(linear, rank, route, scale, adapter_name, **options)
 
@@ -113,10 +118,7 @@ class VoraLinear(LoraLinear):
         return self.scaling[self.adapter_name]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
-        self,
-        x: Tensor,
-        token_mask: Tensor | None = None,
-        adapter_ids: Tensor | Names = None,
+        self, x: Tensor, token_mask: Tensor | None = None, adapter_ids: Tensor | Names = None
     ) -> Tensor:
         """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
 
@@ -183,7 +185,8 @@ class VoraLinear(LoraLinear):
         return self.base_layer
 
     def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Refuse what :meth:`merge` refuses, before anything is changed."""
+        """Refuse what :meth:`merge` of the same ``force`` and ``adapter_names`` refuses, before
+        anything is changed."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
         if self.route == "vision" and not force:

@@ -301,11 +301,8 @@ def _hides_by_itself(name: str, buffer: Tensor) -> bool:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next tokens, in float32 (float64 stays); 0 where none counts.
-
-    Args:
-        logits: ``(B, T, V)``. labels: ``(B, T)`` under their inputs, -100 for none.
-    """
+    """Mean cross entropy of the next tokens, in float32 (float64 stays), 0 where none counts, of
+    logits ``(B, T, V)`` and labels ``(B, T)`` under their inputs, -100 for none."""
     targets = shift_labels(labels).flatten().to(logits.device)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
@@ -313,13 +310,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def zero_loss(parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them.
-
-    Data parallel training waits for a gradient of every parameter.
-
-    Args:
-        parameters: those that are trained. like: says device, and dtype where it is float64.
-    """
+    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them: data
+    parallel training waits for a gradient of every parameter. ``like`` says device and dtype."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return _Zero.apply(torch.zeros((), dtype=dtype, device=like.device), *parameters)  # pyright: ignore[reportReturnType]
 

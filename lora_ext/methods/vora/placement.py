@@ -161,11 +161,8 @@ def language_model(model: Any) -> Any:
 
 
 def applied(where: str, model: nn.Module) -> Applied:
-    """What :func:`apply` left on a model.
-
-    Raises:
-        RuntimeError: nothing, or it was merged since. ``where`` is the function that asks.
-    """
+    """What :func:`apply` left on a model; a RuntimeError where that is nothing, or was merged
+    since."""
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None:
         raise RuntimeError(

@@ -118,11 +118,7 @@ def splice_images(
 
 
 def as_bool(where: str, name: str, mask: Tensor) -> Tensor:
-    """A mask of bools, or of numbers that are all 0 or 1, as bools.
-
-    Raises:
-        ValueError: other numbers.
-    """
+    """A mask of bools, or of numbers that are all 0 or 1, as bools."""
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         other = mask[(mask != 0) & (mask != 1)][0].item()
         raise ValueError(f"{where}: {name}: expected bools, or 0 and 1, found {other}")
@@ -157,11 +153,7 @@ def _row(
     is_image: Tensor, text: Tensor, images: list[Tensor], labels: Tensor | None
 ) -> tuple[Tensor, ...]:
     """A sample without padding: embeddings, image ids, attention mask and, where given, labels.
-
-    Args:
-        is_image: ``(n,)``, where the placeholders stand. text: embeddings of the others.
-        images: the tokens for each placeholder. labels: ``(n,)``.
-    """
+    ``is_image (n,)`` is where the placeholders stand; ``text`` are the others' embeddings."""
     sizes = torch.ones_like(is_image, dtype=torch.int64)
     sizes[is_image] = sizes.new_tensor([len(one) for one in images])
     number = torch.where(is_image, is_image.cumsum(0) - 1, TEXT)
