@@ -49,7 +49,7 @@ void in_place(Library& m) {
 
 namespace lora_ext {
 
-// What TORCH_LIBRARY and TORCH_LIBRARY_IMPL would do for a name that is known as this file compiles.
+// What TORCH_LIBRARY and TORCH_LIBRARY_IMPL do, for a name that this file does not know.
 void register_ops(const char* library) {
     static std::list<Library> kept;  // an op is known for as long as its Library lives
     Library& ops = kept.emplace_back(Library::DEF, library, std::nullopt, __FILE__, __LINE__);
