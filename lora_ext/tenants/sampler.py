@@ -163,10 +163,13 @@ class Sampler:
     Args:
         models: what it runs on. adapter: its name in the pool, None for the base model.
         kept: whether the adapter stays when the sampler goes.
+
+    Its ``context`` is how many tokens prompt and answer may have together.
     """
 
     def __init__(self, models: SamplingModel, adapter: str | None, kept: bool = False):
         self._models, self.adapter = models, adapter
+        self.context = models.context
         if adapter is not None and not kept:
             weakref.finalize(self, _unload, models.pool, adapter).atexit = False
 

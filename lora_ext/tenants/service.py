@@ -124,9 +124,25 @@ class Service:
         """
         return self._wait(functools.partial(self._load, path))
 
-    def base(self) -> Sampler:
-        """Samples of the base model."""
-        return Sampler(self.sampling(), None)
+    def sampler(self, path: str | os.PathLike[str] | None = None) -> Sampler:
+        """Samples of a save, or of the base model.
+
+        Raises:
+            ValueError: naming the path, or what of the save is not well-formed.
+        """
+        if path is None:
+            return Sampler(self.sampling(), None)
+        folder, saved = self.store.read("sampler", path)
+        for name, factors in saved.modules.items():
+            finite = bool(factors.a.isfinite().all() and factors.b.isfinite().all())
+            require(finite, "sampler", f"{folder}: {name}", "finite factors", "others")
+        return self._wait(lambda: self.sampled(f"save@{next(self._marks)}", saved))
+
+    def sampled(self, name: str, source: Any) -> Sampler:
+        """A sampler of an adapter that the pool takes under a new name."""
+        models = self.sampling()
+        models.pool.load(name, source)
+        return Sampler(models, name)
 
     def close(self) -> None:
         """Drop what waits, and give the model back as it was. Safe to repeat."""
@@ -327,22 +343,31 @@ class Tenant:
                 models.pool.load(name, source)
                 self._inflight = name
             return Sampler(models, self._inflight, kept=True)
-        name = f"{self.adapter.name}@{next(self.service._marks)}"
-        models.pool.load(name, source)
-        return Sampler(models, name)
+        return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", source)
 
     def _finite(self) -> Any:
         require(self.adapter.finite(), "sampler", "adapter", "finite factors", "others")
         return self.adapter.source()
 
-    def close(self, wait: bool = True) -> Any:
-        """Drop what waits and take the adapter out of the model. Safe to repeat."""
+    def close(self, wait: bool = True, save_as: str | None = None) -> Any:
+        """Drop what waits and take the adapter out of the model. Safe to repeat.
+
+        Args:
+            wait: False returns a future at once. save_as: save it there first.
+        """
         if self._closing is None:
-            why = "the tenant is closed"
-            self._closing = self.service._scheduler.close(self._queue, why, self._close)
+            why, last = "the tenant is closed", functools.partial(self._close, save_as)
+            self._closing = self.service._scheduler.close(self._queue, why, last)
         return self._closing.result() if wait else self._closing
 
-    def _close(self) -> None:
+    def _close(self, save_as: str | None) -> None:
+        try:
+            if save_as is not None:
+                self._save(save_as)
+        finally:
+            self._delete()
+
+    def _delete(self) -> None:
         self.adapter.delete()
         if self._inflight is not None:
             self.service.sampling().pool.unload(self._inflight)
