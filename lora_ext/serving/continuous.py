@@ -51,6 +51,7 @@ class _Request:
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
     constraint: RequestConstraint | None = None
+    logprobs: list[float] | None = None
     cancelled: bool = False
 
     @property
@@ -78,6 +79,7 @@ class AdapterRequests:
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
         self._running = False
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
+        self._telling: list[tuple[int, _Request]] = []  # likewise, of those that want to know
         self._constrained: list[Standing] = []
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
@@ -131,10 +133,12 @@ class AdapterRequests:
         sampling: Sampling | None = None,
         constraint: Constraint | None = None,
         guide: Guide | None = None,
+        logprobs: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The manager's own, with a pinned adapter and a way and constraint of its own for tokens.
-        A pool without room raises :class:`~lora_ext.pool.PoolFullError`."""
+        A pool without room raises :class:`~lora_ext.pool.PoolFullError`. ``logprobs`` is given the
+        log-probability of each new token under the model, whatever way it was chosen in."""
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
         if len(input_ids) == 0:  # it would end the thread that serves all others
             error = ValueError("add_request: input_ids: expected at least one token, found none")
@@ -158,6 +162,7 @@ class AdapterRequests:
             own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             self._begin(request_id, adapter_name, sampling, wait=prompt is not None)
             self._requests[request_id].constraint = own
+            self._requests[request_id].logprobs = logprobs
             try:
                 accepted = original(input_ids, request_id, *args, **kwargs)
             except BaseException:
@@ -309,6 +314,7 @@ class AdapterRequests:
         requests = [self._request(each.state.request_id) for each in batch]
         new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
         self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
+        self._telling = [(row, each) for row, each in enumerate(new) if each.logprobs is not None]
         self._constrained = standing([e.state for e in batch if e.has_new_token], new)
         slots = tuple(request.lease[0] for request in requests)
         lengths = tuple(each.query_length for each in batch)
@@ -325,11 +331,16 @@ class AdapterRequests:
     def _sample(
         self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
+        told = scores
         scores = constrained(scores, self._constrained)
         original(scores, output_ids, *args)
         for row, request in self._drawing:
             assert request.sampling is not None
             output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
+        for row, request in self._telling:
+            assert request.logprobs is not None
+            logprobs = told[0, row : row + 1].float().log_softmax(-1)
+            request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
 
     def _request(self, request_id: str) -> _Request:
         with self._freed:
