@@ -1,6 +1,7 @@
 """Which adapter has each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows."""
 
 from . import attachment, context, layouts
+from .activation import Activated, last_start
 from .assignment import BASE, Assignment, Batch, NamedRows, Names, refuse_singular
 from .attachment import (
     LayerNames,
@@ -12,7 +13,16 @@ from .attachment import (
     pool_handle,
 )
 from .context import Block, adapters, current, forward_of, innermost, of_call
-from .generation import change_blocks, generation_scope, packed_block, repeat_rows, select_rows
+from .generation import (
+    activated_forward,
+    change_blocks,
+    generation_scope,
+    has_activated,
+    packed_block,
+    prompt_known,
+    repeat_rows,
+    select_rows,
+)
 from .pool_layer import ERROR, PoolLayer, no_block, pool_of
 from .rows import (
     Kept,
@@ -34,6 +44,7 @@ from .traced import batch_of, block_of_graph, layer_rows, noted, pool_rows
 __all__ = [
     "BASE",
     "ERROR",
+    "Activated",
     "Assignment",
     "Batch",
     "Block",
@@ -46,6 +57,7 @@ __all__ = [
     "PoolLayer",
     "Rows",
     "UnknownAdapterError",
+    "activated_forward",
     "adapters",
     "all_rows",
     "attachment",
@@ -61,8 +73,10 @@ __all__ = [
     "forward_of",
     "generation_scope",
     "group",
+    "has_activated",
     "innermost",
     "keep",
+    "last_start",
     "layer_names",
     "layer_rows",
     "layouts",
@@ -73,6 +87,7 @@ __all__ = [
     "pool_handle",
     "pool_of",
     "pool_rows",
+    "prompt_known",
     "refuse_singular",
     "repeat_rows",
     "rows_of",
