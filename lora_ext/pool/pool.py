@@ -296,6 +296,17 @@ class AdapterPool:
             unpin = functools.partial(self._residence.unpin, list(slots), checked=leased)
             self._lock.at_end(unpin)
 
+    def invocation(self, name: str) -> tuple[int, ...]:
+        """The tokens with which an activated adapter begins; none for one that serves all.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+        """
+        with self._lock:
+            self._residence.check_known([name])
+            held = self._residence.by_name.get(name) or self._residence.cache[name]
+            return held.config.invocation
+
     # ---------------------------------------------------------------------------------------------
     # Numbers
 

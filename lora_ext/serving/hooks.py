@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require_flags
 from lora_ext._torch import compiles
 from lora_ext.layers import find_module
 from lora_ext.rows import (
@@ -208,12 +209,17 @@ class Hooks:
         inputs: Any,
         *args: Any,
         adapter_names: Names = None,
+        allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """With a name for each request."""
+        """With a name for each request; ``allow_base``: the base model serves prompts without the
+        invocation of their activated adapter, which raise ValueError otherwise."""
         refuse_singular("generate_batch", kwargs)
+        require_flags("generate_batch", allow_base=allow_base)
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
-        prompts = named_prompts(inputs, names)
+        # `generate` in pages has looked for the invocations, and warned.
+        prompts = named_prompts(inputs, names, allow_base or has_activated())
+        self.names.check_invoked("generate_batch", prompts)
         results = own(prompts, *args, **kwargs)
         if prompts and prompts[0].errors:
             raise prompts[0].errors[0]

@@ -39,6 +39,12 @@ def activated_pair(folder: Path, family: str = "llama", **more: Any) -> tuple[An
     return lora_ext.attach(model, pool), reference, pool
 
 
+def words(count: int, seed: int) -> list[int]:
+    """Tokens that invoke nobody."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(9, 97, (count,), generator=generator).tolist()
+
+
 def prompts(rows: int = 4, length: int = 20, seed: int = 0) -> Tensor:
     """Tokens from 9 on, in which ``act`` is invoked twice, the last time at 12, and ``other`` at
     15."""
