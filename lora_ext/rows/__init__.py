@@ -15,6 +15,7 @@ from .attachment import (
 from .context import Block, adapters, current, forward_of, innermost, of_call
 from .generation import (
     activated_forward,
+    activated_in,
     change_blocks,
     generation_scope,
     has_activated,
@@ -39,11 +40,12 @@ from .rows import (
     subset,
     together,
 )
-from .traced import batch_of, block_of_graph, layer_rows, noted, pool_rows
+from .traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
 
 __all__ = [
     "BASE",
     "ERROR",
+    "NOBODY",
     "Activated",
     "Assignment",
     "Batch",
@@ -58,6 +60,7 @@ __all__ = [
     "Rows",
     "UnknownAdapterError",
     "activated_forward",
+    "activated_in",
     "adapters",
     "all_rows",
     "attachment",
@@ -81,6 +84,7 @@ __all__ = [
     "layer_rows",
     "layouts",
     "no_block",
+    "no_rows",
     "noted",
     "of_call",
     "packed_block",

@@ -79,6 +79,15 @@ def has_activated() -> bool:
     return block is not None
 
 
+def activated_in(handle: int) -> Activated | None:
+    """Where adapters begin in the innermost block of a pool; None where all serve all tokens."""
+    block = context.innermost() if context.any_activated else None
+    while block is not None and block.handle != handle:
+        block = block.outer
+    found = None if block is None else block.assignment
+    return found if isinstance(found, Activated) else None
+
+
 def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
     """From now on adapters that begin in mid-sequence begin where this prompt invokes them, until a
     :func:`generation_scope` is left. Starts that the blocks' callers gave stay.

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_ext._checks import WrongKind, check_fields, flag, integer, number, require, within
 from lora_ext.layers.init import known_scheme
+from lora_ext.layers.lora_layer import checked_invocation
 
 from .patterns import match_names
 
@@ -235,20 +236,6 @@ def checked_names(where: str, field: str, value: Any) -> str | tuple[str, ...] |
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)
     require(strings, where, field, "a string or a list of strings", f"{value!r:.200}", WrongKind)
     return tuple(sorted(value)) if isinstance(value, set) else tuple(value)
-
-
-def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
-    """Tokens of an invocation, or None.
-
-    Raises:
-        ValueError: something else.
-    """
-    if value is None:
-        return None
-    expected = "None or a list of token ids, integers from 0 on"
-    listed = isinstance(value, list | tuple)
-    require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
-    return tuple(integer(where, name, each, 0, expected=expected) for each in value)
 
 
 def _flag(where: str, name: str, value: Any) -> bool:

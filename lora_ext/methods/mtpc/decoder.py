@@ -244,6 +244,7 @@ class SpeculativeDecoder:
             if adapter_names is not None:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
+            prompt_known(input_ids)
             control = Constrained.of(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
             return decoder._decode(trunk, Rows(input_ids, request, streamer), control)
