@@ -122,6 +122,9 @@ def activated_forward(
     Raises:
         ValueError: what :meth:`Activated.of_forward` finds.
     """
+    if not has_activated():
+        yield
+        return
     change_blocks(
         lambda block: (
             block.assignment.of_forward(input_ids, past)

@@ -30,7 +30,7 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator
-from lora_ext.rows import Names, generation_scope, of_call, pool_of
+from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
 from .constrained import Constrained
 from .drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
