@@ -161,6 +161,8 @@ def check_adapter(
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
     _check_targets(config, tensors, index, grouped)
+    if config.invocation:
+        _check_activated(config, index, grouped)
     if not grouped:
         raise ValueError(
             f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
@@ -184,6 +186,20 @@ def check_adapter(
         index.weights.check(tensors, key, name)
     scalings = {module: scaling for module, (_, scaling) in ranks.items()}
     return CheckedAdapter(config, tuple(leftover), tensors, index, grouped, scalings, whole)
+
+
+def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:
+    """Refuse an invocation that no prompt has, and factors that would reach the tokens before."""
+    known, field = index.vocabulary, "alora_invocation_tokens"
+    if known is not None and max(config.invocation) >= known:
+        expected = f"token ids below the vocabulary, {known}"
+        require(False, config.where, field, expected, max(config.invocation))
+    embedded = sorted(name for name in grouped if name in index.embedding)
+    if embedded:
+        raise NotImplementedError(
+            f"{config.where}: {field}: expected adapters on linear layers, found one on the "
+            f"embedding {embedded[0]!r}, which PEFT refuses too"
+        )
 
 
 def _check_targets(

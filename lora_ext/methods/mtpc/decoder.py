@@ -30,7 +30,7 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator
-from lora_ext.rows import Names, generation_scope, of_call, pool_of
+from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
 from .constrained import Constrained
 from .drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
@@ -239,6 +239,7 @@ class SpeculativeDecoder:
             if adapter_names is not None:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
+            prompt_known(input_ids)
             control = Constrained.of(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
             return decoder._decode(trunk, Rows(input_ids, request, streamer), control)
