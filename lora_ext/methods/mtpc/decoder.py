@@ -276,11 +276,12 @@ class SpeculativeDecoder:
             make = self.draft if control is None else partial(control.drafted, self)
             draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
             passes += 1
+            tokens = draft.tokens if control is None else control.with_forced(draft.tokens)
             if self.bridge is not None and pending is not None:
-                target, states = trunk.feed(torch.cat([pending[:, None], draft.tokens], 1))
+                target, states = trunk.feed(torch.cat([pending[:, None], tokens], 1))
                 given = None  # the window is all draft
             else:
-                logits, states = trunk.feed(draft.tokens)
+                logits, states = trunk.feed(tokens)
                 # With evidence the window's first token is not tested, whatever stands there.
                 target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
                 states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
@@ -289,11 +290,11 @@ class SpeculativeDecoder:
                 target = control.target(target)
             accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
             if control is not None:
-                control.take(accepted, token)
-            fed = n if self.bridge is None else n + 1
-            trunk.keep(accepted + (fed - n), fed)
+                accepted = control.take(accepted, token)
+            before = 0 if self.bridge is None else 1
+            trunk.keep(accepted + before, before + tokens.shape[1])
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
-            stay = rows.take(draft.tokens, accepted, token, 0 if given is None else 1)
+            stay = rows.take(tokens, accepted, token, 0 if given is None else 1)
             pending = token
             go_on(stay)
         return Generation(rows.sequences(), rows.calls, rows.accepted, rows.emitted, passes, seeds)
