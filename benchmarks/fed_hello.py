@@ -80,7 +80,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
     ]
 
 
-def measure(arm: Row, quick: bool) -> Iterator[Row]:
+def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """One federation."""
     torch.set_num_threads(1)
     world = _world(arm["seed"], quick)

@@ -109,7 +109,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
     ]
 
 
-def measure(arm: Row, quick: bool) -> Iterator[Row]:
+def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """One federation by the simulated clock."""
     torch.set_num_threads(1)
     world = _world(arm["seed"], arm["task"], quick)

@@ -5,7 +5,8 @@ A study is a module with
     CLAIM = Claim(...)                                       what the paper says, and our advice
     def settings(quick) -> Mapping[str, object]              optional: what its figures follow from
     def arms(seeds, quick) -> Iterable[Row]                  optional: tasks, each with its "seed"
-    def measure(arm: Row, quick: bool) -> Iterable[Row]      of one arm, each with the arm's columns
+    def measure(arm: Row, quick: bool, rows: Rows) -> Iterable[Row]
+                                                             of one arm; rows: of those before it
     def criteria(rows: Rows) -> list[Criterion]              those of the headline decide
     def figure(rows: Rows) -> str                            in words, with its interval
     def panels(rows: Rows) -> Panels                         optional: its tables and its picture
@@ -253,7 +254,7 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
     with tqdm(total=len(arms), initial=done, unit="arm", disable=None) as bar:
         for arm in missing:
             bar.set_description(" ".join(str(value) for value in arm.values()))
-            store.add({**arm, **row} for row in study.measure(arm, args.quick))
+            store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
             bar.update()
 
 
