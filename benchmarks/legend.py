@@ -77,8 +77,8 @@ UNIFORM, LEGEND, FAST = "uniform", "legend", "fast alone"
 METHODS = {
     UNIFORM: Method(),
     LEGEND: Method(RISING, KNOWN),
-    "flat ranks": Method((8,) * 6, KNOWN),
-    "falling ranks": Method(RISING[::-1], KNOWN),
+    "flat": Method((8,) * 6, KNOWN),
+    "falling": Method(RISING[::-1], KNOWN),
     FAST: Method(fast_alone=True),
 }
 TOYS = ("digits, shift at the input", "digits, shift at the output")
@@ -91,21 +91,21 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Both kinds of data, every rival."""
+    """What the criteria need, on both kinds of data."""
     for seed in seeds:
         for partition in (IID, SKEWED):
-            for method in METHODS:
+            for method in (UNIFORM, LEGEND, FAST):
                 yield {"seed": seed, "task": "sections", "partition": partition, "method": method}
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """The diagnosis."""
-    names = (UNIFORM, LEGEND, "falling ranks")
+    """Depths without the ranks, and the diagnosis."""
+    tasks = [("sections", part, name) for part in (IID, SKEWED) for name in ("flat", "falling")]
+    tasks += [(toy, IID, name) for toy in TOYS for name in (UNIFORM, LEGEND, "falling")]
     return [
-        {"seed": seed, "task": toy, "partition": IID, "method": name}
+        {"seed": seed, "task": task, "partition": partition, "method": name}
         for seed in seeds
-        for toy in TOYS
-        for name in names
+        for task, partition, name in tasks
     ]
 
 
@@ -241,7 +241,8 @@ def pairs(rows: Rows, partition: str, method: str = LEGEND, rival: str = UNIFORM
         for row in rows
         if all(row[name] == value for name, value in same.items())
     }
-    return [Pair(found[s, method], found[s, rival]) for s in sorted({seed for seed, _ in found})]
+    seeds = sorted(seed for seed, name in found if name == method)
+    return [Pair(found[seed, method], found[seed, rival]) for seed in seeds]
 
 
 def over(each: Sequence[Pair], figure: Callable[[Pair], float]) -> Interval:
@@ -304,8 +305,12 @@ def criteria(rows: Rows) -> list[Criterion]:
 def figure(rows: Rows) -> str:
     """Medians with their intervals."""
     even, skewed = pairs(rows, IID), pairs(rows, SKEWED)
-    best = [statistics.median(study.column(rows, "best", **_of(name))) for name in METHODS]
-    listed = ", ".join(f"{name} {value:.3f}" for name, value in zip(METHODS, best, strict=True))
+    best = {
+        name: statistics.median(study.column(rows, "best", **_of(name)))
+        for name in METHODS
+        if _names(rows, IID) >= {name}
+    }
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in best.items())
     return (
         f"IID {over(even, lambda p: p.sooner):.2f} times sooner at the target, "
         f"{over(even, lambda p: p.saved):.0%} less traffic, best accuracy "
@@ -313,6 +318,10 @@ def figure(rows: Rows) -> str:
         f"{over(skewed, lambda p: p.sooner):.2f}, {over(skewed, lambda p: p.saved):.0%} and "
         f"{over(skewed, lambda p: p.gain):+.3f}. Medians of the best, IID: {listed}"
     )
+
+
+def _names(rows: Rows, partition: str) -> set[str]:
+    return {r["method"] for r in rows if (r["task"], r["partition"]) == ("sections", partition)}
 
 
 def _of(method: str) -> dict[str, str]:
@@ -327,7 +336,9 @@ def panels(rows: Rows) -> study.Panels:
     }
     return {
         f"{partition}: {title}": {
-            name: over(pairs(rows, partition, name), value) for name in METHODS if name != UNIFORM
+            name: over(pairs(rows, partition, name), value)
+            for name in METHODS
+            if name in _names(rows, partition) - {UNIFORM}
         }
         for partition in (IID, SKEWED)
         for title, value in figures.items()
