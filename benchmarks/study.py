@@ -171,7 +171,7 @@ def whole_seeds(study: ModuleType, rows: Rows, quick: bool = False) -> tuple[int
     """The seeds of the claim, from 0 on, of which every arm has rows."""
     found: list[int] = []
     for seed in range(study.CLAIM.seeds):
-        if not all(_has(rows, arm) for arm in arms_of(study, range(seed + 1), quick)):
+        if missing(arms_of(study, range(seed + 1), quick), rows):
             break
         found.append(seed)
     return tuple(found)
@@ -181,6 +181,11 @@ def arms_of(study: ModuleType, seeds: Sequence[int], quick: bool) -> list[Row]:
     """The tasks of a study."""
     each = getattr(study, "arms", lambda seeds, quick: [{"seed": seed} for seed in seeds])
     return list(each(seeds, quick))
+
+
+def missing(arms: Sequence[Row], rows: Rows) -> list[Row]:
+    """Arms without rows."""
+    return [arm for arm in arms if not _has(rows, arm)]
 
 
 def _has(rows: Rows, arm: Row) -> bool:
@@ -202,11 +207,21 @@ def _seeds_of(row: Row) -> set[int]:
 class Store:
     """The rows of a study in its csv file, of one kind of settings."""
 
-    def __init__(self, path: Path, study: ModuleType, quick: bool):
-        self.path = path
+    def __init__(self, path: Path, settings: str):
+        self.path, self.settings = path, settings
+
+    @classmethod
+    def of(cls, path: Path, study: ModuleType, quick: bool) -> Store:
+        """Of the settings that a study has now."""
         given = getattr(study, "settings", lambda quick: {})(quick)
         text = json.dumps({"quick": quick, **given}, sort_keys=True, default=str)
-        self.settings = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+        return cls(path, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
+
+    @classmethod
+    def of_last(cls, path: Path) -> Store:
+        """Of the settings of the last row, where those of now cannot be known."""
+        rows = cls(path, "")._all()
+        return cls(path, rows[-1]["settings"] if rows else "")
 
     def rows(self) -> Rows:
         """Those of these settings."""
@@ -247,12 +262,12 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
     if getattr(args, "full", False):
         arms += study.more(seeds, args.quick)
     rows = store.rows()
-    missing = [arm for arm in arms if not _has(rows, arm)]
+    left = missing(arms, rows)
     if store.others():
         print(f"{store.path}: {store.others()} rows of other settings stay apart")
-    done = len(arms) - len(missing)
+    done = len(arms) - len(left)
     with tqdm(total=len(arms), initial=done, unit="arm", disable=None) as bar:
-        for arm in missing:
+        for arm in left:
             bar.set_description(" ".join(str(value) for value in arm.values()))
             store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
             bar.update()
@@ -268,7 +283,7 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
     name = Path(str(study.__file__)).stem
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or (Path(scratch) if args.quick else RESULTS)
-        store = Store(folder / f"{name}.csv", study, args.quick)
+        store = Store.of(folder / f"{name}.csv", study, args.quick)
         if not args.from_results:
             measure_missing(study, store, range(args.seeds), args)
         rows = store.rows()
