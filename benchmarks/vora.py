@@ -42,8 +42,8 @@ CLAIM = Claim(
     headline="encoder arm",
     use="pictures must be seen without a second model at inference, and a ViT is at hand to "
     "distil from; the result is merged into the language model",
-    avoid="a vision tower may stay: then a projector in front of the frozen model is the safer "
-    'way; text must not change (use route "vision", which cannot be merged)',
+    avoid="a vision tower may stay: whether VoRA keeps up with one is what its criterion asks; or "
+    'text must not change, unless the result stays unmerged on route "vision"',
     seeds=3,
     earlier="without the arm that the claim is about: captions right 0.743, without distillation "
     "0.274, causal 0.744, embedding only 0.068 (3 seeds, revision 098d618): direction only",
