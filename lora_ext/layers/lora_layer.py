@@ -140,11 +140,8 @@ class LoraLayer(Participants):
         self._check_name(adapter_name)
         scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
         invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
-        base = self.base_weight
-        if lora_bias and (use_dora or not base.takes_bias):
-            where = "a DoRA adapter" if base.takes_bias else f"a {type(self).__name__}"
-            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
-        scheme = self._check_scheme(init_lora_weights, preserve_base_output)
+        self._check_bias(lora_bias, use_dora)
+        base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
         factors = self._new_factors(r, scaling, scheme, generator, device)
@@ -296,6 +293,12 @@ class LoraLayer(Participants):
                 f"{type(self).__name__}: adapter {name!r} exists already; give the new one another "
                 "adapter_name, or delete or unwrap the old one"
             )
+
+    def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
+        takes = self.base_weight.takes_bias
+        if lora_bias and (use_dora or not takes):
+            where = "a DoRA adapter" if takes else f"a {type(self).__name__}"
+            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
 
     def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
         where = "add_adapter"
