@@ -18,7 +18,7 @@ from lora_ext.rows import adapters  # noqa: E402
 from lora_ext.serving import attach, detach  # noqa: E402
 
 if TYPE_CHECKING:
-    from lora_ext import circuits, control, federated, methods, nn
+    from lora_ext import circuits, control, federated, methods, nn, tenants
 
 __all__ = [
     "AdapterPool",
@@ -36,11 +36,12 @@ __all__ = [
     "nn",
     "ops",
     "pool",
+    "tenants",
 ]
 __version__ = "0.1.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
-_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn"})
+_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -35,7 +35,6 @@ _REFUSED = {
     "trainable_token_indices": "it replaces rows of the embedding",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "layer_replication": "it changes the base model's layers",
-    "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
     "use_qalora": "QALoRA pools the input before lora_A",
     "use_bdlora": "BD-LoRA stores block-diagonal factors",
     "arrow_config": "Arrow routes between adapters per token",
@@ -51,8 +50,14 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern task_type "
-    "modules_to_save target_parameters".split()
+    "modules_to_save target_parameters alora_invocation_tokens".split()
 )
+# What would reach the tokens before an activated adapter's start, whose keys others share.
+_NOT_ACTIVATED = {
+    "use_dora": "PEFT refuses it too",
+    "modules_to_save": "a replaced module serves every token",
+    "target_parameters": "adapters on experts have no rows of single tokens",
+}
 _TRAINED_BIASES = ("all", "lora_only")
 # What PEFT refuses beside target_parameters.
 _NOT_ON_PARAMETERS = "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split()
@@ -106,6 +111,11 @@ class AdapterConfig(LoraConfig):
                         f"{where}: {name}={raw[name]!r:.40} is not supported beside "
                         "target_parameters, adapters on experts, nor does PEFT have it"
                     )
+        for name, reason in _NOT_ACTIVATED.items() if raw.get("alora_invocation_tokens") else ():
+            if raw.get(name):
+                raise NotImplementedError(
+                    f"{where}: {name} is not supported beside alora_invocation_tokens: {reason}"
+                )
         init = raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
             raise NotImplementedError(
@@ -148,6 +158,8 @@ class AdapterConfig(LoraConfig):
         """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
         saved = self.modules_to_save
+        if self.alora_invocation_tokens is None and "alora_invocation_tokens" not in self.raw:
+            del parsed["alora_invocation_tokens"]  # which not every PEFT knows
         parsed |= {"bias": self.base_bias, "modules_to_save": saved and list(saved)}
         raw = dict(self.raw)
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:

@@ -124,6 +124,9 @@ def _describe(
     # Not lora_alpha: the scale may have been set by hand.
     alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
+    invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}
+    alike, expected = len(invocations) == 1, "the same in every layer"
+    require(alike, where, "alora_invocation_tokens", expected, f"{invocations!r:.200}")
     r, rank_pattern = patterns(ranks)
     lora_alpha, alpha_pattern = patterns(alphas)
     others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
@@ -143,4 +146,5 @@ def _describe(
         "target_modules": sorted(layers),
         # A name in full is also the end of longer ones.
         "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
+        **({"alora_invocation_tokens": list(i)} if (i := invocations.pop()) else {}),
     }

@@ -60,7 +60,8 @@ def merge_adapters(
     Raises:
         ValueError: no adapter; weights of another number, or not finite; modules of other shapes;
             with "factors", other modules or ranks, naming the first that differs; values that are
-            not finite; different weights of the base model beside the factors.
+            not finite; different weights of the base model beside the factors; activated adapters
+            with other invocations than the first, or beside ordinary ones.
         NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
             model (modules_to_save, trained biases); grouped convolutions.
 
@@ -80,6 +81,7 @@ def merge_adapters(
         require(mode == "delta_svd", where, "rank", f"None beside mode={mode!r}", repr(rank))
         rank = integer(where, "rank", rank, 1, expected="a positive integer")
     _warn_of_other_bases(where, values)
+    _check_invocations(where, values)
     return _merged(where, values, weights, mode, rank, progress)
 
 
@@ -112,6 +114,7 @@ def interpolate_adapters(
     lam = _finite(lam, f"{where}: lam")
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
     _warn_of_other_bases(where, values)
+    _check_invocations(where, values)
     if lam in (0.0, 1.0):
         _check_shapes(where, values, equal=space == "factors")
         return values["second" if lam else "first"]
@@ -209,6 +212,16 @@ def _warn_of_other_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> Non
     for label, adapter in adapters.items():
         # The caller of the public function, which torch.no_grad wraps.
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
+
+
+def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Refuse adapters that begin at different tokens: their sum would begin at none."""
+    (first, value), *others = adapters.items()
+    expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
+    for name, other in others:
+        field = f"{name}: alora_invocation_tokens"
+        found = other.config.invocation
+        require(found == value.config.invocation, where, field, expected, list(found))
 
 
 def _finite(number: Any, where: str) -> float:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class ModelIndex:
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: Modules that nobody calls, as their weights are read, and the class that reads them.
     bypassed: dict[str, str] = field(default_factory=dict)
+    #: How many tokens the model knows; None: nobody can tell.
+    vocabulary: int | None = None
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -162,7 +164,17 @@ class ModelIndex:
         require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
         heads, own = head_names(model), BaseWeights(model)
         index = cls(linear, embedding, unsupported, *heads, own, experts=experts)
-        return replace(index, parameters=parameters, bypassed=skipped)
+        return replace(
+            index, parameters=parameters, bypassed=skipped, vocabulary=vocabulary_of(model)
+        )
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a model of transformers has embeddings for; None where it is no such one."""
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):  # another module, or one that embeds no tokens
+        return None
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:

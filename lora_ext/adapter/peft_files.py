@@ -161,6 +161,8 @@ def check_adapter(
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
     _check_targets(config, tensors, index, grouped)
+    if config.invocation:
+        _check_activated(config, index, grouped)
     if not grouped:
         raise ValueError(
             f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
@@ -184,6 +186,20 @@ def check_adapter(
         index.weights.check(tensors, key, name)
     scalings = {module: scaling for module, (_, scaling) in ranks.items()}
     return CheckedAdapter(config, tuple(leftover), tensors, index, grouped, scalings, whole)
+
+
+def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:
+    """Refuse an invocation that no prompt has, and factors that would reach the tokens before."""
+    known, field = index.vocabulary, "alora_invocation_tokens"
+    if known is not None and max(config.invocation) >= known:
+        expected = f"token ids below the vocabulary, {known}"
+        require(False, config.where, field, expected, max(config.invocation))
+    embedded = sorted(name for name in grouped if name in index.embedding)
+    if embedded:
+        raise NotImplementedError(
+            f"{config.where}: {field}: expected adapters on linear layers, found one on the "
+            f"embedding {embedded[0]!r}, which PEFT refuses too"
+        )
 
 
 def _check_targets(
@@ -301,15 +317,20 @@ def _some(items: Iterable[str], limit: int = 4) -> str:
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], config: Any, state: Mapping[str, Tensor]
+    directory: str | os.PathLike[str],
+    config: Any,
+    state: Mapping[str, Tensor],
+    *,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
 
     Args:
-        directory: made if it is not there. Both files appear, or neither does.
+        directory: made if it is not there. All files appear, or none.
         config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
         state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
             adapter's name; they are written with the former and without the latter.
+        beside: contents of other files that belong to them, by name.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -321,11 +342,14 @@ def save_adapter(
         found = f"{parsed.in_file} twice"
         require(parsed.in_file not in tensors, "save_adapter", "state", "one adapter", found)
         tensors[parsed.in_file] = value
-    write_adapter(directory, config, tensors)
+    write_adapter(directory, config, tensors, beside)
 
 
 def write_adapter(
-    directory: str | os.PathLike[str], config: Any, tensors: Mapping[str, Tensor]
+    directory: str | os.PathLike[str],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """:func:`save_adapter` of tensors that have the names of a file already."""
     from safetensors.torch import save
@@ -341,6 +365,7 @@ def write_adapter(
     text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
     # The tensors last: a reader that finds them finds the config.
     files = {
+        **(beside or {}),
         "adapter_config.json": text.encode(),
         "adapter_model.safetensors": save(whole, metadata={"format": "pt"}),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._checks import integer, number, require, require_flags
+from lora_ext._checks import WrongKind, integer, number, require, require_flags
 from lora_ext.rows import LayerNames, Rows, layer_names
 
 from .base.dense import BaseLayer
@@ -29,6 +29,9 @@ class LoraLayer(Participants):
 
     base_layer: nn.Module
 
+    #: Whether its adapters may begin in mid-sequence.
+    takes_invocation = False
+
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):
         super().__init__()
         self.base_layer = base_layer
@@ -40,6 +43,8 @@ class LoraLayer(Participants):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        #: Of each activated adapter, the tokens with which it begins.
+        self.alora_invocation_tokens: dict[str, tuple[int, ...]] = {}
         #: What the values of each adapter started from, as its caller said it.
         self.init_lora_weights: dict[str, bool | str] = {}
         self.adapter_active: dict[str, bool] = {}
@@ -98,6 +103,7 @@ class LoraLayer(Participants):
         *,
         preserve_base_output: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        alora_invocation_tokens: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Add an adapter. It is not active, and not trained, until :meth:`set_adapter` says so.
@@ -115,12 +121,17 @@ class LoraLayer(Participants):
             preserve_base_output: with "init_ab" or False, take the adapter's first update off the
                 base weight, so that training starts at the base model.
             adapter_dtype: default is that of the base weight, float32 where that is quantised.
+            alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from the
+                last place on at which they stand in it: give the rows with
+                ``lora_ext.adapters(names, input_ids=...)``. None or none is off.
             generator: of the initial values, on the CPU; they are drawn there and then moved.
 
         Raises:
             ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
-                unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
-                cannot be read, or is computed from others and would have to change.
+                unknown scheme; DoRA with a bias or an invocation; DoRA or a decomposing scheme
+                where the base weight cannot be read, or is computed from others and would have to
+                change.
+            NotImplementedError: an invocation on a layer that is not linear.
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
                 was.
         """
@@ -128,11 +139,9 @@ class LoraLayer(Participants):
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
         scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
-        base = self.base_weight
-        if lora_bias and (use_dora or not base.takes_bias):
-            where = "a DoRA adapter" if base.takes_bias else f"a {type(self).__name__}"
-            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
-        scheme = self._check_scheme(init_lora_weights, preserve_base_output)
+        invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
+        self._check_bias(lora_bias, use_dora)
+        base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
         factors = self._new_factors(r, scaling, scheme, generator, device)
@@ -156,6 +165,8 @@ class LoraLayer(Participants):
         for setting, value in settings.items():
             getattr(self, setting)[adapter_name] = value
         self.init_lora_weights[adapter_name] = init_lora_weights
+        if invocation:
+            self.alora_invocation_tokens[adapter_name] = invocation
         self.adapter_active[adapter_name] = True
         self.lora_dropout[adapter_name] = (
             nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
@@ -185,6 +196,7 @@ class LoraLayer(Participants):
         stores: list[Any] = [
             self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
             self.init_lora_weights, self.adapter_active, self.lora_dropout,
+            self.alora_invocation_tokens,
             self.dropout_seed, self.lora_magnitude_vector, *self._stores(),
         ]  # fmt: skip
         for store in stores:
@@ -282,6 +294,23 @@ class LoraLayer(Participants):
                 "adapter_name, or delete or unwrap the old one"
             )
 
+    def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
+        takes = self.base_weight.takes_bias
+        if lora_bias and (use_dora or not takes):
+            where = "a DoRA adapter" if takes else f"a {type(self).__name__}"
+            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
+
+    def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
+        where = "add_adapter"
+        found = checked_invocation(where, "alora_invocation_tokens", tokens) or ()
+        if found and not self.takes_invocation:
+            raise NotImplementedError(
+                f"{where}: alora_invocation_tokens: expected a LoraLinear, found a "
+                f"{type(self).__name__}: only linear layers have such adapters"
+            )
+        require(not (found and dora), where, "use_dora", "False beside an invocation", True)
+        return found
+
     def _new_factors(
         self,
         r: int,
@@ -366,6 +395,20 @@ class LoraLayer(Participants):
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
+    """Tokens of an invocation, or None.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None:
+        return None
+    expected = "None or a list of token ids, integers from 0 on"
+    listed = isinstance(value, list | tuple)
+    require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
+    return tuple(integer(where, name, each, 0, expected=expected) for each in value)
 
 
 def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:

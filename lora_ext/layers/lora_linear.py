@@ -47,6 +47,8 @@ class LoraLinear(LoraLayer):
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """
 
+    takes_invocation = True
+
     def __init__(
         self,
         base_layer: nn.Module,

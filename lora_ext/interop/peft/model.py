@@ -23,6 +23,7 @@ from lora_ext._checks import require
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
 from . import quantised
+from .activation import offsets_given, refuse_other_forwards
 from .adapters import (
     by_reason,
     check_values,
@@ -35,7 +36,7 @@ from .adapters import (
 )
 from .experts import FusedExperts
 from .layers import Fused, FusedLinear
-from .names import assignment_of, forget_checkpoints, kept_by_checkpoints
+from .names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -139,6 +140,13 @@ class FusedLoraModel(LoraModel):
     of_peft = LoraModel
     #: Layers that PEFT runs and that see tokens first.
     turned: tuple[str, ...] = ()
+    _begins = False  # the call that runs has activated adapters
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, with a cache and a prompt in one piece where adapters are activated."""
+        if self._begins:
+            refuse_other_forwards(self.model, kwargs)
+        return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own, which would swallow the names."""
@@ -156,7 +164,10 @@ class FusedLoraModel(LoraModel):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
-        names = kwargs.get("adapter_names")
+        names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
+        if offsets is not None:  # a row of the prompt becomes several
+            count = max(kwargs.get(key) or 1 for key in ("num_beams", "num_return_sequences"))
+            offsets = [offset for offset in offsets for _ in range(count)]
         if names is not None:
             refuse_turned(names, self.turned)
         if names is not None and self.training:
@@ -177,8 +188,15 @@ class FusedLoraModel(LoraModel):
                         left = report(self.model).left.items()
                         others = {n: why for n, why in left if not self._is_fused(n)}
                         refuse_layers_of_peft(self.model, others)
-                    stack.enter_context(kept_by_checkpoints(self.model, assignment_of(names)))
-                yield
+                if training and (names is not None or offsets is not None):
+                    given = None if names is None else assignment_of(names)
+                    stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
+                stack.enter_context(offsets_given(self.model, offsets))
+                before, self._begins = self._begins, offsets is not None
+                try:
+                    yield
+                finally:
+                    self._begins = before
         finally:
             # PEFT's context does not see an exception: it would leave its hooks on the layers.
             hooks.__exit__(None, None, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.rows import select_rows
+from lora_ext.rows import activated_forward, select_rows
 
 from .tail import DraftTail
 
@@ -155,6 +155,7 @@ class Trunk:
         self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
 
     def _run(self, ids: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        past, kept = self.mask.shape[1] - ids.shape[1], more.get("logits_to_keep", 0)
         inputs = {
             "input_ids": ids,
             "attention_mask": self.mask,
@@ -162,7 +163,8 @@ class Trunk:
             "use_cache": True,
             self._cache_argument: self.cache,
         }
-        return run_trunk(self.model, self.tail, **inputs, **more)
+        with activated_forward(ids, *ids.shape, past, kept):
+            return run_trunk(self.model, self.tail, **inputs, **more)
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
