@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json, write_files
+from lora_ext._files import SafetensorsFile, TensorInfo, read_json, write_files
 from lora_ext.layers import adapted_layers, adapter_parameters, adapters_of
 
 from .config import ModConfig
@@ -124,11 +124,7 @@ def _compare(
 
 
 def _read_config(path: Path) -> ModConfig:
-    with open_regular(path) as file:
-        raw = file.read(_MAX_CONFIG_BYTES + 1)
-    if len(raw) > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found more")
-    data: Any = parse_json(raw, str(path))
+    data: Any = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config"}:
         raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
     if data["version"] != _VERSION:
