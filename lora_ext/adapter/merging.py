@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_ext._checks import choice, integer, require
+from lora_ext._checks import choice, integer, number, require
 
 from .config import BaseModels, longer_than
 from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
@@ -76,7 +76,7 @@ def merge_adapters(
     expected = f"one for each of {len(values)} adapters"
     require(len(weights) == len(values), where, "weights", expected, len(weights))
     choice(where, "mode", mode, get_args(MergeMode))
-    weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
+    weights = [float(number(where, f"weights[{i}]", w)) for i, w in enumerate(weights)]
     if rank is not None:
         require(mode == "delta_svd", where, "rank", f"None beside mode={mode!r}", repr(rank))
         rank = integer(where, "rank", rank, 1, expected="a positive integer")
@@ -111,7 +111,7 @@ def interpolate_adapters(
     """
     where = "interpolate_adapters"
     choice(where, "space", space, get_args(Space))
-    lam = _finite(lam, f"{where}: lam")
+    lam = float(number(where, "lam", lam))
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
     _warn_of_other_bases(where, values)
     _check_invocations(where, values)
@@ -222,16 +222,6 @@ def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
         field = f"{name}: alora_invocation_tokens"
         found = other.config.invocation
         require(found == value.config.invocation, where, field, expected, list(found))
-
-
-def _finite(number: Any, where: str) -> float:
-    try:
-        found = math.nan if isinstance(number, bool | str) else float(number)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise ValueError(f"{where}: expected a finite number, found {number!r:.100}")
-    return found
 
 
 def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:
