@@ -114,8 +114,8 @@ class ModelWeights:
         return self._tensors.infos[key].shape
 
     def is_transposed(self, key: str) -> bool:
-        """Whether a weight is known to be stored as ``(I, O)``: that of transformers' ``Conv1D`` in
-        a model. Files and mappings do not say."""
+        """Whether the weight of ``key`` is known to be stored as ``(I, O)``: that of transformers'
+        ``Conv1D`` in a model. Files and mappings do not say, so that it is False there."""
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:

@@ -181,7 +181,8 @@ class LoraLayer(Participants):
             parameter.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; a base weight that its initialisation changed is put back.
+        """Remove the adapter ``adapter_name``; a base weight that its initialisation changed is put
+        back.
 
         Raises:
             ValueError: no such adapter, or it is merged.
@@ -248,6 +249,11 @@ class LoraLayer(Participants):
         generator: torch.Generator | None = None,
     ) -> None:
         """Give an adapter new initial values, drawn on its device.
+
+        Args:
+            adapter_name: which one. init_lora_weights: a scheme of :func:`init_lora_`, True the
+                default.
+            generator: of that device.
 
         Raises:
             ValueError: no such adapter, or a scheme that splits the base weight (add an adapter for

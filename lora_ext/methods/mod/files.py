@@ -46,6 +46,10 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put values of :func:`state_dict` into a model with MoD of the same configuration.
 
+    Args:
+        model: of :func:`apply`. state: every parameter of MoD by name, and nothing else; values are
+            copied, in the dtype and to the device of the model's.
+
     Raises:
         RuntimeError: a model without MoD. ValueError: a key that is missing or too many, or a
             tensor of another shape or not of floats, naming the key; the model is as it was then.
