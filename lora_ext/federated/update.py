@@ -119,7 +119,8 @@ def accept(
         by_client.setdefault(update.client, []).append(update)
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}
-    for client in sorted(by_client, key=_order):
+    # Numbers before names, which do not compare with them.
+    for client in sorted(by_client, key=lambda client: (isinstance(client, str), client)):
         first, *others = by_client[client]
         try:
             for other in others:
@@ -136,10 +137,6 @@ def accept(
 
 class _NotFinite(Rejected):
     """A value that is NaN or infinite."""
-
-
-def _order(client: Client) -> tuple[bool, Any]:
-    return isinstance(client, str), client
 
 
 def _need(holds: bool, name: str, expected: object, found: object) -> None:
