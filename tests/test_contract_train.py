@@ -21,6 +21,7 @@ from cases_train import (
 from contract import assert_same_bits, off_grid, same
 from test_contract_lora import shapes
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext import ops, reference
@@ -32,6 +33,7 @@ def skip_large(backend: Backend, shape: Shape) -> None:
 
 
 dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
+seeds = pytest.mark.parametrize("own_seeds", [False, True], ids=["one seed", "a seed each"])
 
 
 # --- the formula --------------------------------------------------------------------------------
@@ -304,8 +306,10 @@ def test_double_backward_is_refused() -> None:
         ops.lora_linear(x, None, None, a, i["b"], i["adapter_ids"], i["scale"].requires_grad_())
 
 
-def test_autocast_casts_as_linear_does(backend: Backend) -> None:
-    i = train_inputs(SMALL[4], torch.float32, seed=19, dropout_p=0.5, device=backend.device)
+@seeds
+def test_autocast_casts_as_linear_does(backend: Backend, own_seeds: bool) -> None:
+    how = {"dropout_p": 0.5, "own_seeds": own_seeds, "device": backend.device}
+    i = train_inputs(SMALL[4], torch.float32, seed=19, **how)
     half = {k: v.bfloat16() if k in (*LEAVES, "dy") else v for k, v in i.items()}
     expected = run(half)
     with torch.autocast(backend.device, torch.bfloat16):
@@ -322,10 +326,10 @@ def test_autocast_casts_as_linear_does(backend: Backend) -> None:
     assert dx.dtype == torch.float32
 
 
-def test_checkpointing_drops_the_same_elements(backend: Backend) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    i = train_inputs(SMALL[4], torch.float32, seed=20, dropout_p=0.5, device=backend.device)
+@seeds
+def test_checkpointing_drops_the_same_elements(backend: Backend, own_seeds: bool) -> None:
+    how = {"dropout_p": 0.5, "own_seeds": own_seeds, "device": backend.device}
+    i = train_inputs(SMALL[4], torch.float32, seed=20, **how)
     leaves = [i[k].requires_grad_() for k in LEAVES]
     tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
     expected = run(i)
@@ -338,15 +342,16 @@ def test_checkpointing_drops_the_same_elements(backend: Backend) -> None:
             assert_same_bits(leaf.grad, expected[f"d{name}"], f"{name}: ")
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool) -> None:
-    i = train_inputs(SMALL[4], torch.float32, seed=21, dropout_p=0.5, device=backend.device)
+@pytest.mark.parametrize(("dynamic", "own_seeds"), [(False, False), (True, False), (True, True)])
+def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_seeds: bool) -> None:
+    how = {"dropout_p": 0.5, "own_seeds": own_seeds, "device": backend.device}
+    i = train_inputs(SMALL[4], torch.float32, seed=21, **how)
 
     def step(x: Tensor, ids: Tensor, seed: Tensor, i: Inputs) -> Tensor:
         y = ops.lora_linear(
             *(x, *(i[k] for k in LEAVES[1:])), ids, i["scale"], i["ranks"], 0.5, seed
         )
-        return y * 2 + ops.lora_dropout(y, 0.5, seed)
+        return y * 2 + ops.lora_dropout(y, 0.5, seed[0])
 
     torch._dynamo.reset()  # the backends share `step`, and its limit of recompilations
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
