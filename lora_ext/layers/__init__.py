@@ -9,6 +9,7 @@ from .base.packed_linear import (
     pack_linears,
     packed_bytes,
     packed_layers,
+    packing,
     unpack,
     unpack_linears,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "pack_linears",
     "packed_bytes",
     "packed_layers",
+    "packing",
     "projections",
     "readable_weight",
     "recomputed",
