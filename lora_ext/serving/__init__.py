@@ -2,30 +2,23 @@
 continuous batching, and what a server runs on."""
 
 from .attaching import attach, detach
-from .embedding import Embedder, pooling_of
-from .engine import Engine, QueueFullError, StoppedError
+from .embedding import Embedder as Embedder
+from .embedding import pooling_of as pooling_of
+from .engine import Engine as Engine
+from .engine import QueueFullError as QueueFullError
+from .engine import StoppedError as StoppedError
 from .layers.multi_lora import MultiLoraLinear
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
-from .metrics import CONTENT_TYPE, Load, prometheus
-from .sampling import Sampling
-from .streams import RequestStream, TextStream
+from .metrics import CONTENT_TYPE as CONTENT_TYPE
+from .metrics import prometheus as prometheus
+from .sampling import Sampling as Sampling
+from .streams import RequestStream as RequestStream
 
 __all__ = [
-    "CONTENT_TYPE",
-    "Embedder",
-    "Engine",
-    "Load",
     "MultiLoraEmbedding",
     "MultiLoraExperts",
     "MultiLoraLinear",
-    "QueueFullError",
-    "RequestStream",
-    "Sampling",
-    "StoppedError",
-    "TextStream",
     "attach",
     "detach",
-    "pooling_of",
-    "prometheus",
 ]
