@@ -38,7 +38,7 @@ __all__ = [
     "pool",
     "tenants",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
 _ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})

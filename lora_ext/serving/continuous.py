@@ -28,6 +28,7 @@ from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, context, last_start, packed_block
 
 from .constraining import RequestConstraint, Standing, constrained, request_constraint, standing
+from .metrics import Load
 from .names import CallNames, NamedPrompt, named_prompts, not_invoked
 from .sampling import Sampling
 
@@ -467,6 +468,26 @@ def _check_settings(manager: Any) -> None:
 def unfinished(manager: Any) -> int:
     """How many requests of an attached model's manager wait or run: each pins its adapter."""
     return len(manager.__dict__[_OWN]._requests)
+
+
+def load_of(manager: Any, most: int) -> Load:
+    """What an attached model's manager has to do.
+
+    Args:
+        most: adapters that its pool has room for.
+    """
+    own: AdapterRequests = manager.__dict__[_OWN]
+    processor = manager.batch_processor
+    active = list(processor.scheduler.active_requests) if processor is not None else []
+    with own._freed:
+        running = {own._first(each) for each in active}
+        names = {each: request.name for each, request in own._requests.items()}
+    return Load(
+        running=[name for each, name in names.items() if each in running],
+        waiting=[name for each, name in names.items() if each not in running],
+        most_adapters=most,
+        cache=0.0 if processor is None else 1 - processor.cache.compute_free_capacity(),
+    )
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:
