@@ -16,6 +16,12 @@ from lora_ext.reference.circuit_layers import (
     circuit_table,
 )
 from lora_ext.reference.circuit_sum import LogMax, log_bmm, log_einsum_exp
+from lora_ext.reference.control import (
+    control_filter,
+    control_live,
+    control_messages,
+    control_ratio,
+)
 from lora_ext.reference.depth_mix import depth_mix, depth_mix_routed, depth_norm
 from lora_ext.reference.lora import (
     lora_apply,
@@ -64,6 +70,10 @@ __all__ = [
     "circuit_sample",
     "circuit_scan",
     "circuit_table",
+    "control_filter",
+    "control_live",
+    "control_messages",
+    "control_ratio",
     "depth_mix",
     "depth_mix_routed",
     "depth_norm",

@@ -31,7 +31,7 @@ from .names import CallNames, NamedPrompt, named_prompts
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from lora_ext.control import Constraint, Guide
+    from lora_ext.control import Constraint, Guide, Matched
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -129,7 +129,7 @@ class AdapterRequests:
         *args: Any,
         adapter_name: str | None = _NOT_GIVEN,
         sampling: Sampling | None = None,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Matched | None = None,
         guide: Guide | None = None,
         **kwargs: Any,
     ) -> Any:
