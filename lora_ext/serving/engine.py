@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,15 +14,24 @@ from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
 
 from .attaching import attach
-from .continuous import unfinished
+from .continuous import load_of, unfinished
+from .metrics import Load
 from .sampling import Sampling
 from .streams import RequestStream
 
 _TRIES = 8  # somebody may unload an adapter between its load and its pin
 
 
+#: The messages of a chat, a text, or its tokens.
+Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
+
+
 class QueueFullError(RuntimeError):
     """As many requests as the engine takes wait or run."""
+
+
+class StoppedError(RuntimeError):
+    """The engine stops, and takes no more requests."""
 
 
 class Engine:
@@ -38,6 +47,7 @@ class Engine:
         max_rank: of an adapter. The pool has room for ``max_requests`` of rank 16.
         context: tokens of prompt and answer of one request. The cache has room for four such, and
             for 256 tokens of each request.
+        pack_base: of :func:`attach`.
         page_size, max_batch_tokens: of transformers' ``ContinuousBatchingConfig``.
     """
 
@@ -50,6 +60,7 @@ class Engine:
         max_requests: int = 64,
         max_rank: int = 64,
         context: int = 4096,
+        pack_base: bool = False,
         page_size: int = 64,
         max_batch_tokens: int = 512,
     ):
@@ -60,7 +71,7 @@ class Engine:
         self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
         self.folder = AdapterFolder(self.pool, folder)
         ends = model.generation_config.eos_token_id
-        self.manager = attach(model, self.pool).init_continuous_batching(
+        self.manager = attach(model, self.pool, pack_base=pack_base).init_continuous_batching(
             GenerationConfig(
                 do_sample=False, eos_token_id=tokenizer.eos_token_id if ends is None else ends
             ),
@@ -72,6 +83,8 @@ class Engine:
         )
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._preparing = 0
+        self._streams: set[RequestStream] = set()
+        self._stopped = False
         self._encoding = asyncio.Lock()  # tokenizers are not made for threads
 
     def __enter__(self) -> Engine:
@@ -82,6 +95,13 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         """End the manager's thread, and with an error the requests that it has."""
         self.manager.stop(hard_stop=True)
+
+    def interrupt(self) -> None:
+        """Take no more requests, and end those that run with an error for their readers. To be
+        called in the event loop that they began in."""
+        self._stopped = True
+        for stream in list(self._streams):
+            stream.interrupt("the server stops")
 
     @property
     def healthy(self) -> bool:
@@ -95,48 +115,61 @@ class Engine:
 
     async def begin(
         self,
-        messages: Sequence[Mapping[str, str]],
+        prompt: Prompt,
         adapter_name: str | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        *,
+        allow_base: bool = False,
     ) -> RequestStream:
-        """Put a chat into the next batches, with its adapter pinned, and loaded where it is not.
+        """Put a prompt into the next batches, its adapter pinned, and loaded where it is not.
 
         Args:
-            messages: what the tokenizer's chat template takes.
+            prompt: messages as the tokenizer's chat template takes them, a text, or its tokens.
             adapter_name: None is the base model.
             max_new_tokens: default is what is left of the context, at most 256.
             sampling: None takes the largest logit.
+            allow_base: the base model serves a chat without the invocation of its activated
+                adapter.
 
         Raises:
-            QueueFullError: too many requests. ValueError: a chat that the template does not take,
-                or too many tokens. UnknownAdapterError: no such adapter. PoolFullError: no room for
-                it. And what :meth:`AdapterPool.load` finds in its files.
+            QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError: a
+                chat that the template does not take, that lacks the invocation, no tokens, too
+                many, or one that the model lacks. UnknownAdapterError: no such adapter.
+                PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in its files.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(f"begin: expected at most {self.max_requests} requests at a time")
         self._preparing += 1
         try:
             async with self._encoding:
-                ids = await asyncio.to_thread(self.encode, messages)
+                ids = await asyncio.to_thread(self.encode, prompt)
             room = self.context - len(ids)
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
             expected = f"at most {self.context} tokens of prompt and answer"
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
-            how = {"max_new_tokens": new, "sampling": sampling, "ended": self._count}
+            how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             for left in reversed(range(_TRIES)):
                 if adapter_name is not None and adapter_name not in self.pool:
                     await asyncio.to_thread(self.folder.ready, adapter_name)
+                if self._stopped:
+                    raise StoppedError("begin: the server stops, and takes no more requests")
                 try:
-                    return RequestStream(self.manager, ids, adapter_name=adapter_name, **how)
+                    stream = RequestStream(
+                        self.manager, ids, adapter_name=adapter_name, ended=self._count, **how
+                    )
                 except UnknownAdapterError:
                     if not left:
                         raise
+                else:
+                    self._streams.add(stream)
+                    return stream
             raise AssertionError("the last try returns or raises")
         finally:
             self._preparing -= 1
 
     def _count(self, stream: RequestStream) -> None:
+        self._streams.discard(stream)
         self._counts.update(
             requests_total=1,
             tokens_total=len(stream.tokens),
@@ -148,9 +181,23 @@ class Engine:
         pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
         return {**self._counts, "requests": self.requests, **pool}
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a chat, up to where the answer begins. A tokenizer without a chat template gets
-        the contents, a line each."""
+    def load(self) -> Load:
+        """What it has to do, as routers of requests read it."""
+        return load_of(self.manager, self.pool.max_slots)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt; of a chat, up to where the answer begins. A tokenizer without a chat
+        template gets the contents, a line each."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        if prompt and not isinstance(prompt[0], Mapping):
+            size = self.model.config.get_text_config().vocab_size
+            wrong = [token for token in prompt if not 0 <= token < size]  # pyright: ignore
+            require(not wrong, "begin", "prompt", f"tokens in [0, {size})", f"{wrong[:3]}")
+            return list(prompt)  # pyright: ignore[reportReturnType]
+        return self._encode_chat(prompt)  # pyright: ignore[reportArgumentType]
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         from jinja2 import TemplateError
 
         if self.tokenizer.chat_template is None:

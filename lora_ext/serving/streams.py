@@ -41,6 +41,7 @@ class RequestStream:
         #: Every token so far.
         self.tokens: list[int] = []
         self.cancelled = self.stopped = False  # the latter by a stop string
+        self._broken: str | None = None
         self._manager, self._read = manager, 0
         ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
         self._ends = [[end] for end in (ends if isinstance(ends, list) else [ends])]
@@ -92,6 +93,12 @@ class RequestStream:
             self._end()
             self._arrived.set()
 
+    def interrupt(self, why: str) -> None:
+        """End the request with an error for its reader, a :class:`RuntimeError` of these words."""
+        if not self.finished:
+            self._broken = why
+            self.cancel()
+
     def until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
         """Cancel when the client of an ASGI connection has gone.
 
@@ -112,6 +119,8 @@ class RequestStream:
 
     async def __anext__(self) -> list[int]:
         while self._read == len(self.tokens):
+            if self._broken is not None:
+                raise RuntimeError(f"RequestStream: {self._broken}")
             if self._last is not None and self._last.error is not None:
                 raise RuntimeError(f"RequestStream: the request failed: {self._last.error}")
             if self.finished:

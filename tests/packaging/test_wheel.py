@@ -36,9 +36,8 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_sdist_holds_the_sources_and_nothing_built(archives):
     names = [name.partition("/")[2] for name in tarfile.open(archives[0]).getnames()]
-    tracked = subprocess.run(
-        ["git", "ls-files", "csrc", "lora_ext"], cwd=ROOT, capture_output=True, text=True
-    )
+    listing = ["git", "ls-files", "csrc", "lora_ext", "examples"]
+    tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
     assert tracked.returncode == 0
     missing = set(tracked.stdout.split()) - set(names)
     assert not missing

@@ -1,7 +1,7 @@
 """Base weights kept packed for products of few rows: what decoding and verification consist of.
 
 A product of 1 to 32 rows waits for its weight to come from memory, unless the product itself is in
-the way, as that of torch is: see ``docs/serving.md``. A second copy of the weight, laid out as the
+the way, as that of torch is: see ``docs/packed.md``. A second copy of the weight, laid out as the
 product reads it, brings it near to what memory gives.
 
     pack_linears(model)        # every linear layer, in place; the model may have adapters or none
@@ -18,14 +18,15 @@ import copyreg
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
-from lora_ext._checks import require
+from lora_ext._checks import number, require
+from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles
 from lora_ext.rows import PoolLayer
 
@@ -100,15 +101,22 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Linear):
-    """What :func:`pack_linears` makes of an ``nn.Linear``, which stays the same object."""
+    """An ``nn.Linear`` with a second, packed copy of its weight, which evaluation on the CPU reads.
+
+    :func:`pack_linears` makes it of an ``nn.Linear``, which stays the same object and keeps its
+    parameters; :func:`unpack_linears` undoes it. The copy is checked against the weight, and made
+    anew where that was changed.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., I)`` to ``(..., O)``."""
+        """Compute ``x W^T + b`` of ``input (..., I)``, ``(..., O)``: from the packed copy where
+        that serves, else as ``nn.Linear`` does."""
         y = self.packed_product(input)
         return F.linear(input, self.weight, self.bias) if y is None else y
 
     def packed_product(self, x: Tensor) -> Tensor | None:
-        """The same from the packed copy, or None where the plain product is to serve."""
+        """The same of ``x (..., I)`` from the packed copy; None where the plain product is to
+        serve: in training, traced, or for other dtypes."""
         if compiles() or type(x) is not Tensor or self.training or _watched():
             return None
         weight, bias, wide = self.weight, self.bias, self.in_features
@@ -132,7 +140,8 @@ class PackedLinear(nn.Linear):
         return y.view(*shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
-        """As ``nn.Linear``'s; training gives the memory of the copy back."""
+        """Set training (``mode``) or evaluation as ``nn.Linear`` does; training gives the memory of
+        the copy back."""
         if mode:
             self.__dict__[_STATE].drop()
         return super().train(mode)
@@ -218,11 +227,8 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """What :func:`unpack` takes: all packed layers of a model.
-
-    Raises:
-        RuntimeError: one has parametrizations; ``where`` starts the message.
-    """
+    """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
+    one that has parametrizations."""
     packed = {name: m for name, m in _linears(model) if isinstance(m, PackedLinear)}
     for name, module in packed.items():
         if type(module) is not PackedLinear:
@@ -241,8 +247,63 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
         module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Packing(NamedTuple):
+    """Whether a model's base should be packed: what its copy takes, in bytes, what is free, and why
+    it should not, or None. As a text it is a line for users."""
+
+    bytes: int
+    free: int
+    reason: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether to pack."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 1e9:.2f} GB of the {self.free / 1e9:.2f} GB that are free"
+        if self.reason is None:
+            return f"the base is packed for decoding, which takes {size}"
+        return f"the base is not packed for decoding: {self.reason}"
+
+
+def packing(model: nn.Module, share: float = 0.25) -> Packing:
+    """Ask whether :func:`pack_linears` of a model gains and fits.
+
+    Args:
+        model: not packed.
+        share: of the memory that is free, which the copy may take; above 0, at most 1.
+
+    Returns:
+        the answer; nothing is packed.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+    number("packing", "share", share, above=0, maximum=1)
+    weights = {id(m.weight): m.weight for _, m in _linears(model)}
+    wanted = sum(
+        -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
+    )
+    free = free_bytes("cpu") or 0
+    refusals = [_refusal(w) for w in weights.values()]
+    refused = next((each for each in refusals if each is not None), None)
+    reason = None
+    if not weights:
+        reason = "it has no plain linear layer"
+    elif refused is not None:
+        reason = f"it wants {refused}"
+    elif wanted > share * free:
+        reason = (
+            f"the copy's {wanted / 1e9:.2f} GB are more than {share:.0%} of the "
+            f"{free / 1e9:.2f} GB that are free"
+        )
+    return Packing(wanted, free, reason)
+
+
 def packed_bytes(model: nn.Module) -> int:
-    """How many bytes the packed copies of a model take."""
+    """Count the bytes that the packed copies of all layers of ``model`` take, beside their
+    weights."""
     states = {m.__dict__[_STATE] for _, m in _linears(model) if isinstance(m, PackedLinear)}
     return sum(state.nbytes for state in states)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import control, ops
+from lora_ext._checks import require
 from lora_ext.control import Block, Constraints, Guide, MatchedPlan, Plan, Row
 from lora_ext.reference import log_softmax
 
@@ -61,10 +62,7 @@ class Constrained:
     ):
         plans = control.plans_of(_WHERE, constraint, guide, request.budget)
         count = len(plans)
-        if count not in (1, batch):
-            raise ValueError(
-                f"{_WHERE}: constraint: expected one, or one per row of {batch}, found {count}"
-            )
+        require(count in (1, batch), _WHERE, "constraint", f"one, or one per row of {batch}", count)
         for plan in plans:
             if plan is not None:
                 _check(plan, request, vocab_size)
@@ -239,5 +237,4 @@ def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
             sorted(request.ends),
         ),
     ):
-        if not ok:
-            raise ValueError(f"{_WHERE}: {name}: expected {expected}, found {found}")
+        require(ok, _WHERE, name, expected, found)

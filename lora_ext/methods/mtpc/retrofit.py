@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
@@ -27,7 +28,13 @@ from .windows import unfold_teacher, unfold_windows
 class Draft(nn.Module):
     """What drafts for a frozen model: its parameters are all that is trained, and saved.
 
-    Made by :func:`retrofit`.
+    :func:`retrofit` makes one. ``loss(ids)`` trains it, ``decoder().generate(ids)`` uses it,
+    ``save`` and ``load`` are for its files.
+
+    Attributes:
+        model: the verifier, frozen, and no child of this module. config: a :class:`MtpcConfig`.
+        head: the :class:`CircuitHead`. tail, bridge: LoRA layers of the draft's path and the
+            :class:`TokenBridge`, None where the configuration asks for neither.
     """
 
     model: Any
@@ -195,9 +202,7 @@ class Draft(nn.Module):
 
 
 def retrofit(
-    model: Any,
-    config: MtpcConfig | None = None,
-    shortlist: Tensor | Sequence[int] | None = None,
+    model: Any, config: MtpcConfig | None = None, shortlist: Tensor | Sequence[int] | None = None
 ) -> Draft:
     """Freeze a transformers causal LM and put a circuit head beside its LM head.
 
@@ -213,13 +218,15 @@ def retrofit(
             with; the model's law stays exact.
 
     Raises:
-        ValueError: a model without output embeddings, or what :class:`CircuitHead` and
+        ValueError: a model without output embeddings, a head larger than the memory that is free,
+            which the message says with what would be smaller, or what :class:`CircuitHead` and
             :class:`DraftTail` refuse; the model is then as it was.
 
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """
-    config = MtpcConfig() if config is None else config
     own, weight = list(model.parameters()), _unembedding(model).weight
+    config = MtpcConfig() if config is None else config
+    config = config.for_tokens(len(weight) if shortlist is None else len(shortlist))
     head = CircuitHead(
         weight.shape[1],
         weight.shape[0],
@@ -245,8 +252,6 @@ def retrofit(
 
 def _unembedding(model: Any) -> Any:
     found = model.get_output_embeddings()
-    if found is None:
-        raise ValueError(
-            f"retrofit: model: expected a causal LM with output embeddings, found {type(model)}"
-        )
+    expected = "a causal LM with output embeddings"
+    require(found is not None, "retrofit", "model", expected, type(model))
     return found
