@@ -21,6 +21,7 @@ from .circuit import (
 )
 from .circuit_layers import circuit_layers, circuit_layers_walk, circuit_table
 from .circuit_sum import NORMS, LogMax, log_bmm, log_einsum_exp, log_weights
+from .control import control_filter, control_live, control_messages, control_ratio
 from .depth_mix import depth_mix, depth_mix_routed, depth_norm
 from .lora import (
     accumulator,

@@ -33,7 +33,7 @@ from .names import CallNames, NamedPrompt, named_prompts, not_invoked
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from lora_ext.control import Constraint, Guide
+    from lora_ext.control import Constraint, Guide, Matched
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -140,7 +140,7 @@ class AdapterRequests:
         *args: Any,
         adapter_name: str | None = _NOT_GIVEN,
         sampling: Sampling | None = None,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Matched | None = None,
         guide: Guide | None = None,
         allow_base: bool = False,
         logprobs: list[float] | None = None,
