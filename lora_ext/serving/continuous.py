@@ -85,6 +85,7 @@ class AdapterRequests:
         self._freed = threading.Condition(threading.RLock())
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
         self._running = False
+        self.computed = 0  # tokens that steps have read, shared ones not counted
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
         self._constrained: list[Standing] = []
         self._wrapped: list[tuple[Any, str]] = []
@@ -359,6 +360,7 @@ class AdapterRequests:
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
             )
             self._last = key, block
+        self.computed += sum(each.query_length for each in batch)
         with context.entered(self._last[1]):
             original()
 
@@ -455,6 +457,12 @@ def _check_settings(manager: Any) -> None:
 def unfinished(manager: Any) -> int:
     """How many requests of an attached model's manager wait or run: each pins its adapter."""
     return len(manager.__dict__[_OWN]._requests)
+
+
+def computed_tokens(manager: Any) -> int:
+    """How many tokens the steps of an attached model's manager have read so far; those of pages
+    that were there already are not among them."""
+    return manager.__dict__[_OWN].computed
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:

@@ -9,6 +9,8 @@ import torch
 from activated import activated_pair, words
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from lora_ext.serving.continuous import computed_tokens
+
 NEW, PAGE = 6, 8
 ENDS: dict[Any, list[int]] = {"act": [7, 8], "other": [5], "plain": [60], None: [61]}
 
@@ -38,21 +40,10 @@ def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:
 
 @contextmanager
 def running(model: Any) -> Iterator[Any]:
-    """A manager, and how many tokens it has computed, as ``manager.computed[0]``."""
+    """A manager that runs."""
     manager = model.init_continuous_batching(**batching())
-    manager.computed = [0]
-    manager.start()
-    processor = None
-    while processor is None:
-        processor = manager.batch_processor
-    update = processor.update_batch
-
-    def counting() -> None:
-        batch = processor.inputs_and_outputs.requests_in_batch
-        manager.computed[0] += sum(each.query_length for each in batch)
-        update()
-
-    processor.update_batch = counting
+    with torch.inference_mode():
+        manager.start()
     try:
         yield manager
     finally:
@@ -61,11 +52,11 @@ def running(model: Any) -> Iterator[Any]:
 
 def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[list[int], int]:
     """What a request alone is answered, and how many tokens were computed for it."""
-    before = manager.computed[0]
+    before = computed_tokens(manager)
     request = manager.add_request(prompt, adapter_name=name, **how)
     result = manager.get_result(request_id=request, timeout=30)
     assert result is not None and result.error is None
-    return result.generated_tokens, manager.computed[0] - before
+    return result.generated_tokens, computed_tokens(manager) - before
 
 
 def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:

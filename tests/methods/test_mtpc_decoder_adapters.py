@@ -114,7 +114,7 @@ def test_a_tail_and_a_pool_do_not_meet() -> None:
 
 
 def test_activated_adapters_begin_in_the_prompt_whatever_is_drafted() -> None:
-    model, pool = with_pool(alora_invocation_tokens=[1])
+    model, _ = with_pool(alora_invocation_tokens=[1])
     ids, mask = prompts(3)
     ids[ids == 1] = 2
     ids[0, 2] = ids[2, 5] = 1  # the second row is the base model's
