@@ -12,7 +12,9 @@ import torch
 
 from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.rows import last_start
 
+from .ahead import Ahead, Asked
 from .attaching import attach
 from .continuous import unfinished
 from .sampling import Sampling
@@ -72,6 +74,7 @@ class Engine:
         )
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._preparing = 0
+        self._ahead = Ahead(page_size, lambda: self.healthy)
         self._encoding = asyncio.Lock()  # tokenizers are not made for threads
 
     def __enter__(self) -> Engine:
@@ -133,15 +136,31 @@ class Engine:
                 if adapter_name is not None and adapter_name not in self.pool:
                     await asyncio.to_thread(self.folder.ready, adapter_name)
                 try:
-                    return RequestStream(
-                        self.manager, ids, adapter_name=adapter_name, ended=self._count, **how
+                    asked = self._asked(ids, adapter_name)
+                    await self._ahead.wait(asked)
+                    stream = RequestStream(
+                        self.manager,
+                        ids,
+                        adapter_name=adapter_name,
+                        ended=self._count,
+                        begun=self._ahead.ends,
+                        **how,
                     )
+                    self._ahead.begins(stream, asked)
+                    return stream
                 except UnknownAdapterError:
                     if not left:
                         raise
             raise AssertionError("the last try returns or raises")
         finally:
             self._preparing -= 1
+
+    def _asked(self, ids: list[int], name: str | None) -> Asked:
+        if name is None:
+            return Asked(ids, None, len(ids))
+        invocation = self.pool.invocation(name)
+        start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
+        return Asked(ids, name, len(ids) if start is None else start)
 
     def _count(self, stream: RequestStream) -> None:
         self._counts.update(
