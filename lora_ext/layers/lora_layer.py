@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import WrongKind, integer, number, require, require_flags
-from lora_ext.rows import LayerNames, layer_names
+from lora_ext.rows import LayerNames, Rows, layer_names
 
-from .dora import Magnitude
+from .base.dense import BaseLayer
+from .dora import Magnitude, dora_forward
 from .init import FREE, decompose, init_lora_, known_scheme
+from .lora_forward import LoraFactors, lora_forward
 from .participants import Participants
 
 
@@ -138,11 +140,8 @@ class LoraLayer(Participants):
         self._check_name(adapter_name)
         scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
         invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
-        base = self.base_weight
-        if lora_bias and (use_dora or not base.takes_bias):
-            where = "a DoRA adapter" if base.takes_bias else f"a {type(self).__name__}"
-            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
-        scheme = self._check_scheme(init_lora_weights, preserve_base_output)
+        self._check_bias(lora_bias, use_dora)
+        base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
         factors = self._new_factors(r, scaling, scheme, generator, device)
@@ -229,7 +228,8 @@ class LoraLayer(Participants):
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as PEFT's layers do. Off also stops their training."""
+        """Switch all adapters on (``enabled``) or off, as PEFT's layers do; off, they do not train
+        either."""
         self.disable_adapters = not enabled
         if enabled:
             self.set_adapter(self._active)
@@ -239,7 +239,8 @@ class LoraLayer(Participants):
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the update by ``scale`` from now on; 1 is what the adapter was made with."""
+        """Multiply the update of ``adapter_name`` by ``scale`` from now on; 1 is what the adapter
+        was made with."""
         self._check_known([adapter_name])
         r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
         self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
@@ -285,21 +286,23 @@ class LoraLayer(Participants):
     # Checks
 
     def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not name or "." in name or name == "__base__":
-            raise ValueError(
-                f"{type(self).__name__}: adapter_name: expected a name without dots that is not "
-                f'"__base__", found {name!r}'
-            )
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(
-                f"{type(self).__name__}: adapter_name: expected a name that is no attribute of "
-                f"nn.ModuleDict, found {name!r}"
-            )
+        fits = isinstance(name, str) and name and "." not in name and name != "__base__"
+        expected = 'a name without dots that is not "__base__"'
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        fits = not hasattr(nn.ModuleDict(), name)
+        expected = "a name that is no attribute of nn.ModuleDict"
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
         if name in self.r:
             raise ValueError(
                 f"{type(self).__name__}: adapter {name!r} exists already; give the new one another "
                 "adapter_name, or delete or unwrap the old one"
             )
+
+    def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
+        takes = self.base_weight.takes_bias
+        if lora_bias and (use_dora or not takes):
+            where = "a DoRA adapter" if takes else f"a {type(self).__name__}"
+            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
 
     def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
         where = "add_adapter"
@@ -371,6 +374,23 @@ class LoraLayer(Participants):
         if self.use_dora[name]:
             found.append(self._magnitude(name))
         return found
+
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        a, b, bias = self._raw_factors(adapter_name)
+        scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
+        return LoraFactors(a, b, scaling, self._dropout_of(adapter_name), bias, seed)
+
+    def _adapted(
+        self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
+    ) -> Tensor:
+        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        factors = [self.factors(name) for name in names]
+        if not any(self.use_dora[name] for name in names):
+            return lora_forward(x, base, factors, rows)
+        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+        dense = self.base_weight.matrix(), self.bias
+        return dora_forward(x, base, dense, factors, magnitudes, rows)
 
     def _dropout_of(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]

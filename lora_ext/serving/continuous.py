@@ -53,6 +53,7 @@ class _Request:
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
     constraint: RequestConstraint | None = None
+    logprobs: list[float] | None = None
     cancelled: bool = False
 
     @property
@@ -87,6 +88,7 @@ class AdapterRequests:
         self._running = False
         self.computed = 0  # tokens that steps have read, shared ones not counted
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
+        self._telling: list[tuple[int, _Request]] = []  # likewise, of those that want to know
         self._constrained: list[Standing] = []
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
@@ -141,12 +143,16 @@ class AdapterRequests:
         constraint: Constraint | None = None,
         guide: Guide | None = None,
         allow_base: bool = False,
+        logprobs: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The manager's own, with a pinned adapter and a way and constraint of its own for tokens.
+
         A pool without room raises :class:`~lora_ext.pool.PoolFullError`, and a prompt without the
         invocation of its activated adapter ValueError, unless ``allow_base``: then the base model
-        serves it."""
+        serves it. ``logprobs`` is given the log-probability of each new token under the model,
+        whatever way it was chosen in.
+        """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
         if len(input_ids) == 0:  # it would end the thread that serves all others
             error = ValueError("add_request: input_ids: expected at least one token, found none")
@@ -170,7 +176,7 @@ class AdapterRequests:
             own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             request = self._pinned(adapter_name, wait=prompt is not None)
             begun = self._begun(request, request_id, list(map(int, input_ids)), allow_base)
-            begun.sampling, begun.constraint = sampling, own
+            begun.sampling, begun.constraint, begun.logprobs = sampling, own, logprobs
             begun.generator = sampling and sampling.generator(self.manager.model.device)
             self._begin(request_id, begun)
             try:
@@ -346,6 +352,7 @@ class AdapterRequests:
         requests = [self._request(each.state.request_id) for each in batch]
         new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
         self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
+        self._telling = [(row, each) for row, each in enumerate(new) if each.logprobs is not None]
         self._constrained = standing([e.state for e in batch if e.has_new_token], new)
         runs, ends = [], []
         for request, each in zip(requests, batch, strict=True):
@@ -367,11 +374,16 @@ class AdapterRequests:
     def _sample(
         self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
+        told = scores
         scores = constrained(scores, self._constrained)
         original(scores, output_ids, *args)
         for row, request in self._drawing:
             assert request.sampling is not None
             output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
+        for row, request in self._telling:
+            assert request.logprobs is not None
+            logprobs = told[0, row : row + 1].float().log_softmax(-1)
+            request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
 
     def _request(self, request_id: str) -> _Request:
         with self._freed:

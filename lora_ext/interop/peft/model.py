@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
 from . import quantised
@@ -50,10 +51,8 @@ class Report:
 
 def take_over(model: Model) -> Model:
     """:func:`lora_ext.from_peft`, where peft is known to be there."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"from_peft: model: expected a torch.nn.Module, found a {type(model).__name__}"
-        )
+    found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
+    require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
@@ -74,7 +73,15 @@ def take_over(model: Model) -> Model:
 
 
 def to_peft(model: Model) -> Model:
-    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
+    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again, with the parameters that it
+    has now.
+
+    Args:
+        model: is changed in place.
+
+    Returns:
+        ``model``.
+    """
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
@@ -103,7 +110,8 @@ def _never_called(model: nn.Module) -> set[nn.Module]:
 
 
 def report(model: nn.Module) -> Report:
-    """Which LoRA layers of ``model`` lora_ext runs, and which PEFT still does."""
+    """Tell which LoRA layers of ``model`` lora_ext runs, by name, and which PEFT still does, with
+    the reason of each."""
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)

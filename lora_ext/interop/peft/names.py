@@ -56,11 +56,8 @@ def assignment_of(names: Sequence[str]) -> Assignment:
 
 def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment | None:
     """The names of a layer's forward: those that PEFT's hooks give it, or, where a checkpoint
-    computes it again, those of the forward that it repeats.
-
-    Raises:
-        RuntimeError: a foreign checkpoint computes it again, and has lost the names.
-    """
+    computes it again, those of the forward that it repeats. A foreign checkpoint that has lost them
+    is a RuntimeError."""
     if compiles():  # dynamo traces no contextvars; the list is a constant of the graph
         return None if given is None else Assignment.of_entries(given, (len(given),))
     again = _recomputed.get()

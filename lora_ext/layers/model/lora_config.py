@@ -226,11 +226,7 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
 
 
 def checked_names(where: str, field: str, value: Any) -> str | tuple[str, ...] | None:
-    """A field that holds a string, a list of strings or nothing.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """A field that holds a string, a list of strings or nothing."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)

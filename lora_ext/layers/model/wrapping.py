@@ -125,11 +125,9 @@ def unwrap(model: Model) -> Model:
         raise RuntimeError("unwrap: model: expected a wrapped model, found one that is not")
     layers: dict[str, Any] = state.swap.placed
     for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"unwrap: {name}: expected adapters apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it; unmerge them first"
-            )
+        expected = "adapters apart from the base weight"
+        found = f"{layer.merged_adapters} merged into it; unmerge them first"
+        require(not layer.merged, "unwrap", name, expected, found, RuntimeError)
     state.swap.restore(model, "unwrap")
     for layer in layers.values():
         if layer._before_init is not None:
