@@ -175,6 +175,10 @@ class LoraLayer(Participants):
             store[adapter_name] = factor
         if magnitude is not None:
             self.lora_magnitude_vector[adapter_name] = magnitude
+        self._begin_frozen(adapter_name)
+
+    def _begin_frozen(self, adapter_name: str) -> None:
+        """A new adapter in the layer's mode, without gradients."""
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             store.train(self.training)
         for parameter in self._parameters_of(adapter_name):

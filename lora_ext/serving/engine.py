@@ -12,7 +12,9 @@ import torch
 
 from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.rows import last_start
 
+from .ahead import Ahead, Asked
 from .attaching import attach
 from .continuous import load_of, unfinished
 from .metrics import Load
@@ -85,6 +87,7 @@ class Engine:
         self._preparing = 0
         self._streams: set[RequestStream] = set()
         self._stopped = False
+        self._ahead = Ahead(page_size, lambda: self.healthy)
         self._encoding = asyncio.Lock()  # tokenizers are not made for threads
 
     def __enter__(self) -> Engine:
@@ -152,21 +155,36 @@ class Engine:
             for left in reversed(range(_TRIES)):
                 if adapter_name is not None and adapter_name not in self.pool:
                     await asyncio.to_thread(self.folder.ready, adapter_name)
-                if self._stopped:
-                    raise StoppedError("begin: the server stops, and takes no more requests")
                 try:
+                    asked = self._asked(ids, adapter_name)
+                    await self._ahead.wait(asked)
+                    if self._stopped:
+                        raise StoppedError("begin: the server stops, and takes no more requests")
                     stream = RequestStream(
-                        self.manager, ids, adapter_name=adapter_name, ended=self._count, **how
+                        self.manager,
+                        ids,
+                        adapter_name=adapter_name,
+                        ended=self._count,
+                        begun=self._ahead.ends,
+                        **how,
                     )
                 except UnknownAdapterError:
                     if not left:
                         raise
                 else:
                     self._streams.add(stream)
+                    self._ahead.begins(stream, asked)
                     return stream
             raise AssertionError("the last try returns or raises")
         finally:
             self._preparing -= 1
+
+    def _asked(self, ids: list[int], name: str | None) -> Asked:
+        if name is None:
+            return Asked(ids, None, len(ids))
+        invocation = self.pool.invocation(name)
+        start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
+        return Asked(ids, name, len(ids) if start is None else start)
 
     def _count(self, stream: RequestStream) -> None:
         self._streams.discard(stream)
