@@ -38,6 +38,7 @@ from .model.adapted import (
     is_adapted,
 )
 from .model.blocks import block_index, block_name, decoder_layers
+from .model.exact import exact
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing
 from .model.swap import Swap, find_module
@@ -80,6 +81,7 @@ __all__ = [
     "decoder_layers",
     "dense_parameters",
     "dora_forward",
+    "exact",
     "experts_forward",
     "experts_update",
     "find_module",
