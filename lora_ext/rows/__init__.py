@@ -11,13 +11,23 @@ from .attachment import (
     layer_names,
     pool_handle,
 )
-from .context import Block, adapters, current, forward_of, innermost, of_call
+from .context import (
+    Block,
+    adapters,
+    current,
+    forward_of,
+    in_step,
+    innermost,
+    of_call,
+    untouched,
+)
 from .generation import change_blocks, generation_scope, packed_block, repeat_rows, select_rows
 from .pool_layer import ERROR, PoolLayer, no_block, pool_of
 from .rows import (
     Kept,
     Rows,
     all_rows,
+    capture,
     capturing,
     constant,
     everywhere,
@@ -28,6 +38,7 @@ from .rows import (
     several_processes,
     subset,
     together,
+    traced_by_python,
 )
 from .traced import batch_of, block_of_graph, layer_rows, noted, pool_rows
 
@@ -52,6 +63,7 @@ __all__ = [
     "attachments",
     "batch_of",
     "block_of_graph",
+    "capture",
     "capturing",
     "change_blocks",
     "constant",
@@ -61,6 +73,7 @@ __all__ = [
     "forward_of",
     "generation_scope",
     "group",
+    "in_step",
     "innermost",
     "keep",
     "layer_names",
@@ -81,4 +94,6 @@ __all__ = [
     "several_processes",
     "subset",
     "together",
+    "traced_by_python",
+    "untouched",
 ]

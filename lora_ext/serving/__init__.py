@@ -2,14 +2,17 @@
 and continuous batching."""
 
 from .attaching import attach, detach
+from .captured import Capturable, capturable
 from .layers.multi_lora import MultiLoraLinear
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
 
 __all__ = [
+    "Capturable",
     "MultiLoraEmbedding",
     "MultiLoraExperts",
     "MultiLoraLinear",
     "attach",
+    "capturable",
     "detach",
 ]
