@@ -216,8 +216,8 @@ def criteria(rows: Rows) -> list[Criterion]:
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)
     return [
         Criterion(
-            f"gain over strong clients with its interval, {SKEWED} a client: best accuracy of {OURS} "
-            f"less that of {STRONG}, mean over seeds and clients",
+            f"gain over strong clients with its interval, {SKEWED} a client: best accuracy of "
+            f"{OURS} less that of {STRONG}, mean over seeds and clients",
             "above 0 with its interval",
             f"{skewed:+.3f}",
             skewed.low > 0,
