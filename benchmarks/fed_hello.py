@@ -147,8 +147,8 @@ def one(world: World, shares: Sequence[Any], arm: str) -> Run:
             ranks = {c: full * (1 + c % 3) // 3 for c in drawn}
             return {c: LayerPlan(whole.layers, (r,) * sizes.blocks) for c, r in ranks.items()}
 
-        scaling = {"scaling": sizes.scaling} if arm == "FlexLoRA" else {}
-        return federate(world, shares, ranked, rank_agg=RANKED[arm], **scaling)
+        more: dict[str, Any] = {"scaling": sizes.scaling} if arm == "FlexLoRA" else {}
+        return federate(world, shares, ranked, rank_agg=RANKED[arm], **more)
     if arm == FIM:
         return by_importance(world, shares)
     hla = HLA(arm.removeprefix("RGD "), sizes.blocks, kind="rgd", seed=world.seed)

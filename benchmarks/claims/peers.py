@@ -115,8 +115,9 @@ class Peer:
         for name, layer in adapted_layers(self.model).items():
             keys = [f"{PREFIX}{name}.lora_{factor}.weight" for factor in "AB"]
             a, b = ([self.state[k] + u.tensors[k] for u in updates] for k in keys)
-            means = [sum(w * t for w, t in zip(weights, each, strict=True)) for each in (a, b)]
-            exact = sum(w * (y @ x) for w, x, y in zip(weights, a, b, strict=True))
+            w = torch.tensor(weights)
+            means = [torch.einsum("n,nij->ij", w, torch.stack(each)) for each in (a, b)]
+            exact = torch.einsum("n,noi,nij->oj", w, torch.stack(b), torch.stack(a))
             residual = exact - means[1] @ means[0]
             layer.base_layer.weight += layer.scaling["default"] * residual  # pyright: ignore
 
