@@ -2,8 +2,10 @@
 
 36 clients, a third each of which can train 3, 4 and 6 of the 6 blocks of a pretrained encoder
 (claims/section_texts.py), six a round. Strong clients alone: those that can train all do so, in
-every round. `--full` adds the other patterns, importance, Dirichlet's partition, and strong clients
-that are drawn as seldom as all others, which is what the authors' logs compare with.
+every round. `--full` adds the other patterns, importance, Dirichlet's partition, strong clients
+that are drawn as seldom as all others, which is what the authors' logs compare with, and peers:
+those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks by
+capability.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import federated_digits
 import numpy as np
 import study
 import torch
-from claims import section_texts
+from claims import peers, section_texts
 from federated_digits import Run, World, federate
 from study import Claim, Criterion, Interval, Row, Rows
 from torch import Tensor
@@ -47,6 +49,7 @@ CLAIM = Claim(
 SKEWED, IID, UNEVEN = "4 classes", "iid", "dirichlet 0.1"
 OURS, STRONG, DRAWN, FIM = "RGD bottleneck", "strong only", "strong, drawn from all", "FIM"
 PATTERNS = [f"RGD {pattern}" for pattern in Pattern]
+RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 1/3, 2/3 and all are averaged
 PROXY = 100  # texts of the server's, with FIM
 LOSS = -0.01
 CLIENTS = 36
@@ -71,7 +74,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
     """All patterns, importance, and a third kind of data."""
-    others = [*(name for name in PATTERNS if name != OURS), FIM, DRAWN]
+    others = [*(name for name in PATTERNS if name != OURS), FIM, DRAWN, *peers.NAMES, *RANKED]
     return [
         {"seed": seed, "partition": partition, "arm": arm}
         for seed in seeds
@@ -85,8 +88,12 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     torch.set_num_threads(1)
     world = _world(arm["seed"], quick)
     shares = world.shares(arm["partition"])
-    run = one(world, shares, arm["arm"])
-    labels, classes = world.training[1].numpy(), section_texts.CLASSES
+    peer = peers.Peer(arm["arm"], world) if arm["arm"] in peers.NAMES else None
+    run = peer.run(shares) if peer else one(world, shares, arm["arm"])
+    right = [run.right[run.accuracy.index(run.best)]] * len(shares)
+    if peer and peer.own:  # each client has a B of its own, at the end
+        right = [peer.accuracy_of(client) for client in range(len(shares))]
+    labels = world.training[1].numpy()
     strong = np.concatenate([shares[c] for c in _strong(world)])
     yield {
         "best": run.best,
@@ -95,7 +102,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
         "down": run.comm.total("down"),
         "strong_have": len(set(labels[strong])),
         "accuracies": " ".join(f"{a:.4f}" for a in run.accuracy),
-        "devices": " ".join(f"{a:.4f}" for a in by_device(world, shares, run, classes)),
+        "devices": " ".join(f"{a:.4f}" for a in by_device(world, shares, right)),
     }
 
 
@@ -115,12 +122,14 @@ def _strong(world: World) -> list[int]:
     return [c for c in range(sizes.clients) if sizes.capability(c) == sizes.blocks]
 
 
-def by_device(world: World, shares: Sequence[Any], run: Run, classes: int) -> list[float]:
-    """The accuracy after the best round on each client's classes, as often as it has each."""
-    right = run.right[run.accuracy.index(run.best)].numpy()
+def by_device(world: World, shares: Sequence[Any], right: Sequence[Tensor]) -> list[float]:
+    """The accuracy on each client's classes, as often as it has each, of the model that it has."""
     labels, test = world.training[1].numpy(), world.testing[1].numpy()
-    of_class = np.array([right[test == c].mean() for c in range(classes)])
-    return [float(of_class[labels[share]].mean()) for share in shares]
+    found: list[float] = []
+    for share, each in zip(shares, right, strict=True):
+        of_class = [each.numpy()[test == c].mean() for c in range(section_texts.CLASSES)]
+        found.append(float(np.array(of_class)[labels[share]].mean()))
+    return found
 
 
 def one(world: World, shares: Sequence[Any], arm: str) -> Run:
@@ -131,6 +140,15 @@ def one(world: World, shares: Sequence[Any], arm: str) -> Run:
         return federate(world, shares, lambda _, drawn: dict.fromkeys(drawn, whole), clients=strong)
     if arm == DRAWN:
         return federate(world, shares, lambda _, drawn: {c: whole for c in drawn if c in strong})
+    if arm in RANKED:
+        full = sizes.rank
+
+        def ranked(round: int, drawn: Sequence[int]) -> dict[int, LayerPlan]:
+            ranks = {c: full * (1 + c % 3) // 3 for c in drawn}
+            return {c: LayerPlan(whole.layers, (r,) * sizes.blocks) for c, r in ranks.items()}
+
+        more: dict[str, Any] = {"scaling": sizes.scaling} if arm == "FlexLoRA" else {}
+        return federate(world, shares, ranked, rank_agg=RANKED[arm], **more)
     if arm == FIM:
         return by_importance(world, shares)
     hla = HLA(arm.removeprefix("RGD "), sizes.blocks, kind="rgd", seed=world.seed)
@@ -198,8 +216,8 @@ def criteria(rows: Rows) -> list[Criterion]:
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)
     return [
         Criterion(
-            f"{SKEWED} a client: best accuracy of {OURS} less that of {STRONG}, mean over seeds "
-            "and clients",
+            f"gain over strong clients with its interval, {SKEWED} a client: best accuracy of "
+            f"{OURS} less that of {STRONG}, mean over seeds and clients",
             "above 0 with its interval",
             f"{skewed:+.3f}",
             skewed.low > 0,

@@ -26,7 +26,7 @@ from claims import section_texts
 from federated_digits import Run, World, federate, shared_state
 from study import Claim, Criterion, Interval, Row, Rows
 
-from lora_ext.federated import LayerPlan, LoraLayerManager
+from lora_ext.federated import Client, LayerPlan, LoraLayerManager
 from lora_ext.methods.legend import (
     Estimate,
     LegendAllocator,
@@ -142,16 +142,18 @@ def follow(world: World, partition: str, method: Method) -> tuple[Run, list[floa
     sizes = world.sizes
     model = world.adapted(method.ranks)
     head = sum(tensor.nbytes for tensor in shared_state(world, model).values())
-    speeds = {device: speed_of(device, sizes.clients, head) for device in range(sizes.clients)}
+    devices = range(sizes.clients)
+    speeds: dict[Client, Estimate] = {d: speed_of(d, sizes.clients, head) for d in devices}
     state = LoraLayerManager(model).state_slice()
     clock = SimulatedClock(speeds, state)
     allocator = method.legend and LegendAllocator.of(method.legend, state, prior=speeds)
     seconds: list[float] = []
     waiting: list[float] = []
 
-    def planner(round: int, clients: Sequence[int]) -> Mapping[int, LayerPlan]:
+    def planner(round: int, clients: Sequence[int]) -> Any:
         if allocator is None:
-            plans = dict.fromkeys(clients, LayerPlan(tuple(range(sizes.blocks)), method.ranks))
+            whole = LayerPlan(tuple(range(sizes.blocks)), method.ranks)
+            plans: dict[Client, LayerPlan] = {client: whole for client in clients}
         else:
             plans = allocator.plan_round(round, dict.fromkeys(clients, sizes.blocks))
             for client, plan in plans.items():
