@@ -5,6 +5,8 @@ what comes back and the source are those of :mod:`lora_ext.ops`. What is not che
 here as torch fails.
 """
 
+# pyright: reportUnusedImport=false
+
 from .circuit import (
     KINDS,
     CircuitSample,
