@@ -74,7 +74,7 @@ class Way:
         outer = frame.f_back
         while outer is not None:
             # What is made to be kept is made by whoever asks for it.
-            if (name := _file(outer)) and outer.f_code.co_name not in ("get", "keep", "<module>"):
+            if (name := _file(outer)) and outer.f_code.co_name not in ("get", "keep", "_ordinary", "<module>"):
                 around.append(name)
             outer = outer.f_back
         step = f"{around[0] if around else 'a user'} -> {file}.{frame.f_code.co_name}"
