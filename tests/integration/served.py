@@ -75,8 +75,9 @@ def serving(folder: Path) -> Iterator[Any]:
         return found.setdefault("server", kind(*given))
 
     def say(line: str) -> None:
-        found["said"] = line
-        started.set()
+        found.setdefault("said", []).append(line)
+        if " answers at " in line:
+            started.set()
 
     settings = Settings(folder / "tiny", folder / "adapters", port=0, max_body=LIMIT)
     thread = threading.Thread(target=serve, args=(settings, say))
@@ -85,7 +86,7 @@ def serving(folder: Path) -> Iterator[Any]:
         patch.setattr(running, "_Server", make_server)
         thread.start()
         assert started.wait(60)
-    url = found["said"].split()[-1].removesuffix("/v1")
+    url = found["said"][-1].split()[-1].removesuffix("/v1")
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
         yield SimpleNamespace(client=client, folder=folder, **found)

@@ -327,7 +327,9 @@ def test_what_is_not_there_has_openais_error(
 
 def test_the_server_is_on_the_loopback_and_says_when_it_is_ill(server: Any) -> None:
     """The last test: it ends the manager's thread."""
-    assert server.said.startswith("tiny with 17 adapters answers at http://127.0.0.1:")
+    packed, answers = server.said
+    assert packed.startswith("the base is packed") and packed.endswith("--no-pack leaves it plain")
+    assert answers.startswith("tiny with 17 adapters answers at http://127.0.0.1:")
     assert server.client.get("/health").json() == {"healthy": True}
     asked = server.client.head("/health")
     assert asked.status_code == 200 and asked.content == b""
