@@ -5,6 +5,7 @@ from lora_ext.control.guide import Guide
 from lora_ext.control.language import Constraint, ConstraintTooLarge, Limits, Matched, vocabulary_of
 from lora_ext.control.law import Block, Row, advance, apply, draw, likeliest, log_ratios, moved
 from lora_ext.control.messages import MatchedPlan, Plan
+from lora_ext.control.prior import PriorHead
 from lora_ext.control.processor import ConstraintProcessor, Constraints, plans_of
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Matched",
     "MatchedPlan",
     "Plan",
+    "PriorHead",
     "Row",
     "advance",
     "apply",

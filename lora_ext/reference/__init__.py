@@ -51,8 +51,9 @@ from .vocab import chunked_cross_entropy, chunked_kl, vocab_logits
 __all__ = [
     "CircuitSample", "CircuitScan", "LogMax", "chunked_cross_entropy", "chunked_kl",
     "circuit_argmax", "circuit_conditional_dist", "circuit_layers", "circuit_layers_walk",
-    "circuit_sample", "circuit_scan", "circuit_table", "depth_mix", "depth_mix_routed",
-    "depth_norm", "dropout_keep", "dropout_keep_of_adapters", "emission_gather", "log_bmm",
+    "circuit_sample", "circuit_scan", "circuit_table", "control_filter", "control_live",
+    "control_messages", "control_ratio", "depth_mix", "depth_mix_routed", "depth_norm",
+    "dropout_keep", "dropout_keep_of_adapters", "emission_gather", "log_bmm",
     "log_einsum_exp", "lora_apply", "lora_apply_", "lora_apply_siblings_", "lora_delta",
     "lora_dora_norm", "lora_dropout", "lora_expand_", "lora_gram", "lora_linear",
     "lora_linear_backward", "lora_merge_", "lora_pair_stats", "lora_plan", "lora_segment_ids",

@@ -8,6 +8,9 @@ from .embedding import pooling_of as pooling_of
 from .engine import Engine as Engine
 from .engine import QueueFullError as QueueFullError
 from .engine import StoppedError as StoppedError
+from .formats import Format as Format
+from .formats import read_format as read_format
+from .formats import refuse_old_names as refuse_old_names
 from .layers.multi_lora import MultiLoraLinear
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts

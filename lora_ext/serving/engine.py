@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -17,9 +17,13 @@ from lora_ext.rows import last_start
 from .ahead import Ahead, Asked
 from .attaching import attach
 from .continuous import load_of, unfinished
+from .formats import Format
 from .metrics import Load
 from .sampling import Sampling
 from .streams import RequestStream
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint
 
 _TRIES = 8  # somebody may unload an adapter between its load and its pin
 
@@ -89,6 +93,8 @@ class Engine:
         self._stopped = False
         self._ahead = Ahead(page_size, lambda: self.healthy)
         self._encoding = asyncio.Lock()  # tokenizers are not made for threads
+        self._building = asyncio.Semaphore(2)
+        self._vocabulary: Any = None
 
     def __enter__(self) -> Engine:
         with torch.inference_mode():  # the manager's thread takes it over
@@ -124,6 +130,7 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         allow_base: bool = False,
+        form: Format | None = None,
     ) -> RequestStream:
         """Put a prompt into the next batches, its adapter pinned, and loaded where it is not.
 
@@ -134,12 +141,15 @@ class Engine:
             sampling: None takes the largest logit.
             allow_base: the base model serves a chat without the invocation of its activated
                 adapter.
+            form: what the answer must be. Its constraint is built in a thread of its own, and kept.
 
         Raises:
             QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError: a
                 chat that the template does not take, that lacks the invocation, no tokens, too
-                many, or one that the model lacks. UnknownAdapterError: no such adapter.
-                PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in its files.
+                many, or one that the model lacks, or a form that these tokens cannot meet.
+                NotImplementedError: a form that nothing here holds to. UnknownAdapterError: no such
+                adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in
+                its files.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(f"begin: expected at most {self.max_requests} requests at a time")
@@ -152,6 +162,8 @@ class Engine:
             expected = f"at most {self.context} tokens of prompt and answer"
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
+            if form is not None:
+                how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):
                 if adapter_name is not None and adapter_name not in self.pool:
                     await asyncio.to_thread(self.folder.ready, adapter_name)
@@ -185,6 +197,20 @@ class Engine:
         invocation = self.pool.invocation(name)
         start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
         return Asked(ids, name, len(ids) if start is None else start)
+
+    async def _constraint(self, form: Format) -> Constraint:
+        """Built beside the thread that generates, two at a time."""
+        from lora_ext.control import vocabulary_of
+
+        async with self._building:
+            if self._vocabulary is None:
+                size = self.model.get_output_embeddings().weight.shape[0]
+                ends = self.manager.generation_config.eos_token_id
+                async with self._encoding:
+                    self._vocabulary = await asyncio.to_thread(
+                        vocabulary_of, "begin", self.tokenizer, size, ends
+                    )
+            return await asyncio.to_thread(form.constraint, self._vocabulary)
 
     def _count(self, stream: RequestStream) -> None:
         self._streams.discard(stream)

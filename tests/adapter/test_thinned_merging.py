@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from made_adapters import SHAPES, Q, adapter, delta
+from peft.utils import merge_utils
 from torch import nn
 
 from lora_ext.adapter import LoraAdapter, merge_adapters
@@ -11,25 +12,42 @@ from lora_ext.adapter import LoraAdapter, merge_adapters
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize(("mode", "theirs"), [("ties", "ties_svd"), ("dare", "dare_linear_svd")])
-@pytest.mark.parametrize("density", [0.3, 1.0])
-def test_updates_are_pefts_with_the_same_seed(mode, theirs, density):
+def two_adapters():
+    """A PEFT model of two adapters, and these as values."""
     model = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 12))
     config = {"target_modules": ["0", "1"], "init_lora_weights": False}
     found = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=10, **config), "one")
     found.add_adapter("two", peft.LoraConfig(r=3, lora_alpha=2, **config))
-    values = [LoraAdapter.from_model(found, name) for name in ("one", "two")]
-    torch.manual_seed(7)
-    found.add_weighted_adapter(
-        ["one", "two"], [0.7, -1.5], "both", theirs, svd_rank=5, density=density
-    )
-    merged = merge_adapters(values, [0.7, -1.5], mode, 5, density=density, seed=7)
-    expected = LoraAdapter.from_model(found, "both")
+    return found, [LoraAdapter.from_model(found, name) for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_ties_is_pefts(density):
+    model, values = two_adapters()
+    weights, how = [0.7, -1.5], {"svd_rank": 5, "density": density}
+    model.add_weighted_adapter(["one", "two"], weights, "both", "ties_svd", **how)
+    merged = merge_adapters(values, weights, "ties", 5, density=density)
+    expected = LoraAdapter.from_model(model, "both")
     for name in ("0", "1"):
         assert merged.modules[name].a.shape[0] == 5
         wanted = delta(expected, name)
         # PEFT works in float32, and its singular vectors of nearly equal values with it.
         assert (delta(merged, name) - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_dare_draws_pefts_masks():
+    """PEFT draws from torch's generator, behind the values of the new adapter: its function is
+    called here."""
+    _, values = two_adapters()
+    weights = [0.7, -1.5]
+    merged = merge_adapters(values, weights, "dare", 12, density=0.3, seed=7)
+    torch.manual_seed(7)
+    for name in ("0", "1"):
+        updates = [delta(value, name).float() for value in values]
+        wanted = merge_utils.dare_linear(updates, torch.tensor(weights), 0.3).double()
+        u, s, vh = torch.linalg.svd(wanted, full_matrices=False)
+        nearest = u[:, :12] * s[:12] @ vh[:12]
+        assert (delta(merged, name) - nearest).norm() <= 1e-4 * nearest.norm()
 
 
 def update(rows):
