@@ -35,9 +35,7 @@ ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 def test_a_file_is_the_one_that_was_measured_with_or_refused(package: Path):
     assert material.path_of(material.File("some_package", "words.txt", "some", ABC)) == package
     other = material.File("some_package", "words.txt", "some", "0" * 64)
-    with pytest.raises(
-        ValueError, match=r"expected the SHA-256 0{12}\.\.\., found ba7816bf8f01"
-    ):
+    with pytest.raises(ValueError, match=r"expected the SHA-256 0{12}\.\.\., found ba7816bf8f01"):
         material.path_of(other)
     for module, path in (("some_package", "more.txt"), ("no_such_package", "words.txt")):
         with pytest.raises(ModuleNotFoundError, match="run `pip install --no-deps some`"):
