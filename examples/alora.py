@@ -1,7 +1,6 @@
 """Two activated adapters, trained and then asked over one text, which is read once for all.
 
-`python examples/alora.py`, a tiny random model, seconds on a CPU. Needs transformers.
-"""
+`python examples/alora.py`, a tiny random model, seconds on a CPU."""
 
 import os
 from typing import Any
@@ -10,12 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import torch
 from torch import Tensor
-from transformers import (
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_ext
 from lora_ext.adapter import LoraAdapter
@@ -43,7 +37,8 @@ def make_model() -> Any:
 
 def texts(count: int, tail: list[int]) -> Tensor:
     """Random texts with the same end."""
-    return torch.cat([torch.randint(9, VOCAB, (count, LENGTH)), torch.tensor([tail] * count)], 1)
+    ends = torch.tensor([tail] * count, dtype=torch.long)
+    return torch.cat([torch.randint(9, VOCAB, (count, LENGTH)), ends], 1)
 
 
 def train(model: Any, name: str, steps: int) -> LoraAdapter:
@@ -88,7 +83,7 @@ def main(steps: int = 60) -> dict[str, list[int]]:
         before = computed_tokens(manager)
         prompt = text + (ADAPTERS[name][0] if name else [])
         request = manager.add_request(prompt, adapter_name=name)
-        answers[name or "base"] = manager.get_result(request, timeout=60).generated_tokens
+        answers[name or "base"] = manager.get_result(request, timeout=600).generated_tokens
         count = computed_tokens(manager) - before
         print(f"{name or 'base':>4}: {answers[name or 'base']}, {count} tokens computed")
     manager.stop(block=True)

@@ -59,7 +59,7 @@ def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[
     """What a request alone is answered, and how many tokens were computed for it."""
     before = computed_tokens(manager)
     request = manager.add_request(prompt, adapter_name=name, **how)
-    result = manager.get_result(request_id=request, timeout=30)
+    result = manager.get_result(request_id=request, timeout=120)
     assert result is not None and result.error is None
     return result.generated_tokens, computed_tokens(manager) - before
 
