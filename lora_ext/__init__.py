@@ -12,7 +12,7 @@ _C = _loader.load()
 # them.
 from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
-from lora_ext.layers import LoraConfig, exact  # noqa: E402
+from lora_ext.layers import LoraConfig, chunked_loss, exact  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 from lora_ext.rows import adapters  # noqa: E402
 from lora_ext.serving import attach, detach  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "adapter",
     "adapters",
     "attach",
+    "chunked_loss",
     "circuits",
     "control",
     "detach",
