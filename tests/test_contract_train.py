@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
-from cases import Inputs, Shape
+from cases import Inputs, Shape, make_inputs, to_pages
 from cases_train import (
     DEEP,
     LARGE,
@@ -365,3 +365,24 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
             y.backward(i["dy"][:rows])
             results.append({"y": y.detach(), **{k: v.grad for k, v in leaves.items()}})
         same(results[1], results[0])
+
+
+# --- the same bits in training and in serving ----------------------------------------------------
+@pytest.mark.parametrize("ranks", [(4, 16, 1, 8), (64, 256), (300, 8)], ids=str)
+def test_a_rows_update_without_dropout_has_the_bits_of_a_pool(
+    backend: Backend, ranks: tuple[int, ...]
+) -> None:
+    if not backend.is_twin:
+        pytest.skip("the kernels of serving split sums by the number of rows: docs/exact.md")
+    for dtype in backend.dtypes():
+        i = make_inputs(Shape(70, 333, 41, ranks), dtype, seed=3)
+        ids, scale = i["adapter_ids"], i["scale"]
+        rest = ids, scale, i["ranks"]
+        trained = ops.lora_linear(i["x"], None, None, i["a"], i["b"], *rest)
+        pages = to_pages(i["a"], i["b"], i["ranks"], torch.Generator().manual_seed(1))
+        for rows in (slice(0, 70), slice(0, 1), slice(31, 32), slice(40, 47)):
+            x, own, y = i["x"][rows], ids[rows], torch.zeros_like(trained[rows])
+            ops.lora_apply_(y, x, *pages[:2], own, scale, i["ranks"], pages[2])
+            assert_same_bits(trained[rows], y, f"{dtype} {rows}: ")
+            again = ops.lora_linear(x, None, None, i["a"], i["b"], own, scale, i["ranks"])
+            assert_same_bits(again, y, f"{dtype} {rows}: ")
