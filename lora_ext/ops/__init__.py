@@ -1,6 +1,7 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
+from lora_ext.ops._registration import routed as routed
 from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
 from lora_ext.ops.circuit_decode import (
     CircuitSample,
