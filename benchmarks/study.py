@@ -1,48 +1,56 @@
-"""The harness of the methods' small reproductions, `benchmarks/<method>.py`.
+"""The frame of the methods' reproductions, `benchmarks/<method>.py`: rows, criteria, verdicts.
 
 A study is a module with
 
-    CLAIM = Claim(paper="...", claim="...", setup="...", seeds=3)
-    def measure(seeds: Sequence[int], quick: bool) -> Iterator[Row]    a Row is a dict with "seed"
-    def criteria(rows: Rows) -> list[Criterion]                        what --check applies
-    def verdict(rows: Rows) -> Verdict                                 for docs/reproduction.md
-    def show(rows: Rows) -> None                                       optional: prints its tables
-    def draw(rows: Rows, path: Path) -> None                           optional: --picture PATH
+    CLAIM = Claim(...)                                       what the paper says, and our advice
+    def settings(quick) -> Mapping[str, object]              optional: what its figures follow from
+    def arms(seeds, quick) -> Iterable[Row]                  optional: tasks, each with its "seed"
+    def measure(arm: Row, quick: bool, rows: Rows) -> Iterable[Row]
+                                                             of one arm; rows: of those before it
+    def criteria(rows: Rows) -> list[Criterion]              those of the headline decide
+    def figure(rows: Rows) -> str                            in words, with its interval
+    def panels(rows: Rows) -> Panels                         optional: its tables and its picture
 
     if __name__ == "__main__":
         sys.exit(study.run(sys.modules[__name__]))
 
-`measure` yields numbers and strings under names that it chooses; rows may differ in their columns,
-and "seed" names what a row was drawn from ("0+1" for a pair). The other functions get the rows as
-they come back from the csv file, so that a run and its file are judged alike: numbers of six
-digits, booleans as 0 and 1, "" where a row lacks a column.
+Without `arms` each seed is one. Rows are written arm by arm: a run that is cut goes on where it
+was, and one whose arms all have rows measures nothing. Every row has the hash of the settings, and
+rows of other settings are neither judged nor counted as done. Judged are the seeds of which every
+arm is there; as long as these are fewer than the claim asks for, there is no verdict.
 
-    python benchmarks/<method>.py        measures, prints, adds rows to results/<method>.csv
-        --check           exits with 1 where a criterion is not met
+    python benchmarks/<method>.py        measures what is missing, prints, adds to results/*.csv
+        --check           exits with 1 where a criterion of the headline is not met
         --seeds N         seeds 0 to N - 1, instead of as many as the claim has
         --quick           smallest sizes, shows only that it works: writes no rows without --out
-        --from-results    judges the last run of the csv file instead of measuring
-        --full            also measures what no criterion asks for, where a study has it
-        --out FOLDER      of the csv file          --picture PATH    draws the rows there
+        --from-results    judges what is there instead of measuring
+        --full            also measures what no criterion asks for, where a study has `more`
+        --out FOLDER      of the csv file          --picture PATH    draws the panels there
 
-Criteria and verdicts are written down before the run: neither seeds nor thresholds follow it.
+Criteria are written down before the run: neither seeds nor thresholds follow what comes out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import time
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import ROOT, append_rows, machine_columns
+from common import ROOT, machine_columns
 
 RESULTS = ROOT / "benchmarks" / "results"
 REPRODUCED, DIRECTION, NOT_REPRODUCED = "reproduced", "direction only", "not reproduced"
+NOT_RUN = "not run yet"
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -50,107 +58,301 @@ Rows = list[Row]
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and how it is tried here; one sentence each."""
+    """What a paper says, how it is tried here, and what a user should make of it.
+
+    Attributes:
+        headline: the criterion that decides, in a few words.
+        use, avoid: when to use the method, and when not.
+        earlier: what came out under the protocol before this one, with its verdict.
+    """
 
     paper: str
     claim: str
     setup: str
+    headline: str
+    use: str
+    avoid: str
     seeds: int = 3
+    earlier: str = ""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A condition on the rows."""
+    """A condition on the rows.
+
+    Attributes:
+        passed: None where it could not be measured, such as seconds on a busy machine.
+        headline: whether the verdict follows from it.
+        points: whether the effect has the sign that the paper says; where it passed, it has.
+    """
 
     name: str
     asked: str
     found: str
-    passed: bool
+    passed: bool | None
+    headline: bool = False
+    points: bool = False
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Our figure over the seeds, in words, and REPRODUCED, DIRECTION or NOT_REPRODUCED."""
+class Interval:
+    """A figure and its 95 % interval."""
 
+    middle: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        middle, low, high = (format(x, spec) for x in (self.middle, self.low, self.high))
+        return f"{middle} [{low}, {high}]"
+
+
+Panels = Mapping[str, Mapping[str, Interval]]  # by title, by label
+
+
+def interval(
+    values: Sequence[float] | Sequence[Sequence[float]],
+    statistic: Callable[[Sequence[float]], float] = statistics.fmean,
+    draws: int = 4000,
+) -> Interval:
+    """A figure with its 95 % percentile interval by bootstrap, from a fixed seed.
+
+    Args:
+        values: one a seed; or several a seed, such as one a device: then seeds are drawn with
+            replacement, and in each of them its values.
+        statistic: of one value a seed; several of a seed count as their mean.
+    """
+    groups = [list(v) if isinstance(v, Sequence) else [v] for v in values]
+    rng = random.Random(0)
+
+    def once() -> float:
+        chosen = rng.choices(groups, k=len(groups))
+        return statistic([statistics.fmean(rng.choices(g, k=len(g))) for g in chosen])
+
+    found = sorted(once() for _ in range(draws))
+    middle = statistic([statistics.fmean(group) for group in groups])
+    return Interval(middle, found[round(0.025 * (draws - 1))], found[round(0.975 * (draws - 1))])
+
+
+# -------------------------------------------------------------------------------------------------
+# Judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the rows say: figure, criteria and verdict, with the seeds that they are of."""
+
+    seeds: tuple[int, ...]
     figure: str
+    criteria: list[Criterion]
     word: str
 
-    def __post_init__(self) -> None:
-        words = REPRODUCED, DIRECTION, NOT_REPRODUCED
-        if self.word not in words:
-            raise ValueError(f"Verdict: word: expected one of {words}, found {self.word!r}")
+
+def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
+    """The verdict from the criteria of the headline alone, once all seeds are there."""
+    seeds = whole_seeds(study, rows, quick)
+    if not seeds:
+        return Judged((), "", [], NOT_RUN)
+    rows = [row for row in rows if _seeds_of(row) <= set(seeds)]
+    criteria = study.criteria(rows)
+    head = [criterion for criterion in criteria if criterion.headline]
+    if not head:
+        raise ValueError(f"{study.__name__}: criteria: expected one of the headline, found none")
+    if len(seeds) < study.CLAIM.seeds or any(c.passed is None for c in head):
+        word = NOT_RUN
+    elif all(c.passed for c in head):
+        word = REPRODUCED
+    else:
+        word = DIRECTION if all(c.passed or c.points for c in head) else NOT_REPRODUCED
+    return Judged(seeds, study.figure(rows), criteria, word)
+
+
+def whole_seeds(study: ModuleType, rows: Rows, quick: bool = False) -> tuple[int, ...]:
+    """The seeds of the claim, from 0 on, of which every arm has rows."""
+    found: list[int] = []
+    for seed in range(study.CLAIM.seeds):
+        if missing(arms_of(study, range(seed + 1), quick), rows):
+            break
+        found.append(seed)
+    return tuple(found)
+
+
+def arms_of(study: ModuleType, seeds: Sequence[int], quick: bool) -> list[Row]:
+    """The tasks of a study."""
+    each = getattr(study, "arms", lambda seeds, quick: [{"seed": seed} for seed in seeds])
+    return list(each(seeds, quick))
+
+
+def missing(arms: Sequence[Row], rows: Rows) -> list[Row]:
+    """Arms without rows."""
+    return [arm for arm in arms if not _has(rows, arm)]
+
+
+def _has(rows: Rows, arm: Row) -> bool:
+    return any(all(_same(row.get(k, ""), value) for k, value in arm.items()) for row in rows)
+
+
+def _same(found: object, asked: object) -> bool:
+    return found == (_number(asked) if isinstance(asked, str) else asked)
+
+
+def _seeds_of(row: Row) -> set[int]:
+    return {int(seed) for seed in str(row["seed"]).split("+")}  # "0+1" is of a pair
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Store:
+    """The rows of a study in its csv file, of one kind of settings."""
+
+    def __init__(self, path: Path, settings: str):
+        self.path, self.settings = path, settings
+
+    @classmethod
+    def of(cls, path: Path, study: ModuleType, quick: bool) -> Store:
+        """Of the settings that a study has now."""
+        given = getattr(study, "settings", lambda quick: {})(quick)
+        text = json.dumps({"quick": quick, **given}, sort_keys=True, default=str)
+        return cls(path, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
+
+    @classmethod
+    def of_last(cls, path: Path) -> Store:
+        """Of the settings of the last row, where those of now cannot be known."""
+        rows = cls(path, "")._all()
+        return cls(path, rows[-1]["settings"] if rows else "")
+
+    def rows(self) -> Rows:
+        """Those of these settings."""
+        return [_parsed(row) for row in self._all() if row.get("settings") == self.settings]
+
+    def others(self) -> int:
+        """How many there are of other settings."""
+        return len(self._all()) - len(self.rows())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Write rows beside those that are there; a process that dies leaves the old file."""
+        first = {**machine_columns(), "settings": self.settings}
+        new = [{**first, **{k: _text(v) for k, v in row.items()}} for row in rows]
+        rows_ = [*self._all(), *new]
+        columns = list(dict.fromkeys(name for row in rows_ for name in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", newline="", dir=self.path.parent, suffix=".part", delete=False
+        ) as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows_)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.path)
+
+    def _all(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args: Any) -> None:
+    """Run the arms that have no rows, and write each one's as they come."""
+    from tqdm import tqdm
+
+    arms = arms_of(study, seeds, args.quick)
+    if getattr(args, "full", False):
+        arms += study.more(seeds, args.quick)
+    rows = store.rows()
+    left = missing(arms, rows)
+    if store.others():
+        print(f"{store.path}: {store.others()} rows of other settings stay apart")
+    done = len(arms) - len(left)
+    with tqdm(total=len(arms), initial=done, unit="arm", disable=None) as bar:
+        for arm in left:
+            bar.set_description(" ".join(str(value) for value in arm.values()))
+            store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
+            bar.update()
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
 
 
 def run(study: ModuleType, arguments: list[str] | None = None) -> int:
     """The command line of a study; returns its exit status."""
+    args = _arguments(study, arguments)
     name = Path(str(study.__file__)).stem
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.out or (Path(scratch) if args.quick else RESULTS)
+        store = Store.of(folder / f"{name}.csv", study, args.quick)
+        if not args.from_results:
+            measure_missing(study, store, range(args.seeds), args)
+        rows = store.rows()
+    if not rows:
+        raise SystemExit(
+            f"{store.path}: expected rows of settings {store.settings}, found {store.others()} of "
+            f"others; `python benchmarks/{name}.py` measures them"
+        )
+    panels = study.panels(rows) if hasattr(study, "panels") else {}
+    for title, each in panels.items():
+        print(f"\n{title}")
+        print(markdown(("", "[95 %]"), [(k, f"{value:.3g}") for k, value in each.items()]))
+    judged = judge(study, rows, args.quick)
+    print(criteria_table(judged.criteria))
+    print(f"\n{judged.word}, {len(judged.seeds)} of {study.CLAIM.seeds} seeds: {judged.figure}")
+    if args.picture:
+        draw_panels(panels, args.picture)
+    return int(args.check and not all(c.passed for c in judged.criteria if c.headline))
+
+
+def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(study.__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a criterion fails")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the headline fails")
     parser.add_argument("--seeds", type=int, default=study.CLAIM.seeds, metavar="N")
     parser.add_argument("--quick", action="store_true", help="shows only that it works")
-    if hasattr(study, "measure_full"):
+    if hasattr(study, "more"):
         parser.add_argument("--full", action="store_true", help="also what no criterion asks for")
-    parser.add_argument("--from-results", action="store_true", help="judge the last run instead")
+    parser.add_argument("--from-results", action="store_true", help="judge what is there instead")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
-    parser.add_argument("--picture", type=Path, help="draw the rows here")
+    parser.add_argument("--picture", type=Path, help="draw the panels here")
     args = parser.parse_args(arguments)
     if args.seeds < 1:
         parser.error(f"--seeds: expected at least 1, found {args.seeds}")
-    if args.picture and not hasattr(study, "draw"):
-        parser.error(f"--picture: {name} draws none")
-    path = (args.out or RESULTS) / f"{name}.csv"
-    if args.from_results:
-        rows = last_run(path)
-    else:
-        start = time.perf_counter()
-        full = getattr(args, "full", False)
-        measure = study.measure_full if full else study.measure
-        written = as_text(measure(range(args.seeds), args.quick))
-        print(
-            f"{time.perf_counter() - start:.0f} s, seeds {', '.join(map(str, range(args.seeds)))}"
-        )
-        if args.out or not args.quick:
-            append_rows(path, [{**machine_columns(), **row} for row in written])
-        rows = [_parsed(row) for row in written]
-    if hasattr(study, "show"):
-        study.show(rows)
-    found = study.criteria(rows)
-    print(criteria_table(found))
-    verdict = study.verdict(rows)
-    print(f"\n{verdict.word}: {verdict.figure}")
-    if args.picture:
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        study.draw(rows, args.picture)
-    return int(args.check and not all(c.passed for c in found))
+    if args.picture and not hasattr(study, "panels"):
+        parser.error(f"--picture: {Path(str(study.__file__)).stem} draws none")
+    return args
 
 
-def last_run(path: Path) -> Rows:
-    """Rows of the last run in a csv file; one process writes one date.
+def draw_panels(panels: Panels, path: Path) -> None:
+    """A point with its interval for every label, a panel for every title."""
+    import matplotlib
 
-    Raises:
-        SystemExit: there is none.
-    """
-    if not path.exists():
-        raise SystemExit(f"{path}: expected rows of an earlier run, found no file")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise SystemExit(f"{path}: expected rows of an earlier run, found none")
-    return [_parsed(row) for row in rows if row["date"] == rows[-1]["date"]]
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-
-def as_text(rows: Iterable[Row]) -> list[dict[str, str]]:
-    """Rows as the file has them, all with the same columns."""
-    rows = list(rows)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    if not rows or any("seed" not in row for row in rows):
-        raise ValueError("measure: expected rows, each with a seed")
-    return [{name: _text(row.get(name, "")) for name in columns} for row in rows]
+    count, tallest = max(1, len(panels)), max(map(len, panels.values()), default=1)
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(4.4 * count, 1.2 + 0.34 * tallest), layout="constrained", squeeze=False
+    )
+    for axis, (title, each) in zip(axes[0], panels.items(), strict=False):
+        for place, found in enumerate(each.values()):
+            axis.plot([found.low, found.high], [place, place], color="0.45", lw=2)
+            axis.plot(found.middle, place, "o", color="#0072B2")
+        axis.set_yticks(range(len(each)), list(each))
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def criteria_table(criteria: Sequence[Criterion]) -> str:
     """Markdown."""
-    cells = [(c.name, c.asked, c.found, "yes" if c.passed else "**no**") for c in criteria]
+    met = {True: "yes", False: "**no**", None: "left for a quiet machine"}
+    cells = [
+        (c.name + (" (headline)" if c.headline else ""), c.asked, c.found, met[c.passed])
+        for c in criteria
+    ]
     return markdown(("criterion", "asked", "found", "met"), cells)
 
 
@@ -165,16 +367,21 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def mean(rows: Iterable[Row], column: str, **where: object) -> float:
-    """Of a column over the rows with these values.
+def column(rows: Iterable[Row], name: str, **where: object) -> list[Any]:
+    """A column over the rows with these values.
 
     Raises:
         ValueError: no row has them.
     """
-    found = [row[column] for row in rows if all(row[k] == v for k, v in where.items())]
+    found = [row[name] for row in rows if all(row.get(k, "") == v for k, v in where.items())]
     if not found:
-        raise ValueError(f"mean: expected rows with {where}, found none")
-    return sum(found) / len(found)
+        raise ValueError(f"column: expected rows with {where}, found none")
+    return found
+
+
+def mean(rows: Iterable[Row], name: str, **where: object) -> float:
+    """Of a column over the rows with these values; ValueError where no row has them."""
+    return statistics.fmean(column(rows, name, **where))
 
 
 def _text(value: object) -> str:
@@ -184,7 +391,8 @@ def _text(value: object) -> str:
 
 
 def _parsed(row: dict[str, str]) -> Row:
-    return {name: text if name == "revision" else _number(text) for name, text in row.items()}
+    kept = ("revision", "settings")
+    return {name: text if name in kept else _number(text) for name, text in row.items()}
 
 
 def _number(text: str) -> int | float | str:

@@ -1,8 +1,9 @@
-"""The harness of the small reproductions: rows, criteria, exit status, the same from its file."""
+"""The frame of the reproductions: arms, rows, intervals, criteria, verdicts, exit status."""
 
 from __future__ import annotations
 
 import csv
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study
-from study import Claim, Criterion, Verdict
+from study import Claim, Criterion, Interval
 
 
 @pytest.fixture
@@ -22,22 +23,31 @@ def coin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module = ModuleType("coin")
     module.__doc__ = "A coin."
     module.__file__ = "benchmarks/coin.py"
+    module.asked = []
+    module.sides = 2
 
-    def measure(seeds, quick):
-        for seed in seeds:
-            yield {"seed": seed, "kind": "flip", "heads": seed < 2, "share": 1 / 3}
-        yield {"seed": "0+1", "kind": "pair", "quick": quick}
+    def arms(seeds, quick):
+        return [{"seed": seed, "side": side} for seed in seeds for side in ("obverse", "reverse")]
+
+    def measure(arm, quick, rows):
+        if len(module.asked) == getattr(module, "cut", 100):
+            raise KeyboardInterrupt
+        module.asked.append((arm["seed"], arm["side"], len(rows)))
+        extra = {"quick": True} if quick else {}
+        yield {"heads": arm["seed"] < 2, "share": 1 / 3, **extra}
 
     def criteria(rows):
-        share = study.mean(rows, "heads", kind="flip")
-        return [Criterion("heads", "all", f"{share:.2f}", share == 1)]
+        share = study.mean(rows, "heads")
+        return [
+            Criterion("heads", "all", f"{share:.2f}", share == 1, True, share > 0.5),
+            Criterion("weight", "light", "heavy", False),
+        ]
 
-    def verdict(rows):
-        share = study.mean(rows, "share", kind="flip")
-        return Verdict(f"{share} over {len(rows)} rows", study.DIRECTION)
-
-    module.CLAIM = Claim("a paper", "coins fall on heads", "a coin", seeds=2)
-    module.measure, module.criteria, module.verdict = measure, criteria, verdict
+    module.CLAIM = Claim("a paper", "coins fall.", "a coin", "heads", "you toss", "you do not", 2)
+    module.settings = lambda quick: {"sides": module.sides}
+    module.arms, module.measure, module.criteria = arms, measure, criteria
+    module.figure = lambda rows: f"{study.mean(rows, 'share'):g} over {len(rows)} rows"
+    module.panels = lambda rows: {"coins": {"share": study.interval([r["share"] for r in rows])}}
     return module
 
 
@@ -46,81 +56,111 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_criteria_are_printed_and_decide_the_status_only_where_asked(coin, capsys):
-    assert study.run(coin, ["--check"]) == 0
-    assert study.run(coin, ["--seeds", "3"]) == 0
-    assert study.run(coin, ["--seeds", "3", "--check"]) == 1
+def claimed(module: ModuleType, seeds: int) -> None:
+    module.CLAIM = Claim("a paper", "coins fall.", "a coin", "heads", "you toss", "not", seeds)
+
+
+def test_the_headline_alone_decides_verdict_and_status(coin, capsys):
+    assert study.run(coin, ["--check"]) == 0  # the other criterion fails
+    assert "reproduced, 2 of 2 seeds: 0.333333 over 4 rows" in capsys.readouterr().out
+    claimed(coin, 3)
+    assert study.run(coin, ["--check"]) == 1
     printed = capsys.readouterr().out
-    assert "| heads     | all   | 1.00  | yes |" in printed
-    assert "| heads     | all   | 0.67  | **no** |" in printed
-
-
-def test_rows_say_where_they_come_from_and_have_all_columns(coin, tmp_path):
+    assert "| heads (headline) | all   | 0.67  | **no** |" in printed
+    assert "direction only, 3 of 3 seeds" in printed
+    claimed(coin, 5)
     study.run(coin, [])
-    first, second, pair = rows_of(tmp_path / "coin.csv")
+    assert "not reproduced, 5 of 5 seeds" in capsys.readouterr().out
+
+
+def test_a_run_that_was_cut_goes_on_and_has_no_verdict_until_it_is_whole(coin, capsys, tmp_path):
+    coin.cut = 3
+    with pytest.raises(KeyboardInterrupt):
+        study.run(coin, [])
+    assert len(rows_of(tmp_path / "coin.csv")) == 3
+    study.run(coin, ["--from-results"])
+    assert "not run yet, 1 of 2 seeds: 0.333333 over 2 rows" in capsys.readouterr().out
+    coin.cut = 100
+    study.run(coin, [])
+    assert coin.asked == [
+        (0, "obverse", 0),
+        (0, "reverse", 1),
+        (1, "obverse", 2),
+        (1, "reverse", 3),
+    ]
+    assert study.run(coin, ["--check"]) == 0 and len(coin.asked) == 4  # nothing was missing
+
+
+def test_rows_of_other_settings_stay_apart(coin, capsys, tmp_path):
+    study.run(coin, [])
+    coin.sides = 3
+    with pytest.raises(SystemExit, match=r"expected rows of settings \w+, found 4 of others"):
+        study.run(coin, ["--from-results"])
+    study.run(coin, [])
+    assert "4 rows of other settings stay apart" in capsys.readouterr().out
+    assert len(coin.asked) == 8 and len(rows_of(tmp_path / "coin.csv")) == 8
+    study.run(coin, ["--from-results"])
+    assert "over 4 rows" in capsys.readouterr().out
+
+
+def test_rows_say_where_they_come_from_and_may_have_other_columns(coin, tmp_path):
+    study.run(coin, ["--seeds", "1"])
+    first = rows_of(tmp_path / "coin.csv")[0]
     assert first["date"] and first["device"] and first["torch"] and "revision" in first
-    assert (first["seed"], first["heads"], first["share"], first["quick"]) == (
-        "0",
-        "1",
-        "0.333333",
-        "",
-    )
-    assert second["seed"] == "1" and (pair["seed"], pair["quick"]) == ("0+1", "0")
+    assert (first["seed"], first["heads"], first["share"]) == ("0", "1", "0.333333")
+    study.run(coin, ["--quick", "--seeds", "1"])
+    assert len(rows_of(tmp_path / "coin.csv")) == 2  # quick runs leave nothing here
+    study.run(coin, ["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    old, new = rows_of(tmp_path / "coin.csv")[0::3]
+    assert (old["quick"], new["quick"]) == ("", "1")
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_file_is_judged_as_the_run_was(coin, capsys, monkeypatch, tmp_path):
-    study.run(coin, ["--seeds", "3"])
-    of_the_run = capsys.readouterr().out.split("\n", 1)[1]
-    with monkeypatch.context() as patch:
-        patch.setattr(coin, "measure", None)
-        assert study.run(coin, ["--from-results", "--check"]) == 1
-    assert capsys.readouterr().out == of_the_run
-    lines = (tmp_path / "coin.csv").read_text().splitlines()
-    earlier = [line.replace(lines[1].partition(",")[0], "2000-01-01") for line in lines[1:]]
-    (tmp_path / "coin.csv").write_text("\n".join([lines[0], *earlier, *lines[1:]]))
-    assert len(study.last_run(tmp_path / "coin.csv")) == 4  # of the last date alone
+def test_what_could_not_be_measured_leaves_the_verdict_open(coin):
+    study.run(coin, [])
+    rows = study.Store.of(study.RESULTS / "coin.csv", coin, quick=False).rows()
+    coin.criteria = lambda rows: [Criterion("seconds", "few", "busy", None, True)]
+    judged = study.judge(coin, rows)
+    assert judged.word == study.NOT_RUN
+    assert "left for a quiet machine" in study.criteria_table(judged.criteria)
+    coin.criteria = lambda rows: [Criterion("seconds", "few", "busy", True)]
+    with pytest.raises(ValueError, match="expected one of the headline"):
+        study.judge(coin, rows)
+
+
+def test_an_interval_holds_the_figure_and_knows_groups():
+    found = study.interval([1.0, 2.0, 3.0, 4.0])
+    # Of 256 equally likely draws of four, 2.5 % of the means are at most 1.25 or 1.5.
+    assert found.middle == 2.5 and 1.25 <= found.low <= 1.5 and 3.5 <= found.high <= 3.75
+    assert f"{found:.1f}" == f"2.5 [{found.low:.1f}, {found.high:.1f}]"
+    assert study.interval([2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
+    assert study.interval([1.0, 2.0, 9.0], statistics.median).middle == 2.0
+    # Groups of one seed: their mean is the figure, and draws within them widen the interval.
+    grouped = study.interval([[0.0, 2.0], [1.0, 3.0]])
+    assert grouped.middle == 1.5 and grouped.low < study.interval([1.0, 2.0]).low
 
 
 def test_a_revision_that_looks_like_a_number_stays_what_it_is(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text("date,revision,share\n2026-11-26,067e688,0.5\n")
-    (row,) = study.last_run(path)
-    assert (row["revision"], row["share"]) == ("067e688", 0.5)
+    path.write_text("date,revision,settings,share\n2026-11-26,067e688,12345678,0.5\n")
+    (row,) = study.Store.of_last(path).rows()
+    assert (row["revision"], row["settings"], row["share"]) == ("067e688", "12345678", 0.5)
 
 
-def test_a_quick_run_leaves_no_rows_unless_a_folder_is_given(coin, tmp_path):
-    study.run(coin, ["--quick"])
-    assert not (tmp_path / "coin.csv").exists()
-    study.run(coin, ["--quick", "--out", str(tmp_path / "other")])
-    assert rows_of(tmp_path / "other" / "coin.csv")[-1]["quick"] == "1"
-
-
-def test_what_makes_no_sense_is_named(coin, capsys, tmp_path):
-    with pytest.raises(SystemExit, match=r"coin\.csv: expected rows of an earlier run"):
-        study.run(coin, ["--from-results"])
-    for arguments, text in (
-        (["--seeds", "0"], "at least 1, found 0"),
-        (["--picture", "a"], "none"),
-    ):
+def test_what_makes_no_sense_is_named(coin, capsys):
+    for arguments, text in ((["--seeds", "0"], "at least 1, found 0"), (["--full"], "--full")):
         with pytest.raises(SystemExit):
             study.run(coin, arguments)
         assert text in capsys.readouterr().err
-    with pytest.raises(ValueError, match="found 'perhaps'"):
-        Verdict("", "perhaps")
-    with pytest.raises(ValueError, match="each with a seed"):
-        study.as_text([{"share": 1}])
+    del coin.panels
+    with pytest.raises(SystemExit):
+        study.run(coin, ["--picture", "a"])
+    assert "coin draws none" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'kind': 'none'"):
         study.mean([{"kind": "flip", "share": 1}], "share", kind="none")
 
 
 def test_a_study_may_measure_more_than_is_judged(coin, tmp_path):
-    with pytest.raises(SystemExit):
-        study.run(coin, ["--full"])  # this one has nothing more
-    coin.measure_full = lambda seeds, quick: [
-        *coin.measure(seeds, quick),
-        {"seed": 0, "kind": "edge"},
-    ]
-    study.run(coin, [])
-    study.run(coin, ["--full", "--out", str(tmp_path / "full")])
-    assert [row["kind"] for row in rows_of(tmp_path / "coin.csv")] == ["flip", "flip", "pair"]
-    assert rows_of(tmp_path / "full" / "coin.csv")[-1]["kind"] == "edge"
+    coin.more = lambda seeds, quick: [{"seed": 0, "side": "edge"}]
+    study.run(coin, ["--full"])
+    assert rows_of(tmp_path / "coin.csv")[-1]["side"] == "edge"

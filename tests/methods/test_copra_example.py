@@ -1,4 +1,4 @@
-"""examples/copra.py with its smallest sizes; the pictures that it draws; the small reproduction."""
+"""examples/copra.py with its smallest sizes; the pictures that it draws."""
 
 from __future__ import annotations
 
@@ -28,22 +28,6 @@ def test_two_adapters_are_trained_merged_pruned_and_served(tmp_path, monkeypatch
     for name in ("base", "pirate", "telegram", "merged, factors", "merged", "merged, pruned"):
         assert f"│ {name} " in printed
     assert (tmp_path / "merged-pruned" / "adapter_model.safetensors").is_file()
-
-
-def test_the_reproduction_measures_judges_and_draws(tmp_path, monkeypatch, capsys):
-    benchmark = load_script(monkeypatch, "benchmarks", "copra")
-    arguments = ["--quick", "--seeds", "2", "--out", str(tmp_path)]
-    picture = tmp_path / "copra.png"
-    assert benchmark.study.run(benchmark, [*arguments, "--picture", str(picture)]) == 0
-    assert picture.stat().st_size > 10_000
-    rows = benchmark.study.last_run(tmp_path / "copra.csv")
-    parts = [row["part"] for row in rows]
-    counts = {"base": 1, "seed": 4, "pair": 4, "step": 6, "coalitions": 2}
-    assert {part: parts.count(part) for part in counts} == counts
-    assert {row["seed"] for row in rows if row["part"] == "pair"} == {"0+1"}
-    assert len(benchmark.criteria(rows)) == 8
-    assert all(row["error"] <= 1e-5 for row in rows if row["part"] == "coalitions")
-    assert "16 coalitions" in capsys.readouterr().out
 
 
 def test_shapley_values_are_bars_and_a_line_is_drawn_with_that_between_its_ends(monkeypatch):

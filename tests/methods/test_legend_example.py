@@ -1,8 +1,7 @@
-"""examples/legend.py and the small reproduction with their smallest sizes; the pictures."""
+"""examples/legend.py with its smallest sizes; the pictures."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,48 +26,6 @@ def test_devices_train_report_and_are_drawn(tmp_path: Path, monkeypatch, capsys)
         (11, "f 1.80 s, mu 0.50 s, k 2, 2.91 s"),
     ):
         assert f"device {device:2}: {figures}" in printed
-
-
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_the_reproduction_measures_judges_and_draws(tmp_path: Path, monkeypatch, capsys):
-    benchmark = load_script(monkeypatch, "benchmarks", "legend")
-    arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
-    picture = tmp_path / "legend.png"
-    assert benchmark.study.run(benchmark, [*arguments, "--picture", str(picture)]) == 0
-    assert picture.stat().st_size > 10_000
-    rows = benchmark.study.last_run(tmp_path / "legend.csv")
-    assert [(row["method"], row["partition"]) for row in rows] == [
-        (method, partition) for method in benchmark.METHODS for partition in benchmark.PARTITIONS
-    ]
-    uniform, ours = rows[0], rows[len(benchmark.PARTITIONS)]
-    assert (uniform["speedup"], uniform["saved"]) == (1, 0)
-    assert ours["seconds"] < uniform["seconds"]
-    assert ours["waiting"] < ours["waiting_uniform"] == uniform["waiting"]
-    assert len(benchmark.criteria(rows)) == 4
-    assert "three classes a device" in benchmark.verdict(rows).figure
-    assert "dirichlet 0.3, median of 1 seeds" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_other_methods_are_measured_beside_it(tmp_path: Path, monkeypatch, capsys):
-    folder = Path(__file__).parents[2] / "benchmarks"
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # its own legend.py comes first
-    full = load_script(monkeypatch, "benchmarks", "legend_full")
-    kept = (
-        "legend, ranks 6 to 1",
-        "depth as count",
-        "HetLoRA, ranks 4, 2, 1",
-        "fast devices alone",
-    )
-    monkeypatch.setattr(full, "OTHERS", {name: full.OTHERS[name] for name in kept})
-    assert full.study.run(full, ["--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
-    rows = full.study.last_run(tmp_path / "legend_full.csv")
-    assert [row["method"] for row in rows[::2]] == ["uniform", "legend", *kept]
-    by_method = {row["method"]: row for row in rows}
-    assert by_method["fast devices alone"]["waiting"] == 0
-    assert by_method["HetLoRA, ranks 4, 2, 1"]["bytes"] < by_method["uniform"]["bytes"]
-    assert by_method["depth as count"]["bytes"] > by_method["legend"]["bytes"]  # all go down
-    assert "as many layers drawn at random" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(bool(MISSING + WITHOUT_FLOWER), reason=f"not installed: {MISSING}, flwr?")

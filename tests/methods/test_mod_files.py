@@ -10,7 +10,7 @@ import pytest
 import torch
 from methods.mod_models import IDS, make, shake
 from safetensors.torch import load_file, save_file
-from scripts import load_script, missing, run_quickly
+from scripts import missing, run_quickly
 from torch import Tensor
 
 from lora_ext.methods import mod
@@ -150,17 +150,3 @@ def test_the_example_trains_three_ways_and_draws(tmp_path: Path, monkeypatch: An
     printed = capsys.readouterr().out
     for arm in ("untuned", "LoRA", "LoRA + MoD", "MoD alone"):
         assert f"│ {arm} " in printed
-
-
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_the_reproduction_measures_and_judges(tmp_path: Path, monkeypatch: Any, capsys: Any):
-    benchmark = load_script(monkeypatch, "benchmarks", "mod")
-    arguments = ["--quick", "--seeds", "2", "--out", str(tmp_path)]
-    assert benchmark.study.run(benchmark, arguments) == 0
-    rows = benchmark.study.last_run(tmp_path / "mod.csv")
-    parts = [row["part"] for row in rows]
-    assert {p: parts.count(p) for p in parts} == {"identity": 2, "memory": 1, "arm": 12}
-    found = {criterion.name: criterion.passed for criterion in benchmark.criteria(rows)}
-    assert len(found) == 8 and found["mixing before the head is mixing logits"]
-    assert found["MoD alone: of LoRA's parameters"]
-    assert "their weights" in capsys.readouterr().out

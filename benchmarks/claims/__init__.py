@@ -1,0 +1,1 @@
+"""Pretrained models and texts of the reproductions, out of installed packages."""

@@ -1,0 +1,142 @@
+"""SmolLM2, and what studies do with it: rows of text, training, the loss on texts that it has not
+seen. Quick, it is a tiny Llama from nothing that reads bytes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import material
+
+KINDS = ("python", "packages")  # the standard library's source; Debian's packages, a line each
+
+
+class Bytes:
+    """A tokenizer of a token a byte, with what studies ask of one of transformers."""
+
+    pad_token_id = eos_token_id = 256
+    eos_token, pad_token, padding_side, vocab_size = "\0", "\0", "right", 257
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        """``input_ids``."""
+        from transformers import BatchEncoding
+
+        return BatchEncoding({"input_ids": list(text.encode())})
+
+    def decode(self, ids: Iterable[int], **_: Any) -> str:
+        """Text."""
+        return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Language:
+    """A base model, frozen, its tokenizer, and what the rows' settings say of it."""
+
+    base: Any
+    tokenizer: Any
+    hash: str
+
+    def copy(self) -> Any:
+        """The base model anew."""
+        return copy.deepcopy(self.base)
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text, without any that a template would add."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@functools.cache
+def load(quick: bool) -> Language:
+    """SmolLM2-135M-Instruct in float32; quick, the tiny one."""
+    if not quick:
+        model, tokenizer = material.smollm2()
+        return Language(model.requires_grad_(False), tokenizer, material.SMOLLM2.sha256[:12])
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=257,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=256,
+        )
+        model = LlamaForCausalLM(config)
+    return Language(model.eval().requires_grad_(False), Bytes(), "quick")
+
+
+@functools.cache
+def rows_of(kind: str, count: int, length: int, quick: bool) -> Tensor:
+    """``(count, length)`` tokens of a kind of text, each row from another place, in an order of
+    chance that is always the same."""
+    language = load(quick)
+    texts = _python() if kind == "python" else _packages(quick)
+    random.Random(0).shuffle(texts)
+    rows: list[list[int]] = []
+    for text in texts:
+        ids = language.ids(text[: 20 * length])
+        if len(ids) >= length:
+            rows.append(ids[:length])
+        if len(rows) == count:
+            return torch.tensor(rows)
+    raise RuntimeError(f"{kind}: expected {count} texts of {length} tokens, found {len(rows)}")
+
+
+def _python() -> list[str]:
+    """Files of the standard library, each from a function in it on."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts: list[str] = []
+    for path in sorted(folder.glob("*.py")):
+        text = path.read_text(errors="ignore")
+        texts += [f"def {part}" for part in text.split("\ndef ")[1:]]
+    return texts
+
+
+def _packages(quick: bool) -> list[str]:
+    """Lines about packages, six to a text; quick, the same line."""
+    if quick:
+        return ["games: a game of chance for two or more players\n" * 20] * 100
+    found, names, _ = material.sections(20, 150)
+    lines = [f"{names[place]}: {text}\n" for text, place in found]
+    return ["".join(lines[i : i + 6]) for i in range(0, len(lines), 6)]
+
+
+def train(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    groups: Sequence[dict[str, Any]],
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """AdamW without decay, a step a batch, on groups of parameters with their rates."""
+    model.train()
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        tick()
+    model.eval()
+
+
+@torch.no_grad()
+def loss_of(model: Any, rows: Tensor, batch: int = 8) -> float:
+    """Mean cross entropy in nats a token; of MoD that of the mixture, without what it adds."""
+    total = 0.0
+    for part in rows.split(batch):
+        out = model(input_ids=part, labels=part, use_cache=False)
+        loss = out.loss if getattr(out, "ce_loss", None) is None else out.ce_loss
+        total += len(part) * loss.item()
+    return total / len(rows)

@@ -1,0 +1,103 @@
+"""What the reproductions read: packages that lack or differ, Debian's texts, both small models."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the models are transformers'")
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from claims import language, material, section_texts
+from federated_digits import federate, shared_state
+
+from lora_ext.federated import LayerPlan
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package with one file."""
+    folder = tmp_path / "some_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AssertionError('nobody imports it')")
+    (folder / "words.txt").write_text("abc")
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder / "words.txt"
+
+
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_is_the_one_that_was_measured_with_or_refused(package: Path):
+    assert material.path_of(material.File("some_package", "words.txt", "some", ABC)) == package
+    other = material.File("some_package", "words.txt", "some", "0" * 64)
+    with pytest.raises(
+        ValueError, match=r"expected the SHA-256 0{12}\.\.\., found ba7816bf8f01"
+    ):
+        material.path_of(other)
+    for module, path in (("some_package", "more.txt"), ("no_such_package", "words.txt")):
+        with pytest.raises(ModuleNotFoundError, match="run `pip install --no-deps some`"):
+            material.path_of(material.File(module, path, "some", ABC))
+
+
+LISTS = "\n\n".join(
+    f"Package: {section}-{i}\nSource: {section}{i // 2} (1.0)\nSection: contrib/{section}\n"
+    f"Description: text {section} {i // 4}\n more"
+    for section, count in (("games", 40), ("net", 32), ("rare", 2))
+    for i in range(count)
+)
+
+
+def test_texts_are_of_the_largest_sections_one_a_source_and_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(material, "_available", lambda: LISTS)
+    material.sections.cache_clear()
+    texts, names, found = material.sections(2, 8)
+    assert names == ["games", "net"] and len(found) == 12
+    assert len(texts) == len(set(texts)) == 16  # of 16 net texts that two sources have each, 8
+    assert all(text.startswith(f"text {names[place]} ") for text, place in texts)
+    with pytest.raises(RuntimeError, match="run `apt-get update`"):
+        material.sections(2, 9)
+    material.sections.cache_clear()
+
+
+def test_the_classifier_is_the_encoder_and_padding_changes_nothing():
+    own = section_texts.load(quick=True)
+    world = section_texts.make_world(0, section_texts.QUICK, quick=True)
+    assert {int(c) for c in world.testing[1]} == set(range(section_texts.CLASSES))
+    assert len(world.training[1]) + len(world.testing[1]) == len(own.labels)
+    ids = own.ids[:3]
+    padded = torch.nn.functional.pad(ids, (0, 5))
+    model = world.adapted()
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded), model(ids))
+
+
+def test_the_head_is_trained_averaged_and_counted():
+    world = section_texts.make_world(0, section_texts.QUICK, quick=True)
+    model, seen = world.adapted(), []
+    head = shared_state(world, model)
+    assert set(head) == {"head.weight", "head.bias"}
+    run = federate(
+        world,
+        world.shares("iid"),
+        lambda round, clients: {clients[0]: LayerPlan((5,))},
+        model=model,
+        before=lambda round, state: seen.append(state["head.weight"].clone()),
+    )
+    assert not torch.equal(seen[0], seen[1])  # the state of the second round has learned
+    assert not torch.equal(model.get_parameter("head.weight"), head["head.weight"])
+    layer = 2 * world.sizes.rank * (16 + 16) * 4
+    nbytes = sum(tensor.nbytes for tensor in head.values())
+    assert run.comm.rows[0].up == layer + nbytes and run.comm.rows[0].down == 6 * layer + nbytes
+
+
+def test_rows_of_text_are_the_same_in_every_process_and_bytes_come_back():
+    rows = language.rows_of("python", 5, 16, quick=True)
+    assert rows.shape == (5, 16)
+    text = language.Bytes().decode(rows[0])
+    assert text.startswith("def ") and re.fullmatch(r"[\x00-\x7f]{16}", text)
