@@ -61,9 +61,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", params, indirect=True)
 
 
-_registered = {"lora_ext"}
-
-
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Route ``lora_ext.ops`` to one backend for the length of a test."""
@@ -74,9 +71,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if request.config.getoption(required):
             pytest.fail(f"{required}: {reason}")
         pytest.skip(reason)
-    if chosen.library not in _registered:
-        _registration.register(chosen.library)
-        _registered.add(chosen.library)
+    _registration.register_once(chosen.library)
     if not chosen.is_twin and chosen.device == "cpu":
         seed = int(os.environ.get("LX_SEED", chosen.seed))
         chosen.module.set_seed(seed)

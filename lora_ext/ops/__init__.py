@@ -4,6 +4,7 @@
 
 from lora_ext.ops import _registration
 
+from ._registration import routed as routed
 from .circuit import CircuitScan, circuit_scan, emission_gather
 from .circuit_decode import (
     CircuitSample,

@@ -130,7 +130,8 @@ class Capturable:
         Raises:
             ValueError: more names than rows, or an adapter that needs what a captured graph lacks.
             RuntimeError: the step is closed, or a graph is being captured. And what the pool
-            raises. But in a capture, replays serve the base model then.
+            raises. But in a capture, replays serve the base model then. NotImplementedError: an
+            activated adapter.
         """
         self._check_open()
         if capture(self.device) is not None:
@@ -151,6 +152,12 @@ class Capturable:
             raise ValueError(f"adapters: names: expected at most {limit}, found {count}")
         self._release()  # first, so that it can make way
         self._lease = lease = self.pool.acquire(assignment.names)
+        for name, invocation in zip(assignment.names, lease.invocations, strict=True):
+            if invocation:
+                raise NotImplementedError(
+                    f"capturable: adapter {name!r}: expected one that serves all tokens, found an "
+                    "activated one, whose rows depend on the prompt"
+                )
         residents = {resident.slot: resident for resident in lease.residents}.values()
         for resident in residents:
             self._check(resident)
