@@ -269,9 +269,9 @@ def _saved_bytes(step: Callable[[], None]) -> int:
 # --- models ---------------------------------------------------------------------------------------
 def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
     """Eight adapters trained at once against eight runs of PEFT, one optimizer each."""
-    base = _base_model(layers)
-    alone = {name: _with_adapters(base, [name]) for name in NAMES}
-    together = lora_ext.from_peft(_with_adapters(base, NAMES))
+    base = base_model(layers)
+    alone = {name: with_adapters(base, [name]) for name in NAMES}
+    together = lora_ext.from_peft(with_adapters(base, NAMES))
     together.set_requires_grad(NAMES)
     state = dict(together.named_parameters())
     with torch.no_grad():
@@ -279,8 +279,8 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
             for key, parameter in model.named_parameters():
                 if "lora_" in key:
                     state[key].copy_(parameter)
-    optimizers = {name: _optimizer(model, name) for name, model in alone.items()}
-    shared = {name: _optimizer(together, name) for name in NAMES}
+    optimizers = {name: optimizer_of(model, name) for name, model in alone.items()}
+    shared = {name: optimizer_of(together, name) for name in NAMES}
     for length in (16, 64):
         ids = torch.randint(0, 49152, (len(NAMES), length), generator=torch.manual_seed(1))
 
@@ -315,15 +315,15 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
 
 def bench_memory(layers: int = 30) -> Iterator[Row]:
     """A step of one adapter on 4 x 64 tokens: most bytes at a time, and those kept by autograd."""
-    base = _base_model(layers)
+    base = base_model(layers)
     ids = torch.randint(0, 49152, (4, 64), generator=torch.manual_seed(2))
     for p in (0.0, 0.1):
         found: dict[str, tuple[int, int]] = {}
         for name in ("peft", "lora_ext"):
-            model = _with_adapters(base, NAMES[:1], p)
+            model = with_adapters(base, NAMES[:1], p)
             if name == "lora_ext":
                 lora_ext.from_peft(model)
-            optimizer = _optimizer(model, NAMES[0])
+            optimizer = optimizer_of(model, NAMES[0])
 
             def step(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
                 _model_step(model, ids, None, [optimizer])
@@ -346,7 +346,7 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
                 )
 
 
-def _base_model(layers: int) -> LlamaForCausalLM:
+def base_model(layers: int) -> LlamaForCausalLM:
     """SmolLM2's shape, random weights, frozen."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -361,9 +361,11 @@ def _base_model(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).requires_grad_(False)
 
 
-def _with_adapters(base: nn.Module, names: list[str], p: float = 0.0) -> Any:
+def with_adapters(
+    base: nn.Module, names: list[str], p: float = 0.0, modules: list[str] = MODULES
+) -> Any:
     """A PEFT model that shares the base weights."""
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=p, target_modules=MODULES)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=p, target_modules=modules)
     shared = {id(p): p for p in base.parameters()}
     model: Any = get_peft_model(copy.deepcopy(base, shared), config, names[0])
     for name in names[1:]:
@@ -371,7 +373,8 @@ def _with_adapters(base: nn.Module, names: list[str], p: float = 0.0) -> Any:
     return model.train()
 
 
-def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """AdamW of one adapter's parameters."""
     own = [p for key, p in model.named_parameters() if f".{name}." in key]
     return torch.optim.AdamW(own, lr=1e-4, fused=True)
 

@@ -12,13 +12,13 @@ _C = _loader.load()
 # them.
 from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
-from lora_ext.layers import LoraConfig  # noqa: E402
+from lora_ext.layers import LoraConfig, chunked_loss  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 from lora_ext.rows import adapters  # noqa: E402
 from lora_ext.serving import attach, detach  # noqa: E402
 
 if TYPE_CHECKING:
-    from lora_ext import circuits, control, federated, methods, nn
+    from lora_ext import circuits, control, federated, methods, nn, tenants
 
 __all__ = [
     "AdapterPool",
@@ -26,6 +26,7 @@ __all__ = [
     "adapter",
     "adapters",
     "attach",
+    "chunked_loss",
     "circuits",
     "control",
     "detach",
@@ -35,11 +36,12 @@ __all__ = [
     "nn",
     "ops",
     "pool",
+    "tenants",
 ]
 __version__ = "0.1.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
-_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn"})
+_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
 
 
 def __getattr__(name: str) -> ModuleType:

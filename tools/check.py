@@ -17,20 +17,24 @@ def main() -> int:
     cuda = os.environ.get("LORA_EXT_CUDA", "1")
     os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
     share_compilations()
-    legs = [
-        Leg("lint", ["pre-commit", "run", "--all-files", "--show-diff-on-failure"], 300),
-        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
-        Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
-    ]
-    if cuda == "1":
-        legs.append(Leg("machine code", [PY, "tools/sass_gate.py"], 600, after="build"))
-    docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
-    legs.append(Leg("docs", docs, 300, env={"NO_MKDOCS_2_WARNING": "1"}))
     tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
     tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
-    legs.append(Leg("tests", tests, 3600, after="build"))
+    docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
+    legs = [
+        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
+        Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
+        Leg("tests", tests, 3600, after="build"),
+    ]
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
-        legs.append(Leg("cuda torch", [PY, "tools/cuda_torch_check.py"], 2400, after="build"))
+        # The first beside the tests, as its download leaves the cores to them.
+        command = [PY, "tools/cuda_torch_check.py"]
+        legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
+    lint = ["pre-commit", "run", "--all-files", "--show-diff-on-failure"]
+    legs.append(Leg("lint", lint, 600, beside=True))
+    legs.append(Leg("docs", docs, 600, env={"NO_MKDOCS_2_WARNING": "1"}, beside=True))
+    if cuda == "1":
+        sass = [PY, "tools/sass_gate.py"]
+        legs.append(Leg("machine code", sass, 1200, after="build", beside=True))
     return 1 if run(legs, ROOT / "out" / "check", show=True) else 0
 
 

@@ -30,18 +30,21 @@ namespace lora_ext {
     extern const VocabCpu vocab_table;                \
     }
 
-// In the order of Isa.
-#ifdef LX_X86_TABLES
+// In the order of Isa; LX_X86_TABLES is how many of them an x86 build has.
 LX_DECLARE_TABLES(scalar)
+#ifndef LX_X86_TABLES
+#define LX_EACH_ISA(table) &scalar::table
+constexpr int kBuilt = 1;
+#else
 LX_DECLARE_TABLES(avx2)
+constexpr int kBuilt = LX_X86_TABLES;
+#if LX_X86_TABLES == 2
+#define LX_EACH_ISA(table) &scalar::table, &avx2::table
+#else
 LX_DECLARE_TABLES(avx512)
 LX_DECLARE_TABLES(avx512bf16)
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table
-constexpr int kBuilt = 4;
-#else
-LX_DECLARE_TABLES(scalar)
-#define LX_EACH_ISA(table) &scalar::table
-constexpr int kBuilt = 1;
+#endif
 #endif
 
 #define LX_TWINS(Family, table)                                         \

@@ -7,7 +7,7 @@
 // once per block (circuit_mma.cuh). Bound: bytes of weights from L2, until rows fill the machine.
 //
 // A sum below what its mode can be trusted with is taken again by the warp, in float32, from
-// shifted terms. Source: scaled operands and rescue are ours (docs/circuit_engine.md).
+// shifted terms. Source: scaled operands and rescue are ours (docs/notes/circuit_engine.md).
 #include "circuit_mma.cuh"
 
 namespace lora_ext {

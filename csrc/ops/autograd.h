@@ -1,5 +1,5 @@
 // What stands above a kernel in the dispatcher: calls of ops by handle, refusals of gradients that
-// an op does not have. Included by bindings.cpp alone, which knows the library's name.
+// an op does not have. Included by bindings.cpp alone.
 //
 // Backwards that run hundreds of times per step are in C++ (lora_train_autograd.h,
 // circuit_autograd.h); every op inside them is called through the dispatcher, so torch.compile
@@ -23,10 +23,10 @@ namespace lora_ext::autograd {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-#define LX_STRING_(x) #x
-#define LX_STRING(x) LX_STRING_(x)
+// The library's name, which register_ops sets.
+inline const char* library = nullptr;
 
-// The op of this library whose kernel is kOp. TORCH_LIBRARY gives it its name.
+// The op of this library whose kernel is kOp; register_ops gives it its name.
 template <auto kOp>
 struct Handle;
 template <class Result, class... Args, Result (*kOp)(Args...)>
@@ -35,8 +35,7 @@ struct Handle<kOp> {
     static const auto& get() {
         static const auto op =
             c10::Dispatcher::singleton()
-                .findSchemaOrThrow((std::string(LX_STRING(LORA_EXT_LIBRARY) "::") + name).c_str(),
-                                   "")
+                .findSchemaOrThrow((std::string(library) + "::" + name).c_str(), "")
                 .template typed<Result(Args...)>();
         return op;
     }

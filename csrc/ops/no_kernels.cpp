@@ -1,6 +1,5 @@
-// A build without nvcc: every launcher exists and says why it cannot launch.
-#if !defined(LORA_EXT_WITH_CUDA)
-
+// A module without kernels, which alone is linked with this: every launcher exists and says why it
+// cannot launch.
 #include "lora_ext/circuit.h"
 #include "lora_ext/circuit_decode.h"
 #include "lora_ext/circuit_layers.h"
@@ -92,5 +91,3 @@ LX_NO_KERNEL(launch_depth_mix, const DepthMixArgs&, void*)
 LX_NO_KERNEL(launch_depth_mix_backward, const DepthMixArgs&, void*)
 
 }  // namespace lora_ext
-
-#endif

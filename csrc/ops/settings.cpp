@@ -28,14 +28,6 @@ void set_cpu_isa(const std::string& name) {
     chosen = *isa;
 }
 
-bool has_kernels() {
-#if defined(LORA_EXT_WITH_CUDA)
-    return true;
-#else
-    return false;
-#endif
-}
-
 void set_debug(bool on) {
     debugging = on;
 }

@@ -10,7 +10,7 @@ namespace lora_ext {
 // The instruction set the CPU twins run on, and a way for tests to choose a lesser one ("" = best).
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);
-// True if the CUDA kernels were compiled into this build.
+// True if the CUDA kernels were compiled into this module.
 bool has_kernels();
 // With debug on, a launch with an adapter id out of range synchronises and raises; twins always do.
 void set_debug(bool on);

@@ -1,34 +1,16 @@
-// Which road a tensor takes, and the stream it takes it on. The one place that knows what a device
-// is.
-//
-// c10's virtual guard answers for any backend without a CUDA header, so this file compiles beside a
-// CPU-only torch.
+// Which road a tensor takes, and the stream it takes it on. module.cpp, the one place that knows
+// what a device is, answers for its module.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 namespace lora_ext {
 
 // True for tensors whose ops are kernel launches. In the emulated build every tensor is such a
 // tensor.
-inline bool launches_kernels([[maybe_unused]] const at::Tensor& t) {
-#ifdef LX_EMULATE
-    return true;
-#else
-    return t.is_cuda();
-#endif
-}
+bool launches_kernels(const at::Tensor& t);
 
 // The current stream of the tensor's device, as the cudaStream_t that launchers expect.
-inline void* current_stream([[maybe_unused]] const at::Tensor& t) {
-#ifdef LX_EMULATE
-    return nullptr;
-#else
-    const c10::impl::VirtualGuardImpl guard(t.device().type());
-    return guard.getStream(t.device()).native_handle();
-#endif
-}
+void* current_stream(const at::Tensor& t);
 
 }  // namespace lora_ext

@@ -35,7 +35,6 @@ _REFUSED = {
     "trainable_token_indices": "it replaces rows of the embedding",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "layer_replication": "it changes the base model's layers",
-    "alora_invocation_tokens": "activated LoRA switches on in the middle of a sequence",
     "use_qalora": "QALoRA pools the input before lora_A",
     "use_bdlora": "BD-LoRA stores block-diagonal factors",
     "arrow_config": "Arrow routes between adapters per token",
@@ -51,8 +50,14 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern task_type "
-    "modules_to_save target_parameters".split()
+    "modules_to_save target_parameters alora_invocation_tokens".split()
 )
+# What would reach the tokens before an activated adapter's start, whose keys others share.
+_NOT_ACTIVATED = {
+    "use_dora": "PEFT refuses it too",
+    "modules_to_save": "a replaced module serves every token",
+    "target_parameters": "adapters on experts have no rows of single tokens",
+}
 _TRAINED_BIASES = ("all", "lora_only")
 # What PEFT refuses beside target_parameters.
 _NOT_ON_PARAMETERS = "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split()
@@ -82,24 +87,14 @@ class AdapterConfig(LoraConfig):
         names = (names,) if isinstance(names, str) else names
         object.__setattr__(self, "modules_to_save", names or None)
         names = checked_names(self.where, "target_parameters", self.target_parameters)
-        if isinstance(names, str):
-            raise ValueError(
-                f"{self.where}: target_parameters: expected a list of strings, found {names!r:.200}"
-            )
+        found, listed = f"{names!r:.200}", not isinstance(names, str)
+        require(listed, self.where, "target_parameters", "a list of strings", found)
         object.__setattr__(self, "target_parameters", tuple(sorted(names or ())))
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
-        """Check every field and its type.
-
-        Args:
-            raw: the JSON object, or a ``peft.LoraConfig``.
-            where: for error messages.
-
-        Raises:
-            ValueError: a field is missing or malformed.
-            NotImplementedError: the adapter needs something that is not supported.
-        """
+        """Check every field of a JSON object or a ``peft.LoraConfig``; ``where`` opens what errors
+        say. What is not supported here is a NotImplementedError."""
         if hasattr(raw, "to_dict"):
             raw = raw.to_dict()
         if not isinstance(raw, Mapping):
@@ -116,6 +111,11 @@ class AdapterConfig(LoraConfig):
                         f"{where}: {name}={raw[name]!r:.40} is not supported beside "
                         "target_parameters, adapters on experts, nor does PEFT have it"
                     )
+        for name, reason in _NOT_ACTIVATED.items() if raw.get("alora_invocation_tokens") else ():
+            if raw.get(name):
+                raise NotImplementedError(
+                    f"{where}: {name} is not supported beside alora_invocation_tokens: {reason}"
+                )
         init = raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
             raise NotImplementedError(
@@ -138,11 +138,7 @@ class AdapterConfig(LoraConfig):
         return self.raw.get("base_model_name_or_path")
 
     def check_shared(self) -> None:
-        """Refuse what changes the base model, which many adapters share.
-
-        Raises:
-            ValueError: biases of the base model.
-        """
+        """Refuse what changes the base model, which many adapters share: trained biases."""
         expected = "'none' (the base model's biases are shared)"
         require(self.base_bias == "none", self.where, "bias", expected, repr(self.base_bias))
 
@@ -162,6 +158,8 @@ class AdapterConfig(LoraConfig):
         """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
         saved = self.modules_to_save
+        if self.alora_invocation_tokens is None and "alora_invocation_tokens" not in self.raw:
+            del parsed["alora_invocation_tokens"]  # which not every PEFT knows
         parsed |= {"bias": self.base_bias, "modules_to_save": saved and list(saved)}
         raw = dict(self.raw)
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
@@ -225,20 +223,15 @@ class AdapterConfig(LoraConfig):
         return found | parameters
 
     def targeted_parameters(self, index: ModelIndex) -> set[str]:
-        """The expert parameters that PEFT would adapt, in full.
-
-        Raises:
-            NotImplementedError: an entry that means none of them.
-        """
+        """The expert parameters that PEFT would adapt, in full; an entry that means none is
+        refused."""
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         for each in wanted:
-            if not any(matches_suffix(name, (each,)) for name in known):
-                raise NotImplementedError(
-                    f"{self.where}: target_parameters: expected matrices of routed experts, as "
-                    f"{known[:2] or 'this model has none'}, found {each!r:.200}; adapters on other "
-                    "parameters are not supported"
-                )
+            fits = any(matches_suffix(name, (each,)) for name in known)
+            expected = f"matrices of routed experts, as {known[:2] or 'this model has none'}"
+            found = f"{each!r:.200}; adapters on other parameters are not supported"
+            require(fits, self.where, "target_parameters", expected, found, NotImplementedError)
         return {name for name in known if matches_suffix(name, wanted)}
 
     def ranks_and_scales(
@@ -294,9 +287,6 @@ class BaseModels:
     """The base models of adapters that come together, by ``base_model_name_or_path``.
 
     The first name is what the others are compared with; a name that is unknown says nothing.
-
-    Args:
-        expected: the name of the model, or None.
     """
 
     def __init__(self, expected: Any = None):
@@ -305,13 +295,8 @@ class BaseModels:
         self.meet("", expected, 1)
 
     def meet(self, where: str, name: Any, stacklevel: int) -> None:
-        """Warn if ``name`` is another model than the first; once for each name.
-
-        Args:
-            where: opens the message: caller and argument.
-            name: as a configuration has it, which nobody has checked.
-            stacklevel: as for ``warnings.warn``, of the function that calls this one.
-        """
+        """Warn if ``name`` is another model than the first, once for each; ``stacklevel`` is that
+        of the caller of this function."""
         short = _short(name)
         if short is None or short in self._met:
             return

@@ -107,19 +107,15 @@ def _describe(
     def everywhere(field: str) -> bool:
         values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
         others = [name for name, value in values.items() if not value]
-        if others and len(others) < len(values):
-            raise ValueError(
-                f"{where}: {field}: expected the same in every layer, which is all that PEFT's "
-                f"configuration can say, found it off in {', '.join(others[:4])} alone"
-            )
+        expected = "the same in every layer, which is all that PEFT's configuration can say"
+        found = f"it off in {', '.join(others[:4])} alone"
+        require(len(others) in (0, len(values)), where, field, expected, found)
         return not others
 
     for name, layer in layers.items():
-        if layer.base_changed_by == adapter:
-            raise NotImplementedError(
-                f"{where}: {name}: expected an adapter of the base weight, found one whose "
-                f"initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
-            )
+        expected = "an adapter of the base weight"
+        found = f"one whose initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
+        require(layer.base_changed_by != adapter, where, name, expected, found, NotImplementedError)
     inits = {layer.init_lora_weights[adapter] for layer in layers.values()}
     inits = {init.lower() if isinstance(init, str) else init for init in inits}
     init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
@@ -128,6 +124,9 @@ def _describe(
     # Not lora_alpha: the scale may have been set by hand.
     alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
+    invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}
+    alike, expected = len(invocations) == 1, "the same in every layer"
+    require(alike, where, "alora_invocation_tokens", expected, f"{invocations!r:.200}")
     r, rank_pattern = patterns(ranks)
     lora_alpha, alpha_pattern = patterns(alphas)
     others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
@@ -147,4 +146,5 @@ def _describe(
         "target_modules": sorted(layers),
         # A name in full is also the end of longer ones.
         "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
+        **({"alora_invocation_tokens": list(i)} if (i := invocations.pop()) else {}),
     }

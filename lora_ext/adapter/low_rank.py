@@ -136,11 +136,7 @@ def widest(*tensors: Tensor) -> torch.dtype:
 
 
 def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Float64 values as a factor in the place of ``like``.
-
-    Raises:
-        ValueError: a value that is finite is not so in ``dtype``.
-    """
+    """Float64 values as a factor in the place of ``like``; none that is finite may overflow."""
     found = values.to(dtype)
     if not bool(found.isfinite().all()):
         raise ValueError(f"{where}: expected values that {dtype} can hold, found larger ones")
@@ -148,12 +144,8 @@ def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Ten
 
 
 def check_matrices(factors: Factors, where: str) -> None:
-    """Refuse factors whose product says nothing of the layer: NaN and infinity.
-
-    Raises:
-        ValueError: naming the factor.
-        NotImplementedError: a grouped convolution, whose update is no product of two matrices.
-    """
+    """Refuse factors whose product says nothing of the layer: NaN and infinity, and those of a
+    grouped convolution, whose update is no product of two matrices."""
     a, b = factors.a, factors.b
     if a.shape[0] != b.shape[1]:
         raise NotImplementedError(

@@ -37,11 +37,8 @@ def factor_matrices(
 ) -> dict[str, FactorMatrices]:
     """The factors of an adapter by the names of its modules in the base model.
 
-    Args:
-        where: opens the message of an error.
-        source: see :func:`lora_ext.adapter.rank_report`.
-        adapter_name: of a model's adapter, or of one in a state dict that names them.
-        layout: how a state dict has the factors, one of :data:`LAYOUTS`.
+    Source and layout are as :func:`lora_ext.adapter.rank_report` takes them; ``adapter_name`` is
+    one of a model's adapters, or of those in a state dict that names them.
 
     Raises:
         KeyError: a factor without the other. ValueError: no adapter, or not this one.
@@ -88,11 +85,8 @@ def _bare(
 def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
-    """The keys of A and B of each module; those of other adapters, where named, are left out.
-
-    Raises:
-        KeyError: a factor without the other.
-    """
+    """The keys of A and B of each module, without those of other adapters where one is named; a
+    factor without the other is a KeyError."""
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)

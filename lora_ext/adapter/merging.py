@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, integer, require
 
 from .config import BaseModels, longer_than
 from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
@@ -60,7 +60,8 @@ def merge_adapters(
     Raises:
         ValueError: no adapter; weights of another number, or not finite; modules of other shapes;
             with "factors", other modules or ranks, naming the first that differs; values that are
-            not finite; different weights of the base model beside the factors.
+            not finite; different weights of the base model beside the factors; activated adapters
+            with other invocations than the first, or beside ordinary ones.
         NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
             model (modules_to_save, trained biases); grouped convolutions.
 
@@ -74,14 +75,13 @@ def merge_adapters(
     weights = list(weights)
     expected = f"one for each of {len(values)} adapters"
     require(len(weights) == len(values), where, "weights", expected, len(weights))
-    if mode not in get_args(MergeMode):
-        raise ValueError(f"{where}: mode: expected one of {get_args(MergeMode)}, found {mode!r}")
+    choice(where, "mode", mode, get_args(MergeMode))
     weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
-    if rank is not None and mode != "delta_svd":
-        raise ValueError(f"{where}: rank: expected None beside mode={mode!r}, found {rank!r}")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ValueError(f"{where}: rank: expected a positive integer, found {rank!r}")
+    if rank is not None:
+        require(mode == "delta_svd", where, "rank", f"None beside mode={mode!r}", repr(rank))
+        rank = integer(where, "rank", rank, 1, expected="a positive integer")
     _warn_of_other_bases(where, values)
+    _check_invocations(where, values)
     return _merged(where, values, weights, mode, rank, progress)
 
 
@@ -110,11 +110,11 @@ def interpolate_adapters(
     Source: CopRA (arXiv 2410.22911), linear mode connectivity.
     """
     where = "interpolate_adapters"
-    if space not in get_args(Space):
-        raise ValueError(f"{where}: space: expected one of {get_args(Space)}, found {space!r}")
+    choice(where, "space", space, get_args(Space))
     lam = _finite(lam, f"{where}: lam")
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
     _warn_of_other_bases(where, values)
+    _check_invocations(where, values)
     if lam in (0.0, 1.0):
         _check_shapes(where, values, equal=space == "factors")
         return values["second" if lam else "first"]
@@ -214,6 +214,16 @@ def _warn_of_other_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> Non
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
 
 
+def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Refuse adapters that begin at different tokens: their sum would begin at none."""
+    (first, value), *others = adapters.items()
+    expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
+    for name, other in others:
+        field = f"{name}: alora_invocation_tokens"
+        found = other.config.invocation
+        require(found == value.config.invocation, where, field, expected, list(found))
+
+
 def _finite(number: Any, where: str) -> float:
     try:
         found = math.nan if isinstance(number, bool | str) else float(number)
@@ -238,18 +248,13 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
                         f"{owner} alone"
                     )
         for name, factors in adapter.modules.items():
-            origin, expected = seen.setdefault(name, (label, factors))
-            if _size(factors) != _size(expected):
-                raise ValueError(
-                    f"{where}: {label}: {name}: expected {_size(expected)} as in {origin}, "
-                    f"found {_size(factors)}"
-                )
-            if equal and factors.a.shape[0] != expected.a.shape[0]:
-                raise ValueError(
-                    f"{where}: {label}: {name}: rank: expected {expected.a.shape[0]} as in "
-                    f"{origin}, found {factors.a.shape[0]} (only updates of different ranks can "
-                    "be summed: 'delta')"
-                )
+            origin, other = seen.setdefault(name, (label, factors))
+            at, size, known = f"{where}: {label}", _size(factors), _size(other)
+            require(size == known, at, name, f"{known} as in {origin}", size)
+            rank, known = factors.a.shape[0], other.a.shape[0]
+            found = f"{rank} (only updates of different ranks can be summed: 'delta')"
+            fits = rank == known or not equal
+            require(fits, f"{at}: {name}", "rank", f"{known} as in {origin}", found)
 
 
 def _size(factors: Factors) -> str:
@@ -282,9 +287,7 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
                     "found one in another module"
                 )
         for key, weight in adapter.base_weights.items():
-            other, expected = base.setdefault(key, (label, weight))
-            if not same_values(expected, weight):
-                raise ValueError(
-                    f"{where}: {label}: {key}: expected the base model's weight as in {other}, "
-                    "found other values: the adapters were trained beside different ones"
-                )
+            other, known = base.setdefault(key, (label, weight))
+            expected = f"the base model's weight as in {other}"
+            found = "other values: the adapters were trained beside different ones"
+            require(same_values(known, weight), f"{where}: {label}", key, expected, found)

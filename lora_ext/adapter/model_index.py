@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class ModelIndex:
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: Modules that nobody calls, as their weights are read, and the class that reads them.
     bypassed: dict[str, str] = field(default_factory=dict)
+    #: How many tokens the model knows; None: nobody can tell.
+    vocabulary: int | None = None
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -162,7 +164,17 @@ class ModelIndex:
         require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
         heads, own = head_names(model), BaseWeights(model)
         index = cls(linear, embedding, unsupported, *heads, own, experts=experts)
-        return replace(index, parameters=parameters, bypassed=skipped)
+        return replace(
+            index, parameters=parameters, bypassed=skipped, vocabulary=vocabulary_of(model)
+        )
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a model of transformers has embeddings for; None where it is no such one."""
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):  # another module, or one that embeds no tokens
+        return None
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
@@ -205,12 +217,9 @@ def _check_model(model: object) -> None:
 
 
 def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
-    """Where the module computes.
-
-    accelerate leaves the weight of an offloaded module on ``meta`` or on the CPU, and brings it to
-    the ``execution_device`` of a hook on the module, or on one around it. Elsewhere it is where the
-    weight lies.
-    """
+    """Where the module computes: where its weight lies, or, as accelerate leaves that of an
+    offloaded module on ``meta`` or on the CPU, the ``execution_device`` of a hook on or around the
+    module."""
     path = name.split(".") if name else []
     for length in range(len(path), -1, -1):  # the nearest hook first
         hook = getattr(modules[".".join(path[:length])], "_hf_hook", None)
@@ -218,11 +227,8 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
             device = getattr(each, "execution_device", None)
             if device is not None:
                 return torch.device(device)
-    if weight.is_meta:
-        raise ValueError(
-            f"AdapterPool: device: expected a device for the pages, found {name}'s weight on meta; "
-            "pass device=, or load the model's weights first"
-        )
+    found = f"{name}'s weight on meta; pass device=, or load the model's weights first"
+    require(not weight.is_meta, "AdapterPool", "device", "a device for the pages", found)
     return weight.device
 
 
@@ -231,11 +237,8 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
 
 
 class BaseWeights:
-    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it.
-
-    Args:
-        model: may die; its weights can then no longer be compared.
-    """
+    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it;
+    once it is gone, weights can no longer be compared."""
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
@@ -254,11 +257,7 @@ class BaseWeights:
         return self._shapes[name]
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Refuse a weight that has not the size of the model's, before it is read.
-
-        Raises:
-            ValueError: naming file, key, expected and found.
-        """
+        """Refuse a weight that has not the size of the model's, before it is read."""
         info, shape = tensors.infos[key], self._shapes[name]
         if info.shape != shape:
             raise ValueError(
@@ -268,15 +267,8 @@ class BaseWeights:
             )
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Refuse a weight that would change a bit of the model if it were loaded into it.
-
-        Args:
-            tensors: where the weight is. key: its name there.
-            name: its :func:`base_name`, which the model has.
-
-        Raises:
-            ValueError: naming file, key, expected and found.
-        """
+        """Refuse a weight, ``key`` of the tensors, that would change a bit of the model's ``name``
+        if it were loaded there."""
         where = f"{tensors.where}: {key}"
         own = self._values(where, name)
         _check_dtype(where, tensors.infos[key], own.dtype)

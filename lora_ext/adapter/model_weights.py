@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo
 from lora_ext.layers import is_adapted
 
@@ -90,11 +91,8 @@ class ModelWeights:
                 found[module] = exact
                 continue
             keys = self._by_plain_name.get(_plain(module), [])
-            if len(keys) > 1:
-                raise ValueError(
-                    f"{self.where}: {module}: expected one weight of that name, found "
-                    f"{', '.join(keys[:4])}"
-                )
+            expected = "one weight of that name"
+            require(len(keys) <= 1, self.where, module, expected, ", ".join(keys[:4]))
             if keys:
                 found[module] = keys[0]
             else:
@@ -112,7 +110,7 @@ class ModelWeights:
         return found
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a weight, without reading it."""
+        """The shape of the weight of a ``key`` that :meth:`keys` gave, without reading it."""
         return self._tensors.infos[key].shape
 
     def is_transposed(self, key: str) -> bool:
@@ -121,17 +119,15 @@ class ModelWeights:
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:
-        """The weight, without a graph, where it lies or on the CPU: of a model or a mapping the
-        very memory, of a file a new tensor."""
+        """Read the weight of a ``key`` that :meth:`keys` gave, without a graph, where it lies or on
+        the CPU: of a model or a mapping the very memory, of a file a new tensor."""
         return self._tensors.read(key)
 
     def _check_dtype(self, key: str) -> None:
         dtype = self._tensors.infos[key].dtype
-        if dtype not in PAGE_DTYPES:
-            raise TypeError(
-                f"{self.where}: {key}: expected a weight in float16, bfloat16, float32 or float64, "
-                f"found {dtype}; dequantise the model first (transformers: model.dequantize())"
-            )
+        expected = "a weight in float16, bfloat16, float32 or float64"
+        found = f"{dtype}; dequantise the model first (transformers: model.dequantize())"
+        require(dtype in PAGE_DTYPES, self.where, key, expected, found, TypeError)
 
     def _refuse_packed(self, modules: Iterable[str]) -> None:
         """Refuse a quantised layer that has no ``weight`` at all, instead of calling it absent."""
@@ -215,11 +211,8 @@ class _Live:
             return
         layer: Any = self._model.get_submodule(name.removesuffix(".base_layer"))
         merged = list(getattr(layer, "merged_adapters", ()))
-        if merged:
-            raise ValueError(
-                f"{self.where}: {name}: expected a weight without adapters, found {merged} merged "
-                "into it; unmerge them first"
-            )
+        found = f"{merged} merged into it; unmerge them first"
+        require(not merged, self.where, name, "a weight without adapters", found)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -304,9 +297,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: weight_map: expected files by tensor, found {placed!r:.100}")
     for key, name in placed.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
-        if not plain or Path(name).name != name or "\\" in name:
-            raise ValueError(
-                f"{path}: weight_map: {key:.200}: expected the name of a safetensors file beside "
-                f"it, found {name!r:.200}"
-            )
+        fits = plain and Path(name).name == name and "\\" not in name
+        expected = "the name of a safetensors file beside it"
+        require(fits, f"{path}: weight_map", f"{key:.200}", expected, f"{name!r:.200}")
     return placed

@@ -34,9 +34,7 @@ from .replaced import Replaced, find_replaced, read_replaced
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 CONFIG = "adapter config"  # what errors call a config that is no file
-_REFUSED_KEYS = {
-    "modules_to_save": "replaced modules (modules_to_save)",
-}
+_REFUSED_KEYS = {"modules_to_save": "replaced modules (modules_to_save)"}
 
 
 class Factors(NamedTuple):
@@ -76,10 +74,7 @@ class CheckedAdapter:
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
         """Read one adapted module after the other, so that whoever converts each has no more than
-        one in memory twice.
-
-        Raises:
-            NotImplementedError: factors of a module that nobody calls.
+        one in memory twice. A NotImplementedError tells of factors of a module that nobody calls.
         """
         for module, keys in self.keys.items():
             embedding = module in self.index.embedding
@@ -131,12 +126,7 @@ def read_adapter(
 
 @contextlib.contextmanager
 def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
-    """The parsed config, and the tensors, of which none is read yet.
-
-    Raises:
-        ValueError: no such directory, or one without an adapter; a bad config or header.
-        NotImplementedError: the config asks for something that is not supported.
-    """
+    """The parsed config, and the tensors, of which none is read yet; errors name the file."""
     if isinstance(source, tuple):
         raw, state = source
         config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)
@@ -171,6 +161,8 @@ def check_adapter(
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
     _check_targets(config, tensors, index, grouped)
+    if config.invocation:
+        _check_activated(config, index, grouped)
     if not grouped:
         raise ValueError(
             f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
@@ -194,6 +186,20 @@ def check_adapter(
         index.weights.check(tensors, key, name)
     scalings = {module: scaling for module, (_, scaling) in ranks.items()}
     return CheckedAdapter(config, tuple(leftover), tensors, index, grouped, scalings, whole)
+
+
+def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:
+    """Refuse an invocation that no prompt has, and factors that would reach the tokens before."""
+    known, field = index.vocabulary, "alora_invocation_tokens"
+    if known is not None and max(config.invocation) >= known:
+        expected = f"token ids below the vocabulary, {known}"
+        require(False, config.where, field, expected, max(config.invocation))
+    embedded = sorted(name for name in grouped if name in index.embedding)
+    if embedded:
+        raise NotImplementedError(
+            f"{config.where}: {field}: expected adapters on linear layers, found one on the "
+            f"embedding {embedded[0]!r}, which PEFT refuses too"
+        )
 
 
 def _check_targets(
@@ -294,23 +300,14 @@ def _check_headers(
         expected[roles["magnitude"]] = (
             (1, spec.out_features, *ones) if ones else (spec.out_features,)
         )
-    if keys.keys() != expected.keys():
-        raise ValueError(
-            f"{tensors.where}: {module}: expected lora_{{{', '.join(expected)}}}, "
-            f"found lora_{{{', '.join(keys)}}} "
-            f"(lora_bias={config.lora_bias}, use_dora={config.use_dora})"
-        )
+    wanted = f"lora_{{{', '.join(expected)}}}"
+    found = f"lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias}, use_dora={config.use_dora})"
+    require(keys.keys() == expected.keys(), tensors.where, module, wanted, found)
     for role, shape in expected.items():
         info = tensors.infos[keys[role]]
-        if info.dtype not in PAGE_DTYPES:
-            raise ValueError(
-                f"{tensors.where}: {keys[role]}: dtype: expected float16, bfloat16, float32 "
-                f"or float64, found {info.dtype}"
-            )
-        if info.shape != shape:
-            raise ValueError(
-                f"{tensors.where}: {keys[role]}: shape: expected {shape}, found {info.shape}"
-            )
+        where, known = f"{tensors.where}: {keys[role]}", "float16, bfloat16, float32 or float64"
+        require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
+        require(info.shape == shape, where, "shape", shape, info.shape)
 
 
 def _some(items: Iterable[str], limit: int = 4) -> str:
@@ -320,15 +317,20 @@ def _some(items: Iterable[str], limit: int = 4) -> str:
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], config: Any, state: Mapping[str, Tensor]
+    directory: str | os.PathLike[str],
+    config: Any,
+    state: Mapping[str, Tensor],
+    *,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
 
     Args:
-        directory: made if it is not there. Both files appear, or neither does.
+        directory: made if it is not there. All files appear, or none.
         config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
         state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
             adapter's name; they are written with the former and without the latter.
+        beside: contents of other files that belong to them, by name.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -337,16 +339,17 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
             )
-        if parsed.in_file in tensors:
-            raise ValueError(
-                f"save_adapter: state: expected one adapter, found {parsed.in_file} twice"
-            )
+        found = f"{parsed.in_file} twice"
+        require(parsed.in_file not in tensors, "save_adapter", "state", "one adapter", found)
         tensors[parsed.in_file] = value
-    write_adapter(directory, config, tensors)
+    write_adapter(directory, config, tensors, beside)
 
 
 def write_adapter(
-    directory: str | os.PathLike[str], config: Any, tensors: Mapping[str, Tensor]
+    directory: str | os.PathLike[str],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """:func:`save_adapter` of tensors that have the names of a file already."""
     from safetensors.torch import save
@@ -362,6 +365,7 @@ def write_adapter(
     text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
     # The tensors last: a reader that finds them finds the config.
     files = {
+        **(beside or {}),
         "adapter_config.json": text.encode(),
         "adapter_model.safetensors": save(whole, metadata={"format": "pt"}),
     }

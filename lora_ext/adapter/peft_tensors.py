@@ -69,10 +69,7 @@ def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -
 
     A module with two adapted parameters is wrapped twice, in the order in which it has them: the
     last one's factors are found under the module's own name, those before it one ``base_layer``
-    deeper each.
-
-    Args:
-        parameters: of each experts module, in its order. targeted: those that are adapted.
+    deeper each. ``parameters`` has those of each experts module in its order.
     """
     return {
         module + ".base_layer" * depth: name
@@ -118,11 +115,7 @@ class TensorSource(Protocol):
 
 
 def adapter_directory(source: str | os.PathLike[str]) -> Path:
-    """Refuse what is no directory with an adapter; the error says what helps.
-
-    Raises:
-        TypeError: no path at all. ValueError: no such directory, or nothing to read in it.
-    """
+    """Refuse what is no directory with an adapter; the error says what helps."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             "adapter: expected a directory as PEFT saves it, or (config, state dict), "
@@ -142,12 +135,8 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
 
 
 def directory_names(path: Path, expected: str) -> set[str]:
-    """What a directory holds. ``expected`` opens what an error says of the path.
-
-    Raises:
-        ValueError: it cannot be opened, or looks like a name on the Hub: nothing is downloaded.
-        NotADirectoryError: a file.
-    """
+    """What a directory holds. ``expected`` opens what an error says of the path: a ValueError where
+    it cannot be opened or looks like a name on the Hub, NotADirectoryError for a file."""
     try:
         return set(os.listdir(path))
     except NotADirectoryError:

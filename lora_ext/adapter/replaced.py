@@ -28,18 +28,13 @@ def find_replaced(
     saved: Mapping[str, str],
     adapted: Iterable[str],
 ) -> dict[str, dict[str, str]]:
-    """The modules that an adapter replaces, by name, and their keys by ``weight`` and ``bias``.
-    All headers are checked, and no tensor is read.
+    """The modules that an adapter replaces, by name, and their keys by ``weight`` and ``bias``. All
+    headers are checked, and no tensor is read.
 
     Args:
         config: names modules in ``modules_to_save``, by the ends of their names as PEFT does.
         tensors: the adapter's. saved: their keys that lie in such modules, with the weights' names
             in the base model. adapted: modules that have LoRA factors.
-
-    Raises:
-        ValueError: a weight is missing, or has another shape than the base model's.
-        NotImplementedError: a module, or a part of it, is neither a plain Linear nor a plain
-            Embedding that the pool serves.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:
@@ -72,11 +67,9 @@ def find_replaced(
         info, shape = tensors.infos[key], index.weights.shape(name)
         expected = "float16, bfloat16, float32 or float64"
         require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", expected, info.dtype)
-        if info.shape != shape:
-            raise ValueError(
-                f"{tensors.where}: {key}: shape: expected {shape} as in the base model, found "
-                f"{info.shape}; a head with another number of labels needs a model of its own"
-            )
+        expected = f"{shape} as in the base model"
+        other = f"{info.shape}; a head with another number of labels needs a model of its own"
+        require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, other)
         found.setdefault(module, {})[role] = key
     return found
 

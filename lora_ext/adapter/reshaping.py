@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from lora_ext._checks import choice, integer, require
+
 from .low_rank import asleep, check_matrices, resized
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter
@@ -78,13 +80,8 @@ def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int
     where = "resize_adapter: rank"
     given = rank if isinstance(rank, Mapping) else dict.fromkeys(adapter.modules, rank)
     adapter.check_names(where, given)
-    for name, value in given.items():
-        if type(value) is not int or not 0 <= value <= _MOST:
-            raise ValueError(
-                f"{where}: {name}: expected an integer from 0 to {_MOST}, found {value!r:.100}"
-            )
     own = {name: factors.a.shape[0] for name, factors in adapter.modules.items()}
-    return {**own, **given}
+    return own | {name: integer(where, name, value, 0, _MOST) for name, value in given.items()}
 
 
 @torch.no_grad()
@@ -112,8 +109,7 @@ def prune_adapter(
     """
     where = "prune_adapter"
     adapter = LoraAdapter.of(adapter)
-    if mode not in get_args(PruneMode):
-        raise ValueError(f"{where}: mode: expected one of {get_args(PruneMode)}, found {mode!r}")
+    choice(where, "mode", mode, get_args(PruneMode))
     kept = _names(adapter, keep)
     if mode == "remove":
         return adapter.with_modules({n: f for n, f in adapter.modules.items() if n in kept})
@@ -122,11 +118,10 @@ def prune_adapter(
 
 
 def _zero(name: str, factors: Factors) -> Factors:
-    if factors.magnitude is not None:
-        raise NotImplementedError(
-            f"prune_adapter: mode: expected 'remove' for {name}, which has a DoRA magnitude, found "
-            "'zero': the base weight would still be scaled to it"
-        )
+    fits = factors.magnitude is None
+    expected = f"'remove' for {name}, which has a DoRA magnitude"
+    found = "'zero': the base weight would still be scaled to it"
+    require(fits, "prune_adapter", "mode", expected, found, NotImplementedError)
     bias = None if factors.bias is None else torch.zeros_like(factors.bias)
     return factors._replace(b=torch.zeros_like(factors.b), bias=bias)
 

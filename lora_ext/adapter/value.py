@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import require, require_flags
 
 from .config import AdapterConfig
 from .live import live_adapter
@@ -81,7 +81,8 @@ class LoraAdapter:
 
     @classmethod
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
-        """A value as it is, and anything else as :meth:`load` reads it."""
+        """Take ``source`` as a value: itself where it is one, and anything else as :meth:`load`
+        reads it."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
 
     def check_names(self, where: str, names: Iterable[str]) -> None:
@@ -155,12 +156,9 @@ class LoraAdapter:
             # What nothing uses was skipped where this was loaded, or refused.
             meant = self._read(config, tensors, strict=False, copy=False)
         for name, factors in self.modules.items():
-            expected = meant.modules[name].scaling
-            if factors.scaling != expected:
-                raise ValueError(
-                    f"LoraAdapter.save: {name}: scaling: expected {expected}, which the "
-                    f"configuration says, found {factors.scaling}"
-                )
+            said, found = meant.modules[name].scaling, factors.scaling
+            expected = f"{said}, which the configuration says"
+            require(found == said, f"LoraAdapter.save: {name}", "scaling", expected, found)
         write_adapter(folder, config, state)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -253,11 +251,9 @@ class _Unknown(BaseWeights):
         return name.endswith((".weight", ".bias")) or _replaces(self._config, name)
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
-        if isinstance(tensors.infos[key].dtype, str):
-            raise ValueError(
-                f"{tensors.where}: {key}: dtype: expected one that torch has, found "
-                f"{tensors.infos[key].dtype}"
-            )
+        dtype = tensors.infos[key].dtype
+        known = not isinstance(dtype, str)
+        require(known, f"{tensors.where}: {key}", "dtype", "one that torch has", dtype)
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
         pass

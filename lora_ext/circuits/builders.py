@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.circuits.leaves import Leaf
 from lora_ext.circuits.regions import MAX_VARIABLE, Input, Kind, Partition, Region
-from lora_ext.circuits.scopes import PCStructureError, bits, require
+from lora_ext.circuits.scopes import PCStructureError, bits
 from lora_ext.reference import left_size
 
 Regions = tuple[Region, ...]
@@ -25,7 +26,7 @@ Leaves = Leaf | Sequence[Leaf]
 
 def _require_positive(builder: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        require(size >= 1, f"{builder}: {name}", "at least 1", size, PCStructureError)
+        require(size >= 1, builder, name, "at least 1", size, PCStructureError)
 
 
 def _leaf_each(builder: str, leaf: Leaves, num_variables: int) -> list[Leaf]:
@@ -34,7 +35,7 @@ def _leaf_each(builder: str, leaf: Leaves, num_variables: int) -> list[Leaf]:
         return [leaf] * num_variables
     expected = f"one family, or one for each of {num_variables} variables"
     found = len(leaf)
-    require(found == num_variables, f"{builder}: leaf", expected, found, PCStructureError)
+    require(found == num_variables, builder, "leaf", expected, found, PCStructureError)
     return list(leaf)
 
 
@@ -79,36 +80,22 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
     leaves = _leaf_each("hclt", leaf, len(parents))
     expected, found = "one family of a homogeneous circuit", len(set(leaves))
     one = not homogeneous or found <= 1
-    require(one, "hclt: leaf", expected, found, PCStructureError)
+    require(one, "hclt", "leaf", expected, found, PCStructureError)
     below: list[list[int]] = [[] for _ in parents]
+    expected = f"-1 or a variable in 0 .. {len(parents) - 1}"
     for v, parent in enumerate(parents):
-        require(
-            parent in range(-1, len(parents)),
-            f"hclt: parents[{v}]",
-            f"-1 or a variable in 0 .. {len(parents) - 1}",
-            repr(parent),
-            PCStructureError,
-        )
+        known, found = parent in range(-1, len(parents)), repr(parent)
+        require(known, "hclt", f"parents[{v}]", expected, found, PCStructureError)
         if parent >= 0:
             below[parent].append(v)
     order = [v for v, parent in enumerate(parents) if parent < 0]
-    require(
-        len(order) == 1,
-        "hclt: parents",
-        "one variable with parent -1",
-        f"{len(order)}: {order[:12]}",
-        PCStructureError,
-    )
+    one, found = len(order) == 1, f"{len(order)}: {order[:12]}"
+    require(one, "hclt", "parents", "one variable with parent -1", found, PCStructureError)
     for v in order:  # grows while it is read: parents first
         order += below[v]
     lost = sorted(set(range(len(parents))) - set(order))
-    require(
-        not lost,
-        "hclt: parents",
-        "a tree",
-        f"a cycle: variables {lost[:12]} do not hang from the root",
-        PCStructureError,
-    )
+    found = f"a cycle: variables {lost[:12]} do not hang from the root"
+    require(not lost, "hclt", "parents", "a tree", found, PCStructureError)
     regions: list[Region] = []
     latent_of: dict[int, int] = {}
     for v in reversed(order):
@@ -164,7 +151,7 @@ def rat_spn(
         num_roots=num_roots,
     )
     found = num_variables
-    require(found >= 2, "rat_spn: num_variables", "at least 2", found, PCStructureError)
+    require(found >= 2, "rat_spn", "num_variables", "at least 2", found, PCStructureError)
     leaves = _leaf_each("rat_spn", leaf, num_variables)
     rng = random.Random(seed)
     regions: list[Region] = []
@@ -231,7 +218,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 def join(graphs: Sequence[Regions]) -> Regions:
     """All regions of all graphs; names and ties get the number of their graph in front."""
-    require(len(graphs) > 0, "join: graphs", "at least one", "none", PCStructureError)
+    require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):
         first = len(joined)
@@ -254,12 +241,12 @@ def from_edges(
     """The regions that names describe, sorted so that children come before parents."""
     for name, given in inputs.items():
         wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
-        where = f"unit {name}: variables"
-        require(not wrong, where, f"0 .. {MAX_VARIABLE}", wrong[:1], PCStructureError)
+        where, expected = f"unit {name}", f"0 .. {MAX_VARIABLE}"
+        require(not wrong, where, "variables", expected, wrong[:1], PCStructureError)
     parts: dict[str, list[tuple[tuple[str, ...], Kind]]] = {}
     for parent, children, *kind in products:
-        where = f"unit {parent}"
-        require(parent not in inputs, where, "a sum", "an input with children", PCStructureError)
+        where, found = f"unit {parent}", "an input with children"
+        require(parent not in inputs, "from_edges", where, "a sum", found, PCStructureError)
         parts.setdefault(parent, []).append((tuple(children), kind[0] if kind else "hadamard"))
     order = _children_first(inputs, parts)
     index = {name: i for i, name in enumerate(order)}
@@ -283,13 +270,9 @@ def _children_first(
     """All names, each after its children."""
     waiting = {n: {c for kids, _ in ps for c in kids} for n, ps in parts.items()}
     unknown = {c for kids in waiting.values() for c in kids} - inputs.keys() - parts.keys()
-    require(
-        not unknown,
-        "from_edges: products",
-        "children that are inputs or sums",
-        f"unknown children: {', '.join(sorted(unknown)[:8])}",
-        PCStructureError,
-    )
+    where, expected = "from_edges", "children that are inputs or sums"
+    found = f"unknown children: {', '.join(sorted(unknown)[:8])}"
+    require(not unknown, where, "products", expected, found, PCStructureError)
     above: dict[str, list[str]] = {}
     for name, kids in waiting.items():
         for c in kids:
@@ -301,13 +284,8 @@ def _children_first(
             if not waiting[parent]:
                 order.append(parent)
     lost = sorted(set(parts) - set(order))
-    require(
-        not lost,
-        "from_edges: products",
-        "no cycle",
-        f"a cyclic graph: units {', '.join(lost[:8])} wait for each other",
-        PCStructureError,
-    )
+    found = f"a cyclic graph: units {', '.join(lost[:8])} wait for each other"
+    require(not lost, where, "products", "no cycle", found, PCStructureError)
     return order
 
 
@@ -326,29 +304,17 @@ def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
 
     Source: Chow and Liu 1968.
     """
-    where = "chow_liu_parents: x"
-    is_tensor = isinstance(x, Tensor)
-    found = (
-        f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(x) makes one"
-        if not is_tensor
-        else ""
-    )
-    require(is_tensor, where, "a tensor", found)
-    require(
-        not x.is_floating_point() and not x.is_complex(),
-        where,
-        "integers",
-        f"{x.dtype}; bin real numbers first, or call x.long() if these are whole",
-    )
-    require(x.dim() == 2 and x.numel() > 0, where, "shape (B, n), not empty", tuple(x.shape))
+    where = "chow_liu_parents"
+    remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(x) makes one"
+    require(isinstance(x, Tensor), where, "x", "a tensor", remedy)
+    remedy = f"{x.dtype}; bin real numbers first, or call x.long() if these are whole"
+    require(not x.is_floating_point() and not x.is_complex(), where, "x", "integers", remedy)
+    fits = x.dim() == 2 and x.numel() > 0
+    require(fits, where, "x", "shape (B, n), not empty", tuple(x.shape))
     x = x.long()
     low, high = int(x.min()), int(x.max())
-    require(
-        low >= 0 and high < num_categories,
-        where,
-        f"values in 0 .. {num_categories - 1}, none missing",
-        f"{low} .. {high}",
-    )
+    expected = f"values in 0 .. {num_categories - 1}, none missing"
+    require(low >= 0 and high < num_categories, where, "x", expected, f"{low} .. {high}")
     one_hot = torch.nn.functional.one_hot(x, num_categories).double()  # (B, n, V)
     joint = torch.einsum("bnv,bmw->nmvw", one_hot, one_hot) / len(x)
     single = one_hot.mean(0)

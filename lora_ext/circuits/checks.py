@@ -16,11 +16,7 @@ Truth = Literal[True, False, "unknown"]
 
 
 def check_smooth(graph: RegionGraph) -> None:
-    """Every term of a sum has the scope of the sum.
-
-    Raises:
-        PCStructureError: naming the region and both scopes.
-    """
+    """Every term of a sum has the scope of the sum."""
     for i, region in enumerate(graph.regions):
         scopes = [graph.partition_scope(p) for p in region.partitions]
         for scope in scopes[1:]:
@@ -32,11 +28,7 @@ def check_smooth(graph: RegionGraph) -> None:
 
 
 def check_decomposable(graph: RegionGraph) -> None:
-    """The factors of a product share no variable.
-
-    Raises:
-        PCStructureError: naming the region, both children and the variables that they share.
-    """
+    """The factors of a product share no variable."""
     for i, region in enumerate(graph.regions):
         for p in region.partitions:
             seen = 0

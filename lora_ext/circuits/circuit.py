@@ -12,18 +12,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.circuits import checks, flows, sampling
 from lora_ext.circuits.flows import Flows, Marginals
 from lora_ext.circuits.parameters import Parameters, read_file, require_tensor, signed
 from lora_ext.circuits.program import Evaluate, Weights
 from lora_ext.circuits.region_graph import RegionGraph
 from lora_ext.circuits.sampling import KBest, MapResult
-from lora_ext.circuits.scopes import require
 from lora_ext.reference import log_weights
 
 
 class Report(NamedTuple):
-    """What :meth:`Circuit.check` finds."""
+    """What :meth:`Circuit.check` finds.
+
+    Attributes:
+        smooth: every term of a sum has the scope of the sum.
+        decomposable: the factors of a product share no variable.
+        structured_decomposable: products split a scope in one way, as one vtree does.
+        deterministic: at most one term of each sum is nonzero, where that can be told; else
+            "unknown".
+        normalisation_error: how far the worst sum of weights is from 1.
+    """
 
     smooth: bool
     decomposable: bool
@@ -121,11 +130,11 @@ class Circuit(Parameters):
         Raises:
             ValueError: for a variable that is none, and all that :meth:`log_prob` refuses.
         """
-        require_tensor("marginal: x", x)
+        require_tensor("marginal", "x", x)
         names = list(keep)
         wrong = [v for v in names if v not in range(self.num_variables)]
         expected = f"variables in 0 .. {self.num_variables - 1}"
-        require(not wrong, "marginal: keep", expected, wrong[:1])
+        require(not wrong, "marginal", "keep", expected, wrong[:1])
         kept = torch.zeros(self.num_variables, dtype=torch.bool, device=x.device)
         kept[names] = True
         x = signed(x)
@@ -197,7 +206,7 @@ class Circuit(Parameters):
         Raises:
             ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
         """
-        self._read("conditionals: x", x)
+        self._read("conditionals", x)
         top = self._root_numbers("conditionals", root, len(x))[:, None]
         x = signed(x)
         before = self._log_probs("conditionals", self._nothing()).expand(len(x), -1).gather(1, top)
@@ -372,6 +381,12 @@ class Circuit(Parameters):
     @staticmethod
     def load(path: str | Path) -> Circuit:
         """Read a file of :meth:`save`, which is not trusted.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            the circuit on the CPU, in the dtype that was saved.
 
         Raises:
             ValueError: on anything unexpected, before memory is taken for it.

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.circuits import checks
 from lora_ext.circuits._sums import add_columns, last_sum, mean
 from lora_ext.circuits.leaves import External, Indicator, Joint
 from lora_ext.circuits.parameters import Parameters
 from lora_ext.circuits.program import FIRST_LEAF, Weights
-from lora_ext.circuits.scopes import require, variables
+from lora_ext.circuits.scopes import variables
 
 
 class Flows(NamedTuple):
@@ -55,12 +56,12 @@ def em_step(
     root: int | Tensor | None,
 ) -> Tensor:
     """``Circuit.em_step``."""
-    require(circuit.norm == "logits", "em_step: norm", "a circuit of 'logits'", repr(circuit.norm))
-    require(0 < step <= 1, "em_step: step", "a number in (0, 1]", step)
-    finite = 0 <= pseudocount < math.inf
-    require(finite, "em_step: pseudocount", "a number, at least 0", pseudocount)
-    filled, missing = circuit._read("em_step: x", x)
-    require(len(x) > 0, "em_step: x", "at least one row", "none")
+    norm, finite = circuit.norm, 0 <= pseudocount < math.inf
+    require(norm == "logits", "em_step", "norm", "a circuit of 'logits'", repr(norm))
+    require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
+    require(finite, "em_step", "pseudocount", "a number, at least 0", pseudocount)
+    filled, missing = circuit._read("em_step", x)
+    require(len(x) > 0, "em_step", "x", "at least one row", "none")
     log_weights = circuit._log_weights()
     leaf = circuit._leaf_values_of("em_step", filled, missing)
     log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
@@ -151,7 +152,7 @@ def univariate_marginals(
     """``Circuit.univariate_marginals``: a leaf unit's flow is the probability of its distribution,
     so a variable's law is the mixture of its leaves' by their flows."""
     name = "univariate_marginals"
-    filled, missing = circuit._read(f"{name}: evidence", evidence)
+    filled, missing = circuit._read(name, evidence, "evidence")
     circuit._refuse_external(name)
     leaf = circuit._leaf_values_of(name, filled, missing)
     use = flows(circuit, name, leaf, circuit._log_weights(), root)
@@ -236,7 +237,7 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
     name = "kl_divergence"
     same = isinstance(other, Parameters) and other.graph == circuit.graph
     found = "another graph" if isinstance(other, Parameters) else type(other).__name__
-    require(same, f"{name}: other", "a circuit of the same graph", found)
+    require(same, name, "other", "a circuit of the same graph", found)
     for each in (circuit, other):
         _require_deterministic(each, name)
     log_weights, flows = _usage(circuit, name, root)
@@ -253,12 +254,12 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
 def _require_deterministic(circuit: Parameters, name: str) -> None:
     """Refuse circuits in which several trees may share an assignment."""
     norm = circuit.norm
-    require(norm == "logits", f"{name}: norm", "a circuit of 'logits'", repr(norm))
+    require(norm == "logits", name, "norm", "a circuit of 'logits'", repr(norm))
     circuit._refuse_external(name)
     known = checks.is_deterministic(circuit.graph)
     found = "one that is not" if known is False else "one of which that is unknown"
     remedy = "; estimate it from samples: -circuit.log_prob(circuit.sample(10000)[0]).mean()"
-    require(known is True, f"{name}: graph", "a deterministic circuit", found + remedy)
+    require(known is True, name, "graph", "a deterministic circuit", found + remedy)
 
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:

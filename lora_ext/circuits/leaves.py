@@ -19,46 +19,80 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import integer, require
 from lora_ext.circuits._sums import sums_at
-from lora_ext.circuits.scopes import require
 from lora_ext.reference import log_softmax
 
 Table = dict[str, Tensor]
 LOG_TAU = math.log(2 * math.pi)
+COUNT = "a whole number, at least 1"
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A family without parameters or support; the families below say what they have."""
+    """A family of input distributions: a frozen value that says what parameters it has and how to
+    use them.
+
+    ``table`` is the family's parameters by name, each with a row per distribution, ``R`` in all, as
+    :meth:`table` makes them; ``row`` says for each leaf unit, or each draw, which row is its own.
+    This class has neither parameters nor values; a family of your own overrides what its circuits
+    are asked for, and the others raise NotImplementedError.
+    """
 
     def num_values(self) -> int | None:
         """Values run over ``0 .. num_values - 1``; None for a continuous family."""
         return None
 
     def table(self, rows: int) -> Table:
-        """Fresh parameters for ``rows`` distributions, all different."""
+        """Make fresh parameters, all different.
+
+        Args:
+            rows: R, how many distributions.
+
+        Returns:
+            tensors by name, the first axis of each R; float32 on the CPU.
+        """
         return {}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """``log p(x[b, m])`` under the distributions of block m, ``(B, M, N / M)``.
+        """Compute ``log p(x[b, m])`` under the distributions of block m, ``(B, M, N / M)``.
 
         Args:
             table: parameters of the family.
-            row: ``(N,)``.
-            x: ``(B, M)``, M blocks.
+            row: ``(N,)`` int64, the row of each leaf unit.
+            x: ``(B, M)``, one value for each of the M blocks, never a missing one.
         """
         raise NotImplementedError
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
-        """The value whose cumulative probability first exceeds ``u``, per entry of ``row``."""
+        """Draw a value for each entry of ``row``: the one whose cumulative probability first
+        exceeds ``u``.
+
+        Args:
+            table: parameters of the family.
+            row: ``(A,)`` int64, the distribution of each draw.
+            u: ``(A,)`` in [0, 1); the same numbers give the same values.
+
+        Returns:
+            ``(A,)``, int64 of a family of values, else in the dtype of the parameters.
+        """
         raise NotImplementedError
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Most probable value and its log-probability, per entry of ``row``."""
+        """Find the most probable value of each entry of ``row``.
+
+        Args:
+            table: parameters of the family.
+            row: ``(A,)`` int64.
+
+        Returns:
+            the values ``(A,)`` and their log-probabilities ``(A,)``.
+        """
         raise NotImplementedError
 
     def log_table(self, table: Table) -> Tensor:
-        """Log-probabilities of all values, ``(R, num_values)``, of a family that has finitely many.
+        """Tabulate the log-probabilities of all values, ``(R, num_values)``, of a family that has
+        finitely many.
 
         Args:
             table: parameters of the family.
@@ -66,15 +100,17 @@ class Leaf:
         raise NotImplementedError
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every row's value, ``(R,)`` each."""
+        """Compute mean and variance of the value under every row of ``table``, ``(R,)`` each."""
         raise NotImplementedError
 
     def entropy(self, table: Table) -> Tensor:
-        """Entropy of every row in nats, ``(R,)``; differential if continuous."""
+        """Compute the entropy of every row of ``table`` in nats, ``(R,)``; differential if
+        continuous."""
         raise NotImplementedError
 
     def divergence(self, table: Table, other: Table) -> Tensor:
-        """Kullback-Leibler divergence of every row from the same row of ``other``, ``(R,)``."""
+        """Compute the Kullback-Leibler divergence, in nats, of every row of ``table`` from the same
+        row of ``other``, ``(R,)``."""
         raise NotImplementedError
 
     def update(
@@ -144,15 +180,10 @@ def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
     return (1 - step) * old + step * new
 
 
-def _require_count(where: str, count: object) -> None:
-    whole = isinstance(count, int) and count >= 1
-    require(whole, where, "a whole number, at least 1", repr(count))
-
-
 def require_min_std(where: str, min_std: float) -> None:
     """Refuse what is no bound of a deviation."""
     positive = 0 < min_std < math.inf
-    require(positive, f"{where}: min_std", "a positive number", min_std)
+    require(positive, where, "min_std", "a positive number", min_std)
 
 
 class Finite(Leaf):
@@ -207,12 +238,21 @@ def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Categorical(Finite):
-    """One of ``num_categories`` values; logits ``(R, num_categories)``."""
+    """One of ``num_categories`` values, each with a probability of its own.
+
+    Parameters: ``logits (R, num_categories)``, log-softmaxed over the values; ``-inf`` forbids one.
+
+    Args:
+        num_categories: values run over ``0 .. num_categories - 1``.
+
+    Raises:
+        ValueError: fewer than one, or no whole number.
+    """
 
     num_categories: int
 
     def __post_init__(self) -> None:
-        _require_count("Categorical: num_categories", self.num_categories)
+        integer("Categorical", "num_categories", self.num_categories, 1, expected=COUNT)
 
     def num_values(self) -> int | None:
         return self.num_categories
@@ -240,7 +280,7 @@ class Categorical(Finite):
 
 @dataclass(frozen=True)
 class Bernoulli(Finite):
-    """0 or 1; the logit of 1, ``(R,)``."""
+    """0 or 1. Parameters: ``logit (R,)``, ``log p(1) - log p(0)``."""
 
     def num_values(self) -> int | None:
         return 2
@@ -259,12 +299,21 @@ class Bernoulli(Finite):
 
 @dataclass(frozen=True)
 class Binomial(Finite):
-    """Successes in ``total`` trials; the logit of a success, ``(R,)``."""
+    """How many of ``total`` trials succeed, each with the same probability.
+
+    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` of one success.
+
+    Args:
+        total: trials; values run over ``0 .. total``.
+
+    Raises:
+        ValueError: fewer than one, or no whole number.
+    """
 
     total: int
 
     def __post_init__(self) -> None:
-        _require_count("Binomial: total", self.total)
+        integer("Binomial", "total", self.total, 1, expected=COUNT)
 
     def num_values(self) -> int | None:
         return self.total + 1
@@ -310,10 +359,16 @@ def _update_logit(
 
 @dataclass(frozen=True)
 class Gaussian(Leaf):
-    """A real number; mean and log of the standard deviation, ``(R,)`` each.
+    """A real number, normally distributed.
 
-    ``min_std`` bounds what EM may shrink the deviation to. Pseudocounts do not touch it: no number
-    is impossible under a Gaussian.
+    Parameters: ``mean (R,)`` and ``log_std (R,)``, the logarithm of the standard deviation.
+
+    Args:
+        min_std: what EM shrinks no deviation below. Pseudocounts do not touch it: no number is
+            impossible under a Gaussian.
+
+    Raises:
+        ValueError: a bound that is not above 0 and finite.
     """
 
     min_std: float = 1e-3
@@ -368,16 +423,28 @@ class Gaussian(Leaf):
 
 @dataclass(frozen=True)
 class Indicator(Leaf):
-    """Unit ``u`` of the region says ``x == values[u]``: 1 or 0, no parameters."""
+    """Unit ``u`` of the region says ``x == values[u]``: its value is 1 or 0, and there is nothing
+    to learn.
+
+    Args:
+        values: one for each unit of the region, whole numbers from 0.
+
+    Raises:
+        ValueError: other values.
+    """
 
     values: tuple[int, ...]
 
     def __post_init__(self) -> None:
         known = all(isinstance(v, int) and v >= 0 for v in self.values)
-        require(known, "Indicator: values", "whole numbers from 0", self.values)
+        require(known, "Indicator", "values", "whole numbers from 0", self.values)
         object.__setattr__(self, "values", tuple(self.values))
 
 
 @dataclass(frozen=True)
 class External(Leaf):
-    """The caller gives the log-value of every unit, in the order of the leaf units."""
+    """A distribution that the caller evaluates: a network's head, say.
+
+    :meth:`lora_ext.circuits.Circuit.log_prob` takes ``external (B, N)``, the log-value of each of
+    the N external leaf units in their order. They have no parameters here, and cannot be sampled.
+    """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import integer, require
 from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.circuits import checks
 from lora_ext.circuits._sums import in_rows
@@ -28,17 +29,17 @@ from lora_ext.circuits.program import (
     rows_of_one_width,
 )
 from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import require, variables
+from lora_ext.circuits.scopes import variables
 from lora_ext.reference import log_weights
 
 _METADATA = "lora_ext.circuit"
 _MAX_UNITS = 1 << 24  # leaf, sum and product units: a small file may describe many
 
 
-def require_tensor(where: str, x: object) -> None:
+def require_tensor(where: str, name: str, x: object) -> None:
     """Refuse data that are no tensor; only the caller knows their device and what is missing."""
     remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(...) makes a tensor of it"
-    require(isinstance(x, Tensor), where, "a tensor", remedy)
+    require(isinstance(x, Tensor), where, name, "a tensor", remedy)
 
 
 def signed(x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class Parameters(nn.Module):
 
     def __init__(self, graph: RegionGraph, norm: str, precision: str):
         super().__init__()
-        require(norm in ("logits", "none"), "Circuit: norm", "'logits' or 'none'", repr(norm))
+        require(norm in ("logits", "none"), "Circuit", "norm", "'logits' or 'none'", repr(norm))
         checks.check_tractable(graph, "Circuit")
         self.graph, self.norm, self.precision = graph, norm, precision
         self.layered = compile_graph(graph)
@@ -110,7 +111,7 @@ class Parameters(nn.Module):
         """Log-weights of a sum region before normalisation, a view ``(units, products)``."""
         inner, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, an input"
-        require(bool(inner.partitions), "region_weights: region", "a region of sums", found)
+        require(bool(inner.partitions), "region_weights", "region", "a region of sums", found)
         first = self.layered.weight_off[region]
         units, products = inner.units, self.graph.num_products(inner)
         return self.weights[first : first + units * products].view(units, products)
@@ -119,7 +120,7 @@ class Parameters(nn.Module):
         """Parameters of an input region, views with a row per unit, of each variable in turn."""
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
-        require(node.leaf is not None, "region_leaves: region", "an input", found)
+        require(node.leaf is not None, "region_leaves", "region", "an input", found)
         unit = self._first_leaf(region)
         row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
         each = 1 if isinstance(node.leaf, Joint) else node.variables.bit_count()
@@ -178,19 +179,17 @@ class Parameters(nn.Module):
 
     def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
         """The root unit that answers for each row, counted from 0, ``(rows,)``."""
-        number, where = len(self._execution.roots), f"{name}: root"
+        number = len(self._execution.roots)
         expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
-        require(root is not None or number == 1, where, expected, "none")
+        require(root is not None or number == 1, name, "root", expected, "none")
         if isinstance(root, Tensor):
             whole = not root.is_floating_point() and root.dtype != torch.bool
-            require(whole, where, "integers", root.dtype)
-            require(root.shape == (rows,), where, f"shape ({rows},)", tuple(root.shape))
+            require(whole, name, "root", "integers", root.dtype)
+            require(root.shape == (rows,), name, "root", f"shape ({rows},)", tuple(root.shape))
             wrong = root[(root < 0) | (root >= number)]
-            require(len(wrong) == 0, where, expected, wrong[:1].tolist())
+            require(len(wrong) == 0, name, "root", expected, wrong[:1].tolist())
             return root.to(self.weights.device, torch.long)
-        one = 0 if root is None else root
-        whole = isinstance(one, int) and not isinstance(one, bool)
-        require(whole and 0 <= one < number, where, expected, repr(root))
+        one = 0 if root is None else integer(name, "root", root, 0, number - 1, expected=expected)
         return torch.full((rows,), one, device=self.weights.device)
 
     # --- data -------------------------------------------------------------------------------------
@@ -198,16 +197,14 @@ class Parameters(nn.Module):
         """Rows of data in which every variable is missing."""
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
 
-    def _read(self, where: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)`` each.
-
-        Raises:
-            ValueError: on shape, device and values out of range, naming the variable.
-        """
+    def _read(self, where: str, x: Tensor, argument: str = "x") -> tuple[Tensor, Tensor]:
+        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)``
+        each."""
         n, device = self.num_variables, self.weights.device
-        require_tensor(where, x)
-        require(x.dim() == 2 and x.shape[1] == n, where, f"shape (B, {n})", tuple(x.shape))
-        require(x.device == device, where, device, x.device)
+        require_tensor(where, argument, x)
+        fits = x.dim() == 2 and x.shape[1] == n
+        require(fits, where, argument, f"shape (B, {n})", tuple(x.shape))
+        require(x.device == device, where, argument, device, x.device)
         if x.is_floating_point():
             x = x.to(self.weights.dtype)
         elif x.dtype in (torch.int8, torch.int16):
@@ -232,7 +229,8 @@ class Parameters(nn.Module):
             if wrong.any():
                 row, column = wrong.nonzero()[0].tolist()
                 found = f"{known[row, column].item()} in row {row}"
-                require(False, f"{where}: variable {names[column]}", expected, found)
+                which = f"{argument}: variable {names[column]}"
+                require(False, where, which, expected, found)
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     @staticmethod
@@ -249,7 +247,7 @@ class Parameters(nn.Module):
             values = self._looked_up(x)
             if values is not None:
                 return values
-        return self._leaf_values_of(name, *self._read(f"{name}: x", x), external)
+        return self._leaf_values_of(name, *self._read(name, x), external)
 
     def _looked_up(self, x: Tensor) -> Tensor | None:
         """The same where all leaves are tables, which see to their data themselves.
@@ -285,7 +283,7 @@ class Parameters(nn.Module):
             if isinstance(leaf, External):
                 shape = (len(filled), len(var) * block)
                 found = None if external is None else tuple(external.shape)
-                require(found == shape, f"{name}: external", f"shape {shape}", found)
+                require(found == shape, name, "external", f"shape {shape}", found)
                 assert external is not None
                 e = external.to(dtype).unflatten(1, (-1, block))
             elif isinstance(leaf, Indicator):
@@ -305,7 +303,7 @@ class Parameters(nn.Module):
         for leaf, _, span in self._families():
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
-            require(own, f"{name}: variable {variable}", "a leaf with parameters", "External")
+            require(own, name, f"variable {variable}", "a leaf with parameters", "External")
 
     # --- files ------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> None:
@@ -324,20 +322,20 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
         known = isinstance(data, dict) and data.keys() == {"norm", "graph"}
-        require(known, where, "a circuit", f"metadata {[*file.metadata]}")
+        require(known, where, "header", "a circuit", f"metadata {[*file.metadata]}")
         norm = data["norm"]
-        require(norm in ("logits", "none"), f"{where}: norm", "logits or none", f"{norm!r:.80}")
+        require(norm in ("logits", "none"), where, "norm", "logits or none", f"{norm!r:.80}")
         graph = RegionGraph.from_json(data["graph"], where)
         units = sum(
             r.units * max(1, r.variables.bit_count()) + graph.num_products(r) for r in graph.regions
         )
-        require(units <= _MAX_UNITS, f"{where}: regions", f"at most {_MAX_UNITS} units", units)
+        require(units <= _MAX_UNITS, where, "regions", f"at most {_MAX_UNITS} units", units)
         wanted = _state_shapes(graph)
         found = {k: info.shape for k, info in file.infos.items()}
         dtypes = {info.dtype for info in file.infos.values()}
-        require(found == wanted, where, f"{wanted!r:.300}", f"{found!r:.300}")
+        require(found == wanted, where, "tensors", f"{wanted!r:.300}", f"{found!r:.300}")
         one = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
-        require(one, where, "tensors in float32 or in float64", dtypes)
+        require(one, where, "tensors", "tensors in float32 or in float64", dtypes)
         return graph, norm, {k: file.read(k) for k in found}
     finally:
         file.close()

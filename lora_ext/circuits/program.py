@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.circuits.leaves import Indicator, Joint, Leaf
 from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import PCStructureError, require, variables
+from lora_ext.circuits.scopes import PCStructureError, variables
 from lora_ext.ops import Program
 
 FIRST_LEAF = 2  # columns 0 and 1 are constants
@@ -122,8 +123,8 @@ def compile_graph(graph: RegionGraph) -> Layered:
             num_weights += region.units * graph.num_products(region)
         if region.tie is not None:
             tied[region.tie] = weight_off[i]
-    few, where = num_weights < 2**31, "compile_graph: graph"
-    require(few, where, "fewer than 2^31 weights", num_weights, PCStructureError)
+    few, expected = num_weights < 2**31, "fewer than 2^31 weights"
+    require(few, "compile_graph", "graph", expected, num_weights, PCStructureError)
     return Layered(
         columns,
         families,

@@ -19,11 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_ext._checks import require
 from lora_ext.circuits import builders, regions
 from lora_ext.circuits.builders import Leaves
 from lora_ext.circuits.leaves import Indicator
 from lora_ext.circuits.regions import Input, Kind, Partition, Region
-from lora_ext.circuits.scopes import PCStructureError, require, variables
+from lora_ext.circuits.scopes import PCStructureError, variables
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,48 +64,41 @@ class RegionGraph:
             if region.tie is not None:
                 self._check_tie(i, region, ties)
         roots = tuple(i for i, free in enumerate(parentless) if free)
-        require(bool(roots), "RegionGraph: regions", "at least one", "none", PCStructureError)
-        names = ", ".join(map(self.label, roots[:8]))
-        require(
-            len(roots) == 1 or self.multi_root,
-            "RegionGraph: regions",
-            "a single root (multi_root=True allows several)",
-            f"{len(roots)}: units {names}",
-            PCStructureError,
-        )
+        require(bool(roots), "RegionGraph", "regions", "at least one", "none", PCStructureError)
+        single = len(roots) == 1 or self.multi_root
+        expected = "a single root (multi_root=True allows several)"
+        found = f"{len(roots)}: units {', '.join(map(self.label, roots[:8]))}"
+        require(single, "RegionGraph", "regions", expected, found, PCStructureError)
         union = 0
         for root in roots:
             union |= scopes[root]
         missing = variables(~union & ((1 << union.bit_length()) - 1))
-        require(
-            not missing,
-            "RegionGraph: regions",
-            f"all variables 0 .. {union.bit_length() - 1}",
-            f"variables {missing[:12]} in no input region",
-            PCStructureError,
-        )
+        expected = f"all variables 0 .. {union.bit_length() - 1}"
+        found = f"variables {missing[:12]} in no input region"
+        require(not missing, "RegionGraph", "regions", expected, found, PCStructureError)
         object.__setattr__(self, "scopes", tuple(scopes))
         object.__setattr__(self, "roots", roots)
         object.__setattr__(self, "num_variables", union.bit_length())
 
     def label(self, i: int) -> str:
-        """How errors and pictures name a region."""
+        """Name region ``i`` as errors and pictures do: its own name, or its index."""
         return self.regions[i].name or str(i)
 
     def partition_scope(self, partition: Partition) -> int:
-        """Union of the children's scopes."""
+        """The union of the scopes of the children of ``partition``, a bitset of variables."""
         scope = 0
         for c in partition.children:
             scope |= self.scopes[c]
         return scope
 
     def partition_units(self, partition: Partition) -> int:
-        """Product units of one partition."""
+        """How many product units a partition has: those of a child, or of a Kronecker product n
+        times m."""
         counts = [self.regions[c].units for c in partition.children]
         return counts[0] if partition.kind == "hadamard" else counts[0] * counts[1]
 
     def num_products(self, region: Region) -> int:
-        """Product units over which each unit of the region sums; 0 for an input."""
+        """How many product units each unit of a region sums over; 0 for an input."""
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
@@ -119,7 +113,7 @@ class RegionGraph:
         where = f"unit {self.label(i)}"
 
         def check(ok: bool, argument: str, expected: object, found: object) -> None:
-            require(ok, f"{where}: {argument}", expected, found, PCStructureError)
+            require(ok, where, argument, expected, found, PCStructureError)
 
         leaf, given = region.leaf, region.variables
         check(region.units >= 1, "units", "at least 1", region.units)
@@ -150,24 +144,35 @@ class RegionGraph:
         width = region.variables.bit_count() if region.leaf else self.num_products(region)
         shape = (region.leaf, region.units, width)
         first = ties.setdefault(region.tie, shape)
-        where = f"unit {self.label(i)}: tie {region.tie!r}"
-        require(
-            shape == first,
-            where,
-            f"leaf, units and width of the regions tied to it, {first}",
-            shape,
-            PCStructureError,
-        )
+        where, name = f"unit {self.label(i)}", f"tie {region.tie!r}"
+        expected = f"leaf, units and width of the regions tied to it, {first}"
+        require(shape == first, where, name, expected, shape, PCStructureError)
 
     # --- builders: `leaf` is one family for all variables, or a list of one for each -------------
     @staticmethod
     def cp(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """A mixture of ``rank`` fully factorised distributions: one latent for all variables."""
+        """Build a mixture of ``rank`` fully factorised distributions: one latent for all variables.
+
+        Args:
+            num_variables: n. rank: states of the latent.
+            leaf: the family of every variable, or one for each.
+
+        Raises:
+            PCStructureError: a size below 1, another number of families.
+        """
         return RegionGraph(builders.cp(num_variables, rank, leaf))
 
     @staticmethod
     def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool = False) -> RegionGraph:
-        """A hidden Markov model; ``homogeneous`` shares transitions and emissions over time."""
+        """Build a hidden Markov model over ``num_variables`` steps with ``rank`` states.
+
+        Args:
+            num_variables, rank: above. leaf: the emissions' family, or one for each step.
+            homogeneous: transitions, and emissions, are shared by all steps.
+
+        Raises:
+            PCStructureError: as :meth:`hclt`.
+        """
         return RegionGraph(builders.hmm(num_variables, rank, leaf, homogeneous))
 
     @staticmethod
@@ -191,7 +196,16 @@ class RegionGraph:
 
     @staticmethod
     def btree(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """Recursive halving in variable order, the tree of ``reference.circuit_scan``."""
+        """Build the tree of ``reference.circuit_scan``: variables in their order, halved again and
+        again.
+
+        Args:
+            num_variables: n. rank: units of every region but the root.
+            leaf: the family of every variable, or one for each.
+
+        Raises:
+            PCStructureError: a size below 1, another number of families.
+        """
         return RegionGraph(builders.btree(num_variables, rank, leaf))
 
     @staticmethod
@@ -205,7 +219,17 @@ class RegionGraph:
         seed: int = 0,
         num_roots: int = 1,
     ) -> RegionGraph:
-        """Random binary splits to ``depth``, ``repetitions`` times, below ``num_roots`` roots.
+        """Split the variables at random into halves to ``depth``, ``repetitions`` times, below
+        common roots.
+
+        Args:
+            num_variables: n, at least 2. depth: of a repetition's tree. repetitions: trees.
+            num_sums: units of a region of sums. num_inputs: units of an input region.
+            leaf: the family of every variable, or one for each.
+            seed: of the splits. num_roots: root units, one per class, say.
+
+        Raises:
+            PCStructureError: a size out of range, another number of families.
 
         Source: RAT-SPN, Peharz et al. 2019.
         """
@@ -216,9 +240,17 @@ class RegionGraph:
     def poon_domingos(
         height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
     ) -> RegionGraph:
-        """All rectangles of an image and all their cuts at multiples of ``delta``.
+        """Build all rectangles of an image, and all their cuts at multiples of ``delta``.
 
         Variable ``y * width + x`` is the pixel at (y, x). A rectangle that has no cut is an input.
+
+        Args:
+            height, width: of the image, in pixels. num_units: of every rectangle but the whole
+                image.
+            leaf: the family of every pixel, or one for each. delta: of the cuts, in pixels.
+
+        Raises:
+            PCStructureError: a size below 1, another number of families.
 
         Source: Poon and Domingos 2011.
         """
@@ -283,7 +315,11 @@ class RegionGraph:
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
-        """The graph of a parsed description, which is not trusted.
+        """Read the graph of a parsed description, which is not trusted.
+
+        Args:
+            data: what ``json.loads`` made of :meth:`to_json`'s text. where: opens the message of an
+                error.
 
         Raises:
             ValueError: naming the region and the field.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_ext._checks import require
 from lora_ext.circuits.leaves import (
     Bernoulli,
     Binomial,
@@ -18,7 +19,7 @@ from lora_ext.circuits.leaves import (
     Leaf,
 )
 from lora_ext.circuits.multivariate import MultivariateGaussian
-from lora_ext.circuits.scopes import require, variables
+from lora_ext.circuits.scopes import variables
 
 Kind = Literal["hadamard", "kronecker"]
 FAMILIES: dict[str, type[Leaf]] = {
@@ -39,7 +40,13 @@ _MAX_SCOPE_BITS = 1 << 33
 
 @dataclass(frozen=True)
 class Partition:
-    """A product: child regions by index, and how their units are combined."""
+    """A product of regions.
+
+    Attributes:
+        children: their indices in the graph, each below the region's own.
+        kind: "hadamard", unit u of the product is that of the children's units u; or "kronecker",
+            of two children each unit of one with each of the other.
+    """
 
     children: tuple[int, ...]
     kind: Kind = "hadamard"
@@ -62,7 +69,12 @@ class Region:
 
 @dataclass(frozen=True)
 class Input:
-    """An input region of ``RegionGraph.from_edges``."""
+    """An input region, as :meth:`RegionGraph.from_edges` takes it.
+
+    Attributes:
+        variables: their numbers. leaf: the family. units: distributions for each variable.
+        tie: input regions with the same word share their parameters; None shares nothing.
+    """
 
     variables: Sequence[int]
     leaf: Leaf
@@ -72,30 +84,22 @@ class Input:
 
 # --- leaves ---------------------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """The family's name and fields.
-
-    Raises:
-        ValueError: for a family that is not ours, which no reader would know.
-    """
+    """The family's name and fields, of one of ours: no reader would know another."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
-    require(known, "leaf: family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
+    require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(leaf).items()}
     return {"family": name, **fields}
 
 
 def leaf_from_json(data: Any, where: str) -> Leaf:
-    """Parse an untrusted description.
-
-    Raises:
-        ValueError: naming the field.
-    """
+    """Parse an untrusted description."""
     known = isinstance(data, dict) and data.get("family") in list(FAMILIES)
-    require(known, f"{where}: family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
+    require(known, where, "family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
     family = FAMILIES[data["family"]]
     names = family.__dataclass_fields__.keys()
     same = data.keys() - {"family"} == names
-    require(same, where, f"the fields {[*names]}", f"{[*data]!r:.200}")
+    require(same, where, "leaf", f"the fields {[*names]}", f"{[*data]!r:.200}")
     values: dict[str, Any] = {}
     for name in names:
         value = data[name]
@@ -107,7 +111,7 @@ def leaf_from_json(data: Any, where: str) -> Leaf:
             expected = "a positive number"
         else:
             good, expected = _is_count(value, 1), "a positive whole number below 2^31"
-        require(good, f"{where}: {name}", expected, f"{value!r:.100}")
+        require(good, where, name, expected, f"{value!r:.100}")
         values[name] = value
     return family(**values)
 
@@ -136,45 +140,40 @@ def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
 
 
 def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
-    """Regions and ``multi_root`` of a parsed description, which is not trusted.
-
-    Raises:
-        ValueError: naming the region and the field.
-    """
+    """Regions and ``multi_root`` of a parsed description, which is not trusted."""
     whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
-    require(whole, where, "multi_root and regions", f"{data!r:.100}")
+    require(whole, where, "graph", "multi_root and regions", f"{data!r:.100}")
     listed, multi_root = data["regions"], data["multi_root"]
-    require(isinstance(listed, list), f"{where}: regions", "a list", f"{listed!r:.100}")
+    require(isinstance(listed, list), where, "regions", "a list", f"{listed!r:.100}")
     flag = isinstance(multi_root, bool)
-    require(flag, f"{where}: multi_root", "true or false", f"{multi_root!r:.100}")
-    regions = tuple(_region_from_json(r, f"{where}: region {i}") for i, r in enumerate(listed))
+    require(flag, where, "multi_root", "true or false", f"{multi_root!r:.100}")
+    regions = tuple(_region_from_json(r, where, f"region {i}") for i, r in enumerate(listed))
     entries = sum(r.variables.bit_count() for r in regions)
     largest = max((r.variables.bit_length() for r in regions), default=0)
-    require(
-        largest <= entries and largest * len(regions) <= _MAX_SCOPE_BITS,
-        f"{where}: variables",
-        "every variable, and scopes of at most 1 GiB",
-        f"{largest} variables in {entries} entries of {len(regions)} regions",
-    )
+    fits = largest <= entries and largest * len(regions) <= _MAX_SCOPE_BITS
+    expected = "every variable, and scopes of at most 1 GiB"
+    found = f"{largest} variables in {entries} entries of {len(regions)} regions"
+    require(fits, where, "variables", expected, found)
     return regions, multi_root
 
 
-def _region_from_json(data: Any, where: str) -> Region:
-    require(isinstance(data, dict), where, "an object", f"{data!r:.100}")
+def _region_from_json(data: Any, where: str, name: str) -> Region:
+    require(isinstance(data, dict), where, name, "an object", f"{data!r:.100}")
     fields = {"units", "name", "tie"}
     inner = fields | {"partitions"}
     known = data.keys() in (inner, fields | {"leaf", "variables"})
-    require(known, where, f"{sorted(inner)}, or leaf and variables", [*data])
+    require(known, where, name, f"{sorted(inner)}, or leaf and variables", [*data])
+    where = f"{where}: {name}"
     units, name, tie = data["units"], data["name"], data["tie"]
-    require(_is_count(units, 1), f"{where}: units", "a positive number", f"{units!r:.100}")
-    require(isinstance(name, str), f"{where}: name", "text", f"{name!r:.80}")
-    require(tie is None or isinstance(tie, str), f"{where}: tie", "text or null", f"{tie!r:.80}")
+    require(_is_count(units, 1), where, "units", "a positive number", f"{units!r:.100}")
+    require(isinstance(name, str), where, "name", "text", f"{name!r:.80}")
+    require(tie is None or isinstance(tie, str), where, "tie", "text or null", f"{tie!r:.80}")
     if "leaf" in data:
         names = data["variables"]
         indices = isinstance(names, list) and all(
             type(v) is int and 0 <= v < MAX_VARIABLE for v in names
         )
-        require(indices, f"{where}: variables", "indices", f"{names!r:.100}")
+        require(indices, where, "variables", "indices", f"{names!r:.100}")
         scope = 0
         for v in names:
             scope |= 1 << v
@@ -188,7 +187,7 @@ def _region_from_json(data: Any, where: str) -> Region:
             and p[0] in ("hadamard", "kronecker")
             and all(type(c) is int for c in p[1:])
         )
-        require(good, f"{where}: partitions", "[kind, children...]", f"{p!r:.100}")
+        require(good, where, "partitions", "[kind, children...]", f"{p!r:.100}")
         assert isinstance(p, list)
         partitions.append(Partition(tuple(p[1:]), p[0]))
     return Region(units, tuple(partitions), tie=tie, name=name)

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import integer, require
 from lora_ext.circuits import checks
-from lora_ext.circuits.leaves import Indicator, Joint
+from lora_ext.circuits.leaves import COUNT, Indicator, Joint
 from lora_ext.circuits.parameters import Parameters, require_tensor
 from lora_ext.circuits.program import FIRST_LEAF
-from lora_ext.circuits.scopes import require, variables
+from lora_ext.circuits.scopes import variables
 from lora_ext.reference import log_weights
 
 
@@ -39,10 +40,9 @@ def sample(
     root: int | Tensor | None,
 ) -> Tensor:
     """``Circuit.sample``."""
-    whole = type(num_samples) is int and num_samples >= 0
-    require(whole, "sample: num_samples", "a whole number, at least 0", repr(num_samples))
+    integer("sample", "num_samples", num_samples, 0, expected="a whole number, at least 0")
     evidence = evidence_or_nothing(circuit, evidence, root)
-    filled, missing = circuit._read("sample: evidence", evidence)
+    filled, missing = circuit._read("sample", evidence, "evidence")
     start = circuit._root_numbers("sample", root, len(evidence))
     inner = sum(bool(r.partitions) for r in circuit.graph.regions)
     shape = (len(evidence), num_samples, inner + circuit.num_variables)
@@ -58,7 +58,7 @@ def sample(
     impossible = (top == -torch.inf).nonzero()
     if len(impossible):
         found = "an impossible row"
-        require(False, f"sample: evidence: row {int(impossible[0])}", "a possible row", found)
+        require(False, "sample: evidence", f"row {int(impossible[0])}", "a possible row", found)
     u = uniforms.flatten(0, 1)
     chosen = execution.walk(val, weights, start, u[:, :inner])
     row = torch.arange(len(evidence), device=device).repeat_interleave(num_samples)
@@ -68,22 +68,22 @@ def sample(
 
 
 def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    where, dtypes = "sample: uniforms", (torch.float32, torch.float64)
-    require_tensor(where, uniforms)
-    require(uniforms.shape == shape, where, f"shape {shape}", tuple(uniforms.shape))
-    require(uniforms.dtype in dtypes, where, "float32 or float64", uniforms.dtype)
-    require(uniforms.device == device, where, device, uniforms.device)
+    where, name, dtypes = "sample", "uniforms", (torch.float32, torch.float64)
+    require_tensor(where, name, uniforms)
+    require(uniforms.shape == shape, where, name, f"shape {shape}", tuple(uniforms.shape))
+    require(uniforms.dtype in dtypes, where, name, "float32 or float64", uniforms.dtype)
+    require(uniforms.device == device, where, name, device, uniforms.device)
     if device.type != "cpu":
         return  # the host would wait for it
     outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
     if len(outside):
-        require(False, where, "numbers in [0, 1]", float(outside[0]))
+        require(False, where, name, "numbers in [0, 1]", float(outside[0]))
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
     """``Circuit.map``."""
     evidence = evidence_or_nothing(circuit, evidence, root)
-    filled, missing = circuit._read("map: evidence", evidence)
+    filled, missing = circuit._read("map", evidence, "evidence")
     start = circuit._root_numbers("map", root, len(evidence))
     val = best_values(circuit, filled, missing)
     chosen = circuit._run().walk(val, circuit._weights(), start)
@@ -198,11 +198,10 @@ def k_best(
     root: int | Tensor | None,
 ) -> KBest:
     """``Circuit.k_best``."""
-    whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
-    require(whole, "k_best: k", "a whole number, at least 1", repr(k))
+    integer("k_best", "k", k, 1, expected=COUNT)
     steps = _chain(circuit)
     evidence = evidence_or_nothing(circuit, evidence, root)
-    filled, missing = circuit._read("k_best: evidence", evidence)
+    filled, missing = circuit._read("k_best", evidence, "evidence")
     circuit._refuse_external("k_best")
     top = circuit._root_numbers("k_best", root, len(evidence))
     lengths = _lengths(lengths, len(evidence), len(steps), top.device)
@@ -249,7 +248,7 @@ def _chain(circuit: Parameters) -> list[_Step]:
             and len(rest) <= 1
             and regions[inputs[0]].variables.bit_count() == 1
         )
-        require(good, "k_best: graph", expected, f"unit {graph.label(latent)}")
+        require(good, "k_best", "graph", expected, f"unit {graph.label(latent)}")
         steps.append(_Step(latent, inputs[0], variables(regions[inputs[0]].variables)[0]))
         latent = rest[0] if rest else None
     return steps
@@ -258,13 +257,13 @@ def _chain(circuit: Parameters) -> list[_Step]:
 def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device) -> Tensor:
     if lengths is None:
         return torch.full((rows,), most, device=device)
-    require_tensor("k_best: lengths", lengths)
+    require_tensor("k_best", "lengths", lengths)
     found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
     whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
     whole = whole and lengths.shape == (rows,)
-    require(whole, "k_best: lengths", f"integers of shape ({rows},)", found)
+    require(whole, "k_best", "lengths", f"integers of shape ({rows},)", found)
     wrong = lengths[(lengths < 1) | (lengths > most)]
-    require(len(wrong) == 0, "k_best: lengths", f"1 .. {most}", wrong[:1].tolist())
+    require(len(wrong) == 0, "k_best", "lengths", f"1 .. {most}", wrong[:1].tolist())
     return lengths.to(device)
 
 
@@ -293,8 +292,8 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
         return value, torch.zeros_like(value, dtype=circuit.weights.dtype)
     table = {name: t.detach() for name, t in circuit.region_leaves(step.input).items()}
     if family.num_values() is None:
-        where = f"k_best: variable {step.variable}"
-        require(k == 1, where, "evidence, or k = 1, of a continuous variable", f"k = {k}")
+        name, expected = f"variable {step.variable}", "evidence, or k = 1, of a continuous variable"
+        require(k == 1, "k_best", name, expected, f"k = {k}")
         every = torch.arange(len(units), device=circuit.weights.device)
         value, log_prob = family.mode(table, every)
         return value.view(-1, 1), log_prob[:, None]

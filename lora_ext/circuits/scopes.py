@@ -1,4 +1,4 @@
-"""Scopes, which are sets of variables as bitsets in Python integers, and errors that name them."""
+"""Scopes, which are sets of variables as bitsets in Python integers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from collections.abc import Iterator
 
 class PCStructureError(ValueError):
     """The graph is not the circuit that somebody asked for; names the unit and the variables."""
-
-
-def require(
-    ok: bool, where: str, expected: object, found: object, error: type[ValueError] = ValueError
-) -> None:
-    """Raise ``error`` with ``"<where>: expected <expected>, found <found>"`` unless ``ok``."""
-    if not ok:
-        raise error(f"{where}: expected {expected}, found {found}")
 
 
 def bits(scope: int) -> Iterator[int]:

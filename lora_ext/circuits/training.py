@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import integer, require
 from lora_ext.circuits.circuit import Circuit
+from lora_ext.circuits.leaves import COUNT
 from lora_ext.circuits.parameters import require_tensor
-from lora_ext.circuits.scopes import require
 
 # Batches as a DataLoader gives them: rows, or rows and the root of each.
 Batches = Tensor | Iterable[Any]
@@ -122,12 +123,10 @@ def _train(
     progress: Progress | None,
 ) -> list[Epoch]:
     """The loop over epochs and batches, whatever a step is."""
-    whole = isinstance(epochs, int) and epochs >= 1
-    require(whole, f"{name}: epochs", "a whole number, at least 1", repr(epochs))
+    integer(name, "epochs", epochs, 1, expected=COUNT)
     listed = [batches] if isinstance(batches, Tensor) else batches
-    where, found = f"{name}: batches", type(listed).__name__
-    again = not isinstance(listed, Iterator)
-    require(again, where, "batches that can be read again every epoch", f"a {found}")
+    again, found = not isinstance(listed, Iterator), f"a {type(listed).__name__}"
+    require(again, name, "batches", "batches that can be read again every epoch", found)
     history: list[Epoch] = []
     single = isinstance(listed, Sized) and len(listed) == 1
     for epoch in range(epochs):
@@ -138,7 +137,7 @@ def _train(
             total, rows = total + len(x) * make(x, root, epoch, single), rows + len(x)
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", log_prob=f"{total / rows:.3f}")
-        require(rows > 0, where, "at least one batch", "none")
+        require(rows > 0, name, "batches", "at least one batch", "none")
         history.append(Epoch(total / rows, _score(name, circuit, held_out)))
     return history
 
@@ -148,7 +147,7 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
-    require(good, f"{name}: batches", "rows, or rows and roots, as tensors", f"({found})")
+    require(good, name, "batches", "rows, or rows and roots, as tensors", f"({found})")
     x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)
     assert x is not None
     return x, root
@@ -165,7 +164,7 @@ def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Te
     """``log_prob``, which must be of one root a row."""
     log_prob = circuit.log_prob(x, root=root)
     expected = "rows and their roots in a circuit of several root units"
-    require(log_prob.dim() == 1, f"{name}: batches", expected, "rows alone")
+    require(log_prob.dim() == 1, name, "batches", expected, "rows alone")
     return log_prob
 
 
@@ -185,17 +184,16 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
     Raises:
         ValueError: for no sequences, other dimensions, several dtypes, or one that is too long.
     """
-    require(len(sequences) > 0, "pad_sequences: sequences", "at least one", "none")
+    require(len(sequences) > 0, "pad_sequences", "sequences", "at least one", "none")
+    where = "pad_sequences"
     for i, s in enumerate(sequences):
-        where = f"pad_sequences: sequences[{i}]"
-        require_tensor(where, s)
-        require(s.dim() == 1, where, "one dimension", f"shape {tuple(s.shape)}")
-        expected = sequences[0].dtype
-        require(s.dtype == expected, where, f"{expected} as in sequences[0]", s.dtype)
+        name, dtype = f"sequences[{i}]", sequences[0].dtype
+        require_tensor(where, name, s)
+        require(s.dim() == 1, where, name, "one dimension", f"shape {tuple(s.shape)}")
+        require(s.dtype == dtype, where, name, f"{dtype} as in sequences[0]", s.dtype)
     size = max(map(len, sequences)) if num_variables is None else num_variables
     for i, s in enumerate(sequences):
-        where = f"pad_sequences: sequences[{i}]"
-        require(len(s) <= size, where, f"at most {size} values", len(s))
+        require(len(s) <= size, where, f"sequences[{i}]", f"at most {size} values", len(s))
     first = sequences[0] if sequences[0].is_floating_point() else sequences[0].long()
     x = first.new_full((len(sequences), size), torch.nan if first.is_floating_point() else -1)
     for row, s in zip(x, sequences, strict=True):

@@ -115,6 +115,7 @@ def describe(adapter: LoraAdapter) -> dict[str, Any]:
         "ranks": sorted({factors.a.shape[0] for factors in adapter.modules.values()}),
         "parameters": sum(t.numel() for t in tensors),
         "bytes": sum(t.nbytes for t in tensors),
+        "invocation": list(config.invocation) or None,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors}),
         "with": [kind for kind, there in kinds.items() if there] or None,
         "weights of the base model": len(adapter.base_weights) or None,

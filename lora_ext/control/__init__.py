@@ -1,10 +1,9 @@
 """Constraints on generation that always hold, and guides that look ahead for them."""
 
-from lora_ext.control.automaton import Constraint
 from lora_ext.control.distil import distil
 from lora_ext.control.guide import Guide
+from lora_ext.control.language import Constraint, ConstraintTooLarge, Limits
 from lora_ext.control.law import Block, Row, advance, apply, draw, likeliest, log_ratios, moved
-from lora_ext.control.limits import ConstraintTooLarge, Limits
 from lora_ext.control.messages import Plan
 from lora_ext.control.processor import ConstraintProcessor, Constraints, plans_of
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 from .guide import Guide
-from .limits import require
 
 #: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.
 Progress = Callable[..., Iterable[Any]]
@@ -71,11 +71,11 @@ def distil(
         ("em_steps", em_steps, 0),
     ):
         whole = type(value) is int and value >= low
-        require(whole, f"{_WHERE}: {name}", f"a whole number, at least {low}", repr(value))
-    require(0 < held_out < 1, f"{_WHERE}: held_out", "a share between 0 and 1", held_out)
+        require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
+    require(0 < held_out < 1, _WHERE, "held_out", "a share between 0 and 1", held_out)
     rows = [list(map(int, p)) for p in prompts]
     good = bool(rows) and all(rows)
-    require(good, f"{_WHERE}: prompts", "at least one prompt of at least one token", "none")
+    require(good, _WHERE, "prompts", "at least one prompt of at least one token", "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         written = _Written(model, rows, samples, length, batch, eos_token_id, progress)
@@ -172,7 +172,7 @@ def _learned(
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
     seen = train >= 0
     hidden = written.hidden[order[:-apart]][seen]
-    require(len(hidden) >= states, f"{_WHERE}: states", f"at most {len(hidden)} tokens", states)
+    require(len(hidden) >= states, _WHERE, "states", f"at most {len(hidden)} tokens", states)
     cluster = torch.full(train.shape, -1)
     cluster[seen] = _clusters(hidden, states, progress)
     emission = _emission(written, hidden, cluster[seen], states, progress)

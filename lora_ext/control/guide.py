@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, parse_json, write_files
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
-
-from .limits import require
 
 _FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
 _NAMES = ("initial", "transition", "emission")
@@ -45,18 +44,18 @@ class Guide:
         wide = initial.numel() if isinstance(initial, Tensor) else 0
         sizes = {"initial": (wide,), "transition": (wide, wide), "emission": (wide, -1)}
         for name, tensor in given.items():
-            where = f"Guide: {name}"
+            where = "Guide", name
             known = isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)
-            require(known, where, "float32 or float64 probabilities", _told(tensor))
+            require(known, *where, "float32 or float64 probabilities", _told(tensor))
             shape = tuple(tensor.shape)
             fits = len(shape) == len(sizes[name]) and tensor.numel() > 0
             fits = fits and all(n in (-1, m) for n, m in zip(sizes[name], shape, strict=True))
-            require(fits, where, f"shape {sizes[name]}, -1 free", tuple(tensor.shape))
-            require(tensor.dtype == initial.dtype, where, initial.dtype, tensor.dtype)
-            require(tensor.device == initial.device, where, initial.device, tensor.device)
+            require(fits, *where, f"shape {sizes[name]}, -1 free", tuple(tensor.shape))
+            require(tensor.dtype == initial.dtype, *where, initial.dtype, tensor.dtype)
+            require(tensor.device == initial.device, *where, initial.device, tensor.device)
             sums = tensor.double().sum(-1)
             right = bool((tensor >= 0).all()) and bool(((sums - 1).abs() <= _SUM).all())
-            require(right, where, "probabilities whose rows sum to one", "other numbers")
+            require(right, *where, "probabilities whose rows sum to one", "other numbers")
         self.initial = initial.detach()
         self.transition = transition.detach()
         self.emission = emission.detach()
@@ -74,12 +73,13 @@ class Guide:
             ValueError: for another graph, or one of fewer than two variables.
         """
         graph = circuit.graph
-        where, expected = "Guide.from_circuit: circuit", "RegionGraph.hmm(..., homogeneous=True)"
+        where = "Guide.from_circuit", "circuit"
+        expected = "RegionGraph.hmm(..., homogeneous=True)"
         leaves = {r.leaf for r in graph.regions if r.leaf is not None}
         one = len(leaves) == 1 and isinstance(next(iter(leaves)), Categorical)
         require(
             one and graph.num_variables >= 2,
-            where,
+            *where,
             f"{expected} of Categorical",
             _graph_told(graph),
         )
@@ -87,7 +87,7 @@ class Guide:
         assert leaf is not None
         rank = next(r.units for r in graph.regions if r.leaf is not None)
         wanted = RegionGraph.hmm(graph.num_variables, rank, leaf, homogeneous=True)
-        require(graph.regions == wanted.regions, where, expected, _graph_told(graph))
+        require(graph.regions == wanted.regions, *where, expected, _graph_told(graph))
         # z0 is the root; every other latent shares the transitions, every input the leaves.
         root = graph.roots[0]
         latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
@@ -116,7 +116,7 @@ class Guide:
         try:
             found = {name: info.shape for name, info in file.infos.items()}
             right = found.keys() == set(_NAMES) and len(found["initial"]) == 1
-            require(right, file.where, f"tensors {', '.join(_NAMES)}", f"{found!r:.200}")
+            require(right, file.where, "tensors", ", ".join(_NAMES), f"{found!r:.200}")
             (states,) = found["initial"]
             tokens = found["emission"][-1] if found["emission"] else 0
             wanted = {
@@ -124,7 +124,7 @@ class Guide:
                 "transition": (states, states),
                 "emission": (states, tokens),
             }
-            require(found == wanted, file.where, f"{wanted!r:.200}", f"{found!r:.200}")
+            require(found == wanted, file.where, "shapes", f"{wanted!r:.200}", f"{found!r:.200}")
             kept = parse_json(file.metadata.get(_METADATA, "{}").encode(), file.where)
             guide = cls(*(file.read(name) for name in _NAMES))
         finally:
@@ -174,15 +174,16 @@ class Guide:
         Raises:
             ValueError: tokens out of range, or another shape.
         """
-        where = "Guide.filter: tokens"
+        where = "Guide.filter", "tokens"
         whole = isinstance(tokens, Tensor) and not tokens.is_floating_point()
-        require(whole and tokens.dim() == 2, where, "integers (B, T)", _told(tokens))
+        require(whole and tokens.dim() == 2, *where, "integers (B, T)", _told(tokens))
         inside = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
-        require(inside, where, f"values in -1 .. {self.vocab_size - 1}", "others")
+        require(inside, *where, f"values in -1 .. {self.vocab_size - 1}", "others")
         law = self.initial.expand(len(tokens), -1) if prior is None else prior
         require(
             law.shape == (len(tokens), self.num_states),
-            "Guide.filter: prior",
+            "Guide.filter",
+            "prior",
             f"shape {(len(tokens), self.num_states)}",
             tuple(law.shape),
         )

@@ -53,6 +53,13 @@ class Row:
         return self.state == self.plan.constraint.end
 
     @property
+    def only(self) -> int | None:
+        """The token that must come, where one alone may; None behind the end."""
+        if self.ended or self.lost:
+            return None
+        return self.plan.step(self.state, self.left).only
+
+    @property
     def lost(self) -> bool:
         """Whether a token came that the constraint forbids."""
         return self.state < 0

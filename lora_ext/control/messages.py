@@ -21,10 +21,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .automaton import Constraint
-from .guide import Guide
-from .limits import DEFAULT, Limits, require
+from lora_ext._checks import require
 
+from .guide import Guide
+from .language import DEFAULT, Constraint, Limits
+
+_WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 4096
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
@@ -57,16 +59,17 @@ class Plan:
     ):
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
             whole = type(value) is int and value >= low
-            require(whole, name, f"a whole number, at least {low}", repr(value))
+            require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
         require(
             least < budget,
+            _WHERE,
             "min_new_tokens",
             f"less than max_new_tokens {budget}, of which one ends the text",
             least,
         )
         if guide is not None:
             size = constraint.vocab_size
-            require(guide.vocab_size == size, "guide", f"{size} tokens", guide.vocab_size)
+            require(guide.vocab_size == size, _WHERE, "guide", f"{size} tokens", guide.vocab_size)
         self.constraint = constraint
         self.budget = budget
         self.least = least
@@ -76,13 +79,14 @@ class Plan:
         fewest = int(constraint.distance[0])
         require(
             fewest <= budget,
+            _WHERE,
             "max_new_tokens",
             f"at least {fewest}, the shortest text of the constraint and its end",
             budget,
         )
         fits = self.alive(0, budget)
         found = "none, for each text is shorter or the end comes too late"
-        require(fits, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)
+        require(fits, _WHERE, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)
 
     # --- dead ends --------------------------------------------------------------------------------
     @cached_property
@@ -211,6 +215,15 @@ class Step:
             return []
         wide = self.states[self._count > most]
         return wide.tolist() or [int(self.states[self._count.argmax()])]
+
+    @cached_property
+    def only(self) -> int | None:
+        """The token that may come where there is just one, else None."""
+        order, first = self._constraint.tokens_by_class
+        if int(first.diff()[self.live].sum()) != 1:
+            return None
+        kind = int((self.live & (first.diff() > 0)).nonzero()[0])
+        return int(order[first[kind]])
 
     def tokens_outside(self, states: list[int]) -> Tensor:
         """Live tokens that lead to none of ``states`` nor to the end."""

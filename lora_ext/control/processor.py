@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from . import law
-from .automaton import Constraint
 from .guide import Guide
+from .language import DEFAULT, Constraint, Limits
 from .law import Row, advance
-from .limits import DEFAULT, Limits, require
 from .messages import Plan
 
 #: One constraint, or None, for all rows, or one of them per row.
@@ -65,7 +66,7 @@ class ConstraintProcessor:
         limits: Limits = DEFAULT,
     ):
         right = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
-        require(right, f"{_WHERE}: temperature", "a number above 0", repr(temperature))
+        require(right, _WHERE, "temperature", "a number above 0", repr(temperature))
         self._plans = plans_of(_WHERE, constraints, guide, max_new_tokens, min_new_tokens, limits)
         self._one = not isinstance(constraints, Sequence)
         self._guide = guide
@@ -80,13 +81,13 @@ class ConstraintProcessor:
     def _checked_prior(self, prior: Tensor | None) -> Tensor | None:
         if prior is None:
             return None
-        where = f"{_WHERE}: prior"
-        require(self._guide is not None, where, "none without a guide", tuple(prior.shape))
+        where = _WHERE, "prior"
+        require(self._guide is not None, *where, "none without a guide", tuple(prior.shape))
         assert self._guide is not None
         shape, states = tuple(prior.shape), self._guide.num_states
-        require(len(shape) == 2 and shape[1] == states, where, f"shape (B, {states})", shape)
+        require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)
         good = bool((prior >= 0).all()) and bool(((prior.double().sum(1) - 1).abs() < 1e-3).all())
-        require(good, where, "probabilities whose rows sum to one", "other numbers")
+        require(good, *where, "probabilities whose rows sum to one", "other numbers")
         return prior.to(self._guide.initial)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ class ConstraintProcessor:
             gone = (after == -torch.inf).all(1) & ~(before == -torch.inf).all(1)
             require(
                 not bool(gone.any()),
-                f"{_WHERE}: scores",
+                _WHERE,
+                "scores",
                 "a finite score for a token that the constraint allows",
                 f"none in rows {[i for i, g in zip(places, gone.tolist(), strict=True) if g][:4]}: "
                 "something else, such as a penalty or min_new_tokens, forbids them all",
@@ -143,7 +145,8 @@ class ConstraintProcessor:
             return True
         require(
             length > self._before.shape[1],
-            f"{_WHERE}: input_ids",
+            _WHERE,
+            "input_ids",
             "the rows of the last call with one token more, or other prompts",
             f"{length} columns behind {self._before.shape[1]} (a new processor starts again)",
         )
@@ -154,7 +157,8 @@ class ConstraintProcessor:
         count = 1 if self._one else len(self._plans)
         require(
             batch % count == 0,
-            f"{_WHERE}: constraints",
+            _WHERE,
+            "constraints",
             f"one, or one per prompt, for {batch} rows",
             count,
         )
@@ -163,10 +167,10 @@ class ConstraintProcessor:
             size = scores.shape[1]
             fits = plan is None or plan.constraint.vocab_size == size
             found = f"{0 if plan is None else plan.constraint.vocab_size}"
-            require(fits, f"{_WHERE}: constraints", f"the vocabulary of the scores, {size}", found)
+            require(fits, _WHERE, "constraints", f"the vocabulary of the scores, {size}", found)
         if self._prior is not None:
             rows = len(self._prior)
-            require(batch % rows == 0, f"{_WHERE}: prior", f"a row for each of {batch}", rows)
+            require(batch % rows == 0, _WHERE, "prior", f"a row for each of {batch}", rows)
             priors: list[Any] = [self._prior[i * rows // batch] for i in range(batch)]
         else:
             priors = [None] * batch
@@ -191,7 +195,8 @@ class ConstraintProcessor:
             found = known.get((i * count // batch, *tokens))
             require(
                 found is not None,
-                f"{_WHERE}: input_ids: row {i}",
+                _WHERE,
+                f"input_ids: row {i}",
                 "a row of the last call with one token more",
                 "another one",
             )
@@ -238,7 +243,7 @@ def plans_of(
     listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
     good = bool(listed) and all(c is None or isinstance(c, Constraint) for c in listed)
     expected = "a Constraint or None, or a list of them"
-    require(good, f"{where}: constraints", expected, repr(constraints)[:80])
+    require(good, where, "constraints", expected, repr(constraints)[:80])
     plans: dict[Constraint, Plan] = {}
     for c in listed:
         if c is not None and c not in plans:

@@ -8,45 +8,21 @@ import importlib
 from typing import Any
 
 from .aggregation import Aggregate, aggregate
-from .batched import BatchedClients, ClientSpec, UnsupportedModule
-from .batched import logits_of as logits_of
-from .batched import merged as merged
+from .batched import BatchedClients, ClientSpec, UnsupportedModule, logits_of, merged
 from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog
 from .masked import aggregate_masked, masked_payload
 from .partition import partition_dirichlet, partition_pathological
 from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
-from .plan import PATTERN as PATTERN
-from .plan import Client as Client
-from .plan import LayerNotFound, LayerPlan
-from .plan import check_layers as check_layers
-from .plan import layer_pairs as layer_pairs
+from .plan import PATTERN, Client, LayerNotFound, LayerPlan, check_layers, layer_pairs
 from .update import Update
 
 __all__ = [
-    "Aggregate",
-    "BatchedClients",
-    "ClientSpec",
-    "CommLog",
-    "CommRow",
-    "LayerNotFound",
-    "LayerPlan",
-    "LoraLayerManager",
-    "Payload",
-    "RoundLog",
-    "UnsupportedModule",
-    "Update",
-    "aggregate",
-    "aggregate_masked",
-    "masked_payload",
-    "pack_tensors",
-    "partition_dirichlet",
-    "partition_pathological",
-    "plan_bytes",
-    "plan_shapes",
-    "read_npy",
-    "unpack_tensors",
-]
+    "Aggregate", "BatchedClients", "ClientSpec", "CommLog", "CommRow", "LayerNotFound", "LayerPlan",
+    "LoraLayerManager", "Payload", "RoundLog", "UnsupportedModule", "Update", "aggregate",
+    "aggregate_masked", "masked_payload", "pack_tensors", "partition_dirichlet",
+    "partition_pathological", "plan_bytes", "plan_shapes", "read_npy", "unpack_tensors",
+]  # fmt: skip
 
 _FLOWER = ("LocalGrid", "LoraStrategy", "make_client_app", "make_server_app")
 

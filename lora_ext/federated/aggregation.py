@@ -153,10 +153,7 @@ def aggregate(
     except _TooLarge as error:
         return _skipped(result, str(error))
     return dataclasses.replace(
-        result,
-        state={**result.state, **round_.new},
-        noise=round_.noise(),
-        stacked=round_.stacked,
+        result, state={**result.state, **round_.new}, noise=round_.noise(), stacked=round_.stacked
     )
 
 

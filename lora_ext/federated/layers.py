@@ -207,8 +207,7 @@ class LoraLayerManager:
             _check_fits(where, key, parsed.role, value, self._factors(by_module[parsed.module]))
             found.setdefault(parsed.module, {})[parsed.role] = value
         for module, halves in found.items():
-            if len(halves) < 2:
-                raise KeyError(f"{where}: {module}: expected lora_A and lora_B, found {[*halves]}")
+            require(len(halves) >= 2, where, module, "lora_A and lora_B", [*halves], KeyError)
             a, b = halves["A.weight"], halves["B.weight"]
             require(a.shape[0] == b.shape[1], where, module, "one rank", [*a.shape, *b.shape])
         touched = {by_module[module].layer for module in found}
@@ -256,11 +255,9 @@ class _WithoutGraph:
 
 
 def _one_block(layer: int, names: set[str]) -> str:
-    if len(names) > 1:
-        raise LayerNotFound(
-            f"LoraLayerManager: pattern: expected one block of index {layer}, found "
-            f"{sorted(names)}; name the stack in the pattern, as in r'decoder\\.layers\\.(\\d+)\\.'"
-        )
+    expected = f"one block of index {layer}"
+    found = f"{sorted(names)}; name the stack in the pattern, as in r'decoder\\.layers\\.(\\d+)\\.'"
+    require(len(names) <= 1, "LoraLayerManager", "pattern", expected, found, LayerNotFound)
     return names.pop()
 
 

@@ -50,6 +50,11 @@ class CommLog:
     ) -> None:
         """Add bytes to those of a round and client.
 
+        Args:
+            round, client: whose they are.
+            up, down: bytes that the client sent and got. frames: of both, what is no data.
+            full: what up and down would have been for all layers.
+
         Raises:
             ValueError: a number below 0. TypeError: one that is no int.
         """
@@ -61,12 +66,20 @@ class CommLog:
         self._rows[round, client] = row._replace(**sums)
 
     def total(self, name: str = "up", round: int | None = None) -> int:
-        """The sum of one column, "up", "down", "frames" or "full", over all rounds or one."""
+        """Add up one column, in bytes.
+
+        Args:
+            name: "up", "down", "frames" or "full". round: one round's alone; None is all of them.
+
+        Raises:
+            ValueError: another name.
+        """
         require(name in CommRow._fields[2:], "CommLog.total", "name", CommRow._fields[2:], name)
         return sum(getattr(r, name) for r in self.rows if round is None or r.round == round)
 
     def cumulative(self, name: str = "up") -> dict[int, int]:
-        """By round, the sum of one column up to and with it."""
+        """Add up one column round by round: by round, its bytes up to and with that one. ``name``
+        as for :meth:`total`."""
         found: dict[int, int] = {}
         total = 0
         for round in sorted({row.round for row in self.rows}):
@@ -121,11 +134,7 @@ class RoundLog:
 
     @classmethod
     def of(
-        cls,
-        round: int,
-        plans: Mapping[Client, LayerPlan],
-        result: Aggregate,
-        num_layers: int,
+        cls, round: int, plans: Mapping[Client, LayerPlan], result: Aggregate, num_layers: int
     ) -> RoundLog:
         """The entry of a round.
 
@@ -159,7 +168,7 @@ class RoundLog:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RoundLog:
-        """What :meth:`to_dict` wrote, by way of JSON or not."""
+        """Read ``values`` that :meth:`to_dict` wrote, by way of JSON or not."""
         read: dict[str, Any] = dict(values)
         read["plans"] = {client: LayerPlan.from_config(plan) for client, plan in values["plans"]}
         for name in ("rejected", "clipped", "noise"):

@@ -35,16 +35,12 @@ class PairPart(NamedTuple):
 
 
 def mean_of(start: Tensor, parts: Sequence[Part], axis: int | None, zero_pad: bool) -> Tensor:
-    """The weighted mean, rank by rank over the clients that have the rank.
+    """The weighted mean, rank by rank over the clients that have the rank; shaped like ``start``.
 
     Args:
-        start: the global value, which ranks that nobody has keep.
-        parts: at least one.
+        start: the global value, which ranks that nobody has keep. parts: at least one.
         axis: of the ranks; None for a tensor without.
         zero_pad: whether a client's missing ranks count as zeros.
-
-    Returns:
-        The shape of ``start``.
     """
     if axis is None:
         return _mean(parts)
@@ -98,12 +94,8 @@ def normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
 
 
 def noise_of(parts: Sequence[PairPart], mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:
-    """``|| sum w_i B_i A_i - (mean B)(mean A) ||_F`` and ``|| sum w_i B_i A_i ||_F``.
-
-    Args:
-        parts: weights sum up to 1.
-        mean_a, mean_b: of the parts; ranks that none of them has are left out.
-    """
+    """``|| sum w_i B_i A_i - (mean B)(mean A) ||_F`` and ``|| sum w_i B_i A_i ||_F``; weights sum
+    up to 1, and ranks that no part has are left out of the means."""
     a, b = stack_of(parts)
     size = norm_of(a, b)
     if len(parts) == 1:

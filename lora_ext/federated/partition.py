@@ -15,12 +15,7 @@ _TRIES = 100
 
 
 def partition_pathological(
-    labels: ArrayLike,
-    n_clients: int,
-    classes_per_client: int,
-    *,
-    seed: int,
-    min_per_share: int = 2,
+    labels: ArrayLike, n_clients: int, classes_per_client: int, *, seed: int, min_per_share: int = 2
 ) -> Shares:
     """Give each client samples of a few classes alone.
 

@@ -35,7 +35,12 @@ _MOST_SIZE = 2**31 - 1
 
 
 class Payload(NamedTuple):
-    """What a message carries of a client's layers."""
+    """What a message carries of a client's layers.
+
+    Attributes:
+        arrays: by the tensors' names; packed, one array of bytes.
+        manifest: what the arrays do not say themselves, flat lists by name.
+    """
 
     arrays: dict[str, np.ndarray]
     manifest: Manifest  # without empty lists, which Flower's ConfigRecord cannot count
@@ -80,7 +85,11 @@ def shapes_of(
 
 
 def plan_bytes(state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN) -> int:
-    """Bytes of a plan's tensors one way, ``itemsize * sum of r (I + O)``, without framing."""
+    """Count the bytes of a plan's tensors one way, ``itemsize * sum of r (I + O)``, without
+    framing.
+
+    Args and errors are those of :func:`plan_shapes`.
+    """
     shapes = plan_shapes(state, plan, pattern)
     return sum(state[key].element_size() * math.prod(shape) for key, shape in shapes.items())
 
@@ -205,9 +214,15 @@ def _list(manifest: Mapping[str, Any], name: str, kind: type, where: str) -> lis
 
 
 def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
-    """An array out of the bytes of a .npy file, without a copy and without pickle.
+    """Read an array out of the bytes of a .npy file, without a copy and without pickle.
 
     The header is compared with the number of bytes first: nothing is allocated for its promises.
+
+    Args:
+        data: not trusted. where: opens the message of an error.
+
+    Returns:
+        an array that shares the bytes' memory, and cannot be written to.
 
     Raises:
         ValueError: bytes that are no .npy file of numbers, naming expected and found.

@@ -43,18 +43,17 @@ class LayerPlan:
         if len(set(layers)) < len(layers):
             twice = next(layer for layer in layers if layers.count(layer) > 1)
             raise ValueError(f"LayerPlan: layers: expected each layer once, found {twice} twice")
-        if ranks is not None and len(ranks) != len(layers):
-            raise ValueError(
-                f"LayerPlan: ranks: expected one for each of {len(layers)} layers, found "
-                f"{len(ranks)}"
-            )
+        if ranks is not None:
+            expected = f"one for each of {len(layers)} layers"
+            require(len(ranks) == len(layers), "LayerPlan", "ranks", expected, len(ranks))
         order = sorted(range(len(layers)), key=layers.__getitem__)
         object.__setattr__(self, "layers", tuple(layers[i] for i in order))
         # A plan of no layer has no ranks, so that it equals what its message is read as.
         object.__setattr__(self, "ranks", tuple(ranks[i] for i in order) if ranks else None)
 
     def rank_of(self, layer: int, full: int) -> int:
-        """The rank at which a planned layer is trained, ``full`` being the global adapter's."""
+        """The rank at which the planned ``layer`` is trained; ``full`` is the global adapter's,
+        which holds where the plan has no ranks."""
         return full if self.ranks is None else self.ranks[self.layers.index(layer)]
 
     def to_config(self) -> dict[str, list[int]]:
@@ -68,13 +67,13 @@ class LayerPlan:
     def from_config(cls, config: Mapping[str, Any]) -> LayerPlan:
         """Read what :meth:`to_config` wrote; other keys of a message are left alone.
 
+        Args:
+            config: has "layers", and "ranks" where the plan has some: lists of integers.
+
         Raises:
             ValueError: no ``layers``, or what the class refuses. TypeError: likewise.
         """
-        if "layers" not in config:
-            raise ValueError(
-                f"LayerPlan: config: expected layers, found {sorted(map(str, config))}"
-            )
+        require("layers" in config, "LayerPlan", "config", "layers", sorted(map(str, config)))
         return cls(config["layers"], config.get("ranks"))
 
 
@@ -138,11 +137,7 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
 
 
 def check_layers(where: str, layers: set[int]) -> int:
-    """The number of layers, whose indices are to be 0, 1, ... without a gap.
-
-    Raises:
-        LayerNotFound: they are not, with the indices that were found.
-    """
+    """The number of layers, whose indices are to be 0, 1, ... without a gap."""
     if layers != set(range(len(layers))):
         raise LayerNotFound(
             f"{where}: pattern: expected the indices 0 to {max(layers)} without a gap, found "

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .plan import Client, LayerPlan, Pair
 
 Upload = Literal["delta", "value"]
@@ -103,10 +105,8 @@ class Rejected(ValueError):
 def accept(
     updates: Iterable[Update], rules: Rules
 ) -> tuple[list[Reply], dict[Client, str], dict[Client, float]]:
-    """Sort replies into those that count, in the order of the clients, and the reasons of the rest.
-
-    Returns:
-        replies, reasons by client, and by client the factor of an update that was too long.
+    """Sort replies into those that count, in the order of the clients, and the reasons of the rest;
+    and tell by client the factor of an update that was too long.
 
     Raises:
         ValueError: a value that is not finite, with ``nan_policy="raise"``. TypeError: what is no
@@ -114,10 +114,8 @@ def accept(
     """
     by_client: dict[Client, list[Update]] = {}
     for update in updates:
-        if not isinstance(update, Update):
-            raise TypeError(
-                f"aggregate: updates: expected Update values, found {type(update).__name__}"
-            )
+        found, known = type(update).__name__, isinstance(update, Update)
+        require(known, "aggregate", "updates", "Update values", found, TypeError)
         by_client.setdefault(update.client, []).append(update)
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}

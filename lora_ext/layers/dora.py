@@ -18,14 +18,7 @@ from lora_ext import ops
 from lora_ext.rows import Rows, subset
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
-from .lora_forward import (
-    LoraFactors,
-    draw_seed,
-    fused_forward,
-    fuses,
-    lora_forward,
-    lora_update,
-)
+from .lora_forward import LoraFactors, draw_seed, fused_forward, fuses, lora_forward, lora_update
 
 
 class Magnitude(nn.Module):

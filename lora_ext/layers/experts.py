@@ -160,14 +160,7 @@ def experts_forward(
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
-    """``weight[e] @ x[p] + bias[e]`` for every pair ``p`` and its expert ``e``.
-
-    Args:
-        x: ``(P, I)``, in the order of ``routing``.
-
-    Returns:
-        ``(P, O)``, new.
-    """
+    """``weight[e] @ x[p] + bias[e]`` of every pair p in the order of ``routing``, new."""
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:
@@ -191,12 +184,8 @@ class Slots(NamedTuple):
 
 
 def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_experts: int) -> Slots:
-    """The slots of all pairs, found on the device.
-
-    Args:
-        rows: ``(T,)`` int32, the adapter of each row in ``[-1, num_adapters)``; None: all rows have
-            the first.
-    """
+    """The slots of all pairs, found on the device; ``rows (T,)`` int32 is the adapter of each row
+    in ``[-1, num_adapters)``, None where all rows have the first."""
     if rows is None:
         ids = routing.expert.int()
     else:

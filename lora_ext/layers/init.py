@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
+
 #: Schemes that need the two factors alone.
 FREE = (
     "init_a",
@@ -179,11 +181,8 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
 def check_factors(op: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A as ``(r, n)`` and B as ``(m, r)``, views of what was given."""
     for name, factor in (("A", A), ("B", B)):
-        if not factor.is_floating_point() or factor.element_size() < 2:
-            raise TypeError(
-                f"{op}: {name}: expected float16, bfloat16, float32 or float64, "
-                f"found {factor.dtype}"
-            )
+        fits = factor.is_floating_point() and factor.element_size() >= 2
+        require(fits, op, name, "float16, bfloat16, float32 or float64", factor.dtype, TypeError)
     a, b = (f.detach().flatten(1) if f.dim() >= 2 else f for f in (A, B))
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise ValueError(

@@ -11,8 +11,7 @@ from lora_ext.layers.base.weight import ConvWeight
 from lora_ext.rows import Names
 
 from .base.dense import DenseParameters, is_plain
-from .dora import dora_forward
-from .lora_forward import LoraFactors, lora_forward
+from .lora_forward import LoraFactors
 from .lora_layer import LoraLayer
 
 
@@ -41,11 +40,7 @@ class LoraConv(LoraLayer):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str = "default",
-        r: int = 8,
-        **options: Any,
+        self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
         if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise ValueError(
@@ -78,23 +73,14 @@ class LoraConv(LoraLayer):
         if not names:
             return self.base_layer(x)
         patches = _patches(images, grid, self.kernel_size)  # (N, *grid, C k k)
-        base = _OnPatches(self.base_layer)
-        factors = [self._factors_of(name) for name in names]
-        if any(self.use_dora[name] for name in names):
-            magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
-            dense = self.base_weight.matrix(), self.bias
-            y = dora_forward(patches, base, dense, factors, magnitudes, rows)
-        else:
-            y = lora_forward(patches, base, factors, rows)
+        y = self._adapted(patches, _OnPatches(self.base_layer), names, rows)
         y = y.movedim(-1, 1).contiguous()  # (N, O, *grid)
         return y if batched else y[0]
 
-    def _factors_of(self, name: str) -> LoraFactors:
-        a, b, bias = self._raw_factors(name)
-        p = self._dropout_of(name)
-        return LoraFactors(
-            a.flatten(1), b.flatten(1), self.scaling[name], p, bias, self.dropout_seed.get(name)
-        )
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter on patches, as :func:`lora_forward` takes it: ``a`` is ``(r, C k k)``."""
+        found = super().factors(adapter_name)
+        return found._replace(a=found.a.flatten(1), b=found.b.flatten(1))
 
     @property
     def base_weight(self) -> ConvWeight:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext.layers.base.weight import EmbeddingWeight
 from lora_ext.rows import Names
 
@@ -40,17 +41,10 @@ class LoraEmbedding(LoraLayer):
     """
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str = "default",
-        r: int = 8,
-        **options: Any,
+        self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
-        if not isinstance(base_layer, nn.Embedding):
-            raise ValueError(
-                f"LoraEmbedding: base_layer: expected nn.Embedding, "
-                f"found {type(base_layer).__name__}"
-            )
+        fits = isinstance(base_layer, nn.Embedding)
+        require(fits, "LoraEmbedding", "base_layer", "nn.Embedding", type(base_layer).__name__)
         super().__init__(base_layer, fan_in_fan_out=True)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
@@ -111,11 +105,8 @@ class LoraEmbedding(LoraLayer):
     def _embed_scale(self, dtype: torch.dtype) -> Tensor | float | None:
         scale = getattr(self.base_layer, "embed_scale", None)
         if isinstance(scale, Tensor):
-            if scale.numel() != 1:
-                raise ValueError(
-                    "LoraEmbedding: base_layer.embed_scale: expected one number, found shape "
-                    f"{tuple(scale.shape)}"
-                )
+            where, found = "LoraEmbedding", f"shape {tuple(scale.shape)}"
+            require(scale.numel() == 1, where, "base_layer.embed_scale", "one number", found)
             return scale.to(dtype)
         return scale
 

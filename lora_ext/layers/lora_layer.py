@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._checks import integer, number, require_flags
-from lora_ext.rows import LayerNames, layer_names
+from lora_ext._checks import WrongKind, integer, number, require, require_flags
+from lora_ext.rows import LayerNames, Rows, layer_names
 
-from .dora import Magnitude
+from .base.dense import BaseLayer
+from .dora import Magnitude, dora_forward
 from .init import FREE, decompose, init_lora_, known_scheme
+from .lora_forward import LoraFactors, lora_forward
 from .participants import Participants
 
 
@@ -27,6 +29,9 @@ class LoraLayer(Participants):
 
     base_layer: nn.Module
 
+    #: Whether its adapters may begin in mid-sequence.
+    takes_invocation = False
+
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):
         super().__init__()
         self.base_layer = base_layer
@@ -38,6 +43,8 @@ class LoraLayer(Participants):
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        #: Of each activated adapter, the tokens with which it begins.
+        self.alora_invocation_tokens: dict[str, tuple[int, ...]] = {}
         #: What the values of each adapter started from, as its caller said it.
         self.init_lora_weights: dict[str, bool | str] = {}
         self.adapter_active: dict[str, bool] = {}
@@ -96,6 +103,7 @@ class LoraLayer(Participants):
         *,
         preserve_base_output: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        alora_invocation_tokens: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Add an adapter. It is not active, and not trained, until :meth:`set_adapter` says so.
@@ -113,12 +121,17 @@ class LoraLayer(Participants):
             preserve_base_output: with "init_ab" or False, take the adapter's first update off the
                 base weight, so that training starts at the base model.
             adapter_dtype: default is that of the base weight, float32 where that is quantised.
+            alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from the
+                last place on at which they stand in it: give the rows with
+                ``lora_ext.adapters(names, input_ids=...)``. None or none is off.
             generator: of the initial values, on the CPU; they are drawn there and then moved.
 
         Raises:
             ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
-                unknown scheme; DoRA with a bias; DoRA or a decomposing scheme where the base weight
-                cannot be read, or is computed from others and would have to change.
+                unknown scheme; DoRA with a bias or an invocation; DoRA or a decomposing scheme
+                where the base weight cannot be read, or is computed from others and would have to
+                change.
+            NotImplementedError: an invocation on a layer that is not linear.
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
                 was.
         """
@@ -126,11 +139,9 @@ class LoraLayer(Participants):
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
         scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
-        base = self.base_weight
-        if lora_bias and (use_dora or not base.takes_bias):
-            where = "a DoRA adapter" if base.takes_bias else f"a {type(self).__name__}"
-            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
-        scheme = self._check_scheme(init_lora_weights, preserve_base_output)
+        invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
+        self._check_bias(lora_bias, use_dora)
+        base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
         factors = self._new_factors(r, scaling, scheme, generator, device)
@@ -154,6 +165,8 @@ class LoraLayer(Participants):
         for setting, value in settings.items():
             getattr(self, setting)[adapter_name] = value
         self.init_lora_weights[adapter_name] = init_lora_weights
+        if invocation:
+            self.alora_invocation_tokens[adapter_name] = invocation
         self.adapter_active[adapter_name] = True
         self.lora_dropout[adapter_name] = (
             nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
@@ -183,6 +196,7 @@ class LoraLayer(Participants):
         stores: list[Any] = [
             self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
             self.init_lora_weights, self.adapter_active, self.lora_dropout,
+            self.alora_invocation_tokens,
             self.dropout_seed, self.lora_magnitude_vector, *self._stores(),
         ]  # fmt: skip
         for store in stores:
@@ -210,7 +224,8 @@ class LoraLayer(Participants):
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as PEFT's layers do. Off also stops their training."""
+        """Switch all adapters on (``enabled``) or off, as PEFT's layers do; off, they do not train
+        either."""
         self.disable_adapters = not enabled
         if enabled:
             self.set_adapter(self._active)
@@ -220,7 +235,8 @@ class LoraLayer(Participants):
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the update by ``scale`` from now on; 1 is what the adapter was made with."""
+        """Multiply the update of ``adapter_name`` by ``scale`` from now on; 1 is what the adapter
+        was made with."""
         self._check_known([adapter_name])
         r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
         self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
@@ -266,21 +282,34 @@ class LoraLayer(Participants):
     # Checks
 
     def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not name or "." in name or name == "__base__":
-            raise ValueError(
-                f"{type(self).__name__}: adapter_name: expected a name without dots that is not "
-                f'"__base__", found {name!r}'
-            )
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(
-                f"{type(self).__name__}: adapter_name: expected a name that is no attribute of "
-                f"nn.ModuleDict, found {name!r}"
-            )
+        fits = isinstance(name, str) and name and "." not in name and name != "__base__"
+        expected = 'a name without dots that is not "__base__"'
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        fits = not hasattr(nn.ModuleDict(), name)
+        expected = "a name that is no attribute of nn.ModuleDict"
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
         if name in self.r:
             raise ValueError(
                 f"{type(self).__name__}: adapter {name!r} exists already; give the new one another "
                 "adapter_name, or delete or unwrap the old one"
             )
+
+    def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
+        takes = self.base_weight.takes_bias
+        if lora_bias and (use_dora or not takes):
+            where = "a DoRA adapter" if takes else f"a {type(self).__name__}"
+            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
+
+    def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
+        where = "add_adapter"
+        found = checked_invocation(where, "alora_invocation_tokens", tokens) or ()
+        if found and not self.takes_invocation:
+            raise NotImplementedError(
+                f"{where}: alora_invocation_tokens: expected a LoraLinear, found a "
+                f"{type(self).__name__}: only linear layers have such adapters"
+            )
+        require(not (found and dora), where, "use_dora", "False beside an invocation", True)
+        return found
 
     def _new_factors(
         self,
@@ -342,6 +371,23 @@ class LoraLayer(Participants):
             found.append(self._magnitude(name))
         return found
 
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        a, b, bias = self._raw_factors(adapter_name)
+        scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
+        return LoraFactors(a, b, scaling, self._dropout_of(adapter_name), bias, seed)
+
+    def _adapted(
+        self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
+    ) -> Tensor:
+        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        factors = [self.factors(name) for name in names]
+        if not any(self.use_dora[name] for name in names):
+            return lora_forward(x, base, factors, rows)
+        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+        dense = self.base_weight.matrix(), self.bias
+        return dora_forward(x, base, dense, factors, magnitudes, rows)
+
     def _dropout_of(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -349,6 +395,20 @@ class LoraLayer(Participants):
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
+    """Tokens of an invocation, or None.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None:
+        return None
+    expected = "None or a list of token ids, integers from 0 on"
+    listed = isinstance(value, list | tuple)
+    require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
+    return tuple(integer(where, name, each, 0, expected=expected) for each in value)
 
 
 def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:

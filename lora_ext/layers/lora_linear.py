@@ -10,8 +10,7 @@ from lora_ext._torch import parameter
 from lora_ext.layers.base.weight import LinearWeight
 from lora_ext.rows import Names
 
-from .dora import dora_forward
-from .lora_forward import LoraFactors, lora_forward
+from .lora_forward import lora_forward
 from .lora_layer import LoraLayer
 
 
@@ -47,6 +46,8 @@ class LoraLinear(LoraLayer):
 
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """
+
+    takes_invocation = True
 
     def __init__(
         self,
@@ -85,20 +86,7 @@ class LoraLinear(LoraLayer):
             return base(x)
         if len(names) == 1 and not self.use_dora[names[0]]:
             return lora_forward(x, base, (self.factors(names[0]),), rows)
-        factors = [self.factors(name) for name in names]
-        if any(self.use_dora[name] for name in names):
-            magnitudes = [self._magnitude(n) if self.use_dora[n] else None for n in names]
-            dense = self.base_weight.matrix(), self.bias
-            return dora_forward(x, base, dense, factors, magnitudes, rows)
-        return lora_forward(x, base, factors, rows)
-
-    def factors(self, adapter_name: str) -> LoraFactors:
-        """An adapter as :func:`lora_forward` takes it."""
-        a, b, bias = self._raw_factors(adapter_name)
-        p = self._dropout_of(adapter_name)
-        return LoraFactors(
-            a, b, self.scaling[adapter_name], p, bias, self.dropout_seed.get(adapter_name)
-        )
+        return self._adapted(x, base, names, rows)
 
     @property
     def base_weight(self) -> LinearWeight:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_ext._torch import compiles
 from lora_ext.layers.base.merging import Merging
 from lora_ext.rows import (
+    NOBODY,
     Assignment,
     Names,
     Rows,
@@ -17,6 +18,7 @@ from lora_ext.rows import (
     everywhere,
     layer_names,
     layer_rows,
+    no_rows,
     rows_of,
     several_processes,
     together,
@@ -71,7 +73,10 @@ class Participants(Merging):
             if rows is not None:
                 return list(self.adapter_names), rows
         if rows is None:
-            return [n for n in self._active if self._is_on(n)], None
+            active = [n for n in self._active if self._is_on(n)]
+            if self.alora_invocation_tokens:
+                self._check_all_tokens(active)
+            return active, None
         return (list(self.adapter_names) if rows.used else []), rows
 
     def _rows_of_all(
@@ -91,6 +96,12 @@ class Participants(Merging):
                 return None
             rows = everywhere(min(active, default=-1), leading.numel(), device)
         return together(rows, tuple(trained))
+
+    def _check_all_tokens(self, active: Sequence[str]) -> None:
+        """Refuse to let an activated adapter serve every token."""
+        begins = [name for name in active if name in self.alora_invocation_tokens]
+        if begins:
+            raise no_rows(repr(begins[0]))
 
     def _parameters_of(self, name: str) -> list[Tensor]:
         raise NotImplementedError
@@ -126,6 +137,8 @@ class Participants(Merging):
 
     def _default_position(self) -> int:
         active = [n for n in self._active if self._is_on(n)]
+        if len(active) == 1 and active[0] in self.alora_invocation_tokens:
+            return NOBODY
         if len(active) > 1:
             raise NotImplementedError(
                 f"{type(self).__name__}: a compiled graph that follows adapters blocks takes one "

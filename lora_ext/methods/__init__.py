@@ -3,13 +3,5 @@
 from lora_ext.methods import copra, fed_hello, legend, lora_init, mod, mtpc, reasoning, splora, vora
 
 __all__ = [
-    "copra",
-    "fed_hello",
-    "legend",
-    "lora_init",
-    "mod",
-    "mtpc",
-    "reasoning",
-    "splora",
-    "vora",
-]
+    "copra", "fed_hello", "legend", "lora_init", "mod", "mtpc", "reasoning", "splora", "vora",
+]  # fmt: skip

@@ -1,22 +1,23 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
 from lora_ext.ops import _registration
-from lora_ext.ops.circuit import CircuitScan, circuit_scan, emission_gather
-from lora_ext.ops.circuit_decode import (
+
+from .circuit import CircuitScan, circuit_scan, emission_gather
+from .circuit_decode import (
     CircuitSample,
     circuit_argmax,
     circuit_conditional_dist,
     circuit_sample,
     spec_verify,
 )
-from lora_ext.ops.circuit_layers import (
+from .circuit_layers import (
     Program,
     circuit_layers,
     circuit_layers_backward,
     circuit_layers_walk,
     circuit_table,
 )
-from lora_ext.ops.circuit_sum import (
+from .circuit_sum import (
     LogMax,
     ScaledWeights,
     log_bmm,
@@ -24,8 +25,9 @@ from lora_ext.ops.circuit_sum import (
     log_einsum_exp_backward,
     log_einsum_weights,
 )
-from lora_ext.ops.depth_mix import depth_mix, depth_mix_routed
-from lora_ext.ops.lora import (
+from .depth_mix import depth_mix, depth_mix_routed
+from .grouped_mm import grouped_mm
+from .lora import (
     bgmv_,
     lora_apply,
     lora_apply_,
@@ -35,59 +37,22 @@ from lora_ext.ops.lora import (
     lora_shrink,
     sgmv_,
 )
-from lora_ext.ops.lora_gram import lora_gram, lora_pair_stats
-from lora_ext.ops.lora_siblings import MOST_SIBLINGS, lora_apply_siblings_
-from lora_ext.ops.lora_train import lora_dropout, lora_linear, lora_linear_apart
-from lora_ext.ops.lora_weights import lora_delta, lora_dora_norm, lora_merge_
-from lora_ext.ops.packed_linear import pack_weight, packed_linear
-from lora_ext.ops.vocab import chunked_cross_entropy, chunked_kl
-
-from .grouped_mm import grouped_mm as grouped_mm
+from .lora_gram import lora_gram, lora_pair_stats
+from .lora_siblings import MOST_SIBLINGS, lora_apply_siblings_
+from .lora_train import lora_dropout, lora_linear, lora_linear_apart
+from .lora_weights import lora_delta, lora_dora_norm, lora_merge_
+from .packed_linear import pack_weight, packed_linear
+from .vocab import chunked_cross_entropy, chunked_kl
 
 __all__ = [
-    "MOST_SIBLINGS",
-    "CircuitSample",
-    "CircuitScan",
-    "LogMax",
-    "Program",
-    "ScaledWeights",
-    "bgmv_",
-    "chunked_cross_entropy",
-    "chunked_kl",
-    "circuit_argmax",
-    "circuit_conditional_dist",
-    "circuit_layers",
-    "circuit_layers_backward",
-    "circuit_layers_walk",
-    "circuit_sample",
-    "circuit_scan",
-    "circuit_table",
-    "depth_mix",
-    "depth_mix_routed",
-    "emission_gather",
-    "log_bmm",
-    "log_einsum_exp",
-    "log_einsum_exp_backward",
-    "log_einsum_weights",
-    "lora_apply",
-    "lora_apply_",
-    "lora_apply_siblings_",
-    "lora_delta",
-    "lora_dora_norm",
-    "lora_dropout",
-    "lora_expand_",
-    "lora_gram",
-    "lora_linear",
-    "lora_linear_apart",
-    "lora_merge_",
-    "lora_pair_stats",
-    "lora_plan",
-    "lora_segment_ids",
-    "lora_shrink",
-    "pack_weight",
-    "packed_linear",
-    "sgmv_",
-    "spec_verify",
-]
+    "MOST_SIBLINGS", "CircuitSample", "CircuitScan", "LogMax", "Program", "ScaledWeights", "bgmv_",
+    "chunked_cross_entropy", "chunked_kl", "circuit_argmax", "circuit_conditional_dist",
+    "circuit_layers", "circuit_layers_backward", "circuit_layers_walk", "circuit_sample",
+    "circuit_scan", "circuit_table", "depth_mix", "depth_mix_routed", "emission_gather", "log_bmm",
+    "log_einsum_exp", "log_einsum_exp_backward", "log_einsum_weights", "lora_apply", "lora_apply_",
+    "lora_apply_siblings_", "lora_delta", "lora_dora_norm", "lora_dropout", "lora_expand_",
+    "lora_gram", "lora_linear", "lora_linear_apart", "lora_merge_", "lora_pair_stats", "lora_plan",
+    "lora_segment_ids", "lora_shrink", "pack_weight", "packed_linear", "sgmv_", "spec_verify",
+]  # fmt: skip
 
 _registration.register("lora_ext")

@@ -29,11 +29,8 @@ _c = torch.ops.lora_ext
 def check_circuit(
     op: str, kind: str, leaf: Tensor, name: str, prior: Tensor | None, trans: Tensor | None
 ) -> None:
-    """Refuse a kind that does not exist, and parameters that do not fit to ``leaf (B, K, C, ...)``.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Refuse a kind that does not exist, and parameters that do not fit to ``leaf (B, K, C,
+    ...)``."""
     require(kind in KINDS, op, "kind", "'ff', 'cp', 'hmm' or 'btree'", repr(kind))
     require_dtype(op, name, leaf, *FLOATS)
     rows, n_token, components = leaf.shape[:3]

@@ -34,12 +34,7 @@ _c = torch.ops.lora_ext
 
 
 def circuit_conditional_dist(
-    kind: str,
-    leaf: Tensor,
-    prior: Tensor | None,
-    trans: Tensor | None,
-    x: Tensor,
-    k: Tensor,
+    kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
     """``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
 

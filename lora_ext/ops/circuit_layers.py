@@ -34,7 +34,7 @@ class Program(NamedTuple):
     plan: list[int]
 
     def to(self, device: torch.device) -> Program:
-        """The same program on another device."""
+        """The same program with its ``numbers`` on another ``device``."""
         return Program(self.numbers.to(device), self.plan)
 
 

@@ -100,8 +100,8 @@ def log_einsum_exp(
         precision: of the product with shared weights on CUDA, up to 256 sums and terms:
             ``"high"`` splits both operands into two bfloat16 and is as good as float32 up to 16
             bits, ``"fp16s"`` scales them to float16, 11 bits. ``"fp32"`` is the library's float32,
-            and so is everything else, gradients and the CPU included. docs/circuit_engine.md has
-            the errors.
+            and so is everything else, gradients and the CPU included. docs/circuit_engine.md,
+            "Precision", has the errors.
         scaled: :func:`log_einsum_weights` of the same ``w`` and ``norm``, shared by several calls.
 
     Returns:

@@ -276,7 +276,17 @@ def _fake_apply_(y: Tensor, *args: Tensor | None) -> None:
 def bgmv_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter_ids: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """Batched gather matrix-vector product: :func:`lora_apply_` under Punica's first name.
+    """Batched gather matrix-vector product: :func:`lora_apply_` of banks under Punica's first name.
+
+    Args:
+        y: ``(T, O)``, changed in place. x: ``(T, I)``. a: ``(A, R, I)``. b: ``(A, O, R)``.
+        adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none. scale: ``(A,)`` float32, or None for 1.
+
+    Returns:
+        ``y``.
+
+    Raises:
+        ValueError: as :func:`lora_apply_`.
 
     Source: Punica (Chen et al. 2023), section 4.
     """

@@ -4,7 +4,7 @@ A chunk of columns of the logits is computed, taken up into running maxima and s
 What becomes of it afterwards depends on what is wanted: with a frozen output layer its weighted
 rows join the gradient of the hidden states at once, as values do in FlashAttention, so that two
 products do for cross entropy; an output layer that is trained has its logits computed once more in
-the backward. docs/chunked_loss.md has the formulas and the figures.
+the backward. docs/chunked_loss.md has the formulas, docs/notes/chunked_loss.md the figures.
 
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
 """

@@ -39,6 +39,11 @@ class Lease(list[int]):
         self.released = False
         self.residents = residents  # what is pinned
 
+    @property
+    def invocations(self) -> list[tuple[int, ...]]:
+        """Of each adapter that is pinned, the tokens that it begins with; none for all tokens."""
+        return [resident.invocation for resident in self.residents]
+
     def renew(self) -> None:
         """Pin the same again after the release: a backward may compute layers once more.
 
@@ -290,6 +295,17 @@ class AdapterPool:
                 slots.released = True
             unpin = functools.partial(self._residence.unpin, list(slots), checked=leased)
             self._lock.at_end(unpin)
+
+    def invocation(self, name: str) -> tuple[int, ...]:
+        """The tokens with which an activated adapter begins; none for one that serves all.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name.
+        """
+        with self._lock:
+            self._residence.check_known([name])
+            held = self._residence.by_name.get(name) or self._residence.cache[name]
+            return held.config.invocation
 
     # ---------------------------------------------------------------------------------------------
     # Numbers

@@ -207,7 +207,14 @@ class Residence:
             raise
         # Python assignments only from here on: nothing fails half-way.
         resident = Resident(
-            name, place.slot, packed.config, place.pages, packed.rank, packed.nbytes, written
+            name,
+            place.slot,
+            packed.config,
+            place.pages,
+            packed.rank,
+            packed.nbytes,
+            written,
+            invocation=packed.config.invocation,
         )
         self._store.commit(place, resident)
         for victim in place.victims:

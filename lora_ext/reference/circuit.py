@@ -189,12 +189,7 @@ def _mixture(posterior: Tensor, leaf: Tensor) -> Tensor:
 
 
 def circuit_conditional_dist(
-    kind: str,
-    leaf: Tensor,
-    prior: Tensor | None,
-    trans: Tensor | None,
-    x: Tensor,
-    k: Tensor,
+    kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
     """``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
 

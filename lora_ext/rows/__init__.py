@@ -1,6 +1,7 @@
 """Which adapter has each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows."""
 
 from . import attachment, context, layouts
+from .activation import Activated, last_start
 from .assignment import BASE, Assignment, Batch, NamedRows, Names, refuse_singular
 from .attachment import (
     LayerNames,
@@ -12,7 +13,17 @@ from .attachment import (
     pool_handle,
 )
 from .context import Block, adapters, current, forward_of, innermost, of_call
-from .generation import change_blocks, generation_scope, packed_block, repeat_rows, select_rows
+from .generation import (
+    activated_forward,
+    activated_in,
+    change_blocks,
+    generation_scope,
+    has_activated,
+    packed_block,
+    prompt_known,
+    repeat_rows,
+    select_rows,
+)
 from .pool_layer import ERROR, PoolLayer, no_block, pool_of
 from .rows import (
     Kept,
@@ -29,11 +40,13 @@ from .rows import (
     subset,
     together,
 )
-from .traced import batch_of, block_of_graph, layer_rows, noted, pool_rows
+from .traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
 
 __all__ = [
     "BASE",
     "ERROR",
+    "NOBODY",
+    "Activated",
     "Assignment",
     "Batch",
     "Block",
@@ -46,6 +59,8 @@ __all__ = [
     "PoolLayer",
     "Rows",
     "UnknownAdapterError",
+    "activated_forward",
+    "activated_in",
     "adapters",
     "all_rows",
     "attachment",
@@ -61,18 +76,22 @@ __all__ = [
     "forward_of",
     "generation_scope",
     "group",
+    "has_activated",
     "innermost",
     "keep",
+    "last_start",
     "layer_names",
     "layer_rows",
     "layouts",
     "no_block",
+    "no_rows",
     "noted",
     "of_call",
     "packed_block",
     "pool_handle",
     "pool_of",
     "pool_rows",
+    "prompt_known",
     "refuse_singular",
     "repeat_rows",
     "rows_of",

@@ -334,7 +334,7 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
     raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check_token_ids(token_ids: Tensor, named: int) -> None:
@@ -342,7 +342,7 @@ def _check_token_ids(token_ids: Tensor, named: int) -> None:
         raise ValueError(
             f"adapters: token_ids: expected a tensor of integers, found {type(token_ids).__name__}"
         )
-    require(token_ids.dtype in _INTEGERS, "adapters", "token_ids", "integers", token_ids.dtype)
+    require(token_ids.dtype in INTEGERS, "adapters", "token_ids", "integers", token_ids.dtype)
     expected = "the activations' shape without features, (B, T) or (rows,)"
     require(token_ids.dim() != 0, "adapters", "token_ids", expected, "a single number")
     if token_ids.numel():

@@ -9,7 +9,7 @@ import difflib
 import gc
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 
@@ -28,8 +28,8 @@ class Pool(Protocol):
     modules: Any
 
     def acquire(self, names: Sequence[str | None]) -> Any:
-        """Pin adapters: a list of slots that is a context manager, knows ``released``, and pins
-        the same again with ``renew()``."""
+        """Pin adapters: a list of slots that is a context manager, knows ``released`` and the
+        ``invocations`` of the names, and pins the same again with ``renew()``."""
 
 
 # A pool that nobody holds any more takes its number with it. No number is given twice, so that a
@@ -76,9 +76,17 @@ def only_pool() -> Pool:
 
 
 class Places(list[int]):
-    """A place for each name of one block; nothing to pin, nothing to release."""
+    """A place for each name of one block; nothing to pin, nothing to release.
+
+    Args:
+        places: of the names. invocations: of each name, empty for an adapter of all tokens.
+    """
 
     released = False
+
+    def __init__(self, places: Iterable[int] = (), invocations: Sequence[tuple[int, ...]] = ()):
+        super().__init__(places)
+        self.invocations = invocations
 
     def __enter__(self) -> Places:
         return self
@@ -118,7 +126,21 @@ class LayerNames:
                 close = difflib.get_close_matches(name, known)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UnknownAdapterError(f"adapters: no layer has an adapter named {name!r}{hint}")
-        return Places(range(len(names)))
+        return Places(range(len(names)), [self._invocation(name) for name in names])
+
+    def _invocation(self, name: str | None) -> tuple[int, ...]:
+        """Of an adapter, which is one and the same in every layer that has it."""
+        found = {
+            tuple(layer.alora_invocation_tokens.get(name) or ())
+            for layer in self._layers
+            if name in layer.adapter_names and hasattr(layer, "alora_invocation_tokens")
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"adapters: names: expected one invocation of {name!r} in all layers that have an "
+                f"adapter of that name, found {sorted(found)!r:.200}"
+            )
+        return found.pop() if found else ()
 
 
 layer_names = LayerNames()

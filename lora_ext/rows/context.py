@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import past
+from .activation import Activated, Starts, begun
 from .assignment import Assignment, Batch, Names, TokensFirstError
 from .attachment import Pool, UnknownAdapterError, only_pool, pool_handle
 from .entry import Entry
@@ -213,13 +214,20 @@ def forward_of(batch: Batch | None) -> Iterator[None]:
 #: Whether a block is open, in any thread. A compiled graph is guarded by it: one graph for the time
 #: without blocks, one for the time with.
 any_block = False
+#: Whether one of them has adapters that begin in mid-sequence, for which no compiled graph looks.
+any_activated = False
 _open: dict[int, Block] = {}  # by id
 _open_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def adapters(
-    names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None
+    names: Names,
+    token_ids: Tensor | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    starts: Starts = None,
+    pool: Pool | None = None,
 ) -> Iterator[None]:
     """Serve the rows of every forward inside the block with these adapters.
 
@@ -235,16 +243,23 @@ def adapters(
         token_ids: for each token the place of its name in ``names``, -1 for the base model:
             integers of the shape of the activations without features, ``(B, T)`` or ``(rows,)``.
             They are copied and checked here, which waits for the device.
+        input_ids: the prompts, ``(B, T)`` integers: an activated adapter serves its row from the
+            last place on at which its invocation stands there, and a row without it is the base
+            model's, with a warning. Default: the forwards' own, where a model of transformers is
+            attached.
+        starts: these places, where they are known: one per name, counted in the row's tokens, pads
+            too; None: an activated adapter serves none of the row, an ordinary one all.
         pool: default is the pool of the attached models, or the adapters of the layers of
             :mod:`lora_ext.nn`, when there is but one of them.
 
     Raises:
         UnknownAdapterError: a name that the pool, or every layer, lacks. ValueError: no names,
             lists of unequal lengths, ``token_ids`` that are no integers in ``[-1, len(names))``,
-            or several pools to choose from. And from the model's forward, when the batch has
-            another size than ``names`` or another shape than ``token_ids``.
+            more than one of the three, or several pools to choose from. And from the model's
+            forward, when the batch has another size than ``names`` or another shape than
+            ``token_ids``, or where an activated adapter begins is not to be seen.
     """
-    with of_call(names, token_ids, pool=pool) as block:
+    with of_call(names, token_ids, input_ids=input_ids, starts=starts, pool=pool) as block:
         if block.outer is not None:
             _tell_of_a_block_inside_another(block)
         yield
@@ -252,12 +267,18 @@ def adapters(
 
 @contextlib.contextmanager
 def of_call(
-    names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None
+    names: Names,
+    token_ids: Tensor | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    starts: Starts = None,
+    pool: Pool | None = None,
 ) -> Iterator[Block]:
     """:func:`adapters` around one call, which is over before anybody else goes on."""
     assignment = Assignment.of(names, token_ids)
     pool = only_pool() if pool is None else pool
     with pool.acquire(assignment.names) as lease:
+        assignment = begun(assignment, lease.invocations, token_ids, input_ids, starts)
         outer = _block.get()
         block = Block(
             pool_handle(pool),
@@ -291,11 +312,9 @@ def _note(block: Block | None) -> None:
 
 @contextlib.contextmanager
 def _opened(block: Block) -> Iterator[None]:
-    global any_block, _changes
     with _open_lock:
         _open[id(block)] = block
-        any_block = True
-        _changes += 1
+        _count_open()
     # Without a token: it would put back the block around, which may have been left before this one.
     _block.set(block)
     try:
@@ -304,10 +323,16 @@ def _opened(block: Block) -> Iterator[None]:
     finally:
         with _open_lock:
             del _open[id(block)]
-            any_block = bool(_open)
-            _changes += 1
+            _count_open()
         block.entry.left = True
         _leave(block)
+
+
+def _count_open() -> None:
+    global any_block, any_activated, _changes
+    any_block = bool(_open)
+    any_activated = any(isinstance(block.assignment, Activated) for block in _open.values())
+    _changes += 1
 
 
 def _leave(block: Block) -> None:

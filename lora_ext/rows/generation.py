@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import context
+from .activation import Activated
 from .assignment import Assignment
 from .attachment import Places
 from .context import Block, Entry, innermost
@@ -54,15 +55,105 @@ def change_blocks(assign: Callable[[Block], Assignment]) -> None:
     """Put blocks with other assignments in the place of those around, until a
     :func:`generation_scope` is left."""
 
-    def changed(block: Block | None) -> Block | None:
-        if block is None:
-            return None
-        outer, assignment = changed(block.outer), assign(block)
-        if outer is block.outer and assignment is block.assignment:
-            return block
-        return replace(block, assignment=assignment, outer=outer)
+    def change(block: Block) -> Block:
+        assignment = assign(block)
+        same = assignment is block.assignment
+        return block if same else replace(block, assignment=assignment)
 
-    context.put(changed(context.innermost()))
+    context.put(_mapped(context.innermost(), change))
+
+
+def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | None:
+    """A block and those around it, each changed; the very blocks where nothing is."""
+    if block is None:
+        return None
+    outer, changed = _mapped(block.outer, change), change(block)
+    return changed if changed.outer is outer else replace(changed, outer=outer)
+
+
+def has_activated() -> bool:
+    """Whether a block around has adapters that begin in mid-sequence."""
+    block = context.innermost() if context.any_activated else None
+    while block is not None and not isinstance(block.assignment, Activated):
+        block = block.outer
+    return block is not None
+
+
+def activated_in(handle: int) -> Activated | None:
+    """Where adapters begin in the innermost block of a pool; None where all serve all tokens."""
+    block = context.innermost() if context.any_activated else None
+    while block is not None and block.handle != handle:
+        block = block.outer
+    found = None if block is None else block.assignment
+    return found if isinstance(found, Activated) else None
+
+
+def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
+    """From now on adapters that begin in mid-sequence begin where this prompt invokes them, until a
+    :func:`generation_scope` is left. Starts that the blocks' callers gave stay.
+
+    Args:
+        input_ids: ``(B, T)`` integers, or None. origin: how many tokens lie before them.
+
+    Raises:
+        ValueError: no ids where a block needs them, or of another number of rows than names.
+    """
+    change_blocks(
+        lambda block: (
+            block.assignment.of_prompt(input_ids, origin)
+            if isinstance(block.assignment, Activated)
+            else block.assignment
+        )
+    )
+
+
+@contextlib.contextmanager
+def activated_forward(
+    input_ids: Tensor | None, rows: int, length: int, past: int, kept: int | Tensor = 0
+) -> Iterator[None]:
+    """Around a model's forward: its layers see which of its tokens have which adapter.
+
+    Args:
+        input_ids: ``(B, T)`` of the forward, or None. rows, length: B and T.
+        past: how many tokens its cache has.
+        kept: ``logits_to_keep`` of the forward: how many of the last tokens its output head sees,
+            or which; 0 is all.
+
+    Raises:
+        ValueError: what :meth:`Activated.of_forward` finds.
+    """
+    if not has_activated():
+        yield
+        return
+    change_blocks(
+        lambda block: (
+            block.assignment.of_forward(input_ids, past)
+            if isinstance(block.assignment, Activated)
+            else block.assignment
+        )
+    )
+
+    def change(block: Block) -> Block:
+        if not isinstance(block.assignment, Activated):
+            return block
+        found = block.assignment.at(past, length, rows)
+        return replace(block, assignment=found, head=_head(block, found, kept))
+
+    with context.entered(_mapped(context.innermost(), change)):
+        yield
+
+
+def _head(block: Block, found: Assignment, kept: int | Tensor) -> Block | None:
+    """What the output head reads of a forward whose tokens differ in their adapters."""
+    if not isinstance(found.places, Tensor):
+        return block.head
+    places = found.places.view(found.shape)
+    if isinstance(kept, Tensor):
+        places = places[:, kept.to(places.device)]
+    elif kept:
+        places = places[:, -kept:]
+    assignment = Assignment(found.names, places.flatten(), tuple(places.shape))
+    return replace(block, assignment=assignment, head=None)
 
 
 def packed_block(

@@ -33,6 +33,19 @@ class _Noted:
 noted = _Noted()
 
 
+#: The default of a layer whose active adapter begins in mid-sequence.
+NOBODY = -2
+
+
+def no_rows(name: str) -> ValueError:
+    """Of a forward outside every block, of which nobody knows where such an adapter begins."""
+    return ValueError(
+        f"adapters: input_ids: expected the rows in which {name} is invoked, as it begins in "
+        "mid-sequence (alora_invocation_tokens), found no block around the layer; enter "
+        "lora_ext.adapters(names, input_ids=...)"
+    )
+
+
 def pool_rows(
     handle: int,
     leading: Sequence[int],
@@ -58,7 +71,7 @@ def layer_rows(
     of_tokens: bool,
 ) -> Rows:
     """Rows for a layer with these adapters of its own, all of which take part; outside a block
-    every row has the adapter ``default``."""
+    every row has the adapter ``default``; :data:`NOBODY`: that raises."""
     ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
     return rows_of(ids, len(names))
 
@@ -126,6 +139,8 @@ def _layer_adapter_ids(
 ) -> Tensor:
     block = context.current(layer_names.handle, in_graph=True)
     if block is None:
+        if default == NOBODY:
+            raise no_rows(repr(list(names)))
         return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
     shape = torch.Size(leading)
     rows = block.rows_among(tuple(names), shape, device, tokens_first, of_tokens)

@@ -4,7 +4,8 @@ The way of a request:
 
 1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
 2. A step packs tokens of many requests into one row; a block around it says whose each token is.
-3. Blocks of keys and values that requests share are told apart by adapter.
+   What an activated adapter's request has before its start is the base model's.
+3. Blocks of keys and values that requests share are told apart by adapter, from its start on.
 4. A request may choose its tokens in a way of its own (``sampling.py``, ``constraining.py``).
 5. The pin goes when the result is delivered, or the request is cancelled.
 
@@ -24,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.pool import Lease, PoolFullError
-from lora_ext.rows import Names, context, packed_block
+from lora_ext.rows import Names, context, last_start, packed_block
 
 from .constraining import RequestConstraint, Standing, constrained, request_constraint, standing
-from .names import CallNames, NamedPrompt, named_prompts
+from .names import CallNames, NamedPrompt, named_prompts, not_invoked
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -48,15 +49,23 @@ _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 class _Request:
     name: str | None
     lease: Lease
+    start: int = 0  # tokens before it are the base model's
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
     constraint: RequestConstraint | None = None
+    logprobs: list[float] | None = None
     cancelled: bool = False
 
     @property
     def number(self) -> int:
         """Of the adapter's version; 0 is the base model."""
         return self.lease.residents[0].serial if self.lease.residents else 0
+
+    def runs(self, past: int, length: int) -> list[tuple[str | None, int, int]]:
+        """Name, slot and number of the tokens of a step, ``length`` of them after ``past``."""
+        base = max(0, min(length, self.start - past))
+        parts = (None, -1, base), (self.name, self.lease[0], length - base)
+        return [part for part in parts if part[2]]
 
 
 class AdapterRequests:
@@ -78,6 +87,7 @@ class AdapterRequests:
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
         self._running = False
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
+        self._telling: list[tuple[int, _Request]] = []  # likewise, of those that want to know
         self._constrained: list[Standing] = []
         self._wrapped: list[tuple[Any, str]] = []
         self._wrapped_in_processor: list[tuple[Any, str]] = []
@@ -131,10 +141,17 @@ class AdapterRequests:
         sampling: Sampling | None = None,
         constraint: Constraint | None = None,
         guide: Guide | None = None,
+        allow_base: bool = False,
+        logprobs: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The manager's own, with a pinned adapter and a way and constraint of its own for tokens.
-        A pool without room raises :class:`~lora_ext.pool.PoolFullError`."""
+
+        A pool without room raises :class:`~lora_ext.pool.PoolFullError`, and a prompt without the
+        invocation of its activated adapter ValueError, unless ``allow_base``: then the base model
+        serves it. ``logprobs`` is given the log-probability of each new token under the model,
+        whatever way it was chosen in.
+        """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
         if len(input_ids) == 0:  # it would end the thread that serves all others
             error = ValueError("add_request: input_ids: expected at least one token, found none")
@@ -147,7 +164,7 @@ class AdapterRequests:
                 f"probabilities of the manager's own tokens, found {sampling}"
             )
         if prompt is not None:
-            adapter_name = prompt.adapter
+            adapter_name, allow_base = prompt.adapter, prompt.allow_base
         elif adapter_name is _NOT_GIVEN:
             (adapter_name,) = self.names.of_requests("add_request", None, 1)
         if request_id is None:
@@ -156,8 +173,11 @@ class AdapterRequests:
                 self.manager._request_counter += 1
         try:
             own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
-            self._begin(request_id, adapter_name, sampling, wait=prompt is not None)
-            self._requests[request_id].constraint = own
+            request = self._pinned(adapter_name, wait=prompt is not None)
+            begun = self._begun(request, request_id, list(map(int, input_ids)), allow_base)
+            begun.sampling, begun.constraint, begun.logprobs = sampling, own, logprobs
+            begun.generator = sampling and sampling.generator(self.manager.model.device)
+            self._begin(request_id, begun)
             try:
                 accepted = original(input_ids, request_id, *args, **kwargs)
             except BaseException:
@@ -177,34 +197,55 @@ class AdapterRequests:
         inputs: Sequence[Sequence[int]],
         *args: Any,
         adapter_names: Names = None,
+        allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The manager's own, a name per request. Where the pool is full it waits for requests that
         run."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
-            inputs = named_prompts(inputs, names)
+            inputs = named_prompts(inputs, names, allow_base)
         return original(inputs, *args, **kwargs)
 
-    def _begin(
-        self, request_id: str, name: str | None, sampling: Sampling | None, wait: bool
-    ) -> None:
+    def _pinned(self, name: str | None, wait: bool) -> _Request:
+        """A request with its adapter pinned; ``wait``: for room in the pool, while others run."""
         with self._freed:
-            if request_id in self._requests:
-                raise ValueError(
-                    "add_request: request_id: expected one that is not in use, found "
-                    f"{request_id!r}"
-                )
             while True:
                 try:
-                    lease = self.pool.acquire([name])
-                    break
+                    return _Request(name, self.pool.acquire([name]))
                 except PoolFullError:
                     if not (wait and self._requests and self.manager.is_running()):
                         raise
                 self._freed.wait(1.0)
-            generator = sampling and sampling.generator(self.manager.model.device)
-            self._requests[request_id] = _Request(name, lease, sampling, generator)
+
+    def _begun(
+        self, request: _Request, request_id: str, prompt: list[int], allow_base: bool
+    ) -> _Request:
+        """The same with its start; or one of the base model, for a prompt without invocation.
+
+        Raises:
+            ValueError: no invocation, and the base model is not to serve it.
+        """
+        for invocation in filter(None, request.lease.invocations):
+            (start,) = last_start(torch.tensor([prompt]), invocation)
+            if start is not None:
+                request.start = start
+                continue
+            request.lease.__exit__()
+            if not allow_base:
+                raise not_invoked(f"add_request: request {request_id!r}", request.name, invocation)
+            return _Request(None, self.pool.acquire([None]))
+        return request
+
+    def _begin(self, request_id: str, request: _Request) -> None:
+        with self._freed:
+            if request_id in self._requests:
+                request.lease.__exit__()
+                raise ValueError(
+                    "add_request: request_id: expected one that is not in use, found "
+                    f"{request_id!r}"
+                )
+            self._requests[request_id] = request
 
     def _end(self, request_id: str) -> None:
         with self._freed:
@@ -293,6 +334,7 @@ class AdapterRequests:
             return
         own = self._wrapped_in_processor = []
         self._wrap(own, processor.cache, "search_prefix_match", self._search_prefix_match)
+        self._wrap(own, processor.cache, "mark_complete_blocks", self._mark_finished)
         for allocator in processor.cache.cache_allocators.values():
             self._wrap(own, allocator, "mark_complete_blocks", self._mark_complete_blocks)
         scheduler = processor.scheduler
@@ -309,12 +351,17 @@ class AdapterRequests:
         requests = [self._request(each.state.request_id) for each in batch]
         new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
         self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
+        self._telling = [(row, each) for row, each in enumerate(new) if each.logprobs is not None]
         self._constrained = standing([e.state for e in batch if e.has_new_token], new)
-        slots = tuple(request.lease[0] for request in requests)
-        lengths = tuple(each.query_length for each in batch)
-        key = slots, lengths, kept
+        runs, ends = [], []
+        for request, each in zip(requests, batch, strict=True):
+            past = each.state.position_offset - each.query_length  # it has been advanced already
+            runs += request.runs(past, each.query_length)
+            ends.append(len(runs) - 1)
+        kept = None if kept is None else [ends[i] for i in kept]
+        key = runs, kept
         if self._last is None or self._last[0] != key:  # decoding asks for the same rows again
-            names = [request.name for request in requests]
+            names, slots, lengths = zip(*runs, strict=True)
             block = packed_block(
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
             )
@@ -325,11 +372,16 @@ class AdapterRequests:
     def _sample(
         self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
+        told = scores
         scores = constrained(scores, self._constrained)
         original(scores, output_ids, *args)
         for row, request in self._drawing:
             assert request.sampling is not None
             output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
+        for row, request in self._telling:
+            assert request.logprobs is not None
+            logprobs = told[0, row : row + 1].float().log_softmax(-1)
+            request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
 
     def _request(self, request_id: str) -> _Request:
         with self._freed:
@@ -341,25 +393,44 @@ class AdapterRequests:
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
     ) -> int:
-        tokens = self._marked(request_id, prompt_ids)
-        return 0 if tokens is None else original(request_id, tokens)
+        return original(request_id, self._marked(request_id, prompt_ids))
 
     def _mark_complete_blocks(
         self, original: Callable[..., None], request_id: str, token_ids: list[int], *args: Any
     ) -> None:
-        tokens = self._marked(request_id, token_ids)
-        if tokens is not None:
-            original(request_id, tokens, *args)
+        original(request_id, self._marked(request_id, token_ids), *args)
 
-    def _marked(self, request_id: str, tokens: list[int]) -> list[int] | None:
-        """A prompt's tokens with the number of the adapter's version in bits that no token has, as
-        a block is found by a hash of its tokens; None where the first page has no room for it."""
+    def _mark_finished(
+        self, original: Callable[..., None], state: Any, complete_blocks: dict[str, int]
+    ) -> None:
+        """The manager's own, and also of the step in which a request ends: it passes that over for
+        the sake of steps that overlap, which ours do not."""
+        cache = self.manager.batch_processor.cache
+        if state.status.name != "FINISHED" or not cache.allow_block_sharing:
+            return original(state, complete_blocks)
+        tokens = state.initial_tokens + state.generated_tokens
+        for name, count in (complete_blocks or {}).items():
+            if state.request_id in cache.cache_allocators[name].block_table:
+                cache.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
+        return None
+
+    def _marked(self, request_id: str, tokens: list[int]) -> list[int]:
+        """A prompt's tokens with a mark in bits that no token has, as a page is found by a hash of
+        its tokens and of those before. The mark lies in the page in which the adapter begins, and
+        tells its version and the place: equal tokens of that page may begin at different ones.
+        Where it has no room, the tokens before that page, which are the base model's."""
+        request, result = self._request(request_id), list(tokens)
+        caches = self.manager.batch_processor.cache.cache_allocators.values()
+        size = min(cache.tokens_per_page for cache in caches)
+        page = request.start // size * size
+        if request.number == 0 or len(result) < page + _DIGITS:
+            return result  # the page, if there is one, is not complete
         bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
-        number, result = self._request(request_id).number, list(tokens)
-        for i in range(min(_DIGITS, len(result))):
+        number = request.number * size + request.start % size
+        for i in range(page, page + _DIGITS):
             number, digit = divmod(number, 1 << (31 - bits))
             result[i] = int(result[i]) + (digit << bits)  # a tensor would change in place
-        return None if number else result
+        return result[:page] if number else result
 
 
 def _release(requests: dict[str, _Request]) -> None:

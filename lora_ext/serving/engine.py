@@ -99,6 +99,8 @@ class Engine:
         adapter_name: str | None = None,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        *,
+        allow_base: bool = False,
     ) -> RequestStream:
         """Put a chat into the next batches, with its adapter pinned, and loaded where it is not.
 
@@ -107,11 +109,14 @@ class Engine:
             adapter_name: None is the base model.
             max_new_tokens: default is what is left of the context, at most 256.
             sampling: None takes the largest logit.
+            allow_base: the base model serves a chat without the invocation of its activated
+                adapter.
 
         Raises:
             QueueFullError: too many requests. ValueError: a chat that the template does not take,
-                or too many tokens. UnknownAdapterError: no such adapter. PoolFullError: no room for
-                it. And what :meth:`AdapterPool.load` finds in its files.
+                that lacks the invocation, or too many tokens. UnknownAdapterError: no such
+                adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in
+                its files.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(f"begin: expected at most {self.max_requests} requests at a time")
@@ -123,12 +128,14 @@ class Engine:
             new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
             expected = f"at most {self.context} tokens of prompt and answer"
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
-            how = {"max_new_tokens": new, "sampling": sampling, "ended": self._count}
+            how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
             for left in reversed(range(_TRIES)):
                 if adapter_name is not None and adapter_name not in self.pool:
                     await asyncio.to_thread(self.folder.ready, adapter_name)
                 try:
-                    return RequestStream(self.manager, ids, adapter_name=adapter_name, **how)
+                    return RequestStream(
+                        self.manager, ids, adapter_name=adapter_name, ended=self._count, **how
+                    )
                 except UnknownAdapterError:
                     if not left:
                         raise

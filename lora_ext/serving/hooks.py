@@ -17,16 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require_flags
 from lora_ext._torch import compiles
 from lora_ext.layers import find_module
 from lora_ext.rows import (
     Batch,
     Names,
     PoolLayer,
+    activated_forward,
+    context,
     forward_of,
     generation_scope,
+    has_activated,
     innermost,
     noted,
+    prompt_known,
     refuse_singular,
     repeat_rows,
     select_rows,
@@ -49,6 +54,7 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
+_CACHES = ("cache", "past_key_values", "cache_params")  # transformers has renamed it
 _PACKED = ("read_index", "write_index", "block_table")
 
 
@@ -69,7 +75,8 @@ class Hooks:
         self._uncompiled: Any = torch.compiler.disable(
             self._in_turn,
             reason="a manager of continuous batching runs, and a compiled forward would not wait; "
-            "or there are images, videos or sounds, whose sequences the tokens have to tell",
+            "or the tokens have to tell whose images, videos or sounds there are, or where an "
+            "activated adapter begins",
         )
 
     def put(self, model: nn.Module) -> list[tuple[str, str]]:
@@ -113,7 +120,7 @@ class Hooks:
         if not compiles():
             return self._in_turn(own, model, args, kw, adapter_names)
         # No graph waits, and none looks at the tokens: such a forward runs outside of it.
-        if continuous.managers or has_media(model, kw):
+        if continuous.managers or context.any_activated or has_media(model, kw):
             return self._uncompiled(own, model, args, kw, adapter_names)
         with self.names.block(adapter_names):
             return _noted(own, model, args, kw)
@@ -144,6 +151,8 @@ class Hooks:
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
         with self.names.block(names), generation_scope(), media_noted(model, args, kw):
+            if context.any_activated:
+                prompt_known(*_prompt(args, kw))
             return own(*args, **kw)
 
     def _prepare_encoder_decoder_kwargs_for_generation(
@@ -200,12 +209,17 @@ class Hooks:
         inputs: Any,
         *args: Any,
         adapter_names: Names = None,
+        allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """With a name for each request."""
+        """With a name for each request; ``allow_base``: the base model serves prompts without the
+        invocation of their activated adapter, which raise ValueError otherwise."""
         refuse_singular("generate_batch", kwargs)
+        require_flags("generate_batch", allow_base=allow_base)
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
-        prompts = named_prompts(inputs, names)
+        # `generate` in pages has looked for the invocations, and warned.
+        prompts = named_prompts(inputs, names, allow_base or has_activated())
+        self.names.check_invoked("generate_batch", prompts)
         results = own(prompts, *args, **kwargs)
         if prompts and prompts[0].errors:
             raise prompts[0].errors[0]
@@ -311,8 +325,60 @@ def _noted(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             return run(*args, **kwargs)
         finally:
             noted.batch = before
-    with forward_of(Batch(sequences, frozenset(lengths))), media_noted(model, args, kwargs):
+    with (
+        forward_of(Batch(sequences, frozenset(lengths))),
+        media_noted(model, args, kwargs),
+        _activated(model, args, kwargs),
+    ):
         return run(*args, **kwargs)
+
+
+def _activated(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> contextlib.AbstractContextManager[None]:
+    """Around a forward: adapters that begin in mid-sequence, where its blocks have any."""
+    if not has_activated():
+        return contextlib.nullcontext()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            "adapters: names: expected ordinary adapters on a model with encoder and decoder, "
+            "found one that begins in mid-sequence (alora_invocation_tokens)"
+        )
+    given = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs
+    ids = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if ids is None else ids
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:  # of a tower, say
+        return contextlib.nullcontext()
+    past = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    if past is not None and not hasattr(past, "get_seq_length"):
+        raise NotImplementedError(
+            "adapters: names: expected a cache that knows its length beside an activated adapter, "
+            f"found a {type(past).__name__}"
+        )
+    length = 0 if past is None else int(past.get_seq_length())
+    keep = given.get("logits_to_keep")
+    rows, count = tokens.shape[:2]
+    return activated_forward(ids, rows, count, length, 0 if keep is None else keep)
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    """The arguments of a model's forward, in their order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore
+
+
+def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
+    """The ids that ``generate`` is given, and how many tokens of a cache lie before them: of a
+    prompt that a cache has begun, the mask is of the whole."""
+    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return None, 0
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != ids.shape[1]:
+        return None, 0
+    mask = kwargs.get("attention_mask")
+    whole = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else ids.shape[1]
+    return ids, max(0, whole - ids.shape[1])
 
 
 class _Gate:

@@ -11,8 +11,19 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import BASE, ERROR, Names, current, no_block, of_call, pool_handle
+from lora_ext.rows import (
+    BASE,
+    ERROR,
+    Names,
+    current,
+    last_start,
+    no_block,
+    of_call,
+    pool_handle,
+)
 
 from .pipelines import check_pipeline
 
@@ -95,19 +106,47 @@ class CallNames:
                 self.pool.acquire([name])  # says what is wrong with it
         return names  # pyright: ignore[reportReturnType]
 
+    def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
+        """Refuse a prompt without the invocation of its adapter, before any of them is served.
+
+        Raises:
+            ValueError: naming the first such adapter and request.
+        """
+        for i, prompt in enumerate(prompts):
+            name, allowed = prompt.adapter, prompt.allow_base
+            invocation = () if name in (None, BASE) or allowed else self.pool.invocation(name)
+            if invocation and last_start(torch.tensor([prompt]), invocation) == [None]:
+                raise not_invoked(f"{where}: inputs[{i}]", name, invocation)
+
 
 class NamedPrompt(list[int]):
     """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
 
-    def __init__(self, tokens: Iterable[int], adapter: str | None, errors: list[BaseException]):
+    def __init__(
+        self,
+        tokens: Iterable[int],
+        adapter: str | None,
+        errors: list[BaseException],
+        allow_base: bool = False,
+    ):
         super().__init__(map(int, tokens))
         self.adapter = adapter
+        self.allow_base = allow_base  # where it lacks the adapter's invocation
         self.errors = errors  # what befell one: generate_batch itself only logs it
 
 
+def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:
+    """Of a prompt that lacks the invocation of its activated adapter."""
+    return ValueError(
+        f"{where}: expected the invocation {list(invocation)!r:.200} of adapter {name!r} in the "
+        "prompt, found none; allow_base=True lets the base model serve it"
+    )
+
+
 def named_prompts(
-    inputs: Sequence[Sequence[int]], names: Sequence[str | None]
+    inputs: Sequence[Sequence[int]], names: Sequence[str | None], allow_base: bool = False
 ) -> list[NamedPrompt]:
     """Prompts with their adapters, and one list for all that befalls them."""
     errors: list[BaseException] = []
-    return [NamedPrompt(ids, name, errors) for ids, name in zip(inputs, names, strict=True)]
+    pairs = zip(inputs, names, strict=True)
+    return [NamedPrompt(ids, name, errors, allow_base) for ids, name in pairs]

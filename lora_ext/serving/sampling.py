@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_ext._checks import check_fields, within
+from lora_ext._checks import check_fields, integer, require, within
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Sampling:
         top_p: draw from the fewest tokens whose probabilities, the largest first, reach it.
         seed: of the request's own generator: the same draws whatever is in the batch. None: torch's
             generator for all. Requests forked from one share its generator.
+        top_k: draw from so many tokens, the likeliest; -1 from all. It comes before ``top_p``.
 
     Raises:
         ValueError: naming the argument, what was expected and what was found.
@@ -29,11 +30,14 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    top_k: int = -1
 
     def __post_init__(self) -> None:
         seed = within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits")
         top_p = within(above=0, maximum=1)
-        check_fields(self, {"temperature": within(0), "top_p": top_p, "seed": seed})
+        check_fields(
+            self, {"temperature": within(0), "top_p": top_p, "seed": seed, "top_k": _top_k}
+        )
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A new one of the seed."""
@@ -51,9 +55,19 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax()
         # The largest becomes 0 first, so that no quotient overflows.
-        probabilities = ((logits - logits.max()).double() / self.temperature).softmax(-1)
+        heat = (logits - logits.max()).double() / self.temperature
+        if 0 < self.top_k < heat.shape[0]:
+            least = heat.topk(self.top_k).values[-1]
+            heat = heat.masked_fill(heat < least, float("-inf"))  # equals of the last stay
+        probabilities = heat.softmax(-1)
         if self.top_p < 1:
             falling, order = probabilities.sort(descending=True)
             before = falling.cumsum(-1) - falling
             probabilities[order[before >= self.top_p]] = 0
         return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+def _top_k(where: str, name: str, value: object) -> int:
+    found = integer(where, name, value)
+    require(found == -1 or found > 0, where, name, "a number of tokens, or -1 for all", found)
+    return found

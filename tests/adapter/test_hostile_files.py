@@ -270,7 +270,6 @@ def test_config_fields_that_make_no_sense(pool, fields):
         {"target_parameters": ["up.weight"]},
         {"layer_replication": [[0, 1]]},
         {"ensure_weight_tying": True},
-        {"alora_invocation_tokens": [1]},
         {"kasa_config": {"beta": 1}},
         {"init_lora_weights": "pissa_niter_4"},
     ],

@@ -76,6 +76,22 @@ def test_links_of_the_page_lead_somewhere(page: str) -> None:
         assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
+def test_code_names_pages_and_sections_that_are_there() -> None:
+    """A comment says `docs/page.md`, or `docs/page.md, "Section"`: a heading, or bold words."""
+    named = re.compile(r'(docs/[\w/]+\.md)`*(?:,\s+"([^"]+)"(?: and "([^"]+)")?)?')
+    seen = 0
+    for file in [p for d in ("lora_ext", "csrc") for p in (ROOT / d).rglob("*") if p.is_file()]:
+        if file.suffix not in (".py", ".cpp", ".h", ".cu", ".cuh"):
+            continue
+        for page, *sections in named.findall(file.read_text()):
+            text = (ROOT / page).read_text()
+            for section in filter(None, sections):
+                start = rf"^(#+ |\*\*){re.escape(section)}"
+                assert re.search(start, text, re.MULTILINE), (str(file), page, section)
+            seen += 1
+    assert seen > 20
+
+
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
     """Tables, code, pictures and a link that no space breaks are excepted."""

@@ -14,7 +14,7 @@ NAMES = ["red", None, "blue"]
 NEW = 24
 
 
-def with_pool() -> tuple[Any, Any]:
+def with_pool(**fields: Any) -> tuple[Any, Any]:
     model = make_model("llama")
     generator = torch.Generator().manual_seed(3)
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8, targets=["q_proj", "down_proj"])
@@ -28,6 +28,7 @@ def with_pool() -> tuple[Any, Any]:
             state[f"{stem}.lora_B.weight"] = 3 * b
         targets = ["q_proj", "down_proj"]
         config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
+        config |= fields
         pool.load(name, (config, state))
     return lora_ext.attach(model, pool), pool
 
@@ -110,3 +111,20 @@ def test_a_tail_and_a_pool_do_not_meet() -> None:
     model, _ = with_pool()
     with pytest.raises(ValueError, match=r"DraftTail: model: .*attached.*draft_layers=0"):
         make_draft(model, draft_layers=1)
+
+
+def test_activated_adapters_begin_in_the_prompt_whatever_is_drafted() -> None:
+    model, _ = with_pool(alora_invocation_tokens=[1])
+    ids, mask = prompts(3)
+    ids[ids == 1] = 2
+    ids[0, 2] = ids[2, 5] = 1  # the second row is the base model's
+    how: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": 3}
+    decoder = make_draft(model).decoder(mode="greedy")
+    found = decoder.generate(ids, mask, adapter_names=NAMES, **how).sequences[:, ids.shape[1] :]
+    given = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, **how}
+    expected = model.generate(ids, adapter_names=NAMES, **given)[:, ids.shape[1] :]
+    base = model.generate(ids, **given)[:, ids.shape[1] :]
+    for row, ours in enumerate(found):
+        end = (expected[row] == 3).int().argmax() if 3 in expected[row] else NEW
+        assert torch.equal(ours[: end + 1], expected[row, : end + 1])
+    assert 1 in expected[0] and not torch.equal(expected, base)

@@ -167,15 +167,12 @@ class _Run(NamedTuple):
 
 
 class ClientsAdamW:
-    """Each client's own AdamW, all at once.
+    """Each client's own AdamW, all at once, in place.
 
     All clients that still train have done the same number of steps, as they began together. Clients
     at neighbouring places with the same settings take part in one call of torch's fused kernel,
     which treats every element by itself. A client that has left is not touched, to the bit; one
     that failed stays in its run, where it changes nothing for its neighbours, and is never read.
-
-    Args:
-        banks: whose values are changed in place. clients: in the order of their places.
     """
 
     def __init__(self, banks: Sequence[Bank | SharedBank], clients: Sequence[ClientRound]):

@@ -147,11 +147,8 @@ def cross_entropies(
     owners: tuple[Tensor, Tensor],
     where: str,
 ) -> Losses:
-    """Each client's mean cross entropy: of the next token for mappings with ``labels``, of y for
-    ``(x, y)``. All rows are done at once.
-
-    Args:
-        owners: how many rows each client has, and whose each row is.
+    """Each client's mean cross entropy, all rows at once: of the next token for mappings with
+    ``labels``, of y for ``(x, y)``. ``owners``: how many rows each client has, and whose each is.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = zip(batches, segments, strict=True)

@@ -53,11 +53,7 @@ class BatchRows:
 
     def check_below(self, module: str) -> None:
         """Refuse a layer that follows a shared module. What lies below the layers would take the
-        gradient of the rows that leave the graph in them.
-
-        Raises:
-            UnsupportedModule: naming the shared module.
-        """
+        gradient of the rows that leave the graph in them."""
         if self.above is not None and not self._backward:
             supported(False, self.above, "shared parameters above the layers", f"{module} after it")
 
@@ -186,11 +182,7 @@ class UnsupportedModule(ValueError):
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
-    """Refuse modules in which rows meet or draw, and adapters that no payload carries.
-
-    Raises:
-        UnsupportedModule: naming the module, what was expected and what was found.
-    """
+    """Refuse modules in which rows meet or draw, and adapters that no payload carries."""
     own = {
         id(layer.lora_dropout[adapter])
         for name, layer in _layers(model, adapter, pattern)

@@ -71,11 +71,7 @@ class ClientRound:
     """
 
     def __init__(
-        self,
-        spec: ClientSpec,
-        plan: LayerPlan,
-        shapes: Mapping[str, tuple[int, ...]],
-        round: int,
+        self, spec: ClientSpec, plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]], round: int
     ):
         self.spec = spec
         self.plan = plan

@@ -102,12 +102,8 @@ class SharedModules:
                     module.forward = own
 
     def check_called(self) -> None:
-        """Refuse modules that the model's forward has not called: it reads their parameters in
-        some other way, and no client's copy would count.
-
-        Raises:
-            UnsupportedModule: naming the first.
-        """
+        """Refuse modules that the model's forward has not called: it reads their parameters in some
+        other way, and no client's copy would count."""
         for owner in self._owners:
             supported(owner in self._called, owner, "a module that the forward calls", "it unused")
 
@@ -168,11 +164,8 @@ def _rows(value: Any, part: slice, total: int) -> Any:
 def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
-    """The value from which clients begin: the state's, or the model's own where that has none.
-
-    Raises:
-        ValueError: another shape than the parameter's.
-    """
+    """The value from which clients begin: the state's, of the parameter's shape, or the model's own
+    where that has none."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))

@@ -238,11 +238,10 @@ class BatchedClients:
             c.plan.layers and math.isfinite(v) for c, v in zip(going, values, strict=True)
         )
         factors = gradients[: sum(len(bank.leaves) for bank in banks if bank.trained)]
-        if training and all(gradient is None for gradient in factors):
-            raise UnsupportedModule(
-                f"{WHERE}: model: expected losses that depend on the factors that train, found "
-                "none that does; checkpointing must not be the reentrant kind"
-            )
+        fits = not training or not all(gradient is None for gradient in factors)
+        expected = "losses that depend on the factors that train"
+        found = "none that does; checkpointing must not be the reentrant kind"
+        require(fits, WHERE, "model", expected, found, UnsupportedModule)
         optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
             client.advance(size, value)

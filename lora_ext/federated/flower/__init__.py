@@ -11,10 +11,10 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 try:
-    import flwr.serverapp  # noqa: F401
+    import flwr.serverapp
 except ImportError as error:
     raise ImportError(
-        f"lora_ext.interop.flower: expected flwr 1.42 or newer, found none ({error}): "
+        f"lora_ext.federated.flower: expected flwr 1.42 or newer, found none ({error}): "
         "run `pip install lora_ext[fed]`"
     ) from error
 

@@ -95,7 +95,12 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to a node; Flower's ``Message`` does the same."""
+        """Make a message to a node; Flower's ``Message`` does the same.
+
+        Args:
+            content: its records. message_type: "train", "evaluate" or "query".
+            dst_node_id: one of :meth:`get_node_ids`. group_id, ttl: not used.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -103,7 +108,7 @@ class LocalGrid(Grid):
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages until their replies are pulled."""
+        """Keep messages until their replies are pulled, and return an id for each."""
         ids: list[str] = []
         for message in messages:
             ids.append(f"local-{next(self._numbers)}")
@@ -112,14 +117,19 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the clients that were sent these messages, and return their replies."""
+        """Run the clients that were sent the messages of these ids, and return their replies."""
         found = [self._pushed.pop(each) for each in message_ids if each in self._pushed]
         return self._answers(found, None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients that are sent messages, and return their replies in that order."""
+        """Run the clients that are sent messages, and return their replies in that order.
+
+        Args:
+            messages: one for each client. timeout: seconds; a client that would start later does
+                not run, and a reply that took longer is lost. None waits for all.
+        """
         pushed = self.push_messages(messages)
         return self._answers([self._pushed.pop(each) for each in pushed], timeout)
 
@@ -152,11 +162,10 @@ class LocalGrid(Grid):
     def _one(self, message: Message, context: Context) -> Message:
         try:
             reply = self._app(message, context)
-            if not isinstance(reply, Message):
-                raise TypeError(
-                    "LocalGrid: client_app: expected an app that returns a Message, found one that "
-                    f"returns {type(reply).__name__}"
-                )
+            fits = isinstance(reply, Message)
+            expected = "an app that returns a Message"
+            found = f"one that returns {type(reply).__name__}"
+            require(fits, "LocalGrid", "client_app", expected, found, TypeError)
             return reply
         except Exception as error:
             return failed(message, error)

@@ -28,9 +28,6 @@ def aggregate_replies(
 
     A reply is rejected where it is not finite, or has another weight than its plan and its number
     of examples give. Sums are float64, in the order of the clients.
-
-    Args:
-        updates: their tensors have the names and shapes of ``masked_shapes``.
     """
     by_client: dict[Client, list[Update]] = {}
     for update in updates:

@@ -50,11 +50,8 @@ class Model:
 
 
 def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
-    """Compare the scale of the adapter with the server's, where that says one.
-
-    Raises:
-        ValueError: another one; averaged with the others, the adapter would be none of theirs.
-    """
+    """Compare the scale of the adapter with the server's, where that says one: averaged with the
+    others, an adapter of another scale would be none of theirs."""
     if "scaling" not in config:
         return
     for name, layer in adapted_layers(manager.model, manager.adapter).items():

@@ -83,11 +83,8 @@ class Nodes:
     def learn(
         self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
     ) -> None:
-        """Take up what a node says of itself, unless it is known already.
-
-        Args:
-            connected: whose partitions are taken; None for all nodes that are known.
-        """
+        """Take up what a node says of itself, unless it is known already; ``connected`` are those
+        whose partitions are taken, None for all that are known."""
         connected = [*self._asked, *self._clients] if connected is None else connected
         count, partition = said.get(CAPABILITY), said.get(PARTITION)
         if type(count) is int:
@@ -110,11 +107,7 @@ class Nodes:
         self._clients[node] = partition
 
     def capability(self, node: int, num_layers: int) -> int:
-        """How many layers a node can train.
-
-        Raises:
-            ValueError: none is known, or one outside of 0 to L. TypeError: no integer.
-        """
+        """How many layers a node can train."""
         where, client = "LoraStrategy", self.client(node)
         if self._capability is None:
             return min(max(self._says.get(node, num_layers), 0), num_layers)
@@ -132,11 +125,8 @@ class Nodes:
         return found
 
     def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
-        """The nodes that can train, and how many layers.
-
-        Args:
-            strict: raises :meth:`capability`'s ValueError; else such a node is left out.
-        """
+        """The nodes that can train, and how many layers; one that :meth:`capability` refuses is
+        left out unless ``strict``."""
         found: dict[int, int] = {}
         for node in nodes:
             try:

@@ -34,7 +34,11 @@ _MANIFEST = ("names", "dtypes", "dims", "sizes")  # of tensors in one array
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as Flower's record of arrays, which knows no bfloat16: its bits travel as uint16.
+    """Write tensors as Flower's record of arrays, which knows no bfloat16: its bits travel as
+    uint16.
+
+    Args:
+        tensors: by name, on any device: an adapter's state dict, say.
 
     Raises:
         ValueError: a dtype that is not float16, bfloat16, float32 or float64, naming the tensor.
@@ -43,7 +47,13 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict[str, Tensor]:
-    """The tensors of a record of one's own, in memory of their own.
+    """Read the tensors of a record of one's own, into memory of their own.
+
+    Args:
+        record: of :func:`to_arrays`. where: opens the message of an error.
+
+    Returns:
+        tensors on the CPU, by name.
 
     Raises:
         ValueError: an array that is none of :func:`to_arrays`, naming key, expected and found.
@@ -98,11 +108,7 @@ def plan_of(settings: Mapping[str, Any]) -> LayerPlan:
 
 
 def read_config(message: Message) -> ConfigRecord:
-    """The settings of a message from the server.
-
-    Raises:
-        ValueError: none, or those of another protocol.
-    """
+    """The settings of a message from the server."""
     records = message.content.config_records
     require(CONFIG in records, "message", "records", f"{CONFIG!r}", sorted(message.content))
     config = records[CONFIG]

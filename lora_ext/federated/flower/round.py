@@ -113,14 +113,7 @@ class Round:
     _asked: list[Metadata] = dataclasses.field(default_factory=list)
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
-        """One for each node that is asked.
-
-        Args:
-            config: further settings for the clients.
-
-        Raises:
-            ValueError: a plan that does not fit the global adapter.
-        """
+        """One for each node that is asked; ``config`` has further settings for the clients."""
         messages = [self._message(node, client, config) for node, client in self.nodes.items()]
         for message in messages:
             self._asked.append(message.metadata)
@@ -163,11 +156,7 @@ class Round:
         return reply.metadata.src_node_id
 
     def read(self, reply: Message) -> Update:
-        """A reply as the aggregation takes it.
-
-        Raises:
-            ValueError: what only the wire shows is wrong, naming node, key, expected and found.
-        """
+        """A reply as the aggregation takes it, without what only the wire shows to be wrong."""
         node = self.sender(reply)
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")

@@ -14,14 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from lora_ext._checks import integer, require
-from lora_ext.federated import (
-    Aggregate,
-    CommLog,
-    LayerPlan,
-    RoundLog,
-    Update,
-    aggregate,
-)
+from lora_ext.federated import Aggregate, CommLog, LayerPlan, RoundLog, Update, aggregate
 from lora_ext.federated.aggregation import RankAgg, check_settings
 from lora_ext.federated.plan import PATTERN, Allocator, check_layers, layer_pairs
 from lora_ext.federated.update import Client, NanPolicy, Upload
@@ -51,7 +44,7 @@ class LoraStrategy(FedAvg):
     layer is averaged over the clients that trained it (:func:`lora_ext.federated.aggregate`). A
     reply that does not hold what its plan says is rejected by itself, with the reason in
     ``history``; a round with too few replies leaves the global adapter as it was, and the run goes
-    on. ``start`` takes the global adapter as :func:`lora_ext.interop.flower.to_arrays` gives it.
+    on. ``start`` takes the global adapter as :func:`lora_ext.federated.flower.to_arrays` gives it.
 
     A subclass says what differs by overriding the hooks :meth:`select`, :meth:`plan_round`,
     :meth:`before_round`, :meth:`observe` and :meth:`timed_out`.
@@ -149,7 +142,10 @@ class LoraStrategy(FedAvg):
     # --- hooks -------------------------------------------------------------------------------
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """Called with the global adapter before the plans of a round are made.
+        """Hook: is called before the plans of a round are made.
+
+        Args:
+            round: its number, from 1. state: the global adapter, by PEFT's names.
 
         Returns:
             None, or the adapter to go on with, such as one of other ranks.
@@ -177,18 +173,20 @@ class LoraStrategy(FedAvg):
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
     ) -> None:
-        """Called for each accepted reply.
+        """Hook: is called for each accepted reply.
 
         Args:
+            round: its number. client: who replied. plan: what it was asked for.
             metrics: the numbers that the client reports, ``train-time-s``, ``down-time-s`` and
                 others, unchecked: any may be missing, negative or NaN. ``bytes`` is the strategy's
                 own: those of the planned tensors, one way.
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Called for each client that has not answered, or whose node the server has lost.
+        """Hook: is called for each client that has not answered, or whose node the server has lost.
 
         Args:
+            round: its number. client: who is silent. plan: what it was asked for.
             seconds: how long it was waited for: the timeout where one is known.
         """
 
@@ -208,6 +206,20 @@ class LoraStrategy(FedAvg):
 
         After :meth:`load_state_dict`, or a second time, rounds go on where they ended: with r
         rounds before, Flower's round 1 is the clients' and the hooks' round r + 1.
+
+        Args:
+            grid: Flower's, or a :class:`LocalGrid`.
+            initial_arrays: the global adapter, of :func:`lora_ext.federated.flower.to_arrays`.
+            num_rounds: how many. timeout: seconds that a round waits for replies.
+            train_config, evaluate_config: further settings for the clients, ``lr`` and ``epochs``
+                say.
+            evaluate_fn: ``evaluate_fn(round, arrays)`` gives the server's own figures.
+
+        Returns:
+            Flower's ``Result``: the last adapter is its ``arrays``.
+
+        Raises:
+            ValueError, TypeError: an adapter or a plan that does not fit, naming it.
         """
         self._before, self._timeout = self.round, timeout
         return super().start(
@@ -217,11 +229,15 @@ class LoraStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message for each selected client, with its own plan.
+        """Write one message for each selected client, with its own plan.
+
+        Args:
+            server_round: Flower's number. arrays: the global adapter. config: for the clients.
+            grid: knows which nodes are connected.
 
         Raises:
-            ValueError, TypeError: a state without layers, a plan that does not fit it, a
-                capability that is not known. Nothing has been sent to train then.
+            ValueError, TypeError: a state without layers, a plan that does not fit it, a capability
+                that is not known. Nothing has been sent to train then.
         """
         number = self._before + server_round
         state = records.from_arrays(arrays, f"{WHERE}: arrays")
@@ -252,9 +268,13 @@ class LoraStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The new global adapter, and the means of what the accepted clients report.
+        """Make the new global adapter of the replies, and the means of what the accepted clients
+        report.
 
         Where the round is skipped, the adapter is the very record of before.
+
+        Args:
+            server_round: Flower's number. replies: error messages are among them.
 
         Raises:
             ValueError: no round is under way; with ``nan_policy="raise"`` what it says.
@@ -292,8 +312,9 @@ class LoraStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The whole global adapter for ``fraction_evaluate`` of the connected nodes, none unless
-        that is set: the app then needs an ``evaluate`` of its own."""
+        """Send the whole global adapter to ``fraction_evaluate`` of the connected nodes, to none
+        unless that is set: the app then needs an ``evaluate`` of its own. Arguments are
+        :meth:`configure_train`'s."""
         if not self.fraction_evaluate:
             return []
         number = self._before + server_round
@@ -309,7 +330,8 @@ class LoraStrategy(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """The means of what the clients report; an odd report does not end the run."""
+        """Take the means of what the clients report in ``replies``, weighted by their examples; an
+        odd report does not end the run, and without any the result is None."""
         valid, _ = self._check_and_log_replies(replies, is_train=False, validate=False)
         for reply in valid:
             client = self._nodes.client(reply.metadata.src_node_id)
@@ -337,7 +359,11 @@ class LoraStrategy(FedAvg):
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave, by way of JSON or not."""
+        """Continue from ``state``, which :meth:`state_dict` gave, by way of JSON or not.
+
+        Raises:
+            KeyError, ValueError, TypeError: no such state.
+        """
         self.comm.load_state_dict(state["comm"])
         self.history = [RoundLog.from_dict(entry) for entry in state["history"]]
         self._nodes.load_state_dict(state["nodes"])

@@ -50,11 +50,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Read them.
-
-        Raises:
-            ValueError: one that is no number, or out of range.
-        """
+        """Read them from a message's config."""
         found: dict[str, float] = {}
         for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
             value, expected = config.get(name, default), "a finite number from 0"
@@ -90,14 +86,8 @@ class Task:
     def read(
         cls, message: Message, context: Context, state: Mapping[str, Tensor], pattern: str
     ) -> Task:
-        """Read a message.
-
-        Args:
-            state: the adapter of the client's model and the shared tensors, for names and shapes.
-
-        Raises:
-            ValueError, TypeError: a message that is not the strategy's, or not for this model.
-        """
+        """Read a message, for a client whose model has this state; what is not the strategy's, or
+        not for this model, is a ValueError or a TypeError."""
         config = records.read_config(message)
         plan, shared = records.plan_of(config), shared_names(config)
         others = _one_of(config, "others", ("frozen", "disabled"))
@@ -147,13 +137,8 @@ class Task:
     def reply(
         self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
     ) -> Message:
-        """The reply.
-
-        Args:
-            changes: of the tensors of the plan and the shared ones, from those that came.
-            metrics: numbers, ``num-examples`` among them.
-            state: the adapter of the client's model, for names and shapes.
-        """
+        """The reply: changes of the planned and the shared tensors from those that came, and
+        metrics with ``num-examples`` among them; the state says names and shapes."""
         sent = dict(changes)
         if _one_of(self.config, "upload", ("delta", "value")) == "value":
             sent = {key: self.tensors[key] + change for key, change in changes.items()}

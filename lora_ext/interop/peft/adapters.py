@@ -24,9 +24,6 @@ def check_values(model: nn.Module) -> None:
 
     They have no values; PEFT would compute with whatever comes. Adapters that accelerate has
     offloaded itself have a hook that brings them back.
-
-    Raises:
-        ValueError: naming the layer and the remedy.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -131,14 +128,8 @@ def taking_part(
 
 
 def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
-    """Refuse adapters per row that PEFT itself trains, where there are several processes.
-
-    Args:
-        left: names of layers that PEFT runs, and why.
-
-    Raises:
-        NotImplementedError: naming the first of them that trains.
-    """
+    """Refuse adapters per row that PEFT itself trains, where there are several processes; ``left``
+    has the layers that PEFT runs, and why."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             own = (p for n, p in module.named_parameters() if not n.startswith("original_module."))
@@ -169,11 +160,7 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Refuse several names where there are such layers.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
+    """Refuse several names where there are such layers."""
     if turned and len(set(names)) > 1:
         raise ValueError(
             f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._torch import compiles
 from lora_ext.layers import (
     LoraFactors,
     dense_parameters,
@@ -22,18 +23,22 @@ from lora_ext.layers import (
     is_plain,
     lora_forward,
 )
-from lora_ext.rows import together
+from lora_ext.rows import Assignment, together
 
+from .activation import activated, rows_of_offsets
 from .adapters import no_gradients_without_rows, taking_part
-from .names import names_of_layer
+from .names import names_of_layer, offsets_of_layer
+
+_OF_ROWS = {"adapter_names", "alora_offsets"}  # what PEFT gives its layers of a forward's rows
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
     """Why an adapter of a fused layer is left to PEFT's forward."""
     variant = module.lora_variant.get(adapter)
-    if variant is not None and type(variant) is not DoraLinearVariant:
+    if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
         return f"adapter {adapter!r} is a {type(variant).__name__}"
-    if variant is not None and dense_parameters(module.base_layer) is None:
+    dora = type(variant) is DoraLinearVariant
+    if dora and dense_parameters(module.base_layer) is None:
         return f"adapter {adapter!r} uses DoRA on a {type(module.base_layer).__name__}"
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if not (type(a) is type(b) is nn.Linear and is_plain(a) and is_plain(b) and a.bias is None):
@@ -78,13 +83,25 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         """
         names = kwargs.get("adapter_names")
         given = names_of_layer(self, names)
-        if args or len(kwargs) > (names is not None) or self._disable_adapters or self.merged:
+        offsets = offsets_of_layer(kwargs.get("alora_offsets"))
+        if offsets is not None:
+            kwargs["alora_offsets"] = offsets
+        if args or kwargs.keys() - _OF_ROWS or self._disable_adapters or self.merged:
             return self._forward_of_peft(x, *args, **kwargs)
         present, rows, trained = taking_part(self, given)
+        begin = activated(self, present)
         # PEFT raises where they do not fit.
         sequences = x.shape[1:2] if self.tokens_first else x.shape[:1]
         fits = given is None or sequences == given.shape
         left = [why for why in map(self.uncovered, present) if why is not None]
+        if begin and fits:
+            whole = Assignment.of_entries(present, ()) if rows is None else rows
+            one = len(present) == 1 or rows is not None
+            turned = compiles() or self.tokens_first or not one
+            of_tokens = None if turned else rows_of_offsets(whole, begin, offsets, x.shape[:-1])
+            rows = rows if of_tokens is None else of_tokens
+            if of_tokens is None:
+                left.append(f"adapter {begin[0]!r} begins in mid-sequence")
         if not fits or left:
             if fits and trained:
                 raise no_gradients_without_rows("; ".join(left))
@@ -101,7 +118,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             of_rows = rows.among(present, x.shape[:-1], x.device, self.tokens_first)
             of_rows = together(of_rows, trained)
         factors = [self._factors(name) for name in present]
-        if not any(name in self.lora_variant for name in present):
+        if not any(self._is_dora(name) for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
         dense = dense_parameters(self.base_layer)
         assert dense is not None  # uncovered lets no other base pass
@@ -125,7 +142,10 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
 
     def _magnitude(self, name: str) -> Tensor | None:
         found: Any = self.lora_magnitude_vector
-        return found[name].weight if name in self.lora_variant else None
+        return found[name].weight if self._is_dora(name) else None
+
+    def _is_dora(self, name: str) -> bool:
+        return type(self.lora_variant.get(name)) is DoraLinearVariant
 
     def _norm(self, name: str, weight: Tensor, factors: LoraFactors) -> Tensor:
         layer: Any = self.lora_magnitude_vector

@@ -19,9 +19,11 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
 from . import quantised
+from .activation import offsets_given, refuse_other_forwards
 from .adapters import (
     by_reason,
     check_values,
@@ -34,7 +36,7 @@ from .adapters import (
 )
 from .experts import FusedExperts
 from .layers import Fused, FusedLinear
-from .names import assignment_of, forget_checkpoints, kept_by_checkpoints
+from .names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,10 +51,8 @@ class Report:
 
 def take_over(model: Model) -> Model:
     """:func:`lora_ext.from_peft`, where peft is known to be there."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"from_peft: model: expected a torch.nn.Module, found a {type(model).__name__}"
-        )
+    found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
+    require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     check_values(model)
@@ -73,7 +73,15 @@ def take_over(model: Model) -> Model:
 
 
 def to_peft(model: Model) -> Model:
-    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again."""
+    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again, with the parameters that it
+    has now.
+
+    Args:
+        model: is changed in place.
+
+    Returns:
+        ``model``.
+    """
     _swap(model, lambda kind: getattr(kind, "of_peft", kind))
     block: Any
     for block in model.modules():
@@ -102,7 +110,8 @@ def _never_called(model: nn.Module) -> set[nn.Module]:
 
 
 def report(model: nn.Module) -> Report:
-    """Which LoRA layers of ``model`` lora_ext runs, and which PEFT still does."""
+    """Tell which LoRA layers of ``model`` lora_ext runs, by name, and which PEFT still does, with
+    the reason of each."""
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)
@@ -131,6 +140,13 @@ class FusedLoraModel(LoraModel):
     of_peft = LoraModel
     #: Layers that PEFT runs and that see tokens first.
     turned: tuple[str, ...] = ()
+    _begins = False  # the call that runs has activated adapters
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, with a cache and a prompt in one piece where adapters are activated."""
+        if self._begins:
+            refuse_other_forwards(self.model, kwargs)
+        return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own, which would swallow the names."""
@@ -148,7 +164,10 @@ class FusedLoraModel(LoraModel):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
-        names = kwargs.get("adapter_names")
+        names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
+        if offsets is not None:  # a row of the prompt becomes several
+            count = max(kwargs.get(key) or 1 for key in ("num_beams", "num_return_sequences"))
+            offsets = [offset for offset in offsets for _ in range(count)]
         if names is not None:
             refuse_turned(names, self.turned)
         if names is not None and self.training:
@@ -169,8 +188,15 @@ class FusedLoraModel(LoraModel):
                         left = report(self.model).left.items()
                         others = {n: why for n, why in left if not self._is_fused(n)}
                         refuse_layers_of_peft(self.model, others)
-                    stack.enter_context(kept_by_checkpoints(self.model, assignment_of(names)))
-                yield
+                if training and (names is not None or offsets is not None):
+                    given = None if names is None else assignment_of(names)
+                    stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
+                stack.enter_context(offsets_given(self.model, offsets))
+                before, self._begins = self._begins, offsets is not None
+                try:
+                    yield
+                finally:
+                    self._begins = before
         finally:
             # PEFT's context does not see an exception: it would leave its hooks on the layers.
             hooks.__exit__(None, None, None)

@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -23,10 +23,20 @@ from lora_ext.rows import Assignment, NamedRows
 # A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
 _last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
 _last = ContextVar("lora_ext.peft_names", default=None)
+
+
+class Given(NamedTuple):
+    """What a forward of a PEFT model was given for its rows."""
+
+    names: Assignment | None
+    #: Of each row, how many tokens at its end an activated adapter has; None where it has none.
+    offsets: Sequence[int | None] | None = None
+
+
 # What the forward was given: for checkpoints, which hand it on to their recomputation.
-_current: ContextVar[Assignment | None] = ContextVar("lora_ext.peft_current", default=None)
+_current: ContextVar[Given | None] = ContextVar("lora_ext.peft_current", default=None)
 # What a checkpointed block was given in the forward, while it is recomputed in the backward.
-_recomputed: ContextVar[Assignment | None] = ContextVar("lora_ext.peft_recomputed", default=None)
+_recomputed: ContextVar[Given | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
 # Layers whose last forward had names that no checkpoint of ours keeps: recomputed without any, they
 # would train other adapters.
@@ -46,16 +56,14 @@ def assignment_of(names: Sequence[str]) -> Assignment:
 
 def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment | None:
     """The names of a layer's forward: those that PEFT's hooks give it, or, where a checkpoint
-    computes it again, those of the forward that it repeats.
-
-    Raises:
-        RuntimeError: a foreign checkpoint computes it again, and has lost the names.
-    """
+    computes it again, those of the forward that it repeats. A foreign checkpoint that has lost them
+    is a RuntimeError."""
     if compiles():  # dynamo traces no contextvars; the list is a constant of the graph
         return None if given is None else Assignment.of_entries(given, (len(given),))
-    recomputed = _recomputed.get()
+    again = _recomputed.get()
+    recomputed = None if again is None else again.names
     if given is not None:
-        if layer.training and recomputed is None:
+        if layer.training and again is None:
             _named.add(layer)
         return assignment_of(given)
     if recomputed is None and layer in _named:
@@ -69,11 +77,17 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
     return recomputed
 
 
+def offsets_of_layer(given: Sequence[int | None] | None) -> Sequence[int | None] | None:
+    """``alora_offsets`` of a layer's forward, likewise."""
+    again = None if given is not None or compiles() else _recomputed.get()
+    return given if again is None else again.offsets
+
+
 @contextlib.contextmanager
-def kept_by_checkpoints(model: nn.Module, names: Assignment) -> Iterator[None]:
-    """Around a forward that trains: its checkpoints give their recomputation these names."""
+def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
+    """Around a forward that trains: its checkpoints give their recomputation the same."""
     _let_checkpoints_keep_names(model)
-    token = _current.set(names)
+    token = _current.set(given)
     try:
         yield
     finally:
@@ -121,9 +135,16 @@ def _let_checkpoints_keep_names(model: nn.Module) -> None:
 
 
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a layer of PEFT's own the names that a recomputation has no hook for."""
-    names = None if compiles() else _recomputed.get()
-    return args, kwargs if names is None else {**kwargs, "adapter_names": names.spelled()}
+    """Give a layer of PEFT's own what a recomputation has no hook for."""
+    again = None if compiles() else _recomputed.get()
+    if again is None:
+        return args, kwargs
+    more: dict[str, Any] = {}
+    if again.names is not None:
+        more["adapter_names"] = again.names.spelled()
+    if again.offsets is not None:
+        more["alora_offsets"] = again.offsets
+    return args, {**kwargs, **more}
 
 
 def forget_checkpoints(module: Any) -> None:

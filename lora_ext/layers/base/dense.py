@@ -52,12 +52,8 @@ def _is_plain(module: nn.Module, weight: object) -> bool:
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
     """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
 
-    Args:
-        base: the layer. purpose: opens the message of an error.
-        fan_in_fan_out: the layer stores its weight as ``(I, O)``.
-
-    Raises:
-        ValueError: the weight is not a floating matrix: a quantised one, say.
+    ``purpose`` opens the message about a weight that is no floating matrix, but quantised, say;
+    ``fan_in_fan_out``: the layer stores its weight as ``(I, O)``.
     """
     dense = dense_parameters(base)
     if dense is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import require
 
 from .weight import BaseWeight
 
@@ -29,6 +30,8 @@ class Merging(nn.Module):
     scaling: dict[str, float]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
+    #: Of each activated adapter, the tokens with which it begins.
+    alora_invocation_tokens: dict[str, tuple[int, ...]]
     lora_magnitude_vector: nn.ModuleDict
     _active: list[str]
 
@@ -72,9 +75,10 @@ class Merging(nn.Module):
             keep_copy: keep the weight as it was, so that :meth:`unmerge` restores every bit.
 
         Raises:
-            ValueError: a name this layer lacks, a base weight that cannot be read or that a
-                parametrization computes, a result that is not finite, or ``keep_copy`` where
-                adapters are merged without. RuntimeError: ``lora_bias`` on a base without a bias.
+            ValueError: a name this layer lacks, an activated adapter, a base weight that cannot be
+                read or that a parametrization computes, a result that is not finite, or
+                ``keep_copy`` where adapters are merged without. RuntimeError: ``lora_bias`` on a
+                base without a bias.
         """
         names = self._active if adapter_names is None else list(adapter_names)
         self._check_known(names)
@@ -86,6 +90,10 @@ class Merging(nn.Module):
                 f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
                 "kept; unmerge them first"
             )
+        begins = [n for n in names if n in self.alora_invocation_tokens]
+        expected = "adapters that serve all tokens, as the base weight does"
+        found = f"{begins}, which begin in mid-sequence (alora_invocation_tokens)"
+        require(not begins, "merge", "adapter_names", expected, found)
         base = self.base_weight
         base.check_writable("merge")
         weight, bias = base.matrix().detach(), base.bias

@@ -1,7 +1,7 @@
 """Base weights kept packed for products of few rows: what decoding and verification consist of.
 
 A product of 1 to 32 rows waits for its weight to come from memory, unless the product itself is in
-the way, as that of torch is: see ``docs/serving.md``. A second copy of the weight, laid out as the
+the way, as that of torch is: see ``docs/packed.md``. A second copy of the weight, laid out as the
 product reads it, brings it near to what memory gives.
 
     pack_linears(model)        # every linear layer, in place; the model may have adapters or none
@@ -100,15 +100,22 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Linear):
-    """What :func:`pack_linears` makes of an ``nn.Linear``, which stays the same object."""
+    """An ``nn.Linear`` with a second, packed copy of its weight, which evaluation on the CPU reads.
+
+    :func:`pack_linears` makes it of an ``nn.Linear``, which stays the same object and keeps its
+    parameters; :func:`unpack_linears` undoes it. The copy is checked against the weight, and made
+    anew where that was changed.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., I)`` to ``(..., O)``."""
+        """Compute ``x W^T + b`` of ``input (..., I)``, ``(..., O)``: from the packed copy where
+        that serves, else as ``nn.Linear`` does."""
         y = self.packed_product(input)
         return F.linear(input, self.weight, self.bias) if y is None else y
 
     def packed_product(self, x: Tensor) -> Tensor | None:
-        """The same from the packed copy, or None where the plain product is to serve."""
+        """The same of ``x (..., I)`` from the packed copy; None where the plain product is to
+        serve: in training, traced, or for other dtypes."""
         if compiles() or type(x) is not Tensor or self.training or _watched():
             return None
         weight, bias, wide = self.weight, self.bias, self.in_features
@@ -132,7 +139,8 @@ class PackedLinear(nn.Linear):
         return y.view(*shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
-        """As ``nn.Linear``'s; training gives the memory of the copy back."""
+        """Set training (``mode``) or evaluation as ``nn.Linear`` does; training gives the memory of
+        the copy back."""
         if mode:
             self.__dict__[_STATE].drop()
         return super().train(mode)
@@ -218,11 +226,8 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """What :func:`unpack` takes: all packed layers of a model.
-
-    Raises:
-        RuntimeError: one has parametrizations; ``where`` starts the message.
-    """
+    """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
+    one that has parametrizations."""
     packed = {name: m for name, m in _linears(model) if isinstance(m, PackedLinear)}
     for name, module in packed.items():
         if type(module) is not PackedLinear:
@@ -242,7 +247,8 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """How many bytes the packed copies of a model take."""
+    """Count the bytes that the packed copies of all layers of ``model`` take, beside their
+    weights."""
     states = {m.__dict__[_STATE] for _, m in _linears(model) if isinstance(m, PackedLinear)}
     return sum(state.nbytes for state in states)
 

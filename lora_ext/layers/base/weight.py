@@ -18,11 +18,8 @@ Factor = nn.Module | nn.Parameter
 
 
 class BaseWeight:
-    """The weight of a base layer.
-
-    Args:
-        layer: the base layer. This object has no state of its own: it sees the layer as it is.
-    """
+    """The weight of a base layer. This object has no state of its own: it sees the layer as it
+    is."""
 
     #: Names of the dictionaries that hold A and B by adapter.
     stores = ("lora_A", "lora_B")
@@ -72,11 +69,8 @@ class BaseWeight:
                 self.bias.copy_(bias)
 
     def check_writable(self, purpose: str) -> None:
-        """Refuse a weight that is computed: what is written there is gone with the next forward.
-
-        Raises:
-            ValueError: it is neither a parameter nor a buffer of the layer.
-        """
+        """Refuse a weight that is computed, and no parameter or buffer of the layer: what is
+        written there is gone with the next forward."""
         kept = {id(t) for t in (*self.layer.parameters(), *self.layer.buffers())}
         for name, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None and id(tensor) not in kept:
@@ -111,12 +105,8 @@ class BaseWeight:
 
 
 class LinearWeight(BaseWeight):
-    """Of a layer that computes ``x W^T``.
-
-    Args:
-        layer: ``nn.Linear``, transformers' ``Conv1D``, or anything with sizes or a matrix.
-        fan_in_fan_out: the weight is stored as ``(I, O)``. ``Conv1D`` is known to.
-    """
+    """Of a layer that computes ``x W^T``: ``nn.Linear``, transformers' ``Conv1D``, or anything with
+    sizes or a matrix. ``fan_in_fan_out``: stored as ``(I, O)``; ``Conv1D`` is known to."""
 
     def __init__(self, layer: nn.Module, fan_in_fan_out: bool = False):
         super().__init__(layer)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers.lora_layer import LoraLayer
 
 
@@ -50,7 +51,8 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def adapters_of(layer: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that an adapted layer has, active or not."""
+    """List the names of the adapters that ``layer`` has, active or not; none of a layer without
+    any."""
     ranks: Any = layer.r
     return tuple(ranks)
 
@@ -87,11 +89,9 @@ def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor
         NotImplementedError: the adapter has factors for each of several experts.
     """
     experts: Any = getattr(layer, "num_experts", 1)
-    if experts > 1:
-        raise NotImplementedError(
-            f"adapter_factors: layer: expected one pair of factors, found a {type(layer).__name__} "
-            f"with one for each of {experts} experts"
-        )
+    expected = "one pair of factors"
+    more = f"a {type(layer).__name__} with one for each of {experts} experts"
+    require(experts <= 1, "adapter_factors", "layer", expected, more, NotImplementedError)
     found: list[Tensor] = []
     for role in "AB":
         for prefix in ("lora_", "lora_embedding_"):

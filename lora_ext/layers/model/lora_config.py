@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_ext._checks import WrongKind, check_fields, flag, integer, number, require, within
 from lora_ext.layers.init import known_scheme
+from lora_ext.layers.lora_layer import checked_invocation
 
 from .patterns import match_names
 
@@ -49,6 +50,8 @@ class LoraConfig:
         init_lora_weights: see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
         preserve_base_output: of that method too; it changes the base weight, so no file has it.
         fan_in_fan_out: accepted and without effect: a layer is known to store ``(I, O)`` or not to.
+        alora_invocation_tokens: of an activated adapter (aLoRA): it serves a row from the last
+            place on at which these tokens stand in it; None or none is off.
         bias: "none": the base model's biases stay frozen.
         task_type: what PEFT calls the task, "CAUSAL_LM" say; goes into files.
         where: what errors speak of.
@@ -75,6 +78,7 @@ class LoraConfig:
     lora_bias: bool = False
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
+    alora_invocation_tokens: Iterable[int] | None = None
     bias: str = "none"
     task_type: str | None = None
     preserve_base_output: bool = False
@@ -87,6 +91,7 @@ class LoraConfig:
             "lora_dropout": within(0, below=1, expected="a probability in [0, 1)"),
             **dict.fromkeys(_NAMES, checked_names),
             "layers_to_transform": _layers,
+            "alora_invocation_tokens": checked_invocation,
             "rank_pattern": functools.partial(_table, check=integer, bounds=_RANK),
             "alpha_pattern": functools.partial(_table, check=number, bounds=_ALPHA),
             "task_type": lambda where, name, value: getattr(value, "value", value),
@@ -99,6 +104,7 @@ class LoraConfig:
         alone = "none of it beside a target_modules string"
         for ok, name, expected in (
             (self.bias == "none", "bias", "'none' (the base model's biases are shared)"),
+            (not (self.use_dora and self.invocation), "use_dora", "false for an activated adapter"),
             (not (self.use_dora and self.lora_bias), "lora_bias", "false beside use_dora, as PEFT"),
             (listed or not layers, "layers_to_transform", alone),
             (listed or not pattern, "layers_pattern", alone),
@@ -106,6 +112,11 @@ class LoraConfig:
             require(ok, self.where, name, expected, repr(getattr(self, name)))
         holds = layers is not None or not pattern
         require(holds, self.where, "layers_pattern", "layers_to_transform beside it", None)
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens with which an activated adapter begins; none for one that serves all."""
+        return tuple(self.alora_invocation_tokens or ())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT's ``adapter_config.json`` has them."""
@@ -215,11 +226,7 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
 
 
 def checked_names(where: str, field: str, value: Any) -> str | tuple[str, ...] | None:
-    """A field that holds a string, a list of strings or nothing.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """A field that holds a string, a list of strings or nothing."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)

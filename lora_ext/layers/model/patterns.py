@@ -38,20 +38,16 @@ json.dump(out, sys.stdout)
 def match_names(
     method: str, template: str, patterns: tuple[str, ...], names: tuple[str, ...]
 ) -> tuple[tuple[str | None, ...], ...]:
-    """Match every pattern against every name.
+    """Match every pattern against every name; what does not finish in time is refused.
 
     Args:
         method: ``"match"`` or ``"fullmatch"``, as in ``re``.
         template: regular expression around each pattern, ``{}`` where it goes.
-        patterns: untrusted.
-        names: module names.
+        patterns: untrusted. names: of modules.
 
     Returns:
         One row per pattern, one entry per name: None without a match, else the text of group
         ``idx`` (empty if the template has none).
-
-    Raises:
-        ValueError: a pattern is no regular expression, is too long, or did not finish in time.
     """
     rows: list[tuple[str | None, ...] | None] = [None] * len(patterns)
     hard: list[int] = []

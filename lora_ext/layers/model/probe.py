@@ -24,13 +24,10 @@ class Decomposition(NamedTuple):
 
 
 def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:
-    """Split the change of ``B A x`` between two steps.
+    """Split the change of ``B A x`` between two steps into three tensors ``(T, m)``.
 
     Args:
         x: ``(T, n)``. before, after: A ``(r, n)`` and B ``(m, r)`` of the two steps.
-
-    Returns:
-        Three tensors ``(T, m)``.
 
     Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
     """

@@ -40,8 +40,11 @@ class Swap:
     def add(self, model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         """Replace further modules of the same model, under names that are not replaced yet.
 
+        Args:
+            model: as where the swap was made. replacements: by name, what comes there.
+
         Raises:
-            ValueError: as where the swap was made.
+            ValueError: as where the swap was made; the model is then as it was.
         """
         originals: dict[str, nn.Module] = {}
         for name in replacements:
@@ -73,7 +76,8 @@ class Swap:
             _put(model, name, original)
 
     def check(self, model: nn.Module, by: str) -> None:
-        """Raise what :meth:`restore` would, and change nothing."""
+        """Raise what :meth:`restore` of ``model`` would, and change nothing; ``by`` is the function
+        that asks, for the message."""
         for name, module in self.placed.items():
             found = find_module(model, name)
             if found is not module:

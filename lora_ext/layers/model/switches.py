@@ -31,7 +31,7 @@ def is_active(layer: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter of a layer is switched on in the mode that the layer is in, training or
     evaluation; it is, until :func:`set_active` switches it off.
 
-    That says nothing about whether the adapter is among the active ones of the layer, which
+    That says nothing about whether ``adapter_name`` is among the active ones of ``layer``, which
     ``set_adapter`` chooses.
     """
     state = _state(layer, adapter_name)
@@ -140,7 +140,8 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """A block in which :meth:`set_mask` holds; after it every layer is as it was before."""
+        """A ``with`` block in which :meth:`set_mask` of ``mask`` holds; after it, also after an
+        exception, every layer is as it was before."""
         before = [
             (layer, _state(layer, self.adapter_name)) for group in self.layers for layer in group
         ]
@@ -158,8 +159,7 @@ class LayerGroups:
         Raises:
             ValueError: as :meth:`set_mask`, which calls this.
         """
-        if not isinstance(mask, Tensor | Sequence):
-            raise ValueError(f"LayerGroups: mask: expected bools, found {mask!r}")
+        require(isinstance(mask, Tensor | Sequence), "LayerGroups", "mask", "bools", repr(mask))
         values = mask.tolist() if isinstance(mask, Tensor) else list(mask)
         if not isinstance(values, list) or not all(isinstance(v, bool) for v in values):
             kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
@@ -187,24 +187,17 @@ def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> 
 
 
 def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
-    if adapter_name not in adapters_of(layer):
-        raise ValueError(
-            f"{where}: adapter_name: expected an adapter of {list(adapters_of(layer))}, "
-            f"found {adapter_name!r}"
-        )
+    expected = f"an adapter of {list(adapters_of(layer))}"
+    require(adapter_name in adapters_of(layer), where, "adapter_name", expected, repr(adapter_name))
     if active:
         return
-    if adapter_name in layer.merged_adapters:
-        raise ValueError(
-            f"{where}: {adapter_name!r}: expected an adapter apart from the base weight, found "
-            "one that is merged into it; unmerge it first"
-        )
+    expected = "an adapter apart from the base weight"
+    found = "one that is merged into it; unmerge it first"
+    require(adapter_name not in layer.merged_adapters, where, repr(adapter_name), expected, found)
     forward = layer.__dict__.get("forward")
-    if not isinstance(layer, LoraLayer) and not isinstance(forward, _Switch | None):
-        raise ValueError(
-            f"{where}: layer: expected a {type(layer).__name__} with the forward of its class, "
-            "found one with a forward of its own, as accelerate's offloading leaves it"
-        )
+    fits = isinstance(layer, LoraLayer) or isinstance(forward, _Switch | None)
+    other = "one with a forward of its own, as accelerate's offloading leaves it"
+    require(fits, where, "layer", f"a {type(layer).__name__} with the forward of its class", other)
 
 
 def _state(layer: nn.Module, adapter_name: str) -> _State:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
 from lora_ext.layers.base.modules import READS_WEIGHTS, head_names, linear_size
+from lora_ext.layers.labels import IGNORE
 from lora_ext.layers.lora_conv import LoraConv
 from lora_ext.layers.lora_embedding import LoraEmbedding
 from lora_ext.layers.lora_layer import LoraLayer
 from lora_ext.layers.lora_linear import LoraLinear
-from lora_ext.rows import PoolLayer, layouts
+from lora_ext.rows import PoolLayer, activated_in, layer_names, layouts
 
 from .lora_config import LoraConfig
 from .swap import Swap
@@ -76,6 +77,7 @@ def wrap(
     require_flags("wrap", autocast_adapter_dtype=autocast_adapter_dtype)
     state: _Wrap | None = model.__dict__.get(_KEY)
     modules = _modules(model, {} if state is None else state.swap.placed)
+    _check_vocabulary(model, config)
     targets = _targets(model, modules, config)
     sizes, unused = config.ranks_and_alphas(targets)
     if unused:
@@ -100,6 +102,8 @@ def wrap(
         for layer in new.values():
             layer.set_adapter([])
     layouts.tell(model)
+    if config.invocation and _warn_of_labels not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_warn_of_labels, with_kwargs=True)
     return model
 
 
@@ -121,11 +125,9 @@ def unwrap(model: Model) -> Model:
         raise RuntimeError("unwrap: model: expected a wrapped model, found one that is not")
     layers: dict[str, Any] = state.swap.placed
     for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(
-                f"unwrap: {name}: expected adapters apart from the base weight, found "
-                f"{layer.merged_adapters} merged into it; unmerge them first"
-            )
+        expected = "adapters apart from the base weight"
+        found = f"{layer.merged_adapters} merged into it; unmerge them first"
+        require(not layer.merged, "unwrap", name, expected, found, RuntimeError)
     state.swap.restore(model, "unwrap")
     for layer in layers.values():
         if layer._before_init is not None:
@@ -133,8 +135,39 @@ def unwrap(model: Model) -> Model:
     for name, parameter in model.named_parameters():
         if name in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[name])
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _warn_of_labels:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     del model.__dict__[_KEY]
     return model
+
+
+def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
+    """Before a forward: tell of activated adapters that its labels do not reach."""
+    labels, found = given.get("labels"), activated_in(layer_names.handle)
+    if not isinstance(labels, Tensor) or found is None or found.starts is None:
+        return
+    each = zip(found.entries, found.starts, strict=True)
+    begins = [s for p, s in each if p >= 0 and found.invocations[p] for _ in range(found.repeat)]
+    # The label under a token is what the token before it is to predict.
+    if begins and not any(
+        s is not None and bool((row[s + 1 :] != IGNORE).any())
+        for s, row in zip(begins, labels, strict=False)
+    ):
+        warnings.warn(
+            "wrap: labels: expected some behind the place where an adapter begins "
+            f"(alora_invocation_tokens), found none in any row: {found.names!r:.200} would learn "
+            "nothing from this batch",
+            stacklevel=4,
+        )
+
+
+def _check_vocabulary(model: Any, config: LoraConfig) -> None:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    known = getattr(embeddings, "num_embeddings", None)
+    if config.invocation and known is not None:
+        expected, most = f"token ids below the vocabulary, {known}", max(config.invocation)
+        require(most < known, "wrap", "alora_invocation_tokens", expected, most)
 
 
 def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -204,6 +237,7 @@ def _settings(
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
+        "alora_invocation_tokens": config.invocation,
         "adapter_dtype": torch.float32 if wide else None,
     }
 

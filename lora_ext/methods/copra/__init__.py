@@ -20,26 +20,11 @@ if TYPE_CHECKING:
     from .callback import CopraCallback
 
 __all__ = [
-    "Barrier",
-    "CopraCallback",
-    "CopraConfig",
-    "CopraController",
-    "CopraSchedule",
-    "RowwiseError",
-    "Shapley",
-    "at_random",
-    "by_suffix",
-    "coalitions",
-    "every_other",
-    "interpolate_adapters",
-    "layer_shapley",
-    "lmc_barrier",
-    "merge_adapters",
-    "prune_adapter",
-    "shapley_values",
-    "thirds",
+    "Barrier", "CopraCallback", "CopraConfig", "CopraController", "CopraSchedule", "RowwiseError",
+    "Shapley", "at_random", "by_suffix", "coalitions", "every_other", "interpolate_adapters",
+    "layer_shapley", "lmc_barrier", "merge_adapters", "prune_adapter", "shapley_values", "thirds",
     "top_by_shapley",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,8 @@ except ModuleNotFoundError as error:
         "CopraCallback: transformers is not installed; run `pip install transformers`"
     ) from error
 
+from lora_ext._checks import require
+
 from .controller import CopraController
 
 
@@ -31,10 +33,9 @@ class CopraCallback(TrainerCallback):
     """
 
     def __init__(self, controller: CopraController):
-        if not isinstance(controller, CopraController):
-            raise TypeError(
-                f"CopraCallback: controller: expected a CopraController, found {controller!r}"
-            )
+        fits = isinstance(controller, CopraController)
+        found = repr(controller)
+        require(fits, "CopraCallback", "controller", "a CopraController", found, TypeError)
         self.controller = controller
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import LayerGroups, LoraLayer, adapters_of, dense_parameters, is_active
 from lora_ext.rows import BASE, Assignment, NamedRows
 
@@ -45,11 +46,9 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
             that sees other rows than the sequences of the batch. The layers are as they were then.
     """
     table = torch.as_tensor(masks)
-    if table.dtype != torch.bool or table.dim() != 2 or table.shape[1] != len(groups):
-        raise ValueError(
-            f"coalitions: masks: expected bools of shape (K, {len(groups)}), found "
-            f"{table.dtype} of shape {tuple(table.shape)}"
-        )
+    fits = table.dtype == torch.bool and table.dim() == 2 and table.shape[1] == len(groups)
+    found = f"{table.dtype} of shape {tuple(table.shape)}"
+    require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
     if not len(table) or sequences < 1:
         raise ValueError(
             "coalitions: expected at least one mask and one sequence, found "
@@ -82,11 +81,9 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     asked = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
     if layer.disable_adapters or adapter_name not in asked:
         return False
-    if len(asked) > 1:
-        raise RowwiseError(
-            f"coalitions: {name}: expected {adapter_name!r} as its one active adapter, found "
-            f"{asked}: a row has one adapter"
-        )
+    expected = f"{adapter_name!r} as its one active adapter"
+    found = f"{asked}: a row has one adapter"
+    require(len(asked) <= 1, "coalitions", name, expected, found, RowwiseError)
     if not isinstance(layer, LoraLayer) and not _takes_names(layer, adapter_name):
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
         dora = " with a DoRA adapter" if layer.use_dora[adapter_name] else ""
@@ -124,11 +121,9 @@ class _GiveRows:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = kwargs.get("adapter_ids"), kwargs.get("adapter_names")
-        if len(args) != 1 or any(value is not None for value in given):
-            raise RowwiseError(
-                f"coalitions: {self.name}: expected a call with activations alone, found "
-                f"{len(args)} arguments and {sorted(kwargs)}"
-            )
+        fits = len(args) == 1 and not any(value is not None for value in given)
+        found = f"{len(args)} arguments and {sorted(kwargs)}"
+        require(fits, "coalitions", self.name, "a call with activations alone", found, RowwiseError)
         x = args[0]
         if x.dim() < self.dims + self.place or x.shape[self.place] != len(self.rows):
             place = "after the tokens" if self.place else "first"

@@ -17,7 +17,13 @@ from lora_ext.layers import adapted_layers, adapter_factors
 
 
 class Barrier(NamedTuple):
-    """How much higher than the line between the ends the loss rises between two adapters."""
+    """How much higher than the line between the ends the loss rises between two adapters.
+
+    Attributes:
+        barrier: the largest rise, in the unit of the loss; 0 where nothing rises.
+        lambdas: where the loss was taken, from 0, the first adapter, to 1, the second.
+        losses: at each of them.
+    """
 
     barrier: float
     lambdas: tuple[float, ...]
@@ -70,11 +76,8 @@ def lmc_barrier(
             value = interpolate_adapters(*ends, lam, space)
             with _in_place(layers, adapter, value):
                 losses[lam] = float(eval_fn(model))
-            if not math.isfinite(losses[lam]):
-                raise ValueError(
-                    f"lmc_barrier: eval_fn: expected a finite loss, found {losses[lam]} at "
-                    f"lambda = {lam}"
-                )
+            found = f"{losses[lam]} at lambda = {lam}"
+            require(math.isfinite(losses[lam]), "lmc_barrier", "eval_fn", "a finite loss", found)
     rises = [losses[lam] - ((1 - lam) * losses[0.0] + lam * losses[1.0]) for lam in grid]
     return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
 
@@ -93,31 +96,24 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     """The layers with the adapter, by their names in the base model."""
     layers: dict[str, Any] = adapted_layers(model, adapter)
     for name, layer in layers.items():
-        if adapter in layer.merged_adapters:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected an adapter apart from the base weight, found "
-                f"{adapter!r} merged into it; unmerge it first"
-            )
-        if adapter not in layer.active_adapters or layer.disable_adapters:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected {adapter!r} to be active, found "
-                f"{'disabled adapters' if layer.disable_adapters else layer.active_adapters}"
-            )
+        expected = "an adapter apart from the base weight"
+        found = f"{adapter!r} merged into it; unmerge it first"
+        require(adapter not in layer.merged_adapters, "lmc_barrier", name, expected, found)
+        fits = adapter in layer.active_adapters and not layer.disable_adapters
+        other = "disabled adapters" if layer.disable_adapters else layer.active_adapters
+        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
 
 
 def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
     """Refuse a value that is not one of these layers."""
     for name in (*layers, *value.modules):
-        if name not in layers or name not in value.modules:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected the same modules in model and adapters, found it "
-                f"in {'the model' if name in layers else 'the adapters'} alone"
-            )
-        if layers[name].use_dora[adapter]:
-            raise NotImplementedError(
-                f"lmc_barrier: {name}: expected no DoRA, found a magnitude in the model's layer"
-            )
+        expected = "the same modules in model and adapters"
+        found = f"it in {'the model' if name in layers else 'the adapters'} alone"
+        require(name in layers and name in value.modules, "lmc_barrier", name, expected, found)
+        fits = not layers[name].use_dora[adapter]
+        other = "a magnitude in the model's layer"
+        require(fits, "lmc_barrier", name, "no DoRA", other, NotImplementedError)
         own, new = adapter_factors(layers[name], adapter), value.modules[name]
         expected, found = (
             f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in (own, new[:2])

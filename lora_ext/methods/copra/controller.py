@@ -112,8 +112,8 @@ class CopraController:
         self._set([True] * len(self.layers))
 
     def coalition(self, mask: Mask) -> AbstractContextManager[None]:
-        """A block in which :meth:`set_mask` holds, in both modes; after it, also after an
-        exception, every layer is as it was before."""
+        """A ``with`` block in which :meth:`set_mask` of ``mask`` holds, in both modes; after it,
+        also after an exception, every layer is as it was before."""
         self._check_in_use()
         return self.layers.masked(mask)
 
@@ -140,8 +140,7 @@ class CopraController:
         expected = f"the keys {['step', *fixed]}"
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
-            if state[name] != value:
-                raise ValueError(f"{where}: {name}: expected {value!r}, found {state[name]!r}")
+            require(state[name] == value, where, name, repr(value), repr(state[name]))
         step = state["step"]
         step = integer(where, "step", step, 0, expected="an int, at least 0")
         if step:
@@ -177,11 +176,9 @@ class CopraController:
 def _check_groups(group_by: Any, names: list[str]) -> None:
     size = group_by if isinstance(group_by, int) and not isinstance(group_by, bool) else None
     listed = f"of these modules: {', '.join(names)}"
-    if group_by not in ("block", "module") and (size is None or size < 1):
-        raise ValueError(
-            "CopraController: group_by: expected 'block', 'module' or a number above 0, found "
-            f"{group_by!r} {listed}"
-        )
+    fits = group_by in ("block", "module") or (size is not None and size >= 1)
+    found = f"{group_by!r} {listed}"
+    require(fits, "CopraController", "group_by", "'block', 'module' or a number above 0", found)
     if size is not None and len(names) % size:
         raise ValueError(
             f"CopraController: group_by: expected a number that divides {len(names)}, found "

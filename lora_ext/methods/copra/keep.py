@@ -84,7 +84,13 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
 
 
 def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
-    """The modules of k groups, drawn evenly.
+    """Choose the modules of k groups, drawn evenly.
+
+    Args:
+        source: as for :func:`every_other`. k: how many groups stay. seed: of the draw.
+
+    Returns:
+        full names of the modules to keep, for ``prune_adapter``.
 
     Raises:
         ValueError: k out of range, or a source without modules.

@@ -134,19 +134,15 @@ def layer_shapley(
             one by one.
     """
     n, modules = len(controller.layers), set(model.modules())
-    if not all(layer in modules for group in controller.layers.layers for layer in group):
-        raise ValueError(
-            "layer_shapley: model: expected the controller's, found a "
-            f"{type(model).__name__} without its layers"
-        )
+    fits = all(layer in modules for group in controller.layers.layers for layer in group)
+    other = f"a {type(model).__name__} without its layers"
+    require(fits, "layer_shapley", "model", "the controller's", other)
     if method is None:
         method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
-    if batched_coalitions < 1 or (batched_coalitions > 1 and batch is None):
-        raise ValueError(
-            "layer_shapley: batched_coalitions: expected at least 1, and 1 without a batch, found "
-            f"{batched_coalitions}"
-        )
+    fits = batched_coalitions >= 1 and (batched_coalitions <= 1 or batch is not None)
+    other = batched_coalitions
+    require(fits, "layer_shapley", "batched_coalitions", "at least 1, and 1 without a batch", other)
 
     def one_by_one(asked: Sequence[int]) -> list[float]:
         found: list[float] = []
@@ -164,12 +160,8 @@ def layer_shapley(
 
 
 def coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """How many copies of a batch a forward is to have, at most so many.
-
-    Args:
-        inputs: token numbers ``(rows, ...)``, or features ``(rows, ..., I)``.
-        most: copies; on the CPU fewer, but one, where they have more than 1024 tokens.
-    """
+    """How many copies of a batch a forward is to have: at most ``most``; on the CPU fewer, but one,
+    where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
     if inputs.device.type != "cpu":
         return most
     tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
@@ -60,10 +61,8 @@ class GatedGroups(LayerGroups):
     """Groups whose masks are numbers on the device, 0 or 1, that the layers' scales are multiplied
     by: a layer that is off computes a zero, and a graph compiled once serves every mask.
 
-    Nothing is saved, and gradients of what is off are zeros.
-
-    Raises:
-        ValueError: a DoRA adapter, which a scale of zero does not turn into the base layer.
+    Nothing is saved, and gradients of what is off are zeros. DoRA is refused: a scale of zero does
+    not turn it into the base layer.
     """
 
     def __init__(self, *args: Any):
@@ -74,11 +73,9 @@ class GatedGroups(LayerGroups):
             for name, layer in zip(names, group, strict=True)
         }
         for name, layer in layers.items():
-            if layer.use_dora[self.adapter_name]:
-                raise ValueError(
-                    f"CopraController: sync='tensor': {name}: expected an adapter that its scale "
-                    "can switch off, found DoRA"
-                )
+            fits = not layer.use_dora[self.adapter_name]
+            expected = "an adapter that its scale can switch off"
+            require(fits, "CopraController: sync='tensor'", name, expected, "DoRA")
         devices = {adapter_parameters(m, self.adapter_name)[0].device for m in layers.values()}
         #: By device, ``(2, n)``: in evaluation, in training.
         self._gates = {device: torch.ones(2, len(self), device=device) for device in devices}

@@ -16,18 +16,9 @@ from .importance import EmptyProxySet, fim_scores
 from .patterns import Pattern, gd_layers, pattern_weights, rgd_layers
 
 __all__ = [
-    "HLA",
-    "EmptyProxySet",
-    "FedHelloConfig",
-    "Pattern",
-    "cluster_weights",
-    "fim_scores",
-    "gd_layers",
-    "partition_dirichlet",
-    "partition_pathological",
-    "pattern_weights",
-    "rgd_layers",
-]
+    "HLA", "EmptyProxySet", "FedHelloConfig", "Pattern", "cluster_weights", "fim_scores",
+    "gd_layers", "partition_dirichlet", "partition_pathological", "pattern_weights", "rgd_layers",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -33,11 +33,7 @@ class Pattern(str, Enum):
 
 
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
-    """The pattern of this name.
-
-    Raises:
-        ValueError: there is none; the message lists them.
-    """
+    """The pattern of this name; the message about one that there is not lists them."""
     names = [each.value for each in Pattern]
     known = isinstance(pattern, str) and pattern in names
     require(known, where, "pattern", f"one of {names}", repr(pattern))
@@ -153,12 +149,7 @@ def rgd_layers(
 
 
 def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:
-    """Weights as float64, of any sum above 0.
-
-    Raises:
-        ValueError: another shape than ``(L,)``, a weight that is negative or not finite, or none
-            above 0.
-    """
+    """Weights as float64 of the shape ``(L,)``, finite, none negative, of any sum above 0."""
     g = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
     fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
     require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))
@@ -174,11 +165,7 @@ def normalised(weights: Weights) -> Tensor:
 
 
 def whole(where: str, name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer of a range.
-
-    Raises:
-        TypeError: no integer, a bool say. ValueError: one out of range.
-    """
+    """An integer of a range, which a bool is not."""
     limits = f"at least {least}" if most is None else f"from {least} to {most}"
     expected = "an integer", f"an integer {limits}"
     return integer(where, name, value, least, most, expected=expected)

@@ -18,22 +18,10 @@ from .resizing import resize_lora, resize_state
 from .times import RoundTime, SimulatedClock, waiting_time
 
 __all__ = [
-    "CapacityReport",
-    "CapacityTracker",
-    "Configuration",
-    "Estimate",
-    "LegendAllocator",
-    "LegendConfig",
-    "LegendConfigurator",
-    "PrefixCache",
-    "RoundTime",
-    "SimulatedClock",
-    "layer_bytes",
-    "rank_distribution",
-    "resize_lora",
-    "resize_state",
-    "waiting_time",
-]
+    "CapacityReport", "CapacityTracker", "Configuration", "Estimate", "LegendAllocator",
+    "LegendConfig", "LegendConfigurator", "PrefixCache", "RoundTime", "SimulatedClock",
+    "layer_bytes", "rank_distribution", "resize_lora", "resize_state", "waiting_time",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -127,9 +127,16 @@ class LegendAllocator:
         return cls(config, sizes, ranks=found, **settings)
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """Plan for a device that is alone in its round; one without layers if it rests.
+        """Plan for a device that is alone in its round.
 
-        Args and errors are those of :meth:`plan_round`; ``capability`` is its largest depth.
+        Args:
+            round: its number, from 1. client: the device. capability: its largest depth.
+
+        Returns:
+            the last layers, with their ranks; a plan without layers if the device rests.
+
+        Raises:
+            ValueError: as :meth:`plan_round`.
         """
         return self.plan_round(round, {client: capability}).get(client, LayerPlan(()))
 
@@ -175,8 +182,12 @@ class LegendAllocator:
             self._depths.pop(client, None)
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Take in that a client has not answered within so many seconds,
-        :meth:`CapacityTracker.update_timeout`."""
+        """Take in that a client has not answered, :meth:`CapacityTracker.update_timeout`.
+
+        Args:
+            round: its number. client: the device. plan: what it was to train.
+            seconds: how long it was waited for.
+        """
         self.tracker.update_timeout(client, self._reach(plan), seconds, round)
         self._depths.pop(client, None)
 
@@ -189,7 +200,11 @@ class LegendAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave, by way of JSON or not."""
+        """Take up ``state``, which :meth:`state_dict` gave, by way of JSON or not.
+
+        Raises:
+            KeyError, TypeError: another state; nothing has changed then.
+        """
         depths, probes = dict(state["depths"]), dict(state["probes"])
         self.tracker.load_state_dict(state["tracker"])
         self._depths, self._probes = depths, probes

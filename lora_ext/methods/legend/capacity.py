@@ -184,11 +184,13 @@ class CapacityTracker:
             _log.warning("%s: %r rests until round %d", where, device, state.rests_until)
 
     def rests(self, device: Client, round: int) -> bool:
-        """Whether a device is not to be selected in a round, after too many timeouts."""
+        """Whether ``device`` is not to be selected in ``round``, after too many timeouts in a
+        row."""
         return device in self._devices and round <= self._devices[device].rests_until
 
     def trusted(self, device: Client) -> bool:
-        """Whether its latest reports were not all without a measurement; so it is at first."""
+        """Whether the latest reports of ``device`` were not all without a measurement; so it is at
+        first."""
         return device not in self._devices or self._devices[device].bad < self.max_bad
 
     def estimate(self, device: Client) -> Estimate:
@@ -197,15 +199,14 @@ class CapacityTracker:
         Raises:
             KeyError: none of its reports was a measurement so far.
         """
-        if device not in self:
-            raise KeyError(
-                f"CapacityTracker.estimate: device: expected one that reported, found {device!r}"
-            )
+        where, found = "CapacityTracker.estimate", repr(device)
+        require(device in self, where, "device", "one that reported", found, KeyError)
         state = self._devices[device]
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
     def repeats(self, device: Client, depth: int) -> int:
-        """How many of the latest reports of a device, in a row, were of this depth."""
+        """Count how many of the latest reports of ``device``, in a row, were of this ``depth``; 0
+        of none."""
         state = self._devices.get(device)
         return state.repeats if state is not None and state.last == depth else 0
 
@@ -325,11 +326,7 @@ class _Device:
 
 
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:
-    """Refuse speeds that are negative or not finite.
-
-    Raises:
-        ValueError: naming the entry.
-    """
+    """Refuse speeds that are negative or not finite."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
         number(where, f"{name}.{part}", value, 0, expected="a finite number from 0")
 

@@ -147,7 +147,8 @@ class LegendConfigurator:
         self.deadline = deadline
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
-        """The last ``depth`` layers, with the ranks at which the device trains them."""
+        """Plan the last ``depth`` of the L layers, from 1 to L, with the ranks at which ``device``
+        trains them."""
         layers = tuple(range(self.L - depth, self.L))
         return LayerPlan(layers, tuple(self.ranks_of(device)[self.L - depth :]))
 
@@ -269,10 +270,7 @@ class LegendConfigurator:
         return found
 
     def _steadied(
-        self,
-        devices: list[_Device],
-        depths: list[int],
-        previous: Mapping[Client, LayerPlan | int],
+        self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
         """The depths of before where they are even enough, else a step of at most ``max_step``."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
@@ -293,10 +291,7 @@ class LegendConfigurator:
         ]
 
     def _cover(
-        self,
-        devices: list[_Device],
-        depths: list[int],
-        previous: Mapping[Client, LayerPlan | int],
+        self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> Client | None:
         """Let somebody train as many layers as anybody can: the fastest of those who can, and of
         those whose step is not too large for it where there are any."""

@@ -116,11 +116,7 @@ def layer_bytes(
 
 
 def integer(where: str, name: str, value: Any, least: int, most: int | None = None) -> int:
-    """An int of a range; NumPy's integers are some as well.
-
-    Raises:
-        TypeError: no integer, a bool say. ValueError: one out of range.
-    """
+    """An int of a range; NumPy's integers are some as well, and a bool is none."""
     wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
     return checked(where, name, value, least, most, expected=("an int", wanted))
 

@@ -100,7 +100,8 @@ class SimulatedClock:
         self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
-        """Return what the device would report of a round with this plan, its durations computed."""
+        """Return what ``device`` would report of a round with this ``plan``: durations in seconds,
+        computed from its speeds, and the bytes of the slice."""
         f, mu, beta = self.speeds[device][:3]
         up = plan_bytes(self.state, plan, self.pattern)
         whole = LayerPlan(tuple(range(self.L)))
@@ -111,7 +112,14 @@ class SimulatedClock:
         )
 
     def advance(self, plans: Mapping[Client, LayerPlan]) -> RoundTime:
-        """Let a round pass: the devices train in parallel, and the slowest ends it."""
+        """Let a round pass: the devices train in parallel, and the slowest ends it.
+
+        Args:
+            plans: by device what it trains.
+
+        Returns:
+            the seconds of the round and of each device; :attr:`seconds` grows by the former.
+        """
         times: dict[Client, float] = {}
         for device, plan in plans.items():
             report = self.report(device, plan)

@@ -10,10 +10,4 @@ from .exponents import gamma_exponents
 from .groups import loraplus_param_groups
 from .rates import suggest_lr
 
-__all__ = [
-    "LoraProbe",
-    "gamma_exponents",
-    "init_lora_",
-    "loraplus_param_groups",
-    "suggest_lr",
-]
+__all__ = ["LoraProbe", "gamma_exponents", "init_lora_", "loraplus_param_groups", "suggest_lr"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_ext._checks import integer
+from lora_ext._checks import integer, require
 from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
@@ -54,16 +54,11 @@ def gamma_exponents(
     Source: Hayou et al. 2024, sections 3 and 4.
     """
     name = known_scheme(scheme, "gamma_exponents: scheme")
-    if name not in _STARTS:
-        raise ValueError(
-            f"gamma_exponents: scheme: expected True, False or one of "
-            f"{', '.join(map(repr, _STARTS))}, found {scheme!r}"
-        )
+    expected = f"True, False or one of {', '.join(map(repr, _STARTS))}"
+    require(name in _STARTS, "gamma_exponents", "scheme", expected, repr(scheme))
     for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
-        if math.isnan(value) or value == math.inf:
-            raise ValueError(
-                f"gamma_exponents: {argument}: expected a number or minus infinity, found {value}"
-            )
+        fits = not math.isnan(value) and value != math.inf
+        require(fits, "gamma_exponents", argument, "a number or minus infinity", value)
     integer("gamma_exponents", "steps", steps, 1, expected="an integer of at least 1")
     z_a, b = _STARTS[name]
     d1 = d2 = _ZERO

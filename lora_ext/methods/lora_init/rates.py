@@ -79,11 +79,7 @@ def suggest_lr(
 
 
 def check_positive(where: str, name: str, value: float) -> None:
-    """Raise where a number is not positive and finite.
-
-    Raises:
-        TypeError: no number. ValueError: zero, negative, infinite or NaN.
-    """
+    """Refuse what is no finite number above 0."""
     expected = "a positive number", "a positive finite number"
     number(where, name, value, above=0, finite=False, expected=expected)
     require(value < math.inf, where, name, expected[1], value)

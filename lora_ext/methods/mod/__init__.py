@@ -15,18 +15,9 @@ if TYPE_CHECKING:
     from .output import ModOutput
 
 __all__ = [
-    "DepthMixer",
-    "InexactMixError",
-    "ModConfig",
-    "ModOutput",
-    "apply",
-    "load",
-    "load_state_dict",
-    "remove",
-    "save",
-    "state_dict",
-    "trainable_report",
-]
+    "DepthMixer", "InexactMixError", "ModConfig", "ModOutput", "apply", "load", "load_state_dict",
+    "remove", "save", "state_dict", "trainable_report",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

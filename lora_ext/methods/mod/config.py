@@ -84,11 +84,10 @@ class ModConfig:
         check_fields(self, table)
         fits = self.k == 1 or 0 < self.final_mass < 1
         require(fits, "ModConfig", "final_mass", "a number in (0, 1)", self.final_mass)
-        if self.mix == "prob" and self.backend == "hidden" and self.k > 1:
-            raise InexactMixError(
-                "ModConfig: backend: expected 'auto' or 'chunked' with mix='prob', found 'hidden': "
-                "a mix of hidden states is no mix of probabilities"
-            )
+        holds = self.mix != "prob" or self.backend != "hidden" or self.k <= 1
+        expected = "'auto' or 'chunked' with mix='prob'"
+        found = "'hidden': a mix of hidden states is no mix of probabilities"
+        require(holds, "ModConfig", "backend", expected, found, InexactMixError)
 
     def _weights(self, where: str, name: str, given: Any) -> tuple[float, ...] | None:
         if self.router != "fixed":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -13,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
+from lora_ext.layers import Head, measured_head
+
 from .config import ModConfig
-from .head import Head, Layers, measured_head, mixed_logits, still
+from .head import Layers, mixed_logits, still
 from .layers import DepthMixer
 from .objective import Targets, distillation, kept, layer_losses
 
@@ -48,21 +49,14 @@ def _call_of(mixer: DepthMixer) -> Call | None:
 
 
 class Capture:
-    """Forward hook of a block: keeps its output for the mixture.
-
-    Args:
-        mixer: of the model. place: of the block in the ensemble.
-    """
+    """Forward hook of a block, at a ``place`` of the ensemble: keeps its output for the mixture."""
 
     def __init__(self, mixer: DepthMixer, place: int):
         self.mixer, self.place = mixer, place
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Does nothing outside a forward of the model, as where a checkpoint runs a block again.
-
-        Raises:
-            RuntimeError: a reentrant checkpoint around the hook, which cuts the gradient.
-        """
+        """Does nothing outside a forward of the model, as where a checkpoint runs a block again; a
+        reentrant one around the hook, which cuts the gradient, is refused."""
         call = _call_of(self.mixer)
         if call is None:
             return
@@ -119,14 +113,8 @@ class Ensemble:
         self.explicit = config.k > 1 and not linear
 
     def run(self, lm: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """The model's forward with the mixture.
-
-        Args:
-            lm: the causal LM. forward: its own. given: the arguments, by name.
-
-        Returns:
-            a :class:`ModOutput`, or a tuple where that is asked for.
-        """
+        """The forward of the causal LM ``lm``, which ``forward`` is without us, with the mixture: a
+        :class:`ModOutput`, or a tuple where ``given`` asks for that."""
         from .output import mod_output
 
         asked = given.pop("return_dict", None)
@@ -145,7 +133,7 @@ class Ensemble:
                 output = forward(**own, return_dict=True)
             if unknown and output.logits.numel():
                 entered = kept(call.last, own.get("logits_to_keep", 0))
-                self.head = measured_head(lm, self.softcap, entered, output.logits)
+                self.head = measured_head("mod", lm, self.softcap, entered, output.logits)
 
         added: dict[str, Any] = {"routing_weights": call.weights}
         loss = output.loss
@@ -195,47 +183,10 @@ class Ensemble:
         return Layers(head, weight, bias, normed)
 
 
-class Forward:
-    """Stands in a model's ``__dict__`` as its ``forward``; a copy of the model gets its own.
-
-    Args:
-        lm: the model, which is not kept alive. before: the ``forward`` that stood there, or None.
-    """
-
-    def __init__(self, lm: nn.Module, before: Callable[..., Any] | None):
-        self._lm = weakref.ref(lm)
-        self.before = before
-
-    @property
-    def own(self) -> Callable[..., Any]:
-        """The model's own forward."""
-        lm: Any = self._lm()
-        return self.before or types.MethodType(type(lm).forward, lm)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.own)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments are the model's own; returns what :meth:`Ensemble.run` does."""
-        lm: Any = self._lm()
-        ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
-        if ensemble is None:  # it was removed, and somebody kept the forward
-            return self.own(*args, **kwargs)
-        given = kwargs
-        if args:
-            parameters = self.__signature__.parameters
-            given = dict(self.__signature__.bind(*args, **kwargs).arguments)
-            for name, parameter in parameters.items():
-                if parameter.kind is parameter.VAR_KEYWORD:
-                    given |= given.pop(name, {})
-        return ensemble.run(lm, self.own, given)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"lm": self._lm(), "before": self.before}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lm, self.before = weakref.ref(state["lm"]), state["before"]
+def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Run the forward of a causal LM that has MoD, or has had it: somebody may have kept it."""
+    ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
+    return own(**given) if ensemble is None else ensemble.run(lm, own, given)
 
 
 def _check_labels(given: dict[str, Any]) -> None:
@@ -244,8 +195,5 @@ def _check_labels(given: dict[str, Any]) -> None:
     inputs = given.get("inputs_embeds") if inputs is None else inputs
     if not isinstance(labels, Tensor) or not isinstance(inputs, Tensor):
         return
-    if isinstance(keep, int) and keep == 0 and labels.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"mod: labels: expected shape (B, T) = {tuple(inputs.shape[:2])}, found "
-            f"{tuple(labels.shape)}"
-        )
+    fits = not isinstance(keep, int) or keep != 0 or labels.shape == inputs.shape[:2]
+    require(fits, "mod", "labels", f"shape (B, T) = {tuple(inputs.shape[:2])}", tuple(labels.shape))

@@ -119,10 +119,8 @@ def _compare(
         shape = tuple(found[name].shape) if name in found else "none"
         require(wanted == shape, where, f"{name:.200}", wanted, shape)
         dtype = found[name].dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(
-                f"{where}: {name:.200}: expected floating point numbers, found {dtype!s:.80}"
-            )
+        fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        require(fits, where, f"{name:.200}", "floating point numbers", f"{dtype!s:.80}")
 
 
 def _read_config(path: Path) -> ModConfig:

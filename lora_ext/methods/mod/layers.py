@@ -132,15 +132,16 @@ class DepthMixer(nn.Module):
         return _mix(hiddens, gammas, weights, *rest), weights
 
     def weights(self, hiddens: Sequence[Tensor]) -> Tensor:
-        """The weights alone; arguments, result and errors as in :meth:`forward`."""
+        """Compute the weights ``(..., k)`` of the mix alone; ``hiddens`` and errors are
+        :meth:`forward`'s."""
         self._check(hiddens)
         last = hiddens[-1]
         wide = torch.promote_types(last.dtype, torch.float32)
         return self._weights(last, wide).expand(*last.shape[:-1], self.config.k)
 
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """Each hidden state through its norm, as it is in the mix: what the head makes a layer's
-        own logits of. Arguments and errors as in :meth:`forward`."""
+        """Put each of ``hiddens`` through its norm, as it is in the mix: what the head makes a
+        layer's own logits of. k tensors ``(..., d)``; errors are :meth:`forward`'s."""
         self._check(hiddens)
         return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
 

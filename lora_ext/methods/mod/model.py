@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import instance, require
-from lora_ext.layers import decoder_layers
+from lora_ext.layers import Forward, causal_lm, decoder_layers, head_width, softcap_of
 
 from .config import InexactMixError, ModConfig
-from .ensemble import Capture, Ensemble, Forward, Mix
-from .head import head_width, softcap_of
+from .ensemble import Capture, Ensemble, Mix, with_mixture
 from .layers import DepthMixer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,21 +68,18 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     config = ModConfig() if config is None else config
     instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
-    if Ensemble.KEY in lm.__dict__:
-        raise RuntimeError(
-            "apply: model: expected a model without MoD, found one that has it; call "
-            "mod.remove(model) first"
-        )
+    expected = "a model without MoD"
+    found = "one that has it; call mod.remove(model) first"
+    require(Ensemble.KEY not in lm.__dict__, "apply", "model", expected, found, RuntimeError)
     require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
     stack = list(decoder_layers(lm))
     expected = f"at most the model's {len(stack)} layers"
     require(config.k <= len(stack), "apply", "k", expected, config.k)
     softcap = softcap_of(lm)
-    if config.backend == "hidden" and softcap is not None and config.k > 1:
-        raise InexactMixError(
-            "apply: backend: expected 'auto' or 'chunked' for a head that soft-caps its logits at "
-            f"{softcap}, found 'hidden': a mix of hidden states is no mix of such logits"
-        )
+    fits = config.backend != "hidden" or softcap is None or config.k <= 1
+    wanted = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
+    other = "'hidden': a mix of hidden states is no mix of such logits"
+    require(fits, "apply", "backend", wanted, other, InexactMixError)
     decoder = _parent(lm, stack[0])
     norm = _final_norm(decoder, lm)
     _check_head(lm, norm)
@@ -105,7 +101,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     ignored = lm.config.__dict__.get(_IGNORED)
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
-    lm.__dict__["forward"] = Forward(lm, lm.__dict__.get("forward"))
+    Forward.put_before(lm, with_mixture)
     _ignore_what_is_added(lm.config)
     return model
 
@@ -130,11 +126,7 @@ def remove(model: Model) -> Model:
     with torch.no_grad():
         for parameter, value in zip(own, before.values, strict=False):
             parameter.copy_(value)
-    forward = lm.__dict__["forward"]
-    if isinstance(forward, Forward):  # else somebody has wrapped it, and it passes calls on
-        lm.__dict__.pop("forward")
-        if forward.before is not None:
-            lm.__dict__["forward"] = forward.before
+    Forward.remove(lm, lambda run: run is with_mixture)
     delattr(lm, NAME)
     lm.config.__dict__.pop(_IGNORED, None)
     if before.ignored is not None:
@@ -143,39 +135,12 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """The causal LM in a model with MoD, and what it keeps.
-
-    Raises:
-        RuntimeError: a model without MoD.
-    """
+    """The causal LM in a model with MoD, and what it keeps; a RuntimeError without."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)
         if ensemble is not None:
             return module, ensemble
     raise RuntimeError(f"{where}: model: expected a model of mod.apply, found another")
-
-
-def causal_lm(model: Any, where: str) -> Any:
-    """The causal LM of transformers in a model, which may be wrapped by PEFT or by others.
-
-    Raises:
-        ValueError: there is none. NotImplementedError: one with an encoder beside its decoder.
-    """
-    found = type(model).__name__
-    module: Any
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        if not hasattr(type(module), "get_output_embeddings"):
-            continue
-        if getattr(module.config, "is_encoder_decoder", False):
-            raise NotImplementedError(
-                f"{where}: model: expected a decoder alone, found an encoder beside it in "
-                f"{type(module).__name__}"
-            )
-        if module.get_output_embeddings() is not None:
-            return module
-        found = f"{type(module).__name__}, which has no output embeddings"
-        break
-    raise ValueError(f"{where}: model: expected a causal LM of transformers, found {found}")
 
 
 def _parent(lm: nn.Module, block: nn.Module) -> nn.Module:
@@ -209,11 +174,9 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
 def _check_head(lm: Any, norm: Any) -> None:
     """Refuse a head that sees something else than normed hidden states (OPT-350m)."""
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
-    if head != width:
-        raise NotImplementedError(
-            f"apply: model: expected a head as wide as the {width} features of the hidden states, "
-            f"found {head} in {type(lm).__name__}, which projects them in between"
-        )
+    expected = f"a head as wide as the {width} features of the hidden states"
+    found = f"{head} in {type(lm).__name__}, which projects them in between"
+    require(head == width, "apply", "model", expected, found, NotImplementedError)
 
 
 def _copy(norm: Any) -> nn.Module:

@@ -56,12 +56,8 @@ class Targets:
     def of(
         cls, config: ModConfig, given: Mapping[str, Any], shape: torch.Size, device: torch.device
     ) -> Targets:
-        """From the arguments of the model's forward.
-
-        Args:
-            given: by name, labels among them. shape: ``(B, T)``, of the hidden states. device: of
-                the head, which need not be that of the labels.
-        """
+        """From the arguments of the model's forward, for hidden states ``(B, T)`` and a head on
+        ``device``, which need not be that of the labels."""
         shifted = given.get("shift_labels")
         labels: Tensor = shift_labels(given["labels"]) if shifted is None else shifted
         keep = given.get("logits_to_keep", 0)

@@ -12,26 +12,10 @@ from .layers import CircuitHead
 from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
-from .windows import (
-    frequent_tokens,
-    pack_documents,
-    unfold_teacher,
-    unfold_windows,
-)
+from .windows import frequent_tokens, pack_documents, unfold_teacher, unfold_windows
 
 __all__ = [
-    "CircuitHead",
-    "Draft",
-    "DraftTail",
-    "Generation",
-    "MtpcConfig",
-    "SpeculativeDecoder",
-    "TokenBridge",
-    "frequent_tokens",
-    "pack_documents",
-    "retrofit",
-    "shift_labels",
-    "unfold_teacher",
-    "unfold_windows",
-    "window_loss",
-]
+    "CircuitHead", "Draft", "DraftTail", "Generation", "MtpcConfig", "SpeculativeDecoder",
+    "TokenBridge", "frequent_tokens", "pack_documents", "retrofit", "shift_labels",
+    "unfold_teacher", "unfold_windows", "window_loss",
+]  # fmt: skip

@@ -3,6 +3,9 @@
 The states of the rows follow the drafted tokens. At every position the draft's law is the circuit's
 conditional times the target's own ``r`` (:mod:`lora_ext.control`), or the mask; target and draft
 share it, and ``ops.spec_verify`` stays as it is. Behind the end both hold the end alone.
+
+Where one token alone may come, draft and target hold it certain. A run of such tokens behind a
+window joins it: it needs no test, and the last test of the window looks behind it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import control, ops
+from lora_ext._checks import require
 from lora_ext.control import Block, Constraints, Guide, Plan, Row
 from lora_ext.reference import log_softmax
 
@@ -22,6 +26,7 @@ from .request import Request
 from .shortlist import Shortlist
 
 _WHERE = "SpeculativeDecoder"
+_MOST_FORCED = 32  # tokens of a run; the pass of a call has so many more columns for every row
 
 
 class _Position(NamedTuple):
@@ -57,10 +62,7 @@ class Constrained:
     ):
         plans = control.plans_of(_WHERE, constraint, guide, request.budget)
         count = len(plans)
-        if count not in (1, batch):
-            raise ValueError(
-                f"{_WHERE}: constraint: expected one, or one per row of {batch}, found {count}"
-            )
+        require(count in (1, batch), _WHERE, "constraint", f"one, or one per row of {batch}", count)
         for plan in plans:
             if plan is not None:
                 _check(plan, request, vocab_size)
@@ -69,6 +71,7 @@ class Constrained:
         self.temperature = temperature
         self._window: list[_Position] = []
         self._behind = self.rows  # the rows behind what is drafted so far
+        self._runs = torch.zeros(batch, dtype=torch.long)
 
     @classmethod
     def of(cls, decoder: Any, request: Request, batch: int) -> Constrained | None:
@@ -92,6 +95,7 @@ class Constrained:
     ) -> DraftedWindow:
         """A window that the constraints allow; arguments as those of ``draft``."""
         self._window, self._behind = [], self.rows
+        self._runs = torch.zeros(len(self.rows), dtype=torch.long)
         head, greedy = decoder.head, decoder.mode == "greedy"
         # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
         self._free = torch.tensor([row is None for row in self.rows], device=hidden.device)
@@ -155,19 +159,49 @@ class Constrained:
         law, token = torch.stack(laws, 1), torch.stack(tokens, 1)
         return token, law.gather(2, token[..., None])[..., 0], law
 
+    def with_forced(self, tokens: Tensor) -> Tensor:
+        """A window ``(B, K)``, and behind it the tokens that must come there, ``(B, K + F)``.
+
+        Runs differ in length; behind a shorter one stand zeros, which its row does not keep.
+        """
+        columns: list[list[int]] = []
+        for _ in range(_MOST_FORCED):
+            only = [None if row is None else row.only for row in self._behind]
+            if all(token is None for token in only):
+                break
+            forced = [
+                row if t is not None else None for row, t in zip(self._behind, only, strict=True)
+            ]
+            columns.append([t or 0 for t in only])
+            moved = control.advance(forced, columns[-1])
+            both = zip(self._behind, moved, strict=True)
+            self._behind = [before if after is None else after for before, after in both]
+            self._runs += torch.tensor([t is not None for t in only])
+        return torch.cat([tokens, *(tokens.new_tensor(c)[:, None] for c in columns)], 1)
+
     def target(self, target: Tensor) -> Tensor:
-        """The verifier's logits ``(B, K + 1, V)`` under the constraints, at every position."""
+        """The verifier's logits ``(B, K + F + 1, V)`` under the constraints: ``(B, K + 1, V)``, the
+        last behind the run of each row."""
         self._window.append(_Position(self._behind, control.log_ratios(self._behind)))
+        n = len(self._window) - 1
+        behind = target[torch.arange(len(target)), n + self._runs]
         places = [
-            control.moved(position.blocks, target[:, k], self.temperature)
+            control.moved(position.blocks, behind if k == n else target[:, k], self.temperature)
             for k, position in enumerate(self._window)
         ]
         return torch.stack(places, 1)
 
-    def take(self, accepted: Tensor, token: Tensor) -> None:
-        """Go on behind the tokens that were kept and the one that the verifier drew."""
+    def take(self, accepted: Tensor, token: Tensor) -> Tensor:
+        """Go on behind the tokens that were kept and the one that the verifier drew.
+
+        Returns:
+            how many tokens of :meth:`with_forced` are kept, ``(B,)``: with the whole window its run
+            is.
+        """
         rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
         self.rows = control.advance(rows, token.tolist())
+        whole = accepted == len(self._window) - 1
+        return accepted + whole * self._runs.to(accepted.device)
 
     def select(self, stay: list[int]) -> None:
         """Go on with these rows alone."""
@@ -203,8 +237,7 @@ def _check(plan: Plan, request: Request, vocab_size: int) -> None:
             sorted(request.ends),
         ),
     ):
-        if not ok:
-            raise ValueError(f"{_WHERE}: {name}: expected {expected}, found {found}")
+        require(ok, _WHERE, name, expected, found)
 
 
 def _never(constraint: control.Constraint, token: int) -> bool:

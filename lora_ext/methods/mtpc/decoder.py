@@ -30,7 +30,7 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator
-from lora_ext.rows import Names, generation_scope, of_call, pool_of
+from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
 from .constrained import Constrained
 from .drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
@@ -94,7 +94,7 @@ class SpeculativeDecoder:
         model: a transformers causal LM with full attention, in evaluation mode.
         head: a trained head for it.
         mode: "sample" or "greedy".
-        window: "condition" or "restart", see above and docs/mtpc.md.
+        window: "condition" or "restart", see above and docs/mtpc.md, "Decoding".
         temperature: of the model's law, above 0. top_p: nucleus of it, in (0, 1].
         tail: the draft path's own layers, if the head was trained with them.
         bridge: takes the decided token into the hidden state, if the head was trained with one. A
@@ -127,17 +127,12 @@ class SpeculativeDecoder:
         guide: Guide | None = None,
     ):
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-        if (head.vocab_size, head.hidden_size) != (vocab_size, hidden_size):
-            raise ValueError(
-                "SpeculativeDecoder: head: expected vocabulary and width "
-                f"{(vocab_size, hidden_size)} as in the model's LM head, found "
-                f"{(head.vocab_size, head.hidden_size)}"
-            )
-        if bridge is not None and bridge.hidden_size != hidden_size:
-            raise ValueError(
-                f"SpeculativeDecoder: bridge: expected width {hidden_size} as in the model, found "
-                f"{bridge.hidden_size}"
-            )
+        fits = (head.vocab_size, head.hidden_size) == (vocab_size, hidden_size)
+        expected = f"vocabulary and width {(vocab_size, hidden_size)} as in the model's LM head"
+        require(fits, "SpeculativeDecoder", "head", expected, (head.vocab_size, head.hidden_size))
+        if bridge is not None:
+            expected, found = f"width {hidden_size} as in the model", bridge.hidden_size
+            require(found == hidden_size, "SpeculativeDecoder", "bridge", expected, found)
         self.model = model
         self.head = head
         self.mode = mode
@@ -244,6 +239,7 @@ class SpeculativeDecoder:
             if adapter_names is not None:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
+            prompt_known(input_ids)
             control = Constrained.of(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
             return decoder._decode(trunk, Rows(input_ids, request, streamer), control)
@@ -280,11 +276,12 @@ class SpeculativeDecoder:
             make = self.draft if control is None else partial(control.drafted, self)
             draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
             passes += 1
+            tokens = draft.tokens if control is None else control.with_forced(draft.tokens)
             if self.bridge is not None and pending is not None:
-                target, states = trunk.feed(torch.cat([pending[:, None], draft.tokens], 1))
+                target, states = trunk.feed(torch.cat([pending[:, None], tokens], 1))
                 given = None  # the window is all draft
             else:
-                logits, states = trunk.feed(draft.tokens)
+                logits, states = trunk.feed(tokens)
                 # With evidence the window's first token is not tested, whatever stands there.
                 target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
                 states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
@@ -293,11 +290,11 @@ class SpeculativeDecoder:
                 target = control.target(target)
             accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
             if control is not None:
-                control.take(accepted, token)
-            fed = n if self.bridge is None else n + 1
-            trunk.keep(accepted + (fed - n), fed)
+                accepted = control.take(accepted, token)
+            before = 0 if self.bridge is None else 1
+            trunk.keep(accepted + before, before + tokens.shape[1])
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
-            stay = rows.take(draft.tokens, accepted, token, 0 if given is None else 1)
+            stay = rows.take(tokens, accepted, token, 0 if given is None else 1)
             pending = token
             go_on(stay)
         return Generation(rows.sequences(), rows.calls, rows.accepted, rows.emitted, passes, seeds)

@@ -74,8 +74,15 @@ class TokenBridge(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
-        """States ``(..., D)`` and the embeddings of the tokens that follow, ``(..., D)``, to states
-        ``(..., D)`` in the dtype of the parameters."""
+        """Move states to where one more token brings them.
+
+        Args:
+            h: ``(..., D)``, hidden states. embedded: ``(..., D)``, embeddings of the tokens that
+                follow.
+
+        Returns:
+            ``(..., D)`` in the dtype of the parameters.
+        """
         h, embedded = (t.to(self.down.weight.dtype) for t in (h, embedded))
         shape = (self.hidden_size,)
         z = torch.cat([F.rms_norm(h, shape), F.rms_norm(embedded, shape)], -1)
@@ -121,14 +128,12 @@ class Chain:
     length: int
 
     def drawn(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Samples of all windows behind a token, as one window.
+        """Samples of all windows behind a token, as one window of one component: the mixture,
+        position by position.
 
         Args:
             hidden: ``(B, D)``, of the token before that one. token: ``(B,)``.
             uniforms: ``(B, K, 2)`` with ``K`` the tokens of all windows.
-
-        Returns:
-            a window whose circuit has one component: the mixture, position by position.
         """
         parts: list[tuple[Tensor, ...]] = []
         state, before = hidden, token[:, None]

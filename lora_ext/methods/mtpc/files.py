@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, open_regular, parse_json
 
 from .config import MtpcConfig
@@ -33,13 +34,8 @@ _BRIDGE, _FACTORS = "bridge.", "tail.factors."
 def write_draft(
     folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
 ) -> None:
-    """Write both files; each appears whole or not at all.
-
-    Args:
-        folder: made where it does not exist.
-        config, state: of the draft.
-        unembedding: the model's, ``(V, D)``.
-    """
+    """Write both files, each whole or not at all, into a folder that is made where it does not
+    exist; ``unembedding`` is the model's, ``(V, D)``."""
     from safetensors.torch import save_file  # not with lora_ext: only this needs it
 
     kept = dict(state)
@@ -67,11 +63,7 @@ def write_draft(
 
 
 def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
-    """The configuration and the shortlist.
-
-    Raises:
-        ValueError: what is no configuration, naming file and field.
-    """
+    """The configuration and the shortlist."""
     path = folder / CONFIG
     with open_regular(path) as file:
         raw = file.read(_MAX_CONFIG_BYTES + 1)
@@ -92,11 +84,10 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
 
 def _config(data: Any, path: Path) -> MtpcConfig:
     fields = {field.name: type(field.default) for field in dataclasses.fields(MtpcConfig)}
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: config: expected an object, found {data!r:.80}")
+    where = str(path)
+    require(isinstance(data, dict), where, "config", "an object", f"{data!r:.80}")
     for name, value in data.items():
-        if name not in fields:
-            raise ValueError(f"{path}: config: expected some of {[*fields]}, found {name!r:.80}")
+        require(name in fields, where, "config", f"some of {[*fields]}", f"{name!r:.80}")
         wanted = fields[name]
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}")
@@ -153,11 +144,9 @@ class DraftFile:
                 self.tail_dtype = self._dtype("tail", {info.dtype for info in tail.values()})
                 # Memory for the tail is taken layer by layer, all of this rank.
                 first = tail.get(f"{_FACTORS}0")
-                if first is None or first.shape[:1] != (config.draft_rank,):
-                    raise ValueError(
-                        f"{file.where}: {_FACTORS}0: expected rank {config.draft_rank}, "
-                        f"found {None if first is None else first.shape}"
-                    )
+                fits = first is not None and first.shape[:1] == (config.draft_rank,)
+                other = None if first is None else first.shape
+                require(fits, file.where, f"{_FACTORS}0", f"rank {config.draft_rank}", other)
         except BaseException:
             file.close()
             raise
@@ -190,21 +179,13 @@ class DraftFile:
         self, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
     ) -> None:
         for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"{self._file.where}: {name:.200}: expected {wanted.get(name, 'no such key')}, "
-                    f"found {found.get(name, 'none')}"
-                )
+            fits = wanted.get(name) == found.get(name)
+            other = found.get(name, "none")
+            require(fits, self._file.where, f"{name:.200}", wanted.get(name, "no such key"), other)
 
     def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict with the file's values; what it does not hold is taken from ``state``.
-
-        Args:
-            state: of a draft that was made by the same configuration.
-
-        Raises:
-            ValueError: factors of another number or shape than those of this model's layers.
-        """
+        """A state dict with the file's values; what it does not hold is taken from ``state``, that
+        of a draft that was made by the same configuration."""
         infos = self._file.infos
         own = {k: tuple(t.shape) for k, t in state.items() if k.startswith(_FACTORS)}
         self._compare(own, {k: i.shape for k, i in infos.items() if k.startswith(_FACTORS)})

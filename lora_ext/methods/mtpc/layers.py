@@ -228,13 +228,13 @@ class CircuitHead(nn.Module):
     # Queries
 
     def circuit(self, h: Tensor) -> Circuit:
-        """The circuits of all rows, for the circuit ops: ``N K C V`` logits, so for few rows.
-        Those of tokens outside the shortlist are ``-inf``."""
+        """Make the circuits of all rows of ``h (..., D)``, for the circuit ops: ``N K C V`` logits,
+        so for few rows. Those of tokens outside the shortlist are ``-inf``."""
         circuit = self.narrow_circuit(h)
         return circuit._replace(leaf=self.listed.widen(circuit.leaf))
 
     def narrow_circuit(self, h: Tensor) -> Circuit:
-        """As :meth:`circuit`, over the places of the shortlist: ``N K C L`` logits."""
+        """As :meth:`circuit`, over the L places of the shortlist alone: ``N K C L`` logits."""
         rows = self.rows(h)
         return Circuit(self.leaves.logits(rows), *self.sums(rows))
 
@@ -254,8 +254,8 @@ class CircuitHead(nn.Module):
         return self.scan(h, x).prefix.view(x.shape)
 
     def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
-        """``log q(x_k | x_<k, h)``, ``(..., K)``; 0 where ``x_k`` is ignored. As
-        :meth:`log_prob`."""
+        """Compute ``log q(x_k | x_<k, h)`` of every token, ``(..., K)``; 0 where ``x_k`` is
+        ignored. Arguments and errors are :meth:`log_prob`'s."""
         conditional = self.scan(h, x).conditional.view(x.shape)
         return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
 
@@ -272,11 +272,9 @@ class CircuitHead(nn.Module):
         rows, tokens = self.rows(h), self.tokens(h, x)
         k = torch.as_tensor(k, device=h.device)
         require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
-        if k.dim() and k.shape != h.shape[:-1]:
-            raise ValueError(
-                f"CircuitHead: k: expected one position or shape {tuple(h.shape[:-1])}, "
-                f"found {tuple(k.shape)}"
-            )
+        expected = f"one position or shape {tuple(h.shape[:-1])}"
+        fits = k.dim() == 0 or k.shape == h.shape[:-1]
+        require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(h.shape[:-1]).reshape(-1)
         wrong = (k < 0) | (k >= self.n_token)
         if looked_at(k) and bool(wrong.any()):
@@ -323,9 +321,14 @@ class CircuitHead(nn.Module):
 
     @torch.no_grad()
     def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The most probable tokens and latents: tokens ``(..., K)``, log-probability ``(...)``.
+        """Find the most probable tokens and latents together, which need not be the mode over
+        tokens alone.
 
-        Not the mode over tokens alone. Evidence is as in :meth:`sample`.
+        Args:
+            h: ``(..., D)``. evidence: as in :meth:`sample`.
+
+        Returns:
+            tokens ``(..., K)`` int64, and their log-probability with the latents ``(...)``.
         """
         rows, given = self.rows(h), self._evidence(h, evidence)
         tokens, value = ops.circuit_argmax(self.kind, *self.circuit(rows), given)
@@ -341,10 +344,8 @@ class CircuitHead(nn.Module):
             TypeError: hidden states that are not floating. ValueError: another width.
         """
         require(h.is_floating_point(), "CircuitHead", "h", "a floating dtype", h.dtype, TypeError)
-        if h.dim() == 0 or h.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"CircuitHead: h: expected shape (..., {self.hidden_size}), found {tuple(h.shape)}"
-            )
+        fits = h.dim() != 0 and h.shape[-1] == self.hidden_size
+        require(fits, "CircuitHead", "h", f"shape (..., {self.hidden_size})", tuple(h.shape))
         return h.reshape(-1, self.hidden_size).to(next(self.leaves.parameters()).dtype)
 
     def tokens(self, h: Tensor, x: Tensor) -> Tensor:
@@ -356,11 +357,8 @@ class CircuitHead(nn.Module):
                 for, or (on the CPU) a token outside the vocabulary.
         """
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
-        expected = (*h.shape[:-1], self.n_token)
-        if tuple(x.shape) != expected:
-            raise ValueError(
-                f"CircuitHead: tokens: expected shape {expected}, found {tuple(x.shape)}"
-            )
+        shape, found = (*h.shape[:-1], self.n_token), tuple(x.shape)
+        require(found == shape, "CircuitHead", "tokens", f"shape {shape}", found)
         if looked_at(x):
             wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
             if bool(wrong.any()):
@@ -371,8 +369,8 @@ class CircuitHead(nn.Module):
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
 
     def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
-        """The scan over the windows' own tokens: prefix marginals and conditionals ``(N, K)``,
-        posteriors ``(N, K, C)``; arguments and errors as in :meth:`log_prob`."""
+        """Scan the windows' own tokens in one pass: prefix marginals and conditionals ``(N, K)``,
+        posteriors ``(N, K, C)``; arguments and errors are :meth:`log_prob`'s."""
         rows, tokens = self.rows(h), self.tokens(h, x)
         observed = self.leaves.observed(rows, self.listed.places(tokens))
         if self.shortlist is not None:

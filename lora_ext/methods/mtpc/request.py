@@ -149,12 +149,8 @@ def read_request(
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     """A seed for every row.
 
-    One seed gives the first numbers of its own generator, so that neighbouring seeds share no
-    row; None takes them from torch's.
-
-    Raises:
-        ValueError: another number of seeds than of rows, or one out of range. TypeError: seeds that
-            are no integers.
+    One seed gives the first numbers of its own generator, so that neighbouring seeds share no row;
+    None takes them from torch's.
     """
     one = not isinstance(seed, Iterable)
     if seed is None:
@@ -187,11 +183,9 @@ def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         if value is None:
             continue
-        if name not in plain and name not in _HONOURED:
-            raise TypeError(
-                f"{_WHERE}: {name}: expected settings of transformers' GenerationConfig, "
-                f"found {type(value).__name__}"
-            )
+        expected = "settings of transformers' GenerationConfig"
+        found = type(value).__name__
+        require(name in plain or name in _HONOURED, _WHERE, name, expected, found, TypeError)
         asked[name] = value
     for name, value in asked.items():
         neutral = _NEUTRAL.get(name, False)
@@ -207,18 +201,15 @@ def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_penalties(config: Any) -> None:
     for name in _PENALTIES:
         value = getattr(config, name, None)
-        if value is not None and value != _NEUTRAL.get(name):
-            raise ValueError(
-                f"{_WHERE}: model: expected a generation_config without {name}, found "
-                f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
-            )
+        expected = f"a generation_config without {name}"
+        found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
+        require(value is None or value == _NEUTRAL.get(name), _WHERE, "model", expected, found)
 
 
 def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
     from transformers import StopStringCriteria
 
-    if tokenizer is None:
-        raise ValueError(f"{_WHERE}: tokenizer: expected one for the stop_strings, found none")
+    require(tokenizer is not None, _WHERE, "tokenizer", "one for the stop_strings", "none")
     criteria = StopStringCriteria(
         tokenizer, list([strings] if isinstance(strings, str) else strings)
     )

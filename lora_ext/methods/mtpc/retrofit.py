@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
@@ -27,7 +28,13 @@ from .windows import unfold_teacher, unfold_windows
 class Draft(nn.Module):
     """What drafts for a frozen model: its parameters are all that is trained, and saved.
 
-    Made by :func:`retrofit`.
+    :func:`retrofit` makes one. ``loss(ids)`` trains it, ``decoder().generate(ids)`` uses it,
+    ``save`` and ``load`` are for its files.
+
+    Attributes:
+        model: the verifier, frozen, and no child of this module. config: a :class:`MtpcConfig`.
+        head: the :class:`CircuitHead`. tail, bridge: LoRA layers of the draft's path and the
+            :class:`TokenBridge`, None where the configuration asks for neither.
     """
 
     model: Any
@@ -195,9 +202,7 @@ class Draft(nn.Module):
 
 
 def retrofit(
-    model: Any,
-    config: MtpcConfig | None = None,
-    shortlist: Tensor | Sequence[int] | None = None,
+    model: Any, config: MtpcConfig | None = None, shortlist: Tensor | Sequence[int] | None = None
 ) -> Draft:
     """Freeze a transformers causal LM and put a circuit head beside its LM head.
 
@@ -245,8 +250,6 @@ def retrofit(
 
 def _unembedding(model: Any) -> Any:
     found = model.get_output_embeddings()
-    if found is None:
-        raise ValueError(
-            f"retrofit: model: expected a causal LM with output embeddings, found {type(model)}"
-        )
+    expected = "a causal LM with output embeddings"
+    require(found is not None, "retrofit", "model", expected, type(model))
     return found

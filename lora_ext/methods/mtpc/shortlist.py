@@ -81,12 +81,7 @@ def looked_at(t: Tensor) -> bool:
 
 
 def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
-    """The ids of a list in ascending order, on the CPU.
-
-    Raises:
-        ValueError: fewer than 2 ids, one twice, or one outside the vocabulary. TypeError: ids that
-            are not int64.
-    """
+    """The ids of a list in ascending order, on the CPU: int64, at least 2, distinct and known."""
     where = "CircuitHead: shortlist: expected"
     if not isinstance(ids, Tensor | Sequence) or isinstance(ids, str):
         raise TypeError(f"{where} ids of tokens, found {ids!r:.100}")

@@ -95,11 +95,9 @@ class DraftTail(nn.Module):
         def before(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if kwargs.get("alibi") is not None:
-                raise ValueError(
-                    "DraftTail: model: expected attention by positions, found ALiBi of all heads "
-                    "as an argument of the layers"
-                )
+            expected = "attention by positions"
+            found = "ALiBi of all heads as an argument of the layers"
+            require(kwargs.get("alibi") is None, "DraftTail", "model", expected, found)
             # The first layer doubles the hidden states; later ones find them doubled.
             return twice(args), {name: twice(value) for name, value in kwargs.items()}
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.rows import select_rows
+from lora_ext._checks import require
+from lora_ext.rows import activated_forward, select_rows
 
 from .tail import DraftTail
 
@@ -19,10 +20,8 @@ def roomy_cache(room: int) -> Any:
     """A transformers cache whose layers write new keys and values into buffers that they keep.
 
     transformers' own copies a layer's whole past to append to it, at every pass. Here ``keys`` and
-    ``values`` of a layer are views of buffers; one that is full grows to twice its size.
-
-    Args:
-        room: slots that a layer has from the beginning, at least 1.
+    ``values`` of a layer are views of buffers, of ``room`` slots in the beginning; one that is full
+    grows to twice its size.
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -156,6 +155,7 @@ class Trunk:
         self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
 
     def _run(self, ids: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        past, kept = self.mask.shape[1] - ids.shape[1], more.get("logits_to_keep", 0)
         inputs = {
             "input_ids": ids,
             "attention_mask": self.mask,
@@ -163,36 +163,27 @@ class Trunk:
             "use_cache": True,
             self._cache_argument: self.cache,
         }
-        return run_trunk(self.model, self.tail, **inputs, **more)
+        with activated_forward(ids, *ids.shape, past, kept):
+            return run_trunk(self.model, self.tail, **inputs, **more)
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
-        raise ValueError(
-            "SpeculativeDecoder: input_ids: expected integers of shape (B, S), "
-            f"found {tuple(input_ids.shape)} {input_ids.dtype}"
-        )
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"SpeculativeDecoder: attention_mask: expected shape {tuple(input_ids.shape)}, "
-            f"found {tuple(attention_mask.shape)}"
-        )
+    fits = input_ids.dim() == 2 and 0 not in input_ids.shape and not input_ids.is_floating_point()
+    found = f"{tuple(input_ids.shape)} {input_ids.dtype}"
+    require(fits, "SpeculativeDecoder", "input_ids", "integers of shape (B, S)", found)
+    fits = attention_mask.shape == input_ids.shape
+    found = tuple(attention_mask.shape)
+    require(fits, "SpeculativeDecoder", "attention_mask", f"shape {tuple(input_ids.shape)}", found)
     mask = attention_mask.bool()
-    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise ValueError(
-            "SpeculativeDecoder: attention_mask: expected prompts padded on the left, found zeros "
-            "after a token"
-        )
+    fits = bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
+    found = "zeros after a token"
+    require(fits, "SpeculativeDecoder", "attention_mask", "prompts padded on the left", found)
     config = model.config
-    if getattr(getattr(config, "attn_config", None), "alibi", False):
-        raise ValueError(
-            "SpeculativeDecoder: model: expected attention by positions, found ALiBi that counts "
-            f"the cache's slots ({config.model_type})"
-        )
+    fits = not getattr(getattr(config, "attn_config", None), "alibi", False)
+    found = f"ALiBi that counts the cache's slots ({config.model_type})"
+    require(fits, "SpeculativeDecoder", "model", "attention by positions", found)
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
-    if any("full" not in kind for kind in kinds) or (window is not None and not kinds):
-        raise ValueError(
-            "SpeculativeDecoder: model: expected full attention in all layers, found "
-            f"{sorted(set(kinds)) or f'a sliding window of {window}'}"
-        )
+    fits = not any("full" not in kind for kind in kinds) and (window is None or kinds)
+    found = sorted(set(kinds)) or f"a sliding window of {window}"
+    require(fits, "SpeculativeDecoder", "model", "full attention in all layers", found)

@@ -41,17 +41,25 @@ def unfold_windows(
 
 
 def unfold_teacher(logits: Tensor, n: int) -> Tensor:
-    """Logits of the verifier in the shape of windows, without copying: ``(B, S, V)`` to
-    ``(B, S, K, V)``.
+    """Show the verifier's logits in the shape of windows, without copying.
 
     Row ``(t, k)`` is the verifier's prediction of ``labels[t + k]``. Beyond the sequence it is
     zero, where windows are ignored.
+
+    Args:
+        logits: ``(B, S, V)``. n: K, tokens of a window.
+
+    Returns:
+        ``(B, S, K, V)``.
     """
     return F.pad(logits, (0, 0, 0, n - 1)).unfold(1, n, 1).movedim(-1, 2)
 
 
 def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:
-    """Documents one after the other, each closed by ``eos_id``, in rows of ``length``.
+    """Put documents one after the other, each closed by ``eos_id``, into rows.
+
+    Args:
+        documents: token ids of each. length: tokens of a row. eos_id: what ends a document.
 
     Returns:
         ``(rows, length)`` int64; tokens that do not fill a last row are left out.

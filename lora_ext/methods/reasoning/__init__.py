@@ -13,20 +13,7 @@ from .tasks import HashChain, HashHop, HashInstance
 from .text import collate, evaluate
 
 __all__ = [
-    "HashChain",
-    "HashHop",
-    "HashInstance",
-    "RankMonitor",
-    "SweepPoint",
-    "SymbolModel",
-    "collate",
-    "collate_symbols",
-    "effective_rank",
-    "encode_symbols",
-    "evaluate",
-    "lora_singular_values",
-    "rank_report",
-    "rank_sweep",
-    "select_modules",
-    "solve",
-]
+    "HashChain", "HashHop", "HashInstance", "RankMonitor", "SweepPoint", "SymbolModel", "collate",
+    "collate_symbols", "effective_rank", "encode_symbols", "evaluate", "lora_singular_values",
+    "rank_report", "rank_sweep", "select_modules", "solve",
+]  # fmt: skip

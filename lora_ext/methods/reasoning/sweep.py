@@ -74,7 +74,7 @@ class SweepPoint:
     report: RankReport
 
     def mean(self, figure: str) -> float:
-        """The mean of a figure of the report, ``"entropy"`` say, over the modules."""
+        """Average a figure of the report, ``"entropy"`` say, over the modules."""
         return sum(row[figure] for row in self.report) / len(self.report)
 
 

@@ -49,6 +49,9 @@ def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
 def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, Tensor]:
     """Encode a batch for :class:`SymbolModel`.
 
+    Args:
+        instances: of one task. vocab: how many ids there are for hashes.
+
     Returns:
         ``keys`` and ``values`` ``(B, E)``, ``IGNORE`` behind the edges of a row; ``start``, ``aux``
         and ``target`` ``(B,)``; all int64.
@@ -90,7 +93,15 @@ class SymbolModel(nn.Module):
     def forward(
         self, keys: Tensor, values: Tensor, start: Tensor, aux: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        """Logits ``(B, vocab)`` of a batch of :func:`collate_symbols`; ``target`` is not read."""
+        """Answer a batch of :func:`collate_symbols`.
+
+        Args:
+            keys, values: ``(B, E)`` int64, the edges. start, aux: ``(B,)`` int64, the question.
+            target: not read, so that a batch can be passed as it is.
+
+        Returns:
+            logits ``(B, vocab)``.
+        """
         real = F.pad(keys != IGNORE, (0, 1), value=True)  # (B, E + 1)
         edges = self.keys(keys.clamp(min=0)) + self.values(values.clamp(min=0))  # (B, E, D)
         question = self.keys(start) + self.values.weight[-1] + self.aux(aux)  # (B, D)

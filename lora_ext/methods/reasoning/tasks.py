@@ -68,11 +68,9 @@ class _Task(Dataset[HashInstance]):
     def __getitem__(self, index: int) -> HashInstance:
         """The instance; an index below 0 counts from the end."""
         place = index + self.num_samples if index < 0 else index
-        if not 0 <= place < self.num_samples:
-            raise IndexError(
-                f"{type(self).__name__}: index: expected one of {self.num_samples} instances, "
-                f"found {index}"
-            )
+        fits = 0 <= place < self.num_samples
+        expected = f"one of {self.num_samples} instances"
+        require(fits, type(self).__name__, "index", expected, index, IndexError)
         return self._make(random.Random(f"{type(self).__name__} {self.seed} {place}"))
 
     def text(self, index: int) -> str:

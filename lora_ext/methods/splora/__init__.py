@@ -12,19 +12,7 @@ from .pruning import SploraResult, apply, project, select_layers
 from .scores import LayerStats, ediem_scores, pair_stats, size_correlation
 
 __all__ = [
-    "DegenerateReferenceError",
-    "LayerStats",
-    "SploraConfig",
-    "SploraResult",
-    "ZeroAlignmentError",
-    "apply",
-    "apply_to",
-    "diem",
-    "ediem_scores",
-    "pair_stats",
-    "project",
-    "project_factor",
-    "remove",
-    "select_layers",
-    "size_correlation",
-]
+    "DegenerateReferenceError", "LayerStats", "SploraConfig", "SploraResult", "ZeroAlignmentError",
+    "apply", "apply_to", "diem", "ediem_scores", "pair_stats", "project", "project_factor",
+    "remove", "select_layers", "size_correlation",
+]  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
+from lora_ext._checks import check_fields, require, within
 from lora_ext.adapter import PruneMode
 
 Direction = Literal["smallest", "largest"]
@@ -81,53 +81,26 @@ class SploraConfig:
     allow_degenerate: bool = False
 
     def __post_init__(self) -> None:
-        if self.num is not None and self.threshold is not None:
-            raise ValueError(
-                "SploraConfig: num and threshold: expected one of them, found both, "
-                f"{self.num!r} and {self.threshold!r}"
-            )
-        for name, options in (
-            ("direction", Direction),
-            ("granularity", Granularity),
-            ("score", Score),
-            ("projection", Projection),
-            ("reference", Reference),
-            ("stat", Stat),
-            ("mode", PruneMode),
-            ("center", Center),
-            ("on_zero_alignment", OnZeroAlignment),
-        ):
-            self._check(
-                name, getattr(self, name) in get_args(options), f"one of {get_args(options)}"
-            )
-        for name, least in (("num", 0), ("rank", 1), ("n_samples", 2), ("seed", 0)):
-            value = getattr(self, name)
-            absent = value is None and name in ("num", "rank")
-            fits = type(value) is int and value >= least
-            self._check(name, absent or fits, f"an integer of at least {least}")
+        holds = self.num is None or self.threshold is None
+        found = f"both, {self.num!r} and {self.threshold!r}"
+        require(holds, "SploraConfig", "num and threshold", "one of them", found)
+        least = {"num": 0, "rank": 1, "n_samples": 2, "seed": 0}
+        table = {
+            **{k: within(n, expected=f"an integer of at least {n}") for k, n in least.items()},
+            "threshold": {"finite": False, "expected": "a number"},
+            "energy": within(above=0, maximum=1, expected="a share in (0, 1]"),
+            "device": _device,
+        }
+        check_fields(self, table)
         alone = self.reference == "population" or self.score == "distance"
-        self._check("reference", alone, f"'population' beside score={self.score!r}")
-        threshold, energy = self.threshold, self.energy
-        self._check("threshold", threshold is None or _is_number(threshold), "a number")
-        in_range = energy is None or (_is_number(energy) and 0 < energy <= 1)
-        self._check("energy", in_range, "a share in (0, 1]")
-        self._check("device", _is_device(self.device), "None, a torch.device or its name")
-        for name in ("include_scaling", "allow_degenerate"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"SploraConfig: {name}: expected {expected}, found {getattr(self, name)!r}"
-            )
+        expected = f"'population' beside score={self.score!r}"
+        require(alone, "SploraConfig", "reference", expected, repr(self.reference))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and not math.isnan(value)
-
-
-def _is_device(value: Any) -> bool:
+def _device(where: str, name: str, value: Any) -> Any:
     try:
-        return value is None or bool(torch.device(value))
+        known = value is None or bool(torch.device(value))
     except (RuntimeError, TypeError):
-        return False
+        known = False
+    require(known, where, name, "None, a torch.device or its name", repr(value))
+    return value

@@ -64,16 +64,7 @@ def diem(
 
 
 def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) -> Tensor:
-    """``(x - c(S)) / (t(S) + eps)``.
-
-    Args:
-        where: opens the message of an error.
-        x: float64 of any shape.
-        sample: ``(N,)`` float64, S.
-
-    Raises:
-        DegenerateReferenceError: S has no spread.
-    """
+    """``(x - c(S)) / (t(S) + eps)`` of float64 of any shape, against a sample ``S (N,)``."""
     # The median of an even number is the mean of the middle two.
     centre = sample.mean() if config.center == "mean" else torch.quantile(sample, 0.5)
     spread = _iqr(sample) if config.stat == "iqr" else sample.std(correction=1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.adapter import LoraAdapter, ModelSource, base_name
 from lora_ext.layers import LayerGroups, adapted_layers, adapters_of, set_active
 
@@ -57,11 +58,9 @@ def apply_to(
             is then as it was.
     """
     where = "apply_to"
-    if _KEY in model.__dict__:
-        raise RuntimeError(
-            f"{where}: model: expected a model that SPLoRA has not pruned, found one that it has; "
-            "call splora.remove(model) first"
-        )
+    expected = "a model that SPLoRA has not pruned"
+    found = "one that it has; call splora.remove(model) first"
+    require(_KEY not in model.__dict__, where, "model", expected, found, RuntimeError)
     value = LoraAdapter.from_model(model, adapter)
     result = apply(value, base, aligned, config, pairs=pairs, progress=progress)
     groups = LayerGroups(model, adapter, "module")

@@ -103,13 +103,8 @@ def warn_of_identity(where: str, layers: list[str]) -> None:
 
 
 class WeightPair:
-    """``V = Wa - W0`` a few rows at a time: a block has at most an eighth of a weight's bytes.
-
-    Args:
-        where: opens the message of an error.
-        base, aligned: ``(m, n)`` floating, any strides.
-        device: where the blocks go, in float64.
-    """
+    """``V = Wa - W0`` of weights ``(m, n)`` a few rows at a time, in float64 on a device: a block
+    has at most an eighth of a weight's bytes."""
 
     def __init__(self, where: str, base: Tensor, aligned: Tensor, device: torch.device):
         self.where, self.base, self.aligned, self.device = where, base, aligned, device
@@ -197,11 +192,7 @@ def _orthogonal(
 
 
 def check_floating(where: str, name: str, t: Tensor) -> None:
-    """Refuse a quantised tensor.
-
-    Raises:
-        TypeError: naming it.
-    """
+    """Refuse a quantised tensor."""
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.element_size() < 2:
         found = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(
@@ -217,11 +208,7 @@ def check_shapes(
     aligned: tuple[int, ...],
     a: tuple[int, ...] | None = None,
 ) -> None:
-    """Refuse factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` that do not fit one another.
-
-    Raises:
-        ValueError: naming expected and found, and the shapes on both sides.
-    """
+    """Refuse factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` that do not fit one another."""
     factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
     if len(b) != 2 or a is None or len(a) != 2 or a[0] != b[1]:
@@ -241,10 +228,6 @@ def check_shapes(
 
 
 def check_finite(where: str, name: str, t: Tensor) -> None:
-    """Refuse NaN and infinity, a few rows at a time.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Refuse NaN and infinity, a few rows at a time."""
     for part in t.split(max(1, len(t) // 8)):
         require(bool(torch.isfinite(part).all()), where, name, "finite values", "NaN or infinity")

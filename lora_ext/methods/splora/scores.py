@@ -127,11 +127,9 @@ def ediem_scores(
     if config.score == "alignment":
         scores = alignments
     elif config.reference == "population":
-        if len(layers) < 4:
-            raise ValueError(
-                f"{where}: reference='population': expected at least 4 layers, which are compared "
-                f"with one another, found {len(layers)}; 'permutation' scores a layer by itself"
-            )
+        expected = "at least 4 layers, which are compared with one another"
+        found = f"{len(layers)}; 'permutation' scores a layer by itself"
+        require(len(layers) >= 4, where, "reference='population'", expected, found)
         x = distances / sizes.double().sqrt()
         if config.score == "angle":
             x = _angles(a, b, columns, scalings, stats)

@@ -37,12 +37,7 @@ Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
 def read_adapter(where: str, source: Source) -> LoraAdapter:
-    """The adapter as a value.
-
-    Raises:
-        KeyError: a factor without the other. ValueError, NotImplementedError: what
-            :meth:`lora_ext.adapter.LoraAdapter.load` refuses.
-    """
+    """The adapter as a value; a factor without the other is a KeyError."""
     if isinstance(source, LoraAdapter):
         return source
     if isinstance(source, Mapping):
@@ -69,11 +64,8 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
             require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
     for key, (module, role, _) in keys.items():
         shape = tuple(state[key].shape)
-        if role == "B.weight" and len(shape) == 2 and shape[1] != ranks[module]:
-            raise ValueError(
-                f"{where}: {key}: expected B (m, r) of the rank of A, which is {ranks[module]}, "
-                f"found {shape}"
-            )
+        fits = role != "B.weight" or len(shape) != 2 or shape[1] == ranks[module]
+        require(fits, where, key, f"B (m, r) of the rank of A, which is {ranks[module]}", shape)
     r, rank_pattern = patterns(ranks)
     roles = {role for _, role, _ in keys.values()}
     config = {
@@ -204,8 +196,6 @@ def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
         "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
     }
     for kind, names in kinds.items():
-        if names:
-            raise NotImplementedError(
-                f"{where}: adapter: expected plain LoRA on linear layers, found {kind} at "
-                f"{', '.join(names[:4])}"
-            )
+        expected = "plain LoRA on linear layers"
+        found = f"{kind} at {', '.join(names[:4])}"
+        require(not names, where, "adapter", expected, found, NotImplementedError)

@@ -121,20 +121,16 @@ def _aligned(
                 f"where student_grids and teacher_grids are not both given, found {len(teacher)}"
             )
         return teacher
-    if len(student_grids) != len(teacher_grids):
-        raise ValueError(
-            "block_distill_loss: teacher_grids: expected one for each of the student's "
-            f"{len(student_grids)} images, found {len(teacher_grids)}"
-        )
+    fits = len(student_grids) == len(teacher_grids)
+    expected = f"one for each of the student's {len(student_grids)} images"
+    require(fits, "block_distill_loss", "teacher_grids", expected, len(teacher_grids))
     for name, grids, states in (
         ("student_grids", student_grids, prediction),
         ("teacher_grids", teacher_grids, teacher),
     ):
-        if sum(h * w for h, w in grids) != len(states):
-            raise ValueError(
-                f"block_distill_loss: {name}: expected grids of {len(states)} tokens in all, found "
-                f"{list(grids)}"
-            )
+        fits = sum(h * w for h, w in grids) == len(states)
+        found = list(grids)
+        require(fits, "block_distill_loss", name, f"grids of {len(states)} tokens in all", found)
     if student_grids == teacher_grids:
         return teacher
     images = teacher.split([h * w for h, w in teacher_grids])

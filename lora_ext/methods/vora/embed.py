@@ -119,14 +119,11 @@ class VisionPatchEmbed(nn.Module):
             ValueError: another shape, sides that are no multiples of the patch. TypeError: images
                 of integers, which are not normalised.
         """
-        expected = 4 if isinstance(images, Tensor) else 3
-        for given in [images] if isinstance(images, Tensor) else images:
-            if given.dim() != expected:
-                raise ValueError(
-                    "VisionPatchEmbed: images: expected shape (B, 3, H, W), or a list of "
-                    f"(3, H, W), found {tuple(given.shape)}"
-                )
-        parts = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        batch = isinstance(images, Tensor)
+        for given in [images] if batch else images:
+            fits, shapes = given.dim() == 3 + batch, "shape (B, 3, H, W), or a list of (3, H, W)"
+            require(fits, "VisionPatchEmbed", "images", shapes, tuple(given.shape))
+        parts = [images] if batch else [image[None] for image in images]
         grids = [self.grid(part) for part in parts]
         if not parts:
             return []
@@ -144,15 +141,10 @@ class VisionPatchEmbed(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""
-        if image.dim() < 3 or image.shape[-3] != 3:
-            raise ValueError(
-                "VisionPatchEmbed: images: expected three channels, (3, H, W), found "
-                f"{tuple(image.shape)}"
-            )
-        if not image.is_floating_point():
-            raise TypeError(
-                f"VisionPatchEmbed: images: expected floating numbers, found {image.dtype}"
-            )
+        fits = image.dim() >= 3 and image.shape[-3] == 3
+        require(fits, "VisionPatchEmbed", "images", "three channels, (3, H, W)", tuple(image.shape))
+        real, found = image.is_floating_point(), image.dtype
+        require(real, "VisionPatchEmbed", "images", "floating numbers", found, TypeError)
         height, width = image.shape[-2:]
         if height % self.patch or width % self.patch or not height * width:
             raise ValueError(
@@ -182,14 +174,8 @@ class VisionPatchEmbed(nn.Module):
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Tokens of one grid, interpolated as an image to another; bilinear, ``align_corners=False``.
-
-    Args:
-        tokens: ``(h * w, C)``, row by row. grid: ``(h, w)``. target: ``(h', w')``.
-
-    Returns:
-        ``(h' * w', C)``, the dtype of ``tokens``; ``tokens`` themselves where the grids are equal.
-    """
+    """Tokens ``(h * w, C)`` of one grid, interpolated as an image to another, in their dtype;
+    bilinear, ``align_corners=False``. Of equal grids they are the very tokens."""
     if grid == target:
         return tokens
     image = tokens.T.reshape(1, -1, *grid)
@@ -230,11 +216,9 @@ def smart_resize(
     require(0 < min_pixels <= max_pixels, "smart_resize", "min_pixels", expected, min_pixels)
     for name, side in (("height", height), ("width", width)):
         require(side >= factor, "smart_resize", name, f"at least {factor}", side)
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise ValueError(
-            f"smart_resize: height, width: expected a ratio of at most {MAX_RATIO}, found "
-            f"{height} x {width}"
-        )
+    fits = max(height, width) <= MAX_RATIO * min(height, width)
+    found = f"{height} x {width}"
+    require(fits, "smart_resize", "height, width", f"a ratio of at most {MAX_RATIO}", found)
     sides = height, width
     resized = [round(side / factor) * factor for side in sides]
     if math.prod(resized) > max_pixels:

@@ -282,10 +282,9 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _check_route(where: str, config: VoraConfig) -> None:
-    if config.route == "vision":
-        raise UnmergeableRouteError(
-            f"vora.{where}: route: expected 'all', found 'vision': PEFT's layers serve every token"
-        )
+    fits = config.route != "vision"
+    found = "'vision': PEFT's layers serve every token"
+    require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)
 
 
 def _config_of(adapter: LoraAdapter) -> VoraConfig:
@@ -293,11 +292,8 @@ def _config_of(adapter: LoraAdapter) -> VoraConfig:
     blocks = {block_index(name) for name in adapter.modules} - {None}
     names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
     first = next(iter(adapter.modules.values()))
-    if not blocks:
-        raise ValueError(
-            "vora.from_peft: folder: expected an adapter of modules in blocks, found "
-            f"{list(adapter.modules)[:4]}"
-        )
+    expected = "an adapter of modules in blocks"
+    require(blocks, "vora.from_peft", "folder", expected, list(adapter.modules)[:4])
     return VoraConfig(
         n_blocks=max(i for i in blocks if i is not None) + 1,
         rank=first.a.shape[0],
@@ -325,7 +321,5 @@ def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
         ):
             words = f"shape {tuple(expected)}"
             require(found == expected, f"{where}: {name}", factor, words, tuple(found))
-        if not math.isclose(factors.scaling, layer.scale, rel_tol=1e-12):
-            raise ValueError(
-                f"{where}: {name}: scale: expected {layer.scale}, found {factors.scaling}"
-            )
+        fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
+        require(fits, f"{where}: {name}", "scale", layer.scale, factors.scaling)

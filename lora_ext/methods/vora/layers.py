@@ -93,7 +93,12 @@ class VoraLinear(LoraLinear):
         adapter_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> VoraLinear:
-        """The layer around a linear layer; arguments and errors are the class's."""
+        """Make the layer around a linear layer.
+
+        Args:
+            linear: the base layer, kept as the very object. rank, route, scale, adapter_name,
+                adapter_dtype, generator: as for the class, whose errors it has.
+        """
         options = {"adapter_dtype": adapter_dtype, "generator": generator}
         return cls(linear, rank, route, scale, adapter_name, **options)
 
@@ -113,10 +118,7 @@ class VoraLinear(LoraLinear):
         return self.scaling[self.adapter_name]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
-        self,
-        x: Tensor,
-        token_mask: Tensor | None = None,
-        adapter_ids: Tensor | Names = None,
+        self, x: Tensor, token_mask: Tensor | None = None, adapter_ids: Tensor | Names = None
     ) -> Tensor:
         """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
 
@@ -183,7 +185,8 @@ class VoraLinear(LoraLinear):
         return self.base_layer
 
     def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Refuse what :meth:`merge` refuses, before anything is changed."""
+        """Refuse what :meth:`merge` of the same ``force`` and ``adapter_names`` refuses, before
+        anything is changed."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
         if self.route == "vision" and not force:
@@ -197,11 +200,10 @@ class VoraLinear(LoraLinear):
                 f"merge: expected an adapter apart from the base weight, found "
                 f"{self.adapter_name!r} merged already"
             )
-        if is_quantised(self.base_layer):
-            raise NotImplementedError(
-                "merge: base_layer: expected a weight of floating numbers to add to, found the "
-                f"quantised one of {type(self.base_layer).__name__}"
-            )
+        fits = not is_quantised(self.base_layer)
+        expected = "a weight of floating numbers to add to"
+        found = f"the quantised one of {type(self.base_layer).__name__}"
+        require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
         """Take the adapter out of the base weight, every bit of which comes back."""
@@ -277,11 +279,8 @@ class VoraLinear(LoraLinear):
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
-        if len(active) > 1:
-            raise NotImplementedError(
-                "VoraLinear: set_adapter: expected one active adapter for text, beside the layer's "
-                f"own, found {active}"
-            )
+        one, words = len(active) <= 1, "one active adapter for text, beside the layer's own"
+        require(one, "VoraLinear", "set_adapter", words, active, NotImplementedError)
         return self.adapter_names.index(active[0]) if active else -1
 
     def extra_repr(self) -> str:
@@ -311,10 +310,8 @@ def _check(base_layer: nn.Module, rank: int, route: str) -> None:
         linear_size(base_layer) is not None
         or (all(isinstance(size, int) for size in sizes) and is_quantised(base_layer))
     )
-    if not linear or isinstance(base_layer, LoraLayer):
-        raise TypeError(
-            "VoraLinear: base_layer: expected nn.Linear, Conv1D or a quantised linear layer, found "
-            f"{type(base_layer).__name__}"
-        )
+    fits = linear and not isinstance(base_layer, LoraLayer)
+    expected = "nn.Linear, Conv1D or a quantised linear layer"
+    require(fits, "VoraLinear", "base_layer", expected, type(base_layer).__name__, TypeError)
     integer("VoraLinear", "rank", rank, 1, expected="an int, at least 1")
     choice("VoraLinear", "route", route, ROUTES)

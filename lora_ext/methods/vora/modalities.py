@@ -63,11 +63,7 @@ def vision_block() -> Block | None:
 
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
     """Rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others. They are
-    made once for all layers.
-
-    Raises:
-        ValueError: activations that the mask of the block does not fit.
-    """
+    made once for all layers."""
     shape = tuple(block.assignment.shape)
     expected = f"the activations' shape without features, {tuple(leading)}"
     require(shape == tuple(leading), "modality", "vision_mask", expected, shape)

@@ -194,21 +194,17 @@ class VoraForCausalLM(nn.Module):
             ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"VoraForCausalLM.generate: {name}: expected None, as it follows from "
-                    "input_ids and images, found a value"
-                )
+            expected = "None, as it follows from input_ids and images"
+            found = "a value"
+            require(options.get(name) is None, "VoraForCausalLM.generate", name, expected, found)
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
         cache = options.get("cache_implementation", given.cache_implementation)
         expected = "None, as an image must lie whole in one call"
         require(chunk is None, "VoraForCausalLM.generate", "prefill_chunk_size", expected, chunk)
-        if cache not in _GROWING:
-            raise ValueError(
-                "VoraForCausalLM.generate: cache_implementation: expected a cache that grows, as "
-                f"the mask of the images has a key for each token, found {cache!r}"
-            )
+        fits = cache in _GROWING
+        wanted = "a cache that grows, as the mask of the images has a key for each token"
+        require(fits, "VoraForCausalLM.generate", "cache_implementation", wanted, repr(cache))
         flat = _flat(images)
         batch = self._spliced(input_ids, images, attention_mask, None, "left")
         mask = self._mask(batch, flat, attention_mask)
@@ -253,12 +249,10 @@ class VoraForCausalLM(nn.Module):
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
         implementation = str(getattr(self.config, "_attn_implementation", "eager"))
-        if "flash" in implementation or "flex" in implementation:
-            raise ValueError(
-                "VoraForCausalLM: attn_implementation: expected 'eager' or 'sdpa', which take a "
-                f"mask for each pair of tokens, found {implementation!r} (bidirectional=False does "
-                "without)"
-            )
+        fits = "flash" not in implementation and "flex" not in implementation
+        expected = "'eager' or 'sdpa', which take a mask for each pair of tokens"
+        found = f"{implementation!r} (bidirectional=False does without)"
+        require(fits, "VoraForCausalLM", "attn_implementation", expected, found)
         self._check_attention()
         text = self.config.get_text_config()
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
@@ -291,12 +285,9 @@ class VoraForCausalLM(nn.Module):
             found = f"hides the tokens to come by itself ({own[0]})"
         elif getattr(text, "alibi", text.model_type == "bloom"):
             found = "makes its ALiBi of a mask for each token"
-        if found is not None:
-            raise ValueError(
-                "VoraForCausalLM: model: expected attention that takes a mask for each pair of "
-                f"tokens, found {type(self.model).__name__}, which {found} (bidirectional=False "
-                "does without)"
-            )
+        expected = "attention that takes a mask for each pair of tokens"
+        found = f"{type(self.model).__name__}, which {found} (bidirectional=False does without)"
+        require(found is None, "VoraForCausalLM", "model", expected, found)
 
 
 def _hides_by_itself(name: str, buffer: Tensor) -> bool:
@@ -310,11 +301,8 @@ def _hides_by_itself(name: str, buffer: Tensor) -> bool:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next tokens, in float32 (float64 stays); 0 where none counts.
-
-    Args:
-        logits: ``(B, T, V)``. labels: ``(B, T)`` under their inputs, -100 for none.
-    """
+    """Mean cross entropy of the next tokens, in float32 (float64 stays), 0 where none counts, of
+    logits ``(B, T, V)`` and labels ``(B, T)`` under their inputs, -100 for none."""
     targets = shift_labels(labels).flatten().to(logits.device)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
@@ -322,13 +310,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def zero_loss(parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them.
-
-    Data parallel training waits for a gradient of every parameter.
-
-    Args:
-        parameters: those that are trained. like: says device, and dtype where it is float64.
-    """
+    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them: data
+    parallel training waits for a gradient of every parameter. ``like`` says device and dtype."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return _Zero.apply(torch.zeros((), dtype=dtype, device=like.device), *parameters)  # pyright: ignore[reportReturnType]
 
@@ -354,17 +337,14 @@ def _flat(images: Images | None) -> list[Tensor]:
     """All images of a batch in order."""
     flat: list[Tensor] = []
     for number, sample in enumerate(() if images is None else images):
-        if isinstance(sample, Tensor) and sample.dim() < 4:
-            raise ValueError(
-                f"VoraForCausalLM: images: sample {number}: expected a list of (3, H, W) tensors, "
-                f"found a tensor of shape {tuple(sample.shape)}"
-            )
+        where, which = "VoraForCausalLM: images", f"sample {number}"
+        if isinstance(sample, Tensor):
+            found = f"a tensor of shape {tuple(sample.shape)}"
+            require(sample.dim() >= 4, where, which, "a list of (3, H, W) tensors", found)
         for image in _of(sample):
-            if not isinstance(image, Tensor):
-                raise TypeError(
-                    f"VoraForCausalLM: images: sample {number}: expected (3, H, W) tensors, as "
-                    f"VoraImageProcessor makes them, found {type(image).__name__}"
-                )
+            expected = "(3, H, W) tensors, as VoraImageProcessor makes them"
+            known, found = isinstance(image, Tensor), type(image).__name__
+            require(known, where, which, expected, found, TypeError)
             flat.append(image)
     return flat
 

@@ -39,11 +39,9 @@ class Applied:
     def require_apart(self, where: str) -> None:
         """Raise RuntimeError where a layer's adapter is merged into its base weight by hand."""
         for name, layer in self.layers.items():
-            if layer.merged:
-                raise RuntimeError(
-                    f"vora.{where}: {name}: expected an adapter apart from the base weight, found "
-                    f"{layer.merged_adapters} merged into it; unmerge it first"
-                )
+            expected = "an adapter apart from the base weight"
+            found = f"{layer.merged_adapters} merged into it; unmerge it first"
+            require(not layer.merged, f"vora.{where}", name, expected, found, RuntimeError)
 
 
 def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = True) -> Model:
@@ -71,11 +69,9 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
     """
     instance("vora.apply", "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
-    if state is not None and not state.merged:
-        raise RuntimeError(
-            "vora.apply: model: expected one without VoRA's layers, found them; call vora.remove "
-            "first"
-        )
+    expected = "one without VoRA's layers"
+    found = "them; call vora.remove first"
+    require(state is None or state.merged, "vora.apply", "model", expected, found, RuntimeError)
     targets = _targets(model, config)
     layers: dict[str, nn.Module] = {}
     for name, module in targets.items():
@@ -165,33 +161,26 @@ def language_model(model: Any) -> Any:
 
 
 def applied(where: str, model: nn.Module) -> Applied:
-    """What :func:`apply` left on a model.
-
-    Raises:
-        RuntimeError: nothing, or it was merged since. ``where`` is the function that asks.
-    """
+    """What :func:`apply` left on a model; a RuntimeError where that is nothing, or was merged
+    since."""
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None:
         raise RuntimeError(
             f"vora.{where}: model: expected one with VoRA's layers, found none; call vora.apply "
             "first"
         )
-    if state.merged:
-        raise RuntimeError(
-            f"vora.{where}: model: expected one with VoRA's layers, found that vora.merge has "
-            "folded them into its weights"
-        )
+    expected = "one with VoRA's layers"
+    found = "that vora.merge has folded them into its weights"
+    require(not state.merged, f"vora.{where}", "model", expected, found, RuntimeError)
     return state
 
 
 def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
     """The modules to adapt, by name."""
     for name, module in model.named_modules():
-        if is_adapted(module) or isinstance(module, PoolLayer):
-            raise RuntimeError(
-                f"vora.apply: model: expected one without adapters, found {type(module).__name__} "
-                f"at {name!r}"
-            )
+        fits = not is_adapted(module) and not isinstance(module, PoolLayer)
+        found = f"{type(module).__name__} at {name!r}"
+        require(fits, "vora.apply", "model", "one without adapters", found, RuntimeError)
     blocks = decoder_layers(model)
     expected = f"at most the model's {len(blocks)} blocks"
     require(config.n_blocks <= len(blocks), "vora.apply", "n_blocks", expected, config.n_blocks)

@@ -160,11 +160,8 @@ class VoraImageProcessor(BaseImageProcessor):
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
-        if return_tensors not in (None, "pt", "np"):
-            raise ValueError(
-                "VoraImageProcessor: return_tensors: expected None, 'pt' or 'np', found "
-                f"{return_tensors!r}"
-            )
+        known, given = return_tensors in (None, "pt", "np"), repr(return_tensors)
+        require(known, "VoraImageProcessor", "return_tensors", "None, 'pt' or 'np'", given)
         nested = isinstance(images, list | tuple) and any(
             one is None or isinstance(one, list | tuple) or _is_batch(one) for one in images
         )
@@ -265,11 +262,9 @@ def _to_tensor(image: Any) -> Tensor:
         )
     if image.dim() == 2:
         image = image[None]
-    if image.dim() != 3 or not {image.shape[0], image.shape[2]} & {1, 3, 4}:
-        raise ValueError(
-            "VoraImageProcessor: images: expected shape (3, H, W), (H, W, 3) or (H, W), found "
-            f"{tuple(image.shape)}"
-        )
+    fits = image.dim() == 3 and {image.shape[0], image.shape[2]} & {1, 3, 4}
+    other = tuple(image.shape)
+    require(fits, "VoraImageProcessor", "images", "shape (3, H, W), (H, W, 3) or (H, W)", other)
     if image.shape[0] not in (1, 3, 4):
         image = image.movedim(2, 0)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]

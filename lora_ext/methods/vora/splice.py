@@ -118,11 +118,7 @@ def splice_images(
 
 
 def as_bool(where: str, name: str, mask: Tensor) -> Tensor:
-    """A mask of bools, or of numbers that are all 0 or 1, as bools.
-
-    Raises:
-        ValueError: other numbers.
-    """
+    """A mask of bools, or of numbers that are all 0 or 1, as bools."""
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         other = mask[(mask != 0) & (mask != 1)][0].item()
         raise ValueError(f"{where}: {name}: expected bools, or 0 and 1, found {other}")
@@ -143,11 +139,9 @@ def _images(
     images = [[] if t is None else [t] if _is_image(t) else list(t) for t in given]
     places = ((input_ids == placeholder) & valid).sum(1).tolist()
     for sample, (expected, tokens) in enumerate(zip(places, images, strict=True)):
-        if expected != len(tokens):
-            raise ValueError(
-                f"splice_images: image_tokens: sample {sample}: expected as many images as "
-                f"placeholders, {expected}, found {len(tokens)}"
-            )
+        fits = expected == len(tokens)
+        wanted = f"as many images as placeholders, {expected}"
+        require(fits, "splice_images: image_tokens", f"sample {sample}", wanted, len(tokens))
     return images
 
 
@@ -159,11 +153,7 @@ def _row(
     is_image: Tensor, text: Tensor, images: list[Tensor], labels: Tensor | None
 ) -> tuple[Tensor, ...]:
     """A sample without padding: embeddings, image ids, attention mask and, where given, labels.
-
-    Args:
-        is_image: ``(n,)``, where the placeholders stand. text: embeddings of the others.
-        images: the tokens for each placeholder. labels: ``(n,)``.
-    """
+    ``is_image (n,)`` is where the placeholders stand; ``text`` are the others' embeddings."""
     sizes = torch.ones_like(is_image, dtype=torch.int64)
     sizes[is_image] = sizes.new_tensor([len(one) for one in images])
     number = torch.where(is_image, is_image.cumsum(0) - 1, TEXT)
@@ -217,11 +207,9 @@ def build_vision_mask(
 
     Source: arXiv 2503.20680. The released code takes images that touch for one; here they are two.
     """
-    if attention_mask.dim() != 2 or image_ids.shape != attention_mask.shape:
-        raise ValueError(
-            "build_vision_mask: image_ids: expected shape (B, T), that of attention_mask "
-            f"{tuple(attention_mask.shape)}, found {tuple(image_ids.shape)}"
-        )
+    fits = attention_mask.dim() == 2 and image_ids.shape == attention_mask.shape
+    wanted = f"shape (B, T), that of attention_mask {tuple(attention_mask.shape)}"
+    require(fits, "build_vision_mask", "image_ids", wanted, tuple(image_ids.shape))
     expected = "a floating one or None"
     require(dtype is None or dtype.is_floating_point, "build_vision_mask", "dtype", expected, dtype)
     length = attention_mask.shape[1]
@@ -254,11 +242,9 @@ def _check_images(image_ids: Tensor, past_length: int) -> None:
     for sample, ids in enumerate(image_ids.tolist()):
         starts = [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or ids[n - 1] != i)]
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
-        if apart is not None:
-            raise ValueError(
-                f"build_vision_mask: image_ids: sample {sample}: expected the tokens of image "
-                f"{apart} side by side, found them apart"
-            )
+        expected = f"the tokens of image {apart} side by side"
+        found = "them apart"
+        require(apart is None, "build_vision_mask: image_ids", f"sample {sample}", expected, found)
         if 0 < past_length < len(ids) and ids[past_length] == ids[past_length - 1] >= 0:
             image = ids[past_length]
             raise ValueError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
+
 from .config import Pairing
 from .modalities import modality
 
@@ -36,11 +38,10 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
     def keep(index: int, hidden: Any) -> None:
         if threading.get_ident() != thread:
             return
-        if trains and not torch.is_grad_enabled():
-            raise ValueError(
-                "VoraForCausalLM: gradient_checkpointing_kwargs: expected use_reentrant=False, "
-                "found a reentrant checkpoint, inside which nothing can be distilled"
-            )
+        fits = not trains or torch.is_grad_enabled()
+        expected = "use_reentrant=False"
+        found = "a reentrant checkpoint, inside which nothing can be distilled"
+        require(fits, "VoraForCausalLM", "gradient_checkpointing_kwargs", expected, found)
         states[index] = hidden[0] if isinstance(hidden, tuple) else hidden
 
     def hook(index: int) -> Any:

@@ -50,11 +50,8 @@ def teacher_states(
             sides are no multiples of its patches; another pairing.
     """
     require(pairing in PAIRINGS, "teacher_states", "pairing", f"one of {PAIRINGS}", repr(pairing))
-    if teacher.training:
-        raise ValueError(
-            "teacher_states: teacher: expected one in evaluation mode, found it in training mode; "
-            "call teacher.eval()"
-        )
+    found = "it in training mode; call teacher.eval()"
+    require(not teacher.training, "teacher_states", "teacher", "one in evaluation mode", found)
     blocks = list(decoder_layers(teacher))
     expected = f"at least n_blocks = {n_blocks} blocks"
     require(len(blocks) >= n_blocks, "teacher_states", "teacher", expected, len(blocks))

@@ -36,7 +36,7 @@ _PATIENCE = 3
 #: comes to another of them.
 _LESSONS = 64
 #: Whether layers on the CPU share ops, too. It saves no launches there, and neither decode steps
-#: nor prefills of whole models gained by it (docs/lora.md).
+#: nor prefills of whole models gained by it (docs/notes/lora.md).
 _ON_CPU = False
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from .limits import require
+from lora_ext._checks import require
 
 _SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs"}
 _SAID |= {"definitions", "deprecated", "readOnly", "writeOnly"}
@@ -45,7 +45,7 @@ def check(schema: Any) -> list[str]:
 
 
 def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: list[str]) -> None:
-    require(isinstance(schema, Mapping), f"{_WHERE}: {at}", "an object", repr(schema)[:80])
+    require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
         _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
     words = {w: v for w, v in schema.items() if w not in _SAID}
@@ -63,14 +63,14 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
         elif choice in ("enum", "const"):
             values = words["enum"] if choice == "enum" else [words["const"]]
             listed = isinstance(values, list) and bool(values)
-            require(listed, f"{_WHERE}: {at}/enum", "a list of values", repr(values)[:80])
+            require(listed, _WHERE, f"{at}/enum", "a list of values", repr(values)[:80])
             kinds = words.get("type")
             wrong = [v for v in values if kinds is not None and _kind(v) not in _wide(kinds)]
-            require(not wrong, f"{_WHERE}: {at}/{choice}", f"values of type {kinds}", wrong[:1])
+            require(not wrong, _WHERE, f"{at}/{choice}", f"values of type {kinds}", wrong[:1])
         else:
             parts = words[choice]
             listed = isinstance(parts, list) and bool(parts)
-            require(listed, f"{_WHERE}: {at}/{choice}", "a list of schemas", repr(parts)[:80])
+            require(listed, _WHERE, f"{at}/{choice}", "a list of schemas", repr(parts)[:80])
             if choice == "allOf" and len(parts) > 1:
                 _refuse(at, "allOf of several schemas")
             for i, part in enumerate(parts):
@@ -84,7 +84,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
             at, "no type (any value at all)" if not words else f"{sorted(words)[0]} without type"
         )
     for kind in [kinds] if isinstance(kinds, str) else list(kinds):
-        require(kind in _WORDS, f"{_WHERE}: {at}/type", f"one of {sorted(_WORDS)}", repr(kind)[:80])
+        require(kind in _WORDS, _WHERE, f"{at}/type", f"one of {sorted(_WORDS)}", repr(kind)[:80])
     allowed = {w for k in ([kinds] if isinstance(kinds, str) else kinds) for w in _WORDS[k]}
     if others := sorted(set(words) - allowed):
         _refuse(at, others[0])
@@ -105,7 +105,7 @@ def _children(
     if kind == "object":
         inside = words.get("properties", {})
         good = isinstance(inside, Mapping)
-        require(good, f"{_WHERE}: {at}/properties", "an object", repr(inside)[:80])
+        require(good, _WHERE, f"{at}/properties", "an object", repr(inside)[:80])
         required = words.get("required", [])
         if missing := [name for name in required if name not in inside]:
             _refuse(at, f"required {missing[0]!r}, which is no property")
@@ -133,7 +133,7 @@ def _children(
             _refuse(at, f"format {words['format']!r:.40}")
         if "pattern" in words:
             pattern = words["pattern"]
-            require(isinstance(pattern, str), f"{_WHERE}: {at}/pattern", "a text", repr(pattern))
+            require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a text", repr(pattern))
             patterns.append(pattern.removeprefix("^").removesuffix("$"))
 
 
@@ -145,12 +145,12 @@ def _refuse(at: str, what: str) -> NoReturn:
 
 def _resolved(name: Any, root: Any, at: str) -> Any:
     good = isinstance(name, str) and (name == "#" or name.startswith("#/"))
-    require(good, f"{_WHERE}: {at}/$ref", "a place in this schema, #/...", repr(name)[:80])
+    require(good, _WHERE, f"{at}/$ref", "a place in this schema, #/...", repr(name)[:80])
     found = root
     for part in name.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         known = isinstance(found, Mapping) and part in found
-        require(known, f"{_WHERE}: {at}/$ref", "a place that the schema has", repr(name)[:80])
+        require(known, _WHERE, f"{at}/$ref", "a place that the schema has", repr(name)[:80])
         found = found[part]
     return found
 

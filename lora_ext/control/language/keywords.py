@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_ext._checks import require
+
 from .algebra import Automaton
-from .limits import Clock, require
+from .limits import Clock
 
 #: A text that must occur, or several of which one must.
 Group = str | Sequence[str]
@@ -18,7 +20,7 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
     expected = "a list of at least one text"
     listed = [] if isinstance(texts, str) else list(texts)
     good = bool(listed) and all(isinstance(t, str) for t in listed)
-    require(good, "choice: texts", expected, repr(texts)[:80])
+    require(good, "choice", "texts", expected, repr(texts)[:80])
     tree = _Tree(clock, "the letters of all texts")
     ends = {tree.add(text.encode()) for text in listed}
     final = np.zeros(len(tree.below), bool)
@@ -36,8 +38,8 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     One tree of all words that knows where to go on after a letter that does not fit (Aho and
     Corasick), times the set of groups that have occurred.
     """
-    groups = [_group(f"keywords: all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
-    banned = [_word("keywords: none_of", w) for w in _listed("none_of", none_of)]
+    groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
+    banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
     tree = _Tree(clock, "the letters of all words")
     bits = [0] * (len(groups) + 1)  # the last one is what must not occur
     marks: dict[int, int] = {}
@@ -111,19 +113,23 @@ class _Tree:
 
 def _listed(name: str, words: Sequence[Group]) -> list[Group]:
     known = not isinstance(words, (str, bytes)) and isinstance(words, Sequence)
-    require(known, f"keywords: {name}", "a list of texts", repr(words)[:80])
+    require(known, "keywords", name, "a list of texts", repr(words)[:80])
     return list(words)
 
 
-def _group(where: str, group: Group) -> list[bytes]:
+def _group(argument: str, group: Group) -> list[bytes]:
     words = [group] if isinstance(group, str) else list(group)
-    require(bool(words), where, "a text, or several of which one must occur", "none")
-    return [_word(where, w) for w in words]
+    require(bool(words), "keywords", argument, "a text, or several of which one must occur", "none")
+    return [_word(argument, w) for w in words]
 
 
-def _word(where: str, word: object) -> bytes:
+def _word(argument: str, word: object) -> bytes:
     require(
-        isinstance(word, str) and word != "", where, "a text that is not empty", repr(word)[:80]
+        isinstance(word, str) and word != "",
+        "keywords",
+        argument,
+        "a text that is not empty",
+        repr(word)[:80],
     )
     assert isinstance(word, str)
     return word.encode()

@@ -13,12 +13,6 @@ from dataclasses import dataclass
 MEBIBYTE = 1 << 20
 
 
-def require(ok: bool, where: str, expected: object, found: object) -> None:
-    """Raise ValueError with ``"<where>: expected <expected>, found <found>"`` unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{where}: expected {expected}, found {found}")
-
-
 class ConstraintTooLarge(ValueError):
     """The constraint needs more states, bytes or seconds than its limits; says what multiplies."""
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from .limits import require
+from lora_ext._checks import require
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 _SPACE = "\u2581"
@@ -24,7 +24,7 @@ def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[i
     """The tokens that end a text, ascending and checked."""
     ends = (eos,) if isinstance(eos, int) else tuple(eos)
     whole = bool(ends) and all(type(e) is int and 0 <= e < vocab_size for e in ends)
-    require(whole, f"{where}: eos_token_id", f"tokens in 0 .. {vocab_size - 1}", repr(eos))
+    require(whole, where, "eos_token_id", f"tokens in 0 .. {vocab_size - 1}", repr(eos))
     return tuple(sorted(set(ends)))
 
 
@@ -75,14 +75,14 @@ def vocabulary_of(
         return tokenizer
     known = callable(getattr(tokenizer, "get_vocab", None))
     expected = "a transformers tokenizer, with get_vocab"
-    require(known, f"{where}: tokenizer", expected, type(tokenizer).__name__)
+    require(known, where, "tokenizer", expected, type(tokenizer).__name__)
     eos = getattr(tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
-    require(eos is not None, f"{where}: tokenizer", "an eos_token_id, here or as argument", "none")
+    require(eos is not None, where, "tokenizer", "an eos_token_id, here or as argument", "none")
     assert eos is not None
     ids = tokenizer.get_vocab()
     fewest = max(ids.values()) + 1
     size = fewest if vocab_size is None else vocab_size
-    require(size >= fewest, f"{where}: vocab_size", f"at least {fewest}, the tokenizer's", size)
+    require(size >= fewest, where, "vocab_size", f"at least {fewest}, the tokenizer's", size)
     ends = end_tokens(where, eos, size)
     key = (len(ids), size, ends)
     with _lock:

@@ -24,7 +24,8 @@ _kept_lock = threading.Lock()
 class Written:
     """What :class:`~lora_ext.control.Constraint` can be made from, given a tokenizer.
 
-    A constraint is built once and kept by its content and vocabulary.
+    A constraint is built once and kept by its content and vocabulary. Those that outlines-core
+    builds raise ImportError without it, with the line that installs it.
     """
 
     @classmethod
@@ -77,13 +78,12 @@ class Written:
         spell them and whatever stands around them: "dog" is contained in "a dog" and in "dogma".
 
         Args:
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes them.
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
             all_of: words, or lists of words of which one must occur.
             none_of: words that must not occur.
 
         Raises:
-            ValueError: for an empty word, words that rule each other out, or an unusable tokenizer.
-            ConstraintTooLarge: above the limits.
+            ValueError: for an empty word, and words that rule each other out.
         """
         return cls._spelled(
             "keywords",
@@ -112,12 +112,10 @@ class Written:
 
         Args:
             pattern: the expression.
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes them.
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
 
         Raises:
-            ValueError: for something that is no expression, or an unusable tokenizer.
-            ConstraintTooLarge: above the limits.
-            ImportError: without outlines-core, with the line that installs it.
+            ValueError: for something that is no expression.
         """
         return cls._spelled(
             "regex", (pattern,), regex.pattern, tokenizer, vocab_size, eos_token_id, limits
@@ -140,14 +138,12 @@ class Written:
 
         Args:
             schema: as a dictionary or as JSON.
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes them.
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`regex` takes them.
 
         Raises:
             NotImplementedError: for a word that the automaton would not hold to, by its name, such
                 as ``minimum`` or ``uniqueItems``.
-            ValueError: for something that is no schema, or an unusable tokenizer.
-            ConstraintTooLarge: above the limits.
-            ImportError: without outlines-core, with the line that installs it.
+            ValueError: for something that is no schema.
         """
         return cls._spelled(
             "json_schema", (schema,), regex.json_schema, tokenizer, vocab_size, eos_token_id, limits

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from . import algebra
 from .algebra import Automaton
-from .limits import DEFAULT, Clock, Limits, require
+from .limits import DEFAULT, Clock, Limits
 from .vocabulary import end_tokens
 from .written import Written
 
@@ -59,7 +61,7 @@ class Constraint(Written):
                 f"{_MOST_CLASSES} classes of tokens", f"{content.table.shape[1]}, from {part}"
             )
         some = bool(content.final.any())
-        require(some, what, "a language with a text", "an empty one: nothing satisfies it")
+        require(some, what, "texts", "a language with a text", "an empty one: nothing satisfies it")
         return cls(content, len(automaton.class_of), eos)
 
     @classmethod
@@ -90,33 +92,33 @@ class Constraint(Written):
         """
         what = "from_edges"
         whole = type(vocab_size) is int and vocab_size >= 1
-        require(whole, f"{what}: vocab_size", "a whole number, at least 1", repr(vocab_size))
+        require(whole, what, "vocab_size", "a whole number, at least 1", repr(vocab_size))
         eos = end_tokens(what, eos_token_id, vocab_size)
         clock = Clock(what, limits)
         listed = [tuple(edge) for edge in edges]
         good = all(len(e) == 3 and all(_whole(n) for n in e) for e in listed)
         require(
-            good, f"{what}: edges", "triples (state, token, next state) of whole numbers", "others"
+            good, what, "edges", "triples (state, token, next state) of whole numbers", "others"
         )
         ends = list(final)
-        require(_whole(start), f"{what}: start", "a state, a whole number from 0 on", repr(start))
-        require(all(map(_whole, ends)), f"{what}: final", "states, whole numbers from 0 on", ends)
+        require(_whole(start), what, "start", "a state, a whole number from 0 on", repr(start))
+        require(all(map(_whole, ends)), what, "final", "states, whole numbers from 0 on", ends)
         states = {start, *ends, *(e[0] for e in listed), *(e[2] for e in listed)}
         clock.states(len(states), "edges", merged=False)
         number = {s: i for i, s in enumerate(sorted(states))}
         tokens = sorted({e[1] for e in listed})
         wrong = [t for t in tokens if t >= vocab_size]
-        require(not wrong, f"{what}: edges", f"tokens below vocab_size {vocab_size}", wrong[:1])
+        require(not wrong, what, "edges", f"tokens below vocab_size {vocab_size}", wrong[:1])
         both = [t for t in tokens if t in eos]
         expected = "no edge of a token that ends a text (name its state in final)"
-        require(not both, f"{what}: edges", expected, f"token {both[:1]}")
+        require(not both, what, "edges", expected, f"token {both[:1]}")
         place = {t: i for i, t in enumerate(tokens)}
         clock.table(4 * len(states) * (len(tokens) + 1), "states times tokens")
         table = np.full((len(states), len(tokens)), -1, np.int32)
         for s, t, after in listed:
             at = number[s], place[t]
             one = table[at] in (-1, number[after])
-            require(one, f"{what}: edges", f"one state behind state {s} and token {t}", "two")
+            require(one, what, "edges", f"one state behind state {s} and token {t}", "two")
             table[at] = number[after]
         class_of = np.full(vocab_size, -1, np.int32)
         class_of[tokens] = np.arange(len(tokens))
@@ -139,8 +141,9 @@ class Constraint(Written):
         if not isinstance(other, Constraint):
             return NotImplemented
         mine, theirs = (self.vocab_size, self.eos), (other.vocab_size, other.eos)
-        where = f"{sign}: other vocabulary"
-        require(mine == theirs, where, f"size and ends {mine} as on the left", theirs)
+        require(
+            mine == theirs, sign, "other vocabulary", f"size and ends {mine} as on the left", theirs
+        )
         clock = Clock(sign)
         joined = algebra.joined(self._content, other._content, both, clock)
         part = f"{self.num_states} states times {other.num_states}"

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from lora_ext._checks import require
+
 from . import schema as schemas
 from .algebra import Automaton
-from .limits import Clock, require
+from .limits import Clock
 
 _CHILD = Path(__file__).with_name("_byte_automaton.py")
 _MEMORY = 2 << 30
@@ -30,7 +32,7 @@ def pattern(text: str, clock: Clock) -> Automaton:
         ValueError: for an expression that is none, or that looks around or back.
     """
     where = "regex: pattern"
-    require(isinstance(text, str), where, "a text", repr(text)[:80])
+    require(isinstance(text, str), "regex", "pattern", "a text", repr(text)[:80])
     _measure(where, text, clock)
     # The whole text matches anyhow, and outlines-core has no start state for these.
     bare = text.removeprefix("^")

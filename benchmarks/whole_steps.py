@@ -1,0 +1,193 @@
+"""Whole training steps, as a user's loop takes them: `python benchmarks/whole_steps.py`.
+
+Forward, loss, backward and AdamW of a SmolLM2-shaped model. PEFT's model and ours share the base's
+weights, and their losses agree before anything is timed. The row ``base`` is the same model with no
+adapters whose embeddings want a gradient: whatever an adapter layer does comes on top of it, so
+that PEFT's time over ``base``'s is the most by which any adapter layers could be faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, append_rows, interleaved
+from lora_layers import MODULES, RANK, base_model, optimizer_of, with_adapters
+from row import Row, timing_columns
+
+import lora_ext
+
+#: Of losses near log(vocabulary): float32, and the two digits that bfloat16 leaves.
+LOSS_BOUND = {"float32": 1e-4, "autocast": 3e-2}
+TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": MODULES}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of step."""
+
+    targets: str
+    adapters: int = 1
+    dropout: float = 0.0
+    dtype: str = "float32"
+    onednn: bool = True
+    rows: int = 4
+    length: int = 128
+
+    def __str__(self) -> str:
+        adapters = f"{self.adapters} adapter" + "s" * (self.adapters > 1)
+        library = "" if self.onednn else ", oneDNN off"
+        return (
+            f"step, {self.targets}, {adapters}, {self.rows} x {self.length} tokens, dropout "
+            f"{self.dropout}, {self.dtype}{library}"
+        )
+
+
+CASES = [
+    *(Case(t, onednn=o) for t in TARGETS for o in (True, False)),
+    *(Case(t, dropout=0.1) for t in TARGETS),
+    *(Case(t, dtype="autocast") for t in TARGETS),
+    *(Case(t, adapters=8, rows=8, length=n) for t in TARGETS for n in (16, 64)),
+]
+
+
+class Steps:
+    """The step of a case, by each provider. Eight adapters are eight steps of PEFT's."""
+
+    def __init__(self, case: Case, layers: int):
+        self.case = case
+        self.ids = torch.randint(0, 49152, (case.rows, case.length), generator=torch.manual_seed(1))
+        base = base_model(layers)
+        names = [f"adapter{i}" for i in range(case.adapters)]
+        modules = TARGETS[case.targets]
+        self.bare = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        self.models: dict[str, Any] = {}
+        for way in ("peft", "lora_ext", "lora_ext, chunked loss"):
+            model = with_adapters(base, names, case.dropout, modules)
+            if self.models:
+                model.load_state_dict(self.models["peft"].state_dict())
+                lora_ext.from_peft(model)
+            model.set_requires_grad(names)
+            self.models[way] = model
+        lora_ext.chunked_loss(model)
+        self.names, self.share = names, case.rows // case.adapters
+        self.optimizers = {
+            way: [optimizer_of(model, n) for n in names] for way, model in self.models.items()
+        }
+
+    def calls(self) -> dict[str, Callable[[], float]]:
+        """By provider, in the order of the rows."""
+        ours = {way: (lambda way=way: self._ours(way)) for way in self.models if way != "peft"}
+        return {"base": self._bare, "peft": self._peft, **ours}
+
+    def _bare(self) -> float:
+        embeddings = self.bare.get_input_embeddings()(self.ids).requires_grad_()
+        return self._backward(self.bare, 1, inputs_embeds=embeddings)
+
+    def _peft(self) -> float:
+        total, model = 0.0, self.models["peft"]
+        for i, name in enumerate(self.names):
+            ids = self.ids[i * self.share : (i + 1) * self.share]
+            if len(self.names) > 1:
+                model.set_adapter(name)
+            total += self._backward(model, 1, input_ids=ids)
+            self._update(self.optimizers["peft"][i])
+        return total / len(self.names)
+
+    def _ours(self, way: str) -> float:
+        extra = {}
+        if len(self.names) > 1:
+            extra["adapter_names"] = [n for n in self.names for _ in range(self.share)]
+        loss = self._backward(self.models[way], len(self.names), input_ids=self.ids, **extra)
+        for optimizer in self.optimizers[way]:
+            self._update(optimizer)
+        return loss
+
+    def _backward(self, model: Any, times: int, **given: Any) -> float:
+        """The mean loss, of which ``times`` as much goes backward: the sum of so many adapters'."""
+        labels = given.get("input_ids", self.ids)
+        autocast: Any = contextlib.nullcontext()
+        if self.case.dtype == "autocast":
+            autocast = torch.autocast("cpu", torch.bfloat16)
+        with autocast:
+            loss = model(**given, labels=labels, use_cache=False).loss
+        (loss * times).backward()
+        return loss.item()
+
+    @staticmethod
+    def _update(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def bench_steps(cases: list[Case], rounds: int, layers: int = 30) -> Iterator[Row]:
+    """Every case, checked and timed."""
+    for case in cases:
+        with _onednn(case.onednn):
+            steps = Steps(case, layers)
+            calls = steps.calls()
+            worst = _check(case, calls) if not case.dropout else ""
+            times = interleaved(calls, rounds)
+        for name, time in times.items():
+            yield Row(
+                "steps",
+                str(case),
+                name,
+                dtype=case.dtype,
+                tokens=case.rows * case.length,
+                adapters="" if name == "base" else case.adapters,
+                rank="" if name == "base" else RANK,
+                **timing_columns(time, "ms"),
+                over_base=time.over(times["base"]),
+                over_peft=times["peft"].over(time),
+                worst_error=worst if name == "lora_ext" else "",
+            )
+
+
+def _check(case: Case, calls: dict[str, Callable[[], float]]) -> float:
+    """Two steps give PEFT's losses, the second of which has seen the first one's gradients."""
+    bound = LOSS_BOUND[case.dtype]
+    worst = 0.0
+    for _ in range(2):
+        found = {name: call() for name, call in calls.items() if name != "base"}
+        worst = max(worst, *(abs(loss - found["peft"]) / bound for loss in found.values()))
+    if not worst <= 1:
+        raise SystemExit(f"whole_steps: {case}: losses differ from PEFT's by {worst:.3g} bounds")
+    return worst
+
+
+@contextlib.contextmanager
+def _onednn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def main() -> None:
+    """Measure and append."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--only", default="", help="cases whose text has this in it")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cases = [case for case in CASES if args.only in str(case)]
+    for row in bench_steps(cases, args.rounds, args.layers):
+        append_rows(args.out / "lora_cpu.csv", [row.columns("cpu")])
+        over = f"{row.over_base:5.2f} of base, {row.over_peft:5.2f} x PEFT"
+        print(f"{row.case:75} {row.provider:24} {row.median:8.1f} {row.unit}  {over}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+// What one module has to itself: its name and its library's, and the road of its tensors. Compiled
+// for each of _C, _emu and _emu_check; all else of csrc/ops is compiled once, for all of them.
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/pybind11.h>
+
+#include "bindings.h"
+#include "ops/settings.h"
+#include "ops/stream.h"
+#ifdef LX_EMULATE
+#include "emu/emu.h"
+#endif
+
+#define LX_STRING_(x) #x
+#define LX_STRING(x) LX_STRING_(x)
+
+namespace lora_ext {
+
+#ifdef LX_EMULATE
+bool launches_kernels(const at::Tensor&) {
+    return true;
+}
+
+void* current_stream(const at::Tensor&) {
+    return nullptr;
+}
+#else
+bool launches_kernels(const at::Tensor& t) {
+    return t.is_cuda();
+}
+
+// c10's virtual guard answers for any backend without a CUDA header, so this file compiles beside a
+// CPU-only torch.
+void* current_stream(const at::Tensor& t) {
+    const c10::impl::VirtualGuardImpl guard(t.device().type());
+    return guard.getStream(t.device()).native_handle();
+}
+#endif
+
+bool has_kernels() {
+#ifdef LORA_EXT_WITH_CUDA
+    return true;
+#else
+    return false;
+#endif
+}
+
+namespace {
+
+// As the library is loaded, whether Python imports it or torch.ops.load_library does.
+const bool registered = (register_ops(LX_STRING(LORA_EXT_LIBRARY)), true);
+
+}  // namespace
+}  // namespace lora_ext
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    lora_ext::define_ops(m);
+#ifdef LX_EMULATE
+    m.def("set_seed", &lx::emu::set_seed);
+    m.def("set_shared_memory", &lx::emu::set_shared_memory);
+    m.def("launches", [] { return lx::emu::counters().launches; });
+#endif
+}

@@ -1,0 +1,209 @@
+"""Training's loss of a causal LM a part of the vocabulary at a time, without the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext.layers.labels import IGNORE
+from lora_ext.layers.labels import shift_labels as shifted
+
+from .forwards import Forward
+from .head import Head, causal_lm, measured_head, softcap_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_WHERE = "chunked_loss"
+_LOSS = "_loss_function"  # where transformers keeps a model's own loss
+
+
+def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Model:
+    """Let a causal LM compute its training loss without holding its logits, in place.
+
+    A forward in training mode with ``labels`` then gives the loss of transformers' own
+    ``ForCausalLMLoss``, ``num_items_in_batch`` and ``shift_labels`` understood, and ``logits`` of
+    None. The output layer's product, the softmax and their gradients are taken ``chunk`` columns at
+    a time, by :func:`lora_ext.ops.chunked_cross_entropy`: of B sequences of T tokens and a
+    vocabulary of V, not ``B T V`` numbers are in memory but ``B T chunk``. All other forwards are
+    as they were: in evaluation mode, without labels, or without gradients.
+
+    Args:
+        model: a causal LM of transformers, or one in PEFT's or another wrapper, by itself on one
+            process or under DDP. Its output layer is an ``nn.Linear``, which may train.
+        enabled: False brings back what was there.
+        chunk: columns of the logits that are in memory at a time.
+
+    Returns:
+        ``model``. Copies of it have their own.
+
+    Raises:
+        ValueError: no causal LM, ``chunk`` below 1, or a loss that is not transformers' own.
+        NotImplementedError: an encoder beside the decoder; an output layer with adapters,
+            quantised, or divided among processes; logits that are not the output layer's product,
+            scaled or soft-capped; a model that computes its loss itself.
+
+    To know these, enabling runs the model once on four tokens. Where all labels of a batch are
+    ignored, the loss is 0, and not NaN.
+    """
+    lm = causal_lm(model, _WHERE)
+    require(
+        isinstance(chunk, int) and chunk >= 1, _WHERE, "chunk", "an integer of at least 1", chunk
+    )
+    _remove(lm)
+    if not enabled:
+        return model
+    layer, own = lm.get_output_embeddings(), lm.loss_function
+    if type(layer) is not nn.Linear:
+        raise NotImplementedError(
+            f"{_WHERE}: model: expected an output layer that is an nn.Linear, found "
+            f"{type(layer).__name__}"
+        )
+    name = getattr(own, "__name__", type(own).__name__)
+    require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
+    lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
+    Forward.put_before(layer, _layer_forward)
+    Forward.put_before(lm, _model_forward)
+    try:
+        loss.head = _probed(lm, loss)
+    except BaseException:
+        _remove(lm)
+        raise
+    return model
+
+
+@dataclass(eq=False)
+class _Call:
+    """What one forward has seen so far; nothing of it outlives the forward."""
+
+    layer: nn.Module  # the output layer of the model that runs
+    skip: bool  # whether its product is left out
+    entered: Tensor | None = None  # it: hidden states, (..., d)
+    logits: Tensor | None = None  # what the model gave to its loss
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block in which the layer and the loss of this forward write here, in this thread."""
+        token = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+
+_running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default=None)
+
+
+def _call_of(layer: nn.Module) -> _Call | None:
+    """The call of the model whose output layer this is: models may run inside of others."""
+    call = _running.get()
+    return call if call is not None and call.layer is layer else None
+
+
+@dataclass(eq=False)
+class _Loss:
+    """Stands where transformers keeps a model's loss function; it is copied with the model."""
+
+    layer: nn.Module
+    own: Callable[..., Any]
+    before: Callable[..., Any] | None  # what stood there: the model's class has its own
+    chunk: int
+    head: Head = field(default_factory=lambda: Head(None))
+
+    def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
+        """As transformers calls it; the logits of a forward that leaves them out are none."""
+        call = _call_of(self.layer)
+        if call is not None:
+            call.logits = logits
+        if call is None or not call.skip:
+            return self.own(logits, labels, *args, **given)
+        return self._chunked(call.entered, labels, **given)
+
+    def _chunked(
+        self,
+        hidden: Tensor | None,
+        labels: Tensor | None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        layer, scale = self.layer, self.head.scale
+        weight, bias = layer.weight, layer.bias
+        if hidden is None or hasattr(weight, "full_tensor"):
+            raise NotImplementedError(
+                f"{_WHERE}: model: expected the output layer as it was when this was enabled, and "
+                "whole on each process, found it wrapped or divided"
+            )
+        targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        targets = targets.to(hidden.device).flatten()
+        if scale != 1:
+            hidden, bias = hidden * scale, None if bias is None else bias * scale
+        loss = ops.chunked_cross_entropy(
+            hidden.flatten(0, -2), weight, bias, targets, self.chunk, ignore_index,
+            self.head.softcap,
+        )  # fmt: skip
+        if num_items_in_batch is None:
+            return loss
+        return loss * ((targets != ignore_index).sum() / num_items_in_batch)
+
+
+def _layer_forward(layer: nn.Module, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+    call = _call_of(layer)
+    if call is None:
+        return own(**given)
+    call.entered = given["input"]
+    # What the model then does to its logits, it does to these, whose last dimension is another.
+    return call.entered if call.skip else own(**given)
+
+
+def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+    loss = lm.__dict__.get(_LOSS)
+    wanted = given.get("labels") is not None and lm.training and torch.is_grad_enabled()
+    if not wanted or not isinstance(loss, _Loss):
+        return own(**given)
+    asked = given.pop("return_dict", None)
+    as_dict = getattr(lm.config, "return_dict", True) if asked is None else asked
+    with _Call(loss.layer, skip=True).running():
+        output = own(**given, return_dict=True)
+    result = type(output)(**{name: x for name, x in output.items() if name != "logits"})
+    return result if as_dict else result.to_tuple()
+
+
+def _probed(lm: Any, loss: _Loss) -> Head:
+    """What a model makes of its output layer's product, seen on four tokens."""
+    training = [module for module in lm.modules() if module.training]
+    ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
+    call = _Call(loss.layer, skip=False)
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), call.running():
+            lm(input_ids=ids, labels=ids)
+    finally:
+        for module in training:
+            module.training = True
+    if call.logits is None or call.entered is None:
+        raise NotImplementedError(
+            f"{_WHERE}: model: expected a forward that gives its logits to loss_function, found "
+            f"none in {type(lm).__name__}"
+        )
+    return measured_head(_WHERE, lm, softcap_of(lm), call.entered, call.logits)
+
+
+def _remove(lm: Any) -> None:
+    Forward.remove(lm, lambda run: run is _model_forward)
+    loss = lm.__dict__.get(_LOSS)
+    if isinstance(loss, _Loss):
+        Forward.remove(loss.layer, lambda run: run is _layer_forward)
+        del lm.__dict__[_LOSS]
+        if loss.before is not None:
+            lm.__dict__[_LOSS] = loss.before

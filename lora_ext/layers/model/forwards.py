@@ -1,0 +1,80 @@
+"""A forward that stands before a module's own."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+#: What is run in the place of a forward: of the module, its own forward, the arguments by name.
+Run = Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
+
+
+class Forward:
+    """Stands in a module's ``__dict__`` as its ``forward``; a copy of the module gets its own.
+
+    A hook would not do where a wrapper calls ``forward`` itself, as PEFT does with its model's.
+
+    Args:
+        module: is not kept alive. run: what to run; it is copied with the module.
+    """
+
+    def __init__(self, module: nn.Module, run: Run):
+        self._module = weakref.ref(module)
+        self.before: Callable[..., Any] | None = module.__dict__.get("forward")
+        self.run = run
+
+    @classmethod
+    def put_before(cls, module: nn.Module, run: Run) -> None:
+        """Stand before what the module has."""
+        module.__dict__["forward"] = cls(module, run)
+
+    @classmethod
+    def remove(cls, module: nn.Module, run: Callable[[Run], bool]) -> bool:
+        """Undo :meth:`put_before`.
+
+        Args:
+            run: whether it is this one that is meant.
+
+        Returns:
+            whether it stood first. Else somebody has wrapped it, and it has to pass calls on.
+        """
+        found = module.__dict__.get("forward")
+        if not isinstance(found, cls) or not run(found.run):
+            return False
+        module.__dict__.pop("forward")
+        if found.before is not None:
+            module.__dict__["forward"] = found.before
+        return True
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        module: Any = self._module()
+        return self.before or types.MethodType(type(module).forward, module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments are the module's own, and what comes back is up to ``run``."""
+        given = kwargs
+        if args:
+            parameters: Mapping[str, inspect.Parameter] = self.__signature__.parameters
+            given = dict(self.__signature__.bind(*args, **kwargs).arguments)
+            for name, parameter in parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    given |= given.pop(name, {})
+        return self.run(self._module(), self.own, given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module(), "before": self.before, "run": self.run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._module = weakref.ref(state["module"])
+        self.before, self.run = state["before"], state["run"]

@@ -1,0 +1,20 @@
+"""Training for many tenants on one base model: ``Service`` merges their calls, samples from their
+adapters and keeps their saves. No HTTP is in here; ``examples/tinker_server.py`` speaks it."""
+
+from lora_ext.serving import QueueFullError
+
+from .data import Datum, Result
+from .losses import LOSSES
+from .sampler import Sample, Sampler
+from .service import Service, Tenant
+
+__all__ = [
+    "LOSSES",
+    "Datum",
+    "QueueFullError",
+    "Result",
+    "Sample",
+    "Sampler",
+    "Service",
+    "Tenant",
+]

@@ -1,0 +1,229 @@
+"""One step: data of many calls in one forward, a loss for each call, and one backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk
+from lora_ext.rows import adapters, layer_names
+
+from .data import Checked, Result
+from .live import LiveAdapter
+from .losses import LOSSES
+
+
+@dataclass(eq=False)
+class Call:
+    """A ``forward_backward`` or ``forward`` on its way.
+
+    It is cut into parts by its own data alone, so its numbers do not follow from who waits beside
+    it: data from long to short, as many as make ``most`` tokens with their padding.
+    """
+
+    adapter: LiveAdapter
+    data: list[Checked]
+    loss: str
+    options: dict[str, float]
+    backward: bool
+    most: int
+    future: Future[Result] = field(default_factory=Future)
+    logprobs: dict[int, Tensor] = field(default_factory=dict)
+    total: float = 0.0
+    gradients: list[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.parts: list[Part] = []
+        rows: list[int] = []
+        for i in sorted(range(len(self.data)), key=lambda i: -self.data[i].length):
+            if rows and (len(rows) + 1) * self.data[rows[0]].length > self.most:
+                self.parts.append(Part(self, rows))
+                rows = []
+            rows = [*rows, i]
+        self.parts.append(Part(self, rows))
+
+    def fail(self, error: BaseException) -> None:
+        """Give the caller the error; parts to come are dropped, and no gradient stays."""
+        self.parts.clear()
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def finish(self) -> None:
+        """After the last part: the gradients count, and the caller has the result."""
+        if self.backward and self.gradients is not None:
+            self.adapter.add(self.gradients)
+        each = [self.logprobs[i] for i in range(len(self.data))]
+        if not self.future.done():
+            self.future.set_result(Result(each, {"loss:sum": self.total}))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some data of a call that go into one step together."""
+
+    call: Call
+    rows: list[int]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each datum."""
+        return [self.call.data[i].length for i in self.rows]
+
+
+class Step:
+    """Steps over one model.
+
+    Args:
+        model: of transformers, with a head for the next token, in evaluation mode.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.head = model, model.get_output_embeddings()
+        self.device = model.get_input_embeddings().weight.device
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self._apart = self._has_its_head_apart()
+
+    def _has_its_head_apart(self) -> bool:
+        """Whether the model's logits are those of its head on what its body gives: some models cap
+        or scale them. It is tried, once."""
+        body = getattr(self.model, "base_model", None)
+        if body is None or body is self.model or self.head is None:
+            return False
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return torch.equal(logits, self.head(body(input_ids=ids, use_cache=False)[0]))
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """Compute the parts, and let each call have its share, or its failure.
+
+        What fails with many is tried with fewer: memory, or a fault that is one call's alone.
+        """
+        try:
+            self._run(parts)
+        except Exception as error:  # whatever the model raises is some caller's to know
+            if len(parts) == 1:
+                parts[0].call.fail(error)
+                return
+            half = len(parts) // 2
+            self.run(parts[:half])
+            self.run(parts[half:])
+
+    def _run(self, parts: Sequence[Part]) -> None:
+        owners = [(part, i) for part in parts for i in part.rows]
+        owners.sort(key=lambda owner: -owner[0].call.data[owner[1]].length)
+        with torch.set_grad_enabled(any(part.call.backward for part in parts)):
+            found = self._logprobs(owners)
+            sums: dict[Part, Tensor] = {}
+            for (part, i), logprobs in zip(owners, found, strict=True):
+                call = part.call
+                inputs = {k: v.to(self.device) for k, v in call.data[i].inputs.items()}
+                loss = LOSSES[call.loss].sum(logprobs, inputs, call.options)
+                sums[part] = sums[part] + loss if part in sums else loss
+        totals = {part: float(loss.detach()) for part, loss in sums.items()}
+        for part, total in totals.items():
+            if not math.isfinite(total):
+                part.call.fail(_not_finite("loss", total))
+        wanted = [p for p in parts if p.call.backward and math.isfinite(totals[p])]
+        gradients = self._gradients(wanted, sums)
+        # From here on nothing raises.
+        for (part, i), logprobs in zip(owners, found, strict=True):
+            part.call.logprobs[i] = logprobs.detach().cpu()
+        for part in parts:
+            call = part.call
+            if part in gradients:
+                own = gradients[part]
+                if not all(bool(g.isfinite().all()) for g in own):
+                    call.fail(_not_finite("gradient", "one that is not"))
+                elif call.gradients is None:
+                    call.gradients = own
+                else:
+                    torch._foreach_add_(call.gradients, own)
+            call.total += totals[part]
+
+    def _gradients(
+        self, parts: Sequence[Part], sums: dict[Part, Tensor]
+    ) -> dict[Part, list[Tensor]]:
+        """Of each part with respect to its own adapter, float32 or wider."""
+        if not parts:
+            return {}
+        total = torch.stack([sums[part] for part in parts]).sum()
+        factors = [list(part.call.adapter.parameters.values()) for part in parts]
+        flat = [p for own in factors for p in own]
+        grads = iter(torch.autograd.grad(total, flat, allow_unused=True))
+        found: dict[Part, list[Tensor]] = {}
+        for part, own in zip(parts, factors, strict=True):
+            found[part] = [_wide(p, next(grads)) for p in own]
+        return found
+
+    def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
+        """Of the targets of each datum, of their shape."""
+        data = [part.call.data[i] for part, i in owners]
+        longest = data[0].length
+        ids = torch.zeros(len(data), longest, dtype=torch.int64)
+        for row, datum in zip(ids, data, strict=True):
+            row[: datum.length] = datum.tokens
+        # Padding stands behind the tokens, which do not look there: no mask, and a sequence runs
+        # through the kernels that it runs through alone.
+        at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
+        wide = max(d.targets.numel() // d.length for d in data)
+        targets = torch.cat([_columns(d.targets, wide) for d in data])
+        names = [part.call.adapter.name for part, _ in owners]
+        with adapters(names, pool=layer_names):
+            found = self._of_rows(
+                ids.to(self.device), torch.cat(at).to(self.device), targets.to(self.device)
+            )
+        each = found.split([d.length for d in data])
+        return [
+            lp[:, 0] if d.targets.dim() == 1 else lp[:, : d.targets.shape[1]]
+            for lp, d in zip(each, data, strict=True)
+        ]
+
+    def _of_rows(self, ids: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+        """``(M, K)`` log-probabilities of the targets at some places of a batch."""
+        if self._apart and not isinstance(self.model.get_output_embeddings(), LoraLayer):
+            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+            rows = hidden.flatten(0, 1)[at]  # (M, d)
+            most = rows_per_chunk(self.vocabulary)
+            if rows.shape[0] <= most:
+                return _chosen(self.head(rows), targets)
+            pairs = zip(rows.split(most), targets.split(most), strict=True)
+            return torch.cat([recomputed(self._of_hidden, *pair) for pair in pairs])
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        return _chosen(logits.flatten(0, 1)[at], targets)
+
+    def _of_hidden(self, rows: Tensor, targets: Tensor) -> Tensor:
+        return _chosen(self.head(rows), targets)
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(-1).gather(-1, targets)
+
+
+def _columns(targets: Tensor, wide: int) -> Tensor:
+    """``(N, wide)``: the targets, and zeros beside them where others have more."""
+    columns = targets.reshape(targets.shape[0], -1)
+    return torch.nn.functional.pad(columns, (0, wide - columns.shape[1]))
+
+
+def _wide(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        gradient = torch.zeros_like(parameter)
+    # A copy: gradients of several factors may be views of one bank.
+    return gradient.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
+def _not_finite(what: str, found: object) -> ValueError:
+    try:
+        require(False, "forward_backward", what, "a finite number", found)
+    except ValueError as error:
+        return error
+    raise AssertionError("require has raised")

@@ -1,0 +1,82 @@
+"""Losses of a call: sums over the tokens of a datum, under the names that Tinker gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lora_ext._checks import choice, number, require
+
+Inputs = Mapping[str, Tensor]
+
+
+class Loss(NamedTuple):
+    """One loss: ``function(logprobs, inputs, **options)``, a term for each token."""
+
+    function: Callable[..., Tensor]
+    needs: tuple[str, ...] = ()
+    options: Mapping[str, float] = {}
+
+    def sum(self, logprobs: Tensor, inputs: Inputs, options: Mapping[str, float]) -> Tensor:
+        """The loss of one datum, ``()``."""
+        terms = self.function(logprobs, inputs, **options)
+        weights = inputs.get("weights")
+        return terms.sum() if weights is None else (weights * terms).sum()
+
+
+def _cross_entropy(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    return -logprobs
+
+
+def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    """How much likelier a token is than when it was sampled."""
+    return (logprobs - inputs["logprobs"]).exp()
+
+
+def _importance_sampling(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    return -inputs["advantages"] * _ratio(logprobs, inputs)
+
+
+def _ppo(
+    logprobs: Tensor, inputs: Inputs, clip_low_threshold: float, clip_high_threshold: float
+) -> Tensor:
+    ratio, advantages = _ratio(logprobs, inputs), inputs["advantages"]
+    clipped = ratio.clamp(clip_low_threshold, clip_high_threshold)
+    return -(ratio * advantages).minimum(clipped * advantages)
+
+
+def _cispo(
+    logprobs: Tensor, inputs: Inputs, clip_low_threshold: float, clip_high_threshold: float
+) -> Tensor:
+    ratio = _ratio(logprobs, inputs).detach().clamp(clip_low_threshold, clip_high_threshold)
+    return -ratio * inputs["advantages"] * logprobs
+
+
+_RL = ("logprobs", "advantages")
+_CLIPS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
+#: With ``w`` the weights, ``A`` the advantages, ``r = exp(lp - logprobs)`` and ``clip`` to the two
+#: thresholds, summed over tokens: ``-w lp``; ``-w A r``; ``-w min(r A, clip(r) A)`` (Schulman et
+#: al. 2017); ``-w A lp clip(r)``, the last factor without gradient (CISPO, MiniMax-M1, 2025).
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(_cross_entropy),
+    "importance_sampling": Loss(_importance_sampling, _RL),
+    "ppo": Loss(_ppo, _RL, _CLIPS),
+    "cispo": Loss(_cispo, _RL, _CLIPS),
+}
+
+
+def checked_options(where: str, loss: Any, config: Mapping[str, Any] | None) -> dict[str, float]:
+    """The options of a loss, those that are not given at their defaults.
+
+    Raises:
+        ValueError: naming ``loss`` or ``config``.
+    """
+    known = LOSSES[choice(where, "loss", loss, tuple(LOSSES))].options
+    options = dict(known)
+    for key, value in (config or {}).items():
+        require(key in known, where, "config", f"one of {tuple(known)} for {loss}", repr(key))
+        options[key] = number(where, f"config[{key!r}]", value, 0)
+    return options

@@ -1,0 +1,132 @@
+"""AdamW of one tenant: moments, clipping and, beside factors of 16 bits, weights of 32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import number, require
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Settings(NamedTuple):
+    """Of one step, checked."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_norm: float  # infinity: gradients are not clipped
+
+
+def checked_settings(
+    lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
+) -> Settings:
+    """The arguments of ``optim_step``.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    where = "optim_step"
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
+    first, second = (number(where, "betas", beta, 0, below=1) for beta in betas)
+    norm = math.inf
+    if max_grad_norm is not None:
+        norm = number(where, "max_grad_norm", max_grad_norm, above=0)
+    return Settings(
+        number(where, "lr", lr, 0),
+        (first, second),
+        number(where, "eps", eps, 0),
+        number(where, "weight_decay", weight_decay, 0),
+        norm,
+    )
+
+
+class Optimizer:
+    """Torch's AdamW over the factors of one adapter.
+
+    Args:
+        parameters: by name. Those of 16 bits are trained as float32 copies and rounded after each
+            step: steps smaller than their last place would be lost otherwise.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
+        self._parameters = dict(parameters)
+        self._trained = {
+            name: p if p.dtype in (torch.float32, torch.float64) else _copy(p)
+            for name, p in parameters.items()
+        }
+        self._adamw = torch.optim.AdamW(self._trained.values())
+
+    def step(self, gradients: Sequence[Tensor] | None, settings: Settings) -> float:
+        """Clip, step, and return the norm that the gradients had; without any nothing moves.
+
+        Raises:
+            ValueError: the norm of finite gradients is not finite. Nothing has moved then.
+        """
+        if gradients is None:
+            return 0.0
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        expected = "a norm of the gradients that float32 holds"
+        require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
+        if settings.max_norm < math.inf:
+            factor = min(1.0, settings.max_norm / (norm + 1e-6))  # as clip_grad_norm_
+            torch._foreach_mul_(gradients, factor)
+        for trained, gradient in zip(self._trained.values(), gradients, strict=True):
+            trained.grad = gradient
+        (group,) = self._adamw.param_groups
+        group["lr"], group["betas"] = settings.lr, settings.betas
+        group["eps"], group["weight_decay"] = settings.eps, settings.weight_decay
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self.round()
+        return norm
+
+    def round(self) -> None:
+        """Give the factors the values that are trained."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if self._trained[name] is not parameter:
+                    parameter.copy_(self._trained[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its state, by names of a file."""
+        found: dict[str, Tensor] = {}
+        for name, trained in self._trained.items():
+            if trained is not self._parameters[name]:
+                found[f"{name}:weight"] = trained.detach()
+            for key, value in self._adamw.state.get(trained, {}).items():
+                found[f"{name}:{key}"] = value
+        return found
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of everything that :meth:`tensors` may hold."""
+        found: dict[str, torch.Size] = {}
+        for name, trained in self._trained.items():
+            found |= {f"{name}:{key}": trained.shape for key in ("weight", *_MOMENTS)}
+            found[f"{name}:step"] = torch.Size()
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`tensors` gave, an empty one for a fresh start."""
+        with torch.no_grad():
+            for name, trained in self._trained.items():
+                kept = tensors.get(f"{name}:weight", self._parameters[name])
+                trained.copy_(kept)
+                self._adamw.state.pop(trained, None)
+                if f"{name}:step" in tensors:
+                    state = {"step": tensors[f"{name}:step"].clone()}
+                    for key in _MOMENTS:
+                        state[key] = tensors[f"{name}:{key}"].to(trained, copy=True)
+                    self._adamw.state[trained] = state
+        self.round()
+
+
+def _copy(parameter: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(parameter.detach().float())

@@ -1,0 +1,380 @@
+"""``Service``: one base model, and the tenants that train on it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+from torch import nn
+
+from lora_ext._checks import choice, instance, integer, number, require
+from lora_ext.adapter import LoraAdapter
+from lora_ext.layers import LoraConfig, LoraLayer, unwrap
+
+from .batch import Call, Step
+from .data import Datum, Result, checked_data
+from .live import LiveAdapter, Targets
+from .losses import checked_options
+from .optimizer import checked_settings
+from .sampler import Sampler, SamplingModel
+from .scheduler import QUANTUM, Scheduler
+from .store import Store
+
+_SEEDS = (-(1 << 63), (1 << 63) - 1)
+
+
+class Service:
+    """Training for many tenants on one base model: the calls of all of them that wait go through
+    one forward and one backward.
+
+    Each tenant has an adapter, an optimizer, gradients and a queue of its own; its numbers are what
+    it would get alone, up to the rounding of library products (``docs/tenants.md``). A tenant's
+    fault fails its own call.
+
+    Args:
+        model: of transformers, in place: its layers are wrapped, it is frozen, and in evaluation
+            mode. :meth:`close` gives it back.
+        max_tokens: most tokens of one step, and so of one datum.
+        store: the folder of saves, made if it is not there; None: there are none.
+        queue: most calls of a tenant that wait.
+        tokenizer: for samples with stops that are texts.
+        max_adapters: most adapters that are sampled from at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_tokens: int = 4096,
+        store: str | os.PathLike[str] | None = None,
+        queue: int = 64,
+        tokenizer: Any = None,
+        max_adapters: int = 64,
+    ):
+        instance("Service", "model", model, nn.Module)
+        causal = callable(getattr(model, "get_output_embeddings", None))
+        require(causal, "Service", "model", "a causal language model of transformers", type(model))
+        carried = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        require(not carried, "Service", "model", "a model without adapters", carried[:1])
+        self.max_tokens = integer("Service", "max_tokens", max_tokens, 1)
+        self.tokenizer, self.max_adapters = (
+            tokenizer,
+            integer("Service", "max_adapters", max_adapters, 1),
+        )
+        size = integer("Service", "queue", queue, 1)
+        self.store = Store(store)
+        self.model = model
+        self._was = model.training
+        model.eval()
+        self._step = Step(model)
+        self._scheduler = Scheduler(self._step, self.max_tokens, size)
+        self._own = self._scheduler.add()
+        self._numbers, self._marks = itertools.count(), itertools.count(1)
+        self._sampling: SamplingModel | None = None
+        self._lock = threading.Lock()
+        self._tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """``steps`` so far, ``parts`` of calls in them, and the ``most`` in one."""
+        return dict(self._scheduler.counts)
+
+    def create(
+        self, rank: int, seed: int = 0, alpha: float = 32, targets: Targets = None
+    ) -> Tenant:
+        """A tenant with a new adapter.
+
+        Args:
+            rank: of the adapter. alpha: its update is scaled by ``alpha / rank``.
+            seed: of its initial values.
+            targets: as ``target_modules`` of :class:`lora_ext.LoraConfig`; None is "all-linear".
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        integer("create", "rank", rank, 1)
+        number("create", "alpha", alpha)
+        integer("create", "seed", seed, *_SEEDS)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules="all-linear" if targets is None else targets,
+            task_type="CAUSAL_LM",
+            where="create",
+        )
+        return self._wait(lambda: self._new(config, seed))
+
+    def load(self, path: str | os.PathLike[str]) -> Tenant:
+        """A tenant that goes on where a save was: adapter and optimizer.
+
+        Raises:
+            ValueError: naming the path, or what of the save is not well-formed.
+        """
+        return self._wait(functools.partial(self._load, path))
+
+    def sampler(self, path: str | os.PathLike[str] | None = None) -> Sampler:
+        """Samples of a save, or of the base model.
+
+        Raises:
+            ValueError: naming the path, or what of the save is not well-formed.
+        """
+        if path is None:
+            return Sampler(self.sampling(), None)
+        folder, saved = self.store.read("sampler", path)
+        for name, factors in saved.modules.items():
+            finite = bool(factors.a.isfinite().all() and factors.b.isfinite().all())
+            require(finite, "sampler", f"{folder}: {name}", "finite factors", "others")
+        return self._wait(lambda: self.sampled(f"save@{next(self._marks)}", saved))
+
+    def sampled(self, name: str, source: Any) -> Sampler:
+        """A sampler of an adapter that the pool takes under a new name."""
+        models = self.sampling()
+        models.pool.load(name, source)
+        return Sampler(models, name)
+
+    def close(self) -> None:
+        """Drop what waits, and give the model back as it was. Safe to repeat."""
+        with self._lock:
+            if self._scheduler is None:
+                return
+            scheduler, self._scheduler = self._scheduler, None
+        scheduler.stop()
+        if self._sampling is not None:
+            self._sampling.close()
+        if any(isinstance(module, LoraLayer) for module in self.model.modules()):
+            unwrap(self.model)
+        self.model.train(self._was)
+
+    # ---------------------------------------------------------------------------------------------
+    # For tenants
+
+    def sampling(self) -> SamplingModel:
+        """What samplers run on, made when it is first asked for."""
+        with self._lock:
+            if self._sampling is None:
+                self._sampling = SamplingModel(
+                    self.model, self.max_tokens, self.max_adapters, self.tokenizer
+                )
+            return self._sampling
+
+    def _wait(self, action: Callable[[], Any]) -> Any:
+        return self._scheduler.put("Service", self._own, action).result()
+
+    def _new(self, config: LoraConfig, seed: int) -> Tenant:
+        name = f"tenant{next(self._numbers)}"
+        return Tenant(self, LiveAdapter(self.model, name, config, seed))
+
+    def _load(self, path: Any) -> Tenant:
+        folder, saved = self.store.read("load", path)
+        ranks = {name: factors.a.shape[0] for name, factors in saved.modules.items()}
+        config = LoraConfig(
+            r=saved.config.r,
+            lora_alpha=saved.config.lora_alpha,
+            rank_pattern=dict(saved.config.rank_pattern),
+            alpha_pattern=dict(saved.config.alpha_pattern),
+            use_rslora=saved.config.use_rslora,
+            target_modules=sorted(ranks),
+            task_type="CAUSAL_LM",
+            where="load",
+        )
+        tenant = self._new(config, 0)
+        try:
+            tenant.take(folder, saved, optimizer=True)
+        except BaseException:
+            tenant.adapter.delete()
+            raise
+        return tenant
+
+
+class Tenant:
+    """One adapter that trains. Made by :meth:`Service.create` and :meth:`Service.load`.
+
+    Calls run in their order; each returns at once, and its future has the result.
+    """
+
+    def __init__(self, service: Service, adapter: LiveAdapter):
+        self.service, self.adapter = service, adapter
+        self._queue = service._scheduler.add()
+        self._inflight: str | None = None
+        self._closing: Future[Any] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter."""
+        return self.adapter.config.r
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
+    ) -> Future[Result]:
+        """Add the gradient of a loss, summed over the data, to those that wait for a step.
+
+        Args:
+            data: each at most ``max_tokens`` long.
+            loss: "cross_entropy", "importance_sampling", "ppo" or "cispo":
+                :data:`lora_ext.tenants.LOSSES`.
+            config: ``clip_low_threshold`` and ``clip_high_threshold`` of the last two.
+
+        Returns:
+            A future of log-probabilities and ``loss:sum``. A loss or a gradient that is not finite
+            is its ValueError, and no gradient of the call stays.
+
+        Raises:
+            ValueError: naming the field. QueueFullError: as many calls wait as may.
+        """
+        return self._call("forward_backward", data, loss, config, True)
+
+    def forward(
+        self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
+    ) -> Future[Result]:
+        """:meth:`forward_backward` without the gradient."""
+        return self._call("forward", data, loss, config, False)
+
+    def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
+        options = checked_options(where, loss, config)
+        service = self.service
+        checked = checked_data(where, data, loss, service._step.vocabulary, service.max_tokens)
+        most = min(QUANTUM, service.max_tokens)
+        call = Call(self.adapter, checked, loss, options, backward, most)
+        return service._scheduler.put(where, self._queue, call)
+
+    def optim_step(
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> Future[Result]:
+        """One step of AdamW with the gradients since the last; without any nothing moves.
+
+        Args:
+            max_grad_norm: the norm that gradients are clipped to; None: they are not.
+
+        Returns:
+            A future whose metrics have ``grad_norm:mean``, from before the clipping.
+        """
+        settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
+        return self._put("optim_step", functools.partial(self._optim_step, settings))
+
+    def _optim_step(self, settings: Any) -> Result:
+        norm = self.adapter.optimizer.step(self.adapter.take(), settings)
+        if self._inflight is not None:
+            self.service.sampling().pool.update(self._inflight, self._finite())
+        return Result([], {"grad_norm:mean": norm})
+
+    def save(self, path: str | os.PathLike[str], wait: bool = True) -> Any:
+        """Write the adapter, in PEFT's format, and the optimizer, after the calls before this one.
+
+        Args:
+            path: inside the store and relative to it; what is there is replaced whole.
+            wait: False returns a future at once.
+
+        Raises:
+            ValueError: naming the path.
+        """
+        self.service.store.folder("save", path)
+        return self._done("save", functools.partial(self._save, path), wait)
+
+    def _save(self, path: Any) -> str:
+        self.service.store.save("save", path, self.adapter)
+        return os.fspath(path)
+
+    def restore(
+        self, path: str | os.PathLike[str], optimizer: bool = True, wait: bool = True
+    ) -> Any:
+        """Take the values of a save of an adapter of the same modules and ranks.
+
+        Args:
+            optimizer: False lets the optimizer begin anew.
+        """
+        self.service.store.folder("restore", path)
+        return self._done("restore", functools.partial(self._restore, path, optimizer), wait)
+
+    def _restore(self, path: Any, optimizer: bool) -> str:
+        folder, saved = self.service.store.read("restore", path)
+        self.take(folder, saved, optimizer)
+        return os.fspath(path)
+
+    def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
+        """The values of a save; on the service's thread."""
+        mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
+        theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
+        expected = "the modules and ranks of this adapter"
+        require(mine == theirs, "restore", "path", expected, f"others in {folder}")
+        for path, layer in self.adapter.layers.items():
+            scaling = saved.modules[path].scaling
+            same = abs(layer.scaling[self.adapter.name] - scaling) <= 1e-6 * abs(scaling)
+            require(same, "restore", "path", f"scaling {layer.scaling[self.adapter.name]}", scaling)
+        self.adapter.write(saved)
+        self.service.store.restore(folder, self.adapter.optimizer, optimizer)
+        self.adapter.take()
+
+    def sampler(self, mode: Literal["snapshot", "inflight"] = "snapshot", wait: bool = True) -> Any:
+        """Samples of the adapter, after the calls before this one.
+
+        Args:
+            mode: "snapshot" keeps the values of now. "inflight" follows the optimizer's steps; a
+                sample ends on the values that it began with.
+            wait: False returns a future at once.
+
+        Raises:
+            ValueError: a factor that is not finite: in a shared batch it would reach others.
+        """
+        choice("sampler", "mode", mode, ("snapshot", "inflight"))
+        return self._done("sampler", functools.partial(self._sampler, mode), wait)
+
+    def _sampler(self, mode: str) -> Sampler:
+        source, models = self._finite(), self.service.sampling()
+        if mode == "inflight":
+            if self._inflight is None:
+                name = f"{self.adapter.name}@inflight"
+                models.pool.load(name, source)
+                self._inflight = name
+            return Sampler(models, self._inflight, kept=True)
+        return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", source)
+
+    def _finite(self) -> Any:
+        require(self.adapter.finite(), "sampler", "adapter", "finite factors", "others")
+        return self.adapter.source()
+
+    def close(self, wait: bool = True, save_as: str | None = None) -> Any:
+        """Drop what waits and take the adapter out of the model. Safe to repeat.
+
+        Args:
+            wait: False returns a future at once. save_as: save it there first.
+        """
+        if self._closing is None:
+            why, last = "the tenant is closed", functools.partial(self._close, save_as)
+            self._closing = self.service._scheduler.close(self._queue, why, last)
+        return self._closing.result() if wait else self._closing
+
+    def _close(self, save_as: str | None) -> None:
+        try:
+            if save_as is not None:
+                self._save(save_as)
+        finally:
+            self._delete()
+
+    def _delete(self) -> None:
+        self.adapter.delete()
+        if self._inflight is not None:
+            self.service.sampling().pool.unload(self._inflight)
+
+    def _put(self, where: str, action: Callable[[], Any]) -> Future[Any]:
+        return self.service._scheduler.put(where, self._queue, action)
+
+    def _done(self, where: str, action: Callable[[], Any], wait: bool) -> Any:
+        future = self._put(where, action)
+        return future.result() if wait else future

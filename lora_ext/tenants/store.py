@@ -1,0 +1,97 @@
+"""Saves: folders that PEFT reads, with the optimizer beside the adapter, inside one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext._files import SafetensorsFile
+from lora_ext.adapter import LoraAdapter, save_adapter
+
+from .live import LiveAdapter
+from .optimizer import Optimizer
+
+_OPTIMIZER = "optimizer.safetensors"
+
+
+class Store:
+    """The folder of all saves.
+
+    Args:
+        root: made if it is not there; None: saving and loading are refused.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None):
+        self.root = None if root is None else Path(root).absolute()
+        if self.root is not None:
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def folder(self, where: str, path: Any) -> Path:
+        """The folder of a save.
+
+        Raises:
+            ValueError: there is no store, or the path leads out of it.
+        """
+        if self.root is None:
+            raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
+        expected = "a path inside the store, relative to it"
+        text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+        named = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
+        require(named, where, "path", expected, repr(path))
+        inner = Path(text)
+        plain = not inner.is_absolute() and ".." not in inner.parts
+        require(plain, where, "path", expected, repr(path))
+        folder = self.root / inner
+        # A link inside the store may lead anywhere.
+        inside = folder.resolve().is_relative_to(self.root.resolve())
+        require(inside, where, "path", expected, f"{path!r}, which leads to {folder.resolve()}")
+        return folder
+
+    def save(self, where: str, path: Any, adapter: LiveAdapter) -> None:
+        """Write the adapter and its optimizer: all files appear, or none."""
+        from safetensors.torch import save
+
+        folder = self.folder(where, path)
+        config, state = adapter.source()
+        tensors = {k: t.detach().cpu().clone() for k, t in adapter.optimizer.tensors().items()}
+        save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
+
+    def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
+        """A save's folder and its adapter; :meth:`restore` reads the rest.
+
+        Raises:
+            ValueError: no such save, or one that is not well-formed.
+        """
+        folder = self.folder(where, path)
+        require(folder.is_dir(), where, "path", "a save in the store", repr(path))
+        return folder, LoraAdapter.load(folder)
+
+    def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
+        """Let an optimizer go on where the save's was; without a file, or state, begin anew."""
+        path = folder / _OPTIMIZER
+        tensors: dict[str, Tensor] = {}
+        if path.exists():
+            shapes = optimizer.shapes()
+            file = SafetensorsFile(path)
+            try:
+                for key, info in file.infos.items():
+                    right = info.shape == tuple(shapes.get(key, (-1,)))
+                    expected = "the state of an optimizer of this adapter"
+                    require(
+                        right and info.dtype in (torch.float32, torch.float64),
+                        str(path), key, expected, f"{info.dtype} {list(info.shape)}",
+                    )  # fmt: skip
+                    if with_state or key.endswith(":weight"):
+                        tensors[key] = file.read(key)
+            finally:
+                file.close()
+        moments = [name.removesuffix(":step") for name in tensors if name.endswith(":step")]
+        for name in moments:
+            for key in ("exp_avg", "exp_avg_sq"):
+                require(f"{name}:{key}" in tensors, str(path), f"{name}:{key}", "a tensor", "none")
+        optimizer.restore(tensors)

@@ -1,0 +1,55 @@
+"""A tiny Llama with activated, ordinary and no adapters: attached, and PEFT's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from tiny import adapted, make_model
+from torch import Tensor
+
+import lora_ext
+
+INVOCATIONS: dict[str, list[int] | None] = {"act": [7, 8], "other": [5], "plain": None}
+NAMES = ["act", "other", "plain", "__base__"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
+
+
+def activated_pair(folder: Path, family: str = "llama", **more: Any) -> tuple[Any, Any, Any]:
+    """The attached model, PEFT's with the same adapters, and the pool, loaded from its files."""
+    model = make_model(family)
+    configs = {
+        name: peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=TARGETS,
+            alora_invocation_tokens=tokens,
+            task_type="CAUSAL_LM",
+            **more,
+        )
+        for name, tokens in INVOCATIONS.items()
+    }
+    reference = adapted(model, configs, 0.3)
+    reference.save_pretrained(folder)
+    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8)
+    for name in INVOCATIONS:
+        pool.load(name, folder / name)
+    return lora_ext.attach(model, pool), reference, pool
+
+
+def words(count: int, seed: int) -> list[int]:
+    """Tokens that invoke nobody."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(9, 97, (count,), generator=generator).tolist()
+
+
+def prompts(rows: int = 4, length: int = 20, seed: int = 0) -> Tensor:
+    """Tokens from 9 on, in which ``act`` is invoked twice, the last time at 12, and ``other`` at
+    15."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(9, 97, (rows, length), generator=generator)
+    ids[0, 4:6] = ids[0, 12:14] = torch.tensor([7, 8])
+    ids[1, 15] = 5
+    return ids

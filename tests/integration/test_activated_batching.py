@@ -1,0 +1,139 @@
+"""Activated adapters in continuous batching: pages before their start are the base model's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from activated import activated_pair, words
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+NEW, PAGE = 6, 8
+ENDS: dict[Any, list[int]] = {"act": [7, 8], "other": [5], "plain": [60], None: [61]}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with torch.no_grad():
+        yield activated_pair(tmp_path_factory.mktemp("activated"))
+
+
+def batching(**fields: Any) -> dict[str, Any]:
+    settings = {"num_blocks": 64, "page_size": PAGE, "max_batch_tokens": 32, **fields}
+    return {
+        "generation_config": GenerationConfig(
+            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        "continuous_batching_config": ContinuousBatchingConfig(**settings),
+    }
+
+
+def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:
+    ids = torch.tensor([prompt])
+    how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    out = reference.generate(input_ids=ids, adapter_names=[name or "__base__"], **how)
+    return out[0, len(prompt) :].tolist()
+
+
+@contextmanager
+def running(model: Any) -> Iterator[Any]:
+    """A manager, and how many tokens it has computed, as ``manager.computed[0]``."""
+    manager = model.init_continuous_batching(**batching())
+    manager.computed = [0]
+    manager.start()
+    processor = None
+    while processor is None:
+        processor = manager.batch_processor
+    update = processor.update_batch
+
+    def counting() -> None:
+        batch = processor.inputs_and_outputs.requests_in_batch
+        manager.computed[0] += sum(each.query_length for each in batch)
+        update()
+
+    processor.update_batch = counting
+    try:
+        yield manager
+    finally:
+        manager.stop(block=True)
+
+
+def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[list[int], int]:
+    """What a request alone is answered, and how many tokens were computed for it."""
+    before = manager.computed[0]
+    request = manager.add_request(prompt, adapter_name=name, **how)
+    result = manager.get_result(request_id=request, timeout=30)
+    assert result is not None and result.error is None
+    return result.generated_tokens, manager.computed[0] - before
+
+
+def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:
+    return [*shared, *ENDS[name], *words(5, seed)]
+
+
+@pytest.mark.parametrize("most", [8, 64])
+def test_requests_that_share_a_prefix_are_as_alone(pair: Any, most: int) -> None:
+    model, reference, _ = pair
+    shared = words(37, 9)
+    names = [*ENDS, *ENDS]
+    asked = [tailed(shared, name, i) for i, name in enumerate(names)]
+    results = model.generate_batch(asked, adapter_names=names, **batching(max_batch_tokens=most))
+    found = [result.generated_tokens for result in results.values()]
+    assert found == [alone(reference, p, n) for p, n in zip(asked, names, strict=True)]
+
+
+def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> None:
+    model, reference, _ = pair
+    shared = words(40, 9)
+    with running(model) as manager:
+        said, _ = ask(manager, shared[:-6], None)  # ends at token 40, the last of a page
+        assert len(shared) - 6 + len(said) == 40
+        read = shared[:-6] + said
+        for seed, name in enumerate(["act", "other", "act"]):
+            asked = tailed(read, name, seed)
+            answer, computed = ask(manager, asked, name)
+            assert answer == alone(reference, asked, name)
+            # All but the page of the base's last token, which nobody has read yet.
+            assert computed == len(asked) - (32 if seed == 0 else 40) + NEW - 1
+        asked = tailed(read, "plain", 3)
+        answer, computed = ask(manager, asked, "plain")
+        assert answer == alone(reference, asked, "plain")
+        assert computed == len(asked) + NEW - 1
+
+
+def test_the_page_of_a_request_s_last_step_is_shared_too(pair: Any) -> None:
+    model, _, _ = pair
+    shared = words(40, 9)
+    with running(model) as manager:
+        ask(manager, shared, None, max_new_tokens=1)  # one step, in which it ends
+        _, computed = ask(manager, tailed(shared, "act", 0), "act", max_new_tokens=1)
+        assert computed == len(tailed(shared, "act", 0)) - 40
+
+
+def test_equal_tokens_of_a_page_with_two_starts_are_two_pages(pair: Any) -> None:
+    model, reference, _ = pair
+    head = words(31, 9)
+    head[26:28] = [7, 8]  # page 24..31 ends in the head of a second invocation, or not
+    first = [*head, 7, 9, *words(5, 8)]
+    second = [*head, 7, 8, *words(5, 8)]
+    assert first[:32] == second[:32]
+    with running(model) as manager:
+        for asked in (first, second, first):
+            assert ask(manager, asked, "act")[0] == alone(reference, asked, "act")
+
+
+def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: Any) -> None:
+    model, reference, _ = pair
+    plain = words(12, 9)
+    asked, names = [[*plain, 7, 8], plain], ["act", "act"]
+    message = r"inputs\[1\]: expected the invocation \[7, 8\] of adapter 'act'"
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch(asked, adapter_names=names, **batching())
+    results = model.generate_batch(asked, adapter_names=names, allow_base=True, **batching())
+    found = [result.generated_tokens for result in results.values()]
+    assert found == [alone(reference, asked[0], "act"), alone(reference, plain, None)]
+    with running(model) as manager:
+        with pytest.raises(ValueError, match=r"request 'mine': expected .* adapter 'act'"):
+            manager.add_request(plain, "mine", adapter_name="act")
+        assert ask(manager, plain, "act", allow_base=True)[0] == alone(reference, plain, None)

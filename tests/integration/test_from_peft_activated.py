@@ -1,0 +1,89 @@
+"""``from_peft`` of models with activated adapters: PEFT's own numbers, by fused layers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from activated import INVOCATIONS, NAMES, TARGETS, prompts
+from tiny import adapted, make_model
+
+import lora_ext
+from lora_ext.interop.peft import model as taken
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def made() -> Any:
+    configs = {
+        name: peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=TARGETS,
+            alora_invocation_tokens=tokens,
+            task_type="CAUSAL_LM",
+        )
+        for name, tokens in INVOCATIONS.items()
+    }
+    return adapted(make_model("llama"), configs, 0.3)
+
+
+@pytest.fixture
+def pair() -> Iterator[Any]:
+    ours = lora_ext.from_peft(made())
+    assert not taken.report(ours).left
+    yield ours, made()
+
+
+def test_forwards_and_generate_are_peft_s(pair: Any) -> None:
+    ids = prompts()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        for how in ({}, {"adapter_names": NAMES}, {"adapter_names": NAMES, "attention_mask": mask}):
+            ours, theirs = (model(input_ids=ids, **how).logits for model in pair)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            ours, theirs = (model.generate(input_ids=ids, **how, **GREEDY) for model in pair)
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) -> None:
+    ids = torch.stack([prompts(seed=seed) for seed in range(2)])
+    names = NAMES if named else None
+    found = []
+    for model in (pair[0], pair[0], pair[1]):
+        model.zero_grad()
+        checkpoints = len(found) == 0
+        model.train()
+        model.set_adapter("act")
+        if named:
+            model.set_requires_grad(["act", "other", "plain"])
+        if model is pair[1]:
+            model.eval()  # PEFT takes names there alone; no dropout, so the numbers are the same
+        toggle = (
+            "gradient_checkpointing_enable" if checkpoints else "gradient_checkpointing_disable"
+        )
+        getattr(model, toggle)()
+        if checkpoints:
+            model.enable_input_require_grads()
+        how = {"adapter_names": names} if named else {}
+        outs = [model(input_ids=each, **how).logits for each in ids]  # then one backward
+        sum(out.log_softmax(-1)[..., 3].sum() for out in outs).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    checkpointed, plain, theirs = found
+    assert checkpointed.keys() == plain.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        size = 2e-5 * max(1.0, float(gradient.abs().max()))
+        for ours in (checkpointed, plain):
+            torch.testing.assert_close(ours[name], gradient, atol=size, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"use_cache": False}, {"prefill_chunk_size": 7}])
+def test_forwards_that_peft_would_adapt_elsewhere_are_refused(pair: Any, how: Any) -> None:
+    ours, _ = pair
+    with pytest.raises(NotImplementedError, match="from_peft: generate: expected a cache"):
+        ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
+    ours.set_adapter("plain")  # which serves all tokens
+    ours.generate(input_ids=prompts()[:1], **GREEDY, **how)

@@ -1,0 +1,197 @@
+"""The training loss of a causal LM without its logits: transformers' own, in every family."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import lora_ext
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+IDS = torch.randint(0, 61, (3, 7), generator=torch.manual_seed(0))
+LABELS = IDS.masked_fill(torch.rand(3, 7, generator=torch.manual_seed(1)) < 0.3, -100)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Phi": {},  # its output layer has a bias
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "tie_word_embeddings": True},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 3.0},
+    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},  # adds a loss of its own
+}
+
+
+def model_of(family: str = "Llama") -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(SMALL | FAMILIES[family]))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).train()
+    if model.lm_head.bias is not None:
+        nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def step(model: Any, **given: Any) -> tuple[Any, dict[str, Tensor]]:
+    model.zero_grad()
+    output = model(**({"input_ids": IDS, "labels": LABELS} | given))
+    output.loss.backward()
+    return output, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    (output, gradients), (whole, others) = found, expected
+    assert output.logits is None
+    assert output.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    assert gradients.keys() == others.keys()
+    largest = max(g.abs().max().item() for g in others.values())
+    for name, gradient in gradients.items():
+        assert (gradient - others[name]).abs().max().item() <= 2e-6 * largest, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_transformers(family: str) -> None:
+    model = model_of(family)
+    expected = step(copy.deepcopy(model))
+    assert lora_ext.chunked_loss(model, chunk=16) is model
+    assert_same(step(model), expected)
+
+
+def test_what_a_trainer_passes_is_understood() -> None:
+    model = model_of()
+    shifted = nn.functional.pad(LABELS[:, 1:], (0, 1), value=-100)
+    for given in (
+        {"num_items_in_batch": 40},
+        {"num_items_in_batch": torch.tensor(40)},
+        {"shift_labels": shifted},
+        {"attention_mask": torch.ones_like(IDS), "return_dict": True},
+    ):
+        expected = step(copy.deepcopy(model), **given)
+        assert_same(step(lora_ext.chunked_loss(model, chunk=16), **given), expected)
+        lora_ext.chunked_loss(model, enabled=False)
+    lora_ext.chunked_loss(model)
+    loss, *_ = model(IDS, labels=LABELS, return_dict=False)
+    assert loss.requires_grad
+    assert model(IDS, labels=torch.full_like(IDS, -100)).loss.item() == 0
+
+
+def test_other_forwards_are_as_they_were_and_so_is_the_model_after_it() -> None:
+    model = model_of()
+    before = set(model.lm_head.__dict__)
+    logits = model(IDS).logits
+    lora_ext.chunked_loss(model)
+    assert torch.equal(model(IDS).logits, logits)
+    with torch.no_grad():
+        assert torch.equal(model(IDS, labels=LABELS).logits, logits)
+    assert torch.equal(model.eval()(IDS, labels=LABELS).logits, logits)
+    model.train()
+    lora_ext.chunked_loss(model, chunk=5)  # again: another chunk, not one upon the other
+    lora_ext.chunked_loss(model, enabled=False)
+    assert "forward" not in model.__dict__ and "_loss_function" not in model.__dict__
+    assert set(model.lm_head.__dict__) == before
+    assert torch.equal(model(IDS, labels=LABELS).logits, logits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_its_own(copied: Any) -> None:
+    model = lora_ext.chunked_loss(model_of(), chunk=16)
+    expected = step(model)[0].loss.item()
+    other = copied(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    output, gradients = step(other)
+    assert output.loss.item() == expected and "lm_head.weight" in gradients
+    assert model.lm_head.weight.grad is not None  # of the step before: the copy has not touched it
+
+
+def test_a_model_of_peft_trains_with_it() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft = get_peft_model(model_of(), config).train()
+    expected = step(copy.deepcopy(peft))
+    ours = lora_ext.chunked_loss(lora_ext.from_peft(peft), chunk=16)
+    assert_same(step(ours), expected)
+
+
+def test_under_a_compiler_and_autocast() -> None:
+    model = model_of()
+    expected = step(copy.deepcopy(model))
+    lora_ext.chunked_loss(model, chunk=16)
+    compiled: Any = torch.compile(model, backend="eager")
+    assert_same(
+        step(compiled), (expected[0], {f"_orig_mod.{k}": g for k, g in expected[1].items()})
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(model)[0].loss.item()
+    assert loss == pytest.approx(expected[0].loss.item(), rel=2e-2)
+
+
+def test_no_tensor_of_the_vocabulary_is_made() -> None:
+    model = lora_ext.chunked_loss(model_of(), chunk=16)
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = f(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,))
+                         if isinstance(t, Tensor) and t.shape[-1:] == (61,))  # fmt: skip
+            return out
+
+    with Watch():
+        step(model)
+    assert not sizes
+
+
+def test_what_cannot_do_without_its_logits_is_refused_and_stays_as_it_was() -> None:
+    with pytest.raises(ValueError, match="chunked_loss: chunk: expected an integer"):
+        lora_ext.chunked_loss(model_of(), chunk=0)
+    with pytest.raises(ValueError, match="chunked_loss: model: expected a causal LM"):
+        lora_ext.chunked_loss(nn.Linear(2, 2))
+    adapted = get_peft_model(model_of(), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(NotImplementedError, match=r"an output layer that is an nn\.Linear"):
+        lora_ext.chunked_loss(adapted)
+    own = model_of()
+    own.loss_function = lambda logits, labels, **_: logits.mean()
+    with pytest.raises(ValueError, match="expected the loss ForCausalLMLoss, found <lambda>"):
+        lora_ext.chunked_loss(own)
+    odd = model_of()
+    own_loss = odd.loss_function
+    odd.lm_head.register_forward_hook(lambda *x: x[-1].square())
+    with pytest.raises(NotImplementedError, match="logits that are the head's product"):
+        lora_ext.chunked_loss(odd)
+    assert "forward" not in odd.__dict__ and odd.loss_function is own_loss
+    wrapped = lora_ext.chunked_loss(model_of())
+    wrapped.lm_head = nn.Linear(16, 61)
+    with pytest.raises(NotImplementedError, match="the output layer as it was"):
+        wrapped(IDS, labels=LABELS)
+
+
+def test_the_trainer_of_transformers_learns_the_same(tmp_path: Any) -> None:
+    losses = []
+    for chunked in (False, True):
+        model = model_of()
+        if chunked:
+            lora_ext.chunked_loss(model, chunk=16)
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
+            gradient_accumulation_steps=2, use_cpu=True, save_strategy="no", seed=0,
+            disable_tqdm=True,
+        )  # fmt: skip
+        rows = [{"input_ids": i, "labels": n} for i, n in zip(IDS, LABELS, strict=True)] * 3
+        trainer = transformers.Trainer(model, args, train_dataset=rows, eval_dataset=rows[:3])
+        trainer.train()
+        losses.append(
+            [trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,177 @@
+"""The law of a constrained call, draft, forced run and test together, by enumeration.
+
+Every draw and every test is a step function of its uniform; bisection finds the steps, as
+``test_circuit_decode_law`` does. The model is a table of next-token laws.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from control_toys import EOS, V, guide, table_model
+from methods.toy import make_draft, make_model
+from test_circuit_decode_law import step_sizes
+from torch import Tensor
+
+from lora_ext.control import Constraint, ConstraintProcessor
+from lora_ext.methods.mtpc.constrained import Constrained
+from lora_ext.methods.mtpc.request import Request
+
+N, BUDGET, LONG = 2, 7, 5  # tokens of a window, of a text, and those whose law is compared
+Tokens = tuple[int, ...]
+# Behind two tokens comes a run of "2 3", of "0", or none, by the second of them.
+EDGES = [(0, 0, 1), (0, 1, 1), (1, 0, 2), (1, 1, 3), (1, 2, 5), (1, 3, 4), (2, 2, 6), (6, 3, 5)]
+EDGES += [(3, 0, 5), (4, 1, 5), (4, 3, 5), (5, 0, 5), (5, 1, 5), (5, 3, 5)]
+
+
+def constraint() -> Constraint:
+    return Constraint.from_edges(EDGES, 0, {5}, V, EOS)
+
+
+class Call:
+    """One call of a decoder on a table instead of a model, for many rows at once."""
+
+    def __init__(self, guided: bool, control: type[Constrained] = Constrained):
+        self.decoder = make_draft(make_model("llama"), "cp", n_token=N, rank=2).decoder()
+        self.guide = guide() if guided else None
+        self.control, self.model = control, table_model()
+        self.hidden = torch.randn(1, 16, generator=torch.Generator().manual_seed(3)).double()
+
+    @torch.no_grad()
+    def __call__(self, drawing: Tensor, testing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Uniforms ``(B, N)`` and ``(B, N + 1)`` to window and runs, how many stay, the token."""
+        batch, most = len(drawing), 1 - 2.0**-24  # bisection would ask for 1 itself
+        drawing, testing = drawing.clamp(max=most), testing.clamp(max=most)
+        request = Request(BUDGET, frozenset([EOS]), 0, None, [0] * batch, {})
+        control = self.control(constraint(), self.guide, request, batch, V, 1.0)
+        numbers = drawing[..., None].expand(-1, -1, 2)
+        window = control.drafted(self.decoder, self.hidden.expand(batch, -1), None, numbers)
+        tokens = control.with_forced(window.tokens)
+        target = control.target(torch.stack([self.table(tuple(t)) for t in tokens.tolist()]))
+        accepted, token = self.decoder.verify(window, target, None, testing)
+        return tokens, control.take(accepted, token), token
+
+    @cache  # noqa: B019
+    def table(self, tokens: Tokens) -> Tensor:
+        return torch.stack([self.model(tokens[:k]) for k in range(len(tokens) + 1)]).log()
+
+    def drafts(self) -> dict[Tokens, tuple[float, list[float]]]:
+        """Of every window: how likely it is drawn, and uniforms that draw it."""
+        found: dict[Tokens, tuple[float, list[float]]] = {(): (1.0, [])}
+        for k in range(N):
+            at = torch.tensor([u for _, u in found.values()], dtype=torch.float64)
+
+            def drawn(u: Tensor, at: Tensor = at, k: int = k) -> Tensor:
+                numbers = torch.full((len(u), N), 0.5, dtype=torch.float64)
+                numbers[:, :k], numbers[:, k] = at.repeat(len(u) // len(at), 1), u
+                return self(numbers, torch.zeros(len(u), N + 1).double())[0][:, k]
+
+            sizes = step_sizes(drawn, len(at), V, torch.float32)
+            middle = sizes.cumsum(1) - sizes / 2
+            found = {
+                (*x, v): (p * float(s[v]), [*u, float(m[v])])
+                for (x, (p, u)), s, m in zip(found.items(), sizes, middle, strict=True)
+                for v in range(V)
+                if s[v] > 0
+            }
+        return found
+
+    def law(self) -> dict[Tokens, float]:
+        """Of the first ``LONG`` tokens behind the call; the table's own law behind what it
+        emits."""
+        found = self.drafts()
+        at = torch.tensor([u for _, u in found.values()], dtype=torch.float64)
+        chance = [p for p, _ in found.values()]
+        out: dict[Tokens, float] = {}
+        for k in range(N + 1):
+
+            def run(u: Tensor, which: int, k: int = k) -> tuple[Tensor, Tensor, Tensor]:
+                numbers = torch.zeros(len(u), N + 1, dtype=torch.float64)
+                numbers[:, k] = 1 - 2.0**-24  # rejected there if it can be
+                numbers[:, which] = u
+                return self(at.repeat(len(u) // len(at), 1), numbers)
+
+            last = step_sizes(lambda u, run=run: run(u, N)[2], len(at), V, torch.float32)
+            kept = torch.zeros(len(at), dtype=torch.float64)
+            if k < N:
+                rejected = lambda u, run=run, k=k: (run(u, k)[1] <= k).long()  # noqa: E731
+                kept = step_sizes(rejected, len(at), 2, torch.float32)[:, 0]
+            tokens, accepted, _ = self(at, torch.zeros(len(at), N + 1).double())
+            for i, x in enumerate(tokens.tolist()):
+                end = k if k < N else int(accepted[i])
+                for v in range(V):
+                    share = chance[i] * float((1 - kept[i]) * last[i, v])
+                    self.emit(out, (*x[:end], v), share)
+                chance[i] *= float(kept[i])
+        return out
+
+    def emit(self, out: dict[Tokens, float], text: Tokens, share: float) -> None:
+        if share == 0:
+            return
+        if EOS in text:
+            text = text[: text.index(EOS) + 1]
+        if EOS in text or len(text) >= LONG:
+            out[text[:LONG]] = out.get(text[:LONG], 0.0) + share
+            return
+        for v, p in enumerate(self.next(text)):
+            self.emit(out, (*text, v), share * p)
+
+    @cache  # noqa: B019
+    def next(self, text: Tokens) -> list[float]:
+        """The stated law behind some tokens, by the processor of ``generate``."""
+        how = ConstraintProcessor(constraint(), self.guide, max_new_tokens=BUDGET)
+        for k in range(len(text) + 1):
+            law = how(torch.tensor([[0, *text[:k]]]), self.model(text[:k]).log()[None])
+        return law[0].softmax(-1).tolist()
+
+    def distance(self) -> float:
+        """Total variation between the law of the call and the stated one."""
+        expected: dict[Tokens, float] = {}
+        self.emit(expected, (), 1.0)
+        found = self.law()
+        keys = {*expected, *found}
+        return sum(abs(expected.get(t, 0.0) - found.get(t, 0.0)) for t in keys) / 2
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_constrained_call_has_the_stated_law_forced_runs_included(guided: bool) -> None:
+    assert Call(guided).distance() < 1e-6
+
+
+def test_runs_of_a_batch_have_lengths_of_their_own() -> None:
+    call = Call(False)
+    drawn = torch.tensor([u for _, u in call.drafts().values()], dtype=torch.float64)
+    tokens, accepted, _ = call(drawn, torch.zeros(len(drawn), N + 1).double())
+    assert {(x[1], n) for x, n in zip(tokens.tolist(), accepted.tolist(), strict=True)} == {
+        (0, 4), (1, 3), (2, 2), (3, 2),
+    }  # fmt: skip
+
+
+def test_states_that_ignore_the_draft_fail_the_same_test() -> None:
+    class Standing(Constrained):
+        def target(self, target: Tensor) -> Tensor:
+            self._window = [p._replace(blocks=self._window[0].blocks) for p in self._window]
+            return super().target(target)
+
+    assert Call(False, Standing).distance() > 1e-3
+
+
+def test_an_answer_that_is_mostly_forced_takes_few_calls() -> None:
+    """Greedy tokens stay those of the processor, and a run of ten comes with the first call."""
+    run = [(s, s % 4, s + 1) for s in range(1, 11)]
+    one = Constraint.from_edges([(0, 0, 1), (0, 1, 1), *run], 0, {11}, V, EOS)
+    free: Any = [None, one]
+    ids = torch.randint(0, 4, (2, 5), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 14, "eos_token_id": EOS}
+    draft, model = make_draft(make_model("llama"), "cp", n_token=N), make_model("llama")
+    found = draft.decoder(mode="greedy", constraint=free).generate(ids, **settings)
+    how = ConstraintProcessor(free, max_new_tokens=14)
+    mask = torch.ones_like(ids)
+    wanted = model.generate(
+        ids, attention_mask=mask, do_sample=False, logits_processor=[how], **settings
+    )
+    assert torch.equal(found.sequences, wanted[:, : found.sequences.shape[1]])
+    assert found.calls[1] == 1 and found.emitted[1] >= 12

@@ -1,0 +1,278 @@
+"""Tenants on one tiny Llama: equal to a plain loop, apart from each other, saved and sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
+
+VOCAB, NAN = 97, float("nan")
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    with Service(llama(), max_tokens=256, store=tmp_path / "store", queue=8) as made:
+        yield made
+
+
+def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
+    x = torch.randint(0, VOCAB, (n + 1,), generator=torch.Generator().manual_seed(seed))
+    return Datum(x[:-1], {"target_tokens": x[1:], **inputs})
+
+
+def together(service: Service, *actions: Any) -> list[Any]:
+    """What the calls give where all of them wait before the first runs."""
+    gate: Future[None] = Future()
+    service._scheduler.put("test", service._own, gate.result)
+    try:
+        futures = [action() for action in actions]
+    finally:
+        gate.set_result(None)
+    return [future.exception() or future.result() for future in futures]
+
+
+def factors(tenant: Tenant) -> list[Tensor]:
+    return [p.detach().clone() for p in tenant.adapter.parameters.values()]
+
+
+def test_a_tenant_learns_what_peft_learns(service: Service, tmp_path: Path) -> None:
+    tenant = service.create(4, seed=1)
+    tenant.save("start")
+    model: Any = peft.PeftModel.from_pretrained(
+        llama(), tmp_path / "store" / "start", is_trainable=True
+    )
+    own = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW(own, 1e-2, (0.9, 0.95), 1e-12, weight_decay=0.1)
+    for k in range(3):
+        data = [datum(k), datum(k + 9, 11, weights=torch.rand(11))]
+        result = tenant.forward_backward(data)
+        step = tenant.optim_step(1e-2, weight_decay=0.1, max_grad_norm=40.0)
+        loss: Any = 0.0
+        for d, lp in zip(data, result.result().logprobs, strict=True):
+            logits = model(torch.as_tensor(d.tokens)[None]).logits[0]
+            theirs = logits.log_softmax(-1).gather(1, d.inputs["target_tokens"][:, None])[:, 0]
+            assert torch.allclose(lp, theirs, atol=2e-6)
+            loss = loss - (theirs * d.inputs.get("weights", 1.0)).sum()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(own, 40.0))
+        plain.step()
+        plain.zero_grad()
+        assert result.result().metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-6)
+        assert step.result().metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_tenant_among_others_is_what_it_is_alone() -> None:
+    def run(alone: bool) -> tuple[list[Tensor], list[Tensor], dict[str, int]]:
+        with Service(llama()) as service:
+            tenants = [service.create(r, seed=i) for i, r in enumerate((4, 8, 16, 5))]
+            seen: list[Tensor] = []
+            for k in range(3):
+                calls = [
+                    lambda t=t, i=i, k=k: t.forward_backward([datum(9 * i + k, 24), datum(i, 24)])
+                    for i, t in enumerate(tenants)
+                ]
+                results = together(service, *(calls[:1] if alone else calls))
+                seen += results[0].logprobs
+                for tenant in tenants:
+                    tenant.optim_step(1e-3, eps=1e-4)
+            tenants[0].optim_step(0.0).result()
+            return seen, factors(tenants[0]), service.counts
+
+    (seen, values, counts), (others, other_values, merged) = run(True), run(False)
+    assert merged["most"] == 4 and counts["most"] == 1
+    for a, b in zip(seen, others, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+    for a, b in zip(values, other_values, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_neighbours_faults_change_no_bit() -> None:
+    def run(fault: str | None) -> list[Tensor]:
+        with Service(llama(), max_tokens=64, queue=2) as service:
+            good, bad = service.create(4), service.create(8)
+            if fault == "factors":
+                next(iter(bad.adapter.parameters.values())).data.fill_(NAN)
+            weights = torch.full((24,), NAN if fault == "loss" else 1.0)
+            if fault == "gradient":
+                weights.fill_(2e37)  # the loss is finite, its gradient is not
+            calls = [
+                lambda: good.forward_backward([datum(1, 24)]),
+                lambda: bad.forward_backward([datum(2, 24, weights=weights)]),
+            ]
+            found = together(service, *calls)
+            assert isinstance(found[1], ValueError) == (fault in ("loss", "gradient", "factors"))
+            if fault == "oversize":
+                with pytest.raises(ValueError, match=r"data\[0\]\.tokens: expected at most"):
+                    bad.forward_backward([datum(3, 65)])
+            elif fault == "full":
+                with pytest.raises(QueueFullError, match="queue"):
+                    together(service, *[lambda: bad.forward([datum(3)])] * 3)
+            elif fault == "gone":
+                bad.close()
+                with pytest.raises(RuntimeError, match="closed"):
+                    bad.forward([datum(1)])
+            good.optim_step(1e-2).result()
+            if fault in ("loss", "gradient"):
+                before = factors(bad)
+                assert bad.optim_step(1e-2).result().metrics == {"grad_norm:mean": 0.0}
+                assert all(map(torch.equal, before, factors(bad)))
+            return [*found[0].logprobs, *factors(good)]
+
+    expected = run(None)
+    for fault in ("loss", "gradient", "factors", "oversize", "full", "gone"):
+        assert all(map(torch.equal, expected, run(fault))), fault
+
+
+def test_losses_are_the_sums_that_tinker_names(service: Service) -> None:
+    tenant = service.create(4)
+    old, advantages = torch.full((6,), -4.4), torch.linspace(-1, 1, 6)
+    d = datum(1, 6, logprobs=old, advantages=advantages)
+    (lp,) = tenant.forward([datum(1, 6)]).result().logprobs
+    ratio = (lp - old).exp()
+    low, high = 0.95, 1.05
+    clipped = ratio.clamp(low, high)
+    config = {"clip_low_threshold": low, "clip_high_threshold": high}
+    assert bool((clipped != ratio).any())
+    for loss, given, terms in (
+        ("importance_sampling", None, ratio * advantages),
+        ("ppo", config, torch.minimum(ratio * advantages, clipped * advantages)),
+        ("cispo", config, clipped * advantages * lp),
+    ):
+        total = tenant.forward([d], loss, given).result().metrics["loss:sum"]
+        assert total == pytest.approx(-float(terms.sum()), rel=1e-5)
+    many = torch.stack([d.inputs["target_tokens"], d.inputs["target_tokens"]], 1)
+    weights = torch.tensor([[0.25, 0.75]]).expand(6, 2)
+    both = Datum(d.tokens, {"target_tokens": many, "weights": weights})
+    result = tenant.forward([both]).result()
+    assert result.logprobs[0].shape == (6, 2)
+    assert result.metrics["loss:sum"] == pytest.approx(-float(lp.sum()), rel=1e-5)
+
+
+def test_a_call_in_many_parts_is_the_sum_of_its_data(service: Service) -> None:
+    tenant = service.create(4)
+    data = [datum(i, 5 + 7 * i % 60) for i in range(30)]  # 256 tokens a step
+    result = tenant.forward_backward(data).result()
+    assert service.counts["steps"] > 3
+    norm = tenant.optim_step(0.0).result().metrics["grad_norm:mean"]
+    for d in data:
+        tenant.forward_backward([d]).result()
+    assert math.isclose(
+        norm, tenant.optim_step(0.0).result().metrics["grad_norm:mean"], rel_tol=1e-5
+    )
+    each = [tenant.forward([d]).result().logprobs[0] for d in data[:3]]
+    for a, b in zip(each, result.logprobs, strict=False):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_save_goes_on_where_it_was_and_stays_in_the_store(
+    service: Service, tmp_path: Path
+) -> None:
+    tenant = service.create(4, targets=["q_proj", "down_proj"])
+    tenant.forward_backward([datum(1)])
+    tenant.optim_step(1e-2)
+    tenant.save("runs/one")
+    again = service.load("runs/one")
+    for each in (tenant, again):
+        each.forward_backward([datum(2)])
+        each.optim_step(1e-2).result()
+    assert all(map(torch.equal, factors(tenant), factors(again)))
+    assert (tmp_path / "store/runs/one/adapter_model.safetensors").is_file()
+    (tmp_path / "store/link").symlink_to(tmp_path)
+    for path in ("../out", "/tmp/out", "a/../../out", "", ".", "link/out", "a\0b"):
+        with pytest.raises(ValueError, match="path"):
+            tenant.save(path)
+        with pytest.raises(ValueError, match="path"):
+            service.load(path)
+    with pytest.raises(ValueError, match="path: expected a save"):
+        service.load("none")
+    tenant.restore("runs/one")
+    assert not all(map(torch.equal, factors(tenant), factors(again)))
+
+
+def test_samples_have_the_trainers_logprobs(service: Service) -> None:
+    tenant = service.create(4)
+    tenant.forward_backward([datum(1)])
+    tenant.optim_step(5e-2)
+    sampler, live = tenant.sampler(), tenant.sampler("inflight")
+    prompt = [1, 2, 3]
+    one, two = sampler.sample(prompt, 6, 2, seed=3)
+    assert one.tokens != two.tokens and one.stop_reason == "length" and len(one.tokens) == 6
+    assert live.sample(prompt, 6, seed=4)[0].tokens == two.tokens
+    whole = torch.tensor(prompt + one.tokens)
+    given = Datum(whole[:-1], {"target_tokens": whole[1:]})
+    (lp,) = tenant.forward([given]).result().logprobs
+    assert torch.allclose(lp[2:], torch.tensor(one.logprobs), atol=1e-5)
+    assert sampler.logprobs(whole) == pytest.approx(lp.tolist(), abs=1e-5)
+    (stopped,) = sampler.sample(prompt, 6, seed=3, stop=[one.tokens[2]])
+    assert stopped.tokens == one.tokens[: one.tokens.index(one.tokens[2]) + 1]
+    assert stopped.stop_reason == "stop"
+    (best,) = sampler.sample(prompt, 6, temperature=0.0)
+    assert sampler.sample(prompt, 6, top_k=1)[0].tokens == best.tokens
+    tenant.forward_backward([datum(1)])
+    tenant.optim_step(5e-2).result()
+    assert sampler.sample(prompt, 6, seed=3)[0].logprobs == pytest.approx(one.logprobs, abs=1e-5)
+    assert live.sample(prompt, 6, seed=3)[0].logprobs != pytest.approx(one.logprobs, abs=1e-3)
+    for name, value in (("max_tokens", 0), ("temperature", -1), ("top_k", 0), ("stop", ["a"])):
+        with pytest.raises(ValueError, match=name):
+            sampler.sample(prompt, **{"max_tokens": 4, name: value})
+
+
+@pytest.mark.parametrize(
+    ("data", "how", "field"),
+    [
+        ([], {}, "data"),
+        ([Datum([], {})], {}, r"data\[0\]\.tokens"),
+        ([Datum([1], {})], {}, "target_tokens"),
+        ([Datum([1, VOCAB], {"target_tokens": [1, 2]})], {}, "tokens"),
+        ([Datum([1, 2], {"target_tokens": [1]})], {}, "target_tokens"),
+        ([datum(1, 3, weights=[1.0])], {}, "weights"),
+        ([datum(1, 3, advantages=[1.0] * 3)], {}, "inputs"),
+        ([datum(1, 3)], {"loss": "dro"}, "loss"),
+        ([datum(1, 3)], {"loss": "ppo"}, "logprobs"),
+        ([datum(1, 3)], {"config": {"clip_low_threshold": 1}}, "config"),
+    ],
+)
+def test_what_a_call_refuses_it_names(
+    service: Service, data: Any, how: dict[str, Any], field: str
+) -> None:
+    tenant = service.create(2)
+    with pytest.raises(ValueError, match=field):
+        tenant.forward_backward(data, **how)
+    with pytest.raises(ValueError, match="lr"):
+        tenant.optim_step(-1.0)
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = llama()
+    before = dict(model.named_modules())
+    with Service(model) as service:
+        service.create(4)
+    assert dict(model.named_modules()) == before
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="rank"), Service(model) as service:
+        service.create(0)

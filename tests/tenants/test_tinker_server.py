@@ -1,0 +1,202 @@
+"""The server of examples/: Tinker's wire by hand, and its unmodified SDK where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("google.protobuf")
+
+from test_service import VOCAB, llama
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "examples"))
+import tinker_wire as wire  # noqa: E402
+
+FB = wire.messages["ForwardBackwardRequest"]
+
+
+class Server:
+    """One process of the server over a folder."""
+
+    def __init__(self, folder: Path, *more: str):
+        self.model = str(folder / "model")
+        command = [sys.executable, str(ROOT / "examples/tinker_server.py"), "--port", "0"]
+        command += ["--model", self.model, "--store", str(folder / "store"), *more]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        found = re.match(r"listening on (http://\S+)", said)
+        assert found, said
+        self.url = found[1]
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def post(self, path: str, body: Any, key: str = "tml-a") -> Any:
+        given, kind = (
+            (body, wire.MIME)
+            if isinstance(body, bytes)
+            else (json.dumps(body).encode(), "application/json")
+        )
+        request = urllib.request.Request(
+            f"{self.url}/api/v1/{path}", given, {"X-API-Key": key, "Content-Type": kind}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            data = answer.read()
+            return data if wire.MIME in answer.headers["content-type"] else json.loads(data)
+
+    def get(self, promise: dict[str, Any], key: str = "tml-a") -> Any:
+        return self.post("retrieve_future", {"request_id": promise["request_id"]}, key)
+
+    def status(self, path: str, body: Any, key: str = "tml-a") -> int:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.post(path, body, key)
+        return caught.value.code
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    keys = folder / "keys"
+    keys.write_text("tml-a\ntml-b\n")
+    made = Server(folder, "--keys", str(keys))
+    yield made
+    made.close()
+
+
+def request(
+    model: str, seq: int, tokens: list[int], loss: str = "cross_entropy", **inputs: Any
+) -> bytes:
+    message = FB(model_id=model, seq_id=seq, loss_fn=loss)
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = np.array(tokens[:-1], np.int32).tobytes()
+    for name, values in {"target_tokens": tokens[1:], **inputs}.items():
+        value = datum.loss_fn_inputs.add(key=name).value
+        kind = np.int64 if name == "target_tokens" else np.float32
+        value.dtype = 2 if name == "target_tokens" else 1
+        value.dense = np.array(values, kind).tobytes()
+        value.shape.append(len(values))
+    return message.SerializeToString()
+
+
+def losses(body: bytes) -> float:
+    answer = wire.messages["ForwardBackwardOutput"].FromString(body)
+    return {each.key: each.value for each in answer.metrics}["loss:sum"]
+
+
+def new_model(server: Server, key: str = "tml-a", **more: Any) -> str:
+    session = server.post("create_session", {"tags": [], "sdk_version": "0"}, key)["session_id"]
+    asked = {"session_id": session, "model_seq_id": 0, **more}
+    if "path" in more:
+        return server.get(server.post("load_weights", asked, key), key)["model_id"]
+    asked |= {"base_model": server.model, "lora_config": {"rank": 4, "seed": 1}}
+    return server.get(server.post("create_model", asked, key), key)["model_id"]
+
+
+def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -> None:
+    assert server.status("create_session", {}, "tml-c") == 401
+    model, tokens = new_model(server), [1, 2, 3, 4, 5]
+    step = {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": 0.05}}
+    second = server.post("optim_step", step)  # the first comes after it
+    third = server.post("forward_backward", request(model, 3, tokens))
+    first = server.post("forward_backward", request(model, 1, tokens))
+    assert server.post("forward_backward", request(model, 1, tokens)) == first
+    assert "grad_norm:mean" in server.get(second)["metrics"]
+    assert losses(server.get(third)) < losses(server.get(first))
+    assert server.status("retrieve_future", first, "tml-b") == 410
+    bad = server.post("forward_backward", request(model, 4, tokens, weights=[float("nan")] * 4))
+    assert server.get(bad)["category"] == "user"
+    assert server.status("forward_backward", request(model, 5, [1, VOCAB, 2])) == 400
+    saved = server.get(server.post("save_weights", {"model_id": model, "seq_id": 6, "path": "a"}))
+    assert saved["path"] == f"tinker://{model}/weights/a"
+    out = {"model_id": model, "seq_id": 7, "path": "../../x"}
+    assert server.status("save_weights", out) == 400
+    last = losses(server.get(server.post("forward_backward", request(model, 8, tokens))))
+
+    asked = {"model_id": model, "seq_id": 9, "sampling_session_seq_id": 0}
+    session = server.get(server.post("save_weights_for_sampler", asked))["sampling_session_id"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": tokens}]}
+    asked = {"sampling_session_id": session, "seq_id": 0, "num_samples": 2, "prompt": prompt}
+    asked |= {"sampling_params": {"max_tokens": 3, "seed": 5}, "prompt_logprobs": True}
+    promise = server.post("asample", asked)
+    assert len(promise["sample_sequence_ids"]) == 2
+    answer = wire.messages["SampleResponse"].FromString(server.get(promise))
+    assert [len(s.tokens) // 4 for s in answer.sequences] == [3, 3]
+    of_prompt = np.frombuffer(answer.prompt_logprobs, np.float32)
+    assert np.isnan(of_prompt[0]) and -of_prompt[1:].sum() == pytest.approx(last, abs=1e-4)
+
+    other = {"session_id": "none", "model_seq_id": 0, "path": saved["path"]}
+    assert server.status("load_weights", other) == 410
+    with pytest.raises(KeyError):  # another key's save is none
+        new_model(server, "tml-b", path=saved["path"])
+    server.close()
+    again = Server(folder)  # without a file of keys any will do
+    try:
+        assert again.status("retrieve_future", first) == 410
+        loaded = new_model(again, path=saved["path"])
+        found = losses(again.get(again.post("forward_backward", request(loaded, 1, tokens))))
+        assert found == pytest.approx(last, abs=1e-5)
+    finally:
+        again.close()
+
+
+SCRIPT = """
+import sys, tinker
+from tinker import types
+service = tinker.ServiceClient()
+client = service.create_lora_training_client(base_model=sys.argv[1], rank=4, seed=1).result()
+tokens = [1, 2, 3, 4, 5]
+prompt = types.ModelInput.from_ints(tokens[:-1])
+data = [types.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": tokens[1:]})] * 3
+losses = []
+for _ in range(3):
+    call = client.forward_backward(data, "cross_entropy")
+    step = client.optim_step(types.AdamParams(learning_rate=5e-2))
+    losses.append(call.result().metrics["loss:sum"])
+    step.result()
+assert losses[2] < losses[1] < losses[0], losses
+sampler = client.save_weights_and_get_sampling_client()
+sampler = sampler.result() if hasattr(sampler, "result") else sampler
+answer = sampler.sample(prompt, 2, types.SamplingParams(max_tokens=4, seed=3)).result()
+assert [len(s.tokens) for s in answer.sequences] == [4, 4]
+print("ok", client.save_state("a").result().path)
+"""
+
+
+def test_the_unmodified_sdk_trains(folder: Path) -> None:
+    if importlib.util.find_spec("tinker") is None:
+        pytest.skip("tinker, the SDK, is not installed: its protobuf wants another than flwr's")
+    server = Server(folder)
+    try:
+        env = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
+        command = [sys.executable, "-c", SCRIPT, server.model]
+        run = subprocess.run(
+            command, env={**env, "TINKER_TELEMETRY": "0"}, capture_output=True, text=True
+        )
+        assert run.returncode == 0 and "ok tinker://" in run.stdout, run.stderr
+    finally:
+        server.close()
