@@ -225,7 +225,7 @@ def _scan(function: Any, given: Inputs) -> list[Tensor]:
     return _gradients(run, given, ("leaf", "prior", "trans"))
 
 
-def _head(given: Inputs) -> tuple[Any, ...]:
+def _head(given: Inputs) -> Any:
     return "hmm", given["leaf"], given["prior"], given["trans"]
 
 
@@ -308,7 +308,7 @@ def _layers_formula(given: Inputs) -> list[Tensor]:
     val = reference.circuit_layers(leaf, w, numbers)
     program = ops.Program(numbers, list(given["plan"]))
     top = [val[:, unit].sum() for unit in _roots(program)]
-    (dw,) = torch.autograd.grad(sum(top), [w])  # pyright: ignore[reportArgumentType]
+    (dw,) = torch.autograd.grad(torch.stack(top).sum(), [w])
     return [val.detach()[:, 2:], dw]
 
 
@@ -322,7 +322,7 @@ def _roots(program: ops.Program) -> list[int]:
 def _walk(given: Inputs) -> list[Tensor]:
     program = ops.Program(given["numbers"], list(given["plan"]))
     # Values of the formula, so that both walk down the same ones.
-    cpu = [given[key].cpu().double() for key in ("leaf", "w")]
+    cpu: Any = [given[key].cpu().double() for key in ("leaf", "w")]
     val = reference.circuit_layers(*cpu, program.numbers.cpu(), "none", "max").to(given["leaf"])
     return [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
 

@@ -7,7 +7,7 @@ them to a library: once to the shipped one, and in tests once more to each emula
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -61,11 +61,11 @@ def register_once(library: str) -> None:
 
 
 @contextmanager
-def routed(library: str) -> Iterator[None]:
+def routed(library: str) -> Generator[None]:
     """Inside, every function of ``lora_ext.ops`` calls ``torch.ops.<library>``, in all threads."""
     register_once(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
-    found = [
+    found: list[Any] = [
         importlib.import_module(m.name)
         for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
     ]
