@@ -144,7 +144,7 @@ def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> N
     if backend.small:
         pytest.skip("this backend runs the small shapes")
     c = 1 if kind == "ff" else 3
-    window = Window(kind, 1, 4096 if backend.is_twin else 512, c, 5)
+    window = Window(kind, 1, 2048 if backend.is_twin else 256, c, 5)
     i = circuit_inputs(window, torch.float32, seed=10, device=backend.device)
     got, exact = run(i), formula(i)
     for key, value in got.items():

@@ -340,6 +340,7 @@ import lora_ext
 model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
 lora_ext.nn.wrap(model, lora_ext.LoraConfig(r=1))
 model(torch.ones(1, 2)).sum().backward()
+assert list(lora_ext.nn.adapted_layers(model, "default")) == ["0", "1"]
 lora_ext.nn.unwrap(model)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
