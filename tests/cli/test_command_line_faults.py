@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
         ("melt", "x"),
         ("merge", "x"),
         ("merge", "x", "y", "--out", "z", "--weights", "half"),
-        ("merge", "x", "y", "--out", "z", "--mode", "ties"),
+        ("merge", "x", "y", "--out", "z", "--mode", "slerp"),
         ("resize", "x", "--out", "z"),
         ("resize", "x", "--rank", "two", "--out", "z"),
         ("inspect",),
