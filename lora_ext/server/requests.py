@@ -140,8 +140,8 @@ class Chat(_Generates):
 class Completion(_Generates):
     """``POST /v1/completions``: one prompt, a text or its tokens."""
 
-    text: str | Tokens | Annotated[list[str] | list[Tokens], Field(max_length=1)] = Field(
-        alias="prompt"
+    text: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=1)] = (
+        Field(alias="prompt")
     )
     max_tokens: int | None = Field(None, ge=1)
     best_of: Literal[1] | None = None

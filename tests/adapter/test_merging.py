@@ -277,7 +277,7 @@ def test_arguments_that_do_not_fit_are_named():
     refused(r"weights: expected one for each of 1 adapters, found 2", [one], [1, 2])
     refused(r"weights\[0\]: expected a finite number, found nan", [one], [float("nan")])
     refused(r"weights\[0\]: expected a finite number, found True", [one], [True])
-    refused(r"mode: expected one of .*'delta'.*, found 'ties'", [one], [1.0], "ties")
+    refused(r"mode: expected one of .*'delta'.*, found 'slerp'", [one], [1.0], "slerp")
     refused(r"rank: expected None beside mode='delta', found 3", [one], [1.0], rank=3)
     refused(r"rank: expected a positive integer, found 0", [one], [1.0], "delta_svd", rank=0)
     refused(r"adapters: expected a list of adapters, found 'a'", "a", [1.0], kind=TypeError)
