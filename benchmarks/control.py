@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from common import append_rows, interleaved, machine_columns
 from mtpc_samples import question
-from study import Criterion, as_text, criteria_table
+from study import Criterion, criteria_table
 from torch import Tensor
 
 from lora_ext import control
@@ -412,8 +412,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{f.part}, {f.case}: {f.name} {f.value:.4g}", flush=True)
             found.append(f)
     if args.out:
-        rows = as_text({**machine_columns(), **f._asdict(), "seed": 0} for f in found)
-        append_rows(args.out / "control.csv", [dict(row) for row in rows])
+        rows = [{**machine_columns(), **f._asdict()} for f in found]
+        append_rows(args.out / "control.csv", rows)
     judged = criteria(found)
     print(criteria_table(judged))
     return int(args.check and not all(c.passed for c in judged))

@@ -1,4 +1,11 @@
-"""The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight."""
+"""The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight.
+
+A function has the name of its op; where its docstring gives the formula alone, arguments, shapes,
+what comes back and the source are those of :mod:`lora_ext.ops`. What is not checked there fails
+here as torch fails.
+"""
+
+# pyright: reportUnusedImport=false
 
 from .circuit import (
     KINDS,

@@ -2,6 +2,7 @@
 continuous batching, and what a server runs on."""
 
 from .attaching import attach, detach
+from .captured import Capturable, capturable
 from .embedding import Embedder as Embedder
 from .embedding import pooling_of as pooling_of
 from .engine import Engine as Engine
@@ -19,9 +20,11 @@ from .sampling import Sampling as Sampling
 from .streams import RequestStream as RequestStream
 
 __all__ = [
+    "Capturable",
     "MultiLoraEmbedding",
     "MultiLoraExperts",
     "MultiLoraLinear",
     "attach",
+    "capturable",
     "detach",
 ]
