@@ -53,25 +53,25 @@ class _Walk:
     def __init__(self, depth: int, clock: Clock):
         self._depth, self._clock = depth, clock
         self._number: dict[tuple[str, str], int] = {}
+        self._places: list[tuple[str, str]] = []
         self._rows: list[dict[int, int]] = []
 
     def automaton(self) -> Automaton:
         start = self._state("begin", "")
         self._link(start, b"{", "{", "o")
-        done, told = 0, list(self._number)
-        while done < len(told):  # grows while it is walked
-            self._fill(*told[done])
-            done, told = done + 1, list(self._number)
-            self._clock.states(len(told), f"2^{self._depth} ways to nest", merged=False)
+        for place, within in self._places:  # grows while it is read
+            self._fill(place, within)
+            self._clock.states(len(self._places), f"2^{self._depth} ways to nest", merged=False)
         table = np.full((len(self._rows), 256), -1, np.int32)
         for state, row in enumerate(self._rows):
             table[state, list(row)] = list(row.values())
-        final = np.array([place == "done" for place, _ in told])
+        final = np.array([place == "done" for place, _ in self._places])
         return Automaton(np.arange(256, dtype=np.int32), table, final, start)
 
     def _state(self, place: str, within: str) -> int:
         if (place, within) not in self._number:
             self._number[place, within] = len(self._rows)
+            self._places.append((place, within))
             self._rows.append({})
         return self._number[place, within]
 
