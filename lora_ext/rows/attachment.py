@@ -86,7 +86,7 @@ class Places(list[int]):
 
     def __init__(self, places: Iterable[int] = (), invocations: Sequence[tuple[int, ...]] = ()):
         super().__init__(places)
-        self.invocations = invocations
+        self.invocations = invocations or [()] * len(self)
 
     def __enter__(self) -> Places:
         return self

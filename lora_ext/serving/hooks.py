@@ -25,6 +25,7 @@ from lora_ext.rows import (
     Names,
     PoolLayer,
     activated_forward,
+    activated_in,
     context,
     forward_of,
     generation_scope,
@@ -219,7 +220,9 @@ class Hooks:
         require_flags("generate_batch", allow_base=allow_base)
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
         # `generate` in pages has looked for the invocations, and warned.
-        prompts = named_prompts(inputs, names, allow_base or has_activated())
+        found = activated_in(self.names.handle) if adapter_names is None else None
+        looked = found is not None and found.fixed
+        prompts = named_prompts(inputs, names, allow_base or looked)
         self.names.check_invoked("generate_batch", prompts)
         results = own(prompts, *args, **kwargs)
         if prompts and prompts[0].errors:

@@ -13,6 +13,7 @@ from activated import activated_pair, words
 from tiny import make_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+import lora_ext
 from lora_ext.serving.continuous import computed_tokens
 from lora_ext.serving.engine import Engine
 
@@ -126,6 +127,8 @@ def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: An
     message = r"inputs\[1\]: expected the invocation \[7, 8\] of adapter 'act'"
     with pytest.raises(ValueError, match=message):
         model.generate_batch(asked, adapter_names=names, **batching())
+    with pytest.raises(ValueError, match=message), lora_ext.adapters(names):
+        model.generate_batch(asked, **batching())
     results = model.generate_batch(asked, adapter_names=names, allow_base=True, **batching())
     found = [result.generated_tokens for result in results.values()]
     assert found == [alone(reference, asked[0], "act"), alone(reference, plain, None)]
