@@ -29,8 +29,8 @@ examples:
 
 `lora-ext COMMAND --help` explains a command. What a command writes is there
 whole, or not at all. The exit status is 0; 1 if doctor or gpu-report finds a
-fault or inspect a value that is not finite; 2 on bad input, with one sentence on
-standard error."""
+fault or inspect a value that is not finite; 2 on bad input, with one sentence
+on standard error."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
