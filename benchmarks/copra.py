@@ -80,7 +80,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """Alone, pruned, and on the line between two."""
     torch.set_num_threads(1)
     task = (network if arm["task"] == NETWORK else minilm)(arm["seed"], quick)
-    steps = 20 if quick else STEPS[arm["task"]]
+    steps = 4 if quick else STEPS[arm["task"]]
     found: list[LoraAdapter] = []
     alone: list[float] = []
     cut: list[float] = []
@@ -103,7 +103,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
         "activation": controller.schedule.mean_activation(),
     }
     for space in SPACES:
-        line = lmc_barrier(model, *found, lambda m: -task.score(m), 5 if quick else GRID, space)
+        line = lmc_barrier(model, *found, lambda m: -task.score(m), 3 if quick else GRID, space)
         row |= {
             f"barrier_{space}": line.barrier,
             f"merged_{space}": -line.losses[len(line.losses) // 2],
@@ -180,14 +180,15 @@ def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
     t1, t2 = normal(INPUTS, 32), normal(32, CLASSES)
     turn = torch.linalg.qr(torch.eye(INPUTS) + 0.35 * normal(INPUTS, INPUTS)).Q
     points: list[tuple[Tensor, Tensor]] = []
-    for count, q in zip(POINTS, (torch.eye(INPUTS), turn, turn), strict=True):
+    sizes = (200, 100, 100) if quick else POINTS
+    for count, q in zip(sizes, (torch.eye(INPUTS), turn, turn), strict=True):
         x = normal(count, INPUTS)
         points.append((x, (torch.tanh(x @ q @ t1 / 2) @ t2).argmax(1)))
     torch.manual_seed(0)
     model, generator = Network(), torch.Generator().manual_seed(0)
     adam = torch.optim.Adam(model.parameters(), lr=2e-3)
     x, y = points[0]
-    for _ in range(20 if quick else PRETRAINING):
+    for _ in range(4 if quick else PRETRAINING):
         chosen = torch.randint(len(x), (128,), generator=generator)
         adam.zero_grad()
         cross_entropy(model(x[chosen]), y[chosen]).backward()
