@@ -7,7 +7,7 @@ them to a library: once to the shipped one, and in tests once more to each emula
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ def register_once(library: str) -> None:
 
 
 @contextmanager
-def routed(library: str) -> Iterator[None]:
+def routed(library: str) -> Generator[None]:
     """Inside, every function of ``lora_ext.ops`` calls ``torch.ops.<library>``, in all threads."""
     register_once(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
@@ -72,11 +72,11 @@ def routed(library: str) -> Iterator[None]:
     before = [(module, module._c) for module in found if hasattr(module, "_c")]
     try:
         for module, _ in before:
-            module._c = getattr(torch.ops, library)
+            vars(module)["_c"] = getattr(torch.ops, library)
         yield
     finally:
         for module, own in before:
-            module._c = own
+            vars(module)["_c"] = own
 
 
 def register(library: str) -> None:
