@@ -7,8 +7,10 @@ kernel and architecture: no stack, no local memory, the rules of `kernels.toml`,
 recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
 
 It cannot see bank conflicts, stalls or speed, and an instruction that exists may still not be on
-the hot path: the `_loop` rules look only between a backward branch and its target. What a loop has
-under way in memory at once, `min_inflight` and `min_overlap`, is read by `sass_loops.py`.
+the hot path: the `_loop` rules look only between a backward branch and its target. `sass_loops.py`
+reads what a loop has under way in memory at once (`min_inflight`, `min_overlap`), what stands
+before it (`max_trips`, `first_bytes`) and what it does besides (`mma_share`,
+`instructions_per_element`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ RULES, LOCK = ROOT / "kernels.toml", ROOT / "kernels.lock"
 RULE_KEYS = {
     "match", "arch", "max_registers", "threads", "dynamic_shared", "min_blocks",
     "require", "forbid", "require_loop", "forbid_loop", "min_inflight", "min_overlap",
+    "max_trips", "first_bytes", "mma_share", "instructions_per_element",
 }  # fmt: skip
 # The columns of the table: label, and the opcodes that it counts.
 COUNTED = {
@@ -85,9 +88,27 @@ class Kernel:
         return [one.opcode for one in self.code if one.address in inside]
 
     @cached_property
+    def turns(self) -> list[list[Instruction]]:
+        """What one turn of each main loop runs."""
+        return sass_loops.main_loops(self.code)
+
+    @cached_property
     def flights(self) -> list[sass_loops.Flight]:
         """What each main loop has under way in memory."""
-        return sass_loops.flights(self.code)
+        return [sass_loops.flight(turn) for turn in self.turns]
+
+    @cached_property
+    def costs(self) -> dict[str, float | None]:
+        """The numbers that rules of the same name bound; None where a kernel has no such place."""
+        first = re.search(r"<(float|double|__half|__nv_bfloat16)", self.name)
+        size = {"__half": 2, "__nv_bfloat16": 2, "double": 8}.get(first[1] if first else "", 4)
+        prologue = sass_loops.prologue(self.code)
+        return {
+            "max_trips": prologue.trips,
+            "first_bytes": prologue.first_bytes,
+            "mma_share": sass_loops.mma_share(self.turns),
+            "instructions_per_element": sass_loops.instructions_per_element(self.turns, size),
+        }
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
@@ -215,6 +236,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
             elif min(found) < least:
                 meant = "on their way" if key == "inflight" else "on their way beside a product"
                 wrong.append(f"{min(found)} bytes per thread {meant} in a main loop, least {least}")
+        wrong += judge_costs(kernel, rule)
         for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
             place = " in a loop" if suffix else ""
             for pattern in rule.get("require" + suffix, []):
@@ -224,6 +246,29 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
                 bad = {opcode for opcode in opcodes if re.match(pattern, opcode)}
                 if bad:
                     wrong.append(f"{', '.join(sorted(bad))}{place}, forbidden by {pattern}")
+    return wrong
+
+
+# What each cost is called, and whether a rule states the most of it.
+COSTS = {
+    "max_trips": ("memory trips before the first wide load", True),
+    "first_bytes": ("bytes per thread asked for before the kernel in front is waited for", False),
+    "mma_share": ("percent of a main loop multiplies on tensor cores", False),
+    "instructions_per_element": ("instructions for each value that a main loop loads", True),
+}
+
+
+def judge_costs(kernel: Kernel, rule: dict) -> list[str]:
+    """What one rule says against what a kernel does before its main loops and in them."""
+    wrong = []
+    for key, (what, is_most) in COSTS.items():
+        if (bound := rule.get(key)) is None:
+            continue
+        found = kernel.costs[key]
+        if found is None:
+            wrong.append(f"nothing to measure {key} in")
+        elif found > bound if is_most else found < bound:
+            wrong.append(f"{found} {what}, {'most' if is_most else 'least'} {bound}")
     return wrong
 
 
@@ -267,10 +312,12 @@ def row(kernel: Kernel) -> str:
         [one.inflight for one in kernel.flights],
         [one.overlap for one in kernel.flights if one.tensor],
     )]  # fmt: skip
+    labels = ("trips", "first", "mma", "each")
+    costs = zip(labels, kernel.costs.values(), strict=True)
     return (
         f"{kernel.arch:8}" + "".join(f"{n:7}" for n in numbers) + f"  {kernel.name}"
         f"  inflight {flights[0]}" + (f"  overlap {flights[1]}" if flights[1] != "-" else "")
-    )
+    ) + "".join(f"  {label} {cost:g}" for label, cost in costs if cost is not None)
 
 
 def header() -> str:

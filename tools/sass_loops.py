@@ -8,7 +8,8 @@ The model: a load takes one trip, everything else takes no time. `flight` walks 
 repeats itself and divides the bytes that a turn loads by the trips that a turn waits for: the
 bytes per thread that are on their way at any time. Sixteen loads that fly together and then are
 used give 16 times their width; sixteen loads of which each is used before the next is asked for
-give their width once. Where a loop branches, the way that loads most is walked.
+give their width once. Where a loop branches, the way that loads most is walked. `prologue` walks
+from the entry of a kernel to its first wide load in the same way.
 """
 
 from __future__ import annotations
@@ -72,16 +73,23 @@ class Flight:
     tensor: bool  # whether one does
 
 
+@dataclass(frozen=True)
+class Prologue:
+    """What stands before the main loops; None where a kernel has no such place."""
+
+    trips: (
+        int | None
+    )  # memory trips, one after the other, before the first 16-byte load is asked for
+    first_bytes: (
+        int | None
+    )  # bytes of 16-byte loads asked for before the kernel in front is waited for
+
+
 # --- loops ----------------------------------------------------------------------------------------
 def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[int]:
     found = [] if code[i].ends or i + 1 == len(code) else [i + 1]
     target = code[i].target
     return found if target not in at else [*found, at[target]]
-
-
-def flights(code: Sequence[Instruction]) -> list[Flight]:
-    """One entry for each main loop of a kernel, in the order of their heads."""
-    return [flight(turn) for turn in main_loops(code)]
 
 
 def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
@@ -92,13 +100,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     stages, and no loop inside it does. A loop inside it counts as one turn. Main loops come in the
     order of their heads.
     """
-    at = {one.address: i for i, one in enumerate(code)}
-    heads = {0} | {at[one.target] for one in code if one.target in at}
-    heads |= {i + 1 for i, one in enumerate(code[:-1]) if one.target is not None or one.ends}
-    starts = sorted(heads)
-    block_of = {start: k for k, start in enumerate(starts)}
-    ends = [*starts[1:], len(code)]
-    after = [[block_of[i] for i in successors(code, at, end - 1)] for end in ends]
+    starts, ends, after = blocks_of(code)
     before: list[list[int]] = [[] for _ in starts]
     for k, following in enumerate(after):
         for n in following:
@@ -152,6 +154,53 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
         for head, body in loads.items()
         if not any(other in body for other in loads if other != head)
     ]
+
+
+def blocks_of(code: Sequence[Instruction]) -> tuple[list[int], list[int], list[list[int]]]:
+    """Where each block of straight code begins and ends, and which ones may follow it."""
+    at = {one.address: i for i, one in enumerate(code)}
+    heads = {0} | {at[one.target] for one in code if one.target in at}
+    heads |= {i + 1 for i, one in enumerate(code[:-1]) if one.target is not None or one.ends}
+    starts = sorted(heads)
+    block_of = {start: k for k, start in enumerate(starts)}
+    ends = [*starts[1:], len(code)]
+    return starts, ends, [[block_of[i] for i in successors(code, at, end - 1)] for end in ends]
+
+
+def way_to(code: Sequence[Instruction], goal: str) -> list[Instruction] | None:
+    """The instructions from the entry to the first one whose opcode fits, on the way that loads
+    most and passes no block twice; None where no way leads to one."""
+    starts, ends, after = blocks_of(code)
+    hits = {
+        k: next(i for i in range(start, end) if re.match(goal, code[i].opcode))
+        for k, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if any(re.match(goal, code[i].opcode) for i in range(start, end))
+    }
+    best: dict[int, tuple[int, list[int]]] = {}
+    open_blocks: set[int] = set()
+    stack = [0]
+    while stack:
+        block = stack[-1]
+        following = [] if block in hits else after[block]
+        if block not in open_blocks:
+            open_blocks.add(block)
+            stack += [n for n in following if n not in open_blocks]
+            continue
+        stack.pop()
+        if block in best:
+            continue
+        ways = [best[n] for n in following if n in best]
+        if block in hits:
+            ways.append((0, []))
+        if ways:
+            most, blocks = max(ways, key=lambda way: way[0])
+            last = hits.get(block, ends[block])
+            loads = sum(one.load_bytes for one in code[starts[block] : last])
+            best[block] = most + loads, [block, *blocks]
+    if 0 not in best:
+        return None
+    way = best[0][1]
+    return [one for k in way for one in code[starts[k] : hits[k] + 1 if k in hits else ends[k]]]
 
 
 def way_that_loads_most(
@@ -221,3 +270,48 @@ def flight(turn: Sequence[Instruction]) -> Flight:
     trips = clock - began
     tensor = any(re.match(TENSOR, one.opcode) for one in turn)
     return Flight(size * MEASURED // trips if trips else size * MEASURED, overlap, tensor)
+
+
+# --- prologue -------------------------------------------------------------------------------------
+WIDE = r"(LDG|LDGSTS)\b.*\.128\b"
+
+
+def prologue(code: Sequence[Instruction]) -> Prologue:
+    """What a kernel does before its first wide load, and before it waits for the one in front."""
+    to_load, to_wait = way_to(code, WIDE), way_to(code, r"ACQBULK\b")
+    first = None
+    if to_wait is not None:
+        first = sum(one.load_bytes for one in to_wait if re.match(WIDE, one.opcode))
+    return Prologue(None if to_load is None else trips(to_load), first)
+
+
+def trips(way: Sequence[Instruction]) -> int:
+    """Memory trips that the last instruction of a way has waited for, one after the other."""
+    clock = 0
+    lands: dict[int, int] = {}
+    for one in way:
+        for barrier in range(6):
+            if one.waits >> barrier & 1:
+                clock = max(clock, lands.get(barrier, 0))
+        if one.load_bytes and one.sets != NO_BARRIER:
+            lands[one.sets] = clock + 1
+    return clock
+
+
+# --- what a turn costs ----------------------------------------------------------------------------
+def mma_share(turns: Sequence[Sequence[Instruction]]) -> int | None:
+    """Percent of the instructions of a turn that multiply on a tensor core; the least of all main
+    loops in which any does."""
+    counts = [(sum(bool(re.match(TENSOR, i.opcode)) for i in turn), len(turn)) for turn in turns]
+    return min((100 * mma // every for mma, every in counts if mma), default=None)
+
+
+def instructions_per_element(turns: Sequence[Sequence[Instruction]], size: int) -> float | None:
+    """Instructions of a turn for each value of so many bytes that it loads; the most of all main
+    loops without tensor cores."""
+    found = [
+        len(turn) * size / sum(one.load_bytes for one in turn)
+        for turn in turns
+        if not any(re.match(TENSOR, one.opcode) for one in turn)
+    ]
+    return round(max(found), 1) if found else None

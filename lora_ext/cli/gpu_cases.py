@@ -204,6 +204,12 @@ def lora_cases() -> list[Case]:
     ]
 
 
+def _both(op: str, launchers: tuple[str, ...], make: Any, run: Any, name: str = "") -> Case:
+    """An op and its formula, run in one way."""
+    of_op, formula = getattr(ops, op), getattr(reference, op)
+    return Case(name or op, launchers, make, lambda i: run(of_op, i), lambda i: run(formula, i))
+
+
 # --- circuits -------------------------------------------------------------------------------------
 def _circuit(g: torch.Generator, size: int) -> Inputs:
     batch, states, words = ((2, 5, 40), (256, 32, 320))[size]
@@ -225,7 +231,7 @@ def _scan(function: Any, given: Inputs) -> list[Tensor]:
     return _gradients(run, given, ("leaf", "prior", "trans"))
 
 
-def _head(given: Inputs) -> Any:
+def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
     return "hmm", given["leaf"], given["prior"], given["trans"]
 
 
@@ -307,8 +313,7 @@ def _layers_formula(given: Inputs) -> list[Tensor]:
     w = given["w"].detach().clone().requires_grad_()
     val = reference.circuit_layers(leaf, w, numbers)
     program = ops.Program(numbers, list(given["plan"]))
-    top = [val[:, unit].sum() for unit in _roots(program)]
-    (dw,) = torch.autograd.grad(torch.stack(top).sum(), [w])
+    (dw,) = torch.autograd.grad(val[:, _roots(program)].sum(), [w])
     return [val.detach()[:, 2:], dw]
 
 
@@ -322,7 +327,7 @@ def _roots(program: ops.Program) -> list[int]:
 def _walk(given: Inputs) -> list[Tensor]:
     program = ops.Program(given["numbers"], list(given["plan"]))
     # Values of the formula, so that both walk down the same ones.
-    cpu: Any = [given[key].cpu().double() for key in ("leaf", "w")]
+    cpu = [given[key].cpu().double() for key in ("leaf", "w")]
     val = reference.circuit_layers(*cpu, program.numbers.cpu(), "none", "max").to(given["leaf"])
     return [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
 
@@ -341,13 +346,9 @@ def circuit_cases() -> list[Case]:
     )
     layers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
 
-    def both(op: str, launchers: tuple[str, ...], make: Any, run: Any, name: str = "") -> Case:
-        of_op, formula = getattr(ops, op), getattr(reference, op)
-        return Case(name or op, launchers, make, lambda i: run(of_op, i), lambda i: run(formula, i))
-
     return [
-        both("circuit_scan", scan, _circuit, _scan),
-        both("circuit_sample", ("circuit_sample",), _circuit, _scored),
+        _both("circuit_scan", scan, _circuit, _scan),
+        _both("circuit_sample", ("circuit_sample",), _circuit, _scored),
         _pair(
             *("circuit_conditional_dist", _circuit),
             lambda i: (*_head(i), i["x"], i["k"]),
@@ -355,13 +356,13 @@ def circuit_cases() -> list[Case]:
         ),
         _pair("circuit_argmax", _circuit, _head, "circuit_argmax"),
         _pair("spec_verify", _circuit, _verify, "spec_verify", exact=True),
-        both("log_einsum_exp", sums, _sums, _sum),
-        both(
+        _both("log_einsum_exp", sums, _sums, _sum),
+        _both(
             *("log_einsum_exp", ("log_sum_per_row", "log_sum_per_row_backward")),
             *(_sums_of_rows, _sum, "log_einsum_exp, of rows"),
         ),
         _pair("log_einsum_exp", _sums, _max, "log_max", op="log_einsum_exp, max"),
-        both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
+        _both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
         Case("circuit_layers", layers, _program, _layers, _layers_formula),
         Case("circuit_layers_walk", ("layers_walk",), _program, _walk, _walk_formula, exact=True),
     ]
@@ -409,21 +410,11 @@ def other_cases() -> list[Case]:
     """Mixtures of depths, and losses over a vocabulary."""
     entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
     kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
-    found = []
-    for op, launchers, make, run in (
-        ("depth_mix", ("depth_mix", "depth_mix_backward"), _mixes, _mix),
-        ("chunked_cross_entropy", entropy, _heads, _entropy),
-        ("chunked_kl", kl, _heads, _divergence),
-    ):
-        of_op, formula = getattr(ops, op), getattr(reference, op)
-        found.append(
-            Case(
-                *(op, launchers, make),
-                lambda i, run=run, f=of_op: run(f, i),
-                lambda i, run=run, f=formula: run(f, i),
-            )
-        )
-    return found
+    return [
+        _both("depth_mix", ("depth_mix", "depth_mix_backward"), _mixes, _mix),
+        _both("chunked_cross_entropy", entropy, _heads, _entropy),
+        _both("chunked_kl", kl, _heads, _divergence),
+    ]
 
 
 def all_cases() -> list[Case]:

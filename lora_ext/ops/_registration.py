@@ -72,11 +72,11 @@ def routed(library: str) -> Generator[None]:
     before = [(module, module._c) for module in found if hasattr(module, "_c")]
     try:
         for module, _ in before:
-            module._c = getattr(torch.ops, library)
+            vars(module)["_c"] = getattr(torch.ops, library)
         yield
     finally:
         for module, own in before:
-            module._c = own
+            vars(module)["_c"] = own
 
 
 def register(library: str) -> None:

@@ -54,8 +54,47 @@ __global__ void apart_kernel(const float4* x, float* y, int n) {
     }
     y[threadIdx.x] = sum;
 }
+// The wide load knows its address at once; or after three trips, one after the other.
+__global__ void near_kernel(const float4* x, const int* place, float* y) {
+    const float4 v = x[threadIdx.x];
+    y[threadIdx.x + place[0]] = v.x + v.y + v.z + v.w;
+}
+__global__ void far_kernel(const float4* x, const int* place, float* y) {
+    const float4 v = x[place[place[place[threadIdx.x]]]];
+    y[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define WAIT asm volatile("griddepcontrol.wait;" ::: "memory")
+#else
+#define WAIT
+#endif
+// Two wide loads in front of the kernel's wait, and behind it.
+__global__ void early_kernel(const float4* x, float* y) {
+    const float4 v = x[threadIdx.x], w = x[threadIdx.x + 32];
+    WAIT;
+    y[threadIdx.x] += v.x + v.y + v.z + v.w + w.x + w.y + w.z + w.w;
+}
+__global__ void late_kernel(const float4* x, float* y) {
+    WAIT;
+    const float4 v = x[threadIdx.x], w = x[threadIdx.x + 32];
+    y[threadIdx.x] += v.x + v.y + v.z + v.w + w.x + w.y + w.z + w.w;
+}
+__global__ void slow_kernel(const float4* x, float* y, int n) {
+    float sum = 0;
+    #pragma unroll 1
+    for (int i = 0; i < n; ++i) {
+        const float4 v = x[i * 32 + threadIdx.x];
+        sum += sinf(v.x) + sinf(v.y) + sinf(v.z) + sinf(v.w);
+    }
+    y[threadIdx.x] = sum;
+}
 }
 void launch(float4* x, float* y) {
+    near_kernel<<<1, 32>>>(x, (int*)y, y);
+    far_kernel<<<1, 32>>>(x, (int*)y, y);
+    early_kernel<<<1, 32>>>(x, y);
+    late_kernel<<<1, 32>>>(x, y);
+    slow_kernel<<<1, 32>>>(x, y, 4);
     good_kernel<float4, 1><<<1, 128>>>(x, x, 3);
     spill_kernel<<<1, 32>>>(y, 3);
     together_kernel<<<1, 32>>>(x, y, 4);
@@ -82,10 +121,11 @@ def kernels(compiled):
 
 
 ARCHS = ("sm_80", "sm_90a")
+KINDS = ("spill", "together", "apart", "near", "far", "early", "late", "slow")
 
 
 def test_every_kernel_is_found_under_its_plain_name(kernels):
-    names = ("good_kernel<float4, 1>", "spill_kernel", "together_kernel", "apart_kernel")
+    names = ["good_kernel<float4, 1>", *(f"{k}_kernel" for k in KINDS)]
     assert set(kernels) == {(name, arch) for name in names for arch in ARCHS}
     assert all(len(kernel.code) > 10 and kernel.registers > 0 for kernel in kernels.values())
 
@@ -138,6 +178,38 @@ def test_loads_that_await_each_other_are_told_from_loads_that_fly_together(kerne
     assert gate.judge(kernels["together_kernel", arch], [rule]) == []
     (reason,) = gate.judge(kernels["apart_kernel", arch], [rule])
     assert reason == "16 bytes per thread on their way in a main loop, least 60"
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "rule", "reason"),
+    [
+        ("near", "far", {"max_trips": 0}, "3 memory trips before the first wide load, most 0"),
+        (
+            "early",
+            "late",
+            {"first_bytes": 32},
+            "0 bytes per thread asked for before the kernel in front is waited for, least 32",
+        ),
+        (
+            "together",
+            "slow",
+            {"instructions_per_element": 6},
+            "instructions for each value that a main loop loads, most 6",
+        ),
+    ],
+)
+def test_a_prologue_and_a_turn_that_grow_fail(kernels, good, bad, rule, reason):
+    rule = {"match": "*_kernel", **rule}
+    assert gate.judge(kernels[f"{good}_kernel", "sm_90a"], [rule]) == []
+    (found,) = gate.judge(kernels[f"{bad}_kernel", "sm_90a"], [rule])
+    assert found.endswith(reason)
+
+
+@pytest.mark.parametrize("key", gate.COSTS)
+def test_a_cost_that_a_kernel_does_not_have_is_no_pass(kernels, key):
+    kernel = kernels["spill_kernel", "sm_80"]
+    reasons = gate.judge(kernel, [{"match": "spill_kernel", key: 1}])
+    assert f"nothing to measure {key} in" in reasons
 
 
 def instruction(text: str, sets: int = 7, waits: int = 0, at: int = 0) -> loops.Instruction:
@@ -250,3 +322,20 @@ def test_an_unknown_key_in_the_rules_is_refused(tmp_path):
 
 def test_the_rules_in_the_repository_are_readable():
     gate.load_rules(gate.RULES)
+
+
+def test_a_loop_that_multiplies_less_than_it_moves_fails():
+    """Two products among eight instructions are a quarter; among four they are a half."""
+    product, move = "HMMA.16816.F32.BF16 R8, R4, R6, R8", "IMAD R9, R9, R9, RZ"
+
+    def kernel(moves):
+        body = [LOAD, product, product, *[move] * moves]
+        code = [instruction(text, at=16 * i) for i, text in enumerate(body)]
+        code += [loops.Instruction(16 * len(code), "BRA", "0x0", "P0")]
+        code += [loops.Instruction(16 * len(code), "EXIT", "")]
+        return gate.Kernel("sm_90a", "k", "k", code=code)
+
+    rule = {"match": "k", "mma_share": 40}
+    assert gate.judge(kernel(0), [rule]) == []
+    (reason,) = gate.judge(kernel(4), [rule])
+    assert reason == "25 percent of a main loop multiplies on tensor cores, least 40"

@@ -1,0 +1,315 @@
+"""Where each kernel stands beside its floor: estimates from the machine code, on one page.
+
+    python tools/kernel_report.py [--json | --check]
+
+Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, where `sass_gate.py` has
+recorded what it found in the machine code, so nothing is compiled or disassembled here. `--check`
+compares, as the gate does with the lock. Every time is an ESTIMATE of the model below: no GPU has
+run a kernel. `gpu_page.py` adds measured columns from reports of `lora-ext gpu-report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK, PAGE = ROOT / "kernels.lock", ROOT / "docs/gpu.md"
+ARCH, RED = "sm_90a", 2.0
+BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
+
+# The model of an H100 SXM. Assumed, not measured here.
+SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles a us
+NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
+STREAM = 2.7e6  # bytes a us
+MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # of one m16n8k16; cycles of a scheduler for it
+TENSOR = 798e6  # flops a us, 16 bits
+
+
+@dataclass(frozen=True)
+class Code:
+    """What `kernels.lock` says of a kernel."""
+
+    registers: int
+    shared: int
+    inflight: int  # the least of its main loops, 0 without one
+    trips: int | None
+    mma_share: float | None
+    each: float | None  # instructions per element
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at a shape.
+
+    `bytes` must move; `values` go through its main loop; `flops` run on tensor cores; `blocks` of
+    `threads` are launched.
+    """
+
+    kernel: str
+    shape: str
+    bytes: float
+    blocks: int
+    threads: int
+    values: float = 0
+    flops: float = 0
+
+
+def read_lock(text: str) -> dict[str, Code]:
+    """Kernels of one architecture by name."""
+    found = {}
+    for line in text.splitlines():
+        row = re.match(rf"{ARCH}\s+((?:\d+\s+){{14}})\s*(.*?)  inflight (\S+)(.*)$", line)
+        if row is None:
+            continue
+        numbers = [int(n) for n in row[1].split()]
+        costs = {key: float(value) for key, value in re.findall(r"  (\w+) ([\d.]+)", row[4])}
+        flights = [int(n) for n in row[3].split("/") if n != "-"]
+        trips = costs.get("trips")
+        found[row[2]] = Code(
+            numbers[0],
+            numbers[1],
+            min(flights, default=0),
+            None if trips is None else int(trips),
+            costs.get("mma"),
+            costs.get("each"),
+        )
+    return found
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+# Decode: rows, adapters, in, out, rank.
+DECODE = {
+    "D1": (1, 1, 4096, 4096, 16),
+    "D2": (16, 16, 4096, 4096, 16),
+    "D3": (32, 8, 4096, 6144, 16),
+    "D4": (64, 64, 4096, 28672, 16),
+    "D5": (64, 64, 4096, 4096, 64),
+    "D6": (256, 64, 14336, 4096, 32),
+    "D7": (256, 1, 4096, 4096, 16),
+    "D8": (256, 32, 4096, 4096, 8),
+}
+BF16 = "__nv_bfloat16"
+
+
+def decode_cases() -> Iterator[Case]:
+    """Shrink and expand of `lora_apply_` up to 256 rows."""
+    for name, (rows, slots, i, o, rank) in DECODE.items():
+        tiles = slots * ceil(rows / slots / 16)
+        splits = min(16, max(1, ceil(i / 512)))
+        said = f"{name}: {rows} rows, {slots} adapters, {i} to {o}, rank {rank}"
+        v = 4 * rows * rank * splits
+        yield Case(
+            f"lora_shrink_decode_kernel<{BF16}, true, 1>",
+            said,
+            2 * slots * rank * i + 2 * rows * i + v,
+            tiles * splits * ceil(rank / 32),
+            128,
+            flops=2 * 16 * tiles * max(8, rank) * i,
+        )
+        yield Case(
+            f"lora_expand_kernel<{BF16}, true, 1, 4, 1>",
+            said,
+            2 * slots * rank * o + 4 * rows * o + v,
+            tiles * ceil(o / 256),
+            128,
+            flops=2 * 2 * 16 * tiles * max(32, rank) * o,
+        )
+
+
+def large_cases() -> Iterator[Case]:
+    """Training and large ranks."""
+    rows, width, rank = 8192, 4096, 16
+    shape = f"{rows} rows, {width} features, rank {rank}"
+    x = 2 * rows * width
+    for kernel, factor in (("input", 3), ("project", 1), ("weights", 1)):
+        last = ", 64>" if kernel == "project" else ">"
+        yield Case(
+            f"lora_train_{kernel}_kernel<{BF16}, false{last}",
+            shape,
+            factor * x + 2 * rank * width,
+            ceil(rows / 64) * (1 if kernel == "project" else ceil(width / 256)),
+            128,
+            flops=2 * rows * width * max(32, rank) * (2 if kernel == "input" else 1),
+        )
+    rank = 1024
+    for product, what in ((0, "shrink"), (2, "expand")):
+        yield Case(
+            f"lora_gemm_kernel<{BF16}, (Product){product}, 128>",
+            f"{what}: {rows} rows, {width} features, rank {rank}",
+            (1 if what == "shrink" else 2) * x + 2 * rank * width + 4 * rows * rank,
+            ceil(rows / 128) * ceil((rank if what == "shrink" else width) / 128),
+            128,
+            flops=2 * rows * width * rank * (1 if what == "shrink" else 2),
+        )
+
+
+def circuit_cases() -> Iterator[Case]:
+    """Circuits whose parameters a network emits, and what goes with them."""
+    rows = 1024 * 8 * 32
+    yield Case(
+        f"circuit_leaf_kernel<{BF16}>",
+        "CP, 8 tokens, 32 states, 320 words, batch 1024",
+        2 * rows * 320,
+        rows // 8,
+        256,
+        values=rows * 320,
+    )
+    values = 8192 * 7 * 32 * 32
+    yield Case(
+        f"circuit_scan_kernel<{BF16}, WarpTeam>",
+        "HMM, 8 tokens, 32 states, batch 8192",
+        2 * values,
+        8192 // 4,
+        128,
+        values=values,
+    )
+    for vocabulary in (320, 131072):
+        values = 33 * vocabulary
+        yield Case(
+            f"spec_verify_kernel<{BF16}>",
+            f"one row, 32 states, {vocabulary} words",
+            2 * values,
+            1,
+            512,
+            values=values * 2,
+        )
+    values = 8192 * 4096 * 4
+    yield Case(
+        f"depth_mix_kernel<{BF16}, {BF16}, false>",
+        "8192 rows, 4096 features, four depths",
+        2 * values * 1.25,
+        8192,
+        256,
+        values=values,
+    )
+    values = 8192 * 8192
+    for kernel in ("update", "gradient"):
+        yield Case(
+            f"cross_entropy_{kernel}_kernel<{BF16}, false>",
+            "8192 rows, a piece of 8192 words",
+            2 * values * (1 if kernel == "update" else 2),
+            8192,
+            256,
+            values=values,
+        )
+    values = 4096 * 1024 * 8
+    yield Case(
+        f"log_sum_rows_kernel<{BF16}>",
+        "4096 rows, 8 nodes of 1024 inputs",
+        2 * values,
+        4096,
+        256,
+        values=values,
+    )
+
+
+CASES = [*decode_cases(), *large_cases(), *circuit_cases()]
+
+
+# --- the model ------------------------------------------------------------------------------------
+def floor_us(case: Case) -> float:
+    """What bytes, products or an empty launch take at least."""
+    return max(NULL, case.bytes / STREAM, case.flops / TENSOR)
+
+
+def estimate_us(case: Case, code: Code) -> float:
+    """An empty launch, the trips before the first wide load, that load, and the slowest of memory,
+    instructions and tensor cores, on the multiprocessors that have a block."""
+    sms = min(SMS, case.blocks)
+    registers = 16384 // (ceil(code.registers * 32 / 256) * 256) * 4  # warps by registers
+    per_sm = max(1, min(registers * 32 // case.threads, 2048 // case.threads))
+    resident = min(per_sm, ceil(case.blocks / SMS)) * case.threads
+    rate = min(STREAM, sms * resident * (code.inflight or 16) / DRAM)
+    cycles = sms * 4 * CLOCK
+    issue = case.values * (code.each or 0) / 32 / cycles
+    mma = 0.0
+    if case.flops and code.mma_share:
+        mma = case.flops / MMA_FLOPS * max(MMA_CYCLES, 100 / code.mma_share) / cycles
+    return NULL + (code.trips or 0) * L2 + DRAM + max(case.bytes / rate, issue, mma)
+
+
+def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
+    """One object for each kernel and shape; None where a number does not apply."""
+    found = []
+    for case in cases:
+        code = lock.get(case.kernel)
+        if code is None:
+            raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
+        estimate, floor = round(estimate_us(case, code), 1), round(floor_us(case), 1)
+        found.append(
+            {
+                "name": case.kernel,
+                "shape": case.shape,
+                "estimate_us": estimate,
+                "floor_us": floor,
+                "ratio": round(estimate / floor, 2),
+                "trips": code.trips,
+                "mma_share": code.mma_share,
+                "instructions_per_element": code.each,
+                "bytes": round(case.bytes),
+                "registers": code.registers,
+            }
+        )
+    return found
+
+
+# --- the page -------------------------------------------------------------------------------------
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown; ratios above `RED` are red."""
+    lines = [
+        "| kernel | shape | estimate, us | floor, us | ratio | trips | mma, % "
+        "| instructions each |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        name = row["name"].replace(BF16, "bf16")
+        ratio = f"{row['ratio']:.1f}"
+        if row["ratio"] > RED:
+            ratio = f'<span style="color:red">**{ratio}**</span>'
+        blanks = [row["trips"], row["mma_share"], row["instructions_per_element"]]
+        told = [name, row["shape"], f"{row['estimate_us']:.1f}", f"{row['floor_us']:.1f}", ratio]
+        told += ["" if value is None else f"{value:g}" for value in blanks]
+        lines.append(f"| `{told[0]}` | " + " | ".join(told[1:]) + " |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """A page with the part between the marks made anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"kernel_report: {PAGE.name} lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print or write the report; the exit status is 1 where `--check` finds another page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print objects, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare docs/gpu.md, write nothing")
+    parsed = parser.parse_args(arguments)
+    found = rows(read_lock(LOCK.read_text()))
+    if parsed.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    page = PAGE.read_text()
+    wanted = with_table(page, found)
+    if parsed.check:
+        if page != wanted:
+            print("kernel_report: docs/gpu.md differs; `python tools/kernel_report.py` writes it")
+        return int(page != wanted)
+    PAGE.write_text(wanted)
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
