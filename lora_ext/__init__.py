@@ -15,7 +15,7 @@ from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.layers import LoraConfig, chunked_loss, exact  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 from lora_ext.rows import adapters  # noqa: E402
-from lora_ext.serving import attach, detach  # noqa: E402
+from lora_ext.serving import attach, capturable, detach  # noqa: E402
 
 if TYPE_CHECKING:
     from lora_ext import circuits, control, federated, methods, nn, tenants
@@ -26,6 +26,7 @@ __all__ = [
     "adapter",
     "adapters",
     "attach",
+    "capturable",
     "chunked_loss",
     "circuits",
     "control",
@@ -39,7 +40,7 @@ __all__ = [
     "pool",
     "tenants",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
 _ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})

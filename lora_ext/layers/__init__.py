@@ -9,6 +9,7 @@ from .base.packed_linear import (
     pack_linears,
     packed_bytes,
     packed_layers,
+    packing,
     unpack,
     unpack_linears,
 )
@@ -60,6 +61,6 @@ __all__ = [
     "LoraLinear", "LoraProbe", "Mask", "PackedLinear", "Swap", "adapted_layers", "adapter_factors",
     "adapter_parameters", "adapters_of", "block_index", "block_name", "chunked_loss",
     "decoder_layers", "exact", "init_lora_", "is_active", "lora_forward", "lora_update",
-    "pack_linears", "packed_bytes", "set_active", "shift_labels", "unpack_linears", "unwrap",
-    "wrap",
+    "pack_linears", "packed_bytes", "packing", "set_active", "shift_labels", "unpack_linears",
+    "unwrap", "wrap",
 ]  # fmt: skip

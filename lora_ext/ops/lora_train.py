@@ -260,7 +260,7 @@ def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     nbytes = size * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < nbytes:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # else a later call outside could not write into it
             memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return memory[:nbytes].view(dtype)
 

@@ -18,14 +18,15 @@ import copyreg
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
-from lora_ext._checks import require
+from lora_ext._checks import number, require
+from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles
 from lora_ext.rows import PoolLayer
 
@@ -173,6 +174,7 @@ class PackedLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Packed too, with a copy of its own as soon as it is used."""
+        # copy's own way leads through __reduce_ex__ below, which makes a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -289,6 +291,60 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
         module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Packing(NamedTuple):
+    """Whether a model's base should be packed: what its copy takes, in bytes, what is free, and why
+    it should not, or None. As a text it is a line for users."""
+
+    bytes: int
+    free: int
+    reason: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether to pack."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 1e9:.2f} GB of the {self.free / 1e9:.2f} GB that are free"
+        if self.reason is None:
+            return f"the base is packed for decoding, which takes {size}"
+        return f"the base is not packed for decoding: {self.reason}"
+
+
+def packing(model: nn.Module, share: float = 0.25) -> Packing:
+    """Ask whether :func:`pack_linears` of a model gains and fits.
+
+    Args:
+        model: not packed.
+        share: of the memory that is free, which the copy may take; above 0, at most 1.
+
+    Returns:
+        the answer; nothing is packed.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+    number("packing", "share", share, above=0, maximum=1)
+    weights = {id(m.weight): m.weight for _, m in linears_of(model)}
+    wanted = sum(
+        -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
+    )
+    free = free_bytes("cpu") or 0
+    refusals = [_refusal(w) for w in weights.values()]
+    refused = next((each for each in refusals if each is not None), None)
+    reason = None
+    if not weights:
+        reason = "it has no plain linear layer"
+    elif refused is not None:
+        reason = f"it wants {refused}"
+    elif wanted > share * free:
+        reason = (
+            f"the copy's {wanted / 1e9:.2f} GB are more than {share:.0%} of the "
+            f"{free / 1e9:.2f} GB that are free"
+        )
+    return Packing(wanted, free, reason)
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Count the bytes that the packed copies of all layers of ``model`` take, beside their
     weights."""
@@ -337,6 +393,7 @@ def _check(name: str, module: nn.Linear) -> None:
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
+    # torch counts writes in place, but none through .data or numpy: samples look for those.
     return weight.data_ptr(), weight._version, weight.dtype, weight.shape
 
 

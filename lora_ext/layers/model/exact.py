@@ -144,7 +144,7 @@ class _Rows(torch.autograd.Function):
         if allowed.shape[0] == 1:
             return _each(q, k, v, _spans(allowed[0]), scale)
         each = zip(q.split(1), k.split(1), v.split(1), allowed, strict=True)
-        return torch.cat([_each(*qkv, _spans(rows), scale) for *qkv, rows in each])
+        return torch.cat([_each(q, k, v, _spans(rows), scale) for q, k, v, rows in each])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
