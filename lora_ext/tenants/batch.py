@@ -16,7 +16,7 @@ from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk
 from lora_ext.rows import adapters, layer_names
 
 from .data import Checked, Result
-from .live import LiveAdapter
+from .live import LiveAdapter, add_to
 from .losses import LOSSES
 
 
@@ -145,7 +145,7 @@ class Step:
                 elif call.gradients is None:
                     call.gradients = own
                 else:
-                    torch._foreach_add_(call.gradients, own)
+                    add_to(call.gradients, own)
             call.total += totals[part]
 
     def _gradients(

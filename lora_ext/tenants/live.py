@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class LiveAdapter:
         with torch.random.fork_rng(devices=[]):  # nobody's draws move
             # The dtype of the base, as a pool has it: 16 bits are trained beside 32 of their own.
             wrap(model, config, name, autocast_adapter_dtype=False)
-        self.layers: Mapping[str, Any] = adapted_layers(model, name)
+        layers: Any = adapted_layers(model, name)
+        self.layers: dict[str, Any] = layers
         if first:  # which wrap made active: nobody's rows are anybody's by default
             for layer in self.layers.values():
                 layer.set_adapter([])
@@ -45,7 +46,8 @@ class LiveAdapter:
         self.parameters: dict[str, nn.Parameter] = {}
         for path, layer in self.layers.items():
             for i, parameter in enumerate(adapter_parameters(layer, name)):
-                self.parameters[f"{path}.lora_{'AB'[i]}"] = parameter.requires_grad_()
+                parameter.requires_grad_(True)
+                self.parameters[f"{path}.lora_{'AB'[i]}"] = parameter
         self.optimizer = Optimizer(self.parameters)
         #: Sums over the calls since the last step; None: there was none.
         self.gradients: list[Tensor] | None = None
@@ -55,7 +57,7 @@ class LiveAdapter:
         if self.gradients is None:
             self.gradients = gradients
         else:
-            torch._foreach_add_(self.gradients, gradients)
+            add_to(self.gradients, gradients)
 
     def take(self) -> list[Tensor] | None:
         """The gradients that wait, which are gone then."""
@@ -82,3 +84,9 @@ class LiveAdapter:
         """Take it out of the model."""
         for layer in self.layers.values():
             layer.delete_adapter(self.name)
+
+
+def add_to(sums: list[Tensor], gradients: list[Tensor]) -> None:
+    """Add gradients to sums, in place."""
+    for total, gradient in zip(sums, gradients, strict=True):
+        total.add_(gradient)

@@ -77,7 +77,8 @@ class Optimizer:
         require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
         if settings.max_norm < math.inf:
             factor = min(1.0, settings.max_norm / (norm + 1e-6))  # as clip_grad_norm_
-            torch._foreach_mul_(gradients, factor)
+            for gradient in gradients:
+                gradient.mul_(factor)
         for trained, gradient in zip(self._trained.values(), gradients, strict=True):
             trained.grad = gradient
         (group,) = self._adamw.param_groups

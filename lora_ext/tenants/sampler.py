@@ -271,9 +271,8 @@ class Sampler:
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
         """How many tokens there are when a text is complete; None: none is."""
-        decode = self._models.tokenizer.decode if texts else None
-        for count in range(1, len(tokens) + 1) if decode else ():
-            said = decode(tokens[:count], skip_special_tokens=False)
+        for count in range(1, len(tokens) + 1) if texts else ():
+            said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)
             if any(text in said for text in texts):
                 return count
         return None

@@ -90,7 +90,8 @@ class Scheduler:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._changed:
-            dropped, queue.items = queue.items, deque([(future, last)])
+            dropped, queue.items = queue.items, deque()
+            queue.items.append((future, last))
             queue.closed = why
             self._changed.notify()
         _drop(dropped, why)

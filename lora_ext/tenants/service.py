@@ -77,7 +77,7 @@ class Service:
         self._own = self._scheduler.add()
         self._numbers, self._marks = itertools.count(), itertools.count(1)
         self._sampling: SamplingModel | None = None
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._tenants: weakref.WeakSet[Tenant] = weakref.WeakSet()
 
     def __enter__(self) -> Service:
@@ -147,10 +147,10 @@ class Service:
     def close(self) -> None:
         """Drop what waits, and give the model back as it was. Safe to repeat."""
         with self._lock:
-            if self._scheduler is None:
+            if self._closed:
                 return
-            scheduler, self._scheduler = self._scheduler, None
-        scheduler.stop()
+            self._closed = True
+        self._scheduler.stop()
         if self._sampling is not None:
             self._sampling.close()
         if any(isinstance(module, LoraLayer) for module in self.model.modules()):
