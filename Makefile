@@ -4,7 +4,7 @@
 #   make test    build, emulator included, and run the tests
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
-#   make asan    before a release: the ops' contract on the CPU, built with AddressSanitizer and UBSan
+#   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about an hour)
 #   make bench   the microbenchmarks
 #   make wheels  an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/
 #   make docs    the pages and the reference of every public name, as a site in out/docs
@@ -63,7 +63,7 @@ demo: $(VENV)/extras-demo.stamp build
 	$(PY) examples/demo.py
 
 test: build-emu
-	$(PY) -m pytest -q -n 2 --require-emu
+	$(PY) -m pytest -q -n 2 --dist worksteal --require-emu
 
 # Packages come from the network while the compiler has the cores; without a toolkit it needs the headers among them.
 check: export LORA_EXT_EMU = 1
@@ -83,7 +83,7 @@ asan: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
 	LD_PRELOAD="$$(for l in libasan.so libubsan.so libstdc++.so.6; do g++ -print-file-name=$$l; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan \
 	  $(VENV)/bin/pytest -q -p no:cacheprovider $(ASAN_TESTS)
-	$(VENV)/bin/pytest -q --sanitizers -m sanitized tests/cpu tests/emu
+	$(VENV)/bin/pytest -q --sanitizers tests/cpu tests/emu/test_asan.py
 
 bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py

@@ -12,10 +12,10 @@ _C = _loader.load()
 # them.
 from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
-from lora_ext.layers import LoraConfig, chunked_loss  # noqa: E402
+from lora_ext.layers import LoraConfig, chunked_loss, exact  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 from lora_ext.rows import adapters  # noqa: E402
-from lora_ext.serving import attach, detach  # noqa: E402
+from lora_ext.serving import attach, capturable, detach  # noqa: E402
 
 if TYPE_CHECKING:
     from lora_ext import circuits, control, federated, methods, nn, tenants
@@ -26,10 +26,12 @@ __all__ = [
     "adapter",
     "adapters",
     "attach",
+    "capturable",
     "chunked_loss",
     "circuits",
     "control",
     "detach",
+    "exact",
     "federated",
     "from_peft",
     "methods",

@@ -91,7 +91,7 @@ def merge_adapters(
     expected = f"one for each of {len(values)} adapters"
     require(len(weights) == len(values), where, "weights", expected, len(weights))
     choice(where, "mode", mode, get_args(MergeMode))
-    weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
+    weights = [float(number(where, f"weights[{i}]", w)) for i, w in enumerate(weights)]
     if rank is not None:
         fits = mode not in ("delta", "factors")
         require(fits, where, "rank", f"None beside mode={mode!r}", repr(rank))
@@ -132,7 +132,7 @@ def interpolate_adapters(
     """
     where = "interpolate_adapters"
     choice(where, "space", space, get_args(Space))
-    lam = _finite(lam, f"{where}: lam")
+    lam = float(number(where, "lam", lam))
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
     _warn_of_other_bases(where, values)
     _check_invocations(where, values)
@@ -278,16 +278,6 @@ def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
         field = f"{name}: alora_invocation_tokens"
         found = other.config.invocation
         require(found == value.config.invocation, where, field, expected, list(found))
-
-
-def _finite(number: Any, where: str) -> float:
-    try:
-        found = math.nan if isinstance(number, bool | str) else float(number)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise ValueError(f"{where}: expected a finite number, found {number!r:.100}")
-    return found
 
 
 def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 import lora_ext
 from lora_ext.adapter import KINDS, MergeMode
 
-from . import changes, guides, reports, servers
+from . import changes, gpu_report, guides, reports, servers
 
 _DESCRIPTION = """\
 Look at LoRA adapters, merge them, resize them, prune them and compare them;
@@ -28,8 +28,8 @@ examples:
   lora-ext diff both both-16 --json | jq .distance
 
 `lora-ext COMMAND --help` explains a command. What a command writes is there
-whole, or not at all. The exit status is 0; 1 if doctor finds a fault or inspect
-a value that is not finite; 2 on bad input, with one sentence on standard error."""
+whole, or not at all. The exit status is 0; 1 if doctor or gpu-report finds a
+fault or inspect a value that is not finite; 2 on bad input, with one sentence on standard error."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         title="commands", dest="command", metavar="COMMAND", required=True
     )
     _add_doctor(commands)
+    _add_gpu_report(commands)
     _add_inspect(commands)
     _add_merge(commands)
     _add_resize(commands)
@@ -95,6 +96,30 @@ def _add_doctor(commands: Any) -> None:
         reports.doctor,
     )
     _add_json(parser)
+
+
+def _add_gpu_report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "gpu-report",
+        "check and time every kernel on this GPU, and write a report",
+        "Compares every launcher with its formula, times it beside the time that its\n"
+        "bytes alone take, and writes JSON and, beside it, a page to read. Compiles and\n"
+        "installs nothing; the report has versions, card, clocks, hash of the kernels,\n"
+        "errors and times, no names and no paths. The exit status is 1 if a check fails.",
+        gpu_report.gpu_report,
+    )
+    parser.add_argument("--out", metavar="FILE", required=True, help="the report, e.g. card.json")
+    parser.add_argument(
+        "--minutes", metavar="N", type=float, default=3.0, help="time for timing; default 3"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("cuda", "emu"),
+        default="cuda",
+        help="emu: check on the emulator, where one was built; without times",
+    )
+    parser.add_argument("--only", metavar="OPS", help="beginnings of names, with commas between")
 
 
 def _add_inspect(commands: Any) -> None:

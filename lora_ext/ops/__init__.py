@@ -1,7 +1,10 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
+# pyright: reportUnusedImport=false
+
 from lora_ext.ops import _registration
 
+from ._registration import routed as routed
 from .circuit import CircuitScan, circuit_scan, emission_gather
 from .circuit_decode import (
     CircuitSample,

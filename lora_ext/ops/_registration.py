@@ -5,7 +5,10 @@ them to a library: once to the shipped one, and in tests once more to each emula
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import importlib
+import pkgutil
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -48,8 +51,37 @@ def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
     return mark
 
 
+_registered: set[str] = set()
+
+
+def register_once(library: str) -> None:
+    """:func:`register`, where nobody has done it in this process."""
+    if library not in _registered:
+        register(library)
+
+
+@contextmanager
+def routed(library: str) -> Generator[None]:
+    """Inside, every function of ``lora_ext.ops`` calls ``torch.ops.<library>``, in all threads."""
+    register_once(library)
+    package = importlib.import_module(__package__ or "lora_ext.ops")
+    found: list[Any] = [
+        importlib.import_module(m.name)
+        for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    ]
+    before = [(module, module._c) for module in found if hasattr(module, "_c")]
+    try:
+        for module, _ in before:
+            module._c = getattr(torch.ops, library)
+        yield
+    finally:
+        for module, own in before:
+            module._c = own
+
+
 def register(library: str) -> None:
     """Give every fake kernel and backward to the ops of ``torch.ops.<library>``."""
+    _registered.add(library)
     ops = getattr(torch.ops, library)
     # torch annotates neither of the two in full.
     for op, function in _fakes.items():

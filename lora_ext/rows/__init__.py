@@ -12,7 +12,16 @@ from .attachment import (
     layer_names,
     pool_handle,
 )
-from .context import Block, adapters, current, forward_of, innermost, of_call
+from .context import (
+    Block,
+    adapters,
+    current,
+    forward_of,
+    in_step,
+    innermost,
+    of_call,
+    untouched,
+)
 from .generation import (
     activated_forward,
     activated_in,
@@ -29,6 +38,7 @@ from .rows import (
     Kept,
     Rows,
     all_rows,
+    capture,
     capturing,
     constant,
     everywhere,
@@ -39,6 +49,7 @@ from .rows import (
     several_processes,
     subset,
     together,
+    traced_by_python,
 )
 from .traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
 
@@ -67,6 +78,7 @@ __all__ = [
     "attachments",
     "batch_of",
     "block_of_graph",
+    "capture",
     "capturing",
     "change_blocks",
     "constant",
@@ -77,6 +89,7 @@ __all__ = [
     "generation_scope",
     "group",
     "has_activated",
+    "in_step",
     "innermost",
     "keep",
     "last_start",
@@ -100,4 +113,6 @@ __all__ = [
     "several_processes",
     "subset",
     "together",
+    "traced_by_python",
+    "untouched",
 ]

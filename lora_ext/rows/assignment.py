@@ -191,7 +191,7 @@ class Assignment:
                 raise self._misfit(leading)
             upright = self.per_row(table, torch.Size(self.shape), device)
             return upright.view(rows, length).T.flatten()
-        copies, turns = self._spread(leading, tokens_first, batch)
+        copies, turns = self.spread(leading, tokens_first, batch)
         table = [*table, -1]  # -1 finds the last
         if isinstance(self.places, Tensor):
             if capturing(device):
@@ -208,7 +208,7 @@ class Assignment:
             ids = torch.tensor(each, dtype=torch.int32).repeat_interleave(copies).to(device)
         return ids if turns == 1 else ids.repeat(turns)
 
-    def _spread(
+    def spread(
         self, leading: torch.Size, tokens_first: bool, batch: Batch | None
     ) -> tuple[int, int]:
         """How many consecutive rows take each entry, and how often all of that comes again."""

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,39 @@ from .entry import Entry
 from .rows import Rows, capturing
 
 __all__ = ["Block", "Names", "Pool", "TokensFirstError", "UnknownAdapterError", "adapters"]
+
+
+class Step(Protocol):
+    """What a block needs of :func:`lora_ext.capturable`, into which its names go."""
+
+    pool: Any
+
+    def write(self, assignment: Assignment) -> None:
+        """Let replays serve these names."""
+
+    def note_capture(self, device: torch.device, rows: int = 0) -> None:
+        """A layer is computed."""
+
+    def check_outside_capture(self) -> None:
+        """A layer is computed outside of every block."""
+
+    def table(self, factors: Any) -> Tensor:
+        """DoRA's factors of a layer, by slot."""
+        ...
+
+    def bank(self, name: str) -> tuple[Any, Tensor]:
+        """Weights of the adapters that replace a module, and the place of each row."""
+        ...
+
+    def rows(
+        self,
+        assignment: Assignment,
+        leading: torch.Size,
+        device: torch.device,
+        tokens_first: bool,
+        batch: Batch | None,
+    ) -> Rows | None:
+        """Rows that replays follow; None where these names are not the step's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +78,8 @@ class Block:
     packed: bool = False
     #: What the output head reads where the model gives it some of the tokens alone.
     head: Block | None = None
+    #: Whose buffers its names were written into.
+    step: Step | None = None
 
     def rows(
         self,
@@ -59,8 +94,20 @@ class Block:
             raise _outlived()
         if of_tokens:
             self.assignment.check_tokens(leading, tokens_first)
+        found = self.rows_of_step(leading, device, tokens_first)
+        if found is not None:
+            return found
         key = (leading, tokens_first)
         return self.assignment.kept.get(key, device, self._rows, leading, device, tokens_first)
+
+    def rows_of_step(
+        self, leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> Rows | None:
+        """Rows that a captured graph follows; None outside of :func:`lora_ext.capturable`."""
+        if self.step is None:
+            return None
+        where = leading, device, tokens_first, _batch.get()
+        return self.step.rows(self.assignment, *where)
 
     def _rows(self, leading: torch.Size, device: torch.device, tokens_first: bool) -> Rows:
         used = tuple(range(self.num_slots)) if self.assignment.occurring else ()
@@ -99,7 +146,8 @@ class Block:
         if capturing(device):
             raise RuntimeError(
                 "adapters: expected no DoRA adapter and no replaced module while a CUDA graph is "
-                "captured, found one: its rows and factors are chosen on the host"
+                "captured, found one: its rows and factors are chosen on the host; capture inside "
+                "lora_ext.capturable(pool, max_rows)"
             )
         table = [order.index(slot) if slot in order else -1 for slot in self.slots]
         each = self.assignment.per_row(table, leading, device, tokens_first, _batch.get())
@@ -143,6 +191,7 @@ def _outlived() -> RuntimeError:
 
 _block: ContextVar[Block | None] = ContextVar("lora_ext.adapters", default=None)
 _batch: ContextVar[Batch | None] = ContextVar("lora_ext.batch", default=None)
+_step: ContextVar[Step | None] = ContextVar("lora_ext.step", default=None)
 
 
 def innermost() -> Block | None:
@@ -174,9 +223,21 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
         block = block.outer
     if block is not None:
         block.entry.served = True
-    elif any_block:
+        return block
+    if any_block:
         _look_for_a_lost_block(handle)
-    return block
+    step = _step.get()
+    if step is not None and pool_handle(step.pool) == handle:
+        step.check_outside_capture()
+    return None
+
+
+def untouched(pool: Pool, device: torch.device) -> None:
+    """A layer of this pool is computed that no adapter has touched yet, nor a captured graph will
+    let one touch."""
+    step = _step.get()
+    if step is not None and step.pool is pool:
+        step.note_capture(device)
 
 
 def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> Block | None:
@@ -196,6 +257,16 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
         block.lease.renew()  # the backward ends, which is when autograd calls what is queued
         torch.autograd.Variable._execution_engine.queue_callback(block.lease.__exit__)
     return block
+
+
+@contextlib.contextmanager
+def in_step(step: Step) -> Iterator[None]:
+    """Inside, blocks of the step's pool write their names into it."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 @contextlib.contextmanager
@@ -277,6 +348,11 @@ def of_call(
     """:func:`adapters` around one call, which is over before anybody else goes on."""
     assignment = Assignment.of(names, token_ids)
     pool = only_pool() if pool is None else pool
+    step = _step.get()
+    if step is not None and step.pool is pool:
+        step.write(assignment)
+    else:
+        step = None
     with pool.acquire(assignment.names) as lease:
         assignment = begun(assignment, lease.invocations, token_ids, input_ids, starts)
         outer = _block.get()
@@ -289,6 +365,7 @@ def of_call(
             outer,
             Entry(),
             torch._C._current_graph_task_id(),
+            step=step,
         )
         with _opened(block):
             yield block

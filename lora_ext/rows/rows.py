@@ -6,6 +6,7 @@ show in it. All layers of a step ask for the same ones, so they are made once an
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -103,22 +104,45 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 # What layers share
 
 
+class _Unknown:
+    """A graph that torch does not show: nothing is found again in it."""
+
+
+def capture(device: torch.device) -> Any:
+    """The CUDA graph that work for this device goes into instead of being done, or None."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return None
+    shown = getattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", None)
+    return _Unknown() if shown is None else shown()
+
+
 def capturing(device: torch.device) -> bool:
-    """Whether work for this device goes into a CUDA graph instead of being done."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether work for this device goes into a CUDA graph."""
+    return capture(device) is not None
+
+
+def traced_by_python() -> bool:
+    """Whether somebody sees every op of this thread, as one who traces a graph does."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class Kept:
     """Finished tensors by key, device and stream; beyond ``most`` of them the oldest goes.
 
-    Nothing is kept, nor found, while a graph is traced or captured: there, what is asked for is
-    part of the graph. A second stream computes its own, as it would have to wait for the kernels
-    that fill the first one's.
+    Nothing is kept, nor found, while a graph is traced: there, what is asked for is part of the
+    graph. What is asked for in the capture of a CUDA graph is part of that graph and found again
+    there, and nowhere else. A second stream computes its own, as it would have to wait for the
+    kernels that fill the first one's.
     """
 
     def __init__(self, most: int):
         self._most = most
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        # Of graphs that are being captured. One that is done may be captured anew, and its old
+        # tensors are not filled then: they go as soon as somebody asks outside of a capture.
+        self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __len__(self) -> int:
         """How many are kept."""
@@ -126,23 +150,31 @@ class Kept:
 
     def get(self, key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
         """``make(*args)``, or what that returned last time for this key; of ordinary tensors."""
-        if torch._C._len_torch_dispatch_stack():
+        if traced_by_python():
             return make(*args)
-        stream = 0
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return make(*args)  # the graph owns what it reads; eviction must not free it
-            stream = torch.cuda.current_stream(device).cuda_stream
+        graph = capture(device)
+        if graph is not None:
+            of_graph = self._captured.setdefault(graph, {})
+            where = (key, device)
+            if where not in of_graph:
+                of_graph[where] = _ordinary(make, *args)
+            return of_graph[where]
+        if self._captured:
+            self._captured.clear()
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         where = (key, device, stream)
         found = self._found.get(where)
         if found is None:
-            # Not inference tensors: a later call may need them in its backward.
-            with torch.inference_mode(False), torch.no_grad():
-                found = make(*args)
-            self._found[where] = found
+            found = self._found[where] = _ordinary(make, *args)
             if len(self._found) > self._most:
                 self._found.popitem(last=False)
         return found
+
+
+def _ordinary(make: Callable[..., Any], *args: Any) -> Any:
+    """No inference tensors: a later call may need them in its backward."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make(*args)
 
 
 _constants = Kept(_KEPT)

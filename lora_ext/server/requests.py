@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_ext.serving import Sampling
+from lora_ext.serving import Sampling, read_format, refuse_old_names
 
 _STRICT = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 _MOST_TOLD = 4  # errors of one request
@@ -29,16 +29,10 @@ class _Asked(BaseModel):
 
 
 class Text(_Asked):
-    """A part of a message's content, or the only format of an answer."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
-
-
-class TextFormat(_Asked):
-    """``response_format`` of those who want text."""
-
-    type: Literal["text"]
 
 
 class Message(_Asked):
@@ -79,12 +73,21 @@ class _Generates(_Asked):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None  # as vLLM has it
     # They change no answer.
     user: str | None = None
     # Neutral values.
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            refuse_old_names(body)
+        return body
 
     @property
     def usage_wanted(self) -> bool:
@@ -104,7 +107,10 @@ class _Generates(_Asked):
         """
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: expected beside stream: true, found without it")
-        return {"sampling": self.sampling()}
+        form = read_format(self.response_format, self.structured_outputs)
+        if form is not None and self.stop:
+            raise ValueError("stop: expected none beside a format, which it would cut, found some")
+        return {"sampling": self.sampling(), "form": form}
 
 
 class Chat(_Generates):
@@ -116,7 +122,6 @@ class Chat(_Generates):
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
     parallel_tool_calls: bool | None = None  # of no tools
-    response_format: TextFormat | None = None
     tools: Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
     logprobs: Literal[False] | None = None

@@ -89,7 +89,7 @@ def attach(
             same tensor (q, k, v; gate, up) in one op, which takes the launches of one layer on a
             GPU: :mod:`lora_ext.serving.layers.siblings`. The first of them calls the bases of the
             others too, a little earlier than the model does. The bits are the same. It holds on a
-            GPU, outside gradients, autocast, ``torch.compile`` and ``torch.inference_mode``, beside
+            GPU, outside gradients, autocast and ``torch.compile``, beside
             plain linear bases without hooks and adapters without DoRA; elsewhere each layer
             computes its own.
 

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from lora_ext._checks import require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.rows import last_start
 
 from .attaching import attach
 from .continuous import load_of, unfinished
+from .formats import Format
 from .metrics import Load
 from .sampling import Sampling
 from .streams import RequestStream
 
-_TRIES = 8  # somebody may unload an adapter between its load and its pin
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint
 
+_TRIES = 8  # somebody may unload an adapter between its load and its pin
+_PATIENCE = 1.0  # seconds after which a waiting request asks whether anybody still reads
+_REMEMBERED = 16  # prompts that have been read
 
 #: The messages of a chat, a text, or its tokens.
 Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
@@ -85,7 +92,10 @@ class Engine:
         self._preparing = 0
         self._streams: set[RequestStream] = set()
         self._stopped = False
+        self._ahead = Ahead(page_size, lambda: self.healthy)
         self._encoding = asyncio.Lock()  # tokenizers are not made for threads
+        self._building = asyncio.Semaphore(2)
+        self._vocabulary: Any = None
 
     def __enter__(self) -> Engine:
         with torch.inference_mode():  # the manager's thread takes it over
@@ -121,6 +131,7 @@ class Engine:
         sampling: Sampling | None = None,
         *,
         allow_base: bool = False,
+        form: Format | None = None,
     ) -> RequestStream:
         """Put a prompt into the next batches, its adapter pinned, and loaded where it is not.
 
@@ -131,12 +142,15 @@ class Engine:
             sampling: None takes the largest logit.
             allow_base: the base model serves a chat without the invocation of its activated
                 adapter.
+            form: what the answer must be. Its constraint is built in a thread of its own, and kept.
 
         Raises:
             QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError: a
                 chat that the template does not take, that lacks the invocation, no tokens, too
-                many, or one that the model lacks. UnknownAdapterError: no such adapter.
-                PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in its files.
+                many, or one that the model lacks, or a form that these tokens cannot meet.
+                NotImplementedError: a form that nothing here holds to. UnknownAdapterError: no such
+                adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in
+                its files.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(f"begin: expected at most {self.max_requests} requests at a time")
@@ -149,24 +163,55 @@ class Engine:
             expected = f"at most {self.context} tokens of prompt and answer"
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
+            if form is not None:
+                how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):
                 if adapter_name is not None and adapter_name not in self.pool:
                     await asyncio.to_thread(self.folder.ready, adapter_name)
-                if self._stopped:
-                    raise StoppedError("begin: the server stops, and takes no more requests")
                 try:
+                    asked = self._asked(ids, adapter_name)
+                    await self._ahead.wait(asked)
+                    if self._stopped:
+                        raise StoppedError("begin: the server stops, and takes no more requests")
                     stream = RequestStream(
-                        self.manager, ids, adapter_name=adapter_name, ended=self._count, **how
+                        self.manager,
+                        ids,
+                        adapter_name=adapter_name,
+                        ended=self._count,
+                        begun=self._ahead.ends,
+                        **how,
                     )
                 except UnknownAdapterError:
                     if not left:
                         raise
                 else:
                     self._streams.add(stream)
+                    self._ahead.begins(stream, asked)
                     return stream
             raise AssertionError("the last try returns or raises")
         finally:
             self._preparing -= 1
+
+    def _asked(self, ids: list[int], name: str | None) -> Asked:
+        if name is None:
+            return Asked(ids, None, len(ids))
+        invocation = self.pool.invocation(name)
+        start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
+        return Asked(ids, name, len(ids) if start is None else start)
+
+    async def _constraint(self, form: Format) -> Constraint:
+        """Built beside the thread that generates, two at a time."""
+        from lora_ext.control import vocabulary_of
+
+        async with self._building:
+            if self._vocabulary is None:
+                size = self.model.get_output_embeddings().weight.shape[0]
+                ends = self.manager.generation_config.eos_token_id
+                async with self._encoding:
+                    self._vocabulary = await asyncio.to_thread(
+                        vocabulary_of, "begin", self.tokenizer, size, ends
+                    )
+            return await asyncio.to_thread(form.constraint, self._vocabulary)
 
     def _count(self, stream: RequestStream) -> None:
         self._streams.discard(stream)
@@ -211,3 +256,69 @@ class Engine:
             raise ValueError(
                 f"begin: messages: the chat template does not take them: {error}"
             ) from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Of requests that come together over a text that nobody has read, one goes ahead. Pages of keys and
+# values can be shared once they are computed. Requests in one batch over the same unread text would
+# each compute all of it; those that come second wait here until the first has its first token, and
+# then read what it has written.
+@dataclass(frozen=True)
+class Asked:
+    """A request's tokens, its adapter (None: the base model), and where that begins: what lies
+    before is the base model's."""
+
+    tokens: Sequence[int]
+    adapter: str | None
+    start: int
+
+    def shared(self, other: Asked, page: int) -> int:
+        """How many tokens are of pages that both requests may read."""
+        count = 0
+        for mine, others in zip(self.tokens, other.tokens, strict=False):
+            if mine != others:
+                break
+            count += 1
+        if self.adapter != other.adapter:
+            count = min(count, self.start, other.start)
+        return count // page * page
+
+
+class Ahead:
+    """The prompts that a manager reads and has read.
+
+    Args:
+        page: tokens of a page. alive: whether the manager still runs.
+    """
+
+    def __init__(self, page: int, alive: Callable[[], bool]):
+        self._page, self._alive = page, alive
+        self._reading: dict[Any, tuple[Asked, asyncio.Event]] = {}
+        self._read: deque[Asked] = deque(maxlen=_REMEMBERED)
+
+    async def wait(self, asked: Asked) -> None:
+        """Until nobody reads more of this prompt for the first time."""
+        while self._alive() and (event := self._worth_waiting(asked)) is not None:
+            try:
+                await asyncio.wait_for(event.wait(), _PATIENCE)
+            except asyncio.TimeoutError:
+                continue
+
+    def _worth_waiting(self, asked: Asked) -> asyncio.Event | None:
+        known = max((asked.shared(other, self._page) for other in self._read), default=0)
+        for other, event in self._reading.values():
+            if asked.shared(other, self._page) > known:
+                return event
+        return None
+
+    def begins(self, stream: Any, asked: Asked) -> None:
+        """A stream's prompt is being read."""
+        self._reading[stream] = asked, asyncio.Event()
+
+    def ends(self, stream: Any) -> None:
+        """It has its first token, or will have none."""
+        asked, event = self._reading.pop(stream, (None, None))
+        if asked is not None and stream.tokens:
+            self._read.append(asked)
+        if event is not None:
+            event.set()

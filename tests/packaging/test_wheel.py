@@ -19,6 +19,9 @@ NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "ht
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist, and the wheel from it: built once, for all workers of pytest-xdist."""

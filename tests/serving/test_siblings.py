@@ -335,7 +335,6 @@ def pruned(model: Any) -> Iterator[None]:
 ELSEWHERE: dict[str, Callable[[Any], Any]] = {
     "gradients": lambda _: torch.enable_grad(),
     "autocast": lambda _: torch.autocast("cpu", torch.bfloat16),
-    "inference mode": lambda _: torch.inference_mode(),
     "everyone's hook": lambda _: torch.nn.modules.module.register_module_forward_hook(
         lambda *_: None
     ),
@@ -360,6 +359,29 @@ def test_elsewhere_each_layer_computes_its_own(
     assert fused == [] and len(products) == 4
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [3]
+
+
+def test_inference_mode_shares_what_was_seen_to_stay_the_same(fused: list[int]) -> None:
+    """There no version counts changes in place: the first call compares, the next ones share."""
+    model, plain = make(), make(fuse=False)
+    for seed in range(3):
+        with torch.inference_mode():
+            agree(model, plain, lambda m, seed=seed: m(inputs(seed)))
+        assert fused == [3] * seed
+
+
+def test_inference_mode_shares_nothing_that_is_changed_in_place(fused: list[int]) -> None:
+    model, plain = make(), make(fuse=False)
+
+    def run(m: Any) -> Tensor:
+        x = inputs()
+        q = m.q(x)
+        return torch.cat([q, m.k(x.mul_(2))], -1)
+
+    for _ in range(3):
+        with torch.inference_mode():
+            agree(model, plain, run)
+    assert fused == []
 
 
 @pytest.mark.parametrize("where", [hooked, forward_of_its_own, pruned], ids=lambda f: f.__name__)

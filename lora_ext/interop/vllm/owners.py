@@ -8,14 +8,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.rows import capturing
+from lora_ext.rows import Kept, capturing
+
+_PLANS = 64  # pieces of a step: of tokens, of samples, of a prompt
 
 
 class Rows(NamedTuple):
     """Slots of the rows of one matrix, -1 for the base model, and the rows grouped by slot."""
 
     ids: Tensor  # (T,)
-    plan: Tensor | None  # None in a captured graph: its kernels group the rows themselves
+    plan: Tensor
 
 
 class Owners:
@@ -29,25 +31,26 @@ class Owners:
 
     def __init__(self, buffer: Tensor, slots: int, kind: str):
         self._buffer, self._slots, self._kind = buffer, slots, kind
-        self._kept: dict[tuple[int, int], Rows] = {}
+        self._kept = Kept(_PLANS)
         self._names: frozenset[int] = frozenset()
         self.count = 0
 
     def follow(self, names: Sequence[int]) -> None:
         """Take over a new step. names: the adapter of each row, 0 for the base model."""
-        self._kept.clear()
+        self._kept = Kept(_PLANS)
         self.count, self._names = len(names), frozenset(names)
         self._buffer[self.count :] = -1  # rows that pad a batch are the base model's
 
     def rows(self, count: int, begin: int = 0) -> Rows | None:
         """Rows ``begin`` to ``begin + count`` of the step; None where all are the base model's."""
-        if capturing(self._buffer.device):
-            return Rows(self._buffer[begin : begin + count], None)
-        if not any(self._names):
+        device = self._buffer.device
+        if not (any(self._names) or capturing(device)):
             return None
-        if (begin, count) not in self._kept:
-            self._kept[begin, count] = self._group(self._buffer[begin : begin + count])
-        return self._kept[begin, count]
+        # A graph groups the rows of each step once, with its first op.
+        return self._kept.get((begin, count), device, self._part, begin, count)
+
+    def _part(self, begin: int, count: int) -> Rows:
+        return self._group(self._buffer[begin : begin + count])
 
     def as_first(self, count: int) -> Rows | None:
         """``count`` rows of whoever has the first row of the step; None where that is the base."""

@@ -4,7 +4,7 @@ are."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lora_ext._checks import check_fields, choice, integer, require, within
 from lora_ext.reference import KINDS
@@ -41,7 +41,7 @@ class HeadSettings(NamedTuple):
     n_token: int
     rank: int
     kind: Kind
-    emission: EmissionName | None
+    emission: EmissionName
     adapter_rank: int
     contextual: bool
     share_transitions: bool
@@ -122,11 +122,12 @@ class MtpcConfig:
 
     def of_head(self) -> HeadSettings:
         """Return the arguments of a :class:`CircuitHead` that follow from the settings."""
+        emission: Any = self.emission  # None until for_tokens, and no head is made before it
         return HeadSettings(
             self.n_token,
             self.rank,
             self.kind,
-            self.emission,
+            emission,
             self.adapter_rank,
             self.contextual,
             self.share_transitions,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._torch import compiles
-from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows
+from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
 
 from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_replaced import traced_replaced, with_replaced
@@ -57,9 +57,12 @@ class MultiLoraLinear(PoolLayer):
                 return finished
         y = self.base(x)
         slab = self.slab
+        traced = compiles()
         if slab.a_pages is None and not slab.was_replaced:
+            if not traced:
+                untouched(self.pool, x.device)
             return y
-        if compiles():
+        if traced:
             return self._traced(y, x)
         block = current(self.handle)
         if block is None:
@@ -72,7 +75,7 @@ class MultiLoraLinear(PoolLayer):
             return y
         if slab.a_pages is not None:
             rescale = None
-            if slab.dora:
+            if slab.magnitude is not None:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
             try:
                 together = None if siblings is None else siblings.together(self, x, y, rows)
@@ -89,8 +92,8 @@ class MultiLoraLinear(PoolLayer):
                     f"found {type(self.base).__name__}, which returns a {type(y).__name__}; an "
                     "adapter on it is not supported"
                 ) from error
-        if slab.replaced:
-            y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
+        if slab.was_replaced:
+            y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y
 
     def _traced(self, y: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._torch import compiles
-from lora_ext.rows import PoolLayer, current, pool_rows
+from lora_ext.rows import PoolLayer, current, pool_rows, untouched
 
 from .pool_replaced import traced_replaced, with_replaced
 
@@ -29,9 +29,12 @@ class MultiLoraEmbedding(PoolLayer):
         """Token ids (...) to (..., O)."""
         y = self.base(x)
         slab = self.slab
+        traced = compiles()
         if slab.a_pages is None and not slab.was_replaced:
+            if not traced:
+                untouched(self.pool, x.device)
             return y
-        if compiles():
+        if traced:
             return self._traced(y, x)
         block = current(self.handle)
         if block is None:
@@ -41,8 +44,8 @@ class MultiLoraEmbedding(PoolLayer):
             return y
         if slab.a_pages is not None:
             y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
-        if slab.replaced:
-            y = with_replaced(y, x, slab.replaced, block, self.tokens_first)
+        if slab.was_replaced:
+            y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y
 
     def _traced(self, y: Tensor, x: Tensor) -> Tensor:

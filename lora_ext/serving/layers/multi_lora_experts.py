@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
-from lora_ext.rows import Pool, PoolLayer, current, noted
+from lora_ext.rows import Pool, PoolLayer, current, noted, untouched
 
 from .multi_lora import add_adapters
 
@@ -56,6 +56,8 @@ class MultiLoraExperts(PoolLayer):
         ``(T, k)``. Returns ``(T, H)``."""
         slabs = {name: slab for name, slab in self.slabs.items() if slab.a_pages is not None}
         if not slabs:
+            if not compiles():
+                untouched(self.pool, x.device)
             return self.base(x, *args, **kwargs)
         index, weights = (*args, *kwargs.values())
         if compiles():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.layers import readable_weight
-from lora_ext.rows import Block, PoolLayer, batch_of, current, forward_of, noted
+from lora_ext.rows import Block, PoolLayer, batch_of, capturing, current, forward_of, noted
 
 _READABLE = (
     torch.float16,
@@ -39,7 +39,8 @@ _by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDic
 class Rescale(NamedTuple):
     """Rows and their factors."""
 
-    rows: Tensor | None  # (D,), or None in a graph: all T rows, with factors 1 where there are none
+    # (D,), or None in a graph: all T rows, with factors 1 where there are none
+    rows: Tensor | None
     c: Tensor  # (D, O)
     bias: Tensor | None  # (O,)
 
@@ -82,6 +83,12 @@ class DoraFactors:
         self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
     ) -> Rescale | None:
         """What :func:`rescaled` does to activations ``(*leading, O)``; None: no row needs it."""
+        of_step = block.rows_of_step(leading, device, tokens_first)
+        if of_step is not None:
+            assert block.step is not None
+            return Rescale(None, block.step.table(self)[of_step.ids.long()], self.bias)
+        if not self.slab.dora:
+            return None
         slots, rows, which = block.rows_of_slots(
             self.slab.dora.keys(), leading, device, tokens_first
         )
@@ -111,9 +118,11 @@ class DoraFactors:
 
     def table(self, slots: Sequence[int]) -> Tensor:
         """The factors of these slots, ``(len(slots), O)``."""
-        return torch.stack([self._factor(slot) for slot in slots])
+        return torch.stack([self.factor(slot) for slot in slots])
 
-    def _factor(self, slot: int) -> Tensor:
+    def factor(self, slot: int) -> Tensor:
+        """Those of one slot with a DoRA adapter, ``(O,)``; the same tensor until slot or weight
+        change."""
         weight = self._weight()
         changes = 0 if weight.is_inference() else weight._version
         key = (self.slab.dora[slot], weight.data_ptr(), changes, weight.dtype, weight.device)
@@ -132,7 +141,7 @@ class DoraFactors:
             magnitude = slab.magnitude[slot]
             c = magnitude / norm.to(magnitude)
         if c.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
+            if capturing(c.device):
                 return c  # the graph computes it again: nothing outside may read its memory
             torch.cuda.current_stream(c.device).synchronize()  # other streams will read it
         self._known[slot] = key, c
@@ -148,6 +157,38 @@ class DoraFactors:
                 f"take norms of, found {weight.dtype} on {weight.device}"
             )
         return weight
+
+
+class DoraTable:
+    """The factors of one layer at a fixed address, for a captured graph.
+
+    Args:
+        factors: of the layer. slots: of the pool.
+
+    Attributes:
+        c: ``(slots + 1, O)``; ones where a slot has no DoRA adapter, and for rows of the base
+            model, whose slot -1 finds the last.
+    """
+
+    def __init__(self, factors: DoraFactors, slots: int):
+        self._factors = factors
+        self._holds: dict[int, Tensor] = {}
+        like = factors.slab.magnitude
+        with torch.inference_mode(False):
+            self.c = torch.ones(slots + 1, like.shape[1], dtype=like.dtype, device=like.device)
+
+    def follow(self, residents: Iterable[Any]) -> None:
+        """Write the factors of the adapters of a step, where they have changed."""
+        for slot in (resident.slot for resident in residents):
+            c = self._factors.factor(slot) if slot in self._factors.slab.dora else None
+            if self._holds.get(slot) is c:
+                continue
+            if c is None:
+                self.c[slot].fill_(1)
+                del self._holds[slot]
+            else:
+                self.c[slot].copy_(c)
+                self._holds[slot] = c
 
 
 # Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
@@ -172,9 +213,9 @@ def _active_dora_factors(
     c = torch.ones(math.prod(leading), features, dtype=dtype, device=device)
     block, factors = current(handle, in_graph=True), _by_number[layer]
     if block is not None:
-        dora, shape = factors.slab.dora.keys(), torch.Size(leading)
         with forward_of(batch_of(batch)):
-            slots, rows, which = block.rows_of_slots(dora, shape, device, tokens_first)
-        if slots:
-            c.index_copy_(0, rows, factors.table(slots)[which])
+            rescale = factors.rescale(block, torch.Size(leading), device, tokens_first)
+        if rescale is not None:
+            rows, found, _ = rescale
+            return found if rows is None else c.index_copy_(0, rows, found)
     return c

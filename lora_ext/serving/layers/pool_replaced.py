@@ -21,18 +21,25 @@ OfSlots = Mapping[int, Any]
 
 
 def with_replaced(
-    y: Tensor, x: Tensor, of_slots: OfSlots, block: Block, tokens_first: bool
+    y: Tensor, x: Tensor, name: str, of_slots: OfSlots, block: Block, tokens_first: bool
 ) -> Tensor:
     """``y (..., O)`` with the rows of these slots computed by their own weights.
 
     Args:
         y: of the base module; changed in place where no gradient is wanted.
         x: its input: ``(..., I)``, or token ids ``(...)`` of an embedding.
+        name: of the module in the pool.
         of_slots: see :data:`OfSlots`. block: says which rows have which slot.
         tokens_first: the layout of ``x``.
     """
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
+    if block.rows_of_step(leading, x.device, tokens_first) is not None:
+        assert block.step is not None
+        bank, places = block.step.bank(name)
+        return y if bank is None else bank.replaced(y, x, places)
+    if not of_slots:
+        return y
     groups = block.rows_of_each(of_slots.keys(), leading, x.device, tokens_first)
     if not groups:
         return y
@@ -43,11 +50,68 @@ def with_replaced(
         weight, bias = of_slots[slot]
         if weight.is_cuda:  # its adapter may be unloaded before the device has read it
             weight.record_stream(torch.cuda.current_stream(weight.device))
-        part = rows_in[rows]
-        part = F.embedding(part, weight) if of_tokens else F.linear(part.to(weight), weight, bias)
-        part = part.to(y.dtype)
+        part = _product(rows_in[rows], weight, bias).to(y.dtype)
         flat = flat.index_copy_(0, rows, part) if ours else flat.index_copy(0, rows, part)
     return flat.view(y.shape)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of rows ``(T, I)``, or of tokens ``(T,)``."""
+    if not x.is_floating_point():
+        return F.embedding(x, weight)
+    return F.linear(x.to(weight), weight, bias)
+
+
+class ReplacedBank:
+    """The weights of the adapters of a step that replace one module, at fixed addresses, for a
+    captured graph.
+
+    Args:
+        slab: the module in the pool; an adapter there replaces it. places: how many fit.
+    """
+
+    def __init__(self, slab: Any, places: int):
+        self._slab = slab
+        self._holds: list[Any] = [None] * places
+        like = next(iter(slab.replaced.values()))
+        with torch.inference_mode(False):
+            self._weights = [torch.zeros_like(like.weight) for _ in range(places)]
+            self._biases = [
+                None if like.bias is None else torch.zeros_like(like.bias) for _ in range(places)
+            ]
+            self._active = torch.zeros(places, dtype=torch.bool, device=like.weight.device)
+
+    def follow(self, residents: Sequence[Any]) -> None:
+        """Copy the weights of who has each place, where they have changed.
+
+        Args:
+            residents: an adapter in a slot, or None, for each place.
+        """
+        for place, resident in enumerate(residents):
+            whole = None if resident is None else self._slab.replaced.get(resident.slot)
+            if self._holds[place] is whole:
+                continue
+            self._holds[place] = whole
+            self._active[place] = whole is not None
+            if whole is not None:
+                self._weights[place].copy_(whole.weight)
+                bias = self._biases[place]
+                if bias is not None:
+                    bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
+
+    def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
+        """``y (..., O)`` with the rows of each place computed by its weights.
+
+        Args:
+            y: of the base module. x: its input. places: ``(T,)`` or longer, -1 for other rows.
+        """
+        flat = y.reshape(-1, y.shape[-1])  # (T, O)
+        rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+        for place, weight in enumerate(self._weights):
+            uses = (places[: len(flat)] == place) & self._active[place]  # (T,)
+            own = _product(rows, weight, self._biases[place]).to(y.dtype)
+            flat = torch.where(uses[:, None], own, flat)
+        return flat.view(y.shape)
 
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
@@ -85,4 +149,5 @@ def _replaced_rows(
     if block is None:
         return y
     with forward_of(batch_of(batch)):
-        return with_replaced(y, x, block.lease.pool.modules[name].replaced, block, tokens_first)
+        replaced = block.lease.pool.modules[name].replaced
+        return with_replaced(y, x, name, replaced, block, tokens_first)

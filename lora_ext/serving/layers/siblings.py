@@ -10,6 +10,10 @@ followers as well, runs one op for all, and keeps the others' outputs until they
 same tensor, unchanged, in the same block, thread and stream. Whatever else happens goes the way of
 single layers, and what was kept is dropped: at the next call with another tensor, at the latest
 when the tensor or the block goes.
+
+Under ``torch.inference_mode`` nothing counts changes in place. There a layer follows another only
+after a look: the tensor was the same, bit for bit, when the second layer was called. A model that
+changes it in between does so in the look as well, unless it chooses anew at every call.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch.nn.modules import module as modules_of_torch
 
 from lora_ext import ops
 from lora_ext.layers import PackedLinear
-from lora_ext.rows import Block, Rows, innermost
+from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
 from .multi_lora import MultiLoraLinear, with_bias
 
@@ -56,28 +60,38 @@ def introduce(layers: Mapping[str, nn.Module]) -> None:
 class _Call:
     """A tensor as a layer was called with it, and where. Keeps neither of them alive."""
 
-    __slots__ = ("_block", "_stream", "_version", "_x", "leader", "outputs", "waiting")
+    __slots__ = ("_block", "_copy", "_stream", "_version", "_x", "leader", "outputs", "waiting")
 
-    def __init__(self, leader: str, x: Tensor, block: Block):
+    def __init__(self, leader: str, x: Tensor, block: Block, looks: bool):
         self.leader = leader
         self.waiting = 0  # followers that were not called yet
         outputs: dict[str, Tensor] = {}
         self.outputs = outputs  # theirs
         self._x = weakref.ref(x, lambda _: outputs.clear())
         self._block = weakref.ref(block, lambda _: outputs.clear())
-        self._version, self._stream = x._version, _stream(x)
+        self._version, self._stream = _version(x), _stream(x)
+        # No version of an inference tensor says that it was changed in place.
+        looks = looks and x.is_inference() and not capturing(x.device)
+        self._copy = x.clone() if looks else None
 
     def had(self, x: Tensor) -> bool:
         """Whether the same tensor comes again, not changed since, to the same place."""
         block = innermost()
         return (
             self._x() is x
-            and self._version == x._version
+            and self._version == _version(x)
             and block is not None
             and self._block() is block
             and _unwatched(x)
             and self._stream == _stream(x)
         )
+
+    def is_as_it_was(self, x: Tensor) -> bool:
+        """Whether nobody has changed the tensor in place since; waits for an inference tensor's
+        device."""
+        if not x.is_inference():
+            return self._version == x._version
+        return self._copy is not None and torch.equal(self._copy, x)
 
 
 class _Here(threading.local):
@@ -98,6 +112,7 @@ class Siblings:
         self._missed: dict[str, int] = {}
         self._adapted: frozenset[str] = frozenset()  # members that have had an adapter
         self._lessons = _LESSONS
+        self._looks = False  # whether the next call keeps a copy of its tensor
         self._here = _Here()
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
@@ -137,10 +152,14 @@ class Siblings:
         first = self._here.first
         if first is not None:
             if first.leader != layer.name and first.had(x):
-                self._learn(first.leader, layer.name)
+                if first.is_as_it_was(x):
+                    self._learn(first.leader, layer.name)
+                else:
+                    self._looks = True  # at the next call
                 return None
             self._drop(first)
-        self._here.first = call = _Call(layer.name, x, block)
+        self._here.first = call = _Call(layer.name, x, block, self._looks or not leads)
+        self._looks = False
         names = self._followers.get(layer.name)
         if names is None:
             self._lessons -= 1
@@ -186,7 +205,7 @@ def _unwatched(x: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
-        or torch._C._len_torch_dispatch_stack()
+        or traced_by_python()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or modules_of_torch._has_any_global_hook()
@@ -194,8 +213,12 @@ def _unwatched(x: Tensor) -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether a product with ``x`` may be made early, and changes of ``x`` are counted."""
-    return type(x) is Tensor and not x.is_inference() and _unwatched(x)
+    """Whether a product with ``x`` may be made early."""
+    return type(x) is Tensor and _unwatched(x)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _stream(x: Tensor) -> int:

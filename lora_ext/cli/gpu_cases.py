@@ -1,0 +1,431 @@
+"""What ``lora-ext gpu-report`` runs: every launcher beside its formula, and what must move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops, reference
+from lora_ext.circuits import Categorical, Circuit, RegionGraph
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op, its launchers, and its formula at a size.
+
+    Args:
+        op: a short name. launchers: of ``csrc/include`` that it goes through, without ``launch_``.
+        make: inputs from a generator and a size: 0 small, for the check; 1 large, for the time.
+        run, formula: tensors of the inputs; the formula gets float64.
+        dtype: of the inputs. bound: largest error, as a part of the largest value of a result.
+        exact: results are numbers that were drawn or found, and must be equal.
+    """
+
+    op: str
+    launchers: tuple[str, ...]
+    make: Callable[[torch.Generator, int], Inputs]
+    run: Callable[[Inputs], list[Tensor]]
+    formula: Callable[[Inputs], list[Tensor]]
+    dtype: torch.dtype = torch.float32
+    bound: float = 1e-4
+    exact: bool = False
+
+
+def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
+    """Bytes of the arguments and results, each once."""
+    return sum(t.nbytes for t in [*tensors(inputs), *outputs])
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in dicts and lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for each in value for t in tensors(each)] if isinstance(value, list) else []
+
+
+def convert(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor moved."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, Mapping):
+        return {key: convert(each, move) for key, each in value.items()}
+    return [convert(each, move) for each in value] if isinstance(value, list) else value
+
+
+def _randn(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=g)
+
+
+# --- LoRA -----------------------------------------------------------------------------------------
+# Rows, in and out features, rank, adapters: small and large.
+_DECODE = ((5, 72, 48, 12, 3), (64, 4096, 4096, 16, 64))
+_PREFILL = ((300, 72, 48, 12, 3), (4096, 4096, 4096, 16, 4))
+_WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
+
+
+def _lora(sizes: Any) -> Callable[[torch.Generator, int], Inputs]:
+    def make(g: torch.Generator, size: int) -> Inputs:
+        rows, i, o, rank, adapters = sizes[size]
+        return {
+            "x": _randn(g, rows, i),
+            "a": _randn(g, adapters, rank, i) / i**0.5,
+            "b": _randn(g, adapters, o, rank),
+            "ids": torch.randint(-1, adapters, (rows,), generator=g),
+        }
+
+    return make
+
+
+def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
+    """An op whose formula has the same arguments."""
+    op, formula = getattr(ops, name), getattr(reference, name)
+
+    def results(found: Any) -> list[Tensor]:
+        return tensors([found] if isinstance(found, Tensor) else list(found))
+
+    return Case(
+        how.pop("op", name),
+        launchers,
+        make,
+        lambda given: results(op(*arguments(given))),
+        lambda given: results(formula(*arguments(given))),
+        **how,
+    )
+
+
+def _bank(given: Inputs) -> tuple[Tensor, ...]:
+    return given["x"], given["a"], given["b"], given["ids"]
+
+
+def _expand(given: Inputs) -> tuple[Tensor, ...]:
+    v = reference.lora_shrink(given["x"].double(), given["a"].double(), given["ids"])
+    wide = torch.promote_types(given["x"].dtype, torch.float32)
+    y = torch.zeros(len(v), given["b"].shape[1], dtype=given["b"].dtype, device=v.device)
+    return y, v.to(wide), given["b"], given["ids"]
+
+
+def _siblings(given: Inputs) -> tuple[Any, ...]:
+    y = [given["x"].new_zeros(len(given["x"]), given["b"].shape[1]) for _ in range(3)]
+    return y, given["x"], [given["a"]] * 3, [given["b"]] * 3, given["ids"]
+
+
+def _plan(given: Inputs) -> list[Tensor]:
+    """The rows that each adapter's part of the plan lists, as ids."""
+    rows, adapters = len(given["ids"]), len(given["a"])
+    plan = ops.lora_plan(given["ids"], adapters).cpu()
+    found = torch.full((rows,), -1)
+    perm = plan[-(rows + adapters + 2) : -(adapters + 2)]
+    for chunk in plan[8 : 8 + 4 * int(plan[0])].view(-1, 4).tolist():
+        found[perm[chunk[1] : chunk[1] + chunk[2]].long()] = chunk[0]
+    return [found]
+
+
+def _segments(g: torch.Generator, size: int) -> Inputs:
+    ends = torch.randint(1, 9, (4 if size == 0 else 512,), generator=g).cumsum(0)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
+    return {"indptr": indptr, "adapter": torch.arange(len(ends)).int() % 7}
+
+
+def _gradients(
+    function: Callable[..., Tensor], given: Inputs, names: tuple[str, ...], *rest: Any
+) -> list[Tensor]:
+    """The result and the gradients of a weighted sum of it."""
+    leaves = {name: given[name].detach().clone().requires_grad_() for name in names}
+    y = function(*leaves.values(), *rest)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    found = torch.autograd.grad(y, list(leaves.values()), weights.to(y))
+    return [y.detach(), *found]
+
+
+def _train(function: Any, given: Inputs) -> list[Tensor]:
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return function(x, None, None, a, b, given["ids"])
+
+    return _gradients(run, given, ("x", "a", "b"))
+
+
+def _dropout(function: Any, given: Inputs) -> list[Tensor]:
+    return [function(given["x"], 0.5, torch.tensor(7, device=given["x"].device))]
+
+
+def _grams(g: torch.Generator, size: int) -> Inputs:
+    rank, i, o = ((5, 40, 24), (64, 4096, 4096))[size]
+    return {"a": [_randn(g, rank, i) / i**0.5] * 3, "b": [_randn(g, o, rank) / o**0.5] * 3}
+
+
+BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
+
+
+def lora_cases() -> list[Case]:
+    """Serving, training, and measures of adapters."""
+    decode, prefill, wide = _lora(_DECODE), _lora(_PREFILL), _lora(_WIDE)
+    halves = ("lora_shrink", "lora_expand")
+    train = ("lora_train_shrink", "lora_train_backward")
+    return [
+        Case("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()], exact=True),
+        _pair(
+            *("lora_segment_ids", _segments),
+            lambda i: (i["indptr"], i["adapter"], int(i["indptr"][-1])),
+            *("lora_segment_ids",),
+            exact=True,
+        ),
+        _pair("lora_shrink", decode, lambda i: (i["x"], i["a"], i["ids"]), *halves[:1], **BF16),
+        _pair("lora_expand_", decode, _expand, *halves[1:], **BF16),
+        _pair("lora_apply", decode, _bank, "lora_apply", **BF16),
+        _pair("lora_apply", prefill, _bank, "lora_apply", op="lora_apply, prefill", **BF16),
+        _pair("lora_apply", wide, _bank, "lora_apply", op="lora_apply, large rank", **BF16),
+        _pair("lora_apply_siblings_", decode, _siblings, "lora_apply", **BF16),
+        Case(
+            *("lora_linear", train, prefill),
+            lambda i: _train(ops.lora_linear, i),
+            lambda i: _train(reference.lora_linear, i),
+            **BF16,
+        ),
+        Case(
+            *("lora_dropout", ("lora_dropout",), prefill),
+            lambda i: _dropout(ops.lora_dropout, i),
+            lambda i: _dropout(reference.lora_dropout, i),
+            **BF16,
+        ),
+        _pair("lora_gram", _grams, lambda i: (i["a"], i["b"]), "lora_gram"),
+        _pair(
+            *("lora_pair_stats", _grams),
+            lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], [1.0] * len(i["a"])),
+            "lora_pair_stats",
+        ),
+    ]
+
+
+# --- circuits -------------------------------------------------------------------------------------
+def _circuit(g: torch.Generator, size: int) -> Inputs:
+    batch, states, words = ((2, 5, 40), (256, 32, 320))[size]
+    return {
+        "leaf": _randn(g, batch, 8, states, words),
+        "prior": _randn(g, batch, states),
+        "trans": _randn(g, batch, 7, states, states),
+        "x": torch.randint(words, (batch, 8), generator=g),
+        "k": torch.randint(8, (batch,), generator=g),
+        "uniforms": torch.rand(batch, 8, 2, generator=g),
+        "target": _randn(g, batch, 9, words),
+    }
+
+
+def _scan(function: Any, given: Inputs) -> list[Tensor]:
+    def run(leaf: Tensor, prior: Tensor, trans: Tensor) -> Tensor:
+        return function("hmm", leaf, prior, trans, given["x"]).prefix
+
+    return _gradients(run, given, ("leaf", "prior", "trans"))
+
+
+def _head(given: Inputs) -> Any:
+    return "hmm", given["leaf"], given["prior"], given["trans"]
+
+
+def _scored(function: Any, given: Inputs) -> list[Tensor]:
+    """What the op drew, scored: the draw itself may differ where a uniform lies on a border."""
+    if function is ops.circuit_sample:
+        found = function(*_head(given), given["uniforms"])
+        given["drawn"] = found.tokens
+        return [found.conditional]
+    return [reference.circuit_scan(*_head(given), given["drawn"].cpu()).conditional]
+
+
+def _verify(given: Inputs) -> tuple[Tensor, ...]:
+    scan = reference.circuit_scan(*(_head(given)), given["x"])
+    leaf = given["leaf"]
+    conditional, posterior = (t.to(leaf) for t in (scan.conditional, scan.posterior))
+    uniforms = given["uniforms"][:, 0, 0].float()[:, None].expand(-1, 9).contiguous()
+    target = given["target"]
+    return target, given["x"], conditional, posterior, leaf, uniforms
+
+
+def _sums(g: torch.Generator, size: int) -> Inputs:
+    rows, nodes, inputs = ((6, 9, 20), (512, 256, 256))[size]
+    return {"w": _randn(g, nodes, inputs), "values": -_randn(g, rows, inputs).abs()}
+
+
+def _sum(function: Any, given: Inputs) -> list[Tensor]:
+    return _gradients(function, given, ("w", "values"))
+
+
+def _sums_of_rows(g: torch.Generator, size: int) -> Inputs:
+    rows, nodes, inputs = ((3, 9, 20), (512, 8, 1024))[size]
+    return {"w": _randn(g, rows, nodes, inputs), "values": -_randn(g, rows, inputs).abs()}
+
+
+def _max(given: Inputs) -> tuple[Any, ...]:
+    return given["w"], given["values"], "logits", "max"
+
+
+def _tables(g: torch.Generator, size: int) -> Inputs:
+    blocks, block, words, batch = ((3, 5, 11, 4), (64, 32, 1024, 512))[size]
+    return {
+        "table": _randn(g, blocks * block, words),
+        "x": torch.randint(words, (batch, blocks), generator=g),
+        "row": torch.arange(blocks) * block,
+        "block": block,
+    }
+
+
+def _table(function: Any, given: Inputs) -> list[Tensor]:
+    rest = given["x"], given["row"], given["block"], "logits"
+    return _gradients(function, given, ("table",), *rest)
+
+
+def _program(g: torch.Generator, size: int) -> Inputs:
+    circuit = Circuit(RegionGraph.hmm(4, (5, 64)[size], Categorical(2)))
+    program = circuit._execution.program
+    rows = (3, 512)[size]
+    return {
+        "leaf": _randn(g, rows, program.plan[1]),
+        "w": _randn(g, len(circuit.weights)),
+        "numbers": program.numbers,
+        "plan": tuple(program.plan),
+        "root": torch.arange(rows) % program.plan[5],
+    }
+
+
+def _layers(given: Inputs) -> list[Tensor]:
+    """All units, and the gradients of the weights; then a walk to the likeliest leaves."""
+    program = ops.Program(given["numbers"], list(given["plan"]))
+    leaf, w = given["leaf"], given["w"]
+    val = ops.circuit_layers(leaf, w, program)
+    droots = torch.ones(len(leaf), program.plan[5], dtype=leaf.dtype, device=leaf.device)
+    return [val[:, 2:], ops.circuit_layers_backward(droots, val, w, program)[1]]
+
+
+def _layers_formula(given: Inputs) -> list[Tensor]:
+    leaf, numbers = given["leaf"], given["numbers"]
+    w = given["w"].detach().clone().requires_grad_()
+    val = reference.circuit_layers(leaf, w, numbers)
+    program = ops.Program(numbers, list(given["plan"]))
+    top = [val[:, unit].sum() for unit in _roots(program)]
+    (dw,) = torch.autograd.grad(torch.stack(top).sum(), [w])
+    return [val.detach()[:, 2:], dw]
+
+
+def _roots(program: ops.Program) -> list[int]:
+    """The units of the roots, which stand behind the lists of nodes and what belongs to them."""
+    nodes, parts, children, matrices, users = program.numbers[3:8].tolist()
+    first = 10 + 6 * nodes + 4 * parts + 2 * children + 6 * matrices + users
+    return program.numbers[first : first + program.plan[5]].tolist()
+
+
+def _walk(given: Inputs) -> list[Tensor]:
+    program = ops.Program(given["numbers"], list(given["plan"]))
+    # Values of the formula, so that both walk down the same ones.
+    cpu: Any = [given[key].cpu().double() for key in ("leaf", "w")]
+    val = reference.circuit_layers(*cpu, program.numbers.cpu(), "none", "max").to(given["leaf"])
+    return [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
+
+
+def _walk_formula(given: Inputs) -> list[Tensor]:
+    leaf, w, numbers = given["leaf"], given["w"], given["numbers"]
+    val = reference.circuit_layers(leaf, w, numbers, "none", "max")
+    return [reference.circuit_layers_walk(val, w, numbers, given["root"])]
+
+
+def circuit_cases() -> list[Case]:
+    """Circuits of a network's parameters, sums, tables, and circuits of any graph."""
+    scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
+    sums = tuple(
+        f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
+    )
+    layers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
+
+    def both(op: str, launchers: tuple[str, ...], make: Any, run: Any, name: str = "") -> Case:
+        of_op, formula = getattr(ops, op), getattr(reference, op)
+        return Case(name or op, launchers, make, lambda i: run(of_op, i), lambda i: run(formula, i))
+
+    return [
+        both("circuit_scan", scan, _circuit, _scan),
+        both("circuit_sample", ("circuit_sample",), _circuit, _scored),
+        _pair(
+            *("circuit_conditional_dist", _circuit),
+            lambda i: (*_head(i), i["x"], i["k"]),
+            "circuit_conditional_dist",
+        ),
+        _pair("circuit_argmax", _circuit, _head, "circuit_argmax"),
+        _pair("spec_verify", _circuit, _verify, "spec_verify", exact=True),
+        both("log_einsum_exp", sums, _sums, _sum),
+        both(
+            *("log_einsum_exp", ("log_sum_per_row", "log_sum_per_row_backward")),
+            *(_sums_of_rows, _sum, "log_einsum_exp, of rows"),
+        ),
+        _pair("log_einsum_exp", _sums, _max, "log_max", op="log_einsum_exp, max"),
+        both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
+        Case("circuit_layers", layers, _program, _layers, _layers_formula),
+        Case("circuit_layers_walk", ("layers_walk",), _program, _walk, _walk_formula, exact=True),
+    ]
+
+
+# --- losses and mixtures --------------------------------------------------------------------------
+def _mixes(g: torch.Generator, size: int) -> Inputs:
+    rows, width = ((5, 40), (4096, 4096))[size]
+    return {
+        **{f"h{k}": _randn(g, rows, width) for k in range(3)},
+        "gammas": _randn(g, 3, width),
+        "weights": torch.rand(rows, 3, generator=g),
+    }
+
+
+def _mix(function: Any, given: Inputs) -> list[Tensor]:
+    def run(h0: Tensor, h1: Tensor, h2: Tensor, gammas: Tensor, weights: Tensor) -> Tensor:
+        return function([h0, h1, h2], gammas, weights, 1e-5)
+
+    return _gradients(run, given, ("h0", "h1", "h2", "gammas", "weights"))
+
+
+def _heads(g: torch.Generator, size: int) -> Inputs:
+    rows, width, words = ((7, 24, 61), (2048, 2048, 32768))[size]
+    return {
+        "hidden": _randn(g, rows, width),
+        "other": _randn(g, rows, width),
+        "weight": _randn(g, words, width) / width**0.5,
+        "labels": torch.randint(words, (rows,), generator=g),
+    }
+
+
+def _entropy(function: Any, given: Inputs) -> list[Tensor]:
+    return _gradients(function, given, ("hidden", "weight"), None, given["labels"])
+
+
+def _divergence(function: Any, given: Inputs) -> list[Tensor]:
+    def run(hidden: Tensor) -> Tensor:  # the teacher gets no gradient
+        return function([hidden, given["other"]], given["weight"], None)
+
+    return _gradients(run, given, ("hidden",))
+
+
+def other_cases() -> list[Case]:
+    """Mixtures of depths, and losses over a vocabulary."""
+    entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
+    kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
+    found = []
+    for op, launchers, make, run in (
+        ("depth_mix", ("depth_mix", "depth_mix_backward"), _mixes, _mix),
+        ("chunked_cross_entropy", entropy, _heads, _entropy),
+        ("chunked_kl", kl, _heads, _divergence),
+    ):
+        of_op, formula = getattr(ops, op), getattr(reference, op)
+        found.append(
+            Case(
+                *(op, launchers, make),
+                lambda i, run=run, f=of_op: run(f, i),
+                lambda i, run=run, f=formula: run(f, i),
+            )
+        )
+    return found
+
+
+def all_cases() -> list[Case]:
+    """Every launcher at least once."""
+    return [*lora_cases(), *circuit_cases(), *other_cases()]

@@ -1,0 +1,127 @@
+"""The report of a card, with the emulator as the card, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backends import BACKENDS, closed
+from scripts import tool
+
+from lora_ext.cli import gpu_cases, main
+
+gpu_page = tool("gpu_page")
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = next(b for b in BACKENDS if b.name == "emu")
+SMALL = "lora_plan,lora_apply,circuit_layers_walk"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    reason = closed(EMULATOR)
+    if reason:
+        if request.config.getoption("--require-emu"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    out = tmp_path_factory.mktemp("report") / "card.json"
+    assert main(["gpu-report", "--out", str(out), "--backend", "emu", "--only", SMALL]) == 0
+    return out
+
+
+@pytest.mark.emulated
+def test_a_report_says_what_was_checked_and_nobodys_name(report: Path) -> None:
+    found = json.loads(report.read_text())
+    assert report.stat().st_size < 200_000
+    assert found["checks"][0]["op"] == "lora_plan"
+    assert all(check["ok"] and check["error"] <= check["bound"] for check in found["checks"])
+    assert found["times"] == [] and found["card"]["name"] == "emulator"
+    assert re.fullmatch("[0-9a-f]{64}", found["module"]) and found["module"] in gpu_page.hashes()
+    assert not re.search(r"/(home|root|work|tmp|usr)", report.read_text())
+    page = report.with_suffix(".md").read_text()
+    assert "lora_plan" in page and "No times" in page
+
+
+def on_a_card(report: Path, tmp_path: Path, name: str = "Card A", **changes: Any) -> Path:
+    """What the report would be if a card had made it."""
+    found = json.loads(report.read_text())
+    found["card"] = {"name": name, "capability": [9, 0]}
+    found["times"] = [{"op": "lora_plan", "us": 6.0, "floor_us": 2.0}]
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({**found, **changes}))
+    return path
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "gpu.md"
+    path.write_text((ROOT / "docs/gpu.md").read_text())
+    return path
+
+
+@pytest.mark.emulated
+def test_reports_become_a_column_a_card(report: Path, page: Path, tmp_path: Path) -> None:
+    cards = [on_a_card(report, tmp_path, name) for name in ("Card A", "Card B")]
+    assert gpu_page.main([*map(str, cards), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert "| op | Card A, us (over floor) | Card B, us (over floor) |" in text
+    assert "| lora_plan | 6.0 (3.0) | 6.0 (3.0) |" in text
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"module": "0" * 64}, "expected the kernels of this tree's build, found .* 000000000000"),
+        ({"checks": [{"op": "lora_plan", "ok": False}]}, "found failures of lora_plan"),
+        ({"checks": []}, "expected checks that held, found none"),
+        ({"card": {"name": "emulator", "capability": None}}, "expected a card, found emulator"),
+        ({"times": [{"op": 1}]}, "expected a report of lora-ext gpu-report"),
+        ({"format": 2}, "expected format 1, found 2"),
+    ],
+)
+def test_a_report_that_proves_nothing_is_refused(
+    report: Path, page: Path, tmp_path: Path, changes: Any, reason: str
+) -> None:
+    before = page.read_text()
+    with pytest.raises(SystemExit, match=reason):
+        gpu_page.main([str(on_a_card(report, tmp_path, **changes)), "--page", str(page)])
+    assert page.read_text() == before
+
+
+@pytest.mark.emulated
+def test_a_wrong_result_fails_the_command(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cases = [case for case in gpu_cases.all_cases() if case.op == "lora_shrink"]
+    (case,) = cases
+    wrong = gpu_cases.Case(
+        *(case.op, case.launchers, case.make),
+        lambda given: [2 * t for t in case.run(given)],
+        *(case.formula, case.dtype, case.bound),
+    )
+    monkeypatch.setattr("lora_ext.cli.gpu_report.all_cases", lambda: [wrong])
+    out = tmp_path / "wrong.json"
+    assert main(["gpu-report", "--out", str(out), "--backend", "emu"]) == 1
+    assert "found lora_shrink outside" in capsys.readouterr().err
+    (check,) = json.loads(out.read_text())["checks"]
+    assert not check["ok"] and check["error"] > 0.5
+
+
+def test_every_launcher_is_checked() -> None:
+    headers = "\n".join(p.read_text() for p in (ROOT / "csrc/include").rglob("*.h"))
+    launchers = set(re.findall(r"\blaunch_(\w+)\(", headers)) - {"status_string"}
+    checked = {name for case in gpu_cases.all_cases() for name in case.launchers}
+    assert checked == launchers
+
+
+def test_without_a_card_the_command_says_so(tmp_path: Path, capsys: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["gpu-report", "--out", str(tmp_path / "x.json")]) == 1
+    assert "expected a GPU, found none" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()

@@ -1,0 +1,82 @@
+"""A CUDA graph for tests without a GPU: every op of a capture, run again on the same tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_ext.rows import rows
+from lora_ext.serving import captured
+from lora_ext.serving.layers import siblings
+
+_VIEWS = ("view", "expand", "slice", "select", "alias", "detach", "transpose", "t", "unsqueeze")
+_FREE = ("empty", "permute", "squeeze", "_unsafe_view", "as_strided", "lift_fresh", *_VIEWS)
+
+
+class FakeGraph:
+    """Ops in their order; a replay writes where the capture wrote. ``launches`` counts those that
+    would be kernels, copies or fills on a device, by name."""
+
+    def __init__(self) -> None:
+        self.ops: list[tuple[Any, Any, Any, Any]] = []
+        self.launches: Counter[str] = Counter()
+
+    def replay(self) -> None:
+        for op, args, kwargs, outputs in self.ops:
+            found = op(*args, **kwargs)
+            for old, new in zip(
+                pytree.tree_leaves(outputs), pytree.tree_leaves(found), strict=True
+            ):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, graph: FakeGraph):
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = op(*args, **(kwargs or {}))
+        # A list of outputs that the caller changes would change here: the leaves are kept.
+        self._graph.ops.append((op, args, kwargs or {}, pytree.tree_leaves(outputs)))
+        name = op.overloadpacket.__name__
+        if name not in _FREE:
+            self._graph.launches[name] += 1
+        return outputs
+
+
+class Device:
+    """Whether a capture is on, as ``lora_ext.rows`` is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self._graph: FakeGraph | None = None
+        for module in (rows, captured):
+            monkeypatch.setattr(module, "capture", lambda device: self._graph)
+        # The recorder is no tracer: what is seen of the ops is what a device would be given.
+        for module in (rows, siblings):
+            monkeypatch.setattr(module, "traced_by_python", lambda: False)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[FakeGraph]:
+        graph = self._graph = FakeGraph()
+        try:
+            with _Recorder(graph):
+                yield graph
+        finally:
+            self._graph = None
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Launches of what is done inside, by name."""
+    graph = FakeGraph()
+    with _Recorder(graph):
+        yield graph.launches

@@ -1,0 +1,100 @@
+"""Merge reports of `lora-ext gpu-report` into docs/gpu.md, one column a card.
+
+    python tools/gpu_page.py REPORT.json ...
+
+Refuses a report of other kernels than this tree's build (by the hash of the compiled module), one
+with a failed check, and one of the emulator, which has no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/gpu.md"
+FORMAT, MOST_BYTES = 1, 200_000
+BEGIN, END = "<!-- gpu_page: begin -->", "<!-- gpu_page: end -->"
+
+
+def hashes(folder: Path = ROOT / "lora_ext") -> set[str]:
+    """Of the compiled modules of this tree."""
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("_*.so")}
+
+
+def read(path: Path, known: set[str]) -> Mapping[str, Any]:
+    """A report that may be merged.
+
+    Raises:
+        SystemExit: no report, or one that is refused, with the reason.
+    """
+
+    def refuse(expected: str, found: object) -> SystemExit:
+        return SystemExit(f"gpu_page: {path.name}: expected {expected}, found {found}")
+
+    if path.stat().st_size > MOST_BYTES:
+        raise refuse(f"at most {MOST_BYTES} bytes", path.stat().st_size)
+    try:
+        report = json.loads(path.read_text())
+        card, module, checks, times = (report[k] for k in ("card", "module", "checks", "times"))
+        failed = [check["op"] for check in checks if check["ok"] is not True]
+        capability = card["capability"]
+        _ = [(time["op"], time["us"], time["floor_us"]) for time in times]
+    except (ValueError, KeyError, TypeError) as error:
+        raise refuse("a report of lora-ext gpu-report", repr(error)) from None
+    if report.get("format") != FORMAT:
+        raise refuse(f"format {FORMAT}", report.get("format"))
+    if module not in known:
+        raise refuse("the kernels of this tree's build", f"a module with hash {module[:12]}")
+    if failed or not checks:
+        raise refuse("checks that held", f"failures of {', '.join(failed)}" if failed else "none")
+    if capability is None:
+        raise refuse("a card", card["name"])
+    return report
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each op, a column for each card: time, and time over floor."""
+    cards = [report["card"]["name"] for report in reports]
+    ops = list(dict.fromkeys(time["op"] for report in reports for time in report["times"]))
+    lines = [f"| op | {' | '.join(f'{card}, us (over floor)' for card in cards)} |"]
+    lines.append("|---" * (1 + len(cards)) + "|")
+    for op in ops:
+        cells = []
+        for report in reports:
+            time = next((t for t in report["times"] if t["op"] == op), {})
+            us, floor = time.get("us"), time.get("floor_us")
+            ratio = f" ({us / floor:.1f})" if us and floor else ""
+            cells.append("" if us is None else f"{us:.1f}{ratio}")
+        lines.append(f"| {op} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def merged(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
+    """A page with what was measured in the place of what it says so far."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"gpu_page: the page lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table(reports)}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Merge all reports, or none."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reports", nargs="+", type=Path)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parsed = parser.parse_args(arguments)
+    known = hashes()
+    page = merged(parsed.page.read_text(), [read(path, known) for path in parsed.reports])
+    parsed.page.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
