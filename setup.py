@@ -1,6 +1,6 @@
 """Packaging only: find torch and nvcc, let CMake and ninja compile, put the modules in place.
 
-Environment: LORA_EXT_CUDA=0|1 (default: CUDA where torch is a CUDA build and nvcc is found; beside
+Environment: LORA_EXT_CUDA=0|1 (default: CUDA where torch is a CUDA build, which wants nvcc; beside
 a CPU build of torch, where kernels cannot run, they are compiled only when asked for),
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1 (test-only emulator
 modules, in-place builds alone), LORA_EXT_SANITIZE=1 (AddressSanitizer and
@@ -20,15 +20,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_MIN, CUDA_MIN, CMAKE_MIN = (2, 11), (12, 8), (3, 24)
+NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
+NVCC_WHEELS += ("nvidia-cuda-cccl",)
 DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for every later card
 
 
@@ -113,8 +117,25 @@ def find_nvcc() -> str | None:
         if not nvcc.exists():
             fail(f"CUDA_HOME is {home}, but there is no {nvcc}; correct CUDA_HOME or unset it.")
         return str(nvcc)
-    default = "/usr/local/cuda/bin/nvcc"
-    return shutil.which("nvcc") or (default if Path(default).exists() else None)
+    default = Path("/usr/local/cuda/bin/nvcc")
+    beside = sorted(folder.parent / "bin/nvcc" for folder in nvidia_wheels("cu*/include"))
+    others = [str(nvcc) for nvcc in (default, *beside) if nvcc.exists()]
+    return shutil.which("nvcc") or (others[0] if others else None)
+
+
+def nvidia_wheels(pattern: str) -> list[Path]:
+    """Folders that NVIDIA's wheels on PyPI have put beside this Python's packages."""
+    spec = importlib.util.find_spec("nvidia")
+    bases = (spec.submodule_search_locations or []) if spec else []
+    return [path for base in bases for path in Path(base).glob(pattern)]
+
+
+def nvcc_remedy(torch_cuda: str) -> str:
+    """How to get an nvcc for a torch of this CUDA; NVIDIA's wheels have it whole from 13 on."""
+    major, minor = version_of(torch_cuda)
+    if major < 13:
+        return f"install CUDA's toolkit of version {major} and set CUDA_HOME"
+    return f"run `pip install {' '.join(f'{name}=={major}.{minor}.*' for name in NVCC_WHEELS)}`"
 
 
 def find_toolkit(torch, cxx: str) -> Toolkit | None:
@@ -131,12 +152,11 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
                 "LORA_EXT_CUDA=1, but there is no nvcc; install the CUDA toolkit and set "
                 "CUDA_HOME, or set LORA_EXT_CUDA=0 for a CPU build."
             )
-        print(
-            f"lora_ext: warning: torch is built for CUDA {torch.version.cuda}, but there is no "
-            "nvcc: this build has no CUDA kernels; set CUDA_HOME for a CUDA build.",
-            file=sys.stderr,
+        fail(
+            f"torch is built for CUDA {torch.version.cuda}, but there is no nvcc; "
+            f"{nvcc_remedy(torch.version.cuda)}, or set LORA_EXT_CUDA=0 for a build whose layers "
+            "run on the CPU alone."
         )
-        return None
     # nvcc may be a link or a script, so it is asked where its headers are.
     dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"#\$ TOP=(\S+)", dry)
@@ -178,17 +198,7 @@ def check_toolkit(toolkit: Toolkit, torch_cuda: str | None, cxx: str) -> None:
 
 def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
     """Folders with cuda_bf16.h and nv/target: the toolkit's, else those of NVIDIA's wheels."""
-    spec = importlib.util.find_spec("nvidia")
-    wheels = (
-        [
-            p
-            for base in (spec.submodule_search_locations or [])
-            for p in Path(base).glob("*/include")
-        ]
-        if spec
-        else []
-    )
-    folders = [toolkit.home / "include"] if toolkit else wheels
+    folders = [toolkit.home / "include"] if toolkit else nvidia_wheels("*/include")
     folders += [f / "cccl" for f in folders]
     for header in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
         if not any((f / header).exists() for f in folders):
@@ -259,6 +269,55 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: bool) -> d
     return options
 
 
+# --- what it says meanwhile ---------------------------------------------------------------------
+STEP = re.compile(r"\[(\d+)/(\d+)\] (.*)")
+
+
+class Progress:
+    """What ninja says: a bar by files on the terminal, a line a file where the output is kept.
+
+    pip keeps the output of a build to itself, so the terminal is written to beside it.
+    """
+
+    def __init__(self, out: TextIO, terminal: TextIO | None, clock=time.monotonic):
+        self.out, self.clock, self.begun = out, clock, clock()
+        self.kept = not out.isatty()
+        self.terminal = terminal if self.kept else out
+
+    def took(self) -> str:
+        seconds = round(self.clock() - self.begun)
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def say(self, sentence: str) -> None:
+        """A line for both."""
+        if self.kept:
+            print(f"lora_ext: {sentence}", file=self.out, flush=True)
+        if self.terminal:
+            print(f"\r\x1b[Klora_ext: {sentence}", file=self.terminal, flush=True)
+
+    def follow(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            step = STEP.match(line)
+            if step is None:  # of the compiler
+                print(line, end="", file=self.out, flush=True)
+                continue
+            done, all_files = int(step[1]), int(step[2])
+            file = step[3].split()[-1].rpartition("/")[2].removesuffix(".o") if step[3] else ""
+            if self.kept:
+                print(f"[{done}/{all_files} {self.took()}] {step[3]}", file=self.out, flush=True)
+            if self.terminal:
+                bar = ("#" * (24 * done // all_files)).ljust(24, ".")
+                text = f"lora_ext [{bar}] {done}/{all_files} files {self.took()} {file[:30]}"
+                print(f"\r\x1b[K{text}", end="", file=self.terminal, flush=True)
+
+
+def terminal() -> TextIO | None:
+    try:
+        return open("/dev/tty", "w")
+    except OSError:  # there is none: a service, a container
+        return None
+
+
 # --- the build ----------------------------------------------------------------------------------
 class CMakeBuild(build_ext):
     """One CMake build for all modules, kept under build/ so that the next one is incremental."""
@@ -293,14 +352,30 @@ class CMakeBuild(build_ext):
         build = [cmake, "--build", str(folder), "-j", str(jobs())] + (
             ["-v"] if self.verbose > 1 else []
         )
+        progress = Progress(sys.stdout, terminal())
+        kernels = f"kernels for {', '.join(archs)}" if toolkit else "no CUDA kernels"
+        progress.say(
+            f"building for torch {torch.__version__} with {kernels}, {jobs()} files at a time; "
+            "without a cache of the compiler this takes minutes"
+        )
         # Where ccache compiles, a build in another folder finds what this one has made.
         env = {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ}
+        if toolkit and (toolkit.home / "lib/libcudart_static.a").exists():
+            # NVIDIA's wheels have their libraries in lib, where nvcc looks in lib64.
+            paths = [str(toolkit.home / "lib"), env.get("LIBRARY_PATH", "")]
+            env["LIBRARY_PATH"] = ":".join(filter(None, paths))
         for command in (configure, build):
-            if subprocess.run(command, env=env).returncode:
+            with subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ) as running:
+                progress.follow(running.stdout or ())
+            if running.returncode:
+                progress.say(f"stopped after {progress.took()} minutes")
                 fail(
                     f"`{' '.join(command[:3])} ...` failed; its output above names the file "
                     "and the line."
                 )
+        progress.say(f"built in {progress.took()} minutes")
         info = {
             "lora_ext": self.distribution.get_version(),
             "python": platform.python_version(),

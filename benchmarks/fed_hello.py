@@ -2,8 +2,10 @@
 
 36 clients, a third each of which can train 3, 4 and 6 of the 6 blocks of a pretrained encoder
 (claims/section_texts.py), six a round. Strong clients alone: those that can train all do so, in
-every round. `--full` adds the other patterns, importance, Dirichlet's partition, and strong clients
-that are drawn as seldom as all others, which is what the authors' logs compare with.
+every round. `--full` adds the other patterns, importance, Dirichlet's partition, strong clients
+that are drawn as seldom as all others, which is what the authors' logs compare with, and peers:
+those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks by
+capability.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import federated_digits
 import numpy as np
 import study
 import torch
-from claims import section_texts
+from claims import peers, section_texts
 from federated_digits import Run, World, federate
 from study import Claim, Criterion, Interval, Row, Rows
 from torch import Tensor
@@ -33,8 +35,8 @@ CLAIM = Claim(
     "beats training on the strong clients alone, the more so the more the labels are skewed.",
     setup="MiniLM (6 blocks of 384) with a head that is trained and averaged, 20 sections of "
     "Debian's packages, 36 clients that can train 3, 4 or 6 blocks with LoRA of rank 8, 6 of them "
-    "a round, 10 rounds of 3 steps; RGD with the bottleneck pattern, with 4 classes a client and "
-    "IID.",
+    "a round, 20 rounds of 3 steps of 8, at a rate chosen on another seed; RGD with the bottleneck "
+    "pattern, with 4 classes a client and IID.",
     headline="gain over strong clients with its interval",
     use="labels are skewed, and the clients that can train every layer lack classes that the weak "
     "ones have: the gain follows how many",
@@ -47,9 +49,10 @@ CLAIM = Claim(
 SKEWED, IID, UNEVEN = "4 classes", "iid", "dirichlet 0.1"
 OURS, STRONG, DRAWN, FIM = "RGD bottleneck", "strong only", "strong, drawn from all", "FIM"
 PATTERNS = [f"RGD {pattern}" for pattern in Pattern]
+RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 1/3, 2/3 and all are averaged
 PROXY = 100  # texts of the server's, with FIM
 LOSS = -0.01
-CLIENTS = 36
+CLIENTS, ROUNDS = 36, 20  # of 10, tried in one arm, it had learned little: 0.17
 
 
 def settings(quick: bool) -> Mapping[str, object]:
@@ -62,7 +65,9 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """What the criteria need."""
+    """Rates first, then what the criteria need."""
+    for rate in section_texts.RATES:
+        yield {"seed": section_texts.CHOOSING, "partition": SKEWED, "arm": "FedAvg", "rate": rate}
     for seed in seeds:
         for partition in (SKEWED, IID):
             for arm in (OURS, STRONG):
@@ -71,7 +76,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
     """All patterns, importance, and a third kind of data."""
-    others = [*(name for name in PATTERNS if name != OURS), FIM, DRAWN]
+    others = [*(name for name in PATTERNS if name != OURS), FIM, DRAWN, *peers.NAMES, *RANKED]
     return [
         {"seed": seed, "partition": partition, "arm": arm}
         for seed in seeds
@@ -83,10 +88,14 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """One federation."""
     torch.set_num_threads(1)
-    world = _world(arm["seed"], quick)
+    world = _world(arm["seed"], section_texts.sizes_of(arm, rows, _sizes(quick)), quick)
     shares = world.shares(arm["partition"])
-    run = one(world, shares, arm["arm"])
-    labels, classes = world.training[1].numpy(), section_texts.CLASSES
+    peer = peers.Peer(arm["arm"], world) if arm["arm"] in peers.NAMES else None
+    run = peer.run(shares) if peer else one(world, shares, arm["arm"])
+    right = [run.right[run.accuracy.index(run.best)]] * len(shares)
+    if peer and peer.own:  # each client has a B of its own, at the end
+        right = [peer.accuracy_of(client) for client in range(len(shares))]
+    labels = world.training[1].numpy()
     strong = np.concatenate([shares[c] for c in _strong(world)])
     yield {
         "best": run.best,
@@ -95,19 +104,19 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
         "down": run.comm.total("down"),
         "strong_have": len(set(labels[strong])),
         "accuracies": " ".join(f"{a:.4f}" for a in run.accuracy),
-        "devices": " ".join(f"{a:.4f}" for a in by_device(world, shares, run, classes)),
+        "devices": " ".join(f"{a:.4f}" for a in by_device(world, shares, right)),
     }
 
 
 def _sizes(quick: bool) -> federated_digits.Sizes:
-    return dataclasses.replace(
-        section_texts.QUICK if quick else section_texts.SIZES, clients=CLIENTS
-    )
+    if quick:
+        return dataclasses.replace(section_texts.QUICK, clients=CLIENTS)
+    return dataclasses.replace(section_texts.SIZES, clients=CLIENTS, rounds=ROUNDS)
 
 
 @functools.lru_cache(1)
-def _world(seed: int, quick: bool) -> World:
-    return section_texts.make_world(seed, _sizes(quick), quick)
+def _world(seed: int, sizes: federated_digits.Sizes, quick: bool) -> World:
+    return section_texts.make_world(seed, sizes, quick)
 
 
 def _strong(world: World) -> list[int]:
@@ -115,12 +124,14 @@ def _strong(world: World) -> list[int]:
     return [c for c in range(sizes.clients) if sizes.capability(c) == sizes.blocks]
 
 
-def by_device(world: World, shares: Sequence[Any], run: Run, classes: int) -> list[float]:
-    """The accuracy after the best round on each client's classes, as often as it has each."""
-    right = run.right[run.accuracy.index(run.best)].numpy()
+def by_device(world: World, shares: Sequence[Any], right: Sequence[Tensor]) -> list[float]:
+    """The accuracy on each client's classes, as often as it has each, of the model that it has."""
     labels, test = world.training[1].numpy(), world.testing[1].numpy()
-    of_class = np.array([right[test == c].mean() for c in range(classes)])
-    return [float(of_class[labels[share]].mean()) for share in shares]
+    found: list[float] = []
+    for share, each in zip(shares, right, strict=True):
+        of_class = [each.numpy()[test == c].mean() for c in range(section_texts.CLASSES)]
+        found.append(float(np.array(of_class)[labels[share]].mean()))
+    return found
 
 
 def one(world: World, shares: Sequence[Any], arm: str) -> Run:
@@ -131,6 +142,15 @@ def one(world: World, shares: Sequence[Any], arm: str) -> Run:
         return federate(world, shares, lambda _, drawn: dict.fromkeys(drawn, whole), clients=strong)
     if arm == DRAWN:
         return federate(world, shares, lambda _, drawn: {c: whole for c in drawn if c in strong})
+    if arm in RANKED:
+        full = sizes.rank
+
+        def ranked(round: int, drawn: Sequence[int]) -> dict[int, LayerPlan]:
+            ranks = {c: full * (1 + c % 3) // 3 for c in drawn}
+            return {c: LayerPlan(whole.layers, (r,) * sizes.blocks) for c, r in ranks.items()}
+
+        more: dict[str, Any] = {"scaling": sizes.scaling} if arm == "FlexLoRA" else {}
+        return federate(world, shares, ranked, rank_agg=RANKED[arm], **more)
     if arm == FIM:
         return by_importance(world, shares)
     hla = HLA(arm.removeprefix("RGD "), sizes.blocks, kind="rgd", seed=world.seed)
@@ -175,11 +195,16 @@ def by_importance(world: World, shares: Sequence[Any]) -> Run:
 # Judging
 
 
+def judged(rows: Rows) -> Rows:
+    """Without those that chose the rate."""
+    return [row for row in rows if row["seed"] != section_texts.CHOOSING]
+
+
 def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> Interval:
     """The mean over seeds and devices of the gain in accuracy, with its interval over both."""
     found: dict[tuple[int, str], list[float]] = {
         (row["seed"], row["arm"]): [float(a) for a in str(row["devices"]).split()]
-        for row in rows
+        for row in judged(rows)
         if row["partition"] == partition
     }
     seeds = sorted({seed for seed, name in found if name == arm})
@@ -198,8 +223,8 @@ def criteria(rows: Rows) -> list[Criterion]:
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)
     return [
         Criterion(
-            f"{SKEWED} a client: best accuracy of {OURS} less that of {STRONG}, mean over seeds "
-            "and clients",
+            f"gain over strong clients with its interval, {SKEWED} a client: best accuracy of "
+            f"{OURS} less that of {STRONG}, mean over seeds and clients",
             "above 0 with its interval",
             f"{skewed:+.3f}",
             skewed.low > 0,
@@ -218,7 +243,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 def figure(rows: Rows) -> str:
     """The gain, and that of each seed beside what the strong clients have."""
-    skewed = [row for row in rows if row["partition"] == SKEWED]
+    skewed = [row for row in judged(rows) if row["partition"] == SKEWED]
     best = {(row["seed"], row["arm"]): row for row in skewed}
     each = [
         f"{best[seed, OURS]['best'] - best[seed, STRONG]['best']:+.3f} "
@@ -237,7 +262,7 @@ def panels(rows: Rows) -> study.Panels:
     """The gain of every arm over strong clients alone."""
     found: dict[str, dict[str, Interval]] = {}
     for partition in (SKEWED, IID, UNEVEN):
-        names = {row["arm"] for row in rows if row["partition"] == partition}
+        names = {row["arm"] for row in judged(rows) if row["partition"] == partition}
         if STRONG in names:
             title = f"{partition}: gain over strong clients alone"
             found[title] = {n: gain(rows, partition, n) for n in sorted(names - {STRONG})}

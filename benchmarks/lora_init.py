@@ -39,7 +39,7 @@ CLAIM = Claim(
     "sections, 30 steps of 32), 12 rates.",
     headline="best loss of A and B",
     use="you start LoRA at all: A random, B zero is the default of PEFT and of this package",
-    avoid="you hope to gain from B random: no case for it was found, and its rates are smaller",
+    avoid="you hope to gain from B random: no case was found, and its best rates are smaller",
     seeds=4,
     earlier="the network alone, 2 seeds, 14 rates a factor of 2 apart: best rate falls as n^-0.50 "
     "and n^-0.75, best loss of A below B's at every width (revision 672de08): reproduced",

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="timed new tokens per row")
     parser.add_argument("--rounds", type=int, default=3, help="timed repeats of each engine")
     parser.add_argument("--adapters", type=int, default=64, help="how far the curve goes")
+    parser.add_argument("--no-pack", dest="pack", action="store_false", help="the base stays plain")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -73,7 +74,10 @@ def main() -> None:
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=max(r.rank for r in RECIPES))
     for name, folder in folders.items():
         pool.load(name, folder)
-    ours = lora_ext.attach(model, pool)
+    packing = lora_ext.nn.packing(model) if args.pack else None
+    if packing is not None:
+        console.print(f"{packing}" + ("; --no-pack leaves it plain" if packing.fits else ""))
+    ours = lora_ext.attach(model, pool, pack_base=packing is not None and packing.fits)
     batch = make_batch(tokenizer, [args.question] * len(NAMES))
     with torch.inference_mode(), lora_ext.adapters(NAMES):
         tokens = ours.generate(**batch, max_new_tokens=48, do_sample=False)

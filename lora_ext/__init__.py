@@ -12,7 +12,7 @@ _C = _loader.load()
 # them.
 from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
-from lora_ext.layers import LoraConfig, chunked_loss  # noqa: E402
+from lora_ext.layers import LoraConfig, chunked_loss, exact  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 from lora_ext.rows import adapters  # noqa: E402
 from lora_ext.serving import attach, capturable, detach  # noqa: E402
@@ -31,6 +31,7 @@ __all__ = [
     "circuits",
     "control",
     "detach",
+    "exact",
     "federated",
     "from_peft",
     "methods",
@@ -39,7 +40,7 @@ __all__ = [
     "pool",
     "tenants",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
 _ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})

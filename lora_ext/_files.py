@@ -62,6 +62,15 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def read_json(path: Path, limit: int) -> Any:
+    """A JSON file of at most ``limit`` bytes, of which no more are read."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes, found more")
+    return parse_json(data, str(path))
+
+
 def parse_json(data: bytes | bytearray, where: str) -> Any:
     """Parse JSON without NaN, duplicate keys or bottomless nesting."""
 

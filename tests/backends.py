@@ -6,7 +6,9 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 
 import lora_ext
@@ -58,6 +60,11 @@ BACKENDS = [
     Backend("emu-check", library="lora_ext_emu_check", seed=1, small=True),
     Backend("cuda", device="cuda"),
 ]
+
+
+def marks_of(backend: Backend) -> list[Any]:
+    marks = {"cuda": [pytest.mark.cuda], "emu": [pytest.mark.emulated]}
+    return marks.get(backend.name.split("-")[0], [])
 
 
 def closed(backend: Backend) -> str | None:

@@ -1,12 +1,13 @@
-"""The case table: what every LoRA op is fed, and how far its answer may lie from the formula."""
+"""LoRA's rows of the table: what its ops are fed, and how far they may lie from the formula."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from contract import Check, Op, Outputs
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -269,15 +270,39 @@ CASES = [
     ),
 ]
 
-__all__ = [
-    "CASES",
-    "DEEP",
-    "LARGE",
-    "MEDIUM",
-    "SMALL",
-    "Inputs",
-    "OpCase",
-    "Shape",
-    "make_inputs",
-    "replace",
+APPLY_ = CASES[-1]
+
+
+def checks() -> Iterator[Check]:
+    for paged in (False, True):
+        i = make_inputs(SMALL[4], torch.float32, seed=16, paged=paged)
+        i |= {k: i[k].nan_to_num(0.5) for k in "ab"}
+        ids, scale, rest = i["adapter_ids"], i["scale"], (i["ranks"], i["page_table"], None)
+        yield "lora_shrink", (i["x"], i["a"], ids, scale, *rest)
+        v = i["y"].new_ones(17, SMALL[4].max_rank)
+        yield "lora_expand_", (i["y"], v, i["b"], ids, *rest)
+        yield "lora_apply_", (i["y"], i["x"], i["a"], i["b"], ids, scale, *rest)
+        factors = (i[k].requires_grad_(not paged) for k in "ab")
+        yield "lora_apply", (i["x"], *factors, ids, scale, *rest)
+    for tokens in (0, 5, 256, 257, 5000):
+        yield "lora_plan", (torch.zeros(tokens, dtype=torch.long), 3)
+
+
+def _outputs(of: Callable[[OpCase], Tensor]) -> Outputs:
+    return {case.name: of(case) for case in CASES}
+
+
+OPS = [
+    Op(
+        "lora",
+        make_inputs,
+        run=lambda i: _outputs(lambda case: case.call(i)),
+        formula=lambda i: _outputs(lambda case: case.formula(wider(i))),
+        bounds=lambda i, exact: _outputs(lambda case: case.bound(i, exact[case.name])),
+        small=[*SMALL, *DEEP],
+        medium=[*MEDIUM, *LARGE],
+        variants=(({"paged": True},), ({},)),
+        captured=lambda i: {"y": APPLY_.call(i)},
+        checks=checks,
+    )
 ]

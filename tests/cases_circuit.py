@@ -1,18 +1,19 @@
-"""The circuit ops' case table: what they are fed, every output, and how far each may lie off."""
+"""The row of the scan of circuits: what it is fed, every output, how far each may lie off."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from contract import Check, Op, Outputs
 from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import KINDS, num_transitions
 
 Inputs = dict[str, Any]
-Outputs = dict[str, Tensor]
 LEAVES = ("leaf", "prior", "trans")
 
 
@@ -138,3 +139,38 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
             size = weight.view(-1, *[1] * (value.dim() - 1))
             allowed[name] = 1.02 * eps * value.abs() + tiny + u * 64 * n_token * size
     return allowed
+
+
+def checks() -> Iterator[Check]:
+    library = torch.ops.lora_ext
+    for kind in KINDS:
+        window = Window(kind, 3, 5, 1 if kind == "ff" else 3, 6)
+        i = circuit_inputs(window, torch.float32, seed=14)
+        leaf = i["leaf"].requires_grad_()
+        yield "circuit_leaf", (leaf, i["x"])
+        e, norm = library.circuit_leaf(leaf.detach(), i["x"])
+        yield "circuit_leaf_backward", (e, leaf.detach(), i["x"], norm)
+        parts = [i[k].requires_grad_() if i[k] is not None else None for k in ("prior", "trans")]
+        yield "circuit_scan", (kind, e.requires_grad_(), *parts)
+        detached = (e.detach(), *(t.detach() if t is not None else None for t in parts))
+        *_, states = library.circuit_scan(kind, *detached, True)
+        given = (i["dprefix"], None, kind, *detached, states, True, True)
+        yield "circuit_scan_backward", given
+
+
+OPS = [
+    Op(
+        "circuit",
+        circuit_inputs,
+        run,
+        formula,
+        bounds,
+        small=SMALL,
+        medium=MEDIUM,
+        large=LARGE,
+        exact=False,
+        replays=[Window("btree", 16, 8, 32, 320)],
+        captured=lambda i: ops.circuit_scan(*(i[k] for k in ("kind", *LEAVES, "x")))._asdict(),
+        checks=checks,
+    )
+]

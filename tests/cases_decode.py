@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from contract import Check, Op, Outputs
 from torch import Tensor
 
-from lora_ext import reference
+from lora_ext import ops, reference
 from lora_ext.reference.circuit import CircuitSample, log_softmax, num_transitions
 
 Inputs = dict[str, Any]
@@ -192,3 +194,52 @@ def verify_within_band(
     from_whole = (accepted == n_token) | (residual.sum(-1) == 0)
     weights = torch.where(from_whole[:, None], whole, residual)
     return good & within_band(weights, u[:, -1], next_token)
+
+
+def run_all(i: Inputs, temperature: float = 0.75) -> Outputs:
+    """Every result of every op, for questions of bits."""
+    sample = ops.circuit_sample(*circuit(i), i["uniforms"], i["evidence"])
+    accepted, token = ops.spec_verify(*draft(i, sample), i["num_evidence"], temperature)
+    greedy = ops.spec_verify(*draft(i, sample), i["num_evidence"], 0.0)
+    tokens, value = ops.circuit_argmax(*circuit(i), i["evidence"])
+    return {
+        "dist": ops.circuit_conditional_dist(*circuit(i), i["x"], i["k"]),
+        **sample._asdict(),
+        "accepted": accepted,
+        "next_token": token,
+        "greedy_accepted": greedy[0],
+        "greedy_token": greedy[1],
+        "argmax": tokens,
+        "value": value,
+    }
+
+
+CALLS: dict[str, Callable[[Inputs], tuple[Any, ...]]] = {
+    "circuit_conditional_dist": lambda i: (*circuit(i), i["x"], i["k"]),
+    "circuit_sample": lambda i: (*circuit(i), i["uniforms"], i["evidence"]),
+    "circuit_argmax": lambda i: (*circuit(i), i["evidence"]),
+    "spec_verify": lambda i: (
+        *draft(i, reference.circuit_sample(*circuit(i), i["uniforms"])),
+        i["num_evidence"],
+        0.7,
+    ),
+}
+
+
+def checks() -> Iterator[Check]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        i = make_inputs(Shape("btree", 3, 4, 3, 5), dtype, seed=14)
+        yield from ((name, call(i)) for name, call in CALLS.items())
+
+
+# Draws have no formula in float64, but bands: see test_contract_circuit_decode.py.
+OPS = [
+    Op(
+        "decode",
+        make_inputs,
+        run_all,
+        small=SMALL,
+        replays=SMALL[2:] + MEDIUM,
+        checks=checks,
+    )
+]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
+from contract import Check, Op, Outputs
 from torch import Tensor
 
 from lora_ext import ops
@@ -146,3 +147,57 @@ def upstream(mix: Mix, *, exact: bool = False) -> list[Tensor]:
 
 def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
+
+
+def inputs(
+    shape: Shape, dtype: torch.dtype, *, seed: int = 0, exact: bool = False, device: str = "cpu",
+    **how: Any,
+) -> dict[str, Any]:  # fmt: skip
+    mix = make(shape, dtype, exact=exact, **how).map(lambda t: t.to(device) * (1 + seed % 4))
+    return {f.name: getattr(mix, f.name) for f in fields(mix)}
+
+
+def run(i: dict[str, Any]) -> Outputs:
+    """Every result and, of a fixed gradient of them, every gradient."""
+    mix = Mix(**i)
+    found = [*mix.run(), *gradients(mix, upstream(mix))]
+    return {str(n): t for n, t in enumerate(found)}
+
+
+def checks() -> Iterator[Check]:
+    forward = torch.ops.lora_ext.depth_mix_forward.default
+    for dtype, norm in (
+        (torch.float32, "rms"),
+        (torch.bfloat16, "layer"),
+        (torch.float64, "layer"),
+    ):
+        for routed in (False, True):
+            mix = make(((2, 3), 24, 3), dtype, norm=norm, routed=routed)
+            plain, mix = mix, mix.map(lambda t: t.clone().requires_grad_())
+            head = (mix.hiddens, mix.gammas, mix.betas)
+            last = (None, mix.router, mix.bias) if routed else (mix.weights, None, None)
+            yield "depth_mix_forward", (*head, *last, mix.eps, norm)
+            head = (plain.hiddens, plain.gammas, plain.betas)
+            last = (None, plain.router, plain.bias) if routed else (plain.weights, None, None)
+            _, chosen, rinv, mean = forward(*head, *last, mix.eps, norm)
+            up = [t.detach() for t in upstream(plain)]
+            weights = chosen if routed else plain.weights
+            rest = (weights, plain.router, rinv, mean)
+            for need in (True, False):
+                yield "depth_mix_backward", (up[0], up[1] if routed else None, *head, *rest, need)
+
+
+# Bounds and exact values are those of a norm: see test_contract_depth_mix.py.
+OPS = [
+    Op(
+        "depth_mix",
+        inputs,
+        run,
+        small=[((20,), 72, 3), ((2, 3), 33, 4)],
+        medium=[((2, 17), 576, 3), ((4200,), 8, 2), ((100,), 257, 3)],
+        variants=(({"routed": True}, {"routed": False, "norm": "layer"}),),
+        replays=[((40,), 576, 3)],
+        captured=lambda i: {str(n): t for n, t in enumerate(Mix(**i).run())},
+        checks=checks,
+    )
+]

@@ -1,14 +1,17 @@
-"""The training ops' case table: what they are fed, every output, and how far each may lie off."""
+"""The training ops' rows: what they are fed, every output, and how far each may lie off."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from cases import ROUNDING, SPLIT, Inputs, Shape, _values, make_inputs, wider
+from contract import Check, Op, Outputs
 from torch import Tensor
 
 from lora_ext import ops, reference
 
-Outputs = dict[str, Tensor]
 LEAVES = ("x", "weight", "bias", "a", "b")
 
 SMALL = [
@@ -124,3 +127,61 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
         + (SPLIT.get(dtype, 0.0) + constant * accumulator) * magnitude[k]
         for k, v in exact.items()
     }
+
+
+def checks() -> Iterator[Check]:
+    for p in (0.0, 0.5):
+        i = train_inputs(SMALL[3], torch.float32, seed=22, dropout_p=p)
+        i["adapter_ids"] = torch.arange(16)  # every entry of v is defined
+        head = [i[k].requires_grad_() for k in LEAVES]
+        ids, scale, seed = i["adapter_ids"], i["scale"], i["seed"]
+        yield "lora_linear_forward", (*head, ids, scale, None, p, seed, None)
+        x, weight, _, a, b = (t.detach() for t in head)
+        backward = (i["dy"], x, torch.ones(16, 8), weight, a, b, ids, scale, None, None, p, seed)
+        for needs in ((True, True, True), (False, True, False)):
+            yield "lora_linear_backward", (*backward, *needs)
+        yield "lora_dropout", (head[0], p, seed)
+
+
+def checks_of_seeds() -> Iterator[Check]:
+    i = train_inputs(SMALL[3], torch.float32, seed=13, dropout_p=0.5, own_seeds=True)
+    i["adapter_ids"] = torch.arange(16)  # every entry of v is defined
+    head = [i[k].requires_grad_() for k in LEAVES]
+    tail = (i["adapter_ids"], i["scale"], None, 0.5, i["seed"], None)
+    yield "lora_linear_forward", (*head, *tail)
+
+
+def with_seeds(shape: Shape, dtype: torch.dtype, **how: Any) -> Inputs:
+    return train_inputs(shape, dtype, **{"dropout_p": 0.5, "own_seeds": True, "base": False} | how)
+
+
+# Large ranks in enough rows for tiles of 64: the grouped products of matrices.
+GEMM = Shape(270, 40, 48, (264, 0, 3), "interleaved", bank_rank=264)
+PLAIN, MASKED, UPDATE = {"dropout_p": 0.0}, {"dropout_p": 0.5}, {"base": False}
+
+OPS = [
+    Op(
+        "train",
+        train_inputs,
+        run,
+        formula,
+        bounds,
+        small=[*SMALL, *DEEP],
+        medium=MEDIUM,
+        large=LARGE,
+        variants=((PLAIN, MASKED | UPDATE), (MASKED, PLAIN | UPDATE)),
+        random={"dropout_p": 0.1},
+        threads=UPDATE,  # the base is a product of the library's
+        checks=checks,
+    ),
+    Op(
+        "train-seeds",
+        with_seeds,
+        run,
+        formula,
+        small=[*SMALL, *DEEP],
+        medium=[*MEDIUM, GEMM],
+        large=LARGE[1:2],
+        checks=checks_of_seeds,
+    ),
+]

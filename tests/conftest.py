@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import methods  # noqa: F401
 import pytest
 import torch
-from backends import BACKENDS, OP_MODULES, Backend, closed
+from backends import BACKENDS, OP_MODULES, Backend, closed, marks_of
 from hypothesis import settings
 from processes import TwoProcesses
 
@@ -32,23 +32,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-emu", action="store_true", help="a skipped emulator test is a failure"
     )
+    parser.addoption(
+        "--sanitizers", action="store_true", help="also what only `make asan` has the time for"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs on a GPU")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the emulator")
     config.addinivalue_line("markers", "slow: needs a real model or more than ten seconds")
+    config.addinivalue_line("markers", "sanitized: compiles all twins or kernels with sanitizers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no worker ends with one
+    if not config.getoption("--sanitizers"):
+        skip = pytest.mark.skip(reason="`make asan` runs it, with --sanitizers")
+        for item in items:
+            if item.get_closest_marker("sanitized"):
+                item.add_marker(skip)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" not in metafunc.fixturenames:
+    given = [m.args[0] for m in metafunc.definition.iter_markers("parametrize")]
+    if "backend" not in metafunc.fixturenames or any("backend" in names for names in given):
         return
-    marks = {"cuda": [pytest.mark.cuda], "emu": [pytest.mark.emulated]}
-    metafunc.parametrize(
-        "backend",
-        [pytest.param(b, id=b.name, marks=marks.get(b.name.split("-")[0], [])) for b in BACKENDS],
-        indirect=True,
-    )
+    params = [pytest.param(b, id=b.name, marks=marks_of(b)) for b in BACKENDS]
+    metafunc.parametrize("backend", params, indirect=True)
 
 
 @pytest.fixture

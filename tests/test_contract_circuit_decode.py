@@ -8,22 +8,22 @@ import pytest
 import torch
 from backends import Backend
 from cases_decode import (
+    CALLS,
     MEDIUM,
     SMALL,
-    Inputs,
     Shape,
     circuit,
     draft,
     log_bound,
     make_inputs,
+    run_all,
     sample_within_band,
     verify_within_band,
     wider,
 )
-from test_contract import assert_same_bits
+from contract import assert_same_bits
 from torch import Tensor
 
-import lora_ext
 from lora_ext import ops, reference
 from lora_ext.reference.circuit import CircuitSample
 
@@ -43,24 +43,6 @@ def dtype_pairs(backend: Backend, shape: Shape) -> list[tuple[torch.dtype, torch
     if shape in MEDIUM:
         pairs = list(zip(narrow, narrow[1:] + narrow[:1], strict=True))
     return [*pairs, (torch.float64, torch.float64)] if backend.is_twin else pairs
-
-
-def run_all(i: Inputs, temperature: float = 0.75) -> dict[str, Tensor]:
-    """Every result of every op, for questions of bits."""
-    sample = ops.circuit_sample(*circuit(i), i["uniforms"], i["evidence"])
-    accepted, token = ops.spec_verify(*draft(i, sample), i["num_evidence"], temperature)
-    greedy = ops.spec_verify(*draft(i, sample), i["num_evidence"], 0.0)
-    tokens, value = ops.circuit_argmax(*circuit(i), i["evidence"])
-    return {
-        "dist": ops.circuit_conditional_dist(*circuit(i), i["x"], i["k"]),
-        **sample._asdict(),
-        "accepted": accepted,
-        "next_token": token,
-        "greedy_accepted": greedy[0],
-        "greedy_token": greedy[1],
-        "argmax": tokens,
-        "value": value,
-    }
 
 
 def assert_log_close(got: Tensor, exact: Tensor, dtype: torch.dtype, shape: Shape) -> None:
@@ -168,18 +150,6 @@ def test_weights_of_powers_of_two_give_the_same_tokens_everywhere(
 
 
 # --- same input, same bits ----------------------------------------------------------------------
-@small_shapes
-def test_repeats_its_bits_for_any_number_of_threads(backend: Backend, shape: Shape) -> None:
-    i = make_inputs(shape, torch.float32, seed=6, device=backend.device)
-    first = run_all(i)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            for name, value in run_all(i).items():
-                assert_same_bits(value, first[name], f"{name}: ")
-    finally:
-        torch.set_num_threads(threads)
 
 
 @small_shapes
@@ -328,24 +298,7 @@ def test_greedy_takes_the_first_of_the_largest(backend: Backend, vocabulary: int
 
 
 # --- the dispatcher -----------------------------------------------------------------------------
-CALLS = {
-    "circuit_conditional_dist": lambda i: (*circuit(i), i["x"], i["k"]),
-    "circuit_sample": lambda i: (*circuit(i), i["uniforms"], i["evidence"]),
-    "circuit_argmax": lambda i: (*circuit(i), i["evidence"]),
-    "spec_verify": lambda i: (
-        *draft(i, reference.circuit_sample(*circuit(i), i["uniforms"])),
-        i["num_evidence"],
-        0.7,
-    ),
-}
 every_op = pytest.mark.parametrize("name", CALLS)
-
-
-@every_op
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_passes_opcheck(name: str, dtype: torch.dtype) -> None:
-    i = make_inputs(Shape("btree", 3, 4, 3, 5), dtype, seed=14)
-    torch.library.opcheck(getattr(torch.ops.lora_ext, name).default, CALLS[name](i))
 
 
 @every_op
@@ -365,25 +318,3 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
     compiled: Any = torch.compile(run_all, fullgraph=True, backend="aot_eager")
     for name, value in compiled(i).items():
         assert_same_bits(value, expected[name], f"{name}: ")
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("shape", SMALL[2:] + MEDIUM, ids=str)
-def test_a_captured_step_replays_with_changed_contents(shape: Shape, request: Any) -> None:
-    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
-        if request.config.getoption("--require-gpu"):
-            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
-        pytest.skip("no CUDA device, or a build without kernels")
-    live = make_inputs(shape, torch.bfloat16, seed=17, device="cuda")
-    run_all(live)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run_all(live)
-    for seed in (18, 19):
-        fresh = make_inputs(shape, torch.bfloat16, seed=seed, device="cuda")
-        for name, value in fresh.items():
-            if isinstance(value, Tensor):
-                live[name].copy_(value)
-        graph.replay()
-        for name, value in run_all(fresh).items():
-            assert_same_bits(captured[name], value, f"{name}: ")

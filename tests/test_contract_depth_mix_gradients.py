@@ -19,7 +19,7 @@ from cases_depth_mix import (
     unit,
     upstream,
 )
-from test_contract import assert_same_bits
+from contract import assert_same_bits
 from torch import Tensor
 
 from lora_ext import ops, reference

@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from backends import Backend
-from cases import DEEP, LARGE, MEDIUM, SMALL, Inputs, Shape, make_inputs, replace, wider
-from test_contract import assert_same_bits, off_grid, shapes, skip_large
+from cases import DEEP, MEDIUM, SMALL, Inputs, Shape, make_inputs
+from cases_siblings import OPS, alone, each, family, together
+from contract import assert_same_bits, off_grid
+from test_contract_lora import shapes, skip_large
 from torch import Tensor
 
-import lora_ext
-from lora_ext import ops, reference
-
-
-def family(shape: Shape, dtype: torch.dtype, **how: Any) -> list[Inputs]:
-    """Three modules of other widths and other adapters, the rows and ids of the first."""
-    first = make_inputs(shape, dtype, **how)
-    others = [
-        make_inputs(replace(shape, out=out), dtype, **{**how, "seed": how.get("seed", 0) + 100 + i})
-        for i, out in enumerate((shape.out + 8, max(1, shape.out // 2)))
-    ]
-    shared = {k: first[k] for k in ("x", "adapter_ids")}
-    return [first, *({**other, **shared} for other in others)]
-
-
-def each(modules: list[Inputs], key: str) -> list[Tensor]:
-    return [m[key] for m in modules if m[key] is not None]
-
-
-def together(modules: list[Inputs], plan: Tensor | None = None, run: Any = ops) -> list[Tensor]:
-    ys = [m["y"].clone() for m in modules]
-    first = modules[0]
-    rest = (first["adapter_ids"], *(each(modules, k) for k in ("scale", "ranks", "page_table")))
-    rest = rest if run is reference else (*rest, plan)
-    got = run.lora_apply_siblings_(ys, first["x"], each(modules, "a"), each(modules, "b"), *rest)
-    assert got is ys
-    return ys
-
-
-def alone(m: Inputs) -> Tensor:
-    rest = (m[k] for k in ("adapter_ids", "scale", "ranks", "page_table"))
-    return ops.lora_apply_(m["y"].clone(), m["x"], m["a"], m["b"], *rest)
-
-
-@shapes(SMALL, DEEP, MEDIUM, LARGE)
-@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
-def test_siblings_equal_the_formula_bit_for_bit_on_small_integers(
-    backend: Backend, shape: Shape, paged: bool
-) -> None:
-    skip_large(backend, shape)
-    for dtype in backend.dtypes():
-        modules = family(shape, dtype, seed=1, exact=True, paged=paged, device=backend.device)
-        expected = together([wider(m) for m in modules], run=reference)
-        for got, formula in zip(together(modules), expected, strict=True):
-            assert_same_bits(got, formula.to(dtype), f"{dtype}: ")
+from lora_ext import ops
 
 
 @shapes(SMALL, DEEP, MEDIUM)
-@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
-def test_siblings_have_the_bits_of_a_module_alone(
-    backend: Backend, shape: Shape, paged: bool
-) -> None:
+def test_siblings_have_the_bits_of_a_module_alone(backend: Backend, shape: Shape) -> None:
+    """With a plan and without, of banks and of pages: each dtype has its turn at either."""
     skip_large(backend, shape)
-    for dtype in backend.dtypes():
-        modules = family(shape, dtype, seed=2, paged=paged, device=backend.device)
+    for turn, dtype in enumerate(backend.dtypes()):
+        (modules,) = OPS[0].feed(shape, dtype, turn, seed=2, device=backend.device)
         plan = ops.lora_plan(modules[0]["adapter_ids"], len(shape.ranks))
-        for given in (None, plan):
-            for got, module in zip(together(modules, given), modules, strict=True):
-                assert_same_bits(got, alone(module), f"{dtype}: ")
+        for got, module in zip(together(modules, plan if turn % 3 else None), modules, strict=True):
+            assert_same_bits(got, alone(module), f"{dtype}: ")
 
 
 def test_siblings_may_differ_in_ranks_and_lie_off_the_grid(backend: Backend) -> None:
@@ -86,20 +42,6 @@ def test_siblings_may_differ_in_ranks_and_lie_off_the_grid(backend: Backend) -> 
         modules[3]["ranks"] = torch.zeros_like(modules[1]["ranks"])
         for got, module in zip(together(modules), modules, strict=True):
             assert_same_bits(got, alone(module), f"{dtype}: ")
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 300])
-def test_threads_change_no_bit_of_siblings(tokens: int, threads: int) -> None:
-    shape = Shape(tokens, 256, 192, (16, 8, 40, 5) * 4, "interleaved")
-    modules = family(shape, torch.float32, seed=5)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for got, module in zip(together(modules), modules, strict=True):
-            assert_same_bits(got, alone(module))
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- launches -----------------------------------------------------------------------------------
@@ -228,18 +170,6 @@ def test_siblings_refuse_gradients() -> None:
 
 
 # --- torch's own laws ---------------------------------------------------------------------------
-@pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
-def test_siblings_pass_opcheck(paged: bool) -> None:
-    modules = family(SMALL[4], torch.float32, seed=10, paged=paged)
-    modules = [
-        {k: v.nan_to_num(0.5) if k in ("a", "b") else v for k, v in m.items()} for m in modules
-    ]
-    lists = {k: each(modules, k) for k in ("y", "a", "b", "scale", "ranks", "page_table")}
-    torch.library.opcheck(
-        torch.ops.lora_ext.lora_apply_siblings_.default,
-        (lists["y"], modules[0]["x"], lists["a"], lists["b"], modules[0]["adapter_ids"]),
-        {k: lists[k] for k in ("scale", "ranks", "page_table")},
-    )
 
 
 def test_a_change_of_siblings_is_counted() -> None:
@@ -264,25 +194,3 @@ def test_siblings_compile_without_a_graph_break(backend: Backend) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, plain in zip(compiled(modules[0]["x"], modules), expected, strict=True):
         assert_same_bits(got, plain)
-
-
-@pytest.mark.cuda
-@shapes(SMALL, DEEP, MEDIUM)
-def test_captured_siblings_replay_with_changed_contents(shape: Shape, request: Any) -> None:
-    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
-        if request.config.getoption("--require-gpu"):
-            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
-        pytest.skip("no CUDA device, or a build without kernels")
-    live = family(shape, torch.bfloat16, seed=13, paged=True, device="cuda")
-    together(live)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = together(live)
-    for seed in (14, 15):
-        fresh = family(shape, torch.bfloat16, seed=seed, paged=True, device="cuda")
-        for module, other in zip(live, fresh, strict=True):
-            for key, value in other.items():
-                module[key].copy_(value)
-        graph.replay()
-        for got, expected in zip(captured, together(fresh), strict=True):
-            assert_same_bits(got, expected)

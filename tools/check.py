@@ -17,7 +17,8 @@ def main() -> int:
     cuda = os.environ.get("LORA_EXT_CUDA", "1")
     os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
     share_compilations()
-    tests = [PY, "-m", "pytest", "-q", "-n", "2", "--durations=15", "--require-emu", "tests"]
+    tests = [PY, "-m", "pytest", "-q", "--durations=15", "--require-emu", "tests"]
+    tests += ["-n", "2", "--dist", "worksteal"]  # neighbours share what their files build
     tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
     legs = [

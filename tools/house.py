@@ -35,7 +35,9 @@ BELOW: dict[str, str] = {
     "interop": "methods serving pool federated adapter layers rows ops",
     "nn": "methods serving adapter layers rows ops",
     "tenants": "serving pool adapter layers rows ops",
-    "cli": "methods control interop federated pool adapter layers rows circuits ops reference",
+    "server": "serving pool layers",
+    "cli": "server methods control interop federated pool adapter layers rows circuits ops "
+    "reference",
 }
 MOST_FILES = 15  # that a reader meets in one folder
 MOST_LINES = 60  # of code in one function

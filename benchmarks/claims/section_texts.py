@@ -4,7 +4,7 @@ The base model is frozen. Clients train LoRA on the queries and values of all si
 head, which begins at zero and is averaged as the adapter is. A text is what its package is for, in
 one line, cut to 12 tokens; of 20 sections there are 150 texts each, 15 of them to test on.
 
-The rate is Init[A]'s best on this model, of 1e-3, 3e-3 and 1e-2, without a federation.
+Studies choose the rate first, on a seed of their own, with all layers trained by all clients.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from federated_digits import Sizes, World
+from study import Row, Rows
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -29,13 +30,23 @@ SIZES = Sizes(
     rounds=10,
     batch=8,
     steps=3,
-    lr=3e-3,
     testing=CLASSES * TESTING,
     least=1,
     rank=8,
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
+
+
+CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # the seed of the rates, and these
+
+
+def sizes_of(arm: Row, rows: Rows, sizes: Sizes) -> Sizes:
+    """With the rate of an arm that chooses; of the others, the one of the best accuracy there."""
+    if arm["seed"] == CHOOSING:
+        return dataclasses.replace(sizes, lr=arm["rate"])
+    tried = [row for row in rows if row["seed"] == CHOOSING]
+    return dataclasses.replace(sizes, lr=max(tried, key=lambda row: row["best"])["rate"])
 
 
 class Classifier(nn.Module):

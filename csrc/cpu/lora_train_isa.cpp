@@ -1,6 +1,7 @@
 // Training of batched LoRA on the CPU, compiled once per instruction set.
 //
-//   v[t, :]  = c * A (m * x[t, :])            vector lanes run over ranks
+//   v[t, :]  = c * A (m * x[t, :])            vector lanes run over ranks; with dropout, as without
+//                                             it serving's shrink is called (lora_isa.cpp)
 //   dv[t, :] = c * dy[t, :] B                 ranks
 //   dB       = sum_t dy[t, :]^T v[t, :]       ranks
 //   dA       = sum_t dv[t, :]^T (m * x)[t, :] inputs

@@ -211,8 +211,11 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
         check_launch(op, launch_lora_expand(args.lora, stream));
         return {y, v};
     }
-    call.run(args, twin().shrink_items(args), twin().shrink, x.size(1));
     const LoraCpu& lora = chosen_twins<LoraCpu>();
+    if (dropout_p > 0)
+        call.run(args, twin().shrink_items(args), twin().shrink, x.size(1));
+    else  // in serving's order of sums: a row has the same bits in training and from a pool
+        call.run(args.lora, lora.shrink_items(args.lora), lora.shrink, x.size(1));
     call.run(args.lora, lora.expand_items(args.lora), lora.expand, out);
     return {y, v};
 }

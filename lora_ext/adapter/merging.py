@@ -10,16 +10,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_ext._checks import choice, integer, require
+from lora_ext._checks import choice, integer, number, require
 
 from .config import BaseModels, longer_than
 from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
 from .peft_files import AdapterSource, Factors
 from .value import LoraAdapter, same_values
 
-MergeMode = Literal["delta", "factors", "delta_svd"]
+MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
 Space = Literal["factors", "delta"]
 Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
+
+#: What is kept of an update where nothing else is asked for, as the papers have it.
+DENSITIES: dict[str, float] = {"ties": 0.2, "dare": 0.1}
 
 
 @torch.no_grad()
@@ -29,6 +32,9 @@ def merge_adapters(
     mode: MergeMode = "delta",
     rank: int | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
+    *,
+    density: float | None = None,
+    seed: int = 0,
 ) -> LoraAdapter:
     """One adapter out of several of the same base model; other names of it are warned of.
 
@@ -41,6 +47,11 @@ def merge_adapters(
     "factors"     ``s (sum_i w_i B_i) (sum_i w_i A_i)``,  the common one
                   with ``s_i`` in ``B_i`` and s = 1
                   where the scales differ
+    "ties"        of updates whose smaller values are 0:  as "delta_svd": the nearest of that rank
+                  the mean of the values that have the
+                  sign of their sum
+    "dare"        ``sum_i w_i m_i s_i B_i A_i / d`` with  as "delta_svd"
+                  random masks that keep a share d
     ============= ======================================= ======================================
 
     Sums are float64 on the CPU and are rounded once, to the widest dtype of the adapters. With
@@ -51,8 +62,11 @@ def merge_adapters(
         adapters: values, folders, or (config, state dict). None of them changes.
         weights: one a piece. One adapter of weight 1 comes back as it is.
         mode: see above.
-        rank: with "delta_svd" alone.
+        rank: with "delta_svd", "ties" and "dare" alone.
         progress: is given the names of the modules, and iterated over.
+        density: with "ties" and "dare" alone, the share d of an update's values that is kept, above
+            0 and at most 1: the largest, or any. Default 0.2 and 0.1, as in the papers.
+        seed: of the masks of "dare".
 
     Returns:
         the merged adapter; its configuration is the first one's, and names the modules in full.
@@ -65,7 +79,8 @@ def merge_adapters(
         NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
             model (modules_to_save, trained biases); grouped convolutions.
 
-    Source: CopRA (arXiv 2410.22911), "factors" and "delta".
+    Source: CopRA (arXiv 2410.22911), "factors" and "delta"; TIES-Merging (arXiv 2306.01708); DARE
+    (arXiv 2311.03099). Weights in TIES: as PEFT's ``ties_svd``, which is this mode.
     """
     where = "merge_adapters"
     if isinstance(adapters, str | os.PathLike | Mapping):
@@ -76,13 +91,19 @@ def merge_adapters(
     expected = f"one for each of {len(values)} adapters"
     require(len(weights) == len(values), where, "weights", expected, len(weights))
     choice(where, "mode", mode, get_args(MergeMode))
-    weights = [_finite(w, f"{where}: weights[{i}]") for i, w in enumerate(weights)]
+    weights = [float(number(where, f"weights[{i}]", w)) for i, w in enumerate(weights)]
     if rank is not None:
-        require(mode == "delta_svd", where, "rank", f"None beside mode={mode!r}", repr(rank))
+        fits = mode not in ("delta", "factors")
+        require(fits, where, "rank", f"None beside mode={mode!r}", repr(rank))
         rank = integer(where, "rank", rank, 1, expected="a positive integer")
+    if density is not None:
+        require(mode in DENSITIES, where, "density", f"None beside mode={mode!r}", repr(density))
+        density = number(where, "density", density, above=0, maximum=1)
+    seed = integer(where, "seed", seed, 0, expected=("an int", "at least 0"))
+    thinned = _Thinned(mode, density, seed) if mode in DENSITIES else None
     _warn_of_other_bases(where, values)
     _check_invocations(where, values)
-    return _merged(where, values, weights, mode, rank, progress)
+    return _merged(where, values, weights, mode, rank, progress, thinned)
 
 
 @torch.no_grad()
@@ -111,7 +132,7 @@ def interpolate_adapters(
     """
     where = "interpolate_adapters"
     choice(where, "space", space, get_args(Space))
-    lam = _finite(lam, f"{where}: lam")
+    lam = float(number(where, "lam", lam))
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
     _warn_of_other_bases(where, values)
     _check_invocations(where, values)
@@ -121,6 +142,36 @@ def interpolate_adapters(
     return _merged(where, values, [1 - lam, lam], space, None)
 
 
+class _Thinned:
+    """Updates that are thinned out before they are summed, a module after the other.
+
+    Args:
+        mode: "ties" or "dare". density: the share that stays; None is the paper's.
+    """
+
+    def __init__(self, mode: MergeMode, density: float | None, seed: int):
+        self.mode, self.density = mode, DENSITIES[mode] if density is None else density
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, parts: Parts) -> Tensor:
+        """The update of a module, ``(O, I)`` float64."""
+        updates = torch.stack([f.scaling * wide(f.b) @ wide(f.a) for _, f in parts])
+        weights = torch.tensor([w for w, _ in parts], dtype=torch.float64)[:, None, None]
+        if self.mode == "dare":
+            # A mask a piece, in float32: the draws of PEFT's.
+            kept = torch.full(updates.shape[1:], self.density)
+            masks = [torch.bernoulli(kept, generator=self._generator) for _ in parts]
+            return (weights * updates * torch.stack(masks)).sum(0) / self.density
+        flat = updates.flatten(1)
+        count = int(self.density * flat.shape[1])
+        largest = flat.abs().topk(count, dim=1).indices
+        trimmed = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest))
+        trimmed = trimmed.view_as(updates)
+        sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)  # elected
+        agree = trimmed.sign() == sign
+        return (weights * trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
 def _merged(
     where: str,
     adapters: Mapping[str, LoraAdapter],
@@ -128,10 +179,12 @@ def _merged(
     mode: MergeMode,
     rank: int | None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
+    thinned: _Thinned | None = None,
 ) -> LoraAdapter:
     values = list(adapters.values())
     first = values[0]
-    if weights == [1.0] and all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values()):
+    whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())
+    if weights == [1.0] and whole and thinned is None:
         return first
     _check_shapes(where, adapters, equal=mode == "factors")
     _check_sums(where, adapters)
@@ -147,7 +200,10 @@ def _merged(
             if name in value.modules
         ]
         a, b, bias, scaling = _summed(parts) if mode == "factors" else _stacked(parts)
-        if mode == "delta_svd":
+        if thinned is not None:
+            a, b, scaling = thinned(parts), torch.eye(len(b), dtype=torch.float64), 1.0
+            bias = _bias([w * f.scaling for w, f in parts], parts)
+        if thinned is not None or mode == "delta_svd":
             a, b, _ = truncated(a, b, rank or max(f.a.shape[0] for _, f in parts))
         like = parts[0][1]
         a = rounded(a, like.a, dtype, f"{where}: {name}: a")
@@ -222,16 +278,6 @@ def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
         field = f"{name}: alora_invocation_tokens"
         found = other.config.invocation
         require(found == value.config.invocation, where, field, expected, list(found))
-
-
-def _finite(number: Any, where: str) -> float:
-    try:
-        found = math.nan if isinstance(number, bool | str) else float(number)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise ValueError(f"{where}: expected a finite number, found {number!r:.100}")
-    return found
 
 
 def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:

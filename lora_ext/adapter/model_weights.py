@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo
+from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, read_json
 from lora_ext.layers import is_adapted
 
 from .model_index import PAGE_DTYPES, offloaded_values
-from .peft_tensors import PREFIX, StateDict, TensorSource, base_name, directory_names, read_json
+from .peft_tensors import PREFIX, StateDict, TensorSource, base_name, directory_names
 
 #: A folder of safetensors shards or one such file, weights by name, or a live model.
 ModelSource = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
@@ -114,8 +114,8 @@ class ModelWeights:
         return self._tensors.infos[key].shape
 
     def is_transposed(self, key: str) -> bool:
-        """Whether a weight is known to be stored as ``(I, O)``: that of transformers' ``Conv1D`` in
-        a model. Files and mappings do not say."""
+        """Whether the weight of ``key`` is known to be stored as ``(I, O)``: that of transformers'
+        ``Conv1D`` in a model. Files and mappings do not say, so that it is False there."""
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json
+from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, read_json
 
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
@@ -152,19 +152,10 @@ def directory_names(path: Path, expected: str) -> set[str]:
         raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON file of at most ``limit`` bytes."""
-    with open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path}: expected at most {limit} bytes, found more")
-    return parse_json(data, str(path))
-
-
 def read_config(directory: Path) -> tuple[Any, str]:
     """The parsed ``adapter_config.json`` and its path."""
     path = directory / "adapter_config.json"
-    return read_json(path), str(path)
+    return read_json(path, MAX_JSON_BYTES), str(path)
 
 
 def open_tensors(directory: Path) -> TensorSource:
@@ -240,6 +231,7 @@ def _read_bin(path: Path) -> StateDict:
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
     source = StateDict(tensors, where)
+    # Views may share a storage; a small one may stand on a storage of any promised size.
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }

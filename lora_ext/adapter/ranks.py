@@ -6,7 +6,6 @@ what is decomposed has the size of the rank. Everything is float64 on the CPU, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, integer, number, require
 from lora_ext.ops import lora_gram
 
 from .matrices import Source, check_floating, factor_matrices
@@ -56,7 +55,7 @@ def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
         TypeError: factors that are no floating tensors.
     """
     where = "lora_singular_values"
-    return _spectrum(*_factors(where, a, b), _scaling(where, scaling))
+    return _spectrum(*_factors(where, a, b), abs(number(where, "scaling", scaling)))
 
 
 def effective_rank(
@@ -110,11 +109,11 @@ def effective_rank(
     vs Reasoning" (arXiv 2412.00029).
     """
     where = "effective_rank"
-    _check_kinds(where, "kind", (kind,))
+    choice(where, "kind", kind, KINDS)
     _check_tau(where, "tau", tau, relative=kind != "absolute")
-    _check_k(where, k)
-    _one_of(where, "method", method, METHODS)
-    scale = _scaling(where, scaling)
+    integer(where, "k", k, 1, expected="at least 1")
+    choice(where, "method", method, METHODS)
+    scale = abs(number(where, "scaling", scaling))
     if b is None:
         dense = _factor(where, "a", a)
         if method == "qr":
@@ -226,14 +225,16 @@ def rank_report(
     where = "rank_report"
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     taus = tuple(taus)
-    _check_kinds(where, "kinds", kinds)
+    for kind in kinds:
+        choice(where, "kinds", kind, KINDS)
     for tau in taus:
         _check_tau(where, "taus", tau, relative=kinds != ("absolute",))
-    _check_k(where, k)
+    integer(where, "k", k, 1, expected="at least 1")
     rows: list[Mapping[str, Any]] = []
     for name, (a, b, scaling) in factor_matrices(where, source, adapter_name, layout).items():
         wide_a, wide_b = _factors(f"{where}: {name}", a, b)
-        spectrum = _spectrum(wide_a, wide_b, _scaling(f"{where}: {name}", scaling))
+        scale = number(f"{where}: {name}", "scaling", float(scaling))  # PEFT's may be a tensor
+        spectrum = _spectrum(wide_a, wide_b, abs(scale))
         row: dict[str, Any] = {
             "module": name,
             "r": a.shape[0],
@@ -304,27 +305,9 @@ def _factor(where: str, name: str, t: Tensor) -> Tensor:
     return wide
 
 
-def _scaling(where: str, scaling: float) -> float:
-    require(math.isfinite(scaling), where, "scaling", "a finite number", scaling)
-    return abs(float(scaling))
-
-
-def _check_kinds(where: str, argument: str, kinds: Iterable[str]) -> None:
-    for kind in kinds:
-        _one_of(where, argument, kind, KINDS)
-
-
 def _check_tau(where: str, argument: str, tau: float, relative: bool) -> None:
     expected = "a threshold above 0" + (" and below 1" if relative else "")
-    require(0 < tau < (1 if relative else math.inf), where, argument, expected, tau)
-
-
-def _check_k(where: str, k: int) -> None:
-    require(k >= 1, where, "k", "at least 1", k)
-
-
-def _one_of(where: str, argument: str, value: object, known: tuple[str, ...]) -> None:
-    require(value in known, where, argument, f"one of {known}", repr(value))
+    number(where, argument, tau, above=0, below=1 if relative else None, expected=expected)
 
 
 def _cell(value: Any) -> str:

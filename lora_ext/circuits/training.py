@@ -148,7 +148,7 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
     require(good, name, "batches", "rows, or rows and roots, as tensors", f"({found})")
-    x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)
+    x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)  # rows alone: no roots
     assert x is not None
     return x, root
 

@@ -10,15 +10,15 @@ from typing import Any, NoReturn, get_args
 import lora_ext
 from lora_ext.adapter import KINDS, MergeMode
 
-from . import changes, gpu_report, guides, reports
+from . import changes, gpu_report, guides, reports, servers
 
 _DESCRIPTION = """\
 Look at LoRA adapters, merge them, resize them, prune them and compare them;
-learn a guide for constraints on what a model writes.
+serve them; learn a guide for constraints on what a model writes.
 
 An adapter is a folder as PEFT saves it, with adapter_config.json and
-adapter_model.safetensors (or .bin). Nothing is downloaded, and only `prune` and
-`distil-guide` need a model."""
+adapter_model.safetensors (or .bin). Nothing is downloaded, and only `prune`,
+`serve` and `distil-guide` need a model."""
 
 _EPILOG = """\
 examples:
@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_resize(commands)
     _add_prune(commands)
     _add_diff(commands)
+    _add_serve(commands)
     _add_distil_guide(commands)
     return parser
 
@@ -159,7 +160,10 @@ def _add_merge(commands: Any) -> None:
         "The modes, with weights w and updates s B A:\n"
         "  delta      sum of w s B A, exactly; the ranks add up\n"
         "  delta_svd  the nearest to that of a smaller rank\n"
-        "  factors    A and B summed each by itself; wants equal modules and ranks",
+        "  factors    A and B summed each by itself; wants equal modules and ranks\n"
+        "  ties       the mean of the largest values of each update that have the sign of\n"
+        "             their sum (TIES), of a rank\n"
+        "  dare       the sum of randomly kept, enlarged values of each update, of a rank",
         changes.merge,
     )
     _add_adapter(parser, "adapters", "ADAPTER", nargs="+")
@@ -168,7 +172,7 @@ def _add_merge(commands: Any) -> None:
         nargs="+",
         type=_numbers,
         metavar="W",
-        help="one for each adapter (default: equal ones that sum to 1)",
+        help="one for each adapter (default: equal ones that sum to 1; for ties and dare 1)",
     )
     parser.add_argument(
         "--mode",
@@ -180,7 +184,16 @@ def _add_merge(commands: Any) -> None:
         "--rank",
         type=int,
         metavar="N",
-        help="rank of delta_svd (default: the largest of the adapters')",
+        help="rank of delta_svd, ties, dare (default: the largest of the adapters')",
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        metavar="D",
+        help="share of an update's values that ties and dare keep (default: 0.2 and 0.1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of dare (default: %(default)s)"
     )
     _add_out(parser)
     _add_json(parser)
@@ -293,6 +306,55 @@ def _add_diff(commands: Any) -> None:
     _add_adapter(parser, "first", "A")
     _add_adapter(parser, "second", "B")
     _add_json(parser)
+
+
+_SERVE_NUMBERS = (  # option, metavar, default and help
+    ("port", "N", 8000, "0 is any that is free"),
+    ("max-requests", "N", 64, "that wait or run; more are answered by 429"),
+    ("max-rank", "N", 64, "of an adapter"),
+    ("context", "N", 4096, "tokens of prompt and answer of a request"),
+    ("max-body", "BYTES", 1 << 20, "of a request"),
+)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        "answer OpenAI's API over HTTP, where `model` names an adapter",
+        "Chats and completions of a causal LM by continuous batching, or embeddings of an\n"
+        "embedding model. An adapter is read at its first request. There is no\n"
+        "authentication: serve the loopback, or stand behind a proxy. Ctrl-C stops it.",
+        servers.serve,
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of the base model and its tokenizer"
+    )
+    parser.add_argument(
+        "--adapters", required=True, metavar="DIR", help="folder of all adapters' folders"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    for name, metavar, default, text in _SERVE_NUMBERS:
+        text += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar=metavar, help=text)
+    parser.add_argument(
+        "--device", metavar="NAME", help="as torch calls it (default: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--no-pack",
+        action="store_false",
+        dest="pack",
+        help="keep no packed copy of the base, which makes decoding on a CPU faster; it is kept "
+        "where it takes at most a quarter of the memory that is free",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        dest="origins",
+        metavar="URL",
+        help="let scripts of this origin's web pages ask; may be given again",
+    )
 
 
 def _add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str, **more: Any) -> None:

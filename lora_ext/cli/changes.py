@@ -29,8 +29,17 @@ def merge(arguments: Namespace) -> int:
     adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
     weights = [w for group in arguments.weights or () for w in group]
     if arguments.weights is None:
-        weights = [1 / len(adapters)] * len(adapters)
-    merged = merge_adapters(adapters, weights, arguments.mode, arguments.rank, progress)
+        whole = arguments.mode in ("ties", "dare")  # which sum, as their papers do
+        weights = [1.0 if whole else 1 / len(adapters)] * len(adapters)
+    merged = merge_adapters(
+        adapters,
+        weights,
+        arguments.mode,
+        arguments.rank,
+        progress,
+        density=arguments.density,
+        seed=arguments.seed,
+    )
     _save(merged, arguments.out)
     rows = [
         {

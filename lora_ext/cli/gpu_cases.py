@@ -327,7 +327,7 @@ def _roots(program: ops.Program) -> list[int]:
 def _walk(given: Inputs) -> list[Tensor]:
     program = ops.Program(given["numbers"], list(given["plan"]))
     # Values of the formula, so that both walk down the same ones.
-    cpu = [given[key].cpu().double() for key in ("leaf", "w")]
+    cpu: Any = [given[key].cpu().double() for key in ("leaf", "w")]
     val = reference.circuit_layers(*cpu, program.numbers.cpu(), "none", "max").to(given["leaf"])
     return [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
 

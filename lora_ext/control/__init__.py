@@ -2,9 +2,10 @@
 
 from lora_ext.control.distil import distil
 from lora_ext.control.guide import Guide
-from lora_ext.control.language import Constraint, ConstraintTooLarge, Limits
+from lora_ext.control.language import Constraint, ConstraintTooLarge, Limits, Matched, vocabulary_of
 from lora_ext.control.law import Block, Row, advance, apply, draw, likeliest, log_ratios, moved
-from lora_ext.control.messages import Plan
+from lora_ext.control.messages import MatchedPlan, Plan
+from lora_ext.control.prior import PriorHead
 from lora_ext.control.processor import ConstraintProcessor, Constraints, plans_of
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "Constraints",
     "Guide",
     "Limits",
+    "Matched",
+    "MatchedPlan",
     "Plan",
+    "PriorHead",
     "Row",
     "advance",
     "apply",
@@ -25,4 +29,5 @@ __all__ = [
     "log_ratios",
     "moved",
     "plans_of",
+    "vocabulary_of",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .guide import Guide
-from .messages import Plan, Step
+from .messages import MatchedPlan, Plan, Step
 
 _PART = 8  # a successor with more than V / 8 tokens has a product of its own, others are gathered
 _FAR = 50.0  # how far below the others what the guide holds impossible stands, in nats
@@ -35,13 +35,13 @@ class Row:
         law: ``A (H,)``, the guide's law of its next state; None without a guide.
     """
 
-    plan: Plan
+    plan: Plan | MatchedPlan
     state: int
     left: int
     law: Tensor | None = None
 
     @classmethod
-    def first(cls, plan: Plan, prior: Tensor | None = None) -> Row:
+    def first(cls, plan: Plan | MatchedPlan, prior: Tensor | None = None) -> Row:
         """Before the first token; ``prior (H,)`` is the guide's law there, None: its initial."""
         if plan.guide is None:
             return cls(plan, 0, plan.budget)
@@ -57,7 +57,7 @@ class Row:
         """The token that must come, where one alone may; None behind the end."""
         if self.ended or self.lost:
             return None
-        return self.plan.step(self.state, self.left).only
+        return self.plan.only(self.state, self.left)
 
     @property
     def lost(self) -> bool:
@@ -73,13 +73,9 @@ def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | Non
         if row is None or row.lost or row.ended:
             moved.append(row)
             continue
-        constraint = row.plan.constraint
-        inside = 0 <= token < constraint.vocab_size
-        kind = constraint.classes[token] if inside else -1
-        alive = inside and row.plan.step(row.state, row.left).allows[kind]
-        state = constraint.rows[row.state][kind] if alive else -1
+        state = row.plan.after(row.state, row.left, token)
         moved.append(replace(row, state=state, left=row.left - 1))
-        if row.plan.guide is not None and state >= 0 and state != constraint.end:
+        if row.plan.guide is not None and state >= 0 and state != row.plan.constraint.end:
             guided.setdefault(row.plan.guide, []).append(i)
     for guide, places in guided.items():
         before = torch.stack([_law(rows[i]) for i in places])
@@ -109,7 +105,7 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
     every token alive under the mask law. A row's bits are its own where the guide is in float32 on
     the CPU.
     """
-    groups: dict[tuple[Plan, int, int], list[int]] = {}
+    groups: dict[tuple[Plan | MatchedPlan, int, int], list[int]] = {}
     for i, row in enumerate(rows):
         if row is not None and not row.lost:
             left = 0 if row.ended else row.left
@@ -118,10 +114,8 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
     guided: dict[Guide, list[tuple[list[int], _Group]]] = {}
     for (plan, state, left), places in groups.items():
         guide = plan.guide
-        if guide is None or state == plan.constraint.end:
-            step = plan.step(state, left)
-            if not step.live.all():
-                mask = torch.where(step.live, 0.0, -torch.inf)[plan.constraint.class_of.long()]
+        if guide is None or isinstance(plan, MatchedPlan) or state == plan.constraint.end:
+            if (mask := plan.mask(state, left)) is not None:
                 out.append(Block(places, mask.expand(len(places), -1)))
             continue
         laws = torch.stack([row.law for i in places if (row := rows[i]) and row.law is not None])
@@ -237,16 +231,16 @@ def bounds(rows: Sequence[Row | None]) -> list[Block]:
     for i, row in enumerate(rows):
         if row is None or row.lost:
             continue
-        constraint = row.plan.constraint
-        step = row.plan.step(row.state, 0 if row.ended else row.left)
-        by_class = torch.where(step.live, 0.0, -torch.inf)
-        if not row.ended and row.plan.guide is not None:
-            scale = _floored(row.plan.messages(row.left - 1)[1], step)
-            scale = scale[step.after.to(scale.device)]
-            by_class = torch.where(step.live, scale.cpu().to(torch.float64), -torch.inf)
-        elif step.live.all():
+        plan, left = row.plan, 0 if row.ended else row.left
+        if row.ended or isinstance(plan, MatchedPlan) or plan.guide is None:
+            if (mask := plan.mask(row.state, left)) is not None:
+                out.append(Block([i], mask[None]))
             continue
-        out.append(Block([i], by_class[constraint.class_of.long()][None]))
+        step = plan.step(row.state, left)
+        scale = _floored(plan.messages(left - 1)[1], step)
+        scale = scale[step.after.to(scale.device)]
+        by_class = torch.where(step.live, scale.cpu().to(torch.float64), -torch.inf)
+        out.append(Block([i], by_class[plan.constraint.class_of.long()][None]))
     return out
 
 
@@ -254,13 +248,12 @@ def keep_probabilities(rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
     """``r(x) / b(x)`` of one live token of each row, ``(n,)`` float64 on the CPU: 4 H flops."""
     out = torch.ones(len(rows), dtype=torch.float64)
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-        guide, constraint = row.plan.guide, row.plan.constraint
-        if guide is None or row.ended or row.law is None:
+        plan, guide = row.plan, row.plan.guide
+        if guide is None or isinstance(plan, MatchedPlan) or row.ended or row.law is None:
             continue
-        step = row.plan.step(row.state, row.left)
-        after = int(step.after[constraint.classes[token]])
-        if after != constraint.end:
-            ahead = row.plan.messages(row.left - 1)[0][after]
+        after = plan.after(row.state, row.left, token)
+        if after != plan.constraint.end:
+            ahead = plan.messages(row.left - 1)[0][after]
             joint = row.law * guide.by_token[token]
             ratio = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), row.law, ahead)
             out[i] = float(ratio.exp())

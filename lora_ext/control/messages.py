@@ -24,7 +24,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from .guide import Guide
-from .language import DEFAULT, Constraint, Limits
+from .language import DEFAULT, Constraint, Limits, Matched
 
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
@@ -122,6 +122,25 @@ class Plan:
             known = self._steps[state, k] = Step(self, state, k)
         return known
 
+    def after(self, state: int, k: int, token: int) -> int:
+        """The state behind a token, -1 where it must not come."""
+        constraint = self.constraint
+        kind = constraint.classes[token] if 0 <= token < constraint.vocab_size else -1
+        if kind < 0 or not self.step(state, k).allows[kind]:
+            return -1
+        return constraint.rows[state][kind]
+
+    def mask(self, state: int, k: int) -> Tensor | None:
+        """0 on tokens that may come and ``-inf`` on others, ``(V,)``; None where all may."""
+        live = self.step(state, k).live
+        if live.all():
+            return None
+        return torch.where(live, 0.0, -torch.inf)[self.constraint.class_of.long()]
+
+    def only(self, state: int, k: int) -> int | None:
+        """The token that may come where there is just one, else None."""
+        return self.step(state, k).only
+
     # --- messages ---------------------------------------------------------------------------------
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,6 +185,33 @@ class Plan:
             if found is None:
                 found = tables[key] = Messages(self, stride)
             return found
+
+
+class MatchedPlan:
+    """A matcher's constraint in the place of a :class:`Plan`: whatever the budget, its own mask.
+
+    Args:
+        constraint: of the text. budget: tokens that may come; a text may be cut there.
+    """
+
+    guide: Guide | None = None
+
+    def __init__(self, constraint: Matched, budget: int):
+        self.constraint, self.budget = constraint, budget
+
+    def after(self, state: int, k: int, token: int) -> int:
+        """As :meth:`Plan.after`."""
+        return self.constraint.next_state(state, token)
+
+    def mask(self, state: int, k: int) -> Tensor | None:
+        """As :meth:`Plan.mask`."""
+        live = self.constraint.mask(state)
+        return None if live.all() else torch.where(live, 0.0, -torch.inf)
+
+    def only(self, state: int, k: int) -> int | None:
+        """As :meth:`Plan.only`."""
+        live = self.constraint.mask(state).nonzero()
+        return int(live) if len(live) == 1 else None
 
 
 class Step:

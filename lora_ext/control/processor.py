@@ -12,12 +12,12 @@ from lora_ext._checks import require
 
 from . import law
 from .guide import Guide
-from .language import DEFAULT, Constraint, Limits
+from .language import DEFAULT, Constraint, Limits, Matched
 from .law import Row, advance
-from .messages import Plan
+from .messages import MatchedPlan, Plan
 
 #: One constraint, or None, for all rows, or one of them per row.
-Constraints = Constraint | None | Sequence[Constraint | None]
+Constraints = Constraint | Matched | None | Sequence[Constraint | Matched | None]
 _WHERE = "ConstraintProcessor"
 
 
@@ -234,18 +234,24 @@ def plans_of(
     budget: int,
     least: int = 0,
     limits: Limits = DEFAULT,
-) -> list[Plan | None]:
+) -> list[Plan | MatchedPlan | None]:
     """The plan of each constraint of a list, or of the one that all rows have.
 
     Raises:
-        ValueError: for what is no constraint, and as :class:`Plan`.
+        ValueError: for what is no constraint, and as :class:`Plan`. NotImplementedError: for a
+            guide or a least length beside a matcher.
     """
     listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
-    good = bool(listed) and all(c is None or isinstance(c, Constraint) for c in listed)
+    good = bool(listed) and all(c is None or isinstance(c, Constraint | Matched) for c in listed)
     expected = "a Constraint or None, or a list of them"
     require(good, where, "constraints", expected, repr(constraints)[:80])
-    plans: dict[Constraint, Plan] = {}
+    plans: dict[Constraint | Matched, Plan | MatchedPlan] = {}
     for c in listed:
-        if c is not None and c not in plans:
+        if isinstance(c, Matched):
+            for name, value, none in (("guide", guide, None), ("min_new_tokens", least, 0)):
+                expected = f"{none} beside from_matcher, which says nothing of what comes later"
+                require(value == none, where, name, expected, value, NotImplementedError)
+            plans[c] = MatchedPlan(c, budget)
+        elif c is not None and c not in plans:
             plans[c] = Plan(c, budget, least, guide, limits)
     return [None if c is None else plans[c] for c in listed]

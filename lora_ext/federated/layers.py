@@ -84,6 +84,7 @@ class LoraLayerManager:
         self.blocks = tuple(
             _one_block(i, {blocks[m] for m in ms}) for i, ms in enumerate(self.modules)
         )
+        # By identity: layers that PEFT adapts elsewhere have no pair, and names may have prefixes.
         own = {id(self._layers[p.module]): p.layer for p in self._pairs}
         self._layer_of = [(layer, own.get(id(layer))) for layer in found.values()]
         dropouts = [layer.lora_dropout[adapter] for layer in found.values()]
@@ -246,6 +247,7 @@ class _WithoutGraph:
         self._before = threading.local()  # two threads may run one model
 
     def enter(self, *_: Any) -> None:
+        # A stack, as a checkpoint runs a block again within the forward of another.
         stack: list[bool] = self._before.__dict__.setdefault("stack", [])
         stack.append(torch.is_grad_enabled())
         torch.set_grad_enabled(False)

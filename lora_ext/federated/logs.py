@@ -14,7 +14,7 @@ from .update import Client
 
 
 class CommRow(NamedTuple):
-    """The bytes of one client in one round."""
+    """The bytes of one client in one round: ``up`` it sent, ``down`` it got."""
 
     round: int
     client: Client

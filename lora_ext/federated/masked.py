@@ -118,6 +118,7 @@ def aggregate_masked(
             before = state[key].detach().to("cpu", torch.float64)
             by_rank = [1] * before.dim()
             by_rank[axis] = -1
+            # Ranks that nobody trained are left out below; 1 keeps NaN out of the division.
             total = torch.where(trained, weights, torch.ones_like(weights)).view(by_rank)
             moved = before + server_lr * sums[key].to("cpu", torch.float64) / total
             value = torch.where(trained.view(by_rank), moved, before).to(state[key].dtype)

@@ -119,7 +119,8 @@ def accept(
         by_client.setdefault(update.client, []).append(update)
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}
-    for client in sorted(by_client, key=_order):
+    # Numbers before names, which do not compare with them.
+    for client in sorted(by_client, key=lambda client: (isinstance(client, str), client)):
         first, *others = by_client[client]
         try:
             for other in others:
@@ -136,10 +137,6 @@ def accept(
 
 class _NotFinite(Rejected):
     """A value that is NaN or infinite."""
-
-
-def _order(client: Client) -> tuple[bool, Any]:
-    return isinstance(client, str), client
 
 
 def _need(holds: bool, name: str, expected: object, found: object) -> None:
@@ -184,7 +181,7 @@ def weight_of(examples: Any) -> float:
     expected = f"a number above 0, up to {_MOST_EXAMPLES}"
     real = isinstance(examples, numbers.Real) and not isinstance(examples, bool | np.bool_)
     _need(real, "num-examples", expected, type(examples).__name__)
-    found = float(min(max(examples, -1e300), 1e300))
+    found = float(min(max(examples, -1e300), 1e300))  # an integer may be too large for a float
     _need(0 < found <= _MOST_EXAMPLES, "num-examples", expected, found)
     return found
 

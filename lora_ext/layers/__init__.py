@@ -9,6 +9,7 @@ from .base.packed_linear import (
     pack_linears,
     packed_bytes,
     packed_layers,
+    packing,
     unpack,
     unpack_linears,
 )
@@ -39,6 +40,7 @@ from .model.adapted import (
 )
 from .model.blocks import block_index, block_name, decoder_layers
 from .model.chunked_loss import chunked_loss
+from .model.exact import exact
 from .model.forwards import Forward
 from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
@@ -58,6 +60,7 @@ __all__ = [
     "IGNORE", "LayerGroups", "LoraConfig", "LoraConv", "LoraEmbedding", "LoraFactors", "LoraLayer",
     "LoraLinear", "LoraProbe", "Mask", "PackedLinear", "Swap", "adapted_layers", "adapter_factors",
     "adapter_parameters", "adapters_of", "block_index", "block_name", "chunked_loss",
-    "decoder_layers", "init_lora_", "is_active", "lora_forward", "lora_update", "pack_linears",
-    "packed_bytes", "set_active", "shift_labels", "unpack_linears", "unwrap", "wrap",
+    "decoder_layers", "exact", "init_lora_", "is_active", "lora_forward", "lora_update",
+    "pack_linears", "packed_bytes", "packing", "set_active", "shift_labels", "unpack_linears",
+    "unwrap", "wrap",
 ]  # fmt: skip

@@ -89,7 +89,8 @@ def lora_forward(
     Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
     """
     dense = dense_parameters(base)
-    if adapter_ids is None and len(adapters) == 1 and dense is not None:
+    exact = isinstance(base, PackedLinear) and base.exact
+    if adapter_ids is None and len(adapters) == 1 and dense is not None and not exact:
         factors = adapters[0]
         if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
             if x.dtype != torch.float64 and autocast_dtype(x) is None:
@@ -97,7 +98,7 @@ def lora_forward(
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
         return base(x)
-    if dense is not None and isinstance(base, PackedLinear):
+    if dense is not None and isinstance(base, PackedLinear) and not exact:
         y = base.packed_product(x)
         if y is not None:
             return _forward(x, lambda _: y, None, adapters, rows)
@@ -211,7 +212,10 @@ def _forward(
         assert dense is not None
         weight, bias = dense
         bias, calls = _with_base_bias(calls, bias)
-        y = _run(calls[0], x2d, compute, weight, bias)  # (T, O)
+        packed = None
+        if isinstance(base, PackedLinear) and not calls[0].p:
+            packed = base.packed_copy(x2d)
+        y = _run(calls[0], x2d, compute, weight, bias, packed)  # (T, O)
         dtype, rest = y.dtype, calls[1:]
     elif base is not None:
         y = base(x)
@@ -247,7 +251,12 @@ class _Call(NamedTuple):
 
 
 def _run(
-    call: _Call, x: Tensor, compute: torch.dtype | None, weight: Tensor | None, bias: Tensor | None
+    call: _Call,
+    x: Tensor,
+    compute: torch.dtype | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     dtype = compute
     if dtype is None:
@@ -272,6 +281,7 @@ def _run(
         call.p,
         seed,
         call.plan,
+        packed,
     )
 
 

@@ -175,13 +175,18 @@ class LoraLayer(Participants):
             store[adapter_name] = factor
         if magnitude is not None:
             self.lora_magnitude_vector[adapter_name] = magnitude
+        self._begin_frozen(adapter_name)
+
+    def _begin_frozen(self, adapter_name: str) -> None:
+        """A new adapter in the layer's mode, without gradients."""
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             store.train(self.training)
         for parameter in self._parameters_of(adapter_name):
             parameter.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; a base weight that its initialisation changed is put back.
+        """Remove the adapter ``adapter_name``; a base weight that its initialisation changed is put
+        back.
 
         Raises:
             ValueError: no such adapter, or it is merged.
@@ -248,6 +253,11 @@ class LoraLayer(Participants):
         generator: torch.Generator | None = None,
     ) -> None:
         """Give an adapter new initial values, drawn on its device.
+
+        Args:
+            adapter_name: which one. init_lora_weights: a scheme of :func:`init_lora_`, True the
+                default.
+            generator: of that device.
 
         Raises:
             ValueError: no such adapter, or a scheme that splits the base weight (add an adapter for

@@ -23,6 +23,7 @@ from lora_ext.layers import (
     lora_update,
     pack_linears,
     packed_bytes,
+    packing,
     set_active,
     shift_labels,
     unpack_linears,
@@ -43,6 +44,6 @@ __all__ = [
     "UnmergeableRouteError", "VoraLinear", "adapted_layers", "adapter_factors",
     "adapter_parameters", "adapters", "adapters_of", "block_index", "block_name", "coalitions",
     "decoder_layers", "init_lora_", "is_active", "layer_names", "lora_forward", "lora_update",
-    "modality", "pack_linears", "packed_bytes", "set_active", "shift_labels", "unpack_linears",
-    "unwrap", "wrap",
+    "modality", "pack_linears", "packed_bytes", "packing", "set_active", "shift_labels",
+    "unpack_linears", "unwrap", "wrap",
 ]  # fmt: skip

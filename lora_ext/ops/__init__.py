@@ -1,5 +1,7 @@
 """Typed functions over the compiled ops; the only callers of ``torch.ops.lora_ext``."""
 
+# pyright: reportUnusedImport=false
+
 from lora_ext.ops import _registration
 
 from ._registration import routed as routed

@@ -65,7 +65,7 @@ def routed(library: str) -> Generator[None]:
     """Inside, every function of ``lora_ext.ops`` calls ``torch.ops.<library>``, in all threads."""
     register_once(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
-    found = [
+    found: list[Any] = [
         importlib.import_module(m.name)
         for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
     ]

@@ -131,6 +131,7 @@ def lora_linear_apart(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     plan: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """:func:`lora_linear` of adapters that are tensors of their own, as parameters are.
 
@@ -143,6 +144,8 @@ def lora_linear_apart(
         a: ``(r, I)`` each, on the device of ``x``; cast to its dtype.
         b: ``(O, r)`` each, as many.
         ranks: ``(A,)`` int32, the ranks; may be None where they are equal.
+        packed: :func:`pack_weight` of ``weight``: the base product is that of
+            :func:`packed_linear`, whose bits are a row's own. Without dropout.
 
     Returns:
         ``(T, O)`` in the dtype of ``x``.
@@ -159,7 +162,7 @@ def lora_linear_apart(
             f"None for {[f.shape[0] for f in a]}"
         )
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
-    if len(a) == 1:
+    if len(a) == 1 and packed is None:
         return lora_linear(x, weight, bias, a[0].to(x.dtype)[None], b[0].to(x.dtype)[None], *rest)
     if compiles():  # the compiler fuses this, and cannot see into the other
         rank = max(f.shape[0] for f in a)
@@ -167,16 +170,29 @@ def lora_linear_apart(
         bank_b = torch.stack([pad(f, (0, rank - f.shape[1])) for f in b]).to(x.dtype)
         return lora_linear(x, weight, bias, bank_a, bank_b, *rest)
     apply: Any = _Apart.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return apply(x, weight, bias, rest, *a, *b)
+    return apply(x, weight, bias, rest, packed, *a, *b)
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: Any, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rest: Any,
+        packed: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
-        y, v = _c.lora_linear_forward.default(x, weight, bias, *_bank(factors, x.dtype), *rest)
         ids, scale, ranks, ctx.p, seed, plan = rest
+        bank = _bank(factors, x.dtype)
+        if packed is None or weight is None:
+            y, v = _c.lora_linear_forward.default(x, weight, bias, *bank, *rest)
+        else:
+            require(not ctx.p, _LINEAR, "dropout_p", "0 beside packed", ctx.p)
+            y = _c.packed_linear.default(x, packed, bias, weight.shape[0])
+            v = _c.lora_shrink.default(x, bank[0], ids, scale, ranks, None, plan)
+            _c.lora_expand_.default(y, v, bank[1], ids, ranks, None, plan)
         for_dx = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, v, for_dx, ids, scale, ranks, plan, seed, *factors)
         return y
@@ -189,7 +205,7 @@ class _Apart(torch.autograd.Function):
             )
         (dy,) = grads
         x, v, weight, ids, scale, ranks, plan, seed, *factors = ctx.saved_tensors
-        dx, dweight, dbias, _, *wanted = ctx.needs_input_grad
+        dx, dweight, dbias, _, _, *wanted = ctx.needs_input_grad
         half = len(factors) // 2
         da, db = any(wanted[:half]), any(wanted[half:])
         out: list[Tensor | None] = [None] * len(wanted)
@@ -208,6 +224,7 @@ class _Apart(torch.autograd.Function):
             gradient if dx else None,
             dy.t().mm(x) if dweight else None,
             dy.sum(0) if dbias else None,
+            None,
             None,
             *(
                 g.to(f.dtype) if want and g is not None else None
@@ -243,7 +260,7 @@ def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     nbytes = size * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < nbytes:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # else a later call outside could not write into it
             memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return memory[:nbytes].view(dtype)
 

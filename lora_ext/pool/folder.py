@@ -33,6 +33,11 @@ class AdapterFolder:
         self._paths: dict[str, Path] = {}  # of the names that were loaded
         self._lock = threading.Lock()
 
+    def names(self) -> list[str]:
+        """Names of the folders that look like adapters, sorted; none of them is read."""
+        found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
+        return [name for name in found if self._has(name)]
+
     def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
         """Load an adapter, or replace the one of that name for whoever comes from now on.
 
@@ -84,12 +89,16 @@ class AdapterFolder:
             ) from error
         self._paths[name] = path
 
-    def _folder_of(self, name: str) -> Path:
+    def _has(self, name: str) -> bool:
         try:
-            if Path(name).name == name:
-                return self._checked(name)
+            _check_name(name)
+            return bool(self._checked(name))
         except (ValueError, FileNotFoundError):
-            pass
+            return False
+
+    def _folder_of(self, name: str) -> Path:
+        if self._has(name):
+            return self._checked(name)
         raise UnknownAdapterError(
             f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has no folder "
             "of that name"

@@ -1,4 +1,11 @@
-"""The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight."""
+"""The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight.
+
+A function has the name of its op; where its docstring gives the formula alone, arguments, shapes,
+what comes back and the source are those of :mod:`lora_ext.ops`. What is not checked there fails
+here as torch fails.
+"""
+
+# pyright: reportUnusedImport=false
 
 from .circuit import (
     KINDS,
@@ -16,6 +23,7 @@ from .circuit import (
 )
 from .circuit_layers import circuit_layers, circuit_layers_walk, circuit_table
 from .circuit_sum import NORMS, LogMax, log_bmm, log_einsum_exp, log_weights
+from .control import control_filter, control_live, control_messages, control_ratio
 from .depth_mix import depth_mix, depth_mix_routed, depth_norm
 from .lora import (
     accumulator,
@@ -43,8 +51,9 @@ from .vocab import chunked_cross_entropy, chunked_kl, vocab_logits
 __all__ = [
     "CircuitSample", "CircuitScan", "LogMax", "chunked_cross_entropy", "chunked_kl",
     "circuit_argmax", "circuit_conditional_dist", "circuit_layers", "circuit_layers_walk",
-    "circuit_sample", "circuit_scan", "circuit_table", "depth_mix", "depth_mix_routed",
-    "depth_norm", "dropout_keep", "dropout_keep_of_adapters", "emission_gather", "log_bmm",
+    "circuit_sample", "circuit_scan", "circuit_table", "control_filter", "control_live",
+    "control_messages", "control_ratio", "depth_mix", "depth_mix_routed", "depth_norm",
+    "dropout_keep", "dropout_keep_of_adapters", "emission_gather", "log_bmm",
     "log_einsum_exp", "lora_apply", "lora_apply_", "lora_apply_siblings_", "lora_delta",
     "lora_dora_norm", "lora_dropout", "lora_expand_", "lora_gram", "lora_linear",
     "lora_linear_backward", "lora_merge_", "lora_pair_stats", "lora_plan", "lora_segment_ids",

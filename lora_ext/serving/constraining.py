@@ -13,7 +13,7 @@ from lora_ext._checks import require
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from lora_ext.control import Constraint, Guide, Plan, Row
+    from lora_ext.control import Constraint, Guide, Matched, MatchedPlan, Plan, Row
 
 # lora_ext.control is imported where a request has a constraint: circuits, on which it stands, are
 # half of the time that an import of the package takes.
@@ -31,7 +31,7 @@ class RequestConstraint:
         temperature: of the request's own way to choose tokens; 1 without one.
     """
 
-    def __init__(self, plan: Plan, temperature: float):
+    def __init__(self, plan: Plan | MatchedPlan, temperature: float):
         from lora_ext.control import Row
 
         self.temperature = temperature
@@ -58,7 +58,7 @@ class RequestConstraint:
 
 def request_constraint(
     manager: Any,
-    constraint: Constraint | None,
+    constraint: Constraint | Matched | None,
     guide: Guide | None,
     sampling: Sampling | None,
     arguments: Sequence[Any],

@@ -28,11 +28,12 @@ from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, context, last_start, packed_block
 
 from .constraining import RequestConstraint, Standing, constrained, request_constraint, standing
+from .metrics import Load
 from .names import CallNames, NamedPrompt, named_prompts, not_invoked
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from lora_ext.control import Constraint, Guide
+    from lora_ext.control import Constraint, Guide, Matched
 
 _OWN = "_lora_ext_requests"
 _CHILD = "__child#"  # what transformers appends to the id of a request that it forks
@@ -86,6 +87,7 @@ class AdapterRequests:
         self._freed = threading.Condition(threading.RLock())
         self._last: tuple[Any, context.Block] | None = None  # the block of the last step
         self._running = False
+        self.computed = 0  # tokens that steps have read, shared ones not counted
         self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
         self._telling: list[tuple[int, _Request]] = []  # likewise, of those that want to know
         self._constrained: list[Standing] = []
@@ -139,7 +141,7 @@ class AdapterRequests:
         *args: Any,
         adapter_name: str | None = _NOT_GIVEN,
         sampling: Sampling | None = None,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Matched | None = None,
         guide: Guide | None = None,
         allow_base: bool = False,
         logprobs: list[float] | None = None,
@@ -366,6 +368,7 @@ class AdapterRequests:
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
             )
             self._last = key, block
+        self.computed += sum(each.query_length for each in batch)
         with context.entered(self._last[1]):
             original()
 
@@ -467,6 +470,32 @@ def _check_settings(manager: Any) -> None:
 def unfinished(manager: Any) -> int:
     """How many requests of an attached model's manager wait or run: each pins its adapter."""
     return len(manager.__dict__[_OWN]._requests)
+
+
+def load_of(manager: Any, most: int) -> Load:
+    """What an attached model's manager has to do.
+
+    Args:
+        most: adapters that its pool has room for.
+    """
+    own: AdapterRequests = manager.__dict__[_OWN]
+    processor = manager.batch_processor
+    active = list(processor.scheduler.active_requests) if processor is not None else []
+    with own._freed:
+        running = {own._first(each) for each in active}
+        names = {each: request.name for each, request in own._requests.items()}
+    return Load(
+        running=[name for each, name in names.items() if each in running],
+        waiting=[name for each, name in names.items() if each not in running],
+        most_adapters=most,
+        cache=0.0 if processor is None else 1 - processor.cache.compute_free_capacity(),
+    )
+
+
+def computed_tokens(manager: Any) -> int:
+    """How many tokens the steps of an attached model's manager have read so far; those of pages
+    that were there already are not among them."""
+    return manager.__dict__[_OWN].computed
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:

@@ -151,7 +151,8 @@ class Hooks:
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
         with self.names.block(names), generation_scope(), media_noted(model, args, kw):
-            if context.any_activated:
+            if has_activated():
+                _check_guidance(model, kw)
                 prompt_known(*_prompt(args, kw))
             return own(*args, **kw)
 
@@ -359,6 +360,17 @@ def _activated(
     keep = given.get("logits_to_keep")
     rows, count = tokens.shape[:2]
     return activated_forward(ids, rows, count, length, 0 if keep is None else keep)
+
+
+def _check_guidance(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse classifier-free guidance, whose second prompt has places of its own."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+    if scale is not None and scale != 1:
+        raise NotImplementedError(
+            "generate: guidance_scale: expected none beside an activated adapter, found "
+            f"{scale}: where it begins in the unconditional prompt is not known"
+        )
 
 
 @functools.cache

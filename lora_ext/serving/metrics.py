@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 #: What the response's Content-Type is to say.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -36,11 +38,22 @@ _GAUGES = {
 }
 
 
-def prometheus(stats: Mapping[str, int], refused: Mapping[int, int]) -> str:
+class Load(NamedTuple):
+    """What an engine has to do: the adapter of each request (None: the base model) that runs and
+    that waits, how many adapters there is room for, and the share of its cache that is taken."""
+
+    running: Sequence[str | None]
+    waiting: Sequence[str | None]
+    most_adapters: int
+    cache: float
+
+
+def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load) -> str:
     """A page of metrics, each with its type and a line that says what it is.
 
     Args:
         stats: of :meth:`Engine.stats`. refused: how many requests by the code of their error.
+        load: of :meth:`Engine.load`; it is told under vLLM's names, which routers know.
     """
     samples = {name: {"": value} for name, value in stats.items()}
     if refused:
@@ -54,4 +67,40 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int]) -> str:
             name = name.removesuffix("_total")  # Prometheus keeps it for counters
         lines += [f"# HELP lora_ext_{name} {text}", f"# TYPE lora_ext_{name} {kind}"]
         lines += [f"lora_ext_{name}{labels} {value}" for labels, value in values.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_for_routers(load)]) + "\n"
+
+
+def _for_routers(load: Load) -> list[str]:
+    """Gauges of vLLM's names, by which the Gateway API's inference extension places requests.
+
+    Source: https://github.com/kubernetes-sigs/gateway-api-inference-extension,
+    ``docs/proposals/003-model-server-protocol``.
+    """
+    labels = ",".join(
+        f'{key}="{_escaped(value)}"'
+        for key, value in (
+            ("max_lora", str(load.most_adapters)),
+            ("running_lora_adapters", _names(load.running)),
+            ("waiting_lora_adapters", _names(load.waiting)),
+        )
+    )
+    gauges = (
+        ("lora_requests_info", "Adapters of requests; its value is the time.", time.time()),
+        ("num_requests_running", "Requests that run.", len(load.running)),
+        ("num_requests_waiting", "Requests that wait.", len(load.waiting)),
+        ("kv_cache_usage_perc", "Share of the cache that is taken.", load.cache),
+    )
+    lines: list[str] = []
+    for name, text, value in gauges:
+        of = f"{{{labels}}}" if name == "lora_requests_info" else ""
+        lines += [f"# HELP vllm:{name} {text}", f"# TYPE vllm:{name} gauge"]
+        lines += [f"vllm:{name}{of} {value}"]
+    return lines
+
+
+def _names(names: Sequence[str | None]) -> str:
+    return ",".join(sorted({name for name in names if name is not None}))
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"")

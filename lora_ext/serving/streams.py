@@ -22,6 +22,7 @@ class RequestStream:
         settings: of the manager's ``add_request``: ``adapter_name``, ``max_new_tokens``,
             ``eos_token_id``, ``sampling``.
         ended: called once, with this stream, when no token will come any more.
+        begun: called with this stream when its first token has come, or none will.
 
     Raises:
         RuntimeError: the manager takes no requests, or, from the iterator, the request failed. And
@@ -34,6 +35,7 @@ class RequestStream:
         input_ids: Sequence[int],
         *,
         ended: Callable[[RequestStream], None] | None = None,
+        begun: Callable[[RequestStream], None] | None = None,
         **settings: Any,
     ):
         self.request_id = uuid.uuid4().hex
@@ -41,12 +43,13 @@ class RequestStream:
         #: Every token so far.
         self.tokens: list[int] = []
         self.cancelled = self.stopped = False  # the latter by a stop string
+        self._broken: str | None = None
         self._manager, self._read = manager, 0
         ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
         self._ends = [[end] for end in (ends if isinstance(ends, list) else [ends])]
         self._last: Any = None
         self._arrived = asyncio.Event()
-        self._ended = ended
+        self._ended, self._begun = ended, begun
         self._watcher: asyncio.Future[None] | None = None
         manager.register_result_handler(self.request_id, self._take)
         accepted = None
@@ -92,6 +95,12 @@ class RequestStream:
             self._end()
             self._arrived.set()
 
+    def interrupt(self, why: str) -> None:
+        """End the request with an error for its reader, a :class:`RuntimeError` of these words."""
+        if not self.finished:
+            self._broken = why
+            self.cancel()
+
     def until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
         """Cancel when the client of an ASGI connection has gone.
 
@@ -112,6 +121,8 @@ class RequestStream:
 
     async def __anext__(self) -> list[int]:
         while self._read == len(self.tokens):
+            if self._broken is not None:
+                raise RuntimeError(f"RequestStream: {self._broken}")
             if self._last is not None and self._last.error is not None:
                 raise RuntimeError(f"RequestStream: the request failed: {self._last.error}")
             if self.finished:
@@ -147,8 +158,12 @@ class RequestStream:
         self._arrived.set()
         if self.finished:
             self._end()
+        elif self._begun is not None and self.tokens:
+            self._begun(self)
 
     def _end(self) -> None:
+        if self._begun is not None:
+            self._begun(self)
         self._forget()
         if self._watcher is not None:
             self._watcher.cancel()

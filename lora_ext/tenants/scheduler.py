@@ -80,6 +80,7 @@ class Scheduler:
                 raise QueueFullError(
                     f"{where}: queue: expected at most {self.size} calls that wait, found as many"
                 )
+            future.set_running_or_notify_cancel()  # its tenant's next calls count on it
             queue.items.append(item if isinstance(item, Call) else (future, item))
             self._changed.notify()
         return future
@@ -87,6 +88,7 @@ class Scheduler:
     def close(self, queue: Queue, why: str, last: Callable[[], Any]) -> Future[Any]:
         """Drop what a tenant wants; ``last`` is done before nothing more is taken."""
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
         with self._changed:
             dropped, queue.items = queue.items, deque([(future, last)])
             queue.closed = why

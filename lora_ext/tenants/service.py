@@ -201,7 +201,8 @@ class Service:
 class Tenant:
     """One adapter that trains. Made by :meth:`Service.create` and :meth:`Service.load`.
 
-    Calls run in their order; each returns at once, and its future has the result.
+    Calls run in their order; each returns at once, and its future has the result. A future cannot
+    be cancelled, as later calls build on it; :meth:`close` drops what waits.
     """
 
     def __init__(self, service: Service, adapter: LiveAdapter):

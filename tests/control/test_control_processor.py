@@ -216,6 +216,23 @@ def test_vocabularies_and_rows_that_do_not_fit_are_refused_by_name() -> None:
         ConstraintProcessor(constraint(), guide(vocab=7), max_new_tokens=BUDGET)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_row_that_is_lost_touches_no_other(guided: bool) -> None:
+    """Somebody forces a token that a constraint forbids: that row is left alone from then on."""
+    look, scores = guide() if guided else None, torch.randn(2, V, dtype=torch.float64)
+    both = ConstraintProcessor(constraint(), look, max_new_tokens=BUDGET)
+    alone = ConstraintProcessor(constraint(), look, max_new_tokens=BUDGET)
+    for text in (
+        [[1], [1]],
+        [[1, 3], [1, 2]],
+        [[1, 3, 3], [1, 2, 0]],
+        [[1, 3, 3, 1], [1, 2, 0, 1]],
+    ):
+        got = both(torch.tensor(text), scores)
+        assert torch.allclose(got[1:], alone(torch.tensor(text[1:]), scores[1:]), atol=1e-14)
+    assert torch.equal(got[0], scores[0])
+
+
 def test_a_penalty_that_forbids_all_that_the_constraint_allows_is_named() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=2)  # only a 2 may come
     scores = torch.zeros(1, V)

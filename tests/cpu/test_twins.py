@@ -1,4 +1,4 @@
-"""The twins' own laws in C++, under the address and undefined-behaviour sanitizers.
+"""The twins' own laws in C++; with --sanitizers under those for addresses and undefined behaviour.
 
 At -O1, and for the plain source and the widest vectors only: sanitized -O3 code of every
 instruction set takes the compiler a quarter of an hour.
@@ -23,12 +23,14 @@ ISAS = {  # as in csrc/cpu/CMakeLists.txt
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
-FLAGS = ["-std=c++20", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi", *SANITIZE]
+SANITIZE = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+FLAGS = ["-std=c++20", "-O1", "-I", str(ROOT / "csrc/include"), "-fno-math-errno", "-Wno-psabi"]
 
 
 @pytest.mark.parametrize("family", ["lora", "circuit", "circuit_decode", "circuit_sum"])
-def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path, family: str) -> None:
+def test_twins_keep_their_laws(tmp_path: Path, family: str, request: pytest.FixtureRequest) -> None:
+    sanitize = SANITIZE if request.config.getoption("--sanitizers") else []
+    flags = [*FLAGS, *sanitize]
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler on PATH")
@@ -48,11 +50,11 @@ def test_twins_keep_their_laws_under_sanitizers(tmp_path: Path, family: str) -> 
 
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(run, *FLAGS, *extra, "-c", str(source), "-o", str(tmp_path / f"{i}.o"))
+            pool.submit(run, *flags, *extra, "-c", str(source), "-o", str(tmp_path / f"{i}.o"))
             for i, (source, extra) in enumerate(units)
         ]
         objects = [job.result() for job in jobs]
-    program = run(*SANITIZE, *objects, "-o", str(tmp_path / "twins"))
+    program = run(*sanitize, *objects, "-o", str(tmp_path / "twins"))
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -15,8 +15,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="session")
-def build_folder() -> Path:
+def build(*targets: str) -> Path:
     """The CMake build of this folder, up to date; kept with the checkout's own build, so that a
     rerun compiles nothing."""
     folder = HERE.parents[1] / "build" / "emu-tests"
@@ -28,12 +27,22 @@ def build_folder() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist, one after the other
         for command in (
             ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
-            ["cmake", "--build", str(folder), "-j2"],
+            ["cmake", "--build", str(folder), "-j2", *targets],
         ):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def build_folder() -> Path:
+    return build()
+
+
+@pytest.fixture(scope="session")
+def sanitized_kernels() -> Path:
+    return build("--target", "kernels_under_asan")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""examples/serve.py in a thread, with a tiny model, and what its tests ask it for."""
+"""``lora-ext serve`` in a thread, with a tiny model, and what its tests ask it for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import load_script, missing
+from scripts import missing
 from tiny import make_model, make_peft
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +23,7 @@ MISSING = missing("fastapi", "uvicorn", "httpx")
 needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 
 NAMES = [f"a{i}" for i in range(8)]
+MANY = [*NAMES, *(f"a{i}" for i in range(8, 16))]
 LIMIT = 20_000  # --max-body
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} {% endfor %}"
@@ -32,7 +33,7 @@ TEMPLATE = (
 
 
 def save_model(folder: Path) -> None:
-    """A tiny random Llama whose words are w5 to w96, and eight adapters for it."""
+    """A tiny random Llama whose words are w5 to w96, and sixteen adapters for it."""
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     words = {word: i for i, word in enumerate([*marks, *(f"w{i}" for i in range(5, 97))])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -47,7 +48,7 @@ def save_model(folder: Path) -> None:
     model.save_pretrained(folder / "tiny")
     configs = {
         name: {"r": 2 + i, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-        for i, name in enumerate(NAMES)
+        for i, name in enumerate(MANY)
     }
     make_peft(make_model("llama"), configs).save_pretrained(folder / "adapters")
     make_peft(make_model("llama"), {"x": configs["a0"]}).save_pretrained(folder / "secret")
@@ -59,40 +60,35 @@ def save_model(folder: Path) -> None:
 def serving(folder: Path) -> Iterator[Any]:
     """A server of a new model below a folder, in a thread of its own, and a client for it."""
     import httpx
-    import uvicorn
+
+    from lora_ext.server import Settings, running, serve
 
     save_model(folder)
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        serve = load_script(patch, "examples", "serve")
-        started = threading.Event()
-        found: dict[str, Any] = {}
+    started, found = threading.Event(), {}
+    kind, make = running._Server, running.make_app
 
-        def run(app: Any, **how: Any) -> None:
-            found.update(how, app=app)
-            server = found["server"] = uvicorn.Server(
-                uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
-            )
-            serving = server.startup
+    def make_app(engine: Any, *given: Any) -> Any:
+        found["engine"] = engine
+        return make(engine, *given)
 
-            async def startup(**how: Any) -> None:
-                await serving(**how)
-                found["port"] = server.servers[0].sockets[0].getsockname()[1]
-                started.set()
+    def make_server(*given: Any) -> Any:
+        return found.setdefault("server", kind(*given))
 
-            server.startup = startup
-            server.run()
+    def say(line: str) -> None:
+        found.setdefault("said", []).append(line)
+        if " answers at " in line:
+            started.set()
 
-        engine = serve.Engine
-        patch.setattr(serve, "Engine", lambda *a: found.setdefault("engine", engine(*a)))
-        patch.setattr(serve.uvicorn, "run", run)
-        arguments = ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
-        patch.setattr("sys.argv", ["serve.py", *arguments, "--max-body", str(LIMIT)])
-        thread = threading.Thread(target=serve.main)
+    settings = Settings(folder / "tiny", folder / "adapters", port=0, max_body=LIMIT)
+    thread = threading.Thread(target=serve, args=(settings, say))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "make_app", make_app)
+        patch.setattr(running, "_Server", make_server)
         thread.start()
         assert started.wait(60)
-        url = f"http://127.0.0.1:{found['port']}"
-        limits = httpx.Limits(max_connections=None)
-        client = stack.enter_context(httpx.Client(base_url=url, timeout=60, limits=limits))
+    url = found["said"][-1].split()[-1].removesuffix("/v1")
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
         yield SimpleNamespace(client=client, folder=folder, **found)
         found["server"].should_exit = True
         thread.join(20)

@@ -1,7 +1,6 @@
 """Activated adapters in an attached model: forwards and generate, against PEFT's own."""
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,7 +167,12 @@ def test_wrong_starts_raise_and_name_the_argument(
         pass
 
 
-def test_tokens_named_one_by_one_say_it_themselves(pair: Any, tmp_path: Path) -> None:
+def test_guidance_is_refused(pair: Any) -> None:
+    with pytest.raises(NotImplementedError, match="guidance_scale: expected none beside"):
+        pair[0].generate(prompts()[:1], adapter_names=["act"], guidance_scale=1.5, **GREEDY)
+
+
+def test_tokens_named_one_by_one_say_it_themselves(pair: Any) -> None:
     model, _, _ = pair
     ids = prompts()[:1]
     with lora_ext.adapters("act"):
@@ -190,7 +194,7 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
 def test_what_would_reach_the_prefix_is_refused_at_load(
-    pair: Any, tmp_path: Path, changes: dict[str, Any], error: type, message: str
+    pair: Any, changes: dict[str, Any], error: type, message: str
 ) -> None:
     from peft import get_peft_model_state_dict
 

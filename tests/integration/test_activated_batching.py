@@ -1,13 +1,20 @@
 """Activated adapters in continuous batching: pages before their start are the base model's."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from activated import activated_pair, words
+from tiny import make_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from lora_ext.serving.continuous import computed_tokens
+from lora_ext.serving.engine import Engine
 
 NEW, PAGE = 6, 8
 ENDS: dict[Any, list[int]] = {"act": [7, 8], "other": [5], "plain": [60], None: [61]}
@@ -38,21 +45,10 @@ def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:
 
 @contextmanager
 def running(model: Any) -> Iterator[Any]:
-    """A manager, and how many tokens it has computed, as ``manager.computed[0]``."""
+    """A manager that runs."""
     manager = model.init_continuous_batching(**batching())
-    manager.computed = [0]
-    manager.start()
-    processor = None
-    while processor is None:
-        processor = manager.batch_processor
-    update = processor.update_batch
-
-    def counting() -> None:
-        batch = processor.inputs_and_outputs.requests_in_batch
-        manager.computed[0] += sum(each.query_length for each in batch)
-        update()
-
-    processor.update_batch = counting
+    with torch.inference_mode():
+        manager.start()
     try:
         yield manager
     finally:
@@ -61,11 +57,11 @@ def running(model: Any) -> Iterator[Any]:
 
 def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[list[int], int]:
     """What a request alone is answered, and how many tokens were computed for it."""
-    before = manager.computed[0]
+    before = computed_tokens(manager)
     request = manager.add_request(prompt, adapter_name=name, **how)
-    result = manager.get_result(request_id=request, timeout=30)
+    result = manager.get_result(request_id=request, timeout=120)
     assert result is not None and result.error is None
-    return result.generated_tokens, manager.computed[0] - before
+    return result.generated_tokens, computed_tokens(manager) - before
 
 
 def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:
@@ -137,3 +133,29 @@ def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: An
         with pytest.raises(ValueError, match=r"request 'mine': expected .* adapter 'act'"):
             manager.add_request(plain, "mine", adapter_name="act")
         assert ask(manager, plain, "act", allow_base=True)[0] == alone(reference, plain, None)
+
+
+def test_an_engine_sends_one_request_ahead_over_an_unread_text(tmp_path: Path) -> None:
+    _, reference, _ = activated_pair(tmp_path)
+    tokenizer = SimpleNamespace(eos_token_id=-1, chat_template=None)
+    engine = Engine(make_model("llama"), tokenizer, tmp_path, context=64, page_size=PAGE)
+    engine.encode = lambda messages: list(messages)  # pyright: ignore
+    shared, names = words(40, 9), ["act", "other", None, "act"]
+    asked = [tailed(shared, name, 0) for name in names]
+
+    async def answer(prompt: Any, name: str | None) -> list[int]:
+        stream = await engine.begin(prompt, name, NEW)
+        async for _ in stream:
+            pass
+        return stream.tokens
+
+    async def answers() -> list[list[int]]:
+        return await asyncio.gather(*map(answer, asked, names))
+
+    with torch.no_grad(), engine:
+        found = asyncio.run(answers())
+        computed = computed_tokens(engine.manager)
+        with pytest.raises(ValueError, match=r"expected the invocation \[7, 8\] of adapter 'act'"):
+            asyncio.run(answer(shared, "act"))
+    assert found == [alone(reference, *pair) for pair in zip(asked, names, strict=True)]
+    assert computed == sum(map(len, asked)) - 3 * 40 + 4 * (NEW - 1)

@@ -1,4 +1,4 @@
-"""examples/serve.py and a real HTTP client: answers, adapters, and many requests at once."""
+"""``lora-ext serve`` and a real HTTP client: answers, adapters, and many requests at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from served import (
+    MANY,
     NAMES,
     ask,
     by_generate,
@@ -27,8 +28,8 @@ from served import (
 pytestmark = needs_packages
 
 
-def test_32_requests_of_8_adapters_while_others_load_and_unload_200_times(server: Any) -> None:
-    jobs = [(NAMES[i % 8], f"w{5 + i} w{90 - i} w7") for i in range(32)]
+def test_32_clients_over_16_adapters_while_others_load_and_unload_200_times(server: Any) -> None:
+    jobs = [(MANY[i % 16], f"w{5 + i} w{90 - i} w7") for i in range(32)]
     alone = {job: text_of(ask(server, *job)) for job in jobs}
     assert len(set(alone.values())) > 16  # adapters and prompts matter
     assert alone[jobs[3]] == by_generate(server, *jobs[3], 8)
@@ -37,7 +38,7 @@ def test_32_requests_of_8_adapters_while_others_load_and_unload_200_times(server
         dice, changes = random.Random(0), 0
         while changes < 400:
             what = ("load", "unload")[changes % 2]
-            status = post(server, what, dice.choice(NAMES))
+            status = post(server, what, dice.choice(MANY))
             assert status == 200 or (what, status) == ("unload", 404)
             changes += status == 200
         return changes
@@ -125,6 +126,81 @@ def test_a_tokenizer_without_a_template_gets_the_contents(
     assert server.engine.encode(said) == [5, 6, 7]
 
 
+def test_completions_take_a_text_or_its_tokens(server: Any) -> None:
+    def complete(prompt: Any, **fields: Any) -> Any:
+        body = {"model": "a1", "prompt": prompt, "temperature": 0, **fields}
+        return server.client.post("/v1/completions", json=body)
+
+    found = complete("w5 w6 w7", max_tokens=8).json()
+    assert found["object"] == "text_completion" and found["usage"]["prompt_tokens"] == 3
+    text = found["choices"][0]["text"]
+    assert len(text.split()) == 8 and found["choices"][0]["finish_reason"] == "length"
+    for prompt in ([5, 6, 7], ["w5 w6 w7"], [[5, 6, 7]]):
+        assert complete(prompt, max_tokens=8).json()["choices"] == found["choices"]
+    assert complete("w5").json()["usage"]["completion_tokens"] == 16
+    neutral = {"echo": False, "best_of": 1, "logprobs": None, "suffix": "", "user": "me", "n": 1}
+    assert complete("w5 w6 w7", max_tokens=8, **neutral).json()["choices"] == found["choices"]
+    with server.client.stream(
+        "POST", "/v1/completions", json={**body_of("a1"), "max_tokens": 8}
+    ) as response:
+        *lines, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    assert done == "[DONE]" and "".join(choice["text"] for choice in choices) == text
+    assert [choice["finish_reason"] for choice in choices][-2:] == [None, "length"]
+    for prompt, code, named in (
+        ([5, 97], 400, "prompt: expected tokens in [0, 97), found [97]"),
+        ([-1], 400, "found [-1]"),
+        ([], 422, "prompt"),
+        (["w5", "w6"], 422, "prompt"),
+        ("", 400, "at least one token"),
+        (None, 422, "prompt"),
+    ):
+        refused = complete(prompt)
+        assert refused.status_code == code and named in refused.json()["error"]["message"]
+
+
+def body_of(model: str) -> dict[str, Any]:
+    return {"model": model, "prompt": "w5 w6 w7", "temperature": 0, "stream": True}
+
+
+def test_neutral_values_of_openais_fields_change_nothing(server: Any) -> None:
+    expected = text_of(ask(server, "a1"))
+    for fields in (
+        {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}, "modalities": ["text"]},
+        {"logprobs": False, "top_logprobs": 0},
+    ):
+        assert text_of(ask(server, "a1", **fields)) == expected
+    parts = [{"type": "text", "text": each} for each in ("w5 w6", "w7")]
+    earlier = dict.fromkeys(("refusal", "audio", "annotations", "function_call", "tool_calls"))
+    for message in (
+        {"role": "user", "content": parts},
+        {"role": "user", "content": "w5 w6 w7", "name": "me", **earlier},
+    ):
+        assert text_of(ask(server, "a1", messages=[message])) == expected
+
+
+def test_routers_read_whose_adapters_run(server: Any) -> None:
+    body = chat("a3", stream=True, max_tokens=1900)
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        next(response.iter_lines())
+        lines = server.client.get("/metrics").text.splitlines()
+    (info,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
+    assert 'running_lora_adapters="a3",waiting_lora_adapters=""' in info
+    assert "vllm:num_requests_running 1" in lines and "vllm:num_requests_waiting 0" in lines
+    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
+    assert 0 < float(used.split()[1]) < 1
+    settle(server)
+
+
+def test_options_say_what_a_path_takes(server: Any) -> None:
+    found = server.client.options("/v1/chat/completions")
+    assert (found.status_code, found.headers["Allow"], found.content) == (204, "POST, OPTIONS", b"")
+    assert "access-control-allow-origin" not in found.headers
+
+
 def test_stop_seed_and_temperature(server: Any) -> None:
     words = text_of(ask(server, "a1", max_tokens=20)).split()
     first = words.index(words[4])
@@ -148,19 +224,19 @@ def test_null_is_a_field_that_was_not_given(server: Any) -> None:
 
 
 def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
-    for name in [m["id"] for m in server.client.get("/v1/models").json()["data"][1:]]:
+    for name in server.engine.pool.names:
         assert post(server, "unload", name) == 200
-    assert post(server, "load", "a3") == 200
     assert post(server, "load", "mine", lora_path="a4") == 200
     text_of(ask(server, "a5"))
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    assert [(m["id"], m.get("parent")) for m in listed["data"]] == [
-        ("tiny", None),
-        ("a3", "tiny"),
-        ("mine", "tiny"),
-        ("a5", "tiny"),
-    ]
+    folder = {*MANY, "broken"}  # whatever of it is loaded
+    assert [m["id"] for m in listed["data"]][:3] == ["tiny", "mine", "a5"]
+    parents = {m["id"]: m.get("parent") for m in listed["data"]}
+    assert parents == {"tiny": None, **dict.fromkeys(folder | {"mine"}, "tiny")}
+    for name in ("tiny", "mine", "a7"):
+        assert server.client.get(f"/v1/models/{name}").json()["id"] == name
+    assert server.client.get("/v1/models/nobody").status_code == 404
     assert text_of(ask(server, "mine")) == text_of(ask(server, "a4"))
     base = by_generate(server, None, "w5 w6 w7", 8)
     assert text_of(ask(server, "tiny")) == base != text_of(ask(server, "a4"))
@@ -222,6 +298,9 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
             assert sample.partition("{")[0] == name
             found[sample] = float(value)
     assert {sample.partition("{")[0] for sample in found} == set(kinds)
+    (info,) = [sample for sample in found if sample.startswith("vllm:lora_requests_info")]
+    assert info.endswith('{max_lora="64",running_lora_adapters="",waiting_lora_adapters=""}')
+    assert 0 <= time.time() - found[info] < 60
     assert set(kinds.values()) == {"counter", "gauge"}
     assert kinds["lora_ext_tokens_total"] == kinds["lora_ext_pool_loads"] == "counter"
     assert kinds["lora_ext_requests"] == kinds["lora_ext_pool_pages"] == "gauge"
@@ -236,7 +315,7 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "code"),
-    [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405), ("OPTIONS", "/v1/models", 405)],
+    [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405), ("OPTIONS", "/v1/nothing", 404)],
 )
 def test_what_is_not_there_has_openais_error(
     server: Any, method: str, path: str, code: int
@@ -248,7 +327,9 @@ def test_what_is_not_there_has_openais_error(
 
 def test_the_server_is_on_the_loopback_and_says_when_it_is_ill(server: Any) -> None:
     """The last test: it ends the manager's thread."""
-    assert server.host == "127.0.0.1" and server.port != 8000
+    packed, answers = server.said
+    assert packed.startswith("the base is packed") and packed.endswith("--no-pack leaves it plain")
+    assert answers.startswith("tiny with 17 adapters answers at http://127.0.0.1:")
     assert server.client.get("/health").json() == {"healthy": True}
     asked = server.client.head("/health")
     assert asked.status_code == 200 and asked.content == b""

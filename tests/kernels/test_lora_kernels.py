@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backends import Backend
-from test_contract import assert_same_bits
+from contract import assert_same_bits
 
 from lora_ext import ops, reference
 

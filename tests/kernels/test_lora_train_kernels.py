@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backends import Backend
 from cases import Shape
 from cases_train import bounds, formula, run, train_inputs
-from test_contract import assert_same_bits
+from contract import assert_same_bits
 
 from lora_ext import ops
 

@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from lora_ext import ops
+from lora_ext.layers.base import packed_linear
 from lora_ext.layers.base.packed_linear import MOST_ROWS, PackedLinear
-from lora_ext.nn import LoraLinear, pack_linears, packed_bytes, unpack_linears
+from lora_ext.nn import LoraLinear, pack_linears, packed_bytes, packing, unpack_linears
 
 
 def small_integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -403,3 +404,22 @@ def test_names_choose_modules() -> None:
         pack_linears(model, ["tokens"])
     with pytest.raises(RuntimeError, match=r"unpack_linears: .*found none"):
         unpack_linears(Tied())
+
+
+def test_packing_says_what_the_copy_takes_and_whether_it_fits(monkeypatch):
+    model = nn.Sequential(nn.Linear(16, 33, bias=False), nn.ReLU(), nn.Linear(16, 32)).eval()
+    taken = (64 * 16 + 32 * 16) * 4
+    monkeypatch.setattr(packed_linear, "free_bytes", lambda device: 4 * taken)
+    found = packing(model)
+    assert found == (taken, 4 * taken, None) and found.fits
+    assert str(found).startswith("the base is packed for decoding, which takes 0.00 GB of the")
+    assert packed_bytes(model) == 0
+    pack_linears(model)
+    assert packed_bytes(model) == found.bytes
+    unpack_linears(model)
+    small = packing(model, share=0.24)
+    assert not small.fits and "are more than 24% of the" in str(small)
+    assert "no plain linear layer" in str(packing(nn.ReLU()))
+    assert not packing(model.half()).fits
+    with pytest.raises(ValueError, match="packing: share: expected"):
+        packing(model, share=0)

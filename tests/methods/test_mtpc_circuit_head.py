@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lora_ext import reference
 from lora_ext.layers.labels import IGNORE
+from lora_ext.methods.mtpc import MtpcConfig, layers
 from lora_ext.methods.mtpc.emission import EMISSIONS
 from lora_ext.nn import CircuitHead
 
@@ -257,6 +258,29 @@ def test_sizes_out_of_range_are_named(options: dict[str, Any], name: str):
     sizes = {"hidden_size": D, "vocab_size": V, "n_token": K, "rank": 3, "kind": "cp"}
     with pytest.raises(ValueError, match=f"CircuitHead: {name}: expected .*, found"):
         CircuitHead(**{**sizes, **options})
+
+
+def test_leaves_beyond_the_free_memory_are_refused_before_they_take_any(monkeypatch):
+    sizes = (576, 49152, 8, 8, "btree")
+    monkeypatch.setattr(layers, "free_bytes", lambda device: 3_000_000_000)
+    with pytest.raises(ValueError) as caught:
+        CircuitHead(*sizes, emission="full")
+    told = str(caught.value)
+    assert told.startswith("CircuitHead: emission: expected leaves that fit into the 3.0 GB")
+    assert 'emission="adapter", a shortlist' in told
+    assert told.endswith(
+        "found 'full' of 8 positions x 8 components x 49152 tokens x width 576, which take 7.2 GB"
+    )
+    monkeypatch.undo()
+    # Larger than any machine's memory: the real one is asked.
+    with pytest.raises(ValueError, match="n_token and rank take less, found 'adapter'"):
+        CircuitHead(1 << 20, 1 << 40, 1, 1, "ff", emission="adapter")
+
+
+def test_without_an_emission_it_follows_from_the_tokens_that_are_drafted():
+    for count, emission in ((4096, "full"), (4097, "adapter"), (49152, "adapter")):
+        assert MtpcConfig(rank=8).for_tokens(count).emission == emission
+    assert MtpcConfig(emission="expander").for_tokens(9).emission == "expander"
 
 
 def test_other_dtypes_are_not_implemented():

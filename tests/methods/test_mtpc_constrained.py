@@ -136,6 +136,15 @@ def test_rows_have_constraints_of_their_own_and_the_others_keep_their_tokens() -
     assert torch.equal(free.sequences[1, :shorter], mixed.sequences[1, :shorter])
 
 
+def test_stop_strings_beside_a_constraint_are_refused() -> None:
+    from control_tokenizer import tokenizer
+
+    ids, mask = prompts(2)
+    settings: dict[str, Any] = {"stop_strings": ["a"], "tokenizer": tokenizer()}
+    with pytest.raises(ValueError, match="stop_strings: expected none beside a constraint"):
+        decoder().generate(ids, mask, max_new_tokens=BUDGET, eos_token_id=EOS, **settings)
+
+
 def test_masked_drafts_emit_at_least_what_plain_drafts_would() -> None:
     """A plain draft of the masked target is one whose tokens outside the mask are rejected."""
     torch.manual_seed(0)
@@ -157,6 +166,7 @@ def test_masked_drafts_emit_at_least_what_plain_drafts_would() -> None:
         ({"constraint": [constraint()] * 3}, {}, "one per row of 2, found 3"),
         ({"guide": guide(vocab=6)}, {}, "guide: expected 5 tokens, found 6"),
         ({"constraint": "json"}, {}, "constraints: expected a Constraint"),
+        ({}, {"repetition_penalty": 1.1}, "repetition_penalty: expected"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_the_model_runs(

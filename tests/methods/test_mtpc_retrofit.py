@@ -213,9 +213,30 @@ def test_string_arguments_have_their_values_in_their_types():
     assert get_args(hints["window"]) == ("condition", "restart")
     assert hints.items() >= {"temperature": float, "top_p": float}.items()
     for function in (CircuitHead.__init__, mtpc.MtpcConfig):
-        hints = get_type_hints(function)
-        assert get_args(hints["kind"]) == ("ff", "cp", "hmm", "btree")
-        assert get_args(hints["emission"]) == tuple(EMISSIONS)
+        assert get_args(get_type_hints(function)["kind"]) == ("ff", "cp", "hmm", "btree")
+    assert get_args(get_type_hints(CircuitHead.__init__)["emission"]) == tuple(EMISSIONS)
+    literal, none = get_args(get_type_hints(mtpc.MtpcConfig)["emission"])
+    assert get_args(literal) == tuple(EMISSIONS) and none is type(None)
+
+
+@pytest.mark.parametrize(("listed", "emission"), [(None, "adapter"), (4096, "full")])
+def test_a_large_vocabulary_is_drafted_by_adapters_and_a_short_list_in_full(
+    listed: int | None, emission: str
+):
+    config = transformers.LlamaConfig(
+        vocab_size=4200,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    shortlist = None if listed is None else list(range(listed))
+    draft = mtpc.retrofit(model, mtpc.MtpcConfig(n_token=2, rank=2), shortlist)
+    assert draft.head.emission == draft.config.emission == emission
+    if emission == "adapter":
+        assert draft.head.unembed.data_ptr() == model.lm_head.weight.data_ptr()
 
 
 def test_a_draft_tail_refuses_alibi_by_name():

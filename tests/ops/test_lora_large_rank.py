@@ -10,7 +10,7 @@ import torch
 from backends import Backend
 from cases import Inputs, Shape, make_inputs
 from cases_train import LEAVES, train_inputs
-from test_contract import assert_same_bits
+from contract import assert_same_bits
 from torch import Tensor
 
 from lora_ext import ops

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import io
 import stat
 import sys
 import types
@@ -85,15 +87,33 @@ def test_beside_a_cpu_torch_kernels_are_compiled_only_when_asked_for(toolkit, mo
     assert build.find_toolkit(torch_for(None), "g++").home == home
 
 
-def test_nvcc_missing_is_an_error_only_when_cuda_is_asked_for(monkeypatch, capsys):
+def test_nvcc_missing_is_an_error_beside_a_cuda_torch_and_where_cuda_is_asked_for(monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert build.find_toolkit(torch_for(None), "g++") is None
+    text = sentence(build.find_toolkit, torch_for("13.0"), "g++")
+    assert "torch is built for CUDA 13.0, but there is no nvcc" in text
+    assert "`pip install nvidia-cuda-nvcc==13.0.*" in text and "or set LORA_EXT_CUDA=0" in text
+    text = sentence(build.find_toolkit, torch_for("12.8"), "g++")
+    assert "install CUDA's toolkit of version 12 and set CUDA_HOME, or set LORA" in text
+    monkeypatch.setenv("LORA_EXT_CUDA", "0")
     assert build.find_toolkit(torch_for("13.0"), "g++") is None
-    assert "no CUDA kernels" in capsys.readouterr().err
     monkeypatch.setenv("LORA_EXT_CUDA", "1")
     assert "LORA_EXT_CUDA=1, but there is no nvcc" in sentence(
         build.find_toolkit, torch_for(None), "g++"
     )
+
+
+def test_the_nvcc_of_nvidias_wheels_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    nvcc = tmp_path / "nvidia/cu13/bin/nvcc"
+    (tmp_path / "nvidia/cu13/include").mkdir(parents=True)
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(build.sys.modules, "nvidia", raising=False)
+    importlib.invalidate_caches()
+    before = build.find_nvcc()
+    assert before is None or Path(before) == Path("/usr/local/cuda/bin/nvcc")
+    script(nvcc, "true")
+    assert build.find_nvcc() == (before or str(nvcc))
 
 
 def test_cuda_0_ignores_a_toolkit(toolkit, monkeypatch):
@@ -189,6 +209,22 @@ def test_arch_list_with_a_word_is_refused():
 
 def test_default_architectures_end_with_ptx_of_the_newest_base():
     assert build.default_architectures() == ["80-real", "90a-real", "90-virtual"]
+
+
+def test_a_build_says_what_it_does_and_for_how_long():
+    times = iter([0.0, 61.0, 62.4, 75.0])
+    out, screen = io.StringIO(), io.StringIO()
+    progress = build.Progress(out, screen, lambda: next(times))
+    lines = ["[1/4] Building CXX object x/csrc/cpu/lora.cpp.o\n", "x.cpp:3: warning: y\n"]
+    progress.follow(lines)
+    assert out.getvalue() == (
+        "[1/4 1:01] Building CXX object x/csrc/cpu/lora.cpp.o\nx.cpp:3: warning: y\n"
+    )
+    bar = "lora_ext [######..................] 1/4 files 1:02 lora.cpp"
+    assert screen.getvalue() == f"\r\x1b[K{bar}"
+    progress.say(f"built in {progress.took()} minutes")
+    assert out.getvalue().endswith("\nlora_ext: built in 1:15 minutes\n")
+    assert screen.getvalue().endswith("\r\x1b[Klora_ext: built in 1:15 minutes\n")
 
 
 def test_max_jobs_is_honoured(monkeypatch):

@@ -19,6 +19,9 @@ NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "ht
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist, and the wheel from it: built once, for all workers of pytest-xdist."""
@@ -36,9 +39,8 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_sdist_holds_the_sources_and_nothing_built(archives):
     names = [name.partition("/")[2] for name in tarfile.open(archives[0]).getnames()]
-    tracked = subprocess.run(
-        ["git", "ls-files", "csrc", "lora_ext"], cwd=ROOT, capture_output=True, text=True
-    )
+    listing = ["git", "ls-files", "csrc", "lora_ext", "examples"]
+    tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
     assert tracked.returncode == 0
     missing = set(tracked.stdout.split()) - set(names)
     assert not missing

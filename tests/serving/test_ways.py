@@ -20,6 +20,7 @@ from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_STAYS = 10
+_MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")  # functions that only call for it
 #: What a reader follows: not what a pool does with its pages, nor how an op is called.
 ROOMS = ("serving", "rows", "layers", "interop", "adapter")
 
@@ -74,7 +75,7 @@ class Way:
         outer = frame.f_back
         while outer is not None:
             # What is made to be kept is made by whoever asks for it.
-            if (name := _file(outer)) and outer.f_code.co_name not in ("get", "keep", "<module>"):
+            if (name := _file(outer)) and outer.f_code.co_name not in _MADE_TO_BE_KEPT:
                 around.append(name)
             outer = outer.f_back
         step = f"{around[0] if around else 'a user'} -> {file}.{frame.f_code.co_name}"

@@ -148,6 +148,18 @@ def test_a_neighbours_faults_change_no_bit() -> None:
         assert all(map(torch.equal, expected, run(fault))), fault
 
 
+def test_a_call_that_waits_cannot_be_cancelled_and_the_service_goes_on(service: Service) -> None:
+    tenant = service.create(2)
+
+    def impatient() -> Any:
+        future = tenant.optim_step(0.0)
+        assert not future.cancel()
+        return future
+
+    assert together(service, impatient)[0].metrics["grad_norm:mean"] == 0
+    assert tenant.forward([datum(0)]).result().metrics["loss:sum"] > 0
+
+
 def test_losses_are_the_sums_that_tinker_names(service: Service) -> None:
     tenant = service.create(4)
     old, advantages = torch.full((6,), -4.4), torch.linspace(-1, 1, 6)

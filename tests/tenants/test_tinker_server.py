@@ -1,4 +1,4 @@
-"""The server of examples/: Tinker's wire by hand, and its unmodified SDK where it is installed."""
+"""The server of examples/: Tinker's wire by hand, and its SDK as it is where it is installed."""
 
 from __future__ import annotations
 

@@ -2,5 +2,7 @@
 
 from .automaton import Constraint
 from .limits import DEFAULT, ConstraintTooLarge, Limits
+from .matched import Matched
+from .vocabulary import vocabulary_of
 
-__all__ = ["DEFAULT", "Constraint", "ConstraintTooLarge", "Limits"]
+__all__ = ["DEFAULT", "Constraint", "ConstraintTooLarge", "Limits", "Matched", "vocabulary_of"]

@@ -16,6 +16,7 @@ from lora_ext._checks import require
 from . import algebra
 from .algebra import Automaton
 from .limits import DEFAULT, Clock, Limits
+from .matched import Matched
 from .vocabulary import end_tokens
 from .written import Written
 
@@ -126,6 +127,26 @@ class Constraint(Written):
         flags[[number[s] for s in ends]] = True
         return cls._of(what, Automaton(class_of, table, flags, number[start]), eos, clock, "edges")
 
+    @staticmethod
+    def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
+        """What a matcher of xgrammar or llguidance allows, such as a grammar that nests freely.
+
+        The mask law without a budget: nobody can list the states of a parser, so nothing says which
+        texts still end in time. A text that its budget cuts is a beginning of one that satisfies
+        it. No guide looks ahead for it, and it has no ``&``, ``|`` and ``~``.
+
+        Args:
+            matcher: as xgrammar's ``GrammarMatcher`` (``fill_next_token_bitmask``,
+                ``accept_token``, ``rollback``) or llguidance's ``LLMatcher`` (``compute_bitmask``,
+                ``consume_token``, ``rollback``), before its first token. It is not used elsewhere.
+                One serves all rows that have it; with one a row nothing is taken back.
+            vocab_size: ``V`` of the model. eos_token_id: what ends a text, as the matcher has it.
+
+        Raises:
+            ValueError: for another object, or tokens out of range.
+        """
+        return Matched(matcher, vocab_size, eos_token_id)
+
     # --- combining --------------------------------------------------------------------------------
     def __and__(self, other: Constraint) -> Constraint:
         return self._joined(other, "&", np.logical_and)
@@ -177,6 +198,10 @@ class Constraint(Written):
         if not 0 <= token < self.vocab_size:
             return -1
         return self.rows[state][self.classes[token]]
+
+    def reads(self, token: int) -> bool:
+        """Whether some text contains a token."""
+        return bool((self.table[:, self.classes[token]] >= 0).any())
 
     def accepts(self, tokens: Iterable[int] | Tensor) -> bool:
         """Whether a text is one of the language; ``tokens`` are those before the end."""

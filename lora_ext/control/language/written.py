@@ -8,7 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import algebra, keywords, regex
+from lora_ext._checks import integer
+
+from . import algebra, any_json, keywords, regex
 from .algebra import Automaton
 from .limits import DEFAULT, Clock, Limits
 from .vocabulary import vocabulary_of
@@ -147,6 +149,29 @@ class Written:
         """
         return cls._spelled(
             "json_schema", (schema,), regex.json_schema, tokenizer, vocab_size, eos_token_id, limits
+        )
+
+    @classmethod
+    def json_object(
+        cls,
+        tokenizer: Any,
+        *,
+        depth: int = any_json.DEPTH,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Self:
+        """JSON objects of any content, with at most one space between their parts.
+
+        Args:
+            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
+            depth: objects and arrays inside each other, the outer object included, at least 1;
+                every further one doubles the states.
+        """
+        integer("json_object", "depth", depth, 1)
+        build = any_json.json_object
+        return cls._spelled(
+            "json_object", (depth,), build, tokenizer, vocab_size, eos_token_id, limits
         )
 
     @classmethod

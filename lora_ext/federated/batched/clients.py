@@ -124,7 +124,8 @@ class ClientRound:
 
 
 def client_seed(seed: int, round: int, client: Client) -> int:
-    """What a client draws from in a round, 64 bits of (seed, round, client) alone."""
+    """Hash what a client draws from in a round: 64 bits of ``seed``, ``round`` and ``client``
+    alone, the same on every machine."""
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

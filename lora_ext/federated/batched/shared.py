@@ -90,6 +90,7 @@ class SharedModules:
     @contextlib.contextmanager
     def divided(self) -> Iterator[None]:
         """A block in which their forward is divided between the clients."""
+        # A forward of the object itself, as accelerate puts one there; the class's is no entry.
         before = {owner: m.__dict__.get("forward") for owner, m in self._modules.items()}
         try:
             for owner, module in self._modules.items():

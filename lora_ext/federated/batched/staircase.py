@@ -45,6 +45,7 @@ class Staircase:
         self._replaced: list[tuple[nn.Module, Any]] = []
         for index, name in blocks.items():
             block = model.get_submodule(name)
+            # None where the class's forward runs: then there is nothing to put back.
             self._replaced.append((block, block.__dict__.get("forward")))
             block.forward = self._divided(index, block.forward)
 

@@ -158,9 +158,6 @@ class FusedLoraModel(LoraModel):
         refuse_singular("generate_batch", kwargs)
         return self.model.generate_batch(*args, **kwargs)
 
-    def _is_fused(self, name: str) -> bool:
-        return isinstance(self.model.get_submodule(name), Fused)
-
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
@@ -185,8 +182,8 @@ class FusedLoraModel(LoraModel):
                     warn_of_frozen(self.model, assignment_of(names))
                     if several_processes() and torch.is_grad_enabled():
                         # A fused layer looks itself: FSDP2 lays its parameters whole only then.
-                        left = report(self.model).left.items()
-                        others = {n: why for n, why in left if not self._is_fused(n)}
+                        left, find = report(self.model).left.items(), self.model.get_submodule
+                        others = {n: why for n, why in left if not isinstance(find(n), Fused)}
                         refuse_layers_of_peft(self.model, others)
                 if training and (names is not None or offsets is not None):
                     given = None if names is None else assignment_of(names)

@@ -18,14 +18,15 @@ import copyreg
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import ops
-from lora_ext._checks import require
+from lora_ext._checks import number, require
+from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles
 from lora_ext.rows import PoolLayer
 
@@ -113,9 +114,30 @@ class PackedLinear(nn.Linear):
         y = self.packed_product(input)
         return F.linear(input, self.weight, self.bias) if y is None else y
 
+    #: Whether every product, of any number of rows and with gradients, is the packed copy's.
+    exact = False
+
+    def packed_copy(self, x: Tensor) -> Tensor | None:
+        """The copy that an exact layer multiplies ``x`` with; None where it is not, or cannot."""
+        if not self.exact or compiles() or type(x) is not Tensor or _watched() or not x.is_cpu:
+            return None
+        if x.dtype != self.weight.dtype or x.numel() == 0:
+            return None
+        held: PackedWeight = self.__dict__[_STATE]
+        packed = held.of(self.weight)
+        return held.of(self.weight) if packed is None else packed
+
     def packed_product(self, x: Tensor) -> Tensor | None:
         """The same of ``x (..., I)`` from the packed copy; None where the plain product is to
         serve: in training, traced, or for other dtypes."""
+        if self.exact:
+            packed = self.packed_copy(x)
+            if packed is None:
+                return None
+            x2d = x.reshape(-1, self.in_features)  # (T, I)
+            apply: Any = _Exact.apply
+            y = apply(x2d, self.weight, self.bias, packed)  # (T, O)
+            return y.view(*x.shape[:-1], self.out_features)
         if compiles() or type(x) is not Tensor or self.training or _watched():
             return None
         weight, bias, wide = self.weight, self.bias, self.in_features
@@ -152,6 +174,7 @@ class PackedLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Packed too, with a copy of its own as soon as it is used."""
+        # copy's own way leads through __reduce_ex__ below, which makes a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -163,6 +186,27 @@ class PackedLinear(nn.Linear):
             return super().__reduce_ex__(protocol)
         state = {key: value for key, value in self.__dict__.items() if key != _STATE}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
+
+
+class _Exact(torch.autograd.Function):
+    """A packed product with the plain product's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return ops.packed_linear(x, packed, bias, weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias, _ = ctx.needs_input_grad
+        return (
+            dy @ weight if dx else None,
+            dy.t() @ x if dweight else None,
+            dy.sum(0) if dbias else None,
+            None,
+        )
 
 
 def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
@@ -195,7 +239,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
             or bfloat16 (quantised, say), made in inference mode, or has a forward of its own.
         RuntimeError: one is packed already. The model is unchanged then.
     """
-    chosen = dict(_linears(model)) if names is None else _named(model, names)
+    chosen = dict(linears_of(model)) if names is None else _named(model, names)
     require(chosen, "pack_linears", "model", "a model with linear layers", "none")
     for name, module in chosen.items():
         _check(name, module)
@@ -228,7 +272,7 @@ def unpack_linears(model: Model) -> Model:
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
     """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
     one that has parametrizations."""
-    packed = {name: m for name, m in _linears(model) if isinstance(m, PackedLinear)}
+    packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     for name, module in packed.items():
         if type(module) is not PackedLinear:
             raise RuntimeError(
@@ -243,17 +287,72 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
     """Make them ``nn.Linear`` again."""
     for module in layers:
         del module.__dict__[_STATE]
+        module.__dict__.pop("exact", None)
         module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Packing(NamedTuple):
+    """Whether a model's base should be packed: what its copy takes, in bytes, what is free, and why
+    it should not, or None. As a text it is a line for users."""
+
+    bytes: int
+    free: int
+    reason: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether to pack."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 1e9:.2f} GB of the {self.free / 1e9:.2f} GB that are free"
+        if self.reason is None:
+            return f"the base is packed for decoding, which takes {size}"
+        return f"the base is not packed for decoding: {self.reason}"
+
+
+def packing(model: nn.Module, share: float = 0.25) -> Packing:
+    """Ask whether :func:`pack_linears` of a model gains and fits.
+
+    Args:
+        model: not packed.
+        share: of the memory that is free, which the copy may take; above 0, at most 1.
+
+    Returns:
+        the answer; nothing is packed.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+    number("packing", "share", share, above=0, maximum=1)
+    weights = {id(m.weight): m.weight for _, m in linears_of(model)}
+    wanted = sum(
+        -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
+    )
+    free = free_bytes("cpu") or 0
+    refusals = [_refusal(w) for w in weights.values()]
+    refused = next((each for each in refusals if each is not None), None)
+    reason = None
+    if not weights:
+        reason = "it has no plain linear layer"
+    elif refused is not None:
+        reason = f"it wants {refused}"
+    elif wanted > share * free:
+        reason = (
+            f"the copy's {wanted / 1e9:.2f} GB are more than {share:.0%} of the "
+            f"{free / 1e9:.2f} GB that are free"
+        )
+    return Packing(wanted, free, reason)
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Count the bytes that the packed copies of all layers of ``model`` take, beside their
     weights."""
-    states = {m.__dict__[_STATE] for _, m in _linears(model) if isinstance(m, PackedLinear)}
+    states = {m.__dict__[_STATE] for _, m in linears_of(model) if isinstance(m, PackedLinear)}
     return sum(state.nbytes for state in states)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Plain and packed layers. Adapters' factors are small, and change."""
     factors: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -266,7 +365,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
-    linears = dict(_linears(model))
+    linears = dict(linears_of(model))
     chosen: dict[str, nn.Linear] = {}
     for name in names:
         expected = "the name of a linear layer of the model"
@@ -294,6 +393,7 @@ def _check(name: str, module: nn.Linear) -> None:
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
+    # torch counts writes in place, but none through .data or numpy: samples look for those.
     return weight.data_ptr(), weight._version, weight.dtype, weight.shape
 
 

@@ -129,21 +129,22 @@ class _Loss:
     def _chunked(
         self,
         hidden: Tensor | None,
-        labels: Tensor | None,
+        labels: Any,
         *,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE,
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        layer, scale = self.layer, self.head.scale
+        layer: Any = self.layer
+        scale = self.head.scale
         weight, bias = layer.weight, layer.bias
         if hidden is None or hasattr(weight, "full_tensor"):
             raise NotImplementedError(
                 f"{_WHERE}: model: expected the output layer as it was when this was enabled, and "
                 "whole on each process, found it wrapped or divided"
             )
-        targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels
         targets = targets.to(hidden.device).flatten()
         if scale != 1:
             hidden, bias = hidden * scale, None if bias is None else bias * scale

@@ -161,7 +161,14 @@ class LoraConfig:
     def ranks_and_alphas(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Rank and alpha of each module, and the pattern keys that match none of them."""
+        """Look rank and alpha of modules up in the patterns, as PEFT does.
+
+        Args:
+            names: of the modules, in full.
+
+        Returns:
+            by name ``(r, lora_alpha)``; and the pattern keys that match none of the names.
+        """
         names = tuple(sorted(names))
         ranks, unused_r = self._patterned("rank_pattern", self.rank_pattern, self.r, names)
         alphas, unused_a = self._patterned(

@@ -115,10 +115,11 @@ class LoraProbe:
         ]
 
     def report(self, threshold: float = 10.0) -> dict[str, float]:
-        """Modules whose ``rms_Z_A`` grew by more than the factor since their first record.
+        """List the modules whose ``rms_Z_A`` grew by more than ``threshold`` since their first
+        record.
 
         Returns:
-            The factor of each, infinity where a value is not finite or grew from zero.
+            by name the factor, infinity where a value is not finite or grew from zero.
         """
         first: dict[str, float] = {}
         growth: dict[str, float] = {}

@@ -72,8 +72,9 @@ class HLA:
 
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
-        """Return the allocation that a configuration describes, for a model of L layers."""
-        found = cls.__new__(cls)
+        """Return the allocation that ``config``, a :class:`FedHelloConfig`, describes for a model
+        of L layers; errors are the class's."""
+        found = cls.__new__(cls)  # __init__ takes the settings one by one
         found._set(config, L)
         return found
 
@@ -180,7 +181,8 @@ class HLA:
         return {"L": self.L, "config": config, "importance": importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave: plans are then those of the one that it came from.
+        """Take up ``state``, which :meth:`state_dict` gave: plans are then those of the one that it
+        came from.
 
         Raises:
             ValueError: another number of layers; settings or weights that are none. Nothing has
@@ -192,4 +194,4 @@ class HLA:
         for round, weights in state["importance"]:
             g = checked_weights(where, weights, self.L)
             fresh._importance[whole(where, "round", round, 0)] = g
-        self.__dict__.update(fresh.__dict__)
+        self.__dict__.update(fresh.__dict__)  # at once, now that nothing can raise

@@ -84,6 +84,7 @@ def fim_scores(
     whole(WHERE, "chunk", chunk, 1)
     layers, pairs, alone = _scored(model, layer_of)
     samples = 0
+    # A caller's inference_mode would make outputs that no gradient can be asked of.
     with _as_evaluated(model, alone), torch.inference_mode(False), torch.enable_grad():
         squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
         for batch in batches:

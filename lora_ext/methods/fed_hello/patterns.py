@@ -176,4 +176,5 @@ def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}:{layer}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # 52 bits and a half: never 0 or 1, whose logarithms the draw takes, and exact in a float.
     return ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2.0**-52

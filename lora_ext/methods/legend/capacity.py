@@ -20,7 +20,8 @@ _RATIO_WEIGHT = 1e-3
 
 
 class CapacityReport(NamedTuple):
-    """What a device says of one round. Every duration is measured by one clock."""
+    """What a device says of one round, which nobody has checked. Every duration is measured by one
+    clock, the device's."""
 
     device: Client
     depth: int  # k, how many layers it trained

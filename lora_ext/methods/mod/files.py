@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, parse_json, write_files
+from lora_ext._files import SafetensorsFile, TensorInfo, read_json, write_files
 from lora_ext.layers import adapted_layers, adapter_parameters, adapters_of
 
 from .config import ModConfig
@@ -45,6 +45,10 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put values of :func:`state_dict` into a model with MoD of the same configuration.
+
+    Args:
+        model: of :func:`apply`. state: every parameter of MoD by name, and nothing else; values are
+            copied, in the dtype and to the device of the model's.
 
     Raises:
         RuntimeError: a model without MoD. ValueError: a key that is missing or too many, or a
@@ -124,11 +128,7 @@ def _compare(
 
 
 def _read_config(path: Path) -> ModConfig:
-    with open_regular(path) as file:
-        raw = file.read(_MAX_CONFIG_BYTES + 1)
-    if len(raw) > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found more")
-    data: Any = parse_json(raw, str(path))
+    data: Any = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config"}:
         raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
     if data["version"] != _VERSION:

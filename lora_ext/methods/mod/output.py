@@ -42,6 +42,7 @@ class ModOutput(ModelOutput):
     layer_losses: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time, beside the model's own output class: pickle finds that one.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return _remade, (getattr(type(self), "own_class", None), values)
 

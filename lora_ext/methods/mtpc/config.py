@@ -3,8 +3,8 @@ are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from lora_ext._checks import check_fields, choice, integer, require, within
 from lora_ext.reference import KINDS
@@ -17,13 +17,16 @@ Kind = Literal["ff", "cp", "hmm", "btree"]
 #: :data:`~lora_ext.methods.mtpc.emission.EMISSIONS`.
 EmissionName = Literal["full", "expander", "adapter"]
 
+MOST_FULL = 4096  # tokens for which an unembedding for each position and component is small
+
 
 def check_structure(
-    where: str, n_token: int, rank: int, kind: str, emission: str, adapter_rank: int
+    where: str, n_token: int, rank: int, kind: str, emission: str | None, adapter_rank: int
 ) -> None:
     """Raise ValueError where no head has this structure; ``where`` starts the message."""
     choice(where, "kind", kind, KINDS)
-    choice(where, "emission", emission, tuple(EMISSIONS))
+    if emission is not None:
+        choice(where, "emission", emission, tuple(EMISSIONS))
     least = 2 if kind in ("hmm", "btree") else 1
     few = "an int", f"at least {least} for {kind!r}"
     integer(where, "n_token", n_token, least, expected=few)
@@ -53,7 +56,8 @@ class MtpcConfig:
         n_token: n (H in the authors' code), tokens in a window.
         rank: r (R), components of the mixture, or states of a latent.
         kind: circuit family: "ff", "cp", "hmm" or "btree".
-        emission: how leaves follow from the hidden state, :class:`lora_ext.nn.CircuitHead`.
+        emission: how leaves follow from the hidden state, :class:`lora_ext.nn.CircuitHead`. None
+            is chosen by what is drafted: "full" for up to 4096 tokens, "adapter" for more. Ours.
         adapter_rank: k, rank of each adapter with emission "adapter".
         contextual: transitions depend on the hidden state.
         share_transitions: one transition matrix for all steps.
@@ -76,7 +80,7 @@ class MtpcConfig:
     n_token: int = 8
     rank: int = 32
     kind: Kind = "btree"
-    emission: EmissionName = "full"
+    emission: EmissionName | None = None
     adapter_rank: int = 16
     contextual: bool = True
     share_transitions: bool = False
@@ -108,13 +112,22 @@ class MtpcConfig:
         fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 
+    def for_tokens(self, count: int) -> MtpcConfig:
+        """The settings with an emission, for a draft of so many tokens: the shortlist's, or the
+        vocabulary's. Our choice: "full" grows with positions times components times tokens, and has
+        7 GB for 8 x 8 x 49152 tokens of width 576; "adapter" has the model's own unembedding."""
+        return replace(
+            self, emission=self.emission or ("full" if count <= MOST_FULL else "adapter")
+        )
+
     def of_head(self) -> HeadSettings:
         """Return the arguments of a :class:`CircuitHead` that follow from the settings."""
+        emission: Any = self.emission  # None until for_tokens, and no head is made before it
         return HeadSettings(
             self.n_token,
             self.rank,
             self.kind,
-            self.emission,
+            emission,
             self.adapter_rank,
             self.contextual,
             self.share_transitions,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_ext import control, ops
 from lora_ext._checks import require
-from lora_ext.control import Block, Constraints, Guide, Plan, Row
+from lora_ext.control import Block, Constraints, Guide, MatchedPlan, Plan, Row
 from lora_ext.reference import log_softmax
 
 from .drafting import DraftedWindow, draw
@@ -214,7 +214,7 @@ def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
     return DraftedWindow(Circuit(law[:, :, None], None, None), tokens, conditional, one)
 
 
-def _check(plan: Plan, request: Request, vocab_size: int) -> None:
+def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
     constraint = plan.constraint
     for ok, name, expected, found in (
         (
@@ -231,14 +231,10 @@ def _check(plan: Plan, request: Request, vocab_size: int) -> None:
             sorted(request.ends),
         ),
         (
-            all(_never(constraint, t) for t in request.ends - set(constraint.eos)),
+            all(not constraint.reads(t) for t in request.ends - set(constraint.eos)),
             "eos_token_id",
             "no token that the constraint has inside a text",
             sorted(request.ends),
         ),
     ):
         require(ok, _WHERE, name, expected, found)
-
-
-def _never(constraint: control.Constraint, token: int) -> bool:
-    return bool((constraint.table[:, constraint.classes[token]] < 0).all())

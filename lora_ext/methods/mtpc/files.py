@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext._files import SafetensorsFile, open_regular, parse_json
+from lora_ext._files import SafetensorsFile, read_json
 
 from .config import MtpcConfig
 from .drafting import TokenBridge
@@ -65,11 +65,7 @@ def write_draft(
 def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     """The configuration and the shortlist."""
     path = folder / CONFIG
-    with open_regular(path) as file:
-        raw = file.read(_MAX_CONFIG_BYTES + 1)
-    if len(raw) > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found more")
-    data = parse_json(raw, str(path))
+    data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
         raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
     if data["version"] != _VERSION:

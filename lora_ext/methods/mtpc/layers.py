@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops, reference
 from lora_ext._checks import FLOATS, integer, require
+from lora_ext._memory import free_bytes
 from lora_ext.layers import IGNORE
 
 from .config import EmissionName, Kind, check_structure
@@ -70,6 +71,31 @@ def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_othe
                 state_dict[f"{prefix}{part}.{name}"] = state_dict.pop(prefix + name)
 
 
+def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
+    """Refuse leaves that the device has no memory for, before they take any.
+
+    Raises:
+        ValueError: with their size, what is free, and what would be smaller.
+    """
+    free = free_bytes(options["device"])
+    if free is None:
+        return
+    leaves = EMISSIONS[emission](sizes, **{**options, "device": "meta"})
+    tensors = (*leaves.parameters(), *leaves.buffers())
+    wanted = sum(t.numel() * t.element_size() for t in tensors)
+    k, c, num_leaves, width, _ = sizes
+    less = "" if emission == "adapter" else 'emission="adapter", '
+    require(
+        wanted <= free,
+        "CircuitHead",
+        "emission",
+        f"leaves that fit into the {free / 1e9:.1f} GB that are free; {less}a shortlist or a "
+        "smaller n_token and rank take less",
+        f"{emission!r} of {k} positions x {c} components x {num_leaves} tokens x width {width}, "
+        f"which take {wanted / 1e9:.1f} GB",
+    )
+
+
 class CircuitHead(nn.Module):
     """``q(x_1 .. x_K | h)``: a probabilistic circuit whose parameters are functions of ``h``.
 
@@ -112,7 +138,8 @@ class CircuitHead(nn.Module):
     Raises:
         ValueError: sizes out of range, an unknown kind or emission, ``ff`` with a rank other than
             1, ``hmm`` or ``btree`` with rank or n_token below 2, a shortlist with fewer than 2
-            tokens, a token twice or one outside the vocabulary. NotImplementedError: other dtypes.
+            tokens, a token twice or one outside the vocabulary, leaves larger than the memory that
+            is free. NotImplementedError: other dtypes.
 
     Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv
     2511.11346) and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the draft:
@@ -161,6 +188,7 @@ class CircuitHead(nn.Module):
 
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
+        _check_room(emission, sizes, **options)
         self.leaves = EMISSIONS[emission](sizes, **options)
         structure = kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity
         self.sums = SumWeights(*structure, **options)

@@ -218,13 +218,15 @@ def retrofit(
             with; the model's law stays exact.
 
     Raises:
-        ValueError: a model without output embeddings, or what :class:`CircuitHead` and
+        ValueError: a model without output embeddings, a head larger than the memory that is free,
+            which the message says with what would be smaller, or what :class:`CircuitHead` and
             :class:`DraftTail` refuse; the model is then as it was.
 
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """
-    config = MtpcConfig() if config is None else config
     own, weight = list(model.parameters()), _unembedding(model).weight
+    config = MtpcConfig() if config is None else config
+    config = config.for_tokens(len(weight) if shortlist is None else len(shortlist))
     head = CircuitHead(
         weight.shape[1],
         weight.shape[0],

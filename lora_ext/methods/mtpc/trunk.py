@@ -163,7 +163,7 @@ class Trunk:
             "use_cache": True,
             self._cache_argument: self.cache,
         }
-        with activated_forward(ids, *ids.shape, past, kept):
+        with activated_forward(ids, ids.shape[0], ids.shape[1], past, kept):
             return run_trunk(self.model, self.tail, **inputs, **more)
 
 

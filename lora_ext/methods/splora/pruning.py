@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class SploraResult(NamedTuple):
-    """What was measured, what was pruned, and what is left.
+    """What was measured (``stats``), what was ``pruned``, and what is left: the ``adapter``.
 
     ``str()`` is one line, ``[row._asdict() for row in result.stats]`` the table.
     """

@@ -63,9 +63,10 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
             ranks[module] = state[key].shape[0] if state[key].dim() else 0
             require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
     for key, (module, role, _) in keys.items():
-        shape = tuple(state[key].shape)
-        fits = role != "B.weight" or len(shape) != 2 or shape[1] == ranks[module]
-        require(fits, where, key, f"B (m, r) of the rank of A, which is {ranks[module]}", shape)
+        if role == "B.weight":  # factor_keys has seen its A
+            shape, rank = tuple(state[key].shape), ranks[module]
+            fits = len(shape) != 2 or shape[1] == rank
+            require(fits, where, key, f"B (m, r) of the rank of A, which is {rank}", shape)
     r, rank_pattern = patterns(ranks)
     roles = {role for _, role, _ in keys.values()}
     config = {

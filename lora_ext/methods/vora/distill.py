@@ -46,7 +46,13 @@ class DistillHeads(nn.ModuleList):
         )
 
     def forward(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """``n_blocks`` tensors ``(M, d)`` to as many ``(M, d_v)``.
+        """Project each block's hidden states to the teacher's width.
+
+        Args:
+            hiddens: ``n_blocks`` tensors ``(M, d)``, of the vision tokens.
+
+        Returns:
+            as many ``(M, d_v)``.
 
         Raises:
             ValueError: another number of tensors.

@@ -277,17 +277,17 @@ class VoraForCausalLM(nn.Module):
 
     def _check_attention(self) -> None:
         """Refuse attention that a mask for each pair of tokens says nothing to."""
-        text, found = self.config.get_text_config(), None
+        text, reason = self.config.get_text_config(), None
         own = [
             name for name, buffer in self.model.named_buffers() if _hides_by_itself(name, buffer)
         ]
         if own:
-            found = f"hides the tokens to come by itself ({own[0]})"
+            reason = f"hides the tokens to come by itself ({own[0]})"
         elif getattr(text, "alibi", text.model_type == "bloom"):
-            found = "makes its ALiBi of a mask for each token"
+            reason = "makes its ALiBi of a mask for each token"
         expected = "attention that takes a mask for each pair of tokens"
-        found = f"{type(self.model).__name__}, which {found} (bidirectional=False does without)"
-        require(found is None, "VoraForCausalLM", "model", expected, found)
+        found = f"{type(self.model).__name__}, which {reason} (bidirectional=False does without)"
+        require(reason is None, "VoraForCausalLM", "model", expected, found)
 
 
 def _hides_by_itself(name: str, buffer: Tensor) -> bool:

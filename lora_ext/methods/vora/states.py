@@ -87,7 +87,7 @@ def prefill(
         if embeds is None or threading.get_ident() != thread:
             return None
 
-        def each(tensor: Tensor) -> Tensor:
+        def each(tensor: Tensor) -> Tensor:  # of the rows that generate made of a sample
             return tensor.repeat_interleave(len(embeds) // len(tensor), 0)
 
         if vision_mask is not None:
@@ -104,7 +104,7 @@ def prefill(
 
     handles = (
         model.register_forward_pre_hook(enter, with_kwargs=True),
-        model.register_forward_hook(leave, always_call=True),
+        model.register_forward_hook(leave, always_call=True),  # also where the forward raises
     )
     try:
         yield

@@ -1,0 +1,99 @@
+"""Output that holds to a constraint, on SmolLM2: JSON from two adapters in one batch, and words.
+
+Two adapters learn to talk for a moment; asked in one batch, each fills in the same form, and the
+base model does too. Then a text of 32 tokens must say a word: a mask alone says it when it has to,
+a guide, learned from a few of the model's texts, makes room for it. No GPU, no network, two minutes
+on two cores: `python examples/control.py` where lora_ext[demo,control] is installed. A better guide
+takes 20 minutes: `lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from tqdm import tqdm
+from training import read_examples, take_steps
+
+import lora_ext
+from lora_ext import control, nn
+from lora_ext.interop.smollm2 import load_smollm2
+
+matplotlib.use("Agg")
+OUT = Path(__file__).resolve().parents[1] / "out" / "control"
+ADAPTERS, BUDGET = ("pirate", "telegram"), 32
+PARTS = {"greeting": {"type": "string", "maxLength": 40}, "people": {"type": "integer"}}
+FORM = {"type": "object", "properties": PARTS, "required": list(PARTS)}
+
+
+def asked(tokenizer: Any, question: str, rows: int) -> torch.Tensor:
+    """Prompts ``(rows, S)``."""
+    said = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    return torch.tensor([list(ids)] * rows)
+
+
+def write(model: Any, ids: torch.Tensor, how: Any, **settings: Any) -> torch.Tensor:
+    """New tokens of sampled rows."""
+    settings = {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(ids)} | settings
+    return model.generate(ids, logits_processor=[how], **settings)[:, ids.shape[1] :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--guide", type=Path, help="a folder of distil-guide; default: learn one")
+    args = parser.parse_args()
+    steps, rows, states, samples = (2, 2, 4, 4) if args.quick else (12, 16, 128, 192)
+    model, tokenizer = load_smollm2()
+    if args.quick:
+        del model.model.layers[2:]
+    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
+    for name in ADAPTERS:
+        nn.wrap(model, nn.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+        take_steps(model, tokenizer, read_examples(tokenizer, name), steps, 5e-3, f"{name:>8}")
+        pool.load(name, model)
+        nn.unwrap(model)
+    form = control.Constraint.json_schema(FORM, tokenizer)
+    how = control.ConstraintProcessor(form, max_new_tokens=64)
+    ids = asked(tokenizer, "Greet the people of a small town, and say how many live there.", 3)
+    lora_ext.attach(model, pool)
+    with lora_ext.adapters([*ADAPTERS, None]):
+        forms = write(model, ids, how, max_new_tokens=64, do_sample=False)
+    for name, tokens in zip([*ADAPTERS, "base"], forms, strict=True):
+        print(f"{name:>8}: {json.loads(tokenizer.decode(tokens, skip_special_tokens=True))}")
+    lora_ext.detach(model)
+
+    prompts = asked(tokenizer, "Tell me about a small town by the sea.", rows)
+    guide = control.Guide.load(args.guide) if args.guide else None
+    if guide is None:
+        guide = control.distil(model, prompts, states, samples=samples, progress=tqdm)
+    print(f"guide: {guide}, {guide.measures}")
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for law, look, color in (("mask", None, "#E69F00"), ("guided", guide, "#0072B2")):
+        places: list[int] = []
+        for word in (" beach", " dog", " purple"):
+            one = control.Constraint.keywords(tokenizer, [word])
+            how = control.ConstraintProcessor(one, look, max_new_tokens=BUDGET)
+            torch.manual_seed(0)
+            found = write(model, prompts, how, max_new_tokens=BUDGET)
+            texts = [[tokenizer.decode(row[: n + 1]) for n in range(BUDGET)] for row in found]
+            places += [next(n for n in range(BUDGET) if word in text[n]) for text in texts]
+            print(f"{law:>8}: {tokenizer.decode(found[0], skip_special_tokens=True)!r}")
+        axes.hist(places, range(BUDGET + 1), alpha=0.7, label=law, color=color)
+    axes.set(xlabel="token with which the word is said", ylabel="texts")
+    axes.legend()
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out / "control.png", dpi=120)
+    pyplot.close(figure)
+    print(f"picture: {args.out / 'control.png'}")
+
+
+if __name__ == "__main__":
+    main()

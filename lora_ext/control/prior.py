@@ -1,0 +1,108 @@
+"""Reading the guide's state off the model's hidden state: what was written before needs no filter.
+
+Source: LTLA (arXiv 2511.16054) has a network for the prior of its hidden Markov model; this one is
+a single layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import integer, require
+
+from .guide import Guide
+
+_WHERE = "PriorHead"
+
+
+class PriorHead(nn.Module):
+    """``A = softmax(P h)``: the law of the guide's state at the next token, from a hidden state.
+
+    ``ConstraintProcessor(..., prior=head(hidden))`` starts every row where its prompt has led, with
+    ``hidden`` the state that enters the model's LM head at the last token of the prompt.
+
+    Args:
+        guide: whose states they are. hidden_size: ``D``.
+
+    Attributes:
+        weight: ``(H, D)``, zeros at first: every state is as likely as another.
+    """
+
+    def __init__(self, guide: Guide, hidden_size: int):
+        super().__init__()
+        integer(_WHERE, "hidden_size", hidden_size, 1)
+        self.guide = guide
+        self.weight = nn.Parameter(guide.initial.new_zeros(guide.num_states, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Laws ``(B, H)`` of hidden states ``(B, D)``, in the dtype of the guide."""
+        return (hidden.to(self.weight) @ self.weight.t()).softmax(-1)
+
+    def log_prob(self, hidden: Tensor, following: Tensor) -> Tensor:
+        """``log p`` of the tokens that follow hidden states, ``(B,)``.
+
+        ``log sum_z A(z) p(x_1 .. x_m | z)``, with the guide's own law of a text from a state.
+
+        Args:
+            hidden: ``(B, D)``. following: ``(B, m)`` int64; -1 behind the end of a text.
+        """
+        law, guide = self(hidden), self.guide
+        behind, scale = torch.ones_like(law), law.new_zeros(len(law))
+        for t in reversed(range(following.shape[1])):
+            token = following[:, t]
+            seen = guide.by_token[token.clamp(min=0)] * behind
+            seen = torch.where((token >= 0)[:, None], seen, 1.0)
+            top = seen.amax(-1, keepdim=True).clamp(min=torch.finfo(law.dtype).tiny)
+            scale = scale + top[:, 0].log()
+            behind = seen / top
+            if t:
+                behind = behind @ guide.transition.t()
+        return (law * behind).sum(-1).log() + scale
+
+    def fit(
+        self,
+        hidden: Tensor,
+        following: Tensor,
+        *,
+        steps: int = 200,
+        batch: int = 256,
+        learning_rate: float = 0.05,
+        seed: int = 0,
+        progress: Any = None,
+    ) -> float:
+        """Learn from places of texts, by the likelihood of what follows them.
+
+        Args:
+            hidden: ``(N, D)``. following: ``(N, m)``, as :meth:`log_prob` takes them.
+            steps: of Adam, whose rate falls to zero. batch: places of each.
+            progress: as :func:`distil` takes it.
+
+        Returns:
+            nats a token on the places of the last tenth, which are not learned from.
+
+        Raises:
+            ValueError: for fewer than two places, or numbers out of range.
+        """
+        integer(_WHERE, "steps", steps, 0)
+        fits = len(hidden) == len(following) >= 2 and hidden.shape[1:] == self.weight.shape[1:]
+        shapes = f"{tuple(hidden.shape)} and {tuple(following.shape)}"
+        expected = f"(N, {self.weight.shape[1]}) and (N, m) with N at least 2"
+        require(fits, _WHERE, "hidden and following", expected, shapes)
+        apart = max(1, len(hidden) // 10)
+        optimizer = torch.optim.Adam([self.weight], learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        drawing = torch.Generator().manual_seed(seed)
+        listed: Any = range(steps)
+        for _ in listed if progress is None else progress(listed, desc="prior", total=steps):
+            chosen = torch.randint(len(hidden) - apart, (batch,), generator=drawing)
+            loss = -self.log_prob(hidden[chosen], following[chosen]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            total = -self.log_prob(hidden[-apart:], following[-apart:]).double().sum()
+        return float(total / (following[-apart:] >= 0).sum())

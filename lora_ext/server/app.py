@@ -1,0 +1,187 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from lora_ext.pool import PoolFullError, UnknownAdapterError
+from lora_ext.serving import (
+    CONTENT_TYPE,
+    Embedder,
+    Engine,
+    QueueFullError,
+    StoppedError,
+    prometheus,
+)
+
+from .answers import embeddings, events, whole
+from .requests import Chat, Completion, Embedding, Load, Unload, told
+
+Body = TypeVar("Body", bound=BaseModel)
+
+#: What an error of each kind is answered with; the first that fits.
+_CODES: dict[type[Exception], int] = {
+    ValidationError: 422,
+    UnknownAdapterError: 404,
+    FileNotFoundError: 404,
+    PoolFullError: 429,
+    QueueFullError: 429,
+    StoppedError: 503,
+    ValueError: 400,
+    NotImplementedError: 400,
+    RuntimeError: 500,
+    HTTPException: 500,
+    ClientDisconnect: 400,
+}
+
+
+class _Refusals:
+    """Errors as OpenAI's clients read them, and how many there were by their code."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+
+    def __call__(self, request: Request, error: Exception) -> Response:
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), 500)
+        code = getattr(error, "status_code", code)
+        headers = {"Retry-After": "1"} if code == 429 else getattr(error, "headers", None)
+        if code == 405 and request.method == "OPTIONS":
+            allowed = (headers or {}).get("Allow", "")
+            return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
+        self.counts[code] += 1
+        words = getattr(error, "detail", None) or str(error.args[0] if error.args else error)
+        if isinstance(error, ValidationError):
+            words = told(error)
+        return JSONResponse({"error": {"message": words, "code": code}}, code, headers)
+
+
+def make_app(
+    engine: Engine | Embedder,
+    base: str,
+    max_body: int = 1 << 20,
+    origins: Sequence[str] = (),
+) -> FastAPI:
+    """OpenAI's API over an engine; add routes of your own to what it returns.
+
+    Args:
+        engine: that runs. An :class:`Engine` answers chats and completions, an :class:`Embedder`
+            embeddings.
+        base: name of the base model; every other ``model`` is an adapter of the engine's folder.
+        max_body: bytes of a request's body. origins: of web pages whose scripts may ask (CORS).
+
+    Returns:
+        the application, for uvicorn or another ASGI server.
+    """
+    refuse = _Refusals()
+    handlers: Any = dict.fromkeys(_CODES, refuse)
+    app = FastAPI(title="lora_ext", exception_handlers=handlers)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+        )
+
+    async def read(kind: type[Body], request: Request) -> Body:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > max_body:
+                raise HTTPException(413, f"body: expected at most {max_body} bytes")
+        return kind.model_validate_json(body)
+
+    _add_answers(app, engine, base, read, refuse)
+    _add_models(app, engine, base, read)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        page = prometheus(engine.stats(), refuse.counts, engine.load())
+        return PlainTextResponse(page, media_type=CONTENT_TYPE)
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    def health() -> Response:
+        return JSONResponse({"healthy": engine.healthy}, 200 if engine.healthy else 503)
+
+    return app
+
+
+def _add_answers(
+    app: FastAPI, engine: Engine | Embedder, base: str, read: Any, refuse: _Refusals
+) -> None:
+    """Chats and completions, or embeddings."""
+
+    def adapter(model: str) -> str | None:
+        return None if model == base else model
+
+    async def generate(asked: Chat | Completion, request: Request) -> Any:
+        if not isinstance(engine, Engine):
+            raise ValueError(f"model: expected one that generates, found {base!r}, which embeds")
+        name, how = adapter(asked.model), asked.settings()
+        stream = await engine.begin(asked.prompt(), name, **how)
+        stream.until_gone(request.receive)
+        texts = stream.texts(engine.tokenizer, asked.stop or ())
+        if not asked.stream:
+            return whole(asked, stream, "".join([text async for text in texts]))
+        parts = events(asked, stream, texts, lambda e: bytes(refuse(request, e).body).decode())
+        return StreamingResponse(parts, media_type="text/event-stream")
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        return await generate(await read(Chat, request), request)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Any:
+        return await generate(await read(Completion, request), request)
+
+    @app.post("/v1/embeddings")
+    async def embed(request: Request) -> Any:
+        asked = await read(Embedding, request)
+        if not isinstance(engine, Embedder):
+            raise ValueError(f"model: expected one that embeds, found {base!r}, which generates")
+        if asked.dimensions not in (None, engine.dimensions):
+            found = f"dimensions: expected the model's, {engine.dimensions}, found "
+            raise ValueError(f"{found}{asked.dimensions}")
+        vectors, tokens = await engine.embed(asked.texts(), adapter(asked.model))
+        return embeddings(asked, vectors, tokens)
+
+
+def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -> None:
+    """What may be asked for, and what changes it."""
+
+    def listed() -> list[dict[str, Any]]:
+        first = {"id": base, "object": "model", "owned_by": "lora_ext", "created": 0}
+        names = dict.fromkeys([*engine.pool.names, *engine.folder.names()])
+        return [first, *({**first, "id": each, "parent": base} for each in names if each != base)]
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        return {"object": "list", "data": listed()}
+
+    @app.get("/v1/models/{name}")
+    def model(name: str) -> Any:
+        for each in listed():
+            if each["id"] == name:
+                return each
+        raise UnknownAdapterError(f"model: expected one that /v1/models lists, found {name!r:.200}")
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Any:
+        asked = await read(Load, request)
+        if asked.lora_name == base:
+            raise ValueError(f"lora_name: expected another than the base model's, found {base!r}")
+        await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
+        return {"loaded": asked.lora_name}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Any:
+        asked = await read(Unload, request)
+        await asyncio.to_thread(engine.folder.unload, asked.lora_name)
+        return {"unloaded": asked.lora_name}

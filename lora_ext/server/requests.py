@@ -1,0 +1,203 @@
+"""What clients may ask for: OpenAI's fields, each with what is served of it; all else is refused.
+
+A field that changes no answer is taken and not read. One that would change it may have its neutral
+value alone, which is what leaving it out means. A field may be null: OpenAI's are a value or null.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_ext.serving import Sampling, read_format, refuse_old_names
+
+_STRICT = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+_MOST_TOLD = 4  # errors of one request
+
+Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
+Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
+Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
+Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)]
+Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
+
+
+class _Asked(BaseModel):
+    """A body of JSON."""
+
+    model_config = _STRICT
+
+
+class Text(_Asked):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Asked):
+    """A message of a chat; the fields that a client sends back as it got them may be null."""
+
+    role: str
+    content: str | Annotated[list[Text], Field(min_length=1)]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    annotations: Empty | None = None
+    function_call: None = None
+    tool_calls: Empty | None = None
+
+    def said(self) -> dict[str, str]:
+        """As a chat template takes it: parts are joined by line ends."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content, **named}
+
+
+class StreamOptions(_Asked):
+    """``stream_options``."""
+
+    include_usage: bool | None = None
+
+
+class _Generates(_Asked):
+    """Fields of chats and of completions."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None  # as vLLM has it
+    # They change no answer.
+    user: str | None = None
+    # Neutral values.
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            refuse_old_names(body)
+        return body
+
+    @property
+    def usage_wanted(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        heat, mass = (1.0 if x is None else x for x in (self.temperature, self.top_p))
+        return Sampling(heat, mass, self.seed)
+
+    def settings(self) -> dict[str, Any]:
+        """Keywords of :meth:`Engine.begin` beside prompt and adapter.
+
+        Raises:
+            ValueError: fields that do not go together.
+        """
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options: expected beside stream: true, found without it")
+        form = read_format(self.response_format, self.structured_outputs)
+        if form is not None and self.stop:
+            raise ValueError("stop: expected none beside a format, which it would cut, found some")
+        return {"sampling": self.sampling(), "form": form}
+
+
+class Chat(_Generates):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    parallel_tool_calls: bool | None = None  # of no tools
+    tools: Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    def prompt(self) -> Prompt:
+        """What :meth:`Engine.begin` takes."""
+        return [message.said() for message in self.messages]
+
+    def settings(self) -> dict[str, Any]:
+        """Keywords of :meth:`Engine.begin`; 256 tokens at most where no number is given."""
+        return {**super().settings(), "max_new_tokens": self.max_tokens}
+
+
+class Completion(_Generates):
+    """``POST /v1/completions``: one prompt, a text or its tokens."""
+
+    text: str | Tokens | Annotated[list[str] | list[Tokens], Field(max_length=1)] = Field(
+        alias="prompt"
+    )
+    max_tokens: int | None = Field(None, ge=1)
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: Literal[""] | None = None
+
+    def prompt(self) -> Prompt:
+        """What :meth:`Engine.begin` takes."""
+        given = self.text
+        nested = isinstance(given, list) and given and not isinstance(given[0], int)
+        return given[0] if nested else given  # pyright: ignore[reportReturnType]
+
+    def settings(self) -> dict[str, Any]:
+        """Keywords of :meth:`Engine.begin`; OpenAI's 16 tokens where no number is given."""
+        most = 16 if self.max_tokens is None else self.max_tokens
+        return {**super().settings(), "max_new_tokens": most}
+
+
+class Embedding(_Asked):
+    """``POST /v1/embeddings``: texts or their tokens."""
+
+    model: str
+    input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+    def texts(self) -> list[str | list[int]]:
+        """What :meth:`Embedder.embed` takes."""
+        given = self.input
+        alone = isinstance(given, str) or isinstance(given[0], int)
+        return [given] if alone else given  # pyright: ignore[reportReturnType]
+
+
+class Load(_Asked):
+    """``POST /v1/load_lora_adapter``, as vLLM has it."""
+
+    lora_name: str
+    lora_path: str | None = None
+
+
+class Unload(_Asked):
+    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+def told(error: ValidationError) -> str:
+    """What is wrong with a body, on one line: each field by its name."""
+    found = error.errors(include_url=False, include_context=False)
+    lines = []
+    for one in found[:_MOST_TOLD]:
+        place = ".".join(map(str, one["loc"])) or "body"
+        value = f", found {one['input']!r:.100}" if one["type"] != "missing" and one["loc"] else ""
+        lines.append(f"{place}: {one['msg']}{value}")
+    more = f"; and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    return "; ".join(lines) + more

@@ -1,0 +1,192 @@
+"""A server from its arguments: they are checked before the model is read, and Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from lora_ext._checks import require
+from lora_ext.layers import packing
+from lora_ext.serving import Embedder, Engine, pooling_of
+
+from .app import make_app
+
+_WHERE = "serve"
+_SLOW = 1.0  # seconds that a client has to read how its request ended when the server stops
+_OLDEST = (5, 24)  # transformers, of the extra `serve`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is told.
+
+    Args:
+        model: a folder of transformers with its tokenizer; of sentence-transformers too.
+        adapters: the folder of all adapters, each in a folder of its name.
+        host, port: to listen at. Port 0 is any that is free.
+        device: None takes a GPU where torch finds one.
+        max_requests: that wait or run. max_rank: of an adapter.
+        context: tokens of prompt and answer of a request. max_body: bytes of one.
+        origins: of web pages whose scripts may ask.
+        pack: keep a packed copy of the base for decoding on a CPU, where it takes at most a quarter
+            of the memory that is free.
+    """
+
+    model: str | os.PathLike[str]
+    adapters: str | os.PathLike[str]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str | None = None
+    max_requests: int = 64
+    max_rank: int = 64
+    context: int = 4096
+    max_body: int = 1 << 20
+    origins: Sequence[str] = ()
+    pack: bool = True
+
+    def check(self) -> None:
+        """Refuse what cannot be served, before anything large is read.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        import transformers
+
+        found = transformers.__version__
+        new = tuple(map(int, found.split(".")[:2])) >= _OLDEST
+        require(new, _WHERE, "transformers", "5.24 or newer", found)
+        for name in ("model", "adapters"):
+            folder = Path(getattr(self, name))
+            require(folder.is_dir(), _WHERE, f"--{name}", "a folder", f"{str(folder)!r:.200}")
+        there = (Path(self.model) / "config.json").is_file()
+        found = f"no config.json in {str(self.model)!r:.200}"
+        require(there, _WHERE, "--model", "a folder of transformers", found)
+        require(0 <= self.port < 1 << 16, _WHERE, "--port", "0 to 65535", self.port)
+        for name in ("max_requests", "max_rank", "context", "max_body"):
+            value = getattr(self, name)
+            require(value > 0, _WHERE, f"--{name.replace('_', '-')}", "at least 1", value)
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                words = str(error).splitlines()[0]
+                found = f"{self.device!r} ({words})"
+                require(False, _WHERE, "--device", "one that torch has here", found)
+
+    def listen(self) -> socket.socket:
+        """A socket at host and port.
+
+        Raises:
+            ValueError: somebody listens there, or nobody may.
+        """
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((self.host, self.port))
+        except OSError as error:
+            listening.close()
+            where = f"{self.host}:{self.port} ({error.strerror or error})"
+            require(False, _WHERE, "--host, --port", "an address that is free", where)
+        return listening
+
+    def engine(self, say: Callable[[str], None] = print) -> Engine | Embedder:
+        """Read model and tokenizer: those of an embedding model answer ``/v1/embeddings``, others
+        the rest.
+
+        Args:
+            say: takes a line about what that costs.
+        """
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        embeds = embedding_of(self.model)
+        kind: Any = AutoModelForCausalLM if embeds is None else AutoModel
+        tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
+        model = kind.from_pretrained(self.model, local_files_only=True).eval()
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.to(default if self.device is None else self.device)
+        how: dict[str, Any] = {
+            name: getattr(self, name) for name in ("max_requests", "max_rank", "context")
+        }
+        if embeds is None:
+            if self.pack:
+                found = packing(model)
+                say(f"{found}{'; --no-pack leaves it plain' if found.fits else ''}")
+                how["pack_base"] = found.fits
+            return Engine(model, tokenizer, self.adapters, **how)
+        pooling, normalize = embeds
+        how |= {"pooling": pooling, "normalize": normalize}
+        return Embedder(model, tokenizer, self.adapters, **how)
+
+
+def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
+    """Pooling of a model that embeds, and whether its vectors are normalised; None of a model that
+    generates. Our choice: the mean, normalised, where the folder does not say it.
+
+    Raises:
+        ValueError: what :func:`~lora_ext.serving.pooling_of` refuses.
+    """
+    said = pooling_of(folder)
+    if said is not None:
+        return said
+    config = json.loads((Path(folder) / "config.json").read_text())
+    kinds = config.get("architectures") or ["ForCausalLM"]
+    generates = any("ForCausalLM" in k or "ForConditionalGeneration" in k for k in kinds)
+    return None if generates else ("mean", True)
+
+
+class _Server(uvicorn.Server):
+    """Ends what runs, with an error for who reads it, before it waits for connections."""
+
+    def __init__(
+        self, config: uvicorn.Config, begins: Callable[[], None], interrupt: Callable[[], None]
+    ):
+        super().__init__(config)
+        self._begins, self._interrupt = begins, interrupt
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._begins()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._interrupt()
+        hang_up = asyncio.get_running_loop().call_later(_SLOW, self._hang_up)
+        await super().shutdown(sockets)
+        hang_up.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+
+def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
+    """Serve until Ctrl-C or SIGTERM: requests that run end with an error then, within two seconds.
+
+    Args:
+        say: takes a line of what the model costs, and one once requests are answered.
+
+    Raises:
+        ValueError: what cannot be served. KeyboardInterrupt: after Ctrl-C.
+    """
+    settings.check()
+    with settings.listen() as listening, settings.engine(say) as engine:
+        base = Path(settings.model).resolve().name
+        app = make_app(engine, base, settings.max_body, settings.origins)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=2)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        where = f"http://{host}:{listening.getsockname()[1]}/v1"
+
+        def begins() -> None:
+            say(f"{base} with {len(engine.folder.names())} adapters answers at {where}")
+
+        _Server(config, begins, engine.interrupt).run([listening])

@@ -1,0 +1,118 @@
+"""A row of the table of ops, and the ways in which laws compare what an op gives.
+
+Each family has its rows beside its inputs, in ``cases*.py``; ``test_contract.py`` lists them all
+and drives them through the laws that every op keeps. What one family alone promises is in
+``test_contract_<family>.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from backends import Backend
+from torch import Tensor
+
+Outputs = dict[str, Tensor]
+Check = tuple[Any, tuple[Any, ...]]  # an op of torch.ops.lora_ext, and arguments
+Wrong = tuple[str, Callable[[], Any]]  # what the error must say, and the call
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, or several that are fed alike.
+
+    ``inputs(shape, dtype, seed=, exact=, device=, **variant)`` gives what ``run`` (the op) and
+    ``formula`` (the reference, in float64 on the CPU) take; both give every output and gradient by
+    name. ``exact`` inputs are small integers, or whatever gives the formula's very bits.
+    """
+
+    name: str
+    inputs: Callable[..., Any]
+    run: Callable[[Any], Outputs]
+    formula: Callable[[Any], Outputs] | None = None
+    bounds: Callable[[Any, Outputs], Outputs] | None = None  # largest |error|, entry by entry
+    small: Sequence[Any] = ()  # shapes for every backend
+    medium: Sequence[Any] = ()  # not for lesser twins and the emulator that checks every access
+    large: Sequence[Any] = ()  # for the best twin alone
+    # Groups of variants, which the shapes take in turns: every pair of a shape and a value of an
+    # axis occurs, not every product of them.
+    variants: Sequence[Sequence[dict[str, Any]]] = (({},),)
+    dtypes: Callable[[Backend], list[torch.dtype]] = Backend.dtypes
+    on_gpu: bool = True
+    exact: bool = True  # whether the formula's bits are promised on exact inputs
+    steady: bool = True  # whether every run gives the same bits
+    random: dict[str, Any] = field(default_factory=dict)  # stands above the variants, for bounds
+    threads: dict[str, Any] | None = field(default_factory=dict)  # likewise; None: bits may differ
+    replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium ones
+    captured: Callable[[Any], Outputs] | None = None  # what such a graph holds; None: run
+    checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck
+    wrong: Callable[[str], list[Wrong]] | None = None  # bad input on a device
+
+    def shapes(self, backend: Backend) -> list[Any]:
+        if backend.device == "cuda" and not self.on_gpu:
+            return []
+        if backend.small:
+            return [*self.small]
+        return [*self.small, *self.medium, *(self.large if backend.is_twin else ())]
+
+    def feed(self, shape: Any, dtype: torch.dtype, turn: int = 0, **how: Any) -> Iterator[Any]:
+        """The inputs of a shape, once for each variant of its turn."""
+        at = [*self.small, *self.medium, *self.large].index(shape) + turn
+        for variant in self.variants[at % len(self.variants)]:
+            yield self.inputs(shape, dtype, **{**variant, **how})
+
+
+def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
+    got, expected = got.cpu(), expected.cpu()
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    differs = (got != expected) & ~(got.isnan() & expected.isnan())
+    where = differs.nonzero()
+    assert not len(where), f"{what}{len(where)} of {differs.numel()}, first {where[0].tolist()}"
+
+
+def same(got: Outputs, expected: Outputs, what: object = "") -> None:
+    """Bit for bit; a formula in float64 is rounded to the dtype that was found."""
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert_same_bits(value, expected[name].to(value.dtype), f"{what} {name}: ")
+
+
+def within(got: Outputs, exact: Outputs, allowed: Outputs, what: object = "") -> None:
+    """Each error below its bound; minus infinity where the formula has it, and nowhere else."""
+    assert got.keys() == exact.keys()
+    for name, value in got.items():
+        value = value.cpu().double()
+        impossible = exact[name] == -math.inf
+        assert torch.equal(value == -math.inf, impossible), f"{what} {name}: -inf elsewhere"
+        error = (value - exact[name]).abs()[~impossible]
+        worst = error / allowed[name].expand_as(exact[name])[~impossible].clamp(min=1e-300)
+        worst = worst.nan_to_num(torch.inf)
+        assert (worst <= 1).all(), f"{what} {name}: {worst.max():.2f} times the bound"
+
+
+def off_grid(t: Tensor, gap: int = 3) -> Tensor:
+    """The same values in rows `gap` elements further apart, one element off their alignment."""
+    rows, width = t.shape
+    store = t.new_full((rows * (width + gap) + 1,), float("nan"))
+    view = store[1:].view(rows, width + gap)[:, :width]
+    return view.copy_(t)
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Few rows, in which every pair of values of any two axes occurs: greedily, the same always."""
+    rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
+
+    def pairs(row: tuple[int, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    left: set[Any] = set().union(*map(pairs, rows))
+    chosen = []
+    while left:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & left)))
+        left -= pairs(chosen[-1])
+    return [tuple(axis[at] for axis, at in zip(axes, row, strict=True)) for row in chosen]

@@ -1,0 +1,59 @@
+"""The laws against the dense formulas of ``reference``, on automata and guides drawn at random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from control_toys import guide
+from torch import Tensor
+
+from lora_ext import reference
+from lora_ext.control import Constraint, ConstraintProcessor, Plan, Row, advance, log_ratios
+
+V, EOS, BUDGET = 9, 8, 7
+
+
+def drawn(seed: int) -> Constraint:
+    """Six states, a third of whose edges are missing."""
+    g = torch.Generator().manual_seed(seed)
+    table = torch.where(torch.rand(6, 8, generator=g) < 0.67, 0, -7) + torch.randint(
+        6, (6, 8), generator=g
+    )
+    edges = [(s, t, int(table[s, t])) for s in range(6) for t in range(8) if table[s, t] >= 0]
+    return Constraint.from_edges(edges, 0, {3, 5}, V, EOS)
+
+
+def delta(constraint: Constraint) -> Tensor:
+    return constraint.table.long()[:, constraint.class_of.long()]
+
+
+@pytest.mark.parametrize(("seed", "least"), [(0, 0), (1, 2), (2, 3), (3, 0)])
+def test_live_states_messages_and_ratios_are_those_of_the_formulas(seed: int, least: int) -> None:
+    one, whole = drawn(seed), guide(seed, states=4, vocab=V)
+    plan, edges = Plan(one, BUDGET, least, whole), delta(one)
+    live = reference.control_live(edges, BUDGET, least)
+    wanted = reference.control_messages(edges, whole.transition, whole.emission, BUDGET, least)
+    for k in range(BUDGET + 1):
+        assert [plan.alive(s, k) for s in range(one.num_states + 1)] == live[k].tolist()
+        table, scale = plan.messages(k)
+        assert torch.allclose(table * scale.exp()[:, None], wanted[k], rtol=1e-12, atol=0)
+    row, law = Row.first(plan), whole.initial
+    for k in range(BUDGET, 0, -1):
+        (block,) = log_ratios([row])
+        ratio = reference.control_ratio(edges, whole.emission, wanted, law, row.state, k, least)
+        assert torch.allclose(block.ratio[0].exp(), ratio, rtol=1e-11, atol=1e-300)
+        token = int(ratio[:EOS].argmax()) if float(ratio[:EOS].max()) > 0 else EOS
+        (row,) = advance([row], [token])
+        assert row is not None
+        if row.ended:
+            break
+        law = reference.control_filter(law, whole.transition, whole.emission, token)
+    assert row.ended
+
+
+def test_every_bit_that_is_not_allowed_is_off_in_both() -> None:
+    one = drawn(4)
+    how = ConstraintProcessor(one, max_new_tokens=BUDGET)
+    scores = how(torch.tensor([[0]]), torch.zeros(1, V))[0]
+    step = reference.control_live(delta(one), BUDGET)[BUDGET - 1][delta(one)[0]]
+    assert torch.equal(scores > -torch.inf, step & (delta(one)[0] >= 0))

@@ -1,0 +1,55 @@
+"""The guide's state read off a hidden state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from control_toys import BUDGET, H, V, constraint, guide
+from torch import Tensor
+
+from lora_ext.control import ConstraintProcessor, PriorHead
+
+
+def places(count: int) -> tuple[Tensor, Tensor]:
+    """Hidden states that tell the guide's state but for some noise, and three tokens behind."""
+    g, whole = torch.Generator().manual_seed(0), guide()
+    state = torch.multinomial(whole.initial, count, replacement=True, generator=g)
+    hidden = 2 * torch.eye(H, dtype=torch.float64)[state]
+    hidden = hidden + 0.3 * torch.randn(count, H, generator=g, dtype=torch.float64)
+    tokens = []
+    for _ in range(3):
+        tokens.append(torch.multinomial(whole.emission[state], 1, generator=g)[:, 0])
+        state = torch.multinomial(whole.transition[state], 1, generator=g)[:, 0]
+    return hidden, torch.stack(tokens, 1)
+
+
+def test_texts_have_the_probability_that_the_guide_gives_them_from_the_law_of_the_head() -> None:
+    head = PriorHead(guide(), H)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    hidden, following = places(40)
+    following[::3, 2], following[::4, 1:] = -1, -1
+    wanted = guide().log_prob(following, head(hidden).detach())
+    assert torch.allclose(head.log_prob(hidden, following), wanted, atol=1e-12)
+
+
+def test_a_head_learns_what_hidden_states_tell_and_a_run_starts_there() -> None:
+    hidden, following = places(2000)
+    before = PriorHead(guide(), H).fit(hidden, following, steps=0)
+    head = PriorHead(guide(), H)
+    after = head.fit(hidden, following, steps=120)
+    laws = head(torch.eye(H, dtype=torch.float64) * 2).detach()
+    known = -float(guide().log_prob(following[-200:], torch.eye(H, dtype=torch.float64)[
+        hidden[-200:].argmax(1)]).mean()) / 3  # fmt: skip
+    assert known < before and after < before - 0.8 * (before - known)
+    assert torch.equal(laws[:2].argmax(1), torch.arange(2))  # the third state is rare
+    how = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET, prior=laws[:1])
+    other = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET, prior=laws[1:2])
+    ids, scores = torch.tensor([[1]]), torch.zeros(1, V, dtype=torch.float64)
+    assert not torch.allclose(how(ids, scores), other(ids, scores))
+
+
+def test_places_that_do_not_fit_are_refused() -> None:
+    head, (hidden, following) = PriorHead(guide(), H), places(4)
+    for bad in ((hidden[:3], following), (hidden[:, :2], following), (hidden[:1], following[:1])):
+        with pytest.raises(ValueError, match="PriorHead: hidden and following: expected"):
+            head.fit(*bad)

@@ -1,0 +1,157 @@
+"""Answers of a form over HTTP: what holds, what is refused, and that nobody else notices."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import served
+from scripts import missing
+from served import NAMES, ask, needs_packages, said, streamed, text_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+pytestmark = [
+    needs_packages,
+    pytest.mark.skipif(bool(missing("outlines_core")), reason="outlines-core is not installed"),
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy", None]}},
+    "required": ["a", "b"],
+}
+FORMATS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}},
+    {"structured_outputs": {"json": SCHEMA}},
+    {"structured_outputs": {"regex": r"[a-c]{3}-\d\d"}},
+    {"structured_outputs": {"choice": ["yes", "no", "it depends"]}},
+    {"response_format": {"type": "json_object"}},
+]
+
+
+def holds(form: dict[str, Any], text: str) -> bool:
+    asked = form.get("structured_outputs", {})
+    if "regex" in asked:
+        return re.fullmatch(asked["regex"], text) is not None
+    if "choice" in asked:
+        return text in asked["choice"]
+    value = json.loads(text)
+    if form.get("response_format") == {"type": "json_object"}:
+        return type(value) is dict
+    return type(value["a"]) is int and value["b"] in ("x", "yy", None) and len(value) == 2
+
+
+def save_letters(folder: Path, save: Any = served.save_model) -> None:
+    """The same model with a token per letter."""
+    save(folder)
+    marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
+    listed = [*marks, *string.ascii_letters, *string.digits, *' {}[]":,.-_']
+    words = {w: i for i, w in enumerate([*listed, *(f"w{i}" for i in range(len(listed), 97))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    inner.decoder = decoders.Fuse()  # pyright: ignore
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = served.TEMPLATE
+    tokenizer.save_pretrained(folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "save_model", save_letters)
+        with served.serving(tmp_path_factory.mktemp("forms")) as found:
+            yield found
+
+
+def test_answers_hold_to_their_forms_beside_others_whose_bits_stay(server: Any) -> None:
+    plain = {name: text_of(ask(server, name, max_tokens=30)) for name in NAMES[:4]}
+    jobs = [(NAMES[i % 4], form) for i, form in enumerate([*FORMATS, {}] * 3)]
+
+    def answer(job: tuple[str, dict[str, Any]]) -> tuple[str, str]:
+        response = ask(server, job[0], max_tokens=30, **job[1])
+        return text_of(response), response.json()["choices"][0]["finish_reason"]
+
+    with concurrent.futures.ThreadPoolExecutor(18) as threads:
+        found = list(threads.map(answer, jobs))
+    for (name, form), (text, reason) in zip(jobs, found, strict=True):
+        if form:
+            assert holds(form, text) and reason == "stop", text
+        else:
+            assert text == plain[name]
+    events = streamed(server, "a1", max_tokens=30, **FORMATS[0])
+    assert holds(FORMATS[0], said(events))
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    warm = ask(server, "a2", max_tokens=30, **FORMATS[1] | {"temperature": 1.5, "seed": 3})
+    assert holds(FORMATS[1], text_of(warm))
+
+
+def test_completions_have_forms_too(server: Any) -> None:
+    body = {"model": "a1", "prompt": "a b", "max_tokens": 12, **FORMATS[3]}
+    choice = server.client.post("/v1/completions", json=body).json()["choices"][0]
+    assert holds(FORMATS[3], choice["text"]) and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({**FORMATS[2], "max_tokens": 6}, 400, "max_new_tokens: expected at least 7"),
+        ({**FORMATS[2], "stop": "a"}, 400, "stop: expected none beside a format"),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, 400, "grammar: expected json, regex"),
+        ({"structured_outputs": {"json": {"type": "integer", "minimum": 3}}}, 400, "minimum"),
+        ({"structured_outputs": {"regex": "("}}, 400, "expected one that outlines-core reads"),
+        ({"structured_outputs": {"choice": ["x" * 5000]}}, 400, "at most 4096 states"),
+        ({"structured_outputs": {"regex": "((a{1,30}){1,30}){1,30}"}}, 400, "expected at most"),
+        ({"structured_outputs": {"regex": "日"}}, 400, "language with a text, found an empty one"),
+        ({"guided_regex": "a+"}, 422, 'expected structured_outputs {"regex": ...}'),
+        ({"response_format": {"type": "xml"}}, 400, "response_format: type: expected one of"),
+        ({"response_format": "json"}, 422, "response_format"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_it_runs_and_the_server_serves_on(
+    server: Any, fields: dict[str, Any], code: int, message: str
+) -> None:
+    response = ask(server, "a1", **fields)
+    assert response.status_code == code, response.text
+    assert message in response.json()["error"]["message"]
+    assert holds(FORMATS[3], text_of(ask(server, "a1", max_tokens=12, **FORMATS[3])))
+
+
+def test_a_format_that_is_too_long_is_answered_413(server: Any) -> None:
+    from lora_ext.serving import read_format
+
+    with pytest.raises(ValueError, match="at most 65536 bytes") as error:
+        read_format(None, {"regex": "a" * 70_000})
+    assert getattr(error.value, "status_code", None) == 413  # which the server answers with
+    assert ask(server, "a1", structured_outputs={"regex": "a" * 30_000}).status_code == 413
+
+
+def test_a_constraint_is_built_once_and_beside_the_loop(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is being built, another request is answered."""
+    import threading
+
+    from lora_ext.serving import Format
+
+    build, going, may_end = Format.constraint, threading.Event(), threading.Event()
+
+    def slow(self: Format, vocabulary: Any) -> Any:
+        going.set()
+        assert may_end.wait(60)
+        return build(self, vocabulary)
+
+    monkeypatch.setattr(Format, "constraint", slow)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(ask, server, "a1", max_tokens=12, **FORMATS[3])
+        assert going.wait(60)
+        assert ask(server, "a2").status_code == 200
+        may_end.set()
+        assert holds(FORMATS[3], text_of(waiting.result()))

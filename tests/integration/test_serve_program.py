@@ -1,0 +1,107 @@
+"""``lora-ext serve`` as a program: its arguments, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from served import chat, needs_packages, save_model
+
+from lora_ext import cli
+
+pytestmark = needs_packages
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("program")
+    save_model(found)
+    return found
+
+
+def test_arguments_are_checked_before_the_model_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    model, adapters = ["--model", str(folder / "tiny")], ["--adapters", str(folder / "adapters")]
+    bad = folder / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text("{}")  # reading it as a model would say something else
+    for given, named in (
+        ([], "--model, --adapters"),
+        (["--model", "nowhere", *adapters], "--model: expected a folder, found 'nowhere'"),
+        (["--model", str(folder), *adapters], "--model: expected a folder of transformers"),
+        ([*model, "--adapters", "nowhere"], "--adapters: expected a folder, found 'nowhere'"),
+        (["--model", str(bad), *adapters, "--port", "70000"], "--port: expected 0 to 65535"),
+        (["--model", str(bad), *adapters, "--port", "x"], "--port"),
+        (["--model", str(bad), *adapters, "--max-rank", "0"], "--max-rank: expected at least 1"),
+        (["--model", str(bad), *adapters, "--device", "abacus"], "--device: expected one"),
+        (
+            ["--model", str(bad), *adapters, "--port", str(taken.getsockname()[1])],
+            "--host, --port: expected an address that is free",
+        ),
+    ):
+        try:
+            status = cli.main(["serve", *given])
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        assert (status, out) == (2, "") and named in err, err
+        assert err.startswith("lora-ext serve: ") and err.count("\n") == 1
+    taken.close()
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads: bool) -> None:
+    """A client that does not read is hung up on."""
+    command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0"]
+    arguments = ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        # A shell starts what it runs in the background with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stderr is not None
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
+    reader.start()
+    try:
+        told = process.stdout.readline() + process.stdout.readline()  # of packing, and the address
+        place = re.search(r"answers at http://127\.0\.0\.1:(\d+)/v1", told)
+        assert place, told + "".join(errors)
+        body = json.dumps(chat("a1", stream=True, max_tokens=1900)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        connection = socket.create_connection(("127.0.0.1", int(place[1])))
+        connection.sendall(head.encode() + b"\r\n" + body)
+        found = connection.recv(1 << 12)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        while reads and (more := connection.recv(1 << 16)):
+            found += more
+        took = time.monotonic() - begin
+        status = process.wait(30)
+        connection.close()
+    finally:
+        process.kill()
+        reader.join()
+    assert status == 130 and "Traceback" not in "".join(errors), "".join(errors)
+    assert errors[-1] == "lora-ext serve: interrupted\n"
+    if reads:
+        assert took < 2
+        *_, error, done = re.findall(rb"data: (.*)", found)
+        told = json.loads(error)["error"]
+        assert done.strip() == b"[DONE]" and told["message"].endswith("the server stops")

@@ -1,0 +1,49 @@
+"""The Containerfile, read without a builder: its steps, its files, and the command it ends in."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from lora_ext.cli.arguments import make_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL"}
+KNOWN |= {"ENTRYPOINT", "CMD"}
+
+
+def steps() -> list[tuple[str, str]]:
+    text = (ROOT / "Containerfile").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    return [tuple(line.split(maxsplit=1)) for line in lines]  # pyright: ignore[reportReturnType]
+
+
+def test_every_step_is_one_that_builders_know_and_images_have_versions() -> None:
+    assert {name for name, _ in steps()} <= KNOWN and steps()[0][0] == "FROM"
+    images = [rest.split()[0] for name, rest in steps() if name == "FROM"]
+    assert all(re.search(r":\d", image) and image.count("/") == 2 for image in images)
+
+
+def test_what_it_copies_is_in_the_repository_and_enough_for_a_build() -> None:
+    copied: set[str] = set()
+    for name, rest in steps():
+        if name == "COPY" and not rest.startswith("--from="):
+            copied.update(rest.split()[:-1])
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = tracked.stdout.split()
+    assert all(any(f == each or f.startswith(f"{each}/") for f in files) for each in copied)
+    needed = {"setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "csrc", "lora_ext"}
+    assert needed | {"LICENSE", "README.md", "tools"} <= copied
+
+
+def test_it_serves_as_no_superuser_with_arguments_that_the_command_has() -> None:
+    last = [rest for name, rest in steps() if name == "USER"]
+    assert last and last[-1] != "root"
+    whole = {name: json.loads(rest) for name, rest in steps() if name in ("ENTRYPOINT", "CMD")}
+    program, *arguments = [*whole["ENTRYPOINT"], *whole["CMD"]]
+    parsed = make_parser().parse_args(arguments)
+    assert program == "lora-ext" and parsed.command == "serve" and parsed.host == "0.0.0.0"
+    exposed = [rest for name, rest in steps() if name == "EXPOSE"]
+    assert exposed == [str(parsed.port)]

