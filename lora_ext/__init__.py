@@ -1,10 +1,10 @@
 """Kernels for many LoRA adapters and for probabilistic circuits, as drop-in PyTorch modules."""
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_ext import _loader
+from lora_ext._on_demand import on_demand
 
 _C = _loader.load()
 
@@ -12,13 +12,15 @@ _C = _loader.load()
 # them.
 from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
-from lora_ext.layers import LoraConfig, chunked_loss, exact  # noqa: E402
+from lora_ext.layers import LoraConfig  # noqa: E402
 from lora_ext.pool import AdapterPool  # noqa: E402
 from lora_ext.rows import adapters  # noqa: E402
-from lora_ext.serving import attach, capturable, detach  # noqa: E402
+from lora_ext.serving import attach, detach  # noqa: E402
 
 if TYPE_CHECKING:
     from lora_ext import circuits, control, federated, methods, nn, tenants
+    from lora_ext.layers import chunked_loss, exact
+    from lora_ext.serving import capturable
 
 __all__ = [
     "AdapterPool",
@@ -43,14 +45,13 @@ __all__ = [
 __version__ = "0.2.0"
 
 # A server needs none of these, and they were half of the time that an import takes.
-_ON_DEMAND = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
+_PACKAGES = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
+_function = on_demand(__name__, layers="chunked_loss exact", serving="capturable")
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import a package when it is first asked for."""
-    if name in _ON_DEMAND:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    """Import a package, or what has a function, when it is first asked for."""
+    return import_module(f"{__name__}.{name}") if name in _PACKAGES else _function(name)
 
 
 def __dir__() -> list[str]:

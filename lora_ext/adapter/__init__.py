@@ -1,29 +1,43 @@
 """An adapter as a value, PEFT's files, and how many directions an adapter uses."""
 
-from .comparing import ModuleDifference, compare_adapters
+from typing import TYPE_CHECKING
+
+from lora_ext._on_demand import on_demand
+
 from .config import AdapterConfig, BaseModels, alpha_of, model_name, patterns
 from .live import live_adapter
 from .low_rank import able_to_learn, norm_of, padded, product_norm, resized, truncated
 from .matrices import factor_keys
-from .merging import MergeMode, interpolate_adapters, merge_adapters
 from .model_index import LinearSpec, ModelIndex
 from .model_weights import ModelSource, ModelWeights
 from .peft_files import AdapterSource, Factors, open_adapter, read_adapter, save_adapter
 from .peft_tensors import PREFIX, Key, base_name, natural_order, parse_key
-from .ranks import (
-    KINDS,
-    RankReport,
-    effective_rank,
-    gram_figures,
-    lora_singular_values,
-    rank_report,
-)
 from .replaced import Replaced
-from .reshaping import PruneMode, prune_adapter, resize_adapter
 from .value import LoraAdapter
+
+if TYPE_CHECKING:
+    from .comparing import ModuleDifference, compare_adapters
+    from .merging import MergeMode, interpolate_adapters, merge_adapters
+    from .ranks import (
+        KINDS,
+        RankReport,
+        effective_rank,
+        gram_figures,
+        lora_singular_values,
+        rank_report,
+    )
+    from .reshaping import PruneMode, prune_adapter, resize_adapter
 
 __all__ = [
     "Factors", "LoraAdapter", "ModelWeights", "ModuleDifference", "RankReport", "compare_adapters",
     "effective_rank", "interpolate_adapters", "lora_singular_values", "merge_adapters",
     "prune_adapter", "rank_report", "resize_adapter", "save_adapter",
 ]  # fmt: skip
+
+__getattr__ = on_demand(
+    __name__,
+    comparing="ModuleDifference compare_adapters",
+    merging="MergeMode interpolate_adapters merge_adapters",
+    ranks="KINDS RankReport effective_rank gram_figures lora_singular_values rank_report",
+    reshaping="PruneMode prune_adapter resize_adapter",
+)

@@ -2,6 +2,10 @@
 come into a model. Their base layers lie in :mod:`.base`, what is done to a whole model in
 :mod:`.model`. What is not in ``__all__`` is for other rooms."""
 
+from typing import TYPE_CHECKING
+
+from lora_ext._on_demand import on_demand
+
 from .base.dense import dense_parameters, is_plain, readable_weight
 from .base.modules import READS_WEIGHTS, bypassed, head_names, linear_size
 from .base.packed_linear import (
@@ -39,10 +43,6 @@ from .model.adapted import (
     is_adapted,
 )
 from .model.blocks import block_index, block_name, decoder_layers
-from .model.chunked_loss import chunked_loss
-from .model.exact import exact
-from .model.forwards import Forward
-from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing
 from .model.swap import Swap, find_module
@@ -56,6 +56,12 @@ from .model.switches import (
 )
 from .model.wrapping import unwrap, wrap
 
+if TYPE_CHECKING:
+    from .model.chunked_loss import chunked_loss
+    from .model.exact import exact
+    from .model.forwards import Forward
+    from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
+
 __all__ = [
     "IGNORE", "LayerGroups", "LoraConfig", "LoraConv", "LoraEmbedding", "LoraFactors", "LoraLayer",
     "LoraLinear", "LoraProbe", "Mask", "PackedLinear", "Swap", "adapted_layers", "adapter_factors",
@@ -64,3 +70,13 @@ __all__ = [
     "pack_linears", "packed_bytes", "packing", "set_active", "shift_labels", "unpack_linears",
     "unwrap", "wrap",
 ]  # fmt: skip
+
+__getattr__ = on_demand(
+    __name__,
+    **{
+        "model.chunked_loss": "chunked_loss",
+        "model.exact": "exact",
+        "model.forwards": "Forward",
+        "model.head": "Head causal_lm head_width measured_head softcap_of",
+    },
+)

@@ -80,6 +80,7 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
 
 def _config(data: Any, path: Path) -> MtpcConfig:
     fields = {field.name: type(field.default) for field in dataclasses.fields(MtpcConfig)}
+    fields["emission"] = str  # a draft has one, the default being chosen by its tokens
     where = str(path)
     require(isinstance(data, dict), where, "config", "an object", f"{data!r:.80}")
     for name, value in data.items():
