@@ -51,12 +51,15 @@ def test_import_is_silent_and_starts_nothing_and_large_packages_wait():
 
 def test_import_takes_under_300_ms_beyond_torch():
     # Of this process's own time: on a busy machine the clock on the wall measures the others. And
-    # without the collector: its pass over all of torch's objects falls due in some import.
+    # without the collector: its pass over all of torch's objects falls due in some import. Beside
+    # other work the same instructions take up to twice as long, which torch's own import shows: it
+    # takes 1.5 s where nothing else runs.
     code = (
-        "import gc, time, torch; gc.disable(); t = time.process_time(); import lora_ext; "
-        "print(time.process_time() - t)"
+        "import gc, time; gc.disable(); t = time.process_time(); import torch; "
+        "u = time.process_time(); import lora_ext; print(time.process_time() - u, u - t)"
     )
-    assert any(float(python(code)) < 0.3 for _ in range(5)), "not once in five times"
+    found = [tuple(map(float, python(code).split())) for _ in range(5)]
+    assert any(own < 0.3 * max(1, other / 1.5) for own, other in found), found
 
 
 def test_a_build_for_another_torch_is_explained(monkeypatch):
