@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -121,6 +123,24 @@ def _attention(
     return y.transpose(1, 2).contiguous(), None
 
 
+_turns = threading.Lock()
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """A block whose products one thread makes: several cut them by the number of sequences.
+
+    The number of threads is the process's, so that exact attention waits for its turn.
+    """
+    with _turns:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 class _Rows(torch.autograd.Function):
     """Attention with one query row at a time; the gradient is that of all at once."""
 
@@ -136,15 +156,16 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         ctx.causal, ctx.scale = causal, scale
-        if mask is None:
-            length = k.shape[2]
-            ends = [t + 1 if causal else length for t in range(q.shape[2])]
-            return _each(q, k, v, [(0, end) for end in ends], scale)  # all sequences together
-        allowed = _allowed(mask, k.shape[2])
-        if allowed.shape[0] == 1:
-            return _each(q, k, v, _spans(allowed[0]), scale)
-        each = zip(q.split(1), k.split(1), v.split(1), allowed, strict=True)
-        return torch.cat([_each(q, k, v, _spans(rows), scale) for q, k, v, rows in each])
+        with _one_thread():
+            if mask is None:
+                length = k.shape[2]
+                ends = [t + 1 if causal else length for t in range(q.shape[2])]
+                return _each(q, k, v, [(0, end) for end in ends], scale)  # all sequences together
+            allowed = _allowed(mask, k.shape[2])
+            if allowed.shape[0] == 1:
+                return _each(q, k, v, _spans(allowed[0]), scale)
+            each = zip(q.split(1), k.split(1), v.split(1), allowed, strict=True)
+            return torch.cat([_each(q, k, v, _spans(rows), scale) for q, k, v, rows in each])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
