@@ -127,11 +127,13 @@ class Capturable:
     def write(self, assignment: Assignment) -> None:
         """Let replays serve these names, and pin their adapters until other names are written.
 
+        After an error, and what the pool raises, replays serve the base model; in a capture nothing
+        has changed.
+
         Raises:
             ValueError: more names than rows, or an adapter that needs what a captured graph lacks.
-            RuntimeError: the step is closed, or a graph is being captured. And what the pool
-            raises. But in a capture, replays serve the base model then. NotImplementedError: an
-            activated adapter.
+            RuntimeError: the step is closed, or a graph is being captured. NotImplementedError: an
+                activated adapter.
         """
         self._check_open()
         if capture(self.device) is not None:
