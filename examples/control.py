@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--guide", type=Path, help="a folder of distil-guide; default: learn one")
     args = parser.parse_args()
     steps, rows, states, samples = (2, 2, 4, 4) if args.quick else (12, 16, 128, 192)
+    torch.manual_seed(0)
     model, tokenizer = load_smollm2()
     if args.quick:
         del model.model.layers[2:]

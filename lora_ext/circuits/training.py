@@ -187,8 +187,9 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
     require(len(sequences) > 0, "pad_sequences", "sequences", "at least one", "none")
     where = "pad_sequences"
     for i, s in enumerate(sequences):
-        name, dtype = f"sequences[{i}]", sequences[0].dtype
+        name = f"sequences[{i}]"
         require_tensor(where, name, s)
+        dtype = sequences[0].dtype
         require(s.dim() == 1, where, name, "one dimension", f"shape {tuple(s.shape)}")
         require(s.dtype == dtype, where, name, f"{dtype} as in sequences[0]", s.dtype)
     size = max(map(len, sequences)) if num_variables is None else num_variables

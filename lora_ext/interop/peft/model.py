@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -134,17 +135,20 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(taken), left)
 
 
+#: Whether the call that runs has activated adapters.
+_begins: ContextVar[bool] = ContextVar("lora_ext.peft_begins", default=False)
+
+
 class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
 
     of_peft = LoraModel
     #: Layers that PEFT runs and that see tokens first.
     turned: tuple[str, ...] = ()
-    _begins = False  # the call that runs has activated adapters
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, with a cache and a prompt in one piece where adapters are activated."""
-        if self._begins:
+        if _begins.get():
             refuse_other_forwards(self.model, kwargs)
         return self.model.generate(*args, **kwargs)
 
@@ -189,11 +193,11 @@ class FusedLoraModel(LoraModel):
                     given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
                 stack.enter_context(offsets_given(self.model, offsets))
-                before, self._begins = self._begins, offsets is not None
+                token = _begins.set(offsets is not None)
                 try:
                     yield
                 finally:
-                    self._begins = before
+                    _begins.reset(token)
         finally:
             # PEFT's context does not see an exception: it would leave its hooks on the layers.
             hooks.__exit__(None, None, None)
