@@ -271,6 +271,8 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
             bar.set_description(" ".join(str(value) for value in arm.values()))
             store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
             bar.update()
+    for each in vars(study).values():  # models that arms share, and their adapters
+        getattr(each, "cache_clear", lambda: None)()
 
 
 # -------------------------------------------------------------------------------------------------
