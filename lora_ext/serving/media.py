@@ -216,7 +216,7 @@ class _Units(Assignment):
         if leading[:1] != (len(self.places),):
             raise self._misfit(leading)
 
-    def _spread(
+    def spread(
         self, leading: torch.Size, tokens_first: bool, batch: Batch | None
     ) -> tuple[int, int]:
         rows, units = math.prod(leading), len(self.places)
@@ -229,7 +229,7 @@ class _Units(Assignment):
 class _Unknown(Assignment):
     """Names of sequences, in a layer that sees something else."""
 
-    def _spread(
+    def spread(
         self, leading: torch.Size, tokens_first: bool, batch: Batch | None
     ) -> tuple[int, int]:
         raise ValueError(
