@@ -219,7 +219,9 @@ def overhead(bench: Bench) -> Iterator[Found]:
         control.apply(rows, scores)
 
     def drawn(which: list[Row | None]) -> int:
-        numbers = lambda left: torch.rand(len(left), 2, generator=generator)  # noqa: E731
+        def numbers(left):
+            return torch.rand(len(left), 2, generator=generator)
+
         return control.draw(which, scores, 1.0, numbers)[1]
 
     calls = {
@@ -274,7 +276,10 @@ def against_all_states(bench: Bench) -> Iterator[Found]:
     live = ours > -torch.inf
     worst = float((theirs()[live] - ours[live]).abs().max())
     assert worst < 1e-3 and bool((theirs()[~live] == -torch.inf).all()), worst
-    numbers = lambda left: torch.rand(len(left), 2)  # noqa: E731
+
+    def numbers(left):
+        return torch.rand(len(left), 2)
+
     calls = {
         "all states": theirs,
         "dense": lambda: control.log_ratios([row]),

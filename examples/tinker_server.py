@@ -471,7 +471,10 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
             raise ValueError(f"path: expected a new name, or overwrite, found {name!r:.200}")
         done = "save_weights" if kind == "weights" else "save_weights_for_sampler"
         answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
-        begin = lambda tenant: tenant.save(where, wait=False)  # noqa: E731
+
+        def begin(tenant):
+            return tenant.save(where, wait=False)
+
         return api.in_order(key, model, asked.get("seq_id"), begin, lambda _: answer)
 
     @post("save_weights")
@@ -489,7 +492,9 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
             api.samplers[name] = key, sampler
             return {"type": "save_weights_for_sampler", "sampling_session_id": name}
 
-        begin = lambda tenant: tenant.sampler(mode, wait=False)  # noqa: E731
+        def begin(tenant):
+            return tenant.sampler(mode, wait=False)
+
         return api.in_order(key, model, asked.get("seq_id"), begin, told)
 
     @post("load_weights")
@@ -498,7 +503,10 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
             return api.new_model(key, asked)
         path, optimizer = parsed(key, asked["path"]), bool(asked.get("optimizer", True))
         answer = {"type": "load_weights", "path": asked["path"], "model_id": asked["model_id"]}
-        begin = lambda tenant: tenant.restore(path, optimizer, wait=False)  # noqa: E731
+
+        def begin(tenant):
+            return tenant.restore(path, optimizer, wait=False)
+
         return api.in_order(key, asked["model_id"], asked.get("seq_id"), begin, lambda _: answer)
 
     @post("create_sampling_session")
