@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 # The model of an H100 SXM. Assumed, not measured here.
 SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles a us
 NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
-STREAM = 2.7e6  # bytes a us
+STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes a us, of memory and of L2
+HANDOFF = 0.3  # us, to a launch that may begin before the one in front of it ends
+STEP = 1.1  # us: a product of a chain in one launch, its barrier and trips
 MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # of one m16n8k16; cycles of a scheduler for it
 TENSOR = 798e6  # flops a us, 16 bits
 
@@ -43,14 +45,17 @@ class Code:
     trips: int | None
     mma_share: float | None
     each: float | None  # instructions per element
+    dependent: bool = False  # it may begin before the launch in front of it ends
 
 
 @dataclass(frozen=True)
 class Case:
     """A kernel at a shape.
 
-    `bytes` must move; `values` go through its main loop; `flops` run on tensor cores; `blocks` of
-    `threads` are launched.
+    `bytes` must move; `values` go through its main loop; `flops` run on tensor cores, each as so
+    many `products` of 16 bits; `blocks` of `threads` are launched, which read `l2` bytes again
+    from L2. All of that is of one launch. Of a chain there are `repeat` launches, one after the
+    other, and of the cases `beside` as many.
     """
 
     kernel: str
@@ -60,6 +65,10 @@ class Case:
     threads: int
     values: float = 0
     flops: float = 0
+    products: int = 1
+    l2: float = 0
+    repeat: int = 1
+    beside: tuple[Case, ...] = ()
 
 
 def read_lock(text: str) -> dict[str, Code]:
@@ -80,6 +89,7 @@ def read_lock(text: str) -> dict[str, Code]:
             None if trips is None else int(trips),
             costs.get("mma"),
             costs.get("each"),
+            numbers[13] > 0,
         )
     return found
 
@@ -211,16 +221,84 @@ def circuit_cases() -> Iterator[Case]:
     )
 
 
-CASES = [*decode_cases(), *large_cases(), *circuit_cases()]
+# --- whole circuits: a chain whose stages go to tensor cores --------------------------------------
+PRODUCTS = {3: 6, 2: 3, 1: 1}  # of the parts of two numbers
+PRECISIONS = {3: "fp32", 2: "high", 1: "fp16s"}
+
+
+def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: float) -> Case:
+    """One of the products of a stage, (rows, columns, k), which writes `out` bytes."""
+    rows, columns, k = sizes
+    large = ceil(rows / 128) * ceil(columns / 64) >= 96  # as launch_parts chooses
+    tile = (128, 64) if large else (64, 32)
+    blocks = ceil(rows / tile[0]) * ceil(columns / tile[1])
+    return Case(
+        f"layers_product_kernel<(LayersProduct){product}, {parts}, {str(large).lower()}>",
+        "",
+        out,
+        blocks,
+        128,
+        flops=2 * rows * columns * k,
+        products=PRODUCTS[parts],
+        l2=blocks * sum(tile) * k * 2 * parts,
+    )
+
+
+def layers_cases() -> Iterator[Case]:
+    """`circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
+    batch, steps = 512, 31
+    for states in (512, 2048):
+        shape = f"HMM of {states} states, 32 steps, batch {batch}, "
+        values = states * batch
+        lanes = batch // 16
+
+        def terms(parts: int, down: bool, values: int = values, lanes: int = lanes) -> Case:
+            return Case(
+                f"layers_terms_kernel<{parts}, {str(down).lower()}>",
+                "",
+                4 * values,
+                lanes * 4,
+                256,
+                values=values * (7 if down else 5),  # four blocks take each maximum
+                l2=values * (32 + 2 * parts + (14 if down else 0)),
+            )
+
+        for parts, precision in PRECISIONS.items():
+            up = layers_product(0, parts, (states, batch, states), 4 * values)
+            yield replace(
+                up,
+                shape=shape + f"forward, {precision}",
+                repeat=steps,
+                beside=(terms(parts, False),),
+            )
+        down = layers_product(1, 3, (states, batch, states), 4 * values)
+        weights = layers_product(2, 3, (states, states, batch), 8 * states * states)
+        children = Case("layers_children_kernel", "", 20 * values, lanes * states // 16, 256)
+        yield replace(
+            down,
+            shape=shape + "backward",
+            repeat=steps,
+            beside=(
+                terms(3, True),
+                replace(weights, bytes=0, l2=weights.l2 + weights.bytes),
+                children,
+            ),
+        )
+
+
+CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 
 
 # --- the model ------------------------------------------------------------------------------------
 def floor_us(case: Case) -> float:
-    """What bytes, products or an empty launch take at least."""
-    return max(NULL, case.bytes / STREAM, case.flops / TENSOR)
+    """What bytes, products or an empty launch take at least; in a chain, a step of one launch."""
+    each = (case, *case.beside)
+    least = NULL if case.repeat == 1 else STEP * sum(one.flops > 0 for one in each)
+    total = sum(one.bytes for one in each) / STREAM, sum(one.flops for one in each) / TENSOR
+    return case.repeat * max(least, *total)
 
 
-def estimate_us(case: Case, code: Code) -> float:
+def launch_us(case: Case, code: Code) -> float:
     """An empty launch, the trips before the first wide load, that load, and the slowest of memory,
     instructions and tensor cores, on the multiprocessors that have a block."""
     sms = min(SMS, case.blocks)
@@ -232,18 +310,34 @@ def estimate_us(case: Case, code: Code) -> float:
     issue = case.values * (code.each or 0) / 32 / cycles
     mma = 0.0
     if case.flops and code.mma_share:
-        mma = case.flops / MMA_FLOPS * max(MMA_CYCLES, 100 / code.mma_share) / cycles
-    return NULL + (code.trips or 0) * L2 + DRAM + max(case.bytes / rate, issue, mma)
+        count = case.flops * case.products / MMA_FLOPS
+        mma = count * max(MMA_CYCLES, 100 / code.mma_share) / cycles
+    slowest = max(case.bytes / rate, case.l2 / L2_STREAM, issue, mma)
+    return NULL + (code.trips or 0) * L2 + DRAM + slowest
+
+
+def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
+    """All launches, one after the other."""
+    total = 0.0
+    for one in (case, *case.beside):
+        code = code_of(one, lock)
+        total += launch_us(one, code) - (NULL - HANDOFF if case.beside and code.dependent else 0)
+    return case.repeat * total
+
+
+def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
+    """What the lock says of a case's kernel."""
+    if case.kernel not in lock:
+        raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
+    return lock[case.kernel]
 
 
 def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
     """One object for each kernel and shape; None where a number does not apply."""
     found = []
     for case in cases:
-        code = lock.get(case.kernel)
-        if code is None:
-            raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
-        estimate, floor = round(estimate_us(case, code), 1), round(floor_us(case), 1)
+        code = code_of(case, lock)
+        estimate, floor = round(estimate_us(case, lock), 1), round(floor_us(case), 1)
         found.append(
             {
                 "name": case.kernel,

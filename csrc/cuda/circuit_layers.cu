@@ -4,32 +4,27 @@
 //   leaves    rows of data become lanes
 //   up        a block per tile of 16 lanes walks all nodes, one after another: what it reads it has
 //             written itself, so no block waits for another. Where a node has more than 2^14
-//             weights, a launch per stage gives each part of its results a block. Lower
-//             precisions have a kernel a stage as well: circuit_layers_fused.cu
+//             weights, and in lower precisions, stages follow one another, on tensor cores:
+//             circuit_layers_terms.cu, circuit_layers_product.cu. Then weights are in parts. The
+//             max-product of such nodes has a launch per stage here, a block for each part of
+//             their results
 //
 // A product takes its terms from shared memory and its weights from L2, four lanes and one sum to a
 // thread. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.
-#include "circuit_layers.cuh"
+#include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
 namespace {
 
 constexpr int kRowWarps = 4;
 
+// kParts: of a weight; 0: it stays a float.
+template <int kParts>
 __global__ void __launch_bounds__(kRowWarps * 32, 4)
     layers_weights_kernel(const __grid_constant__ LayersArgs args) {
     const int64_t row = int64_t{blockIdx.x} * kRowWarps + lx::warp_id();
-    const LayersProgram program = args.program;
-    if (row >= program.rows()) return;
-    int low = 0, high = program.num_matrices() - 1;  // the last matrix that starts at or below
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (program.matrices()[middle].row <= row)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    const LayersMatrix m = program.matrices()[low];
+    if (row >= args.program.rows()) return;
+    const LayersMatrix m = matrix_of_row(args.program, row);
     const int64_t at = m.weight + (row - m.row) * m.width;
     LogSumArgs as_sum;
     as_sum.norm = args.norm;
@@ -37,16 +32,30 @@ __global__ void __launch_bounds__(kRowWarps * 32, 4)
         m.width % 4 == 0 && at % 4 == 0 && reinterpret_cast<uintptr_t>(args.w) % 16 == 0;
     WarpWeights<float> weights(as_sum, static_cast<const float*>(args.w) + at, m.width, aligned);
     weights.find_top();
-    float* to = static_cast<float*>(args.weight) + at;
     float total = 0;
-    weights.for_own([&](int i, const float (&v)[4]) {
+    if constexpr (kParts == 0) {
+        float* to = static_cast<float*>(args.weight) + at;
+        weights.for_own([&](int i, const float (&v)[4]) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float e = weights.scaled(v[j]);
-            total += e;
-            if (i + j < m.width) to[i + j] = args.max_product ? v[j] - weights.base : e;
-        }
-    });
+            for (int j = 0; j < 4; ++j) {
+                const float e = weights.scaled(v[j]);
+                total += e;
+                if (i + j < m.width) to[i + j] = args.max_product ? v[j] - weights.base : e;
+            }
+        });
+    } else {
+        uint16_t* to = static_cast<uint16_t*>(args.weight_parts) +
+                       (first_part(m) + (row - m.row) * part_width(m.width)) * kParts;
+        weights.for_own([&](int i, const float (&v)[4]) {
+            float e[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) total += e[j] = weights.scaled(v[j]);
+            store_parts<kParts>(to, i, e[0], e[1], e[2], e[3]);
+        });
+        const int end = (m.width + 3) / 4 * 4;  // of the row's own pieces of four
+        if (end < part_width(m.width) && lx::lane_id() == 0)
+            store_parts<kParts>(to, end, 0, 0, 0, 0);
+    }
     total = WarpTeam(nullptr).reduce(total, add);
     if (lx::lane_id() == 0) static_cast<float*>(args.shift)[row] = weights.shift(total);
 }
@@ -139,11 +148,19 @@ LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream) {
     if (args.plan.rows() == 0) return 0;
     declare_layers(args);
     declare_floats(args.w, args.num_weights, lx::Access::kConstant);
-    declare_floats(args.weight, args.num_weights, lx::Access::kWrite);
     declare_floats(args.shift, args.plan.rows(), lx::Access::kWrite);
-    return LX_LAUNCH(layers_weights_kernel,
-                     static_cast<unsigned>(ceil_div(args.plan.rows(), kRowWarps)), kRowWarps * 32,
-                     0, stream, args);
+    const auto launch = [&](auto kernel) {
+        return LX_LAUNCH(kernel, static_cast<unsigned>(ceil_div(args.plan.rows(), kRowWarps)),
+                         kRowWarps * 32, 0, stream, args);
+    };
+    if (args.parts == 0) {
+        declare_floats(args.weight, args.num_weights, lx::Access::kWrite);
+        return launch(layers_weights_kernel<0>);
+    }
+    declare_parts(args.weight_parts, stored_weights(args), lx::Access::kWrite);
+    return args.parts == 1   ? launch(layers_weights_kernel<1>)
+           : args.parts == 2 ? launch(layers_weights_kernel<2>)
+                             : launch(layers_weights_kernel<3>);
 }
 
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
@@ -165,15 +182,17 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
                              end);
         return LX_LAUNCH(layers_up_kernel<false>, grid, kLayerThreads, 0, stream, args, begin, end);
     };
-    const bool reduced = args.precision != LayersPrecision::kFloat32 && !args.max_product;
-    if (one_walk(args.plan) && !reduced) return status ? status : up(0, args.plan.nodes(), 1, 1);
+    if (args.parts == 0 && !(args.max_product && !args.plan.small_nodes()))
+        return status ? status : up(0, args.plan.nodes(), 1, 1);
     for (int64_t s = 0; s < args.plan.num_stages() && status == 0; ++s) {
         const LayersStage stage = args.plan.stage(s);
-        if (reduced && stage.width <= kMmaTerms)
-            status = launch_layers_fused(args, stage, stream);
-        else
+        if (args.max_product) {
             status = up(stage.begin, stage.end, along_grid(stage.end - stage.begin),
                         along_grid(ceil_div(stage.units, kGroups)));
+            continue;
+        }
+        status = launch_layers_terms(args, stage, false, stream);
+        if (status == 0) status = launch_layers_product(args, stage, LayersProduct::kUp, stream);
     }
     return status;
 }

@@ -85,6 +85,9 @@ struct LayerTile {
     // log sum W_i exp(l_i) of one sum and lane, its terms shifted by their maximum.
     LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
                                 int lane) const;
+    // What term i, of log-value l, is owed by the sums of a lane that were taken again.
+    LX_DEVICE float owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
+                              float l, float top) const;
 };
 
 // A weight and a term come to a result.
@@ -163,6 +166,47 @@ LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector
     lx::syncthreads();  // the chunk is free
 }
 
+// Whether a sum was taken again, its terms lying so far below `top`.
+LX_DEVICE bool lost_sum(float top, float shift, float out) {
+    return out != kImpossible && top + shift - out >= kTrustLog;
+}
+// The last matrix that starts at this row of all rows, or above it.
+LX_DEVICE LayersMatrix matrix_of_row(const LayersProgram& program, int64_t row) {
+    int low = 0, high = program.num_matrices() - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (program.matrices()[middle].row <= row)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return program.matrices()[low];
+}
+
+// The terms of a part that unit u of a child is in: u own + k step, k below count.
+struct ChildTerms {
+    int count, own, step;
+
+    LX_DEVICE float sum(const float* d, int u, int64_t lanes) const {
+        float sum = 0;
+        for (int k = 0; k < count; ++k) sum += d[(u * own + k * step) * lanes];
+        return sum;
+    }
+};
+// f(child, its ChildTerms) for the children of a part.
+template <class F>
+LX_DEVICE void for_children(const LayersProgram& program, const LayersPart& part, F&& f) {
+    const LayersChild* child = program.children() + part.child_begin;
+    for (int side = 0; side < part.child_end - part.child_begin; ++side) {
+        ChildTerms terms{1, 1, 1};
+        if (part.kronecker) {
+            const int m = child[1].units;
+            terms = {child[1 - side].units, side == 0 ? m : 1, side == 0 ? 1 : m};
+        }
+        f(child[side], terms);
+    }
+}
+
 // The largest entry of a row of weights, or 0 if it has no possible term.
 LX_DEVICE float row_base(const float* w, int n) {
     float top = kImpossible;
@@ -183,14 +227,19 @@ LX_DEVICE float LayerTile::rescued_sum(const LayersNode& node, const LayersMatri
     return top + logf(sum) + shift_of(m, o);
 }
 
-// Nodes above this number of weights have blocks for each part of their results, in a launch a
-// stage; up to it, one launch walks all nodes.
-constexpr int64_t kWalkedWeights = 1 << 14;
-inline bool one_walk(const LayersPlan& plan) {
-    for (int64_t s = 0; s < plan.num_stages(); ++s)
-        if (plan.stage(s).units * plan.stage(s).width > kWalkedWeights) return false;
-    return true;
+LX_DEVICE float LayerTile::owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i,
+                                     int lane, float l, float top) const {
+    float sum = 0;
+    for (int64_t o = 0; o < m.units; ++o) {
+        const float out = at(args.val, node.out + o)[lane], shift = shift_of(m, o);
+        if (!lost_sum(top, shift, out)) continue;
+        const float* w = weights_of(m, o);
+        sum += at(args.grad, node.out + o)[lane] *
+               expf(w[i] - row_base(w, m.width) + l + (shift - out));
+    }
+    return sum;
 }
+
 // Blocks along the nodes of a stage, or along the results of one of them.
 inline unsigned along_grid(int64_t items) {
     return static_cast<unsigned>(lx::min<int64_t>(items, kMaxGridY));
@@ -199,8 +248,15 @@ inline int64_t lane_tiles(const LayersArgs& args) {
     return args.lanes / kTile;
 }
 
-// The sums and products of a stage of at most kMmaTerms terms, in one of the two lower precisions.
-LaunchStatus launch_layers_fused(const LayersArgs& args, const LayersStage& stage, void* stream);
+// The steps of a stage on tensor cores: circuit_layers_terms.cu, circuit_layers_product.cu.
+enum class LayersProduct { kUp, kDown, kWeights };
+LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stage, bool down,
+                                 void* stream);
+LaunchStatus launch_layers_product(const LayersArgs& args, const LayersStage& stage,
+                                   LayersProduct product, void* stream);
+LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& stage, void* stream);
+// Flows of weights, which products have left in args.dw, to gradients.
+LaunchStatus launch_layers_owed(const LayersArgs& args, void* stream);
 
 // float values (rows, columns) of any strides, read alone.
 inline void declare_strided([[maybe_unused]] const void* values, int64_t rows, int64_t row,

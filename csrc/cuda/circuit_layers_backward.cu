@@ -7,7 +7,9 @@
 //             that units with several parents get their flows in one order
 //   weights   a block per tile of 32 x 32 weights goes through the lanes in order
 //
-// Circuits of small nodes are walked by one launch of terms and children, as going up.
+// Circuits of small nodes are walked by one launch of terms and children, as going up. Of others,
+// stages follow one another on tensor cores: terms, the two products, children
+// (circuit_layers_terms.cu, circuit_layers_product.cu).
 #include "circuit_layers.cuh"
 
 namespace lora_ext {
@@ -18,34 +20,27 @@ constexpr int kSide = 32;  // of a tile of weights, and lanes of a step
 LX_DEVICE float shift_or_zero(float top) {
     return top == kImpossible ? 0.0f : top;
 }
-LX_DEVICE bool lost_sum(float top, float shift, float out) {
-    return out != kImpossible && top + shift - out >= kTrustLog;
-}
 
 struct DownTile : LayerTile {
     using LayerTile::LayerTile;
 
-    // The flows of the products [blockIdx.z's share] of a node, `width` of it from `slot` on.
-    LX_DEVICE void terms(const LayersNode& node, int64_t n, int64_t slot, float* chunk,
-                         float* partial, float* tops) const {
+    // The flows of the products of a node.
+    LX_DEVICE void terms(const LayersNode& node, int64_t n, float* chunk, float* partial,
+                         float* tops) const {
         const int rank = lx::thread_rank(), lane = rank % kTile, quad = rank % kQuads * 4;
         constexpr int kStep = kLayerThreads / kTile;
-        float* d = at(args.terms, slot);
+        float* d = at(args.terms, 0);
         if (node.matrix < 0) {
-            if (blockIdx.z == 0)
-                for (int64_t i = rank / kTile; i < node.width; i += kStep)
-                    d[i * args.lanes + lane] = at(args.grad, node.out + i)[lane];
+            for (int64_t i = rank / kTile; i < node.width; i += kStep)
+                d[i * args.lanes + lane] = at(args.grad, node.out + i)[lane];
             return;
         }
         const LayersMatrix m = program.matrices()[node.matrix];
         const float top = top_of(node, partial);
         if (rank < kTile) {
             tops[rank] = top;
-            if (blockIdx.z == 0) at(args.tops, n)[rank] = top;
+            at(args.tops, n)[rank] = top;
         }
-        const int64_t parts = int64_t{gridDim.z} * kGroups;
-        const int64_t share = (m.width + parts - 1) / parts * kGroups;
-        const int64_t first = blockIdx.z * share;
         bool lost = false;
         const auto ratio = [&](int64_t o) {
             const float out = at(args.val, node.out + o)[lane], shift = shift_of(m, o);
@@ -54,12 +49,11 @@ struct DownTile : LayerTile {
             const float g = at(args.grad, node.out + o)[lane];
             return out == kImpossible || deep ? 0.0f : g * expf(top + shift - out);
         };
-        if (blockIdx.z == 0)
-            for (int64_t o = rank / kTile; o < m.units; o += kStep)
-                at(args.ratio, node.out + o)[lane] = ratio(o);
+        for (int64_t o = rank / kTile; o < m.units; o += kStep)
+            at(args.ratio, node.out + o)[lane] = ratio(o);
         layer_product(
-            static_cast<const float*>(args.weight) + m.weight, 1, m.width, false, first,
-            lx::min<int64_t>(first + share, m.width), m.units, chunk,
+            static_cast<const float*>(args.weight) + m.weight, 1, m.width, false, 0, m.width,
+            m.units, chunk,
             [&](int64_t o0, int count) {
                 for (int o = rank / kTile; o < count; o += kStep)
                     chunk[o * kTile + lane] = ratio(o0 + o);
@@ -71,49 +65,25 @@ struct DownTile : LayerTile {
             [](int64_t) {});
         const bool rescued = lx::syncthreads_or(lost);
         const float base = shift_or_zero(top);
-        const int from = static_cast<int>(first);
-        for_terms(node, lane, from + rank / kTile, lx::min(from + static_cast<int>(share), m.width),
-                  kStep, [&](int i, float l) {
-                      float flow = d[i * args.lanes + lane] * lx::exp_approx(l - base);
-                      if (rescued) flow += shares(node, m, i, lane, l, top);
-                      d[i * args.lanes + lane] = flow;
-                  });
+        for_terms(node, lane, rank / kTile, m.width, kStep, [&](int i, float l) {
+            float flow = d[i * args.lanes + lane] * lx::exp_approx(l - base);
+            if (rescued) flow += owed_flow(node, m, i, lane, l, top);
+            d[i * args.lanes + lane] = flow;
+        });
     }
-    // What term i of the rescued sums of a lane is owed.
-    LX_DEVICE float shares(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
-                           float l, float top) const {
-        float sum = 0;
-        for (int64_t o = 0; o < m.units; ++o) {
-            const float out = at(args.val, node.out + o)[lane], shift = shift_of(m, o);
-            if (!lost_sum(top, shift, out)) continue;
-            const float* w = weights_of(m, o);
-            sum += at(args.grad, node.out + o)[lane] *
-                   expf(w[i] - row_base(w, m.width) + l + (shift - out));
-        }
-        return sum;
-    }
-
     // Adds the flows of a node's products to its children. Within a part each thread has a child
     // unit of its own; parts follow one another.
-    LX_DEVICE void children(const LayersNode& node, int64_t slot) const {
+    LX_DEVICE void children(const LayersNode& node) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         constexpr int kStep = kLayerThreads / kTile;
-        for (int64_t p = node.part_begin; p < node.part_end; ++p) {
+        for (int p = node.part_begin; p < node.part_end; ++p) {
             const LayersPart part = program.parts()[p];
-            const LayersChild* child = program.children() + part.child_begin;
-            const float* d = at(args.terms, slot + part.term) + lane;
+            const float* d = at(args.terms, part.term) + lane;
             lx::syncthreads();  // the part before has been added
-            for (int side = 0; side < part.child_end - part.child_begin; ++side) {
-                const int64_t m = part.kronecker ? child[1].units : 1;
-                const int64_t pairs = part.kronecker ? child[1 - side].units : 1;
-                const int64_t own = part.kronecker && side == 0 ? m : 1;
-                const int64_t step = part.kronecker && side == 1 ? m : 1;
-                for (int64_t u = rank / kTile; u < child[side].units; u += kStep) {
-                    float sum = 0;
-                    for (int64_t k = 0; k < pairs; ++k) sum += d[(u * own + k * step) * args.lanes];
-                    at(args.grad, child[side].column + u)[lane] += sum;
-                }
-            }
+            for_children(program, part, [&](const LayersChild& child, const ChildTerms& terms) {
+                for (int u = rank / kTile; u < child.units; u += kStep)
+                    at(args.grad, child.column + u)[lane] += terms.sum(d, u, args.lanes);
+            });
         }
     }
 };
@@ -128,31 +98,17 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
             static_cast<const float*>(args.droots)[lane * roots + r];
 }
 
-// Node end - 1 - blockIdx.y, ... down to begin.
 __global__ void __launch_bounds__(kLayerThreads, 2)
-    layers_down_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end,
-                       int64_t width, bool walk) {
+    layers_down_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, chunk, kChunk* kTile);
     LX_SHARED(float, partial, kLayerWarps* kTile);
     LX_SHARED(float, tops, kTile);
     const DownTile tile(args, int64_t{blockIdx.x} * kTile);
-    for (int64_t n = end - 1 - blockIdx.y; n >= begin; n -= gridDim.y) {
+    for (int n = args.program.num_nodes() - 1; n >= 0; --n) {
         const LayersNode node = args.program.nodes()[n];
-        const int64_t slot = walk ? 0 : (n - begin) * width;
-        tile.terms(node, n, slot, chunk, partial, tops);
+        tile.terms(node, n, chunk, partial, tops);
         lx::syncthreads();
-        if (!walk) continue;
-        tile.children(node, slot);
-        lx::syncthreads();
-    }
-}
-
-__global__ void __launch_bounds__(kLayerThreads, 2)
-    layers_children_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end,
-                           int64_t width) {
-    const DownTile tile(args, int64_t{blockIdx.x} * kTile);
-    for (int64_t n = end - 1; n >= begin; --n) {
-        tile.children(args.program.nodes()[n], (n - begin) * width);
+        tile.children(node);
         lx::syncthreads();
     }
 }
@@ -274,30 +230,26 @@ LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream) {
     status =
         LX_LAUNCH(layers_roots_kernel, static_cast<unsigned>(ceil_div(args.rows, kLayerThreads)),
                   kLayerThreads, 0, stream, args);
-    const auto tiles = static_cast<unsigned>(lane_tiles(args));
-    if (one_walk(args.plan)) {
+    if (args.parts == 0) {
         if (status) return status;
         declare_down(args);
-        return LX_LAUNCH(layers_down_kernel, dim3(tiles), kLayerThreads, 0, stream, args,
-                         int64_t{0}, args.plan.nodes(), int64_t{0}, true);
+        return LX_LAUNCH(layers_down_kernel, dim3(static_cast<unsigned>(lane_tiles(args))),
+                         kLayerThreads, 0, stream, args);
     }
     for (int64_t s = args.plan.num_stages() - 1; s >= 0 && status == 0; --s) {
         const LayersStage stage = args.plan.stage(s);
-        const dim3 grid(tiles, along_grid(stage.end - stage.begin),
-                        along_grid(ceil_div(stage.width, kGroups)));
-        declare_down(args);
-        status = LX_LAUNCH(layers_down_kernel, grid, kLayerThreads, 0, stream, args, stage.begin,
-                           stage.end, stage.width, false);
-        if (status) return status;
-        declare_down(args);
-        status = LX_LAUNCH(layers_children_kernel, dim3(tiles), kLayerThreads, 0, stream, args,
-                           stage.begin, stage.end, stage.width);
+        status = launch_layers_terms(args, stage, true, stream);
+        for (const auto product : {LayersProduct::kDown, LayersProduct::kWeights})
+            if (status == 0 && (args.dw || product == LayersProduct::kDown))
+                status = launch_layers_product(args, stage, product, stream);
+        if (status == 0) status = launch_layers_children(args, stage, stream);
     }
     return status;
 }
 
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream) {
     if (args.num_weights == 0) return 0;
+    if (args.parts != 0) return launch_layers_owed(args, stream);
     int64_t units = 0, width = 0;
     for (int64_t s = 0; s < args.plan.num_stages(); ++s) {
         units = lx::max(units, args.plan.stage(s).units);

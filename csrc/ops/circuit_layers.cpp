@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "lora_ext/circuit_layers.h"
 #include "ops/checks.h"
@@ -134,6 +135,7 @@ struct Call {
     LayersArgs args;
     LayersPlan plan;
     Tensor w, weight, shift;
+    std::vector<Tensor> memory;  // of kernels that go by stages
     at::TensorOptions options;
     bool kernels;
 
@@ -203,8 +205,22 @@ struct Call {
             f(args, begin, end, scratch.get(std::max<int64_t>(bytes, 1)));
         });
     }
+    void* held(at::IntArrayRef sizes, at::ScalarType dtype) {
+        return memory.emplace_back(at::empty(sizes, options.dtype(dtype))).mutable_data_ptr();
+    }
+    // Memory for numbers in parts, which kernels that go by stages need.
+    void go_by_stages(LayersPrecision precision, bool down) {
+        args.parts = parts_of(precision);
+        args.weight_parts = held({stored_weights(args)}, at::kShort);
+        args.term_parts = held({stored_terms(args)}, at::kShort);
+        args.tops = held({plan.nodes(), args.lanes}, at::kFloat);
+        if (!down) return;
+        args.ratio_parts = held({stored_ratios(args)}, at::kShort);
+        args.lost = held({plan.nodes(), kNodeShares, args.lanes}, at::kFloat);
+        args.terms = held({plan.most_terms(), args.lanes}, at::kFloat);
+    }
     void make_weights() {
-        weight = reused_memory({w.numel()}, options);
+        weight = reused_memory({args.parts ? 0 : w.numel()}, options);
         shift = reused_memory({plan.rows()}, options);
         args.weight = weight.mutable_data_ptr();
         args.shift = shift.mutable_data_ptr();
@@ -255,6 +271,9 @@ Tensor circuit_layers(const Tensor& leaf, const Tensor& w, const Tensor& program
     args.leaf = leaf.const_data_ptr();
     args.leaf_row = leaf.stride(0), args.leaf_unit = leaf.stride(1);
     args.val = val.mutable_data_ptr();
+    const bool reduced = args.precision != LayersPrecision::kFloat32;
+    if (call.kernels && !args.max_product && (reduced || !call.plan.small_nodes()))
+        call.go_by_stages(args.precision, false);
     call.make_weights();
     if (call.kernels)
         check_launch(op, launch_layers_forward(args, current_stream(leaf)));
@@ -281,18 +300,22 @@ std::tuple<Tensor, Tensor> circuit_layers_backward(const Tensor& droots_in, cons
     Tensor dw = reused_memory({need_dw ? w.numel() : 0}, call.options);
     const c10::DeviceGuard guard(val_in.device());
     const Tensor droots = droots_in.contiguous(), val = unit_major_values(val_in);
-    const Tensor ratio = reused_memory(grad.sizes(), call.options);
+    const bool by_stages = call.kernels && !call.plan.small_nodes();
+    const Tensor ratio = by_stages ? Tensor() : reused_memory(grad.sizes(), call.options);
     args.droots = droots.const_data_ptr();
     args.val = const_cast<void*>(val.const_data_ptr());
     args.grad = grad.mutable_data_ptr();
-    args.ratio = ratio.mutable_data_ptr();
-    args.dw = dw.mutable_data_ptr();
+    if (by_stages)
+        call.go_by_stages(LayersPrecision::kFloat32, true);
+    else
+        args.ratio = ratio.mutable_data_ptr();
+    if (need_dw) args.dw = dw.mutable_data_ptr();
     call.make_weights();
     if (call.kernels) {
-        const Tensor terms = at::empty({call.plan.most_terms() * args.lanes}, call.options);
-        const Tensor tops = at::empty({call.plan.nodes() * args.lanes}, call.options);
-        args.terms = terms.mutable_data_ptr();
-        args.tops = tops.mutable_data_ptr();
+        if (!by_stages) {
+            args.terms = call.held({call.plan.most_terms(), args.lanes}, at::kFloat);
+            args.tops = call.held({call.plan.nodes(), args.lanes}, at::kFloat);
+        }
         check_launch(op, launch_layers_backward(args, current_stream(val)));
         if (need_dw) check_launch(op, launch_layers_dweights(args, current_stream(val)));
         return {rows_of(grad, args.rows), dw};

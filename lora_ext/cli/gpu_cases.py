@@ -286,8 +286,10 @@ def _table(function: Any, given: Inputs) -> list[Tensor]:
     return _gradients(function, given, ("table",), *rest)
 
 
-def _program(g: torch.Generator, size: int) -> Inputs:
-    circuit = Circuit(RegionGraph.hmm(4, (5, 64)[size], Categorical(2)))
+def _program(
+    g: torch.Generator, size: int, states: tuple[int, int] = (5, 64), homogeneous: bool = False
+) -> Inputs:
+    circuit = Circuit(RegionGraph.hmm(4, states[size], Categorical(2), homogeneous))
     program = circuit._execution.program
     rows = (3, 512)[size]
     return {
@@ -297,6 +299,11 @@ def _program(g: torch.Generator, size: int) -> Inputs:
         "plan": tuple(program.plan),
         "root": torch.arange(rows) % program.plan[5],
     }
+
+
+def _wide_program(g: torch.Generator, size: int) -> Inputs:
+    """Of nodes that go to tensor cores, stage by stage."""
+    return _program(g, size, (130, 512), homogeneous=True)
 
 
 def _layers(given: Inputs) -> list[Tensor]:
@@ -365,6 +372,7 @@ def circuit_cases() -> list[Case]:
         _pair("log_einsum_exp", _sums, _max, "log_max", op="log_einsum_exp, max"),
         _both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
         Case("circuit_layers", layers, _program, _layers, _layers_formula),
+        Case("circuit_layers, by stages", layers, _wide_program, _layers, _layers_formula),
         Case("circuit_layers_walk", ("layers_walk",), _program, _walk, _walk_formula, exact=True),
     ]
 

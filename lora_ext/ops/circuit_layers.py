@@ -96,8 +96,8 @@ def circuit_layers(
         norm: ``"logits"``: each row of a matrix is log-softmaxed; ``"none"``: log-weights as they
             are.
         semiring: ``"max"`` takes the largest term in place of their sum, and passes over NaN.
-        precision: of sums of at most 256 terms on CUDA, as :func:`log_einsum_exp` takes it; the
-            CPU and ``"max"`` know ``"fp32"`` alone.
+        precision: of sums on CUDA, as :func:`log_einsum_exp` takes it, and of any number of terms;
+            the CPU and ``"max"`` know ``"fp32"`` alone, and gradients are computed in it.
 
     Returns:
         ``(B, U)``: 0, ``-inf``, the leaves, then all other units.

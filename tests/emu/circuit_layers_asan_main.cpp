@@ -28,6 +28,21 @@ ExactBuffer<T> exact(const std::vector<T>& values) {
     return copy;
 }
 
+// Memory of kernels that go by stages, of one precision.
+struct Parts {
+    ExactBuffer<int16_t> weights, terms, ratios;
+    ExactBuffer<float> lost;
+
+    Parts(LayersArgs& a, LayersPrecision precision)
+        : weights((a.parts = parts_of(precision), stored_weights(a))),
+          terms(stored_terms(a)),
+          ratios(stored_ratios(a)),
+          lost(a.plan.nodes() * kNodeShares * a.lanes) {
+        a.weight_parts = weights.data(), a.term_parts = terms.data();
+        a.ratio_parts = ratios.data(), a.lost = lost.data();
+    }
+};
+
 float number(int64_t i) {
     return static_cast<float>(i * 7919 % 31) / 8 - 2;
 }
@@ -81,6 +96,9 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
     a.w = w.data(), a.weight = weight.data(), a.shift = shift.data(), a.val = val.data();
     a.droots = droots.data(), a.grad = grad.data(), a.ratio = ratio.data(), a.dw = dw.data();
     a.terms = terms.data(), a.tops = tops.data();
+    LayersArgs staged = a;
+    const Parts parts(staged, LayersPrecision::kFloat32);
+    if (!a.plan.small_nodes()) a = staged;
     launched(launch_layers_weights(a, nullptr));
     launched(launch_layers_forward(a, nullptr));
     launched(launch_layers_backward(a, nullptr));
@@ -124,7 +142,9 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
     for (const auto precision : {LayersPrecision::kHigh, LayersPrecision::kHalf}) {
         LayersArgs low = a;
         const ExactBuffer<float> found(units * lanes);
-        low.precision = precision, low.val = found.data();
+        const Parts halves(low, precision);
+        low.val = found.data();
+        launched(launch_layers_weights(low, nullptr));
         launched(launch_layers_forward(low, nullptr));
         const double bound = precision == LayersPrecision::kHigh ? 5e-5 : 2e-3;
         for (int32_t u = s; u < units; ++u)
@@ -171,7 +191,7 @@ void check_layers(int32_t n, int32_t m, int64_t rows) {
             close("sides", leaf_of[walk * 3 + 1], r + i);
         }
     }
-    a.max_product = true;
+    a.max_product = true, a.parts = 0;
     launched(launch_layers_weights(a, nullptr));
     launched(launch_layers_forward(a, nullptr));
     for (int64_t b = 0; b < rows; ++b)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from backends import Backend
-from circuit_programs import GRAPHS, LEAF, case, roots_of, spoiled
+from circuit_programs import GRAPHS, LEAF, STAGED, case, roots_of, spoiled
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -37,16 +37,14 @@ def formula(name: str, rows: int, norm: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("norm", ["logits", "none"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, *STAGED])
 def test_values_and_gradients_are_the_formula(backend: Backend, name: str, norm: str) -> None:
-    if backend.small and name == "a stage a launch":
-        pytest.skip("the emulator that checks every access is slow")
-    rows = 5 if name == "a stage a launch" else 19
+    rows = 5 if name.endswith("a stage a launch") else 19
     val, units, dw = run(backend, name, rows, norm)
     expected, dleaf, exact_dw = formula(name, rows, norm)
     assert torch.equal(val == -torch.inf, expected == -torch.inf)
     finite = expected > -torch.inf
-    # Sums have up to 140 terms of a few roundings each, over at most six layers.
+    # Sums have up to 1352 terms, added in runs, of a few roundings each, over at most six layers.
     torch.testing.assert_close(val[finite].double(), expected[finite], rtol=2e-6, atol=2e-5)
     got = units[:, 2 : 2 + dleaf.shape[1]].double()
     torch.testing.assert_close(got, dleaf, rtol=2e-4, atol=2e-5)
@@ -111,6 +109,94 @@ def test_a_way_far_below_the_heavy_states_keeps_its_value(backend: Backend) -> N
     units, dw = ops.circuit_layers_backward(ones, val, w_on, on_device, "none")
     assert torch.equal(units[:, 2:4].cpu(), torch.tensor([[0.0, 1.0]] * 3))
     assert torch.equal(dw.cpu(), torch.tensor([0.0, 3.0]))
+
+
+def test_rescued_sums_of_a_stage_keep_their_values_and_flows(backend: Backend) -> None:
+    """A left-to-right chain whose mass lies where no way leads: each state is reached from itself
+    and the one before, 90 below which it lies."""
+    states = 130
+    program = Circuit(RegionGraph.hmm(2, states, LEAF))._execution.program
+    g = torch.Generator().manual_seed(0)
+    leaf = torch.rand(18, 2 * states, generator=g) - 90.0 * torch.arange(states).flip(0).repeat(2)
+    w = torch.zeros(states * states + states)
+    reach = torch.full((states, states), -torch.inf)
+    for o in range(states):
+        reach[o, max(0, o - 1) : o + 1] = torch.tensor([-0.3, -1.35])[-(o + 1) :]
+    w[: states * states] = reach.flatten()
+    droots = torch.rand(18, 1, generator=g)
+    on_device = program.to(torch.device(backend.device))
+    exact, exact_w = leaf.double().requires_grad_(), w.double().requires_grad_()
+    expected = reference.circuit_layers(exact, exact_w, program.numbers, "none")
+    total = (expected[:, roots_of(program)] * droots).sum()
+    dleaf, exact_dw = torch.autograd.grad(total, (exact, exact_w))
+    leaf, w = leaf.to(backend.device), w.to(backend.device)
+    for precision, bound in (("fp32", 2e-6), ("high", 2e-5), ("fp16s", 1e-3)):
+        val = ops.circuit_layers(leaf, w, on_device, "none", precision=precision)
+        error = (val.cpu().double() - expected).abs()[:, 2:]
+        assert (error <= bound + 2.0**-22 * expected[:, 2:].abs()).all()
+    val = ops.circuit_layers(leaf, w, on_device, "none")
+    units, dw = ops.circuit_layers_backward(droots.to(backend.device), val, w, on_device, "none")
+    got = units[:, 2 : 2 + leaf.shape[1]].cpu().double()
+    # Logarithms near -12000 have a rounding of 5e-4, which their flows inherit.
+    torch.testing.assert_close(got, dleaf, rtol=4e-3, atol=1e-6)
+    torch.testing.assert_close(dw.cpu().double(), exact_dw, rtol=4e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("high", 2.0**-15), ("fp16s", 2.0**-10)])
+def test_lower_precisions_keep_their_bound_above_256_terms(
+    backend: Backend, precision: str, bound: float
+) -> None:
+    if backend.is_twin:
+        pytest.skip("the twins know one precision")
+    program, leaf, w, _ = case("pairs, a stage a launch", 3)
+    expected = reference.circuit_layers(leaf.double(), w.double(), program.numbers)
+    on_device = program.to(torch.device(backend.device))
+    leaf, w = leaf.to(backend.device), w.to(backend.device)
+    val = ops.circuit_layers(leaf, w, on_device, precision=precision).cpu().double()
+    possible = expected > -torch.inf
+    assert torch.equal(val > -torch.inf, possible)
+    # Two layers of sums, after one rounding of float32 in each value.
+    error = (val - expected)[possible].abs()
+    assert (error <= 3 * bound + 2.0**-21 * (20 + expected[possible].abs())).all()
+    assert precision == "high" or error.max() > 2.0**-17  # float16 has really been used
+
+
+def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
+    """3072 rows go in tiles of 128 x 64, one row in a tile of 64 x 32."""
+    if backend.is_twin or backend.small:
+        pytest.skip("the tiles are those of kernels, and the emulator that checks them is slow")
+    circuit = Circuit(RegionGraph.hmm(2, 130, LEAF))
+    g = torch.Generator().manual_seed(0)
+    program = circuit._execution.program.to(torch.device(backend.device))
+    leaf = torch.randn(3072, 260, generator=g).to(backend.device)
+    w = torch.randn(len(circuit.weights), generator=g).to(backend.device)
+    val = ops.circuit_layers(leaf, w, program)
+    units, _ = ops.circuit_layers_backward(leaf.new_ones(3072, 1), val, w, program, need_dw=False)
+    for b in (0, 1700, 3071):
+        alone = ops.circuit_layers(leaf[b : b + 1], w, program)
+        assert torch.equal(alone, val[b : b + 1])
+        got, _ = ops.circuit_layers_backward(leaf.new_ones(1, 1), alone, w, program, need_dw=False)
+        assert torch.equal(got, units[b : b + 1])
+
+
+def test_flows_of_many_weights_are_the_formula(backend: Backend) -> None:
+    """900 x 900 weights go in tiles of 128 x 64."""
+    if backend.small:
+        pytest.skip("the emulator that checks every access is slow")
+    circuit = Circuit(RegionGraph.hmm(2, 900, LEAF))
+    g = torch.Generator().manual_seed(0)
+    program = circuit._execution.program
+    leaf, w = (torch.randn(n, generator=g) for n in ((3, 1800), (len(circuit.weights),)))
+    exact = w.double().requires_grad_()
+    expected = reference.circuit_layers(leaf.double(), exact, program.numbers)[:, -1]
+    (flows,) = torch.autograd.grad(expected.sum(), exact)
+    on_device = program.to(torch.device(backend.device))
+    leaf, w = leaf.to(backend.device), w.to(backend.device)
+    val = ops.circuit_layers(leaf, w, on_device)
+    assert (val[:, -1].cpu().double() - expected).abs().max() < 4e-6
+    ones = torch.ones(3, 1, device=backend.device)
+    _, dw = ops.circuit_layers_backward(ones, val, w, on_device)
+    torch.testing.assert_close(dw.cpu().double(), flows, rtol=2e-4, atol=1e-7)
 
 
 def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(backend: Backend) -> None:

@@ -41,12 +41,23 @@ def test_trips_and_instructions_cost_what_the_model_says(lock) -> None:
     case = next(c for c in report.CASES if c.shape.startswith("D1") and "shrink" in c.kernel)
     code = lock[case.kernel]
     longer = replace(code, trips=(code.trips or 0) + 10)
-    gap = report.estimate_us(case, longer) - report.estimate_us(case, code)
+    gap = report.launch_us(case, longer) - report.launch_us(case, code)
     assert gap == pytest.approx(10 * report.L2)
     leaf = next(c for c in report.CASES if "circuit_leaf" in c.kernel)
     slow = replace(lock[leaf.kernel], each=64.0)
     cycles = leaf.values * 64 / 32 / (4 * report.SMS)  # of a scheduler
-    assert report.estimate_us(leaf, slow) >= cycles / report.CLOCK
+    assert report.launch_us(leaf, slow) >= cycles / report.CLOCK
+
+
+def test_a_chain_is_all_its_launches_and_its_floor_has_no_launch_in_it(lock) -> None:
+    chain = next(c for c in report.CASES if "2048 states" in c.shape and "forward, fp32" in c.shape)
+    each = [report.launch_us(c, lock[c.kernel]) for c in (chain, *chain.beside)]
+    saved = 2 * (report.NULL - report.HANDOFF)  # both kernels overlap the end of the other
+    assert all(lock[c.kernel].dependent for c in (chain, *chain.beside))
+    assert report.estimate_us(chain, lock) == pytest.approx(31 * (sum(each) - saved))
+    assert report.floor_us(chain) == pytest.approx(31 * 2 * 2048**2 * 512 / report.TENSOR)
+    # Six products of 16 bits for each of float32: no faster than tensor cores are at that.
+    assert each[0] > 6 * chain.flops / report.TENSOR
 
 
 def test_what_is_above_twice_its_floor_is_red_and_nothing_else() -> None:

@@ -34,7 +34,6 @@ namespace lora_ext {
 
 constexpr int64_t kLaneGroup = 16;
 constexpr int32_t kFirstLeaf = 2;
-constexpr int kMmaTerms = 256;  // more of them are summed in float32, whatever is asked for
 
 struct LayersNode {
     int32_t out, units, width, matrix, part_begin, part_end;
@@ -103,6 +102,7 @@ struct LayersProgram {
 struct LayersStage {
     int64_t begin, end, units, width;  // nodes, and the most that one of them has
 };
+constexpr int64_t kWalkedWeights = 1 << 14;  // of a node, at most: one launch walks all nodes
 struct LayersPlan {
     static constexpr int64_t kHeader = 10;
     const int64_t* at;
@@ -119,12 +119,23 @@ struct LayersPlan {
     int64_t draws() const { return at[9]; }
     int64_t size() const { return kHeader + 4 * num_stages(); }
     int64_t most_terms() const {  // of the nodes of a stage
-        int64_t most = 0;
+        return most([](const LayersStage& s) { return (s.end - s.begin) * s.width; });
+    }
+    int64_t most_sums() const {
+        return most([](const LayersStage& s) { return (s.end - s.begin) * s.units; });
+    }
+    // No node has more than kWalkedWeights.
+    bool small_nodes() const {
+        return most([](const LayersStage& s) { return s.units * s.width; }) <= kWalkedWeights;
+    }
+    template <class F>
+    int64_t most(F&& f) const {
+        int64_t found = 0;
         for (int64_t s = 0; s < num_stages(); ++s) {
-            const int64_t terms = (stage(s).end - stage(s).begin) * stage(s).width;
-            most = terms > most ? terms : most;
+            const int64_t own = f(stage(s));
+            found = own > found ? own : found;
         }
-        return most;
+        return found;
     }
     LayersStage stage(int64_t i) const {
         const int64_t* s = at + kHeader + 4 * i;
@@ -132,9 +143,24 @@ struct LayersPlan {
     }
 };
 
-// What sums are made of where kernels run: of float32, or on tensor cores of two bfloat16 each
-// (kHigh) or of scaled float16 (kHalf), up to kMmaTerms terms. Twins know one precision.
+// What sums are made of where kernels run by stages: of numbers in three bfloat16 parts, which are
+// all 24 bits of a float, in two (kHigh), or of one scaled float16 (kHalf). Twins know one
+// precision, and so do flows.
 enum class LayersPrecision { kFloat32, kHigh, kHalf };
+constexpr int parts_of(LayersPrecision precision) {
+    return precision == LayersPrecision::kFloat32 ? 3 : precision == LayersPrecision::kHigh ? 2 : 1;
+}
+
+// Kernels go by stages, on tensor cores, where nodes are too large for one launch that walks them.
+// They keep numbers in 16-bit parts, those of eight numbers of a row together: weights in rows of
+// part_width numbers, a multiple of eight, those of a matrix from number first_part on.
+LX_HOST_DEVICE constexpr int64_t part_width(int64_t width) {
+    return (width + 7) / 8 * 8;
+}
+LX_HOST_DEVICE inline int64_t first_part(const LayersMatrix& m) {
+    return (m.weight + int64_t{7} * m.row + 7) / 8 * 8;
+}
+constexpr int kNodeShares = 4;  // blocks that make the terms of one node and lane
 
 // Everything but leaf and uniforms is contiguous, float or double as `dtype` says.
 struct LayersArgs {
@@ -159,8 +185,14 @@ struct LayersArgs {
     void* ratio = nullptr;         // (U, L), of sums
     void* dw = nullptr;            // as w
     // Kernels alone.
-    void* terms = nullptr;  // (plan.most_terms(), L)
+    void* terms = nullptr;  // (plan.most_terms(), L), of a backward
     void* tops = nullptr;   // (nodes, L)
+    // By stages, `parts` of each number; 0: one launch walks all nodes.
+    int parts = 0;
+    void* weight_parts = nullptr;  // stored_weights
+    void* term_parts = nullptr;    // stored_terms
+    void* ratio_parts = nullptr;   // stored_ratios, of a backward
+    void* lost = nullptr;          // (nodes, kNodeShares, L), of a backward
     // Walks: those of a row of data follow one another.
     int64_t walks = 0, walks_per_row = 0;
     const int64_t* root = nullptr;   // (B,) in [0, roots)
@@ -170,6 +202,17 @@ struct LayersArgs {
     int32_t* chosen = nullptr;   // (nodes, walks), scratch: the unit that a walk is at, or -1
     int64_t* leaves = nullptr;   // (walks, plan.variables()): columns of val, or -1
 };
+
+// 16-bit numbers of each kind of parts. first_part leaves room for the padded rows before it.
+inline int64_t stored_weights(const LayersArgs& args) {
+    return args.parts * ((args.num_weights + 7 * args.plan.rows() + 7) / 8 * 8);
+}
+inline int64_t stored_terms(const LayersArgs& args) {
+    return args.parts * args.plan.most_terms() * args.lanes;
+}
+inline int64_t stored_ratios(const LayersArgs& args) {
+    return args.parts * args.plan.most_sums() * args.lanes;
+}
 
 // CPU twins: `ops` splits [0, items) over threads; no bit depends on how. `scratch` holds
 // scratch_bytes of the thread.
@@ -189,7 +232,9 @@ constexpr int64_t kBandRows = 128;
 // CUDA launchers: asynchronous, on `stream`, no allocation, no float64.
 LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
-LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);  // units, and ratio
+// Flows of units, and ratio; by stages, of weights as well if there is a `dw`, but for the last step
+// of it.
+LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);
 

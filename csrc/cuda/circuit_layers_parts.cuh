@@ -1,0 +1,282 @@
+// Numbers in 16-bit parts, which tensor cores multiply, and the tile of a product of them.
+//
+//   3 parts   bfloat16, together all 24 bits of a float; the six products of at least 2^-16
+//   2 parts   bfloat16, 16 bits; three products
+//   1 part    float16 of the number times 2^14: 11 bits, terms below 2^-38 of the largest vanish
+//
+// The parts of eight numbers of a row lie together: eight first parts, eight second ones, ...
+//
+// A stage of a tile is kStep of k, of both sides; cp.async fills a ring of stages of 72 KiB at
+// most, so that one block fits any device and three a multiprocessor of 227 KiB. A side lies in
+// shared memory as it lies in memory: row by row, or k by k where ldmatrix.trans turns it. Its
+// 16-byte pieces are permuted within a row such that eight lanes of an ldmatrix meet no bank twice.
+#pragma once
+
+#include "circuit_layers.cuh"
+
+namespace lora_ext {
+
+constexpr float kHalfScale = 0x1p14f;
+constexpr int kProductThreads = 128;
+constexpr int kPartPiece = 8;  // numbers of 16 bytes
+
+template <int kParts>
+using PartOf = std::conditional_t<kParts == 1, lx::f16, lx::bf16>;
+
+// Two numbers as one word of each part.
+template <int kParts>
+LX_DEVICE void part_pair(float a, float b, uint32_t (&words)[kParts]) {
+    if constexpr (kParts == 1) a *= kHalfScale, b *= kHalfScale;
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+        words[p] = lx::pack_floats<PartOf<kParts>>(a, b);
+        const float2 rounded = lx::unpack_floats<PartOf<kParts>>(words[p]);
+        a -= rounded.x, b -= rounded.y;
+    }
+}
+// Where the first part of number `at` of a row lies; its other parts lie kPartPiece apart.
+template <int kParts>
+LX_DEVICE int64_t part_at(int64_t at) {
+    return at / kPartPiece * (kPartPiece * kParts) + at % kPartPiece;
+}
+// Four numbers, `at` a multiple of four.
+template <int kParts>
+LX_DEVICE void store_parts(uint16_t* row, int64_t at, float a, float b, float c, float d) {
+    uint32_t first[kParts], second[kParts];
+    part_pair<kParts>(a, b, first);
+    part_pair<kParts>(c, d, second);
+#pragma unroll
+    for (int p = 0; p < kParts; ++p)
+        *reinterpret_cast<uint2*>(row + part_at<kParts>(at) + p * kPartPiece) = {first[p],
+                                                                                 second[p]};
+}
+// Two numbers of three parts, bit for bit, the first part of the first of them at `first`.
+LX_DEVICE float2 joined_pair(const uint16_t* first) {
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int p = 2; p >= 0; --p) {
+        const float2 part =
+            lx::unpack_floats<lx::bf16>(*reinterpret_cast<const uint32_t*>(first + p * kPartPiece));
+        sum.x += part.x, sum.y += part.y;
+    }
+    return sum;
+}
+
+// Numbers in memory that are one side of a tile: `rows` and `columns` of them from `first` on,
+// columns in whole pieces of eight. Rows are `stride` numbers apart.
+struct PartRows {
+    const void* first;
+    int64_t stride;
+    int rows, columns;
+};
+
+// One side of a product, kSize rows or columns of a tile: (kSize, k) or, turned, (k, kSize). A
+// thread copies the same piece of every kRowStep-th row, step after step of k.
+template <int kParts, bool kTurned, int kSize, int kStep>
+struct ProductSide {
+    static constexpr int kRows = kTurned ? kStep : kSize;
+    static constexpr int kPieces = (kTurned ? kSize : kStep) / kPartPiece;
+    static constexpr int kRowBytes = kPieces * 16;
+    static constexpr int kPlaneBytes = kRows * kRowBytes;  // of one part
+    static constexpr int kBytes = kParts * kPlaneBytes;
+    static constexpr int kRowStep = kProductThreads / kPieces;
+    static constexpr int kCopies = kRows / kRowStep;
+    static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);  // a thread permutes alike
+
+    const unsigned char *origin, *own;  // own: the thread's first piece of the next step
+    int64_t row_step, step;             // bytes between its rows, and between steps
+    int to;                             // where it goes
+    int left;                           // k there is, from the next step on
+    int others;                         // rows or columns there are; turned: of the thread's piece
+
+    LX_DEVICE explicit ProductSide(const PartRows& in)
+        : origin(static_cast<const unsigned char*>(in.first)) {
+        const int row = lx::thread_rank() / kPieces, piece = lx::thread_rank() % kPieces;
+        const int64_t row_bytes = in.stride * (2 * kParts);
+        own = origin + row * row_bytes + piece * (16 * kParts);
+        row_step = row_bytes * kRowStep;
+        step = kTurned ? row_bytes * kStep : int64_t{kStep} * (2 * kParts);
+        to = offset(row, piece);
+        left = (kTurned ? in.rows - row : in.columns - piece * kPartPiece);
+        others = (kTurned ? in.columns - piece * kPartPiece : in.rows - row);
+    }
+    LX_DEVICE static int offset(int row, int piece) {
+        return row * kRowBytes + (piece ^ (kPieces >= 8 ? row % 8 : row / 2 % kPieces)) * 16;
+    }
+
+    // The next step of k, zeros beyond the end.
+    LX_DEVICE void fill(unsigned char* stage) {
+        constexpr int kLastRow = (kCopies - 1) * kRowStep;
+        const bool whole = kTurned ? left > kLastRow && others > 0 : left > 0 && others > kLastRow;
+        stage += to;
+        if (whole) {
+            const unsigned char* from = own;
+#pragma unroll
+            for (int i = 0; i < kCopies; ++i, from += row_step) {
+#pragma unroll
+                for (int p = 0; p < kParts; ++p)
+                    lx::cp_async<16>(stage + p * kPlaneBytes + i * kRowStep * kRowBytes,
+                                     from + 16 * p);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < kCopies; ++i) {
+                const bool there =
+                    kTurned ? left > i * kRowStep && others > 0 : left > 0 && others > i * kRowStep;
+                const unsigned char* from = there ? own + i * row_step : origin;
+#pragma unroll
+                for (int p = 0; p < kParts; ++p)
+                    lx::cp_async<16>(stage + p * kPlaneBytes + i * kRowStep * kRowBytes,
+                                     from + 16 * p, there ? 16 : 0);
+            }
+        }
+        own += step;
+        left -= kStep;
+    }
+    // Operand A of part p, rows `first` .. + 15, of the 16 k from k on.
+    LX_DEVICE static void load_rows(uint32_t (&a)[4], const unsigned char* stage, int p, int first,
+                                    int k) {
+        const int lane = lx::lane_id();
+        stage += p * kPlaneBytes;
+        if constexpr (kTurned)
+            lx::ldmatrix_x4_trans(
+                a, stage + offset(k + lane / 16 * 8 + lane % 8, first / kPartPiece + lane / 8 % 2));
+        else
+            lx::ldmatrix_x4(a, stage + offset(first + lane % 16, k / kPartPiece + lane / 16));
+    }
+    // Operand B of part p, of two tiles of eight columns from `first` on.
+    LX_DEVICE static void load_columns(uint32_t (&b)[2], uint32_t (&next)[2],
+                                       const unsigned char* stage, int p, int first, int k) {
+        const int lane = lx::lane_id();
+        uint32_t four[4];
+        stage += p * kPlaneBytes;
+        if constexpr (kTurned)
+            lx::ldmatrix_x4_trans(four,
+                                  stage + offset(k + lane % 16, first / kPartPiece + lane / 16));
+        else
+            lx::ldmatrix_x4(four, stage + offset(first + lane / 16 * 8 + lane % 8,
+                                                 k / kPartPiece + lane / 8 % 2));
+        b[0] = four[0], b[1] = four[1];
+        next[0] = four[2], next[1] = four[3];
+    }
+};
+
+// Tiles of kRows rows and kColumns columns; four warps have a quarter each.
+template <int kNumParts, bool kLeftTurned, bool kRightTurned, bool kLarge>
+struct ProductShape {
+    static constexpr int kParts = kNumParts;
+    static constexpr int kRows = kLarge ? 128 : 64, kColumns = kLarge ? 64 : 32;
+    static constexpr int kStep = kParts == 1 ? 64 : 32;
+    using Left = ProductSide<kParts, kLeftTurned, kRows, kStep>;
+    using Right = ProductSide<kParts, kRightTurned, kColumns, kStep>;
+    static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
+    static constexpr int kStages = lx::min(4, 73728 / kStageBytes);
+    static constexpr int kRingBytes = kStages * kStageBytes;
+    static constexpr int kTilesM = kRows / 32, kTilesN = kColumns / 16;
+    static constexpr int kWarpRows = kRows / 2, kWarpColumns = kColumns / 2;
+    static constexpr int kOwn = kTilesM * kTilesN * 4;  // results of a thread
+    // Tensor cores cut a sum off where float32 would round it, which takes from sums of positive
+    // terms again and again (Fasi et al. 2021). So where all bits count, sums of 128 terms are
+    // added by ordinary cores.
+    static constexpr int kRun = kParts == 3 ? 128 / kStep : 1 << 30;
+    static constexpr int kTogether = kTilesN >= 4 ? 1 : 2;  // row tiles whose products alternate
+    static constexpr int kUnroll = kParts == 3 && kLarge ? 1 : kStep / 16;  // registers allow it
+    using Sums = float[kTilesM][kTilesN][4];
+    static_assert(kStages >= 2);
+
+    LX_DEVICE static int warp_row() { return lx::warp_id() % 2 * kWarpRows; }
+    LX_DEVICE static int warp_column() { return lx::warp_id() / 2 * kWarpColumns; }
+    // Where result i of a thread lies in the tile; those of i and i + 1, i even, are neighbours.
+    LX_DEVICE static int row_of(int i) {
+        return warp_row() + i / (4 * kTilesN) * 16 + i / 2 % 2 * 8 + lx::lane_id() / 4;
+    }
+    LX_DEVICE static int column_of(int i) {
+        return warp_column() + i / 4 % kTilesN * 8 + lx::lane_id() % 4 * 2 + i % 2;
+    }
+    LX_DEVICE static float at(const Sums& sums, int i) {
+        return sums[i / (4 * kTilesN)][i / 4 % kTilesN][i % 4];
+    }
+
+    LX_DEVICE static void multiply(Sums& sums, const unsigned char* stage) {
+        const unsigned char* right = stage + Left::kBytes;
+#pragma unroll(kUnroll)
+        for (int k = 0; k < kStep; k += 16) {
+            uint32_t b[kParts][kTilesN][2];
+#pragma unroll
+            for (int p = 0; p < kParts; ++p)
+#pragma unroll
+                for (int j = 0; j < kTilesN; j += 2)
+                    Right::load_columns(b[p][j], b[p][j + 1], right, p, warp_column() + 8 * j, k);
+#pragma unroll
+            for (int m = 0; m < kTilesM; m += kTogether) {
+                uint32_t a[kTogether][kParts][4];
+#pragma unroll
+                for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+                    for (int p = 0; p < kParts; ++p)
+                        Left::load_rows(a[t][p], stage, p, warp_row() + 16 * (m + t), k);
+                // The smallest products first.
+#pragma unroll
+                for (int below = kParts - 1; below >= 0; --below)
+#pragma unroll
+                    for (int p = below; p >= 0; --p)
+#pragma unroll
+                        for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+                            for (int j = 0; j < kTilesN; ++j)
+                                lx::mma_m16n8k16<PartOf<kParts>>(sums[m + t][j], a[t][p],
+                                                                 b[below - p][j]);
+            }
+        }
+    }
+    // sums += left right, over `depth` of k. Only `right` is of a kernel that may be running yet.
+    LX_DEVICE static void add_product(Sums& sums, unsigned char* ring, const PartRows& left_rows,
+                                      const PartRows& right_rows, int depth) {
+        Left left(left_rows);
+        Right right(right_rows);
+        const int steps = (depth + kStep - 1) / kStep;
+#pragma unroll
+        for (int s = 0; s < kStages - 1; ++s)
+            if (s < steps) left.fill(ring + s * kStageBytes);
+        lx::grid_dependency_wait();
+#pragma unroll
+        for (int s = 0; s < kStages - 1; ++s) {
+            if (s < steps) right.fill(ring + s * kStageBytes + Left::kBytes);
+            lx::cp_async_commit();
+        }
+        int filled = kStages - 1, stage = 0, next = kRingBytes - kStageBytes;  // to be filled
+        const auto fill = [&] {
+            if (filled++ < steps) {
+                left.fill(ring + next);
+                right.fill(ring + next + Left::kBytes);
+            }
+            lx::cp_async_commit();
+            next = next == kRingBytes - kStageBytes ? 0 : next + kStageBytes;
+        };
+        for (int step = 0; step < steps;) {
+            Sums run = {};
+            const int end = kParts == 3 ? lx::min(steps, step + kRun) : steps;
+            for (; step < end; ++step) {
+                lx::cp_async_wait_group<kStages - 2>();
+                lx::syncthreads();  // this stage is complete, and all have read the one before
+                fill();
+                multiply(run, ring + stage);
+                stage = stage == kRingBytes - kStageBytes ? 0 : stage + kStageBytes;
+            }
+#pragma unroll
+            for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+                for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[m][j][i] += run[m][j][i];
+        }
+        lx::cp_async_wait_all();
+        lx::syncthreads();  // the ring is free
+    }
+};
+
+inline void declare_parts(const void* parts, int64_t numbers, lx::Access access) {
+    LX_BUF(parts, numbers * 2, access);
+}
+
+}  // namespace lora_ext

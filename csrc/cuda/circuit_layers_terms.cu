@@ -1,0 +1,353 @@
+// What stands around the products of one stage of a circuit; formulas in circuit_layers.h.
+//
+//   terms      E = exp(term - its maximum over the node) of each lane, once, in parts; going down
+//              also R = flow / s of each sum: block (16 lanes, node, share of its terms)
+//   children   flows of terms are added to the units below. A thread owns columns, so products
+//              follow one another without a barrier, in one order: block (16 lanes, 16 columns)
+//   owed       flows of weights become gradients, with what rescued sums owe: a block a row
+//
+// Bound: bytes, and the latency of the maximum, which every share takes for itself.
+#include "circuit_layers_parts.cuh"
+
+namespace lora_ext {
+namespace {
+
+constexpr int kBatch = 4;  // terms of a thread on their way
+constexpr int kSums = 2;   // and sums
+constexpr int kOwedThreads = 128;
+
+LX_DEVICE float4 added(float4 a, float4 b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+LX_DEVICE float4 four_at(const float* p) {
+    return *reinterpret_cast<const float4*>(p);
+}
+
+struct TermTile : LayerTile {
+    using LayerTile::LayerTile;
+
+    // f(term, its values on lanes quad .. + 3) for the terms first, first + step, ... below `end`.
+    template <class F>
+    LX_DEVICE void for_quads(const LayersNode& node, int quad, int first, int end, int step,
+                             F&& f) const {
+        int i = first;
+        for (int p = node.part_begin; p < node.part_end && i < end; ++p) {
+            const LayersPart part = program.parts()[p];
+            const LayersChild* child = program.children() + part.child_begin;
+            const int count = part.child_end - part.child_begin;
+            // Both of them are on their way at once; column 0 is 0.
+            const LayersChild one = child[0], two = count > 1 ? child[1] : LayersChild{0, 0};
+            const int pairs = part.kronecker ? two.units : 1;
+            const int stop = lx::min(end, part.term + one.units * pairs);
+            while (i < stop) {
+                // Terms of this batch beyond the thread's own: it stands in for others.
+                const int last = lx::min(kBatch - 1, (stop - 1 - i) / step);
+                float4 l[kBatch], r[kBatch];
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) {
+                    const int k = i + lx::min(j, last) * step - part.term;
+                    const int first_unit = part.kronecker ? k / pairs : k;
+                    const int second_unit = part.kronecker ? k - first_unit * pairs : k;
+                    l[j] = four_at(at(args.val, one.column + first_unit) + quad);
+                    r[j] = four_at(at(args.val, two.column + (count > 1 ? second_unit : 0)) + quad);
+                }
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) l[j] = added(l[j], r[j]);
+                for (int c = 2; c < count; ++c) {
+                    const int column = child[c].column + i - part.term;
+#pragma unroll
+                    for (int j = 0; j < kBatch; ++j)
+                        l[j] = added(
+                            l[j], four_at(at(args.val, column + lx::min(j, last) * step) + quad));
+                }
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j)
+                    if (j <= last) f(i + j * step, l[j]);
+                i += (last + 1) * step;
+            }
+        }
+    }
+    // The largest term of each of the thread's four lanes; all threads call it.
+    LX_DEVICE float4 tops_of(const LayersNode& node, float* partial) const {
+        const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
+        float top[4] = {kImpossible, kImpossible, kImpossible, kImpossible};
+        for_quads(node, quad, rank / kQuads, node.width, kGroups, [&](int, float4 l) {
+            top[0] = fmaxf(top[0], l.x), top[1] = fmaxf(top[1], l.y);
+            top[2] = fmaxf(top[2], l.z), top[3] = fmaxf(top[3], l.w);
+        });
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int mask = kQuads; mask < lx::kWarpSize; mask *= 2)
+                top[j] = fmaxf(top[j], lx::shfl_xor_sync(lx::kFullMask, top[j], mask));
+        }
+        if (lx::lane_id() < kQuads)
+            *reinterpret_cast<float4*>(partial + lx::warp_id() * kTile + quad) = {top[0], top[1],
+                                                                                  top[2], top[3]};
+        lx::syncthreads();
+        for (int w = 0; w < kLayerWarps; ++w) {
+            const float4 other = four_at(partial + w * kTile + quad);
+            top[0] = fmaxf(top[0], other.x), top[1] = fmaxf(top[1], other.y);
+            top[2] = fmaxf(top[2], other.z), top[3] = fmaxf(top[3], other.w);
+        }
+        return {top[0], top[1], top[2], top[3]};
+    }
+    // The ratios of a share of a node's sums, and which lanes have lost one.
+    LX_DEVICE void ratios(const LayersNode& node, const LayersMatrix& m, int64_t n, int64_t slot,
+                          float4 top, float* partial) const {
+        const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
+        const float tops[4] = {top.x, top.y, top.z, top.w};
+        uint16_t* to = static_cast<uint16_t*>(args.ratio_parts) + slot * args.lanes * 3;
+        float lost[4] = {};
+        const int step = static_cast<int>(gridDim.z) * kGroups;
+        for (int first = static_cast<int>(blockIdx.z) * kGroups + rank / kQuads; first < m.units;
+             first += kSums * step) {
+            float4 outs[kSums], flows[kSums];
+            float shifts[kSums];
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+                const int o = first + i * step < m.units ? first + i * step : first;
+                outs[i] = four_at(at(args.val, node.out + o) + quad);
+                flows[i] = four_at(at(args.grad, node.out + o) + quad);
+                shifts[i] = shift_of(m, o);
+            }
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+                const int o = first + i * step;
+                if (o >= m.units) continue;
+                const float out[4] = {outs[i].x, outs[i].y, outs[i].z, outs[i].w};
+                const float g[4] = {flows[i].x, flows[i].y, flows[i].z, flows[i].w};
+                float r[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const bool deep = lost_sum(tops[j], shifts[i], out[j]);
+                    if (deep) lost[j] = 1;
+                    r[j] = g[j] * expf(tops[j] + shifts[i] - out[j]);
+                    if (deep || out[j] == kImpossible) r[j] = 0;
+                }
+                store_parts<3>(to + o * args.lanes * 3, lane0 + quad, r[0], r[1], r[2], r[3]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int mask = kQuads; mask < lx::kWarpSize; mask *= 2)
+                lost[j] = fmaxf(lost[j], lx::shfl_xor_sync(lx::kFullMask, lost[j], mask));
+        }
+        lx::syncthreads();  // the maxima have been read
+        if (lx::lane_id() < kQuads)
+            *reinterpret_cast<float4*>(partial + lx::warp_id() * kTile + quad) = {lost[0], lost[1],
+                                                                                  lost[2], lost[3]};
+        lx::syncthreads();
+        if (rank >= kTile) return;
+        float any = 0;
+        for (int w = 0; w < kLayerWarps; ++w) any = fmaxf(any, partial[w * kTile + rank]);
+        at(args.lost, n * kNodeShares + blockIdx.z)[rank] = any;
+    }
+};
+
+template <int kParts, bool kDown>
+__global__ void __launch_bounds__(kLayerThreads, 2)
+    layers_terms_kernel(const __grid_constant__ LayersArgs args,
+                        const __grid_constant__ LayersStage stage) {
+    LX_SHARED(float, partial, kLayerWarps* kTile);
+    lx::grid_dependency_launch();
+    const TermTile tile(args, int64_t{blockIdx.x} * kTile);
+    const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
+    for (int64_t n = stage.begin + blockIdx.y; n < stage.end; n += gridDim.y) {
+        const LayersNode node = args.program.nodes()[n];
+        lx::grid_dependency_wait();  // there is a node for each block
+        const int first = static_cast<int>(blockIdx.z) * kGroups + rank / kQuads;
+        const int step = static_cast<int>(gridDim.z) * kGroups;
+        if (node.matrix < 0) {
+            if constexpr (!kDown)
+                tile.for_quads(node, quad, first, node.width, step, [&](int i, float4 l) {
+                    *reinterpret_cast<float4*>(tile.at(args.val, node.out + i) + quad) = l;
+                });
+            continue;
+        }
+        lx::syncthreads();  // the node before has read
+        const float4 top = tile.tops_of(node, partial);
+        if (blockIdx.z == 0 && rank < kQuads)
+            *reinterpret_cast<float4*>(tile.at(args.tops, n) + quad) = top;
+        const float base[4] = {shift_of(top.x), shift_of(top.y), shift_of(top.z), shift_of(top.w)};
+        uint16_t* to = static_cast<uint16_t*>(args.term_parts) +
+                       (n - stage.begin) * stage.width * args.lanes * kParts;
+        tile.for_quads(node, quad, first, node.width, step, [&](int i, float4 l) {
+            store_parts<kParts>(to + i * args.lanes * kParts, tile.lane0 + quad,
+                                lx::exp_approx(l.x - base[0]), lx::exp_approx(l.y - base[1]),
+                                lx::exp_approx(l.z - base[2]), lx::exp_approx(l.w - base[3]));
+        });
+        if constexpr (kDown)
+            tile.ratios(node, args.program.matrices()[node.matrix], n,
+                        (n - stage.begin) * stage.units, top, partial);
+    }
+}
+
+__global__ void __launch_bounds__(kLayerThreads, 4)
+    layers_children_kernel(const __grid_constant__ LayersArgs args,
+                           const __grid_constant__ LayersStage stage) {
+    lx::grid_dependency_launch();
+    lx::grid_dependency_wait();
+    const LayerTile tile(args, int64_t{blockIdx.x} * kTile);
+    const int lane = lx::thread_rank() % kTile;
+    constexpr int kColumns = kLayerThreads / kTile;
+    const int step = static_cast<int>(gridDim.y) * kColumns;
+    const int own = static_cast<int>(blockIdx.y) * kColumns + lx::thread_rank() / kTile;
+    for (int64_t n = stage.end - 1; n >= stage.begin; --n) {
+        const LayersNode node = args.program.nodes()[n];
+        const int64_t slot = (n - stage.begin) * stage.width;
+        for (int p = node.part_begin; p < node.part_end; ++p) {
+            const LayersPart part = args.program.parts()[p];
+            const float* d = (node.matrix < 0 ? tile.at(args.grad, node.out + part.term)
+                                              : tile.at(args.terms, slot + part.term)) +
+                             lane;
+            // The columns of a thread are those of one remainder.
+            for_children(
+                args.program, part, [&](const LayersChild& child, const ChildTerms& terms) {
+                    for (int u = (own + step - child.column % step) % step; u < child.units;
+                         u += step)
+                        tile.at(args.grad, child.column + u)[lane] += terms.sum(d, u, args.lanes);
+                });
+        }
+    }
+}
+
+// Row o of a matrix: totals of its flows, and shares of sums that were rescued.
+__global__ void __launch_bounds__(kOwedThreads, 8)
+    layers_owed_kernel(const __grid_constant__ LayersArgs args) {
+    LX_SHARED(float, debts, kOwedThreads);   // flows of rescued sums
+    LX_SHARED(float, depths, kOwedThreads);  // and log of the inverse of their products
+    LX_SHARED(float, parts, kOwedThreads / 32);
+    constexpr int kAhead = 4;
+    const LayersProgram program = args.program;
+    const int rank = lx::thread_rank();
+    const LayersMatrix m = matrix_of_row(program, blockIdx.x);
+    const int64_t o = int64_t{blockIdx.x} - m.row;
+    const LayerTile tile(args, 0);
+    const float shift = tile.shift_of(m, o);
+    float total = 0;
+    bool lost = false;
+    for (int u = m.user_begin; u < m.user_end; ++u) {
+        const int64_t n = program.users()[u];
+        const float* outs = tile.at(args.val, program.nodes()[n].out + o);
+        const float* flows = tile.at(args.grad, program.nodes()[n].out + o);
+        const float* tops = tile.at(args.tops, n);
+        for (int64_t first = rank; first < args.lanes; first += kAhead * kOwedThreads) {
+            float out[kAhead], g[kAhead], top[kAhead];
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                const int64_t at = first + j * kOwedThreads;
+                const int64_t lane = at < args.lanes ? at : first;
+                out[j] = outs[lane], g[j] = flows[lane], top[j] = tops[lane];
+            }
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                if (first + j * kOwedThreads >= args.lanes) continue;
+                if (out[j] != kImpossible) total += g[j];
+                lost = lost || lost_sum(top[j], shift, out[j]);
+            }
+        }
+    }
+    total = WarpTeam(nullptr).reduce(total, add);
+    if (lx::lane_id() == 0) parts[lx::warp_id()] = total;
+    const bool rescued = lx::syncthreads_or(lost);
+    total = 0;
+    for (int w = 0; w < kOwedThreads / 32; ++w) total += parts[w];
+
+    const uint16_t* scaled = static_cast<const uint16_t*>(args.weight_parts) +
+                             (first_part(m) + o * part_width(m.width)) * 3;
+    const auto weight = [&](int i) {
+        const float2 pair = joined_pair(scaled + part_at<3>(i & ~1));
+        return i % 2 == 0 ? pair.x : pair.y;
+    };
+    float* dw = static_cast<float*>(args.dw) + m.weight + o * m.width;
+    for (int i = rank; i < m.width; i += kOwedThreads) dw[i] *= weight(i);
+    if (rescued) {
+        const float* w = tile.weights_of(m, o);
+        const float base = row_base(w, m.width);
+        for (int u = m.user_begin; u < m.user_end; ++u) {
+            const int64_t n = program.users()[u];
+            const LayersNode node = program.nodes()[n];
+            for (int64_t first = 0; first < args.lanes; first += kOwedThreads) {
+                float debt = 0, depth = 0;
+                if (first + rank < args.lanes) {
+                    const float out = tile.at(args.val, node.out + o)[first + rank];
+                    const float top = tile.at(args.tops, n)[first + rank];
+                    if (lost_sum(top, shift, out))
+                        debt = tile.at(args.grad, node.out + o)[first + rank];
+                    depth = shift - out;
+                }
+                lx::syncthreads();  // the last lanes have been read
+                debts[rank] = debt, depths[rank] = depth;
+                if (!lx::syncthreads_or(debt != 0)) continue;
+                for (int k = 0; k < kOwedThreads; ++k) {
+                    if (debts[k] == 0) continue;
+                    tile.for_terms(node, static_cast<int>(first) + k, rank, m.width, kOwedThreads,
+                                   [&](int i, float l) {
+                                       dw[i] += debts[k] * expf(w[i] - base + l + depths[k]);
+                                   });
+                }
+            }
+        }
+    }
+    if (args.norm != WeightNorm::kLogits || shift == kImpossible) return;
+    const float factor = total * expf(shift);
+    for (int i = rank; i < m.width; i += kOwedThreads) dw[i] -= weight(i) * factor;
+}
+
+}  // namespace
+
+LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stage, bool down,
+                                 void* stream) {
+    declare_layers(args);
+    declare_units(args, args.val, down ? lx::Access::kRead : lx::Access::kReadWrite);
+    declare_floats(args.tops, args.plan.nodes() * args.lanes, lx::Access::kWrite);
+    declare_parts(args.term_parts, stored_terms(args), lx::Access::kWrite);
+    const dim3 grid(static_cast<unsigned>(lane_tiles(args)), along_grid(stage.end - stage.begin),
+                    kNodeShares);
+    if (down) {
+        declare_floats(args.shift, args.plan.rows(), lx::Access::kConstant);
+        declare_units(args, args.grad, lx::Access::kRead);
+        declare_parts(args.ratio_parts, stored_ratios(args), lx::Access::kWrite);
+        declare_floats(args.lost, args.plan.nodes() * kNodeShares * args.lanes, lx::Access::kWrite);
+        return LX_LAUNCH_PDL((layers_terms_kernel<3, true>), grid, kLayerThreads, 0, stream, args,
+                             stage);
+    }
+    switch (args.parts) {
+        case 1:
+            return LX_LAUNCH_PDL((layers_terms_kernel<1, false>), grid, kLayerThreads, 0, stream,
+                                 args, stage);
+        case 2:
+            return LX_LAUNCH_PDL((layers_terms_kernel<2, false>), grid, kLayerThreads, 0, stream,
+                                 args, stage);
+        default:
+            return LX_LAUNCH_PDL((layers_terms_kernel<3, false>), grid, kLayerThreads, 0, stream,
+                                 args, stage);
+    }
+}
+
+LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& stage,
+                                    void* stream) {
+    declare_layers(args);
+    declare_units(args, args.grad, lx::Access::kReadWrite);
+    declare_floats(args.terms, args.plan.most_terms() * args.lanes, lx::Access::kRead);
+    const dim3 grid(static_cast<unsigned>(lane_tiles(args)),
+                    along_grid(ceil_div(stage.width, kLayerThreads / kTile)));
+    return LX_LAUNCH_PDL(layers_children_kernel, grid, kLayerThreads, 0, stream, args, stage);
+}
+
+LaunchStatus launch_layers_owed(const LayersArgs& args, void* stream) {
+    declare_layers(args);
+    declare_floats(args.w, args.num_weights, lx::Access::kConstant);
+    declare_floats(args.shift, args.plan.rows(), lx::Access::kConstant);
+    declare_floats(args.tops, args.plan.nodes() * args.lanes, lx::Access::kConstant);
+    declare_parts(args.weight_parts, stored_weights(args), lx::Access::kConstant);
+    declare_units(args, args.val, lx::Access::kConstant);
+    declare_units(args, args.grad, lx::Access::kConstant);
+    declare_floats(args.dw, args.num_weights, lx::Access::kReadWrite);
+    return LX_LAUNCH(layers_owed_kernel, static_cast<unsigned>(args.plan.rows()), kOwedThreads, 0,
+                     stream, args);
+}
+
+}  // namespace lora_ext
