@@ -116,4 +116,4 @@ def test_eight_adapters_at_once_have_the_losses_of_eight_runs(
         alone = train_one(with_adapters(model, [name], 5), name, texts[name])
         worst = max(abs(losses[row] - loss) for losses, loss in zip(found, alone, strict=True))
         assert worst <= bound, (name, worst)
-        assert alone[-1] < alone[0]
+        assert abs(alone[-1] - alone[0]) > 10 * bound  # of one text: its adapter decides the loss
