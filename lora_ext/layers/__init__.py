@@ -42,6 +42,7 @@ from .model.adapted import (
     adapters_of,
     is_adapted,
 )
+from .model.attention import requests_apart
 from .model.blocks import block_index, block_name, decoder_layers
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing
