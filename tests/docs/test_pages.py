@@ -38,10 +38,12 @@ def _save_base_model(path: Path) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with what the pages take for granted: a base model, and two adapters for it."""
+    """A folder with what the pages take for granted: a base model, and adapters for it."""
     monkeypatch.chdir(tmp_path)
     _save_base_model(tmp_path / "base-model")
-    configs = {name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku")}
+    configs = {
+        name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku", "telegram")
+    }
     make_peft(make_model("llama"), configs).save_pretrained(tmp_path / "adapters")
 
 
