@@ -388,8 +388,9 @@ def _add_distil_guide(commands: Any) -> None:
         commands,
         "distil-guide",
         "learn a guide, by which constraints look ahead, from what a model writes",
-        "Writes DIR/guide.safetensors for lora_ext.control.Guide.load. The measures are nats\n"
-        "a token on texts that were held out: of the guide, and of the model itself.",
+        "Writes DIR/guide.safetensors for lora_ext.control.Guide.load, with the head that reads\n"
+        "the guide's state off the model. The measures are nats a token on texts that were\n"
+        "held out: of the guide, of the model itself, and of the guide behind its head.",
         guides.distil_guide,
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a causal LM and its tokenizer")

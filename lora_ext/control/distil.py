@@ -19,11 +19,13 @@ from lora_ext._checks import require
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 from .guide import Guide
+from .prior import PriorHead
 
 #: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.
 Progress = Callable[..., Iterable[Any]]
 _WHERE = "distil"
 _CHUNK = 256
+_AHEAD = 8  # tokens by whose likelihood a prior head is learned and measured
 
 
 @torch.no_grad()
@@ -36,6 +38,7 @@ def distil(
     length: int = 32,
     batch: int = 16,
     em_steps: int = 10,
+    prior_steps: int = 200,
     held_out: float = 0.1,
     eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
@@ -50,6 +53,7 @@ def distil(
         samples: texts to write, at least 2. length: tokens of each at most.
         batch: rows of a call of the model.
         em_steps: of the transitions at most; fewer once held-out texts become less likely.
+        prior_steps: of the guide's :class:`~lora_ext.control.PriorHead`; 0 learns none.
         held_out: the share of texts to measure by.
         eos_token_id: what ends a text; None: that of the model's ``generation_config``.
         seed: of the samples and the clusters; torch's own generator is left as it was.
@@ -58,7 +62,9 @@ def distil(
 
     Returns:
         a guide whose ``measures`` are ``held_out_nats`` a token under the guide,
-        ``model_nats`` under the model, and ``tokens`` that it learned from.
+        ``model_nats`` under the model, and ``tokens`` that it learned from; with a prior head
+        ``prior_nats`` a token of the 8 that follow a held-out place, from the state that the head
+        reads off the model there.
 
     Raises:
         ValueError: for numbers out of range, naming the argument.
@@ -69,6 +75,7 @@ def distil(
         ("length", length, 2),
         ("batch", batch, 1),
         ("em_steps", em_steps, 0),
+        ("prior_steps", prior_steps, 0),
     ):
         whole = type(value) is int and value >= low
         require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
@@ -79,7 +86,7 @@ def distil(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         written = _Written(model, rows, samples, length, batch, eos_token_id, progress)
-        return _learned(written, states, em_steps, held_out, progress)
+        return _learned(written, states, em_steps, prior_steps, held_out, progress)
 
 
 class _Written:
@@ -164,9 +171,14 @@ def _new_cache(model: Any) -> dict[str, Any]:
 
 
 def _learned(
-    written: _Written, states: int, em_steps: int, held_out: float, progress: Progress | None
+    written: _Written,
+    states: int,
+    em_steps: int,
+    prior_steps: int,
+    held_out: float,
+    progress: Progress | None,
 ) -> Guide:
-    """The guide of texts: clusters, laws, counts, and EM."""
+    """The guide of texts: clusters, laws, counts, EM, and the head that reads off its state."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
@@ -189,7 +201,20 @@ def _learned(
         "model_nats": float(written.nats[order[-apart:]].sum()) / count,
         "tokens": float(seen.sum()),
     }
+    if prior_steps:
+        places, following = _places(tokens[order], written.hidden[order])
+        head = PriorHead(guide, places.shape[1])
+        nats = head.fit(places, following, steps=prior_steps, apart=count, progress=progress)
+        guide.prior, guide.measures["prior_nats"] = head.weight.detach(), nats
     return guide
+
+
+def _places(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Every place of every text: its hidden state ``(n, D)``, and the tokens behind it ``(n, m)``,
+    -1 behind the end."""
+    behind = torch.nn.functional.pad(tokens, (0, _AHEAD - 1), value=-1).unfold(1, _AHEAD, 1)
+    seen = tokens >= 0
+    return hidden[seen], behind[seen]
 
 
 def _clusters(points: Tensor, count: int, progress: Progress | None, rounds: int = 15) -> Tensor:

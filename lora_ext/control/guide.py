@@ -17,7 +17,7 @@ from lora_ext._files import SafetensorsFile, parse_json, write_files
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 _FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
-_NAMES = ("initial", "transition", "emission")
+_NAMES, _PRIOR = ("initial", "transition", "emission"), "prior"
 _SUM = 1e-3  # how far probabilities may sum from one: many of them in float32
 
 
@@ -34,6 +34,8 @@ class Guide:
 
     Attributes:
         measures: what was measured of it, by name; :func:`distil` says what.
+        prior: ``(H, D)``, the weight of its :class:`~lora_ext.control.PriorHead`, saved and loaded
+            with it; None where none was learned.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit, and numbers that are no probabilities.
@@ -60,6 +62,7 @@ class Guide:
         self.transition = transition.detach()
         self.emission = emission.detach()
         self.measures: dict[str, float] = {}
+        self.prior: Tensor | None = None
 
     # --- from elsewhere ---------------------------------------------------------------------------
     @classmethod
@@ -101,7 +104,8 @@ class Guide:
         """Write ``guide.safetensors`` into a folder, whole or not at all."""
         from safetensors.torch import save  # not with lora_ext: only this needs it
 
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in _NAMES}
+        kept = {name: getattr(self, name) for name in (*_NAMES, _PRIOR)}
+        tensors = {name: t.cpu().contiguous() for name, t in kept.items() if t is not None}
         data = save(tensors, {_METADATA: json.dumps({"measures": self.measures})})
         write_files(folder, {_FILE: data})
 
@@ -115,7 +119,7 @@ class Guide:
         file = SafetensorsFile(Path(folder) / _FILE)
         try:
             found = {name: info.shape for name, info in file.infos.items()}
-            right = found.keys() == set(_NAMES) and len(found["initial"]) == 1
+            right = found.keys() - {_PRIOR} == set(_NAMES) and len(found["initial"]) == 1
             require(right, file.where, "tensors", ", ".join(_NAMES), f"{found!r:.200}")
             (states,) = found["initial"]
             tokens = found["emission"][-1] if found["emission"] else 0
@@ -124,9 +128,13 @@ class Guide:
                 "transition": (states, states),
                 "emission": (states, tokens),
             }
+            if _PRIOR in found:
+                wanted[_PRIOR] = (states, *found[_PRIOR][1:2])
             require(found == wanted, file.where, "shapes", f"{wanted!r:.200}", f"{found!r:.200}")
             kept = parse_json(file.metadata.get(_METADATA, "{}").encode(), file.where)
             guide = cls(*(file.read(name) for name in _NAMES))
+            if _PRIOR in found:
+                guide.prior = _checked_prior(guide, file.read(_PRIOR), file.where)
         finally:
             file.close()
         measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
@@ -224,6 +232,13 @@ class Guide:
         """``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's bits are
         its own."""
         return _product(vectors, self._packed_emission, self.emission)
+
+
+def _checked_prior(guide: Guide, weight: Tensor, where: str) -> Tensor:
+    require(weight.dtype == guide.initial.dtype, where, _PRIOR, guide.initial.dtype, weight.dtype)
+    finite = weight.dim() == 2 and weight.numel() > 0 and bool(weight.isfinite().all())
+    require(finite, where, _PRIOR, "finite numbers, (H, D)", f"{tuple(weight.shape)}")
+    return weight
 
 
 def _packed(weight: Tensor) -> Tensor | None:

@@ -25,17 +25,28 @@ class PriorHead(nn.Module):
     ``hidden`` the state that enters the model's LM head at the last token of the prompt.
 
     Args:
-        guide: whose states they are. hidden_size: ``D``.
+        guide: whose states they are.
+        hidden_size: ``D``; None: of the head that was learned with the guide (``guide.prior``).
 
     Attributes:
-        weight: ``(H, D)``, zeros at first: every state is as likely as another.
+        weight: ``(H, D)``: that of the guide's own head, or zeros, with which every state is as
+            likely as another.
+
+    Raises:
+        ValueError: for another size than the guide's head has, or None without one.
     """
 
-    def __init__(self, guide: Guide, hidden_size: int):
+    def __init__(self, guide: Guide, hidden_size: int | None = None):
         super().__init__()
-        integer(_WHERE, "hidden_size", hidden_size, 1)
         self.guide = guide
-        self.weight = nn.Parameter(guide.initial.new_zeros(guide.num_states, hidden_size))
+        known = None if guide.prior is None else guide.prior.shape[1]
+        if hidden_size is not None:
+            integer(_WHERE, "hidden_size", hidden_size, 1)
+        size = known if hidden_size is None else hidden_size
+        expected = "a size, for the guide has no head" if known is None else f"{known}, the guide's"
+        require(size is not None and known in (None, size), _WHERE, "hidden_size", expected, size)
+        weight = guide.initial.new_zeros(guide.num_states, size or 0)
+        self.weight = nn.Parameter(weight if guide.prior is None else guide.prior.clone())
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Laws ``(B, H)`` of hidden states ``(B, D)``, in the dtype of the guide."""
@@ -70,6 +81,7 @@ class PriorHead(nn.Module):
         steps: int = 200,
         batch: int = 256,
         learning_rate: float = 0.05,
+        apart: int | None = None,
         seed: int = 0,
         progress: Any = None,
     ) -> float:
@@ -78,10 +90,11 @@ class PriorHead(nn.Module):
         Args:
             hidden: ``(N, D)``. following: ``(N, m)``, as :meth:`log_prob` takes them.
             steps: of Adam, whose rate falls to zero. batch: places of each.
+            apart: how many of the last places are measured by and not learned from; None: a tenth.
             progress: as :func:`distil` takes it.
 
         Returns:
-            nats a token on the places of the last tenth, which are not learned from.
+            nats a token on the places that are set apart.
 
         Raises:
             ValueError: for fewer than two places, or numbers out of range.
@@ -91,15 +104,17 @@ class PriorHead(nn.Module):
         shapes = f"{tuple(hidden.shape)} and {tuple(following.shape)}"
         expected = f"(N, {self.weight.shape[1]}) and (N, m) with N at least 2"
         require(fits, _WHERE, "hidden and following", expected, shapes)
-        apart = max(1, len(hidden) // 10)
+        apart = max(1, len(hidden) // 10) if apart is None else apart
+        integer(_WHERE, "apart", apart, 1, len(hidden) - 1)
         optimizer = torch.optim.Adam([self.weight], learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         drawing = torch.Generator().manual_seed(seed)
         listed: Any = range(steps)
         for _ in listed if progress is None else progress(listed, desc="prior", total=steps):
             chosen = torch.randint(len(hidden) - apart, (batch,), generator=drawing)
-            loss = -self.log_prob(hidden[chosen], following[chosen]).mean()
             optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = -self.log_prob(hidden[chosen], following[chosen]).mean()
             loss.backward()
             optimizer.step()
             schedule.step()

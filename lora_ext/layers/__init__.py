@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_ext._on_demand import on_demand
 
-from .base.dense import dense_parameters, is_plain, readable_weight
+from .base.dense import DenseParameters, dense_parameters, is_plain, readable_weight
 from .base.modules import READS_WEIGHTS, bypassed, head_names, linear_size
 from .base.packed_linear import (
     PackedLinear,

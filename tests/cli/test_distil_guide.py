@@ -43,6 +43,8 @@ def test_it_writes_a_guide_that_loads_and_says_its_measures(
     guide = Guide.load(out)
     assert guide.num_states == 4 == said["states"]
     assert guide.measures["held_out_nats"] == said["held_out_nats"] > 0
+    assert guide.measures["prior_nats"] == said["prior_nats"] > 0
+    assert guide.prior is not None and guide.prior.shape == (4, 16)
 
 
 def test_a_folder_that_is_none_is_refused(

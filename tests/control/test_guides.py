@@ -43,9 +43,10 @@ def test_circuits_that_are_no_homogeneous_chain_of_tokens_are_refused(graph: Reg
 def test_a_saved_guide_is_the_same_guide(tmp_path: Path) -> None:
     one = guide()
     one.measures = {"held_out_nats": 3.5}
+    one.prior = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one.save(tmp_path / "guide")
     again = Guide.load(tmp_path / "guide")
-    for name in ("initial", "transition", "emission"):
+    for name in ("initial", "transition", "emission", "prior"):
         assert torch.equal(getattr(again, name), getattr(one, name))
     assert again.measures == one.measures
 
@@ -62,6 +63,9 @@ def test_files_that_are_no_guide_are_refused(tmp_path: Path) -> None:
         good | {"emission": torch.ones(2, 4)},
         good | {"emission": torch.full((2, 4), torch.nan)},
         good | {"emission": torch.ones(2, 4) / 4, "more": torch.ones(1)},
+        good | {"emission": torch.ones(2, 4) / 4, "prior": torch.ones(3, 5)},
+        good | {"emission": torch.ones(2, 4) / 4, "prior": torch.full((2, 5), torch.inf)},
+        good | {"emission": torch.ones(2, 4) / 4, "prior": torch.ones(2)},
     ):
         save_file(bad, tmp_path / "guide.safetensors")
         with pytest.raises(ValueError, match="expected"):
@@ -117,7 +121,7 @@ def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_meas
         return items
 
     before = torch.random.get_rng_state()
-    arguments = {"samples": 200, "length": 8, "batch": 50, "em_steps": 4}
+    arguments = {"samples": 200, "length": 8, "batch": 50, "em_steps": 4, "prior_steps": 60}
     one = distil(model, [[0], [1, 2]], 1, **arguments)
     many = distil(model, [[0], [1, 2]], 12, **arguments, progress=bar)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -125,15 +129,20 @@ def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_meas
     assert nats[1] < nats[0] - 0.5
     model_nats = many.measures["model_nats"]
     assert nats[1] - model_nats < 0.2 * (nats[0] - model_nats)
-    assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps"}
+    assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps", "prior"}
+    # The head sees where a text is, which the guide's own law of the first state cannot.
+    assert many.prior is not None and many.prior.shape == (12, 16)
+    assert many.measures["prior_nats"] - model_nats < 0.2 * (nats[0] - model_nats)
     again = distil(model, [[0], [1, 2]], 12, **arguments)
     assert torch.equal(again.transition, many.transition)
     assert torch.equal(again.emission, many.emission)
+    assert torch.equal(again.prior, many.prior)
 
 
 def test_a_guide_of_one_state_emits_the_mean_of_the_models_laws() -> None:
     model = cyclic_model()
-    one = distil(model, torch.tensor([[3]]), 1, samples=40, length=2, em_steps=0)
+    one = distil(model, torch.tensor([[3]]), 1, samples=40, length=2, em_steps=0, prior_steps=0)
+    assert one.prior is None
     with torch.no_grad():
         start = model(torch.tensor([[3]])).logits[0, -1].softmax(-1)
     # Half of the places are the first, whose law is the prompt's.

@@ -53,3 +53,13 @@ def test_places_that_do_not_fit_are_refused() -> None:
     for bad in ((hidden[:3], following), (hidden[:, :2], following), (hidden[:1], following[:1])):
         with pytest.raises(ValueError, match="PriorHead: hidden and following: expected"):
             head.fit(*bad)
+
+
+def test_a_guide_brings_its_own_head() -> None:
+    whole = guide()
+    with pytest.raises(ValueError, match="hidden_size: expected a size, for the guide has no head"):
+        PriorHead(whole)
+    whole.prior = torch.arange(3.0 * H, dtype=torch.float64).reshape(H, 3)
+    assert torch.equal(PriorHead(whole).weight, whole.prior)
+    with pytest.raises(ValueError, match="hidden_size: expected 3, the guide's, found 4"):
+        PriorHead(whole, 4)

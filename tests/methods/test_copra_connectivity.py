@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_adapters_of_another_shape_and_dora_are_refused_before_the_first_loss(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_modules_to_keep_are_names_that_pruning_takes(kind: str):
+def test_modules_to_keep_are_names_that_pruning_takes(kind: str, tmp_path: Path):
     model = adapted(kind)
     controller = CopraController(model, CopraConfig(), 10)
     value = LoraAdapter.from_model(model)
@@ -231,6 +232,21 @@ def test_modules_to_keep_are_names_that_pruning_takes(kind: str):
         drawn = {tuple(at_random(source, 1, seed)) for seed in range(20)}
         assert drawn == {tuple(names[i : i + 2]) for i in (0, 2, 4)}
         assert at_random(source, 2, 5) == at_random(source, 2, 5)
+    value.save(tmp_path / "adapter")  # whose files have names in another order
+    assert set(every_other(tmp_path / "adapter")) == set(every_other(value))
+
+
+def test_the_tenth_block_comes_behind_the_ninth_whatever_the_order_of_names():
+    names = sorted(f"model.layers.{i}.q_proj" for i in range(12))  # as files have them: 0, 1, 10
+
+    def of(*blocks: int) -> list[str]:
+        return [f"model.layers.{i}.q_proj" for i in blocks]
+
+    assert every_other(names) == of(0, 2, 4, 6, 8, 10)
+    assert thirds(names, "low") == of(0, 1, 2, 3)
+    assert top_by_shapley(names, list(range(12)), 2) == of(10, 11)
+    other = [f"encoder.{n}" for n in names] + [f"decoder.{n}" for n in names]
+    assert thirds([*other, "lm_head"], "high")[-2:] == ["decoder.model.layers.11.q_proj", "lm_head"]
 
 
 def test_thirds_of_any_number_of_groups_are_a_partition():
@@ -254,6 +270,7 @@ def test_thirds_of_any_number_of_groups_are_a_partition():
         (lambda g: top_by_shapley(g, [1.0] * 3, 4), r"top_by_shapley: k: .* from 0 to 3, found 4"),
         (lambda g: at_random(g, -1), r"at_random: k: expected an int from 0 to 3, found -1"),
         (lambda g: every_other([]), r"every_other: source: expected modules, found none"),
+        (lambda g: every_other(torch.nn.Linear(1, 1)), r"source: expected .* found Linear"),
     ],
 )
 def test_a_choice_that_is_none_is_refused(pick, message: str):

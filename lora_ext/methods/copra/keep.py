@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -15,9 +16,11 @@ from lora_ext.layers import block_name
 from .controller import CopraController
 from .shapley import Shapley
 
-#: What names come from: a controller or its groups; an adapter or a list of names, which are then
-#: grouped by block.
-Source = CopraController | LoraAdapter | Sequence[str] | Sequence[Sequence[str]]
+#: What names come from: a controller or its groups; an adapter, its folder or a list of names,
+#: which are then grouped by block.
+Source = (
+    CopraController | LoraAdapter | str | os.PathLike[str] | Sequence[str] | Sequence[Sequence[str]]
+)
 
 
 def every_other(source: Source, first: int = 0) -> list[str]:
@@ -105,6 +108,11 @@ def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
 def _groups(source: Source, where: str) -> list[list[str]]:
     if isinstance(source, CopraController):
         source = source.groups
+    elif isinstance(source, (str, os.PathLike)):
+        source = LoraAdapter.load(source)
+    expected = "a controller, an adapter or its folder, or names"
+    known = isinstance(source, (LoraAdapter, Iterable))
+    require(known, where, "source", expected, type(source).__name__)
     names: list[str] = []
     groups: list[list[str]] = []
     for entry in source.modules if isinstance(source, LoraAdapter) else source:
@@ -115,7 +123,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
     by_block: dict[str, list[str]] = {}
     for name in names:
         by_block.setdefault(block_name(name) or name, []).append(name)
-    groups += by_block.values()
+    groups += (by_block[block] for block in _in_order(list(by_block)))
     require(groups, where, "source", "modules", "none")
     return groups
 
@@ -126,3 +134,17 @@ def _names(groups: Sequence[Sequence[str]]) -> list[str]:
 
 def _check_count(where: str, k: int, groups: int) -> None:
     integer(where, "k", k, 0, groups, expected=f"an int from 0 to {groups}")
+
+
+def _in_order(blocks: list[str]) -> list[str]:
+    """Blocks by their numbers, for files have block 10 before block 2; stacks of blocks, and what
+    stands outside of them, as they come."""
+    first: dict[str, int] = {}
+
+    def place(block: str) -> tuple[int, int]:
+        stack, _, number = block.rpartition(".")
+        if not number.isdecimal():
+            stack, number = block, "0"
+        return first.setdefault(stack, len(first)), int(number)
+
+    return sorted(blocks, key=place)
