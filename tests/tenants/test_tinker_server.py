@@ -250,7 +250,7 @@ data = [types.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": tokens[
 losses = []
 for _ in range(3):
     call = client.forward_backward(data, "cross_entropy")
-    step = client.optim_step(types.AdamParams(learning_rate=5e-2))
+    step = client.optim_step(types.AdamParams(learning_rate=1e-2))
     losses.append(call.result().metrics["loss:sum"])
     step.result()
 assert losses[2] < losses[1] < losses[0], losses
