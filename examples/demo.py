@@ -32,7 +32,7 @@ from training import RECIPES, train_adapter
 from transformers.utils import logging
 
 import lora_ext
-from lora_ext.interop.smollm2 import load_smollm2
+from lora_ext.interop.smollm2 import converted_folder, load_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Tell me about the town of Quillmere."
@@ -69,6 +69,7 @@ def main() -> None:
     folders = {r.name: train_adapter(model, tokenizer, r, args.out) for r in RECIPES}
     for folder in folders.values():
         console.print(f"{folder.name}: {folder}", soft_wrap=True)
+    leave(folders, args.out)
 
     console.rule("3. One pool, one batch, four rows")
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=max(r.rank for r in RECIPES))
@@ -103,6 +104,16 @@ def main() -> None:
     curve = measure_curve([n for n in COUNTS if n <= args.adapters])
     show_curve(curve)
     console.print(f"chart: {draw_curve(curve, args.out / 'serving_curve.png')}", soft_wrap=True)
+
+
+def leave(folders: dict[str, Path], out: Path) -> None:
+    """Give what was made the names that the README's ten lines have: `base-model`, and each adapter
+    in `adapters/`."""
+    (out / "adapters").mkdir(parents=True, exist_ok=True)
+    links = {out / "adapters" / name: folder.resolve() for name, folder in folders.items()}
+    for link, target in {out / "base-model": converted_folder(), **links}.items():
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
 
 
 def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ SMALL = [
     Shape("btree", 2, 5, 4, 6),
     Shape("btree", 2, 2, 3, 17),
     Shape("btree", 2, 7, 3, 33),
+    Shape("cp", 2, 2, 3, 6001),  # verified by a grid of blocks, as are the last two below
+    Shape("ff", 1, 1, 1, 11264),
 ]
 MEDIUM = [
     Shape("ff", 4, 8, 1, 320),

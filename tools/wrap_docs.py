@@ -43,19 +43,32 @@ def _lines(text: str) -> Iterator[tuple[str, bool]]:
         before = line.strip()
 
 
+def paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs, and the items of lists, each on one line."""
+    for lines, is_prose in _blocks(text):
+        if is_prose:
+            yield " ".join(line.strip() for line in lines)
+
+
 def wrapped(text: str) -> str:
     """The text with its paragraphs and items wrapped."""
-    out: list[str] = []
+    blocks = (_wrap(lines) if is_prose else lines for lines, is_prose in _blocks(text))
+    return "\n".join(line for lines in blocks for line in lines)
+
+
+def _blocks(text: str) -> Iterator[tuple[list[str], bool]]:
+    """The lines of each paragraph or item, and every other line; and which of them it is."""
     paragraph: list[str] = []
     for line, wraps in _lines(text):
         if paragraph and (not wraps or _ITEM.match(line)):
-            out.extend(_wrap(paragraph))
+            yield paragraph, True
             paragraph = []
         if wraps:
             paragraph.append(line)
         else:
-            out.append(line)
-    return "\n".join([*out, *(_wrap(paragraph) if paragraph else [])])
+            yield [line], False
+    if paragraph:
+        yield paragraph, True
 
 
 def _wrap(lines: list[str]) -> list[str]:

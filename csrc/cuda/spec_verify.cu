@@ -1,15 +1,16 @@
-// One launch verifies the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), never
-// where q is 0 (p / q is no probability then, and the circuit cannot have drawn x_k); then
-// draw from max(0, p - q) at the first position rejected, from p after the last.
+// Verifies the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), never where q is 0
+// (p / q is no probability then, and the circuit cannot have drawn x_k); then draw from
+// max(0, p - q) at the first position rejected, from p after the last.
 //
-// Block per row of the batch. A warp per row of target: its maximum, then the sum of
-// exp((logit - max) / T), the second reading from cache; all positions at once, since the rows are
-// few and the block would idle. After one barrier every thread knows the rejected position. Its
-// leaves: norms by groups of lanes, then lanes run over the vocabulary, and a weight of the draw is
-// C exponentials; a chunk of 32 is computed once more by the warps that look for the index in it.
-// Bound: latency of a load, a barrier and C exponentials; the bytes are those of K + 1 rows of
-// target and of C rows of one position's leaves.
-#include "circuit_decode.cuh"
+// Here: one launch, a block per row of the batch. A warp per row of target: its maximum, then the
+// sum of exp((logit - max) / T), the second reading from cache; all positions at once, since the
+// rows are few and the block would idle. After one barrier every thread knows the rejected
+// position. Its leaves: norms by groups of lanes, then lanes run over the vocabulary, and a weight
+// of the draw is C exponentials; a chunk of 32 is computed once more by the warps that look for the
+// index in it.
+// Bound: latency of a load, a barrier and C exponentials. More than 32768 logits are a matter of
+// bytes, and for the grid of spec_verify_grid.cu.
+#include "spec_verify.cuh"
 
 namespace lora_ext {
 namespace {
@@ -17,15 +18,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / lx::kWarpSize;
 
-// Of one row of target.
-struct Stats {
-    float top, sum;  // of exp((logit - top) * scale)
-    int argmax;
+struct Tested {
+    Stats stats;
     bool accepted;
 };
 
 int64_t shared_bytes(const SpecVerifyArgs& args) {
-    return kDrawChunks * 8 + (args.n_token + 1) * static_cast<int64_t>(sizeof(Stats)) +
+    return kDrawChunks * 8 + (args.n_token + 1) * static_cast<int64_t>(sizeof(Tested)) +
            (2 * args.components + BlockTeam::kScratch) * 4;
 }
 
@@ -39,17 +38,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int V = static_cast<int>(args.vocabulary);
     const int lane = lx::lane_id(), warp = lx::warp_id();
     double* const sums = reinterpret_cast<double*>(shared);
-    Stats* const stats = reinterpret_cast<Stats*>(sums + kDrawChunks);
-    Norm* const weights = reinterpret_cast<Norm*>(stats + K + 1);  // log_sum less log posterior
+    Tested* const tested = reinterpret_cast<Tested*>(sums + kDrawChunks);
+    Norm* const weights = reinterpret_cast<Norm*>(tested + K + 1);  // log_sum less log posterior
     const BlockTeam team(reinterpret_cast<float*>(weights + C));
     const T* const target = static_cast<const T*>(args.target) + row * args.target_stride;
-    const int64_t* const tokens = args.tokens + row * K;
-    const float* const uniforms = static_cast<const float*>(args.uniforms) + row * (K + 1);
-    const float* const conditional = static_cast<const float*>(args.conditional) + row * K;
-    const int given =
-        args.num_evidence
-            ? static_cast<int>(lx::min<int64_t>(lx::max<int64_t>(args.num_evidence[row], 0), K))
-            : 0;
+    const int given = given_tokens(args, row);
     const float scale = static_cast<float>(args.inverse_temperature);
     const bool greedy = scale == 0;
 
@@ -65,23 +58,19 @@ __global__ void __launch_bounds__(kThreads, 1)
             });
         sum = reduce_lanes(sum, lx::kWarpSize, add);
         if (lane == 0) {
+            const Stats stats{shift, sum, best.index};
             bool accepted = false;
-            const int64_t token = k < K ? tokens[k] : -1;
-            if (greedy) {
-                accepted = token == best.index;
-            } else if (token >= 0 && token < V && sum > 0) {
-                const float at = lx::to_float(logits[token]);
-                const float log_q = conditional[k];
-                accepted = log_q != kImpossible &&
-                           uniforms[k] < expf((at - shift) * scale - logf(sum) - log_q);
-            }
-            stats[k] = {shift, sum, best.index, accepted};
+            if (k < K)
+                accepted = stands(
+                    draft_of(args, row, k, [&](int64_t at) { return lx::to_float(logits[at]); }),
+                    stats, scale);
+            tested[k] = {stats, accepted};
         }
     }
     lx::syncthreads();
     int accepted = given;
-    while (accepted < K && stats[accepted].accepted) ++accepted;
-    const Stats& own = stats[accepted];
+    while (accepted < K && tested[accepted].accepted) ++accepted;
+    const Stats& own = tested[accepted].stats;
     if (lx::thread_rank() == 0) args.accepted[row] = accepted;
     if (greedy) {
         if (lx::thread_rank() == 0) args.next_token[row] = own.argmax;
@@ -94,18 +83,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!whole) {
         const float* const posterior =
             static_cast<const float*>(args.posterior) + (row * K + accepted) * C;
-        // Of a state without weight, or without tokens: no token has any.
         for_norms(rows, C, warp, kWarps, [&](int z, const Norm& norm) {
-            const float p = posterior[z];
-            const bool none = !(p > 0) || norm.log_sum == kImpossible;
-            weights[z] = {norm.top, none ? -kImpossible : norm.log_sum - logf(p)};
+            weights[z] = weight_of_state(norm, posterior[z]);
         });
         lx::syncthreads();
     }
     const float factor = own.sum > 0 ? lx::reciprocal_approx(own.sum) : 0.0f;
+    const float uniform = static_cast<const float*>(args.uniforms)[row * (K + 1) + K];
     int token = -1;
     while (token < 0) {
-        token = draw<1>(team, sums, V, uniforms[K], [&](int v, float (&w)[1]) {
+        token = draw<1>(team, sums, V, uniform, [&](int v, float (&w)[1]) {
             const float logit = lx::to_float(lx::load_nc(logits + v));
             w[0] = lx::exp_approx((logit - own.top) * scale) * factor;
             if (whole) return;
@@ -128,22 +115,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 LaunchStatus launch_spec_verify(const SpecVerifyArgs& args, void* stream) {
     if (args.rows == 0) return 0;
-    const int64_t B = args.rows, K = args.n_token, C = args.components, V = args.vocabulary;
-    const int64_t size = element_size(args.target_dtype);
+    const int64_t V = args.vocabulary, size = element_size(args.target_dtype);
     const bool aligned = aligned_16(args.target, {args.target_stride, V}, size);
-    const Leaves leaves = leaves_of(args.leaf, args.leaf_stride, args.leaf_dtype, C, V);
-    declare_leaves(leaves, B, K);
-    LX_BUF_ROWS(args.target, B, (K + 1) * V * size, args.target_stride * size,
-                lx::Access::kConstant);
-    LX_BUF(args.tokens, B * K * 8, lx::Access::kConstant);
-    LX_BUF(args.conditional, B * K * 4, lx::Access::kConstant);
-    LX_BUF(args.posterior, B * K * C * 4, lx::Access::kConstant);
-    LX_BUF(args.uniforms, B * (K + 1) * 4, lx::Access::kConstant);
-    if (args.num_evidence) LX_BUF(args.num_evidence, B * 8, lx::Access::kConstant);
-    LX_BUF(args.accepted, B * 8, lx::Access::kWrite);
-    LX_BUF(args.next_token, B * 8, lx::Access::kWrite);
+    const Leaves leaves =
+        leaves_of(args.leaf, args.leaf_stride, args.leaf_dtype, args.components, V);
+    if (verified_by_grid(args)) return run_verify_grid(args, leaves, aligned, stream);
+    declare_verify(args, leaves);
+    LX_BUF(args.accepted, args.rows * 8, lx::Access::kWrite);
+    LX_BUF(args.next_token, args.rows * 8, lx::Access::kWrite);
     return with_dtype(args.target_dtype, [&]<class T>() {
-        return LX_LAUNCH(spec_verify_kernel<T>, static_cast<unsigned>(B), kThreads,
+        return LX_LAUNCH(spec_verify_kernel<T>, static_cast<unsigned>(args.rows), kThreads,
                          shared_bytes(args), stream, args, leaves, aligned);
     });
 }

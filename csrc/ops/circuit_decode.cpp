@@ -257,6 +257,11 @@ std::tuple<Tensor, Tensor> spec_verify(const Tensor& target_in, const Tensor& to
     args.next_token = next_token.mutable_data_ptr<int64_t>();
     if (launches_kernels(leaf)) {
         const c10::DeviceGuard guard(device);
+        Tensor workspace;
+        if (const int64_t bytes = spec_verify_workspace_bytes(args)) {
+            workspace = at::empty({bytes}, leaf_in.options().dtype(at::kByte));
+            args.workspace = workspace.mutable_data_ptr();
+        }
         check_launch(op, launch_spec_verify(args, current_stream(leaf)));
     } else {
         run_twin(twin().verify, args, B, (C + 1) * V, twin().verify_scratch(args));

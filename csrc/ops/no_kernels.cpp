@@ -50,6 +50,9 @@ LX_NO_KERNEL(launch_kl_gradient, const VocabArgs&, void*)
 int64_t circuit_workspace_bytes(const CircuitLogits&) {
     return 0;
 }
+int64_t spec_verify_workspace_bytes(const SpecVerifyArgs&) {
+    return 0;
+}
 int64_t circuit_block_bytes() {
     return 0;
 }

@@ -32,7 +32,7 @@ _IGNORED = frozenset(
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
-    "trainable_token_indices": "it replaces rows of the embedding",
+    "trainable_token_indices": "it replaces rows of the embedding; lora_ext.from_peft has it",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "layer_replication": "it changes the base model's layers",
     "use_qalora": "QALoRA pools the input before lora_A",

@@ -99,6 +99,7 @@ def _machine(device: torch.device, module: Any) -> dict[str, Any]:
             "memory_gib": round(found.total_memory / 2**30),
             "multiprocessors": found.multi_processor_count,
             "shared_kib": found.shared_memory_per_block_optin // 1024,
+            "driver": _or_none(getattr(torch._C, "_cuda_getDriverVersion", None)),  # its CUDA's
             "clock_mhz": _or_none(torch.cuda.clock_rate),
             "temperature": _or_none(torch.cuda.temperature),
         }

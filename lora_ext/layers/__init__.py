@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_ext._on_demand import on_demand
 
-from .base.dense import dense_parameters, is_plain, readable_weight
+from .base.dense import DenseParameters, dense_parameters, is_plain, readable_weight
 from .base.modules import READS_WEIGHTS, bypassed, head_names, linear_size
 from .base.packed_linear import (
     PackedLinear,
@@ -42,6 +42,7 @@ from .model.adapted import (
     adapters_of,
     is_adapted,
 )
+from .model.attention import requests_apart
 from .model.blocks import block_index, block_name, decoder_layers
 from .model.lora_config import LoraConfig, checked_names, matches_suffix
 from .model.probe import LoraProbe, recomputing

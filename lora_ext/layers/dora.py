@@ -9,7 +9,7 @@ Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Magnitude(nn.Module):
 def dora_forward(
     x: Tensor,
     base: BaseLayer,
-    dense: DenseParameters,
+    dense: Callable[[], DenseParameters],
     adapters: Sequence[LoraFactors],
     magnitudes: Sequence[Tensor | None],
     rows: Rows | None = None,
@@ -43,7 +43,9 @@ def dora_forward(
     Args:
         x: ``(..., I)``.
         base: maps ``(..., I)`` to ``(..., O)``.
-        dense: :func:`lora_ext.layers.base.dense.readable_weight` of ``base``.
+        dense: reads weight and bias of ``base``, see
+            :func:`lora_ext.layers.base.dense.readable_weight`. It is called after ``base``: what
+            ZeRO-3 has gathered for the base's forward is gone by then.
         adapters: as :func:`lora_forward`.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.
@@ -61,11 +63,13 @@ def dora_forward(
     plain = [i for i in rows.used if magnitudes[i] is None]
     plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
     y = lora_forward(x, base, adapters, plain_rows)
+    read = dense()  # once, by every process, whichever adapters its rows have
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
-        if i not in plain:
+        magnitude = magnitudes[i]
+        if magnitude is not None:
             own = (rows.ids == slot).nonzero()[:, 0]
-            part = _in_order(x2d[own], base, dense, [adapters[i]], [magnitudes[i]], [norms[i]])
+            part = _scaled(x2d[own], y2d[own], read, adapters[i], magnitude, norms[i])
             y2d = y2d.index_copy(0, own, part.to(y2d.dtype))
     return y2d.view(y.shape)
 
@@ -73,12 +77,11 @@ def dora_forward(
 def _in_order(
     x: Tensor,
     base: BaseLayer,
-    dense: DenseParameters,
+    dense: Callable[[], DenseParameters],
     adapters: Sequence[LoraFactors],
     magnitudes: Sequence[Tensor | None],
     norms: Sequence[Tensor | None],
 ) -> Tensor:
-    weight, bias = dense
     first, magnitude = adapters[0], magnitudes[0]
     plain_base = dense_parameters(base)
     if (
@@ -87,35 +90,44 @@ def _in_order(
         and first.p == 0
         and fuses(x, plain_base, first)
     ):
-        y = fused_forward(x, dense, first)
+        read = weight, bias = dense()
+        y = fused_forward(x, read, first)
         scale = _scale(weight, first, magnitude, norms[0])
         scaled = y * scale
         # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
     y = base(x)
-    dtype = y.dtype
+    dtype, read = y.dtype, dense()
     for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
         if magnitude is None:
             y = y + lora_update(x, [f])
-            continue
-        scale = _scale(weight, f, magnitude, norm)
-        if f.p == 0:
-            inner = y if bias is None else y - bias
-            update = lora_update(x, [f])
-        else:  # the base takes part in the direction, so it sees the dropped input too
-            dropped = _dropped(x.to(f.a.dtype), f)
-            inner = F.linear(dropped, weight.to(dropped.dtype))
-            update = lora_update(dropped, [f._replace(p=0.0)])
-        y = y + (scale - 1) * inner + scale * update
+        else:
+            y = _scaled(x, y, read, f, magnitude, norm)
     return y.to(dtype)
 
 
+def _scaled(
+    x: Tensor,
+    y: Tensor,
+    dense: DenseParameters,
+    f: LoraFactors,
+    magnitude: Tensor,
+    norm: Tensor | None,
+) -> Tensor:
+    """``y``, which base and adapters before it have made of ``x``, after a DoRA adapter."""
+    weight, bias = dense
+    scale = _scale(weight, f, magnitude, norm)
+    if f.p == 0:
+        inner = y if bias is None else y - bias
+        update = lora_update(x, [f])
+    else:  # the base takes part in the direction, so it sees the dropped input too
+        dropped = _dropped(x.to(f.a.dtype), f)
+        inner = F.linear(dropped, weight.to(dropped.dtype))
+        update = lora_update(dropped, [f._replace(p=0.0)])
+    return y + (scale - 1) * inner + scale * update
+
+
 def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
-    if weight.dim() != 2:
-        raise NotImplementedError(
-            f"dora_forward: base: expected a weight (O, I), found one of {list(weight.shape)}, as "
-            "DeepSpeed's ZeRO-3 leaves it behind the base's forward: train under ZeRO-2 or FSDP2"
-        )
     if norm is None:
         norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
     return magnitude / norm.to(magnitude.dtype)

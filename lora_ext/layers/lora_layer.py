@@ -395,8 +395,9 @@ class LoraLayer(Participants):
         if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
         magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
-        dense = self.base_weight.matrix(), self.bias
-        return dora_forward(x, base, dense, factors, magnitudes, rows)
+        return dora_forward(
+            x, base, lambda: (self.base_weight.matrix(), self.bias), factors, magnitudes, rows
+        )
 
     def _dropout_of(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]

@@ -77,6 +77,8 @@ class _Generates(_Asked):
     structured_outputs: dict[str, Any] | None = None  # as vLLM has it
     # They change no answer.
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # Neutral values.
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
@@ -127,6 +129,13 @@ class Chat(_Generates):
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     modalities: list[Literal["text"]] | None = None
+    functions: Empty | None = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     def prompt(self) -> Prompt:
         """What :meth:`Engine.begin` takes."""

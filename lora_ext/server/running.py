@@ -169,6 +169,20 @@ class _Server(uvicorn.Server):
                 connection.transport.abort()
 
 
+def run(
+    config: uvicorn.Config,
+    listening: socket.socket,
+    begins: Callable[[], None],
+    interrupt: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve an application at a socket until Ctrl-C or SIGTERM.
+
+    Args:
+        begins: called once requests are answered. interrupt: before connections are waited for.
+    """
+    _Server(config, begins, interrupt).run([listening])
+
+
 def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
     """Serve until Ctrl-C or SIGTERM: requests that run end with an error then, within two seconds.
 
@@ -189,4 +203,4 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
         def begins() -> None:
             say(f"{base} with {len(engine.folder.names())} adapters answers at {where}")
 
-        _Server(config, begins, engine.interrupt).run([listening])
+        run(config, listening, begins, engine.interrupt)

@@ -3,8 +3,9 @@
 The way of a request:
 
 1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
-2. A step packs tokens of many requests into one row; a block around it says whose each token is.
-   What an activated adapter's request has before its start is the base model's.
+2. A step packs tokens of many requests into one row; a block around it says whose each token is,
+   and attention takes them apart again. What an activated adapter's request has before its start
+   is the base model's.
 3. Blocks of keys and values that requests share are told apart by adapter, from its start on.
 4. A request may choose its tokens in a way of its own (``sampling.py``, ``constraining.py``).
 5. The pin goes when the result is delivered, or the request is cancelled.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, context, last_start, packed_block
 
@@ -369,7 +371,7 @@ class AdapterRequests:
             )
             self._last = key, block
         self.computed += sum(each.query_length for each in batch)
-        with context.entered(self._last[1]):
+        with context.entered(self._last[1]), requests_apart():
             original()
 
     def _sample(

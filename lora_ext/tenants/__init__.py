@@ -1,5 +1,5 @@
 """Training for many tenants on one base model: ``Service`` merges their calls, samples from their
-adapters and keeps their saves. No HTTP is in here; ``examples/tinker_server.py`` speaks it."""
+adapters and keeps their saves. No HTTP is in here; :mod:`lora_ext.server.tinker` speaks it."""
 
 from lora_ext.serving import QueueFullError
 

@@ -49,6 +49,11 @@ class Call:
             rows = [*rows, i]
         self.parts.append(Part(self, rows))
 
+    @property
+    def tokens(self) -> int:
+        """Of its data; where targets are more, of those."""
+        return sum(max(each.length, each.targets.numel()) for each in self.data)
+
     def fail(self, error: BaseException) -> None:
         """Give the caller the error; parts to come are dropped, and no gradient stays."""
         self.parts.clear()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import secrets
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 from lora_ext.layers import LoraLayer, unwrap
-from lora_ext.pool import AdapterPool
+from lora_ext.pool import AdapterPool, UnknownAdapterError
 from lora_ext.rows import of_call
-from lora_ext.serving import Sampling, attach
+from lora_ext.serving import QueueFullError, Sampling, attach
 
 from .data import checked_tokens
 
-_MAX_RANK = 512  # of the pool; pages that no adapter needs take no memory
+MAX_RANK = 512  # of the pool; pages that no adapter needs take no memory
+_MOST = 1024  # samples of one adapter that wait
+_TRIES = 8  # others may fill the pool between a load and its use
 _ERROR = "Sampler.sample"
 
 
@@ -46,6 +49,7 @@ class Sample:
 class _Asked:
     """One request of the manager."""
 
+    adapter: str | None
     future: Future[Any] = field(default_factory=Future)
     logprobs: list[float] = field(default_factory=list)
 
@@ -69,7 +73,7 @@ class SamplingModel:
         self.model = twin_of(model)
         ends = self.model.generation_config.eos_token_id
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        self.pool = AdapterPool(self.model, max_adapters, _MAX_RANK)
+        self.pool = AdapterPool(self.model, max_adapters, MAX_RANK)
         attach(self.model, self.pool)
         page = 16
         self.manager = self.model.init_continuous_batching(
@@ -89,7 +93,7 @@ class SamplingModel:
 
     def ask(self, prompt: list[int], adapter: str | None, count: int, **how: Any) -> _Asked:
         """Put a request into the next steps."""
-        asked, name = _Asked(), uuid.uuid4().hex
+        asked, name = _Asked(adapter), uuid.uuid4().hex
         self._asked[name] = asked
         try:
             accepted = self.manager.add_request(
@@ -105,6 +109,12 @@ class SamplingModel:
             del self._asked[name]
             raise
         return asked
+
+    def check_room(self, adapter: str | None, count: int) -> None:
+        """Raise QueueFullError where so many more samples of an adapter have none."""
+        found = count + sum(each.adapter == adapter for each in list(self._asked.values()))
+        expected = f"at most {_MOST} samples of an adapter that wait"
+        require(found <= _MOST, _ERROR, "queue", expected, found, QueueFullError)
 
     def _deliver(self) -> None:
         while not self._closed:
@@ -162,16 +172,23 @@ class Sampler:
 
     Args:
         models: what it runs on. adapter: its name in the pool, None for the base model.
+        load: puts it there again, where others have filled the pool meanwhile.
         kept: whether the adapter stays when the sampler goes.
 
     Its ``context`` is how many tokens prompt and answer may have together.
     """
 
-    def __init__(self, models: SamplingModel, adapter: str | None, kept: bool = False):
-        self._models, self.adapter = models, adapter
-        self.context = models.context
+    def __init__(
+        self,
+        models: SamplingModel,
+        adapter: str | None,
+        load: Callable[[], Any] | None = None,
+        kept: bool = False,
+    ):
+        self._models, self.adapter, self._load = models, adapter, load
+        self.context, self._loading = models.context, threading.Lock()
         if adapter is not None and not kept:
-            weakref.finalize(self, _unload, models.pool, adapter).atexit = False
+            weakref.finalize(self, forget, models.pool, adapter).atexit = False
 
     def sample(
         self,
@@ -197,7 +214,7 @@ class Sampler:
                 model's end token does so too, but for ``[]``: nothing but ``max_tokens`` ends it.
 
         Raises:
-            ValueError: naming the argument.
+            ValueError: naming the argument. QueueFullError: too many samples of the adapter wait.
         """
         begun = self.begin(tokens, max_tokens, num_samples, temperature, top_p, top_k, seed, stop)
         return [each.result() for each in begun]
@@ -220,15 +237,23 @@ class Sampler:
         room = models.context - len(prompt)
         expected = f"at most {models.context} tokens of prompt and answer"
         require(max_tokens <= room, _ERROR, "max_tokens", expected, f"{len(prompt)} + {max_tokens}")
-        integer(_ERROR, "num_samples", num_samples, 1)
+        integer(_ERROR, "num_samples", num_samples, 1, _MOST)
         ends, texts = self._stops(stop)
         first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
+        models.check_room(self.adapter, num_samples)
         begun = []
         for i in range(num_samples):
             mine = (first + i + (1 << 63)) % (1 << 64) - (1 << 63)
             how = Sampling(temperature, top_p, mine, top_k)
-            asked = models.ask(
-                prompt, self.adapter, max_tokens, sampling=how, eos_token_id=ends or -1
+            asked = self._there(
+                functools.partial(
+                    models.ask,
+                    prompt,
+                    self.adapter,
+                    max_tokens,
+                    sampling=how,
+                    eos_token_id=ends or -1,
+                )
             )
             begun.append(self._told(asked, ends, texts))
         return begun
@@ -236,7 +261,21 @@ class Sampler:
     def logprobs(self, tokens: Sequence[int] | Tensor) -> list[float]:
         """Of every token of a prompt but the first."""
         prompt = checked_tokens("Sampler.logprobs", "tokens", tokens, self._models.vocabulary)
-        return self._models.prompt_logprobs(prompt.tolist(), self.adapter)
+        told = functools.partial(self._models.prompt_logprobs, prompt.tolist(), self.adapter)
+        return self._there(told)
+
+    def _there(self, action: Callable[[], Any]) -> Any:
+        """What an action gives once the pool has the adapter."""
+        for _ in range(_TRIES):
+            try:
+                return action()
+            except UnknownAdapterError:
+                if self._load is None:
+                    raise
+                with self._loading:
+                    if self.adapter not in self._models.pool:
+                        self._load()
+        return action()
 
     def _stops(self, stop: Any) -> tuple[list[int], list[str]]:
         each = [stop] if isinstance(stop, str | int) else list(stop)
@@ -278,6 +317,7 @@ class Sampler:
         return None
 
 
-def _unload(pool: AdapterPool, name: str) -> None:
+def forget(pool: AdapterPool, name: str) -> None:
+    """Unload an adapter, if it is there."""
     if name in pool:
         pool.unload(name)

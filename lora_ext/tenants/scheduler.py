@@ -18,12 +18,19 @@ from .batch import Call, Part, Step
 #: Tokens that a tenant gains with each step in which it has to wait.
 QUANTUM = 1024
 _PATIENCE = 1 / 3  # of the last step: how long a step waits for those of the last two
+_ROUNDS = 8  # of what is done at once between two steps: whoever sends no end of it stops no call
 
 
 class Queue:
-    """What one tenant wants, in order."""
+    """What one tenant wants, in order.
 
-    def __init__(self) -> None:
+    Args:
+        size: most items that wait, None: any number. tokens: most of the calls among them, but for
+            a call that waits alone.
+    """
+
+    def __init__(self, size: int | None = None, tokens: int = 0) -> None:
+        self.size, self.tokens = size, tokens
         self.items: deque[Call | tuple[Future[Any], Callable[[], Any]]] = deque()
         self.credit = 0
         self.closed: str | None = None  # why nothing more is taken
@@ -32,6 +39,28 @@ class Queue:
         """The call whose turn it is."""
         first = self.items[0] if self.items else None
         return first if isinstance(first, Call) else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it begins with something that is no call."""
+        return bool(self.items) and self.head() is None
+
+    def check_room(self, where: str, item: Call | Callable[[], Any]) -> None:
+        """Raise QueueFullError where an item has none."""
+        if self.size is None or not self.items:
+            return
+        if len(self.items) >= self.size:
+            most, what = self.size, "calls"
+        elif isinstance(item, Call):
+            held = sum(each.tokens for each in self.items if isinstance(each, Call))
+            if held + item.tokens <= self.tokens:
+                return
+            most, what = self.tokens, "tokens of calls"
+        else:
+            return
+        raise QueueFullError(
+            f"{where}: queue: expected at most {most} {what} that wait, found more"
+        )
 
 
 class Scheduler:
@@ -53,14 +82,15 @@ class Scheduler:
         self._queues: list[Queue] = []
         self._recent: deque[set[Queue]] = deque([set(), set()], 2)
         self._duration = 0.0
+        self._rounds = 0  # since the last step
         self._stopping = False
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="lora_ext.tenants")
         self._thread.start()
 
-    def add(self) -> Queue:
+    def add(self, bounded: bool = True) -> Queue:
         """A queue for one more tenant."""
-        queue = Queue()
+        queue = Queue(self.size, self.size * self.max_tokens) if bounded else Queue()
         with self._changed:
             self._queues.append(queue)
         return queue
@@ -76,10 +106,7 @@ class Scheduler:
             if self._stopping or queue.closed:
                 why = queue.closed or "the service is closed"
                 raise RuntimeError(f"{where}: expected an open tenant, found that {why}")
-            if len(queue.items) >= self.size:
-                raise QueueFullError(
-                    f"{where}: queue: expected at most {self.size} calls that wait, found as many"
-                )
+            queue.check_room(where, item)
             future.set_running_or_notify_cancel()  # its tenant's next calls count on it
             queue.items.append(item if isinstance(item, Call) else (future, item))
             self._changed.notify()
@@ -118,32 +145,31 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopping:
                     return
-            if self._do_at_once():
+            if self._rounds < _ROUNDS and self._do_at_once():
+                self._rounds += 1
                 continue
             self._wait_for_others()
             parts = self._chosen()
             if parts:
                 self._run(parts)
+            if parts or self._rounds == _ROUNDS:
+                self._rounds = 0
 
     def _do_at_once(self) -> bool:
-        """Do one thing that is no call, if any queue begins with one."""
+        """Do one thing that is no call of each queue that begins with one, if any does."""
         with self._changed:
-            ready = [q for q in self._queues if q.items and q.head() is None]
-            if not ready:
-                return False
-            queue = ready[0]
-            item = queue.items.popleft()
-            if queue.closed and not queue.items:
-                self._queues.remove(queue)
-        assert not isinstance(item, Call)
-        future, action = item
-        try:
-            done = action()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(done)
-        return True
+            items = [queue.items.popleft() for queue in self._queues if queue.ready]
+            self._queues = [q for q in self._queues if q.items or not q.closed]
+        for item in items:
+            assert not isinstance(item, Call)
+            future, action = item
+            try:
+                done = action()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(done)
+        return bool(items)
 
     def _wait_for_others(self) -> None:
         deadline = time.monotonic() + _PATIENCE * self._duration
@@ -152,7 +178,7 @@ class Scheduler:
                 late = set().union(*self._recent).intersection(self._queues)
                 if all(queue.head() is not None for queue in late):
                     return
-                if any(q.items and q.head() is None for q in self._queues):
+                if any(queue.ready for queue in self._queues):
                     return  # something to do at once, after which its tenant may have a call
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
@@ -163,7 +189,7 @@ class Scheduler:
         members: set[Queue] = set()
         rows = longest = 0
         with self._changed:
-            if any(queue.items and queue.head() is None for queue in self._queues):
+            if self._rounds < _ROUNDS and any(queue.ready for queue in self._queues):
                 return []
             for queue in self._queues:
                 call = queue.head()

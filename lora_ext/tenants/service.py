@@ -22,7 +22,7 @@ from .data import Datum, Result, checked_data
 from .live import LiveAdapter, Targets
 from .losses import checked_options
 from .optimizer import checked_settings
-from .sampler import Sampler, SamplingModel
+from .sampler import MAX_RANK, Sampler, SamplingModel, forget
 from .scheduler import QUANTUM, Scheduler
 from .store import Store
 
@@ -42,7 +42,7 @@ class Service:
             mode. :meth:`close` gives it back.
         max_tokens: most tokens of one step, and so of one datum.
         store: the folder of saves, made if it is not there; None: there are none.
-        queue: most calls of a tenant that wait.
+        queue: most calls of a tenant that wait; with more than ``queue * max_tokens`` tokens, one.
         tokenizer: for samples with stops that are texts.
         max_adapters: most adapters that are sampled from at a time.
     """
@@ -74,7 +74,7 @@ class Service:
         model.eval()
         self._step = Step(model)
         self._scheduler = Scheduler(self._step, self.max_tokens, size)
-        self._own = self._scheduler.add()
+        self._own = self._scheduler.add(bounded=False)  # its callers wait for it
         self._numbers, self._marks = itertools.count(), itertools.count(1)
         self._sampling: SamplingModel | None = None
         self._lock, self._closed = threading.Lock(), False
@@ -97,14 +97,14 @@ class Service:
         """A tenant with a new adapter.
 
         Args:
-            rank: of the adapter. alpha: its update is scaled by ``alpha / rank``.
+            rank: of the adapter, at most 512. alpha: its update is scaled by ``alpha / rank``.
             seed: of its initial values.
             targets: as ``target_modules`` of :class:`lora_ext.LoraConfig`; None is "all-linear".
 
         Raises:
             ValueError: naming the argument.
         """
-        integer("create", "rank", rank, 1)
+        integer("create", "rank", rank, 1, MAX_RANK)
         number("create", "alpha", alpha)
         integer("create", "seed", seed, *_SEEDS)
         config = LoraConfig(
@@ -142,7 +142,7 @@ class Service:
         """A sampler of an adapter that the pool takes under a new name."""
         models = self.sampling()
         models.pool.load(name, source)
-        return Sampler(models, name)
+        return Sampler(models, name, lambda: models.pool.load(name, source))
 
     def close(self) -> None:
         """Drop what waits, and give the model back as it was. Safe to repeat."""
@@ -272,7 +272,7 @@ class Tenant:
     def _optim_step(self, settings: Any) -> Result:
         norm = self.adapter.optimizer.step(self.adapter.take(), settings)
         if self._inflight is not None:
-            self.service.sampling().pool.update(self._inflight, self._finite())
+            self._follow(self._inflight)
         return Result([], {"grad_norm:mean": norm})
 
     def save(self, path: str | os.PathLike[str], wait: bool = True) -> Any:
@@ -337,14 +337,20 @@ class Tenant:
         return self._done("sampler", functools.partial(self._sampler, mode), wait)
 
     def _sampler(self, mode: str) -> Sampler:
-        source, models = self._finite(), self.service.sampling()
         if mode == "inflight":
-            if self._inflight is None:
-                name = f"{self.adapter.name}@inflight"
-                models.pool.load(name, source)
-                self._inflight = name
-            return Sampler(models, self._inflight, kept=True)
-        return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", source)
+            name = f"{self.adapter.name}@inflight"
+            self._follow(name)
+            self._inflight = name
+            again = functools.partial(self.service._wait, lambda: self._follow(name))
+            return Sampler(self.service.sampling(), name, again, kept=True)
+        config, state = self._finite()
+        kept = config, {key: tensor.detach().clone() for key, tensor in state.items()}
+        return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", kept)
+
+    def _follow(self, name: str) -> None:
+        """Give the pool the values of now; it may have let go of those of before."""
+        pool = self.service.sampling().pool
+        (pool.update if name in pool else pool.load)(name, self._finite())
 
     def _finite(self) -> Any:
         require(self.adapter.finite(), "sampler", "adapter", "finite factors", "others")
@@ -371,7 +377,7 @@ class Tenant:
     def _delete(self) -> None:
         self.adapter.delete()
         if self._inflight is not None:
-            self.service.sampling().pool.unload(self._inflight)
+            forget(self.service.sampling().pool, self._inflight)
 
     def _put(self, where: str, action: Callable[[], Any]) -> Future[Any]:
         return self.service._scheduler.put(where, self._queue, action)

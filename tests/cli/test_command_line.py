@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -37,6 +38,17 @@ def test_inspect_shows_every_module(case, run, run_json, tmp_path):
         assert row["threshold@0.01"] == int((spectrum > 0.01 * spectrum[0]).sum())
         assert row["bad"] == 0 and row["scaling"] == value.modules[row["module"]].scaling
     assert found["ranks"] == sorted({f.a.shape[0] for f in value.modules.values()})
+
+
+def test_inspect_prints_the_invocation_of_an_activated_adapter(run, run_json, folders):
+    config = Path(folders[0]) / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "alora_invocation_tokens": [7, 8]}))
+    assert run_json("inspect", folders[0])["invocation"] == [7, 8]
+    status, out, _ = run("inspect", folders[0])
+    assert status == 0 and re.search(r"^invocation\s+.*7.*8", out, re.M)
+    status, _, err = run("merge", *folders[:2], "--out", config.parent.parent / "merged")
+    assert status != 0 and "alora_invocation_tokens" in err
 
 
 def test_inspect_counts_what_is_not_finite_names_the_modules_and_fails(run, folders):

@@ -14,9 +14,10 @@ from tiny import make_model, make_peft
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
-from wrap_docs import WIDTH, prose, wrapped  # noqa: E402
+from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402
 
 ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROSE = [page for page in ALL if page.parent.name in ("docs", "notes")]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {
     str(page.relative_to(ROOT)): blocks
@@ -38,10 +39,12 @@ def _save_base_model(path: Path) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with what the pages take for granted: a base model, and two adapters for it."""
+    """A folder with what the pages take for granted: a base model, and adapters for it."""
     monkeypatch.chdir(tmp_path)
     _save_base_model(tmp_path / "base-model")
-    configs = {name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku")}
+    configs = {
+        name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku", "telegram")
+    }
     make_peft(make_model("llama"), configs).save_pretrained(tmp_path / "adapters")
 
 
@@ -97,6 +100,23 @@ def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
     """Tables, code, pictures and a link that no space breaks are excepted."""
     long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
     assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_no_paragraph_is_too_long_to_be_read(page: Path) -> None:
+    long = [each[:60] for each in paragraphs(page.read_text()) if len(each.split()) > 120]
+    assert not long, f"{page.name}: more than 120 words: {long}"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+    first = next(paragraphs(page.read_text()))
+    assert re.search(r"This page is|Use it when|Nobody needs this page", first), first
+
+
+def test_paragraphs_and_items_are_told_apart() -> None:
+    text = "# No\n\none\ntwo\n\n* three\n  four\n* five\n\n```\nno\n```\n| no |\n"
+    assert list(paragraphs(text)) == ["one two", "* three four", "* five"]
 
 
 def test_wrapping_changes_line_breaks_alone() -> None:

@@ -22,8 +22,9 @@ def test_a_page_of_the_reference_asks_for_the_names_of(package: str) -> None:
     assert package in ASKED, f"write docs/reference/{package.partition('.')[2]}.md with its line"
 
 
-def test_the_navigation_has_every_page_of_the_reference_and_the_notes() -> None:
+def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_notes() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
-    pages = [*PAGES, *(ROOT / "docs/notes").glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    pages = {*PAGES, *(ROOT / "docs/notes").glob("*.md"), *(ROOT / "docs").glob("*.md")}
+    pages |= {page.with_suffix(".md") for page in (ROOT / "docs/tutorials").glob("*.ipynb")}
     names = {page.relative_to(ROOT / "docs").as_posix() for page in pages}
     assert names == set(re.findall(r"^ *- ([\w/]+\.md)$", navigation, re.M))

@@ -38,10 +38,14 @@ extern "C" __attribute__((visibility("default"))) const char* __asan_default_opt
 
 int main(int count, char** words) {
     too_long = count > 1 && std::string_view(words[1]) == "overread";
-    const Decoder decoder{
-        "emulated", with_workspace(launch_circuit_sample),
-        with_workspace(launch_circuit_conditional_dist), with_workspace(launch_circuit_argmax),
-        [](const SpecVerifyArgs& args) { require(launch_spec_verify(args, nullptr)); }};
+    const Decoder decoder{"emulated", with_workspace(launch_circuit_sample),
+                          with_workspace(launch_circuit_conditional_dist),
+                          with_workspace(launch_circuit_argmax), [](SpecVerifyArgs args) {
+                              const Exact<char> workspace(spec_verify_workspace_bytes(args));
+                              if (spec_verify_workspace_bytes(args) > 0)
+                                  args.workspace = workspace.data();
+                              require(launch_spec_verify(args, nullptr));
+                          }};
     for (uint64_t seed = 0; seed < 2; ++seed) {
         lx::emu::set_seed(seed);
         check_all(decoder, kDecodeShapes);

@@ -204,3 +204,18 @@ def test_what_would_reach_the_prefix_is_refused_at_load(
     with pytest.raises(error, match=message):
         pool.load("new", (config, state))
     assert "new" not in pool
+
+
+def test_an_activated_adapter_on_an_embedding_is_refused_at_load(pair: Any) -> None:
+    from peft import get_peft_model_state_dict
+
+    model, reference, pool = pair
+    state = get_peft_model_state_dict(reference, adapter_name="act")
+    table = model.get_input_embeddings().weight
+    stem = "base_model.model.model.embed_tokens.lora_embedding"
+    more = {f"{stem}_A": torch.ones(4, len(table)), f"{stem}_B": torch.ones(table.shape[1], 4)}
+    config = reference.peft_config["act"].to_dict()
+    config["target_modules"] = [*config["target_modules"], "embed_tokens"]
+    with pytest.raises(NotImplementedError, match=r"linear layers, found .* 'model.embed_tokens'"):
+        pool.load("new", (config, {**state, **more}))
+    assert "new" not in pool

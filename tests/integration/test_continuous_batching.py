@@ -386,3 +386,13 @@ def test_dora_rows_and_threads_of_their_own_are_served() -> None:
         thread.join()
     assert found == {0: expected, 1: expected}
     assert pool.stats()["pins"] == 0
+
+
+def test_what_is_not_finite_in_a_request_reaches_no_other() -> None:
+    """Tokens of all requests of a step lie in one row; a mask alone would let a NaN through."""
+    model, pool = attached(slots=3)
+    config, state = adapter(pool, 3)
+    pool.load("overflows", (config, {name: tensor * 1e25 for name, tensor in state.items()}))
+    given, names = prompts(3), ["a0", "overflows", None]
+    first, _, third = generated(model.generate_batch(given, adapter_names=names, **batching()))
+    assert first == alone(model, given[0], "a0") and third == alone(model, given[2], None)

@@ -209,3 +209,31 @@ def test_layers_whose_factors_are_bare_parameters_stay_pefts(name):
     with pytest.warns(UserWarning, match="found none; PEFT runs 1 of them .*adalora"):
         lora_ext.from_peft(model)
     assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trainable_tokens_stay_peft_s_beside_fused_layers(tied: bool) -> None:
+    model = make_model("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5], init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(model, config)
+    theirs.add_adapter("b", config)
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ours = lora_ext.from_peft(copy.deepcopy(theirs))
+    ids, found = torch.tensor([[3, 4, 5, 6], [5, 9, 3, 1]]), []
+    for each in (ours.eval(), theirs.eval()):
+        with torch.no_grad():
+            mixed = each(input_ids=ids, adapter_names=["default", "b"]).logits
+        loss = each(input_ids=ids, labels=ids).loss
+        loss.backward()
+        kept = [p.grad for n, p in each.named_parameters() if n.endswith("tokens_delta.default")]
+        found.append([mixed, loss.detach(), *kept])
+    assert len(found[0]) >= 3 and all(bool(gradient.any()) for gradient in found[0][2:])
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)

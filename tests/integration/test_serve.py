@@ -172,7 +172,8 @@ def test_neutral_values_of_openais_fields_change_nothing(server: Any) -> None:
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
         {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
         {"response_format": {"type": "text"}, "modalities": ["text"]},
-        {"logprobs": False, "top_logprobs": 0},
+        {"logprobs": False, "top_logprobs": 0, "safety_identifier": "me", "prompt_cache_key": "a"},
+        {"functions": [], "function_call": "none", "reasoning_effort": None, "verbosity": None},
     ):
         assert text_of(ask(server, "a1", **fields)) == expected
     parts = [{"type": "text", "text": each} for each in ("w5 w6", "w7")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,27 @@ def test_scripts_of_an_allowed_page_may_ask(server: Any) -> None:
             "/v1/embeddings", [None], "OPTIONS", headers={"Origin": origin, **wants}
         )
         assert found.headers.get("access-control-allow-origin") == (origin if allowed else None)
+
+
+def test_an_encoder_embeds_each_text_with_its_adapter(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    from lora_ext.serving import Embedder
+
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = BertModel(BertConfig(vocab_size=97, hidden_size=32, **sizes)).eval()
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+    for name in ("x", "y"):
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+        adapted.save_pretrained(tmp_path / "embedders" / name)
+    texts, names = [[5, 6, 7], [8], [9, 10, 11, 12]], (None, "x", "y")
+    embedder = Embedder(copy.deepcopy(model), None, tmp_path / "embedders", pooling="cls")
+
+    async def all_of_them() -> Any:
+        return await asyncio.gather(*(embedder.embed(texts, name) for name in names))
+
+    for name, (vectors, _) in zip(names, asyncio.run(all_of_them()), strict=True):
+        for ids, vector in zip(texts, vectors, strict=True):
+            wanted = expected(copy.deepcopy(model), tmp_path, name, ids, "cls")
+            torch.testing.assert_close(vector, wanted)

@@ -8,7 +8,7 @@ import mixtures
 import pytest
 import tiny
 import torch
-from data_parallel import WAYS_WITHOUT_ZERO3, assert_same, needs_deepspeed, trained
+from data_parallel import WAYS, assert_same, trained
 from processes import TwoProcesses
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def check(
     assert_same(found, step(None, None, kind, names), start, bound)
 
 
-@pytest.mark.parametrize("way", WAYS_WITHOUT_ZERO3)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["linears", "dora", "experts", "checkpoints"])
 def test_adapters_of_peft_learn_on_two_processes_what_they_learn_on_one(
     kind: str, way: str, two_processes: TwoProcesses
@@ -64,7 +64,7 @@ def test_adapters_of_peft_learn_on_two_processes_what_they_learn_on_one(
     check(two_processes, way, kind)
 
 
-@pytest.mark.parametrize("way", WAYS_WITHOUT_ZERO3)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "names", [["green", "red", "red", "green"], ["__base__", "__base__", "blue", "red"]]
 )
@@ -87,17 +87,3 @@ def test_layers_that_peft_runs_are_refused_there_by_name(two_processes: TwoProce
     for found in two_processes.run(_refused):
         assert found.startswith("from_peft: adapter_names: expected trained adapters")
         assert "embed_tokens" in found
-
-
-@needs_deepspeed
-def test_zero3_whose_hooks_watch_each_factor_is_refused_by_name(
-    two_processes: TwoProcesses,
-) -> None:
-    for found in two_processes.run(_refused_under_zero3):
-        assert "factors that are no plain Linear, or that are watched" in found
-
-
-def _refused_under_zero3(rank: int) -> str:
-    with pytest.raises(NotImplementedError) as caught:
-        step(rank, "zero3", "linears", NAMES)
-    return str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -133,3 +134,17 @@ def test_a_request_that_says_in_place_loads_again_only_what_has_changed(engine, 
     assert asked(engine, dataclasses.replace(request, load_inplace=False)) == second
     shutil.rmtree(file.parent)
     assert asked(engine, request).lora_name == "a#3" and not os.path.exists(request.lora_path)
+
+
+def test_an_activated_adapter_is_refused_before_the_engine_knows_it(engine, tmp_path):
+    """In a step it would end the engine, or be given all tokens."""
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"r": 4, "alora_invocation_tokens": [7, 8]}))
+    request = Request("judge", 1, str(tmp_path))
+    for door in (lambda: asked(engine, request), lambda: engine.add_lora(request)):
+        with pytest.raises(ValueError, match=r"'judge': alora_invocation_tokens: .* \[7, 8\]"):
+            door()
+    assert not engine.loaded
+    for ordinary in ({"r": 4, "alora_invocation_tokens": None}, {"r": 4}, ["no configuration"]):
+        config.write_text(json.dumps(ordinary))
+        assert asked(engine, request) == request

@@ -10,9 +10,7 @@ import torch
 from data_parallel import (
     BOUND,
     WAYS,
-    WAYS_WITHOUT_ZERO3,
     assert_same,
-    needs_deepspeed,
     trained,
 )
 from processes import TwoProcesses
@@ -98,7 +96,7 @@ def test_adapters_learn_on_two_processes_what_they_learn_on_one(
     assert_same(found, step(None, None, case), start(Model()), BOUND.get(way, 1e-9))
 
 
-@pytest.mark.parametrize("way", WAYS_WITHOUT_ZERO3)
+@pytest.mark.parametrize("way", WAYS)
 def test_so_do_dora_adapters(way: str, two_processes: TwoProcesses):
     options = {"dora": ("red", "blue")}
     found, _ = two_processes.run(_step, way, "disjoint", options)
@@ -108,18 +106,6 @@ def test_so_do_dora_adapters(way: str, two_processes: TwoProcesses):
         start(Model(**options)),
         BOUND.get(way, 1e-9),
     )
-
-
-@needs_deepspeed
-def test_dora_is_refused_where_zero3_has_divided_the_base_weight(two_processes: TwoProcesses):
-    for found in two_processes.run(_refused_dora):
-        assert "found one of [0], as DeepSpeed's ZeRO-3 leaves it" in found
-
-
-def _refused_dora(rank: int) -> str:
-    with pytest.raises(NotImplementedError) as caught:
-        step(rank, "zero3", "disjoint", dora=("red", "green", "blue"))
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("way", WAYS)

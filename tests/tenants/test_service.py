@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_a_tenant_among_others_is_what_it_is_alone() -> None:
                 results = together(service, *(calls[:1] if alone else calls))
                 seen += results[0].logprobs
                 for tenant in tenants:
-                    tenant.optim_step(1e-3, eps=1e-4)
+                    tenant.optim_step(1e-3, eps=1e-4, max_grad_norm=5.0)  # far below the norms
             tenants[0].optim_step(0.0).result()
             return seen, factors(tenants[0]), service.counts
 
@@ -146,6 +147,84 @@ def test_a_neighbours_faults_change_no_bit() -> None:
     expected = run(None)
     for fault in ("loss", "gradient", "factors", "oversize", "full", "gone"):
         assert all(map(torch.equal, expected, run(fault))), fault
+
+
+def test_a_step_without_memory_goes_in_halves_and_fails_whom_it_must(service: Service) -> None:
+    tenants = [service.create(4, seed=i) for i in range(3)]
+    alone = [t.forward_backward([datum(i)]).result() for i, t in enumerate(tenants)]
+    base: Any = service.model.model
+    inner = base.forward
+
+    def forward(input_ids: Tensor, **how: Any) -> Any:
+        if len(input_ids) > 1:  # rows that one call alone has too
+            raise MemoryError("no room")
+        return inner(input_ids=input_ids, **how)
+
+    base.forward = forward
+    calls = [lambda i=i, t=t: t.forward_backward([datum(i)]) for i, t in enumerate(tenants)]
+    calls[1] = lambda: tenants[1].forward_backward([datum(1), datum(2)])
+    found = together(service, *calls)
+    assert isinstance(found[1], MemoryError)
+    for i in (0, 2):
+        assert torch.equal(found[i].logprobs[0], alone[i].logprobs[0])
+    del base.forward
+    assert tenants[1].forward_backward([datum(1)]).result().metrics == alone[1].metrics
+
+
+def test_no_end_of_steps_keeps_a_neighbour_waiting(service: Service) -> None:
+    busy, other = service.create(2), service.create(2)
+    stop, scheduler = threading.Event(), service._scheduler
+
+    def again() -> None:
+        if not stop.is_set():
+            scheduler.put("test", busy._queue, again)
+
+    scheduler.put("test", busy._queue, again)
+    for k in range(2):
+        assert other.forward_backward([datum(k)]).result(60).metrics["loss:sum"] > 0
+        other.optim_step(1e-3).result(60)
+    stop.set()
+
+
+def test_queues_hold_so_many_calls_and_so_many_tokens(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = service.create(2), service.create(2)
+    large = [datum(i, 64) for i in range(40)]  # above 8 calls of 256 tokens
+    found = together(
+        service,
+        lambda: one.forward(large),  # alone it may
+        lambda: two.forward(large[:20]),
+        lambda: two.optim_step(0.0),
+    )
+    assert len(found[0].logprobs) == 40 and len(found[1].logprobs) == 20
+    with pytest.raises(QueueFullError, match="queue: expected at most 2048 tokens of calls"):
+        together(service, *[lambda: two.forward(large[:20])] * 2)
+    with pytest.raises(QueueFullError, match="queue: expected at most 8 calls"):
+        together(service, *[lambda: one.optim_step(0.0)] * 9)
+    monkeypatch.setattr("lora_ext.tenants.sampler._MOST", 3)
+    with pytest.raises(QueueFullError, match="queue: expected at most 3 samples"):
+        [service.sampler().begin([1], 100, 2) for _ in range(2)]
+    with pytest.raises(ValueError, match="num_samples"):
+        service.sampler().begin([1], 1, 1 << 40)
+    with pytest.raises(ValueError, match="rank"):
+        service.create(1 << 40)
+
+
+def test_samplers_stay_whoever_fills_the_pool(tmp_path: Path) -> None:
+    with Service(llama(), max_adapters=2) as service:
+        tenant, other = service.create(4), service.create(4, seed=1)
+        tenant.forward_backward([datum(1)])
+        tenant.optim_step(5e-2)
+        samplers = tenant.sampler(), tenant.sampler("inflight")
+        service.sampling().pool.host_cache_bytes = 0
+        before = [sampler.sample([1, 2], 5, seed=1) for sampler in samplers]
+        others = [other.sampler() for _ in range(3)]
+        assert not any(sampler.adapter in service.sampling().pool for sampler in samplers)
+        assert [sampler.sample([1, 2], 5, seed=1) for sampler in samplers] == before
+        assert len(others[0].logprobs([1, 2, 3])) == 2
+        [other.sampler() for _ in range(3)]
+        tenant.optim_step(0.0).result()
 
 
 def test_a_call_that_waits_cannot_be_cancelled_and_the_service_goes_on(service: Service) -> None:

@@ -8,10 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,8 @@ pytest.importorskip("google.protobuf")
 from test_service import VOCAB, llama
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "examples"))
-import tinker_wire as wire  # noqa: E402
+from lora_ext.server.tinker import wire  # noqa: E402
+from lora_ext.tenants import Service  # noqa: E402
 
 FB = wire.messages["ForwardBackwardRequest"]
 
@@ -162,6 +165,78 @@ def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -
         assert found == pytest.approx(last, abs=1e-5)
     finally:
         again.close()
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What a server without a process answers: ``ask(path, body, key) -> (code, JSON)``."""
+    from starlette.testclient import TestClient
+
+    from lora_ext.server import tinker
+
+    with Service(llama(), store=tmp_path, queue=4) as service:
+        with TestClient(tinker.make_app(service, "base", None)) as client:
+
+            def ask(path: str, body: Any = None, key: str = "tml-a") -> tuple[int, Any]:
+                how = {"content": body} if isinstance(body, bytes) else {"json": body or {}}
+                found = client.post(f"/api/v1/{path}", headers={"X-API-Key": key}, **how)
+                return found.status_code, found.json()
+
+            def begun(key: str = "tml-a") -> str:
+                session = ask("create_session", {}, key)[1]["session_id"]
+                asked = {"session_id": session, "model_seq_id": 0, "base_model": "base"}
+                promise = ask("create_model", {**asked, "lora_config": {"rank": 2}}, key)[1]
+                return ask("retrieve_future", promise, key)[1]["model_id"]
+
+            yield SimpleNamespace(ask=ask, begun=begun, service=service, store=tmp_path)
+
+
+def test_floods_are_answered_429_and_are_one_keys_own(
+    app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_ext.server.tinker import promises
+
+    monkeypatch.setattr(promises, "MOST", 6)
+    model, other = app.begun(), app.begun("tml-b")
+    tokens = [1, 2, 3]
+    # Calls whose turn never comes wait for it; so many may.
+    codes = [app.ask("forward_backward", request(model, n, tokens))[0] for n in range(2, 11)]
+    assert codes == [200] * 6 + [429] * 3
+    # A tenant's queue that is full, behind something that lasts.
+    monkeypatch.setattr(promises, "MOST", 100)
+    gate: Future[None] = Future()
+    app.service._scheduler.put("test", app.service._own, gate.result)
+    try:
+        calls = [request(other, n, tokens) for n in range(1, 6)]
+        codes = [app.ask("forward_backward", call, "tml-b")[0] for call in calls]
+    finally:
+        gate.set_result(None)
+    assert codes == [200] * 4 + [429]
+    session = other.partition(":")[0]
+    assert app.ask("session_heartbeat", {"session_id": session})[0] == 410  # another key's
+    assert app.ask(f"sessions/{session}/finish")[0] == 410
+    assert app.ask("session_heartbeat", {"session_id": session}, "tml-b")[0] == 200
+    assert app.ask("telemetry", b"[]")[0] == app.ask("telemetry", b"{")[0] == 400
+    assert 429 in [app.ask("create_session")[0] for _ in range(70)]
+    assert app.ask("create_session", {}, "tml-b")[0] == 200
+
+
+def test_a_session_that_is_silent_or_ends_is_saved(
+    app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_ext.server.tinker import app as routes
+
+    ended, silent = app.begun(), app.begun()
+    assert app.ask(f"sessions/{ended.partition(':')[0]}/finish")[0] == 200
+    monkeypatch.setattr(routes, "SILENCE", 0.2)
+    for model in (ended, silent):
+        deadline = time.monotonic() + 60
+        folders = f"*/{model.replace(':', '-')}/weights/last/adapter_config.json"
+        while not list(app.store.glob(folders)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(app.store.glob(folders))
+        step = {"model_id": model, "seq_id": 1}
+        assert app.ask("optim_step", step)[0] == 410
 
 
 SCRIPT = """

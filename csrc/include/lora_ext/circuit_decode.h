@@ -69,6 +69,7 @@ struct SpecVerifyArgs {
     double inverse_temperature = 1;         // 0: greedy, nothing is drawn
     int64_t* accepted = nullptr;            // (B,)
     int64_t* next_token = nullptr;          // (B,)
+    void* workspace = nullptr;              // spec_verify_workspace_bytes(); CUDA only
 };
 
 // What hangs below a latent of a circuit: some positions next to each other, and up to two latents.
@@ -107,7 +108,8 @@ struct CircuitDecodeCpu {
 };
 
 // CUDA launchers: asynchronous, no allocation. One kernel each; where the leaves of a row are many
-// bytes, a first one takes their norms with all multiprocessors.
+// bytes, a first one takes their norms with all multiprocessors. Verifying more than 32768 logits a
+// row takes four kernels, each on all of them.
 int64_t circuit_workspace_bytes(const CircuitLogits& logits);  // reads sizes only
 // Shared memory that a block may have on the current device, and that it needs for a row: to sample
 // or for a conditional distribution, and for the most probable tokens.
@@ -117,6 +119,8 @@ int64_t circuit_argmax_bytes(const CircuitLogits& logits);
 LaunchStatus launch_circuit_sample(const CircuitSampleArgs& args, void* stream);
 LaunchStatus launch_circuit_conditional_dist(const CircuitConditionalArgs& args, void* stream);
 LaunchStatus launch_circuit_argmax(const CircuitArgmaxArgs& args, void* stream);
+// Reads sizes only. The memory is to be aligned to 16 bytes.
+int64_t spec_verify_workspace_bytes(const SpecVerifyArgs& args);
 LaunchStatus launch_spec_verify(const SpecVerifyArgs& args, void* stream);
 
 }  // namespace lora_ext

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._torch import compiles
 from lora_ext.layers import (
+    DenseParameters,
     LoraFactors,
     dense_parameters,
     dora_forward,
@@ -38,10 +39,11 @@ def uncovered(module: Any, adapter: str) -> str | None:
     if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
         return f"adapter {adapter!r} is a {type(variant).__name__}"
     dora = type(variant) is DoraLinearVariant
-    if dora and dense_parameters(module.base_layer) is None:
+    if dora and dense_parameters(module.base_layer, divided=True) is None:
         return f"adapter {adapter!r} uses DoRA on a {type(module.base_layer).__name__}"
     a, b = module.lora_A[adapter], module.lora_B[adapter]
-    if not (type(a) is type(b) is nn.Linear and is_plain(a) and is_plain(b) and a.bias is None):
+    plain = type(a) is type(b) is nn.Linear and a.bias is None
+    if not (plain and is_plain(a, divided=True) and is_plain(b, divided=True)):
         return f"adapter {adapter!r} has factors that are no plain Linear, or that are watched"
     scaling = module.scaling[adapter]
     if isinstance(scaling, Tensor):
@@ -50,7 +52,7 @@ def uncovered(module: Any, adapter: str) -> str | None:
     elif not isinstance(scaling, int | float):
         return f"adapter {adapter!r} has a {type(scaling).__name__} for a scaling"
     dropout = module.lora_dropout[adapter]
-    if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout):
+    if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout, True):
         return f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or a watched one"
     if getattr(dropout, "p", 0.0) >= 1.0:
         return f"adapter {adapter!r} has dropout 1"
@@ -120,15 +122,19 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         factors = [self._factors(name) for name in present]
         if not any(self._is_dora(name) for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)
-        dense = dense_parameters(self.base_layer)
-        assert dense is not None  # uncovered lets no other base pass
+        weight = self._dense()[0]
         magnitudes = [self._magnitude(name) for name in present]
         in_use = [of_rows is None or i in of_rows.used for i in range(len(present))]
         norms = [
-            None if m is None or not used else self._norm(name, dense[0], f)
+            None if m is None or not used else self._norm(name, weight, f)
             for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
         ]
-        return dora_forward(x, self.base_layer, dense, factors, magnitudes, of_rows, norms)
+        return dora_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
+
+    def _dense(self) -> DenseParameters:
+        found = dense_parameters(self.base_layer, divided=True)
+        assert found is not None  # uncovered lets no other base pass
+        return found
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)

@@ -14,13 +14,24 @@ from .packed_linear import PackedLinear
 _PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
 _CONV1D = ("Conv1D", "transformers.pytorch_utils")
 
+_OF_ALL_MODULES = (
+    module_globals._global_forward_hooks,
+    module_globals._global_forward_pre_hooks,
+    module_globals._global_backward_hooks,
+    module_globals._global_backward_pre_hooks,
+)
+
 #: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
 BaseLayer = nn.Module | Callable[[Tensor], Tensor]
 DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
-def dense_parameters(base: BaseLayer) -> DenseParameters | None:
-    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more."""
+def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters | None:
+    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more.
+
+    Args:
+        divided: as :func:`is_plain` takes it.
+    """
     kind = type(base)
     disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
     if disguised is not None:
@@ -31,21 +42,26 @@ def dense_parameters(base: BaseLayer) -> DenseParameters | None:
     if not straight and (kind.__name__, kind.__module__) != _CONV1D:
         return None
     weight = parameter(base, "weight")
-    if not _is_plain(base, weight):
+    if not _is_plain(base, weight, divided):
         return None
     return weight if straight else weight.t(), parameter(base, "bias")
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward."""
-    return _is_plain(module, getattr(module, "weight", None))
+def is_plain(module: nn.Module, divided: bool = False) -> bool:
+    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward.
+
+    Args:
+        divided: DeepSpeed's ZeRO-3 may watch it, which divides a weight among processes: each time
+            that the weight is read all gather it, and after the module's forward it is gone again.
+    """
+    return _is_plain(module, getattr(module, "weight", None), divided)
 
 
-def _is_plain(module: nn.Module, weight: object) -> bool:
+def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
     return (
         type(weight) in _PLAIN
         and "forward" not in module.__dict__  # as accelerate's offloading leaves it
-        and not _has_hooks(module)
+        and (not _has_hooks(module) or (divided and _of_zero3(module)))
     )
 
 
@@ -74,8 +90,14 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or module_globals._global_forward_hooks
-        or module_globals._global_forward_pre_hooks
-        or module_globals._global_backward_hooks
-        or module_globals._global_backward_pre_hooks
+        or any(_OF_ALL_MODULES)
     )
+
+
+def _of_zero3(module: nn.Module) -> bool:
+    """Whether all its hooks are those by which DeepSpeed divides and gathers weights."""
+    if not hasattr(module, "ds_id") or any(_OF_ALL_MODULES):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    others = module._backward_hooks or module._backward_pre_hooks
+    return not others and all(hook.__module__.startswith("deepspeed.") for hook in hooks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,12 +19,12 @@ from lora_ext.layers.base.packed_linear import (
     unpack,
 )
 
+from .attention import ask_first
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _MARK = "_lora_ext_exact"  # on every module of an exact model; its copies are exact too
 _OWN = "_lora_ext_exact_packed"  # the layers that exact has packed
-_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_original: Callable[..., Any] | None = None
 
 
 def exact(model: Model, enabled: bool = True) -> Model:
@@ -67,8 +66,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
     for module in model.modules():
         module.__dict__[_MARK] = True
     model.__dict__[_OWN] = list({id(m): m for m in plain.values()}.values())
-    _models.add(model)
-    _watch_attention()
+    ask_first(_attention)
     return model
 
 
@@ -80,22 +78,11 @@ def _undone(model: Model) -> Model:
     unpack(module for module in model.__dict__.pop(_OWN) if isinstance(module, PackedLinear))
     for module in model.modules():
         module.__dict__.pop(_MARK, None)
-    _models.discard(model)
     return model
 
 
-def _watch_attention() -> None:
-    """Let transformers' "sdpa" ask its module. The name stays: masks, caches and continuous
-    batching go by it."""
-    global _original
-    from transformers.modeling_utils import AttentionInterface
-
-    if _original is None:
-        _original = AttentionInterface._global_mapping["sdpa"]
-        AttentionInterface.register("sdpa", _attention)
-
-
 def _attention(
+    inner: Callable[..., Any],
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -106,10 +93,9 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    assert _original is not None
     if _MARK not in module.__dict__:
         how: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return _original(module, query, key, value, attention_mask, **how)
+        return inner(module, query, key, value, attention_mask, **how)
     require(dropout == 0, "exact", "attention_dropout", "0", dropout)
     for name in ("softcap", "position_bias"):
         require(kwargs.get(name) is None, "exact", "model", f"attention without {name}", "it")

@@ -50,7 +50,7 @@ def _made() -> dict[str, Any]:
             many, kind = kind.startswith("*"), kind.removeprefix("*")
             made = message.field.add(name=field, number=int(number), label=3 if many else 1)
             if kind in _MESSAGES:
-                made.type, made.type_name = 11, f".{package}.{kind}"
+                made.type, made.type_name = made.TYPE_MESSAGE, f".{package}.{kind}"
             else:
                 made.type = getattr(made, f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()

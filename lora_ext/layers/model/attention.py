@@ -1,0 +1,76 @@
+"""Transformers' attention "sdpa", which asks others first: exact models, steps of many requests."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_asked: set[Callable[..., Any]] = set()
+_lock = threading.Lock()
+_here = threading.local()
+
+
+def ask_first(function: Callable[..., Any]) -> None:
+    """Let "sdpa" be ``function(inner, module, query, key, value, mask, **how)`` for the process,
+    once; ``inner`` is what it was before. The name stays: masks and caches go by it."""
+    from transformers.modeling_utils import AttentionInterface
+
+    with _lock:
+        if function not in _asked:
+            inner = AttentionInterface._global_mapping["sdpa"]
+            AttentionInterface.register("sdpa", functools.partial(function, inner))
+            _asked.add(function)
+
+
+@contextmanager
+def requests_apart() -> Iterator[None]:
+    """A block whose forwards are steps of continuous batching, in this thread: each request's
+    queries meet its own keys alone.
+
+    Transformers packs the requests of a step into one row, where a mask keeps them apart: every
+    query is multiplied with every request's keys, and what is not finite in one of them reaches
+    all. On other devices than the CPU, and with other attentions, that stays.
+    """
+    ask_first(_each_request)
+    before, _here.apart = getattr(_here, "apart", False), True
+    try:
+        yield
+    finally:
+        _here.apart = before
+
+
+def _each_request(
+    inner: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **how: Any,
+) -> tuple[Tensor, None]:
+    ends = how.get("cu_seq_lens_q"), how.get("cu_seq_lens_k")
+    packed = getattr(_here, "apart", False) and query.device.type == "cpu"
+    if not (packed and attention_mask is not None and all(isinstance(e, Tensor) for e in ends)):
+        return inner(module, query, key, value, attention_mask, *args, **how)
+    queries, keys = (e.diff().tolist() for e in ends)  # pyright: ignore[reportOptionalMemberAccess]
+    whole = (sum(queries), sum(keys)) == (query.shape[2], key.shape[2])
+    if len(queries) < 2 or not whole or how.get("position_bias") is not None:
+        return inner(module, query, key, value, attention_mask, *args, **how)
+    found, q, k = [], 0, 0
+    for more, length in zip(queries, keys, strict=True):
+        rows, span = slice(q, q := q + more), slice(k, k := k + length)
+        mine = (
+            query[:, :, rows],
+            key[:, :, span],
+            value[:, :, span],
+            attention_mask[..., rows, span],
+        )
+        found.append(inner(module, *mine, *args, **how)[0])  # (1, more, H, D)
+    return torch.cat(found, 1), None

@@ -1,0 +1,283 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+
+from lora_ext.pool import PoolFullError
+from lora_ext.tenants import QueueFullError, Sampler, Service, Tenant
+
+from .api import Api, folder, parsed
+from .promises import Answer, GoneError
+from .wire import MIME, read_request, written_result
+
+try:
+    import zstandard  # pyright: ignore[reportMissingImports]
+except ImportError:  # the client is told to send bodies as they are
+    zstandard = None
+
+PATIENCE = 25.0  # seconds that an answer is waited for
+SILENCE = 120.0  # seconds without a heartbeat after which a session ends
+MAX_BODY = 1 << 28
+
+_CODES = {ValueError: 400, KeyError: 400, TypeError: 400, GoneError: 410}
+_CODES |= {QueueFullError: 429, PoolFullError: 429}
+
+
+def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
+    """Tinker's API over a service.
+
+    Args:
+        service: that trains. base: the model's name on the wire. keys: that may ask; None: any.
+    """
+    api = Api(service, base)
+    app = FastAPI(lifespan=lambda _: _life(api))
+
+    def refuse(_: Request, error: Exception) -> JSONResponse:
+        code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
+        return JSONResponse({"error": str(error), "category": "user"}, code)
+
+    for kind in _CODES:
+        app.add_exception_handler(kind, refuse)
+
+    @app.middleware("http")
+    async def check_key(request: Request, go_on: Any) -> Any:
+        key = request.headers.get("x-api-key", "")
+        if keys is not None and key not in keys:
+            return JSONResponse({"error": "X-API-Key: expected one of --keys"}, 401)
+        request.state.key = key
+        return await go_on(request)
+
+    def post(path: str) -> Any:
+        """A route for `f(key, what the body says)`, on a thread of its own."""
+
+        def decorate(function: Callable[[str, Answer], Any]) -> Any:
+            async def run(request: Request) -> Any:
+                asked = await _read(request)
+                return await asyncio.to_thread(function, request.state.key, asked)
+
+            app.add_api_route(f"/api/v1/{path}", run, methods=["POST"])
+            return function
+
+        return decorate
+
+    _add_sessions(app, post, api)
+    _add_models(post, api)
+    _add_training(app, post, api)
+    _add_samples(app, post, api)
+    _add_futures(app, api)
+    for path in ("client/dynamic_config", "cancel_future", "telemetry"):
+        post(path)(lambda key, asked: {"status": "accepted"})
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _life(api: Api) -> AsyncIterator[None]:
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(min(1.0, SILENCE / 4))
+            for session in await asyncio.to_thread(api.pass_time, SILENCE):
+                await asyncio.to_thread(api.end, session)
+
+    task = asyncio.create_task(watch())
+    yield
+    task.cancel()
+    for session in list(api.sessions):
+        api.end(session, wait=True)
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
+    return bytes(body)
+
+
+async def _read(request: Request) -> Answer:
+    asked = json.loads(await _body(request) or b"{}")
+    if not isinstance(asked, dict):
+        raise ValueError(f"body: expected an object of JSON, found {type(asked).__name__}")
+    return asked
+
+
+def _add_sessions(app: FastAPI, post: Any, api: Api) -> None:
+    @post("client/config")
+    def config(key: str, asked: Answer) -> Answer:
+        off = ("pjwt_auth_enabled", "sample_use_retrieve_futures", "custom_loss_server_side")
+        return {"proto_compress_fwdbwd": zstandard is not None, **dict.fromkeys(off, False)}
+
+    @post("create_session")
+    def create_session(key: str, asked: Answer) -> Answer:
+        return {"type": "create_session", "session_id": api.begin(key)}
+
+    @post("session_heartbeat")
+    def session_heartbeat(key: str, asked: Answer) -> Answer:
+        api.alive(key, asked["session_id"]).beat = time.monotonic()
+        return {"type": "session_heartbeat"}
+
+    @app.post("/api/v1/sessions/{session}/finish")
+    def finish(session: str, request: Request) -> Answer:
+        api.alive(request.state.key, session)
+        api.end(session)
+        return {}
+
+    @app.get("/api/v1/healthz")
+    def healthz() -> Answer:
+        return {"status": "ok"}
+
+    @app.get("/api/v1/get_server_capabilities")
+    def capabilities() -> Answer:
+        most = {"model_name": api.base, "max_context_length": api.service.max_tokens}
+        return {"supported_models": [most]}
+
+
+def _add_models(post: Any, api: Api) -> None:
+    post("create_model")(api.new_model)
+
+    @post("unload_model")
+    def unload_model(key: str, asked: Answer) -> Answer:
+        name = asked["model_id"]
+        session, model = api.model(key, name)
+        session.models.pop(name, None)
+
+        def unload() -> Answer:
+            model.tenant.close()
+            return {"model_id": name, "type": "unload_model"}
+
+        return api.promises.at_once(key, unload)
+
+    @post("get_info")
+    def get_info(key: str, asked: Answer) -> Answer:
+        name, base = asked["model_id"], api.base
+        rank = api.model(key, name)[1].tenant.rank
+        arch = api.service.model.config.model_type
+        data = {"arch": arch, "model_name": base, "tokenizer_id": base}
+        found = {"type": "get_info", "model_id": name, "model_data": data}
+        return {**found, "is_lora": True, "lora_rank": rank, "model_name": base}
+
+    @post("weights_info")
+    def weights_info(key: str, asked: Answer) -> Answer:
+        _, saved = api.service.store.read("weights_info", parsed(key, asked["tinker_path"]))
+        trained = {"train_unembed": False, "train_mlp": True, "train_attn": True}
+        return {"base_model": api.base, "is_lora": True, "lora_rank": saved.config.r, **trained}
+
+    def saved(key: str, asked: Answer, kind: str, done: str) -> Answer:
+        name, model = asked.get("path") or uuid.uuid4().hex, asked["model_id"]
+        where = folder(key, model, kind, name)
+        target = api.service.store.folder("save", where)
+        if asked.get("overwrite") is False and target.exists():
+            raise ValueError(f"path: expected a new name, or overwrite, found {name!r:.200}")
+        answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
+        begin: Any = lambda tenant: tenant.save(where, wait=False)  # noqa: E731
+        return api.in_order(key, asked, begin, lambda _: answer)
+
+    @post("save_weights")
+    def save_weights(key: str, asked: Answer) -> Answer:
+        return saved(key, asked, "weights", "save_weights")
+
+    @post("save_weights_for_sampler")
+    def save_weights_for_sampler(key: str, asked: Answer) -> Answer:
+        if asked.get("path"):
+            return saved(key, asked, "sampler_weights", "save_weights_for_sampler")
+        session, mode = api.model(key, asked["model_id"])[0], asked.get("kind") or "snapshot"
+        owner = asked["model_id"].partition(":")[0]
+        name = f"{owner}:sample:{asked.get('sampling_session_seq_id')}"
+
+        def told(sampler: Sampler) -> Answer:
+            session.keep(name, sampler)
+            return {"type": "save_weights_for_sampler", "sampling_session_id": name}
+
+        return api.in_order(key, asked, lambda tenant: tenant.sampler(mode, wait=False), told)
+
+    @post("load_weights")
+    def load_weights(key: str, asked: Answer) -> Answer:
+        path, optimizer = parsed(key, asked["path"]), bool(asked.get("optimizer", True))
+        if not asked.get("model_id"):
+            return api.new_model(key, asked)
+        answer = {"type": "load_weights", "path": asked["path"], "model_id": asked["model_id"]}
+        begin: Any = lambda tenant: tenant.restore(path, optimizer, wait=False)  # noqa: E731
+        return api.in_order(key, asked, begin, lambda _: answer)
+
+
+def _add_training(app: FastAPI, post: Any, api: Api) -> None:
+    @app.post("/api/v1/forward_backward")
+    @app.post("/api/v1/forward")
+    async def forward_backward(request: Request) -> Any:
+        body = await _body(request)
+        if request.headers.get("content-encoding") == "zstd":
+            body = _unpacked(body)
+        asked, data, options = read_request(body)
+
+        def begin(tenant: Tenant) -> Any:
+            call = tenant.forward if asked.forward_only else tenant.forward_backward
+            return call(data, asked.loss_fn or "cross_entropy", options)
+
+        where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id}
+        return await asyncio.to_thread(api.in_order, *where, begin, written_result)
+
+    @post("optim_step")
+    def optim_step(key: str, asked: Answer) -> Answer:
+        adam = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
+        adam |= {k: v for k, v in (asked.get("adam_params") or {}).items() if v is not None}
+        decay, clip = adam.get("weight_decay", 0.0), adam.get("grad_clip_norm") or None
+        how = adam["learning_rate"], (adam["beta1"], adam["beta2"]), adam["eps"], decay, clip
+        begin: Any = lambda tenant: tenant.optim_step(*how)  # noqa: E731
+        return api.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
+
+
+def _unpacked(body: bytes) -> bytes:
+    if zstandard is None:
+        raise HTTPException(415, "content-encoding: expected none; pip install zstandard")
+    try:
+        body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"body: expected zstd, found {error}") from None
+    if len(body) > MAX_BODY:
+        raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
+    return body
+
+
+def _add_samples(app: FastAPI, post: Any, api: Api) -> None:
+    @post("create_sampling_session")
+    def create_sampling_session(key: str, asked: Answer) -> Answer:
+        session = api.alive(key, asked["session_id"])
+        name = f"{asked['session_id']}:sample:{asked['sampling_session_seq_id']}"
+        if name not in session.samplers:
+            session.keep(name, api.sampler(key, asked))
+        return {"type": "create_sampling_session", "sampling_session_id": name}
+
+    @app.get("/api/v1/samplers/{name}")
+    def sampler(name: str, request: Request) -> Answer:
+        try:
+            api.samplers(request.state.key, name)
+        except GoneError as error:
+            raise HTTPException(404, str(error)) from None
+        return {"sampler_id": name, "base_model": api.base}
+
+    post("asample")(api.sample)
+
+
+def _add_futures(app: FastAPI, api: Api) -> None:
+    @app.post("/api/v1/retrieve_future")
+    async def retrieve_future(request: Request) -> Any:
+        name = (await _read(request))["request_id"]
+        future = api.promises.get(request.state.key, name)
+        try:
+            found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), PATIENCE)
+        except asyncio.TimeoutError:
+            return {"type": "try_again", "request_id": name, "queue_state": "active"}
+        except Exception as error:
+            kind = "user" if isinstance(error, ValueError) else "server"
+            return {"error": f"{error}", "category": kind}
+        return Response(found, media_type=MIME) if isinstance(found, bytes) else found

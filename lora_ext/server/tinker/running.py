@@ -1,0 +1,49 @@
+"""A server of Tinker's API from the arguments of a command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from lora_ext.server.running import Settings, run
+from lora_ext.tenants import Service
+
+from .app import make_app
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until Ctrl-C or SIGTERM; a line says where, once requests are answered.
+
+    Args:
+        argv: of the command; None takes the program's.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description="A server of Tinker's API on one machine.")
+    parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
+    parser.add_argument("--store", type=Path, required=True, help="the folder of all saves")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="which by default nobody else reaches")
+    parser.add_argument("--keys", type=Path, help="a file of keys, one a line; without it any")
+    args = parser.parse_args(argv)
+    keys = None
+    if args.keys is not None:
+        keys = {line.strip() for line in args.keys.read_text().splitlines()} - {""}
+    with Settings(args.model, args.store, args.host, args.port).listen() as listening:
+        model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+        except (OSError, ValueError, KeyError):
+            tokenizer = None  # stops that are texts are refused
+        with Service(model, store=args.store, tokenizer=tokenizer) as service:
+            app = make_app(service, str(args.model), keys)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+            host, port = listening.getsockname()[:2]
+
+            def begins() -> None:
+                print(f"listening on http://{host}:{port}", flush=True)
+
+            run(config, listening, begins)
