@@ -44,17 +44,8 @@ def write(model: Any, ids: torch.Tensor, how: Any, **settings: Any) -> torch.Ten
     return model.generate(ids, logits_processor=[how], **settings)[:, ids.shape[1] :]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--guide", type=Path, help="a folder of distil-guide; default: learn one")
-    args = parser.parse_args()
-    steps, rows, states, samples = (2, 2, 4, 4) if args.quick else (12, 16, 128, 192)
-    torch.manual_seed(0)
-    model, tokenizer = load_smollm2()
-    if args.quick:
-        del model.model.layers[2:]
+def forms(model: Any, tokenizer: Any, steps: int) -> None:
+    """Two adapters and the base model fill in a form, in one batch."""
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     for name in ADAPTERS:
         nn.wrap(model, nn.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
@@ -66,16 +57,14 @@ def main() -> None:
     ids = asked(tokenizer, "Greet the people of a small town, and say how many live there.", 3)
     lora_ext.attach(model, pool)
     with lora_ext.adapters([*ADAPTERS, None]):
-        forms = write(model, ids, how, max_new_tokens=64, do_sample=False)
-    for name, tokens in zip([*ADAPTERS, "base"], forms, strict=True):
+        found = write(model, ids, how, max_new_tokens=64, do_sample=False)
+    for name, tokens in zip([*ADAPTERS, "base"], found, strict=True):
         print(f"{name:>8}: {json.loads(tokenizer.decode(tokens, skip_special_tokens=True))}")
     lora_ext.detach(model)
 
-    prompts = asked(tokenizer, "Tell me about a small town by the sea.", rows)
-    guide = control.Guide.load(args.guide) if args.guide else None
-    if guide is None:
-        guide = control.distil(model, prompts, states, samples=samples, progress=tqdm)
-    print(f"guide: {guide}, {guide.measures}")
+
+def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any, picture: Path) -> None:
+    """Where a word is said, with the mask alone and with a guide."""
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for law, look, color in (("mask", None, "#E69F00"), ("guided", guide, "#0072B2")):
         places: list[int] = []
@@ -90,10 +79,32 @@ def main() -> None:
         axes.hist(places, range(BUDGET + 1), alpha=0.7, label=law, color=color)
     axes.set(xlabel="token with which the word is said", ylabel="texts")
     axes.legend()
-    args.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out / "control.png", dpi=120)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
     pyplot.close(figure)
-    print(f"picture: {args.out / 'control.png'}")
+    print(f"picture: {picture}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--words", action="store_true", help="the words alone, without forms")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--guide", type=Path, help="a folder of distil-guide; default: learn one")
+    args = parser.parse_args()
+    steps, rows, states, samples = (2, 2, 4, 4) if args.quick else (12, 16, 128, 192)
+    torch.manual_seed(0)
+    model, tokenizer = load_smollm2()
+    if args.quick:
+        del model.model.layers[2:]
+    if not args.words:
+        forms(model, tokenizer, steps)
+    prompts = asked(tokenizer, "Tell me about a small town by the sea.", rows)
+    guide = control.Guide.load(args.guide) if args.guide else None
+    if guide is None:
+        guide = control.distil(model, prompts, states, samples=samples, progress=tqdm)
+    print(f"guide: {guide}, {guide.measures}")
+    words(model, tokenizer, prompts, guide, args.out / "control.png")
 
 
 if __name__ == "__main__":

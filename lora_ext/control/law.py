@@ -20,7 +20,6 @@ from torch import Tensor
 from .guide import Guide
 from .messages import MatchedPlan, Plan, Step
 
-_PART = 8  # a successor with more than V / 8 tokens has a product of its own, others are gathered
 _FAR = 50.0  # how far below the others what the guide holds impossible stands, in nats
 
 
@@ -121,15 +120,37 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
         laws = torch.stack([row.law for i in places if (row := rows[i]) and row.law is not None])
         guided.setdefault(guide, []).append((places, _Group(plan, state, left, laws)))
     for guide, works in guided.items():
-        parts = [work.vectors for _, work in works if len(work.vectors)]
-        products = guide.over_vocabulary(torch.cat(parts)) if parts else None
-        first = 0
-        for places, work in works:
-            last = first + len(work.vectors)
-            out.append(
-                Block(places, work.ratio(None if products is None else products[first:last]))
-            )
-            first = last
+        out.extend(_guided(guide, works))
+    return out
+
+
+def _guided(guide: Guide, works: list[tuple[list[int], _Group]]) -> list[Block]:
+    """``log r`` of rows of one guide: one product with the vocabulary, and one pass after the other
+    over what comes of it, for all of them."""
+    seen = [work for _, work in works if work.layout.wide]
+    if not seen:
+        return [Block(places, work.ratio(None)) for places, work in works]
+    laws, ahead = torch.cat([w.laws for w in seen]), torch.cat([w.ahead for w in seen])
+    totals, joints = guide.over_vocabulary(torch.cat([laws, ahead])).split([len(laws), len(ahead)])
+    if len(ahead) > len(laws):
+        first, owner = 0, []
+        for work in seen:
+            owner += list(range(first, first + len(work.laws))) * len(work.layout.wide)
+            first += len(work.laws)
+        totals = totals[owner]
+    smallest = torch.finfo(joints.dtype).tiny
+    if float(totals.min()) >= smallest:
+        joints.div_(totals)
+    else:  # a token that the guide holds impossible says nothing of the state
+        unseen = ahead.sum(-1, keepdim=True)
+        joints = torch.where(totals > 0, joints / totals.clamp(min=smallest), unseen)
+    scales = torch.cat([w.scales for w in seen])
+    values = joints.clamp_(smallest, 1.0).log_().add_(scales[:, None])
+    out, first = [], 0
+    for places, work in works:
+        last = first + len(work.ahead)
+        out.append(Block(places, work.ratio(values[first:last])))
+        first = last
     return out
 
 
@@ -151,16 +172,22 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
         return scores
     scores = scores.clone()
     for places, ratio in blocks:
-        ratio = ratio.to(scores.device)
-        # -inf - -inf would be NaN where the model itself holds a token impossible
-        shifted = scores[places] + temperature * ratio.to(scores.dtype)
-        scores[places] = torch.where(ratio > -torch.inf, shifted, -torch.inf)
+        ratio = ratio.to(scores)
+        if temperature != 1:
+            ratio = temperature * ratio  # apart: a fused product would round by the place in memory
+        first, last = places[0], places[-1]
+        if places == list(range(first, last + 1)):
+            scores[first : last + 1].add_(ratio)
+        else:
+            scores[places] += ratio
     return scores
 
 
 def _floored(scale: Tensor, step: Step) -> Tensor:
     """Scales in which a live state that the guide holds impossible stands below all others."""
     known = scale[step.states.to(scale.device)]
+    if bool((known > -torch.inf).all()):
+        return scale
     known = known[known > -torch.inf]
     lowest = float(known.min()) - _FAR if len(known) else 0.0
     return torch.where(scale > -torch.inf, scale, lowest)
@@ -170,41 +197,43 @@ class _Group:
     """Guided rows with one state and budget.
 
     Attributes:
-        vectors: ``(v, H)``, what is multiplied with the emission: the law of each row, then the law
-            times the message of each successor with many tokens.
+        laws: ``(n, H)``. layout: of the step.
+        ahead: ``(w n, H)``, the laws times the message of each successor with many tokens.
+        scales: ``(w n,)``, the logarithms that belong to these.
     """
 
     def __init__(self, plan: Plan, state: int, left: int, laws: Tensor):
-        self.plan, self.laws, self.step = plan, laws, plan.step(state, left)
+        step = plan.step(state, left)
+        self.plan, self.laws, self.layout = plan, laws, step.layout
         self.table, scale = plan.messages(left - 1)
-        self.scale = _floored(scale, self.step)
-        wide = self.step.wide(plan.constraint.vocab_size // _PART)
-        self.wide = wide
-        parts = [laws, *(laws * self.table[s] for s in wide)] if wide else [laws[:0]]
-        self.vectors = torch.cat(parts)
+        self.scale = _floored(scale, step)
+        wide = self.layout.wide
+        self.ahead = torch.cat([laws * self.table[s] for s in wide]) if wide else laws[:0]
+        self.scales = self.scale[wide].repeat_interleave(len(laws))
 
-    def ratio(self, products: Tensor | None) -> Tensor:
-        """``log r (n, V)``, from the products of the vectors."""
+    def ratio(self, values: Tensor | None) -> Tensor:
+        """``log r (n, V)``, from that of the successors with many tokens, ``(w n, V)``."""
         assert self.plan.guide is not None
-        constraint, device, rows = self.plan.constraint, self.laws.device, len(self.laws)
-        after = self.step.after[constraint.class_of.long()].to(device)  # (V,)
-        shape = (rows, constraint.vocab_size)
-        out = torch.full(shape, -torch.inf, dtype=self.laws.dtype, device=device)
-        if self.wide:
-            assert products is not None
-            total, *joint = products.split(rows)
-            for s, value in zip(self.wide, joint, strict=True):
-                value = _log_ratio(value, total, self.laws, self.table[s]) + self.scale[s]
-                out = value if len(self.step.states) == 1 else torch.where(after == s, value, out)
-        tokens = self.step.tokens_outside(self.wide).to(device)
+        layout, device, rows = self.layout, self.laws.device, len(self.laws)
+        if values is None or not layout.wide:
+            shape = (rows, self.plan.constraint.vocab_size)
+            out = torch.full(shape, -torch.inf, dtype=self.laws.dtype, device=device)
+        else:
+            out, *more = values.split(rows)
+            for mask, value in zip(layout.others, more, strict=True):
+                out = torch.where(mask.to(device), value, out)
+            if layout.dead.dtype == torch.bool:
+                out.masked_fill_(layout.dead.to(device), -torch.inf)
+            elif len(layout.dead):
+                out.index_fill_(1, layout.dead.to(device), -torch.inf)
+        tokens, behind = layout.narrow.to(device), layout.behind.to(device)
         if len(tokens):
-            ahead, emitted = self.table[after[tokens]], self.plan.guide.by_token[tokens]  # (t, H)
+            ahead, emitted = self.table[behind], self.plan.guide.by_token[tokens]  # (t, H)
             for i, one in enumerate(self.laws):
                 joint = one * emitted
                 value = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), one, ahead)
-                out[i, tokens] = value + self.scale[after[tokens]]
-        out = torch.where(after == constraint.end, 0.0, out)
-        return torch.where(after < 0, -torch.inf, out)
+                out[i, tokens] = value + self.scale[behind]
+        return out.index_fill_(1, layout.ends.to(device), 0.0)
 
 
 def _log_ratio(joint: Tensor, total: Tensor, laws: Tensor, ahead: Tensor) -> Tensor:
@@ -215,8 +244,7 @@ def _log_ratio(joint: Tensor, total: Tensor, laws: Tensor, ahead: Tensor) -> Ten
     smallest = torch.finfo(joint.dtype).tiny
     ratio = joint / total.clamp(min=smallest)
     if not bool((total > 0).all()):
-        unseen = (laws * ahead).sum(-1)
-        ratio = torch.where(total > 0, ratio, unseen if laws.dim() == 1 else unseen[:, None])
+        ratio = torch.where(total > 0, ratio, (laws * ahead).sum(-1))
     return ratio.clamp(smallest, 1.0).log()
 
 
@@ -239,14 +267,15 @@ def bounds(rows: Sequence[Row | None]) -> list[Block]:
         step = plan.step(row.state, left)
         scale = _floored(plan.messages(left - 1)[1], step)
         scale = scale[step.after.to(scale.device)]
-        by_class = torch.where(step.live, scale.cpu().to(torch.float64), -torch.inf)
-        out.append(Block([i], by_class[plan.constraint.class_of.long()][None]))
+        by_class = torch.where(step.live, scale.cpu(), -torch.inf)
+        out.append(Block([i], by_class.index_select(0, plan.constraint.class_index)[None]))
     return out
 
 
 def keep_probabilities(rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
     """``r(x) / b(x)`` of one live token of each row, ``(n,)`` float64 on the CPU: 4 H flops."""
     out = torch.ones(len(rows), dtype=torch.float64)
+    guided: dict[Guide, list[tuple[int, Tensor, Tensor]]] = {}
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
         plan, guide = row.plan, row.plan.guide
         if guide is None or isinstance(plan, MatchedPlan) or row.ended or row.law is None:
@@ -254,9 +283,13 @@ def keep_probabilities(rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
         after = plan.after(row.state, row.left, token)
         if after != plan.constraint.end:
             ahead = plan.messages(row.left - 1)[0][after]
-            joint = row.law * guide.by_token[token]
-            ratio = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), row.law, ahead)
-            out[i] = float(ratio.exp())
+            guided.setdefault(guide, []).append((i, row.law, ahead))
+    for guide, found in guided.items():
+        places = [i for i, _, _ in found]
+        laws, ahead = torch.stack([x for _, x, _ in found]), torch.stack([x for _, _, x in found])
+        joint = laws * guide.by_token[[tokens[i] for i in places]]
+        ratio = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), laws, ahead)
+        out[places] = ratio.exp().double().cpu()
     return out
 
 

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ from .language import DEFAULT, Constraint, Limits, Matched
 
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
-_KEPT_STEPS = 4096
+_KEPT_STEPS = 1024
+_PART = 8  # a successor with more than V / 8 tokens has a product of its own, others are gathered
+_FEW = 64  # up to V / 64 tokens are written one by one, more by a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
 _shared_lock = threading.Lock()
@@ -105,6 +108,10 @@ class Plan:
             alive[k, source[open_edges]] = True
         return alive
 
+    @cached_property
+    def _longest(self) -> int:
+        return int(self.constraint.distance.max())
+
     def alive(self, state: int, k: int) -> bool:
         """Whether a text may still end if ``k`` tokens may come."""
         if state < 0:
@@ -115,6 +122,8 @@ class Plan:
 
     def step(self, state: int, k: int) -> Step:
         """What may come in a state if ``k`` tokens may, that one included."""
+        if self.least == 0:  # more tokens than the longest way to the end make no difference
+            k = min(k, self._longest + 1)
         known = self._steps.get((state, k))
         if known is None:
             if len(self._steps) >= _KEPT_STEPS:
@@ -135,7 +144,7 @@ class Plan:
         live = self.step(state, k).live
         if live.all():
             return None
-        return torch.where(live, 0.0, -torch.inf)[self.constraint.class_of.long()]
+        return torch.where(live, 0.0, -torch.inf)[self.constraint.class_index]
 
     def only(self, state: int, k: int) -> int | None:
         """The token that may come where there is just one, else None."""
@@ -160,7 +169,7 @@ class Plan:
         constraint, by_token = self.constraint, self.guide.by_token
         device = by_token.device
         classes = by_token.new_zeros(constraint.table.shape[1], by_token.shape[1])
-        classes.index_add_(0, constraint.class_of.long().to(device), by_token)
+        classes.index_add_(0, constraint.class_index.to(device), by_token)
         source, _, edge = self.edges
         state, kind = (edge >= 0).nonzero(as_tuple=True)
         weights = by_token.new_zeros(len(source), by_token.shape[1])
@@ -245,22 +254,29 @@ class Step:
         self.allows: list[bool] = self.live.tolist()
 
     @cached_property
-    def _count(self) -> Tensor:
-        """How many live tokens lead to each of :attr:`states`."""
-        first = self._constraint.tokens_by_class[1]
-        inside = (self.after >= 0) & (self.after != self._constraint.end)
-        place = torch.searchsorted(self.states, self.after[inside])
-        return torch.zeros(len(self.states), dtype=torch.long).index_add_(
-            0, place, first.diff()[inside]
+    def layout(self) -> Layout:
+        """The tokens by how the guide's ratio of them is found."""
+        constraint = self._constraint
+        vocab, end = constraint.vocab_size, constraint.end
+        after = self.after[constraint.class_index]  # (V,)
+        inside = after[(after >= 0) & (after != end)]
+        count = torch.bincount(inside, minlength=1)
+        wide: list[int] = []
+        if len(inside) > vocab // _PART:  # at least one has a product of its own then
+            wide = (count > vocab // _PART).nonzero()[:, 0].tolist() or [int(count.argmax())]
+        narrow = (after >= 0) & (after != end)
+        for s in wide:
+            narrow &= after != s
+        tokens, dead = narrow.nonzero()[:, 0], after < 0
+        few = int(dead.sum()) <= vocab // _FEW
+        return Layout(
+            wide,
+            [after == s for s in wide[1:]],
+            tokens,
+            after[tokens],
+            dead.nonzero()[:, 0] if few else dead,
+            (after == end).nonzero()[:, 0],
         )
-
-    def wide(self, most: int) -> list[int]:
-        """The states that more than ``most`` live tokens lead to; if all live tokens together are
-        more, at least one."""
-        if int(self._count.sum()) <= most:
-            return []
-        wide = self.states[self._count > most]
-        return wide.tolist() or [int(self.states[self._count.argmax()])]
 
     @cached_property
     def only(self) -> int | None:
@@ -271,14 +287,25 @@ class Step:
         kind = int((self.live & (first.diff() > 0)).nonzero()[0])
         return int(order[first[kind]])
 
-    def tokens_outside(self, states: list[int]) -> Tensor:
-        """Live tokens that lead to none of ``states`` nor to the end."""
-        rest = (self.after >= 0) & (self.after != self._constraint.end)
-        for s in states:
-            rest &= self.after != s
-        order, first = self._constraint.tokens_by_class
-        parts = [order[first[c] : first[c + 1]] for c in rest.nonzero()[:, 0].tolist()]
-        return torch.cat(parts) if parts else order[:0]
+
+class Layout(NamedTuple):
+    """The tokens of a step, by where they lead.
+
+    Attributes:
+        wide: states that many tokens lead to, which have a product with the vocabulary.
+        others: of all but the first of them ``(V,)`` bool: their tokens.
+        narrow: the other live tokens that do not end the text, ``(t,)``.
+        behind: the states behind these.
+        dead: tokens that must not come, ``(d,)``, or ``(V,)`` bool where they are many.
+        ends: tokens that end the text.
+    """
+
+    wide: list[int]
+    others: list[Tensor]
+    narrow: Tensor
+    behind: Tensor
+    dead: Tensor
+    ends: Tensor
 
 
 class Messages:

@@ -109,9 +109,9 @@ class ConstraintProcessor:
         self._before = input_ids.clone()
         changed, self._blocks = law.apply(self._rows, scores, self.temperature)
         self._next = torch.zeros(batch, dtype=torch.float64)
-        for places, ratio in self._blocks:
-            before, after = scores[places], changed[places]
-            gone = (after == -torch.inf).all(1) & ~(before == -torch.inf).all(1)
+        for places, _ in self._blocks:
+            before, after = self._total(scores[places]), self._total(changed[places])
+            gone = (after == -torch.inf) & (before > -torch.inf)
             require(
                 not bool(gone.any()),
                 _WHERE,
@@ -120,12 +120,15 @@ class ConstraintProcessor:
                 f"none in rows {[i for i, g in zip(places, gone.tolist(), strict=True) if g][:4]}: "
                 "something else, such as a penalty or min_new_tokens, forbids them all",
             )
-            p = before.to(torch.promote_types(before.dtype, torch.float32)) / self.temperature
-            total = (p + ratio.to(p)).logsumexp(-1) - p.logsumexp(-1)
-            self._next[places] = total.double().cpu().nan_to_num(0.0)
+            self._next[places] = (after - before).double().cpu().nan_to_num(0.0)
         ended = [i for i in range(batch) if self._at_end(i)]
         self._next[ended] = 0.0
         return changed
+
+    def _total(self, scores: Tensor) -> Tensor:
+        """``log sum exp(scores / temperature)`` of each row."""
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return (wide if self.temperature == 1 else wide / self.temperature).logsumexp(-1)
 
     @property
     def log_weight(self) -> Tensor:

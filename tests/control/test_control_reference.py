@@ -51,6 +51,29 @@ def test_live_states_messages_and_ratios_are_those_of_the_formulas(seed: int, le
     assert row.ended
 
 
+@pytest.mark.parametrize("forbidden", [2, 40])
+def test_tokens_of_every_layout_have_the_ratio_of_the_formula(forbidden: int) -> None:
+    """Two successors with many tokens, one with few, few or many that must not come; rows that
+    share a state, and one that has another."""
+    vocab, eos = 200, 199
+    ways = [(100, 0), (40, 1), (3, 2), (56 - forbidden, 0)]
+    targets = [target for count, target in ways for _ in range(count)]
+    edges = [(0, t, target) for t, target in enumerate(targets)]
+    edges += [(1, t, 2) for t in range(7)] + [(2, t, 0) for t in range(150)]
+    one = Constraint.from_edges(edges, 0, {1, 2}, vocab, eos)
+    whole = guide(1, states=4, vocab=vocab)
+    plan, table = Plan(one, 5, 0, whole), delta(one)
+    wanted = reference.control_messages(table, whole.transition, whole.emission, 5)
+    laws = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    laws = laws / laws.sum(1, keepdim=True)
+    behind = plan.after(0, 5, 120)  # of the second successor
+    rows = [Row(plan, s, 4, x) for s, x in zip((0, behind, 0), laws, strict=True)]
+    found = {i: r for places, ratio in log_ratios(rows) for i, r in zip(places, ratio, strict=True)}
+    for i, row in enumerate(rows):
+        ratio = reference.control_ratio(table, whole.emission, wanted, laws[i], row.state, 4)
+        assert torch.allclose(found[i].exp(), ratio, rtol=1e-11, atol=1e-300)
+
+
 def test_every_bit_that_is_not_allowed_is_off_in_both() -> None:
     one = drawn(4)
     how = ConstraintProcessor(one, max_new_tokens=BUDGET)

@@ -222,9 +222,14 @@ class Constraint(Written):
         return torch.from_numpy(algebra.distances(sources, targets, seeds, len(table)))
 
     @cached_property
+    def class_index(self) -> Tensor:
+        """:attr:`class_of` as numbers that a tensor is looked up by."""
+        return self.class_of.long()
+
+    @cached_property
     def tokens_by_class(self) -> tuple[Tensor, Tensor]:
         """All tokens ordered by class, and where each class begins, ``(classes + 1,)``."""
-        counts = torch.bincount(self.class_of.long(), minlength=self.table.shape[1])
+        counts = torch.bincount(self.class_index, minlength=self.table.shape[1])
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return self.class_of.argsort(stable=True), first
 
