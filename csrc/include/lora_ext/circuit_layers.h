@@ -232,8 +232,7 @@ constexpr int64_t kBandRows = 128;
 // CUDA launchers: asynchronous, on `stream`, no allocation, no float64.
 LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream);
-// Flows of units, and ratio; by stages, of weights as well if there is a `dw`, but for the last step
-// of it.
+// Flows of units, and ratio. By stages also those of weights, where `dw` is; dweights ends them.
 LaunchStatus launch_layers_backward(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_dweights(const LayersArgs& args, void* stream);
 LaunchStatus launch_layers_walk(const LayersArgs& args, void* stream);
