@@ -116,6 +116,8 @@ def decode_cases() -> Iterator[Case]:
         splits = min(16, max(1, ceil(i / 512)))
         said = f"{name}: {rows} rows, {slots} adapters, {i} to {o}, rank {rank}"
         v = 4 * rows * rank * splits
+        launched = rows // 16 + min(rows, slots)  # chunks that there could be
+        outputs = 128 if launched * ceil(o / 256) < 2 * SMS else 256
         yield Case(
             f"lora_shrink_decode_kernel<{BF16}, true, 1>",
             said,
@@ -128,7 +130,7 @@ def decode_cases() -> Iterator[Case]:
             f"lora_expand_kernel<{BF16}, true, 1, 4, 1>",
             said,
             2 * slots * rank * o + 4 * rows * o + v,
-            tiles * ceil(o / 256),
+            tiles * ceil(o / outputs),
             128,
             flops=2 * 2 * 16 * tiles * max(32, rank) * o,
         )

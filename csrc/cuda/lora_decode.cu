@@ -70,14 +70,22 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     LX_SHARED(int32_t, row_of, kTileRows);
     LX_SHARED(float, sums, kWarps * kGroupPages * kTileRows * kPageRanks);
     const LoraBank& bank = args.bank;
-    const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
+    const int lane = lx::lane_id(), warp = lx::warp_id(), g = lane / 4, t = lane % 4;
     const int first_page = (z - which * rank_groups) * kGroupPages;
+    int number[kGroupPages] = {};
+    float scale = 1;
+    const auto also = [&](int slot) {
+#pragma unroll
+        for (int p = 0; p < kGroupPages; ++p) number[p] = page_number(bank, slot, first_page + p);
+        if (v.scaled && bank.scale) scale = bank.scale[slot];
+    };
+    const RowTile tile =
+        find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     const int ranks = lx::min(tile.rank - first_page * kPageRanks, kGroupPages * kPageRanks);
     if (ranks <= 0) return;
     const int pages = (ranks + kPageRanks - 1) / kPageRanks;
     lx::syncthreads();  // row_of
 
-    const int lane = lx::lane_id(), warp = lx::warp_id(), g = lane / 4, t = lane % 4;
     const int width = v.split_width / kWarps;
     const int begin = static_cast<int>(blockIdx.y) * v.split_width + warp * width;
     const int end = lx::min(begin + width, bank.in_features);
@@ -97,7 +105,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     bool absent[kGroupPages] = {};
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) {
-        const T* page = p < pages ? a_page<T>(bank, tile.slot, first_page + p) : nullptr;
+        const T* page = p < pages ? page_at<T>(bank, bank.a, tile.slot, number[p],
+                                               bank.a_slot_stride, bank.a_page_stride)
+                                  : nullptr;
         absent[p] = !page;
         const bool mine = page && p * kPageRanks + g < ranks;
         a[p] = mine ? page + g * bank.a_row_stride : stand_in;
@@ -105,7 +115,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
 
     float acc[kGroupPages][4] = {};
     if (pages <= kGroupPages / 2)
-        multiply<T, kAligned, kGroupPages / 2, kAligned ? 4 : 2>(x, a, begin, end, acc);
+        multiply<T, kAligned, kGroupPages / 2, kAligned ? (sizeof(T) == 2 ? 4 : 3) : 2>(x, a, begin,
+                                                                                        end, acc);
     else
         multiply<T, kAligned, kGroupPages, 2>(x, a, begin, end, acc);
 #pragma unroll
@@ -125,7 +136,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
         *reinterpret_cast<float2*>(mine + (g + 8) * kRanks + column) = {acc[p][2], acc[p][3]};
     }
     lx::syncthreads();
-    const float scale = v.scaled && bank.scale ? bank.scale[tile.slot] : 1.0f;
     for (int i = lx::thread_rank(); i < tile.rows * kRanks; i += kWarps * lx::kWarpSize) {
         const int row = i / kRanks, rank = i % kRanks;
         if (rank >= ranks) continue;
@@ -144,14 +154,18 @@ __global__ void __launch_bounds__(128)
                        const __grid_constant__ Partials v) {
     lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kTileRows);
-    const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
+    float scale = 1;
+    const auto also = [&](int slot) {
+        if (args.bank.scale) scale = args.bank.scale[slot];
+    };
+    const RowTile tile =
+        find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     if (tile.rank == 0) {
         lx::grid_dependency_wait();  // the end of this grid must not come before that of its
                                      // producer
         return;
     }
     lx::syncthreads();  // row_of
-    const float scale = args.bank.scale ? args.bank.scale[tile.slot] : 1.0f;
     lx::grid_dependency_wait();
     const int count = tile.rows * tile.rank;
     for (int first = lx::warp_id() * lx::kWarpSize; first < count; first += 128) {

@@ -4,8 +4,9 @@
 // time: v is operand A of mma, the rows of the B pages are operand B, straight from 16-byte loads
 // as lora_tile.cuh explains. Columns are numbered such that a lane ends up with 8 adjacent outputs
 // of rows g and g + 8, so y is read and written once, 16 bytes per access.
-// Decode: the warps of a block share 16 rows and part the outputs. Prefill: they part the rows of a
-// chunk, and B comes from L1 for all but the first; where a chunk is short, the outputs as well.
+// Decode: the warps of a block share 16 rows and part the outputs; two memory trips (find_tile)
+// stand before the first byte of B. Prefill: they part the rows of a chunk, and B comes from L1 for
+// all but the first; where a chunk is short, the outputs as well.
 // Bound: bytes of the B pages (decode), of y (prefill).
 //
 // v is float32. For 16-bit types it enters as high + low, two products instead of one, which keeps
@@ -24,6 +25,7 @@ template <class T>
 constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // high and low, or the float itself
 
 constexpr int kWarpOutputs = 32;
+constexpr int kDecodeShared = 6 * 1024;  // bytes of a block, at least
 template <class T, int kRows>
 constexpr int fragment_bytes(int max_rank) {
     return kRows / kTileRows * static_cast<int>(ceil_div(max_rank, kBlockRanks<T>)) * kParts<T> *
@@ -207,22 +209,27 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     const Partials& v = module.v;
     const LoraBank& bank = args.bank;
     const int begin = static_cast<int>(blockIdx.y) * block_outputs;
-    const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
+    const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
+    int number = 0;  // of page `lane` of the slot
+    float scale = 1;
+    const auto also = [&](int slot) {
+        number = page_number(bank, slot, lane);
+        if (!v.scaled && bank.scale) scale = bank.scale[slot];
+    };
+    const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     // A sibling may have more outputs.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
         lx::grid_dependency_wait();  // the end of this grid must not come before that of its
                                      // producer
         return;
     }
-    const float scale = !v.scaled && bank.scale ? bank.scale[tile.slot] : 1.0f;
-    for (int p = lx::thread_rank(); p * kPageRanks < tile.rank; p += static_cast<int>(blockDim.x))
-        page_of[p] = b_page<T>(bank, tile.slot, p);
-    lx::syncthreads();  // row_of, page_of
-
-    const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
+    static_assert(kFusedPages == lx::kWarpSize);
+    const T* const page =
+        page_at<T>(bank, bank.b, tile.slot, number, bank.b_slot_stride, bank.b_page_stride);
+    if (lx::warp_id() == 0) page_of[lane] = page;
     // One bit for each page that is there.
-    const unsigned pages =
-        lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page_of[lane]);
+    const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
+    lx::syncthreads();  // row_of, page_of
     if (pages == 0) {
         lx::grid_dependency_wait();
         return;
@@ -329,8 +336,12 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
     while (ceil_div(out, outputs) > kMaxGridY) outputs *= 2;
     const dim3 grid(num_tiles(args, kRows), static_cast<unsigned>(ceil_div(out, outputs)),
                     static_cast<unsigned>(modules.size()));
-    const int bytes = fragment_bytes<T, kRows>(
+    const int fragments = fragment_bytes<T, kRows>(
         static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
+    // Five blocks of decode then want as much shared memory as four of shrink, which takes 37 KiB:
+    // a multiprocessor that has divided its memory for one need not wait until it is empty to run
+    // the other beside it.
+    const int bytes = lx::max(fragments, kWarpsM == 1 ? kDecodeShared : 0);
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
     return dependent
@@ -338,6 +349,15 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                                kThreads, bytes, stream, all, tiling(args, kRows), outputs)
                : LX_LAUNCH((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules>), grid,
                            kThreads, bytes, stream, all, tiling(args, kRows), outputs);
+}
+
+// Outputs of a block at decode: 256, or 128 while that leaves fewer than two blocks to each of the
+// 132 multiprocessors of an H100. A sum does not depend on who its neighbours are.
+int decode_outputs(std::span<const Module> modules) {
+    const int64_t out = largest(modules, [](const LoraBank& bank) { return bank.out_features; });
+    const int64_t tiles =
+        int64_t{num_tiles(modules[0].args, kTileRows)} * static_cast<int64_t>(modules.size());
+    return tiles * ceil_div(out, 256) < 2 * 132 ? 128 : 256;
 }
 
 }  // namespace
@@ -365,11 +385,12 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
     return with_dtype(args.dtype, [&]<class T>() {
         // Decode: enough blocks to fill the machine. Prefill: enough outputs to earn the fragments.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
+        const int few = chunk_rows == 16 ? decode_outputs(modules) : 256;
         if (modules.size() > 1)
-            return launch_expand<T, true, 1, 4, kMaxSiblings>(modules, 256, dependent, stream);
-        if (!aligned) return launch_expand<T, false, 1, 4, 1>(modules, 256, dependent, stream);
+            return launch_expand<T, true, 1, 4, kMaxSiblings>(modules, few, dependent, stream);
+        if (!aligned) return launch_expand<T, false, 1, 4, 1>(modules, few, dependent, stream);
         if (chunk_rows == 16)
-            return launch_expand<T, true, 1, 4, 1>(modules, 256, dependent, stream);
+            return launch_expand<T, true, 1, 4, 1>(modules, few, dependent, stream);
         // 128 rows of a large rank are more than some devices have for a block.
         const bool small = chunk_rows == 64 ||
                            fragment_bytes<T, 8 * kTileRows>(bank.max_rank) > most_dynamic_bytes();

@@ -109,6 +109,66 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     return tile;
 }
 
+// The same for decode, where nothing hides what stands before the first byte of a factor: in two
+// memory trips. The first brings the chunk's entry, or the ids; the second everything that hangs on
+// the slot, asked for before any of it is looked at: rows, rank, and what also(slot) asks for, page
+// numbers and a scale. Behind each trip, the compiler moves no load beyond syncwarp to save
+// registers. (The kernels of the form above have none to spare, and other work to hide behind.)
+// A block has at least kRows threads.
+template <int kRows, class Also>
+LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
+                            int32_t (&row_of)[kRows], Also&& also) {
+    RowTile tile{-1, 0, 0, 0};
+    const int thread = lx::thread_rank();
+    const LoraBank& bank = args.bank;
+    int rank = 0;
+    const auto ask = [&] {
+        rank = bank.ranks ? bank.ranks[tile.slot] : bank.max_rank;
+        also(tile.slot);
+        lx::syncwarp();
+    };
+    if (args.plan) {
+        const int chunk = index / tiling.per_chunk;
+        const int skip = index % tiling.per_chunk * kRows;
+        const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
+        const int num_chunks = args.plan[kPlanNumChunks];
+        const int slot = entry[0], start = entry[1], len = entry[2];
+        lx::syncwarp();
+        if (chunk >= num_chunks || len <= skip) return tile;
+        tile.slot = slot;
+        tile.rows = lx::min(kRows, len - skip);
+        tile.first = start + skip;
+        const int32_t row = args.plan[tiling.perm + tile.first + lx::min(thread, tile.rows - 1)];
+        ask();
+        if (thread < tile.rows) row_of[thread] = row;
+    } else {
+        const int lane = thread % lx::kWarpSize;
+        const LoraPlanArgs& ids = args.ids;
+        // Asked for beside the number of valid rows, not behind it.
+        const int64_t at = lx::min<int64_t>(lane, ids.num_tokens - 1);
+        const int64_t asked = ids.ids_are_int64 ? static_cast<const int64_t*>(ids.adapter_ids)[at]
+                                                : static_cast<const int32_t*>(ids.adapter_ids)[at];
+        const bool is_none = lane >= valid_rows(ids) || asked < -1 || asked >= ids.num_adapters;
+        const int id = is_none ? -1 : static_cast<int>(asked);
+        const unsigned group = lx::match_any_sync(lx::kFullMask, id);
+        const int order = lx::popc(group & ((1u << lane) - 1));
+        // A tile starts at every sixteenth member of a group.
+        unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
+        for (int i = 0; i < index; ++i) starts &= starts - 1;
+        if (starts == 0) return tile;
+        const int leader = lx::ffs(starts) - 1;
+        tile.slot = lx::shfl_sync(lx::kFullMask, id, leader);
+        ask();
+        const int place = order - lx::shfl_sync(lx::kFullMask, order, leader);
+        const bool mine = id == tile.slot && place >= 0 && place < kRows;
+        tile.rows = lx::popc(lx::ballot_sync(lx::kFullMask, mine));
+        if (mine && thread < lx::kWarpSize) row_of[place] = lane;
+    }
+    // Ranks live on the device and nobody has checked them.
+    tile.rank = lx::min(lx::max(rank, 0), bank.max_rank);
+    return tile;
+}
+
 // Two adjacent ranks of v, n of which there are; in one store where they lie on eight bytes.
 LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float second) {
     if (paired && n >= 2) {
@@ -166,6 +226,23 @@ template <class T>
 LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     const int64_t at = page_offset(bank, slot, page, bank.b_slot_stride, bank.b_page_stride);
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
+}
+
+// The same in two steps. The table's number of a page of the slot, where one that may be read stands
+// in for those beyond its end; without a table nothing is read, and pages are their own numbers.
+LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
+    if (!bank.page_table) return page;
+    const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
+    return bank.page_table[int64_t{slot} * bank.pages_per_slot + here];
+}
+// And where the page of this number begins, in what `base` is.
+template <class T>
+LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int number,
+                           int64_t slot_stride, int64_t page_stride) {
+    const T* const p = static_cast<const T*>(base);
+    if (!bank.page_table) return p + slot * slot_stride + number * page_stride;
+    const bool absent = static_cast<uint32_t>(number) >= static_cast<uint32_t>(bank.num_pages);
+    return absent ? nullptr : p + number * page_stride;
 }
 
 // ------------------------------------------------------------------------------------------------
