@@ -31,15 +31,19 @@ from wrap_docs import wrapped  # noqa: E402  (it is beside the package)
 PAGE = ROOT / "docs" / "reproduction.md"
 INTRODUCTION = """# What the papers claim, and what came out here
 
+This page is for who wants to know what came of the papers' claims when they were tried.
+
 Each method's headline, tried on pretrained models where two cores allow it. A claim is a
 hypothesis: criteria and seeds were committed before the runs, and neither follows what came out.
 The verdict follows from the headline's criterion alone. *Reproduced*: it is met. *Direction only*:
 the effect has the sign that the paper says, and not the size or the certainty that was asked.
-*Not reproduced*: it has not. *Not run yet*: rows of this protocol are missing, for some seeds or
-for all, or seconds could not be measured beside other work; what an earlier protocol gave is then
-told with its verdict, and is no verdict on this one. Figures are followed by their 95 % interval,
-by bootstrap over the seeds. A small reproduction neither proves nor refutes a paper. A + after a
-revision: the tree had changes beyond it.
+*Not reproduced*: it has not.
+
+*Not run yet*: rows of this protocol are missing, for some seeds or for all, or seconds could not be
+measured beside other work; what an earlier protocol gave is then told with its verdict, and is no
+verdict on this one. Figures are followed by their 95 % interval, by bootstrap over the seeds. A
+small reproduction neither proves nor refutes a paper. A + after a revision: the tree had changes
+beyond it.
 
 `python benchmarks/methods.py` measures what is missing and writes this page; a run that is cut goes
 on where it was. `--from-results` writes the page from the rows that are there. Models and texts
