@@ -228,8 +228,8 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// The same in two steps. The table's number of a page of the slot, where one that may be read stands
-// in for those beyond its end; without a table nothing is read, and pages are their own numbers.
+// The same in two steps. The table's number of a page of the slot; one that may be read stands in
+// for those beyond its end. Without a table nothing is read, and pages are their own numbers.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
