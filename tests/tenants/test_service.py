@@ -203,8 +203,9 @@ def test_queues_hold_so_many_calls_and_so_many_tokens(
     with pytest.raises(QueueFullError, match="queue: expected at most 8 calls"):
         together(service, *[lambda: one.optim_step(0.0)] * 9)
     monkeypatch.setattr("lora_ext.tenants.sampler._MOST", 3)
+    sampler = service.sampler()
     with pytest.raises(QueueFullError, match="queue: expected at most 3 samples"):
-        [service.sampler().begin([1], 100, 2) for _ in range(2)]
+        [sampler.begin([1], 120, 2) for _ in range(2)]  # the first two take 120 steps
     with pytest.raises(ValueError, match="num_samples"):
         service.sampler().begin([1], 1, 1 << 40)
     with pytest.raises(ValueError, match="rank"):
