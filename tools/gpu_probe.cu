@@ -74,7 +74,8 @@ double launch_us(cudaStream_t stream, bool dependent) {
     cudaGraph_t graph;
     cudaGraphExec_t ready;
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kLaunches; ++i) CHECK(cudaLaunchKernelEx(&config, dependent ? hand_on : nothing));
+    for (int i = 0; i < kLaunches; ++i)
+        CHECK(cudaLaunchKernelEx(&config, dependent ? hand_on : nothing));
     CHECK(cudaStreamEndCapture(stream, &graph));
     CHECK(cudaGraphInstantiate(&ready, graph, 0));
     const double ms = measured(stream, [&] { CHECK(cudaGraphLaunch(ready, stream)); });
@@ -128,8 +129,9 @@ double copy_tb_s(cudaStream_t stream) {
     CHECK(cudaMalloc(&from, kBytes));
     CHECK(cudaMalloc(&to, kBytes));
     CHECK(cudaMemset(from, 1, kBytes));
-    const double ms = measured(
-        stream, [&] { CHECK(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice, stream)); });
+    const double ms = measured(stream, [&] {
+        CHECK(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice, stream));
+    });
     CHECK(cudaFree(from));
     CHECK(cudaFree(to));
     return 2.0 * kBytes / ms * 1e-9;
