@@ -8,6 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from operator import methodcaller
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -179,7 +180,7 @@ def _add_models(post: Any, api: Api) -> None:
         if asked.get("overwrite") is False and target.exists():
             raise ValueError(f"path: expected a new name, or overwrite, found {name!r:.200}")
         answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
-        begin: Any = lambda tenant: tenant.save(where, wait=False)  # noqa: E731
+        begin = methodcaller("save", where, wait=False)
         return api.in_order(key, asked, begin, lambda _: answer)
 
     @post("save_weights")
@@ -206,7 +207,7 @@ def _add_models(post: Any, api: Api) -> None:
         if not asked.get("model_id"):
             return api.new_model(key, asked)
         answer = {"type": "load_weights", "path": asked["path"], "model_id": asked["model_id"]}
-        begin: Any = lambda tenant: tenant.restore(path, optimizer, wait=False)  # noqa: E731
+        begin = methodcaller("restore", path, optimizer, wait=False)
         return api.in_order(key, asked, begin, lambda _: answer)
 
 
@@ -232,7 +233,7 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         adam |= {k: v for k, v in (asked.get("adam_params") or {}).items() if v is not None}
         decay, clip = adam.get("weight_decay", 0.0), adam.get("grad_clip_norm") or None
         how = adam["learning_rate"], (adam["beta1"], adam["beta2"]), adam["eps"], decay, clip
-        begin: Any = lambda tenant: tenant.optim_step(*how)  # noqa: E731
+        begin = methodcaller("optim_step", *how)
         return api.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
 
 
