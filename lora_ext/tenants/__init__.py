@@ -1,11 +1,13 @@
 """Training for many tenants on one base model: ``Service`` merges their calls, samples from their
-adapters and keeps their saves. No HTTP is in here; :mod:`lora_ext.server.tinker` speaks it."""
+adapters and keeps their saves. No HTTP is in here; :mod:`lora_ext.server.tinker` speaks it. What is
+not in ``__all__`` is for other rooms."""
 
 from lora_ext.serving import QueueFullError
 
 from .data import Datum, Result
 from .losses import LOSSES
 from .sampler import Sample, Sampler
+from .scheduler import settle
 from .service import Service, Tenant
 
 __all__ = [

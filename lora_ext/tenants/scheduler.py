@@ -21,6 +21,16 @@ _PATIENCE = 1 / 3  # of the last step: how long a step waits for those of the la
 _ROUNDS = 8  # of what is done at once between two steps: whoever sends no end of it stops no call
 
 
+def settle(future: Future[Any], action: Callable[[], Any]) -> None:
+    """Do it, and let the future have what came of it, errors included."""
+    try:
+        done = action()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(done)
+
+
 class Queue:
     """What one tenant wants, in order.
 
@@ -162,13 +172,7 @@ class Scheduler:
             self._queues = [q for q in self._queues if q.items or not q.closed]
         for item in items:
             assert not isinstance(item, Call)
-            future, action = item
-            try:
-                done = action()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(done)
+            settle(*item)
         return bool(items)
 
     def _wait_for_others(self) -> None:

@@ -14,7 +14,7 @@ from tiny import make_model, make_peft
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
-from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402
+from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402  # tools is no package
 
 ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [page for page in ALL if page.parent.name in ("docs", "notes")]

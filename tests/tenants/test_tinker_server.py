@@ -26,9 +26,10 @@ pytest.importorskip("google.protobuf")
 
 from test_service import VOCAB, llama
 
+from lora_ext.server.tinker import wire
+from lora_ext.tenants import Service
+
 ROOT = Path(__file__).parents[2]
-from lora_ext.server.tinker import wire  # noqa: E402
-from lora_ext.tenants import Service  # noqa: E402
 
 FB = wire.messages["ForwardBackwardRequest"]
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_ext.tenants import QueueFullError, Tenant
+from lora_ext.tenants import QueueFullError, Tenant, settle
 
 KEPT = 1024  # answers of a key
 MOST = 512  # promises of a key that are open
@@ -91,7 +91,7 @@ class Promises:
     def at_once(self, key: str, action: Callable[[], Any]) -> Answer:
         """Of something that runs on a thread of its own."""
         name, future = self.new(key)
-        threading.Thread(target=_settle, args=(future, action), daemon=True).start()
+        threading.Thread(target=settle, args=(future, action), daemon=True).start()
         return {"request_id": name}
 
     def in_order(
@@ -111,7 +111,7 @@ class Promises:
 
             def start() -> None:
                 source = begin(model.tenant)
-                source.add_done_callback(lambda done: _settle(future, lambda: told(done.result())))
+                source.add_done_callback(lambda done: settle(future, lambda: told(done.result())))
 
             try:
                 if number is None or number < model.next:
@@ -136,12 +136,3 @@ class Promises:
         model.promised[number] = request
         if len(model.promised) > KEPT:
             model.promised.popitem(last=False)
-
-
-def _settle(future: Future[Any], action: Callable[[], Any]) -> None:
-    try:
-        done = action()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(done)
