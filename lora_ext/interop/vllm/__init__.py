@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_ext import _loader
 
-from . import interface, loads
+from . import activated, interface, loads
 
 __all__ = ["EXPECTED", "register"]
 
@@ -73,6 +73,7 @@ def _follow_loads() -> None:
     lacking = _lacking(_ENGINE, interface.missing_of_engine)
     if lacking is None:
         loads.follow_loads(_found(_ENGINE))
+        activated.follow_starts()  # what it lacks is said where such an adapter is loaded
     else:
         _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
 
