@@ -14,13 +14,14 @@ from typing import Any
 
 from lora_ext import _loader
 
-from . import activated, interface, loads
+from . import activated, interface, loads, refused
 
 __all__ = ["EXPECTED", "register"]
 
 EXPECTED = "0.32"  # the minor version that this was tried with; what decides is its interface
 _MARK = "_lora_ext_chooses"
 _ENGINE = "vllm.v1.engine.core.EngineCore"
+_FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
 _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "cpu.LoraExtWrapperCPU"),
@@ -46,6 +47,7 @@ def register() -> None:
     if mode not in _WRAPPERS:
         raise ValueError(f"LORA_EXT_VLLM: expected 0, 1 or cuda, found {mode!r}")
     _follow_loads()
+    _forget_refused()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
     try:
         platform: Any = _found(f"vllm.platforms.{of_platform}")
@@ -76,6 +78,14 @@ def _follow_loads() -> None:
         activated.follow_starts()  # what it lacks is said where such an adapter is loaded
     else:
         _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
+
+
+def _forget_refused() -> None:
+    lacking = _lacking(_FRONT, interface.missing_of_front)
+    if lacking is None:
+        refused.forget_refused(_found(_FRONT))
+    else:
+        _warn(lacking, "a request that is refused in this process is waited for")
 
 
 def _lacking(name: str, missing: Callable[[type], str | None]) -> str | None:
