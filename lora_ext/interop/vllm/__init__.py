@@ -36,7 +36,8 @@ def register() -> None:
     where nothing has been measured; ``0`` leaves vLLM as it is.
 
     Where vLLM lacks what a part of this stands on, that part is left out with a warning: our
-    kernels, or names and numbers for each load of an adapter (:mod:`.loads`).
+    kernels, names and numbers for each load of an adapter (:mod:`.loads`), or constraints of
+    requests (:mod:`.constraints`).
 
     Raises:
         ValueError: ``LORA_EXT_VLLM`` has another value.
@@ -48,6 +49,7 @@ def register() -> None:
         raise ValueError(f"LORA_EXT_VLLM: expected 0, 1 or cuda, found {mode!r}")
     _follow_loads()
     _forget_refused()
+    _build_constraints()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
     try:
         platform: Any = _found(f"vllm.platforms.{of_platform}")
@@ -86,6 +88,16 @@ def _forget_refused() -> None:
         refused.forget_refused(_found(_FRONT))
     else:
         _warn(lacking, "a request that is refused in this process is waited for")
+
+
+def _build_constraints() -> None:
+    lacking = _lacking(_ENGINE, interface.missing_of_door)
+    if lacking is None:
+        from .constraints import build_at_door  # control and serving: not for a first look
+
+        build_at_door(_found(_ENGINE))
+    else:
+        _warn(lacking, "constraints of requests are not built")
 
 
 def _lacking(name: str, missing: Callable[[type], str | None]) -> str | None:

@@ -68,6 +68,11 @@ def missing_of_engine(engine: type) -> str | None:
     return _missing(engine, ENGINE, ())
 
 
+def missing_of_door(engine: type) -> str | None:
+    """What the engine lacks for constraints of requests, or None."""
+    return _missing(engine, {"preprocess_add_request": ("request",)}, ("vllm_config",))
+
+
 def _missing(
     kind: type, methods: Mapping[str, Sequence[str]], attributes: Sequence[str]
 ) -> str | None:
