@@ -8,12 +8,14 @@ NaN is in no range, and an array or a tensor with a dimension is no scalar, be i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeVar
 
@@ -134,6 +136,26 @@ def require_flags(where: str, **flags: object) -> None:
     """Refuse those of ``flags`` that are none."""
     for argument, found in flags.items():
         flag(where, argument, found)
+
+
+@contextlib.contextmanager
+def renamed(where: str, **names: str) -> Iterator[None]:
+    """Let what is raised inside speak of the caller's function and arguments.
+
+    Args:
+        where: comes in the place of the function that the message begins with.
+        names: of arguments: ``inner="outer"``.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        kinds = (WrongKind, NotImplementedError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        words = str(error)
+        named, expected, rest = (words.partition(": ")[2] or words).partition(": expected")
+        for inner, outer in names.items():
+            named = re.sub(rf"\b{inner}(?=$|[:\[])", outer, named, count=1)
+        raise kind(f"{where}: {named}{expected}{rest}") from error
 
 
 # -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from .config import AdapterConfig, BaseModels, alpha_of, model_name, patterns
 from .live import live_adapter
 from .low_rank import able_to_learn, norm_of, padded, product_norm, resized, truncated
 from .matrices import factor_keys
-from .model_index import LinearSpec, ModelIndex
+from .model_index import LinearSpec, ModelIndex, check_base
 from .model_weights import ModelSource, ModelWeights
 from .peft_files import AdapterSource, Factors, open_adapter, read_adapter, save_adapter
 from .peft_tensors import PREFIX, Key, base_name, natural_order, parse_key

@@ -114,7 +114,7 @@ class ModelIndex:
         """
         known = (None, *PAGE_DTYPES)
         require(dtype in known, "AdapterPool", "dtype", f"one of {PAGE_DTYPES}", dtype)
-        _check_model(model)
+        check_base("AdapterPool", model)
         targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
         def stored(weight: Tensor, name: str) -> tuple[torch.dtype, torch.device]:
@@ -191,19 +191,19 @@ def in_routed_experts(name: str) -> bool:
     return bool(experts) and "router" not in below.split(".")
 
 
-def _check_model(model: object) -> None:
+def check_base(where: str, model: object) -> None:
     """Refuse what is no model, or carries adapters already; the error says what helps."""
     if not isinstance(model, nn.Module):
         found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
         raise TypeError(
-            f"AdapterPool: model: expected a torch.nn.Module, found {found:.200}; load the base "
+            f"{where}: model: expected a torch.nn.Module, found {found:.200}; load the base "
             "model first, with AutoModelForCausalLM.from_pretrained for one"
         )
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             remedy = "detach the model first"
         elif isinstance(module, LoraLayer):
-            remedy = "make the pool before layers are wrapped, or of another copy of the model"
+            remedy = "take it before layers are wrapped, or another copy of the model"
         elif any(base.__module__.startswith("peft.") for base in type(module).__mro__):
             remedy = "save its adapters and pass model.unload(), the model without them"
         else:
@@ -211,8 +211,7 @@ def _check_model(model: object) -> None:
         # The layers of from_peft are called what PEFT's are called.
         found = type(module).__qualname__ + (f" at {name!r}" if name else "")
         raise ValueError(
-            "AdapterPool: model: expected a base model without adapter layers, "
-            f"found {found}; {remedy}"
+            f"{where}: model: expected a base model without adapter layers, found {found}; {remedy}"
         )
 
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from lora_ext._checks import renamed
 from lora_ext.pool import PoolFullError, UnknownAdapterError
 from lora_ext.serving import (
     CONTENT_TYPE,
@@ -125,7 +126,8 @@ def _add_answers(
         if not isinstance(engine, Engine):
             raise ValueError(f"model: expected one that generates, found {base!r}, which embeds")
         name, how = adapter(asked.model), asked.settings()
-        stream = await engine.begin(asked.prompt(), name, **how)
+        with renamed("begin", max_new_tokens="max_tokens"):
+            stream = await engine.begin(asked.prompt(), name, **how)
         stream.until_gone(request.receive)
         texts = stream.texts(engine.tokenizer, asked.stop or ())
         if not asked.stream:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, integer, require
 from lora_ext.layers import packing
 from lora_ext.serving import Embedder, Engine, pooling_of
 
@@ -65,15 +65,18 @@ class Settings:
         new = tuple(map(int, found.split(".")[:2])) >= _OLDEST
         require(new, _WHERE, "transformers", "5.24 or newer", found)
         for name in ("model", "adapters"):
+            instance(_WHERE, f"--{name}", getattr(self, name), (str, os.PathLike))
             folder = Path(getattr(self, name))
             require(folder.is_dir(), _WHERE, f"--{name}", "a folder", f"{str(folder)!r:.200}")
         there = (Path(self.model) / "config.json").is_file()
         found = f"no config.json in {str(self.model)!r:.200}"
         require(there, _WHERE, "--model", "a folder of transformers", found)
-        require(0 <= self.port < 1 << 16, _WHERE, "--port", "0 to 65535", self.port)
+        instance(_WHERE, "--host", self.host, str)
+        integer(_WHERE, "--port", self.port, 0, 65535, expected="0 to 65535")
         for name in ("max_requests", "max_rank", "context", "max_body"):
-            value = getattr(self, name)
-            require(value > 0, _WHERE, f"--{name.replace('_', '-')}", "at least 1", value)
+            value, words = getattr(self, name), "an integer, at least 1"
+            integer(_WHERE, f"--{name.replace('_', '-')}", value, 1, expected=words)
+        instance(_WHERE, "--allow-origin", self.origins, (list, tuple))  # of a text, its letters
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_ext._checks import check_fields, integer, require, within
+from lora_ext._checks import check_fields, integer, number, require, within
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sampling:
         seed = within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits")
         top_p = within(above=0, maximum=1)
         check_fields(
-            self, {"temperature": within(0), "top_p": top_p, "seed": seed, "top_k": _top_k}
+            self, {"temperature": _temperature, "top_p": top_p, "seed": seed, "top_k": _top_k}
         )
 
     def generator(self, device: torch.device) -> torch.Generator | None:
@@ -50,7 +50,7 @@ class Sampling:
             logits: ``(V,)``, floating. generator: on their device; None is torch's own.
 
         Returns:
-            Its number, ``()`` int64.
+            Its number, ``()`` int64. Of logits that have a NaN, or none that is finite, any.
         """
         if self.temperature == 0:
             return logits.argmax()
@@ -59,12 +59,17 @@ class Sampling:
         if 0 < self.top_k < heat.shape[0]:
             least = heat.topk(self.top_k).values[-1]
             heat = heat.masked_fill(heat < least, float("-inf"))  # equals of the last stay
-        probabilities = heat.softmax(-1)
+        # An error here, or on a GPU an assertion, would end the steps of all other requests.
+        probabilities = heat.softmax(-1).nan_to_num(1.0)
         if self.top_p < 1:
             falling, order = probabilities.sort(descending=True)
             before = falling.cumsum(-1) - falling
             probabilities[order[before >= self.top_p]] = 0
         return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+def _temperature(where: str, name: str, value: object) -> float:
+    return float(number(where, name, value, 0))  # torch divides by no integer above 64 bits
 
 
 def _top_k(where: str, name: str, value: object) -> int:

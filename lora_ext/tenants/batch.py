@@ -19,6 +19,9 @@ from .data import Checked, Result
 from .live import LiveAdapter, add_to
 from .losses import LOSSES
 
+#: What a model has to be: padding stands behind a sequence, unmasked.
+CAUSAL = "a causal language model of transformers, no token of which sees those behind it"
+
 
 @dataclass(eq=False)
 class Call:
@@ -93,7 +96,18 @@ class Step:
         self.model, self.head = model, model.get_output_embeddings()
         self.device = model.get_input_embeddings().weight.device
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        require(not self._looks_ahead(), "Service", "model", CAUSAL, type(model).__name__)
         self._apart = self._has_its_head_apart()
+
+    def _looks_ahead(self) -> bool:
+        """Whether a token sees those behind it, padding too: one that changes moves the first's
+        logits by more than rounding."""
+        ids = torch.zeros(2, 3, dtype=torch.int64, device=self.device)
+        ids[1, -1] = self.vocabulary - 1
+        with torch.no_grad():
+            one, two = self.model(input_ids=ids, use_cache=False).logits[:, 0]
+        rounding = 16 * torch.finfo(one.dtype).eps  # experts see other rows together
+        return not bool((one - two).abs().max() <= rounding * one.abs().max())
 
     def _has_its_head_apart(self) -> bool:
         """Whether the model's logits are those of its head on what its body gives: some models cap
@@ -178,45 +192,44 @@ class Step:
         # Padding stands behind the tokens, which do not look there: no mask, and a sequence runs
         # through the kernels that it runs through alone.
         at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
-        wide = max(d.targets.numel() // d.length for d in data)
-        targets = torch.cat([_columns(d.targets, wide) for d in data])
+        # Flat, as one datum may have many targets for each token.
+        targets = torch.cat([d.targets.flatten() for d in data])
+        counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
         names = [part.call.adapter.name for part, _ in owners]
         with adapters(names, pool=layer_names):
             found = self._of_rows(
-                ids.to(self.device), torch.cat(at).to(self.device), targets.to(self.device)
+                ids.to(self.device),
+                torch.cat(at).to(self.device),
+                torch.cat(counts),
+                targets.to(self.device),
             )
-        each = found.split([d.length for d in data])
-        return [
-            lp[:, 0] if d.targets.dim() == 1 else lp[:, : d.targets.shape[1]]
-            for lp, d in zip(each, data, strict=True)
-        ]
+        each = found.split([d.targets.numel() for d in data])
+        return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
 
-    def _of_rows(self, ids: Tensor, at: Tensor, targets: Tensor) -> Tensor:
-        """``(M, K)`` log-probabilities of the targets at some places of a batch."""
+    def _of_rows(self, ids: Tensor, at: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of the targets, place for place, at some places ``(M,)`` of a batch, of
+        which each has ``counts`` targets ``(M,)``, on the CPU."""
         if self._apart and not isinstance(self.model.get_output_embeddings(), LoraLayer):
             hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
             rows = hidden.flatten(0, 1)[at]  # (M, d)
             most = rows_per_chunk(self.vocabulary)
             if rows.shape[0] <= most:
-                return _chosen(self.head(rows), targets)
-            pairs = zip(rows.split(most), targets.split(most), strict=True)
+                return _chosen(self.head(rows), counts, targets)
+            pieces = counts.split(most)
+            parts = targets.split([int(piece.sum()) for piece in pieces])
+            pairs = zip(rows.split(most), pieces, parts, strict=True)
             return torch.cat([recomputed(self._of_hidden, *pair) for pair in pairs])
         logits = self.model(input_ids=ids, use_cache=False).logits
-        return _chosen(logits.flatten(0, 1)[at], targets)
+        return _chosen(logits.flatten(0, 1)[at], counts, targets)
 
-    def _of_hidden(self, rows: Tensor, targets: Tensor) -> Tensor:
-        return _chosen(self.head(rows), targets)
+    def _of_hidden(self, rows: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+        return _chosen(self.head(rows), counts, targets)
 
 
-def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
+def _chosen(logits: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.log_softmax(-1).gather(-1, targets)
-
-
-def _columns(targets: Tensor, wide: int) -> Tensor:
-    """``(N, wide)``: the targets, and zeros beside them where others have more."""
-    columns = targets.reshape(targets.shape[0], -1)
-    return torch.nn.functional.pad(columns, (0, wide - columns.shape[1]))
+    rows = torch.arange(len(counts)).repeat_interleave(counts).to(logits.device)
+    return wide.log_softmax(-1)[rows, targets]
 
 
 def _wide(parameter: Tensor, gradient: Tensor | None) -> Tensor:

@@ -87,6 +87,7 @@ def _checked(
     where: str, name: str, datum: Datum, loss: Loss, vocabulary: int, max_tokens: int
 ) -> Checked:
     tokens = checked_tokens(where, f"{name}.tokens", datum.tokens, vocabulary)
+    instance(where, f"{name}.inputs", datum.inputs, Mapping)
     length, inputs = tokens.shape[0], dict(datum.inputs)
     expected = f"at most max_tokens = {max_tokens} tokens"
     require(length <= max_tokens, where, f"{name}.tokens", expected, length)
@@ -117,7 +118,7 @@ def _checked(
 def _tensor(where: str, argument: str, value: Any) -> Tensor:
     try:
         found = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{where}: {argument}: expected numbers, found {error}") from None
     require(not found.is_complex(), where, argument, "real numbers", found.dtype)
     return found

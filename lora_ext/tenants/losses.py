@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lora_ext._checks import choice, number, require
+from lora_ext._checks import choice, instance, number, require
 
 Inputs = Mapping[str, Tensor]
 
@@ -76,7 +76,9 @@ def checked_options(where: str, loss: Any, config: Mapping[str, Any] | None) -> 
     """
     known = LOSSES[choice(where, "loss", loss, tuple(LOSSES))].options
     options = dict(known)
+    if config is not None:
+        instance(where, "config", config, Mapping)
     for key, value in (config or {}).items():
         require(key in known, where, "config", f"one of {tuple(known)} for {loss}", repr(key))
-        options[key] = number(where, f"config[{key!r}]", value, 0)
+        options[key] = float(number(where, f"config[{key!r}]", value, 0))
     return options

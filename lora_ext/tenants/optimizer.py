@@ -38,12 +38,13 @@ def checked_settings(
     first, second = (number(where, "betas", beta, 0, below=1) for beta in betas)
     norm = math.inf
     if max_grad_norm is not None:
-        norm = number(where, "max_grad_norm", max_grad_norm, above=0)
+        norm = float(number(where, "max_grad_norm", max_grad_norm, above=0))
     return Settings(
-        number(where, "lr", lr, 0),
+        float(number(where, "lr", lr, 0)),
         (first, second),
-        number(where, "eps", eps, 0),
-        number(where, "weight_decay", weight_decay, 0),
+        # With 0 the first step would divide 0 by 0: B is 0, and so A's gradient.
+        float(number(where, "eps", eps, above=0)),
+        float(number(where, "weight_decay", weight_decay, 0)),
         norm,
     )
 

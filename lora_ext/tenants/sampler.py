@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
+import math
 import secrets
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import integer, require
+from lora_ext._checks import integer, renamed, require
 from lora_ext.layers import LoraLayer, unwrap
 from lora_ext.pool import AdapterPool, UnknownAdapterError
 from lora_ext.rows import of_call
@@ -106,7 +108,7 @@ class SamplingModel:
             )
             require(accepted, _ERROR, "sampler", "a manager that runs", "none", RuntimeError)
         except BaseException:
-            del self._asked[name]
+            self._asked.pop(name, None)  # a manager that has just died has failed it already
             raise
         return asked
 
@@ -214,7 +216,8 @@ class Sampler:
                 model's end token does so too, but for ``[]``: nothing but ``max_tokens`` ends it.
 
         Raises:
-            ValueError: naming the argument. QueueFullError: too many samples of the adapter wait.
+            ValueError: naming the argument; a log-probability that is not finite, as of an adapter
+                that overflows. QueueFullError: too many samples of the adapter wait.
         """
         begun = self.begin(tokens, max_tokens, num_samples, temperature, top_p, top_k, seed, stop)
         return [each.result() for each in begun]
@@ -238,6 +241,8 @@ class Sampler:
         expected = f"at most {models.context} tokens of prompt and answer"
         require(max_tokens <= room, _ERROR, "max_tokens", expected, f"{len(prompt)} + {max_tokens}")
         integer(_ERROR, "num_samples", num_samples, 1, _MOST)
+        with renamed(_ERROR):
+            Sampling(temperature, top_p, None, top_k)
         ends, texts = self._stops(stop)
         first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
         models.check_room(self.adapter, num_samples)
@@ -260,7 +265,9 @@ class Sampler:
 
     def logprobs(self, tokens: Sequence[int] | Tensor) -> list[float]:
         """Of every token of a prompt but the first."""
-        prompt = checked_tokens("Sampler.logprobs", "tokens", tokens, self._models.vocabulary)
+        where, most = "Sampler.logprobs", self._models.context
+        prompt = checked_tokens(where, "tokens", tokens, self._models.vocabulary)
+        require(len(prompt) <= most, where, "tokens", f"at most {most} tokens", len(prompt))
         told = functools.partial(self._models.prompt_logprobs, prompt.tolist(), self.adapter)
         return self._there(told)
 
@@ -278,7 +285,8 @@ class Sampler:
         return action()
 
     def _stops(self, stop: Any) -> tuple[list[int], list[str]]:
-        each = [stop] if isinstance(stop, str | int) else list(stop)
+        alone = isinstance(stop, str) or not isinstance(stop, Iterable)
+        each = [stop] if alone else list(stop)
         ends = [] if isinstance(stop, list) and not stop else list(self._models.ends)
         texts = []
         for item in each:
@@ -297,6 +305,9 @@ class Sampler:
         def tell(done: Future[Any]) -> None:
             try:
                 tokens: list[int] = done.result()
+                finite = all(map(math.isfinite, asked.logprobs))
+                expected = "finite ones of the drawn tokens"
+                require(finite, _ERROR, "logprobs", expected, "NaN: the adapter overflows")
                 cut = self._cut(tokens, texts)
                 stopped = cut is not None or tokens[-1] in ends
                 kept = tokens[:cut]
@@ -310,11 +321,15 @@ class Sampler:
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
         """How many tokens there are when a text is complete; None: none is."""
-        for count in range(1, len(tokens) + 1) if texts else ():
+
+        def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)
-            if any(text in said for text in texts):
-                return count
-        return None
+            return any(text in said for text in texts)
+
+        if not texts or not complete(len(tokens)):
+            return None
+        # Halves: the thread that runs this serves everybody's samples.
+        return bisect.bisect_left(range(len(tokens)), True, key=complete)
 
 
 def forget(pool: AdapterPool, name: str) -> None:

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lora_ext._checks import choice, instance, integer, number, require
-from lora_ext.adapter import LoraAdapter
+from lora_ext._checks import choice, instance, integer, renamed, require, require_flags
+from lora_ext.adapter import LoraAdapter, check_base
 from lora_ext.layers import LoraConfig, LoraLayer, unwrap
 
-from .batch import Call, Step
+from .batch import CAUSAL, Call, Step
 from .data import Datum, Result, checked_data
 from .live import LiveAdapter, Targets
 from .losses import checked_options
@@ -27,6 +27,7 @@ from .scheduler import QUANTUM, Scheduler
 from .store import Store
 
 _SEEDS = (-(1 << 63), (1 << 63) - 1)
+_MOST, _MOST_ADAPTERS = 1 << 31, 1 << 16
 
 
 class Service:
@@ -58,21 +59,25 @@ class Service:
         max_adapters: int = 64,
     ):
         instance("Service", "model", model, nn.Module)
-        causal = callable(getattr(model, "get_output_embeddings", None))
-        require(causal, "Service", "model", "a causal language model of transformers", type(model))
-        carried = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-        require(not carried, "Service", "model", "a model without adapters", carried[:1])
-        self.max_tokens = integer("Service", "max_tokens", max_tokens, 1)
-        self.tokenizer, self.max_adapters = (
-            tokenizer,
-            integer("Service", "max_adapters", max_adapters, 1),
-        )
-        size = integer("Service", "queue", queue, 1)
+        check_base("Service", model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        require(head is not None and not both, "Service", "model", CAUSAL, type(model).__name__)
+        self.max_tokens = integer("Service", "max_tokens", max_tokens, 1, _MOST)
+        size = integer("Service", "queue", queue, 1, _MOST)
+        self.max_adapters = integer("Service", "max_adapters", max_adapters, 1, _MOST_ADAPTERS)
+        decodes = tokenizer is None or callable(getattr(tokenizer, "decode", None))
+        require(decodes, "Service", "tokenizer", "a tokenizer, or None", type(tokenizer).__name__)
+        self.tokenizer = tokenizer
         self.store = Store(store)
         self.model = model
         self._was = model.training
         model.eval()
-        self._step = Step(model)
+        try:
+            self._step = Step(model)
+        except BaseException:
+            model.train(self._was)
+            raise
         self._scheduler = Scheduler(self._step, self.max_tokens, size)
         self._own = self._scheduler.add(bounded=False)  # its callers wait for it
         self._numbers, self._marks = itertools.count(), itertools.count(1)
@@ -105,16 +110,15 @@ class Service:
             ValueError: naming the argument.
         """
         integer("create", "rank", rank, 1, MAX_RANK)
-        number("create", "alpha", alpha)
-        integer("create", "seed", seed, *_SEEDS)
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules="all-linear" if targets is None else targets,
-            task_type="CAUSAL_LM",
-            where="create",
-        )
-        return self._wait(lambda: self._new(config, seed))
+        seed = integer("create", "seed", seed, *_SEEDS)
+        with renamed("create", target_modules="targets", lora_alpha="alpha"):
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                target_modules="all-linear" if targets is None else targets,
+                task_type="CAUSAL_LM",
+            )
+            return self._wait("create", lambda: self._new(config, seed))
 
     def load(self, path: str | os.PathLike[str]) -> Tenant:
         """A tenant that goes on where a save was: adapter and optimizer.
@@ -122,7 +126,7 @@ class Service:
         Raises:
             ValueError: naming the path, or what of the save is not well-formed.
         """
-        return self._wait(functools.partial(self._load, path))
+        return self._wait("load", functools.partial(self._load, path))
 
     def sampler(self, path: str | os.PathLike[str] | None = None) -> Sampler:
         """Samples of a save, or of the base model.
@@ -136,7 +140,7 @@ class Service:
         for name, factors in saved.modules.items():
             finite = bool(factors.a.isfinite().all() and factors.b.isfinite().all())
             require(finite, "sampler", f"{folder}: {name}", "finite factors", "others")
-        return self._wait(lambda: self.sampled(f"save@{next(self._marks)}", saved))
+        return self._wait("sampler", lambda: self.sampled(f"save@{next(self._marks)}", saved))
 
     def sampled(self, name: str, source: Any) -> Sampler:
         """A sampler of an adapter that the pool takes under a new name."""
@@ -169,8 +173,8 @@ class Service:
                 )
             return self._sampling
 
-    def _wait(self, action: Callable[[], Any]) -> Any:
-        return self._scheduler.put("Service", self._own, action).result()
+    def _wait(self, where: str, action: Callable[[], Any]) -> Any:
+        return self._scheduler.put(where, self._own, action).result()
 
     def _new(self, config: LoraConfig, seed: int) -> Tenant:
         name = f"tenant{next(self._numbers)}"
@@ -178,6 +182,7 @@ class Service:
 
     def _load(self, path: Any) -> Tenant:
         folder, saved = self.store.read("load", path)
+        check_trained("load", folder, saved)
         ranks = {name: factors.a.shape[0] for name, factors in saved.modules.items()}
         config = LoraConfig(
             r=saved.config.r,
@@ -187,9 +192,9 @@ class Service:
             use_rslora=saved.config.use_rslora,
             target_modules=sorted(ranks),
             task_type="CAUSAL_LM",
-            where="load",
         )
-        tenant = self._new(config, 0)
+        with renamed("load", target_modules="path"):
+            tenant = self._new(config, 0)
         try:
             tenant.take(folder, saved, optimizer=True)
         except BaseException:
@@ -285,6 +290,7 @@ class Tenant:
         Raises:
             ValueError: naming the path.
         """
+        require_flags("save", wait=wait)
         self.service.store.folder("save", path)
         return self._done("save", functools.partial(self._save, path), wait)
 
@@ -300,6 +306,7 @@ class Tenant:
         Args:
             optimizer: False lets the optimizer begin anew.
         """
+        require_flags("restore", optimizer=optimizer, wait=wait)
         self.service.store.folder("restore", path)
         return self._done("restore", functools.partial(self._restore, path, optimizer), wait)
 
@@ -310,6 +317,7 @@ class Tenant:
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
         """The values of a save; on the service's thread."""
+        check_trained("restore", folder, saved)
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
         expected = "the modules and ranks of this adapter"
@@ -333,6 +341,7 @@ class Tenant:
         Raises:
             ValueError: a factor that is not finite: in a shared batch it would reach others.
         """
+        require_flags("sampler", wait=wait)
         choice("sampler", "mode", mode, ("snapshot", "inflight"))
         return self._done("sampler", functools.partial(self._sampler, mode), wait)
 
@@ -341,7 +350,7 @@ class Tenant:
             name = f"{self.adapter.name}@inflight"
             self._follow(name)
             self._inflight = name
-            again = functools.partial(self.service._wait, lambda: self._follow(name))
+            again = functools.partial(self.service._wait, "sampler", lambda: self._follow(name))
             return Sampler(self.service.sampling(), name, again, kept=True)
         config, state = self._finite()
         kept = config, {key: tensor.detach().clone() for key, tensor in state.items()}
@@ -361,7 +370,13 @@ class Tenant:
 
         Args:
             wait: False returns a future at once. save_as: save it there first.
+
+        Raises:
+            ValueError: naming the argument; the tenant is open still.
         """
+        require_flags("close", wait=wait)
+        if save_as is not None:
+            self.service.store.folder("close", save_as, "save_as")
         if self._closing is None:
             why, last = "the tenant is closed", functools.partial(self._close, save_as)
             self._closing = self.service._scheduler.close(self._queue, why, last)
@@ -385,3 +400,12 @@ class Tenant:
     def _done(self, where: str, action: Callable[[], Any], wait: bool) -> Any:
         future = self._put(where, action)
         return future.result() if wait else future
+
+
+def check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
+    """Refuse a save that PEFT made of more than factors: the rest would be left out in silence."""
+    fields = ("use_dora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
+    more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]
+    more += ["bias"] if saved.config.base_bias != "none" else []
+    expected = "an adapter that is factors of modules alone"
+    require(not more, where, "path", expected, f"{', '.join(more)} in {folder}")

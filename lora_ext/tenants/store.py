@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, require
 from lora_ext._files import SafetensorsFile
 from lora_ext.adapter import LoraAdapter, save_adapter
 
@@ -27,12 +27,24 @@ class Store:
     """
 
     def __init__(self, root: str | os.PathLike[str] | None):
-        self.root = None if root is None else Path(root).absolute()
-        if self.root is not None:
-            self.root.mkdir(parents=True, exist_ok=True)
+        self.root: Path | None = None
+        if root is not None:
+            instance("Service", "store", root, (str, os.PathLike))
+            text = os.fspath(root)
+            named = isinstance(text, str) and text != "" and "\0" not in text
+            require(named, "Service", "store", "a folder, or None", repr(root))
+            self.root = Path(text).absolute()
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                found = f"{str(root)!r:.200} ({error.strerror})"
+                require(False, "Service", "store", "a folder that can be made", found)
 
-    def folder(self, where: str, path: Any) -> Path:
+    def folder(self, where: str, path: Any, argument: str = "path") -> Path:
         """The folder of a save.
+
+        Args:
+            where, argument: what errors name.
 
         Raises:
             ValueError: there is no store, or the path leads out of it.
@@ -42,14 +54,15 @@ class Store:
         expected = "a path inside the store, relative to it"
         text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
         named = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
-        require(named, where, "path", expected, repr(path))
+        require(named, where, argument, expected, f"{path!r:.200}")
         inner = Path(text)
         plain = not inner.is_absolute() and ".." not in inner.parts
-        require(plain, where, "path", expected, repr(path))
+        require(plain, where, argument, expected, f"{path!r:.200}")
         folder = self.root / inner
         # A link inside the store may lead anywhere.
         inside = folder.resolve().is_relative_to(self.root.resolve())
-        require(inside, where, "path", expected, f"{path!r}, which leads to {folder.resolve()}")
+        found = f"{path!r:.200}, which leads to {str(folder.resolve())!r:.200}"
+        require(inside, where, argument, expected, found)
         return folder
 
     def save(self, where: str, path: Any, adapter: LiveAdapter) -> None:
@@ -68,7 +81,7 @@ class Store:
             ValueError: no such save, or one that is not well-formed.
         """
         folder = self.folder(where, path)
-        require(folder.is_dir(), where, "path", "a save in the store", repr(path))
+        require(_is_folder(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
@@ -95,3 +108,10 @@ class Store:
             for key in ("exp_avg", "exp_avg_sq"):
                 require(f"{name}:{key}" in tensors, str(path), f"{name}:{key}", "a tensor", "none")
         optimizer.restore(tensors)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False

@@ -45,7 +45,7 @@ def _attached():
         (
             lambda: nn.Sequential(lora_ext.nn.LoraLinear(nn.Linear(3, 3))),
             ValueError,
-            "found LoraLinear at '0'; make the pool before",
+            "found LoraLinear at '0'; take it before",
         ),
         (lambda: nn.LayerNorm(3), ValueError, "expected at least one Linear, Conv1D or Embedding"),
     ],

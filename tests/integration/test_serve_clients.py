@@ -99,7 +99,7 @@ def test_bad_requests_are_refused_by_name_and_the_server_serves_on(server: Any) 
         ({"temperature": -1}, 422, "temperature"),
         ({"temperature": "hot"}, 422, "temperature"),
         ({"max_tokens": 0}, 422, "max_"),
-        ({"max_tokens": 10_000}, 400, "max_new_tokens: expected at most 2048 tokens"),
+        ({"max_tokens": 10_000}, 400, "max_tokens: expected at most 2048 tokens"),
         ({"n": 2}, 422, "n: "),
         ({"logprobs": True}, 422, "logprobs"),
         ({"tools": [{"type": "function"}]}, 422, "tools: "),

@@ -102,7 +102,7 @@ def test_completions_have_forms_too(server: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "code", "message"),
     [
-        ({**FORMATS[2], "max_tokens": 6}, 400, "max_new_tokens: expected at least 7"),
+        ({**FORMATS[2], "max_tokens": 6}, 400, "max_tokens: expected at least 7"),
         ({**FORMATS[2], "stop": "a"}, 400, "stop: expected none beside a format"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, 400, "grammar: expected json, regex"),
         ({"structured_outputs": {"json": {"type": "integer", "minimum": 3}}}, 400, "minimum"),

@@ -222,6 +222,101 @@ def test_floods_are_answered_429_and_are_one_keys_own(
     assert app.ask("create_session", {}, "tml-b")[0] == 200
 
 
+def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
+    """Path, body, and the field that the answer names."""
+    begins = {"session_id": model.partition(":")[0], "model_seq_id": 1, "base_model": "base"}
+    step = {"model_id": model}  # without a number its turn has come
+    prompt = {"chunks": [{"tokens": [1, 2, 3]}]}
+    sample = {"base_model": "base", "prompt": prompt, "sampling_params": {"max_tokens": 1}}
+    numbers = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+    draws = ("temperature", "top_p", "top_k", "seed", "max_tokens")
+    posts = ("optim_step", "save_weights")
+    nan = float("nan")
+    return [
+        *(
+            ("optim_step", {**step, "adam_params": {name: value}}, name)
+            for name in numbers
+            for value in ("1", -1, nan, [1])
+        ),
+        *(
+            ("asample", {**sample, "sampling_params": {name: value}}, name)
+            for name in draws
+            for value in ("1", {}, -2.5, nan)
+        ),
+        *(
+            ("asample", {**sample, "prompt": value}, "prompt")
+            for value in (1, [], {"chunks": 1}, {"chunks": [1]}, {"chunks": [{"tokens": 1}]})
+        ),
+        *(("asample", {**sample, "num_samples": value}, "num_samples") for value in (0, "1", 1.5)),
+        *(
+            (path, {**step, "model_id": value}, "model_id")
+            for path in posts
+            for value in (1, [], {})
+        ),
+        *(
+            (path, {**step, "seq_id": value}, "seq_id")
+            for path in posts
+            for value in ("1", [], 1.5)
+        ),
+        ("optim_step", {"adam_params": {}}, "model_id"),
+        ("asample", {"base_model": "base"}, "prompt"),
+        ("asample", {**sample, "model_path": "weights/a"}, "model_path"),
+        ("weights_info", {"tinker_path": "a"}, "tinker_path"),
+        ("load_weights", {**step, "path": "a"}, "path"),
+        ("create_model", {**begins, "lora_config": [1]}, "lora_config"),
+        ("create_model", {**begins, "base_model": "another"}, "base_model"),
+        ("retrieve_future", {}, "request_id"),
+    ]
+
+
+def test_wrong_fields_are_refused_by_the_names_that_they_have_on_the_wire(app: Any) -> None:
+    model, tokens = app.begun(), [1, 2, 3]
+    for path, body, field in wrong_fields(model):
+        code, answer = app.ask(path, json.dumps(body).encode())  # with NaN
+        named = answer["error"].partition(": expected")[0]
+        assert code == 400 and field in named, (path, body, answer)
+    cases: Any = (
+        ("dro", {}, "loss_fn"),
+        ("cross_entropy", {"zz": [1.0] * 2}, "data[0].loss_fn_inputs"),
+        ("ppo", {}, "data[0].loss_fn_inputs"),
+    )
+    for number, (loss, inputs, field) in enumerate(cases, 1):
+        code, answer = app.ask("forward_backward", request(model, number, tokens, loss, **inputs))
+        assert code == 400 and answer["error"].startswith(f"forward_backward: {field}: "), answer
+    begins = {"session_id": model.partition(":")[0], "model_seq_id": 1, "base_model": "base"}
+    for lora, field in (
+        ({"rank": 0}, "rank"),
+        ({"rank": "4"}, "rank"),
+        ({"seed": 0.5}, "seed"),
+        ({"train_attn": False, "train_mlp": False}, "train_attn, train_mlp"),
+    ):
+        promise = app.ask("create_model", {**begins, "lora_config": lora})[1]
+        answer = app.ask("retrieve_future", promise)[1]
+        assert answer["category"] == "user" and f": {field}: expected" in answer["error"], answer
+    assert app.ask("forward_backward", request(model, 4, tokens))[0] == 200  # no harm is done
+
+
+def test_what_starts_a_server_is_checked_before_the_model_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_ext.server import tinker
+
+    model, store = ["--model", str(folder / "model")], ["--store", str(folder / "store")]
+    (folder / "file").write_text("")
+    for given, named in (
+        (["--model", "nowhere", *store], "--model: expected a folder"),
+        ([*model, "--store", str(folder / "file")], "file: "),
+        ([*model, *store, "--port", "70000"], "--port: expected 0 to 65535"),
+        ([*model, *store, "--keys", "nowhere"], "nowhere: No such file"),
+    ):
+        with pytest.raises(SystemExit):
+            tinker.main(given)
+        assert named in capsys.readouterr().err
+    with pytest.raises(TypeError, match="make_app: keys: expected a set"):
+        with Service(llama()) as service:
+            tinker.make_app(service, "base", "tml-a")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_session_that_is_silent_or_ends_is_saved(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_ext._checks import renamed
 from lora_ext.tenants import QueueFullError, Sampler, Service
 
 from .promises import KEPT, Answer, GoneError, Model, Promises
@@ -115,7 +116,8 @@ class Api:
             if name not in session.models:
                 if path is None:
                     rank, seed = lora.get("rank", 32), lora.get("seed") or 0
-                    tenant = self.service.create(rank, seed, targets=self._targets(lora))
+                    with renamed("create_model", targets="train_attn, train_mlp"):
+                        tenant = self.service.create(rank, seed, targets=self._targets(lora))
                 else:
                     tenant = self.service.load(path)
                     if not asked.get("optimizer", True):
@@ -150,7 +152,7 @@ class Api:
     def sampler(self, key: str, asked: Answer) -> Sampler:
         """Of a save, or of the base model."""
         if asked.get("model_path"):
-            return self.service.sampler(parsed(key, asked["model_path"]))
+            return self.service.sampler(parsed(key, asked["model_path"], "model_path"))
         self.check_base(asked.get("base_model"))
         return self.service.sampler()
 
@@ -170,13 +172,13 @@ class Api:
         for field_ in _NOT_HERE:
             if asked.get(field_):
                 raise ValueError(f"{field_}: expected 0, found {asked[field_]}")
-        how, count = asked.get("sampling_params") or {}, asked.get("num_samples", 1)
+        how, count = asked.get("sampling_params") or {}, asked.get("num_samples")
+        count = 1 if count is None else count
         prompt, stop = prompt_of(asked["prompt"]), how.get("stop")
         names = ("temperature", "top_p", "top_k", "seed")
         settings = {each: how[each] for each in names if how.get(each) is not None}
-        if settings.get("seed", 0) >= 1 << 63:
-            settings["seed"] -= 1 << 64
-        most = how.get("max_tokens") or max(1, sampler.context - len(prompt))
+        most = how.get("max_tokens")
+        most = max(1, sampler.context - len(prompt)) if most is None else most
         begun = sampler.begin(prompt, most, count, stop=() if stop is None else stop, **settings)
 
         def told() -> bytes:
@@ -198,10 +200,10 @@ def folder(key: str, model: str, kind: str, name: str) -> str:
     return os.path.join(owner, model.replace(":", "-"), kind, name)
 
 
-def parsed(key: str, uri: Any) -> str:
-    """The folder of ``tinker://MODEL/weights/NAME``."""
+def parsed(key: str, uri: Any, field_: str = "path") -> str:
+    """The folder of ``tinker://MODEL/weights/NAME``; errors name the field that has it."""
     parts = uri.removeprefix("tinker://").split("/", 2) if isinstance(uri, str) else []
     known = len(parts) == 3 and parts[1] in ("weights", "sampler_weights")
     if not (known and uri.startswith("tinker://")):
-        raise ValueError(f"path: expected tinker://MODEL/weights/NAME, found {uri!r:.200}")
+        raise ValueError(f"{field_}: expected tinker://MODEL/weights/NAME, found {uri!r:.200}")
     return folder(key, *parts)

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
+from lora_ext._checks import instance, number, renamed, require
 from lora_ext.pool import PoolFullError
 from lora_ext.tenants import QueueFullError, Sampler, Service, Tenant
 
@@ -29,8 +30,20 @@ except ImportError:  # the client is told to send bodies as they are
 PATIENCE = 25.0  # seconds that an answer is waited for
 SILENCE = 120.0  # seconds without a heartbeat after which a session ends
 MAX_BODY = 1 << 28
+_OF_LOSSES = {"loss": "loss_fn", "config": "loss_fn_config"}
+_OF_LOSSES |= {"tokens": "model_input", "inputs": "loss_fn_inputs"}
+
+#: Kinds of the fields that bodies of JSON have; null is a field that was not given.
+_KINDS: dict[type, str] = {
+    str: "session_id model_id base_model path model_path tinker_path sampling_session_id "
+    "request_id kind",
+    int: "seq_id model_seq_id sampling_session_seq_id",
+    dict: "lora_config adam_params sampling_params prompt",
+    bool: "optimizer overwrite prompt_logprobs",
+}
 
 _CODES = {ValueError: 400, KeyError: 400, TypeError: 400, GoneError: 410}
+_WORDS = {str: "a text", int: "an integer", dict: "an object", bool: "true or false"}
 _CODES |= {QueueFullError: 429, PoolFullError: 429}
 
 
@@ -39,13 +52,22 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
 
     Args:
         service: that trains. base: the model's name on the wire. keys: that may ask; None: any.
+
+    Raises:
+        TypeError: naming the argument.
     """
+    instance("make_app", "service", service, Service)
+    instance("make_app", "base", base, str)
+    if keys is not None:  # in a string of keys, parts of one would be keys too
+        instance("make_app", "keys", keys, (set, frozenset))
     api = Api(service, base)
     app = FastAPI(lifespan=lambda _: _life(api))
 
     def refuse(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
-        return JSONResponse({"error": str(error), "category": "user"}, code)
+        words = f"{error.args[0]}: expected in the body, found none"  # of a KeyError
+        words = words if type(error) is KeyError else str(error)
+        return JSONResponse({"error": words, "category": "user"}, code)
 
     for kind in _CODES:
         app.add_exception_handler(kind, refuse)
@@ -109,6 +131,13 @@ async def _read(request: Request) -> Answer:
     asked = json.loads(await _body(request) or b"{}")
     if not isinstance(asked, dict):
         raise ValueError(f"body: expected an object of JSON, found {type(asked).__name__}")
+    for kind, names in _KINDS.items():
+        for name in names.split():
+            found = asked.get(name)
+            require(
+                found is None or type(found) is kind,
+                "body", name, _WORDS[kind], f"{found!r:.200}",
+            )  # fmt: skip
     return asked
 
 
@@ -169,7 +198,8 @@ def _add_models(post: Any, api: Api) -> None:
 
     @post("weights_info")
     def weights_info(key: str, asked: Answer) -> Answer:
-        _, saved = api.service.store.read("weights_info", parsed(key, asked["tinker_path"]))
+        where = parsed(key, asked["tinker_path"], "tinker_path")
+        _, saved = api.service.store.read("weights_info", where)
         trained = {"train_unembed": False, "train_mlp": True, "train_attn": True}
         return {"base_model": api.base, "is_lora": True, "lora_rank": saved.config.r, **trained}
 
@@ -222,7 +252,8 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
 
         def begin(tenant: Tenant) -> Any:
             call = tenant.forward if asked.forward_only else tenant.forward_backward
-            return call(data, asked.loss_fn or "cross_entropy", options)
+            with renamed("forward_backward", **_OF_LOSSES):
+                return call(data, asked.loss_fn or "cross_entropy", options)
 
         where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id}
         return await asyncio.to_thread(api.in_order, *where, begin, written_result)
@@ -232,8 +263,14 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         adam = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
         adam |= {k: v for k, v in (asked.get("adam_params") or {}).items() if v is not None}
         decay, clip = adam.get("weight_decay", 0.0), adam.get("grad_clip_norm") or None
+        for name in ("beta1", "beta2"):
+            number("optim_step", name, adam[name], 0, below=1)
         how = adam["learning_rate"], (adam["beta1"], adam["beta2"]), adam["eps"], decay, clip
-        begin = methodcaller("optim_step", *how)
+
+        def begin(tenant: Tenant) -> Any:
+            with renamed("optim_step", lr="learning_rate", max_grad_norm="grad_clip_norm"):
+                return tenant.optim_step(*how)
+
         return api.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
 
 

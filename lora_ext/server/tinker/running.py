@@ -29,10 +29,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="which by default nobody else reaches")
     parser.add_argument("--keys", type=Path, help="a file of keys, one a line; without it any")
     args = parser.parse_args(argv)
-    keys = None
-    if args.keys is not None:
-        keys = {line.strip() for line in args.keys.read_text().splitlines()} - {""}
-    with Settings(args.model, args.store, args.host, args.port).listen() as listening:
+    settings, keys = Settings(args.model, args.store, args.host, args.port), None
+    try:
+        args.store.mkdir(parents=True, exist_ok=True)
+        settings.check()
+        if args.keys is not None:
+            keys = {line.strip() for line in args.keys.read_text().splitlines()} - {""}
+        listening = settings.listen()
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error).replace("--adapters", "--store"))
+    with listening:
         model = AutoModelForCausalLM.from_pretrained(args.model).eval()
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)

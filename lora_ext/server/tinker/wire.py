@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from lora_ext._checks import instance
 from lora_ext.tenants import Datum, Result, Sample
 
 MIME = "application/x-protobuf"
@@ -132,8 +133,12 @@ def written_samples(samples: Sequence[Sample], prompt: Sequence[float] | None) -
 def prompt_of(prompt: Mapping[str, Any]) -> list[int]:
     """The tokens of a prompt as JSON has it."""
     tokens: list[int] = []
-    for chunk in prompt.get("chunks", ()):
+    chunks = prompt["chunks"]
+    instance("asample", "prompt.chunks", chunks, list)
+    for i, chunk in enumerate(chunks):
+        instance("asample", f"prompt.chunks[{i}]", chunk, dict)
         if chunk.get("type", "encoded_text") != "encoded_text":
             raise ValueError(f"prompt: expected text, found a chunk of type {chunk.get('type')!r}")
+        instance("asample", f"prompt.chunks[{i}].tokens", chunk["tokens"], list)
         tokens += chunk["tokens"]
     return tokens

@@ -1,0 +1,98 @@
+"""Rerankers: pairs of any length in one batch, each scored by the adapter and head of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny import VOCAB, WIDTH
+
+import lora_ext
+
+BOUND = 1e-5
+NAMES = ["law", None, "news", "news", "__base__", "law"]
+LENGTHS = [9, 4, 6, 12, 7, 3]  # of the pairs: question, then text
+HEADS = {"encoder": "classifier", "decoder": "score"}  # both linear: one logit
+
+
+def make(kind: str) -> Any:
+    torch.manual_seed(0)
+    sizes: Any = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_labels": 1,
+    }
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    if kind == "encoder":
+        bert: Any = transformers.BertForSequenceClassification
+        return bert(transformers.BertConfig(**sizes)).eval()
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes)).eval()
+
+
+def pairs(kind: str) -> dict[str, torch.Tensor]:
+    """Padded at their end; an encoder is told which half of a pair a token is of."""
+    tokens = torch.randint(3, VOCAB, (6, 12), generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
+    found = {"input_ids": tokens * mask, "attention_mask": mask}
+    if kind == "encoder":
+        found["token_type_ids"] = (torch.arange(12) >= 2).long().expand(6, -1) * mask
+    return found
+
+
+@pytest.fixture(scope="module", params=list(HEADS))
+def served(request: Any, tmp_path_factory: Any) -> Iterator[tuple[str, Any, Any, Path]]:
+    """PEFT's adapters in files, with heads that were trained, and the base that serves them."""
+    kind, folder = request.param, tmp_path_factory.mktemp("rerankers")
+    targets = ["query", "value"] if kind == "encoder" else ["q_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, modules_to_save=[HEADS[kind]], init_lora_weights=False
+    )
+    theirs: Any = peft.get_peft_model(make(kind), config, adapter_name="law")
+    theirs.add_adapter("news", config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if ".modules_to_save." in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    theirs.eval().save_pretrained(folder)
+    model = make(kind)
+    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8)
+    for name in ("law", "news"):
+        pool.load(name, folder / name)
+    yield kind, lora_ext.attach(model, pool), theirs, folder
+
+
+def test_each_pair_of_a_mixed_batch_scores_what_it_scores_alone_and_in_peft(served: Any) -> None:
+    kind, model, theirs, _ = served
+    batch, base = pairs(kind), make(kind)
+    with torch.no_grad():
+        scores = model(**batch, adapter_names=NAMES).logits
+        assert scores.shape == (6, 1) and len({round(float(s), 4) for s in scores}) == 6
+        for row, (name, length) in enumerate(zip(NAMES, LENGTHS, strict=True)):
+            alone = {key: value[row : row + 1, :length] for key, value in batch.items()}
+            assert abs(model(**alone, adapter_names=[name]).logits - scores[row]).item() < BOUND
+            if name in (None, "__base__"):
+                expected = base(**alone).logits
+            else:
+                theirs.set_adapter(name)
+                expected = theirs(**alone).logits
+                assert abs(expected - base(**alone).logits).item() > 1000 * BOUND
+            assert abs(expected - scores[row]).item() < BOUND
+
+
+def test_a_block_ranks_a_question_s_texts_by_one_adapter(served: Any) -> None:
+    kind, model, theirs, _ = served
+    batch = pairs(kind)
+    theirs.set_adapter("law")
+    with torch.no_grad(), lora_ext.adapters("law"):
+        found = model(**batch).logits[:, 0]
+    with torch.no_grad():
+        expected = theirs(**batch).logits[:, 0]
+    assert (found - expected).abs().max() < BOUND
+    assert torch.equal(found.argsort(), expected.argsort())

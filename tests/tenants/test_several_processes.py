@@ -1,0 +1,88 @@
+"""Eight tenants spread over two processes that train one tiny Llama: each is what it is alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from data_parallel import WAYS, assert_same, trained
+from processes import TwoProcesses
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_ext
+from lora_ext.nn import wrap
+
+BOUND = 1e-6  # of the largest change: float64 but for the float32 angles and norms of Llama
+TENANTS = [f"tenant{i}" for i in range(8)]
+#: Of the rows: whose each is. The first process has the first four, and no tenant has rows in both.
+SPREADS = {
+    "one row each": [5, 0, 3, 6, 1, 7, 2, 4],
+    "some without": [2, 2, 2, 0, 7, 7, 5, 5],
+}
+VOCAB = 97
+ROWS = torch.randint(0, VOCAB, (8, 7), generator=torch.Generator().manual_seed(2))
+
+
+def make() -> Any:
+    """A model with eight adapters of unequal ranks, all of which train."""
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=2, eos_token_id=None, **sizes)
+    model: Any = LlamaForCausalLM(config).eval().double()
+    for i, name in enumerate(TENANTS):
+        modules = ["q_proj", "down_proj"] if i % 2 else ["q_proj", "v_proj", "gate_proj"]
+        wrap(model, lora_ext.LoraConfig(r=1 + i, target_modules=modules), name)
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.requires_grad_(True)
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model
+
+
+def step(rank: int | None, way: str | None, spread: list[int]) -> dict[str, Tensor]:
+    """What the tenants become on a process, or on one that has all rows."""
+    model = make()
+    own = slice(None) if rank is None else slice(rank * 4, rank * 4 + 4)
+    names = [TENANTS[i] for i in spread[own]]
+
+    def loss(wrapped: nn.Module) -> Tensor:
+        with lora_ext.adapters(names):
+            return wrapped(input_ids=ROWS[own], labels=ROWS[own], use_cache=False).loss
+
+    return trained(model, way, model.model.layers, loss)
+
+
+def alone(tenant: int, spread: list[int]) -> dict[str, Tensor]:
+    """What one tenant becomes with its rows alone, each of which counts what it counts in all."""
+    model, rows = make(), [k for k, i in enumerate(spread) if i == tenant]
+
+    def loss(wrapped: nn.Module) -> Tensor:
+        with lora_ext.adapters([TENANTS[tenant]] * len(rows)):
+            mean = wrapped(input_ids=ROWS[rows], labels=ROWS[rows], use_cache=False).loss
+        return mean * len(rows) / len(spread)
+
+    found = trained(model, None, [], loss)
+    return {key: value for key, value in found.items() if f".{TENANTS[tenant]}." in f".{key}."}
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("case", SPREADS)
+def test_tenants_learn_on_two_processes_what_they_learn_on_one_and_alone(
+    way: str, case: str, two_processes: TwoProcesses
+) -> None:
+    spread = SPREADS[case]
+    start = {k: p.detach().clone() for k, p in make().named_parameters() if p.requires_grad}
+    found, other = two_processes.run(step, way, spread)
+    assert all(torch.equal(found[key], other[key]) for key in found)
+    assert_same(found, step(None, None, spread), start, BOUND)
+    for tenant, name in enumerate(TENANTS):
+        keys = [key for key in start if f".{name}." in f".{key}."]
+        if tenant in spread:
+            mine = alone(tenant, spread)
+            assert mine.keys() == set(keys)
+            assert_same({k: found[k] for k in keys}, mine, {k: start[k] for k in keys}, BOUND)
+        else:
+            assert all(torch.equal(found[key], start[key]) for key in keys)
