@@ -21,6 +21,7 @@ __all__ = ["EXPECTED", "register"]
 EXPECTED = "0.32"  # the minor version that this was tried with; what decides is its interface
 _MARK = "_lora_ext_chooses"
 _ENGINE = "vllm.v1.engine.core.EngineCore"
+_FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
 _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "cpu.LoraExtWrapperCPU"),
@@ -81,10 +82,12 @@ def _follow_loads() -> None:
 
 def _build_constraints() -> None:
     lacking = _lacking(_ENGINE, interface.missing_of_door)
+    lacking = lacking or _lacking(_FRONT, interface.missing_of_front)
     if lacking is None:
-        from .constraints import build_at_door  # control and serving: not for a first look
+        from . import constraints  # control and serving: not for a first look
 
-        build_at_door(_found(_ENGINE))
+        constraints.build_at_door(_found(_ENGINE))
+        constraints.check_in_front(_found(_FRONT))
     else:
         _warn(lacking, "constraints of requests are not built")
 
