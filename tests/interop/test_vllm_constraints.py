@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,7 +18,14 @@ from control_toys import guide as toy_guide
 
 from lora_ext import control
 from lora_ext.interop.vllm import constraints
-from lora_ext.interop.vllm.constraints import GUIDE, KEY, PROCESSOR, Rows, build_at_door
+from lora_ext.interop.vllm.constraints import (
+    GUIDE,
+    KEY,
+    PROCESSOR,
+    Rows,
+    build_at_door,
+    check_in_front,
+)
 
 V, LENGTH = len(tokenizer()), 64
 EOS = tokenizer().eos_token_id
@@ -185,6 +193,27 @@ def test_what_cannot_be_met_is_refused_at_the_door():
     params = sampling(date)
     assert built(params).extra_args["other"] == 1 and params.extra_args[KEY] == date
     assert built(sampling()).extra_args is None and built(None) is None
+
+
+def test_an_engine_of_ones_own_refuses_before_it_waits():
+    """vLLM's notes a request before its core sees it, and waits for its end."""
+
+    class LLMEngine:
+        def __init__(self, config):
+            self.vllm_config, self.waits = config, []
+            self.input_processor = SimpleNamespace(process_inputs=lambda request: request)
+
+        def add_request(self, request):
+            self.waits.append(self.input_processor.process_inputs(request))
+
+    check_in_front(LLMEngine)
+    check_in_front(LLMEngine)
+    engine, form = LLMEngine(settings()), {"choice": ["2024-10"]}
+    for most in (3, 20):
+        request = SimpleNamespace(sampling_params=sampling(form, most), prompt_token_ids=[5])
+        with pytest.raises(ValueError, match="at least 8") if most == 3 else nullcontext():
+            engine.add_request(request)
+    assert engine.waits == [request] and request.sampling_params.extra_args[KEY] == form
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,12 @@ def _forget_refused() -> None:
 
 def _build_constraints() -> None:
     lacking = _lacking(_ENGINE, interface.missing_of_door)
+    lacking = lacking or _lacking(_FRONT, interface.missing_of_front)
     if lacking is None:
-        from .constraints import build_at_door  # control and serving: not for a first look
+        from . import constraints  # control and serving: not for a first look
 
-        build_at_door(_found(_ENGINE))
+        constraints.build_at_door(_found(_ENGINE))
+        constraints.check_in_front(_found(_FRONT))
     else:
         _warn(lacking, "constraints of requests are not built")
 

@@ -69,8 +69,13 @@ def missing_of_engine(engine: type) -> str | None:
 
 
 def missing_of_door(engine: type) -> str | None:
-    """What the engine lacks for constraints of requests, or None."""
+    """What the engine's core lacks for constraints of requests, or None."""
     return _missing(engine, {"preprocess_add_request": ("request",)}, ("vllm_config",))
+
+
+def missing_of_front(engine: type) -> str | None:
+    """What the engine in front of the core lacks for them, or None."""
+    return _missing(engine, {"add_request": ()}, ("vllm_config", "input_processor"))
 
 
 def _missing(
