@@ -93,7 +93,7 @@ def test_blocks_before_the_start_have_no_key_and_later_ones_name_it():
 )
 def test_a_request_that_cannot_be_answered_is_refused(changes, match):
     fine = {"prompt_token_ids": [7, 8], "sampling_params": None, "lora_request": JUDGE}
-    activated.check(SimpleNamespace(**fine))
-    activated.check(SimpleNamespace(**{**fine, **changes, "lora_request": PIRATE}))
+    activated.check(SimpleNamespace(**fine), INVOCATION)
+    activated.check(SimpleNamespace(**{**fine, **changes, "lora_request": PIRATE}), ())
     with pytest.raises(ValueError, match=match):
-        activated.check(SimpleNamespace(**{**fine, **changes}))
+        activated.check(SimpleNamespace(**{**fine, **changes}), INVOCATION)

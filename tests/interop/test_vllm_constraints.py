@@ -24,8 +24,9 @@ from lora_ext.interop.vllm.constraints import (
     PROCESSOR,
     Rows,
     build_at_door,
-    check_in_front,
+    in_front,
 )
+from lora_ext.interop.vllm.front import check_in_front
 
 V, LENGTH = len(tokenizer()), 64
 EOS = tokenizer().eos_token_id
@@ -206,8 +207,8 @@ def test_an_engine_of_ones_own_refuses_before_it_waits():
         def add_request(self, request):
             self.waits.append(self.input_processor.process_inputs(request))
 
-    check_in_front(LLMEngine)
-    check_in_front(LLMEngine)
+    check_in_front(LLMEngine, in_front)
+    check_in_front(LLMEngine, in_front)
     engine, form = LLMEngine(settings()), {"choice": ["2024-10"]}
     for most in (3, 20):
         request = SimpleNamespace(sampling_params=sampling(form, most), prompt_token_ids=[5])

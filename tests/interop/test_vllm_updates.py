@@ -350,9 +350,7 @@ def fake_vllm(monkeypatch):
 
     class LLMEngine:
         def add_request(self, request_id):
-            return self.output_processor
-
-        def abort_request(self, request_ids, internal=False): ...
+            return self.vllm_config, self.input_processor
 
     platform = type("CpuPlatform", (), {"get_punica_wrapper": classmethod(lambda cls: "own")})
     found = SimpleNamespace(vllm=ModuleType("vllm"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_ext import _loader
 
-from . import activated, interface, loads, refused
+from . import activated, front, interface, loads
 
 __all__ = ["EXPECTED", "register"]
 
@@ -48,7 +48,6 @@ def register() -> None:
     if mode not in _WRAPPERS:
         raise ValueError(f"LORA_EXT_VLLM: expected 0, 1 or cuda, found {mode!r}")
     _follow_loads()
-    _forget_refused()
     _build_constraints()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
     try:
@@ -77,17 +76,12 @@ def _follow_loads() -> None:
     lacking = _lacking(_ENGINE, interface.missing_of_engine)
     if lacking is None:
         loads.follow_loads(_found(_ENGINE))
-        activated.follow_starts()  # what it lacks is said where such an adapter is loaded
+        lacking = _lacking(_FRONT, interface.missing_of_front)
+        activated.follow_starts(lacking)
+        if lacking is None:
+            front.check_in_front(_found(_FRONT), activated.in_front)
     else:
         _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
-
-
-def _forget_refused() -> None:
-    lacking = _lacking(_FRONT, interface.missing_of_front)
-    if lacking is None:
-        refused.forget_refused(_found(_FRONT))
-    else:
-        _warn(lacking, "a request that is refused in this process is waited for")
 
 
 def _build_constraints() -> None:
@@ -97,7 +91,7 @@ def _build_constraints() -> None:
         from . import constraints  # control and serving: not for a first look
 
         constraints.build_at_door(_found(_ENGINE))
-        constraints.check_in_front(_found(_FRONT))
+        front.check_in_front(_found(_FRONT), constraints.in_front)
     else:
         _warn(lacking, "constraints of requests are not built")
 

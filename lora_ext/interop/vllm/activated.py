@@ -86,10 +86,19 @@ def send(lora_request: Any, invocation: tuple[int, ...]) -> None:
     lora_request.base_model_name = f"{_TRAVELS}{json.dumps(invocation)}"
 
 
-def check(request: Any) -> None:
+def in_front(settings: Any) -> Callable[[Any], None]:
+    """What looks at each request in front of an engine, where no invocation travels yet."""
+
+    def look(request: Any) -> None:
+        if request.lora_request is not None:
+            check(request, read(request.lora_request))
+
+    return look
+
+
+def check(request: Any, invocation: tuple[int, ...]) -> None:
     """Raise ValueError, before anything runs, for a request that its adapter cannot answer."""
     adapter = request.lora_request
-    invocation = invocation_of(adapter)
     if not invocation:
         return
     where = f"lora_request: {adapter.lora_name!r} begins in mid-sequence:"
@@ -97,7 +106,7 @@ def check(request: Any) -> None:
         raise ValueError(f"{where} expected a whole prompt of tokens, found embeddings or a part")
     if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
         raise ValueError(f"{where} expected prompt_logprobs None, found it set")
-    if start_of(request) is None:
+    if _last(torch.tensor(request.prompt_token_ids), invocation) is None:
         raise ValueError(
             f"{where} expected a prompt with its invocation {list(invocation)!r:.200}, found none "
             "in it; lora_request=None asks the base model"
@@ -118,13 +127,13 @@ def _last(ids: torch.Tensor, invocation: tuple[int, ...]) -> int | None:
     return last_start(ids[None], invocation)[0]
 
 
-def follow_starts() -> str | None:
-    """Give vLLM's keys of blocks and rows of a step the starts, for the process; works once.
-
-    Returns:
-        what this vLLM lacks for it, or None.
-    """
+def follow_starts(lacking: str | None = None) -> None:
+    """Give vLLM's keys of blocks and rows of a step the starts, for the process; works once. What
+    is lacking for it is said where such an adapter is loaded."""
     global _lacking
+    _lacking = lacking
+    if lacking is not None:
+        return
     try:
         keys, batch = importlib.import_module(_KEYS), importlib.import_module(_BATCH).InputBatch
         helper = importlib.import_module(_HELPER).PEFTHelper
@@ -140,7 +149,6 @@ def follow_starts() -> str | None:
         for name, module in list(sys.modules.items()):
             if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
                 setattr(module, _KEY, ours)
-    return _lacking
 
 
 def _marked(inner: Any, ours: Callable[..., Any]) -> Any:

@@ -152,29 +152,10 @@ def build_at_door(engine: Any) -> None:
     _doors.append(engine)
 
 
-def check_in_front(engine: Any) -> None:
-    """Let vLLM's ``LLMEngine``, which would wait for ever for what its core has refused, refuse it
-    before it waits; for the process, once. A server's engine has the core's word for it, and an
-    event loop that must not wait for what is built."""
-    inner = engine.__init__
-    if hasattr(inner, _MARK):
-        return
-
-    @functools.wraps(inner)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        inner(self, *args, **kwargs)
-        process, builder = self.input_processor.process_inputs, Builder(self.vllm_config)
-
-        @functools.wraps(process)
-        def process_inputs(*args: Any, **kwargs: Any) -> Any:
-            request = process(*args, **kwargs)
-            builder.built(request)
-            return request
-
-        self.input_processor.process_inputs = process_inputs
-
-    setattr(__init__, _MARK, True)
-    engine.__init__ = __init__
+def in_front(settings: Any) -> Callable[[Any], None]:
+    """What looks at each request in front of an engine of these settings: builds what it asks for,
+    and raises what :meth:`Builder.built` does."""
+    return Builder(settings).built
 
 
 # --- the scores of a step -------------------------------------------------------------------------

@@ -57,12 +57,6 @@ def missing_of_helper(helper: type) -> str | None:
     return _missing(helper, {"_validate_features": ()}, ("alora_invocation_tokens",))
 
 
-def missing_of_front(front: type) -> str | None:
-    """What the engine's front lacks for forgetting what was refused, or None."""
-    doors = {"add_request": ("request_id",), "abort_request": ("request_ids", "internal")}
-    return _missing(front, doors, ("output_processor",))
-
-
 def missing_of_engine(engine: type) -> str | None:
     """What the engine lacks, or None."""
     return _missing(engine, ENGINE, ())
@@ -74,7 +68,7 @@ def missing_of_door(engine: type) -> str | None:
 
 
 def missing_of_front(engine: type) -> str | None:
-    """What the engine in front of the core lacks for them, or None."""
+    """What the engine in front of the core lacks for looking at requests, or None."""
     return _missing(engine, {"add_request": ()}, ("vllm_config", "input_processor"))
 
 

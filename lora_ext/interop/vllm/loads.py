@@ -134,7 +134,8 @@ def follow_loads(engine: Any) -> None:
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "lora_request", None) is not None:
             request.lora_request = loads(self).of_request(request.lora_request)
-            activated.check(request)
+            invocation = activated.invocation_of(request.lora_request)
+            activated.check(request, invocation)
         return inner(self, request, *args)
 
     def add_lora(inner: Any, self: Any, lora_request: Any) -> bool:
