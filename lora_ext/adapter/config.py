@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lora_ext._checks import require
+from lora_ext._checks import WrongKind, integer, require
 from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from .model_index import ModelIndex
@@ -32,7 +32,6 @@ _IGNORED = frozenset(
 )
 # Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
 _REFUSED = {
-    "trainable_token_indices": "it replaces rows of the embedding; lora_ext.from_peft has it",
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "layer_replication": "it changes the base model's layers",
     "use_qalora": "QALoRA pools the input before lora_A",
@@ -50,12 +49,13 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern task_type "
-    "modules_to_save target_parameters alora_invocation_tokens".split()
+    "modules_to_save target_parameters alora_invocation_tokens trainable_token_indices".split()
 )
 # What would reach the tokens before an activated adapter's start, whose keys others share.
 _NOT_ACTIVATED = {
     "use_dora": "PEFT refuses it too",
     "modules_to_save": "a replaced module serves every token",
+    "trainable_token_indices": "rows of the embedding serve every token",
     "target_parameters": "adapters on experts have no rows of single tokens",
 }
 _TRAINED_BIASES = ("all", "lora_only")
@@ -77,6 +77,8 @@ class AdapterConfig(LoraConfig):
     target_modules: str | Iterable[str] | None = None
     modules_to_save: str | Iterable[str] | None = None  # whole modules, in place of the base's
     target_parameters: Iterable[str] | None = None  # of routed experts, by the ends of their names
+    # Rows of the input embedding in place of the base's: tokens, or by the end of its name.
+    trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None = None
     base_bias: str = "none"  # which biases of the base model were trained: "all", "lora_only"
     unknown: tuple[str, ...] = ()  # fields we have never heard of that are switched on
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
@@ -90,6 +92,8 @@ class AdapterConfig(LoraConfig):
         found, listed = f"{names!r:.200}", not isinstance(names, str)
         require(listed, self.where, "target_parameters", "a list of strings", found)
         object.__setattr__(self, "target_parameters", tuple(sorted(names or ())))
+        rows = _token_rows(self.where, self.trainable_token_indices)
+        object.__setattr__(self, "trainable_token_indices", rows)
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -241,6 +245,23 @@ class AdapterConfig(LoraConfig):
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
+
+
+def _token_rows(where: str, given: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
+    """``trainable_token_indices``, checked: tokens, each once."""
+    field = "trainable_token_indices"
+    if not given:
+        return None
+    if isinstance(given, Mapping):
+        named = all(isinstance(name, str) and name for name in given)
+        require(named, where, field, "names with lists of tokens", f"{given!r:.200}")
+        each: Any = {name: _token_rows(where, rows) for name, rows in given.items() if rows}
+        return each or None
+    listed = isinstance(given, list | tuple)
+    require(listed, where, field, "a list of tokens", f"{given!r:.200}", WrongKind)
+    tokens = tuple(integer(where, field, token, 0) for token in given)
+    require(len(set(tokens)) == len(tokens), where, field, "each token once", f"{given!r:.200}")
+    return tokens
 
 
 def _owners(name: str) -> list[str]:

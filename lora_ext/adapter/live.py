@@ -88,6 +88,11 @@ def _replacements(
     """What PEFT trains in the place of the base model's own, under the names of a file."""
     own = f".modules_to_save.{adapter}."
     found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
+    own, seen = f".trainable_tokens_delta.{adapter}", set()
+    for name, value in tensors.items():
+        if name.endswith(own) and value.data_ptr() not in seen:  # a tied head has the embedding's
+            seen.add(value.data_ptr())
+            found[name.removesuffix(f".{adapter}")] = value
     configs: Any = getattr(model, "peft_config", {})
     bias = getattr(configs.get(adapter), "bias", "none")
     if bias != "none":

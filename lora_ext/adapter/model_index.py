@@ -78,6 +78,9 @@ class ModelIndex:
     bypassed: dict[str, str] = field(default_factory=dict)
     #: How many tokens the model knows; None: nobody can tell.
     vocabulary: int | None = None
+    #: Names of the input embedding, and of an output head that shares its weight.
+    input_embedding: str | None = None
+    tied_head: str | None = None
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -164,8 +167,14 @@ class ModelIndex:
         require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
         heads, own = head_names(model), BaseWeights(model)
         index = cls(linear, embedding, unsupported, *heads, own, experts=experts)
+        embeds, tied = _input_embedding(model, heads[0])
         return replace(
-            index, parameters=parameters, bypassed=skipped, vocabulary=vocabulary_of(model)
+            index,
+            parameters=parameters,
+            bypassed=skipped,
+            vocabulary=vocabulary_of(model),
+            input_embedding=embeds,
+            tied_head=tied,
         )
 
 
@@ -175,6 +184,20 @@ def vocabulary_of(model: Any) -> int | None:
         return int(model.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):  # another module, or one that embeds no tokens
         return None
+
+
+def _input_embedding(model: Any, head: str | None) -> tuple[str | None, str | None]:
+    """Names of the input embedding of a model of transformers, and of a head with its weight; None
+    where others have that weight too, as encoder and decoder may."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None, None
+    known = model.named_modules(remove_duplicate=False)
+    names = [name for name, module in known if getattr(module, "weight", None) is weight]
+    tied = head if head in names else None
+    others = [name for name in names if name != tied]
+    return (others[0], tied) if len(others) == 1 else (None, None)
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:

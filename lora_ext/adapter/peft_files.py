@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from .peft_tensors import (
     roles_of,
     wrapped_names,
 )
-from .replaced import Replaced, find_replaced, read_replaced
+from .replaced import Replaced, find_replaced, find_rows, read_replaced
 
 # A directory, or (config, state dict).
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
@@ -62,6 +62,7 @@ class CheckedAdapter:
         tensors: the file or state dict, open. index: the base model's modules.
         keys: of each adapted module, its keys by role. scalings: of each.
         whole: of each module that is replaced, its keys by ``weight`` and ``bias``.
+        rows: of each module of whose weight some rows are replaced, their key; tokens: which.
     """
 
     config: AdapterConfig
@@ -71,6 +72,8 @@ class CheckedAdapter:
     keys: dict[str, dict[str, str]]
     scalings: dict[str, float]
     whole: dict[str, dict[str, str]]
+    rows: dict[str, str] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
         """Read one adapted module after the other, so that whoever converts each has no more than
@@ -96,6 +99,9 @@ class CheckedAdapter:
         """Read one module after the other that the adapter brings along."""
         for module, keys in self.whole.items():
             yield self.index.modules[module], read_replaced(self.tensors, keys)
+        for module, key in self.rows.items():
+            rows = Replaced(self.tensors.read(key), rows=torch.tensor(self.tokens))
+            yield self.index.modules[module], rows
 
     def where_is(self, module: str, part: str) -> str:
         """File and key of a field of :class:`Factors`, for messages."""
@@ -152,8 +158,15 @@ def check_adapter(
             f"{config.where}: target_parameters is not supported apart from a model: AdapterPool "
             "serves adapters on experts, and from_peft trains them"
         )
+    if config.trainable_token_indices and not index.shared:
+        raise NotImplementedError(
+            f"{config.where}: trainable_token_indices is not supported apart from a model: "
+            "AdapterPool serves them, and from_peft trains them"
+        )
     experts = wrapped_names(index.parameters, config.targeted_parameters(index))
     grouped, base, leftover = _group_keys(tensors, index, experts)
+    rows, tokens = find_rows(config, tensors, index, grouped)
+    leftover = [key for key in leftover if key not in rows.values()]
     saved: dict[str, str] = {}
     if index.shared:
         other = {key: base_name(key) for key in (*base, *leftover)}
@@ -185,7 +198,9 @@ def check_adapter(
     for key, name in base.items():
         index.weights.check(tensors, key, name)
     scalings = {module: scaling for module, (_, scaling) in ranks.items()}
-    return CheckedAdapter(config, tuple(leftover), tensors, index, grouped, scalings, whole)
+    return CheckedAdapter(
+        config, tuple(leftover), tensors, index, grouped, scalings, whole, rows, tokens
+    )
 
 
 def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:

@@ -11,14 +11,16 @@ from lora_ext._checks import require
 
 from .config import AdapterConfig
 from .model_index import PAGE_DTYPES, ModelIndex
-from .peft_tensors import TensorSource
+from .peft_tensors import PREFIX, TensorSource
 
 
 class Replaced(NamedTuple):
-    """What stands in the place of a linear layer's or an embedding's own tensors."""
+    """What stands in the place of a linear layer's or an embedding's own tensors, or of some rows
+    of its weight."""
 
-    weight: Tensor  # (O, I); of an embedding (tokens, O)
+    weight: Tensor  # (O, I); of an embedding (tokens, O); of n rows (n, ...)
     bias: Tensor | None = None  # (O,)
+    rows: Tensor | None = None  # (n,) int64: which they are; None is all
 
 
 def find_replaced(
@@ -72,6 +74,49 @@ def find_replaced(
         require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, other)
         found.setdefault(module, {})[role] = key
     return found
+
+
+_ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+def find_rows(
+    config: AdapterConfig, tensors: TensorSource, index: ModelIndex, adapted: Iterable[str]
+) -> tuple[dict[str, str], tuple[int, ...]]:
+    """Keys of rows that stand in the place of the input embedding's, by the modules that have them
+    (PEFT's ``trainable_token_indices``: a tied head has them too), and which rows. All headers are
+    checked, and no tensor is read.
+
+    Raises:
+        ValueError: a key, shape or token that does not fit. NotImplementedError: rows of another
+            module than a plain input embedding.
+    """
+    given, field = config.trainable_token_indices, "trainable_token_indices"
+    if given is None:
+        return {}, ()
+    by_name = given if isinstance(given, Mapping) else {index.input_embedding or "": given}
+    ((name, tokens), *others) = by_name.items()
+    module, spec = index.input_embedding, index.embedding.get(index.input_embedding or "")
+    fits = module is not None and spec is not None and module.endswith(name) and not others
+    expected = "the input embedding, a plain nn.Embedding that the pool serves (targets=), alone"
+    require(fits, config.where, field, expected, f"{list(by_name)}", NotImplementedError)
+    assert spec is not None and module is not None
+    with_head = [module, *([index.tied_head] if index.tied_head else [])]
+    for each in with_head:
+        plain = each not in adapted and not config.saves_whole(f"{each}.weight")
+        plain = plain and f"{each}.bias" not in index.weights  # PEFT would leave it out
+        alone, found = plain and each in index.modules, "more, or none that the pool serves"
+        expected = f"these rows of {each} and nothing else of it, not a bias either"
+        require(alone, config.where, field, expected, found, NotImplementedError)
+    key = f"{PREFIX}{module}{_ROWS}"
+    key = key if key in tensors.infos else key.removeprefix(PREFIX)
+    require(key in tensors.infos, tensors.where, key, "the rows of trainable_token_indices", "none")
+    most = spec.in_features - 1
+    require(max(tokens) <= most, config.where, field, f"tokens up to {most}", max(tokens))
+    info, shape = tensors.infos[key], (len(tokens), spec.out_features)
+    known = "float16, bfloat16, float32 or float64"
+    require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", known, info.dtype)
+    require(info.shape == shape, f"{tensors.where}: {key}", "shape", shape, info.shape)
+    return dict.fromkeys(with_head, key), tuple(tokens)  # pyright: ignore[reportReturnType]
 
 
 def read_replaced(tensors: TensorSource, keys: Mapping[str, str]) -> Replaced:

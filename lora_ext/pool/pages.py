@@ -77,15 +77,17 @@ class PackedModule:
 
 @dataclass(frozen=True)
 class PackedReplaced:
-    """A module that an adapter replaces, in host memory."""
+    """A module that an adapter replaces, or rows of it, in host memory."""
 
-    weight: Tensor  # (O, I); of an embedding (tokens, O)
+    weight: Tensor  # (O, I); of an embedding (tokens, O); of n rows (n, ...)
     bias: Tensor | None  # (O,)
+    rows: Tensor | None = None  # (n,) int64
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of all three."""
+        tensors = (self.weight, self.bias, self.rows)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,13 @@ def read_packed(
                 # After the conversion, so that what float16 cannot hold is found as well.
                 _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
         for spec, whole in adapter.replaced():
-            weight, bias = (_host(spec, t, spec.dtype) for t in whole)
+            weight, bias = (_host(spec, t, spec.dtype) for t in (whole.weight, whole.bias))
             assert weight is not None
+            field = "modules_to_save" if whole.rows is None else "trainable_token_indices"
             for values in (weight, bias):
-                _check_finite(values, f"AdapterPool: modules_to_save: {spec.name}")
-            replaced[spec.name] = PackedReplaced(weight, bias)
+                _check_finite(values, f"AdapterPool: {field}: {spec.name}")
+            rows = _host(spec, whole.rows, torch.int64)
+            replaced[spec.name] = PackedReplaced(weight, bias, rows)
     return PackedAdapter(adapter.config, modules, replaced, adapter.leftover)
 
 

@@ -156,8 +156,11 @@ class _Search:
 def _room_for(store: PageStore, module: str, whole: PackedReplaced) -> Replaced:
     device = store.index.modules[module].device
     try:
-        bias = None if whole.bias is None else torch.empty_like(whole.bias, device=device)
-        return Replaced(torch.empty_like(whole.weight, device=device), bias)
+        bias, rows = (
+            None if t is None else torch.empty_like(t, device=device)
+            for t in (whole.bias, whole.rows)
+        )
+        return Replaced(torch.empty_like(whole.weight, device=device), bias, rows)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         raise MemoryError(
             f"AdapterPool: expected room for {module} of an adapter that replaces it "

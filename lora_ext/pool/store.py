@@ -223,8 +223,9 @@ class PageStore:
         for module, room in (place.replaced if place else {}).items():
             whole = replaced[module]
             jobs[room.weight.device].append((room.weight, whole.weight))
-            if room.bias is not None and whole.bias is not None:
-                jobs[room.weight.device].append((room.bias, whole.bias))
+            for to, own in ((room.bias, whole.bias), (room.rows, whole.rows)):
+                if to is not None and own is not None:
+                    jobs[to.device].append((to, own))
         new = place.memory if place else []
         written: Written = []
         for device, transfer in self.transfers.items():
@@ -256,7 +257,7 @@ class PageStore:
             )
         replaced = {
             module: PackedReplaced(
-                to_host(whole.weight), None if whole.bias is None else to_host(whole.bias)
+                *(None if tensor is None else to_host(tensor) for tensor in whole)
             )
             for module in self._replacing
             if (whole := self.modules[module].replaced.get(resident.slot)) is not None

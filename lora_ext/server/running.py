@@ -74,7 +74,7 @@ class Settings:
         instance(_WHERE, "--host", self.host, str)
         integer(_WHERE, "--port", self.port, 0, 65535, expected="0 to 65535")
         for name in ("max_requests", "max_rank", "context", "max_body"):
-            value, words = getattr(self, name), "an integer, at least 1"
+            value, words = getattr(self, name), ("an integer, at least 1", "at least 1")
             integer(_WHERE, f"--{name.replace('_', '-')}", value, 1, expected=words)
         instance(_WHERE, "--allow-origin", self.origins, (list, tuple))  # of a text, its letters
         if self.device is not None:

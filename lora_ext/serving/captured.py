@@ -269,6 +269,12 @@ class Capturable:
     def _place(self, residents: Any) -> None:
         """Give each adapter with modules of its own a place, the one that it had if it can be."""
         slabs = [slab for slab in self._modules().values() if slab.replaced]
+        for r in residents:
+            some = any(s.replaced[r.slot].rows is not None for s in slabs if r.slot in s.replaced)
+            require(
+                not some, "capturable", "adapters", "none with trainable_token_indices in a step",
+                f"{r.name!r}", NotImplementedError,
+            )  # fmt: skip
         bring = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
         if len(bring) > self.replaced:
             raise ValueError(
@@ -333,7 +339,8 @@ class Capturable:
         """The weights of adapters that replace a module, and the place of each row; None where no
         adapter in the pool does."""
         slab = self.pool.modules[name]
-        if name not in self._banks and slab.replaced and self.replaced:
+        whole = any(each.rows is None for each in slab.replaced.values())
+        if name not in self._banks and whole and self.replaced:
             self._check_warm(name)
             bank = self._banks[name] = ReplacedBank(slab, self.replaced)
             bank.follow(self._holds)

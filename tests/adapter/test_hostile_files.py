@@ -266,7 +266,6 @@ def test_config_fields_that_make_no_sense(pool, fields):
     "fields",
     [
         {"target_modules": ["up", "down", "norm"]},
-        {"trainable_token_indices": [1]},
         {"target_parameters": ["up.weight"]},
         {"layer_replication": [[0, 1]]},
         {"ensure_weight_tying": True},

@@ -1,4 +1,5 @@
-"""Rows whose adapter brings a module of its own (PEFT's ``modules_to_save``): a head, as a rule.
+"""Rows whose adapter brings a module of its own (PEFT's ``modules_to_save``), a head as a rule, or
+some rows of the embedding (``trainable_token_indices``).
 
 The base module computes all rows, so that its own keep every bit; then those of such adapters are
 computed again with their own weight and put in their places.
@@ -47,10 +48,15 @@ def with_replaced(
     rows_in = x.reshape(-1) if of_tokens else x.reshape(-1, x.shape[-1])  # (T,) or (T, I)
     ours = not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad))
     for slot, rows in groups:
-        weight, bias = of_slots[slot]
+        weight, bias, own = of_slots[slot]
         if weight.is_cuda:  # its adapter may be unloaded before the device has read it
-            weight.record_stream(torch.cuda.current_stream(weight.device))
-        part = _product(rows_in[rows], weight, bias).to(y.dtype)
+            for tensor in (weight, own):
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.current_stream(weight.device))
+        if own is None:
+            part = _product(rows_in[rows], weight, bias).to(y.dtype)
+        else:
+            part = _with_rows(flat[rows], rows_in[rows], weight, own)
         flat = flat.index_copy_(0, rows, part) if ours else flat.index_copy(0, rows, part)
     return flat.view(y.shape)
 
@@ -60,6 +66,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not x.is_floating_point():
         return F.embedding(x, weight)
     return F.linear(x.to(weight), weight, bias)
+
+
+def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """Outputs ``y (T, O)`` of a module of whose weight these ``rows (n,)`` are others, ``weight``:
+    of an embedding, tokens ``x (T,)`` that are among them; of a head, outputs that are."""
+    if x.is_floating_point():
+        return y.index_copy(1, rows, F.linear(x.to(weight), weight).to(y.dtype))
+    same = x[:, None] == rows  # (T, n)
+    own = weight[same.int().argmax(1)].to(y.dtype)
+    return torch.where(same.any(1, keepdim=True), own, y)
 
 
 class ReplacedBank:
@@ -73,7 +89,7 @@ class ReplacedBank:
     def __init__(self, slab: Any, places: int):
         self._slab = slab
         self._holds: list[Any] = [None] * places
-        like = next(iter(slab.replaced.values()))
+        like = next(each for each in slab.replaced.values() if each.rows is None)
         with torch.inference_mode(False):
             self._weights = [torch.zeros_like(like.weight) for _ in range(places)]
             self._biases = [
