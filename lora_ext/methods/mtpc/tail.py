@@ -43,24 +43,24 @@ class DraftTail(nn.Module):
         stack = decoder_layers(model)
         expected = f"1 to {len(stack)}"
         require(1 <= num_layers <= len(stack), "DraftTail", "num_layers", expected, num_layers)
-        if pool_of(model) is not None:
-            raise ValueError(
-                "DraftTail: model: expected a model that is not attached, found an attached one, "
-                "whose adapters have no place for the doubled rows; detach it, or draft with a "
-                "head alone (draft_layers=0)"
-            )
+        found = (
+            "an attached one, whose adapters have no place for the doubled rows; detach it, or "
+            "draft with a head alone (draft_layers=0)"
+        )
+        fits = pool_of(model) is None
+        require(fits, "DraftTail", "model", "a model that is not attached", found)
         # Not children: they are the model's.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {id(module) for layer in self._layers for module in layer.modules()}
         replacements: dict[str, nn.Module] = {}
         holders: list[Any] = []
         for name, base in model.named_modules():
-            if id(base) in inside and isinstance(base, LoraLinear) and NAME in base.lora_A:
-                raise ValueError(
-                    f"DraftTail: model: expected layers without a draft tail, found one at {name} "
-                    "(its remove() takes it away)"
-                )
-            if linear_size(base) is not None and id(base) in inside:
+            if id(base) not in inside:
+                continue
+            new = not isinstance(base, LoraLinear) or NAME not in base.lora_A
+            found = f"one at {name} (its remove() takes it away)"
+            require(new, "DraftTail", "model", "layers without a draft tail", found)
+            if linear_size(base) is not None:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
                 lora.set_adapter([])  # rows without a name are rows of the verifier
                 replacements[name] = lora
@@ -107,8 +107,7 @@ class DraftTail(nn.Module):
 
         with contextlib.ExitStack() as stack:
             for layer in self._layers:
-                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
             stack.enter_context(self._own_factors())
             stack.enter_context(of_call([None] * batch + [NAME] * batch))
             yield
