@@ -140,6 +140,7 @@ def follow_starts(lacking: str | None = None) -> None:
         _lacking = missing_of_keys(keys) or missing_of_batch(batch) or missing_of_helper(helper)
     except (ImportError, AttributeError) as error:
         _lacking = str(error)
+        return
     if _lacking is None and not hasattr(batch.make_lora_inputs, _MARK):
         batch.make_lora_inputs = _marked(batch.make_lora_inputs, _rows)
         helper._validate_features = _marked(helper._validate_features, _features)
