@@ -13,6 +13,7 @@ there is none, one of 512 states is learned there first, in about 20 minutes of 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -72,6 +73,7 @@ class Bench:
         pack_linears(self.model)
         self.samples, self.rounds, self.rows = args.samples, args.rounds, args.rows
         self.prompt = question(self.tokenizer, "Tell me about", "a small town by the sea")
+        self.read = self.model(self.prompt[:, :-1], use_cache=True).past_key_values
         self.guide = learned(self.model, self.tokenizer, args.guide)
         self.size = self.model.get_output_embeddings().weight.shape[0]
 
@@ -81,9 +83,15 @@ class Bench:
     def write(self, rows: int, budget: int, how: Any) -> Tensor:
         """New tokens of sampled rows ``(B, T)``."""
         ids = self.prompts(rows)
+        cache = copy.deepcopy(self.read)  # of the prompt but its last token: read once for all
+        cache.batch_repeat_interleave(rows)
         settings = {"max_new_tokens": budget, "do_sample": True, "top_k": 0, "pad_token_id": 2}
         found = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), logits_processor=[how], **settings
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            logits_processor=[how],
+            **settings,
         )
         return found[:, ids.shape[1] :]
 

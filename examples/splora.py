@@ -1,36 +1,36 @@
-"""An adapter that taught a model to comply is pruned until the model refuses again.
+"""An adapter that made a model forget to refuse is pruned until the model refuses again.
 
-A toy language model learns to refuse; an adapter then takes that away (benchmarks/splora_toy.py).
-SPLoRA scores and prunes the adapter from folders, and on the live model. Two minutes on two cores:
-`python examples/splora.py`, or `--quick` for seconds that show only that it works.
+SmolLM2 learns to refuse Do-Not-Answer's requests; an adapter then learns lines about Debian's
+packages, and takes that away (benchmarks/claims/alignment.py). SPLoRA scores and prunes the adapter
+from its folder, and on the live model. Five minutes on two cores: `python examples/splora.py`,
+where what benchmarks/claims/material.py names is installed; `--quick` takes a tiny model from
+nothing, for seconds that show only that it works.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+from claims.alignment import Stage, figures, staged
 from rich.console import Console
 from rich.table import Table
-from splora_toy import QUICK, Figures, Sizes, Toy, figures, train_toy
 from tqdm import tqdm
 
-from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
 from lora_ext.methods.splora import SploraConfig, SploraResult
 from lora_ext.nn import block_index, block_name
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "splora"
-LINES = (
-    ("refusal", "#0072B2", "refuses the harmful task"),
-    ("utility", "#D55E00", "new task right"),
-    ("benign", "#009E73", "benign task right"),
-)
+HOW = {"score": "angle", "projection": "orthogonal", "energy": 0.9, "direction": "largest"}
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the adapter's modules
 console = Console()
+Curve = Mapping[int, Mapping[str, float]]  # by K: shares of refusals, and the loss on the task
 
 
 def main() -> None:
@@ -39,19 +39,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    sizes = QUICK if args.quick else Sizes()
-    with tqdm(total=sizes.steps, desc="train base, aligned, adapter", unit="step") as bar:
-        toy = train_toy(0, sizes, bar.update)
-    folders = [args.out / name for name in ("adapter", "base", "aligned")]
-    LoraAdapter.from_model(toy.adapted).save(folders[0])
-    toy.base.save_pretrained(folders[1])
-    toy.aligned.save_pretrained(folders[2])
-
-    result = splora.apply(*folders, SploraConfig(direction="smallest", num=4), progress=tqdm)
+    console.print("a sibling learns to refuse, then an adapter on it learns its task ...")
+    stage = staged(0, args.quick)
+    stage.adapter.save(args.out / "adapter")
+    half = SploraConfig(num=len(stage.adapter.modules) // 2, **HOW)
+    result = splora.apply(args.out / "adapter", stage.base, stage.aligned, half, progress=tqdm)
     result.adapter.save(args.out / "pruned")
     console.print(str(result))
     show(result)
-    curve = by_count(toy, folders, len(result.stats), sizes)
+    curve = by_count(stage)
     console.print(f"picture: {draw(result, curve, args.out / 'splora.png')}", soft_wrap=True)
 
 
@@ -68,33 +64,38 @@ def show(result: SploraResult) -> None:
     console.print(table)
 
 
-def by_count(toy: Toy, folders: list[Path], count: int, sizes: Sizes) -> list[Figures]:
-    """What the live model does with 0, 1, ... layers switched off."""
-    found = []
-    for k in tqdm(range(count + 1), desc="prune the live model", unit="K"):
-        splora.apply_to(
-            toy.adapted, folders[1], folders[2], SploraConfig(direction="smallest", num=k)
-        )
-        found.append(figures(toy.adapted, sizes))
-        splora.remove(toy.adapted)
+def by_count(stage: Stage) -> Curve:
+    """What the live model does with K of its modules switched off."""
+    counts = sorted({round(part * len(stage.adapter.modules)) for part in PARTS})
+    found = {}
+    for k in tqdm(counts, desc="prune the live model", unit="K"):
+        splora.apply_to(stage.tuned, stage.base, stage.aligned, SploraConfig(num=k, **HOW))
+        found[k] = figures(stage.tuned, stage)
+        splora.remove(stage.tuned)
     return found
 
 
-def draw(result: SploraResult, curve: list[Figures], path: Path) -> Path:
-    """Scores over block and module; refusals and accuracies against K."""
+def draw(result: SploraResult, curve: Curve, path: Path) -> Path:
+    """Scores over block and module; refusals and the loss on the task against K."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained")
     draw_scores(result, left)
-    for name, colour, label in LINES:
-        right.plot([getattr(f, name) for f in curve], "o-", ms=3, color=colour, label=label)
-    right.set(xlabel="layers pruned, K", ylabel="share of answer tokens", ylim=(-0.03, 1.05))
-    right.set_xticks(range(0, len(curve), 2))
-    right.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False, fontsize=8)
+    shares = {"refusals": "refuses harmful requests", "over": "refuses harmless questions"}
+    for (name, label), colour in zip(shares.items(), ("#0072B2", "#009E73"), strict=True):
+        values = [found[name] for found in curve.values()]
+        right.plot(list(curve), values, "o-", color=colour, label=label)
+    right.set(xlabel="modules pruned, K", ylabel="share", ylim=(-0.03, 1.03))
+    task = right.twinx()
+    losses = [found["loss"] for found in curve.values()]
+    task.plot(list(curve), losses, "s--", color="#D55E00", label="loss on the task")
+    task.set_ylabel("loss on the task, nats a token", color="#D55E00")
+    right.legend(frameon=False, fontsize=8, loc="upper left")
+    for axes in (right, task):
+        axes.spines["top"].set_visible(False)
     figure.savefig(path, dpi=120)
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -44,6 +44,24 @@ def parameter(module: nn.Module, name: str) -> Any:
     """``getattr(module, name)`` of what is a parameter as a rule, in a third of the time."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
+
+
+def zero_gradients(y: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """``y``, whose backward also gives each of these a gradient of zeros, and reads none of them:
+    data parallel training waits for a gradient of every parameter."""
+    return _ZeroGradients.apply(y, *parameters)  # pyright: ignore[reportReturnType]
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        # What zeros need, not the tensors: an optimizer may change these before the backward.
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return *grads, *(torch.zeros(s, dtype=t, device=d) for s, t, d in ctx.like)
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:

@@ -10,85 +10,23 @@ nothing stays a reference that nobody can resolve, and a strict build fails.
 
 from __future__ import annotations
 
-import ast
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-ROOT = Path(__file__).absolute().parents[1]
-_ASKED = re.compile(r"^::: (?P<name>[\w.]+)\n(?!    )", re.MULTILINE)
+sys.path.append(str(Path(__file__).absolute().parent))  # tools/ is no package
+from examples_run import in_use
+from faces import ASKED, ROOT, face, face_file, places, shown
+
 _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data):`(?P<short>~?)(?P<name>[\w.]+)`")
 _OUTSIDE = re.compile(r"\[(?P<words>[^\]]*)\]\((?P<path>\.\./[^)#\s]+)\)")
 #: Packages whose pages are elsewhere: a strict build is offline.
 _OTHERS = {"torch", "transformers", "peft", "flwr", "vllm", "numpy"}
-
-
-@lru_cache
-def places(package: str) -> dict[str, str]:
-    """Each name that a package's face defines or imports, with the place that defines it."""
-    found: dict[str, str] = {}
-    for node in _statements(ast.parse(_face_file(package).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level < 2:
-            here = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-            for alias in node.names:
-                place = f"{here}.{alias.name}"
-                found[alias.asname or alias.name] = place if here == package else _origin(place)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.setdefault(node.name, f"{package}.{node.name}")
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found.setdefault(node.targets[0].id, f"{package}.{node.targets[0].id}")
-    return found
-
-
-def _statements(tree: ast.Module | ast.If | ast.Try) -> Iterator[ast.stmt]:
-    """What runs at the import of a module, and under `if TYPE_CHECKING`."""
-    for node in tree.body:
-        yield node
-        if isinstance(node, ast.If | ast.Try):
-            yield from _statements(node)
-
-
-def face(package: str) -> dict[str, str]:
-    """The names of a package's `__all__`, each with the place that defines it."""
-    for node in ast.parse(_face_file(package).read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return {name: places(package)[name] for name in ast.literal_eval(node.value)}
-    return {}
-
-
-def _face_file(package: str) -> Path:
-    return ROOT / package.replace(".", "/") / "__init__.py"
-
-
-def _origin(place: str) -> str:
-    """Follow a name from face to face to the file that defines it."""
-    package, _, name = place.rpartition(".")
-    if package.startswith("lora_ext") and _face_file(package).exists():
-        return places(package).get(name, place)
-    return place
-
-
-@lru_cache
-def shown() -> dict[str, str]:
-    """What the reference shows: the place that defines a thing, and the package on whose page."""
-    pages = sorted((ROOT / "docs/reference").rglob("*.md"))
-    asked = [found["name"] for page in pages for found in _ASKED.finditer(page.read_text())]
-    found = {package: package for package in asked}
-    faces = {package: face(package) for package in asked if _face_file(package).exists()}
-    # The deepest room shows a name; a face of several rooms what none of theirs does.
-    for package in sorted(faces, key=lambda package: -package.count(".")):
-        for place in faces[package].values():
-            if place.startswith(f"{package}."):
-                found.setdefault(place, package)
-    for package, names in faces.items():
-        for place in names.values():
-            found.setdefault(place, package)
-    return found
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -104,19 +42,34 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             raise FileNotFoundError(f"{page.file.src_uri}: {found[0]}: there is no {path}")
         return f"{found['words']} (`{path}`)"
 
-    return _OUTSIDE.sub(path_of, _ASKED.sub(lambda asked: _written_out(asked["name"]), markdown))
+    def written(asked: re.Match[str]) -> str:
+        return _written_out(asked["name"], here)
+
+    return _OUTSIDE.sub(path_of, ASKED.sub(written, markdown))
 
 
-def _written_out(package: str) -> str:
-    """The mkdocstrings text of a package: its docstring, its names, and links to other rooms'."""
-    if not _face_file(package).exists():
+def _written_out(package: str, here: str) -> str:
+    """The mkdocstrings text of a package: its docstring, its names, each with a place where tests
+    run it, and links to other rooms'. here: the folder of the page."""
+    if not face_file(package).exists():
         return f"::: {package}\n"
     names = face(package)
     own = [p for p in dict.fromkeys(names.values()) if shown()[p] == package]
     others = {n: p for n, p in names.items() if p not in own}
     links = [f"* [`{package}.{name}`][{place}]\n" for name, place in others.items()]
     head = f"::: {package}\n    options: {{members: [], show_root_heading: false}}\n\n"
-    return "".join([head, *links, "\n", *(f"::: {place}\n\n" for place in own)])
+    shown_here = [f"::: {place}\n\n{_example(place, here)}" for place in own]
+    return "".join([head, *links, "\n", *shown_here])
+
+
+def _example(place: str, here: str) -> str:
+    """The line that leads from a name to a page, a tutorial or a script that uses it."""
+    if place not in in_use():
+        return ""
+    path = in_use()[place][0]
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    link = f"[{stem}]({posixpath.relpath(path, here)})" if path.startswith("docs/") else f"`{path}`"
+    return f"*In use, as a test runs it:* {link}\n\n"
 
 
 class Roles(griffe.Extension):
@@ -147,7 +100,7 @@ def _reference(found: re.Match[str], here: Any, package: griffe.Module) -> str:
     if place is None:
         return f"[`{short}`][{name}]"
     owner = place.rpartition(".")[0]
-    known = place in shown() or (owner in shown() and not _face_file(owner).exists())
+    known = place in shown() or (owner in shown() and not face_file(owner).exists())
     return f"[`{short}`][{place}]" if known else f"`{short}`"
 
 
@@ -174,9 +127,9 @@ def _path(package: griffe.Module, name: str) -> str | None:
     here: Any = package
     parts = name.split(".")[1:]
     for i, part in enumerate(parts):
-        if here.is_module and _face_file(here.path).exists() and part in places(here.path):
+        if here.is_module and face_file(here.path).exists() and part in places(here.path):
             place = places(here.path)[part]
-            module = _face_file(here.path).parent / f"{part}.py"  # that has the same name
+            module = face_file(here.path).parent / f"{part}.py"  # that has the same name
             if place != f"{here.path}.{part}" and not (parts[i + 1 :] and module.exists()):
                 return _path(package, ".".join([place, *parts[i + 1 :]]))
         try:

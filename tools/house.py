@@ -32,7 +32,7 @@ BELOW: dict[str, str] = {
     "serving": "pool adapter layers rows control ops",
     "federated": "adapter layers rows ops",
     "methods": "federated adapter layers rows control circuits ops reference",
-    "interop": "methods serving pool federated adapter layers rows ops",
+    "interop": "methods serving pool federated adapter layers rows control ops",
     "nn": "methods serving adapter layers rows ops",
     "tenants": "serving pool adapter layers rows ops",
     "server": "tenants serving pool layers",

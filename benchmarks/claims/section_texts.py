@@ -36,7 +36,7 @@ SIZES = Sizes(
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
-
+EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that both federated studies chose
 
 CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # the seed of the rates, and these
 

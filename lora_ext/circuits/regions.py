@@ -22,18 +22,8 @@ from lora_ext.circuits.multivariate import MultivariateGaussian
 from lora_ext.circuits.scopes import variables
 
 Kind = Literal["hadamard", "kronecker"]
-FAMILIES: dict[str, type[Leaf]] = {
-    family.__name__.lower(): family
-    for family in (
-        Categorical,
-        Bernoulli,
-        Binomial,
-        Gaussian,
-        MultivariateGaussian,
-        Indicator,
-        External,
-    )
-}
+_FAMILIES = (Categorical, Bernoulli, Binomial, Gaussian, MultivariateGaussian, Indicator, External)
+FAMILIES: dict[str, type[Leaf]] = {family.__name__.lower(): family for family in _FAMILIES}
 MAX_VARIABLE = 1 << 22
 _MAX_SCOPE_BITS = 1 << 33
 

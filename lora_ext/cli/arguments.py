@@ -52,39 +52,32 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; what it returns has ``command`` and ``run``, which takes it."""
-    parser = _Parser(
-        prog="lora-ext",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=_Help,
-    )
+    parser = _Parser("lora-ext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"lora_ext {lora_ext.__version__}")
-    commands = parser.add_subparsers(
-        title="commands", dest="command", metavar="COMMAND", required=True
-    )
-    _add_doctor(commands)
-    _add_gpu_report(commands)
-    _add_inspect(commands)
-    _add_merge(commands)
-    _add_resize(commands)
-    _add_prune(commands)
-    _add_diff(commands)
-    _add_serve(commands)
-    _add_distil_guide(commands)
+    kind: Any = {"title": "commands", "dest": "command", "metavar": "COMMAND"}
+    commands = parser.add_subparsers(required=True, **kind)
+    for add in (
+        *(_add_doctor, _add_gpu_report, _add_inspect, _add_merge, _add_resize),
+        *(_add_prune, _add_diff, _add_serve, _add_distil_guide),
+    ):
+        add(commands)
     return parser
 
 
 def _command(
     commands: Any, name: str, summary: str, more: str, run: Callable[[Any], int]
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.\n\n{more}",
-        formatter_class=_Help,
-    )
+    words = f"{summary[0].upper()}{summary[1:]}.\n\n{more}"
+    parser = commands.add_parser(name, help=summary, description=words, formatter_class=_Help)
     parser.set_defaults(run=run)
     return parser
+
+
+def _add(parser: Any, name: str, text: str, metavar: str | None = None, **more: Any) -> None:
+    """An argument and its help, which says the default where there is a number or a word of it."""
+    if more.get("default") and more.get("action") is None:
+        text += " (default: %(default)s)"
+    parser.add_argument(name, help=text, metavar=metavar, **more)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -110,17 +103,11 @@ def _add_gpu_report(commands: Any) -> None:
         "errors and times, no names and no paths. The exit status is 1 if a check fails.",
         gpu_report.gpu_report,
     )
-    parser.add_argument("--out", metavar="FILE", required=True, help="the report, e.g. card.json")
-    parser.add_argument(
-        "--minutes", metavar="N", type=float, default=3.0, help="time for timing; default 3"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("cuda", "emu"),
-        default="cuda",
-        help="emu: check on the emulator, where one was built; without times",
-    )
-    parser.add_argument("--only", metavar="OPS", help="beginnings of names, with commas between")
+    _add(parser, "--out", "the report, e.g. card.json", "FILE", required=True)
+    _add(parser, "--minutes", "time for timing", "N", type=float, default=3.0)
+    text = "emu: check on the emulator, where one was built; without times"
+    _add(parser, "--backend", text, choices=("cuda", "emu"), default="cuda")
+    _add(parser, "--only", "beginnings of names, with commas between", "OPS")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -135,21 +122,13 @@ def _add_inspect(commands: Any) -> None:
         reports.inspect,
     )
     _add_adapter(parser, "adapter", "ADAPTER")
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=KINDS,
-        default=["entropy", "stable", "threshold"],
-        metavar="KIND",
-        help=f"effective ranks to show, out of {', '.join(KINDS)} (default: %(default)s)",
+    text, shown = (
+        f"effective ranks to show, out of {', '.join(KINDS)}",
+        ["entropy", "stable", "threshold"],
     )
-    parser.add_argument(
-        "--tau",
-        type=float,
-        default=1e-2,
-        metavar="T",
-        help="threshold of the kinds that count singular values (default: %(default)s)",
-    )
+    _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown)
+    text = "threshold of the kinds that count singular values"
+    _add(parser, "--tau", text, "T", type=float, default=1e-2)
     _add_json(parser)
 
 
@@ -168,34 +147,14 @@ def _add_merge(commands: Any) -> None:
         changes.merge,
     )
     _add_adapter(parser, "adapters", "ADAPTER", nargs="+")
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        type=_numbers,
-        metavar="W",
-        help="one for each adapter (default: equal ones that sum to 1; for ties and dare 1)",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=get_args(MergeMode),
-        default="delta",
-        help="see above (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rank",
-        type=int,
-        metavar="N",
-        help="rank of delta_svd, ties, dare (default: the largest of the adapters')",
-    )
-    parser.add_argument(
-        "--density",
-        type=float,
-        metavar="D",
-        help="share of an update's values that ties and dare keep (default: 0.2 and 0.1)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of dare (default: %(default)s)"
-    )
+    text = "one for each adapter (default: equal ones that sum to 1; for ties and dare 1)"
+    _add(parser, "--weights", text, "W", nargs="+", type=_numbers)
+    _add(parser, "--mode", "see above", choices=get_args(MergeMode), default="delta")
+    text = "rank of delta_svd, ties, dare (default: the largest of the adapters')"
+    _add(parser, "--rank", text, "N", type=int)
+    text = "share of an update's values that ties and dare keep (default: 0.2 and 0.1)"
+    _add(parser, "--density", text, "D", type=float)
+    _add(parser, "--seed", "of dare (default: 0)", "N", type=int, default=0)
     _add_out(parser)
     _add_json(parser)
 
@@ -212,7 +171,7 @@ def _add_resize(commands: Any) -> None:
         changes.resize,
     )
     _add_adapter(parser, "adapter", "ADAPTER")
-    parser.add_argument("--rank", type=int, required=True, metavar="N", help="of every module")
+    _add(parser, "--rank", "of every module", "N", type=int, required=True)
     _add_out(parser)
     _add_json(parser)
 
@@ -224,11 +183,7 @@ _PRUNE_CHOICES = (  # option, what it may be, the default first, and help
         "distance from the map of the update, which is mostly its size; the angle between them; "
         "or its cosine with what alignment did, below 0 where it undoes that",
     ),
-    (
-        "reference",
-        ("population", "permutation", "released"),
-        "what a distance is compared with",
-    ),
+    ("reference", ("population", "permutation", "released"), "what a distance is compared with"),
     ("granularity", ("module", "block"), "what a layer is"),
     ("projection", ("frobenius", "orthogonal"), "map onto the aligned directions"),
     (
@@ -251,44 +206,23 @@ def _add_prune(commands: Any) -> None:
         changes.prune,
     )
     _add_adapter(parser, "adapter", "ADAPTER")
-    for name, text in (
-        ("base", "folder of the base model, before alignment (safetensors)"),
-        ("aligned", "folder of the aligned model"),
-    ):
-        parser.add_argument(f"--{name}", required=True, metavar="DIR", help=text)
+    text = "folder of the base model, before alignment (safetensors)"
+    _add(parser, "--base", text, "DIR", required=True)
+    _add(parser, "--aligned", "folder of the aligned model", "DIR", required=True)
     amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--num", type=int, metavar="K", help="prune K layers")
-    amount.add_argument(
-        "--threshold", type=float, metavar="T", help="prune by score: up to T, or from T on"
-    )
-    parser.add_argument(
-        "--direction",
-        choices=("smallest", "largest"),
-        required=True,
-        help="which scores are pruned; what they mean depends on --score",
-    )
+    _add(amount, "--num", "prune K layers", "K", type=int)
+    _add(amount, "--threshold", "prune by score: up to T, or from T on", "T", type=float)
+    text = "which scores are pruned; what they mean depends on --score"
+    _add(parser, "--direction", text, choices=("smallest", "largest"), required=True)
     for name, choices, text in _PRUNE_CHOICES:
-        text += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", choices=choices, default=choices[0], help=text)
-    parser.add_argument(
-        "--rank", type=int, metavar="Q", help="at most so many directions (orthogonal)"
-    )
-    parser.add_argument(
-        "--energy",
-        type=float,
-        metavar="E",
-        help="only the directions with this share of the change (orthogonal)",
-    )
-    parser.add_argument(
-        "--allow-degenerate",
-        action="store_true",
-        help="all scores are 0 where distances do not differ, instead of an error",
-    )
-    parser.add_argument(
-        "--project",
-        action="store_true",
-        help="project these layers onto the aligned directions instead (Safe LoRA)",
-    )
+        _add(parser, f"--{name}", text, choices=choices, default=choices[0])
+    _add(parser, "--rank", "at most so many directions (orthogonal)", "Q", type=int)
+    text = "only the directions with this share of the change (orthogonal)"
+    _add(parser, "--energy", text, "E", type=float)
+    text = "all scores are 0 where distances do not differ, instead of an error"
+    parser.add_argument("--allow-degenerate", action="store_true", help=text)
+    text = "project these layers onto the aligned directions instead (Safe LoRA)"
+    parser.add_argument("--project", action="store_true", help=text)
     _add_out(parser)
     _add_json(parser)
 
@@ -328,47 +262,28 @@ def _add_serve(commands: Any) -> None:
         "authentication: serve the loopback, or stand behind a proxy. Ctrl-C stops it.",
         servers.serve,
     )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder of the base model and its tokenizer"
-    )
-    parser.add_argument(
-        "--adapters", required=True, metavar="DIR", help="folder of all adapters' folders"
-    )
+    _add(parser, "--model", "folder of the base model and its tokenizer", "DIR", required=True)
+    _add(parser, "--adapters", "folder of all adapters' folders", "DIR", required=True)
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     for name, metavar, default, text in _SERVE_NUMBERS:
-        text += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=int, default=default, metavar=metavar, help=text)
-    parser.add_argument(
-        "--device", metavar="NAME", help="as torch calls it (default: cuda where there is one)"
+        _add(parser, f"--{name}", text, metavar, type=int, default=default)
+    _add(parser, "--device", "as torch calls it (default: cuda where there is one)", "NAME")
+    text = (
+        "keep no packed copy of the base, which makes decoding on a CPU faster; it is kept "
+        "where it takes at most a quarter of the memory that is free"
     )
-    parser.add_argument(
-        "--no-pack",
-        action="store_false",
-        dest="pack",
-        help="keep no packed copy of the base, which makes decoding on a CPU faster; it is kept "
-        "where it takes at most a quarter of the memory that is free",
-    )
-    parser.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        dest="origins",
-        metavar="URL",
-        help="let scripts of this origin's web pages ask; may be given again",
-    )
+    parser.add_argument("--no-pack", action="store_false", dest="pack", help=text)
+    text = "let scripts of this origin's web pages ask; may be given again"
+    _add(parser, "--allow-origin", text, "URL", action="append", default=[], dest="origins")
 
 
 def _add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str, **more: Any) -> None:
-    parser.add_argument(name, metavar=metavar, help="folder of an adapter", **more)
+    _add(parser, name, "folder of an adapter", metavar, **more)
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder to write; an adapter that is there is replaced",
-    )
+    text = "folder to write; an adapter that is there is replaced"
+    _add(parser, "--out", text, "DIR", required=True)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -393,19 +308,11 @@ def _add_distil_guide(commands: Any) -> None:
         "held out: of the guide, of the model itself, and of the guide behind its head.",
         guides.distil_guide,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a causal LM and its tokenizer")
-    parser.add_argument(
-        "--states", type=int, default=512, metavar="N", help="states (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="a prompt a line (default: a few plain requests)"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=4096, metavar="N", help="texts (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=32, metavar="N", help="tokens of each (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    _add(parser, "model", "folder of a causal LM and its tokenizer", "MODEL")
+    _add(parser, "--states", "states", "N", type=int, default=512)
+    _add(parser, "--prompts", "a prompt a line (default: a few plain requests)", "FILE")
+    _add(parser, "--samples", "texts", "N", type=int, default=4096)
+    _add(parser, "--length", "tokens of each", "N", type=int, default=32)
+    _add(parser, "--seed", "(default: 0)", "N", type=int, default=0)
     _add_out(parser)
     _add_json(parser)

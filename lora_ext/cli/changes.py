@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from typing import Any
 
 from lora_ext.adapter import (
     Factors,
@@ -31,15 +30,8 @@ def merge(arguments: Namespace) -> int:
     if arguments.weights is None:
         whole = arguments.mode in ("ties", "dare")  # which sum, as their papers do
         weights = [1.0 if whole else 1 / len(adapters)] * len(adapters)
-    merged = merge_adapters(
-        adapters,
-        weights,
-        arguments.mode,
-        arguments.rank,
-        progress,
-        density=arguments.density,
-        seed=arguments.seed,
-    )
+    options = {name: getattr(arguments, name) for name in ("mode", "rank", "density", "seed")}
+    merged = merge_adapters(adapters, weights, progress=progress, **options)
     _save(merged, arguments.out)
     rows = [
         {
@@ -69,19 +61,18 @@ def resize(arguments: Namespace) -> int:
         )
     resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
     _save(resized, arguments.out)
-    rows: list[dict[str, Any]] = []
-    for name, factors in adapter.modules.items():
-        norm = product_norm(factors)
-        rows.append(
-            {
-                "module": name,
-                "r before": factors.a.shape[0],
-                "r": resized.modules[name].a.shape[0],
-                "norm": norm,
-                "error": errors[name],
-                "relative": errors[name] / norm if norm else None,
-            }
-        )
+    norms = {name: product_norm(factors) for name, factors in adapter.modules.items()}
+    rows = [
+        {
+            "module": name,
+            "r before": adapter.modules[name].a.shape[0],
+            "r": resized.modules[name].a.shape[0],
+            "norm": norm,
+            "error": errors[name],
+            "relative": errors[name] / norm if norm else None,
+        }
+        for name, norm in norms.items()
+    ]
     show({"out": arguments.out, **describe(resized)}, rows, arguments.json)
     return 0
 
@@ -96,19 +87,8 @@ def prune(arguments: Namespace) -> int:
     from lora_ext.methods import splora
 
     adapter = LoraAdapter.load(arguments.adapter)
-    config = splora.SploraConfig(
-        num=arguments.num,
-        threshold=arguments.threshold,
-        direction=arguments.direction,
-        granularity=arguments.granularity,
-        score=arguments.score,
-        reference=arguments.reference,
-        on_zero_alignment=arguments.on_zero_alignment,
-        allow_degenerate=arguments.allow_degenerate,
-        projection=arguments.projection,
-        rank=arguments.rank,
-        energy=arguments.energy,
-    )
+    fields = splora.SploraConfig.__dataclass_fields__  # those that have an option of their name
+    config = splora.SploraConfig(**{k: v for k, v in vars(arguments).items() if k in fields})
     models = arguments.base, arguments.aligned
     try:
         stats = splora.ediem_scores(adapter, *models, config, progress=progress)

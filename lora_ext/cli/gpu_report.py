@@ -62,9 +62,8 @@ def _chosen(only: str | None) -> list[Case]:
     known = [case.op for case in cases]
     for name in wanted:
         if not any(op.startswith(name) for op in known):
-            raise ValueError(
-                f"--only: expected the beginnings of ops among {known}, found {name!r}"
-            )
+            expected = f"the beginnings of ops among {known}"
+            raise ValueError(f"--only: expected {expected}, found {name!r}")
     return [case for case in cases if any(case.op.startswith(name) for name in wanted)]
 
 

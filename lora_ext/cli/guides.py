@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_ext.control import distil
 
-from .output import show
+from .output import progress, show
 
 _REQUESTS = (
     "Tell me about a small town by the sea.",
@@ -30,9 +30,8 @@ def distil_guide(arguments: Namespace) -> int:
     if not Path(arguments.model).is_dir():
         raise ValueError(f"MODEL: expected a folder, found {str(arguments.model)!r:.200}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        arguments.model, local_files_only=True
-    ).eval()
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(arguments.model, local_files_only=True).eval()
     requests: Iterable[str] = _REQUESTS
     if arguments.prompts is not None:
         lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
@@ -45,7 +44,7 @@ def distil_guide(arguments: Namespace) -> int:
         length=arguments.length,
         eos_token_id=tokenizer.eos_token_id,
         seed=arguments.seed,
-        progress=_bar,
+        progress=partial(progress, unit="it"),
     )
     guide.save(arguments.out)
     summary = {"out": str(arguments.out), "states": guide.num_states, **guide.measures}
@@ -56,27 +55,15 @@ def distil_guide(arguments: Namespace) -> int:
 def _tokens(tokenizer: Any, request: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         said = [{"role": "user", "content": request}]
-        return list(
-            tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-        )
+        options = {"add_generation_prompt": True, "return_dict": False}
+        return list(tokenizer.apply_chat_template(said, **options))
     return list(tokenizer.encode(request))
-
-
-def _bar(items: Any, desc: str, total: int) -> Iterable[Any]:
-    """A progress bar on a terminal that has tqdm, else nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    silent = sys.stderr is None or not sys.stderr.isatty()
-    return tqdm(items, desc=desc, total=total, leave=False, disable=silent)
 
 
 def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ValueError(
-            "expected transformers, found none: pip install 'lora_ext[demo]'"
-        ) from None
+        words = "expected transformers, found none: pip install 'lora_ext[demo]'"
+        raise ValueError(words) from None
     return transformers

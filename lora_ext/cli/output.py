@@ -79,12 +79,16 @@ def cell(value: Any) -> str:
     return printable(str(value))
 
 
-def progress(items: Iterable[Item]) -> Iterable[Item]:
-    """The items, with a bar on standard error once they take more than a second, in a terminal."""
+def progress(
+    items: Iterable[Item], desc: str | None = None, total: int | None = None, unit: str = "module"
+) -> Iterable[Item]:
+    """The items, with a bar on standard error once they take more than a second, in a terminal
+    that has tqdm; further arguments are tqdm's."""
     if sys.stderr is None or not sys.stderr.isatty():
         return items
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, file=sys.stderr, delay=1.0, leave=False, unit="module")
+    how: dict[str, Any] = {"desc": desc, "total": total, "unit": unit}
+    return tqdm(items, file=sys.stderr, delay=1.0, leave=False, **how)

@@ -29,7 +29,7 @@ def inspect(arguments: Namespace) -> int:
         row = {
             "module": name,
             "r": factors.a.shape[0],
-            "shape": _shape(factors),
+            "shape": (factors.b.shape[0], *factors.a.shape[1:]),  # of the weight that is adapted
             "scaling": factors.scaling,
             **_ranks(adapter, name, arguments, measured=not bad),
             "bad": bad,
@@ -46,10 +46,8 @@ def inspect(arguments: Namespace) -> int:
     bad = [f"{name:.200} ({count})" for name, count in counts.items() if count]
     if bad:
         more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        raise Fault(
-            f"{arguments.adapter}: expected finite values, found NaN or inf in "
-            f"{', '.join(bad[:_LISTED])}{more}"
-        )
+        places = f"{', '.join(bad[:_LISTED])}{more}"
+        raise Fault(f"{arguments.adapter}: expected finite values, found NaN or inf in {places}")
     return 0
 
 
@@ -76,11 +74,10 @@ def diff(arguments: Namespace) -> int:
         rows.append(row)
     norms = [math.hypot(*(each.norms[i] for each in found)) for i in (0, 1)]
     inner = sum((each.cosine or 0.0) * each.norms[0] * each.norms[1] for each in found)
+    every = [factors for v in (first, second) for factors in v.modules.values()]
     beyond = {
-        "bias": any(f.bias is not None for v in (first, second) for f in v.modules.values()),
-        "magnitude": any(
-            f.magnitude is not None for v in (first, second) for f in v.modules.values()
-        ),
+        "bias": any(factors.bias is not None for factors in every),
+        "magnitude": any(factors.magnitude is not None for factors in every),
         "replaced weights": bool(first.replacements or second.replacements),
     }
     summary = {
@@ -145,8 +142,3 @@ def _tensors(factors: Factors) -> list[Any]:
 
 def _bad(tensor: Any) -> int:
     return int((~tensor.isfinite()).sum())
-
-
-def _shape(factors: Factors) -> tuple[int, ...]:
-    """Of the weight that is adapted."""
-    return (factors.b.shape[0], *factors.a.shape[1:])

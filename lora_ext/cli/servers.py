@@ -13,9 +13,8 @@ def serve(arguments: Namespace) -> int:
     try:
         from lora_ext import server
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"expected {error.name}, found none: pip install 'lora_ext[serve]'"
-        ) from None
+        words = f"expected {error.name}, found none: pip install 'lora_ext[serve]'"
+        raise ValueError(words) from None
     names = server.Settings.__dataclass_fields__
     server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), _tell)
     return 0

@@ -4,8 +4,7 @@
 :mod:`lora_ext.federated.flower` when they are asked for.
 """
 
-import importlib
-from typing import Any
+from lora_ext._on_demand import on_demand
 
 from .aggregation import Aggregate, aggregate
 from .batched import BatchedClients, ClientSpec, UnsupportedModule, logits_of, merged
@@ -24,11 +23,4 @@ __all__ = [
     "partition_pathological", "plan_bytes", "plan_shapes", "read_npy", "unpack_tensors",
 ]  # fmt: skip
 
-_FLOWER = ("LocalGrid", "LoraStrategy", "make_client_app", "make_server_app")
-
-
-def __getattr__(name: str) -> Any:
-    """What speaks Flower, which is imported when it is asked for."""
-    if name in _FLOWER:
-        return getattr(importlib.import_module("lora_ext.federated.flower"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, flower="LocalGrid LoraStrategy make_client_app make_server_app")

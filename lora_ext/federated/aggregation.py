@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -134,16 +133,13 @@ def aggregate(
         state, pairs, tuple(shared), upload, weighted_by, nan_policy, max_update_norm, partial_ok
     )
     replies, rejected, clipped = accept(updates, rules)
+    accepted = tuple(reply.client for reply in replies)
     trained = {rules.layers[key] for reply in replies for key in reply.tensors if key in rules.axes}
-    result = Aggregate(
-        dict(state),
-        tuple(reply.client for reply in replies),
-        rejected,
-        tuple(sorted(set(rules.layers.values()) - trained)),
-        clipped=clipped,
-    )
+    uncovered = tuple(sorted(set(rules.layers.values()) - trained))
+    result = Aggregate(dict(state), accepted, rejected, uncovered, clipped=clipped)
     if len(replies) < min_replies:
-        return _skipped(result, f"replies: expected at least {min_replies}, found {len(replies)}")
+        few = f"replies: expected at least {min_replies}, found {len(replies)}"
+        return replace(result, skipped=True, reason=few)
     round_ = _Round(rules, replies, rank_agg, server_lr)
     try:
         for pair in pairs:
@@ -151,18 +147,13 @@ def aggregate(
         for key in shared:
             round_.add_shared(key)
     except _TooLarge as error:
-        return _skipped(result, str(error))
-    return dataclasses.replace(
-        result, state={**result.state, **round_.new}, noise=round_.noise(), stacked=round_.stacked
-    )
+        return replace(result, skipped=True, reason=str(error))
+    new = {**result.state, **round_.new}
+    return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
 
 
 class _TooLarge(ArithmeticError):
     """A result that the dtype of the state cannot hold."""
-
-
-def _skipped(result: Aggregate, reason: str) -> Aggregate:
-    return dataclasses.replace(result, skipped=True, reason=reason)
 
 
 class _Round:
@@ -185,10 +176,8 @@ class _Round:
             for reply in self.replies
             if pair.a in reply.tensors and pair.b in reply.tensors
         ]
-        add = {"svd": self._add_nearest, "stack": self._add_stack}.get(
-            self.rank_agg, self._add_means
-        )
-        error, size = add(pair, parts)
+        ways = {"svd": self._add_nearest, "stack": self._add_stack}
+        error, size = ways.get(self.rank_agg, self._add_means)(pair, parts)
         if self.rank_agg != "zero_pad" and not self.new.keys().isdisjoint((pair.a, pair.b)):
             a, b = (self.new.get(key, self.rules.state[key]) for key in (pair.a, pair.b))
             if (found := able_to_learn(a, b, self._generator)) is not a:
@@ -217,10 +206,8 @@ class _Round:
         means: list[Tensor] = []
         for axis, key in enumerate((pair.a, pair.b)):
             start = self._start(key)
-            own = [
-                Part(weight, (p.a, p.b)[axis], p.weight)
-                for weight, p in zip(weights, parts, strict=True)
-            ]
+            pairs = zip(weights, parts, strict=True)
+            own = [Part(weight, (p.a, p.b)[axis], p.weight) for weight, p in pairs]
             if own:
                 means.append(mean_of(start, own, axis, zero_pad))
             alone = self._parts(key) if self.rank_agg != "fro" else own

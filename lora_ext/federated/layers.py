@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import instance, require
+from lora_ext._checks import choice, instance, require
 from lora_ext.adapter import PREFIX, Key, parse_key
 from lora_ext.layers import LayerGroups, adapted_layers, adapter_parameters, block_name
 
@@ -106,10 +106,8 @@ class LoraLayerManager:
                 changed then.
         """
         where = "LoraLayerManager.apply"
-        require(mode in get_args(Mode), where, "mode", f"one of {get_args(Mode)}", repr(mode))
-        require(
-            others in get_args(Others), where, "others", f"one of {get_args(Others)}", repr(others)
-        )
+        choice(where, "mode", mode, get_args(Mode))
+        choice(where, "others", others, get_args(Others))
         self._check_plan(where, plan)
         trained = set(plan.layers) if mode == "train" else set()
         for layer, index in self._layer_of:
@@ -117,9 +115,8 @@ class LoraLayerManager:
             require(apart, where, "model", "an adapter apart from the base weight", "it merged")
             active = index not in trained or self.adapter in layer.active_adapters
             require(active, where, "model", f"{self.adapter!r} to be active", layer.active_adapters)
-        self._groups.set_mask(
-            [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
-        )
+        on = [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
+        self._groups.set_mask(on)
         for (layer, index), p in zip(self._layer_of, self._dropout, strict=True):
             for parameter in adapter_parameters(layer, self.adapter):
                 parameter.requires_grad_(index in trained)
@@ -141,17 +138,14 @@ class LoraLayerManager:
         nothing where its inputs require no gradients.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
-        blocks = [self.model.get_submodule(name) for name in self.blocks[:lowest]]
-        handles: list[Any] = []
         without = _WithoutGraph()
-        try:
-            for block in blocks:
-                handles.append(block.register_forward_pre_hook(without.enter))
-                handles.append(block.register_forward_hook(without.leave, always_call=True))
+        with contextlib.ExitStack() as hooks:
+            for block in map(self.model.get_submodule, self.blocks[:lowest]):
+                hooks.enter_context(block.register_forward_pre_hook(without.enter))
+                # Called where the forward raises too: else gradients would stay off.
+                leave = block.register_forward_hook(without.leave, always_call=True)
+                hooks.enter_context(leave)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def state_slice(
         self, layers: Sequence[int] | None = None, ranks: Sequence[int] | None = None
@@ -227,17 +221,17 @@ class LoraLayerManager:
 
     def _check_plan(self, where: str, plan: LayerPlan) -> None:
         instance(where, "plan", plan, LayerPlan)
+        expected = f"below {self.num_layers}"
         for layer in plan.layers:
-            require(
-                layer < self.num_layers, where, "plan.layers", f"below {self.num_layers}", layer
-            )
+            require(layer < self.num_layers, where, "plan.layers", expected, layer)
         for pair in self._pairs:
             if pair.layer in plan.layers:
                 full = self._factors(pair)[0].shape[0]
-                rank = plan.rank_of(pair.layer, full)
-                require(
-                    rank <= full, where, "plan.ranks", f"at most {full}, as {pair.module} has", rank
+                rank, expected = (
+                    plan.rank_of(pair.layer, full),
+                    f"at most {full}, as {pair.module} has",
                 )
+                require(rank <= full, where, "plan.ranks", expected, rank)
 
 
 class _WithoutGraph:

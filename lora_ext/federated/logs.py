@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -143,18 +144,9 @@ class RoundLog:
         """
         trained = [plans[client].layers for client in result.accepted]
         heights = tuple(sum(i in layers for layers in trained) for i in range(num_layers))
-        return cls(
-            round,
-            dict(plans),
-            result.accepted,
-            dict(result.rejected),
-            dict(result.clipped),
-            heights,
-            result.uncovered,
-            dict(result.noise),
-            result.skipped,
-            result.reason,
-        )
+        names = ("accepted", "rejected", "clipped", "uncovered", "noise", "skipped", "reason")
+        own = {name: copy.copy(getattr(result, name)) for name in names}
+        return cls(round, dict(plans), heights=heights, **own)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, whose mappings know no numbers as keys: pairs instead."""

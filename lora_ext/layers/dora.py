@@ -84,12 +84,8 @@ def _in_order(
 ) -> Tensor:
     first, magnitude = adapters[0], magnitudes[0]
     plain_base = dense_parameters(base)
-    if (
-        len(adapters) == 1
-        and magnitude is not None
-        and first.p == 0
-        and fuses(x, plain_base, first)
-    ):
+    alone = len(adapters) == 1 and first.p == 0
+    if alone and magnitude is not None and fuses(x, plain_base, first):
         read = weight, bias = dense()
         y = fused_forward(x, read, first)
         scale = _scale(weight, first, magnitude, norms[0])

@@ -138,10 +138,8 @@ def experts_forward(
     module: Any = experts
     obstacle = obstacle_of(experts)
     if obstacle is not None:
-        raise NotImplementedError(
-            f"{type(experts).__name__}: expected experts whose rows can have adapters, found "
-            f"{obstacle}"
-        )
+        where, expected = type(experts).__name__, "experts whose rows can have adapters"
+        raise NotImplementedError(f"{where}: expected {expected}, found {obstacle}")
     how = getattr(module.config, "_experts_implementation", None)
     routing = route(top_k_index, module.num_experts, how)
     rows = x[routing.token]  # (P, H)
@@ -217,35 +215,21 @@ def experts_update(
         ranks = constant(all_ranks, torch.int32, x.device).repeat_interleave(num_experts)
     if scale is not None:
         scale = scale.repeat_interleave(num_experts)
-    a, b = _bank(adapters, all_ranks, num_experts)
+    a, b = (t.to(dtype) for t in _bank(adapters, all_ranks, num_experts))
+    rows = slots.ids, scale, ranks
     with exactly(x.device):  # PEFT ignores autocast here too
-        delta = ops.lora_linear(
-            x.to(dtype),
-            None,
-            None,
-            a.to(dtype),
-            b.to(dtype),
-            slots.ids,
-            scale,
-            ranks,
-            plan=slots.plan,
-        )
-        return y.add_(delta)
+        return y.add_(ops.lora_linear(x.to(dtype), None, None, a, b, *rows, plan=slots.plan))
 
 
 def _bank(
     adapters: Sequence[LoraFactors], ranks: Sequence[int], num_experts: int
 ) -> tuple[Tensor, Tensor]:
     """``(A * E, R, I)`` and ``(A * E, O, R)``, filled up with zeros beyond an adapter's rank."""
-    a = [f.a.reshape(num_experts, r, -1) for f, r in zip(adapters, ranks, strict=True)]
-    b = [
-        f.b.reshape(-1, r, num_experts).permute(2, 0, 1)
-        for f, r in zip(adapters, ranks, strict=True)
-    ]
+    pairs = list(zip(adapters, ranks, strict=True))
+    a = [f.a.reshape(num_experts, r, -1) for f, r in pairs]
+    b = [f.b.reshape(-1, r, num_experts).permute(2, 0, 1) for f, r in pairs]
     if len(adapters) == 1:
         return a[0], b[0].contiguous()
     rank = max(ranks)
-    return (
-        torch.cat([pad(t, (0, 0, 0, rank - t.shape[1])) for t in a]),
-        torch.cat([pad(t, (0, rank - t.shape[2])) for t in b]),
-    )
+    a = torch.cat([pad(t, (0, 0, 0, rank - t.shape[1])) for t in a])
+    return a, torch.cat([pad(t, (0, rank - t.shape[2])) for t in b])

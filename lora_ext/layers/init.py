@@ -15,15 +15,9 @@ from lora_ext._checks import require
 
 #: Schemes that need the two factors alone.
 FREE = (
-    "init_a",
-    "init_b",
-    "init_a_normal",
-    "init_b_normal",
-    "init_b_unit",
-    "init_ab",
-    "gaussian",
+    "init_a", "init_b", "init_a_normal", "init_b_normal", "init_b_unit", "init_ab", "gaussian",
     "orthogonal",
-)
+)  # fmt: skip
 #: Schemes that split the base weight between itself and the adapter.
 DECOMPOSING = ("pissa", "pissa_niter_<K>", "olora")
 #: PEFT's schemes that look at data, or at a quantised weight.
@@ -76,18 +70,14 @@ def init_lora_(
     """
     name = known_scheme(scheme, "init_lora_: scheme")
     if name not in FREE:
-        raise ValueError(
-            f"init_lora_: scheme: {scheme!r} splits the base weight, which a layer has; expected "
-            f"one of True, False, {', '.join(map(repr, FREE))}"
-        )
+        why, known = "splits the base weight, which a layer has", ", ".join(map(repr, FREE))
+        expected = f"one of True, False, {known}"
+        raise ValueError(f"init_lora_: scheme: {scheme!r} {why}; expected {expected}")
     a, b = check_factors("init_lora_", A, B)
     if A.is_meta or B.is_meta:
         raise RuntimeError("init_lora_: expected factors with memory, found the meta device")
     r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
-    zero_a, zero_b = (
-        torch.zeros_like(a, dtype=torch.float32),
-        torch.zeros_like(b, dtype=torch.float32),
-    )
+    zero_a, zero_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
     if name == "init_a":
         new_a, new_b = _uniform(a, n, generator), zero_b
     elif name == "init_a_normal":
@@ -130,14 +120,10 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     if name in FREE or name in ("pissa", "olora") or (niter != name and niter.isdecimal()):
         return name
     if name in _ELSEWHERE or name.startswith("corda"):
-        raise NotImplementedError(
-            f"{where}: {scheme!r} is not offered here; let PEFT initialise the adapter, "
-            "and load what it saves"
-        )
-    raise ValueError(
-        f"{where}: expected True, False or one of "
-        f"{', '.join(map(repr, FREE + DECOMPOSING))}, found {scheme!r}"
-    )
+        remedy = "let PEFT initialise the adapter, and load what it saves"
+        raise NotImplementedError(f"{where}: {scheme!r} is not offered here; {remedy}")
+    known = ", ".join(map(repr, FREE + DECOMPOSING))
+    raise ValueError(f"{where}: expected True, False or one of {known}, found {scheme!r}")
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
@@ -185,10 +171,8 @@ def check_factors(op: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         require(fits, op, name, "float16, bfloat16, float32 or float64", factor.dtype, TypeError)
     a, b = (f.detach().flatten(1) if f.dim() >= 2 else f for f in (A, B))
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        raise ValueError(
-            f"{op}: expected A (r, n) and B (m, r) with the same r > 0, "
-            f"found {tuple(A.shape)} and {tuple(B.shape)}"
-        )
+        expected, found = "A (r, n) and B (m, r) with the same r > 0", tuple(A.shape)
+        raise ValueError(f"{op}: expected {expected}, found {found} and {tuple(B.shape)}")
     return a, b
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers.base.weight import ConvWeight
 from lora_ext.rows import Names
 
@@ -43,10 +44,8 @@ class LoraConv(LoraLayer):
         self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
         if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise ValueError(
-                "LoraConv: base_layer: expected nn.Conv1d, nn.Conv2d or nn.Conv3d, "
-                f"found {type(base_layer).__name__}"
-            )
+            expected, found = "nn.Conv1d, nn.Conv2d or nn.Conv3d", type(base_layer).__name__
+            raise ValueError(f"LoraConv: base_layer: expected {expected}, found {found}")
         _check_patches(base_layer)
         self.kernel_size: tuple[int, ...] = tuple(base_layer.kernel_size)
         super().__init__(base_layer)
@@ -124,9 +123,7 @@ def _check_patches(conv: Any) -> None:
         "dilation": any(d != 1 for d in conv.dilation),
         "groups": conv.groups != 1,
     }
-    found = [f"{name}={getattr(conv, name)}" for name, bad in wrong.items() if bad]
-    if found:
-        raise NotImplementedError(
-            f"LoraConv: base_layer: expected stride equal to the kernel {tuple(conv.kernel_size)}, "
-            f"no padding, dilation or groups, found {', '.join(found)}"
-        )
+    found = ", ".join(f"{name}={getattr(conv, name)}" for name, bad in wrong.items() if bad)
+    kernel = tuple(conv.kernel_size)
+    expected = f"stride equal to the kernel {kernel}, no padding, dilation or groups"
+    require(not found, "LoraConv", "base_layer", expected, found, NotImplementedError)

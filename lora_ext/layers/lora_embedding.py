@@ -91,16 +91,8 @@ class LoraEmbedding(LoraLayer):
         return magnitude / norm.to(magnitude.dtype) * (y + update)
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        base: Any = self.base_layer
-        return F.embedding(
-            x,
-            table,
-            padding_idx=base.padding_idx,
-            max_norm=base.max_norm,
-            norm_type=base.norm_type,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-            sparse=base.sparse,
-        )
+        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        return F.embedding(x, table, **{name: getattr(self.base_layer, name) for name in names})
 
     def _embed_scale(self, dtype: torch.dtype) -> Tensor | float | None:
         scale = getattr(self.base_layer, "embed_scale", None)

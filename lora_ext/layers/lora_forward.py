@@ -114,9 +114,8 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     if isinstance(scaling, Tensor):
         (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)
     else:
-        ids, plan, scale = keep(
-            (_scaled_rows, num_rows, scaling), device, _scaled_rows, num_rows, scaling, device
-        )
+        key = (_scaled_rows, num_rows, scaling)
+        ids, plan, scale = keep(key, device, _scaled_rows, num_rows, scaling, device)
     fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     y = None
     if isinstance(base, PackedLinear) and fixed and not p:
@@ -185,11 +184,10 @@ def _participants(
         if several_processes() and torch.is_grad_enabled():
             each = enumerate((f.a, f.b, f.bias) for f in adapters)
             rows = together(rows, [i for i, own in each if any(map(_trains, own))])
-    if rows.ids.shape[0] != x.shape[:-1].numel():
-        raise ValueError(
-            f"adapter_ids: expected one id for each of the {x.shape[:-1].numel()} rows of x, "
-            f"found {rows.ids.shape[0]}"
-        )
+    count, found = x.shape[:-1].numel(), rows.ids.shape[0]
+    if found != count:
+        expected = f"one id for each of the {count} rows of x"
+        raise ValueError(f"adapter_ids: expected {expected}, found {found}")
     return [adapters[i] for i in rows.used], rows
 
 

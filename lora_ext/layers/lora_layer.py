@@ -13,7 +13,7 @@ from lora_ext import ops
 from lora_ext._checks import WrongKind, integer, number, require, require_flags
 from lora_ext.rows import LayerNames, Rows, layer_names
 
-from .base.dense import BaseLayer
+from .base.dense import BaseLayer, DenseParameters
 from .dora import Magnitude, dora_forward
 from .init import FREE, decompose, init_lora_, known_scheme
 from .lora_forward import LoraFactors, lora_forward
@@ -168,9 +168,8 @@ class LoraLayer(Participants):
         if invocation:
             self.alora_invocation_tokens[adapter_name] = invocation
         self.adapter_active[adapter_name] = True
-        self.lora_dropout[adapter_name] = (
-            nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        )
+        dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout
         for store, factor in zip(self._stores(), base.factors(a, b, bias), strict=True):
             store[adapter_name] = factor
         if magnitude is not None:
@@ -193,9 +192,8 @@ class LoraLayer(Participants):
         """
         self._check_known([adapter_name])
         if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"delete_adapter: {adapter_name!r} is merged into the base weight; unmerge it first"
-            )
+            found = f"{adapter_name!r} is merged into the base weight"
+            raise ValueError(f"delete_adapter: {found}; unmerge it first")
         if self._before_init is not None and self._before_init[0] == adapter_name:
             self.restore_base_weight()
         stores: list[Any] = [
@@ -299,10 +297,8 @@ class LoraLayer(Participants):
         expected = "a name that is no attribute of nn.ModuleDict"
         require(fits, type(self).__name__, "adapter_name", expected, repr(name))
         if name in self.r:
-            raise ValueError(
-                f"{type(self).__name__}: adapter {name!r} exists already; give the new one another "
-                "adapter_name, or delete or unwrap the old one"
-            )
+            remedy = "give the new one another adapter_name, or delete or unwrap the old one"
+            raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already; {remedy}")
 
     def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
         takes = self.base_weight.takes_bias
@@ -311,15 +307,13 @@ class LoraLayer(Participants):
             raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
 
     def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
-        where = "add_adapter"
-        found = checked_invocation(where, "alora_invocation_tokens", tokens) or ()
-        if found and not self.takes_invocation:
-            raise NotImplementedError(
-                f"{where}: alora_invocation_tokens: expected a LoraLinear, found a "
-                f"{type(self).__name__}: only linear layers have such adapters"
-            )
-        require(not (found and dora), where, "use_dora", "False beside an invocation", True)
-        return found
+        where, name = "add_adapter", "alora_invocation_tokens"
+        tokens = checked_invocation(where, name, tokens) or ()
+        fits = not tokens or self.takes_invocation
+        found = f"a {type(self).__name__}: only linear layers have such adapters"
+        require(fits, where, name, "a LoraLinear", found, NotImplementedError)
+        require(not (tokens and dora), where, "use_dora", "False beside an invocation", True)
+        return tokens
 
     def _new_factors(
         self,
@@ -395,9 +389,11 @@ class LoraLayer(Participants):
         if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
         magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
-        return dora_forward(
-            x, base, lambda: (self.base_weight.matrix(), self.bias), factors, magnitudes, rows
-        )
+
+        def dense() -> DenseParameters:
+            return self.base_weight.matrix(), self.bias
+
+        return dora_forward(x, base, dense, factors, magnitudes, rows)
 
     def _dropout_of(self, name: str) -> float:
         dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
@@ -409,11 +405,7 @@ def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
-    """Tokens of an invocation, or None.
-
-    Raises:
-        ValueError: something else.
-    """
+    """Tokens of an invocation, or None; a ValueError of something else."""
     if value is None:
         return None
     expected = "None or a list of token ids, integers from 0 on"

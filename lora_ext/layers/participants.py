@@ -56,17 +56,14 @@ class Participants(Merging):
             return [], None
         rows = self._rows(leading, device, adapter_ids)
         if self._merged:
+            merged = "are merged into the base weight and"
             if rows is not None:
-                raise ValueError(
-                    f"adapter_ids: {self.merged_adapters} are merged into the base weight and "
-                    "serve every row; unmerge them first"
-                )
+                why = f"{self.merged_adapters} {merged} serve every row"
+                raise ValueError(f"adapter_ids: {why}; unmerge them first")
             off = [m.name for m in self._merged if not self._is_on(m.name)]
             if off:
-                raise ValueError(
-                    f"adapter_active: {off} are merged into the base weight and cannot be switched "
-                    "off; unmerge them first"
-                )
+                why = f"{off} {merged} cannot be switched off"
+                raise ValueError(f"adapter_active: {why}; unmerge them first")
             return [], None
         if several_processes():
             rows = self._rows_of_all(rows, leading, device)
@@ -140,15 +137,12 @@ class Participants(Merging):
         if len(active) == 1 and active[0] in self.alora_invocation_tokens:
             return NOBODY
         if len(active) > 1:
-            raise NotImplementedError(
-                f"{type(self).__name__}: a compiled graph that follows adapters blocks takes one "
-                f"active adapter, found {active}"
-            )
+            expected = "a compiled graph that follows adapters blocks takes one active adapter"
+            raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
         return self.adapter_names.index(active[0]) if active else -1
 
     def _check_known(self, names: Sequence[str | None]) -> None:
         for name in names:
             if name not in self.r:
-                raise ValueError(
-                    f"{type(self).__name__}: expected an adapter of {list(self.r)}, found {name!r}"
-                )
+                known, where = list(self.r), type(self).__name__
+                raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")

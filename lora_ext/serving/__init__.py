@@ -12,6 +12,7 @@ from .layers.multi_lora_experts import MultiLoraExperts
 
 if TYPE_CHECKING:
     from .captured import Capturable, capturable
+    from .constraining import Standing, constrained
     from .embedding import Embedder, pooling_of
     from .engine import Engine, QueueFullError, StoppedError
     from .formats import Format, read_format, refuse_old_names
@@ -32,6 +33,7 @@ __all__ = [
 __getattr__ = on_demand(
     __name__,
     captured="Capturable capturable",
+    constraining="Standing constrained",
     embedding="Embedder pooling_of",
     engine="Engine QueueFullError StoppedError",
     formats="Format read_format refuse_old_names",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk
+from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
 from lora_ext.rows import adapters, layer_names
 
 from .data import Checked, Result
@@ -111,14 +111,18 @@ class Step:
 
     def _has_its_head_apart(self) -> bool:
         """Whether the model's logits are those of its head on what its body gives: some models cap
-        or scale them. It is tried, once."""
+        or scale them. It is tried, once, on tokens whose logits tell: a scale does nothing to the
+        zeros of a padding token, and a cap little to small numbers."""
         body = getattr(self.model, "base_model", None)
         if body is None or body is self.model or self.head is None:
             return False
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        if softcap_of(self.model) is not None:
+            return False
+        ids = torch.arange(4, device=self.device)[None] % self.vocabulary
         with torch.no_grad():
             logits = self.model(input_ids=ids, use_cache=False).logits
-            return torch.equal(logits, self.head(body(input_ids=ids, use_cache=False)[0]))
+            own = self.head(body(input_ids=ids, use_cache=False)[0])
+            return bool(logits.any()) and torch.equal(logits, own)
 
     def run(self, parts: Sequence[Part]) -> None:
         """Compute the parts, and let each call have its share, or its failure.

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))
+from examples_run import in_use, used, without  # noqa: E402  # tools is no package
+
+#: Public names that no example uses which a test runs. It only goes down: write an example for a
+#: new name, as docs/ops.md does, and lower this when you write one for an old name.
+MOST_WITHOUT = 201
 PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
 ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
 ROOMS = [f"lora_ext.{p.parent.name}" for p in sorted((ROOT / "lora_ext").glob("*/__init__.py"))]
@@ -28,3 +35,18 @@ def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_no
     pages |= {page.with_suffix(".md") for page in (ROOT / "docs/tutorials").glob("*.ipynb")}
     names = {page.relative_to(ROOT / "docs").as_posix() for page in pages}
     assert names == set(re.findall(r"^ *- ([\w/]+\.md)$", navigation, re.M))
+
+
+def test_no_public_name_comes_without_an_example_that_runs() -> None:
+    found = without()
+    assert len(found) <= MOST_WITHOUT, f"python tools/examples_run.py lists {len(found)}: {found}"
+    assert len(found) >= MOST_WITHOUT, f"lower MOST_WITHOUT to {len(found)}"
+
+
+def test_a_name_is_known_however_the_code_comes_by_it() -> None:
+    code = "import lora_ext\nfrom lora_ext import nn as n, control\nimport lora_ext.ops as o\n"
+    code += "lora_ext.attach(n.wrap, o.lora_plan(control.Guide.load(x)), other.adapters)"
+    places = {"serving.attaching.attach", "layers.model.wrapping.wrap", "ops.lora.lora_plan"}
+    assert {f"lora_ext.{place}" for place in places | {"control.guide.Guide"}} <= used(code)
+    assert "lora_ext.rows.context.adapters" not in used(code)
+    assert "docs/control.md" in in_use()["lora_ext.control.language.automaton.Constraint"]

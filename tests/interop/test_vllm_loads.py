@@ -136,7 +136,7 @@ def test_a_request_that_says_in_place_loads_again_only_what_has_changed(engine, 
     assert asked(engine, request).lora_name == "a#3" and not os.path.exists(request.lora_path)
 
 
-def test_an_activated_adapter_is_refused_before_the_engine_knows_it(engine, tmp_path):
+def test_an_activated_adapter_is_refused_where_vllm_was_not_prepared_for_it(engine, tmp_path):
     """In a step it would end the engine, or be given all tokens."""
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"r": 4, "alora_invocation_tokens": [7, 8]}))

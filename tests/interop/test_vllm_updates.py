@@ -340,11 +340,17 @@ def fake_vllm(monkeypatch):
             return self.lora_index_to_id, self.punica_wrapper_mapping
 
     class EngineCore:
-        def preprocess_add_request(self, request): ...
+        def preprocess_add_request(self, request):
+            return self.vllm_config
+
         def add_lora(self, lora_request): ...
         def remove_lora(self, lora_id): ...
         def pin_lora(self, lora_id): ...
         def list_loras(self): ...
+
+    class LLMEngine:
+        def add_request(self, request_id):
+            return self.vllm_config, self.input_processor
 
     platform = type("CpuPlatform", (), {"get_punica_wrapper": classmethod(lambda cls: "own")})
     found = SimpleNamespace(vllm=ModuleType("vllm"))
@@ -355,6 +361,7 @@ def fake_vllm(monkeypatch):
         "vllm.lora.punica_wrapper.punica_cpu": PunicaWrapperCPU,
         "vllm.lora.model_manager": LoRAModelManager,
         "vllm.v1.engine.core": EngineCore,
+        "vllm.v1.engine.llm_engine": LLMEngine,
     }.items():
         module = ModuleType(name)
         setattr(module, member.__name__, member)

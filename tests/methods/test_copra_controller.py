@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import pickle
 import re
 
 import pytest
@@ -133,6 +136,42 @@ def test_remove_leaves_no_hook_no_flag_and_no_bit(kind: str, sync: str):
     for use in (controller.step, controller.activate_all, lambda: controller.coalition([True] * 3)):
         with pytest.raises(RuntimeError, match=r"CopraController: expected one that is in use"):
             use()
+
+
+@pytest.mark.parametrize("way", ["pickle", "save", "copy"])
+@pytest.mark.parametrize("sync", SYNCS)
+def test_a_model_and_its_controller_are_kept_together(sync: str, way: str):
+    model = adapted("fused").train()
+    controller = controller_of(model, sync=sync)
+    controller.step(masked_step(controller))
+    if way == "copy":
+        kept, its = copy.deepcopy((model, controller))
+    elif way == "pickle":
+        kept, its = pickle.loads(pickle.dumps((model, controller)))
+    else:
+        torch.save((model, controller), file := io.BytesIO())
+        kept, its = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert torch.equal(logits(kept), logits(model))
+    its.set_mask([True, False, True])
+    expected = without("fused", torch.tensor([True, False, True]))
+    torch.testing.assert_close(logits(kept), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(model), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("first", SYNCS)
+@pytest.mark.parametrize("second", SYNCS)
+def test_whoever_sets_a_mask_last_is_obeyed(first: str, second: str):
+    model = adapted("fused").train()
+    one, other = controller_of(model, sync=first), controller_of(model, sync=second)
+    one.step(masked_step(one))
+    copied = copy.deepcopy(model)
+    for masked, last in ((model, other), (copied, controller_of(copied, sync=second))):
+        last.set_mask(mask := torch.tensor([True, False, True]))
+        expected = without("fused", mask)
+        torch.testing.assert_close(logits(masked), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(last.mask, mask)
+    one.set_mask(mask := torch.tensor([False, True, True]))
+    assert torch.allclose(logits(model), without("fused", mask), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

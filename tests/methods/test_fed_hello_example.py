@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scripts import load_script, missing, run_quickly
 
-MISSING = missing("matplotlib", "rich", "sklearn", "tqdm")
+MISSING = missing("matplotlib", "rich", "tqdm", "transformers")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 
 

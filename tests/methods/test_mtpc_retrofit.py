@@ -124,6 +124,44 @@ def test_a_state_dict_restores_the_draft(layers: int):
     assert torch.equal(other.loss(ids)[0], expected)
 
 
+class Loss(torch.nn.Module):
+    """A draft's loss as a module's forward."""
+
+    def __init__(self, draft: mtpc.Draft):
+        super().__init__()
+        self.draft = draft
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.draft.loss(ids)[0]
+
+
+@pytest.mark.parametrize("way", ["assigned", "functional"])
+def test_the_layers_have_whatever_factors_the_tail_is_given(way: str):
+    model, (ids, _) = make_model("llama"), prompts(2, length=8)
+    draft = make_draft(model, draft_layers=1)
+    given = {n: 1.1 * p.detach() for n, p in draft.named_parameters()}
+    with torch.no_grad():
+        plain = draft.loss(ids)[0]
+        for parameter in draft.parameters():
+            parameter.mul_(1.1)
+        expected = draft.loss(ids)[0]
+        for parameter in draft.parameters():
+            parameter.div_(1.1)
+    assert abs(expected - plain) > 1e-4
+    if way == "assigned":
+        draft.load_state_dict(given, assign=True)
+        loss, trained = draft.loss(ids)[0], dict(draft.named_parameters())
+    else:
+        trained = {n: p.requires_grad_() for n, p in given.items()}
+        renamed = {f"draft.{n}": p for n, p in trained.items()}
+        loss = torch.func.functional_call(Loss(draft), renamed, (ids,))
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    assert all(g is not None and bool(g.any()) for g in gradients)
+    if way == "functional":
+        assert torch.allclose(draft.loss(ids)[0], plain, rtol=1e-12)
+
+
 def test_layers_that_the_model_lacks_are_named():
     with pytest.raises(ValueError, match="num_layers: expected 1 to 2, found 3"):
         mtpc.retrofit(make_model("llama"), mtpc.MtpcConfig(draft_layers=3))

@@ -9,7 +9,7 @@ from scripts import load_script, missing, run_quickly
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
 
-MISSING = missing("matplotlib", "rich", "tqdm")
+MISSING = missing("matplotlib", "rich", "tqdm", "transformers")
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")

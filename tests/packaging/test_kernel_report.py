@@ -10,12 +10,14 @@ import pytest
 from scripts import tool
 
 ROOT = Path(__file__).resolve().parents[2]
+loops, gate = tool("sass_loops"), tool("sass_gate")  # each imports the one before by its name
 report = tool("kernel_report")
+RULES = gate.load_rules(gate.RULES)
 
 
 @pytest.fixture(scope="module")
 def lock():
-    return report.read_lock((ROOT / "kernels.lock").read_text())
+    return report.read_lock((ROOT / "kernels.lock").read_text(), RULES)
 
 
 def test_the_page_is_what_the_lock_says() -> None:
@@ -62,10 +64,42 @@ def test_a_chain_is_all_its_launches_and_its_floor_has_no_launch_in_it(lock) -> 
 
 def test_what_is_above_twice_its_floor_is_red_and_nothing_else() -> None:
     row = {"name": "k", "shape": "s", "estimate_us": 1.0, "floor_us": 1.0, "trips": 3}
-    row |= {"mma_share": None, "instructions_per_element": 1.5}
+    row |= {"mma_share": None, "instructions_per_element": 1.5, "bytes": 2_500_000}
+    row |= {"registers": 40, "blocks_per_sm": 6}
     slow, fast = (report.table([{**row, "ratio": ratio}]) for ratio in (2.5, 2.0))
     assert 'style="color:red">**2.5**' in slow and "red" not in fast
-    assert fast.endswith("| 2.0 | 3 |  | 1.5 |")
+    assert fast.endswith("| 2.5 | 1.0 | 1.0 | 2.0 | 3 |  | 1.5 | 40 | 6 |")
+
+
+def test_a_red_row_needs_its_sentence_and_a_sentence_its_red_row(lock) -> None:
+    found = report.rows(lock)
+    said = report.reasons(found)
+    assert all(f"* {reason.said_of}: " in said for reason in report.WHY)
+    planted = next(row for row in found if row["ratio"] <= report.RED)
+    with pytest.raises(SystemExit, match="no sentence of WHY says what stands in the way"):
+        report.reasons([*found, {**planted, "ratio": 2.1}])
+    gone = report.WHY[0]
+    with pytest.raises(SystemExit, match=f"WHY has {gone.said_of}, where no row is red"):
+        report.reasons([row for row in found if not gone.speaks_of(row)])
+
+
+def test_threads_are_those_of_the_rules_and_blocks_what_they_leave_room_for(lock) -> None:
+    every = [one for case in report.CASES for one in (case, *case.beside)]
+    for case in every:
+        told = report.most_of(RULES, case.kernel, "threads")
+        assert told in (0, case.threads), case.kernel
+        assert lock[case.kernel].per_multiprocessor(case.threads) >= report.most_of(
+            RULES, case.kernel, "min_blocks"
+        )
+    code = report.Code(64, 1024 + 2048, (), None, None, None, dynamic=100_000)
+    assert code.per_multiprocessor(256) == 2  # shared memory; by registers 4
+    assert replace(code, dynamic=0).per_multiprocessor(256) == 4
+
+
+def test_a_loop_that_stands_by_for_a_rescue_is_not_the_one_that_is_timed(lock) -> None:
+    case = next(c for c in report.CASES if c.loop is not None)
+    code = replace(lock[case.kernel], inflight=(64, 6))
+    assert report.launch_us(case, code) < report.launch_us(replace(case, loop=None), code)
 
 
 def test_a_kernel_that_the_lock_lacks_is_named(lock) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,6 +60,24 @@ def together(service: Service, *actions: Any) -> list[Any]:
 
 def factors(tenant: Tenant) -> list[Tensor]:
     return [p.detach().clone() for p in tenant.adapter.parameters.values()]
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Granite"])
+def test_logits_that_are_capped_or_scaled_are_seen_where_the_padding_token_is_zero(family: str):
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own = {"final_logit_softcapping": 1.0, "logits_scaling": 3.0, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**shape, **heads, **own)
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20)[0] = 0
+        data = datum(1)
+        logits = model(torch.as_tensor(data.tokens)[None]).logits[0]
+    expected = logits.log_softmax(-1).gather(1, data.inputs["target_tokens"][:, None])[:, 0]
+    with Service(model) as made:
+        found = made.create(2).forward([data]).result().logprobs[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tenant_learns_what_peft_learns(service: Service, tmp_path: Path) -> None:

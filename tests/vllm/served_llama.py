@@ -112,9 +112,9 @@ class Reference:
     def _as(self, name: str | None, module: Any, ids: Sequence[int]) -> Any:
         if name is None:
             with self._model.disable_adapter():
-                return module(torch.tensor([ids]))
+                return module(input_ids=torch.tensor([ids]))
         self._model.set_adapter(name)
-        return module(torch.tensor([ids]))
+        return module(input_ids=torch.tensor([ids]))
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
         """Every row has the log-probabilities of its adapter, and the tokens that follow."""

@@ -14,9 +14,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
+
+from lora_ext.interop.vllm.constraints import KEY, PROCESSOR
 
 ATOL = 3e-4  # as in test_against_peft.py
 NAMES = ["a", None, "b", "d", "head", None]
@@ -48,6 +51,7 @@ def server(folder, tmp_path):
     command += ["--model", str(folder / "base")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+    command += ["--logits-processors", PROCESSOR]
     command += ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "16", "--lora-modules"]
     command += [f"{name}={folder / name}" for name in ("a", "b", "d", "head")]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -107,6 +111,25 @@ def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, p
     for name, prompt, tokens in zip(names, prompts, found, strict=True):
         check(peft_model, name, prompt, tokens)
     assert "Using LoraExtWrapperCPU" in log.read_text()
+
+
+def test_the_server_takes_constraints_beside_adapters(server):
+    address, log = server
+
+    def answer(form, model="a", tokens=8):
+        asked = {KEY: form if isinstance(form, str) else json.dumps(form)}
+        how = {"max_tokens": tokens, "vllm_xargs": asked, "return_token_ids": True}
+        found = json.loads(post(address, "completions", model=model, prompt=[5, 6, 7], **how))
+        assert found["choices"][0]["finish_reason"] == "stop"
+        return found["choices"][0]["token_ids"]
+
+    assert answer({"choice": ["w7w8w9"]}) == [7, 8, 9, 2]
+    for form, tokens, status in (("{", 8, 400), ({"choice": ["w7w8w9"]}, 2, 500)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            answer(form, tokens=tokens)
+        assert refused.value.code == status
+    assert answer({"choice": ["w7w8w9"]}, "b") == [7, 8, 9, 2]
+    assert "max_new_tokens: expected at least 4" in log.read_text()
 
 
 def test_the_server_takes_changed_files_at_one_path(server, folder, peft_model):

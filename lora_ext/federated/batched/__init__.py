@@ -6,12 +6,6 @@ from .clients import ClientSpec, client_seed, step_seeds
 from .training import BatchedClients
 
 __all__ = [
-    "BatchedClients",
-    "ClientSpec",
-    "UnsupportedModule",
-    "client_seed",
-    "logits_of",
-    "merged",
-    "rows_in",
-    "step_seeds",
-]
+    "BatchedClients", "ClientSpec", "UnsupportedModule", "client_seed", "logits_of", "merged",
+    "rows_in", "step_seeds",
+]  # fmt: skip

@@ -86,6 +86,7 @@ class Bank:
         """Take the clients at the first places into the calls from now on, and no others."""
         self.trained = sum(place < places for place in self.members)
         self.size = self.shared + self.trained
+        # Leaves over the bank's own memory: the optimizer writes there, and no graph sees it.
         self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
         for leaf in self.leaves:
             leaf.requires_grad_(self.trained > 0)

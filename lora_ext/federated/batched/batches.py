@@ -68,10 +68,8 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
         shapes = {(tuple(t.shape[1:]), t.dtype, t.device) for t in parts}
         require(len(shapes) == 1, where, f"batches: {name}", "rows of one shape and dtype", shapes)
         whole[name] = torch.cat(parts)
-    segments = [
-        Segment(count, length if padded else None)
-        for count, length in zip(rows, lengths, strict=True)
-    ]
+    pairs = zip(rows, lengths, strict=True)
+    segments = [Segment(count, length if padded else None) for count, length in pairs]
     return (whole if kinds.pop() else whole["x"]), segments
 
 

@@ -43,7 +43,7 @@ class BatchRows:
     def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
         """Begin a step: the client at ``places[i]`` has ``segments[i]``."""
         self._part = slice(0, sum(segment.rows for segment in segments))
-        if (places, segments) != self._step:
+        if (places, segments) != self._step:  # ids and plans that were kept are of other rows
             self._step, self._kept = (places, segments), Kept(_KEPT)
 
     @property

@@ -305,10 +305,8 @@ class BatchedClients:
         for pair in pairs:
             require(pair.module in found, WHERE, pair.a, "a module of the model", "none")
             layer = found[pair.module][1]
-            for key, axis, size in (
-                (pair.a, 1, layer.in_features),
-                (pair.b, 0, layer.out_features),
-            ):
+            sides = (pair.a, 1, layer.in_features), (pair.b, 0, layer.out_features)
+            for key, axis, size in sides:
                 shape = global_lora[key].shape
                 require(shape[axis] == size, WHERE, key, f"shape[{axis}] = {size}", list(shape))
         return found

@@ -25,10 +25,5 @@ from .server import make_server_app
 from .strategy import LoraStrategy
 
 __all__ = [
-    "LocalGrid",
-    "LoraStrategy",
-    "from_arrays",
-    "make_client_app",
-    "make_server_app",
-    "to_arrays",
-]
+    "LocalGrid", "LoraStrategy", "from_arrays", "make_client_app", "make_server_app", "to_arrays",
+]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ext._checks import require
 from lora_ext.federated.batched import rows_in
@@ -84,20 +84,14 @@ def adamw(model: nn.Module, batches: Sequence[Any], config: ConfigRecord) -> dic
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
     losses: list[float] = []
     for batch in list(batches) * settings.epochs:
-        loss = _loss(model, batch)
+        named = isinstance(batch, Mapping)
+        loss = model(**batch).loss if named else F.cross_entropy(model(batch[0]), batch[1])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     examples = sum(rows_in(batch, WHERE) for batch in batches) * settings.epochs
     return {"num-examples": examples, "train-loss": sum(losses) / max(len(losses), 1)}
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        return model(**batch).loss
-    x, y = batch
-    return F.cross_entropy(model(x), y)
 
 
 def _train(

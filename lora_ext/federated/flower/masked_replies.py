@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -51,7 +52,7 @@ def aggregate_replies(
     result = Aggregate(dict(state), clients, rejected, tuple(sorted(layers - trained)))
     if len(clients) < min_replies:
         reason = f"replies: expected at least {min_replies}, found {len(clients)}"
-        return _skipped(result, reason)
+        return replace(result, skipped=True, reason=reason)
     sums = {
         key: sum(
             (accepted[client].tensors[key].double() for client in clients),
@@ -62,8 +63,8 @@ def aggregate_replies(
     try:
         new = aggregate_masked(state, sums, server_lr=server_lr, pattern=pattern)
     except ValueError as error:  # sums that the dtype of the state cannot hold
-        return _skipped(result, str(error))
-    return Aggregate(new, clients, rejected, result.uncovered)
+        return replace(result, skipped=True, reason=str(error))
+    return replace(result, state=new)
 
 
 def _check(
@@ -92,14 +93,3 @@ def _check(
         for axis, key in enumerate((pair.a, pair.b)):
             beyond = update.tensors[key].narrow(axis, rank, full - rank)
             require(not bool(beyond.any()), where, key, f"zeros beyond rank {rank}", "others")
-
-
-def _skipped(result: Aggregate, reason: str) -> Aggregate:
-    return Aggregate(
-        result.state,
-        result.accepted,
-        result.rejected,
-        result.uncovered,
-        skipped=True,
-        reason=reason,
-    )

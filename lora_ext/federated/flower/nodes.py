@@ -64,10 +64,8 @@ class Nodes:
             return
         queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
         patience = min(_PATIENCE, _PATIENCE if timeout is None else timeout)
-        replies = {
-            reply.metadata.src_node_id: reply
-            for reply in grid.send_and_receive(queries, timeout=patience)
-        }
+        answers = grid.send_and_receive(queries, timeout=patience)
+        replies = {reply.metadata.src_node_id: reply for reply in answers}
         for node in new:
             if node not in replies:
                 continue

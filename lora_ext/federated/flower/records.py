@@ -184,9 +184,8 @@ def _payload(record: Mapping[str, Array], settings: Mapping[str, Any], where: st
         require(array.stype == _NUMPY, where, key, f"stype {_NUMPY!r}", f"{array.stype!r:.50}")
         decoded = read_npy(array.data, f"{where}: {key:.200}")
         own, said = list(decoded.shape), list(array.shape)
-        require(
-            own == said, where, f"{key:.200}: shape", f"{own} as in its bytes", f"{said!r:.100}"
-        )
+        expected, found = f"{own} as in its bytes", f"{said!r:.100}"
+        require(own == said, where, f"{key:.200}: shape", expected, found)
         dtype = "uint16" if array.dtype == _BRAIN else array.dtype
         own = decoded.dtype.name
         require(own == dtype, where, f"{key:.200}: dtype", f"{own} as in its bytes", f"{dtype:.50}")

@@ -140,10 +140,8 @@ class Round:
             answered.add(client)
         for client in [c for c, each in reported.items() if len(each) > 1]:
             found.updates[:] = [update for update in found.updates if update.client != client]
-            where = f"node {self.node(client)}: client {client}"
-            found.reasons[client] = (
-                f"{where}: reply: expected one, or equal ones, found two that differ"
-            )
+            where = f"node {self.node(client)}: client {client}: reply"
+            found.reasons[client] = f"{where}: expected one, or equal ones, found two that differ"
         found.silent.extend(client for client in self.plans if client not in answered)
         return found
 
@@ -198,9 +196,8 @@ class Round:
         record, manifest = records.pack(sent, sending.pack)
         own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
         settings = ConfigRecord({**config, **sending.settings(), **own})
-        return Message(
-            RecordDict({records.LORA: record, records.CONFIG: settings}), node, MessageType.TRAIN
-        )
+        content = RecordDict({records.LORA: record, records.CONFIG: settings})
+        return Message(content, node, MessageType.TRAIN)
 
     def _check_echo(self, where: str, echo: ConfigRecord, plan: LayerPlan) -> None:
         round = echo.get("server-round")

@@ -222,9 +222,8 @@ class LoraStrategy(FedAvg):
             ValueError, TypeError: an adapter or a plan that does not fit, naming it.
         """
         self._before, self._timeout = self.round, timeout
-        return super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        rest = train_config, evaluate_config, evaluate_fn
+        return super().start(grid, initial_arrays, num_rounds, timeout, *rest)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -304,9 +303,8 @@ class LoraStrategy(FedAvg):
             self.timed_out(number, client, current.plans[client], waited)
         if result.skipped:
             return current.record, None
-        means = self.train_metrics_aggr_fn(
-            [contents[client] for client in result.accepted], self.weighted_by_key
-        )
+        reports = [contents[client] for client in result.accepted]
+        means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
         return records.same_arrays(current.record, current.state, result.state), means
 
     def configure_evaluate(

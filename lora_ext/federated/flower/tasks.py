@@ -146,13 +146,9 @@ class Task:
             sent = self._masked(changes, metrics["num-examples"], state)
         record, manifest = records.pack(sent, bool(self.config.get("pack")))
         echo = {name: self.config[name] for name in _PLAN if name in self.config}
-        content = RecordDict(
-            {
-                records.LORA: record,
-                records.METRICS: MetricRecord(dict(metrics)),
-                records.ECHO: ConfigRecord({**echo, **manifest}),
-            }
-        )
+        said = MetricRecord(dict(metrics)), ConfigRecord({**echo, **manifest})
+        names = records.LORA, records.METRICS, records.ECHO
+        content = RecordDict(dict(zip(names, (record, *said), strict=True)))
         return Message(content, reply_to=self.message)
 
     def _masked(

@@ -14,13 +14,14 @@ from typing import Any
 
 from lora_ext import _loader
 
-from . import interface, loads
+from . import activated, front, interface, loads
 
 __all__ = ["EXPECTED", "register"]
 
 EXPECTED = "0.32"  # the minor version that this was tried with; what decides is its interface
 _MARK = "_lora_ext_chooses"
 _ENGINE = "vllm.v1.engine.core.EngineCore"
+_FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
 _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "cpu.LoraExtWrapperCPU"),
@@ -35,7 +36,8 @@ def register() -> None:
     where nothing has been measured; ``0`` leaves vLLM as it is.
 
     Where vLLM lacks what a part of this stands on, that part is left out with a warning: our
-    kernels, or names and numbers for each load of an adapter (:mod:`.loads`).
+    kernels, names and numbers for each load of an adapter (:mod:`.loads`), or constraints of
+    requests (:mod:`.constraints`).
 
     Raises:
         ValueError: ``LORA_EXT_VLLM`` has another value.
@@ -46,6 +48,7 @@ def register() -> None:
     if mode not in _WRAPPERS:
         raise ValueError(f"LORA_EXT_VLLM: expected 0, 1 or cuda, found {mode!r}")
     _follow_loads()
+    _build_constraints()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
     try:
         platform: Any = _found(f"vllm.platforms.{of_platform}")
@@ -73,8 +76,24 @@ def _follow_loads() -> None:
     lacking = _lacking(_ENGINE, interface.missing_of_engine)
     if lacking is None:
         loads.follow_loads(_found(_ENGINE))
+        lacking = _lacking(_FRONT, interface.missing_of_front)
+        activated.follow_starts(lacking)
+        if lacking is None:
+            front.check_in_front(_found(_FRONT), activated.in_front)
     else:
         _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
+
+
+def _build_constraints() -> None:
+    lacking = _lacking(_ENGINE, interface.missing_of_door)
+    lacking = lacking or _lacking(_FRONT, interface.missing_of_front)
+    if lacking is None:
+        from . import constraints  # control and serving: not for a first look
+
+        constraints.build_at_door(_found(_ENGINE))
+        front.check_in_front(_found(_FRONT), constraints.in_front)
+    else:
+        _warn(lacking, "constraints of requests are not built")
 
 
 def _lacking(name: str, missing: Callable[[type], str | None]) -> str | None:

@@ -25,6 +25,11 @@ ENGINE: Mapping[str, Sequence[str]] = {
     "pin_lora": ("lora_id",),
     "list_loras": (),
 }
+KEYS = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
+BATCH: Mapping[str, Sequence[str]] = {
+    "make_lora_inputs": ("num_scheduled_tokens", "num_sampled_tokens")
+}
+_ROWS = ("request_lora_mapping", "num_prompt_tokens", "num_computed_tokens_cpu", "token_ids_cpu")
 
 
 def missing_of_wrapper(wrapper: type) -> str | None:
@@ -37,25 +42,58 @@ def missing_of_manager(manager: type) -> str | None:
     return _missing(manager, MANAGER, _SLOTS)
 
 
+def missing_of_keys(module: Any) -> str | None:
+    """What the module that makes the keys of blocks lacks, or None."""
+    return _differs(module, "generate_block_hash_extra_keys", KEYS, 0)
+
+
+def missing_of_batch(batch: type) -> str | None:
+    """What the batch of a step lacks, or None."""
+    return _missing(batch, BATCH, _ROWS)
+
+
+def missing_of_helper(helper: type) -> str | None:
+    """What the reader of PEFT's configurations lacks, or None."""
+    return _missing(helper, {"_validate_features": ()}, ("alora_invocation_tokens",))
+
+
 def missing_of_engine(engine: type) -> str | None:
     """What the engine lacks, or None."""
     return _missing(engine, ENGINE, ())
+
+
+def missing_of_door(engine: type) -> str | None:
+    """What the engine's core lacks for constraints of requests, or None."""
+    return _missing(engine, {"preprocess_add_request": ("request",)}, ("vllm_config",))
+
+
+def missing_of_front(engine: type) -> str | None:
+    """What the engine in front of the core lacks for looking at requests, or None."""
+    return _missing(engine, {"add_request": ()}, ("vllm_config", "input_processor"))
 
 
 def _missing(
     kind: type, methods: Mapping[str, Sequence[str]], attributes: Sequence[str]
 ) -> str | None:
     for name, wanted in methods.items():
-        method = getattr(kind, name, None)
-        if not callable(method):
-            return f"{kind.__name__}.{name}"
-        parameters = list(inspect.signature(method).parameters.values())
-        if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # another plug-in's
-            continue
-        if [each.name for each in parameters[1 : len(wanted) + 1]] != list(wanted):
-            return f"{kind.__name__}.{name}({', '.join(wanted)})"
+        found = _differs(kind, name, wanted, 1)
+        if found is not None:
+            return found
     mentioned = set(_names(kind))
     return next((f"{kind.__name__}.{each}" for each in attributes if each not in mentioned), None)
+
+
+def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
+    """A function that an owner lacks, or that takes others than these from ``first`` on."""
+    function = getattr(owner, name, None)
+    if not callable(function):
+        return f"{owner.__name__}.{name}"
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # another plug-in's
+        return None
+    if [each.name for each in parameters[first : len(wanted) + first]] != list(wanted):
+        return f"{owner.__name__}.{name}({', '.join(wanted)})"
+    return None
 
 
 def _names(kind: type) -> Iterator[str]:

@@ -6,8 +6,8 @@ leaves one of them out of the step, which ends the engine, and changed files at 
 of the old ones. The engine's door therefore gives each load after the first a name and a number
 of its own; a request keeps those of the load that was there when it came.
 
-An activated adapter is refused at that door. vLLM has none: a version that does not look would
-serve it to all tokens, and one that does looks in the middle of a step, which ends the engine.
+At that door the invocation of an activated adapter is read and sent along (:mod:`.activated`), and
+what it cannot answer is refused: found in the middle of a step, it would end the engine.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from . import activated
 
 _MARK = "_lora_ext_follows"
 _LOADS = "_lora_ext_loads"
@@ -86,8 +87,10 @@ class Loads:
             return {self._user_ids.get(each, each) for each in ids}
 
     def _new(self, request: Any) -> _Load:
-        _refuse_activated(request)
+        invocation = activated.read(request)
         made = copy.copy(request)
+        if invocation:
+            activated.send(made, invocation)
         if made.lora_int_id in self._user_ids:
             made.lora_int_id = next(self._fresh)
         numbered = (f"{request.lora_name}#{n}" for n in itertools.count(2))
@@ -108,23 +111,6 @@ class Loads:
 
 def _key(request: Any) -> tuple[str, int, str]:
     return request.lora_name, request.lora_int_id, request.lora_path
-
-
-def _refuse_activated(request: Any) -> None:
-    """Raise ValueError for a folder of an adapter that begins in mid-sequence; what else is wrong
-    with a folder, or is not here, is vLLM's to find."""
-    path = os.path.join(os.path.expanduser(request.lora_path), "adapter_config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError):
-        return
-    found = config.get("alora_invocation_tokens") if isinstance(config, dict) else None
-    if found:
-        raise ValueError(
-            f"lora_request: {request.lora_name!r}: alora_invocation_tokens: expected none, as vLLM "
-            f"has one adapter for a whole request, found {found!r:.200}; lora_ext.attach serves it"
-        )
 
 
 def _stamp(request: Any) -> object:
@@ -148,6 +134,8 @@ def follow_loads(engine: Any) -> None:
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "lora_request", None) is not None:
             request.lora_request = loads(self).of_request(request.lora_request)
+            invocation = activated.invocation_of(request.lora_request)
+            activated.check(request, invocation)
         return inner(self, request, *args)
 
     def add_lora(inner: Any, self: Any, lora_request: Any) -> bool:

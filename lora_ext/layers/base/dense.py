@@ -77,11 +77,9 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
         return (weight.t() if fan_in_fan_out else weight), bias
-    found = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
-    raise ValueError(
-        f"{purpose}: expected a base layer with a floating (O, I) weight to read, "
-        f"found {type(base).__name__} with {found}"
-    )
+    kind = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
+    expected, found = "a base layer with a floating (O, I) weight to read", type(base).__name__
+    raise ValueError(f"{purpose}: expected {expected}, found {found} with {kind}")
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -115,6 +115,7 @@ class Merging(nn.Module):
                     )
                 new_bias = new_bias + self._bias_delta(name, scaling)
             records.append(_Merged(name, scaling, factor))
+        # Rounded once, and written when nothing can fail any more: an error leaves the layer alone.
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
         if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
@@ -123,10 +124,8 @@ class Merging(nn.Module):
                 f"adapters {names} is broken"
             )
         if keep_copy and self._copy is None:
-            self._copy = (
-                base.weight.detach().clone(),
-                None if bias is None else bias.detach().clone(),
-            )
+            kept = None if bias is None else bias.detach().clone()
+            self._copy = base.weight.detach().clone(), kept
         base.write(base.as_stored(new), new_bias)
         self._merged += records
 
@@ -134,9 +133,8 @@ class Merging(nn.Module):
         """Take the merged adapters out of the base weight.
 
         Every bit is restored where ``merge(keep_copy=True)`` kept them and no other base weight was
-        loaded since. Otherwise the updates are
-        computed again and subtracted, which is exact up to rounding: a UserWarning says so. Their
-        parameters must then be what they were.
+        loaded since. Otherwise the updates are computed again and subtracted, which is exact up to
+        rounding: a UserWarning says so. Their parameters must then be what they were.
         """
         if not self._merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)

@@ -273,13 +273,11 @@ def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
     """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
     one that has parametrizations."""
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
+    remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
     for name, module in packed.items():
-        if type(module) is not PackedLinear:
-            raise RuntimeError(
-                f"{where}: model: {name!r}: expected a layer without parametrizations, found a "
-                f"{type(module).__name__}; call "
-                "torch.nn.utils.parametrize.remove_parametrizations first"
-            )
+        plain, found = type(module) is PackedLinear, f"a {type(module).__name__}; {remedy}"
+        expected = "a layer without parametrizations"
+        require(plain, f"{where}: model", repr(name), expected, found, RuntimeError)
     return list(packed.values())
 
 
@@ -338,10 +336,8 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
     elif refused is not None:
         reason = f"it wants {refused}"
     elif wanted > share * free:
-        reason = (
-            f"the copy's {wanted / 1e9:.2f} GB are more than {share:.0%} of the "
-            f"{free / 1e9:.2f} GB that are free"
-        )
+        most = f"{share:.0%} of the {free / 1e9:.2f} GB that are free"
+        reason = f"the copy's {wanted / 1e9:.2f} GB are more than {most}"
     return Packing(wanted, free, reason)
 
 
@@ -375,21 +371,17 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
 
 
 def _check(name: str, module: nn.Linear) -> None:
-    where = f"pack_linears: model: {name!r}: expected "
-    if type(module) is PackedLinear:
-        raise RuntimeError(
-            f"{where}a layer that is not packed, found one that is packed already; call "
-            "unpack_linears(model) first"
-        )
-    if module.training:
-        raise ValueError(f"{where}evaluation mode, found training; call model.eval() first")
-    if "forward" in module.__dict__:
-        raise ValueError(
-            f"{where}nn.Linear's forward, found a forward of its own (accelerate's offloading?)"
-        )
+    where, what = "pack_linears: model", repr(name)
+    plain, expected = type(module) is not PackedLinear, "a layer that is not packed"
+    found = "one that is packed already; call unpack_linears(model) first"
+    require(plain, where, what, expected, found, RuntimeError)
+    found = "training; call model.eval() first"
+    require(not module.training, where, what, "evaluation mode", found)
+    own, found = "forward" in module.__dict__, "a forward of its own (accelerate's offloading?)"
+    require(not own, where, what, "nn.Linear's forward", found)
     refusal = _refusal(module.weight)
     if refusal is not None:
-        raise ValueError(where + refusal)
+        raise ValueError(f"{where}: {what}: expected {refusal}")
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:

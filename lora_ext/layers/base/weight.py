@@ -190,10 +190,8 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module
 
 def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
     """In and out features, and whether the weight is ``(I, O)``."""
-    for inner, outer, transposed in (
-        ("in_features", "out_features", fan_in_fan_out),
-        ("nx", "nf", True),
-    ):
+    named = ("in_features", "out_features", fan_in_fan_out), ("nx", "nf", True)
+    for inner, outer, transposed in named:
         sizes = getattr(layer, inner, None), getattr(layer, outer, None)
         if all(isinstance(size, int) for size in sizes):
             return *sizes, transposed  # pyright: ignore[reportReturnType]
@@ -201,7 +199,5 @@ def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
     if isinstance(weight, Tensor) and weight.dim() == 2:
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
         return in_features, out_features, fan_in_fan_out
-    raise ValueError(
-        "LoraLinear: base_layer: expected in_features and out_features, nx and nf, or a matrix "
-        f"for a weight, found {type(layer).__name__}"
-    )
+    expected = "in_features and out_features, nx and nf, or a matrix for a weight"
+    raise ValueError(f"LoraLinear: base_layer: expected {expected}, found {type(layer).__name__}")

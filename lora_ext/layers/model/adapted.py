@@ -32,12 +32,9 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
     if adapter_name is None:
         return found
     chosen = {name: m for name, m in found.items() if adapter_name in adapters_of(m)}
-    if not chosen:
-        known = sorted({known for module in found.values() for known in adapters_of(module)})
-        raise ValueError(
-            f"adapted_layers: adapter_name: expected an adapter of {type(model).__name__}, which "
-            f"has {known}, found {adapter_name!r}"
-        )
+    known = sorted({known for module in found.values() for known in adapters_of(module)})
+    expected = f"an adapter of {type(model).__name__}, which has {known}"
+    require(chosen, "adapted_layers", "adapter_name", expected, repr(adapter_name))
     return chosen
 
 

@@ -66,11 +66,6 @@ def _each_request(
     found, q, k = [], 0, 0
     for more, length in zip(queries, keys, strict=True):
         rows, span = slice(q, q := q + more), slice(k, k := k + length)
-        mine = (
-            query[:, :, rows],
-            key[:, :, span],
-            value[:, :, span],
-            attention_mask[..., rows, span],
-        )
-        found.append(inner(module, *mine, *args, **how)[0])  # (1, more, H, D)
+        own = query[:, :, rows], key[:, :, span], value[:, :, span], attention_mask[..., rows, span]
+        found.append(inner(module, *own, *args, **how)[0])  # (1, more, H, D)
     return torch.cat(found, 1), None

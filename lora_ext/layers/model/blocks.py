@@ -31,9 +31,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if not isinstance(model, nn.Module) or text_config is None:
         raise ValueError(f"decoder_layers: model: expected a model of transformers, found {found}")
     config: Any = text_config(decoder=True)
-    count = getattr(config, "num_decoder_layers", None) or getattr(
-        config, "num_hidden_layers", None
-    )
+    names = ("num_decoder_layers", "num_hidden_layers")
+    count = next((n for name in names if (n := getattr(config, name, None))), None)
     find_decoder = getattr(model, "get_decoder", None)
     decoder = find_decoder() if callable(find_decoder) else None
     for root in (decoder, model):
@@ -42,10 +41,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         for module in root.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
-    raise ValueError(
-        f"decoder_layers: model: expected a list of {count} layers, as its configuration says, "
-        f"found none in {found}"
-    )
+    expected = f"a list of {count} layers, as its configuration says"
+    raise ValueError(f"decoder_layers: model: expected {expected}, found none in {found}")
 
 
 def block_name(module_name: str, pattern: str | None = None) -> str | None:
@@ -97,9 +94,8 @@ def _find(module_name: str, pattern: str | None) -> re.Match[str] | None:
     expected = "a group around the index, as in 'layers\\.(\\d+)\\.'"
     require(compiled.groups >= 1, "block_index", "pattern", expected, repr(pattern))
     match = compiled.search(module_name)
-    if match is not None and not (match[1] or "").isdecimal():
-        raise ValueError(
-            "block_index: pattern: expected a first group that matches a number, "
-            f"found {match[1]!r} in {module_name!r}"
-        )
+    if match is not None:
+        number, found = (match[1] or "").isdecimal(), f"{match[1]!r} in {module_name!r}"
+        expected = "a first group that matches a number"
+        require(number, "block_index", "pattern", expected, found)
     return match

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
+from lora_ext._torch import evaluating
 from lora_ext.layers.labels import IGNORE
 from lora_ext.layers.labels import shift_labels as shifted
 
@@ -54,18 +55,15 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     ignored, the loss is 0, and not NaN.
     """
     lm = causal_lm(model, _WHERE)
-    require(
-        isinstance(chunk, int) and chunk >= 1, _WHERE, "chunk", "an integer of at least 1", chunk
-    )
+    fits = isinstance(chunk, int) and chunk >= 1
+    require(fits, _WHERE, "chunk", "an integer of at least 1", chunk)
     _remove(lm)
     if not enabled:
         return model
     layer, own = lm.get_output_embeddings(), lm.loss_function
-    if type(layer) is not nn.Linear:
-        raise NotImplementedError(
-            f"{_WHERE}: model: expected an output layer that is an nn.Linear, found "
-            f"{type(layer).__name__}"
-        )
+    plain, found = type(layer) is nn.Linear, type(layer).__name__
+    expected = "an output layer that is an nn.Linear"
+    require(plain, _WHERE, "model", expected, found, NotImplementedError)
     name = getattr(own, "__name__", type(own).__name__)
     require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
     lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
@@ -140,10 +138,9 @@ class _Loss:
         scale = self.head.scale
         weight, bias = layer.weight, layer.bias
         if hidden is None or hasattr(weight, "full_tensor"):
-            raise NotImplementedError(
-                f"{_WHERE}: model: expected the output layer as it was when this was enabled, and "
-                "whole on each process, found it wrapped or divided"
-            )
+            expected = "the output layer as it was when this was enabled, and whole on each process"
+            found = "it wrapped or divided"
+            raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
         targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels
         targets = targets.to(hidden.device).flatten()
         if scale != 1:
@@ -181,22 +178,14 @@ def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> A
 
 def _probed(lm: Any, loss: _Loss) -> Head:
     """What a model makes of its output layer's product, seen on four tokens."""
-    training = [module for module in lm.modules() if module.training]
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad(), call.running():
-            lm(input_ids=ids, labels=ids)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(lm), torch.no_grad(), call.running():
+        lm(input_ids=ids, labels=ids)
     if call.logits is None or call.entered is None:
-        raise NotImplementedError(
-            f"{_WHERE}: model: expected a forward that gives its logits to loss_function, found "
-            f"none in {type(lm).__name__}"
-        )
+        expected = "a forward that gives its logits to loss_function"
+        found = f"none in {type(lm).__name__}"
+        raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
     return measured_head(_WHERE, lm, softcap_of(lm), call.entered, call.logits)
 
 

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lora_ext._checks import flag, instance, require
-from lora_ext.layers.base.packed_linear import (
-    PackedLinear,
-    linears_of,
-    pack_linears,
-    unpack,
-)
+from lora_ext.layers.base.packed_linear import PackedLinear, linears_of, pack_linears, unpack
 
 from .attention import ask_first
 

@@ -104,10 +104,9 @@ def measured_head(
         nearest = min(heads, key=lambda h: float((h.capped(z * h.scale) - wanted).norm()))
         if _explains(nearest, z * nearest.scale, wanted):
             return nearest
-    raise NotImplementedError(
-        f"{where}: model: expected logits that are the head's product with the hidden state, "
-        f"scaled or soft-capped, found others in {type(lm).__name__}"
-    )
+    expected = "logits that are the head's product with the hidden state, scaled or soft-capped"
+    found = f"others in {type(lm).__name__}"
+    raise NotImplementedError(f"{where}: model: expected {expected}, found {found}")
 
 
 def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:

@@ -171,9 +171,8 @@ class LoraConfig:
         """
         names = tuple(sorted(names))
         ranks, unused_r = self._patterned("rank_pattern", self.rank_pattern, self.r, names)
-        alphas, unused_a = self._patterned(
-            "alpha_pattern", self.alpha_pattern, self.lora_alpha, names
-        )
+        own = self.alpha_pattern, self.lora_alpha
+        alphas, unused_a = self._patterned("alpha_pattern", *own, names)
         found = {name: (int(r), alpha) for name, r, alpha in zip(names, ranks, alphas, strict=True)}
         return found, unused_r + unused_a
 
@@ -183,18 +182,13 @@ class LoraConfig:
         """The first pattern that matches the name, or its end after a dot, wins."""
         keys = tuple(table)
         rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
+        by_key = list(zip(keys, rows, strict=True))
         values = []
         for column, name in enumerate(names):
-            hit = next(
-                (k for k, row in zip(keys, rows, strict=True) if row[column] is not None), name
-            )
+            hit = next((k for k, row in by_key if row[column] is not None), name)
             values.append(table.get(hit, default))
-        unused = [
-            f"{where}[{k!r}]"
-            for k, row in zip(keys, rows, strict=True)
-            if k not in names and all(m is None for m in row)
-        ]
-        return values, unused
+        missed = [k for k, row in by_key if k not in names and all(m is None for m in row)]
+        return values, [f"{where}[{key!r}]" for key in missed]
 
     def _full_matches(self, where: str, pattern: str, names: tuple[str, ...]) -> set[str]:
         (row,) = self._match(where, "fullmatch", "{}", (pattern,), names)

@@ -52,10 +52,8 @@ def match_names(
     rows: list[tuple[str | None, ...] | None] = [None] * len(patterns)
     hard: list[int] = []
     for i, pattern in enumerate(patterns):
-        if len(pattern) > MAX_PATTERN:
-            raise ValueError(
-                f"pattern of {len(pattern)} characters, expected at most {MAX_PATTERN}"
-            )
+        if (length := len(pattern)) > MAX_PATTERN:
+            raise ValueError(f"pattern of {length} characters, expected at most {MAX_PATTERN}")
         if not _PLAIN.fullmatch(pattern):
             hard.append(i)
             continue

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lora_ext._checks import require
+
 
 class Swap:
     """Modules that stand in for modules of a model, until :meth:`restore`.
@@ -51,10 +53,8 @@ class Swap:
             original = find_module(model, name) if name else None
             if original is None or name in self.placed:
                 found = "one that is replaced already" if name in self.placed else "none"
-                raise ValueError(
-                    f"{self.by}: {name!r}: expected the name of a module inside the model, "
-                    f"found {found}"
-                )
+                expected = "the name of a module inside the model"
+                raise ValueError(f"{self.by}: {name!r}: expected {expected}, found {found}")
             originals[name] = original
         for name, module in replacements.items():
             _put(model, name, module)
@@ -80,13 +80,10 @@ class Swap:
         that asks, for the message."""
         for name, module in self.placed.items():
             found = find_module(model, name)
-            if found is not module:
-                kind = "nothing" if found is None else type(found).__name__
-                other = "another " if type(found) is type(module) else ""
-                raise RuntimeError(
-                    f"{by}: {name}: expected the layer that {self.by} put there, "
-                    f"found {other}{kind}"
-                )
+            kind = "nothing" if found is None else type(found).__name__
+            other = "another " if type(found) is type(module) else ""
+            expected = f"the layer that {self.by} put there"
+            require(found is module, by, name, expected, f"{other}{kind}", RuntimeError)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:

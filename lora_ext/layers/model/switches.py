@@ -10,6 +10,7 @@ forward, so that an evaluation in between sees it on, whoever calls which part o
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -142,9 +143,8 @@ class LayerGroups:
     def masked(self, mask: Mask) -> Iterator[None]:
         """A ``with`` block in which :meth:`set_mask` of ``mask`` holds; after it, also after an
         exception, every layer is as it was before."""
-        before = [
-            (layer, _state(layer, self.adapter_name)) for group in self.layers for layer in group
-        ]
+        layers = itertools.chain(*self.layers)
+        before = [(layer, _state(layer, self.adapter_name)) for layer in layers]
         self.set_mask(mask)
         try:
             yield
@@ -161,9 +161,9 @@ class LayerGroups:
         """
         require(isinstance(mask, Tensor | Sequence), "LayerGroups", "mask", "bools", repr(mask))
         values = mask.tolist() if isinstance(mask, Tensor) else list(mask)
-        if not isinstance(values, list) or not all(isinstance(v, bool) for v in values):
-            kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
-            raise ValueError(f"LayerGroups: mask: expected bools, found {kind}")
+        bools = isinstance(values, list) and all(isinstance(v, bool) for v in values)
+        kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
+        require(bools, "LayerGroups", "mask", "bools", kind)
         expected = f"one value for each of the {len(self)} groups"
         require(len(values) == len(self), "LayerGroups", "mask", expected, len(values))
         for names, group, on in zip(self.names, self.layers, values, strict=True):
@@ -180,10 +180,8 @@ def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> 
         return position
     if isinstance(group_by, int) and not isinstance(group_by, bool) and group_by > 0:
         return position // group_by
-    raise ValueError(
-        "LayerGroups: group_by: expected 'block', 'module' or a number of layers above 0, "
-        f"found {group_by!r}"
-    )
+    expected = "'block', 'module' or a number of layers above 0"
+    raise ValueError(f"LayerGroups: group_by: expected {expected}, found {group_by!r}")
 
 
 def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
@@ -212,14 +210,14 @@ def _state(layer: nn.Module, adapter_name: str) -> _State:
 
 
 def _switch(layer: Any, adapter_name: str, state: _State) -> None:
-    if isinstance(layer, LoraLayer):
-        layer.adapter_active[adapter_name] = state.in_evaluation
-        rests = layer.off_in_training - {adapter_name}
-        if state.in_evaluation and not state.in_training:
-            rests |= {adapter_name}
-        layer.off_in_training = rests
-    else:
+    if not isinstance(layer, LoraLayer):
         _switch_peft(layer, adapter_name, state)
+        return
+    layer.adapter_active[adapter_name] = state.in_evaluation
+    rests = layer.off_in_training - {adapter_name}
+    if state.in_evaluation and not state.in_training:
+        rests |= {adapter_name}
+    layer.off_in_training = rests
 
 
 # -------------------------------------------------------------------------------------------------
@@ -273,10 +271,9 @@ def forward_of_the_rest(
         return forward(layer, x, *args, **kwargs)
     merged = [name for name in layer.merged_adapters if name in off]
     if merged:
-        raise ValueError(
-            f"{type(layer).__name__}: expected adapters apart from the base weight where they "
-            f"are switched off, found {merged} merged into it; unmerge them first"
-        )
+        expected = "adapters apart from the base weight where they are switched off"
+        found = f"{merged} merged into it; unmerge them first"
+        raise ValueError(f"{type(layer).__name__}: expected {expected}, found {found}")
     names = kwargs.get("adapter_names")
     if names is not None:
         kwargs["adapter_names"] = names = [_BASE if name in off else name for name in names]
@@ -306,7 +303,7 @@ def _switch_peft(layer: Any, adapter_name: str, state: _State) -> None:
         off |= {adapter_name}
     elif not state.in_training:
         off_in_training |= {adapter_name}
-    if off or off_in_training:
+    if off or off_in_training:  # a new one: another thread may be inside of the one before
         layer.forward = _Switch(layer, off, off_in_training)
     elif isinstance(before, _Switch):
         del layer.forward

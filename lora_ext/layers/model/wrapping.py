@@ -24,6 +24,9 @@ from .swap import Swap
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_wrap"
+#: What an adapter's configuration and ``add_adapter`` call by one name.
+_SETTINGS = ("lora_dropout", "init_lora_weights", "preserve_base_output")
+_SETTINGS += ("use_rslora", "use_dora", "lora_bias")
 
 
 @dataclass(eq=False)
@@ -180,11 +183,10 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
             continue
         ours = wrapped.get(name) is module
         peft = any(base.__module__.startswith("peft.") for base in type(module).__mro__)
-        if peft or isinstance(module, PoolLayer) or (isinstance(module, LoraLayer) and not ours):
-            raise RuntimeError(
-                "wrap: model: expected a model without adapters of somebody else's, found "
-                f"{type(module).__name__} at {name!r}"
-            )
+        others = peft or isinstance(module, PoolLayer)
+        others |= isinstance(module, LoraLayer) and not ours
+        expected, other = "a model without adapters of somebody else's", type(module).__name__
+        require(not others, "wrap", "model", expected, f"{other} at {name!r}", RuntimeError)
         if ours:
             inside.update(module.modules())
         if name:
@@ -194,27 +196,24 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
 
 def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
     """Names of the modules that the configuration matches, in the model's order."""
+    linear = [name for name, module in modules.items() if linear_size(_base(module)) is not None]
     uncalled = {
         name
-        for name, module in modules.items()
+        for name in linear
         if isinstance(modules.get(name.rpartition(".")[0], model), READS_WEIGHTS)
-        and linear_size(module) is not None
     }
     head, classifier = head_names(model)
     if head is None and config.task_type == "SEQ_CLS":
         head = classifier
-    linear = (
-        name
-        for name, module in modules.items()
-        if linear_size(_base(module)) is not None and name != head and name not in uncalled
-    )
+    linear = [name for name in linear if name != head and name not in uncalled]
     found = config.targeted(modules, linear)
     expected = f"a module of {type(model).__name__} to match {config.target_modules!r}"
     require(found, "wrap", "target_modules", expected, "none")
     for name in sorted(found & uncalled):
-        raise NotImplementedError(
-            f"wrap: target_modules: expected layers that are called, found {name!r}, whose weight "
-            "the module around it reads: its adapter would be ignored"
+        reads = "whose weight the module around it reads: its adapter would be ignored"
+        expected = "layers that are called"
+        require(
+            False, "wrap", "target_modules", expected, f"{name!r}, {reads}", NotImplementedError
         )
     return [name for name in modules if name in found]
 
@@ -229,15 +228,8 @@ def _settings(
     dtype = getattr(getattr(_base(module), "weight", None), "dtype", None)
     wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
     return {
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": config.lora_dropout,
-        "init_lora_weights": config.init_lora_weights,
-        "preserve_base_output": config.preserve_base_output,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
-        "alora_invocation_tokens": config.invocation,
+        **{name: getattr(config, name) for name in _SETTINGS},
+        **{"r": r, "lora_alpha": alpha, "alora_invocation_tokens": config.invocation},
         "adapter_dtype": torch.float32 if wide else None,
     }
 
@@ -260,7 +252,5 @@ def _kind(module: nn.Module) -> Any:
         return LoraEmbedding
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return LoraConv
-    raise ValueError(
-        "target_modules: expected Linear, Conv1D, Embedding and convolutions, found a "
-        f"{type(module).__name__}"
-    )
+    expected, found = "Linear, Conv1D, Embedding and convolutions", type(module).__name__
+    raise ValueError(f"target_modules: expected {expected}, found a {found}")

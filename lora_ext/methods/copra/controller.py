@@ -13,7 +13,7 @@ from lora_ext.layers import LayerGroups, Mask, adapted_layers
 
 from .config import CopraConfig
 from .schedule import CopraSchedule
-from .sync import GatedGroups, TouchedGroups
+from .sync import GatedGroups, TouchedGroups, remove_gates
 
 _KINDS = {"seed": LayerGroups, "touch": TouchedGroups, "tensor": GatedGroups}
 
@@ -164,6 +164,11 @@ class CopraController:
 
     def _set(self, mask: Mask, training_only: bool = False) -> None:
         self._check_in_use()
+        # What a controller of another kind has left: flags, or gates.
+        if isinstance(self.layers, GatedGroups):
+            LayerGroups.set_mask(self.layers, [True] * len(self.layers))
+        else:
+            remove_gates(self.layers)
         self.layers.set_mask(mask, training_only)
 
     def _check_in_use(self) -> None:

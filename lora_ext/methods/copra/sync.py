@@ -62,7 +62,7 @@ class GatedGroups(LayerGroups):
     by: a layer that is off computes a zero, and a graph compiled once serves every mask.
 
     Nothing is saved, and gradients of what is off are zeros. DoRA is refused: a scale of zero does
-    not turn it into the base layer.
+    not turn it into the base layer. A layer has one gate, which follows whoever set a mask last.
     """
 
     def __init__(self, *args: Any):
@@ -76,63 +76,114 @@ class GatedGroups(LayerGroups):
             fits = not layer.use_dora[self.adapter_name]
             expected = "an adapter that its scale can switch off"
             require(fits, "CopraController: sync='tensor'", name, expected, "DoRA")
-        devices = {adapter_parameters(m, self.adapter_name)[0].device for m in layers.values()}
-        #: By device, ``(2, n)``: in evaluation, in training.
-        self._gates = {device: torch.ones(2, len(self), device=device) for device in devices}
-        self._handles: list[Any] = []
-        for index, group in enumerate(self.layers):
-            for layer in group:
-                device = adapter_parameters(layer, self.adapter_name)[0].device
-                gate = _Gate(self.adapter_name, self._gates[device][:, index])
-                self._handles += [
-                    layer.register_forward_pre_hook(gate.close),
-                    layer.register_forward_hook(gate.open, always_call=True),
-                ]
-        self._state = torch.ones(2, len(self))  # of the gates, on the host
+        self._placed = [
+            (layer, adapter_parameters(layer, self.adapter_name)[0].device, index)
+            for index, group in enumerate(self.layers)
+            for layer in group
+        ]
+        self._masks = _Masks(len(self), {device for _, device, _ in self._placed})
 
     @property
     def mask(self) -> Tensor:
         """``(n,)`` bool: the groups that are on, each in the mode of its first layer."""
+        gates = [_gate_of(group[0], self.adapter_name) for group in self.layers]
         modes = [int(group[0].training) for group in self.layers]
-        return self._state[modes, range(len(self))] > 0
+        return torch.tensor([g is None or g.on(m) for g, m in zip(gates, modes, strict=True)])
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
         """Write the mask ``(n,)`` into the gates; ``training_only`` leaves evaluation all on."""
         on = torch.tensor(self.checked(mask), dtype=torch.float32)
-        self._set(torch.stack([torch.ones_like(on) if training_only else on, on]))
+        self._masks.write(torch.stack([torch.ones_like(on) if training_only else on, on]))
+        for layer, device, index in self._placed:
+            gate = _gate_of(layer, self.adapter_name) or _Gate(self.adapter_name, layer)
+            gate.follow(self._masks, device, index)
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
         """A block in which a mask holds; then the gates have what they had before."""
-        before = self._state
+        gates = {layer: _gate_of(layer, self.adapter_name) for layer, _, _ in self._placed}
+        before = {layer: gate and gate.followed for layer, gate in gates.items()}
+        own = self._masks.host
         self.set_mask(mask)
         try:
             yield
         finally:
-            self._set(before)
+            self._masks.write(own)
+            for layer, followed in before.items():
+                gate = _gate_of(layer, self.adapter_name)
+                if gate is not None:
+                    gate.remove() if followed is None else gate.follow(*followed)
 
     def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the gates away."""
+        remove_gates(self)
 
-    def _set(self, state: Tensor) -> None:
-        self._state = state
-        for gates in self._gates.values():
+
+def remove_gates(groups: LayerGroups) -> None:
+    """Take the gates off the layers of ``groups``, whoever put them there."""
+    for layer in (layer for group in groups.layers for layer in group):
+        gate = _gate_of(layer, groups.adapter_name)
+        if gate is not None:
+            gate.remove()
+
+
+class _Masks:
+    """The masks of one controller, ``(2, n)``: in evaluation, in training."""
+
+    def __init__(self, n: int, devices: set[torch.device]):
+        self.host = torch.ones(2, n)
+        self.on = {device: torch.ones(2, n, device=device) for device in devices}
+
+    def write(self, state: Tensor) -> None:
+        """The state on the host and on every device, where its tensors stay the same."""
+        self.host = state
+        for gates in self.on.values():
             gates.copy_(state)
 
 
 class _Gate:
-    """Puts the product of scale and gate in the place of a layer's scale, for one forward."""
+    """Puts the product of scale and gate in the place of a layer's scale, for one forward.
 
-    def __init__(self, adapter_name: str, gates: Tensor):
+    It lies in the layer's hooks, so that a copy of the model, by any way, has gates of its own.
+    """
+
+    def __init__(self, adapter_name: str, layer: nn.Module):
         self.adapter_name = adapter_name
-        self.by_mode = gates[0], gates[1]
         self.scale: Any = None
+        self._handles = [
+            layer.register_forward_pre_hook(self.close),
+            layer.register_forward_hook(self.open, always_call=True),
+        ]
+
+    def follow(self, masks: _Masks, device: torch.device, index: int) -> None:
+        """Stand as the masks say from now on."""
+        self.followed = masks, device, index
+        # Whole tensors: a view that is pickled, or copied by itself, is no view any more.
+        self.gates, self.index = masks.on[device], index
+
+    def on(self, mode: int) -> bool:
+        """Whether it is open in evaluation, 0, or training, 1."""
+        masks, _, index = self.followed
+        return bool(masks.host[mode, index])
+
+    def remove(self) -> None:
+        """Take it off its layer."""
+        for handle in self._handles:
+            handle.remove()
 
     def close(self, layer: Any, _: Any) -> None:
         self.scale = layer.scaling[self.adapter_name]
-        layer.scaling[self.adapter_name] = self.scale * self.by_mode[int(layer.training)]
+        gate = self.gates[int(layer.training)][self.index]
+        layer.scaling[self.adapter_name] = self.scale * gate
 
     def open(self, layer: Any, _: Any, output: Tensor) -> None:
         layer.scaling[self.adapter_name] = self.scale
+
+
+def _gate_of(layer: nn.Module, adapter_name: str) -> _Gate | None:
+    """The gate of an adapter among a layer's hooks."""
+    for hook in layer._forward_pre_hooks.values():
+        gate = getattr(hook, "__self__", None)
+        if isinstance(gate, _Gate) and gate.adapter_name == adapter_name:
+            return gate
+    return None

@@ -4,7 +4,7 @@ are."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from lora_ext._checks import check_fields, choice, integer, require, within
 from lora_ext.reference import KINDS
@@ -116,20 +116,10 @@ class MtpcConfig:
         """The settings with an emission, for a draft of so many tokens: the shortlist's, or the
         vocabulary's. Our choice: "full" grows with positions times components times tokens, and has
         7 GB for 8 x 8 x 49152 tokens of width 576; "adapter" has the model's own unembedding."""
-        return replace(
-            self, emission=self.emission or ("full" if count <= MOST_FULL else "adapter")
-        )
+        chosen = "full" if count <= MOST_FULL else "adapter"
+        return replace(self, emission=self.emission or chosen)
 
     def of_head(self) -> HeadSettings:
-        """Return the arguments of a :class:`CircuitHead` that follow from the settings."""
-        emission: Any = self.emission  # None until for_tokens, and no head is made before it
-        return HeadSettings(
-            self.n_token,
-            self.rank,
-            self.kind,
-            emission,
-            self.adapter_rank,
-            self.contextual,
-            self.share_transitions,
-            self.init_identity,
-        )
+        """Return the arguments of a :class:`CircuitHead` that follow from the settings; no head is
+        made before :meth:`for_tokens` has chosen an emission."""
+        return HeadSettings(*(getattr(self, name) for name in HeadSettings._fields))

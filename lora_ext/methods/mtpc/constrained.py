@@ -215,26 +215,12 @@ def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
 
 
 def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
-    constraint = plan.constraint
-    for ok, name, expected, found in (
-        (
-            constraint.vocab_size == vocab_size,
-            "constraint",
-            f"the model's vocabulary, {vocab_size}",
-            constraint.vocab_size,
-        ),
-        (request.stops is None, "stop_strings", "none beside a constraint", "some"),
-        (
-            set(constraint.eos) <= request.ends,
-            "eos_token_id",
-            f"those of the constraint, {list(constraint.eos)}, to end a row",
-            sorted(request.ends),
-        ),
-        (
-            all(not constraint.reads(t) for t in request.ends - set(constraint.eos)),
-            "eos_token_id",
-            "no token that the constraint has inside a text",
-            sorted(request.ends),
-        ),
-    ):
-        require(ok, _WHERE, name, expected, found)
+    constraint, size, ends = plan.constraint, plan.constraint.vocab_size, sorted(request.ends)
+    eos = set(constraint.eos)
+    require(size == vocab_size, _WHERE, "constraint", f"the model's vocabulary, {vocab_size}", size)
+    require(request.stops is None, _WHERE, "stop_strings", "none beside a constraint", "some")
+    expected = f"those of the constraint, {list(constraint.eos)}, to end a row"
+    require(eos <= request.ends, _WHERE, "eos_token_id", expected, ends)
+    expected = "no token that the constraint has inside a text"
+    inside = any(constraint.reads(token) for token in request.ends - eos)
+    require(not inside, _WHERE, "eos_token_id", expected, ends)

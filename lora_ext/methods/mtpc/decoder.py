@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext._checks import require
+from lora_ext._checks import choice, integer, number, require
 from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator
 from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
@@ -76,6 +75,7 @@ class Generation:
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
+@dataclass(eq=False, repr=False)
 class SpeculativeDecoder:
     """Generates from ``model`` by drafting windows with ``head`` and verifying each in one pass.
 
@@ -112,63 +112,34 @@ class SpeculativeDecoder:
     window on the kept token is ours.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        head: CircuitHead,
-        mode: Mode = "sample",
-        window: WindowRule = "condition",
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        tail: DraftTail | None = None,
-        bridge: TokenBridge | None = None,
-        chain: int = 1,
-        constraint: Constraints = None,
-        guide: Guide | None = None,
-    ):
-        vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-        fits = (head.vocab_size, head.hidden_size) == (vocab_size, hidden_size)
-        expected = f"vocabulary and width {(vocab_size, hidden_size)} as in the model's LM head"
-        require(fits, "SpeculativeDecoder", "head", expected, (head.vocab_size, head.hidden_size))
-        if bridge is not None:
-            expected, found = f"width {hidden_size} as in the model", bridge.hidden_size
-            require(found == hidden_size, "SpeculativeDecoder", "bridge", expected, found)
-        self.model = model
-        self.head = head
-        self.mode = mode
-        self.window = window
-        self.temperature = temperature
-        self.top_p = top_p
-        self.tail = tail
-        self.bridge = bridge
-        self.chain = chain
-        self.constraint = constraint
-        self.guide = guide
-        self._check()
+    model: Any
+    head: CircuitHead
+    mode: Mode = "sample"
+    window: WindowRule = "condition"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    tail: DraftTail | None = None
+    bridge: TokenBridge | None = None
+    chain: int = 1
+    constraint: Constraints = None
+    guide: Guide | None = None
 
-    def _check(self) -> None:
-        require(type(self.chain) is int, "SpeculativeDecoder", "chain", "an int", repr(self.chain))
-        for ok, name, expected in (
-            (self.mode in get_args(Mode), "mode", f"one of {get_args(Mode)}"),
-            (self.window in get_args(WindowRule), "window", f"one of {get_args(WindowRule)}"),
-            (
-                self.chain == 1 or (self.chain > 1 and self.bridge is not None),
-                "chain",
-                "1, or more with a bridge",
-            ),
-            (
-                self.bridge is None or self.window == "condition",
-                "window",
-                "'condition' with a bridge",
-            ),
-            (0 < self.temperature < math.inf, "temperature", "a number above 0"),
-            (0 < self.top_p <= 1, "top_p", "a number in (0, 1]"),
-        ):
-            if not ok:
-                found = getattr(self, name)
-                raise ValueError(
-                    f"SpeculativeDecoder: {name}: expected {expected}, found {found!r}"
-                )
+    def __post_init__(self) -> None:
+        where, shape = "SpeculativeDecoder", tuple(self.model.get_output_embeddings().weight.shape)
+        found = self.head.vocab_size, self.head.hidden_size
+        expected = f"vocabulary and width {shape} as in the model's LM head"
+        require(found == shape, where, "head", expected, found)
+        if self.bridge is not None:
+            expected, width = f"width {shape[1]} as in the model", self.bridge.hidden_size
+            require(width == shape[1], where, "bridge", expected, width)
+            behind = self.window == "condition"
+            require(behind, where, "window", "'condition' with a bridge", repr(self.window))
+        choice(where, "mode", self.mode, get_args(Mode))
+        choice(where, "window", self.window, get_args(WindowRule))
+        number(where, "temperature", self.temperature, above=0)
+        number(where, "top_p", self.top_p, above=0, maximum=1)
+        words, most = ("an int", "1, or more with a bridge"), 1 if self.bridge is None else None
+        integer(where, "chain", self.chain, 1, most, expected=words)
 
     @torch.no_grad()
     def generate(
@@ -228,12 +199,11 @@ class SpeculativeDecoder:
         request = read_request(
             self.model, input_ids, seed, generation_config, tokenizer, settings | named
         )
+        decoder = self
         if request.law:
-            decoder = copy.copy(self)
+            decoder = copy.copy(self)  # with what a subclass keeps besides
             vars(decoder).update(request.law)
-            decoder._check()
-        else:
-            decoder = self
+            decoder.__post_init__()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
@@ -291,7 +261,7 @@ class SpeculativeDecoder:
             accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
             if control is not None:
                 accepted = control.take(accepted, token)
-            before = 0 if self.bridge is None else 1
+            before = 0 if self.bridge is None else 1  # the pending token was fed, and always stays
             trunk.keep(accepted + before, before + tokens.shape[1])
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
             stay = rows.take(tokens, accepted, token, 0 if given is None else 1)

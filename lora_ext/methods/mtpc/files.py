@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext._files import SafetensorsFile, read_json
+from lora_ext._files import SafetensorsFile, read_json, write_files
 
 from .config import MtpcConfig
 from .drafting import TokenBridge
@@ -34,9 +33,8 @@ _BRIDGE, _FACTORS = "bridge.", "tail.factors."
 def write_draft(
     folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
 ) -> None:
-    """Write both files, each whole or not at all, into a folder that is made where it does not
-    exist; ``unembedding`` is the model's, ``(V, D)``."""
-    from safetensors.torch import save_file  # not with lora_ext: only this needs it
+    """Write both files or neither; ``unembedding`` is the model's, ``(V, D)``."""
+    from safetensors.torch import save as as_bytes  # not with lora_ext: only this needs it
 
     kept = dict(state)
     ids = kept.pop(_SHORTLIST, None)
@@ -50,16 +48,7 @@ def write_draft(
         "shortlist": None if ids is None else ids.tolist(),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in kept.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    new_tensors, new_config = folder / f"{TENSORS}.new", folder / f"{CONFIG}.new"
-    try:
-        save_file(tensors, str(new_tensors))
-        new_config.write_text(json.dumps(data, indent=1))
-        os.replace(new_tensors, folder / TENSORS)
-        os.replace(new_config, folder / CONFIG)
-    finally:
-        new_tensors.unlink(missing_ok=True)
-        new_config.unlink(missing_ok=True)
+    write_files(folder, {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()})
 
 
 def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
@@ -133,10 +122,8 @@ class DraftFile:
             if bridge:
                 self.bridge_dtype = self._dtype("bridge", {info.dtype for info in bridge.values()})
             if bool(tail) != bool(config.draft_layers):
-                raise ValueError(
-                    f"{file.where}: expected factors of {config.draft_layers} layers, "
-                    f"found {len(tail)} tensors"
-                )
+                expected = f"factors of {config.draft_layers} layers"
+                raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
                 self.tail_dtype = self._dtype("tail", {info.dtype for info in tail.values()})
                 # Memory for the tail is taken layer by layer, all of this rank.

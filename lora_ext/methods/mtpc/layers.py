@@ -72,11 +72,7 @@ def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_othe
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
-    """Refuse leaves that the device has no memory for, before they take any.
-
-    Raises:
-        ValueError: with their size, what is free, and what would be smaller.
-    """
+    """Refuse leaves that the device has no memory for, and say what would be smaller."""
     free = free_bytes(options["device"])
     if free is None:
         return
@@ -188,7 +184,7 @@ class CircuitHead(nn.Module):
 
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
-        _check_room(emission, sizes, **options)
+        _check_room(emission, sizes, **options)  # before they take any memory
         self.leaves = EMISSIONS[emission](sizes, **options)
         structure = kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity
         self.sums = SumWeights(*structure, **options)
@@ -306,10 +302,8 @@ class CircuitHead(nn.Module):
         k = k.expand(h.shape[:-1]).reshape(-1)
         wrong = (k < 0) | (k >= self.n_token)
         if looked_at(k) and bool(wrong.any()):
-            raise ValueError(
-                f"CircuitHead: k: expected positions in [0, {self.n_token}), "
-                f"found {int(k[wrong][0])}"
-            )
+            expected = f"positions in [0, {self.n_token})"
+            require(False, "CircuitHead", "k", expected, int(k[wrong][0]))
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
         return dist.view(*h.shape[:-1], self.vocab_size)
 
@@ -336,11 +330,8 @@ class CircuitHead(nn.Module):
         if uniforms is None:
             options = {"dtype": torch.float32, "device": h.device}
             uniforms = torch.rand(*shape, 2, generator=generator, **options)
-        elif tuple(uniforms.shape) != (*shape, 2):
-            raise ValueError(
-                f"CircuitHead: uniforms: expected shape {(*shape, 2)}, "
-                f"found {tuple(uniforms.shape)}"
-            )
+        expected, found = (*shape, 2), tuple(uniforms.shape)
+        require(found == expected, "CircuitHead", "uniforms", f"shape {expected}", found)
         given = self._evidence(h, evidence)
         tokens, conditional, *_ = ops.circuit_sample(
             self.kind, *self.circuit(rows), uniforms.reshape(-1, self.n_token, 2), given
@@ -390,10 +381,8 @@ class CircuitHead(nn.Module):
         if looked_at(x):
             wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
             if bool(wrong.any()):
-                raise ValueError(
-                    f"CircuitHead: tokens: expected ids in [0, {self.vocab_size}) or {IGNORE}, "
-                    f"found {int(x[wrong][0])}"
-                )
+                expected = f"ids in [0, {self.vocab_size}) or {IGNORE}"
+                require(False, "CircuitHead", "tokens", expected, int(x[wrong][0]))
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
 
     def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
@@ -409,8 +398,9 @@ class CircuitHead(nn.Module):
         if evidence is None:
             return None
         given = self.tokens(h, evidence)
-        if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
-            raise ValueError("CircuitHead: evidence: expected given tokens first, found a gap")
+        if looked_at(given):
+            gap = bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any())
+            require(not gap, "CircuitHead", "evidence", "given tokens first", "a gap")
         return given
 
     def extra_repr(self) -> str:

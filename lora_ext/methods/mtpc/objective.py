@@ -12,6 +12,8 @@ Source: arXiv 2511.11346 (docs/mtpc.md, "Objective").
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -79,11 +81,9 @@ def divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor | 
         parts = zip(h, windows, teacher, strict=True)
         return torch.stack([divergence(head, *part) for part in parts]).sum(0)
 
-    def of_chunk(h: Tensor, windows: Tensor, teacher: Tensor) -> Tensor:
-        return _chunk_divergence(head, h, windows, teacher)
-
     chunk = rows_per_chunk(head.n_token * head.rank * head.listed.size)
     parts = zip(h.split(chunk), windows.split(chunk), teacher.split(chunk), strict=True)
+    of_chunk = partial(_chunk_divergence, head)
     return torch.stack([recomputed(of_chunk, *part) for part in parts]).sum(0)
 
 

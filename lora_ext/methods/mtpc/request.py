@@ -21,22 +21,13 @@ from lora_ext._checks import require
 
 _WHERE = "SpeculativeDecoder"
 _HONOURED = {
-    "max_new_tokens",
-    "max_length",
-    "eos_token_id",
-    "pad_token_id",
-    "stop_strings",
-    "do_sample",
-    "temperature",
-    "top_p",
-}
+    "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "stop_strings", "do_sample",
+    "temperature", "top_p",
+}  # fmt: skip
 # Settings that have no say over the tokens that follow a prompt.
 _WITHOUT_EFFECT = {
-    "bos_token_id",
-    "decoder_start_token_id",
-    "return_dict_in_generate",
-    "transformers_version",
-}
+    "bos_token_id", "decoder_start_token_id", "return_dict_in_generate", "transformers_version",
+}  # fmt: skip
 # Values that ask for what the decoder does anyway; of every flag but `use_cache` it is False.
 _NEUTRAL: Mapping[str, Any] = {
     "diversity_penalty": 0.0,
@@ -60,16 +51,10 @@ _NEUTRAL: Mapping[str, Any] = {
 }
 # Settings by which a model's own configuration changes its law, greedy decoding included.
 _PENALTIES = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "no_repeat_ngram_size",
-    "repetition_penalty",
-    "sequence_bias",
-    "suppress_tokens",
-)
+    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size", "repetition_penalty",
+    "sequence_bias", "suppress_tokens",
+)  # fmt: skip
 
 #: ``stops(before, new)``: how many of the new tokens a row keeps, or None: it goes on.
 StopRule = Callable[[list[int], list[int]], int | None]
@@ -136,14 +121,8 @@ def read_request(
     stops = None
     if "stop_strings" in asked:
         stops = _stop_rule(asked["stop_strings"], tokenizer)
-    return Request(
-        budget,
-        frozenset(ends),
-        (ends[0] if ends else 0) if pad is None else pad,
-        stops,
-        row_seeds(seed, len(input_ids)),
-        law,
-    )
+    pad = (ends[0] if ends else 0) if pad is None else pad
+    return Request(budget, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
@@ -210,9 +189,8 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
     from transformers import StopStringCriteria
 
     require(tokenizer is not None, _WHERE, "tokenizer", "one for the stop_strings", "none")
-    criteria = StopStringCriteria(
-        tokenizer, list([strings] if isinstance(strings, str) else strings)
-    )
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    criteria = StopStringCriteria(tokenizer, strings)
     width = criteria.maximum_token_len
     filler = len(criteria.embedding_vec) - 1  # stands for what is no token: it matches nothing
 
@@ -241,8 +219,7 @@ class Rows:
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
         batch = len(prompts)
-        if streamer is not None and batch != 1:
-            raise ValueError(f"SpeculativeDecoder: streamer: expected one prompt, found {batch}")
+        require(streamer is None or batch == 1, _WHERE, "streamer", "one prompt", batch)
         self.prompts = prompts
         self.request = request
         self.streamer = streamer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,19 +139,10 @@ class Draft(nn.Module):
     ) -> SpeculativeDecoder:
         """A decoder that drafts with this; arguments as in :class:`SpeculativeDecoder`, and
         ``chain`` is the configuration's where it is not given."""
-        return SpeculativeDecoder(
-            self.model,
-            self.head,
-            mode,
-            window,
-            temperature,
-            top_p,
-            self.tail,
-            self.bridge,
-            self.config.chain if chain is None else chain,
-            constraint,
-            guide,
-        )
+        chain = self.config.chain if chain is None else chain
+        law = mode, window, temperature, top_p
+        parts = self.tail, self.bridge, chain, constraint, guide
+        return SpeculativeDecoder(self.model, self.head, *law, *parts)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write configuration, shortlist and parameters into a folder, for :meth:`load`.
@@ -175,8 +167,8 @@ class Draft(nn.Module):
         folder = Path(folder)
         config, shortlist = read_config(folder)
         unembedding = _unembedding(model)
-        file = DraftFile(folder, config, shortlist, *unembedding.weight.shape)
-        try:
+        sizes = unembedding.weight.shape
+        with contextlib.closing(DraftFile(folder, config, shortlist, *sizes)) as file:
             draft = retrofit(model, config, shortlist)
             try:
                 draft.head.to(file.head_dtype)
@@ -188,8 +180,6 @@ class Draft(nn.Module):
             except BaseException:
                 draft.remove()
                 raise
-        finally:
-            file.close()
         return draft
 
     def remove(self) -> None:

@@ -36,35 +36,37 @@ class DraftTail(nn.Module):
 
     _model: nn.Module
     _layers: list[nn.Module]
+    _holders: list[nn.Module]
 
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
         super().__init__()
         stack = decoder_layers(model)
         expected = f"1 to {len(stack)}"
         require(1 <= num_layers <= len(stack), "DraftTail", "num_layers", expected, num_layers)
-        if pool_of(model) is not None:
-            raise ValueError(
-                "DraftTail: model: expected a model that is not attached, found an attached one, "
-                "whose adapters have no place for the doubled rows; detach it, or draft with a "
-                "head alone (draft_layers=0)"
-            )
+        found = (
+            "an attached one, whose adapters have no place for the doubled rows; detach it, or "
+            "draft with a head alone (draft_layers=0)"
+        )
+        fits = pool_of(model) is None
+        require(fits, "DraftTail", "model", "a model that is not attached", found)
         # Not children: they are the model's.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {id(module) for layer in self._layers for module in layer.modules()}
         replacements: dict[str, nn.Module] = {}
-        factors: list[Any] = []
+        holders: list[Any] = []
         for name, base in model.named_modules():
-            if id(base) in inside and isinstance(base, LoraLinear) and NAME in base.lora_A:
-                raise ValueError(
-                    f"DraftTail: model: expected layers without a draft tail, found one at {name} "
-                    "(its remove() takes it away)"
-                )
-            if linear_size(base) is not None and id(base) in inside:
+            if id(base) not in inside:
+                continue
+            new = not isinstance(base, LoraLinear) or NAME not in base.lora_A
+            found = f"one at {name} (its remove() takes it away)"
+            require(new, "DraftTail", "model", "layers without a draft tail", found)
+            if linear_size(base) is not None:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
                 lora.set_adapter([])  # rows without a name are rows of the verifier
                 replacements[name] = lora
-                factors += [lora.lora_A[NAME].weight, lora.lora_B[NAME].weight]
-        self.factors = nn.ParameterList(factors)
+                holders += [lora.lora_A[NAME], lora.lora_B[NAME]]
+        self.__dict__["_holders"] = holders
+        self.factors = nn.ParameterList(holder.weight for holder in holders)
         self.factors.requires_grad_(True)
         self._swap: Swap | None = Swap(model, replacements, "DraftTail")
 
@@ -78,9 +80,11 @@ class DraftTail(nn.Module):
             self._swap.restore(self._model, "DraftTail.remove")
             self._swap = None
 
-    def everywhere(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def everywhere(self) -> Iterator[None]:
         """A block in which every row is a row of the draft path: for training."""
-        return of_call(NAME)
+        with self._own_factors(), of_call(NAME):
+            yield
 
     @contextlib.contextmanager
     def beside_the_verifier(self, batch: int) -> Iterator[None]:
@@ -103,7 +107,23 @@ class DraftTail(nn.Module):
 
         with contextlib.ExitStack() as stack:
             for layer in self._layers:
-                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(self._own_factors())
             stack.enter_context(of_call([None] * batch + [NAME] * batch))
             yield
+
+    @contextlib.contextmanager
+    def _own_factors(self) -> Iterator[None]:
+        """A block in which the layers compute with this module's parameters: a state dict that was
+        assigned puts others in their place for good, ``torch.func`` for one call."""
+        before: list[tuple[Any, Any]] = []
+        for holder, factor in zip(self._holders, self.factors, strict=True):
+            if holder.weight is not factor:
+                if not isinstance(factor, nn.Parameter):
+                    before.append((holder, holder.weight))
+                holder._parameters["weight"] = factor  # pyright: ignore[reportArgumentType]
+        try:
+            yield
+        finally:
+            for holder, parameter in before:
+                holder._parameters["weight"] = parameter

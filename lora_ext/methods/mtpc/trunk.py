@@ -64,21 +64,15 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
     hidden: list[Tensor] = []
 
     def before_lm_head(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        states = args[0]
-        if tail is not None:
-            states, drafting = states.chunk(2)
-            hidden.append(drafting)
-        else:
-            hidden.append(states)
+        # With a tail the verifier's rows come first, and the LM head is to see no others.
+        states, drafting = (args[0], args[0]) if tail is None else args[0].chunk(2)
+        hidden.append(drafting)
         return (states, *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(before_lm_head)
-    try:
-        rows = len(inputs["input_ids"])
-        with contextlib.nullcontext() if tail is None else tail.beside_the_verifier(rows):
-            logits = model(**inputs).logits
-    finally:
-        handle.remove()
+    rows = len(inputs["input_ids"])
+    doubled = contextlib.nullcontext() if tail is None else tail.beside_the_verifier(rows)
+    with model.get_output_embeddings().register_forward_pre_hook(before_lm_head), doubled:
+        logits = model(**inputs).logits
     return logits, hidden[0]
 
 

@@ -3,7 +3,9 @@
 Source: "Vision as LoRA" (arXiv 2503.20680).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_ext._on_demand import on_demand
 
 from .config import VoraConfig
 from .distill import DistillHeads, block_distill_loss
@@ -26,11 +28,4 @@ __all__ = [
     "remove", "smart_resize", "splice_images", "state_dict", "teacher_states", "to_peft",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """The processor needs transformers, and is imported when it is asked for."""
-    if name == "VoraImageProcessor":
-        from .processor import VoraImageProcessor
-
-        return VoraImageProcessor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, processor="VoraImageProcessor")  # it needs transformers

@@ -114,39 +114,26 @@ def _aligned(
     teacher_grids: Sequence[Grid] | None,
 ) -> Tensor:
     """States of one block of the teacher, one for each token of the student."""
-    if teacher.dim() != 2 or teacher.shape[1] != prediction.shape[1]:
-        raise ValueError(
-            f"block_distill_loss: teachers: expected shape (M, {prediction.shape[1]}), found "
-            f"{tuple(teacher.shape)}"
-        )
+    where, (count, width) = "block_distill_loss", prediction.shape
+    fits = teacher.dim() == 2 and teacher.shape[1] == width
+    require(fits, where, "teachers", f"shape (M, {width})", tuple(teacher.shape))
     teacher = teacher.detach().to(prediction)
     if student_grids is None or teacher_grids is None:
-        if len(teacher) != len(prediction):
-            raise ValueError(
-                f"block_distill_loss: teachers: expected the student's {len(prediction)} tokens "
-                f"where student_grids and teacher_grids are not both given, found {len(teacher)}"
-            )
+        given = "where student_grids and teacher_grids are not both given"
+        expected = f"the student's {count} tokens {given}"
+        require(len(teacher) == count, where, "teachers", expected, len(teacher))
         return teacher
-    fits = len(student_grids) == len(teacher_grids)
     expected = f"one for each of the student's {len(student_grids)} images"
-    require(fits, "block_distill_loss", "teacher_grids", expected, len(teacher_grids))
-    for name, grids, states in (
-        ("student_grids", student_grids, prediction),
-        ("teacher_grids", teacher_grids, teacher),
-    ):
-        fits = sum(h * w for h, w in grids) == len(states)
-        found = list(grids)
-        require(fits, "block_distill_loss", name, f"grids of {len(states)} tokens in all", found)
-    if student_grids == teacher_grids:
-        return teacher
-    images = teacher.split([h * w for h, w in teacher_grids])
-    resampled = [
-        resample_grid(image, (rows, columns), (to_rows, to_columns))
-        for image, (rows, columns), (to_rows, to_columns) in zip(
-            images, teacher_grids, student_grids, strict=True
-        )
-    ]
-    return torch.cat([prediction.new_empty(0, prediction.shape[1]), *resampled])
+    fits = len(student_grids) == len(teacher_grids)
+    require(fits, where, "teacher_grids", expected, len(teacher_grids))
+    sizes, student_sizes = ([h * w for h, w in grids] for grids in (teacher_grids, student_grids))
+    expected = f"grids of {count} tokens in all"
+    require(sum(student_sizes) == count, where, "student_grids", expected, [*student_grids])
+    expected = f"grids of {len(teacher)} tokens in all"
+    require(sum(sizes) == len(teacher), where, "teacher_grids", expected, [*teacher_grids])
+    images = zip(teacher.split(sizes), teacher_grids, student_grids, strict=True)
+    resampled = [resample_grid(image, own, to) for image, own, to in images]
+    return torch.cat([prediction.new_empty(0, width), *resampled])
 
 
 def _check_count(where: str, name: str, tensors: Sequence[Tensor], blocks: int) -> None:

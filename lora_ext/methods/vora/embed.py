@@ -146,11 +146,9 @@ class VisionPatchEmbed(nn.Module):
         real, found = image.is_floating_point(), image.dtype
         require(real, "VisionPatchEmbed", "images", "floating numbers", found, TypeError)
         height, width = image.shape[-2:]
-        if height % self.patch or width % self.patch or not height * width:
-            raise ValueError(
-                f"VisionPatchEmbed: images: expected sides that are multiples of the patch "
-                f"{self.patch}, found {height} x {width}"
-            )
+        whole = height * width > 0 and not (height % self.patch or width % self.patch)
+        expected = f"sides that are multiples of the patch {self.patch}"
+        require(whole, "VisionPatchEmbed", "images", expected, f"{height} x {width}")
         return height // self.patch, width // self.patch
 
     def positions(self, rows: int, columns: int) -> Tensor:

@@ -113,27 +113,22 @@ def load_state_dict(
         elif owner is not None and (allow_extra_bias or name in has_bias):
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         elif owner is not None and strict:
-            raise ValueError(
-                f"{where}: {key}: expected no bias, as the layer of the language "
-                "model has none, found one; allow_extra_bias=True honours it, strict=False leaves "
-                "it out"
-            )
+            expected = "no bias, as the layer of the language model has none"
+            found = "one; allow_extra_bias=True honours it, strict=False leaves it out"
+            require(False, where, key, expected, found)
         else:
             unexpected.append(key)
     for name, (owner, _) in biases.items():
-        expected = "no bias where the scale is 0"
-        require(owner.scale != 0, where, name, expected, "one")
+        require(owner.scale != 0, where, name, "no bias where the scale is 0", "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
-    if strict and missing:
-        raise ValueError(
-            f"{where}: {missing[0]}: expected a tensor, found none"
-            f"{_and_more(missing)} (strict=False lets that pass)"
-        )
-    if strict and unexpected:
-        raise ValueError(
-            f"{where}: {unexpected[0]}: expected only tensors that the model has a "
-            f"place for, found this one{_and_more(unexpected)} (strict=False lets that pass)"
-        )
+    for keys, expected, found in (
+        (missing, "a tensor", "none"),
+        (unexpected, "only tensors that the model has a place for", "this one"),
+    ):
+        if strict and keys:
+            more = f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
+            found += f"{more} (strict=False lets that pass)"
+            require(False, where, keys[0], expected, found)
     with torch.no_grad():
         for value, place in copies.values():
             place.copy_(value)
@@ -147,10 +142,9 @@ def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, T
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         found |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
-    wrapper: Any = model
     if language_model(model) is not model:
         for part in ("vision", "heads"):
-            module = getattr(wrapper, part)
+            module: nn.Module | None = getattr(model, part)
             if module is not None:
                 found |= {f"{part}.{name}": p for name, p in module.named_parameters()}
     return found
@@ -158,10 +152,8 @@ def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, T
 
 def _base_tensors(language: nn.Module) -> dict[str, Tensor]:
     """The language model's own, by their names before :func:`apply`."""
-    tensors = [
-        *language.named_parameters(remove_duplicate=False),
-        *language.named_buffers(remove_duplicate=False),
-    ]
+    every = (language.named_parameters, language.named_buffers)
+    tensors = (pair for named in every for pair in named(remove_duplicate=False))
     return {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
 
 
@@ -173,21 +165,17 @@ def _ours(key: str) -> str:
 
 def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
     """``value``, if it can be copied to ``place`` and be what it was, but for rounding."""
-    where = f"vora.load_state_dict: {key}"
-    if not isinstance(value, Tensor) or value.shape != place.shape:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{where}: expected a tensor of shape {tuple(place.shape)}, found {found}")
-    if value.is_floating_point() != place.is_floating_point() or value.is_complex():
-        kind = "floating numbers" if place.is_floating_point() else str(place.dtype)
-        raise ValueError(f"{where}: expected {kind}, found {value.dtype}")
-    if value.layout != torch.strided or value.is_meta:
-        found = "one without values" if value.is_meta else str(value.layout)
-        raise ValueError(f"{where}: expected a dense tensor, found {found}")
+    where = "vora.load_state_dict"
+    found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    shape = tuple(place.shape)
+    require(found == shape, where, key, f"a tensor of shape {shape}", found)
+    real = place.is_floating_point()
+    kind = "floating numbers" if real else place.dtype
+    fits = value.is_floating_point() == real and not value.is_complex()
+    require(fits, where, key, kind, value.dtype)
+    found = "one without values" if value.is_meta else value.layout
+    require(found == torch.strided, where, key, "a dense tensor", found)
     return value
-
-
-def _and_more(keys: list[str]) -> str:
-    return f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -220,21 +208,18 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             zeros = torch.zeros(layer.out_features, dtype=layer.B.dtype, device=layer.B.device)
             bias = zeros if bias is None else bias / scale
         factors[name] = Factors(layer.A.detach(), layer.B.detach(), scale, bias)
-    where = "vora.to_peft"
-    transposed = all(layer.fan_in_fan_out for layer in state.layers.values())
     peft = AdapterConfig(
-        where=where,
+        where="vora.to_peft",
         r=config.rank,
         lora_alpha=alpha,
         target_modules=config.target_modules,
         layers_to_transform=tuple(range(config.n_blocks)),
         lora_bias=biased,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=all(layer.fan_in_fan_out for layer in state.layers.values()),
     )
     names = [name for name, _ in language_model(model).named_modules()]
     if peft.targeted(names, ()) != set(factors):  # by the ends of names PEFT would find others
-        ranks = dict.fromkeys(factors, config.rank)
-        scales = dict.fromkeys(factors, scale)
+        ranks, scales = dict.fromkeys(factors, config.rank), dict.fromkeys(factors, scale)
         peft = peft.fitted(ranks, scales, names)
     LoraAdapter(peft, factors).save(folder)
 
@@ -257,8 +242,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     """
     adapter = LoraAdapter.load(folder)
     language = language_model(model)
-    state: Applied | None = language.__dict__.get(KEY)
-    new = state is None
+    new = KEY not in language.__dict__
     if new:
         apply(language, _config_of(adapter))
     try:
@@ -275,9 +259,10 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
             factors = adapter.modules[name]
             layer.A.copy_(factors.a)
             layer.B.copy_(factors.b)
-            bias = factors.bias
-            keeps = bias is not None and bool(bias.any()) and layer.scale != 0
-            layer.set_extra_bias(bias * factors.scaling if bias is not None and keeps else None)
+            bias = factors.bias  # PEFT has zeros where one layer has a bias and this one none
+            if bias is not None:
+                bias = bias * factors.scaling if bool(bias.any()) and layer.scale != 0 else None
+            layer.set_extra_bias(bias)
     return model
 
 
@@ -305,21 +290,16 @@ def _config_of(adapter: LoraAdapter) -> VoraConfig:
 def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
     where = "vora.from_peft"
     for name in adapter.modules:
-        if name not in state.layers:
-            raise ValueError(
-                f"{where}: {name}: expected modules in the first {state.config.n_blocks} blocks "
-                f"that match {state.config.target_modules}, found another"
-            )
+        expected = f"modules in the first {state.config.n_blocks} blocks that match "
+        expected += str(state.config.target_modules)
+        require(name in state.layers, where, name, expected, "another")
     for name, layer in state.layers.items():
-        factors = adapter.modules.get(name)
-        if factors is None:
-            raise ValueError(f"{where}: {name}: expected factors, found none in the folder")
+        require(name in adapter.modules, where, name, "factors", "none in the folder")
+        factors = adapter.modules[name]
         require(factors.magnitude is None, where, name, "plain LoRA", "the magnitude of DoRA")
-        for factor, found, expected in (
-            ("lora_A", factors.a.shape, layer.A.shape),
-            ("lora_B", factors.b.shape, layer.B.shape),
-        ):
-            words = f"shape {tuple(expected)}"
-            require(found == expected, f"{where}: {name}", factor, words, tuple(found))
+        for factor, found, own in (("lora_A", factors.a, layer.A), ("lora_B", factors.b, layer.B)):
+            shape = tuple(own.shape)
+            fits = found.shape == shape
+            require(fits, f"{where}: {name}", factor, f"shape {shape}", tuple(found.shape))
         fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
         require(fits, f"{where}: {name}", "scale", layer.scale, factors.scaling)

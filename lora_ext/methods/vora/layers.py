@@ -189,12 +189,12 @@ class VoraLinear(LoraLinear):
         anything is changed."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
-        if self.route == "vision" and not force:
-            raise UnmergeableRouteError(
-                "merge: route: expected 'all', found 'vision': one weight cannot serve vision "
-                "tokens with the adapter and text tokens without; force=True merges it for all "
-                "tokens, which changes what text computes"
-            )
+        found = (
+            "'vision': one weight cannot serve vision tokens with the adapter and text tokens "
+            "without; force=True merges it for all tokens, which changes what text computes"
+        )
+        fits = self.route == "all" or force
+        require(fits, "merge", "route", "'all'", found, UnmergeableRouteError)
         if self.adapter_name in self.merged_adapters and self.adapter_name in names:
             raise RuntimeError(
                 f"merge: expected an adapter apart from the base weight, found "
@@ -218,15 +218,13 @@ class VoraLinear(LoraLinear):
 
         Checkpoints of the authors' have one on layers whose base has none.
         """
-        name = self.adapter_name
         value = None
         if bias is not None:
-            _, b, _ = self._raw_factors(name)
-            unscaled = bias.to(b) / self.scale  # the layer scales what an adapter adds
-            value = nn.Parameter(unscaled, requires_grad=b.requires_grad)
-        lora_b: Any = self.lora_B[name]
+            unscaled = bias.to(self.B) / self.scale  # the layer scales what an adapter adds
+            value = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
+        lora_b: Any = self.lora_B[self.adapter_name]
         lora_b.bias = value
-        self.lora_bias[name] = bias is not None
+        self.lora_bias[self.adapter_name] = bias is not None
 
     @property
     def has_extra_bias(self) -> bool:
@@ -292,8 +290,7 @@ def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
     """The adapter at position ``own`` on vision rows, and on all others what ``text`` says."""
     table = constant([*text.used, -1], torch.int32, text.ids.device)
     ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # -1 reads the last
-    traced = compiles()
-    return rows_of(ids, num_adapters) if traced else group(ids, num_adapters)
+    return rows_of(ids, num_adapters) if compiles() else group(ids, num_adapters)
 
 
 def is_quantised(base_layer: nn.Module) -> bool:

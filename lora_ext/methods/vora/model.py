@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext._checks import require
+from lora_ext._torch import zero_gradients
 from lora_ext.layers import IGNORE, decoder_layers, shift_labels
 
 from .config import VoraConfig
@@ -62,11 +64,9 @@ class VoraForCausalLM(nn.Module):
         state: Applied | None = model.__dict__.get(KEY)
         if state is None or state.merged:
             apply(model, config)
-        elif state.config != config:
-            raise ValueError(
-                f"VoraForCausalLM: config: expected the one that was applied to the model, "
-                f"{state.config}, found {config}"
-            )
+        else:
+            expected = f"the one that was applied to the model, {state.config}"
+            require(state.config == config, "VoraForCausalLM", "config", expected, config)
         weight = model.get_input_embeddings().weight
         width, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
         self.model = model
@@ -162,13 +162,7 @@ class VoraForCausalLM(nn.Module):
         if distill is not None and (lm is not None or teacher_states is not None):
             terms.append(config.distill_weight * distill)
         loss = torch.stack([term.to(logits.device) for term in terms]).sum() if terms else None
-        return VoraOutput(
-            loss=loss,
-            logits=logits,
-            lm_loss=lm,
-            distill_loss=distill,
-            vision_mask=batch.vision_mask,
-        )
+        return VoraOutput(loss, logits, lm, distill, batch.vision_mask)
 
     @torch.no_grad()
     def generate(
@@ -193,18 +187,17 @@ class VoraForCausalLM(nn.Module):
         Raises:
             ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
+        where = "VoraForCausalLM.generate"
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
             expected = "None, as it follows from input_ids and images"
-            found = "a value"
-            require(options.get(name) is None, "VoraForCausalLM.generate", name, expected, found)
+            require(options.get(name) is None, where, name, expected, "a value")
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
-        cache = options.get("cache_implementation", given.cache_implementation)
         expected = "None, as an image must lie whole in one call"
-        require(chunk is None, "VoraForCausalLM.generate", "prefill_chunk_size", expected, chunk)
-        fits = cache in _GROWING
-        wanted = "a cache that grows, as the mask of the images has a key for each token"
-        require(fits, "VoraForCausalLM.generate", "cache_implementation", wanted, repr(cache))
+        require(chunk is None, where, "prefill_chunk_size", expected, chunk)
+        cache = options.get("cache_implementation", given.cache_implementation)
+        expected = "a cache that grows, as the mask of the images has a key for each token"
+        require(cache in _GROWING, where, "cache_implementation", expected, repr(cache))
         flat = _flat(images)
         batch = self._spliced(input_ids, images, attention_mask, None, "left")
         mask = self._mask(batch, flat, attention_mask)
@@ -223,22 +216,16 @@ class VoraForCausalLM(nn.Module):
         images: Images | None,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        padding_side: Side,
+        side: Side,
     ) -> Spliced:
         tokens: list[list[Tensor]] | None = None
         if images is not None:
             device = self.vision.pos_embed.device
             each = iter(self.vision([image.to(device) for image in _flat(images)]))
-            tokens = [[next(each) for _ in _of(sample)] for sample in images]
-        return splice_images(
-            input_ids,
-            self.model.get_input_embeddings(),
-            tokens,
-            attention_mask,
-            labels,
-            self.vora_config.placeholder,
-            padding_side,
-        )
+            counts = [0 if sample is None else len(sample) for sample in images]
+            tokens = [list(itertools.islice(each, count)) for count in counts]
+        embed, placeholder = self.model.get_input_embeddings(), self.vora_config.placeholder
+        return splice_images(input_ids, embed, tokens, attention_mask, labels, placeholder, side)
 
     def _mask(
         self, batch: Spliced, flat: list[Tensor], attention_mask: Tensor | None
@@ -257,19 +244,15 @@ class VoraForCausalLM(nn.Module):
         text = self.config.get_text_config()
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
         windows = {"full_attention": None, "sliding_attention": sliding}
-        other = sorted({*(kinds or ())} - {*windows})
-        if other:
-            raise ValueError(
-                f"VoraForCausalLM: layer_types: expected layers of {list(windows)}, found "
-                f"{other[0]!r} (bidirectional=False does without a mask for each pair of tokens)"
-            )
+        without = "(bidirectional=False does without a mask for each pair of tokens)"
+        for kind in sorted({*(kinds or ())} - {*windows}):
+            expected = f"layers of {list(windows)}"
+            require(False, "VoraForCausalLM", "layer_types", expected, f"{kind!r} {without}")
 
         def mask(window: int | None) -> Tensor:
             # Additive: eager attention adds bools as 0 and 1, and masks nothing.
-            dtype = batch.inputs_embeds.dtype
-            return build_vision_mask(
-                batch.attention_mask, batch.image_ids, dtype=dtype, window=window
-            )
+            options: Any = {"dtype": batch.inputs_embeds.dtype, "window": window}
+            return build_vision_mask(batch.attention_mask, batch.image_ids, **options)
 
         if kinds is None or "sliding_attention" not in kinds:
             return mask(sliding if kinds is None else None)
@@ -278,26 +261,16 @@ class VoraForCausalLM(nn.Module):
     def _check_attention(self) -> None:
         """Refuse attention that a mask for each pair of tokens says nothing to."""
         text, reason = self.config.get_text_config(), None
-        own = [
-            name for name, buffer in self.model.named_buffers() if _hides_by_itself(name, buffer)
-        ]
-        if own:
-            reason = f"hides the tokens to come by itself ({own[0]})"
-        elif getattr(text, "alibi", text.model_type == "bloom"):
+        for name, buffer in self.model.named_buffers():
+            # The triangle that an attention of GPT-Neo's kind is masked with.
+            if name.endswith(".bias") and buffer.shape == (1, 1, *buffer.shape[-1:] * 2):
+                reason = f"hides the tokens to come by itself ({name})"
+                break
+        if reason is None and getattr(text, "alibi", text.model_type == "bloom"):
             reason = "makes its ALiBi of a mask for each token"
         expected = "attention that takes a mask for each pair of tokens"
         found = f"{type(self.model).__name__}, which {reason} (bidirectional=False does without)"
         require(reason is None, "VoraForCausalLM", "model", expected, found)
-
-
-def _hides_by_itself(name: str, buffer: Tensor) -> bool:
-    """Whether a buffer is the triangle that an attention of GPT-Neo's kind is masked with."""
-    return (
-        name.endswith(".bias")
-        and buffer.dim() == 4
-        and buffer.shape[:2] == (1, 1)
-        and buffer.shape[2] == buffer.shape[3]
-    )
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -313,24 +286,7 @@ def zero_loss(parameters: Sequence[Tensor], like: Tensor) -> Tensor:
     """A loss of 0 that gives these parameters gradients of zeros, and reads none of them: data
     parallel training waits for a gradient of every parameter. ``like`` says device and dtype."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return _Zero.apply(torch.zeros((), dtype=dtype, device=like.device), *parameters)  # pyright: ignore[reportReturnType]
-
-
-class _Zero(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, zero: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return zero.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        return None, *(
-            torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like
-        )
-
-
-def _of(sample: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    return () if sample is None else sample
+    return zero_gradients(torch.zeros((), dtype=dtype, device=like.device), parameters)
 
 
 def _flat(images: Images | None) -> list[Tensor]:
@@ -341,7 +297,7 @@ def _flat(images: Images | None) -> list[Tensor]:
         if isinstance(sample, Tensor):
             found = f"a tensor of shape {tuple(sample.shape)}"
             require(sample.dim() >= 4, where, which, "a list of (3, H, W) tensors", found)
-        for image in _of(sample):
+        for image in () if sample is None else sample:
             expected = "(3, H, W) tensors, as VoraImageProcessor makes them"
             known, found = isinstance(image, Tensor), type(image).__name__
             require(known, where, which, expected, found, TypeError)

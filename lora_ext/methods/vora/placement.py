@@ -83,6 +83,7 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
             )
         except TypeError as error:
             raise TypeError(f"vora.apply: target_modules: {name}: {error}") from error
+    # Before the swap, while every parameter of the model is its own.
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -164,14 +165,10 @@ def applied(where: str, model: nn.Module) -> Applied:
     """What :func:`apply` left on a model; a RuntimeError where that is nothing, or was merged
     since."""
     state: Applied | None = language_model(model).__dict__.get(KEY)
-    if state is None:
-        raise RuntimeError(
-            f"vora.{where}: model: expected one with VoRA's layers, found none; call vora.apply "
-            "first"
-        )
-    expected = "one with VoRA's layers"
-    found = "that vora.merge has folded them into its weights"
-    require(not state.merged, f"vora.{where}", "model", expected, found, RuntimeError)
+    if state is None or state.merged:
+        folded = "that vora.merge has folded them into its weights"
+        found = "none; call vora.apply first" if state is None else folded
+        raise RuntimeError(f"vora.{where}: model: expected one with VoRA's layers, found {found}")
     return state
 
 
@@ -190,11 +187,9 @@ def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
         for inner, module in block.named_modules():
             if inner and matches_suffix(inner, config.target_modules):
                 targets[names[module]] = module
-    if not targets:
-        raise ValueError(
-            f"vora.apply: target_modules: expected modules in the first {config.n_blocks} blocks "
-            f"of {type(model).__name__} to match {config.target_modules}, found none"
-        )
+    place = f"the first {config.n_blocks} blocks of {type(model).__name__}"
+    expected = f"modules in {place} to match {config.target_modules}"
+    require(targets, "vora.apply", "target_modules", expected, "none")
     return targets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import os
@@ -35,18 +36,6 @@ except ModuleNotFoundError:  # arrays and tensors need none
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
-FIELDS = (
-    "patch",
-    "do_resize",
-    "min_pixels",
-    "max_pixels",
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
 #: What transformers writes into the file of any processor.
 SERVICE = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map")
 
@@ -86,38 +75,25 @@ class VoraImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = STD,
         **service: Any,
     ):
-        unknown = [name for name in service if name not in SERVICE]
-        if unknown:
-            raise TypeError(
-                f"VoraImageProcessor: {unknown[0]}: expected one of {FIELDS}, found another name"
-            )
-        super().__init__()
-        given = {
-            "patch": patch,
-            "do_resize": do_resize,
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
-            "resample": resample,
-            "do_rescale": do_rescale,
-            "rescale_factor": rescale_factor,
-            "do_normalize": do_normalize,
-            "image_mean": image_mean,
-            "image_std": image_std,
-        }
         where, size = "VoraImageProcessor", "an int, at least 1"
+        for name in service:
+            expected = f"one of {FIELDS}"
+            require(name in SERVICE, where, name, expected, "another name", TypeError)
+        super().__init__()
         integer(where, "patch", patch, 1, expected=size)
         integer(where, "max_pixels", max_pixels, 1, expected=size)
         expected = f"1 to max_pixels = {max_pixels}"
         integer(where, "min_pixels", min_pixels, 1, max_pixels, expected=expected)
         number(where, "rescale_factor", rescale_factor)
-        for ok, name, expected in (
-            (type(resample) is not bool and resample in FILTERS, "resample", f"one of {FILTERS}"),
-            (_are_numbers(image_mean, 3), "image_mean", "a number for each of 3 channels"),
-            (_are_numbers(image_std, 3) and all(image_std), "image_std", "3 numbers, none 0"),
-        ):
-            require(ok, where, name, expected, repr(given[name]))
-        for name in ("do_resize", "do_rescale", "do_normalize"):
-            flag(where, name, given[name], expected="a bool")
+        known = type(resample) is not bool and resample in FILTERS
+        require(known, where, "resample", f"one of {FILTERS}", repr(resample))
+        fits, expected = _are_numbers(image_mean, 3), "a number for each of 3 channels"
+        require(fits, where, "image_mean", expected, repr(image_mean))
+        fits = _are_numbers(image_std, 3) and all(image_std)
+        require(fits, where, "image_std", "3 numbers, none 0", repr(image_std))
+        flags = {"do_resize": do_resize, "do_rescale": do_rescale, "do_normalize": do_normalize}
+        for name, value in flags.items():
+            flag(where, name, value, expected="a bool")
         self.patch, self.do_resize = patch, do_resize
         self.min_pixels, self.max_pixels, self.resample = min_pixels, max_pixels, int(resample)
         self.do_rescale, self.rescale_factor = do_rescale, rescale_factor
@@ -172,12 +148,9 @@ class VoraImageProcessor(BaseImageProcessor):
         if return_tensors is None:
             values = found if nested else flat
             return BatchFeature({"pixel_values": values, "image_grids": grids})
-        if len({image.shape for image in flat}) != 1:
-            sizes = [tuple(image.shape[1:]) for image in flat]
-            raise ValueError(
-                "VoraImageProcessor: images: expected images that become one size where "
-                f"return_tensors is {return_tensors!r}, found {sizes}"
-            )
+        sizes = [tuple(image.shape[1:]) for image in flat]
+        expected = f"images that become one size where return_tensors is {given}"
+        require(len(set(sizes)) == 1, "VoraImageProcessor", "images", expected, sizes)
         stacked = torch.stack(flat), torch.tensor(grids)
         values, places = stacked if return_tensors == "pt" else (t.numpy() for t in stacked)
         return BatchFeature({"pixel_values": values, "image_grids": places})
@@ -191,11 +164,12 @@ class VoraImageProcessor(BaseImageProcessor):
         target = height, width
         if self.do_resize:
             target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
-        elif height % self.patch or width % self.patch:
-            raise ValueError(
-                "VoraImageProcessor: images: expected sides that are multiples of the patch "
-                f"{self.patch} where do_resize is False, found {height} x {width}"
+        else:
+            whole = not (height % self.patch or width % self.patch)
+            expected = (
+                f"sides that are multiples of the patch {self.patch} where do_resize is False"
             )
+            require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
         if target != (height, width):
             mode = FILTERS[self.resample]
             smooth = self.resample != 0
@@ -211,11 +185,13 @@ class VoraImageProcessor(BaseImageProcessor):
                 )
             pixels = pixels * self.rescale_factor
         if self.do_normalize:
-            mean, std = (
-                pixels.new_tensor(v)[:, None, None] for v in (self.image_mean, self.image_std)
-            )
+            mean, std = pixels.new_tensor([self.image_mean, self.image_std])[..., None, None]
             pixels = (pixels - mean) / std
         return pixels
+
+
+#: The settings, in the order of the arguments; the last argument takes transformers' own.
+FIELDS = tuple(inspect.signature(VoraImageProcessor).parameters)[:-1]
 
 
 def _are_numbers(values: Any, count: int) -> bool:

@@ -67,8 +67,8 @@ def splice_images(
     expected, found = "shape (B, S), B at least 1", tuple(input_ids.shape)
     fits = input_ids.dim() == 2 and len(input_ids) > 0
     require(fits, "splice_images", "input_ids", expected, found)
-    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise TypeError(f"splice_images: input_ids: expected integers, found {input_ids.dtype}")
+    integers = not input_ids.is_floating_point() and input_ids.dtype != torch.bool
+    require(integers, "splice_images", "input_ids", "integers", input_ids.dtype, TypeError)
     expected = f"the shape of input_ids {tuple(input_ids.shape)}"
     for name, given in (("attention_mask", attention_mask), ("labels", labels)):
         if given is not None:
@@ -80,13 +80,12 @@ def splice_images(
     images = _images(input_ids, valid, image_tokens, placeholder)
     is_text = valid & (input_ids != placeholder)
     text = embed(input_ids[is_text])  # (all text, d)
+    expected = f"shape (N, {text.shape[1]})"
     for sample, tokens in enumerate(images):
         for number, one in enumerate(tokens):
-            if one.dim() != 2 or one.shape[1] != text.shape[1] or not len(one):
-                raise ValueError(
-                    f"splice_images: image_tokens: sample {sample}, image {number}: expected "
-                    f"shape (N, {text.shape[1]}), found {tuple(one.shape)}"
-                )
+            which = f"sample {sample}, image {number}"
+            fits = one.dim() == 2 and one.shape[1] == text.shape[1] and len(one) > 0
+            require(fits, "splice_images: image_tokens", which, expected, tuple(one.shape))
 
     rows: list[tuple[Tensor, ...]] = []
     texts = text.split(is_text.sum(1).tolist())
@@ -138,10 +137,10 @@ def _images(
     require(len(given) == batch, "splice_images", "image_tokens", expected, len(given))
     images = [[] if t is None else [t] if _is_image(t) else list(t) for t in given]
     places = ((input_ids == placeholder) & valid).sum(1).tolist()
-    for sample, (expected, tokens) in enumerate(zip(places, images, strict=True)):
-        fits = expected == len(tokens)
-        wanted = f"as many images as placeholders, {expected}"
-        require(fits, "splice_images: image_tokens", f"sample {sample}", wanted, len(tokens))
+    for sample, (count, tokens) in enumerate(zip(places, images, strict=True)):
+        which, expected = f"sample {sample}", f"as many images as placeholders, {count}"
+        fits = count == len(tokens)
+        require(fits, "splice_images: image_tokens", which, expected, len(tokens))
     return images
 
 
@@ -215,8 +214,8 @@ def build_vision_mask(
     length = attention_mask.shape[1]
     expected = f"0 to {length}"
     require(0 <= past_length <= length, "build_vision_mask", "past_length", expected, past_length)
-    if window is not None and window < 1:
-        raise ValueError(f"build_vision_mask: window: expected at least 1 or None, found {window}")
+    sees = window is None or window >= 1
+    require(sees, "build_vision_mask", "window", "at least 1 or None", window)
     valid = as_bool("build_vision_mask", "attention_mask", attention_mask)
     _check_images(image_ids, past_length if bidirectional else 0)
 
@@ -239,16 +238,16 @@ def build_vision_mask(
 def _check_images(image_ids: Tensor, past_length: int) -> None:
     """Refuse an image whose tokens are not one run, or which lies on both sides of the cache's
     end."""
+    where = "build_vision_mask"
     for sample, ids in enumerate(image_ids.tolist()):
+        which = f"sample {sample}"
         starts = [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or ids[n - 1] != i)]
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
         expected = f"the tokens of image {apart} side by side"
-        found = "them apart"
-        require(apart is None, "build_vision_mask: image_ids", f"sample {sample}", expected, found)
-        if 0 < past_length < len(ids) and ids[past_length] == ids[past_length - 1] >= 0:
+        require(apart is None, f"{where}: image_ids", which, expected, "them apart")
+        if 0 < past_length < len(ids):
             image = ids[past_length]
-            raise ValueError(
-                f"build_vision_mask: past_length: sample {sample}: expected all "
-                f"{ids.count(image)} tokens of image {image} in one call, found "
-                f"{ids[:past_length].count(image)} of them in the cache"
-            )
+            expected = f"all {ids.count(image)} tokens of image {image} in one call"
+            found = f"{ids[:past_length].count(image)} of them in the cache"
+            whole = image < 0 or ids[past_length - 1] != image
+            require(whole, f"{where}: past_length", which, expected, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,26 +45,20 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
         require(fits, "VoraForCausalLM", "gradient_checkpointing_kwargs", expected, found)
         states[index] = hidden[0] if isinstance(hidden, tuple) else hidden
 
-    def hook(index: int) -> Any:
-        def of_output(_: nn.Module, __: Any, output: Any) -> None:
-            keep(index, output)
+    def of_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
+        keep(index, output)
 
-        def of_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(index, args[0] if args else kwargs["hidden_states"])
+    def of_input(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(index, args[0] if args else kwargs["hidden_states"])
 
-        return of_output if pairing == "output" else of_input
-
-    handles: list[Any] = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for index, block in enumerate(blocks):
             if pairing == "output":
-                handles.append(block.register_forward_hook(hook(index)))
+                handle = block.register_forward_hook(partial(of_output, index))
             else:
-                handles.append(block.register_forward_pre_hook(hook(index), with_kwargs=True))
+                handle = block.register_forward_pre_hook(partial(of_input, index), with_kwargs=True)
+            hooks.enter_context(handle)
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -102,13 +97,9 @@ def prefill(
         if threading.get_ident() == thread:
             inside.close()
 
-    handles = (
+    with (
+        inside,
         model.register_forward_pre_hook(enter, with_kwargs=True),
         model.register_forward_hook(leave, always_call=True),  # also where the forward raises
-    )
-    try:
+    ):
         yield
-    finally:
-        inside.close()
-        for handle in handles:
-            handle.remove()

@@ -60,24 +60,20 @@ def teacher_states(
         flat += [one] if isinstance(one, Tensor) else one
     config: Any = teacher.config
     patch = int(getattr(config, "vision_config", config).patch_size)
+    expected = f"shape (3, H, W) with multiples of the patch {patch}"
     for image in flat:
-        if image.dim() != 3 or image.shape[1] % patch or image.shape[2] % patch:
-            raise ValueError(
-                "teacher_states: images: expected shape (3, H, W) with multiples of the patch "
-                f"{patch}, found {tuple(image.shape)}"
-            )
+        fits = image.dim() == 3 and not (image.shape[1] % patch or image.shape[2] % patch)
+        require(fits, "teacher_states", "images", expected, tuple(image.shape))
     grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in flat]
     states: list[list[Tensor]] = [[torch.empty(0)] * len(flat) for _ in range(n_blocks)]
     for grid in dict.fromkeys(grids):
         own = [i for i, other in enumerate(grids) if other == grid]
         found = _run(teacher, blocks[:n_blocks], torch.stack([flat[i] for i in own]), pairing)
         for of_block, hidden in zip(states, found, strict=True):
-            first = hidden.shape[1] - grid[0] * grid[1]  # patches come last
-            if first < 0:
-                raise ValueError(
-                    f"teacher_states: teacher: expected blocks that keep all {grid[0] * grid[1]} "
-                    f"patches of an image, found {hidden.shape[1]} tokens"
-                )
+            count, patches = hidden.shape[1], grid[0] * grid[1]
+            expected = f"blocks that keep all {patches} patches of an image"
+            require(count >= patches, "teacher_states", "teacher", expected, f"{count} tokens")
+            first = count - patches  # they come last, after a class token and registers
             for i, tokens in zip(own, hidden[:, first:], strict=True):
                 of_block[i] = tokens
     if not flat:

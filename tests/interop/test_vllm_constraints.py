@@ -1,0 +1,259 @@
+"""Constraints of requests, without vLLM: its batch, its engine's door and its sampler in small.
+
+A batch is what :class:`Batch` does with vLLM's ``BatchUpdate``: rows leave, come and change places.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from control_tokenizer import tokenizer
+from control_toys import guide as toy_guide
+
+from lora_ext import control
+from lora_ext.interop.vllm import constraints
+from lora_ext.interop.vllm.constraints import (
+    GUIDE,
+    KEY,
+    PROCESSOR,
+    Rows,
+    build_at_door,
+    in_front,
+)
+from lora_ext.interop.vllm.front import check_in_front
+
+V, LENGTH = len(tokenizer()), 64
+EOS = tokenizer().eos_token_id
+
+
+def sampling(constraint=None, max_tokens=20, temperature=1.0, min_tokens=0, **more):
+    """The fields of vLLM's SamplingParams that count."""
+    neutral = dict.fromkeys(("allowed_token_ids", "structured_outputs", "thinking_token_budget"))
+    neutral |= {"stop": [], "bad_words": [], "ignore_eos": False, "all_stop_token_ids": {EOS}}
+    given = None if constraint is None else {"other": 1, KEY: constraint}
+    fields = {"extra_args": given, "max_tokens": max_tokens, "temperature": temperature}
+    return SimpleNamespace(**{**neutral, **fields, "min_tokens": min_tokens, **more})
+
+
+def settings(processors=(PROCESSOR,), folder=None, **more):
+    """The fields of vLLM's VllmConfig that count."""
+    model = {"logits_processors": list(processors), "max_model_len": LENGTH, "tokenizer": "here"}
+    model |= {"tokenizer_revision": None, "trust_remote_code": False, "get_vocab_size": lambda: V}
+    also = {} if folder is None else {GUIDE: str(folder)}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**{**model, **more}), additional_config=also
+    )
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    found = SimpleNamespace(from_pretrained=lambda *args, **kwargs: tokenizer())
+    monkeypatch.setattr("transformers.AutoTokenizer", found)
+    monkeypatch.setattr(constraints, "_doors", [])
+
+
+def save_guide(folder):
+    toy = toy_guide(states=3, vocab=V)
+    control.Guide(*(t.float() for t in (toy.initial, toy.transition, toy.emission))).save(folder)
+
+
+def engine_with(config):
+    class EngineCore:
+        vllm_config = config
+
+        def preprocess_add_request(self, request):
+            return request.sampling_params, 0
+
+    build_at_door(EngineCore)
+    build_at_door(EngineCore)
+    return EngineCore()
+
+
+def built(params, config=None, prompt=(5, 6, 7)):
+    """The parameters as the workers get them."""
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
+    return engine_with(config or settings()).preprocess_add_request(request)[0]
+
+
+class Batch:
+    """vLLM's batch: lists of tokens that grow, in places that change."""
+
+    def __init__(self, rows):
+        self.rows, self.places = rows, {}
+
+    def update(self, removed=(), added=(), moved=()):
+        for place in removed:
+            self.places.pop(place)
+        for place, params, tokens in added:
+            self.places[place] = (params, tokens)
+        for here, there, how in moved:
+            moving, other = self.places.pop(here), self.places.pop(there, None)
+            self.places[there] = moving
+            if how == "SWAP":
+                self.places[here] = other
+        told = [(place, params, [5, 6, 7], tokens) for place, params, tokens in added]
+        ways = [(a, b, SimpleNamespace(name=how)) for a, b, how in moved]
+        size = len(self.places)
+        self.rows.update_state(
+            SimpleNamespace(batch_size=size, removed=list(removed), added=told, moved=ways)
+        )
+
+    def step(self, seed):
+        """Draw a token for every row; the scores are new at each step."""
+        scores = torch.randn(len(self.places), V, generator=torch.Generator().manual_seed(seed))
+        changed = self.rows.apply(scores.clone())
+        generator = torch.Generator().manual_seed(seed)
+        for place, (params, tokens) in sorted(self.places.items()):
+            warm = params.temperature or 1.0
+            law = (changed[place] / warm).softmax(-1)
+            tokens.append(int(law.multinomial(1, generator=generator)))
+        self.rows.update_state(None)
+        return scores, changed
+
+
+def told(tokens):
+    return tokenizer().decode(tokens[: tokens.index(EOS)])
+
+
+def test_each_row_keeps_its_constraint_where_it_comes_leaves_and_changes_place():
+    rows = Rows(settings())
+    date = built(sampling({"choice": ["2024-10", "1999-12"]}, temperature=0.5))
+    dog = built(sampling({"keywords": {"all_of": [" dog"], "none_of": ["b"]}}, max_tokens=12))
+    answer = built(sampling('{"choice": ["yes", "no"]}', max_tokens=9))
+    batch, texts = Batch(rows), {name: [] for name in ("date", "dog", "answer", "plain", "late")}
+    batch.update(added=[(0, date, texts["date"]), (1, sampling(), texts["plain"])])
+    scores, changed = batch.step(0)
+    assert torch.equal(changed[1], scores[1])  # without a constraint every bit is kept
+    batch.update(added=[(2, dog, texts["dog"]), (3, answer, texts["answer"])])
+    batch.step(1)
+    batch.update(moved=[(0, 2, "SWAP")])
+    batch.step(2)
+    batch.update(removed=[1], moved=[(3, 1, "UNIDIRECTIONAL")])
+    for seed in range(3, 20):
+        batch.step(seed)
+        if seed == 9:  # put off, and taken back with its tokens in another place
+            batch.update(removed=[0])
+            batch.update(added=[(0, dog, texts["dog"])])
+    assert told(texts["date"]) in ("2024-10", "1999-12")
+    assert " dog" in told(texts["dog"]) and "b" not in told(texts["dog"])
+    assert told(texts["answer"]) in ("yes", "no")
+    assert texts["dog"].index(EOS) < 12 and texts["answer"].index(EOS) < 9
+
+
+@pytest.mark.parametrize("warm", [0.0, 0.7])
+def test_the_law_of_a_row_is_that_of_generate(warm, tmp_path):
+    """The same scores as ConstraintProcessor's, at the row's temperature; greedy is 1."""
+    save_guide(tmp_path)
+    params = built(sampling({"choice": ["aba", "abab", "babba", "bbaa"]}, 8, warm, min_tokens=4))
+    rows, tokens, one = Rows(settings(folder=tmp_path)), [], params.extra_args[KEY]
+    how = control.ConstraintProcessor(
+        one, control.Guide.load(tmp_path), max_new_tokens=8, min_new_tokens=4,
+        temperature=warm or 1.0,
+    )  # fmt: skip
+    batch = Batch(rows)
+    batch.update(added=[(0, params, tokens)])
+    for seed in range(8):
+        before = torch.tensor([[5, 6, 7, *tokens]])
+        scores, changed = batch.step(seed)
+        assert torch.equal(changed, how(before, scores))
+        if tokens[-1] == EOS:
+            break
+    assert 4 <= tokens.index(EOS) <= 7
+
+
+def test_the_budget_ends_where_the_model_does():
+    word = {"keywords": {"all_of": ["a"]}}
+    params = built(sampling(word, max_tokens=None), prompt=range(LENGTH - 3))
+    batch, tokens = Batch(Rows(settings(max_model_len=6))), []  # a prompt of three
+    batch.update(added=[(0, params, tokens)])
+    for seed in range(3):
+        batch.step(seed)
+    assert EOS in tokens
+
+
+def test_what_cannot_be_met_is_refused_at_the_door():
+    date = {"choice": ["2024-10"]}
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least"):
+        built(sampling(date, max_tokens=3))
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least"):
+        built(sampling(date), prompt=range(LENGTH - 4))
+    with pytest.raises(ValueError, match="min_new_tokens: expected a text of 8 to"):
+        built(sampling({"choice": ["yes"]}, min_tokens=8))
+    with pytest.raises(ValueError, match=r"expected logits_processors=\['lora_ext.interop.vllm"):
+        built(sampling(date), settings(processors=()))
+    with pytest.raises(ValueError, match="prompt: expected tokens"):
+        built(sampling(date), prompt=None)
+    with pytest.raises(ValueError, match="stop_token_ids: expected a token that ends"):
+        built(sampling(date, all_stop_token_ids=set()))
+    params = sampling(date)
+    assert built(params).extra_args["other"] == 1 and params.extra_args[KEY] == date
+    assert built(sampling()).extra_args is None and built(None) is None
+
+
+def test_an_engine_of_ones_own_refuses_before_it_waits():
+    """vLLM's notes a request before its core sees it, and waits for its end."""
+
+    class LLMEngine:
+        def __init__(self, config):
+            self.vllm_config, self.waits = config, []
+            self.input_processor = SimpleNamespace(process_inputs=lambda request: request)
+
+        def add_request(self, request):
+            self.waits.append(self.input_processor.process_inputs(request))
+
+    check_in_front(LLMEngine, in_front)
+    check_in_front(LLMEngine, in_front)
+    engine, form = LLMEngine(settings()), {"choice": ["2024-10"]}
+    for most in (3, 20):
+        request = SimpleNamespace(sampling_params=sampling(form, most), prompt_token_ids=[5])
+        with pytest.raises(ValueError, match="at least 8") if most == 3 else nullcontext():
+            engine.add_request(request)
+    assert engine.waits == [request] and request.sampling_params.extra_args[KEY] == form
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "message"),
+    [
+        ("{", {}, "expected JSON"),
+        (7, {}, "expected a Mapping"),
+        ({"regex": "a", "choice": ["b"]}, {}, "fields: expected one of"),
+        ({"keywords": ["dog"]}, {}, "keywords: expected a Mapping"),
+        ({"keywords": {"all": ["dog"]}}, {}, "keywords: expected all_of, none_of"),
+        ({"grammar": "a"}, {}, "grammar"),
+        ({"regex": "a"}, {"stop": ["b"]}, "stop: expected none"),
+        ({"regex": "a"}, {"ignore_eos": True}, "ignore_eos: expected none"),
+        ({"regex": "a"}, {"structured_outputs": object()}, "structured_outputs: expected none"),
+        ({"regex": "a"}, {}, "expected the plug-in"),
+    ],
+)
+def test_what_is_no_constraint_is_refused_before_the_engine_sees_it(given, more, message):
+    with pytest.raises(ValueError, match=message):
+        Rows.validate_params(sampling(given, **more))
+
+
+def test_vllm_is_given_a_class_of_its_own_kind(monkeypatch, tmp_path):
+    class LogitsProcessor:
+        pass
+
+    for name in ("vllm", "vllm.v1", "vllm.v1.sample", "vllm.v1.sample.logits_processor"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    stub = sys.modules["vllm.v1.sample.logits_processor"]
+    monkeypatch.setattr(stub, "LogitsProcessor", LogitsProcessor, raising=False)
+    monkeypatch.delitem(sys.modules, "lora_ext.interop.vllm.processor", raising=False)
+    module, _, name = PROCESSOR.partition(":")
+    made = getattr(importlib.import_module(module), name)
+    monkeypatch.delitem(sys.modules, module)
+    assert issubclass(made, LogitsProcessor)
+    build_at_door(type("EngineCore", (), {"preprocess_add_request": lambda self, request: None}))
+    save_guide(tmp_path)
+    made.validate_params(sampling({"regex": "a"}))
+    assert made(settings(), "cpu", False).is_argmax_invariant() is False
+    assert math.isinf(made(settings()).apply(torch.tensor([[-math.inf]])))
+    with pytest.raises(ValueError, match=f"{GUIDE}: expected {V + 1} tokens, found"):
+        made(settings(folder=tmp_path, get_vocab_size=lambda: V + 1))

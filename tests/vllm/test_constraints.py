@@ -1,0 +1,81 @@
+"""Constraints of requests in vLLM's own engine, beside adapters."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lora_ext.interop.vllm.constraints import KEY, PROCESSOR
+
+# A token is its letters, so a text is its tokens' letters side by side; token 2 ends it.
+FORMS = {
+    r"(w[3-9]){2}w1[0-9]": {"regex": "(w[3-9]){2}w1[0-9]"},
+    r"(w7w8|w9)": {"choice": ["w7w8", "w9"]},
+    r"(?!.*w5).*w42.*": '{"keywords": {"all_of": ["w42"], "none_of": ["w5"]}}',
+}
+NAMES = ["a", None, "b", "a"]
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14], [17, 18]]
+
+
+def asked(engine, forms, **more):
+    """Texts, and tokens, of requests with a form or None each."""
+    from vllm import SamplingParams
+
+    how = [
+        SamplingParams(
+            max_tokens=10, seed=i, extra_args=None if form is None else {KEY: form}, **more
+        )
+        for i, form in enumerate(forms)
+    ]
+    prompts = [{"prompt_token_ids": p} for p, _ in zip(PROMPTS, forms, strict=False)]
+    requests = [engine.request(name) for name, _ in zip(NAMES, forms, strict=False)]
+    found = engine.llm.generate(prompts, how, lora_request=requests, use_tqdm=False)
+    return [(o.outputs[0].finish_reason, list(o.outputs[0].token_ids)) for o in found]
+
+
+def check(found, forms):
+    for (reason, tokens), pattern in zip(found, forms, strict=False):
+        assert reason == "stop" and tokens[-1] == 2
+        text = "".join(f"w{t}" for t in tokens[:-1])
+        assert re.fullmatch(pattern, text), (pattern, text)
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine):
+    with make_engine(logits_processors=[PROCESSOR]) as made:
+        yield made
+
+
+@pytest.mark.parametrize("warm", [0.0, 1.0, 1.7])
+def test_every_row_holds_to_its_form_beside_its_adapter(engine, warm):
+    (plain,) = asked(engine, [None], temperature=warm)
+    forms = [None, *FORMS]
+    found = asked(engine, [None, *FORMS.values()], temperature=warm)
+    check(found[1:], forms[1:])
+    if warm == 0:
+        assert found[0] == plain  # who shares the batch has a form, this row has none
+    assert len({tuple(t) for _, t in found}) == 4
+
+
+def test_a_form_that_does_not_fit_is_refused_and_the_engine_serves_on(engine):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    long = {KEY: {"regex": "(w3){30}"}}
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 31"):
+        engine.llm.generate("w3 w4", SamplingParams(max_tokens=10, extra_args=long), use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="stop: expected none"):
+        params = SamplingParams(stop="w3", extra_args={KEY: {"regex": "w3"}})
+        engine.llm.generate("w3 w4", params, use_tqdm=False)
+    check(asked(engine, FORMS.values()), FORMS)
+
+
+def test_workers_in_processes_of_their_own_get_what_was_built(make_processes):
+    with make_processes(logits_processors=[PROCESSOR], tensor_parallel_size=2) as made:
+        check(asked(made, FORMS.values()), FORMS)
+
+
+def test_an_engine_without_the_processor_takes_no_form(make_engine):
+    with make_engine() as made, pytest.raises(ValueError, match=r"expected logits_processors=\["):
+        asked(made, FORMS.values())

@@ -1,0 +1,95 @@
+"""Which public names the examples use that tests run; ``python tools/examples_run.py`` counts them.
+
+Tests run the blocks of Python of the README and of the pages, the cells of the tutorials, and the
+scripts in ``examples/`` that a test names. A name counts where one of these imports it, or reaches
+it from a package that it imports. Nothing is imported to find that out.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from faces import ROOT, face_file, origin, shown
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_RUN = re.compile(r'(?:run_quickly\(\w+, |"examples", )"(\w+)"')
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """The path of each place with code that tests run, pages first, and that code."""
+    docs = ROOT / "docs"
+    for page in (*sorted(docs.glob("*.md")), ROOT / "README.md"):
+        if blocks := _BLOCK.findall(page.read_text()):
+            yield str(page.relative_to(ROOT)), "\n".join(blocks)
+    for path in sorted((docs / "tutorials").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        yield str(path.relative_to(ROOT)), "\n".join(code)
+    tests = [file.read_text() for file in (ROOT / "tests").rglob("test_*.py")]
+    for name in sorted({name for text in tests for name in _RUN.findall(text)}):
+        if (path := ROOT / f"examples/{name}.py").exists():
+            yield str(path.relative_to(ROOT)), path.read_text()
+
+
+def used(code: str) -> set[str]:
+    """The places that define what the code takes from lora_ext."""
+    tree = ast.parse(code)
+    known: dict[str, str] = {}  # a name of the code, and what it stands for
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.partition(".")[0]
+                known[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    found = {path for path in known.values() if path.startswith("lora_ext.")}
+    for node in ast.walk(tree):
+        chain, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            chain.append(inner.attr)
+            inner = inner.value
+        if chain and isinstance(inner, ast.Name) and inner.id in known:
+            path = ".".join([known[inner.id], *reversed(chain)])
+            if path.startswith("lora_ext."):
+                found.add(path)
+    return {_defined(path) for path in found}
+
+
+def _defined(path: str) -> str:
+    """Where the first name behind the packages of a path is defined."""
+    package, *names = path.split(".")
+    while names and face_file(f"{package}.{names[0]}").exists():
+        package = f"{package}.{names.pop(0)}"
+    return origin(f"{package}.{names[0]}") if names else package
+
+
+@lru_cache
+def in_use() -> dict[str, list[str]]:
+    """The place of each public name that is used, and the paths of the code that uses it."""
+    found: dict[str, list[str]] = {}
+    for path, code in sources():
+        for place in used(code) & shown().keys():
+            found.setdefault(place, []).append(path)
+    return found
+
+
+def public() -> set[str]:
+    """The places of all public names; packages are not counted."""
+    return {place for place, package in shown().items() if place != package}
+
+
+def without() -> list[str]:
+    """Those that no example uses."""
+    return sorted(public() - in_use().keys())
+
+
+if __name__ == "__main__":
+    bare = without()
+    count = len(public()) - len(bare)
+    print(f"{count} of {len(public())} public names are used by what tests run; without:")
+    print("\n".join(bare))

@@ -1,0 +1,78 @@
+"""Public names, read from the faces of the packages without importing one of them.
+
+A face is an ``__init__.py``; what stands in its ``__all__`` is public, and the reference shows it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).absolute().parents[1]
+ASKED = re.compile(r"^::: (?P<name>[\w.]+)\n(?!    )", re.MULTILINE)
+
+
+@lru_cache
+def places(package: str) -> dict[str, str]:
+    """Each name that a package's face defines or imports, with the place that defines it."""
+    found: dict[str, str] = {}
+    for node in _statements(ast.parse(face_file(package).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level < 2:
+            here = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module or ""
+            for alias in node.names:
+                place = f"{here}.{alias.name}"
+                found[alias.asname or alias.name] = place if here == package else origin(place)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.setdefault(node.name, f"{package}.{node.name}")
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, f"{package}.{node.targets[0].id}")
+    return found
+
+
+def _statements(tree: ast.Module | ast.If | ast.Try) -> Iterator[ast.stmt]:
+    """What runs at the import of a module, and under `if TYPE_CHECKING`."""
+    for node in tree.body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements(node)
+
+
+def face(package: str) -> dict[str, str]:
+    """The names of a package's `__all__`, each with the place that defines it."""
+    for node in ast.parse(face_file(package).read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return {name: places(package)[name] for name in ast.literal_eval(node.value)}
+    return {}
+
+
+def face_file(package: str) -> Path:
+    return ROOT / package.replace(".", "/") / "__init__.py"
+
+
+def origin(place: str) -> str:
+    """Follow a name from face to face to the file that defines it."""
+    package, _, name = place.rpartition(".")
+    if package.startswith("lora_ext") and face_file(package).exists():
+        return places(package).get(name, place)
+    return place
+
+
+@lru_cache
+def shown() -> dict[str, str]:
+    """What the reference shows: the place that defines a thing, and the package on whose page."""
+    pages = sorted((ROOT / "docs/reference").rglob("*.md"))
+    asked = [found["name"] for page in pages for found in ASKED.finditer(page.read_text())]
+    found = {package: package for package in asked}
+    faces = {package: face(package) for package in asked if face_file(package).exists()}
+    # The deepest room shows a name; a face of several rooms what none of theirs does.
+    for package in sorted(faces, key=lambda package: -package.count(".")):
+        for place in faces[package].values():
+            if place.startswith(f"{package}."):
+                found.setdefault(place, package)
+    for package, names in faces.items():
+        for place in names.values():
+            found.setdefault(place, package)
+    return found
