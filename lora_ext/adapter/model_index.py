@@ -167,15 +167,8 @@ class ModelIndex:
         require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
         heads, own = head_names(model), BaseWeights(model)
         index = cls(linear, embedding, unsupported, *heads, own, experts=experts)
-        embeds, tied = _input_embedding(model, heads[0])
-        return replace(
-            index,
-            parameters=parameters,
-            bypassed=skipped,
-            vocabulary=vocabulary_of(model),
-            input_embedding=embeds,
-            tied_head=tied,
-        )
+        known: Any = {"vocabulary": vocabulary_of(model), **_input_embedding(model, heads[0])}
+        return replace(index, parameters=parameters, bypassed=skipped, **known)
 
 
 def vocabulary_of(model: Any) -> int | None:
@@ -186,18 +179,18 @@ def vocabulary_of(model: Any) -> int | None:
         return None
 
 
-def _input_embedding(model: Any, head: str | None) -> tuple[str | None, str | None]:
-    """Names of the input embedding of a model of transformers, and of a head with its weight; None
+def _input_embedding(model: Any, head: str | None) -> dict[str, str | None]:
+    """Names of the input embedding of a model of transformers, and of a head with its weight; none
     where others have that weight too, as encoder and decoder may."""
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
-        return None, None
-    known = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in known if getattr(module, "weight", None) is weight]
+        return {}
+    found = model.named_modules(remove_duplicate=False)
+    names = [name for name, module in found if getattr(module, "weight", None) is weight]
     tied = head if head in names else None
     others = [name for name in names if name != tied]
-    return (others[0], tied) if len(others) == 1 else (None, None)
+    return {"input_embedding": others[0], "tied_head": tied} if len(others) == 1 else {}
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -90,10 +90,11 @@ def find_rows(
         ValueError: a key, shape or token that does not fit. NotImplementedError: rows of another
             module than a plain input embedding.
     """
-    given, field = config.trainable_token_indices, "trainable_token_indices"
+    given: Any = config.trainable_token_indices
+    field = "trainable_token_indices"
     if given is None:
         return {}, ()
-    by_name = given if isinstance(given, Mapping) else {index.input_embedding or "": given}
+    by_name: Any = given if isinstance(given, Mapping) else {index.input_embedding or "": given}
     ((name, tokens), *others) = by_name.items()
     module, spec = index.input_embedding, index.embedding.get(index.input_embedding or "")
     fits = module is not None and spec is not None and module.endswith(name) and not others
@@ -116,7 +117,7 @@ def find_rows(
     known = "float16, bfloat16, float32 or float64"
     require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", known, info.dtype)
     require(info.shape == shape, f"{tensors.where}: {key}", "shape", shape, info.shape)
-    return dict.fromkeys(with_head, key), tuple(tokens)  # pyright: ignore[reportReturnType]
+    return dict.fromkeys(with_head, key), tuple(tokens)
 
 
 def read_replaced(tensors: TensorSource, keys: Mapping[str, str]) -> Replaced:

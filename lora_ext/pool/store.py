@@ -257,7 +257,9 @@ class PageStore:
             )
         replaced = {
             module: PackedReplaced(
-                *(None if tensor is None else to_host(tensor) for tensor in whole)
+                to_host(whole.weight),
+                None if whole.bias is None else to_host(whole.bias),
+                None if whole.rows is None else to_host(whole.rows),
             )
             for module in self._replacing
             if (whole := self.modules[module].replaced.get(resident.slot)) is not None
