@@ -37,6 +37,7 @@ NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2,
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes a us, of memory and of L2
 HANDOFF = 0.3  # us, to a launch that may begin before the one in front of it ends
 STEP = 1.1  # us: a product of a chain in one launch, its barrier and trips
+MOST_SHARED = 227 * 1024 - 2048  # bytes that a block asks for beside its static ones
 MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # of one m16n8k16; cycles of a scheduler for it
 TENSOR = 798e6  # flops a us, 16 bits
 
@@ -67,7 +68,9 @@ class Case:
     `bytes` must move; `values` go through its main loop; `flops` run on tensor cores, each as so
     many `products` of 16 bits; `blocks` of `threads` are launched, which read `l2` bytes again
     from L2. All of that is of one launch. Of a chain there are `repeat` launches, one after the
-    other, and of the cases `beside` as many. `loop` is the main loop that it spends its time in
+    other, and of the cases `beside` as many. A launch may have several `steps`, whose blocks wait
+    for each other, make `hops` trips to L2, and run `once` instructions a warp outside of the main
+    loop. `loop` is the main loop that it spends its time in
     where others stand by for a rescue; by default the one with the least under way is taken.
     """
 
@@ -81,6 +84,9 @@ class Case:
     products: int = 1
     l2: float = 0
     repeat: int = 1
+    steps: int = 1
+    once: int = 0
+    hops: int = 0
     loop: int | None = None
     beside: tuple[Case, ...] = ()
 
@@ -290,6 +296,28 @@ def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: f
     )
 
 
+def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
+    """The steps of a chain in one launch, where a block's 64 rows of weights fit."""
+    step, blocks = 64 if parts == 1 else 32, ceil(states / 64) * ceil(batch / 32)
+    ring = 4 * 32 * step * 2 * parts
+    if ring + ceil(states / 64) * (64 * 64 * 2 * parts + 128) > MOST_SHARED:
+        return None
+    values = states * batch
+    return Case(
+        f"layers_run_kernel<{parts}>",
+        "",
+        8 * values,  # leaves, and sums
+        blocks,
+        128,
+        flops=2 * values * states,
+        products=PRODUCTS[parts],
+        l2=blocks * states * 2 * parts * (32 + 64 / steps) + values * (8 + 2 * parts),
+        steps=steps,
+        hops=2,  # its part and its children; the node itself comes while blocks wait
+        once=1600,  # by hand: 16 numbers of a thread, each with an exponential and a logarithm
+    )
+
+
 def layers_cases() -> Iterator[Case]:
     """`circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
     batch, steps = 512, 31
@@ -310,6 +338,10 @@ def layers_cases() -> Iterator[Case]:
             )
 
         for parts, precision in PRECISIONS.items():
+            run = layers_run(parts, states, batch, steps)
+            if run is not None:
+                yield replace(run, shape=shape + f"forward, {precision}")
+                continue
             up = layers_product(0, parts, (states, batch, states), 4 * values)
             yield replace(
                 up,
@@ -339,9 +371,10 @@ CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 def floor_us(case: Case) -> float:
     """What bytes, products or an empty launch take at least; in a chain, a step of one launch."""
     each = (case, *case.beside)
-    least = NULL if case.repeat == 1 else STEP * sum(one.flops > 0 for one in each)
+    rounds = case.repeat * case.steps
+    least = NULL if rounds == 1 else STEP * sum(one.flops > 0 for one in each)
     total = sum(one.bytes for one in each) / STREAM, sum(one.flops for one in each) / TENSOR
-    return case.repeat * max(least, *total)
+    return rounds * max(least, *total)
 
 
 def launch_us(case: Case, code: Code) -> float:
@@ -359,6 +392,8 @@ def launch_us(case: Case, code: Code) -> float:
         count = case.flops * case.products / MMA_FLOPS
         mma = count * max(MMA_CYCLES, 100 / code.mma_share) / cycles
     slowest = max(case.bytes / rate, case.l2 / L2_STREAM, issue, mma)
+    if case.steps > 1:
+        slowest = case.steps * (STEP + case.hops * L2 + case.once / CLOCK + slowest)
     return NULL + (code.trips or 0) * L2 + DRAM + slowest
 
 
@@ -394,7 +429,9 @@ def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[s
                 "trips": code.trips,
                 "mma_share": code.mma_share,
                 "instructions_per_element": code.each,
-                "bytes": round(case.repeat * sum(one.bytes for one in (case, *case.beside))),
+                "bytes": round(
+                    case.repeat * case.steps * sum(one.bytes for one in (case, *case.beside))
+                ),
                 "registers": code.registers,
                 "blocks_per_sm": code.per_multiprocessor(case.threads),
             }
@@ -450,10 +487,18 @@ WHY = [
     Reason(
         "layers_product_kernel<*",
         "HMM of * states, *",
-        "Chains",
+        "Chains, a launch after the other",
         "the hand-off from one launch to the next with its first trips, two a step forward and "
         "four backward, and the parts of a number: float32 costs six products and six bytes, "
         "`high` three and four, where the floor has one product of 16 bits.",
+    ),
+    Reason(
+        "layers_run_kernel<*",
+        "*",
+        "Chains in one launch",
+        "float32 costs six products of 16 bits, 2.8 us a step, `high` three; around them a step "
+        "takes 1.1 us for blocks to wait for each other, 0.4 to read what a node is, and 0.9 for "
+        "the exponential and the logarithm of each number, where the floor has the first alone.",
     ),
 ]
 

@@ -5,7 +5,7 @@
 //   up        a block per tile of 16 lanes walks all nodes, one after another: what it reads it has
 //             written itself, so no block waits for another. Where a node has more than 2^14
 //             weights, and in lower precisions, stages follow one another, on tensor cores:
-//             circuit_layers_terms.cu, circuit_layers_product.cu. Then weights are in parts. The
+//             circuit_layers_{terms,product,run}.cu. Then weights are in parts. The
 //             max-product of such nodes has a launch per stage here, a block for each part of
 //             their results
 //
@@ -61,9 +61,11 @@ __global__ void __launch_bounds__(kRowWarps * 32, 4)
 }
 
 __global__ void __launch_bounds__(kLayerThreads, 4)
-    layers_leaves_kernel(const __grid_constant__ LayersArgs args) {
+    layers_leaves_kernel(const __grid_constant__ LayersArgs args, int64_t arrivals) {
     const int64_t at = int64_t{blockIdx.x} * kLayerThreads + threadIdx.x;
     const int64_t unit = at / args.lanes, lane = at % args.lanes;
+    for (int64_t i = at; i < arrivals; i += int64_t{gridDim.x} * kLayerThreads)
+        args.arrivals[i] = 0;
     if (unit >= kFirstLeaf + args.program.leaves()) return;
     float l = unit == 1 ? kImpossible : 0.0f;
     if (unit >= kFirstLeaf && lane < args.rows)
@@ -169,9 +171,11 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
     declare_layers(args);
     declare_strided(args.leaf, args.rows, args.leaf_row, args.plan.leaves(), args.leaf_unit);
     declare_units(args, args.val, lx::Access::kWrite);
+    const int64_t arrivals = args.arrivals ? stored_arrivals(args) : 0;
+    if (arrivals) LX_BUF(args.arrivals, arrivals * 4, lx::Access::kWrite);
     LaunchStatus status =
         LX_LAUNCH(layers_leaves_kernel, static_cast<unsigned>(ceil_div(leaves, kLayerThreads)),
-                  kLayerThreads, 0, stream, args);
+                  kLayerThreads, 0, stream, args, arrivals);
     const auto up = [&](int64_t begin, int64_t end, unsigned nodes, unsigned parts) {
         declare_layers(args);
         declare_layer_weights(args);
@@ -185,6 +189,11 @@ LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
     if (args.parts == 0 && !(args.max_product && !args.plan.small_nodes()))
         return status ? status : up(0, args.plan.nodes(), 1, 1);
     for (int64_t s = 0; s < args.plan.num_stages() && status == 0; ++s) {
+        if (const int64_t end = args.max_product ? s : end_of_run(args, s); end > s) {
+            status = launch_layers_run(args, s, end, stream);
+            s = end - 1;
+            continue;
+        }
         const LayersStage stage = args.plan.stage(s);
         if (args.max_product) {
             status = up(stage.begin, stage.end, along_grid(stage.end - stage.begin),

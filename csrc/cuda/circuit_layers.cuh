@@ -90,6 +90,62 @@ struct LayerTile {
                               float l, float top) const;
 };
 
+LX_DEVICE float4 added(float4 a, float4 b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+LX_DEVICE float4 four_at(const float* p) {
+    return *reinterpret_cast<const float4*>(p);
+}
+
+constexpr int kBatch = 4;  // terms of a thread on their way
+
+// Four lanes to a thread.
+struct QuadTile : LayerTile {
+    using LayerTile::LayerTile;
+
+    // f(term, its values on lanes quad .. + 3) for the terms first, first + step, ... below `end`.
+    template <class F>
+    LX_DEVICE void for_quads(const LayersNode& node, int quad, int first, int end, int step,
+                             F&& f) const {
+        int i = first;
+        for (int p = node.part_begin; p < node.part_end && i < end; ++p) {
+            const LayersPart part = program.parts()[p];
+            const LayersChild* child = program.children() + part.child_begin;
+            const int count = part.child_end - part.child_begin;
+            // Both of them are on their way at once; column 0 is 0.
+            const LayersChild one = child[0], two = count > 1 ? child[1] : LayersChild{0, 0};
+            const int pairs = part.kronecker ? two.units : 1;
+            const int stop = lx::min(end, part.term + one.units * pairs);
+            while (i < stop) {
+                // Terms of this batch beyond the thread's own: it stands in for others.
+                const int last = lx::min(kBatch - 1, (stop - 1 - i) / step);
+                float4 l[kBatch], r[kBatch];
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) {
+                    const int k = i + lx::min(j, last) * step - part.term;
+                    const int first_unit = part.kronecker ? k / pairs : k;
+                    const int second_unit = part.kronecker ? k - first_unit * pairs : k;
+                    l[j] = four_at(at(args.val, one.column + first_unit) + quad);
+                    r[j] = four_at(at(args.val, two.column + (count > 1 ? second_unit : 0)) + quad);
+                }
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) l[j] = added(l[j], r[j]);
+                for (int c = 2; c < count; ++c) {
+                    const int column = child[c].column + i - part.term;
+#pragma unroll
+                    for (int j = 0; j < kBatch; ++j)
+                        l[j] = added(
+                            l[j], four_at(at(args.val, column + lx::min(j, last) * step) + quad));
+                }
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j)
+                    if (j <= last) f(i + j * step, l[j]);
+                i += (last + 1) * step;
+            }
+        }
+    }
+};
+
 // A weight and a term come to a result.
 template <bool kMax>
 LX_DEVICE float meet(float w, float term, float result) {
@@ -254,6 +310,9 @@ LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stag
                                  void* stream);
 LaunchStatus launch_layers_product(const LayersArgs& args, const LayersStage& stage,
                                    LayersProduct product, void* stream);
+// The end of a run of stages from `begin` on that fit into one launch, `begin` where none do.
+int64_t end_of_run(const LayersArgs& args, int64_t begin);
+LaunchStatus launch_layers_run(const LayersArgs& args, int64_t begin, int64_t end, void* stream);
 LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& stage, void* stream);
 // Flows of weights, which products have left in args.dw, to gradients.
 LaunchStatus launch_layers_owed(const LayersArgs& args, void* stream);

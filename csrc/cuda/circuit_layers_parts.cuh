@@ -197,8 +197,8 @@ struct ProductShape {
         return sums[i / (4 * kTilesN)][i / 4 % kTilesN][i % 4];
     }
 
-    LX_DEVICE static void multiply(Sums& sums, const unsigned char* stage) {
-        const unsigned char* right = stage + Left::kBytes;
+    LX_DEVICE static void multiply(Sums& sums, const unsigned char* left,
+                                   const unsigned char* right) {
 #pragma unroll(kUnroll)
         for (int k = 0; k < kStep; k += 16) {
             uint32_t b[kParts][kTilesN][2];
@@ -214,7 +214,7 @@ struct ProductShape {
                 for (int t = 0; t < kTogether; ++t)
 #pragma unroll
                     for (int p = 0; p < kParts; ++p)
-                        Left::load_rows(a[t][p], stage, p, warp_row() + 16 * (m + t), k);
+                        Left::load_rows(a[t][p], left, p, warp_row() + 16 * (m + t), k);
                 // The smallest products first.
 #pragma unroll
                 for (int below = kParts - 1; below >= 0; --below)
@@ -260,7 +260,7 @@ struct ProductShape {
                 lx::cp_async_wait_group<kStages - 2>();
                 lx::syncthreads();  // this stage is complete, and all have read the one before
                 fill();
-                multiply(run, ring + stage);
+                multiply(run, ring + stage, ring + stage + Left::kBytes);
                 stage = stage == kRingBytes - kStageBytes ? 0 : stage + kStageBytes;
             }
 #pragma unroll
@@ -274,6 +274,47 @@ struct ProductShape {
         lx::syncthreads();  // the ring is free
     }
 };
+
+template <int kParts>
+LX_DEVICE float trusted(int n) {
+    return kParts == 1 ? static_cast<float>(n) * 0x1p-28f : kSumTrusted;
+}
+
+// Sums of a tile become values; `tops` has the shifts of its lanes.
+template <class G>
+LX_DEVICE void finish_up(const LayersArgs& args, const LayersNode& node, const LayersMatrix& m,
+                         int row0, int64_t lane0, const float* tops, const typename G::Sums& sums) {
+    const LayerTile tile(args, 0);
+    unsigned lost[(G::kOwn + 31) / 32] = {};  // results that have to be taken again
+#pragma unroll
+    for (int i = 0; i < G::kOwn; i += 2) {
+        const int o = row0 + G::row_of(i);
+        const int64_t lane = lane0 + G::column_of(i);
+        if (o >= m.units || lane >= args.lanes) continue;
+        const float shift = tile.shift_of(m, o);
+        const float2 top = *reinterpret_cast<const float2*>(tops + G::column_of(i));
+        const float scale = G::kParts == 1 ? 0x1p-28f : 1.0f, least = trusted<G::kParts>(m.width);
+        const float s[2] = {G::at(sums, i) * scale, G::at(sums, i + 1) * scale};
+        const bool possible = shift != kImpossible;
+        lost[i / 32] |= static_cast<unsigned>(possible && s[0] < least && top.x != kImpossible)
+                        << i % 32;
+        lost[i / 32] |= static_cast<unsigned>(possible && s[1] < least && top.y != kImpossible)
+                        << (i % 32 + 1);
+        *reinterpret_cast<float2*>(tile.at(args.val, node.out + o) + lane) = {
+            logf(s[0]) + shift + top.x, logf(s[1]) + shift + top.y};
+    }
+#pragma unroll 1
+    for (int word = 0; word < (G::kOwn + 31) / 32; ++word) {
+        unsigned rest = word == 0 ? lost[0] : lost[G::kOwn > 32 ? 1 : 0];
+        while (rest) {
+            const int i = 32 * word + lx::ffs(rest) - 1;
+            rest &= rest - 1;
+            const int o = row0 + G::row_of(i);
+            const int lane = static_cast<int>(lane0) + G::column_of(i);
+            tile.at(args.val, node.out + o)[lane] = tile.rescued_sum(node, m, o, lane);
+        }
+    }
+}
 
 inline void declare_parts(const void* parts, int64_t numbers, lx::Access access) {
     LX_BUF(parts, numbers * 2, access);

@@ -21,11 +21,6 @@ template <LayersProduct kProduct, int kParts, bool kLarge>
 using Shape = ProductShape<kParts, kProduct == LayersProduct::kDown,
                            kProduct != LayersProduct::kWeights, kLarge>;
 
-template <int kParts>
-LX_DEVICE float trusted(int n) {
-    return kParts == 1 ? static_cast<float>(n) * 0x1p-28f : kSumTrusted;
-}
-
 // A node of a stage, and where its parts lie.
 struct ProductNode {
     LayersNode node;
@@ -46,44 +41,6 @@ struct ProductNode {
                 (n - stage.begin) * stage.units * lane_parts;
     }
 };
-
-template <class G>
-LX_DEVICE void finish_up(const LayersArgs& args, const LayersStage& stage, int64_t n, int row0,
-                         int64_t lane0, const typename G::Sums& sums) {
-    const ProductNode own(args, stage, n);  // read again: registers were needed
-    const LayerTile tile(args, 0);
-    const float* tops = tile.at(args.tops, n);
-    unsigned lost[(G::kOwn + 31) / 32] = {};  // results that have to be taken again
-#pragma unroll
-    for (int i = 0; i < G::kOwn; i += 2) {
-        const int o = row0 + G::row_of(i);
-        const int64_t lane = lane0 + G::column_of(i);
-        if (o >= own.m.units || lane >= args.lanes) continue;
-        const float shift = tile.shift_of(own.m, o);
-        const float2 top = *reinterpret_cast<const float2*>(tops + lane);
-        const float scale = G::kParts == 1 ? 0x1p-28f : 1.0f,
-                    least = trusted<G::kParts>(own.m.width);
-        const float s[2] = {G::at(sums, i) * scale, G::at(sums, i + 1) * scale};
-        const bool possible = shift != kImpossible;
-        lost[i / 32] |= static_cast<unsigned>(possible && s[0] < least && top.x != kImpossible)
-                        << i % 32;
-        lost[i / 32] |= static_cast<unsigned>(possible && s[1] < least && top.y != kImpossible)
-                        << (i % 32 + 1);
-        *reinterpret_cast<float2*>(tile.at(args.val, own.node.out + o) + lane) = {
-            logf(s[0]) + shift + top.x, logf(s[1]) + shift + top.y};
-    }
-#pragma unroll 1
-    for (int word = 0; word < (G::kOwn + 31) / 32; ++word) {
-        unsigned rest = word == 0 ? lost[0] : lost[G::kOwn > 32 ? 1 : 0];
-        while (rest) {
-            const int i = 32 * word + lx::ffs(rest) - 1;
-            rest &= rest - 1;
-            const int o = row0 + G::row_of(i);
-            const int lane = static_cast<int>(lane0) + G::column_of(i);
-            tile.at(args.val, own.node.out + o)[lane] = tile.rescued_sum(own.node, own.m, o, lane);
-        }
-    }
-}
 
 template <class G>
 LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int64_t n, int row0,
@@ -172,7 +129,9 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                  m.units - row0, own.weight_row},
                 {own.term + column0 * kParts, lanes, m.width, lanes - static_cast<int>(column0)},
                 m.width);
-            finish_up<G>(args, stage, n, row0, column0, sums);
+            const ProductNode again(args, stage, n);  // registers were needed
+            finish_up<G>(args, again.node, again.m, row0, column0,
+                         LayerTile(args, column0).at(args.tops, n), sums);
         } else if constexpr (kProduct == LayersProduct::kDown) {
             if (row0 >= m.width) continue;
             G::add_product(

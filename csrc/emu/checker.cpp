@@ -32,17 +32,20 @@ const char* verb(Touch how) {
 }
 
 // --- Between blocks: what fence and atomic have published
-using BlockClock = std::array<uint32_t, kMaxWarps>;
-std::unordered_map<uint32_t, BlockClock> acquired;  // by the current block, from earlier ones
-uint32_t acquired_by = 0;
-std::unordered_map<const void*, std::unordered_map<uint32_t, BlockClock>> released;  // by address
+// By a block, from others. Only blocks of a resident launch come again.
+std::unordered_map<uint32_t, BlockClocks> acquired;
+std::unordered_map<const void*, BlockClocks> released;  // by address
+// The same by the values that a count has had: whoever waits for one is behind those that have led
+// to it, and not behind those that happen to have come since.
+std::unordered_map<const void*, std::vector<std::pair<uint64_t, BlockClocks>>> counted;
 
 bool ordered(const Record& before, const Thread& now) {
     const int warp = before.thread / kWarpSize;
     if (before.block != machine.block_serial) {
-        if (acquired_by != machine.block_serial) return false;
-        const auto found = acquired.find(before.block);
-        return found != acquired.end() && before.clock <= found->second[warp];
+        const auto own = acquired.find(machine.block_serial);
+        if (own == acquired.end()) return false;
+        const auto found = own->second.find(before.block);
+        return found != own->second.end() && before.clock <= found->second[warp];
     }
     if (before.thread == now.rank) return true;
     const Warp& w = *now.warp;
@@ -308,6 +311,13 @@ namespace {
 void join(BlockClock& into, const BlockClock& from) {
     for (int i = 0; i < kMaxWarps; ++i) into[i] = std::max(into[i], from[i]);
 }
+void join(BlockClocks& into, const BlockClocks& from) {
+    for (const auto& [block, clock] : from) join(into[block], clock);
+}
+bool in_arena(const void* p) {
+    const auto offset = static_cast<const unsigned char*>(p) - machine.arena;
+    return offset >= 0 && offset < static_cast<ptrdiff_t>(kArenaBytes + kArenaSlack);
+}
 
 }  // namespace
 
@@ -358,29 +368,38 @@ void order_fence() {
     t.fenced = true;
     t.fence_clock = w.clock;
     ++w.clock[w.index];  // what follows is not published
-    if (acquired_by != machine.block_serial) {
-        acquired.clear();
-        acquired_by = machine.block_serial;
-    }
-    for (const void* address : t.seen_atomics) {
-        for (const auto& [block, clock] : released[address]) join(acquired[block], clock);
-    }
-    t.seen_atomics.clear();
+    if (!machine.resident && !acquired.count(machine.block_serial)) acquired.clear();
+    join(acquired[machine.block_serial], t.seen);
+    t.seen.clear();
 }
 
 void order_atomic(const void* p) {
     if (!machine.checked()) return;
     Thread& t = *machine.current;
-    const auto offset = static_cast<const unsigned char*>(p) - machine.arena;
-    if (offset >= 0 && offset < static_cast<ptrdiff_t>(kArenaBytes + kArenaSlack)) return;
-    t.seen_atomics.push_back(p);
+    if (in_arena(p)) return;
+    join(t.seen, released[p]);
     if (t.fenced) join(released[p][machine.block_serial], t.fence_clock);
+}
+
+void order_count(const void* p, uint64_t value) {
+    if (machine.checked() && machine.resident && !in_arena(p))
+        counted[p].emplace_back(value, released[p]);
+}
+
+void order_waited(const void* p, uint64_t least) {
+    if (!machine.checked()) return;
+    for (const auto& [value, clocks] : counted[p]) {
+        if (value < least) continue;
+        join(machine.current->seen, clocks);
+        return;
+    }
 }
 
 void forget_launch() {
     machine.buffers.clear();
     acquired.clear();
     released.clear();
+    counted.clear();
 }
 
 }  // namespace lx::emu

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace lx::emu {
 
@@ -62,8 +63,10 @@ void unpoison(const Stack& stack) {  // what the frames of the last thread here 
 }  // namespace
 
 Stack fiber_stack(int index) {
-    static Stack stacks[1024] = {};
-    Stack& stack = stacks[index];
+    static std::vector<Stack> stacks;
+    if (static_cast<size_t>(index) >= stacks.size())
+        stacks.resize(static_cast<size_t>(index) + 1, Stack{});
+    Stack& stack = stacks[static_cast<size_t>(index)];
     if (!stack.low) {
         const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
         void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "emu/machine.h"
+#include "lx/resident.h"
 
 namespace lx {
 namespace emu {
@@ -192,6 +193,16 @@ uint64_t atomic_step(Atomic op, void* p, bool is_signed, U x, U expected) {
 
 }  // namespace
 
+void wait_at_least(const unsigned* counter, unsigned least, Site site) {
+    if (!machine.resident)
+        fatal("deadlock", Place(site),
+              describe(*machine.current) +
+                  " waits for other blocks in a launch that does not run all at once");
+    touch(counter, sizeof(unsigned), Touch::kAtomic, true, Place(site));
+    while (*counter < least) wait_for_blocks(counter, least, site);
+    order_waited(counter, least);
+}
+
 uint64_t atomic(Atomic op, void* p, int bytes, bool is_signed, uint64_t x, uint64_t expected,
                 Site site) {
     touch(p, static_cast<size_t>(bytes), Touch::kAtomic, true, Place(site));
@@ -200,6 +211,7 @@ uint64_t atomic(Atomic op, void* p, int bytes, bool is_signed, uint64_t x, uint6
         bytes == 4 ? atomic_step<uint32_t, int32_t>(op, p, is_signed, static_cast<uint32_t>(x),
                                                     static_cast<uint32_t>(expected))
                    : atomic_step<uint64_t, int64_t>(op, p, is_signed, x, expected);
+    order_count(p, bytes == 4 ? *static_cast<uint32_t*>(p) : *static_cast<uint64_t*>(p));
     yield();
     return old;
 }

@@ -1,5 +1,5 @@
-// The state of the emulated machine: one block at a time, one fiber per thread. Internal to
-// csrc/emu.
+// The state of the emulated machine: one block at a time, one fiber per thread. Those of a resident
+// launch take turns: one that can do no more before another has is put aside. Internal to csrc/emu.
 #pragma once
 
 #include <array>
@@ -35,6 +35,10 @@ struct Place {
 
 struct Warp;
 
+// How much of each warp of other blocks lies before something, by the number of the block.
+using BlockClock = std::array<uint32_t, kMaxWarps>;
+using BlockClocks = std::unordered_map<uint32_t, BlockClock>;
+
 struct Copy {
     unsigned char* shared;
     const unsigned char* global;
@@ -58,7 +62,7 @@ struct Thread {
     // Release and acquire through a fence and an atomic, see checker.cpp
     bool fenced;
     std::array<uint32_t, kMaxWarps> fence_clock;
-    std::vector<const void*> seen_atomics;
+    BlockClocks seen;  // published where the atomics since the last fence have found it
 };
 
 // Lanes of one warp that have arrived in one collective.
@@ -116,7 +120,33 @@ struct Buffer {
     std::unique_ptr<Cell[], FreeDeleter> cells;  // of writable buffers, made on first use
 };
 
-struct Machine {
+// A thread that waits for other blocks.
+struct Wait {
+    Thread* thread;
+    const unsigned* counter;
+    unsigned least;
+};
+
+struct Block {
+    uint32_t block_serial = 0;
+    int live = 0;
+    int at_barrier = 0;
+    BarrierVote barrier_vote{};
+    std::vector<Thread*> barrier_waiting;
+    int barrier_result = 0;
+    std::array<NamedBarrier, 16> named;
+    std::vector<Wait> waits;
+
+    std::array<Thread*, kMaxThreads> ready;  // ring
+    uint32_t ready_head = 0, ready_tail = 0;
+
+    std::unique_ptr<Thread[]> threads;
+    std::unique_ptr<Warp[]> warps;
+    unsigned char* arena = nullptr;  // kArenaBytes + kArenaSlack, 1024-byte aligned
+    std::unique_ptr<Cell[], FreeDeleter> arena_cells;
+};
+
+struct Machine : Block {  // the block that runs
     Options options;
     std::vector<std::string> reports;  // since take_reports()
     // Of this launch. Their places are looked up when it has ended: a fiber's stack may be too
@@ -127,6 +157,7 @@ struct Machine {
 
     // This launch
     Launch launch;
+    bool resident = false;  // all its blocks run at once
     void (*body)(void*);
     void* arguments;
     size_t argument_bytes;
@@ -141,25 +172,12 @@ struct Machine {
     bool early_copies;
     std::vector<size_t> reported;  // hashes of (category, place)
 
-    // This block
-    uint32_t block_serial = 0;
-    int num_threads, num_warps, live;
-    int at_barrier;
-    BarrierVote barrier_vote;
-    std::vector<Thread*> barrier_waiting;
-    int barrier_result;
-    std::array<NamedBarrier, 16> named;
+    int num_threads, num_warps;  // of a block
+    uint32_t last_serial = 0;    // of a block
 
     // Fibers
     Thread* current = nullptr;  // nullptr: not inside a kernel
     Context host;
-    std::array<Thread*, kMaxThreads> ready;  // ring
-    uint32_t ready_head, ready_tail;
-
-    std::unique_ptr<Thread[]> threads;
-    std::unique_ptr<Warp[]> warps;
-    unsigned char* arena;  // kArenaBytes + kArenaSlack, 1024-byte aligned
-    std::unique_ptr<Cell[], FreeDeleter> arena_cells;
 
     bool checked() const { return launch.instrumented && options.races; }
     uint64_t random() {
@@ -178,6 +196,7 @@ inline Thread& thread_of(const Warp& warp, int lane) {
 void make_ready(Thread* thread);
 void block(const char* what, Site site);  // until somebody makes the current thread ready
 void yield();
+void wait_for_blocks(const unsigned* counter, unsigned least, Site site);
 [[noreturn]] void stop_launch();  // back to run(), no fiber continues
 
 // The lanes of `mask` meet; the last one computes for all, with every lane's operand in its slot.
@@ -206,6 +225,9 @@ void order_arrive(NamedBarrier& barrier);
 void order_wait(NamedBarrier& barrier, Thread& thread);
 void order_syncwarp(Warp& warp, unsigned mask);
 void order_atomic(const void* p);
+// An atomic has left `value` at p; and a thread has waited there for at least `least`.
+void order_count(const void* p, uint64_t value);
+void order_waited(const void* p, uint64_t least);
 void order_fence();
 void forget_launch();
 

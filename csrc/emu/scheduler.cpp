@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "emu/machine.h"
+#include "lx/resident.h"
 
 namespace lx::emu {
 
@@ -12,14 +13,29 @@ Machine machine;
 
 namespace {
 
-constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;  // cudaError_t
+constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719,
+              kTooManyBlocks = 720;  // cudaError_t
 
 std::mutex launch_lock;
 thread_local std::vector<Buffer> declared;  // by LX_BUF, for this thread's next launch
 
+Thread* next_ready() {
+    Machine& m = machine;
+    if (m.options.seed != 0) {
+        const uint32_t pick = m.ready_head + m.random() % (m.ready_tail - m.ready_head);
+        std::swap(m.ready[pick % kMaxThreads], m.ready[m.ready_head % kMaxThreads]);
+    }
+    return m.ready[m.ready_head++ % kMaxThreads];
+}
+
 void run_next() {
     Machine& m = machine;
     Thread* from = m.current;
+    if (m.ready_head == m.ready_tail && !m.waits.empty()) {  // it is another block's turn
+        m.current = nullptr;
+        fiber_switch(&from->context, &m.host, nullptr);
+        return;
+    }
     if (m.ready_head == m.ready_tail) {
         std::string text = "no thread can run;";
         int shown = 0;
@@ -32,11 +48,7 @@ void run_next() {
         if (m.live > shown) text += ", and " + std::to_string(m.live - shown) + " more";
         fatal("deadlock", Place(), text);
     }
-    if (m.options.seed != 0) {
-        const uint32_t pick = m.ready_head + m.random() % (m.ready_tail - m.ready_head);
-        std::swap(m.ready[pick % kMaxThreads], m.ready[m.ready_head % kMaxThreads]);
-    }
-    Thread* to = m.ready[m.ready_head++ % kMaxThreads];
+    Thread* to = next_ready();
     m.current = to;
     if (to != from) fiber_switch(&from->context, &to->context, &to->stack);
 }
@@ -107,10 +119,21 @@ void thread_main() {
     exit_thread();
 }
 
-void run_block(uint3 index) {
+void allocate(Block& block) {
+    block.threads = std::make_unique<Thread[]>(kMaxThreads);
+    block.warps = std::make_unique<Warp[]>(kMaxWarps);
+    block.arena = static_cast<unsigned char*>(aligned_alloc(1024, kArenaBytes + kArenaSlack));
+}
+
+// The block at `index` is ready to run, on the stacks from first_stack on.
+void prepare_block(uint3 index, int first_stack) {
     Machine& m = machine;
-    ++m.block_serial;
-    memset(m.arena, 0xff, m.shared_used);  // NaN in every float type, an absurd index otherwise
+    m.block_serial = ++m.last_serial;
+    // NaN in every float type, an absurd index otherwise. Blocks that take turns have arrays that
+    // the first of them will name.
+    const bool turns = m.resident;
+    memset(m.arena, 0xff, turns ? kArenaBytes + kArenaSlack : m.shared_used);
+    m.waits.clear();
     m.live = m.num_threads;
     m.at_barrier = 0;
     m.barrier_waiting.clear();
@@ -139,22 +162,25 @@ void run_block(uint3 index) {
         t.warp = &m.warps[i / kWarpSize];
         t.rank = i;
         t.lane = i % kWarpSize;
-        t.stack = fiber_stack(i);
+        t.stack = fiber_stack(first_stack + i);
         t.live = true;
         t.dependency_met = !m.launch.dependent;
         t.copy_groups.clear();
         t.open_copies.clear();
         t.fenced = false;
-        t.seen_atomics.clear();
+        t.seen.clear();
         fiber_prepare(&t.context, t.stack, thread_main);
         make_ready(&t);
     }
-    const uint32_t first = m.options.seed == 0 ? 0 : m.random() % m.num_threads;
-    std::swap(m.ready[0], m.ready[first]);
-    m.current = m.ready[m.ready_head++];
+}
+
+// Until the block ends or waits for others.
+void enter_block() {
+    Machine& m = machine;
+    m.current = next_ready();
     fiber_switch(&m.host, &m.current->context, &m.current->stack);
     m.current = nullptr;
-    if (m.stopped) return;
+    if (m.stopped || m.live > 0) return;
     for (int id = 1; id < 16; ++id) {
         if (m.named[id].arrived != 0) {
             report("divergence", Place(),
@@ -163,6 +189,43 @@ void run_block(uint3 index) {
                        std::to_string(m.named[id].expected) + " arrivals");
         }
     }
+}
+
+// Blocks that run at once, in turns.
+void take_turns(const std::vector<uint3>& order) {
+    Machine& m = machine;
+    std::vector<Block> blocks(order.size());
+    const auto turn = [&](size_t i) { std::swap(static_cast<Block&>(m), blocks[i]); };
+    for (size_t i = 0; i < order.size(); ++i) {
+        allocate(blocks[i]);
+        turn(i);
+        prepare_block(order[i], static_cast<int>(i) * m.num_threads);
+        turn(i);
+    }
+    size_t left = order.size();
+    for (bool moved = true; left > 0 && moved && !m.stopped;) {
+        moved = false;
+        for (size_t i = 0; i < order.size() && !m.stopped; ++i) {
+            if (blocks[i].live == 0) continue;
+            turn(i);
+            std::erase_if(m.waits, [](const Wait& wait) {
+                const bool met = *wait.counter >= wait.least;
+                if (met) make_ready(wait.thread);
+                return met;
+            });
+            if (m.ready_head != m.ready_tail) {
+                enter_block();
+                moved = true;
+                left -= m.live == 0;
+            } else if (i + 1 == order.size() && !moved) {
+                report("deadlock", Place(m.waits.front().thread->site),
+                       describe(*m.waits.front().thread) +
+                           " waits for other blocks, and no block can run");
+            }
+            turn(i);
+        }
+    }
+    for (Block& block : blocks) free(block.arena);
 }
 
 int configuration_error(const Launch& l) {
@@ -178,6 +241,12 @@ int configuration_error(const Launch& l) {
                    std::to_string(l.grid.z) + " blocks");
         return kInvalidConfiguration;
     }
+    if (machine.resident && blocks > static_cast<uint64_t>(resident_blocks(l.dynamic_bytes))) {
+        report("resources", Place(),
+               std::to_string(blocks) + " blocks at once, of which the machine runs " +
+                   std::to_string(resident_blocks(l.dynamic_bytes)));
+        return kTooManyBlocks;
+    }
     const auto most = static_cast<size_t>(machine.options.shared_memory);
     if (l.dynamic_bytes > most) {
         report("resources", Place(),
@@ -190,11 +259,7 @@ int configuration_error(const Launch& l) {
 
 void prepare(const Launch& launch, void (*body)(void*), void* arguments, size_t argument_bytes) {
     Machine& m = machine;
-    if (!m.threads) {
-        m.threads = std::make_unique<Thread[]>(kMaxThreads);
-        m.warps = std::make_unique<Warp[]>(kMaxWarps);
-        m.arena = static_cast<unsigned char*>(aligned_alloc(1024, kArenaBytes + kArenaSlack));
-    }
+    if (!m.threads) allocate(m);
     m.launch = launch;
     m.body = body;
     m.arguments = arguments;
@@ -250,9 +315,13 @@ void check_chain(const Launch& launch) {
 
 }  // namespace
 
-int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argument_bytes) {
+namespace {
+
+int run_as(bool resident, const Launch& launch, void (*body)(void*), void* arguments,
+           size_t argument_bytes) {
     std::lock_guard<std::mutex> guard(launch_lock);
     Machine& m = machine;
+    m.resident = resident;
     prepare(launch, body, arguments, argument_bytes);
     check_chain(launch);
     if (const int error = configuration_error(launch)) {
@@ -272,11 +341,21 @@ int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argum
             step = 1 + m.random() % (blocks - 1);
         } while (std::gcd(step, blocks) != 1);
     }
-    for (uint64_t i = 0; i < blocks && !m.stopped; ++i) {
+    const auto index = [&](uint64_t i) {
         const uint64_t b = (start + i * step) % blocks;
-        run_block({static_cast<unsigned>(b % launch.grid.x),
-                   static_cast<unsigned>(b / launch.grid.x % launch.grid.y),
-                   static_cast<unsigned>(b / (uint64_t{launch.grid.x} * launch.grid.y))});
+        return uint3{static_cast<unsigned>(b % launch.grid.x),
+                     static_cast<unsigned>(b / launch.grid.x % launch.grid.y),
+                     static_cast<unsigned>(b / (uint64_t{launch.grid.x} * launch.grid.y))};
+    };
+    if (m.resident) {
+        std::vector<uint3> order;
+        for (uint64_t i = 0; i < blocks; ++i) order.push_back(index(i));
+        take_turns(order);
+    } else {
+        for (uint64_t i = 0; i < blocks && !m.stopped; ++i) {
+            prepare_block(index(i), 0);
+            enter_block();
+        }
     }
     ++m.counters.launches;
     m.counters.threads += static_cast<int64_t>(blocks) * m.num_threads;
@@ -289,6 +368,16 @@ int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argum
     return m.num_reports ? kLaunchFailure : 0;
 }
 
+}  // namespace
+
+int run(const Launch& launch, void (*body)(void*), void* arguments, size_t argument_bytes) {
+    return run_as(false, launch, body, arguments, argument_bytes);
+}
+int run_resident(const Launch& launch, void (*body)(void*), void* arguments,
+                 size_t argument_bytes) {
+    return run_as(true, launch, body, arguments, argument_bytes);
+}
+
 void declare(const char* name, const void* pointer, int64_t rows, int64_t row_bytes,
              int64_t row_stride_bytes, Access access) {
     if (!pointer || rows <= 0 || row_bytes <= 0) return;
@@ -296,6 +385,12 @@ void declare(const char* name, const void* pointer, int64_t rows, int64_t row_by
     const auto end = begin + static_cast<uintptr_t>((rows - 1) * row_stride_bytes + row_bytes);
     if (rows == 1 || row_stride_bytes < row_bytes) row_stride_bytes = row_bytes;
     declared.push_back({name, begin, end, rows, row_bytes, row_stride_bytes, access, nullptr});
+}
+
+// A block to a multiprocessor: how many more an H100 would take is not the emulator's to know.
+int resident_blocks(size_t dynamic_bytes) {
+    const bool fits = dynamic_bytes <= static_cast<size_t>(machine.options.shared_memory);
+    return fits ? machine.options.multiprocessors : 0;
 }
 
 const Self& self() {
@@ -337,6 +432,11 @@ void block(const char* what, Site site) {
     machine.current->waits_in = what;
     machine.current->site = site;
     run_next();
+}
+
+void wait_for_blocks(const unsigned* counter, unsigned least, Site site) {
+    machine.waits.push_back({machine.current, counter, least});
+    block("wait_at_least", site);
 }
 
 void yield() {

@@ -214,7 +214,12 @@ struct Call {
         args.weight_parts = held({stored_weights(args)}, at::kShort);
         args.term_parts = held({stored_terms(args)}, at::kShort);
         args.tops = held({plan.nodes(), args.lanes}, at::kFloat);
-        if (!down) return;
+        if (!down) {
+            args.next_parts = held({stored_terms(args)}, at::kShort);
+            args.run_tops = static_cast<float*>(held({stored_run_tops(args)}, at::kFloat));
+            args.arrivals = static_cast<uint32_t*>(held({stored_arrivals(args)}, at::kInt));
+            return;
+        }
         args.ratio_parts = held({stored_ratios(args)}, at::kShort);
         args.lost = held({plan.nodes(), kNodeShares, args.lanes}, at::kFloat);
         args.terms = held({plan.most_terms(), args.lanes}, at::kFloat);

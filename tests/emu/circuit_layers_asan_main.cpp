@@ -30,16 +30,22 @@ ExactBuffer<T> exact(const std::vector<T>& values) {
 
 // Memory of kernels that go by stages, of one precision.
 struct Parts {
-    ExactBuffer<int16_t> weights, terms, ratios;
-    ExactBuffer<float> lost;
+    ExactBuffer<int16_t> weights, terms, next_terms, ratios;
+    ExactBuffer<float> lost, run_tops;
+    ExactBuffer<uint32_t> arrivals;
 
     Parts(LayersArgs& a, LayersPrecision precision)
         : weights((a.parts = parts_of(precision), stored_weights(a))),
           terms(stored_terms(a)),
+          next_terms(stored_terms(a)),
           ratios(stored_ratios(a)),
-          lost(a.plan.nodes() * kNodeShares * a.lanes) {
+          lost(a.plan.nodes() * kNodeShares * a.lanes),
+          run_tops(stored_run_tops(a)),
+          arrivals(stored_arrivals(a)) {
         a.weight_parts = weights.data(), a.term_parts = terms.data();
+        a.next_parts = next_terms.data();
         a.ratio_parts = ratios.data(), a.lost = lost.data();
+        a.run_tops = run_tops.data(), a.arrivals = arrivals.data();
     }
 };
 

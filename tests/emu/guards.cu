@@ -1,6 +1,6 @@
 // The net has no holes: each kernel here has a correct form and one with a deliberate mistake.
 // test_guards.py says which check must report the mistake, and that the correct form is clean.
-#include "lx/device.h"
+#include "lx/resident.h"
 
 namespace {
 
@@ -203,6 +203,30 @@ __global__ void last_block_kernel(const float* in, float* out) {
     }
 }
 
+// Blocks that run at once hand a number on, twice.
+enum class Handing { kRight, kUnfenced, kUnread, kOneTooFew, kOneTooMany };
+
+template <Handing kHanding>
+__global__ void hand_on_kernel(const float* in, float* out) {
+    auto* counter = reinterpret_cast<unsigned*>(out);
+    float own = in[blockIdx.x];
+    for (unsigned round = 1; round <= 2; ++round) {
+        float* numbers = out + 1 + (round - 1) * gridDim.x;
+        if (threadIdx.x == 40) numbers[blockIdx.x] = own;
+        lx::syncthreads();
+        if (threadIdx.x == 0) {
+            if (kHanding != Handing::kUnfenced) lx::fence_device();
+            lx::atomic_add(counter, 1u);
+            lx::wait_at_least(counter, round * gridDim.x + (kHanding == Handing::kOneTooMany) -
+                                           (kHanding == Handing::kOneTooFew));
+            if (kHanding != Handing::kUnread) lx::fence_device();
+        }
+        lx::syncthreads();
+        own = numbers[(blockIdx.x + 1) % gridDim.x] + 1;
+    }
+    if (threadIdx.x == 7) out[1 + 2 * gridDim.x + blockIdx.x] = own;
+}
+
 template <bool kBroken>
 __global__ void too_much_shared_kernel(const float* in, float* out) {
     LX_SHARED(float, a, 8192);
@@ -262,7 +286,7 @@ using Kernel = void (*)(const float*, float*);
 
 struct Shape {
     unsigned grid = 1, block = 32;
-    bool dependent = false;
+    bool dependent = false, resident = false;
     lx::Access out = lx::Access::kReadWrite;
     int rows = 1, row = kCount, stride = kCount;
 };
@@ -270,6 +294,7 @@ struct Shape {
 int run(Kernel kernel, const float* in, float* out, const Shape& s) {
     LX_BUF(in, kCount * sizeof(float), lx::Access::kRead);
     LX_BUF_ROWS(out, s.rows, s.row * sizeof(float), s.stride * sizeof(float), s.out);
+    if (s.resident) return LX_LAUNCH_RESIDENT(kernel, s.grid, s.block, 0, nullptr, in, out);
     return s.dependent ? LX_LAUNCH_PDL(kernel, s.grid, s.block, 0, nullptr, in, out)
                        : LX_LAUNCH(kernel, s.grid, s.block, 0, nullptr, in, out);
 }
@@ -300,6 +325,10 @@ extern "C" __attribute__((visibility("default"))) int guard_constant_of_a_neighb
 #define PIPELINE(name, mistake)                                                     \
     GUARD(name, pipeline_kernel<Mistake::kNone>, pipeline_kernel<Mistake::mistake>, \
           shape.block = 64)
+#define HAND_ON(name, mistake, ...)                                                \
+    GUARD(name, hand_on_kernel<Handing::kRight>, hand_on_kernel<Handing::mistake>, \
+          shape.block = 64, shape.grid = 5, shape.resident = true;                 \
+          __VA_ARGS__)
 #define KERNEL(name, ...) GUARD(name, name##_kernel<false>, name##_kernel<true>, __VA_ARGS__)
 
 PIPELINE(wait_one_fewer, kWaitOneFewer)
@@ -324,6 +353,12 @@ KERNEL(named_barrier_refill, shape.block = 64)
 KERNEL(read_before_wait, shape.dependent = true)
 KERNEL(never_waits, shape.dependent = true)
 KERNEL(last_block, shape.grid = 5)
+HAND_ON(hand_on_unfenced, kUnfenced, )
+HAND_ON(hand_on_unread, kUnread, )
+HAND_ON(hand_on_too_few, kOneTooFew, )
+HAND_ON(hand_on_too_many, kOneTooMany, )
+HAND_ON(hand_on_in_turn, kRight, if (broken) shape.resident = false)
+HAND_ON(hand_on_too_wide, kRight, if (broken) shape.grid = 133)
 KERNEL(too_much_shared, )
 KERNEL(struct_copy, shape.block = 1)
 KERNEL(ldmatrix_row, )

@@ -28,6 +28,11 @@ GUARDS = {
     "never_waits": "dependency",
     "constant_of_a_neighbour": "dependency",
     "last_block": "race",
+    "hand_on_unfenced": "race",
+    "hand_on_unread": "race",
+    "hand_on_too_few": "race",
+    "hand_on_too_many": "deadlock",
+    "hand_on_in_turn": "deadlock",
     "too_much_shared": "resources",
     "struct_copy": "bounds",
     "ldmatrix_row": "alignment",
@@ -59,6 +64,21 @@ def test_the_mistake_is_reported(check, name, category, seed):
     expected, *also = category.split()
     found = {report.split(":")[0] for report in check.reports}
     assert expected in found and found <= {expected, *also}, check.reports
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_that_run_at_once_hand_numbers_on(emulator, seed):
+    values, out = buffers()
+    emulator.run("guard_hand_on_unfenced", 0, values, out, seed=seed)
+    assert out[:1].view(np.uint32)[0] == 10
+    np.testing.assert_array_equal(out[11:16], np.roll(values[:5], -2) + 2)
+
+
+def test_more_blocks_at_once_than_the_machine_runs_are_refused(check):
+    values, out = buffers()
+    check.run("guard_hand_on_too_wide", 0, values, out)
+    assert check.call("guard_hand_on_too_wide", 1, values, out) == 720  # as CUDA calls it
+    assert check.reports[0].startswith("resources: ") and "133 blocks at once" in check.reports[0]
 
 
 def test_swapped_fragment_registers_give_wrong_numbers(fast):

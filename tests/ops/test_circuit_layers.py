@@ -162,7 +162,7 @@ def test_lower_precisions_keep_their_bound_above_256_terms(
 
 
 def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
-    """3072 rows go in tiles of 128 x 64, one row in a tile of 64 x 32."""
+    """Flows of 3072 rows go in tiles of 128 x 64, those of one row in a tile of 64 x 32."""
     if backend.is_twin or backend.small:
         pytest.skip("the tiles are those of kernels, and the emulator that checks them is slow")
     circuit = Circuit(RegionGraph.hmm(2, 130, LEAF))
@@ -177,6 +177,26 @@ def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
         assert torch.equal(alone, val[b : b + 1])
         got, _ = ops.circuit_layers_backward(leaf.new_ones(1, 1), alone, w, program, need_dw=False)
         assert torch.equal(got, units[b : b + 1])
+
+
+def test_a_chain_is_one_launch_and_more_rows_than_fit_are_more(backend: Backend) -> None:
+    """Of 130 states three blocks share 32 rows, so 132 multiprocessors take 1408 rows at once."""
+    if backend.is_twin or backend.small or backend.device != "cpu":
+        pytest.skip("the emulator counts launches, and the one that checks them is slow")
+    circuit = Circuit(RegionGraph.hmm(3, 130, LEAF, homogeneous=True))
+    program = circuit._execution.program
+    g = torch.Generator().manual_seed(0)
+    leaf, w = torch.randn(1440, 390, generator=g), torch.randn(len(circuit.weights), generator=g)
+
+    def launches(rows: int) -> tuple[int, Tensor]:
+        before = backend.module.launches()
+        val = ops.circuit_layers(leaf[:rows], w, program)
+        return backend.module.launches() - before, val
+
+    one, few = launches(20)
+    two, many = launches(1440)
+    assert (one, two) == (3, 4)  # weights, leaves, and the chain
+    assert torch.equal(few, many[:20])
 
 
 def test_flows_of_many_weights_are_the_formula(backend: Backend) -> None:

@@ -62,6 +62,16 @@ def test_a_chain_is_all_its_launches_and_its_floor_has_no_launch_in_it(lock) -> 
     assert each[0] > 6 * chain.flops / report.TENSOR
 
 
+def test_a_chain_in_one_launch_waits_in_every_step(lock) -> None:
+    chain = next(c for c in report.CASES if c.steps > 1)
+    code = lock[chain.kernel]
+    longer = replace(chain, steps=chain.steps + 10)
+    gap = report.launch_us(longer, code) - report.launch_us(chain, code)
+    assert gap > 10 * (report.STEP + chain.hops * report.L2)
+    assert report.floor_us(chain) == pytest.approx(chain.steps * report.STEP)
+    assert report.layers_run(3, 2048, 512, 31) is None  # 64 rows of weights are 768 KiB
+
+
 def test_what_is_above_twice_its_floor_is_red_and_nothing_else() -> None:
     row = {"name": "k", "shape": "s", "estimate_us": 1.0, "floor_us": 1.0, "trips": 3}
     row |= {"mma_share": None, "instructions_per_element": 1.5, "bytes": 2_500_000}

@@ -193,6 +193,9 @@ struct LayersArgs {
     void* term_parts = nullptr;    // stored_terms
     void* ratio_parts = nullptr;   // stored_ratios, of a backward
     void* lost = nullptr;          // (nodes, kNodeShares, L), of a backward
+    void* next_parts = nullptr;    // as term_parts, of a forward
+    float* run_tops = nullptr;     // stored_run_tops, of a forward
+    uint32_t* arrivals = nullptr;  // stored_arrivals, of a forward
     // Walks: those of a row of data follow one another.
     int64_t walks = 0, walks_per_row = 0;
     const int64_t* root = nullptr;   // (B,) in [0, roots)
@@ -212,6 +215,17 @@ inline int64_t stored_terms(const LayersArgs& args) {
 }
 inline int64_t stored_ratios(const LayersArgs& args) {
     return args.parts * args.plan.most_sums() * args.lanes;
+}
+
+// Stages of one node each follow one another in one launch where it fits: blocks of kRunTerms sums
+// and terms on kRunLanes lanes. Numbers of the largest term of each block, as often as terms, and
+// of what blocks of the same lanes count, stage by stage.
+constexpr int kRunTerms = 64, kRunLanes = 32;
+inline int64_t stored_run_tops(const LayersArgs& args) {
+    return 2 * ((args.plan.most_terms() + kRunTerms - 1) / kRunTerms) * args.lanes;
+}
+inline int64_t stored_arrivals(const LayersArgs& args) {
+    return args.plan.num_stages() * ((args.lanes + kRunLanes - 1) / kRunLanes);
 }
 
 // CPU twins: `ops` splits [0, items) over threads; no bit depends on how. `scratch` holds
