@@ -40,6 +40,7 @@ def train_em(
     keep_zero: bool = False,
     held_out: Any = None,
     progress: Progress | None = None,
+    epochs_before: int = 0,
 ) -> list[Epoch]:
     """Expectation maximisation, a step a batch (:meth:`Circuit.em_step`).
 
@@ -55,22 +56,26 @@ def train_em(
         held_out: rows, or a pair of rows and roots, to be scored after every epoch.
         progress: wraps the batches of an epoch, ``tqdm.tqdm`` say; a bar that has ``set_postfix``
             is told the figures.
+        epochs_before: of a training that goes on, the epochs of the calls before, from which the
+            default step follows. Without them its first step is 1, and what was learned is lost to
+            one batch. A ``step`` of yours counts from 0 in every call.
 
     Returns:
         one entry an epoch.
 
     Raises:
-        ValueError: for batches that are none or can be read once only, and all that
-            :meth:`Circuit.em_step` refuses.
+        ValueError: for batches that are none or can be read once only, ``epochs_before`` below 0,
+            and all that :meth:`Circuit.em_step` refuses.
 
     Source: steps that shrink, Cappe and Moulines 2009 (online EM).
     """
+    integer("train_em", "epochs_before", epochs_before, 0)
     number = 0
 
     def make(x: Tensor, root: Tensor | None, epoch: int, single: bool) -> float:
         nonlocal number
         if step is None:
-            size = 1.0 if single else max(0.05, (1 + epoch) ** -0.6)
+            size = 1.0 if single else max(0.05, (1 + epochs_before + epoch) ** -0.6)
         else:
             size = step(number) if callable(step) else step
         number += 1

@@ -44,6 +44,18 @@ def test_a_tensor_is_one_batch_of_full_steps():
     close(one.weights, other.weights)
 
 
+def test_a_training_that_goes_on_is_the_unbroken_one_bit_for_bit():
+    batches = data().split(30)
+    unbroken, broken = circuit_of(GRAPHS["hmm"]()), circuit_of(GRAPHS["hmm"]())
+    expected = train_em(unbroken, batches, epochs=4)
+    found = train_em(broken, batches, epochs=1)
+    found += train_em(broken, batches, epochs=3, epochs_before=1)
+    assert found == expected
+    assert torch.equal(broken.weights, unbroken.weights)
+    with pytest.raises(ValueError, match=r"train_em: epochs_before: expected .* found -1"):
+        train_em(broken, batches, epochs=1, epochs_before=-1)
+
+
 @pytest.mark.parametrize("train", [train_em, train_gradient])
 def test_training_over_a_loader_raises_the_likelihood_of_held_out_data(train):
     circuit = circuit_of(GRAPHS["hmm"](), seed=1).float()
