@@ -4,9 +4,7 @@ Source: "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Hetero
 Allocation" (arXiv 2506.12213), with its repository TNI-playground/Fed_HeLLo.
 """
 
-import importlib
-from typing import Any
-
+from lora_ext._on_demand import on_demand
 from lora_ext.federated import partition_dirichlet, partition_pathological
 
 from .allocation import HLA
@@ -20,8 +18,4 @@ __all__ = [
     "gd_layers", "partition_dirichlet", "partition_pathological", "pattern_weights", "rgd_layers",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name == "FedHello":  # needs Flower, and is of the floor above
-        return importlib.import_module("lora_ext.methods.fed_hello.flower").FedHello
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, flower="FedHello")  # it needs Flower, and is of the floor above

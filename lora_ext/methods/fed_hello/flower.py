@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,9 +56,8 @@ class FedHello(LoraStrategy):
         adapter: str = "default",
         **strategy: Any,
     ):
-        if not isinstance(allocator, HLA | FedHelloConfig):
-            kind = type(allocator).__name__
-            raise TypeError(f"{WHERE}: allocator: expected HLA or FedHelloConfig, found {kind}")
+        known, kind = isinstance(allocator, HLA | FedHelloConfig), type(allocator).__name__
+        require(known, WHERE, "allocator", "HLA or FedHelloConfig", kind, TypeError)
         self.config = allocator.config if isinstance(allocator, HLA) else allocator
         if self.config.kind == "fim":
             require(model_fn is not None, WHERE, "model_fn", "a model for kind 'fim'", None)
@@ -110,14 +110,10 @@ class FedHello(LoraStrategy):
             self._scored = LoraLayerManager(self._model_fn(), self._pattern, self._adapter)
         manager, config = self._scored, self.config
         manager.load_slice({key: value for key, value in state.items() if key not in self.shared})
-        scores = fim_scores(
-            manager.model,
-            self._proxy() if callable(self._proxy) else self._proxy or (),
-            lambda name: block_index(name, self._pattern),
-            score=config.score,
-            reduce=config.reduce,
-            chunk=config.chunk,
-        )
+        batches = self._proxy() if callable(self._proxy) else self._proxy or ()
+        how: Any = {name: getattr(config, name) for name in ("score", "reduce", "chunk")}
+        layer_of = partial(block_index, pattern=self._pattern)
+        scores = fim_scores(manager.model, batches, layer_of, **how)
         if not bool(scores.isfinite().all()):
             _log.warning("round %d: scores %s: the weights of before stay", round, scores.tolist())
             return

@@ -186,15 +186,10 @@ def _add_pairs(
         calls[id(layer)].append((x.detach(), output))
         return output
 
-    handles = [
-        layer.register_forward_hook(watch, with_kwargs=True)
-        for layer in {id(pair.layer): pair.layer for pair in pairs}.values()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in {id(pair.layer): pair.layer for pair in pairs}.values():
+            hooks.enter_context(layer.register_forward_hook(watch, with_kwargs=True))
         scores = _sample_scores(model, batch, score)
-    finally:
-        for handle in handles:
-            handle.remove()
     n = len(scores)
     outputs = [output for own in calls.values() for _, output in own]
     if not n or not outputs:

@@ -5,8 +5,7 @@ Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Dev
 (arXiv 2412.20004).
 """
 
-import importlib
-from typing import Any
+from lora_ext._on_demand import on_demand
 
 from .allocator import LegendAllocator
 from .capacity import CapacityReport, CapacityTracker, Estimate
@@ -23,9 +22,4 @@ __all__ = [
     "layer_bytes", "rank_distribution", "resize_lora", "resize_state", "waiting_time",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """``Legend``, which needs Flower and is of the floor above."""
-    if name == "Legend":
-        return importlib.import_module("lora_ext.methods.legend.flower").Legend
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, flower="Legend")  # it needs Flower, and is of the floor above

@@ -20,6 +20,9 @@ from .ranks import layer_bytes
 Draw = Callable[[int, int, Client], Sequence[int]]
 
 WHERE = "LegendAllocator"
+#: What the configuration says to its parts, by the names that all of them have.
+_OF_TRACKER = ("rho", "forgetting", "cooldown")
+_OF_DEPTHS = ("mode", "k_min", "k_max", "byte_budget", "max_step", "cover_every", "eps", "deadline")
 
 
 class LegendAllocator:
@@ -68,29 +71,13 @@ class LegendAllocator:
         known = config.warmup == "probe" or bool(prior)
         require(known, WHERE, "prior", "speeds of the devices with warmup 'prior'", prior)
         self.draw = draw
-        self.tracker = CapacityTracker(
-            self.L,
-            rho=config.rho,
-            forgetting=config.forgetting,
-            cooldown=config.cooldown,
-            prior=prior,
+        of_tracker, of_configurator = (
+            {name: getattr(config, name) for name in names} for names in (_OF_TRACKER, _OF_DEPTHS)
         )
+        self.tracker = CapacityTracker(self.L, prior=prior, **of_tracker)
+        devices: Any = {"memory": memory, "mem": mem, "shares": shares, "rank_caps": rank_caps}
         self.configurator = LegendConfigurator(
-            self.L,
-            bytes_per_layer,
-            ranks=self.ranks,
-            mode=config.mode,
-            k_min=config.k_min,
-            k_max=config.k_max,
-            memory=memory,
-            mem=mem,
-            shares=shares,
-            byte_budget=config.byte_budget,
-            max_step=config.max_step,
-            cover_every=config.cover_every,
-            eps=config.eps,
-            deadline=config.deadline,
-            rank_caps=rank_caps,
+            self.L, bytes_per_layer, ranks=self.ranks, **devices, **of_configurator
         )
         self.last: Configuration | None = None
         self._depths: dict[Client, int] = {}  # as chosen, of devices without a fault since

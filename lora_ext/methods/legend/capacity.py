@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from lora_ext._checks import integer, number, require
+from lora_ext._checks import check_fields, number, require, within
 from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Estimate(NamedTuple):
     trusted: bool = True  # False: its latest reports were no measurements
 
 
+@dataclass(eq=False, repr=False)
 class CapacityTracker:
     """Estimates of the devices' speeds, kept up to date by their reports.
 
@@ -77,41 +78,32 @@ class CapacityTracker:
         choice.
     """
 
-    def __init__(
-        self,
-        L: int,
-        *,
-        rho: float = 0.8,
-        forgetting: float = 0.9,
-        outlier: float = 20.0,
-        most_seconds: float = 1e6,
-        max_bad: int = 3,
-        max_timeouts: int = 3,
-        cooldown: int = 5,
-        prior: Mapping[Client, Estimate] | None = None,
-    ):
-        where = "CapacityTracker"
-        integer(where, "L", L, 1, expected=("an int", "at least 1"))
-        number(where, "rho", rho, 0, below=1)
-        number(where, "forgetting", forgetting, above=0, maximum=1)
-        number(where, "outlier", outlier, above=1, finite=False)
-        number(where, "most_seconds", most_seconds, above=0, finite=False)
-        counts = {"max_bad": max_bad, "max_timeouts": max_timeouts, "cooldown": cooldown}
-        for name, value in counts.items():
-            integer(where, name, value, 1)
-        self.L = L
-        self.rho = rho
-        self.forgetting = forgetting
-        self.outlier = outlier
-        self.most_seconds = most_seconds
-        self.max_bad = max_bad
-        self.max_timeouts = max_timeouts
-        self.cooldown = cooldown
+    L: int
+    _: KW_ONLY
+    rho: float = 0.8
+    forgetting: float = 0.9
+    outlier: float = 20.0
+    most_seconds: float = 1e6
+    max_bad: int = 3
+    max_timeouts: int = 3
+    cooldown: int = 5
+    prior: Mapping[Client, Estimate] | None = None
+
+    def __post_init__(self) -> None:
+        table = {
+            "L": within(1, expected=("an int", "at least 1")),
+            "rho": within(0, below=1),
+            "forgetting": within(above=0, maximum=1),
+            "outlier": within(above=1, finite=False),
+            "most_seconds": within(above=0, finite=False),
+            **dict.fromkeys(("max_bad", "max_timeouts", "cooldown"), within(1)),
+        }
+        check_fields(self, table)
         self.dropped: dict[Client, int] = {}
         self.ignored: dict[Client, int] = {}
         self._devices: dict[Client, _Device] = {}
-        for device, speeds in (prior or {}).items():
-            check_estimate(where, f"prior[{device!r}]", speeds)
+        for device, speeds in (self.prior or {}).items():
+            check_estimate("CapacityTracker", f"prior[{device!r}]", speeds)
             self._start(device, speeds)
 
     def __contains__(self, device: object) -> bool:
@@ -214,7 +206,7 @@ class CapacityTracker:
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learned of the devices as lists and numbers, which JSON holds."""
         return {
-            "devices": [[d, state.to_dict()] for d, state in self._devices.items()],
+            "devices": [[d, asdict(state)] for d, state in self._devices.items()],
             "dropped": [list(entry) for entry in self.dropped.items()],
             "ignored": [list(entry) for entry in self.ignored.items()],
         }
@@ -321,9 +313,6 @@ class _Device:
     def train_time(self, depth: int) -> float:
         f, mu = self.solved()
         return f + depth * mu
-
-    def to_dict(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan
 from lora_ext.federated.flower import LoraStrategy
 from lora_ext.methods.legend import LegendAllocator, LegendConfig
@@ -41,10 +42,9 @@ class Legend(LoraStrategy):
     allocator: LegendAllocator | None
 
     def __init__(self, config: LegendConfig | None = None, **settings: Any):
-        if not isinstance(config, LegendConfig | None):
-            kind = type(config).__name__
-            raise TypeError(f"Legend: config: expected LegendConfig, found {kind}")
         self.config = LegendConfig() if config is None else config
+        known, kind = isinstance(self.config, LegendConfig), type(config).__name__
+        require(known, "Legend", "config", "LegendConfig", kind, TypeError)
         self._settings = {name: settings.pop(name) for name in _OF_ALLOCATOR if name in settings}
         self._pattern: str = settings.get("pattern", PATTERN)
         self._restored: Mapping[str, Any] | None = None

@@ -138,15 +138,13 @@ class PrefixCache:
             require(alone, WHERE, "model", "blocks that return their hidden state", type(output))
             require(hidden.shape[0] == len(names), WHERE, "samples", hidden.shape[0], len(names))
             self._in_tuple = hidden is not output
+            # A copy in any case: the next block may write into its input.
             found = hidden.detach().to(self.device, self.dtype or hidden.dtype, copy=True)
             self._rows.update(zip(names, found.unbind(), strict=True))
 
         block = self.manager.model.get_submodule(self.manager.blocks[self._blocks - 1])
-        handle = block.register_forward_hook(keep)
-        try:
+        with block.register_forward_hook(keep):
             yield
-        finally:
-            handle.remove()
 
     def _check_prefix(self, lowest: int) -> None:
         """Refuse what makes activations depend on more than their sample."""

@@ -71,7 +71,8 @@ def rank_distribution(
 
     low = -(-r_min // multiple)  # in units of ``multiple``
     high = None if r_max is None else r_max // multiple
-    sum_of = min(max(_nearest(total, multiple), L * low), math.inf if high is None else L * high)
+    units = (2 * total + multiple) // (2 * multiple)  # the nearest to the sum; of two, the more
+    sum_of = min(max(units, L * low), math.inf if high is None else L * high)
     slack = multiple * L / 2 if multiple > 1 else 0
     enough = high is None or high >= low
     require(enough, where, "r_max", f"a multiple of {multiple} from r_min = {r_min} on", r_max)
@@ -119,11 +120,6 @@ def integer(where: str, name: str, value: Any, least: int, most: int | None = No
     """An int of a range; NumPy's integers are some as well, and a bool is none."""
     wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
     return checked(where, name, value, least, most, expected=("an int", wanted))
-
-
-def _nearest(total: int, multiple: int) -> int:
-    """How many units are nearest to a sum; of two, the more."""
-    return (2 * total + multiple) // (2 * multiple)
 
 
 def _wished(L: int, total: int, step: float, shape: Shape, ratio: float) -> list[float]:

@@ -55,25 +55,22 @@ def suggest_lr(
     where = "suggest_lr"
     for name, value in (("base_lr", base_lr), ("base_width", base_width), ("width", width)):
         check_positive(where, name, value)
-    power = _POWERS.get(known_scheme(scheme, f"{where}: scheme"))
-    if power is None:
-        raise ValueError(
-            f"{where}: scheme: expected True or one of {', '.join(map(repr, _POWERS))}, "
-            f"found {scheme!r}, for which no rule is known"
-        )
+    name = known_scheme(scheme, f"{where}: scheme")
+    expected, found = ", ".join(map(repr, _POWERS)), f"{scheme!r}, for which no rule is known"
+    require(name in _POWERS, where, "scheme", f"True or one of {expected}", found)
     require(rank_rule in _RANK_RULES, where, "rank_rule", f"one of {_RANK_RULES}", repr(rank_rule))
     of_rank = 1.0
     if rank_rule == "inverse":
-        for name, value in (("rank", rank), ("base_rank", base_rank)):
-            if value is None:
-                raise ValueError(
-                    f"{where}: {name}: expected a rank beside rank_rule='inverse', found None"
-                )
-            check_positive(where, name, value)
-        of_rank = base_rank / rank  # pyright: ignore[reportOperatorIssue]
+        if rank is None or base_rank is None:
+            missing = "rank" if rank is None else "base_rank"
+            expected = "a rank beside rank_rule='inverse'"
+            raise ValueError(f"{where}: {missing}: expected {expected}, found None")
+        check_positive(where, "rank", rank)
+        check_positive(where, "base_rank", base_rank)
+        of_rank = base_rank / rank
     narrower = base_width / width
     if loraplus_ratio is None:
-        return base_lr * narrower**power * of_rank
+        return base_lr * narrower ** _POWERS[name] * of_rank
     check_ratio(where, "loraplus_ratio", loraplus_ratio)
     return base_lr * narrower * of_rank, base_lr * loraplus_ratio * of_rank
 

@@ -40,11 +40,8 @@ class RankMonitor:
         self.model = model
         self.adapter = adapter
         self.every = every
-        self._layers: dict[str, Any] = {
-            name: layer
-            for name, layer in adapted_layers(model).items()
-            if adapter in adapters_of(layer)
-        }
+        layers = adapted_layers(model).items()
+        self._layers: dict[str, Any] = {n: m for n, m in layers if adapter in adapters_of(m)}
         known = f"layers with an adapter {adapter!r}"
         require(bool(self._layers), "RankMonitor", "model", known, "none")
         self._step = -1

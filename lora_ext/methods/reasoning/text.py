@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, require
+from lora_ext._torch import evaluating
 from lora_ext.layers import IGNORE
 
 from .tasks import HashInstance
@@ -94,29 +96,23 @@ def evaluate(
     """
     where = "evaluate"
     instances = list(instances)
-    _one_of(where, "score", score, SCORES)
+    choice(where, "score", score, tuple(SCORES))
     require(bool(instances), where, "instances", "at least one", 0)
     require(batch_size >= 1, where, "batch_size", "at least 1", batch_size)
     groups: list[int | None] = [None] * len(instances)
     if breakdown is not None:
-        _one_of(where, "breakdown", breakdown, _BREAKDOWNS)
+        choice(where, "breakdown", breakdown, tuple(_BREAKDOWNS))
         groups = [_BREAKDOWNS[breakdown](instance) for instance in instances]
         hops = None not in groups
         require(hops, where, "breakdown", "instances of the hop task for 'hops'", "others")
     prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
     new_tokens = _room(where, model, tokenizer, instances, prompts)
     answers: list[str] = []
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
+    # What has `generate` need not be a module.
+    with evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
         for first in range(0, len(prompts), batch_size):
             chosen = prompts[first : first + batch_size]
             answers += _answers(model, tokenizer, chosen, new_tokens)
-    finally:
-        for module in training:
-            module.training = True
     hits = [
         SCORES[score](answer, instance.target)
         for answer, instance in zip(answers, instances, strict=True)
@@ -165,7 +161,9 @@ def _room(
 ) -> int:
     """How many tokens an answer may have: one a character, a space and an end, if they fit."""
     wanted = max(len(instance.target) for instance in instances) + 2
-    context = _context(model)
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    context = getattr(config, "max_position_embeddings", None)  # where the configuration says so
     if context is None:
         return wanted
     needed = max(len(_answer_ids(tokenizer, instance)) for instance in instances)
@@ -179,15 +177,6 @@ def _room(
         f"one of {longest}",
     )
     return min(wanted, context - longest)
-
-
-def _context(model: Any) -> int | None:
-    """How many tokens a model takes at once, where its configuration says so."""
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "get_text_config", None)
-    if callable(text_config):
-        config = text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _prompt_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
@@ -210,15 +199,6 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor(
-        [
-            [value] * (length - len(row)) + row if left else row + [value] * (length - len(row))
-            for row in rows
-        ]
-    )
-
-
-def _one_of(where: str, argument: str, value: object, known: Iterable[str]) -> None:
-    known = tuple(known)
-    require(value in known, where, argument, f"one of {known}", repr(value))
+    padding = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
+    pairs = zip(padding, rows, strict=True)
+    return torch.tensor([pad + row if left else row + pad for pad, row in pairs])

@@ -64,13 +64,11 @@ def apply_to(
     value = LoraAdapter.from_model(model, adapter)
     result = apply(value, base, aligned, config, pairs=pairs, progress=progress)
     groups = LayerGroups(model, adapter, "module")
-    before, pruned = groups.mask, set(result.pruned)
     names = [name for (name,) in groups.names]
-    off = [
-        was and base_name(name) in pruned for name, was in zip(names, before.tolist(), strict=True)
-    ]
-    groups.set_mask([was and not goes for was, goes in zip(before.tolist(), off, strict=True)])
-    switched = tuple(name for name, goes in zip(names, off, strict=True) if goes)
+    on = {name for name, is_on in zip(names, groups.mask.tolist(), strict=True) if is_on}
+    pruned = set(result.pruned)
+    switched = tuple(name for name in names if name in on and base_name(name) in pruned)
+    groups.set_mask([name in on and name not in switched for name in names])
     model.__dict__[_KEY] = _Applied(adapter, switched)
     return result
 

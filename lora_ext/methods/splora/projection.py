@@ -193,12 +193,10 @@ def _orthogonal(
 
 def check_floating(where: str, name: str, t: Tensor) -> None:
     """Refuse a quantised tensor."""
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.element_size() < 2:
-        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(
-            f"{where}: {name}: expected a tensor in float16, bfloat16, float32 or float64, "
-            f"found {found}; dequantise it first"
-        )
+    fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
+    found = f"{t.dtype if isinstance(t, Tensor) else type(t).__name__}; dequantise it first"
+    expected = "a tensor in float16, bfloat16, float32 or float64"
+    require(fits, where, name, expected, found, TypeError)
 
 
 def check_shapes(
@@ -215,16 +213,13 @@ def check_shapes(
         raise ValueError(f"{where}: expected B (m, r) and A (r, n) of one rank, found {factors}")
     if b[1] == 0:
         raise ValueError(f"{where}: expected a rank of at least 1, found 0: {factors}")
-    if tuple(base) != tuple(aligned):
-        raise ValueError(
-            f"{where}: expected an aligned weight of the base weight's shape {tuple(base)}, "
-            f"found {tuple(aligned)}"
-        )
-    if tuple(base) != (b[0], a[1]):
-        raise ValueError(
-            f"{where}: expected weights of shape {(b[0], a[1])}, as {factors} have, found "
-            f"{tuple(base)}"
-        )
+    base, aligned, wanted = tuple(base), tuple(aligned), (b[0], a[1])
+    if base != aligned:
+        expected = f"an aligned weight of the base weight's shape {base}"
+        raise ValueError(f"{where}: expected {expected}, found {aligned}")
+    if base != wanted:
+        expected = f"weights of shape {wanted}, as {factors} have"
+        raise ValueError(f"{where}: expected {expected}, found {base}")
 
 
 def check_finite(where: str, name: str, t: Tensor) -> None:

@@ -185,9 +185,7 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
         limit = sign * config.threshold
         chosen = {unit for unit, score in scores.items() if sign * score <= limit}
     else:
-        raise ValueError(
-            f"{where}: config: expected one of num and threshold, to know how many to prune, found "
-            "neither"
-        )
+        expected = "one of num and threshold, to know how many to prune"
+        raise ValueError(f"{where}: config: expected {expected}, found neither")
     names = {layer.name for unit in chosen for layer in units[unit]}
     return [layer.name for layer in stats if layer.name in names]

@@ -158,14 +158,9 @@ def size_correlation(stats: Sequence[LayerStats]) -> float:
     Returns:
         from -1 to 1; NaN where the scores or the sizes do not differ.
     """
-    ranks = [
-        _ranks(values)
-        for values in (
-            [layer.score for layer in stats],
-            [layer.norm / math.sqrt(layer.n_entries) for layer in stats],
-        )
-    ]
-    score, size = (r - r.mean() for r in ranks)
+    scores = [layer.score for layer in stats]
+    sizes = [layer.norm / math.sqrt(layer.n_entries) for layer in stats]
+    score, size = (ranks - ranks.mean() for ranks in (_ranks(scores), _ranks(sizes)))
     product = (score.norm() * size.norm()).item()
     return (score @ size).item() / product if product > 0 else math.nan
 
@@ -247,12 +242,10 @@ def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tens
         expected = f"None with reference={config.reference!r}"
         require(pairs is None, where, "pairs", expected, f"{len(pairs or ())} pairs")
         return None
-    if not pairs:
-        raise ValueError(
-            f"{where}: pairs: expected pairs of matrices with reference='pairs', found {pairs!r}"
-        )
+    expected = "pairs of matrices with reference='pairs'"
+    require(pairs, where, "pairs", expected, repr(pairs))
     distances = []
-    for i, (x, y) in enumerate(pairs):
+    for i, (x, y) in enumerate(pairs or ()):
         name = f"pairs[{i}]"
         for t in (x, y):
             check_floating(where, name, t)

@@ -52,9 +52,8 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
     more than its tensors do: scaling is 1."""
     keys = {key: parsed for key in state if (parsed := parse_key(key)) is not None}
     if not keys:
-        raise ValueError(
-            f"{where}: expected names as <module>.lora_A.weight, found {', '.join(list(state)[:4])}"
-        )
+        found = ", ".join(list(state)[:4])
+        raise ValueError(f"{where}: expected names as <module>.lora_A.weight, found {found}")
     ranks: dict[str, int] = {}
     factor_keys(where, keys)
     for key, (module, role, _) in keys.items():
@@ -137,20 +136,17 @@ def project_layers(
         ModelWeights(aligned, f"{where}: aligned") as aligned_weights,
     ):
         wanted = sorted(adapter.modules if names is None else names, key=natural_order)
-        keys, aligned_keys = base_weights.keys(wanted), aligned_weights.keys(wanted)
+        both = (base_weights.keys(wanted).values(), aligned_weights.keys(wanted).values())
         layers: list[Layer] = []
-        for name, key, aligned_key in zip(
-            wanted, keys.values(), aligned_keys.values(), strict=True
-        ):
+        for name, key, aligned_key in zip(wanted, *both, strict=True):
             known = base_weights.is_transposed(key) or aligned_weights.is_transposed(aligned_key)
             layers.append(Layer(name, adapter.modules[name], key, aligned_key, said or known))
             shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
             _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
+            columns_of = columns(layer.factors)
             try:
-                one = _project(
-                    where, layer, base_weights, aligned_weights, columns(layer.factors), config
-                )
+                one = _project(where, layer, base_weights, aligned_weights, columns_of, config)
             except ZeroAlignmentError:
                 if config.on_zero_alignment == "raise":
                     raise
