@@ -102,8 +102,8 @@ class Step:
     def _looks_ahead(self) -> bool:
         """Whether a token sees those behind it, padding too: one that changes moves the first's
         logits by more than rounding."""
-        ids = torch.zeros(2, 3, dtype=torch.int64, device=self.device)
-        ids[1, -1] = self.vocabulary - 1
+        ids = torch.arange(1, 4, device=self.device).repeat(2, 1) % self.vocabulary
+        ids[1, -1] = (ids[1, -1] + self.vocabulary // 2) % self.vocabulary
         with torch.no_grad():
             one, two = self.model(input_ids=ids, use_cache=False).logits[:, 0]
         rounding = 16 * torch.finfo(one.dtype).eps  # experts see other rows together
