@@ -10,9 +10,10 @@ takes 20 minutes: `lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
@@ -27,8 +28,17 @@ from lora_ext.interop.smollm2 import load_smollm2
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "control"
 ADAPTERS, BUDGET = ("pirate", "telegram"), 32
+EVERY_4 = range(0, BUDGET, 4)
 PARTS = {"greeting": {"type": "string", "maxLength": 40}, "people": {"type": "integer"}}
 FORM = {"type": "object", "properties": PARTS, "required": list(PARTS)}
+
+
+class Said(NamedTuple):
+    """A text, by the token (from 0) with which it says its word."""
+
+    law: str
+    word: str
+    place: int
 
 
 def asked(tokenizer: Any, question: str, rows: int) -> torch.Tensor:
@@ -63,26 +73,46 @@ def forms(model: Any, tokenizer: Any, steps: int) -> None:
     lora_ext.detach(model)
 
 
-def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any, picture: Path) -> None:
+def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any) -> list[Said]:
     """Where a word is said, with the mask alone and with a guide."""
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for law, look, color in (("mask", None, "#E69F00"), ("guided", guide, "#0072B2")):
-        places: list[int] = []
+    rows: list[Said] = []
+    for law, look in (("mask", None), ("guided", guide)):
         for word in (" beach", " dog", " purple"):
             one = control.Constraint.keywords(tokenizer, [word])
             how = control.ConstraintProcessor(one, look, max_new_tokens=BUDGET)
             torch.manual_seed(0)
             found = write(model, prompts, how, max_new_tokens=BUDGET)
             texts = [[tokenizer.decode(row[: n + 1]) for n in range(BUDGET)] for row in found]
-            places += [next(n for n in range(BUDGET) if word in text[n]) for text in texts]
+            rows += [Said(law, word, next(n for n in range(BUDGET) if word in t[n])) for t in texts]
             print(f"{law:>8}: {tokenizer.decode(found[0], skip_special_tokens=True)!r}")
-        axes.hist(places, range(BUDGET + 1), alpha=0.7, label=law, color=color)
-    axes.set(xlabel="token with which the word is said", ylabel="texts")
-    axes.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    return rows
+
+
+def draw(rows: list[Said], path: Path) -> None:
+    """The share of texts that say the word with each four tokens, and Wilson's 95 % interval."""
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for law, color, shift in (("mask", "#E69F00", -0.8), ("guided", "#0072B2", 0.8)):
+        places = torch.tensor([row.place for row in rows if row.law == law])
+        share = torch.bincount(places // 4, minlength=BUDGET // 4) / len(places)
+        wide = 1.96**2 / len(places)
+        middle = (share + wide / 2) / (1 + wide)
+        half = (wide * share * (1 - share) + wide**2 / 4).sqrt() / (1 + wide)
+        spans = torch.stack([share - middle + half, middle + half - share]).clamp(min=0)
+        at = torch.arange(BUDGET // 4) * 4 + 2.5 + shift
+        axes.bar(at, share, 1.5, yerr=spans, capsize=2, color=color, label=f"{law}, {len(places)}")
+    axes.set(xlabel="token with which the word is said, of 32", ylabel="share of texts")
+    axes.set_xticks([n + 2.5 for n in EVERY_4], [f"{n + 1}-{n + 4}" for n in EVERY_4])
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
-    print(f"picture: {picture}")
+    print(f"picture: {path}")
+
+
+def keep(rows: list[Said], path: Path) -> None:
+    """The rows of the picture."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([Said._fields, *rows])
 
 
 def main() -> None:
@@ -99,12 +129,15 @@ def main() -> None:
         del model.model.layers[2:]
     if not args.words:
         forms(model, tokenizer, steps)
+    nn.pack_linears(model)
     prompts = asked(tokenizer, "Tell me about a small town by the sea.", rows)
     guide = control.Guide.load(args.guide) if args.guide else None
     if guide is None:
         guide = control.distil(model, prompts, states, samples=samples, progress=tqdm)
     print(f"guide: {guide}, {guide.measures}")
-    words(model, tokenizer, prompts, guide, args.out / "control.png")
+    rows = words(model, tokenizer, prompts, guide)
+    draw(rows, args.out / "control.png")
+    keep(rows, args.out / "control.csv")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""What somebody without a compiler gets: a wheel in a new environment, and the README's ten lines.
+
+`python tools/fresh.py dist/lora_ext-*.whl --python python3.13` makes an environment of that Python,
+puts torch and transformers into it, and then our wheel, while no compiler, cmake or nvcc is to be
+found; the ten lines of the README run there, in a folder as `make demo` leaves it, and
+`lora-ext doctor`. What is ours is timed apart from what is downloaded. pip and its index are all
+that is asked of the network, so CI does not run this: a release does (docs/releasing.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "clang++", "cmake", "ninja", "nvcc")
+_TEN = re.compile(r"^## Ten lines$.*?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_CHILD = """
+import json, sys, time
+import torch, transformers
+code, times = sys.stdin.read(), [time.perf_counter()]
+import lora_ext
+times.append(time.perf_counter())
+scope = {}
+exec(compile(code, "<README, ten lines>", "exec"), scope)
+times.append(time.perf_counter())
+lora_ext.detach(scope["model"])
+print(json.dumps({"import": times[1] - times[0], "ten lines": times[2] - times[1],
+                  "torch": torch.__version__, "rows": len(scope["answers"]),
+                  "file": lora_ext.__file__}))
+"""
+
+
+def torch_of(wheel: Path) -> str:
+    """The minor version of torch that a wheel of ``make wheels`` is for."""
+    found = re.search(r"\+torch(\d+\.\d+)\.", wheel.name)
+    if found is None:
+        raise SystemExit(
+            f"fresh: {wheel.name}: expected a version with +torchX.Y, as `make wheels`"
+        )
+    return found[1]
+
+
+def install(python: str, wheel: Path, room: Path) -> tuple[Path, dict[str, float]]:
+    """An environment with torch, transformers and the wheel: its Python, and seconds by part."""
+    subprocess.run([python, "-m", "venv", room], check=True)
+    inside = room / "bin" / "python"
+    seconds: dict[str, float] = {}
+    needed = [f"torch=={torch_of(wheel)}.*", "transformers>=4.56"]
+    for part, what in (("downloads", needed), ("install", ["--no-deps", str(wheel)])):
+        begun = time.perf_counter()
+        command = [inside, "-m", "pip", "install", "-q", "--disable-pip-version-check", *what]
+        subprocess.run(command, check=True, env=bare(room))
+        seconds[part] = time.perf_counter() - begun
+    return inside, seconds
+
+
+def bare(room: Path) -> dict[str, str]:
+    """The environment of a machine without a compiler: nothing but the venv is on PATH."""
+    path = str(room / "bin")
+    found = [name for name in COMPILERS if shutil.which(name, path=path)]
+    if found:
+        raise SystemExit(f"fresh: expected no compiler on PATH, found {found} in {path}")
+    gone = {"CC", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "LD_LIBRARY_PATH"}
+    kept = {key: value for key, value in os.environ.items() if key not in gone}
+    return {**kept, "PATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def main() -> None:
+    """Install, run, tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path, help="a wheel of `make wheels`")
+    parser.add_argument("--python", default=sys.executable, help="that the wheel is for")
+    place = ROOT / "out" / "demo"
+    parser.add_argument("--place", type=Path, default=place, help="has base-model and adapters")
+    args = parser.parse_args()
+    if not (args.place / "base-model").is_dir():
+        raise SystemExit(f"fresh: --place: expected a folder with base-model (`make demo` leaves "
+                         f"out/demo), found {args.place}")  # fmt: skip
+    found = _TEN.search((ROOT / "README.md").read_text())
+    assert found is not None, "README.md has no ten lines"
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder) / "venv"
+        inside, seconds = install(args.python, args.wheel.resolve(), room)
+        run = subprocess.run(
+            [inside, "-c", _CHILD], input=found[1], text=True, stdout=subprocess.PIPE,
+            check=True, cwd=args.place, env=bare(room),
+        )  # fmt: skip
+        subprocess.run([inside, "-m", "lora_ext", "doctor"], check=True, cwd=room, env=bare(room))
+        told = json.loads(run.stdout.splitlines()[-1])
+        assert told["rows"] == 3 and told["file"].startswith(folder), told
+    print(f"{args.wheel.name} beside torch {told['torch']}, no compiler on PATH")
+    ours = f"import {told['import']:.2f} s behind torch's, ten lines {told['ten lines']:.1f} s"
+    print(f"ours: install {seconds['install']:.1f} s, {ours}")
+    print(f"torch and transformers from the index: {seconds['downloads']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
