@@ -4,8 +4,9 @@ linear mode connectivity, merging, pruning.
 Source: "CopRA: A Progressive LoRA Training Strategy" (arXiv 2410.22911).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora_ext._on_demand import on_demand
 from lora_ext.adapter import interpolate_adapters, merge_adapters, prune_adapter
 
 from .coalitions import RowwiseError, coalitions
@@ -26,11 +27,4 @@ __all__ = [
     "top_by_shapley",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """The callback needs transformers, and is imported when it is asked for."""
-    if name == "CopraCallback":
-        from .callback import CopraCallback
-
-        return CopraCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, callback="CopraCallback")  # it needs transformers

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
         "CopraCallback: transformers is not installed; run `pip install transformers`"
     ) from error
 
-from lora_ext._checks import require
+from lora_ext._checks import instance
 
 from .controller import CopraController
 
@@ -33,9 +33,7 @@ class CopraCallback(TrainerCallback):
     """
 
     def __init__(self, controller: CopraController):
-        fits = isinstance(controller, CopraController)
-        found = repr(controller)
-        require(fits, "CopraCallback", "controller", "a CopraController", found, TypeError)
+        instance("CopraCallback", "controller", controller, CopraController)
         self.controller = controller
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

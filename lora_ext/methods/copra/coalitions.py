@@ -50,30 +50,23 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     found = f"{table.dtype} of shape {tuple(table.shape)}"
     require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
     if not len(table) or sequences < 1:
-        raise ValueError(
-            "coalitions: expected at least one mask and one sequence, found "
-            f"{len(table)} and {sequences}"
-        )
+        found = f"{len(table)} and {sequences}"
+        raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
     groups.checked(table.all(0))  # what cannot be off as a whole cannot be for some rows either
-    handles: list[Any] = []
-    with groups.masked(table.any(0)):
-        try:
-            for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
-                if column.all() or not column.any():
-                    continue
-                names_of = (groups.adapter_name if on else BASE for on in column.tolist())
-                entries = [entry for entry in names_of for _ in range(sequences)]
-                rows = NamedRows(Assignment.of_entries(entries, (len(entries),)))
-                for name, layer in zip(names, layers, strict=True):
-                    if _takes_part(name, layer, groups.adapter_name):
-                        hook = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
-                        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-                        if hook.turns:
-                            handles.append(layer.register_forward_hook(_turn_back))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
+        for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
+            if column.all() or not column.any():
+                continue
+            names_of = (groups.adapter_name if on else BASE for on in column.tolist())
+            entries = [entry for entry in names_of for _ in range(sequences)]
+            rows = NamedRows(Assignment.of_entries(entries, (len(entries),)))
+            for name, layer in zip(names, layers, strict=True):
+                if _takes_part(name, layer, groups.adapter_name):
+                    give = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
+                    hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))
+                    if give.turns:
+                        hooks.enter_context(layer.register_forward_hook(_turn_back))
+        yield
 
 
 def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
@@ -87,10 +80,8 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     if not isinstance(layer, LoraLayer) and not _takes_names(layer, adapter_name):
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
         dora = " with a DoRA adapter" if layer.use_dora[adapter_name] else ""
-        raise RowwiseError(
-            f"coalitions: {name}: expected a layer that takes an adapter for each row, found "
-            f"{kind}{dora}"
-        )
+        expected = "a layer that takes an adapter for each row"
+        raise RowwiseError(f"coalitions: {name}: expected {expected}, found {kind}{dora}")
     return True
 
 
@@ -125,12 +116,11 @@ class _GiveRows:
         found = f"{len(args)} arguments and {sorted(kwargs)}"
         require(fits, "coalitions", self.name, "a call with activations alone", found, RowwiseError)
         x = args[0]
-        if x.dim() < self.dims + self.place or x.shape[self.place] != len(self.rows):
-            place = "after the tokens" if self.place else "first"
-            raise RowwiseError(
-                f"coalitions: {self.name}: expected activations of {len(self.rows)} sequences "
-                f"{place}, found shape {tuple(x.shape)}"
-            )
+        fits = x.dim() >= self.dims + self.place and x.shape[self.place] == len(self.rows)
+        place = "after the tokens" if self.place else "first"
+        expected = f"activations of {len(self.rows)} sequences {place}"
+        found = f"shape {tuple(x.shape)}"
+        require(fits, "coalitions", self.name, expected, found, RowwiseError)
         if self.turns:
             args = (x.transpose(0, 1),)
         rows = {"adapter_ids": self.rows.assignment} if self.ours else {"adapter_names": self.rows}

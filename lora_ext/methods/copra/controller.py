@@ -149,16 +149,11 @@ class CopraController:
 
     def _fixed(self) -> dict[str, Any]:
         """What all masks follow from, beside the step."""
-        config, ramp = self.config, self.config.ramp
+        names, ramp = ("group_by", "seed", "min_active", "p0", "p1", "ramp_ratio"), self.config.ramp
         return {
             "total_steps": self.schedule.total_steps,
             "num_groups": self.schedule.num_groups,
-            "group_by": config.group_by,
-            "seed": config.seed,
-            "min_active": config.min_active,
-            "p0": config.p0,
-            "p1": config.p1,
-            "ramp_ratio": config.ramp_ratio,
+            **{name: getattr(self.config, name) for name in names},
             "ramp": getattr(ramp, "__qualname__", type(ramp).__name__) if callable(ramp) else ramp,
         }
 
@@ -173,9 +168,8 @@ class CopraController:
 
     def _check_in_use(self) -> None:
         if self._removed:
-            raise RuntimeError(
-                "CopraController: expected one that is in use, found one that was removed"
-            )
+            found = "one that was removed"
+            raise RuntimeError(f"CopraController: expected one that is in use, found {found}")
 
 
 def _check_groups(group_by: Any, names: list[str]) -> None:
@@ -184,8 +178,6 @@ def _check_groups(group_by: Any, names: list[str]) -> None:
     fits = group_by in ("block", "module") or (size is not None and size >= 1)
     found = f"{group_by!r} {listed}"
     require(fits, "CopraController", "group_by", "'block', 'module' or a number above 0", found)
-    if size is not None and len(names) % size:
-        raise ValueError(
-            f"CopraController: group_by: expected a number that divides {len(names)}, found "
-            f"{size} {listed}"
-        )
+    divides = size is None or len(names) % size == 0
+    expected = f"a number that divides {len(names)}"
+    require(divides, "CopraController", "group_by", expected, f"{size} {listed}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -125,9 +126,8 @@ def layer_shapley(
 
     Raises:
         ValueError: another model than the controller's; what :func:`shapley_values` refuses;
-            ``batched_coalitions`` below 1, or above it
-            without a batch; a batch without tensors; an ``eval_fn`` that returns something else
-            than a number a row.
+            ``batched_coalitions`` below 1, or above it without a batch; a batch without tensors; an
+            ``eval_fn`` that returns something else than a number a row.
 
     Warns:
         UserWarning: a layer cannot be switched row by row, naming it. Coalitions are then evaluated
@@ -168,25 +168,21 @@ def coalitions_at_once(inputs: Tensor, most: int) -> int:
     return min(most, max(1, _MOST_TOKENS // max(1, tokens)))
 
 
+@dataclass(eq=False)
 class _Batched:
     """Values of coalitions on one batch, all that are asked for at once in one forward."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        controller: CopraController,
-        eval_fn: Callable[..., Any],
-        batch: dict[str, Any],
-    ):
-        self.model = model
-        self.controller = controller
-        self.eval_fn = eval_fn
-        self.batch = batch
-        tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
-        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
+    model: nn.Module
+    controller: CopraController
+    eval_fn: Callable[..., Any]
+    batch: dict[str, Any]
+    row_by_row: bool = True  # until a layer refuses
+
+    def __post_init__(self) -> None:
+        tensors = [v for v in self.batch.values() if isinstance(v, Tensor) and v.dim()]
+        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(self.batch))
         self.first = tensors[0]
         self.rows = self.first.shape[0]
-        self.row_by_row = True
 
     def __call__(self, asked: Sequence[int]) -> list[float]:
         masks = [_mask(coalition, len(self.controller.layers)) for coalition in asked]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
+from lora_ext._torch import zero_gradients
 from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
@@ -41,20 +42,7 @@ class _Touch:
             return output
         parameters = adapter_parameters(layer, self.adapter_name)
         trained = [p for p in parameters if p.requires_grad]
-        return _ZeroGradients.apply(output, *trained) if trained else output  # pyright: ignore[reportReturnType]
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """The first argument, with gradients of zero for the others."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return *grads, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+        return zero_gradients(output, trained) if trained else output
 
 
 class GatedGroups(LayerGroups):

@@ -4,7 +4,9 @@ Source: "Tuning Language Models by Mixture-of-Depths Ensemble" (arXiv 2410.13077
 mixture of depths that lets tokens skip layers (arXiv 2404.02258).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_ext._on_demand import on_demand
 
 from .config import InexactMixError, ModConfig
 from .files import load, load_state_dict, save, state_dict, trainable_report
@@ -19,11 +21,4 @@ __all__ = [
     "remove", "save", "state_dict", "trainable_report",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """``ModOutput`` is a class of transformers, which is imported when it is asked for."""
-    if name == "ModOutput":
-        from .output import ModOutput
-
-        return ModOutput
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_demand(__name__, output="ModOutput")  # it needs transformers

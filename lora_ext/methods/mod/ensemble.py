@@ -60,12 +60,10 @@ class Capture:
         call = _call_of(self.mixer)
         if call is None:
             return
-        if call.grad and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "mod: model: expected blocks whose outputs carry gradients, found a reentrant "
-                "checkpoint around them; call "
-                "gradient_checkpointing_enable({'use_reentrant': False})"
-            )
+        fits = not call.grad or torch.is_grad_enabled()
+        remedy = "call gradient_checkpointing_enable({'use_reentrant': False})"
+        found = f"a reentrant checkpoint around them; {remedy}"
+        require(fits, "mod", "model", "blocks whose outputs carry gradients", found, RuntimeError)
         call.hiddens[self.place] = output[0] if isinstance(output, tuple) else output
 
 

@@ -6,7 +6,9 @@ dtypes are compared with what the configuration asks for before memory is taken 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -89,8 +91,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
-    file = SafetensorsFile(folder / TENSORS)
-    try:
+    with contextlib.closing(SafetensorsFile(folder / TENSORS)) as file:
         apply(model, config)
         try:
             own = mod_parameters(model, "load")
@@ -99,8 +100,6 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
         except BaseException:
             remove(model)
             raise
-    finally:
-        file.close()
     return model
 
 
@@ -155,13 +154,10 @@ def trainable_report(model: nn.Module) -> dict[str, Any]:
     """
     lm, _ = applied(model, "trainable_report")
     trained = {p: p.numel() for p in model.parameters() if p.requires_grad}
+    layers = adapted_layers(model).values()
+    adapters = [adapter_parameters(m, name) for m in layers for name in adapters_of(m)]
     groups = {
-        "lora": [
-            p
-            for layer in adapted_layers(model).values()
-            for name in adapters_of(layer)
-            for p in adapter_parameters(layer, name)
-        ],
+        "lora": itertools.chain(*adapters),
         "mod": mod_parameters(model, "trainable_report").values(),
         "head": lm.get_output_embeddings().parameters(),
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext._torch import evaluating
 from lora_ext.layers import Head, recomputed
 
 
@@ -70,14 +71,6 @@ def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: boo
     return torch.cat([recomputed(log_mix, *c, shift, *normed) for c in chunks], -1)
 
 
-@contextmanager
-def still(layer: nn.Module) -> Iterator[None]:
+def still(layer: nn.Module) -> AbstractContextManager[None]:
     """A block in which an output layer draws no dropout, that of its adapters say."""
-    drawing = [] if type(layer) is nn.Linear else [m for m in layer.modules() if m.training]
-    for module in drawing:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in drawing:
-            module.training = True
+    return nullcontext() if type(layer) is nn.Linear else evaluating(layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,38 +13,10 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.rows import constant
 
+from .config import ModConfig
 from .norms import norm_form
 
 _MOST = 8  # hidden states that one call of the kernel takes
-
-
-class MixerSettings(Protocol):
-    """What a mixer needs of a configuration, :class:`lora_ext.methods.mod.ModConfig` for one."""
-
-    @property
-    def k(self) -> int:
-        """How many hidden states are mixed."""
-        ...
-
-    @property
-    def router(self) -> str:
-        """What the weights follow from: "token", "static" or "fixed"."""
-        ...
-
-    @property
-    def final_mass(self) -> float:
-        """The weight of the last hidden state before any training."""
-        ...
-
-    @property
-    def fixed_weights(self) -> Sequence[float] | None:
-        """The k weights of the router "fixed"; other routers ask for none."""
-        ...
-
-    @property
-    def share_final_norm(self) -> bool:
-        """Whether the last norm belongs to somebody else."""
-        ...
 
 
 class DepthMixer(nn.Module):
@@ -59,9 +31,9 @@ class DepthMixer(nn.Module):
     Args:
         norms: k modules of one form, :func:`lora_ext.methods.mod.norms.norm_form`, the model's
             final norm last. They are held, not copied.
-        config: k, router, final_mass, fixed_weights, share_final_norm. With the latter the last
-            norm is another module's child: its parameters are not this module's, nor is it in the
-            state dict, but it follows where the mixer is moved to.
+        config: of it k, router, final_mass, fixed_weights, share_final_norm. With the latter the
+            last norm is another module's child: its parameters are not this module's, nor is it in
+            the state dict, but it follows where the mixer is moved to.
 
     Attributes:
         norms: those that are the mixer's own.
@@ -79,7 +51,7 @@ class DepthMixer(nn.Module):
     router: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, norms: Sequence[nn.Module], config: MixerSettings):
+    def __init__(self, norms: Sequence[nn.Module], config: ModConfig):
         super().__init__()
         k = config.k
         require(len(norms) == k, "DepthMixer", "norms", f"k = {k} modules", len(norms))
@@ -93,19 +65,16 @@ class DepthMixer(nn.Module):
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
         # Not a child: where it is the model's, it is in the model's state dict already.
         self.__dict__["final_norm"] = norms[-1]
-        last = weights[-1]
-        settings: Any = {
-            "dtype": torch.promote_types(last.dtype, torch.float32),
-            "device": last.device,
-        }
-        routed = config.router == "token"
-        self.router = nn.Parameter(torch.zeros(k, *last.shape, **settings)) if routed else None
-        bias = None
+        width, wide = weights[-1].shape, torch.promote_types(weights[-1].dtype, torch.float32)
+        settings: Any = {"dtype": wide, "device": weights[-1].device}
+        self.router = self.bias = None
+        if config.router == "token":
+            self.router = nn.Parameter(torch.zeros(k, *width, **settings))
         if config.router != "fixed":
             bias = torch.zeros(k, **settings)
             if k > 1:
                 bias[-1] = math.log(config.final_mass * (k - 1) / (1 - config.final_mass))
-        self.bias = None if bias is None else nn.Parameter(bias)
+            self.bias = nn.Parameter(bias)
 
     def forward(self, hiddens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mix.
@@ -195,15 +164,10 @@ def _mix(
     kind: str,
 ) -> Tensor:
     """``ops.depth_mix``, as many hidden states at once as it takes."""
-    parts = [
-        ops.depth_mix(
-            hiddens[part],
-            gammas[part],
-            weights[..., part],
-            eps,
-            None if betas is None else betas[part],
-            kind,
-        )
-        for part in (slice(start, start + _MOST) for start in range(0, len(hiddens), _MOST))
-    ]
+    parts: list[Tensor] = []
+    for start in range(0, len(hiddens), _MOST):
+        part = slice(start, start + _MOST)
+        shift = None if betas is None else betas[part]
+        own = hiddens[part], gammas[part], weights[..., part]
+        parts.append(ops.depth_mix(*own, eps, shift, kind))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -82,20 +82,22 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     require(fits, "apply", "backend", wanted, other, InexactMixError)
     decoder = _parent(lm, stack[0])
     norm = _final_norm(decoder, lm)
-    _check_head(lm, norm)
+    # OPT-350m, for one, has a head that sees something else than normed hidden states.
+    width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
+    expected = f"a head as wide as the {width} features of the hidden states"
+    found = f"{head} in {type(lm).__name__}, which projects them in between"
+    require(head == width, "apply", "model", expected, found, NotImplementedError)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
-    mixer.requires_grad_(True).train(lm.training)
+    mixer.requires_grad_(True).train(lm.training)  # not a shared norm: it is no child of the mixer
     flags = [p.requires_grad for p in norm.parameters()]
     trained = config.share_final_norm and config.train_final_norm
     values = [p.detach().clone() for p in norm.parameters()] if trained else []
     norm.requires_grad_(trained)
     if not config.share_final_norm:
         mixer.final_norm.requires_grad_(config.train_final_norm)
-    hooks = [
-        block.register_forward_hook(Capture(mixer, place))
-        for place, block in enumerate(stack[-config.k :])
-    ]
+    last = enumerate(stack[-config.k :])
+    hooks = [block.register_forward_hook(Capture(mixer, place)) for place, block in last]
     hooks.append(decoder.register_forward_hook(Mix(mixer)))
     lm.add_module(NAME, mixer)
     ignored = lm.config.__dict__.get(_IGNORED)
@@ -152,7 +154,7 @@ def _parent(lm: nn.Module, block: nn.Module) -> nn.Module:
     raise ValueError(f"apply: model: expected its blocks in a module, found {type(lm).__name__}")
 
 
-def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
+def _final_norm(decoder: nn.Module, lm: Any) -> Any:
     """The norm between the last block and the head: of the decoder's children that have a weight as
     wide as the hidden states the last one, but none that norms embeddings."""
     width = lm.config.get_text_config(decoder=True).hidden_size
@@ -164,19 +166,10 @@ def _final_norm(decoder: nn.Module, lm: Any) -> nn.Module:
             found = found if of_embeddings else child
     if found is None:
         children = {name: type(child).__name__ for name, child in decoder.named_children()}
-        raise TypeError(
-            "apply: model: expected a final norm like RMSNorm or LayerNorm beside the blocks, with "
-            f"a weight of shape ({width},), found {children}"
-        )
+        place = f"beside the blocks, with a weight of shape ({width},)"
+        expected = f"a final norm like RMSNorm or LayerNorm {place}"
+        raise TypeError(f"apply: model: expected {expected}, found {children}")
     return found
-
-
-def _check_head(lm: Any, norm: Any) -> None:
-    """Refuse a head that sees something else than normed hidden states (OPT-350m)."""
-    width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
-    expected = f"a head as wide as the {width} features of the hidden states"
-    found = f"{head} in {type(lm).__name__}, which projects them in between"
-    require(head == width, "apply", "model", expected, found, NotImplementedError)
 
 
 def _copy(norm: Any) -> nn.Module:
