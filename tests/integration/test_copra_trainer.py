@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,14 @@ def test_an_evaluation_in_between_sees_all_layers(tmp_path: Path):
 def test_something_else_than_a_controller_is_refused():
     with pytest.raises(TypeError, match=r"CopraCallback: controller: expected a CopraController"):
         CopraCallback(CopraConfig())  # pyright: ignore[reportArgumentType]
+
+
+def test_another_number_of_steps_than_the_schedules_is_told():
+    callback = CopraCallback(controller_of(adapted(KINDS[0])))
+    with warnings.catch_warnings(action="error"):
+        callback.on_train_begin(None, SimpleNamespace(max_steps=STEPS), None)
+    with pytest.warns(UserWarning, match="total_steps=12, the steps of this Trainer, found 8"):
+        callback.on_train_begin(None, SimpleNamespace(max_steps=12), None)
 
 
 # --- two processes --------------------------------------------------------------------------------

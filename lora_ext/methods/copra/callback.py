@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 try:
@@ -21,7 +22,8 @@ class CopraCallback(TrainerCallback):
 
     The mask is that of ``state.global_step``, so the micro-batches of an accumulated step share
     it, a resumed run has the masks of an unbroken one, and all processes have the same. After the
-    training all layers are on.
+    training all layers are on. A warning tells where the Trainer takes another number of steps than
+    the controller was made for: its schedule would end early, or never.
 
     Args:
         controller: made with the number of optimizer steps that the Trainer will take.
@@ -35,6 +37,16 @@ class CopraCallback(TrainerCallback):
     def __init__(self, controller: CopraController):
         instance("CopraCallback", "controller", controller, CopraController)
         self.controller = controller
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Compare the Trainer's steps with those of the schedule."""
+        own = self.controller.schedule.total_steps
+        if state.max_steps != own:
+            warnings.warn(
+                f"CopraCallback: controller: expected one made with total_steps={state.max_steps}, "
+                f"the steps of this Trainer, found {own}",
+                stacklevel=2,
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Set the mask of the optimizer step whose first micro-batch comes next."""
