@@ -9,6 +9,7 @@ task is kept, and curves are compared where half of it is.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import study
 import torch
 from claims import alignment, language
-from claims.alignment import Stage, figures, staged
+from claims.alignment import Stage, figures
 from study import Claim, Criterion, Interval, Row, Rows
 
 from lora_ext.adapter import LoraAdapter
@@ -54,6 +55,7 @@ SCORES: dict[str, dict[str, Any]] = {
 }
 OURS, SAFE, RANDOM, SIZE = "angle, largest", "Safe LoRA", "random", "largest updates"
 RULES = (*SCORES, SAFE, RANDOM, SIZE)
+staged = functools.lru_cache(1)(alignment.staged)  # once for all arms of a seed
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the modules
 
 

@@ -7,7 +7,6 @@ queries and values, on lines about Debian's packages.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,7 +40,6 @@ class Stage(NamedTuple):
     quick: bool
 
 
-@functools.lru_cache(1)
 def staged(seed: int, quick: bool) -> Stage:
     """Align, then tune."""
     own = language.load(quick)
