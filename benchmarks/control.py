@@ -73,7 +73,7 @@ class Bench:
         pack_linears(self.model)
         self.samples, self.rounds, self.rows = args.samples, args.rounds, args.rows
         self.prompt = question(self.tokenizer, "Tell me about", "a small town by the sea")
-        self.read = self.model(self.prompt[:, :-1], use_cache=True).past_key_values
+        self.read = self.model(self.prompts(1)[:, :-1], use_cache=True).past_key_values
         self.guide = learned(self.model, self.tokenizer, args.guide)
         self.size = self.model.get_output_embeddings().weight.shape[0]
 
