@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ ADAPTERS = {name: {"r": r, "target_modules": "all-linear"} for name, r in RANKS.
     "head": HEAD,
     "head2": {**HEAD, "r": 3},
 }
+ACTIVATED, INVOCATION = {"alora": "a", "alora2": "d"}, [40, 41]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16], [17, 18], [19, 20, 21], [22, 23, 24]]
 
 
@@ -83,6 +86,16 @@ def make(folder: Path) -> None:
     # An adapter that comes in place of another one.
     save_adapter(base, folder / "a2", ADAPTERS["b"], seed=50)
     shutil.copytree(folder / "a", folder / "changing")
+    for name, source in ACTIVATED.items():
+        shutil.copytree(folder / source, folder / name)
+        activate(folder / name, INVOCATION)
+
+
+def activate(folder: Path, invocation: list[int]) -> None:
+    """Let an adapter begin where these tokens stand for the last time in a prompt."""
+    path = folder / "adapter_config.json"
+    own = {"alora_invocation_tokens": invocation, "task_type": "CAUSAL_LM"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
 
 
 class Reference:
@@ -125,6 +138,20 @@ class Reference:
             assert answer.tokens == wanted.argmax(-1).tolist()
 
 
+class ActivatedReference(Reference):
+    """With the activated adapters, beside an ordinary one."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, names=[*ACTIVATED, "b"])  # the first one's task makes the hooks
+
+    def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
+        """PEFT looks for the invocation in what it is given, answers included: there are none."""
+        for answer in answers:
+            written = [answer.prompt[-1], *answer.tokens]
+            assert tuple(INVOCATION) not in itertools.pairwise(written)
+        super().check(answers, names, atol)
+
+
 class Answer:
     """One row's new tokens and the ``(tokens, V)`` log-probabilities that they were taken from."""
 
@@ -155,7 +182,7 @@ class Engine:
 
         if name is None:
             return None
-        number = [*ADAPTERS, "changing"].index(name) + 1
+        number = [*ADAPTERS, "changing", *ACTIVATED].index(name) + 1
         return LoRARequest(name, number, str(self._folder / name), **options)
 
     def run(

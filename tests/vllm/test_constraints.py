@@ -71,11 +71,6 @@ def test_a_form_that_does_not_fit_is_refused_and_the_engine_serves_on(engine):
     check(asked(engine, FORMS.values()), FORMS)
 
 
-def test_workers_in_processes_of_their_own_get_what_was_built(make_processes):
-    with make_processes(logits_processors=[PROCESSOR], tensor_parallel_size=2) as made:
-        check(asked(made, FORMS.values()), FORMS)
-
-
 def test_an_engine_without_the_processor_takes_no_form(make_engine):
     with make_engine() as made, pytest.raises(ValueError, match=r"expected logits_processors=\["):
         asked(made, FORMS.values())

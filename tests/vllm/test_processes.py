@@ -18,6 +18,9 @@ import urllib.error
 import urllib.request
 
 import pytest
+from served_llama import ActivatedReference
+from test_constraints import FORMS, asked
+from test_constraints import check as check_forms
 
 from lora_ext.interop.vllm.constraints import KEY, PROCESSOR
 
@@ -31,6 +34,23 @@ def test_two_workers_share_every_layer(sharded, make_processes, peft_model, monk
     with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
         peft_model.check(engine.run(["e", "f", None]), ["e", "f", None], ATOL)
+
+
+def test_two_workers_know_where_an_activated_adapter_begins(folder, make_processes, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    reference, names = ActivatedReference(folder), ["alora", "b", "alora2"]
+    prompts = [[5, 6, 40, 41, 7], [9, 8, 7], [*range(2, 39), 40, 41, 5]]
+    with make_processes(tensor_parallel_size=2) as engine:
+        reference.check(engine.run(names, prompts), names, ATOL)
+        with pytest.raises(ValueError, match="its invocation"):
+            engine.run(["alora"], [[5, 6, 7]])
+        reference.check(engine.run(names, prompts), names, ATOL)
+
+
+def test_two_workers_get_the_constraints_that_were_built(make_processes, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with make_processes(logits_processors=[PROCESSOR], tensor_parallel_size=2) as engine:
+        check_forms(asked(engine, FORMS.values()), FORMS)
 
 
 def test_drafted_tokens_are_verified_with_the_rows_adapter(make_processes, peft_model):
