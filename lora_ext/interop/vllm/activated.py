@@ -142,17 +142,19 @@ def follow_starts(lacking: str | None = None) -> None:
         _lacking = str(error)
         return
     if _lacking is None and not hasattr(batch.make_lora_inputs, _MARK):
-        batch.make_lora_inputs = _marked(batch.make_lora_inputs, _rows)
-        helper._validate_features = _marked(helper._validate_features, _features)
+        batch.make_lora_inputs = marked(batch.make_lora_inputs, _rows)
+        helper._validate_features = marked(helper._validate_features, _features)
         inner = getattr(keys, _KEY)
-        ours = _marked(inner, _keys)
+        ours = marked(inner, _keys)
         importlib.import_module("vllm.v1.core.block_pool")  # takes the function by its name
         for name, module in list(sys.modules.items()):
             if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
                 setattr(module, _KEY, ours)
 
 
-def _marked(inner: Any, ours: Callable[..., Any]) -> Any:
+def marked(inner: Any, ours: Callable[..., Any]) -> Any:
+    """``inner``, through ``ours``, which gets it before its arguments; it bears our mark."""
+
     @functools.wraps(inner)
     def call(*args: Any, **kwargs: Any) -> Any:
         return ours(inner, *args, **kwargs)

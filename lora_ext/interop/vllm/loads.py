@@ -151,15 +151,5 @@ def follow_loads(engine: Any) -> None:
         return loads(self).listed(inner(self))
 
     for door in (preprocess_add_request, add_lora, remove_lora, pin_lora, list_loras):
-        _wrap(engine, door)
-
-
-def _wrap(engine: Any, door: Callable[..., Any]) -> None:
-    inner = getattr(engine, door.__name__)
-
-    @functools.wraps(inner)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return door(inner, *args, **kwargs)
-
-    setattr(call, _MARK, True)
-    setattr(engine, door.__name__, call)
+        inner = getattr(engine, door.__name__)
+        setattr(engine, door.__name__, activated.marked(inner, door))
