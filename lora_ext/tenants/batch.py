@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
@@ -162,8 +162,8 @@ class Step:
         for part in parts:
             call = part.call
             if part in gradients:
-                own = gradients[part]
-                if not all(bool(g.isfinite().all()) for g in own):
+                own, finite = gradients[part]
+                if not finite:
                     call.fail(_not_finite("gradient", "one that is not"))
                 elif call.gradients is None:
                     call.gradients = own
@@ -173,18 +173,19 @@ class Step:
 
     def _gradients(
         self, parts: Sequence[Part], sums: dict[Part, Tensor]
-    ) -> dict[Part, list[Tensor]]:
-        """Of each part with respect to its own adapter, float32 or wider."""
+    ) -> dict[Part, tuple[list[Tensor], bool]]:
+        """Of each part with respect to its own adapter, float32 or wider, and whether all of them
+        are finite."""
         if not parts:
             return {}
         total = torch.stack([sums[part] for part in parts]).sum()
         factors = [list(part.call.adapter.parameters.values()) for part in parts]
         flat = [p for own in factors for p in own]
         grads = iter(torch.autograd.grad(total, flat, allow_unused=True))
-        found: dict[Part, list[Tensor]] = {}
-        for part, own in zip(parts, factors, strict=True):
-            found[part] = [_wide(p, next(grads)) for p in own]
-        return found
+        return {
+            part: _together(own, [next(grads) for _ in own])
+            for part, own in zip(parts, factors, strict=True)
+        }
 
     def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
         """Of the targets of each datum, of their shape."""
@@ -271,11 +272,27 @@ def _chosen(logits: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
     return _wide_logits(logits).log_softmax(-1)[rows, targets]
 
 
-def _wide(parameter: Tensor, gradient: Tensor | None) -> Tensor:
-    if gradient is None:
-        gradient = torch.zeros_like(parameter)
-    # A copy: gradients of several factors may be views of one bank.
-    return gradient.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+def _together(
+    parameters: list[nn.Parameter], gradients: list[Tensor | None]
+) -> tuple[list[Tensor], bool]:
+    """Copies, since gradients of several factors may be views of one bank, that lie in one piece:
+    what is asked of all of them is asked once."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        by_device.setdefault(parameter.device, []).append(i)
+    own: list[Any] = [None] * len(parameters)
+    finite = True
+    for device, places in by_device.items():
+        wide = torch.promote_types(parameters[places[0]].dtype, torch.float32)
+        sizes = [parameters[i].numel() for i in places]
+        piece = torch.zeros(sum(sizes), dtype=wide, device=device)
+        for i, part in zip(places, piece.split(sizes), strict=True):
+            own[i] = part.view_as(parameters[i])
+            gradient = gradients[i]
+            if gradient is not None:
+                own[i].copy_(gradient)
+        finite = finite and bool(piece.isfinite().all())
+    return own, finite
 
 
 def _not_finite(what: str, found: object) -> ValueError:
