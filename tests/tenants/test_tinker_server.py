@@ -378,11 +378,11 @@ class Builder(types.SupervisedDatasetBuilder):
 log = pathlib.Path(sys.argv[2])
 asyncio.run(train.main(train.Config(
     log_path=str(log), model_name=sys.argv[1], recipe_name="same", dataset_builder=Builder(),
-    learning_rate=3e-2, lora_rank=4, save_every=3, eval_every=3,
+    learning_rate=1e-2, lora_rank=4, save_every=3, eval_every=3,
 )))
 rows = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
 nll = [row["train_mean_nll"] for row in rows if "train_mean_nll" in row]
-assert len(nll) == 6 and nll[-1] < nll[2] < nll[0], nll
+assert len(nll) == 6 and nll[-1] < nll[0] - 0.5, nll
 saved = [json.loads(line) for line in (log / "checkpoints.jsonl").read_text().splitlines()]
 assert len(saved) >= 2 and saved[-1]["state_path"].startswith("tinker://"), saved
 print("ok", saved[-1]["state_path"])
