@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -61,12 +62,17 @@ def tiny_model() -> Any:
 
 def pair(model: Any, rank: int) -> dict[str, Any]:
     """The model with an adapter, as it is and exact, over the same weights."""
-    model = nn.wrap(model.requires_grad_(False), lora_ext.LoraConfig(rank=rank)).eval()
+    model = nn.wrap(model.requires_grad_(False), lora_ext.LoraConfig(r=rank)).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     return {"plain": model, "exact": lora_ext.exact(other)}
+
+
+def cache_name(model: Any) -> str:
+    """The argument that takes a cache, which transformers has renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def prefill(model: Any, ids: Tensor) -> Tensor:
@@ -77,8 +83,8 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 def decode(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
     """A step of the last token; the cache is as before afterwards."""
     with torch.no_grad():
-        logits = model(ids[:, -1:], past_key_values=cache).logits
-    cache.crop(ids.shape[1] - 1)
+        logits = model(ids[:, -1:], **{cache_name(model): cache}).logits
+    cache.crop(-1)
     return logits
 
 
@@ -108,7 +114,7 @@ def cases(models: dict[str, Any], sizes: Sizes) -> Iterator[tuple[str, dict[str,
         for kind, model in models.items():
             cache = DynamicCache(config=model.config)
             with torch.no_grad():
-                model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+                model(ids[:, :-1], **{cache_name(model): cache}, logits_to_keep=1)
             calls[kind] = lambda m=model, ids=ids, c=cache: decode(m, ids, c)
         yield f"decode step, {rows} x 1 over {sizes.prompt}", calls, 1.1
     ids = draw(4, sizes.train)
@@ -159,7 +165,7 @@ def measure(
 
 def main() -> None:
     """Measure, or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="what the same bits in any batch cost")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a small random model")

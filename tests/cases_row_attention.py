@@ -159,7 +159,6 @@ OPS = [
         bounds=bounds,
         small=SMALL,
         medium=MEDIUM,
-        on_gpu=False,
         checks=checks,
         wrong=wrong,
     )

@@ -6,25 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import BACKENDS, Backend, marks_of
+from backends import Backend
 from contract import assert_same_bits
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lora_ext import ops
 
-HERE = [b for b in BACKENDS if b.device == "cpu"]
-everywhere = pytest.mark.parametrize(
-    "backend", [pytest.param(b, id=b.name, marks=marks_of(b)) for b in HERE], indirect=True
-)
 HEADS, GROUPS, WIDTH = 6, 2, 20
 
 
-def draw(rows: int, keys: int, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, ...]:
+def draw(rows: int, keys: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(rows + keys)
     sizes = ((rows, HEADS), (keys, GROUPS), (keys, GROUPS))
     return tuple(
-        torch.randn(batch, n, heads, WIDTH, generator=g).to(dtype).transpose(1, 2)
+        torch.randn(2, n, heads, WIDTH, generator=g).to(device, dtype).transpose(1, 2)
         for n, heads in sizes
     )
 
@@ -33,17 +29,16 @@ def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
     """Each row by a call of its own over copies of the keys that it sees, ``(H, E)``."""
     for b in range(q.shape[0]):
         for t in range(q.shape[2]):
-            keys = seen[b % seen.shape[0], t].nonzero()[:, 0]
+            keys = seen[b % seen.shape[0], t].nonzero()[:, 0].to(q.device)
             own = (x[b : b + 1, :, keys] for x in (k, v))
             yield ops.row_attention(q[b : b + 1, :, t : t + 1], *own)[0, :, 0]
 
 
 # --- same row, same bits --------------------------------------------------------------------------
-@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_bits_that_it_has_alone(backend: Backend, dtype: torch.dtype) -> None:
     rows, keys = (9, 21) if backend.small else (23, 150)
-    q, k, v = draw(rows, keys, dtype)
+    q, k, v = draw(rows, keys, dtype, backend.device)
     at, t = torch.arange(keys), torch.arange(rows)[:, None]
     g = torch.Generator().manual_seed(3)
     causal = (at <= t + keys - rows)[None]
@@ -61,15 +56,15 @@ def test_a_row_has_the_bits_that_it_has_alone(backend: Backend, dtype: torch.dty
         (window & holes, {"spans": spans, "mask": holes}),
     ]
     for seen, how in calls:
+        how = {n: x.to(q.device) if isinstance(x, Tensor) else x for n, x in how.items()}
         together = ops.row_attention(q, k, v, **how)
         rows_alone = torch.stack([*alone(q, k, v, seen)])
         assert_same_bits(together.transpose(1, 2).flatten(0, 1), rows_alone, str(sorted(how)))
 
 
-@everywhere
 def test_keys_that_are_not_seen_change_no_bit_whatever_they_hold(backend: Backend) -> None:
-    q, k, v = draw(5, 12, torch.float32)
-    seen = torch.arange(12) % 3 != 1
+    q, k, v = draw(5, 12, torch.float32, backend.device)
+    seen = torch.arange(12, device=q.device) % 3 != 1
     expected = ops.row_attention(q, k[:, :, seen], v[:, :, seen])
     for garbage in (torch.nan, torch.inf, 1e30):
         for t in (k, v):

@@ -2,9 +2,9 @@
 //
 // A block of query rows, those of the heads that share keys beside each other, goes over the keys
 // twice, in chunks that stay in the L1 cache: for the scores, with keys in lanes, and for the
-// values, with features in lanes. Between the two each row is weighed by itself. Tiles of rows share
-// what they load of keys and values; each element stays one chain of multiply-adds in the row's own
-// order, so that no bit shows what it was computed beside.
+// values, with features in lanes. Between the two each row is weighed by itself. Tiles of rows
+// share what they load of keys and values; each element stays one chain of multiply-adds in the
+// row's own order, so that no bit shows what it was computed beside.
 #include "lora_ext/row_attention.h"
 
 #include "by_dtype.h"

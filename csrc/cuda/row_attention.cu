@@ -1,4 +1,4 @@
-// Attention with one query row at a time over the keys that it sees: row_attention.h has the formula.
+// Attention with one query row at a time over its own keys: row_attention.h has the formula.
 //
 // A block has 16 rows of the heads that share keys, ordered (t, head), and up to 128 features of
 // their values. A warp has four of the rows and 32 keys at a time, a lane a key: keys and queries

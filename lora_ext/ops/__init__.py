@@ -40,10 +40,9 @@ from .lora import (
     lora_shrink,
     sgmv_,
 )
-from .lora_gram import lora_gram, lora_pair_stats
+from .lora_gram import lora_delta, lora_dora_norm, lora_gram, lora_merge_, lora_pair_stats
 from .lora_siblings import MOST_SIBLINGS, lora_apply_siblings_
 from .lora_train import lora_dropout, lora_linear, lora_linear_apart
-from .lora_weights import lora_delta, lora_dora_norm, lora_merge_
 from .packed_linear import pack_weight, packed_linear
 from .row_attention import row_attention
 from .vocab import chunked_cross_entropy, chunked_kl

@@ -32,7 +32,7 @@ def row_attention(
     spans: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention with one query row at a time over the keys that it sees, on the CPU.
+    """Attention with one query row at a time over the keys that it sees.
 
     ``y[b, h, t] = sum_j p_j v[b, g, j]`` with ``p = softmax_j(scale q[b, h, t] . k[b, g, j])`` over
     the keys ``j`` that row ``(b, t)`` sees, and ``g = h // (H / G)``. A row that sees none gives
@@ -41,13 +41,13 @@ def row_attention(
     A row's bits depend on its query and on the keys and values that it sees, in their order, alone:
     not on other rows, on keys that it does not see, wherever they stand and whatever they hold, on
     ``B``, ``T``, ``L`` or threads. Scores and sums are in float32 (float64 stays), rounded once.
-    Machines with other instruction sets may round differently.
+    Devices, and machines with other instruction sets, may round differently.
 
     Differentiable once in q, k and v. The gradient is that of torch's attention of all rows at
     once, and has its bits.
 
     Args:
-        q: ``(B, H, T, D)`` float32, float16, bfloat16 or float64 on the CPU. Of q, k and v any
+        q: ``(B, H, T, D)`` float32, float16, bfloat16, or float64 on the CPU. Of q, k and v any
             strides are read as they are, as long as the last axis is contiguous.
         k: ``(B, G, L, D)``, dtype of ``q``; ``G`` divides ``H``.
         v: ``(B, G, L, E)``, likewise.
@@ -117,7 +117,7 @@ def _row_attention_backward(_: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | No
     once = "the gradient of row_attention is not itself differentiable"
     require(not torch.is_grad_enabled(), "row_attention", "gradient", "no graph of it", once)
     rows, keys = q.shape[2], k.shape[2]
-    plain = spans is None and mask is None and (not ctx.causal or rows == keys)
+    plain = spans is None and mask is None and (not ctx.causal or bool(rows == keys))
     how: dict[str, Any] = {"scale": ctx.scale, "is_causal": ctx.causal and plain}
     if not plain:
         how["attn_mask"] = seen_keys(rows, keys, ctx.causal, spans, mask, q.device)[:, None]

@@ -1,4 +1,4 @@
-// The kernel of attention by rows in the asan flavour, in buffers that end where their contents end,
+// The kernel of attention by rows in the asan flavour, in buffers that end where contents end,
 // against a loop in double.
 #include <algorithm>
 #include <cmath>

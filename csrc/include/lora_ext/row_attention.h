@@ -1,6 +1,6 @@
 // Attention with one query row at a time over the keys that it sees:
 //
-//   out[b, t, h] = sum_j p[j] v[b, g, j],  p = softmax over the seen j of scale q[b, h, t] . k[b, g, j]
+//   out[b, t, h] = sum_j p[j] v[b, g, j],  p = softmax over seen j of scale q[b, h, t] . k[b, g, j]
 //
 // with g = h / (H / G), the group of heads that shares keys. A row without keys gives zeros.
 //
