@@ -80,19 +80,25 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
         return
     model, adapter = stage.tuned, stage.adapter
     order, correlation = ranked(arm["rule"], stage, arm["seed"])
-    groups = LayerGroups(model, "default", "module")
-    names = [name for (name,) in groups.names]
     for part in (0.0, 0.5, 1.0) if quick else PARTS:
-        off = set(order[: round(part * len(order))])
+        off = frozenset(order[: round(part * len(order))])
         row: Row = {"part": part, "size_correlation": correlation}
-        if arm["rule"] == SAFE:
+        if arm["rule"] == SAFE and off:
             config = SploraConfig(direction="smallest", **_kind(ANGLE))
-            load(model, splora.project(adapter, stage.base, stage.aligned, off, config))
+            load(model, splora.project(adapter, stage.base, stage.aligned, set(off), config))
             yield {**row, **figures(model, stage)}
             load(model, adapter)
         else:
-            with groups.masked([name not in off for name in names]):
-                yield {**row, **figures(model, stage)}
+            yield {**row, **pruned(arm["seed"], quick, off)}
+
+
+@functools.cache
+def pruned(seed: int, quick: bool, off: frozenset[str]) -> dict[str, float]:
+    """Figures without some modules; without none or all, every rule has the same: kept."""
+    stage = staged(seed, quick)
+    groups = LayerGroups(stage.tuned, "default", "module")
+    with groups.masked([name not in off for (name,) in groups.names]):
+        return figures(stage.tuned, stage)
 
 
 def _kind(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
 #include "lora_ext/packed_linear.h"
+#include "lora_ext/row_attention.h"
 #include "lora_ext/vocab.h"
 
 namespace lora_ext {
@@ -27,6 +28,7 @@ namespace lora_ext {
     extern const CircuitTableCpu circuit_table_table; \
     extern const DepthMixCpu depth_mix_table;         \
     extern const PackedLinearCpu packed_linear_table; \
+    extern const RowAttentionCpu row_attention_table; \
     extern const VocabCpu vocab_table;                \
     }
 
@@ -63,6 +65,7 @@ LX_TWINS(LayersCpu, layers_table)
 LX_TWINS(CircuitTableCpu, circuit_table_table)
 LX_TWINS(DepthMixCpu, depth_mix_table)
 LX_TWINS(PackedLinearCpu, packed_linear_table)
+LX_TWINS(RowAttentionCpu, row_attention_table)
 LX_TWINS(VocabCpu, vocab_table)
 
 namespace {

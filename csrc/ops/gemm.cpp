@@ -5,13 +5,16 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
 
+#include "lora_ext/isa.h"
+
 namespace lora_ext {
 namespace {
 
 using at::Tensor;
 
 // In float32 at::linear is the BLAS that torch was built with, MKL as a rule, which leaves AVX-512
-// of other makers idle. torch carries oneDNN too, behind an operator of its compiler.
+// of other makers idle. torch carries oneDNN too, behind an operator of its compiler. Where there is
+// no AVX-512, MKL is the faster one.
 using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                             std::string_view, c10::List<std::optional<at::Scalar>>,
                             std::optional<std::string_view>);
@@ -23,7 +26,8 @@ const c10::TypedOperatorHandle<OneDnnLinear>* onednn_linear() {
         try {
             const auto found =
                 c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-            if (found && at::globalContext().hasMKLDNN()) return found->typed<OneDnnLinear>();
+            if (found && at::globalContext().hasMKLDNN() && best_isa() >= Isa::kAvx512)
+                return found->typed<OneDnnLinear>();
         } catch (const c10::Error&) {  // another torch, another signature
         }
 #endif

@@ -18,6 +18,7 @@
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
 #include "ops/packed_linear.h"
+#include "ops/row_attention.h"
 #include "ops/vocab.h"
 
 namespace lora_ext::table {
@@ -207,6 +208,12 @@ inline constexpr std::tuple kOps{
     NoGradient<&packed_linear, kPacked>{
         "packed_linear",
         "(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"},
+
+    // --- row_attention ---
+    Op<&row_attention>{
+        "row_attention",
+        "(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? spans, Tensor? mask)"
+        " -> Tensor"},
 
     // --- vocab ---
     Op<&vocab_cross_entropy>{

@@ -415,14 +415,29 @@ def _divergence(function: Any, given: Inputs) -> list[Tensor]:
     return _gradients(run, given, ("hidden",))
 
 
+def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
+    batch, rows, keys = ((2, 5, 40), (4, 1024, 1024))[size]
+    return {
+        "q": _randn(g, batch, 6, rows, 64),
+        "k": _randn(g, batch, 2, keys, 64),
+        "v": _randn(g, batch, 2, keys, 64),
+        "mask": torch.rand(batch, rows, keys, generator=g) < 0.9,
+    }
+
+
+def _attend(function: Any, given: Inputs) -> list[Tensor]:
+    return [function(**given, causal=True)]
+
+
 def other_cases() -> list[Case]:
-    """Mixtures of depths, and losses over a vocabulary."""
+    """Mixtures of depths, losses over a vocabulary, attention."""
     entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
     kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
     return [
         _both("depth_mix", ("depth_mix", "depth_mix_backward"), _mixes, _mix),
         _both("chunked_cross_entropy", entropy, _heads, _entropy),
         _both("chunked_kl", kl, _heads, _divergence),
+        _both("row_attention", ("row_attention",), _heads_of_rows, _attend),
     ]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .guide import Guide
 from .messages import MatchedPlan, Plan, Step
 
+_AT_ONCE = 32  # tokens whose r is found together
 _FAR = 50.0  # how far below the others what the guide holds impossible stands, in nats
 
 
@@ -272,23 +273,27 @@ def bounds(rows: Sequence[Row | None]) -> list[Block]:
     return out
 
 
-def keep_probabilities(rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
-    """``r(x) / b(x)`` of one live token of each row, ``(n,)`` float64 on the CPU: 4 H flops."""
-    out = torch.ones(len(rows), dtype=torch.float64)
+def keep_probabilities(rows: Sequence[Row], tokens: Tensor) -> Tensor:
+    """``r(x) / b(x)`` of live tokens of each row, ``(n, m)`` float64 on the CPU: 4 H flops each.
+
+    Args:
+        tokens: ``(n, m)`` int64 on the CPU.
+    """
+    out = torch.ones(tokens.shape, dtype=torch.float64)
     guided: dict[Guide, list[tuple[int, Tensor, Tensor]]] = {}
-    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+    for i, row in enumerate(rows):
         plan, guide = row.plan, row.plan.guide
         if guide is None or isinstance(plan, MatchedPlan) or row.ended or row.law is None:
             continue
-        after = plan.after(row.state, row.left, token)
-        if after != plan.constraint.end:
-            ahead = plan.messages(row.left - 1)[0][after]
-            guided.setdefault(guide, []).append((i, row.law, ahead))
+        step = plan.step(row.state, row.left)
+        after = step.after[plan.constraint.class_index[tokens[i]]]
+        ahead = plan.messages(row.left - 1)[0][after.to(row.law.device)]  # of END it is all ones
+        guided.setdefault(guide, []).append((i, row.law, ahead))
     for guide, found in guided.items():
         places = [i for i, _, _ in found]
         laws, ahead = torch.stack([x for _, x, _ in found]), torch.stack([x for _, _, x in found])
-        joint = laws * guide.by_token[[tokens[i] for i in places]]
-        ratio = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), laws, ahead)
+        joint = laws[:, None] * guide.by_token[tokens[places].to(laws.device)]  # (n, m, H)
+        ratio = _log_ratio((joint * ahead).sum(-1), joint.sum(-1), laws[:, None], ahead)
         out[places] = ratio.exp().double().cpu()
     return out
 
@@ -297,47 +302,74 @@ def draw(
     rows: Sequence[Row | None],
     scores: Tensor,
     temperature: float,
-    uniforms: Callable[[list[int]], Tensor],
-    tries: int = 32,
+    uniforms: Callable[[list[int], int], Tensor],
+    tries: int = _AT_ONCE,
+    rounds: int = 3,
 ) -> tuple[list[int], int]:
     """A token of every row by its law, without a product with the vocabulary where that works out.
 
-    ``x`` is drawn from ``p(x) b(x)`` and kept with probability ``r(x) / b(x)``; rows that fail
-    ``tries`` times are drawn from the dense law. So the law is the stated one exactly.
+    ``x`` is drawn from ``p(x) b(x)`` and kept with probability ``r(x) / b(x)``, ``tries`` of them
+    at once, of which the first that is kept counts. Where none is, ``r`` takes the place of ``b``
+    on these tokens for the next round: what was likely and refused is not drawn in vain again.
+    Rows that fail every round are drawn from the dense law. So the law is the stated one exactly.
 
     Args:
         rows, scores, temperature: as :func:`apply` takes them.
-        uniforms: gives ``(n, 2)`` numbers of [0, 1) for a list of n rows, new ones at every call.
-        tries: before the dense law.
+        uniforms: gives ``(n, m, 2)`` numbers of [0, 1) for a list of n rows and m tries, new ones
+            at every call.
+        tries: in a round. rounds: before the dense law.
 
     Returns:
-        the tokens, and how many were drawn for them in all.
+        the tokens, and how many were looked at for them in all.
     """
-    proposed = moved(bounds(rows), scores, temperature)
-    sums = (proposed.double() / temperature).softmax(-1).cumsum(-1)
     tokens, drawn = [-1] * len(rows), 0
     waiting = list(range(len(rows)))
-    for _ in range(tries):
-        numbers = uniforms(waiting).double().cpu()
-        found = _at(sums[waiting], numbers[:, 0])
-        drawn += len(found)
-        guided = [j for j, i in enumerate(waiting) if (row := rows[i]) and not row.lost]
-        keep = torch.ones(len(waiting), dtype=torch.float64)
-        some = [row for j in guided if (row := rows[waiting[j]]) is not None]
-        keep[guided] = keep_probabilities(some, [found[j] for j in guided])
-        kept = (numbers[:, 1] < keep).tolist()
-        for i, token, good in zip(waiting, found, kept, strict=True):
-            if good:
-                tokens[i] = token
-        waiting = [i for i, good in zip(waiting, kept, strict=True) if not good]
+    envelope = _heated(moved(bounds(rows), scores, temperature), temperature)
+    bound = envelope
+    for turn in range(rounds):
+        count = tries if turn or _some_guided(rows) else 1  # what is not guided is always kept
+        numbers = uniforms(waiting, count).double().cpu()
+        found = _at(envelope, numbers[..., 0])
+        some = [j for j, i in enumerate(waiting) if (row := rows[i]) and not row.lost]
+        keep = torch.ones(found.shape, dtype=torch.float64)
+        guided = [row for j in some if (row := rows[waiting[j]]) is not None]
+        keep[some] = keep_probabilities(guided, found[some])
+        if turn:  # the envelope is p r itself where it was tightened, and what it gives is kept
+            at = found.to(bound.device)
+            ratio = (bound.gather(1, at) - envelope.gather(1, at)).exp().cpu()
+            keep = (keep * ratio).clamp(max=1)
+        good = numbers[..., 1] < keep
+        first = torch.where(good.any(1), good.int().argmax(1), count).tolist()
+        for j, (i, place) in enumerate(zip(waiting, first, strict=True)):
+            drawn += min(place + 1, count)
+            if place < count:
+                tokens[i] = int(found[j, place])
+        still = [j for j, place in enumerate(first) if place == count]
+        waiting = [waiting[j] for j in still]
         if not waiting:
             return tokens, drawn
+        bound, envelope = bound[still], _tightened(envelope[still], found[still], keep[still])
     dense = moved(log_ratios([rows[i] for i in waiting]), scores[waiting], temperature)
-    sums = (dense.double() / temperature).softmax(-1).cumsum(-1)
-    found = _at(sums, uniforms(waiting).double().cpu()[:, 0])
-    for i, token in zip(waiting, found, strict=True):
+    found = _at(_heated(dense, temperature), uniforms(waiting, 1).double().cpu()[..., 0])
+    for i, token in zip(waiting, found[:, 0].tolist(), strict=True):
         tokens[i] = token
     return tokens, drawn + len(waiting)
+
+
+def _some_guided(rows: Sequence[Row | None]) -> bool:
+    return any(row is not None and row.plan.guide is not None for row in rows)
+
+
+def _tightened(envelope: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
+    """``log p b`` with ``log p r`` on some tokens of each row, ``(n, m)``; a token may stand twice,
+    and a second subtraction from it would be wrong."""
+    at = tokens.to(envelope.device)
+    return envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
+
+
+def _heated(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if temperature == 1 else wide / temperature
 
 
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
@@ -353,20 +385,22 @@ def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> l
             continue
         value, order = proposed[i].topk(min(tries, proposed.shape[1]))
         best, chosen, done = -float("inf"), -1, False
-        for bound, token in zip(value.tolist(), order.tolist(), strict=True):
-            if bound <= best or bound == -float("inf"):
+        for bound, token in zip(value.split(_AT_ONCE), order.split(_AT_ONCE), strict=True):
+            if float(bound[0]) <= best or float(bound[0]) == -float("inf"):
                 done = True
                 break
-            here = bound + float(keep_probabilities([row], [token]).log())
-            if here > best:
-                best, chosen = here, token
+            here = bound.double() + keep_probabilities([row], token[None].cpu())[0].log().to(bound)
+            top = int(here.argmax())
+            if float(here[top]) > best:
+                best, chosen = float(here[top]), int(token[top])
         if not done and tries < proposed.shape[1]:
             chosen = int(apply([row], scores[i : i + 1])[0].argmax())
         first[i] = chosen
     return first
 
 
-def _at(sums: Tensor, numbers: Tensor) -> list[int]:
-    """Where running sums of laws ``(n, V)`` pass uniform numbers ``(n,)``."""
-    limit = numbers[:, None].to(sums) * sums[:, -1:]
-    return torch.searchsorted(sums, limit, right=True)[:, 0].tolist()
+def _at(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Tokens ``(n, m)`` of laws that are told by logits ``(n, V)``, by numbers ``(n, m)``."""
+    sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    limit = numbers.to(sums) * sums[:, -1:]
+    return torch.searchsorted(sums, limit, right=True).cpu()

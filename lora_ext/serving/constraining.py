@@ -107,20 +107,53 @@ def request_constraint(
 
 class Standing(NamedTuple):
     """A row of a step's scores that has a constraint: its place, where it stands, and how the
-    scores are divided when a token is drawn."""
+    scores are divided when a token is drawn; whether it is drawn from the whole law, and with
+    whose numbers."""
 
     place: int
     row: Row | None
     temperature: float
+    whole: bool
+    generator: torch.Generator | None
 
 
 def standing(states: Sequence[Any], requests: Sequence[Any]) -> list[Standing]:
     """The rows of a step that have constraints, of all requests that choose a token."""
-    return [
-        Standing(i, request.constraint.row(state), request.constraint.temperature)
-        for i, (state, request) in enumerate(zip(states, requests, strict=True))
-        if request.constraint is not None
-    ]
+    found: list[Standing] = []
+    for i, (state, request) in enumerate(zip(states, requests, strict=True)):
+        own, how = request.constraint, request.sampling
+        if own is not None:
+            whole = how is not None and how.temperature > 0 and how.top_p == 1 and how.top_k == -1
+            row = own.row(state)
+            found.append(Standing(i, row, own.temperature, whole, request.generator))
+    return found
+
+
+def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
+    """Tokens of the rows, by place, that a guide leads and that are drawn from their whole law:
+    that needs no product with the vocabulary. And the rows that are left.
+
+    Args:
+        scores: ``(1, N, V)``, not changed. On a GPU the product is the cheaper way: all rows are
+            left. So is one whose scores are not finite, as it would be without a guide.
+    """
+    if scores.device.type != "cpu" or not any(each.whole for each in rows):
+        return {}, list(rows)
+    from lora_ext import control
+
+    apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
+    apart = [e for e in apart if bool(scores[0, e.place].max().isfinite())]
+    if not apart:
+        return {}, list(rows)
+
+    def numbers(which: list[int], count: int) -> Tensor:
+        return torch.stack([torch.rand(count, 2, generator=apart[i].generator) for i in which])
+
+    warm = torch.tensor([each.temperature for each in apart])[:, None]
+    places = [each.place for each in apart]
+    tokens, _ = control.draw([e.row for e in apart], scores[0, places] / warm, 1.0, numbers)
+    left = [each for each in rows if each.place not in places]
+    return dict(zip(places, tokens, strict=True)), left
 
 
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:

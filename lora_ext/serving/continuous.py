@@ -29,7 +29,14 @@ from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, context, last_start, packed_block
 
-from .constraining import RequestConstraint, Standing, constrained, request_constraint, standing
+from .constraining import (
+    RequestConstraint,
+    Standing,
+    constrained,
+    drawn,
+    request_constraint,
+    standing,
+)
 from .metrics import Load
 from .names import CallNames, NamedPrompt, named_prompts, not_invoked
 from .sampling import Sampling
@@ -378,11 +385,15 @@ class AdapterRequests:
         self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
         told = scores
-        scores = constrained(scores, self._constrained)
+        apart, left = drawn(scores, self._constrained)
+        scores = constrained(scores, left)
         original(scores, output_ids, *args)
         for row, request in self._drawing:
             assert request.sampling is not None
-            output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
+            if row in apart:
+                output_ids[0, row] = apart[row]
+            else:
+                output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
         for row, request in self._telling:
             assert request.logprobs is not None
             logprobs = told[0, row : row + 1].float().log_softmax(-1)

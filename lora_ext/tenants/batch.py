@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
@@ -162,8 +162,8 @@ class Step:
         for part in parts:
             call = part.call
             if part in gradients:
-                own = gradients[part]
-                if not all(bool(g.isfinite().all()) for g in own):
+                own, finite = gradients[part]
+                if not finite:
                     call.fail(_not_finite("gradient", "one that is not"))
                 elif call.gradients is None:
                     call.gradients = own
@@ -173,18 +173,19 @@ class Step:
 
     def _gradients(
         self, parts: Sequence[Part], sums: dict[Part, Tensor]
-    ) -> dict[Part, list[Tensor]]:
-        """Of each part with respect to its own adapter, float32 or wider."""
+    ) -> dict[Part, tuple[list[Tensor], bool]]:
+        """Of each part with respect to its own adapter, float32 or wider, and whether all of them
+        are finite."""
         if not parts:
             return {}
         total = torch.stack([sums[part] for part in parts]).sum()
         factors = [list(part.call.adapter.parameters.values()) for part in parts]
         flat = [p for own in factors for p in own]
         grads = iter(torch.autograd.grad(total, flat, allow_unused=True))
-        found: dict[Part, list[Tensor]] = {}
-        for part, own in zip(parts, factors, strict=True):
-            found[part] = [_wide(p, next(grads)) for p in own]
-        return found
+        return {
+            part: _together(own, [next(grads) for _ in own])
+            for part, own in zip(parts, factors, strict=True)
+        }
 
     def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
         """Of the targets of each datum, of their shape."""
@@ -213,34 +214,85 @@ class Step:
     def _of_rows(self, ids: Tensor, at: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of the targets, place for place, at some places ``(M,)`` of a batch, of
         which each has ``counts`` targets ``(M,)``, on the CPU."""
-        if self._apart and not isinstance(self.model.get_output_embeddings(), LoraLayer):
-            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
-            rows = hidden.flatten(0, 1)[at]  # (M, d)
-            most = rows_per_chunk(self.vocabulary)
-            if rows.shape[0] <= most:
-                return _chosen(self.head(rows), counts, targets)
-            pieces = counts.split(most)
-            parts = targets.split([int(piece.sum()) for piece in pieces])
-            pairs = zip(rows.split(most), pieces, parts, strict=True)
-            return torch.cat([recomputed(self._of_hidden, *pair) for pair in pairs])
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        return _chosen(logits.flatten(0, 1)[at], counts, targets)
+        if not self._apart or isinstance(self.model.get_output_embeddings(), LoraLayer):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return _chosen(logits.flatten(0, 1)[at], counts, targets)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+        rows = hidden.flatten(0, 1)[at]  # (M, d)
+        if len(targets) == len(rows) and rows.requires_grad:
+            found: Any = _OneTarget.apply(rows, targets, self.head)
+            return found
+        pieces = counts.split(rows_per_chunk(self.vocabulary))
+        parts = targets.split([int(piece.sum()) for piece in pieces])
+        pairs = zip(rows.split([len(piece) for piece in pieces]), pieces, parts, strict=True)
+        return torch.cat([recomputed(self._of_hidden, *pair) for pair in pairs])
 
     def _of_hidden(self, rows: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
         return _chosen(self.head(rows), counts, targets)
 
 
+class _OneTarget(torch.autograd.Function):
+    """Log-probabilities ``(M,)`` of a target of each row ``(M, d)``, by a frozen head.
+
+    A row's gradient is a number times ``d log p(target) / d row``, which needs no more than the
+    logits: it is found with them, a chunk of rows at a time, so that the backward does not have to
+    keep logits or compute them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Any) -> Tensor:
+        most = rows_per_chunk(head.weight.shape[0])
+        found: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for part, wanted in zip(rows.split(most), targets.split(most), strict=True):
+            with torch.enable_grad():
+                own = part.detach().requires_grad_()
+                logits = head(own)
+            law = _wide_logits(logits.detach()).log_softmax(-1)
+            at = torch.arange(len(wanted), device=wanted.device)
+            found.append(law[at, wanted])
+            slope = law.exp_().neg_()
+            slope[at, wanted] += 1
+            slopes += torch.autograd.grad(logits, own, slope.to(logits.dtype))
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None
+
+
+def _wide_logits(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _chosen(logits: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rows = torch.arange(len(counts)).repeat_interleave(counts).to(logits.device)
-    return wide.log_softmax(-1)[rows, targets]
+    return _wide_logits(logits).log_softmax(-1)[rows, targets]
 
 
-def _wide(parameter: Tensor, gradient: Tensor | None) -> Tensor:
-    if gradient is None:
-        gradient = torch.zeros_like(parameter)
-    # A copy: gradients of several factors may be views of one bank.
-    return gradient.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+def _together(
+    parameters: list[nn.Parameter], gradients: list[Tensor | None]
+) -> tuple[list[Tensor], bool]:
+    """Copies, since gradients of several factors may be views of one bank, that lie in one piece:
+    what is asked of all of them is asked once."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        by_device.setdefault(parameter.device, []).append(i)
+    own: list[Any] = [None] * len(parameters)
+    finite = True
+    for device, places in by_device.items():
+        wide = torch.promote_types(parameters[places[0]].dtype, torch.float32)
+        sizes = [parameters[i].numel() for i in places]
+        piece = torch.zeros(sum(sizes), dtype=wide, device=device)
+        for i, part in zip(places, piece.split(sizes), strict=True):
+            own[i] = part.view_as(parameters[i])
+            gradient = gradients[i]
+            if gradient is not None:
+                own[i].copy_(gradient)
+        finite = finite and bool(piece.isfinite().all())
+    return own, finite
 
 
 def _not_finite(what: str, found: object) -> ValueError:

@@ -88,5 +88,4 @@ class LiveAdapter:
 
 def add_to(sums: list[Tensor], gradients: list[Tensor]) -> None:
     """Add gradients to sums, in place."""
-    for total, gradient in zip(sums, gradients, strict=True):
-        total.add_(gradient)
+    torch._foreach_add_(sums, gradients)  # pyright: ignore[reportPrivateImportUsage]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +63,9 @@ class Optimizer:
             name: p if p.dtype in (torch.float32, torch.float64) else _copy(p)
             for name, p in parameters.items()
         }
-        self._adamw = torch.optim.AdamW(self._trained.values())
+        self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
 
-    def step(self, gradients: Sequence[Tensor] | None, settings: Settings) -> float:
+    def step(self, gradients: list[Tensor] | None, settings: Settings) -> float:
         """Clip, step, and return the norm that the gradients had; without any nothing moves.
 
         Raises:
@@ -78,8 +78,7 @@ class Optimizer:
         require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
         if settings.max_norm < math.inf:
             factor = min(1.0, settings.max_norm / (norm + 1e-6))  # as clip_grad_norm_
-            for gradient in gradients:
-                gradient.mul_(factor)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         for trained, gradient in zip(self._trained.values(), gradients, strict=True):
             trained.grad = gradient
         (group,) = self._adamw.param_groups

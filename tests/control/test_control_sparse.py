@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_what_is_proposed_and_kept_follows_the_guided_law(prefix: Prefix) -> Non
     proposed = normal(law.moved(law.bounds([row]), scores, 1.0))[0]
     live = (proposed > 0).nonzero()[:, 0].tolist()
     keep = torch.zeros(V, dtype=torch.float64)
-    keep[live] = law.keep_probabilities([row] * len(live), live)
+    keep[live] = law.keep_probabilities([row], torch.tensor([live]))[0]
     assert keep.max() <= 1 and keep.min() >= 0
     wanted = normal(law.apply([row], scores)[0])[0]
     got = proposed * keep
@@ -45,9 +46,30 @@ def test_a_draw_follows_its_uniforms_and_falls_back_to_the_dense_law() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
     dense = normal(law.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
-        token, drawn = law.draw([row], scores, 1.0, lambda rows, u=u: torch.tensor([[u, 1.0]]))
+
+        def never(rows: list[int], count: int, u: float = u) -> Tensor:
+            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 keeps nothing
+
+        token, drawn = law.draw([row], scores, 1.0, never, tries=4, rounds=2)
         assert token == [int(torch.searchsorted(dense, torch.tensor(u).double(), right=True))]
-        assert drawn == 33  # 1.0 keeps nothing
+        assert drawn == 4 + 4 + 1
+
+
+def test_a_refused_token_stands_at_its_law_in_the_next_round() -> None:
+    row, scores = row_at(()), table_model()(()).log()[None]
+    wanted = normal(law.apply([row], scores)[0])[0].cumsum(-1)
+    for u in torch.linspace(0.01, 0.99, 25).tolist():
+        turns = itertools.count()
+
+        def numbers(rows: list[int], count: int, u: float = u, turns: Any = turns) -> Tensor:
+            if next(turns) == 0:  # meets every token, and keeps none
+                first = torch.linspace(0.001, 0.999, count)
+                return torch.stack([first, torch.ones(count)], -1).expand(len(rows), count, 2)
+            return torch.tensor([u, 0.999]).expand(len(rows), count, 2)
+
+        token, drawn = law.draw([row], scores, 1.0, numbers, tries=400)
+        assert token == [int(torch.searchsorted(wanted, torch.tensor(u).double(), right=True))]
+        assert drawn == 401  # the first of the second round is kept
 
 
 def test_many_draws_of_mixed_rows_have_the_dense_laws() -> None:
@@ -66,7 +88,7 @@ def test_many_draws_of_mixed_rows_have_the_dense_laws() -> None:
         kinds * copies,
         (scores * 0.8).repeat(copies, 1),
         0.8,
-        lambda rows: torch.rand(len(rows), 2, generator=generator),
+        lambda rows, count: torch.rand(len(rows), count, 2, generator=generator),
         tries=2,
     )
     found = torch.tensor(tokens).view(copies, len(kinds))

@@ -33,6 +33,7 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
         "circuit_sum_asan",
         "circuit_layers_asan",
         "depth_mix_asan",
+        "row_attention_asan",
         "vocab_asan",
     ],
 )

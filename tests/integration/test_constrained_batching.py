@@ -95,6 +95,49 @@ def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
             assert one.accepts(text) and end == EOS
 
 
+def test_guided_requests_draw_from_their_law_without_a_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = attached()
+    vocab = model.get_output_embeddings().weight.shape[0]
+    edges = [(0, t, 1) for t in (5, 20, 21, 33)] + [(1, 20, 2), (1, 21, 2)]
+    one, look = Constraint.from_edges(edges, 0, {1, 2}, vocab, EOS), guide(vocab)
+    prompt, heat, many = prompts(1)[0], 1.3, 300
+    how = ConstraintProcessor(one, look, max_new_tokens=3, temperature=heat)
+    with torch.no_grad(), lora_ext.adapters("a1", pool=pool_of(model)):
+        scores = model(torch.tensor([prompt])).logits[:, -1]
+    wanted = (how(torch.tensor([prompt]), scores) / heat).softmax(-1)[0]
+
+    def no_product(*_: object) -> None:
+        raise AssertionError("a product with the vocabulary")
+
+    monkeypatch.setattr(Guide, "over_vocabulary", no_product)
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        ids = [
+            manager.add_request(
+                prompt,
+                adapter_name="a1",
+                sampling=Sampling(temperature=heat, seed=seed % many),
+                constraint=one,
+                guide=look,
+                max_new_tokens=3,
+                eos_token_id=EOS,
+            )
+            for seed in range(many + 1)
+        ]
+        found = {}
+        while len(found) < len(ids):
+            result = manager.get_result(timeout=60)
+            if result is not None:
+                assert result.error is None
+                found[result.request_id] = result.generated_tokens
+    texts = [found[i] for i in ids]
+    assert texts[-1] == texts[0]  # one seed, other neighbours
+    assert all(one.accepts(t[:-1]) and t[-1] == EOS for t in texts)
+    share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=vocab) / many
+    assert (share - wanted).abs().max() < 4 * 0.5 / many**0.5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -358,16 +360,61 @@ print("ok", client.save_state("a").result().path)
 """
 
 
-def test_the_unmodified_sdk_trains(folder: Path) -> None:
-    if importlib.util.find_spec("tinker") is None:
-        pytest.skip("tinker, the SDK, is not installed: its protobuf wants another than flwr's")
+COOKBOOK = """
+import asyncio, json, pathlib, sys, chz, tinker
+from tinker_cookbook.supervised import train, types
+tokens = [1, 2, 3, 4, 5, 6]
+datum = tinker.Datum(
+    model_input=tinker.ModelInput.from_ints(tokens[:-1]),
+    loss_fn_inputs={"target_tokens": tokens[1:], "weights": [0.0, 1.0, 1.0, 1.0, 1.0]},
+)
+class Same(types.SupervisedDataset):
+    def get_batch(self, index): return [datum] * 3
+    def __len__(self): return 6
+    def set_epoch(self, seed=0): pass
+@chz.chz
+class Builder(types.SupervisedDatasetBuilder):
+    def __call__(self): return Same(), Same()
+log = pathlib.Path(sys.argv[2])
+asyncio.run(train.main(train.Config(
+    log_path=str(log), model_name=sys.argv[1], recipe_name="same", dataset_builder=Builder(),
+    learning_rate=1e-2, lora_rank=4, save_every=3, eval_every=3,
+)))
+rows = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+nll = [row["train_mean_nll"] for row in rows if "train_mean_nll" in row]
+assert len(nll) == 6 and nll[-1] < nll[0] - 0.5, nll
+saved = [json.loads(line) for line in (log / "checkpoints.jsonl").read_text().splitlines()]
+assert len(saved) >= 2 and saved[-1]["state_path"].startswith("tinker://"), saved
+print("ok", saved[-1]["state_path"])
+"""
+
+
+def run_client(folder: Path, script: str, *more: str) -> None:
+    """A program in a process of its own, which knows the server by its address alone."""
     server = Server(folder)
     try:
         env = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
-        command = [sys.executable, "-c", SCRIPT, server.model]
-        run = subprocess.run(
-            command, env={**env, "TINKER_TELEMETRY": "0"}, capture_output=True, text=True
-        )
+        env |= {"TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", script, server.model, *more]
+        run = subprocess.run(command, env=env, capture_output=True, text=True)
         assert run.returncode == 0 and "ok tinker://" in run.stdout, run.stderr
     finally:
         server.close()
+
+
+def installed(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: the SDK's protobuf wants another than flwr's")
+
+
+def test_the_unmodified_sdk_trains(folder: Path) -> None:
+    installed("tinker")
+    run_client(folder, SCRIPT)
+
+
+def test_the_cookbooks_supervised_loop_trains_evaluates_and_saves(folder: Path) -> None:
+    installed("tinker_cookbook")
+    letters = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, "w0")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(letters))
+    fast.save_pretrained(folder / "model")
+    run_client(folder, COOKBOOK, str(folder / "log"))

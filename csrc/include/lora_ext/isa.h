@@ -30,6 +30,7 @@ struct LayersCpu;         // circuit_layers.h
 struct CircuitTableCpu;   // circuit_layers.h
 struct DepthMixCpu;       // depth_mix.h
 struct PackedLinearCpu;   // packed_linear.h
+struct RowAttentionCpu;   // row_attention.h
 struct VocabCpu;          // vocab.h
 
 // The table of one family of twins, as in twins<LoraCpu>(best_isa()), for an instruction set that
@@ -57,6 +58,8 @@ template <>
 const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
 template <>
 const PackedLinearCpu& twins<PackedLinearCpu>(Isa isa);
+template <>
+const RowAttentionCpu& twins<RowAttentionCpu>(Isa isa);
 template <>
 const VocabCpu& twins<VocabCpu>(Isa isa);
 

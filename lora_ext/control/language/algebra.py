@@ -124,14 +124,18 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
 def _merged_columns(automaton: Automaton) -> Automaton:
     """Symbols with equal columns become one class; classes are numbered by their first symbol."""
     class_of, table, final, start = automaton
-    kinds = np.concatenate([table, np.full((len(table), 1), -1, table.dtype)], 1)  # -1: unread
-    raw = np.unique(_hash_columns(kinds), return_inverse=True)[1][class_of]
+    unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, behind the others
+    hashes = np.append(_hash_columns(table), _hash_columns(unread))
+    raw = np.unique(hashes, return_inverse=True)[1][class_of]
     values, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
     rank = np.empty(len(values), np.int32)
     rank[np.argsort(first)] = np.arange(len(values))
     columns = np.empty(len(values), np.int64)
     columns[rank] = class_of[first]
-    return Automaton(rank[inverse], kinds[:, columns], final, start)
+    known = (columns >= 0) & (columns < table.shape[1])
+    merged = np.full((len(table), len(columns)), -1, table.dtype)
+    merged[:, known] = table[:, columns[known]]
+    return Automaton(rank[inverse], merged, final, start)
 
 
 def _canonical(automaton: Automaton) -> Automaton:
@@ -232,22 +236,45 @@ def over_tokens(
                 group[i] = spelled.setdefault(word, len(spelled))
     table = np.full((len(byte.table), len(spelled)), -1, np.int32)
     clock.table(table.nbytes, part)
-    words = list(spelled)
+    levels = _prefixes(list(spelled))
+    step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)  # -1 stays
+    chunk = max(1, _CHUNK // max(1, len(spelled)))
+    for low in range(0, len(table), chunk):
+        clock.look(part)
+        behind = np.arange(low, min(len(table), low + chunk), dtype=np.int32)[None]
+        for level in levels:
+            behind = step[behind[level.parents], level.letters[:, None]]  # (prefixes, states)
+            table[low : low + chunk, level.words] = behind[level.ends].T
+    return Automaton(group, table, byte.final, byte.start)
+
+
+class _Level(NamedTuple):
+    """The different beginnings of some length that words have, ``n`` of them.
+
+    Attributes:
+        parents: the beginning that each prolongs, among those of the length before, ``(n,)``.
+        letters: and by which letter. words: those that end here. ends: with which beginning.
+    """
+
+    parents: Ints
+    letters: Ints
+    words: Ints
+    ends: Ints
+
+
+def _prefixes(words: list[bytes]) -> list[_Level]:
+    """Beginnings of words whose letters count from 1, from the shortest on. A walk along them reads
+    once what many words begin with."""
     length = np.array([len(w) for w in words], np.int64)
     first = np.cumsum(length) - length
     letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64) - 1
-    chunk = max(1, _CHUNK // max(1, len(words)))
-    for low in range(0, len(table), chunk):
-        clock.look(part)
-        high = min(len(table), low + chunk)
-        state = np.repeat(np.arange(low, high), len(words))
-        row, word = state.copy(), np.tile(np.arange(len(words)), high - low)
-        place = 0
-        while len(word):
-            state = byte.table[state, letters[first[word] + place]]
-            alive, place = state >= 0, place + 1
-            state, row, word = state[alive], row[alive], word[alive]
-            done = length[word] == place
-            table[row[done], word[done]] = state[done]
-            state, row, word = state[~done], row[~done], word[~done]
-    return Automaton(group, table, byte.final, byte.start)
+    levels: list[_Level] = []
+    word = np.arange(len(words))
+    node = np.zeros(len(words), np.int64)
+    while len(word):
+        key = node * 256 + letters[first[word] + len(levels)]
+        keys, node = np.unique(key, return_inverse=True)
+        done = length[word] == len(levels) + 1
+        levels.append(_Level(keys // 256, keys % 256, word[done], node[done]))
+        word, node = word[~done], node[~done]
+    return levels

@@ -1,0 +1,192 @@
+"""What the same bits in any batch cost: `python benchmarks/exact.py [--dtype bfloat16] [--check]`.
+
+SmolLM2-135M as it is and exact, sharing one set of weights, in one run: a prefill of 512 tokens, a
+decode step of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128
+tokens with adapters of rank 16; then attention alone, `ops.row_attention` against torch's over
+causal prompts of SmolLM2's shape. A ratio is exact over plain, the median of rounds. Results are
+compared with the plain model's before they are timed.
+
+`--check` says which target each ratio has, and exits with 1 where one is missed; `--tiny` takes a
+small random model. The ratios are meant for a quiet machine; threads are torch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import torch
+from common import Call, interleaved
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import lora_ext
+from lora_ext import nn, ops
+
+# Largest difference of logits, over the largest: the same sums in another order.
+CLOSE = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-4}
+
+
+class Sizes(NamedTuple):
+    """Tokens of a prompt, of a training row, and of the prompts of attention alone."""
+
+    prompt: int = 512
+    train: int = 128
+    attention: tuple[int, ...] = (128, 512, 1024)
+
+
+class Ratio(NamedTuple):
+    """What was compared: exact over plain, and at most what it should be."""
+
+    case: str
+    plain_ms: float
+    over: float
+    most: float
+
+
+def tiny_model() -> Any:
+    """A random Llama of two layers."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, **heads)
+    return LlamaForCausalLM(config)
+
+
+def pair(model: Any, rank: int) -> dict[str, Any]:
+    """The model with an adapter, as it is and exact, over the same weights."""
+    model = nn.wrap(model.requires_grad_(False), lora_ext.LoraConfig(r=rank)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    return {"plain": model, "exact": lora_ext.exact(other)}
+
+
+def cache_name(model: Any) -> str:
+    """The argument that takes a cache, which transformers has renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def prefill(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def decode(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """A step of the last token; the cache is as before afterwards."""
+    with torch.no_grad():
+        logits = model(ids[:, -1:], **{cache_name(model): cache}).logits
+    cache.crop(-1)
+    return logits
+
+
+def train(model: Any, ids: Tensor) -> Tensor:
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return loss.detach()[None]
+
+
+def cases(models: dict[str, Any], sizes: Sizes) -> Iterator[tuple[str, dict[str, Call], float]]:
+    """What is timed: its name, the calls, the target."""
+    vocab = models["plain"].config.vocab_size
+    g = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, tokens: int) -> Tensor:
+        return torch.randint(vocab, (rows, tokens), generator=g)
+
+    ids = draw(1, sizes.prompt)
+    yield (
+        f"prefill of {sizes.prompt}",
+        {k: lambda m=m, ids=ids: prefill(m, ids) for k, m in models.items()},
+        1.5,
+    )
+    for rows in (1, 8):
+        ids, calls = draw(rows, sizes.prompt + 1), {}
+        for kind, model in models.items():
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(ids[:, :-1], **{cache_name(model): cache}, logits_to_keep=1)
+            calls[kind] = lambda m=model, ids=ids, c=cache: decode(m, ids, c)
+        yield f"decode step, {rows} x 1 over {sizes.prompt}", calls, 1.1
+    ids = draw(4, sizes.train)
+    yield (
+        f"training step, 4 x {sizes.train}",
+        {k: lambda m=m, ids=ids: train(m, ids) for k, m in models.items()},
+        1.5,
+    )
+
+
+def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, dict[str, Call], float]]:
+    """Attention alone, of SmolLM2's nine heads, three of them with keys."""
+    for tokens in sizes.attention:
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (
+            torch.randn(1, tokens, heads, 64, generator=g).to(dtype).transpose(1, 2)
+            for heads in (9, 3, 3)
+        )
+        calls: dict[str, Call] = {
+            "plain": lambda t=(q, k, v): scaled_dot_product_attention(
+                *t, is_causal=True, enable_gqa=True
+            ),
+            "exact": lambda t=(q, k, v): ops.row_attention(*t, causal=True),
+        }
+        yield f"attention alone, causal, {tokens}", calls, 2.0
+
+
+def measure(
+    models: dict[str, Any], sizes: Sizes, rounds: int, min_seconds: float
+) -> Iterator[Ratio]:
+    """Ratios, one after the other, of results that agree.
+
+    Raises:
+        SystemExit: naming a case whose results differ.
+    """
+    dtype = models["plain"].dtype
+    for of in (cases(models, sizes), attention(dtype, sizes)):
+        for case, calls, most in of:
+            plain, ours = (calls[kind]() for kind in ("plain", "exact"))
+            assert isinstance(plain, Tensor) and isinstance(ours, Tensor)
+            gap = (plain - ours).abs().max() / plain.abs().max()
+            if not gap <= CLOSE[dtype]:
+                raise SystemExit(f"exact: {case}: {gap:.3g} apart, expected {CLOSE[dtype]:.3g}")
+            times = interleaved(calls, rounds, min_seconds)
+            over = times["exact"].over(times["plain"])
+            yield Ratio(case, 1e3 * times["plain"].median, over, most)
+
+
+def main() -> None:
+    """Measure, or check."""
+    parser = argparse.ArgumentParser(description="what the same bits in any batch cost")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="a small random model")
+    parser.add_argument("--check", action="store_true", help="exit with 1 beyond a target")
+    args = parser.parse_args()
+    if args.tiny:
+        model, sizes, rank = tiny_model(), Sizes(24, 8, (16,)), 2
+    else:
+        from lora_ext.interop.smollm2 import load_smollm2
+
+        model, sizes, rank = load_smollm2()[0], Sizes(), 16
+    models = pair(model.to(getattr(torch, args.dtype)), rank)
+    missed = 0
+    print(f"{args.dtype}, {torch.get_num_threads()} threads: exact over plain")
+    for found in measure(models, sizes, args.rounds, min_seconds=0.0 if args.tiny else 0.2):
+        bad = found.over > found.most
+        missed += bad
+        target = f" (target {found.most}{', missed' if bad else ''})" if args.check else ""
+        print(f"{found.case:36} {found.over:5.2f}{target}, plain {found.plain_ms:.3g} ms")
+    sys.exit(1 if args.check and missed else 0)
+
+
+if __name__ == "__main__":
+    main()

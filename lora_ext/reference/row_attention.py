@@ -1,0 +1,55 @@
+"""Attention, one formula per function.
+
+Letters: ``B`` sequences, ``H`` heads, ``G`` of them with keys of their own, ``T`` queries, ``L``
+keys, ``D`` and ``E`` features.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_ext.reference.lora import accumulator
+
+
+def seen_keys(
+    rows: int,
+    keys: int,
+    causal: bool = False,
+    spans: Tensor | None = None,
+    mask: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``(B or 1, T, L)`` bool: the keys that causal, spans and mask, where given, all allow."""
+    at = torch.arange(keys, device=device)
+    seen = torch.ones(1, rows, keys, dtype=torch.bool, device=device)
+    if causal:
+        seen = seen & (at <= torch.arange(rows, device=device)[:, None] + keys - rows)
+    if spans is not None:
+        seen = seen & (at >= spans[..., :1]) & (at < spans[..., 1:])
+    return seen if mask is None else seen & mask
+
+
+def row_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    *,
+    causal: bool = False,
+    spans: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``softmax(scale q k^T) v`` over the keys that each row sees, ``(B, H, T, E)``, in float32
+    (float64 stays). A row that sees none gives zeros."""
+    wide = accumulator(q.dtype)
+    seen = seen_keys(q.shape[2], k.shape[2], causal, spans, mask, q.device)[:, None]
+    if k.shape[2] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    groups = q.shape[1] // max(k.shape[1], 1)
+    k, v = (t.to(wide).repeat_interleave(groups, 1) for t in (k, v))
+    scores = q.to(wide) @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().masked_fill(~seen, 0)
+    # What is not seen may be anything: 0 times infinity is none of it.
+    terms = (weights.unsqueeze(-1) * v.unsqueeze(2)).masked_fill(~seen.unsqueeze(-1), 0)
+    y = terms.sum(3) / weights.sum(-1, keepdim=True)  # (B, H, T, E)
+    return y.masked_fill(~seen.any(-1, keepdim=True), 0).to(q.dtype)
