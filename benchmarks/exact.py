@@ -1,9 +1,9 @@
 """What the same bits in any batch cost: `python benchmarks/exact.py [--dtype bfloat16] [--check]`.
 
-SmolLM2-135M as it is and exact, sharing one set of weights, in one run: a prefill of 512 tokens, a
-decode step of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128
-tokens with adapters of rank 16; then attention alone, `ops.row_attention` against torch's over
-causal prompts of SmolLM2's shape. A ratio is exact over plain, the median of rounds. Results are
+Attention alone, `ops.row_attention` against torch's over causal prompts of SmolLM2's shape; then
+SmolLM2-135M as it is and exact, sharing one set of weights: a prefill of 512 tokens, a decode step
+of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128 tokens with
+an adapter of rank 16. A ratio is exact over plain, the median of rounds in one run. Results are
 compared with the plain model's before they are timed.
 
 `--check` says which target each ratio has, and exits with 1 where one is missed; `--tiny` takes a
@@ -60,14 +60,16 @@ def tiny_model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def pair(model: Any, rank: int) -> dict[str, Any]:
-    """The model with an adapter, as it is and exact, over the same weights."""
-    model = nn.wrap(model.requires_grad_(False), lora_ext.LoraConfig(r=rank)).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+def pair(model: Any, rank: int = 0) -> dict[str, Any]:
+    """The model as it is and exact, over the same weights; with an adapter that trains, or none."""
+    model = model.eval().requires_grad_(False)
+    if rank:
+        model = nn.wrap(model, lora_ext.LoraConfig(r=rank))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
     other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    return {"plain": model, "exact": lora_ext.exact(other)}
+    return {"plain": model.eval(), "exact": lora_ext.exact(other.eval())}
 
 
 def cache_name(model: Any) -> str:
@@ -95,37 +97,37 @@ def train(model: Any, ids: Tensor) -> Tensor:
     return loss.detach()[None]
 
 
-def cases(models: dict[str, Any], sizes: Sizes) -> Iterator[tuple[str, dict[str, Call], float]]:
-    """What is timed: its name, the calls, the target."""
-    vocab = models["plain"].config.vocab_size
-    g = torch.Generator().manual_seed(0)
+Case = tuple[str, dict[str, Call], float]  # its name, the calls, the target
 
-    def draw(rows: int, tokens: int) -> Tensor:
-        return torch.randint(vocab, (rows, tokens), generator=g)
 
-    ids = draw(1, sizes.prompt)
-    yield (
-        f"prefill of {sizes.prompt}",
-        {k: lambda m=m, ids=ids: prefill(m, ids) for k, m in models.items()},
-        1.5,
-    )
+def draw(model: Any, rows: int, tokens: int) -> Tensor:
+    g = torch.Generator().manual_seed(rows)
+    return torch.randint(model.config.vocab_size, (rows, tokens), generator=g)
+
+
+def serving(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
+    """A prefill, and decode steps."""
+    ids = draw(models["plain"], 1, sizes.prompt)
+    calls: dict[str, Call] = {k: lambda m=m: prefill(m, ids) for k, m in models.items()}
+    yield f"prefill of {sizes.prompt}", calls, 1.5
     for rows in (1, 8):
-        ids, calls = draw(rows, sizes.prompt + 1), {}
+        ids, calls = draw(models["plain"], rows, sizes.prompt + 1), {}
         for kind, model in models.items():
             cache = DynamicCache(config=model.config)
             with torch.no_grad():
                 model(ids[:, :-1], **{cache_name(model): cache}, logits_to_keep=1)
             calls[kind] = lambda m=model, ids=ids, c=cache: decode(m, ids, c)
         yield f"decode step, {rows} x 1 over {sizes.prompt}", calls, 1.1
-    ids = draw(4, sizes.train)
-    yield (
-        f"training step, 4 x {sizes.train}",
-        {k: lambda m=m, ids=ids: train(m, ids) for k, m in models.items()},
-        1.5,
-    )
 
 
-def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, dict[str, Call], float]]:
+def training(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
+    """Forward and backward of an adapter."""
+    ids = draw(models["plain"], 4, sizes.train)
+    calls: dict[str, Call] = {k: lambda m=m: train(m, ids) for k, m in models.items()}
+    yield f"training step, 4 x {sizes.train}", calls, 1.5
+
+
+def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     """Attention alone, of SmolLM2's nine heads, three of them with keys."""
     for tokens in sizes.attention:
         g = torch.Generator().manual_seed(0)
@@ -143,24 +145,29 @@ def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, dict[str,
 
 
 def measure(
-    models: dict[str, Any], sizes: Sizes, rounds: int, min_seconds: float
+    model: Any, rank: int, sizes: Sizes, rounds: int, min_seconds: float
 ) -> Iterator[Ratio]:
-    """Ratios, one after the other, of results that agree.
+    """Ratios, one after the other, of results that agree; the model is wrapped afterwards.
 
     Raises:
         SystemExit: naming a case whose results differ.
     """
-    dtype = models["plain"].dtype
-    for of in (cases(models, sizes), attention(dtype, sizes)):
-        for case, calls, most in of:
-            plain, ours = (calls[kind]() for kind in ("plain", "exact"))
-            assert isinstance(plain, Tensor) and isinstance(ours, Tensor)
-            gap = (plain - ours).abs().max() / plain.abs().max()
-            if not gap <= CLOSE[dtype]:
-                raise SystemExit(f"exact: {case}: {gap:.3g} apart, expected {CLOSE[dtype]:.3g}")
-            times = interleaved(calls, rounds, min_seconds)
-            over = times["exact"].over(times["plain"])
-            yield Ratio(case, 1e3 * times["plain"].median, over, most)
+
+    def cases() -> Iterator[Case]:
+        yield from attention(model.dtype, sizes)
+        yield from serving(pair(model), sizes)
+        yield from training(pair(model, rank), sizes)
+
+    close = CLOSE[model.dtype]
+    for case, calls, most in cases():
+        plain, ours = (calls[kind]() for kind in ("plain", "exact"))
+        assert isinstance(plain, Tensor) and isinstance(ours, Tensor)
+        gap = float((plain - ours).abs().max() / plain.abs().max())
+        if not gap <= close:
+            raise SystemExit(f"exact: {case}: {gap:.3g} apart, expected {close:.3g}")
+        times = interleaved(calls, rounds, min_seconds)
+        over = times["exact"].over(times["plain"])
+        yield Ratio(case, 1e3 * times["plain"].median, over, most)
 
 
 def main() -> None:
@@ -177,10 +184,9 @@ def main() -> None:
         from lora_ext.interop.smollm2 import load_smollm2
 
         model, sizes, rank = load_smollm2()[0], Sizes(), 16
-    models = pair(model.to(getattr(torch, args.dtype)), rank)
-    missed = 0
+    model, missed = model.to(getattr(torch, args.dtype)), 0
     print(f"{args.dtype}, {torch.get_num_threads()} threads: exact over plain")
-    for found in measure(models, sizes, args.rounds, min_seconds=0.0 if args.tiny else 0.2):
+    for found in measure(model, rank, sizes, args.rounds, min_seconds=0.0 if args.tiny else 0.2):
         bad = found.over > found.most
         missed += bad
         target = f" (target {found.most}{', missed' if bad else ''})" if args.check else ""
