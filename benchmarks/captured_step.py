@@ -1,6 +1,7 @@
 """A captured decode step of an 8B model's linear layers, over the same step of the base alone.
 
     python benchmarks/captured_step.py                   on a GPU, bfloat16: Llama-3-8B's shapes
+    python benchmarks/captured_step.py --overlap         updates beside their base products
     python benchmarks/captured_step.py --tiny            smallest sizes, to see that it works
 
 One graph for each number of adapters; its names change between replays (`lora_ext.capturable`).
@@ -98,6 +99,7 @@ def timed(replay: Any) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, where there is no GPU")
+    parser.add_argument("--overlap", action="store_true", help="in place of siblings in one op")
     parser.add_argument("--rows", type=int, default=64, help="of the step")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
@@ -113,7 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
         pool = lora_ext.AdapterPool(model, max_slots=args.rows, max_rank=RANK)
         for i in range(args.rows):
             pool.load(f"a{i}", ({**config, "lora_alpha": 8 * (1 + i % 5)}, state))
-        attached: Any = lora_ext.attach(model, pool, fuse_siblings=True)
+        attached: Any = lora_ext.attach(
+            model, pool, fuse_siblings=not args.overlap, overlap=args.overlap
+        )
         step = lora_ext.capturable(pool, args.rows)
         for adapters in (1, 16, args.rows):
             row(attached, pool, step, x, min(adapters, args.rows), base)

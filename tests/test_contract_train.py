@@ -238,6 +238,24 @@ def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
         assert_same_bits(alone["dx"], together["dx"][own], "dx: ")
 
 
+# Slices of 256 and 512 outputs, the last one cut, and ranges of 512 rows.
+PASSES = [
+    Shape(35, 24, 600, (8, 16), "interleaved"),
+    Shape(40, 40, 1030, (64, 5, 0), "interleaved"),
+    Shape(530, 24, 40, (20,)),
+]
+
+
+@shapes(PASSES)
+def test_one_pass_over_dy_has_the_bits_of_two(backend: Backend, shape: Shape) -> None:
+    for dtype in backend.dtypes():
+        i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
+        together = run(i)
+        for leaf in ("a", "b"):  # without db, and without dv
+            alone = run(i, (leaf,))[f"d{leaf}"]
+            assert_same_bits(alone, together[f"d{leaf}"], f"{dtype} d{leaf}: ")
+
+
 @dropouts
 def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> None:
     for dtype in backend.dtypes():

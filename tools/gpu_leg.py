@@ -59,7 +59,8 @@ def legs(call: int, arch: str, out: Path) -> list[Leg]:
         ]
     if call == 3:
         command = [PY, "benchmarks/bench_lora.py", "--device", "cuda", "--out", str(out)]
-        return [Leg("benchmarks", command, 530)]
+        overlap = [PY, "benchmarks/captured_step.py", "--overlap"]
+        return [Leg("captured step, overlap", overlap, 60), Leg("benchmarks", command, 470)]
     report = ["-m", "lora_ext", "gpu-report", "--minutes", "2", "--out", f"{out}/lora_ext_gpu.json"]
     steps = [
         Leg("doctor", [PY, "-m", "lora_ext.doctor"], 20),

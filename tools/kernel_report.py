@@ -65,13 +65,14 @@ class Code:
 class Case:
     """A kernel at a shape.
 
-    `bytes` must move; `values` go through its main loop; `flops` run on tensor cores, each as so
-    many `products` of 16 bits; `blocks` of `threads` are launched, which read `l2` bytes again
-    from L2. All of that is of one launch. Of a chain there are `repeat` launches, one after the
-    other, and of the cases `beside` as many. A launch may have several `steps`, whose blocks wait
-    for each other, make `hops` trips to L2, and run `once` instructions a warp outside of the main
-    loop. `loop` is the main loop that it spends its time in
-    where others stand by for a rescue; by default the one with the least under way is taken.
+    `bytes` must move, and `parts` move beside them: sums that several blocks share. `values` go
+    through its main loop; `flops` run on tensor cores, each as so many `products` of 16 bits;
+    `blocks` of `threads` are launched, which read `l2` bytes again from L2. All of that is of one
+    launch. Of a chain there are `repeat` launches, one after the other, and of the cases `beside`
+    as many. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
+    to L2, and run `once` instructions a warp outside of the main loop. `loop` is the main loop that
+    it spends its time in where others stand by for a rescue; by default the one with the least
+    under way is taken.
     """
 
     kernel: str
@@ -79,6 +80,7 @@ class Case:
     bytes: float
     blocks: int
     threads: int
+    parts: float = 0
     values: float = 0
     flops: float = 0
     products: int = 1
@@ -168,11 +170,10 @@ def large_cases() -> Iterator[Case]:
     rows, width, rank = 8192, 4096, 16
     shape = f"{rows} rows, {width} features, rank {rank}"
     x = 2 * rows * width
-    # Blocks of 64 rows and four bands of 128 columns; 128 rows, 1024 columns; 1024 rows, a band.
+    # Blocks of 64 rows and four bands of 128 columns; 128 rows, 1024 columns.
     for kernel, form, factor, blocks in (
         ("input", "false", 3, rows // 64 * ceil(width / 512)),
         ("project", "false, 128", 1, rows // 128 * ceil(width / 1024)),
-        ("weights", "true", 1, rows // 1024 * ceil(width / 128)),
     ):
         yield Case(
             f"lora_train_{kernel}_kernel<{BF16}, {form}>",
@@ -182,7 +183,20 @@ def large_cases() -> Iterator[Case]:
             256,
             flops=2 * rows * width * max(32, rank) * (2 if kernel == "input" else 1),
         )
-    rank = 1024
+    # Blocks of 512 columns and a range of rows; with dv, sums over the columns in slices as well.
+    for width, rank, pages, ranges, slices in ((4096, 16, 2, 16, 16), (14336, 64, 8, 8, 28)):
+        for form, passes in (("false", 2), ("true", 3)):
+            what = "da" if passes == 2 else "db and dv"
+            yield Case(
+                f"lora_train_weights_kernel<{BF16}, {pages}, {form}>",
+                f"{what}: {rows} rows, {width} features, rank {rank}",
+                2 * rows * width + 2 * rank * width * (passes - 1),
+                ranges * ceil(width / 512),
+                256,
+                parts=4 * rank * (width * ranges + (rows * slices if passes == 3 else 0)),
+                flops=2 * rows * width * rank * passes,
+            )
+    width, rank = 4096, 1024
     for product, what in ((0, "shrink"), (2, "expand")):
         yield Case(
             f"lora_gemm_kernel<{BF16}, (Product){product}, 128>",
@@ -391,7 +405,7 @@ def launch_us(case: Case, code: Code) -> float:
     if case.flops and code.mma_share:
         count = case.flops * case.products / MMA_FLOPS
         mma = count * max(MMA_CYCLES, 100 / code.mma_share) / cycles
-    slowest = max(case.bytes / rate, case.l2 / L2_STREAM, issue, mma)
+    slowest = max((case.bytes + case.parts) / rate, case.l2 / L2_STREAM, issue, mma)
     if case.steps > 1:
         slowest = case.steps * (STEP + case.hops * L2 + case.once / CLOCK + slowest)
     return NULL + (code.trips or 0) * L2 + DRAM + slowest
@@ -462,14 +476,6 @@ WHY = [
         "D7, D8",
         "the floor is an empty launch or the bytes, whichever is more; both take nearly 2 us here, "
         "and a launch takes one after the other, with the trips and the first load between them.",
-    ),
-    Reason(
-        "lora_train_weights_kernel<*",
-        "*",
-        "`lora_train_weights_kernel`",
-        "the model counts the inner loop of a turn once instead of four times, and random numbers "
-        "of dropout that no row needs here. By hand a warp issues about 690 instructions for 64 "
-        "rows of its block's 128 columns: 24 us beside the 25 us of its bytes.",
     ),
     Reason(
         "spec_verify_kernel<*",

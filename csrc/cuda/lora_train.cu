@@ -3,7 +3,7 @@
 //
 //   shrink     x -> v            projection on the side of A, with the mask
 //   backward   dy -> dv          projection on the side of B       if da or dx is wanted
-//              dy, v -> db       gradient of the weights
+//              dy, v -> db       gradient of the weights           with dv in one pass over dy
 //              x, dv -> da       the same kernel, with the mask
 //              dv -> dx          in place, with the mask
 // Large ranks take the kernels of lora_gemm.cuh and lora_gemm_weights.cu.
@@ -86,9 +86,12 @@ int64_t lora_train_shrink_workspace_bytes(const LoraTrainArgs& args) {
 
 int64_t lora_train_backward_workspace_bytes(const LoraTrainArgs& args) {
     if (check(args) || no_adapters(args)) return 0;
-    const int64_t gradients = lx::max(gradient_workspace(gradient(args, false)),
-                                      gradient_workspace(gradient(args, true)));
-    return lx::max(projection_workspace(args.lora, true), gradients);
+    const Gradient db = gradient(args, true);
+    const LoraArgs side = side_b(args);
+    const int64_t gradients =
+        lx::max(gradient_workspace(gradient(args, false)), gradient_workspace(db));
+    const int64_t pass = takes_one_pass(db, side) ? one_pass_workspace(db, side) : 0;
+    return lx::max(lx::max(projection_workspace(side, true), gradients), pass);
 }
 
 LaunchStatus launch_lora_train_shrink(const LoraTrainArgs& args, void* stream) {
@@ -103,15 +106,16 @@ LaunchStatus launch_lora_train_backward(const LoraTrainArgs& args, void* stream)
     if (const LaunchStatus status = check(args)) return status;
     if (no_adapters(args)) return 0;
     const bool rows = args.lora.num_tokens > 0;
+    LoraDropout factor = args.dropout;
+    factor.threshold = 0;  // dy has no mask, but its factor 1 / (1 - p)
+    const Projection dv{side_b(args), factor, static_cast<float*>(args.dv), args.dv_row_stride};
+    const Gradient db = gradient(args, true);
+    const bool wants_dv = rows && (args.da || args.dx);
+    const bool one_pass = wants_dv && args.db && takes_one_pass(db, dv.lora);
     LaunchStatus status = 0;
-    if (rows && (args.da || args.dx)) {
-        LoraDropout factor = args.dropout;
-        factor.threshold = 0;  // dy has no mask, but its factor 1 / (1 - p)
-        const Projection step{side_b(args), factor, static_cast<float*>(args.dv),
-                              args.dv_row_stride};
-        status = run_projection(step, true, args.workspace, stream);
-    }
-    if (!status && args.db) status = run_gradient(gradient(args, true), args.workspace, stream);
+    if (wants_dv && !one_pass) status = run_projection(dv, true, args.workspace, stream);
+    if (!status && args.db)
+        status = run_gradient(db, args.workspace, stream, one_pass ? &dv : nullptr);
     if (!status && args.da) status = run_gradient(gradient(args, false), args.workspace, stream);
     if (!status && args.dx && rows && args.lora.bank.in_features > 0)
         status = run_input_gradient(args, stream);

@@ -33,8 +33,28 @@ struct Slices {
     bool x_aligned, w_aligned;
     int ranks_per_stage;
 };
+// One pass over dy gives db and dv, from slices of 1024 bytes, for up to 64 ranks of 16 bits. A
+// slice of dv is as wide whether it takes that pass or not.
+constexpr int kPassBytes = 1024, kPassRanks = 64;
+__host__ __device__ constexpr int pass_slice(int ranks) {
+    return ranks <= 16 ? 256 : 512;
+}
+inline bool pass_sliced(const LoraArgs& args, bool side_b) {
+    return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
+}
+// in_pass: every slice has a block, and partial sums where there are several.
+Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
+int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
+// Its parts: where the kernel writes to, what it touches, and the sum afterwards.
+Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
+void declare_projection(const Projection& step, const Slices& slices, bool side_b);
+LaunchStatus sum_slices(const Projection& args, const Projection& step, const Slices& slices,
+                        void* stream);
+LX_DEVICE float projection_factor(const Projection& args, int slot) {
+    return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
+}
 
 // sum over the rows t of each adapter of v[t, :]^T x[t, :].
 struct Gradient {
@@ -53,7 +73,12 @@ struct Gradient {
     bool rank_major;
 };
 int64_t gradient_workspace(const Gradient& args);
-LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream);
+// beside: the projection on the side of B, in the same pass over dy.
+LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
+                          const Projection* beside = nullptr);
+constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above, two passes without dv's
+int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
+bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);

@@ -26,11 +26,6 @@ constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
 constexpr int kGroupRanks = kGroupPages * kPageRanks;
 
-template <class T>
-LX_DEVICE float factor_of(const Projection& args, int slot) {
-    return args.dropout.inverse_keep * (args.lora.bank.scale ? args.lora.bank.scale[slot] : 1.0f);
-}
-
 template <class T, bool kSideB, int kRows>
 __global__ void __launch_bounds__(kRows * 2, 2)
     lora_train_project_kernel(const __grid_constant__ Projection args,
@@ -177,7 +172,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     }
     lx::cp_async_wait_all();
 
-    const float factor = slices.finished ? factor_of<T>(args, tile.slot) : 1.0f;
+    const float factor = slices.finished ? projection_factor(args, tile.slot) : 1.0f;
     const bool paired = ranks_paired(args.out, args.out_row_stride);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -204,7 +199,7 @@ __global__ void __launch_bounds__(128)
         find_tile<kTileRows>(args.lora, tiling, static_cast<int>(blockIdx.x), row_of);
     if (tile.rank == 0) return;
     lx::syncthreads();  // row_of
-    const float factor = factor_of<float>(args, tile.slot);
+    const float factor = projection_factor(args, tile.slot);
     for (int i = lx::thread_rank(); i < tile.rows * tile.rank; i += 128) {
         const int64_t row = row_of[i / tile.rank];
         const int rank = i % tile.rank;
@@ -213,22 +208,6 @@ __global__ void __launch_bounds__(128)
         for (int s = 0; s < splits; ++s) sum += p[s * split_stride];
         args.out[row * args.out_row_stride + rank] = factor * sum;
     }
-}
-
-// Fixed by the width of the sum alone.
-Slices slices_of(const LoraArgs& args, bool side_b) {
-    const int64_t features = side_b ? args.bank.out_features : args.bank.in_features;
-    Slices s{};
-    s.width = static_cast<int>(lx::max<int64_t>(1024, ceil_div(ceil_div(features, 16), 64) * 64));
-    s.count = static_cast<int>(lx::max<int64_t>(1, ceil_div(features, s.width)));
-    int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
-    if (takes_gemm(args)) tiles *= ceil_div(args.bank.max_rank, kGemmColumns);
-    // Two blocks for each of the 132 multiprocessors of an H100 come from them alone?
-    const bool walk = s.count == 1 || tiles >= 264;
-    s.per_block = walk ? s.count : 1;
-    s.finished = walk;
-    s.split_stride = walk ? 0 : args.num_tokens * kPageRanks * args.bank.pages_per_slot;
-    return s;
 }
 
 int ring_bytes(int rows, int ranks) {
@@ -250,49 +229,104 @@ LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) 
 
 }  // namespace
 
-int64_t projection_workspace(const LoraArgs& args, bool side_b) {
-    const Slices slices = slices_of(args, side_b);
-    return slices.finished ? 0 : slices.count * slices.split_stride * int64_t{sizeof(float)};
-}
-
-LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream) {
-    const LoraArgs& lora = args.lora;
-    const LoraBank& bank = lora.bank;
-    const int64_t size = element_size(lora.dtype);
-    Slices slices = slices_of(lora, side_b);
-    slices.x_aligned = aligned_16(lora.x, {lora.x_row_stride}, size);
-    slices.w_aligned =
+// Their width is fixed by that of the sum, the largest rank and the dtype.
+Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
+    const LoraBank& bank = args.bank;
+    const int64_t features = side_b ? bank.out_features : bank.in_features;
+    const int64_t size = element_size(args.dtype);
+    Slices s{};
+    s.width = static_cast<int>(lx::max<int64_t>(1024, ceil_div(ceil_div(features, 16), 64) * 64));
+    if (pass_sliced(args, side_b)) s.width = pass_slice(bank.max_rank);
+    s.count = static_cast<int>(lx::max<int64_t>(1, ceil_div(features, s.width)));
+    int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
+    if (takes_gemm(args)) tiles *= ceil_div(bank.max_rank, kGemmColumns);
+    // Two blocks for each of the 132 multiprocessors of an H100 come from them alone?
+    const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
+    s.per_block = walk ? s.count : 1;
+    s.finished = walk;
+    s.split_stride = walk ? 0 : args.num_tokens * kPageRanks * bank.pages_per_slot;
+    s.x_aligned = aligned_16(args.x, {args.x_row_stride}, size);
+    s.w_aligned =
         side_b
             ? bank.full_pages &&
                   aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride},
                              size)
             : aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
-    slices.ranks_per_stage =
-        static_cast<int>(ceil_div(lx::min(bank.max_rank, kGroupRanks), 16)) * 16;
+    s.ranks_per_stage = static_cast<int>(ceil_div(lx::min(bank.max_rank, kGroupRanks), 16)) * 16;
+    return s;
+}
 
+int64_t slices_bytes(const Slices& slices) {
+    return slices.finished ? 0 : slices.count * slices.split_stride * int64_t{sizeof(float)};
+}
+int64_t projection_workspace(const LoraArgs& args, bool side_b) {
+    return slices_bytes(projection_slices(args, side_b));
+}
+
+Projection projection_step(const Projection& args, const Slices& slices, void* workspace) {
     Projection step = args;
     if (!slices.finished) {
         step.out = static_cast<float*>(workspace);
-        step.out_row_stride = int64_t{kPageRanks} * bank.pages_per_slot;
+        step.out_row_stride = int64_t{kPageRanks} * args.lora.bank.pages_per_slot;
     }
-    auto declare_out = [&]([[maybe_unused]] lx::Access access) {
-        // Partial sums are read by whole pages.
-        [[maybe_unused]] const int64_t ranks =
-            access == lx::Access::kRead ? step.out_row_stride : bank.max_rank;
-        for (int s = 0; s < slices.count / slices.per_block; ++s)
-            LX_BUF_ROWS(step.out + s * slices.split_stride, lora.num_tokens, ranks * 4,
-                        step.out_row_stride * 4, access);
-    };
+    return step;
+}
+
+namespace {
+void declare_slices([[maybe_unused]] const Projection& step, const Slices& slices,
+                    [[maybe_unused]] lx::Access access) {
+    const LoraArgs& lora = step.lora;
+    // Partial sums are read by whole pages.
+    [[maybe_unused]] const int64_t ranks =
+        access == lx::Access::kRead ? step.out_row_stride : lora.bank.max_rank;
+    for (int s = 0; s < slices.count / slices.per_block; ++s)
+        LX_BUF_ROWS(step.out + s * slices.split_stride, lora.num_tokens, ranks * 4,
+                    step.out_row_stride * 4, access);
+}
+}  // namespace
+
+void declare_projection(const Projection& step, const Slices& slices, bool side_b) {
+    const LoraArgs& lora = step.lora;
+    [[maybe_unused]] const int64_t size = element_size(lora.dtype);
     declare_common(lora);
     if (side_b) {
-        LX_BUF_ROWS(lora.x, lora.num_tokens, bank.out_features * size, lora.x_row_stride * size,
-                    lx::Access::kConstant);
+        LX_BUF_ROWS(lora.x, lora.num_tokens, lora.bank.out_features * size,
+                    lora.x_row_stride * size, lx::Access::kConstant);
         declare_b(lora);
     } else {
         declare_a(lora);
-        declare_seed(args.dropout, bank.num_adapters);
+        declare_seed(step.dropout, lora.bank.num_adapters);
     }
-    declare_out(lx::Access::kWrite);
+    declare_slices(step, slices, lx::Access::kWrite);
+}
+
+LaunchStatus sum_slices(const Projection& args, const Projection& step, const Slices& slices,
+                        void* stream) {
+    if (slices.finished) return 0;
+    const LoraArgs& lora = args.lora;
+    declare_common(lora);
+    declare_slices(step, slices, lx::Access::kRead);
+    LX_BUF_ROWS(args.out, lora.num_tokens, lora.bank.max_rank * 4, args.out_row_stride * 4,
+                lx::Access::kWrite);
+    if (large_rank(lora.bank)) {
+        LoraArgs sum = lora;
+        sum.v = args.out;
+        sum.v_row_stride = args.out_row_stride;
+        const Partials partials{step.out,     step.out_row_stride, slices.split_stride,
+                                slices.count, slices.width,        lora.bank.max_rank,
+                                false};
+        return run_gemm_reduce(sum, partials, args.dropout.inverse_keep, false, stream);
+    }
+    return LX_LAUNCH(lora_train_project_reduce_kernel, num_tiles(lora, kTileRows), 128, 0, stream,
+                     args, tiling(lora, kTileRows), step.out, step.out_row_stride,
+                     slices.split_stride, slices.count);
+}
+
+LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream) {
+    const LoraArgs& lora = args.lora;
+    const Slices slices = projection_slices(lora, side_b);
+    const Projection step = projection_step(args, slices, workspace);
+    declare_projection(step, slices, side_b);
     const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {
         if (takes_gemm(lora)) return run_gemm_projection(step, side_b, slices, stream);
         // 128 rows of a large rank are more than some devices have for a block.
@@ -304,24 +338,7 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
         return wide ? launch<T, false, 128>(step, slices, stream)
                     : launch<T, false, 64>(step, slices, stream);
     });
-    if (status || slices.finished) return status;
-
-    declare_common(lora);
-    declare_out(lx::Access::kRead);
-    LX_BUF_ROWS(args.out, lora.num_tokens, bank.max_rank * 4, args.out_row_stride * 4,
-                lx::Access::kWrite);
-    if (large_rank(bank)) {
-        LoraArgs sum = lora;
-        sum.v = args.out;
-        sum.v_row_stride = args.out_row_stride;
-        const Partials partials{step.out,     step.out_row_stride, slices.split_stride,
-                                slices.count, slices.width,        bank.max_rank,
-                                false};
-        return run_gemm_reduce(sum, partials, args.dropout.inverse_keep, false, stream);
-    }
-    return LX_LAUNCH(lora_train_project_reduce_kernel, num_tiles(lora, kTileRows), 128, 0, stream,
-                     args, tiling(lora, kTileRows), step.out, step.out_row_stride,
-                     slices.split_stride, slices.count);
+    return status ? status : sum_slices(args, step, slices, stream);
 }
 
 }  // namespace lora_ext

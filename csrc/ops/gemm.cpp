@@ -13,8 +13,8 @@ namespace {
 using at::Tensor;
 
 // In float32 at::linear is the BLAS that torch was built with, MKL as a rule, which leaves AVX-512
-// of other makers idle. torch carries oneDNN too, behind an operator of its compiler. Where there is
-// no AVX-512, MKL is the faster one.
+// of other makers idle. torch carries oneDNN too, behind an operator of its compiler. Without AVX-512
+// MKL is the faster one.
 using OneDnnLinear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                             std::string_view, c10::List<std::optional<at::Scalar>>,
                             std::optional<std::string_view>);

@@ -256,21 +256,20 @@ def bounds(rows: Sequence[Row | None]) -> list[Block]:
     A look-up by the class of a token; nothing is multiplied with the vocabulary. Under the mask law
     ``b`` is ``r``.
     """
-    out: list[Block] = []
-    for i, row in enumerate(rows):
-        if row is None or row.lost:
-            continue
-        plan, left = row.plan, 0 if row.ended else row.left
-        if row.ended or isinstance(plan, MatchedPlan) or plan.guide is None:
-            if (mask := plan.mask(row.state, left)) is not None:
-                out.append(Block([i], mask[None]))
-            continue
-        step = plan.step(row.state, left)
-        scale = _floored(plan.messages(left - 1)[1], step)
-        scale = scale[step.after.to(scale.device)]
-        by_class = torch.where(step.live, scale.cpu(), -torch.inf)
-        out.append(Block([i], by_class.index_select(0, plan.constraint.class_index)[None]))
-    return out
+    found = ((i, _log_bound(row)) for i, row in enumerate(rows) if row is not None and not row.lost)
+    return [Block([i], bound[None]) for i, bound in found if bound is not None]
+
+
+def _log_bound(row: Row) -> Tensor | None:
+    """``log b (V,)`` of a row; None where it is 0 everywhere."""
+    plan, left = row.plan, 0 if row.ended else row.left
+    if row.ended or isinstance(plan, MatchedPlan) or plan.guide is None:
+        return plan.mask(row.state, left)
+    step = plan.step(row.state, left)
+    scale = _floored(plan.messages(left - 1)[1], step)
+    scale = scale[step.after.to(scale.device)]
+    by_class = torch.where(step.live, scale.cpu(), -torch.inf)
+    return by_class.index_select(0, plan.constraint.class_index)
 
 
 def keep_probabilities(rows: Sequence[Row], tokens: Tensor) -> Tensor:
@@ -324,10 +323,10 @@ def draw(
     """
     tokens, drawn = [-1] * len(rows), 0
     waiting = list(range(len(rows)))
-    envelope = _heated(moved(bounds(rows), scores, temperature), temperature)
-    bound = envelope
+    bound = envelope = _proposed(rows, scores, temperature)
     for turn in range(rounds):
-        count = tries if turn or _some_guided(rows) else 1  # what is not guided is always kept
+        # What is not guided is always kept, and most rows keep one of the first few.
+        count = tries if turn else max(1, tries // 4) if _some_guided(rows) else 1
         numbers = uniforms(waiting, count).double().cpu()
         found = _at(envelope, numbers[..., 0])
         some = [j for j, i in enumerate(waiting) if (row := rows[i]) and not row.lost]
@@ -358,6 +357,20 @@ def draw(
 
 def _some_guided(rows: Sequence[Row | None]) -> bool:
     return any(row is not None and row.plan.guide is not None for row in rows)
+
+
+def _proposed(rows: Sequence[Row | None], scores: Tensor, temperature: float) -> Tensor:
+    """``log p b (B, V)``; what is added is laid together first, as passes over a vocabulary are few
+    then."""
+    wide = _heated(scores, temperature)
+    bounds = [None if row is None or row.lost else _log_bound(row) for row in rows]
+    if all(bound is None for bound in bounds):
+        return wide
+    added = wide.new_zeros(wide.shape)
+    for row, bound in zip(added, bounds, strict=True):
+        if bound is not None:
+            row.copy_(bound)
+    return added.add_(wide)
 
 
 def _tightened(envelope: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, attachmen
 from lora_ext.serving.layers.multi_lora import MultiLoraLinear
 from lora_ext.serving.layers.multi_lora_embedding import MultiLoraEmbedding
 from lora_ext.serving.layers.multi_lora_experts import MultiLoraExperts
+from lora_ext.serving.layers.overlap import begin_early
 from lora_ext.serving.layers.siblings import introduce
 
 from .continuous import requests_of
@@ -65,6 +66,7 @@ def attach(
     *,
     pack_base: bool = False,
     fuse_siblings: bool = False,
+    overlap: bool = False,
 ) -> Model:
     """Put a :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` or :class:`MultiLoraExperts` in
     the place of every module that the pool may adapt.
@@ -92,6 +94,10 @@ def attach(
             GPU, outside gradients, autocast and ``torch.compile``, beside
             plain linear bases without hooks and adapters without DoRA; elsewhere each layer
             computes its own.
+        overlap: begin each layer's update on a second CUDA stream while its base product runs, in
+            calls of at most 256 rows: :mod:`lora_ext.serving.layers.overlap`. It holds where
+            ``fuse_siblings`` would, but for the output head, and not beside it. The bits are the
+            same. No GPU has timed it.
 
     Returns:
         ``model``.
@@ -100,15 +106,17 @@ def attach(
         TypeError: no module, no pool, or a flag that is neither True nor False.
             UnknownAdapterError: a default that the pool lacks. RuntimeError: the model, or a part
             of it, is attached or carries PEFT's layers. ValueError: a module of the pool is missing
-            or has another size, or the model has one that the pool lacks; or what ``pack_linears``
-            refuses. NotImplementedError: transformers' ``tp_plan`` has divided the weights. The
-            model is unchanged then.
+            or has another size, or the model has one that the pool lacks; ``overlap`` beside
+            ``fuse_siblings``; or what ``pack_linears`` refuses. NotImplementedError: transformers'
+            ``tp_plan`` has divided the weights. The model is unchanged then.
     """
     _check_module("attach", model)
     found = type(pool).__name__
     fits = isinstance(pool, AdapterPool)
     require(fits, "attach", "pool", "an AdapterPool of the model", found, TypeError)
-    require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings)
+    require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings, overlap=overlap)
+    one = not (overlap and fuse_siblings)
+    require(one, "attach", "overlap", "False where fuse_siblings is True", overlap)
     default = _checked_default(default, pool)
     _check_free(model)
     layers: dict[str, PoolLayer] = {}
@@ -128,6 +136,8 @@ def attach(
         pack_linears(model)
     if fuse_siblings:
         introduce(layers)
+    if overlap:
+        begin_early(layers)
     swap = Swap(model, layers, "attach")
     layouts.tell(model)
     hooked = Hooks(CallNames(pool, default)).put(model)

@@ -113,8 +113,8 @@ class Standing(NamedTuple):
     place: int
     row: Row | None
     temperature: float
-    whole: bool
-    generator: torch.Generator | None
+    whole: bool = False
+    generator: torch.Generator | None = None
 
 
 def standing(states: Sequence[Any], requests: Sequence[Any]) -> list[Standing]:

@@ -285,13 +285,12 @@ def _together(
     for device, places in by_device.items():
         wide = torch.promote_types(parameters[places[0]].dtype, torch.float32)
         sizes = [parameters[i].numel() for i in places]
-        piece = torch.zeros(sum(sizes), dtype=wide, device=device)
+        piece = torch.empty(sum(sizes), dtype=wide, device=device)
         for i, part in zip(places, piece.split(sizes), strict=True):
-            own[i] = part.view_as(parameters[i])
-            gradient = gradients[i]
-            if gradient is not None:
-                own[i].copy_(gradient)
-        finite = finite and bool(piece.isfinite().all())
+            own[i], gradient = part.view_as(parameters[i]), gradients[i]
+            own[i].copy_(torch.zeros((), device=device) if gradient is None else gradient)
+        low, high = piece.aminmax()  # a NaN is both
+        finite = finite and bool(low.isfinite() & high.isfinite())
     return own, finite
 
 

@@ -47,6 +47,7 @@ def linear(**flags: Any) -> None:
 CALLS: list[tuple[str, Callable[[Any], object]]] = [
     ("attach: pack_base", lambda flag: attach(pack_base=flag)),
     ("attach: fuse_siblings", lambda flag: attach(fuse_siblings=flag)),
+    ("attach: overlap", lambda flag: attach(overlap=flag)),
     ("AdapterPool.load: strict", lambda flag: in_pool("load", flag)),
     ("AdapterPool.update: strict", lambda flag: in_pool("update", flag)),
     ("AdapterPool.prefetch: strict", lambda flag: in_pool("prefetch", flag)),

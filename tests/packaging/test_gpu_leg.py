@@ -37,7 +37,8 @@ def test_the_probe_compiles(leg, tmp_path):
     subprocess.run(command, cwd=leg.ROOT, check=True)
 
 
-def test_the_captured_step_is_right_at_smallest_sizes(capsys, monkeypatch):
+@pytest.mark.parametrize("how", [[], ["--overlap"]], ids=["siblings", "overlap"])
+def test_the_captured_step_is_right_at_smallest_sizes(how, capsys, monkeypatch):
     step = load_script(monkeypatch, "benchmarks", "captured_step")
-    assert step.main(["--tiny", "--rows", "6"]) == 0
+    assert step.main(["--tiny", "--rows", "6", *how]) == 0
     assert "6 rows, 6 adapters: right" in capsys.readouterr().out

@@ -25,6 +25,13 @@ class Siblings(Protocol):
         """The layer's output, computed with those of its followers."""
 
 
+class Overlap(Protocol):
+    """What a layer asks of :mod:`lora_ext.serving.layers.overlap`, which builds on this file."""
+
+    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+        """The layer's output, its update begun beside the base product."""
+
+
 class MultiLoraLinear(PoolLayer):
     """``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row
     ``t``. Rows of a DoRA adapter get their outputs' lengths from its magnitudes:
@@ -41,6 +48,8 @@ class MultiLoraLinear(PoolLayer):
 
     #: The layers of its parent that may see the same rows, where they share ops.
     siblings: Siblings | None = None
+    #: Streams, where the update may begin beside the base product.
+    overlap: Overlap | None = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
@@ -53,6 +62,10 @@ class MultiLoraLinear(PoolLayer):
             siblings = None
         if siblings is not None:
             finished = siblings.output(self, x)
+            if finished is not None:
+                return finished
+        if self.overlap is not None and not compiles():
+            finished = self._overlapped(self.overlap, x)
             if finished is not None:
                 return finished
         y = self.base(x)
@@ -95,6 +108,12 @@ class MultiLoraLinear(PoolLayer):
         if slab.was_replaced:
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y
+
+    def _overlapped(self, overlap: Overlap, x: Tensor) -> Tensor | None:
+        try:
+            return overlap.output(self, x)
+        except ValueError as error:
+            raise self._explained(error) from error
 
     def _traced(self, y: Tensor, x: Tensor) -> Tensor:
         slab, leading = self.slab, x.shape[:-1]

@@ -147,7 +147,7 @@ class Siblings:
         block = innermost()
         if not (leads or self._lessons > 0) or block is None:
             return None
-        if not _plain(x):
+        if not plain(x):
             return None
         first = self._here.first
         if first is not None:
@@ -164,12 +164,12 @@ class Siblings:
         if names is None:
             self._lessons -= 1
             return None
-        if not _goes_along(layer, layer, x):
+        if not goes_along(layer, layer, x):
             return None
         ys, slabs, coming = [y], [layer.slab], []
         for name in names:
             follower = self._members[name]()
-            if follower is not None and _goes_along(follower, layer, x):
+            if follower is not None and goes_along(follower, layer, x):
                 ys.append(follower.base(x))
                 slabs.append(follower.slab)
                 coming.append(name)
@@ -212,7 +212,7 @@ def _unwatched(x: Tensor) -> bool:
     )
 
 
-def _plain(x: Tensor) -> bool:
+def plain(x: Tensor) -> bool:
     """Whether a product with ``x`` may be made early."""
     return type(x) is Tensor and _unwatched(x)
 
@@ -225,7 +225,7 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def _goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> bool:
+def goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> bool:
     """Whether a layer does no more with ``x`` than product and update, and its base is called by
     nobody's rules but torch's: no hook, no offloading, no format of its own."""
     base, slab = layer.base, layer.slab
