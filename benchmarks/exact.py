@@ -31,7 +31,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import lora_ext
 from lora_ext import nn, ops
 
-# Largest difference of logits, over the largest: the same sums in another order.
+# Norm of the difference over that of the result: some 210 products one after the other, each off by
+# 2^-9 of itself in bfloat16, add up to 0.03 where they are independent, in either model.
 CLOSE = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-4}
 
 
@@ -162,7 +163,7 @@ def measure(
     for case, calls, most in cases():
         plain, ours = (calls[kind]() for kind in ("plain", "exact"))
         assert isinstance(plain, Tensor) and isinstance(ours, Tensor)
-        gap = float((plain - ours).abs().max() / plain.abs().max())
+        gap = float((plain - ours).float().norm() / plain.float().norm())
         if not gap <= close:
             raise SystemExit(f"exact: {case}: {gap:.3g} apart, expected {close:.3g}")
         times = interleaved(calls, rounds, min_seconds)
