@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .guide import Guide
 from .messages import MatchedPlan, Plan, Step
 
@@ -321,10 +323,18 @@ def draw(
 
     Returns:
         the tokens, and how many were looked at for them in all.
+
+    Raises:
+        ValueError: where all tokens that may come have a score of ``-inf``, and for NaN and inf.
     """
     tokens, drawn = [-1] * len(rows), 0
     waiting = list(range(len(rows)))
-    envelope = _heated(moved(bounds(rows), scores, temperature), temperature)
+    heat = scores if temperature == 1 else heated(rows, scores, temperature)
+    envelope = moved(bounds(rows), heat)
+    envelope = envelope.to(torch.promote_types(envelope.dtype, torch.float32))
+    finite = bool(envelope.amax(-1).isfinite().all())
+    expected = "a largest one, that is finite, of the tokens that each row's constraint allows"
+    require(finite, "draw", "scores", expected, "a row without")
     bound = envelope
     for turn in range(rounds):
         count = tries if turn or _some_guided(rows) else 1  # what is not guided is always kept
@@ -349,8 +359,8 @@ def draw(
         if not waiting:
             return tokens, drawn
         bound, envelope = bound[still], _tightened(envelope[still], found[still], keep[still])
-    dense = moved(log_ratios([rows[i] for i in waiting]), scores[waiting], temperature)
-    found = _at(_heated(dense, temperature), uniforms(waiting, 1).double().cpu()[..., 0])
+    dense = moved(log_ratios([rows[i] for i in waiting]), heat[waiting])
+    found = _at(dense.to(envelope), uniforms(waiting, 1).double().cpu()[..., 0])
     for i, token in zip(waiting, found[:, 0].tolist(), strict=True):
         tokens[i] = token
     return tokens, drawn + len(waiting)
@@ -367,9 +377,24 @@ def _tightened(envelope: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
     return envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
 
 
-def _heated(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if temperature == 1 else wide / temperature
+def heated(rows: Sequence[Row | None], scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """``scores / temperature`` of rows, ``(B, V)`` float32 or wider, less a number for each: the
+    largest of a token that may come becomes 0 first, so that no quotient overflows.
+
+    Args:
+        rows, scores: as :func:`apply` takes them.
+        temperature: one, or ``(B, 1)``.
+
+    Returns:
+        Rows that have no largest such score, or one that is not finite, are NaN.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    live = moved(
+        [Block(p, ratio.masked_fill(ratio > -torch.inf, 0)) for p, ratio in bounds(rows)], wide
+    )
+    top = live.amax(-1, keepdim=True)
+    heat = ((wide - top).double() / temperature).clamp(max=0)  # what may not come may be above 0
+    return heat.masked_fill(~top.isfinite(), torch.nan).to(wide)
 
 
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
