@@ -67,14 +67,16 @@ def exact(model: Model, enabled: bool = True) -> Model:
 def _check_weights(model: nn.Module) -> None:
     """Refuse what multiplies in ways of its own, which nobody packs: experts, convolutions, GPT-2's
     ``Conv1D``, subclasses of ``nn.Linear``."""
+    known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two hold factors
     for name, module in model.named_modules():
-        fits = type(module) in (nn.Linear, PackedLinear) or isinstance(
-            module, (nn.Embedding, nn.ParameterDict, nn.ParameterList)
-        )
-        for own, weight in () if fits else module.named_parameters(recurse=False):
+        kind = type(module)
+        fits = kind in (nn.Linear, PackedLinear) or isinstance(module, known)
+        if fits or "norm" in kind.__name__.lower():  # of which some have a weight for each head
+            continue
+        for own, weight in module.named_parameters(recurse=False):
             expected = "a model whose weights are those of nn.Linear and nn.Embedding"
-            found = f"a {type(module).__name__} with {own} {list(weight.shape)}"
-            one_row = weight.numel() == max(weight.shape, default=1)  # of a norm, say
+            found = f"a {kind.__name__} with {own} {list(weight.shape)}"
+            one_row = weight.numel() == max(weight.shape, default=1)
             require(one_row, "exact: model", repr(name), expected, found)
 
 
