@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from .guide import Guide
 from .messages import MatchedPlan, Plan, Step
 
@@ -320,10 +322,17 @@ def draw(
 
     Returns:
         the tokens, and how many were looked at for them in all.
+
+    Raises:
+        ValueError: where all tokens that may come have a score of ``-inf``, and for NaN and inf.
     """
     tokens, drawn = [-1] * len(rows), 0
     waiting = list(range(len(rows)))
-    bound = envelope = _proposed(rows, scores, temperature)
+    heat = scores if temperature == 1 else heated(rows, scores, temperature)
+    bound = envelope = _proposed(rows, heat)
+    finite = bool(envelope.amax(-1).isfinite().all())
+    expected = "a largest one, that is finite, of the tokens that each row's constraint allows"
+    require(finite, "draw", "scores", expected, "a row without")
     for turn in range(rounds):
         # What is not guided is always kept, and most rows keep one of the first few.
         count = tries if turn else max(1, tries // 4) if _some_guided(rows) else 1
@@ -348,8 +357,8 @@ def draw(
         if not waiting:
             return tokens, drawn
         bound, envelope = bound[still], _tightened(envelope[still], found[still], keep[still])
-    dense = moved(log_ratios([rows[i] for i in waiting]), scores[waiting], temperature)
-    found = _at(_heated(dense, temperature), uniforms(waiting, 1).double().cpu()[..., 0])
+    dense = moved(log_ratios([rows[i] for i in waiting]), heat[waiting])
+    found = _at(dense.to(envelope), uniforms(waiting, 1).double().cpu()[..., 0])
     for i, token in zip(waiting, found[:, 0].tolist(), strict=True):
         tokens[i] = token
     return tokens, drawn + len(waiting)
@@ -359,10 +368,10 @@ def _some_guided(rows: Sequence[Row | None]) -> bool:
     return any(row is not None and row.plan.guide is not None for row in rows)
 
 
-def _proposed(rows: Sequence[Row | None], scores: Tensor, temperature: float) -> Tensor:
+def _proposed(rows: Sequence[Row | None], heat: Tensor) -> Tensor:
     """``log p b (B, V)``; what is added is laid together first, as passes over a vocabulary are few
     then."""
-    wide = _heated(scores, temperature)
+    wide = heat.to(torch.promote_types(heat.dtype, torch.float32))
     bounds = [None if row is None or row.lost else _log_bound(row) for row in rows]
     if all(bound is None for bound in bounds):
         return wide
@@ -380,9 +389,24 @@ def _tightened(envelope: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
     return envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
 
 
-def _heated(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if temperature == 1 else wide / temperature
+def heated(rows: Sequence[Row | None], scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """``scores / temperature`` of rows, ``(B, V)`` float32 or wider, less a number for each: the
+    largest of a token that may come becomes 0 first, so that no quotient overflows.
+
+    Args:
+        rows, scores: as :func:`apply` takes them.
+        temperature: one, or ``(B, 1)``.
+
+    Returns:
+        Rows that have no largest such score, or one that is not finite, are NaN.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    live = moved(
+        [Block(p, ratio.masked_fill(ratio > -torch.inf, 0)) for p, ratio in bounds(rows)], wide
+    )
+    top = live.amax(-1, keepdim=True)
+    heat = ((wide - top).double() / temperature).clamp(max=0)  # what may not come may be above 0
+    return heat.masked_fill(~top.isfinite(), torch.nan).to(wide)
 
 
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:

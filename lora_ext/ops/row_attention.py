@@ -101,7 +101,7 @@ def _fake_row_attention(
     ):
         if t is not None:
             letters = "(B or 1, T, 2)" if name == "spans" else "(B or 1, T, L)"
-            shape = (1 if t.shape[0] == 1 else batch, rows, last)
+            shape = (1 if t.shape[:1] == (1,) else batch, rows, last)
             require_tensor(op, name, t, letters, shape, dtype)
     return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
 

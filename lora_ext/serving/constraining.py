@@ -135,23 +135,28 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 
     Args:
         scores: ``(1, N, V)``, not changed. On a GPU the product is the cheaper way: all rows are
-            left. So is one whose scores are not finite, as it would be without a guide.
+            left. So is one that has a NaN, or no finite score for a token that may come: an error
+            would end the steps of all other requests.
     """
     if scores.device.type != "cpu" or not any(each.whole for each in rows):
         return {}, list(rows)
     from lora_ext import control
 
     apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
-    apart = [e for e in apart if bool(scores[0, e.place].max().isfinite())]
+    if not apart:
+        return {}, list(rows)
+    warm = torch.tensor([[each.temperature] for each in apart], dtype=torch.float64)
+    heat = control.heated([e.row for e in apart], scores[0, [e.place for e in apart]], warm)
+    fine = heat.amax(-1) == 0
+    apart, heat = [e for e, own in zip(apart, fine.tolist(), strict=True) if own], heat[fine]
     if not apart:
         return {}, list(rows)
 
     def numbers(which: list[int], count: int) -> Tensor:
         return torch.stack([torch.rand(count, 2, generator=apart[i].generator) for i in which])
 
-    warm = torch.tensor([each.temperature for each in apart])[:, None]
     places = [each.place for each in apart]
-    tokens, _ = control.draw([e.row for e in apart], scores[0, places] / warm, 1.0, numbers)
+    tokens, _ = control.draw([e.row for e in apart], heat, 1.0, numbers)
     left = [each for each in rows if each.place not in places]
     return dict(zip(places, tokens, strict=True)), left
 
@@ -166,7 +171,8 @@ def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     from lora_ext import control
 
     ratios = control.log_ratios([each.row for each in rows])
-    warm = torch.tensor([each.temperature for each in rows])
+    # Of float32: beyond it 0 times infinity would let through what must not come.
+    warm = torch.tensor([each.temperature for each in rows]).clamp(1e-30, 1e30)
     blocks = [
         control.Block(inside, ratio * warm[inside, None].to(ratio)) for inside, ratio in ratios
     ]

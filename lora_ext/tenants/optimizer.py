@@ -122,7 +122,9 @@ class Optimizer:
                 trained.copy_(kept)
                 self._adamw.state.pop(trained, None)
                 if f"{name}:step" in tensors:
-                    state = {"step": tensors[f"{name}:step"].clone()}
+                    # The fused step reads it where the weights are, and does not ask.
+                    step = tensors[f"{name}:step"].to(trained.device, torch.float32, copy=True)
+                    state = {"step": step}
                     for key in _MOMENTS:
                         state[key] = tensors[f"{name}:{key}"].to(trained, copy=True)
                     self._adamw.state[trained] = state

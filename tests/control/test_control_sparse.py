@@ -106,3 +106,25 @@ def test_the_likeliest_token_is_that_of_the_dense_law(tries: int) -> None:
         scores = table_model()(prefix).log()[None]
         wanted = int(law.apply([row], scores)[0].argmax())
         assert law.likeliest([row], scores, tries) == [wanted]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-300])
+def test_a_draw_at_nearly_no_temperature_is_the_likeliest_token_that_may_come(
+    temperature: float,
+) -> None:
+    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])  # the end may not come
+    numbers = torch.tensor([0.7, 0.5])
+    for one in (row, row_at((), guided=False)):
+        tokens, _ = law.draw(
+            [one], scores, temperature, lambda rows, m: numbers.expand(len(rows), m, 2)
+        )
+        assert tokens == [2]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_draw_refuses_scores_that_leave_no_token(guided: bool) -> None:
+    scores = torch.full((1, V), -torch.inf)
+    scores[0, 4] = 0.0  # of the end alone, which may not come
+    for bad in (scores, torch.full((1, V), torch.nan)):
+        with pytest.raises(ValueError, match="scores"):
+            law.draw([row_at((), guided)], bad, 1.0, lambda n, m: torch.rand(len(n), m, 2))

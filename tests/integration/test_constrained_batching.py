@@ -9,7 +9,9 @@ import torch
 from test_continuous_batching import MANY, alone, attached, batching, pool_of, prompts
 
 import lora_ext
-from lora_ext.control import Constraint, ConstraintProcessor, Guide
+from lora_ext.control import Constraint, ConstraintProcessor, Guide, Row
+from lora_ext.control.messages import Plan
+from lora_ext.serving.constraining import Standing, constrained, drawn
 from lora_ext.serving.sampling import Sampling
 
 EOS, NEW = 2, 6
@@ -159,3 +161,27 @@ def test_requests_that_cannot_be_met_fail_before_they_wait(
         manager.add_request(prompts(1)[0], adapter_name="a0")  # it still serves
         assert manager.get_result(timeout=60).error is None
     assert pool.stats()["pins"] == 0
+
+
+def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> None:
+    vocab = 40
+    row = Row.first(Plan(three_of(vocab, (5, 20, 21)), NEW, guide=guide(vocab)))
+    scores = torch.randn(1, 3, vocab)
+    scores[0, 0, [5, 20, 21]] = -torch.inf  # another processor forbids them, no others
+    scores[0, 1, 20] = 9.0
+    rows = [
+        Standing(i, row, heat, True, torch.Generator().manual_seed(i))
+        for i, heat in enumerate((1.0, 1e-40, 1.0))
+    ]
+    tokens, left = drawn(scores, rows)
+    assert tokens[1] == 20 and tokens[2] in (5, 20, 21) and left == rows[:1]
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e300])
+def test_no_temperature_lets_through_what_must_not_come(temperature: float) -> None:
+    vocab = 40
+    plans = [Plan(three_of(vocab, (5, 20, 21)), NEW, guide=g) for g in (None, guide(vocab))]
+    rows = [Standing(i, Row.first(p), temperature, False, None) for i, p in enumerate(plans)]
+    scores = constrained(torch.randn(1, 2, vocab), rows)[0]
+    assert not scores.isnan().any()
+    assert [s.isfinite().nonzero()[:, 0].tolist() for s in scores] == [[5, 20, 21]] * 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_service import VOCAB, datum, llama, together
 from torch import Tensor
 
@@ -88,3 +89,16 @@ def test_an_exact_model_has_the_same_bits_left_padded_and_comes_back(dtype: torc
         lora_ext.exact(model, enabled=False)
     with pytest.raises(ValueError, match="sdpa"):
         lora_ext.exact(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Falcon", "Mixtral"])
+def test_weights_that_nothing_packs_are_refused_and_left_alone(family: str) -> None:
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if family == "Mixtral":
+        shape |= {"num_key_value_heads": 1, "intermediate_size": 16, "num_local_experts": 2}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, **shape)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"exact: model: '\S+': expected .* nn\.Linear"):
+        lora_ext.exact(model)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
+from lora_ext.tenants.optimizer import Optimizer, checked_settings
 
 VOCAB, NAN = 97, float("nan")
 
@@ -387,3 +388,15 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="rank"), Service(model) as service:
         service.create(0)
+
+
+def test_an_optimizer_goes_on_with_all_of_its_state_where_its_weights_are() -> None:
+    def parameters(device: str) -> dict[str, torch.nn.Parameter]:
+        return {"a": torch.nn.Parameter(torch.ones(3, device=device))}
+
+    saved = Optimizer(parameters("cpu"))
+    saved.step([torch.ones(3)], checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
+    other = Optimizer(parameters("meta"))  # which stands for any device but the file's
+    other.restore(saved.tensors())
+    assert {t.device.type for t in other.tensors().values()} == {"meta"}
+    assert len(other.tensors()) == 3

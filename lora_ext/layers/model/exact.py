@@ -52,6 +52,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
     found = getattr(config, "_attn_implementation", None)
     require(found == "sdpa", "exact", "model", "a model of transformers with sdpa", repr(found))
     plain = {name: module for name, module in linears_of(model) if type(module) is nn.Linear}
+    _check_weights(model)
     if plain:
         pack_linears(model, plain)
     for _, module in linears_of(model):
@@ -61,6 +62,22 @@ def exact(model: Model, enabled: bool = True) -> Model:
     model.__dict__[_OWN] = list({id(m): m for m in plain.values()}.values())
     ask_first(_attention)
     return model
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse what multiplies in ways of its own, which nobody packs: experts, convolutions, GPT-2's
+    ``Conv1D``, subclasses of ``nn.Linear``."""
+    known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two hold factors
+    for name, module in model.named_modules():
+        kind = type(module)
+        fits = kind in (nn.Linear, PackedLinear) or isinstance(module, known)
+        if fits or "norm" in kind.__name__.lower():  # of which some have a weight for each head
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            expected = "a model whose weights are those of nn.Linear and nn.Embedding"
+            found = f"a {kind.__name__} with {own} {list(weight.shape)}"
+            one_row = weight.numel() == max(weight.shape, default=1)
+            require(one_row, "exact: model", repr(name), expected, found)
 
 
 def _undone(model: Model) -> Model:
