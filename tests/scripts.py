@@ -31,8 +31,13 @@ def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> Modu
 
 
 def tool(name: str) -> ModuleType:
-    """A module of the folder ``tools``, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    """A module of the folder ``tools``, which is no package: the same for all who ask, as its
+    classes are looked up by its name when they come back from another process."""
+    path = ROOT / f"tools/{name}.py"
+    known = sys.modules.get(name)
+    if known is not None and known.__file__ == str(path):
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
