@@ -117,10 +117,6 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found)
         if {"object", "array"} & set(kinds):
             _refuse(at, "an object or array among several types (anyOf says it)")
         return
-    for name in ("minLength", "maxLength", "minItems", "maxItems"):
-        value = words.get(name, 0)
-        whole = type(value) is int and value >= 0
-        require(whole, _WHERE, f"{at}/{name}", "a whole number from 0 on", repr(value)[:80])
     if kinds == "string":
         _string(schema, words, at, seen.patterns)
     for child, where in _children(kinds, words, at):
@@ -160,6 +156,10 @@ def _plain_names(value: Any, at: str) -> None:
 
 def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[Any, str]]:
     """Schemas inside an object or array, after the words of the value itself were looked at."""
+    for name in ("minLength", "maxLength", "minItems", "maxItems"):
+        value = words.get(name, 0)
+        whole = type(value) is int and value >= 0
+        require(whole, _WHERE, f"{at}/{name}", "a whole number from 0 on", repr(value)[:80])
     if kind == "object":
         inside = words.get("properties", {})
         good = isinstance(inside, Mapping)
