@@ -354,7 +354,8 @@ class Messages:
         """``C_k`` from ``C_{k-1}``."""
         source, target, weights = self._source, self._target, self._weights
         end = len(table) - 1
-        if self._budget - k < self._least:
+        # Without a least length any budget shares these, and k may be above the first one's.
+        if self._least and self._budget - k < self._least:
             inside = target != end
             source, target, weights = source[inside], target[inside], weights[inside]
         # Edges of a state are added at the scale of the largest state behind it.

@@ -326,3 +326,89 @@ def test_schemas_inside_each_other_without_end_are_refused() -> None:
     deep = '{"type":"array","items":' * 5000 + '{"type":"null"}' + "}" * 5000
     with pytest.raises((ConstraintTooLarge, NotImplementedError, ValueError)):
         Constraint.json_schema(deep, tokenizer())
+
+
+# --- found by a hostile reader --------------------------------------------------------------------
+def test_texts_of_an_iterator_or_array_are_not_mistaken_for_others_that_print_alike() -> None:
+    import numpy as np
+
+    for i in range(8):
+        one = Constraint.choice((text for text in [f"w{i}"]), tokenizer())  # type: ignore[arg-type]
+        assert accepts(one, f"w{i}")
+    many = np.array([f"a{i:04d}" for i in range(1100)])
+    other = many.copy()
+    other[600] = "b"
+    assert not accepts(Constraint.choice(many, tokenizer()), "b")  # type: ignore[arg-type]
+    assert accepts(Constraint.choice(other, tokenizer()), "b")  # type: ignore[arg-type]
+
+
+def test_all_256_bytes_may_be_different_to_an_automaton() -> None:
+    import numpy as np
+
+    from lora_ext.control.language.algebra import Automaton, over_tokens
+    from lora_ext.control.language.limits import Clock
+
+    letters = Automaton(
+        np.arange(256, dtype=np.int32),
+        np.stack([np.arange(256), np.full(256, -1)]).clip(-1, 1).astype(np.int32),
+        np.array([False, True]),
+        0,
+    )
+    tokens = [bytes([b]) for b in range(256)]
+    read = over_tokens(letters, tokens, Clock("test"), "bytes")
+    assert (read.class_of >= 0).all()
+
+
+@outlines
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string", "pattern": "a|b"}, ['"a"', '"b"'], ['"a', 'b"']),
+        ({"type": "string", "pattern": "^a|b$"}, ['"a"', '"b"'], ['"a', 'b"']),
+        ({"type": "string", "format": "date"}, ['"2024-12-31"'], ['"२०२४-12-31"']),
+    ],
+)
+def test_a_string_is_held_inside_its_quotes(
+    schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    before = json.dumps(schema)
+    one = Constraint.json_schema(schema, tokenizer())
+    assert all(accepts(one, text) for text in good) and not any(accepts(one, t) for t in bad)
+    assert json.dumps(schema) == before
+
+
+@outlines
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string", "pattern": "a)|(b"}, "outlines-core reads"),
+        ({"type": "object", "properties": {'a"b': {"type": "null"}}}, "a letter"),
+        ({"const": [{"a\nb": 1}]}, "a letter"),
+        ({"type": []}, "#/type: expected one of"),
+        ({"type": "string", "maxLength": 2.0}, "maxLength: expected a whole number"),
+        ({"type": "array", "items": {"type": "null"}, "minItems": True}, "minItems: expected"),
+        ({"type": "object", "properties": {"a": {"type": "null"}}, "required": "a"}, "required"),
+    ],
+)
+def test_a_schema_that_outlines_misreads_is_refused(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        Constraint.json_schema(schema, tokenizer())
+
+
+@outlines
+def test_a_bracket_too_many_is_no_expression() -> None:
+    with pytest.raises(ValueError, match="outlines-core reads"):
+        Constraint.regex("a)|(b", tokenizer())
+
+
+def test_names_that_double_from_one_to_the_next_are_looked_at_once() -> None:
+    from lora_ext.control.language import schema
+
+    names = {
+        f"n{i}": {"anyOf": [{"$ref": f"#/$defs/n{i + 1}"}, {"$ref": f"#/$defs/n{i + 1}"}]}
+        for i in range(18)
+    }
+    names["n18"] = {"anyOf": [{"type": "null"}]}
+    begun = time.monotonic()
+    schema.check({"$defs": names, "$ref": "#/$defs/n0"})
+    assert time.monotonic() - begun < 1  # 2^18 of them take many

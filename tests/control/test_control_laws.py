@@ -191,3 +191,13 @@ def test_plans_of_equal_content_share_their_tables() -> None:
     first, second = Plan(constraint(), 9, 0, whole), Plan(constraint(), 30, 0, whole)
     assert first.messages is second.messages
     assert Plan(constraint(), 9, 1, whole).messages is not first.messages
+
+
+def test_tables_that_a_small_budget_made_serve_a_large_one() -> None:
+    whole = guide()
+    small, large = Plan(constraint(), 3, 0, whole), Plan(constraint(), 30, 0, whole)
+    alone = Plan(constraint(), 30, 0, guide())
+    assert small.messages is large.messages  # of the first one, whose budget is 3
+    for k in range(31):
+        for got, wanted in zip(large.messages(k), alone.messages(k), strict=True):
+            assert torch.equal(got, wanted)

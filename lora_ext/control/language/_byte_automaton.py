@@ -65,7 +65,10 @@ def main():
             )
 
             pattern = build_regex_from_schema(request["schema"])
+        elif ")" in pattern:
+            Index(pattern + "\\x00", every)  # a bracket of its own must not close the group
         for inner in request.get("inner", ()):
+            Index(inner + "\\x00", every)
             table, final = automaton(lambda rx: Index(rx, every), inner)
             if any(table[256 * s + b] >= 0 for s in range(len(final)) for b in UNSAFE):
                 raise ValueError(f"unsafe: {inner}")

@@ -226,13 +226,14 @@ def over_tokens(
         part: what multiplies the states, for the error.
     """
     # Bytes of one class are the same to every state, and so are tokens that spell the same classes.
-    reads = bytes((byte.class_of + 1).astype(np.uint8).tolist())  # 0: no state reads it
+    reads = byte.class_of.astype(np.uint8).tobytes()
+    unread = np.flatnonzero(byte.class_of < 0).astype(np.uint8).tobytes()
     spelled: dict[bytes, int] = {}
     group = np.full(len(tokens), -1, np.int32)
     for i, token in enumerate(tokens):
         if token:
-            word = token.translate(reads)
-            if 0 not in word:
+            word = token.translate(reads, unread)
+            if len(word) == len(token):
                 group[i] = spelled.setdefault(word, len(spelled))
     table = np.full((len(byte.table), len(spelled)), -1, np.int32)
     clock.table(table.nbytes, part)
@@ -263,11 +264,11 @@ class _Level(NamedTuple):
 
 
 def _prefixes(words: list[bytes]) -> list[_Level]:
-    """Beginnings of words whose letters count from 1, from the shortest on. A walk along them reads
-    once what many words begin with."""
+    """Beginnings of words, from the shortest on. A walk along them reads once what many words begin
+    with."""
     length = np.array([len(w) for w in words], np.int64)
     first = np.cumsum(length) - length
-    letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64) - 1
+    letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
     levels: list[_Level] = []
     word = np.arange(len(words))
     node = np.zeros(len(words), np.int64)

@@ -60,8 +60,9 @@ def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected what JSON can say, found {error!s:.120}") from None
     _measure(where, text, clock)
+    schema = json.loads(text)  # a copy, which check may change
     inner = schemas.check(schema)
-    return _built(where, {"schema": text, "inner": inner}, clock, text[:80])
+    return _built(where, {"schema": json.dumps(schema), "inner": inner}, clock, text[:80])
 
 
 def _measure(where: str, text: str, clock: Clock) -> None:

@@ -7,8 +7,9 @@ left out, or is only nearly right there, is refused by name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from lora_ext._checks import require
 
@@ -25,12 +26,17 @@ _WORDS = {
 }
 # Of the others some let a quote or a backslash into the string, and some are no formats there.
 _FORMATS = ("date", "date-time", "uuid")
+# outlines-core takes the digits of any script for those of a date.
+_DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
 _WHERE = "json_schema"
 _MOST_DEPTH = 32
 
 
 def check(schema: Any) -> list[str]:
-    """Refuse what the automaton would not hold to.
+    """Refuse what the automaton would not hold to, and write down what outlines-core misreads.
+
+    Args:
+        schema: as JSON gives it; its patterns are changed.
 
     Returns:
         the patterns in it, which must stay inside a JSON string.
@@ -39,12 +45,24 @@ def check(schema: Any) -> list[str]:
         NotImplementedError: for a word that would be ignored, by its name and place.
         ValueError: for something that is no schema.
     """
-    patterns: list[str] = []
-    _check(schema, schema, "#", (), patterns)
-    return patterns
+    found = _Found([], set())
+    _check(schema, schema, "#", (), found)
+    return found.patterns
 
 
-def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: list[str]) -> None:
+class _Found(NamedTuple):
+    """What was met so far.
+
+    Attributes:
+        patterns: of strings. names: of places that a ``$ref`` names and that were looked at: each
+            once, for their number may double from one to the next.
+    """
+
+    patterns: list[str]
+    names: set[str]
+
+
+def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found) -> None:
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
         _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
@@ -59,7 +77,10 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
             name = words["$ref"]
             if name in refs:
                 _refuse(at, f"$ref {name!r}, which leads to itself: no finite depth")
-            _check(_resolved(name, root, at), root, f"{at}/$ref", (*refs, name), patterns)
+            found = _resolved(name, root, at)
+            if name not in seen.names:
+                _check(found, root, f"{at}/$ref", (*refs, name), seen)
+                seen.names.add(name)
         elif choice in ("enum", "const"):
             values = words["enum"] if choice == "enum" else [words["const"]]
             listed = isinstance(values, list) and bool(values)
@@ -67,6 +88,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
             kinds = words.get("type")
             wrong = [v for v in values if kinds is not None and _kind(v) not in _wide(kinds)]
             require(not wrong, _WHERE, f"{at}/{choice}", f"values of type {kinds}", wrong[:1])
+            _plain_names(values, at)
         else:
             parts = words[choice]
             listed = isinstance(parts, list) and bool(parts)
@@ -74,7 +96,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
             if choice == "allOf" and len(parts) > 1:
                 _refuse(at, "allOf of several schemas")
             for i, part in enumerate(parts):
-                _check(part, root, f"{at}/{choice}/{i}", refs, patterns)
+                _check(part, root, f"{at}/{choice}/{i}", refs, seen)
             if choice == "oneOf" and not _apart(parts, root):
                 _refuse(at, "oneOf whose schemas may hold together (anyOf says either)")
         return
@@ -83,6 +105,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
         _refuse(
             at, "no type (any value at all)" if not words else f"{sorted(words)[0]} without type"
         )
+    require(bool(kinds), _WHERE, f"{at}/type", f"one of {sorted(_WORDS)}", repr(kinds)[:80])
     for kind in [kinds] if isinstance(kinds, str) else list(kinds):
         require(kind in _WORDS, _WHERE, f"{at}/type", f"one of {sorted(_WORDS)}", repr(kind)[:80])
     allowed = {w for k in ([kinds] if isinstance(kinds, str) else kinds) for w in _WORDS[k]}
@@ -94,19 +117,56 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: lis
         if {"object", "array"} & set(kinds):
             _refuse(at, "an object or array among several types (anyOf says it)")
         return
-    for child, where in _children(kinds, words, at, patterns):
-        _check(child, root, where, refs, patterns)
+    if kinds == "string":
+        _string(schema, words, at, seen.patterns)
+    for child, where in _children(kinds, words, at):
+        _check(child, root, where, refs, seen)
 
 
-def _children(
-    kind: str, words: Mapping[str, Any], at: str, patterns: list[str]
-) -> Iterator[tuple[Any, str]]:
+def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns: list[str]) -> None:
+    """Look at the words of a string. A pattern becomes a group, or its ``|`` would reach the
+    quotes."""
+    if len([w for w in ("pattern", "format", "minLength", "maxLength") if w in words]) > 1 and (
+        "pattern" in words or "format" in words
+    ):
+        _refuse(at, "pattern or format beside another word for strings")
+    if "format" in words and words["format"] not in _FORMATS:
+        _refuse(at, f"format {words['format']!r:.40}")
+    if words.get("format") == "date":
+        del schema["format"]
+        schema["pattern"] = f"^(?:{_DATE})$"
+    if "pattern" in words:
+        pattern = words["pattern"]
+        require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a text", repr(pattern))
+        patterns.append(pattern.removeprefix("^").removesuffix("$"))
+        schema["pattern"] = f"^(?:{patterns[-1]})$"
+
+
+def _plain_names(value: Any, at: str) -> None:
+    """Refuse names that JSON escapes: outlines-core writes them as they are."""
+    if isinstance(value, list):
+        for part in value:
+            _plain_names(part, at)
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            if json.dumps(name, ensure_ascii=False) != f'"{name}"':
+                _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
+            _plain_names(part, at)
+
+
+def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[Any, str]]:
     """Schemas inside an object or array, after the words of the value itself were looked at."""
+    for name in ("minLength", "maxLength", "minItems", "maxItems"):
+        value = words.get(name, 0)
+        whole = type(value) is int and value >= 0
+        require(whole, _WHERE, f"{at}/{name}", "a whole number from 0 on", repr(value)[:80])
     if kind == "object":
         inside = words.get("properties", {})
         good = isinstance(inside, Mapping)
         require(good, _WHERE, f"{at}/properties", "an object", repr(inside)[:80])
+        _plain_names(dict.fromkeys(inside), at)
         required = words.get("required", [])
+        require(isinstance(required, list), _WHERE, f"{at}/required", "a list of names", required)
         if missing := [name for name in required if name not in inside]:
             _refuse(at, f"required {missing[0]!r}, which is no property")
         more = words.get("additionalProperties", True)
@@ -124,17 +184,6 @@ def _children(
             _refuse(at, "minItems or maxItems beside prefixItems")
         for i, child in enumerate(words["prefixItems"] if fixed else [words["items"]]):
             yield child, f"{at}/prefixItems/{i}" if fixed else f"{at}/items"
-    elif kind == "string":
-        if len([w for w in ("pattern", "format", "minLength", "maxLength") if w in words]) > 1 and (
-            "pattern" in words or "format" in words
-        ):
-            _refuse(at, "pattern or format beside another word for strings")
-        if "format" in words and words["format"] not in _FORMATS:
-            _refuse(at, f"format {words['format']!r:.40}")
-        if "pattern" in words:
-            pattern = words["pattern"]
-            require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a text", repr(pattern))
-            patterns.append(pattern.removeprefix("^").removesuffix("$"))
 
 
 def _refuse(at: str, what: str) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_ext._checks import integer
@@ -187,6 +187,7 @@ class Written:
     ) -> Self:
         """The constraint of an automaton over bytes, kept by what it was built from."""
         vocabulary = vocabulary_of(what, tokenizer, vocab_size, eos_token_id)
+        content = tuple(map(_settled, content))
         told = hashlib.blake2b(repr(content).encode(), digest_size=24).digest()
         key = (what, told, vocabulary.key, limits)
         with _kept_lock:
@@ -203,3 +204,11 @@ class Written:
             while len(_kept) > _MOST_KEPT:
                 _kept.popitem(last=False)
         return made
+
+
+def _settled(content: Any) -> Any:
+    """As plain lists, which tell all that they hold: of iterators, arrays and tables of data the
+    ``repr`` is the same for others of them."""
+    if isinstance(content, (str, bytes, Mapping)) or not isinstance(content, Iterable):
+        return content
+    return [_settled(part) for part in content]
