@@ -35,7 +35,9 @@ UPDATE = 0.02  # of PEFT's random B: as large as what training makes, so that th
 PROMPT, NEW_TOKENS = 8, 4  # tokens: what is to be seen is the decoding
 # Of the largest logit. PEFT's base products are ours bit for bit, so only the updates are rounded
 # by themselves; those of a packed base are sums in an order of their own (docs/packed.md, "Bits").
-LOGIT_BOUND, PACKED_BOUND = 2.0**-16, 2.0**-13
+# On the worst prompt that was met PEFT itself is 0.4 x 2^-13 away from float64, where it is 0.02 x
+# as a rule, and a packed base 0.8 x on the other side.
+LOGIT_BOUND, PACKED_BOUND = 2.0**-16, 2.0**-11
 
 
 @dataclass(frozen=True)
