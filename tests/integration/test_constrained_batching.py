@@ -42,6 +42,17 @@ def constrained_alone(model: Any, prompt: list[int], name: str | None, how: Any)
     return out[0, len(prompt) :].tolist()
 
 
+def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
+    """The new tokens of requests, in their order, when all are done."""
+    found: dict[str, list[int]] = {}
+    while len(found) < len(ids):
+        result = manager.get_result(timeout=60)
+        if result is not None:
+            assert result.error is None
+            found[result.request_id] = result.generated_tokens
+    return [found[i] for i in ids]
+
+
 def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
     model, _ = attached()
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -71,13 +82,8 @@ def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
             )
             for prompt, name, c, g in zip(given, names, constraints, guides, strict=True)
         ]
-        found = {}
-        while len(found) < len(ids):
-            result = manager.get_result(timeout=60)
-            if result is not None:
-                assert result.error is None
-                found[result.request_id] = result.generated_tokens
-    assert [found[i] for i in ids] == expected
+        found = texts_of(manager, ids)
+    assert found == expected
 
 
 def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
@@ -127,13 +133,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
             )
             for seed in range(many + 1)
         ]
-        found = {}
-        while len(found) < len(ids):
-            result = manager.get_result(timeout=60)
-            if result is not None:
-                assert result.error is None
-                found[result.request_id] = result.generated_tokens
-    texts = [found[i] for i in ids]
+        texts = texts_of(manager, ids)
     assert texts[-1] == texts[0]  # one seed, other neighbours
     assert all(one.accepts(t[:-1]) and t[-1] == EOS for t in texts)
     share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=vocab) / many
