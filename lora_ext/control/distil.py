@@ -134,13 +134,13 @@ class _Written:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One batch of texts, drawn token by token from the model's plain law."""
         device = model.get_input_embeddings().weight.device
-        fed, cache = ids.to(device), _new_cache(model)
+        fed, settings = ids.to(device), _settings(model)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
         out: list[tuple[Tensor, Tensor, Tensor]] = []
         ends = torch.tensor(self.eos, device=device, dtype=torch.long)
         for _ in range(length):
             caught.clear()
-            logits = model(fed, use_cache=True, **cache).logits
+            logits = model(fed, use_cache=True, **settings).logits
             law = logits[:, -1].float().log_softmax(-1)
             token = torch.multinomial(law.exp(), 1)
             nats = -law.gather(1, token)[:, 0]
@@ -162,12 +162,16 @@ class _Written:
         return self.head(hidden.to(weight.device, weight.dtype)).float().softmax(-1).cpu()
 
 
-def _new_cache(model: Any) -> dict[str, Any]:
-    """An empty cache under the name that the model's forward has for it; it grows in place."""
+def _settings(model: Any) -> dict[str, Any]:
+    """An empty cache, which grows in place, under the name that the model's forward has for it.
+
+    Where the model can be told so, its head reads the last token alone, not all of a prompt.
+    """
     from transformers import DynamicCache
 
     known = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": DynamicCache()}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return {"cache" if "cache" in known else "past_key_values": DynamicCache(), **last}
 
 
 def _learned(
