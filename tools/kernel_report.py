@@ -170,19 +170,23 @@ def large_cases() -> Iterator[Case]:
     rows, width, rank = 8192, 4096, 16
     shape = f"{rows} rows, {width} features, rank {rank}"
     x = 2 * rows * width
-    # Blocks of 64 rows and four bands of 128 columns; 128 rows, 1024 columns.
-    for kernel, form, factor, blocks in (
-        ("input", "false", 3, rows // 64 * ceil(width / 512)),
-        ("project", "false, 128", 1, rows // 128 * ceil(width / 1024)),
-    ):
-        yield Case(
-            f"lora_train_{kernel}_kernel<{BF16}, {form}>",
-            shape,
-            factor * x + 2 * rank * width,
-            blocks,
-            256,
-            flops=2 * rows * width * max(32, rank) * (2 if kernel == "input" else 1),
-        )
+    yield Case(  # blocks of 64 rows and four bands of 128 columns
+        f"lora_train_input_kernel<{BF16}, false>",
+        shape,
+        3 * x + 2 * rank * width,
+        rows // 64 * ceil(width / 512),
+        256,
+        flops=2 * rows * width * max(32, rank) * 2,
+    )
+    yield Case(  # 128 rows, 512 columns
+        f"lora_shrink_kernel<{BF16}, 128, false>",
+        f"prefill and training: {shape}",
+        x + 2 * rank * width,
+        rows // 128 * ceil(width / 512),
+        128,
+        parts=4 * rank * rows * ceil(width / 512),
+        flops=2 * rows * width * rank,
+    )
     # Blocks of 512 columns and a range of rows; with dv, sums over the columns in slices as well.
     for width, rank, pages, ranges, slices in ((4096, 16, 2, 16, 16), (14336, 64, 8, 8, 28)):
         for form, passes in (("false", 2), ("true", 3)):

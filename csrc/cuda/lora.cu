@@ -2,45 +2,48 @@
 // always holds the same ones. Nothing here allocates or waits.
 //
 //   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
-//   T >  256   chunks of 64 or 128   shrink_prefill, expand with a warp per 16 rows; shrink_decode
-//                                    takes its place where x or a is not aligned to 16 bytes
-//   bank of rank > 256         run_gemm_* (lora_gemm.cuh) for shrink_prefill, reduce and expand
-#include "lora_kernels.cuh"
+//   T >  256   chunks of 64 or 128   shrink, expand with a warp per 16 rows
+//   bank of rank > 256, T > 256      run_gemm_* (lora_gemm.cuh) for shrink, reduce and expand
+#include "lora_train.cuh"
 
 namespace lora_ext {
 namespace {
 
 constexpr int kDecodeTokens = 256;
 
-// In-features are split so that few rows still fill the machine. Decode: by I alone, 512 or more
-// per split, so that a row does not depend on its batch. Prefill: until there are 198 blocks, one
-// and a half per multiprocessor of an H100, which holds two; more would be a second wave.
-int num_splits(const LoraArgs& args) {
+// Large ranks at prefill: until there are 198 blocks, one and a half per multiprocessor of an H100,
+// which holds two; more would be a second wave.
+SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
-    if (args.num_tokens <= kDecodeTokens)
-        return static_cast<int>(
-            lx::max<int64_t>(1, lx::min<int64_t>(kMaxSplits, ceil_div(in, 512))));
-    int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
-    if (large_rank(args.bank)) tiles *= ceil_div(args.bank.max_rank, kGemmColumns);
+    const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *
+                          ceil_div(args.bank.max_rank, kGemmColumns);
     int splits = 1;
     while (splits < 8 && tiles * splits < 198 && in >= int64_t{1024} * splits) splits *= 2;
-    return splits;
+    const int64_t width = ceil_div(lx::max<int64_t>(ceil_div(in, splits), 1), 128) * 128;
+    return {splits, static_cast<int>(width)};
+}
+
+bool is_decode(const LoraArgs& args) {
+    return args.num_tokens <= kDecodeTokens;
 }
 
 // Splits as they are laid out in the workspace: rows padded to whole pages.
 Partials partials(const LoraArgs& args) {
-    const int splits = num_splits(args);
-    const int64_t row = int64_t{8} * args.bank.pages_per_slot;
-    // Whole 64-byte blocks for each of the four warps that share a split.
-    const int64_t width =
-        ceil_div(lx::max<int64_t>(ceil_div(args.bank.in_features, splits), 1), 128) * 128;
+    const int64_t row = int64_t{kPageRanks} * args.bank.pages_per_slot;
+    const bool gemm = large_rank(args.bank);
+    SumOrder order = gemm && !is_decode(args) ? gemm_order(args) : sum_order(args.bank.in_features);
+    bool scaled = gemm && order.count == 1;  // a GEMM takes v as it is
+    if (!gemm && !is_decode(args) && projection_slices(args, false).finished) {
+        order.count = 1;
+        scaled = true;
+    }
     return {static_cast<float*>(args.workspace),
             row,
             row * args.num_tokens,
-            splits,
-            static_cast<int>(width),
+            order.count,
+            order.width,
             static_cast<int>(row),
-            false};
+            scaled};
 }
 
 // Prefill: every 512 outputs read all splits of v. From 16 MB of such reading on, they are summed
@@ -48,12 +51,12 @@ Partials partials(const LoraArgs& args) {
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return v.splits > 1;
-    return args.num_tokens > kDecodeTokens &&
+    return !is_decode(args) &&
            (v.splits - 1) * v.split_stride * int64_t{sizeof(float)} * again >= 16 << 20;
 }
 
 bool shrink_is_direct(const LoraArgs& args) {
-    return num_splits(args) == 1 && args.bank.out_features == 0;
+    return partials(args).splits == 1 && args.bank.out_features == 0;
 }
 
 LaunchStatus check(const LoraArgs& args) {
@@ -67,9 +70,17 @@ bool empty(const LoraArgs& args) {
 }
 
 LaunchStatus run_shrink(const Module& module, void* stream) {
-    return module.args.num_tokens <= kDecodeTokens
-               ? run_shrink_decode(std::span(&module, 1), stream)
-               : run_shrink_prefill(module.args, module.v, stream);
+    const LoraArgs& args = module.args;
+    const Partials& v = module.v;
+    if (is_decode(args)) return run_shrink_decode(std::span(&module, 1), stream);
+    if (large_rank(args.bank)) {
+        declare_common(args);
+        declare_a(args);
+        declare_v(args, v, lx::Access::kWrite);
+        return run_gemm_shrink(args, v, stream);
+    }
+    return run_shrink_rows({args, {}, v.data, v.row_stride}, projection_slices(args, false),
+                           stream);
 }
 
 // Without in-features or ranks the delta is zero.
@@ -81,14 +92,13 @@ bool adds_nothing(const LoraArgs& args) {
 // own, since their blocks fill the machine; so do unaligned modules, whose kernels have no register
 // to spare.
 bool shares_launches(const LoraArgs& args) {
-    return args.num_tokens <= kDecodeTokens && !large_rank(args.bank) && shrink_aligned(args) &&
+    return is_decode(args) && !large_rank(args.bank) && shrink_aligned(args) &&
            expand_aligned(args);
 }
 
 LaunchStatus apply_one(const LoraArgs& args, void* stream) {
     Module module{args, partials(args)};
     Partials& v = module.v;
-    v.scaled = large_rank(args.bank) && v.splits == 1;  // a GEMM takes v as it is
     if (const LaunchStatus status = run_shrink(module, stream)) return status;
     if (sums_splits_first(args, v)) {
         LoraArgs sum = args;  // in place: a warp writes what it alone has read

@@ -27,7 +27,6 @@ struct Modules {
 
 // The stages. Several modules see the same rows, at most 256 of them, and are all aligned.
 LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
-LaunchStatus run_shrink_prefill(const LoraArgs& args, const Partials& v, void* stream);
 // args.v: the sum of the splits `v`, or their first one.
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
@@ -47,7 +46,7 @@ inline bool large_rank(const LoraBank& bank) {
 
 inline Tiling tiling(const LoraArgs& args, int rows) {
     const LoraPlanLayout layout{args.num_tokens, args.bank.num_adapters};
-    return {args.plan ? layout.chunk_rows() / rows : 1, layout.perm()};
+    return {args.plan ? lx::max(1, layout.chunk_rows() / rows) : 1, layout.perm()};
 }
 // Blocks that cover every chunk there can be, in tiles of `rows` rows.
 inline unsigned num_tiles(const LoraArgs& args, int rows) {
@@ -71,6 +70,22 @@ inline bool expand_aligned(const LoraArgs& args) {
     return bank.full_pages && bank.out_features % 8 == 0 &&
            aligned_16(args.y, {args.y_row_stride}, size) &&
            aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride}, size);
+}
+
+// The order of a row's sum over the in-features, up to rank 256: slices of `width`, each of four
+// segments, in order. It follows from the in-features alone, so that a row's v has the same bits in
+// any batch, in serving and in training: slices of 512 or more, since few rows must still fill the
+// machine; their quarters are whole stages of lora_shrink.cu and whole steps of lora_decode.cu.
+constexpr int kSliceSegments = 4;
+struct SumOrder {
+    int count, width;
+};
+inline SumOrder sum_order(int64_t in_features) {
+    const int64_t about =
+        lx::max<int64_t>(1, lx::min<int64_t>(kMaxSplits, ceil_div(in_features, 512)));
+    const int64_t width = lx::max<int64_t>(ceil_div(ceil_div(in_features, about), 256), 1) * 256;
+    return {static_cast<int>(lx::max<int64_t>(1, ceil_div(in_features, width))),
+            static_cast<int>(width)};
 }
 
 template <class F>

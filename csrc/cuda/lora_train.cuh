@@ -24,7 +24,8 @@ struct Projection {
     float* out;
     int64_t out_row_stride;
 };
-// The sum over the features, by slices of fixed width.
+// The sum over the features, by slices of fixed width. On the side of A up to rank 256 it has
+// sum_order, elsewhere a slice is one chain of mma.
 struct Slices {
     int width, count;
     int per_block;         // all of them, or one
@@ -43,11 +44,14 @@ inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
 // in_pass: every slice has a block, and partial sums where there are several.
+constexpr int kProjectedRanks = 64;  // of a block
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Its parts: where the kernel writes to, what it touches, and the sum afterwards.
+// Side A without the sum afterwards: serving has its own, in expand.
+LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
+// The parts: where the kernel writes to, what it touches, and the sum afterwards.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
 void declare_projection(const Projection& step, const Slices& slices, bool side_b);
 LaunchStatus sum_slices(const Projection& args, const Projection& step, const Slices& slices,

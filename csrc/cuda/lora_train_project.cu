@@ -1,18 +1,14 @@
-// The two projections onto the ranks, with c = scale[s] / (1 - p):
-//   side A:  v[t, :]  = c * a[s] (mask * x[t, :])
-//   side B:  dv[t, :] = c * dy[t, :] b[s]
+// The projections onto the ranks, with c = scale[s] / (1 - p):
+//   side A:  v[t, :]  = c * a[s] (mask * x[t, :])      lora_shrink.cu
+//   side B:  dv[t, :] = c * dy[t, :] b[s]              here
 //
-// As lora_shrink_prefill_kernel: block (row tile, slices, 64 ranks), a ring of four stages that
-// cp.async fills with 128 bytes of each row and of each rank (side B: 64 outputs of each page),
-// ldmatrix, mma. What differs:
-//   * the mask. A thread waits for the pieces that it copied itself and zeroes what is dropped,
-//     before the barrier that shows them to the others: one Philox call per four elements, none
-//     twice.
+// As lora_shrink_kernel: block (row tile, slices, 64 ranks), a ring of four stages that cp.async
+// fills with 128 bytes of each row and with 64 outputs of each page of B, mma. What differs:
 //   * pages of B hold eight ranks of one output side by side; ldmatrix.trans turns them.
 //   * the sum is over slices of fixed width, each from zero, added in order, whether one block
-//     walks over all slices of its rows or each slice has a block and a second kernel adds. So v
+//     walks over all slices of its rows or each slice has a block and a second kernel adds. So dv
 //     does not depend on how many rows there are, nor does a gradient on who shares the batch.
-// Bound: bytes of x (dy), streamed once per 64 ranks.
+// Bound: bytes of dy, streamed once per 64 ranks.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -21,18 +17,17 @@ namespace {
 constexpr int kStages = 4;
 constexpr int kPieces = 8;                              // of a row in a stage
 constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd: eight rows in eight banks
-// Side B, a page: 1024 bytes, and 64 more so that the pages of a pair meet no bank twice.
+// A page: 1024 bytes, and 64 more so that the pages of a pair meet no bank twice.
 constexpr int kStagePage = kPieces * 128 + 64;
 constexpr int kGroupPages = 8;
-constexpr int kGroupRanks = kGroupPages * kPageRanks;
 
-template <class T, bool kSideB, int kRows>
+template <class T, int kRows>
 __global__ void __launch_bounds__(kRows * 2, 2)
     lora_train_project_kernel(const __grid_constant__ Projection args,
                               const __grid_constant__ Tiling tiling,
                               const __grid_constant__ Slices slices) {
     constexpr int kThreads = kRows * 2;        // a warp for 16 rows
-    constexpr int kWidth = kPieces * kVec<T>;  // of x in a stage
+    constexpr int kWidth = kPieces * kVec<T>;  // of dy in a stage
     LX_SHARED(int32_t, row_of, kRows);
     LX_DYN_SHARED(ring);
     const LoraArgs& lora = args.lora;
@@ -40,24 +35,20 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     const int thread = lx::thread_rank(), lane = lx::lane_id(), warp = lx::warp_id();
     const RowTile tile = find_tile<kRows>(lora, tiling, static_cast<int>(blockIdx.x), row_of);
     const int first_page = static_cast<int>(blockIdx.z) * kGroupPages;
-    const int ranks = lx::min(tile.rank - first_page * kPageRanks, kGroupRanks);
+    const int ranks = lx::min(tile.rank - first_page * kPageRanks, kProjectedRanks);
     if (ranks <= 0) return;
     const int pages = (ranks + kPageRanks - 1) / kPageRanks;
     const int page_pairs = (pages + 1) / 2;
     const int fill_rows = (tile.rows + kTileRows - 1) / kTileRows * kTileRows;
     lx::syncthreads();  // row_of
 
-    const int features = kSideB ? bank.out_features : bank.in_features;
     const int begin = static_cast<int>(blockIdx.y) * slices.per_block * slices.width;
-    const int end = static_cast<int>(
-        lx::min<int64_t>(int64_t{begin} + int64_t{slices.per_block} * slices.width, features));
+    const int end = static_cast<int>(lx::min<int64_t>(
+        int64_t{begin} + int64_t{slices.per_block} * slices.width, bank.out_features));
     const int steps = lx::max(0, (end - begin + kWidth - 1) / kWidth);
     const int stage_bytes = (kRows + slices.ranks_per_stage) * kStageRow;
     const T* x = static_cast<const T*>(lora.x);
-    const T* w =
-        kSideB ? b_page<T>(bank, tile.slot, first_page) : a_page<T>(bank, tile.slot, first_page);
-    const int64_t page_stride = kSideB ? bank.b_page_stride : bank.a_page_stride;
-    const Mask mask = mask_of(args.dropout, lora, tiling, tile);
+    const T* w = b_page<T>(bank, tile.slot, first_page);
 
     // Every thread copies the same piece of every (kThreads / 8)-th row.
     const int piece = thread % kPieces, first_row = thread / kPieces;
@@ -73,42 +64,24 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                           n, slices.x_aligned);
         }
         unsigned char* const w_stage = ring + step % kStages * stage_bytes + kRows * kStageRow;
-        if constexpr (kSideB) {
-            // A page of the stage: kWidth outputs of 8 ranks, one piece each (float32: two).
-            // Neighbouring lanes read what two pages have of an output, which lies side by side.
-            constexpr int kPerRow = kPageRanks / kVec<T>, kPairPieces = 2 * kWidth * kPerRow;
-            for (int i = thread; i < page_pairs * kPairPieces; i += kThreads) {
-                const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
-                const int page = i / kPairPieces * 2 + at / kPerRow, part = at % kPerRow;
-                const int rank = page * kPageRanks + part * kVec<T>, output = k0 + row;
-                // Ranks past the adapter's, where a whole page row is loaded, end in sums that
-                // nobody reads.
-                int n = lx::min(ranks - rank, kPageRanks);
-                if (n > 0 && slices.w_aligned) n = kVec<T>;
-                if (output >= end) n = 0;
-                copy_piece<T>(
-                    w_stage + page * kStagePage + (row * kPerRow + part) * kPieceBytes,
-                    n > 0 ? w + page * page_stride + output * bank.b_row_stride + rank % kPageRanks
-                          : static_cast<const T*>(bank.b),
-                    n, slices.w_aligned);
-            }
-        } else {
-            for (int row = first_row; row < page_pairs * 16; row += kRowStep) {
-                const int n = row < ranks ? end - k : 0;
-                copy_piece<T>(w_stage + row * kStageRow + piece * kPieceBytes,
-                              n > 0 ? w + row / kPageRanks * page_stride +
-                                          row % kPageRanks * bank.a_row_stride + k
-                                    : static_cast<const T*>(bank.a),
-                              n, slices.w_aligned);
-            }
+        // A page of the stage: kWidth outputs of 8 ranks, one piece each (float32: two).
+        // Neighbouring lanes read what two pages have of an output, which lies side by side.
+        constexpr int kPerRow = kPageRanks / kVec<T>, kPairPieces = 2 * kWidth * kPerRow;
+        for (int i = thread; i < page_pairs * kPairPieces; i += kThreads) {
+            const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
+            const int page = i / kPairPieces * 2 + at / kPerRow, part = at % kPerRow;
+            const int rank = page * kPageRanks + part * kVec<T>, output = k0 + row;
+            // Ranks past the adapter's, where a whole page row is loaded, end in sums that
+            // nobody reads.
+            int n = lx::min(ranks - rank, kPageRanks);
+            if (n > 0 && slices.w_aligned) n = kVec<T>;
+            if (output >= end) n = 0;
+            copy_piece<T>(w_stage + page * kStagePage + (row * kPerRow + part) * kPieceBytes,
+                          n > 0 ? w + page * bank.b_page_stride + output * bank.b_row_stride +
+                                      rank % kPageRanks
+                                : static_cast<const T*>(bank.b),
+                          n, slices.w_aligned);
         }
-    };
-    auto drop = [&](int step) {
-        if (kSideB || args.dropout.threshold == 0) return;
-        const int k = begin + step * kWidth + piece * kVec<T>;
-#pragma unroll 1
-        for (int row = first_row; row < tile.rows; row += kRowStep)
-            drop_piece<T>(x_piece(step, row), mask, mask.row(row, row_of[row]), k);
     };
 
     float acc[kGroupPages][4] = {}, total[kGroupPages][4] = {};
@@ -121,7 +94,6 @@ __global__ void __launch_bounds__(kRows * 2, 2)
     const int steps_per_slice = slices.width / kWidth;
     for (int step = 0; step < steps; ++step) {
         lx::cp_async_wait_group<kStages - 2>();
-        drop(step);
         lx::syncthreads();  // this stage is complete, and the previous one has been read by all
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
@@ -140,11 +112,7 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                 // Matrices, or what stands for them: k of both pieces of one page, then of the
                 // next.
                 uint32_t wf[4];
-                if constexpr (!kSideB) {
-                    const int rank = page * kPageRanks + lane / 16 * 8 + lane % 8;
-                    lx::ldmatrix_x4(wf,
-                                    w_stage + rank * kStageRow + (p + lane / 8 % 2) * kPieceBytes);
-                } else if constexpr (sizeof(T) == 2) {
+                if constexpr (sizeof(T) == 2) {
                     lx::ldmatrix_x4_trans(wf, w_stage + (page + lane / 16) * kStagePage +
                                                   (p * kVec<T> + lane % 16) * kPieceBytes);
                 } else {
@@ -214,17 +182,14 @@ int ring_bytes(int rows, int ranks) {
     return kStages * (rows + ranks) * kStageRow;
 }
 
-template <class T, bool kSideB, int kRows>
+template <class T, int kRows>
 LaunchStatus launch(const Projection& args, const Slices& slices, void* stream) {
     const LoraArgs& lora = args.lora;
-    const Tiling tiling{lx::max(1, lora_chunk_rows(lora.num_tokens) / kRows),
-                        LoraPlanLayout{lora.num_tokens, lora.bank.num_adapters}.perm()};
-    const LoraPlanLayout layout{lora.num_tokens, lora.bank.num_adapters};
-    const dim3 grid(static_cast<unsigned>(layout.max_chunks() * tiling.per_chunk),
-                    static_cast<unsigned>(slices.count / slices.per_block),
-                    static_cast<unsigned>(ceil_div(lora.bank.max_rank, kGroupRanks)));
-    return LX_LAUNCH((lora_train_project_kernel<T, kSideB, kRows>), grid, kRows * 2,
-                     ring_bytes(kRows, slices.ranks_per_stage), stream, args, tiling, slices);
+    const dim3 grid(num_tiles(lora, kRows), static_cast<unsigned>(slices.count / slices.per_block),
+                    static_cast<unsigned>(ceil_div(lora.bank.max_rank, kProjectedRanks)));
+    return LX_LAUNCH((lora_train_project_kernel<T, kRows>), grid, kRows * 2,
+                     ring_bytes(kRows, slices.ranks_per_stage), stream, args, tiling(lora, kRows),
+                     slices);
 }
 
 }  // namespace
@@ -237,6 +202,7 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
     Slices s{};
     s.width = static_cast<int>(lx::max<int64_t>(1024, ceil_div(ceil_div(features, 16), 64) * 64));
     if (pass_sliced(args, side_b)) s.width = pass_slice(bank.max_rank);
+    if (!side_b && !large_rank(bank)) s.width = sum_order(features).width;
     s.count = static_cast<int>(lx::max<int64_t>(1, ceil_div(features, s.width)));
     int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
     if (takes_gemm(args)) tiles *= ceil_div(bank.max_rank, kGemmColumns);
@@ -252,7 +218,8 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
                   aligned_16(bank.b, {bank.b_slot_stride, bank.b_page_stride, bank.b_row_stride},
                              size)
             : aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
-    s.ranks_per_stage = static_cast<int>(ceil_div(lx::min(bank.max_rank, kGroupRanks), 16)) * 16;
+    s.ranks_per_stage =
+        static_cast<int>(ceil_div(lx::min(bank.max_rank, kProjectedRanks), 16)) * 16;
     return s;
 }
 
@@ -326,18 +293,20 @@ LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace
     const LoraArgs& lora = args.lora;
     const Slices slices = projection_slices(lora, side_b);
     const Projection step = projection_step(args, slices, workspace);
-    declare_projection(step, slices, side_b);
-    const LaunchStatus status = with_dtype(lora.dtype, [&]<class T>() {
-        if (takes_gemm(lora)) return run_gemm_projection(step, side_b, slices, stream);
-        // 128 rows of a large rank are more than some devices have for a block.
-        const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
-                          ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
-        if (side_b)
-            return wide ? launch<T, true, 128>(step, slices, stream)
-                        : launch<T, true, 64>(step, slices, stream);
-        return wide ? launch<T, false, 128>(step, slices, stream)
-                    : launch<T, false, 64>(step, slices, stream);
-    });
+    LaunchStatus status = 0;
+    if (!side_b) {
+        status = run_shrink_rows(step, slices, stream);
+    } else {
+        declare_projection(step, slices, true);
+        status = with_dtype(lora.dtype, [&]<class T>() {
+            if (takes_gemm(lora)) return run_gemm_projection(step, true, slices, stream);
+            // 128 rows of a large rank are more than some devices have for a block.
+            const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&
+                              ring_bytes(128, slices.ranks_per_stage) <= most_dynamic_bytes();
+            return wide ? launch<T, 128>(step, slices, stream)
+                        : launch<T, 64>(step, slices, stream);
+        });
+    }
     return status ? status : sum_slices(args, step, slices, stream);
 }
 
