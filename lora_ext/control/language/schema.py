@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from lora_ext._checks import require
 
+from .anchors import unanchored
+
 _SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs"}
 _SAID |= {"definitions", "deprecated", "readOnly", "writeOnly"}
 _WORDS = {
@@ -138,7 +140,7 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
     if "pattern" in words:
         pattern = words["pattern"]
         require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a text", repr(pattern))
-        patterns.append(pattern.removeprefix("^").removesuffix("$"))
+        patterns.append(unanchored(_WHERE, f"{at}/pattern", pattern))
         schema["pattern"] = f"^(?:{patterns[-1]})$"
 
 

@@ -109,7 +109,8 @@ class Written:
     ) -> Self:
         r"""Texts that match a regular expression from end to end, however tokens spell them.
 
-        The syntax is that of Rust's regex crate, without ``\b`` and without ``^`` and ``$`` inside.
+        The syntax is that of Rust's regex crate, without ``\b``, and with ``^`` and ``$`` at the
+        beginning and end of the whole text alone, where they say nothing.
         A text with a NUL byte matches nothing. Needs the extra ``control``.
 
         Args:
