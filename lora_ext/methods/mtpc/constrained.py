@@ -83,8 +83,14 @@ class Constrained:
         return cls(decoder.constraint, decoder.guide, request, batch, size, temperature)
 
     def first(self, logits: Tensor) -> Tensor:
-        """Logits of the first token ``(B, V)`` under the constraints."""
-        return control.moved(control.log_ratios(self.rows), logits, self.temperature)
+        """Logits of the first token ``(B, V)`` under the constraints.
+
+        Raises:
+            ValueError: as :meth:`take`.
+        """
+        law = control.moved(control.log_ratios(self.rows), logits, self.temperature)
+        _possible(self.rows, law)
+        return law
 
     def start(self, token: Tensor) -> None:
         """Take the first token of every row, which no call has decided."""
@@ -189,7 +195,8 @@ class Constrained:
             control.moved(position.blocks, behind if k == n else target[:, k], self.temperature)
             for k, position in enumerate(self._window)
         ]
-        return torch.stack(places, 1)
+        self._law = torch.stack(places, 1)
+        return self._law
 
     def take(self, accepted: Tensor, token: Tensor) -> Tensor:
         """Go on behind the tokens that were kept and the one that the verifier drew.
@@ -197,8 +204,14 @@ class Constrained:
         Returns:
             how many tokens of :meth:`with_forced` are kept, ``(B,)``: with the whole window its run
             is.
+
+        Raises:
+            ValueError: where the model has no finite score for a token that may come: then nothing
+                says which one does.
         """
+        every = torch.arange(len(accepted), device=accepted.device)
         rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
+        _possible(rows, self._law[every, accepted])
         self.rows = control.advance(rows, token.tolist())
         whole = accepted == len(self._window) - 1
         return accepted + whole * self._runs.to(accepted.device)
@@ -206,6 +219,13 @@ class Constrained:
     def select(self, stay: list[int]) -> None:
         """Go on with these rows alone."""
         self.rows = [self.rows[i] for i in stay]
+
+
+def _possible(rows: list[Row | None], law: Tensor) -> None:
+    held = torch.tensor([not (row is None or row.ended) for row in rows], device=law.device)
+    fine = bool((law.amax(-1).isfinite() | ~held).all())
+    expected = "a finite one for a token that the constraint allows"
+    require(fine, _WHERE, "logits", expected, "none")
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
