@@ -365,6 +365,38 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
         Constraint.json_schema(schema, tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": [["integer"]]}, "#/type: expected one of"),
+        ({"type": 1}, "#/type: expected one of"),
+        ({"enum": [1], "type": [[1]]}, "#/type: expected one of"),
+        ({"enum": [1], "type": {"x": []}}, "#/type: expected one of"),
+        ({"type": "array", "prefixItems": 3}, "#/prefixItems: expected a list of schemas"),
+        ({"type": "object", "properties": {}, "required": [[]]}, "required: expected a list of na"),
+        ({"type": "string", "minLength": 2**64}, "#/minLength: expected a whole number from 0 to"),
+        ({"type": "array", "items": {"type": "null"}, "minItems": 2**70}, "#/minItems: expected"),
+        ({"enum": [9373.711634780513]}, "9373.711634780513, a number of more digits than are kept"),
+        ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number of more digits"),
+    ],
+)
+def test_what_outlines_core_would_pass_over_or_read_as_another_is_refused(
+    schema: Any, message: str
+) -> None:
+    """A length that no machine word holds was none, and the last digit of a number another."""
+    with pytest.raises((ValueError, NotImplementedError), match=message) as error:
+        Constraint.json_schema(schema, tokenizer())
+    assert not isinstance(error.value, ConstraintTooLarge)
+
+
+@outlines
+def test_numbers_are_written_as_they_are() -> None:
+    for number in (0.1, -1e22, 1e-22, 2**53 / 1e4, 2**64 - 1, -(2**63), 1.5e300 / 1e290):
+        one = Constraint.json_schema({"const": number}, tokenizer())
+        (text,) = set(random_texts(one, 3, 40))
+        assert json.loads(text) == number
+
+
 def test_schemas_inside_each_other_without_end_are_refused() -> None:
     deep = '{"type":"array","items":' * 5000 + '{"type":"null"}' + "}" * 5000
     with pytest.raises((ConstraintTooLarge, NotImplementedError, ValueError)):
