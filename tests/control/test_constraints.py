@@ -378,19 +378,25 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
         ({"type": "array", "items": {"type": "null"}, "minItems": 2**70}, "#/minItems: expected"),
         ({"enum": [9373.711634780513]}, "9373.711634780513, a number of more digits than are kept"),
         ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number of more digits"),
+        ({"const": {"a.b": 1}}, "the name 'a.b' in a value"),  # any letter came for the point
+        ({"enum": [1, [{"a|b": 1}]]}, r"the name 'a\|b' in a value"),
     ],
 )
 def test_what_outlines_core_would_pass_over_or_read_as_another_is_refused(
     schema: Any, message: str
 ) -> None:
-    """A length that no machine word holds was none, and the last digit of a number another."""
+    """A length that no machine word holds was none, the last digit of a number another, and a name
+    inside a value an expression."""
     with pytest.raises((ValueError, NotImplementedError), match=message) as error:
         Constraint.json_schema(schema, tokenizer())
     assert not isinstance(error.value, ConstraintTooLarge)
 
 
 @outlines
-def test_numbers_are_written_as_they_are() -> None:
+def test_numbers_and_names_of_properties_are_written_as_they_are() -> None:
+    dotted = {"type": "object", "properties": {"a.b|$": {"type": "null"}}, "required": ["a.b|$"]}
+    for text in random_texts(Constraint.json_schema(dotted, tokenizer()), 9, 40):
+        assert json.loads(text) == {"a.b|$": None}
     for number in (0.1, -1e22, 1e-22, 2**53 / 1e4, 2**64 - 1, -(2**63), 1.5e300 / 1e290):
         one = Constraint.json_schema({"const": number}, tokenizer())
         (text,) = set(random_texts(one, 3, 40))

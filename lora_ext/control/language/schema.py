@@ -31,6 +31,8 @@ _WORDS = {
 _FORMATS = ("date", "date-time", "uuid")
 # outlines-core takes the digits of any script for those of a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+_LETTERS = "\\.+*?()|[]{}^$"
+_MEANT = set(_LETTERS)  # in an expression
 _WHERE = "json_schema"
 _MOST_DEPTH = 32
 _MOST_LENGTH = (1 << 31) - 1  # outlines-core passes over a length that no machine word holds
@@ -154,8 +156,8 @@ def _kinds(kinds: Any, at: str) -> list[str]:
 
 
 def _plain(value: Any, at: str) -> None:
-    """Refuse values that outlines-core writes as others: names that JSON escapes come as they are,
-    and numbers that are read in more than one step are rounded twice."""
+    """Refuse values that outlines-core writes as others: names come as they are, also where they
+    mean something in an expression, and numbers that take more than one step are rounded twice."""
     if isinstance(value, list):
         for part in value:
             _plain(part, at)
@@ -163,9 +165,16 @@ def _plain(value: Any, at: str) -> None:
         _refuse(at, f"{value!r:.40}, a number of more digits than are kept")
     elif isinstance(value, Mapping):
         for name, part in value.items():
-            if json.dumps(name, ensure_ascii=False) != f'"{name}"':
-                _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
+            _unescaped(name, at)
+            if _MEANT & set(name):
+                _refuse(at, f"the name {name!r:.40} in a value, with a letter of {_LETTERS}")
             _plain(part, at)
+
+
+def _unescaped(name: str, at: str) -> None:
+    """Refuse a name that JSON escapes, which outlines-core does not."""
+    if json.dumps(name, ensure_ascii=False) != f'"{name}"':
+        _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
 
 
 def _exact(number: float) -> bool:
@@ -187,7 +196,8 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         inside = words.get("properties", {})
         good = isinstance(inside, Mapping)
         require(good, _WHERE, f"{at}/properties", "an object", repr(inside)[:80])
-        _plain(dict.fromkeys(inside), at)
+        for name in inside:
+            _unescaped(name, at)
         required = words.get("required", [])
         listed = isinstance(required, list) and all(isinstance(name, str) for name in required)
         require(listed, _WHERE, f"{at}/required", "a list of names", repr(required)[:80])
