@@ -152,6 +152,8 @@ class Constrained:
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
+                    # A matcher may allow no token at all: any will do, for it is not kept.
+                    law = torch.where((law == -torch.inf).all(1, keepdim=True), 0.0, law)
                 law = log_softmax(law)
                 token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
                 if free is not None:
@@ -222,10 +224,13 @@ class Constrained:
 
 
 def _possible(rows: list[Row | None], law: Tensor) -> None:
-    held = torch.tensor([not (row is None or row.ended) for row in rows], device=law.device)
-    fine = bool((law.amax(-1).isfinite() | ~held).all())
+    """Refuse to go on where nothing may come, before a token of the rows with these logits
+    ``(B, V)``. Behind the end and the budget nothing has to."""
+    waits = [row is not None and not row.ended and row.left > 0 for row in rows]
+    lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
+    none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())
     expected = "a finite one for a token that the constraint allows"
-    require(fine, _WHERE, "logits", expected, "none")
+    require(not (lost or none), _WHERE, "logits", expected, "none")
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
