@@ -145,7 +145,9 @@ class Written:
 
         Raises:
             NotImplementedError: for a word that the automaton would not hold to, by its name, such
-                as ``minimum`` or ``uniqueItems``.
+                as ``minimum`` or ``uniqueItems``; and for values of ``enum`` and ``const`` that
+                would be written as others: numbers of more digits than a double's product keeps,
+                names with a letter that means something in an expression.
             ValueError: for something that is no schema.
         """
         return cls._spelled(
